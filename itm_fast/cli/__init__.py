@@ -1,0 +1,118 @@
+"""The `itm-fast` program: one thin module per command, imported when that command is asked for.
+
+A command is a module `itm_fast/cli/<command>.py` with `HELP` (what `itm-fast <command> --help` says first),
+`add_arguments(parser)` and `run(args) -> int`.
+"""
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+_SUMMARIES = {
+    "evaluate": "recall tables of one checkpoint or an ensemble on precomputed features",
+    "train": "train SGR, SAF or SCAN with the published recipe, or continue an interrupted run",
+    "demo": "evaluate the models and the real data inside the package; draws what a model attends to",
+    "convert": "turn SCAN's .npy folder into HDF5, or back",
+    "doctor": "versions, devices, and for every backend whether it can run here and why not",
+}
+COMMANDS = tuple(_SUMMARIES)
+_EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, ImportError)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one `itm-fast` command.
+
+    Only the module of the chosen command is imported, so that `--help` is quick and `doctor` works where
+    another command's dependency is broken. Bad values, missing files, refused backends, missing packages and
+    exhausted memory become one sentence on standard error; `ITM_FAST_DEBUG=1` adds the traceback.
+
+    Args:
+        argv: the words after `itm-fast`; `sys.argv[1:]` when None.
+
+    Returns:
+        The exit code: the command's own (0 for success), 2 for something the user can mend, 130 when
+        interrupted, 1 when the reader of standard output went away.
+
+    Raises:
+        SystemExit: from argparse, for `--help`, `--version` (code 0) and unknown options (code 2).
+
+    Example:
+        >>> main(["--version"])
+        Traceback (most recent call last):
+        SystemExit: 0
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = next((word for word in words if not word.startswith("-")), None)
+    try:
+        args = _parser(command).parse_args(words)
+        return args.run(args)
+    except KeyboardInterrupt as interrupt:
+        _trace()
+        print(f"itm-fast {command}: {interrupt or 'interrupted'}", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # The interpreter flushes standard output once more on its way out; let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if not isinstance(error, _EXPECTED) and not _out_of_memory(error):
+            raise
+        _trace()
+        print(f"itm-fast {command}: {_sentence(error)}", file=sys.stderr)
+        return 2
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    from .. import __version__
+
+    parser = argparse.ArgumentParser(
+        prog="itm-fast",
+        description="Fast, exact image-text matching by region-word cross-attention.",
+        epilog="`itm-fast COMMAND --help` explains a command's options. ITM_FAST_BACKEND=name forces a backend, "
+        "ITM_FAST_DEBUG=1 shows the traceback of an error.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"itm-fast {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, summary in _SUMMARIES.items():
+        if name != command:
+            commands.add_parser(name, help=summary)
+            continue
+        module = importlib.import_module(f"{__name__}.{name}")
+        chosen = commands.add_parser(
+            name,
+            help=summary,
+            description=module.HELP,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.add_arguments(chosen)
+        chosen.set_defaults(run=module.run)
+    return parser
+
+
+def _sentence(error: BaseException) -> str:
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError) and error.name and str(error).startswith("No module named"):
+        return f"this command needs the Python package {error.name!r}, which is not installed; `pip install` it"
+    if _out_of_memory(error):
+        return f"out of memory; use a smaller --batch-size or memory budget ({(str(error) or 'no details').splitlines()[0]})"
+    return str(error) or f"{type(error).__name__} without a message"
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    import torch
+
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def _trace() -> None:
+    if os.environ.get("ITM_FAST_DEBUG", "0") not in ("", "0"):
+        traceback.print_exc()
