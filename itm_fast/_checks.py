@@ -1,0 +1,84 @@
+"""Shape, dtype and device checks with one message format, traceable by torch.compile."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class Arguments:
+    """Checks an op's tensors against letters such as "I R D"; a letter must mean one size throughout.
+
+    >>> check = Arguments("cross_attention_score")
+    >>> check.floats(image=(torch.zeros(2, 3, 8), "I R D"), words=(torch.zeros(5, 9), "N D"))
+    Traceback (most recent call last):
+    ValueError: cross_attention_score: words must be [N, D] with D = 8 as in image, got [5, 9]
+    """
+
+    def __init__(self, op: str) -> None:
+        self.op = op
+        self.size: dict[str, tuple[int, str]] = {}
+        self.first: tuple[str, Tensor] | None = None
+
+    def shape(self, name: str, tensor: Tensor, letters: str) -> None:
+        want = letters.split()
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{self.op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if tensor.dim() != len(want):
+            raise ValueError(f"{self.op}: {name} must be [{', '.join(want)}], got {list(tensor.shape)}")
+        for letter, n in zip(want, tensor.shape, strict=True):
+            known = int(letter) if letter.isdigit() else self.size[letter][0] if letter in self.size else None
+            if known is not None and n != known:
+                where = f" with {letter} = {known} as in {self.size[letter][1]}" if letter in self.size else ""
+                raise ValueError(f"{self.op}: {name} must be [{', '.join(want)}]{where}, got {list(tensor.shape)}")
+            if known is None:
+                self.size[letter] = (n, name)
+
+    def floats(self, **tensors: tuple[Tensor, str]) -> None:
+        """Floating-point tensors, all of one dtype and on one device."""
+        for name, (tensor, letters) in tensors.items():
+            self.shape(name, tensor, letters)
+            if tensor.dtype not in FLOATS:
+                raise TypeError(f"{self.op}: {name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
+            if self.first is None:
+                self.first = (name, tensor)
+            first_name, first = self.first
+            if tensor.dtype != first.dtype:
+                raise TypeError(
+                    f"{self.op}: {name} and {first_name} must have one dtype, got {tensor.dtype} and {first.dtype}"
+                )
+            self._same_device(name, tensor)
+
+    def integers(self, name: str, tensor: Tensor, letters: str) -> None:
+        self.shape(name, tensor, letters)
+        if tensor.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{self.op}: {name} must be int32 or int64, got {tensor.dtype}")
+        self._same_device(name, tensor)
+
+    def choice(self, name: str, value: str, known: Sequence[str]) -> None:
+        if value not in known:
+            raise ValueError(f"{self.op}: {name} must be one of {', '.join(known)}, got {value!r}")
+
+    def positive(self, name: str, value: float) -> None:
+        if not value > 0:
+            raise ValueError(f"{self.op}: {name} must be more than 0, got {value}")
+
+    def _same_device(self, name: str, tensor: Tensor) -> None:
+        if self.first is not None and tensor.device != self.first[1].device:
+            raise ValueError(
+                f"{self.op}: {name} and {self.first[0]} must be on one device, "
+                f"got {tensor.device} and {self.first[1].device}"
+            )
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Under torch.autocast, float tensors in its dtype; outside it, as they came. float64 is never narrowed."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(t.to(dtype) if t.dtype in FLOATS and t.dtype != torch.float64 else t for t in tensors)

@@ -1,0 +1,15 @@
+"""The ops: one file each, holding the formula, the reference, the registration and the public function."""
+
+from .cross_attention_score import cross_attention_score
+from .cross_attention_similarity import cross_attention_similarity
+from .hardest_negative_loss import hardest_negative_loss
+from .similarity_filter import similarity_filter
+from .similarity_graph import similarity_graph
+
+__all__ = [
+    "cross_attention_score",
+    "cross_attention_similarity",
+    "hardest_negative_loss",
+    "similarity_filter",
+    "similarity_graph",
+]

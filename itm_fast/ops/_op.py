@@ -1,0 +1,98 @@
+"""What every op shares: its schema, its fake, its autograd rule and the call of the chosen backend.
+
+An implementation offers `forward(*args) -> Tensor | tuple` and `backward(grad, needs, *args) -> list[Tensor]`, one
+gradient for each differentiable argument that `needs` marks. It is imported only when it runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._backends import OFFERS
+
+
+class Op:
+    """One op of `torch.ops.itm_fast`, differentiable in its first arguments.
+
+    Args:
+        name: the op's stem.
+        schema: its arguments in torch's schema language, the differentiable ones first; `backend` is added.
+        returns: its results. Only the first one carries gradients.
+        offered: the backends that exist, best first.
+        differentiable: how many of the first arguments may need a gradient.
+        implementation: backend -> object with forward and backward.
+        fake: the arguments -> empty results of the right shapes.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        schema: str,
+        returns: str,
+        *,
+        offered: tuple[str, ...],
+        differentiable: int,
+        implementation: Callable[[str], Any],
+        fake: Callable[..., Any],
+    ) -> None:
+        OFFERS[name] = offered
+        forward, backward = f"itm_fast::{name}", f"itm_fast::{name}_backward"
+        torch.library.define(forward, f"({schema}, str backend) -> {returns}")
+        torch.library.define(backward, f"(Tensor grad, bool[] needs, {schema}, str backend) -> Tensor[]")
+
+        @torch.library.impl(forward, "CompositeExplicitAutograd")
+        def _forward(*args):
+            return implementation(args[-1]).forward(*args[:-1])
+
+        @torch.library.impl(backward, "CompositeExplicitAutograd")
+        def _backward(grad, needs, *args):
+            return implementation(args[-1]).backward(grad, needs, *args[:-1])
+
+        @torch.library.register_fake(forward)
+        def _fake(*args):
+            return fake(*args[:-1])
+
+        @torch.library.register_fake(backward)
+        def _fake_backward(grad, needs, *args):
+            return [torch.empty_like(a) for a, n in zip(args[:differentiable], needs, strict=True) if n]
+
+        op_backward = getattr(torch.ops.itm_fast, f"{name}_backward").default
+
+        def setup_context(ctx, inputs, output):
+            ctx.is_tensor = [isinstance(a, Tensor) for a in inputs]
+            ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
+            ctx.rest = [a for a in inputs if not isinstance(a, Tensor)]
+
+        def differentiate(ctx, grad, *_):
+            tensors, rest = iter(ctx.saved_tensors), iter(ctx.rest)
+            args = [next(tensors) if t else next(rest) for t in ctx.is_tensor]
+            needs = list(ctx.needs_input_grad[:differentiable])
+            found = iter(op_backward(grad, needs, *args))
+            return tuple(next(found) if n else None for n in needs) + (None,) * (len(args) - differentiable)
+
+        torch.library.register_autograd(forward, differentiate, setup_context=setup_context)
+        self.call = getattr(torch.ops.itm_fast, name).default
+
+    def __call__(self, *args: Any) -> Any:
+        return self.call(*args)
+
+
+def by_autograd(function: Callable[..., Any]) -> SimpleNamespace:
+    """An implementation whose backward is torch's own: the function is run again and differentiated."""
+
+    def backward(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
+        with torch.enable_grad():
+            args = tuple(
+                a.detach().requires_grad_(needs[k]) if k < len(needs) else a for k, a in enumerate(args)
+            )
+            result = function(*args)
+            result = result if isinstance(result, Tensor) else result[0]
+            wanted = [a for a, n in zip(args, needs, strict=False) if n]
+            return list(torch.autograd.grad(result, wanted, grad, materialize_grads=True))
+
+    return SimpleNamespace(forward=function, backward=backward)

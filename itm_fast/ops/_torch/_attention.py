@@ -1,0 +1,57 @@
+"""Attention of a block, contexts [B, X, D] by queries [C, Q, D], without forming the attended vectors.
+
+With t2i the contexts are images and the queries captions, with i2t the other way round; all captions of a block
+have one length. Equations: `ops/_attention.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .._attention import EPS, SLOPE
+
+
+def valid(lengths: Tensor | None, n: int) -> Tensor | None:
+    """[B, n] mask of the real rows, or None when all are."""
+    return None if lengths is None else torch.arange(n, device=lengths.device)[None, :] < lengths[:, None]
+
+
+def normalised(affinity: Tensor, norm: str, query_mask: Tensor | None) -> Tensor:
+    """Normalise [B, X, C, Q] over the queries; masked queries have affinity 0 and take no part."""
+    if norm == "softmax":
+        if query_mask is not None:
+            affinity = affinity.masked_fill(~query_mask, float("-inf"))
+        return affinity.softmax(-1)
+    if norm.startswith("clipped"):
+        affinity = F.leaky_relu(affinity, SLOPE)
+    if norm.endswith("l2norm"):
+        return affinity / (torch.linalg.vector_norm(affinity, dim=-1, keepdim=True) + EPS)
+    if norm.endswith("l1norm"):
+        return affinity / (affinity.abs().sum(-1, keepdim=True) + EPS)
+    return affinity
+
+
+def attention(
+    context: Tensor,
+    query: Tensor,
+    norm: str,
+    scale: float,
+    context_mask: Tensor | None,
+    query_mask: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Affinities and attention weights, both [B, X, C * Q]."""
+    B, X, D = context.shape
+    C, Q, _ = query.shape
+    affinity = (context.reshape(B * X, D) @ query.reshape(C * Q, D).t()).view(B, X, C, Q)
+    logits = scale * normalised(affinity, norm, query_mask)
+    if context_mask is not None:
+        logits = logits.masked_fill(~context_mask[:, :, None, None], float("-inf"))
+    return affinity.view(B, X, C * Q), logits.view(B, X, C * Q).softmax(1)
+
+
+def attended_norm(alpha: Tensor, gram: Tensor) -> Tensor:
+    """|P| [B, C * Q] from alpha^T G alpha; rounding below zero counts as zero, with gradient zero."""
+    square = (torch.bmm(gram, alpha) * alpha).sum(1)
+    return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()

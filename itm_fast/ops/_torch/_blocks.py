@@ -1,0 +1,103 @@
+"""Cutting a rectangle of images x captions into blocks of captions of one length, and running a function over them.
+
+Captions of one length need no padding and no mask, so a block is dense however ragged the captions are, and what
+lies in one caption can never touch another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._workspace import scratch_bytes
+
+Index = slice | Tensor
+CPU_TILE = 4 << 20  # bytes: a block and its temporaries then stay in the last caches of a core
+MIN_QUERIES = 192  # words in a block below which matrix products run far from their peak
+
+
+class Run(NamedTuple):
+    """Captions of one length: `length` rows each; `captions` and `rows` index [T] and [N]."""
+
+    length: int
+    captions: Index
+    rows: Index
+    count: int
+
+
+def tile_bytes(device: torch.device) -> int:
+    """Scratch that one block may take on this device."""
+    limit = scratch_bytes(device)
+    return min(CPU_TILE, limit) if device.type == "cpu" else limit
+
+
+def runs(edge: Sequence[int], device: torch.device, most: int) -> Iterator[Run]:
+    """Group captions by length, at most `most` rows a run (one caption at the least).
+
+    Neighbours of equal length are indexed by slices, so captions sorted by length are never copied.
+    """
+    length = [b - a for a, b in zip(edge, edge[1:], strict=False)]
+    order = sorted(range(len(length)), key=length.__getitem__)
+    start = 0
+    while start < len(order):
+        L = length[order[start]]
+        stop = start + 1
+        while stop < len(order) and length[order[stop]] == L and (stop - start + 1) * L <= most:
+            stop += 1
+        members = order[start:stop]
+        if members[-1] - members[0] == stop - start - 1:
+            yield Run(L, slice(members[0], members[-1] + 1), slice(edge[members[0]], edge[members[-1] + 1]), len(members))
+        else:
+            captions = torch.tensor(members)
+            rows = torch.tensor([edge[t] for t in members])[:, None] + torch.arange(L)
+            yield Run(L, captions.to(device), rows.flatten().to(device), len(members))
+        start = stop
+
+
+def spans(total: int, size: int) -> Iterator[slice]:
+    """Cut 0..total into slices of `size`."""
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))
+
+
+class Block(NamedTuple):
+    """One call: where its inputs lie in the differentiable arguments, and its result in the op's result."""
+
+    inputs: tuple[tuple[Index, ...], ...]
+    result: tuple[Index, ...]
+    function: Callable[..., Tensor]
+
+
+def forward(blocks: Iterator[Block], args: Sequence[Tensor], result: Tensor) -> Tensor:
+    """Fill `result` block by block."""
+    for block in blocks:
+        value = block.function(*(a[at] for a, at in zip(args, block.inputs, strict=True)))
+        result[block.result] = value.to(result.dtype)
+    return result
+
+
+def backward(blocks: Iterator[Block], args: Sequence[Tensor], needs: Sequence[bool], grad: Tensor) -> list[Tensor]:
+    """Run each block again, differentiate it, and add up: the gradients of the arguments that `needs` marks."""
+    work = torch.promote_types(grad.dtype, torch.float32)
+    total = [torch.zeros_like(a, dtype=work) if n else None for a, n in zip(args, needs, strict=True)]
+    for block in blocks:
+        with torch.enable_grad():
+            inputs = [
+                a[at].detach().to(work).requires_grad_(n)
+                for a, at, n in zip(args, block.inputs, needs, strict=True)
+            ]
+            value = block.function(*inputs)
+        wanted = [x for x, n in zip(inputs, needs, strict=True) if n]
+        found = iter(torch.autograd.grad(value, wanted, grad[block.result].to(value.dtype)))
+        for whole, at in zip(total, block.inputs, strict=True):
+            if whole is not None:
+                whole[at] += next(found)
+    return [t.to(a.dtype) for t, a in zip(total, args, strict=True) if t is not None]
+
+
+def work_dtype(*tensors: Tensor) -> torch.dtype:
+    """float32, or float64 where the inputs are: half precision is never the accumulator."""
+    return torch.promote_types(tensors[0].dtype, torch.float32)

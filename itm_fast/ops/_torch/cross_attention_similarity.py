@@ -1,0 +1,61 @@
+"""`cross_attention_similarity` in batched PyTorch: |P| from the Gram matrix first, then one pass over D."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ...packing import bounds
+from .. import _attention
+from ..cross_attention_similarity import _fake
+from . import _blocks
+from ._attention import attended_norm, attention, valid
+
+
+def forward(image: Tensor, words: Tensor, weight: Tensor, bias: Tensor, *rest) -> Tensor:
+    args = image, words, weight, bias
+    return _blocks.forward(_cut(*args, *rest), args, _fake(*args, *rest))
+
+
+def backward(grad: Tensor, needs: list[bool], image: Tensor, words: Tensor, weight: Tensor, bias: Tensor, *rest):
+    args = image, words, weight, bias
+    return _blocks.backward(_cut(*args, *rest), args, needs, grad)
+
+
+def _cut(image, words, weight, bias, cu_seqlens, region_lengths, direction, affinity_norm, scale):
+    (I, R, D), op = image.shape, "cross_attention_similarity"
+    edge = bounds(cu_seqlens, words.shape[0], op)
+    _attention.region_counts(region_lengths, image, op)
+    queries = _blocks.tile_bytes(image.device) // (2 * D * _blocks.work_dtype(image).itemsize)  # differences at once
+    for run in _blocks.runs(edge, image.device, _blocks.MIN_QUERIES):
+        pair = run.count * (run.length if direction == "t2i" else R)
+        for images in _blocks.spans(I, max(1, queries // pair)):
+            lengths = None if region_lengths is None else region_lengths[images]
+            yield _blocks.Block(
+                ((images,), (run.rows,), (), ()),
+                (images, run.rows if direction == "t2i" else run.captions),
+                partial(_similarity, direction, affinity_norm, scale, run.length, lengths),
+            )
+
+
+def _similarity(direction, norm, scale, length, region_lengths, image, words, weight, bias):
+    work = _blocks.work_dtype(image)
+    image, caption = image.to(work), words.to(work).view(-1, length, words.shape[-1])
+    mask = valid(region_lengths, image.shape[1])
+    if mask is not None:
+        image = image.masked_fill(~mask[:, :, None], 0.0)
+    t2i = direction == "t2i"
+    context, query = (image, caption) if t2i else (caption, image)
+    _, alpha = attention(context, query, norm, scale, mask if t2i else None, None if t2i else mask)
+    B, (C, Q, D) = len(context), query.shape
+    alpha = alpha / (attended_norm(alpha, context @ context.transpose(1, 2)) + _attention.EPS)[:, None, :]
+    difference = torch.baddbmm(query.reshape(1, C * Q, D), alpha.transpose(1, 2), context, beta=-1)
+    square = difference.square() if torch.is_grad_enabled() else difference.square_()
+    similar = _attention.l2norm(F.linear(square.view(B * C * Q, D), weight.to(work), bias.to(work)))
+    if t2i:
+        return similar.view(B, C * Q, -1)
+    similar = similar.view(B, C, Q, -1).transpose(0, 1)
+    return similar if mask is None else similar.masked_fill(~mask[:, None, :, None], 0.0)

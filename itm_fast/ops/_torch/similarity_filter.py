@@ -1,0 +1,58 @@
+"""`similarity_filter` in batched PyTorch: significances of all nodes in one product, then block by block."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ...packing import bounds
+from .. import _attention
+from ..similarity_filter import _fake
+from . import _blocks
+
+COPIES = 3  # [L + 1, S] temporaries of a pair alive at once, forward
+
+
+def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
+    z, mean, var = _fake(*args)
+    for part in _parts(*args):
+        result, means, variances = part.function(*(a[at] for a, at in zip(args, part.inputs, strict=False)))
+        z[part.result] = result.to(z.dtype)
+        if len(mean):
+            mean[part.result[1]], var[part.result[1]] = means.to(mean.dtype), variances.to(var.dtype)
+    return z, mean, var
+
+
+def backward(grad: Tensor, needs: list[bool], *args) -> list[Tensor]:
+    parts = (p._replace(function=lambda *a, f=p.function: f(*a)[0]) for p in _parts(*args))
+    return _blocks.backward(parts, args[:5], needs, grad)
+
+
+def _parts(nodes, weight, bias, norm_weight, norm_bias, running_mean, running_var, cu_seqlens, training, eps):
+    (I, M, S), op = nodes.shape, "similarity_filter"
+    edge = bounds(cu_seqlens, M, op)
+    rows = _blocks.tile_bytes(nodes.device) // (COPIES * S * _blocks.work_dtype(nodes).itemsize)
+    function = partial(_filter, running_mean, running_var, training, eps)
+    for run in _blocks.runs(edge, nodes.device, max(1, rows // max(I, 1)) if training else _blocks.MIN_QUERIES):
+        # A caption's statistics are over all images, so in training no block may split them.
+        for images in _blocks.spans(I, I if training else max(1, rows // (run.length * run.count))):
+            yield _blocks.Block(
+                ((images, run.rows), (), (), (), ()), (images, run.captions), partial(function, run.length)
+            )
+
+
+def _filter(running_mean, running_var, training, eps, length, nodes, weight, bias, norm_weight, norm_bias):
+    work = _blocks.work_dtype(nodes)
+    (b, _, S), scale, shift = nodes.shape, norm_weight.to(work), norm_bias.to(work)
+    X = nodes.to(work).reshape(b, -1, length, S)
+    a = X @ weight.to(work) + bias.to(work)
+    if training:
+        var, mean = torch.var_mean(a, dim=(0, 2), correction=0, keepdim=True)
+    else:
+        var, mean = running_var.to(work), running_mean.to(work)
+    g = ((a - mean) * (scale * (var + eps).rsqrt()) + shift).sigmoid()
+    beta = g / (g.sum(-1, keepdim=True) + _attention.EPS)
+    m = torch.bmm(beta.view(-1, 1, length), X.view(-1, length, S)).view(b, -1, S)
+    return _attention.l2norm(m), mean.detach().flatten(), var.detach().flatten()

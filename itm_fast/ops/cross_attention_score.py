@@ -1,0 +1,153 @@
+"""Score every image with every caption by cross-attention and pooled cosines (SCAN, section 3).
+
+For one pair it equals this program (t2i; for i2t swap `regions` and `words`):
+
+    P = ((scale * affinity_norm(regions @ words.T, dim=1)).softmax(0)).T @ regions
+    score = pool(cosine_similarity(words, P))
+
+Forward, with queries q and contexts x, alpha and P as in `ops/_attention.py`:
+
+    r_j   = q_j . P_j / max(|q_j| |P_j|, 1e-8)                                                  (1)
+    score = log(sum_j exp(lambda r_j)) / lambda | max_j r_j | sum_j r_j | mean_j r_j            (2)
+
+Neither q_j . P_j nor |P_j| needs P: with s_j = x q_j and the Gram matrix G = x x^T of the contexts,
+
+    q_j . P_j = alpha_j . s_j,     |P_j|^2 = alpha_j^T G alpha_j                                (3)
+
+Backward, with c_j = |q_j| |P_j| and g the gradient of a pair's score:
+
+    d r_j   = g exp(lambda (r_j - score)) | g at the argmax | g | g / Q                         (4)
+    d P_j   = d r_j (q_j / c_j - r_j P_j / |P_j|^2),   d q_j += d r_j (P_j / c_j - r_j q_j / |q_j|^2)   (5)
+    d alpha = x dP^T;  d A' = scale * alpha (d alpha - sum_x alpha d alpha);  d A through the norm      (6)
+    d x += alpha dP + dA q,    d q += dA^T x                                                    (7)
+
+Saved for backward: the inputs. Everything per pair is computed again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._backends import resolve
+from .._checks import Arguments, autocast
+from ..packing import bounds
+from . import _attention
+from ._op import Op, by_autograd
+
+OFFERED = ("torch", "reference")
+POOLS = ("lse", "max", "sum", "mean")
+
+
+def pooled(r: Tensor, pool: str, pool_scale: float, dim: int) -> Tensor:
+    """(2): pool the cosines of the queries, which lie along `dim`."""
+    if pool == "lse":
+        return (pool_scale * r).logsumexp(dim) / pool_scale
+    if pool == "max":
+        return r.max(dim).values
+    return r.sum(dim) if pool == "sum" else r.mean(dim)
+
+
+def reference(
+    image: Tensor,
+    words: Tensor,
+    cu_seqlens: Tensor,
+    region_lengths: Tensor | None,
+    direction: str,
+    affinity_norm: str,
+    scale: float,
+    pool: str,
+    pool_scale: float,
+) -> Tensor:
+    """(1) and (2), pair by pair."""
+    op = "cross_attention_score"
+    edge = bounds(cu_seqlens, words.shape[0], op)
+    rows = []
+    for row in _attention.pairs(image, words, edge, region_lengths, op):
+        for regions, caption in row:
+            query, context = (caption, regions) if direction == "t2i" else (regions, caption)
+            P = _attention.attend(query, context, affinity_norm, scale)
+            length = torch.linalg.vector_norm(query, dim=1) * torch.linalg.vector_norm(P, dim=1)
+            r = (query * P).sum(1) / length.clamp_min(_attention.EPS)
+            rows.append(pooled(r, pool, pool_scale, dim=0))
+    shape = image.shape[0], len(edge) - 1
+    return torch.stack(rows).view(shape) if rows else (image.sum() + words.sum()) * image.new_zeros(shape)
+
+
+def _implementation(backend: str):
+    if backend == "reference":
+        return by_autograd(reference)
+    from ._torch import cross_attention_score
+
+    return cross_attention_score
+
+
+_op = Op(
+    "cross_attention_score",
+    "Tensor image, Tensor words, Tensor cu_seqlens, Tensor? region_lengths, str direction, str affinity_norm, "
+    "float scale, str pool, float pool_scale",
+    "Tensor",
+    offered=OFFERED,
+    differentiable=2,
+    implementation=_implementation,
+    fake=lambda image, words, cu_seqlens, *_: image.new_empty(image.shape[0], cu_seqlens.shape[0] - 1),
+)
+
+
+def cross_attention_score(
+    image: Tensor,
+    words: Tensor,
+    cu_seqlens: Tensor,
+    *,
+    direction: str = "t2i",
+    affinity_norm: str = "clipped_l2norm",
+    scale: float = 9.0,
+    pool: str = "lse",
+    pool_scale: float = 6.0,
+    region_lengths: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Score every image with every caption: SCAN's pair score.
+
+    Args:
+        image: [I, R, D] region features, float64, float32, float16 or bfloat16.
+        words: [N, D] packed word features, same dtype and device; see `itm_fast.pack`.
+        cu_seqlens: [T + 1] int32 or int64: caption t is `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
+        direction: "t2i" (words attend to regions) or "i2t" (regions attend to words).
+        affinity_norm: how affinities are normalised over the queries: softmax, l2norm, clipped_l2norm, l1norm,
+            clipped_l1norm, clipped or none ("clipped" is LeakyReLU with slope 0.1).
+        scale: inverse temperature of the attention's softmax (SCAN's lambda 1).
+        pool: how the queries' cosines become one score: lse, max, sum or mean.
+        pool_scale: inverse temperature of lse (SCAN's lambda 2).
+        region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
+        backend: one of `OFFERED`, or None to let itm_fast choose.
+
+    Returns:
+        score [I, T], dtype of `image` (under autocast, autocast's).
+
+    Raises:
+        ValueError: a shape, a length or an option is wrong.
+        TypeError: a dtype is wrong.
+        NotImplementedError: the backend asked for cannot run here; the message says why.
+
+    >>> import torch, itm_fast
+    >>> image = torch.randn(2, 36, 64)
+    >>> words, cu_seqlens = itm_fast.pack(torch.randn(3, 12, 64), [12, 5, 8])
+    >>> itm_fast.cross_attention_score(image, words, cu_seqlens, direction="i2t", scale=4.0, pool="mean").shape
+    torch.Size([2, 3])
+    """
+    check = Arguments("cross_attention_score")
+    check.floats(image=(image, "I R D"), words=(words, "N D"))
+    check.integers("cu_seqlens", cu_seqlens, "T+1")
+    if region_lengths is not None:
+        check.integers("region_lengths", region_lengths, "I")
+    check.choice("direction", direction, _attention.DIRECTIONS)
+    check.choice("affinity_norm", affinity_norm, _attention.NORMS)
+    check.choice("pool", pool, POOLS)
+    check.positive("scale", scale)
+    check.positive("pool_scale", pool_scale)
+    name = resolve(check.op, backend, image.device)
+    image, words = autocast(image, words)
+    return _op(
+        image, words, cu_seqlens, region_lengths, direction, affinity_norm, float(scale), pool, float(pool_scale), name
+    )

@@ -1,0 +1,153 @@
+"""Vector similarity of every query with what it attends to, for every image and caption (SGRAF, section 3.2).
+
+For one pair it equals this program (t2i; for i2t swap `regions` and `words`):
+
+    P = l2norm(((scale * affinity_norm(regions @ words.T, dim=1)).softmax(0)).T @ regions)
+    similarity = l2norm((P - words).square() @ weight.T + bias)
+
+Forward, with alpha and P as in `ops/_attention.py`:
+
+    u_j = P_j / (|P_j| + 1e-8)                                                                  (1)
+    y_j = W (u_j - q_j)^2 + b                                                                   (2)
+    s_j = y_j / (|y_j| + 1e-8)                                                                  (3)
+
+|P_j|^2 = alpha_j^T G alpha_j with the contexts' Gram matrix G = x x^T, so alpha can be divided by |P_j| + 1e-8
+before the sum: u, the difference, the square and the product with W are then one pass over D.
+
+Backward, with n = |y_j| and p = |P_j|:
+
+    d y = (d s - (d s . s) s (n + 1e-8) / n) / (n + 1e-8)                                       (4)
+    d W += dy (u - q)^2^T,   d b += dy,   d u = 2 (u - q) W^T dy,   d q -= d u                  (5)
+    d P = (d u - (d u . u) u (p + 1e-8) / p) / (p + 1e-8)                                       (6)
+    d alpha, d A, d x and d q follow as in (6) and (7) of `cross_attention_score`               (7)
+
+Saved for backward: the inputs. Everything per pair is computed again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._backends import resolve
+from .._checks import Arguments, autocast
+from ..packing import bounds
+from . import _attention
+from ._op import Op, by_autograd
+
+OFFERED = ("torch", "reference")
+
+
+def reference(
+    image: Tensor,
+    words: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cu_seqlens: Tensor,
+    region_lengths: Tensor | None,
+    direction: str,
+    affinity_norm: str,
+    scale: float,
+) -> Tensor:
+    """(1) to (3), pair by pair; regions beyond an image's count give rows of zeros."""
+    op = "cross_attention_similarity"
+    edge = bounds(cu_seqlens, words.shape[0], op)
+    R = image.shape[1]
+    rows = []
+    for row in _attention.pairs(image, words, edge, region_lengths, op):
+        similar = []
+        for regions, caption in row:
+            query, context = (caption, regions) if direction == "t2i" else (regions, caption)
+            u = _attention.l2norm(_attention.attend(query, context, affinity_norm, scale))
+            s = _attention.l2norm((u - query).square() @ weight.t() + bias)
+            similar.append(s if direction == "t2i" else torch.cat([s, s.new_zeros(R - len(s), s.shape[1])]))
+        if similar:
+            rows.append(torch.cat(similar) if direction == "t2i" else torch.stack(similar))
+    if rows:
+        return torch.stack(rows)
+    empty = _fake(image, words, weight, bias, cu_seqlens, region_lengths, direction)
+    return (image.sum() + words.sum() + weight.sum() + bias.sum()) * torch.zeros_like(empty)
+
+
+def _fake(image, words, weight, bias, cu_seqlens, region_lengths, direction, *_):
+    (I, R), T, N, S = image.shape[:2], cu_seqlens.shape[0] - 1, words.shape[0], weight.shape[0]
+    return image.new_empty((I, N, S) if direction == "t2i" else (I, T, R, S))
+
+
+def _implementation(backend: str):
+    if backend == "reference":
+        return by_autograd(reference)
+    from ._torch import cross_attention_similarity
+
+    return cross_attention_similarity
+
+
+_op = Op(
+    "cross_attention_similarity",
+    "Tensor image, Tensor words, Tensor weight, Tensor bias, Tensor cu_seqlens, Tensor? region_lengths, "
+    "str direction, str affinity_norm, float scale",
+    "Tensor",
+    offered=OFFERED,
+    differentiable=4,
+    implementation=_implementation,
+    fake=_fake,
+)
+
+
+def cross_attention_similarity(
+    image: Tensor,
+    words: Tensor,
+    cu_seqlens: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    direction: str = "t2i",
+    affinity_norm: str = "clipped_l2norm",
+    scale: float = 9.0,
+    region_lengths: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Similarity vectors of every query and its attended vector: SGRAF's local alignments.
+
+    The result holds I x N x S numbers: score large sets by blocks.
+
+    Args:
+        image: [I, R, D] region features, float64, float32, float16 or bfloat16.
+        words: [N, D] packed word features, same dtype and device; see `itm_fast.pack`.
+        cu_seqlens: [T + 1] int32 or int64: caption t is `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
+        weight: [S, D] of the similarity's projection.
+        bias: [S].
+        direction: "t2i" (words attend to regions) or "i2t" (regions attend to words).
+        affinity_norm: softmax, l2norm, clipped_l2norm, l1norm, clipped_l1norm, clipped or none, over the queries.
+        scale: inverse temperature of the attention's softmax.
+        region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
+        backend: one of `OFFERED`, or None to let itm_fast choose.
+
+    Returns:
+        t2i: [I, N, S], one vector per image and word. i2t: [I, T, R, S], one per region; rows beyond an image's
+        regions are zero. Dtype of `image` (under autocast, autocast's).
+
+    Raises:
+        ValueError: a shape, a length or an option is wrong.
+        TypeError: a dtype is wrong.
+        NotImplementedError: the backend asked for cannot run here; the message says why.
+
+    >>> import torch, itm_fast
+    >>> words, cu_seqlens = itm_fast.pack(torch.randn(3, 12, 64), [12, 5, 8])
+    >>> itm_fast.cross_attention_similarity(
+    ...     torch.randn(2, 36, 64), words, cu_seqlens, torch.randn(16, 64), torch.zeros(16)).shape
+    torch.Size([2, 25, 16])
+    """
+    check = Arguments("cross_attention_similarity")
+    check.floats(image=(image, "I R D"), words=(words, "N D"), weight=(weight, "S D"), bias=(bias, "S"))
+    check.integers("cu_seqlens", cu_seqlens, "T+1")
+    if region_lengths is not None:
+        check.integers("region_lengths", region_lengths, "I")
+    check.choice("direction", direction, _attention.DIRECTIONS)
+    check.choice("affinity_norm", affinity_norm, _attention.NORMS)
+    check.positive("scale", scale)
+    name = resolve(check.op, backend, image.device)
+    image, words, weight, bias = autocast(image, words, weight, bias)
+    return _op(
+        image, words, weight, bias, cu_seqlens, region_lengths, direction, affinity_norm, float(scale), name
+    )

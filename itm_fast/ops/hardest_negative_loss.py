@@ -1,0 +1,107 @@
+"""Ranking loss over a batch's score matrix with the hardest negatives (VSE++; SGRAF, equation 10).
+
+For score S [B, B] with the matching pairs on the diagonal it equals this program:
+
+    cost_t = (margin + S - S.diag()[:, None]).clamp(0).fill_diagonal_(0)
+    cost_v = (margin + S - S.diag()[None, :]).clamp(0).fill_diagonal_(0);  loss = cost_t.amax(1).sum() + cost_v.amax(0).sum()
+
+Forward, over the negatives c != i (and, with image ids, captions c whose image is not i's):
+
+    loss = sum_i max_c [m + S_ic - S_ii]_+  +  sum_c max_i [m + S_ic - S_cc]_+                  (1)
+
+or, without `hardest`, both sums over all negatives. It is a sum over the batch, not a mean, as published.
+
+Backward: with h a hardest (or any) negative whose cost is positive and g the loss's gradient,
+
+    d S_ih += g,   d S_ii -= g     for each row, and the same for each column                   (2)
+
+Saved for backward: the scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._backends import resolve
+from .._checks import Arguments
+from ._op import Op, by_autograd
+
+OFFERED = ("torch", "reference")
+
+
+def positives(score: Tensor, image_ids: Tensor | None) -> Tensor:
+    """[B, B] mask of the entries that are no negatives: the diagonal, or all pairs of one image."""
+    if image_ids is None:
+        return torch.eye(len(score), dtype=torch.bool, device=score.device)
+    return image_ids[:, None] == image_ids[None, :]
+
+
+def reference(score: Tensor, image_ids: Tensor | None, margin: float, hardest: bool) -> Tensor:
+    """(1), entry by entry."""
+    match = score.diagonal()
+    masked = positives(score, image_ids)
+    cost_t = (margin + score - match[:, None]).clamp_min(0).masked_fill(masked, 0)
+    cost_v = (margin + score - match[None, :]).clamp_min(0).masked_fill(masked, 0)
+    if hardest and len(score):
+        return cost_t.max(1).values.sum() + cost_v.max(0).values.sum()
+    return cost_t.sum() + cost_v.sum()
+
+
+def _implementation(backend: str):
+    if backend == "reference":
+        return by_autograd(reference)
+    from ._torch import hardest_negative_loss
+
+    return hardest_negative_loss
+
+
+_op = Op(
+    "hardest_negative_loss",
+    "Tensor score, Tensor? image_ids, float margin, bool hardest",
+    "Tensor",
+    offered=OFFERED,
+    differentiable=1,
+    implementation=_implementation,
+    fake=lambda score, *_: score.new_empty(()),
+)
+
+
+def hardest_negative_loss(
+    score: Tensor,
+    *,
+    margin: float = 0.2,
+    hardest: bool = True,
+    image_ids: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Triplet ranking loss of a batch, with its hardest negatives.
+
+    Args:
+        score: [B, B], image i with caption c; matching pairs on the diagonal. Under autocast it is taken in float32.
+        margin: by how much a match must beat its negatives.
+        hardest: the worst negative of each row and column, or else the sum over all (published `max_violation`).
+        image_ids: [B] int32 or int64; pairs with equal ids are no negatives. None, as published: only the diagonal
+            is spared, so another caption of the same image counts as a negative.
+        backend: one of `OFFERED`, or None to let itm_fast choose.
+
+    Returns:
+        A scalar, summed over the batch.
+
+    Raises:
+        ValueError: the score is not square, or image_ids has another length.
+        TypeError: a dtype is wrong.
+        NotImplementedError: the backend asked for cannot run here; the message says why.
+
+    >>> import torch, itm_fast
+    >>> itm_fast.hardest_negative_loss(torch.tensor([[0.9, 0.1], [0.8, 0.5]]))
+    tensor(0.6000)
+    """
+    check = Arguments("hardest_negative_loss")
+    check.floats(score=(score, "B B"))
+    if image_ids is not None:
+        check.integers("image_ids", image_ids, "B")
+    name = resolve(check.op, backend, score.device)
+    if torch.is_autocast_enabled(score.device.type):
+        score = score.to(torch.promote_types(score.dtype, torch.float32))
+    return _op(score, image_ids, float(margin), hardest, name)

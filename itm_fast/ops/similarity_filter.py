@@ -1,0 +1,167 @@
+"""Attention filtration over the nodes of every pair (SGRAF's SAF, equations 8 and 9).
+
+For one pair with nodes X [L + 1, S] it equals this program (eval mode):
+
+    beta = l1norm(sigmoid(((X @ w + b) - running_mean) / (running_var + eps).sqrt() * gamma + delta))
+    result = l2norm(beta @ X)
+
+Forward, for node p of a pair:
+
+    a_p = w . x_p + b                                                                           (1)
+    g_p = sigmoid(gamma (a_p - mean) / sqrt(var + eps) + delta)                                 (2)
+    beta_p = g_p / (sum_p |g_p| + 1e-8)                                                         (3)
+    m = sum_p beta_p x_p,   z = m / (|m| + 1e-8)                                                (4)
+
+In evaluation mean and var are the running statistics, and (1) and (2) fold into one product. In training they are
+those of one caption's nodes over all images, var biased, as the published loop over captions makes them.
+
+Backward, with n = |m|, B = sum g, h_p the argument of (2) and c the count I (L + 1) of a caption:
+
+    d m = (d z - (d z . z) z (n + 1e-8) / n) / (n + 1e-8),   d beta_p = d m . x_p                (5)
+    d g_p = (d beta_p - sum_p beta_p d beta_p) / (B + 1e-8),   d h_p = g_p (1 - g_p) d g_p       (6)
+    a^_p = (a_p - mean) / sqrt(var + eps),   d gamma = sum a^ dh,   d delta = sum dh             (7)
+    d a = gamma dh / sqrt(var + eps)                  (eval)                                    (8)
+    d a = gamma (dh - mean(dh) - a^ mean(a^ dh)) / sqrt(var + eps)   (training, means over c)   (9)
+    d w = sum d a_p x_p,   d b = sum d a_p,   d x_p = beta_p d m + d a_p w                       (10)
+
+Saved for backward: the inputs. Everything per pair is computed again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._backends import resolve
+from .._checks import Arguments, autocast
+from ..packing import bounds
+from . import _attention
+from ._op import Op, by_autograd
+
+OFFERED = ("torch", "reference")
+
+
+def reference(
+    nodes: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    cu_seqlens: Tensor,
+    training: bool,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(1) to (4), caption by caption."""
+    edge = bounds(cu_seqlens, nodes.shape[1], "similarity_filter")
+    result, means, variances = [], [], []
+    for start, stop in zip(edge, edge[1:], strict=False):
+        X = nodes[:, start:stop]
+        a = X @ weight + bias
+        mean, var = (a.mean(), a.var(unbiased=False)) if training else (running_mean, running_var)
+        g = ((a - mean) / (var + eps).sqrt() * norm_weight + norm_bias).sigmoid()
+        beta = g / (g.abs().sum(1, keepdim=True) + _attention.EPS)
+        result.append(_attention.l2norm((beta[:, :, None] * X).sum(1)))
+        if training:
+            means.append(mean.detach())
+            variances.append(var.detach())
+    none = nodes.new_empty(0)
+    z = torch.stack(result, 1) if result else _no_captions(nodes, weight, bias, norm_weight, norm_bias)
+    return z, torch.stack(means) if means else none, torch.stack(variances) if variances else none.clone()
+
+
+def _no_captions(nodes: Tensor, *parameters: Tensor) -> Tensor:
+    return (nodes.sum() + sum(p.sum() for p in parameters)) * nodes.new_zeros(nodes.shape[0], 0, nodes.shape[2])
+
+
+def _implementation(backend: str):
+    if backend == "reference":
+        return by_autograd(reference)
+    from ._torch import similarity_filter
+
+    return similarity_filter
+
+
+def _fake(nodes, weight, bias, norm_weight, norm_bias, running_mean, running_var, cu_seqlens, training, eps):
+    T = cu_seqlens.shape[0] - 1
+    statistics = T if training else 0
+    z = nodes.new_empty(nodes.shape[0], T, nodes.shape[2])
+    return z, nodes.new_empty(statistics), nodes.new_empty(statistics)
+
+
+_op = Op(
+    "similarity_filter",
+    "Tensor nodes, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, Tensor running_mean, "
+    "Tensor running_var, Tensor cu_seqlens, bool training, float eps",
+    "(Tensor, Tensor, Tensor)",
+    offered=OFFERED,
+    differentiable=5,
+    implementation=_implementation,
+    fake=_fake,
+)
+
+
+def similarity_filter(
+    nodes: Tensor,
+    cu_seqlens: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    *,
+    training: bool = False,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weigh each pair's similarity vectors by significance and add them up: SGRAF's SAF.
+
+    Running statistics are read, never written: `itm_fast.models.sgraf.AttentionFiltration` moves them.
+
+    Args:
+        nodes: [I, M, S] packed nodes: those of image i and caption t are `nodes[i, cu_seqlens[t]:cu_seqlens[t + 1]]`.
+            float64, float32, float16 or bfloat16.
+        cu_seqlens: [T + 1] int32 or int64 bounds of the captions' nodes, the last one M.
+        weight: [S] of the projection to one significance a node.
+        bias: [1].
+        norm_weight: [1] BatchNorm's scale.
+        norm_bias: [1] BatchNorm's shift.
+        running_mean: [1], used in evaluation.
+        running_var: [1], used in evaluation.
+        training: take the statistics of one caption at a time, over all images and its nodes.
+        eps: BatchNorm's.
+        backend: one of `OFFERED`, or None to let itm_fast choose.
+
+    Returns:
+        z [I, T, S], and in training the mean [T] and biased variance [T] of every caption, without gradient (in
+        evaluation both have no elements). Dtype of `nodes` (under autocast, autocast's).
+
+    Raises:
+        ValueError: a shape or length is wrong.
+        TypeError: a dtype is wrong.
+        NotImplementedError: the backend asked for cannot run here; the message says why.
+
+    >>> import torch, itm_fast
+    >>> nodes, cu_seqlens, one = torch.rand(4, 11, 16), torch.tensor([0, 6, 11]), torch.ones(1)
+    >>> z, mean, var = itm_fast.similarity_filter(
+    ...     nodes, cu_seqlens, torch.randn(16), 0 * one, one, 0 * one, 0 * one, one, training=True)
+    >>> z.shape, mean.shape
+    (torch.Size([4, 2, 16]), torch.Size([2]))
+    """
+    check = Arguments("similarity_filter")
+    check.floats(
+        nodes=(nodes, "I M S"),
+        weight=(weight, "S"),
+        bias=(bias, "1"),
+        norm_weight=(norm_weight, "1"),
+        norm_bias=(norm_bias, "1"),
+        running_mean=(running_mean, "1"),
+        running_var=(running_var, "1"),
+    )
+    check.integers("cu_seqlens", cu_seqlens, "T+1")
+    check.positive("eps", eps)
+    name = resolve(check.op, backend, nodes.device)
+    args = autocast(nodes, weight, bias, norm_weight, norm_bias, running_mean, running_var)
+    return _op(*args, cu_seqlens, training, float(eps), name)

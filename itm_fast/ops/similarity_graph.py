@@ -1,0 +1,149 @@
+"""Similarity graph reasoning over the nodes of every pair, read out at the global node (SGRAF's SGR, equations 5 to 7).
+
+For one pair with nodes X [L + 1, S], global node first, it equals this program:
+
+    for k in range(K): X = ((X @ Wq[k].T + bq[k]) @ (X @ Wk[k].T + bk[k]).T).softmax(1) @ X @ Wr[k].T + br[k]; X.relu_()
+    result = X[0]
+
+Forward, step k:
+
+    Q = X Wq^T + bq,   K = X Wk^T + bk,   E = softmax over the columns of Q K^T                 (1)
+    X <- relu((E X) Wr^T + br)                                                                  (2)
+
+No scale, mask, residual or normalisation. In (1) whatever is constant along a row drops out of the softmax:
+
+    Q K^T ~ (X M + u) X^T   with M = Wq^T Wk,   u = Wk^T bq                                     (3)
+
+so bk has no effect, one product replaces two, and the last step is needed at node 0 only.
+
+Backward of a step, with Z = E X, Y = X M + u and d H = d X' where X' > 0, else 0:
+
+    d Wr = dH^T Z,   d br = sum dH,   d Z = dH Wr                                               (4)
+    d E = dZ X^T,    d L = E (d E - sum over columns of E d E)                                  (5)
+    d Y = dL X,      d X = E^T dZ + dL^T Y + dY M^T,   d M = X^T dY,   d u = sum dY             (6)
+    d Wq = Wk dM^T,  d Wk = Wq dM + bq du^T,   d bq = Wk du,   d bk = 0                         (7)
+
+Saved for backward: the inputs. Everything per pair is computed again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._backends import resolve
+from .._checks import Arguments, autocast
+from ..packing import bounds
+from ._op import Op, by_autograd
+
+OFFERED = ("torch", "reference")
+
+
+def reference(
+    nodes: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    cu_seqlens: Tensor,
+) -> Tensor:
+    """(1) and (2), pair by pair."""
+    edge = bounds(cu_seqlens, nodes.shape[1], "similarity_graph")
+    steps = list(zip(query_weight, query_bias, key_weight, key_bias, value_weight, value_bias, strict=True))
+    result = []
+    for image in nodes:
+        for start, stop in zip(edge, edge[1:], strict=False):
+            X = image[start:stop]
+            for Wq, bq, Wk, bk, Wr, br in steps:
+                E = ((X @ Wq.t() + bq) @ (X @ Wk.t() + bk).t()).softmax(1)
+                X = ((E @ X) @ Wr.t() + br).relu()
+            result.append(X[0])
+    shape = nodes.shape[0], len(edge) - 1, nodes.shape[2]
+    if result:
+        return torch.stack(result).view(shape)
+    return sum(w.sum() for w in (nodes, *(w for step in steps for w in step))) * nodes.new_zeros(shape)
+
+
+def _implementation(backend: str):
+    if backend == "reference":
+        return by_autograd(reference)
+    from ._torch import similarity_graph
+
+    return similarity_graph
+
+
+def _fake(nodes, *args):
+    return nodes.new_empty(nodes.shape[0], args[-1].shape[0] - 1, nodes.shape[2])
+
+
+_op = Op(
+    "similarity_graph",
+    "Tensor nodes, Tensor query_weight, Tensor query_bias, Tensor key_weight, Tensor key_bias, "
+    "Tensor value_weight, Tensor value_bias, Tensor cu_seqlens",
+    "Tensor",
+    offered=OFFERED,
+    differentiable=7,
+    implementation=_implementation,
+    fake=_fake,
+)
+
+
+def similarity_graph(
+    nodes: Tensor,
+    cu_seqlens: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """Reason over each pair's graph of similarity vectors and read the global node: SGRAF's SGR.
+
+    Args:
+        nodes: [I, M, S] packed nodes: those of image i and caption t are `nodes[i, cu_seqlens[t]:cu_seqlens[t + 1]]`,
+            the global one first. float64, float32, float16 or bfloat16.
+        cu_seqlens: [T + 1] int32 or int64 bounds of the captions' nodes, the last one M.
+        query_weight: [K, S, S], one matrix a step, as all other parameters.
+        query_bias: [K, S].
+        key_weight: [K, S, S].
+        key_bias: [K, S]. It has no effect on the result, and its gradient is zero.
+        value_weight: [K, S, S].
+        value_bias: [K, S].
+        backend: one of `OFFERED`, or None to let itm_fast choose.
+
+    Returns:
+        [I, T, S], node 0 of each pair after K steps; dtype of `nodes` (under autocast, autocast's).
+
+    Raises:
+        ValueError: a shape or length is wrong, or K is 0.
+        TypeError: a dtype is wrong.
+        NotImplementedError: the backend asked for cannot run here; the message says why.
+
+    >>> import torch, itm_fast
+    >>> K, S = 3, 16
+    >>> W = [torch.randn(K, S, S) for _ in range(3)]
+    >>> b = [torch.zeros(K, S) for _ in range(3)]
+    >>> nodes, cu_seqlens = torch.rand(4, 11, S), torch.tensor([0, 6, 11])
+    >>> itm_fast.similarity_graph(nodes, cu_seqlens, W[0], b[0], W[1], b[1], W[2], b[2]).shape
+    torch.Size([4, 2, 16])
+    """
+    check = Arguments("similarity_graph")
+    check.floats(
+        nodes=(nodes, "I M S"),
+        query_weight=(query_weight, "K S S"),
+        query_bias=(query_bias, "K S"),
+        key_weight=(key_weight, "K S S"),
+        key_bias=(key_bias, "K S"),
+        value_weight=(value_weight, "K S S"),
+        value_bias=(value_bias, "K S"),
+    )
+    check.integers("cu_seqlens", cu_seqlens, "T+1")
+    check.positive("the number of steps K", query_weight.shape[0])
+    name = resolve(check.op, backend, nodes.device)
+    args = autocast(nodes, query_weight, query_bias, key_weight, key_bias, value_weight, value_bias)
+    return _op(*args, cu_seqlens, name)

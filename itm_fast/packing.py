@@ -1,0 +1,81 @@
+"""Padded captions to packed words and back. Packed is the form every op takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def pack(caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+    """Drop the padding of a batch of captions.
+
+    Args:
+        caption: [T, W, D] (or [T, W]), whatever lies beyond a caption's length is never read.
+        lengths: [T] words per caption, each from 1 to W.
+
+    Returns:
+        words [sum of lengths, D] and cu_seqlens [T + 1] int32 on the captions' device: caption t is
+        `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
+
+    Raises:
+        ValueError: one length per caption is missing, or a length lies outside 1..W.
+
+    >>> import torch, itm_fast
+    >>> words, cu_seqlens = itm_fast.pack(torch.randn(2, 5, 8), [3, 5])
+    >>> words.shape, cu_seqlens.tolist()
+    (torch.Size([8, 8]), [0, 3, 8])
+    """
+    if caption.dim() < 2:
+        raise ValueError(f"pack: caption must be [T, W, D], got {list(caption.shape)}")
+    length = torch.as_tensor(lengths, dtype=torch.int64).cpu()
+    T, W = caption.shape[:2]
+    if length.shape != (T,):
+        raise ValueError(f"pack: lengths must be [T] with T = {T} captions, got {list(length.shape)}")
+    if T and not (int(length.min()) >= 1 and int(length.max()) <= W):
+        raise ValueError(f"pack: lengths must lie in 1..{W} (W), got {int(length.min())}..{int(length.max())}")
+    real = (torch.arange(W)[None, :] < length[:, None]).to(caption.device)
+    cu_seqlens = torch.zeros(T + 1, dtype=torch.int32)
+    cu_seqlens[1:] = length.cumsum(0)
+    return caption[real], cu_seqlens.to(caption.device)
+
+
+def unpack(words: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """Pad packed words with zeros to the longest caption: the inverse of `pack`.
+
+    Args:
+        words: [N, D].
+        cu_seqlens: [T + 1].
+
+    Returns:
+        [T, W, D] with W the largest length.
+
+    >>> import torch, itm_fast
+    >>> itm_fast.unpack(torch.ones(8, 4), torch.tensor([0, 3, 8]))[0, :, 0].tolist()
+    [1.0, 1.0, 1.0, 0.0, 0.0]
+    """
+    length = cu_seqlens[1:] - cu_seqlens[:-1]
+    W = int(length.max()) if len(length) else 0
+    real = torch.arange(W, device=words.device)[None, :] < length.to(words.device)[:, None]
+    caption = words.new_zeros(len(length), W, *words.shape[1:])
+    caption[real] = words
+    return caption
+
+
+def bounds(cu_seqlens: Tensor, rows: int, op: str) -> list[int]:
+    """cu_seqlens as Python integers, checked against the number of packed rows.
+
+    Raises:
+        ValueError: it does not start at 0, end at `rows`, or give every caption at least one row.
+    """
+    edge = cu_seqlens.tolist()
+    if not edge or edge[0] != 0 or edge[-1] != rows:
+        raise ValueError(
+            f"{op}: cu_seqlens must start at 0 and end at the {rows} packed rows, "
+            f"got {f'{edge[0]}..{edge[-1]}' if edge else 'no elements'}"
+        )
+    for t, (start, stop) in enumerate(zip(edge, edge[1:], strict=False)):
+        if stop <= start:
+            raise ValueError(f"{op}: caption {t} is empty (cu_seqlens {start} then {stop}); every caption needs a word")
+    return edge
