@@ -1,4 +1,5 @@
 """`python -m itm_fast`: the same program as `itm-fast`."""
+
 from __future__ import annotations
 
 import sys

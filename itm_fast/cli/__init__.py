@@ -3,6 +3,7 @@
 A command is a module `itm_fast/cli/<command>.py` with `HELP` (what `itm-fast <command> --help` says first),
 `add_arguments(parser)` and `run(args) -> int`.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -72,8 +73,8 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="itm-fast",
         description="Fast, exact image-text matching by region-word cross-attention.",
-        epilog="`itm-fast COMMAND --help` explains a command's options. ITM_FAST_BACKEND=name forces a backend, "
-        "ITM_FAST_DEBUG=1 shows the traceback of an error.",
+        epilog="`itm-fast COMMAND --help` explains a command's options. ITM_FAST_BACKEND=name forces a "
+        "backend, ITM_FAST_DEBUG=1 shows the traceback of an error.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"itm-fast {__version__}")
@@ -99,9 +100,10 @@ def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, ModuleNotFoundError) and error.name and str(error).startswith("No module named"):
-        return f"this command needs the Python package {error.name!r}, which is not installed; `pip install` it"
+        return f"this needs the Python package {error.name!r}, which is not installed; `pip install` it"
     if _out_of_memory(error):
-        return f"out of memory; use a smaller --batch-size or memory budget ({(str(error) or 'no details').splitlines()[0]})"
+        detail = (str(error) or "no details").splitlines()[0]
+        return f"out of memory; use a smaller batch size or memory budget ({detail})"
     return str(error) or f"{type(error).__name__} without a message"
 
 

@@ -1,0 +1,1 @@
+"""The published training recipe, and checkpoints in the published format."""
