@@ -1,0 +1,297 @@
+"""`itm-fast doctor`: what this machine can run, and why not the rest."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import platform
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import itm_fast
+
+from .. import _backends, testing
+
+HELP = """Show versions, devices, which backend each operation uses here and why the others cannot run, and
+check every backend that can run against the reference.
+
+Exits with 1 when a check fails or a required package does not import, so that scripts can test for it."""
+
+_REQUIRED = {"numpy": "numpy", "h5py": "h5py", "nltk": "nltk", "pillow": "PIL", "tqdm": "tqdm"}
+_OPTIONAL = {
+    "eccv-caption": "`evaluate` with CxC and ECCV metrics",
+    "tensorboard": "`train --tensorboard`",
+    "triton": "Triton kernels on CUDA devices",
+}
+_VARIABLES = (
+    "ITM_FAST_BACKEND",
+    "ITM_FAST_DEBUG",
+    "CUDA_VISIBLE_DEVICES",
+    "OMP_NUM_THREADS",
+    "MKL_NUM_THREADS",
+    "NLTK_DATA",
+    "PYTORCH_CUDA_ALLOC_CONF",
+    "TRITON_CACHE_DIR",
+    "TRITON_INTERPRET",
+    "XDG_CACHE_HOME",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `itm-fast doctor`."""
+    parser.add_argument("--json", action="store_true", help="print the same as JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; 1 when something is broken."""
+    report = examine()
+    print(json.dumps(report, indent=2) if args.json else _text(report))
+    return 0 if report["ok"] else 1
+
+
+def examine() -> dict[str, Any]:
+    """Everything `itm-fast doctor` knows, as plain values.
+
+    Returns:
+        versions, cpu, devices, backends (per device: name -> null or why not), operations (per op: offered,
+        and what auto chooses per device), nltk_punkt, environment, checks, ok.
+
+    >>> examine()["backends"]["cpu"]["torch"] is None
+    True
+    """
+    devices = _devices()
+    packages = {name: _package(name, module) for name, module in _REQUIRED.items()}
+    checks = [_check(op, backend, device) for device in devices for op, backend in _runnable(device)]
+    return {
+        "ok": all(check["ok"] for check in checks)
+        and all(found["problem"] is None for found in packages.values()),
+        "versions": {
+            "itm-fast": itm_fast.__version__,
+            "installed at": str(Path(itm_fast.__file__).parent),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "torch CUDA": torch.version.cuda,
+            "system": platform.platform(),
+        },
+        "packages": packages,
+        "optional": {name: _version(name) for name in _OPTIONAL},
+        "cpu": {
+            "model": _cpu_model(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "torch threads": torch.get_num_threads(),
+            "instruction set": torch.backends.cpu.get_cpu_capability(),
+            "MKL": torch.backends.mkl.is_available(),
+            "oneDNN": torch.backends.mkldnn.is_available(),
+            "float32 matrix products": torch.get_float32_matmul_precision(),
+        },
+        "devices": devices,
+        "backends": {
+            device: {n: _backends.why_not(n, device) for n in _backends.NAMES} for device in devices
+        },
+        "operations": {
+            op: {"offered": list(offered), "auto": {device: _choice(op, device) for device in devices}}
+            for op, offered in sorted(_backends.OFFERS.items())
+        },
+        "nltk_punkt": _punkt(),
+        "environment": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+        "checks": checks,
+    }
+
+
+def _devices() -> dict[str, dict[str, Any]]:
+    devices: dict[str, dict[str, Any]] = {"cpu": {"name": _cpu_model(), "memory_gib": _host_memory()}}
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            free, total = torch.cuda.mem_get_info(index)
+            devices[f"cuda:{index}"] = {
+                "name": properties.name,
+                "memory_gib": round(total / 2**30, 1),
+                "free_gib": round(free / 2**30, 1),
+                "compute_capability": f"{properties.major}.{properties.minor}",
+            }
+    if torch.backends.mps.is_available():
+        devices["mps"] = {"name": "Apple GPU", "memory_gib": _host_memory()}
+    return devices
+
+
+def _host_memory() -> float | None:
+    """Memory this process may use: the machine's, or its control group's limit when that is lower."""
+    try:
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        try:
+            total = min(total, int(Path(limit).read_text()))
+        except (OSError, ValueError):
+            continue
+    return round(total / 2**30, 1)
+
+
+def _cpu_model() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _package(name: str, module: str) -> dict[str, str | None]:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # a broken package may raise anything while it is imported
+        return {"version": _version(name), "problem": f"does not import: {type(error).__name__}: {error}"}
+    return {"version": _version(name), "problem": None}
+
+
+def _punkt() -> bool:
+    """Whether NLTK can split sentences, as `itm_fast.data.tokenize` asks it."""
+    try:
+        from nltk.tokenize import word_tokenize
+
+        word_tokenize("one. two.")
+    except Exception:  # LookupError without the data; anything at all when NLTK itself is broken
+        return False
+    return True
+
+
+def _choice(op: str, device: str) -> str:
+    try:
+        return _backends.resolve(op, None, torch.device(device))
+    except (NotImplementedError, ValueError) as error:
+        return f"none: {error}"
+
+
+def _runnable(device: str) -> Iterator[tuple[str, str]]:
+    for op, offered in sorted(_backends.OFFERS.items()):
+        for backend in offered:
+            if backend != "reference" and _backends.why_not(backend, device) is None:
+                yield op, backend
+
+
+def _check(op: str, backend: str, device: str) -> dict[str, Any]:
+    """One op on a few pairs, forward and backward, against the reference in float64."""
+    result = {"operation": op, "backend": backend, "device": device, "ok": True, "problem": None}
+    try:
+        exact, same = (_outcome(op, "reference", "cpu", dtype) for dtype in (torch.float64, torch.float32))
+        for mine, plain, true in zip(_outcome(op, backend, device, torch.float32), same, exact, strict=True):
+            testing.assert_accurate(mine.cpu(), plain, true)
+    except Exception as error:  # whatever a broken installation raises is the finding
+        result.update(ok=False, problem=f"{type(error).__name__}: {error}".splitlines()[0])
+    return result
+
+
+def _outcome(op: str, backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
+    arguments, options = _EXAMPLES[op]()
+    arguments = [a.to(device, dtype) if a.is_floating_point() else a.to(device) for a in arguments]
+    leaves = [a.requires_grad_() for a in arguments if a.is_floating_point()][:2]
+    result = getattr(itm_fast, op)(*arguments, **options, backend=backend)
+    result = result[0] if isinstance(result, tuple) else result
+    return [result.detach(), *torch.autograd.grad(result.square().sum(), leaves[: 1 if op == _LOSS else 2])]
+
+
+_LOSS = "hardest_negative_loss"
+
+
+def _drawn(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
+
+
+def _attention() -> tuple[list[Tensor], dict[str, Any]]:
+    return list(testing.inputs(3, [5, 2], 7, 16, dtype=torch.float64)), {}
+
+
+def _similarity() -> tuple[list[Tensor], dict[str, Any]]:
+    arguments, options = _attention()
+    image, words, cu_seqlens = arguments
+    return [image, words, cu_seqlens, _drawn(8, 16), _drawn(8)], options
+
+
+def _graph() -> tuple[list[Tensor], dict[str, Any]]:
+    weights = [part for _ in range(3) for part in (_drawn(3, 8, 8) / 8, _drawn(3, 8) / 8)]
+    return [_drawn(3, 7, 8), torch.tensor([0, 4, 7], dtype=torch.int32), *weights], {}
+
+
+def _filter() -> tuple[list[Tensor], dict[str, Any]]:
+    one = torch.ones(1, dtype=torch.float64)
+    rest = [_drawn(8), one, one, one, 0 * one, one]
+    return [_drawn(3, 7, 8), torch.tensor([0, 4, 7], dtype=torch.int32), *rest], {}
+
+
+def _loss() -> tuple[list[Tensor], dict[str, Any]]:
+    return [_drawn(5, 5)], {"margin": 0.2}
+
+
+_EXAMPLES: dict[str, Callable[[], tuple[list[Tensor], dict[str, Any]]]] = {
+    "cross_attention_score": _attention,
+    "cross_attention_similarity": _similarity,
+    "similarity_graph": _graph,
+    "similarity_filter": _filter,
+    _LOSS: _loss,
+}
+
+
+def _text(report: dict[str, Any]) -> str:
+    lines: list[str] = []
+
+    def section(title: str, rows: dict[str, Any]) -> None:
+        width = max((len(name) for name in rows), default=0)
+        lines.extend(["", title, *(f"  {name:<{width}}  {value}" for name, value in rows.items())])
+
+    section("Versions", report["versions"])
+    packages = {name: found["problem"] or found["version"] for name, found in report["packages"].items()}
+    optional = {
+        name: version or f"not installed; needed for {_OPTIONAL[name]}"
+        for name, version in report["optional"].items()
+    }
+    section("Packages", packages | optional)
+    punkt = (
+        "present"
+        if report["nltk_punkt"]
+        else (
+            "absent: captions of several sentences are not split into sentences; "
+            "`python -m nltk.downloader punkt_tab` installs it"
+        )
+    )
+    section("NLTK data", {"punkt": punkt})
+    section("CPU", report["cpu"])
+    section("Devices", {device: _device_line(found) for device, found in report["devices"].items()})
+    for device, reasons in report["backends"].items():
+        section(f"Backends on {device}", {name: reason or "can run" for name, reason in reasons.items()})
+    for device in report["devices"]:
+        chosen = {
+            op: f"{found['auto'][device]}  (offers {', '.join(found['offered'])})"
+            for op, found in report["operations"].items()
+        }
+        section(f"What runs on {device}", chosen)
+    section("Environment", report["environment"] or {"": "none of the variables that matter is set"})
+    outcome = {
+        f"{check['operation']} {check['backend']} {check['device']}": check["problem"] or "ok"
+        for check in report["checks"]
+    }
+    section("Checks against the reference", outcome)
+    lines.extend(["", "All is well." if report["ok"] else "Something is broken: see above."])
+    return "\n".join(lines[1:])
+
+
+def _device_line(found: dict[str, Any]) -> str:
+    memory = "memory unknown" if found["memory_gib"] is None else f"{found['memory_gib']} GiB"
+    if "free_gib" in found:
+        memory += f" ({found['free_gib']} free), compute capability {found['compute_capability']}"
+    return f"{found['name']}, {memory}"
