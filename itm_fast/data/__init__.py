@@ -1,0 +1,36 @@
+"""Precomputed region features, captions, vocabulary and batching.
+
+Two forms on disk, read alike by `open_split`: SCAN's folder of .npy and .txt files (`itm_fast.data.folder`)
+and one HDF5 file (`itm_fast.data.hdf5`). `save_splits` writes either; `convert` turns one into the other.
+
+>>> import tempfile
+>>> import numpy as np
+>>> split = Split(np.ones((2, 36, 8), np.float16), ["a cat", "a dog", "one dog"], np.array([0, 1, 1]))
+>>> with tempfile.TemporaryDirectory() as folder:
+...     save_splits(f"{folder}/pets.h5", {"test": split})
+...     convert(f"{folder}/pets.h5", f"{folder}/pets")
+...     open_split(f"{folder}/pets", "test").captions
+['a cat', 'a dog', 'one dog']
+"""
+
+from .batching import Batch, TrainingBatches, caption_batches, image_batches
+from .captions import encode_caption, tokenize
+from .split import Rows, Split
+from .storage import convert, open_split, save_splits, split_names
+from .vocabulary import Vocabulary
+
+__all__ = [
+    "Batch",
+    "Rows",
+    "Split",
+    "TrainingBatches",
+    "Vocabulary",
+    "caption_batches",
+    "convert",
+    "encode_caption",
+    "image_batches",
+    "open_split",
+    "save_splits",
+    "split_names",
+    "tokenize",
+]

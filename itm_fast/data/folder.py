@@ -1,0 +1,244 @@
+"""SCAN's folder of .npy and .txt files, with optional files for what that form cannot say.
+
+For a split called `test` the folder holds
+
+- `test_ims.npy`: [I, R, F] float32, float16, float64 or int8; or [T, R, F], each image five times;
+- `test_caps.txt`: one caption a line, UTF-8;
+
+and may hold
+
+- `test_ims_scale.npy`: [F] float32, with int8 features and only then: feature = int8 * scale;
+- `test_caption_to_image.npy`: [T] integers, the row of `test_ims.npy` of each caption; without it the
+  captions stand in the order of the images, the same number for each;
+- `test_region_lengths.npy`: [I] integers 1..R, how many of an image's regions count;
+- `test_boxes.npy`: [I, R, 4] floating point;
+- `test_ids.txt`: image ids, one a line, for each image or for each caption;
+- `test_capids.txt`: caption ids, one a line.
+
+The first two are what SCAN and SGRAF read; the id files lie beside them in COCO's distribution.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from .split import Rows, Split
+
+FILES = (
+    "ims.npy",
+    "caps.txt",
+    "ims_scale.npy",
+    "caption_to_image.npy",
+    "region_lengths.npy",
+    "boxes.npy",
+    "ids.txt",
+    "capids.txt",
+)
+
+
+def split_names(folder: Path) -> list[str]:
+    """The splits in a folder: every `{split}_ims.npy`, sorted."""
+    return sorted(path.name.removesuffix("_ims.npy") for path in folder.glob("?*_ims.npy"))
+
+
+def read(folder: Path, split: str, captions_per_image: int | None = None) -> Split:
+    """Open one split of a folder; see the head of this file for what is read.
+
+    Args:
+        folder: the data folder, such as `data/f30k_precomp`.
+        split: `train`, `dev`, `test`, `testall`, or whatever the files are called.
+        captions_per_image: for folders without a caption-to-image file; None finds it from the counts.
+
+    Raises:
+        FileNotFoundError: no such split, or one of its files is missing.
+        ValueError: a damaged file, or counts that do not fit; the message names both.
+        TypeError: a .npy file of the wrong kind of numbers.
+    """
+    name = f"{folder}: {split}"
+    path = {file: folder / f"{split}_{file}" for file in FILES}
+    for file in ("ims.npy", "caps.txt"):
+        if not path[file].is_file():
+            known = ", ".join(split_names(folder)) or "none"
+            raise FileNotFoundError(f"{path[file]} does not exist; splits in this folder: {known}")
+    ims = _array(path["ims.npy"])
+    if ims.ndim != 3:
+        raise ValueError(
+            f"{path['ims.npy']} must be [I, R, F] (images, regions, feature size), got {list(ims.shape)}"
+        )
+    captions = _captions(path["caps.txt"])
+    scale = _scale(path["ims_scale.npy"], ims)
+    T = len(captions)
+    every = 1
+    if path["caption_to_image.npy"].exists():
+        if captions_per_image is not None:
+            raise ValueError(
+                f"{path['caption_to_image.npy']} says which image each caption belongs to; "
+                "leave captions_per_image out"
+            )
+        caption_to_image = np.array(_array(path["caption_to_image.npy"]))
+    else:
+        per_image, every = _captions_per_image(path["ims.npy"], ims, T, captions_per_image)
+        caption_to_image = np.arange(T) // per_image
+    opened = Split(
+        Rows(ims, every=every, scale=scale),
+        captions,
+        caption_to_image,
+        _array(path["region_lengths.npy"]) if path["region_lengths.npy"].exists() else None,
+        _array(path["boxes.npy"]) if path["boxes.npy"].exists() else None,
+        caption_ids=_ids(path["capids.txt"], (T,)),
+        name=name,
+    )
+    opened.image_ids = _image_ids(path["ids.txt"], len(opened.features), opened.caption_to_image)
+    return opened
+
+
+def needs_map(split: Split) -> bool:
+    """Whether the folder form needs a caption-to-image file to say this split's map."""
+    I, T = len(split.features), len(split.captions)
+    # As many rows as captions means, in this form, that rows are repeated.
+    return T == I or T % I != 0 or not np.array_equal(split.caption_to_image, np.arange(T) // (T // I))
+
+
+def check_writable(split: Split) -> None:
+    """Raise ValueError for captions that lines of a text file cannot hold."""
+    for t, caption in enumerate(split.captions):
+        if "\n" in caption:
+            raise ValueError(
+                f"{split.name}: caption {t} has a line break, and in a folder a caption is one line; "
+                f"take it out: {caption!r}"
+            )
+
+
+def write(folder: Path, name: str, split: Split, images_written: Callable[[int], object], block: int) -> None:
+    """Write one split's files, features last; `images_written(n)` is called after each n images."""
+    check_writable(split)
+    optional = {
+        "caption_to_image.npy": split.caption_to_image if needs_map(split) else None,
+        "region_lengths.npy": split.region_lengths,
+        "boxes.npy": None if split.boxes is None else split.boxes[:],
+    }
+    for file, array in optional.items():
+        if array is not None:
+            np.save(folder / f"{name}_{file}", array, allow_pickle=False)
+    texts = {"caps.txt": split.captions, "ids.txt": split.image_ids, "capids.txt": split.caption_ids}
+    for file, lines in texts.items():
+        if lines is not None:
+            with open(folder / f"{name}_{file}", "w", encoding="utf-8", newline="\n") as out:
+                out.writelines(f"{line}\n" for line in lines)
+    features = split.features
+    dtype = features.stored_dtype
+    # Plain writes, not a memory map: on a full disk a map ends the process instead of raising.
+    with open(folder / f"{name}_ims.npy", "wb") as out:
+        header = {
+            "descr": np.lib.format.dtype_to_descr(dtype),
+            "fortran_order": False,
+            "shape": features.shape,
+        }
+        np.lib.format.write_array_header_1_0(out, header)
+        for start in range(0, len(features), block):
+            rows = features[start : start + block]
+            out.write(rows.astype(dtype, copy=False).data)
+            images_written(len(rows))
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        # open_memmap reads the .npy form only: np.load would also try zip archives and pickles.
+        array = np.lib.format.open_memmap(path, mode="r")
+    except ValueError as error:
+        raise ValueError(f"{path} is not a whole .npy file of numbers: {error}") from error
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{path} must hold numbers, got {array.dtype}")
+    return array
+
+
+def _scale(path: Path, ims: np.ndarray) -> np.ndarray | None:
+    if ims.dtype != np.int8:
+        if ims.dtype.kind != "f":
+            raise TypeError(
+                f"{path.parent}: features must be float32, float16, float64 or int8, got {ims.dtype}"
+            )
+        if path.exists():
+            raise ValueError(f"{path} is for int8 features, and these are {ims.dtype}; remove it")
+        return None
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; int8 features need this scale, float32 [F]")
+    scale = _array(path)
+    if scale.shape != ims.shape[2:] or scale.dtype.kind != "f":
+        raise ValueError(f"{path} must be float32 [{ims.shape[2]}], got {scale.dtype} {list(scale.shape)}")
+    return np.array(scale, dtype=np.float32)
+
+
+def _captions(path: Path) -> list[str]:
+    captions = []
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                captions.append(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8"
+                ) from error
+    return captions
+
+
+def _captions_per_image(path: Path, ims: np.ndarray, T: int, given: int | None) -> tuple[int, int]:
+    """Captions per image, and how many rows of `ims` stand for one image."""
+    rows = ims.shape[0]
+    counts = f"{path}: {rows} rows of features and {T} captions"
+    mend = f"write the image of each caption to {path.name.replace('_ims', '_caption_to_image')}"
+    if given is not None:
+        if given < 1 or T not in (rows * given, rows) or T % given:
+            raise ValueError(f"{counts} do not fit captions_per_image={given}")
+        return given, 1 if rows * given == T else given
+    if rows == T:
+        if T % 5 == 0 and all(_one_image(ims, t) for t in (0, T // 10 * 5, T - 5)):
+            return 5, 5
+        raise ValueError(
+            f"{counts}, but the rows are not each image five times; say captions_per_image=1 (each row is an "
+            f"image of its own) or 5 (take every fifth row, as the published code does), or {mend}"
+        )
+    if not rows or T % rows:
+        raise ValueError(f"{counts}: the captions do not divide evenly among the images; {mend}")
+    return T // rows, 1
+
+
+def _one_image(ims: np.ndarray, row: int) -> bool:
+    first = ims[row].tobytes()
+    return all(ims[other].tobytes() == first for other in range(row + 1, row + 5))
+
+
+def _image_ids(path: Path, I: int, caption_to_image: np.ndarray) -> np.ndarray | None:
+    T = len(caption_to_image)
+    ids = _ids(path, (I, T))
+    if ids is None or len(ids) == I:
+        return ids
+    first = np.full(I, -1, dtype=np.int64)
+    first[caption_to_image] = ids
+    if np.array_equal(first[caption_to_image], ids) and len(np.unique(caption_to_image)) == I:
+        return first
+    _ignored(path, "captions of one image have different ids, or an image has no caption")
+    return None
+
+
+def _ids(path: Path, counts: tuple[int, ...]) -> np.ndarray | None:
+    if not path.exists():
+        return None
+    try:
+        ids = np.array([int(line) for line in path.read_bytes().split(b"\n") if line.strip()], dtype=np.int64)
+    except (ValueError, OverflowError) as error:
+        _ignored(path, f"it is not one whole number a line ({error})")
+        return None
+    if len(ids) not in counts:
+        _ignored(path, f"it has {len(ids)} ids where {' or '.join(map(str, counts))} were expected")
+        return None
+    return ids
+
+
+def _ignored(path: Path, why: str) -> None:
+    # The published readers never open the id files, so a bad one must not stop anything but what needs ids.
+    warnings.warn(f"{path} is ignored: {why}; metrics that need these ids are not available", stacklevel=2)

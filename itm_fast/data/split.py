@@ -1,0 +1,223 @@
+"""One split of an image-text set: features on disk, read by rows, and its captions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+# What bytes.strip() takes away: the published readers strip captions before decoding them.
+WHITE_SPACE = " \t\n\r\v\f"
+
+
+class Rows:
+    """An array [n, ...] on disk (or in memory), read row by row as float32.
+
+    Args:
+        source: numpy array, memory map or HDF5 dataset of floating-point numbers, or int8 with `scale`.
+        every: only each `every`-th row of `source` is a row here (1: all of them).
+        scale: float32 factors of the last axis; a row is then `source * scale`.
+        count: use the first `count` of those rows only; all when None.
+
+    Raises:
+        ValueError: the source has no dimension.
+
+    Attributes:
+        shape: (n, ...).
+        dtype: float32, whatever is stored.
+        stored_dtype: the narrowest of float16 and float32 that holds the rows as they are stored
+            (float64 sources are rounded to float32, as the published readers do).
+
+    >>> import numpy as np
+    >>> rows = Rows(np.arange(12, dtype=np.float16).reshape(6, 2), every=3)
+    >>> rows.shape, rows[[1, 0]].tolist()
+    ((2, 2), [[6.0, 7.0], [0.0, 1.0]])
+    """
+
+    dtype = np.dtype(np.float32)
+
+    def __init__(
+        self, source: Any, *, every: int = 1, scale: np.ndarray | None = None, count: int | None = None
+    ) -> None:
+        if not source.shape:
+            raise ValueError(f"an array of rows needs at least one dimension, got shape {source.shape}")
+        self._source, self._every, self._scale = source, every, scale
+        n = source.shape[0] // every
+        self.shape: tuple[int, ...] = (n if count is None else min(n, count), *source.shape[1:])
+        self.stored_dtype = np.dtype(np.float16 if source.dtype == np.float16 else np.float32)
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: slice | Sequence[int] | np.ndarray) -> np.ndarray:
+        """Rows as a new, writable float32 array [n, ...].
+
+        Args:
+            index: a slice, or integers of one dimension in any order, repeats allowed.
+
+        Raises:
+            TypeError: the index is neither.
+            IndexError: a row outside 0..len - 1.
+        """
+        if isinstance(index, slice):
+            start, stop, step = index.indices(len(self))
+            if step == 1:
+                raw = self._source[start * self._every : max(start, stop) * self._every : self._every]
+                return self._float32(raw)
+            index = np.arange(start, stop, step)
+        rows = np.asarray(index)
+        if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
+            raise TypeError(f"rows are read by a slice or by integers of one dimension, got {index!r}")
+        if rows.size and not (rows.min() >= 0 and rows.max() < len(self)):
+            raise IndexError(f"row {rows.min()}..{rows.max()} asked of an array of {len(self)} rows")
+        rows = rows.astype(np.int64) * self._every
+        if isinstance(self._source, np.ndarray):
+            return self._float32(self._source[rows])
+        # One read per row: h5py's own list indexing is 30 times slower on chunked data.
+        raw = [self._source[row] for row in rows.tolist()]
+        return self._float32(np.stack(raw) if raw else np.empty((0, *self.shape[1:])))
+
+    def first(self, count: int) -> Rows:
+        """The first `count` rows, still unread."""
+        return Rows(self._source, every=self._every, scale=self._scale, count=min(count, len(self)))
+
+    def _float32(self, raw: np.ndarray) -> np.ndarray:
+        out = np.array(raw, dtype=np.float32)
+        if self._scale is not None:
+            out *= self._scale
+        return out
+
+
+class Split:
+    """One evaluation or training split; every array is checked, and features in memory are wrapped.
+
+    An image may have any number of captions, none included. Captions lose white space at their ends.
+
+    Args:
+        features: [I, R, F] region features, `Rows` or a floating-point numpy array.
+        captions: T strings.
+        caption_to_image: [T] integers 0..I-1, the image each caption belongs to.
+        region_lengths: [I] integers 1..R; None when all R regions of every image count.
+        boxes: [I, R, 4] region boxes, in whatever unit the data set uses.
+        image_ids: [I] integers such as COCO's image ids.
+        caption_ids: [T] integers such as COCO's annotation ids.
+        name: where the split came from; opens every error message.
+
+    Attributes:
+        features, boxes: `Rows`, read as float32 by slices or index arrays; boxes may be None.
+        caption_to_image, image_ids, caption_ids: int64; the ids may be None.
+        region_lengths: int32, or None.
+        captions, name: as given.
+
+    Raises:
+        ValueError: a wrong shape or value; the message names the array and both counts.
+        TypeError: features or boxes that are not floating-point, indices that are not integers.
+
+    >>> import numpy as np
+    >>> split = Split(np.zeros((2, 36, 8), np.float32), ["a cat", "a dog", "one dog"], [0, 1, 1])
+    >>> split.features[0:1].shape, split.caption_to_image.tolist()
+    ((1, 36, 8), [0, 1, 1])
+    """
+
+    def __init__(
+        self,
+        features: Rows | np.ndarray,
+        captions: Sequence[str],
+        caption_to_image: np.ndarray | Sequence[int],
+        region_lengths: np.ndarray | Sequence[int] | None = None,
+        boxes: Rows | np.ndarray | None = None,
+        image_ids: np.ndarray | Sequence[int] | None = None,
+        caption_ids: np.ndarray | Sequence[int] | None = None,
+        *,
+        name: str = "split",
+    ) -> None:
+        self.name = name
+        self.features = self._rows("features", features)
+        if len(self.features.shape) != 3 or 0 in self.features.shape:
+            raise ValueError(
+                f"{name}: features must be [I, R, F] (images, regions, feature size), none of them 0, "
+                f"got {list(self.features.shape)}"
+            )
+        I, R, _ = self.features.shape
+        self.captions = [caption.strip(WHITE_SPACE) for caption in captions]
+        T = len(self.captions)
+        if not T:
+            raise ValueError(f"{name}: there are no captions")
+        self.caption_to_image = self._integers("caption_to_image", caption_to_image, T, "caption", (0, I - 1))
+        self.region_lengths, self.boxes, self.image_ids, self.caption_ids = None, None, None, None
+        if region_lengths is not None:
+            lengths = self._integers("region_lengths", region_lengths, I, "image", (1, R))
+            self.region_lengths = lengths.astype(np.int32)
+        if boxes is not None:
+            self.boxes = self._rows("boxes", boxes)
+            if self.boxes.shape != (I, R, 4):
+                raise ValueError(f"{name}: boxes must be {[I, R, 4]} (I, R, 4), got {list(self.boxes.shape)}")
+        if image_ids is not None:
+            self.image_ids = self._integers("image_ids", image_ids, I, "image")
+        if caption_ids is not None:
+            self.caption_ids = self._integers("caption_ids", caption_ids, T, "caption")
+
+    def first(self, captions: int) -> Split:
+        """The first captions and the images up to the last one they name.
+
+        This is how the published code shortens its `dev` split (to 5,000 captions).
+
+        Args:
+            captions: how many captions to keep, at least 1; more than T keeps all.
+
+        Raises:
+            ValueError: captions is less than 1.
+
+        >>> import numpy as np
+        >>> split = Split(np.zeros((3, 4, 2)), ["a", "b", "c"], [0, 1, 2]).first(2)
+        >>> len(split.features), split.captions
+        (2, ['a', 'b'])
+        """
+        if captions < 1:
+            raise ValueError(
+                f"{self.name}: the number of captions to keep must be at least 1, got {captions}"
+            )
+        if captions >= len(self.captions):
+            return self
+        caption_to_image = self.caption_to_image[:captions]
+        I = int(caption_to_image.max()) + 1
+        return Split(
+            self.features.first(I),
+            self.captions[:captions],
+            caption_to_image,
+            None if self.region_lengths is None else self.region_lengths[:I],
+            None if self.boxes is None else self.boxes.first(I),
+            None if self.image_ids is None else self.image_ids[:I],
+            None if self.caption_ids is None else self.caption_ids[:captions],
+            name=self.name,
+        )
+
+    def _rows(self, key: str, array: Any) -> Rows:
+        if isinstance(array, Rows):
+            return array
+        if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
+            what = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+            raise TypeError(f"{self.name}: {key} must be a numpy array of floating-point numbers, got {what}")
+        return Rows(array)
+
+    def _integers(
+        self, key: str, values: Any, n: int, per: str, bounds: tuple[int, int] | None = None
+    ) -> np.ndarray:
+        array = np.asarray(values)
+        if array.dtype.kind not in "iu":
+            raise TypeError(f"{self.name}: {key} must be integers, got {array.dtype}")
+        if array.shape != (n,):
+            raise ValueError(
+                f"{self.name}: {key} must have one entry per {per}, [{n}], got shape {list(array.shape)}"
+            )
+        array = array.astype(np.int64)
+        if bounds is not None:
+            low, high = bounds
+            wrong = np.flatnonzero((array < low) | (array > high))
+            if wrong.size:
+                i = int(wrong[0])
+                raise ValueError(
+                    f"{self.name}: {key} must lie in {low}..{high}, got {array[i]} for {per} {i}"
+                )
+        return array

@@ -1,0 +1,129 @@
+"""The word list of a model: JSON files of the published repositories, read, written and built."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
+
+
+class Vocabulary:
+    """Words and their ids 0..n-1; the first four are `<pad>`, `<start>`, `<end>` and `<unk>`.
+
+    Args:
+        words: all words in the order of their ids, the four special ones first.
+
+    Attributes:
+        word2idx: word to id.
+        idx2word: id to word.
+
+    Raises:
+        ValueError: the special words are not the first four, or a word appears twice.
+
+    >>> vocabulary = Vocabulary(["<pad>", "<start>", "<end>", "<unk>", "cat"])
+    >>> vocabulary("cat"), vocabulary("zebra"), len(vocabulary)
+    (4, 3, 5)
+    """
+
+    def __init__(self, words: Iterable[str]) -> None:
+        self.idx2word = dict(enumerate(words))
+        self.word2idx = {word: i for i, word in self.idx2word.items()}
+        start = tuple(self.idx2word.get(i) for i in range(len(SPECIAL)))
+        if start != SPECIAL:
+            raise ValueError(f"a vocabulary must begin with {', '.join(SPECIAL)} (ids 0 to 3), got {start}")
+        if len(self.word2idx) != len(self.idx2word):
+            twice = next(word for i, word in self.idx2word.items() if self.word2idx[word] != i)
+            raise ValueError(f"a vocabulary names every word once, got {twice!r} twice")
+
+    def __call__(self, word: str) -> int:
+        """The word's id, or that of `<unk>`."""
+        return self.word2idx.get(word, 3)
+
+    def __len__(self) -> int:
+        return len(self.word2idx)
+
+    @classmethod
+    def build(cls, captions: Iterable[str], min_count: int = 4) -> Vocabulary:
+        """The words seen at least `min_count` times, in the order in which they first appear.
+
+        The published lists come from the captions of the train and dev splits together.
+
+        Args:
+            captions: any captions; tokenised by `tokenize`.
+            min_count: how often a word must appear, at least 1.
+
+        Raises:
+            ValueError: min_count is less than 1.
+
+        >>> Vocabulary.build(["a cat", "a dog", "the cat"], min_count=2).idx2word
+        {0: '<pad>', 1: '<start>', 2: '<end>', 3: '<unk>', 4: 'a', 5: 'cat'}
+        """
+        from .captions import tokenize
+
+        if min_count < 1:
+            raise ValueError(f"min_count must be at least 1, got {min_count}")
+        counts: Counter[str] = Counter()
+        for caption in captions:
+            counts.update(tokenize(caption))
+        seen = (word for word, count in counts.items() if count >= min_count and word not in SPECIAL)
+        return cls([*SPECIAL, *seen])
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Vocabulary:
+        """Read a vocabulary file such as the published `f30k_precomp_vocab.json`.
+
+        Args:
+            path: JSON with `word2idx`, `idx2word` and `idx` (the number of words).
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: not JSON, not a vocabulary, or its three parts disagree.
+        """
+        try:
+            content = json.loads(Path(path).read_bytes())
+        except ValueError as error:
+            raise ValueError(f"{path} is not a JSON file: {error}") from error
+        kinds = (("word2idx", dict), ("idx2word", dict), ("idx", int))
+        if not isinstance(content, dict) or not all(
+            isinstance(content.get(key), kind) for key, kind in kinds
+        ):
+            raise ValueError(
+                f"{path} is not a vocabulary: it must hold objects word2idx and idx2word and a number idx, "
+                "as the published vocab.py writes them"
+            )
+        word2idx, idx2word, n = content["word2idx"], content["idx2word"], content["idx"]
+        words: list[Any] = (
+            [idx2word.get(str(i)) for i in range(n)] if n == len(idx2word) == len(word2idx) else [None]
+        )
+        if not all(isinstance(word, str) and word2idx.get(word) == i for i, word in enumerate(words)):
+            raise ValueError(
+                f"{path} is not a consistent vocabulary: idx is {n}, and word2idx ({len(word2idx)} words) "
+                f"and idx2word ({len(idx2word)} words) must name the same words with ids 0 to idx - 1"
+            )
+        try:
+            return cls(words)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the published JSON form; the file is whole or not there.
+
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     Vocabulary.build(["a cat"], min_count=1).save(f"{folder}/vocab.json")
+        ...     Vocabulary.load(f"{folder}/vocab.json").word2idx["cat"]
+        5
+        """
+        path = Path(path)
+        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+        content = {"word2idx": self.word2idx, "idx2word": self.idx2word, "idx": len(self)}
+        try:
+            partial.write_text(json.dumps(content), encoding="utf-8")
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
