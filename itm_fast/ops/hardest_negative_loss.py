@@ -3,7 +3,8 @@
 For score S [B, B] with the matching pairs on the diagonal it equals this program:
 
     cost_t = (margin + S - S.diag()[:, None]).clamp(0).fill_diagonal_(0)
-    cost_v = (margin + S - S.diag()[None, :]).clamp(0).fill_diagonal_(0);  loss = cost_t.amax(1).sum() + cost_v.amax(0).sum()
+    cost_v = (margin + S - S.diag()[None, :]).clamp(0).fill_diagonal_(0)
+    loss = cost_t.amax(1).sum() + cost_v.amax(0).sum()
 
 Forward, over the negatives c != i (and, with image ids, captions c whose image is not i's):
 

@@ -49,7 +49,8 @@ def runs(edge: Sequence[int], device: torch.device, most: int) -> Iterator[Run]:
             stop += 1
         members = order[start:stop]
         if members[-1] - members[0] == stop - start - 1:
-            yield Run(L, slice(members[0], members[-1] + 1), slice(edge[members[0]], edge[members[-1] + 1]), len(members))
+            first, last = members[0], members[-1] + 1
+            yield Run(L, slice(first, last), slice(edge[first], edge[last]), len(members))
         else:
             captions = torch.tensor(members)
             rows = torch.tensor([edge[t] for t in members])[:, None] + torch.arange(L)

@@ -54,5 +54,5 @@ def _filter(running_mean, running_var, training, eps, length, nodes, weight, bia
         var, mean = running_var.to(work), running_mean.to(work)
     g = ((a - mean) * (scale * (var + eps).rsqrt()) + shift).sigmoid()
     beta = g / (g.sum(-1, keepdim=True) + _attention.EPS)
-    m = torch.bmm(beta.view(-1, 1, length), X.view(-1, length, S)).view(b, -1, S)
+    m = (beta[:, :, None, :] @ X).squeeze(2)
     return _attention.l2norm(m), mean.detach().flatten(), var.detach().flatten()

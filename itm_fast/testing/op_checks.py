@@ -1,0 +1,123 @@
+"""What every op must pass, whatever its backend. `call(*args, backend=...)` is the op as a function of the tensors
+that may need a gradient; of several results the first one carries it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _backends, ops
+from . import assert_accurate, rounding
+
+Call = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+def backends(op: str, device: str = "cpu") -> list[str]:
+    """The op's backends that can run here, the reference left out; a backend that cannot run is not listed."""
+    assert op in ops.__all__, op
+    return [n for n in _backends.OFFERS[op] if n != "reference" and _backends.why_not(n, device) is None]
+
+
+def first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return result if isinstance(result, Tensor) else result[0]
+
+
+def leaves(args: Sequence[Tensor], dtype: torch.dtype, needs: Sequence[bool] | None = None) -> list[Tensor]:
+    """Fresh leaves of a dtype."""
+    needs = needs or [True] * len(args)
+    return [a.detach().to(dtype).clone().requires_grad_(n) for a, n in zip(args, needs, strict=True)]
+
+
+def upstream(like: Tensor) -> Tensor:
+    """A fixed random gradient for a result."""
+    generator = torch.Generator().manual_seed(7)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.device, like.dtype)
+
+
+def gradients(
+    call: Call, args: Sequence[Tensor], dtype: torch.dtype, backend: str, rounded: torch.dtype
+) -> list[Tensor]:
+    """Gradients in `dtype` of the arguments rounded to `rounded`, for the same upstream gradient."""
+    inputs = leaves([a.to(rounded) for a in args], dtype)
+    result = first(call(*inputs, backend=backend))
+    grad = upstream(result.to(rounded)).to(dtype)
+    return list(torch.autograd.grad(result, inputs, grad, materialize_grads=True))
+
+
+def check_forward(call: Call, args: Sequence[Tensor], dtype: torch.dtype, backend: str) -> None:
+    """Every result by the accuracy rule."""
+    rounded = [a.detach().to(dtype) for a in args]
+
+    def run(kind: torch.dtype, name: str) -> tuple[Tensor, ...]:
+        result = call(*(a.to(kind) for a in rounded), backend=name)
+        return (result,) if isinstance(result, Tensor) else result
+
+    for actual, same, exact in zip(
+        run(dtype, backend), run(dtype, "reference"), run(torch.float64, "reference"), strict=True
+    ):
+        assert actual.dtype == dtype
+        assert_accurate(actual, same, exact)
+
+
+def check_gradients(call: Call, args: Sequence[Tensor], dtype: torch.dtype, backend: str) -> None:
+    """Every gradient by the accuracy rule; the rounding term is that of the largest gradient of any argument, as
+    those that sum over everything (biases) cancel."""
+    actual = gradients(call, args, dtype, backend, dtype)
+    same = gradients(call, args, dtype, "reference", dtype)
+    exact = gradients(call, args, torch.float64, "reference", dtype)
+    largest = max((e.abs().max().item() for e in exact if e.numel()), default=0.0)
+    for a, s, e in zip(actual, same, exact, strict=True):
+        assert a.dtype == dtype
+        assert_accurate(a, s, e, term=rounding(dtype, largest))
+
+
+def check_needs(call: Call, args: Sequence[Tensor], backend: str) -> None:
+    """An argument alone gets its gradient, the others none; with none required nothing is recorded."""
+    full = gradients(call, args, torch.float64, backend, torch.float64)
+    for k in range(len(args)):
+        inputs = leaves(args, torch.float64, [n == k for n in range(len(args))])
+        result = first(call(*inputs, backend=backend))
+        result.backward(upstream(result))
+        for n, x in enumerate(inputs):
+            assert (x.grad is not None) == (n == k)
+        torch.testing.assert_close(inputs[k].grad, full[k], rtol=1e-10, atol=1e-12)
+    assert not first(call(*leaves(args, torch.float64, [False] * len(args)), backend=backend)).requires_grad
+
+
+def check_gradcheck(call: Call, args: Sequence[Tensor], backend: str) -> None:
+    """Gradients against finite differences in float64."""
+    inputs = leaves(args, torch.float64)
+    assert torch.autograd.gradcheck(lambda *a: first(call(*a, backend=backend)), inputs)
+
+
+def check_compile(call: Call, args: Sequence[Tensor], backend: str | None) -> None:
+    """The same result and gradients inside one compiled graph."""
+    torch.compiler.reset()
+    compiled = torch.compile(lambda *a: first(call(*a, backend=backend)), fullgraph=True, backend="aot_eager")
+    eager_in, graph_in = leaves(args, torch.float64), leaves(args, torch.float64)
+    eager, graph = first(call(*eager_in, backend=backend)), compiled(*graph_in)
+    torch.testing.assert_close(graph, eager)
+    eager.backward(upstream(eager))
+    graph.backward(upstream(graph))
+    for a, b in zip(graph_in, eager_in, strict=True):
+        torch.testing.assert_close(a.grad, b.grad)
+
+
+def check_deterministic(call: Call, args: Sequence[Tensor], backend: str) -> None:
+    """The same bits twice, forward and backward."""
+    inputs = [a.float() for a in args]
+    assert torch.equal(first(call(*inputs, backend=backend)), first(call(*inputs, backend=backend)))
+    once, again = (gradients(call, args, torch.float32, backend, torch.float32) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
+def check_strided(call: Call, args: Sequence[Tensor], backend: str) -> None:
+    """Inputs that are not contiguous give the same result."""
+    spread = []
+    for a in args:
+        wide = torch.full((*a.shape[:-1], 2 * a.shape[-1]), float("nan"), dtype=a.dtype)
+        wide[..., ::2] = a
+        spread.append(wide[..., ::2])
+    torch.testing.assert_close(first(call(*spread, backend=backend)), first(call(*args, backend=backend)))

@@ -1,0 +1,91 @@
+import sys
+
+import pytest
+import torch
+
+import itm_fast
+from itm_fast import _backends
+from itm_fast.testing import inputs
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The backend that the registered op is called with."""
+    seen = []
+    real = _backends.resolve
+
+    def spy(op, backend, device):
+        seen.append(real(op, backend, device))
+        return seen[-1]
+
+    # The package exports the function under the module's own name, so the module is looked up by its full one.
+    monkeypatch.setattr(sys.modules["itm_fast.ops.cross_attention_score"], "resolve", spy)
+    return seen[-1]
+
+    monkeypatch.setattr("itm_fast.ops.cross_attention_score.resolve".rsplit(".", 1)[0] + ".resolve", spy, raising=False)
+    import sys
+
+    monkeypatch.setattr(sys.modules["itm_fast.ops.cross_attention_score"], "resolve", spy)
+    return seen
+
+
+def score(backend=None):
+    return itm_fast.cross_attention_score(*inputs(2, (3, 2), 4, 8), backend=backend)
+
+
+def test_auto_takes_the_first_backend_offered_that_can_run(asked):
+    score()
+    offered = _backends.OFFERS["cross_attention_score"]
+    assert asked == [next(n for n in offered if _backends.why_not(n, "cpu") is None)]
+
+
+def test_argument_beats_context_beats_environment(asked, monkeypatch):
+    monkeypatch.setenv("ITM_FAST_BACKEND", "reference")
+    score()
+    with itm_fast.use_backend("torch"):
+        score()
+        score("reference")
+    assert asked == ["reference", "torch", "reference"]
+
+
+def test_the_context_ends_with_the_block(asked):
+    with pytest.raises(RuntimeError), itm_fast.use_backend("reference"):
+        raise RuntimeError
+    score()
+    assert asked == [_backends.OFFERS["cross_attention_score"][0]]
+
+
+def test_an_unknown_name_is_refused_with_the_list(monkeypatch):
+    for ask in (lambda: score("tirton"), lambda: itm_fast.use_backend("tirton").__enter__()):
+        with pytest.raises(ValueError, match=r"'tirton'; choose auto, triton, cuda, cpu, torch, reference"):
+            ask()
+    monkeypatch.setenv("ITM_FAST_BACKEND", "tirton")
+    with pytest.raises(ValueError, match="tirton"):
+        score()
+
+
+@pytest.mark.parametrize("name", _backends.NAMES)
+def test_an_explicit_backend_runs_or_says_why_not(name):
+    reason = itm_fast.why_not(name, "cpu")
+    if reason is None:
+        assert score(name).shape == (2, 2)
+    else:
+        with pytest.raises(NotImplementedError) as refusal:
+            score(name)
+        assert reason in str(refusal.value)
+
+
+def test_cuda_tensors_without_cuda():
+    if not torch.cuda.is_available():
+        assert "CUDA" in itm_fast.why_not("torch", "cuda")
+
+
+def test_workspace_bounds_scratch_and_is_restored():
+    from itm_fast._workspace import scratch_bytes
+
+    before = scratch_bytes(torch.device("cpu"))
+    with itm_fast.workspace(0.5):
+        assert scratch_bytes(torch.device("cpu")) == 1 << 29
+    assert scratch_bytes(torch.device("cpu")) == before
+    with pytest.raises(ValueError, match="more than 0, got -1"), itm_fast.workspace(-1):
+        pass

@@ -1,0 +1,88 @@
+"""The house rules that a program can see."""
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import itm_fast
+from itm_fast import _backends, ops
+
+ROOT = Path(__file__).resolve().parents[1]
+checkout = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs a checkout")
+TOP_LEVEL = {"pyproject.toml", "itm_fast", "kernels", "csrc", "benchmarks", "tests", "README.md", "LICENSE"}
+MODULES = [
+    m.name
+    for m in pkgutil.walk_packages(itm_fast.__path__, "itm_fast.")
+    if m.name.split(".")[1] not in {"csrc", "benchmarks", "tests", "__main__"}
+]
+
+
+def tracked(*patterns):
+    listed = subprocess.run(["git", "ls-files", *patterns], cwd=ROOT, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("needs a git checkout")
+    return [ROOT / line for line in listed.stdout.splitlines()]
+
+
+@checkout
+def test_the_top_level_is_fixed():
+    names = {path.relative_to(ROOT).parts[0] for path in tracked()}
+    assert {n for n in names if not n.startswith(".")} <= TOP_LEVEL
+
+
+@checkout
+def test_files_stay_short():
+    long = {p.name: n for p in tracked("*.py") if (n := len(p.read_text().splitlines())) > 400}
+    assert not long
+
+
+@checkout
+def test_no_loose_ends_machine_paths_or_hosts():
+    # Spelled in pieces so that this file does not match itself.
+    banned = re.compile("|".join(["TO" + "DO", "FIX" + "ME", "XX" + "X", r"(?<![\w.])/wo" + "rk/", r"(?<![\w.])/tm" + "p/"]))
+    found = []
+    for path in tracked("*.py", "*.md", "*.toml", "*.sh", ".ci/*", "*.cu", "*.cpp", "*.h"):
+        for n, line in enumerate(path.read_text().splitlines(), 1):
+            if banned.search(line):
+                found.append(f"{path.relative_to(ROOT)}:{n}: {line.strip()}")
+    assert not found
+
+
+@checkout
+@pytest.mark.parametrize("op", ops.__all__)
+def test_every_op_has_its_files(op):
+    home = {str(p.relative_to(ROOT)) for p in tracked(f"*{op}*")}
+    assert {f"itm_fast/ops/{op}.py", f"itm_fast/ops/_torch/{op}.py", f"tests/test_{op}.py", f"benchmarks/bench_{op}.py"} <= home
+
+
+@pytest.mark.parametrize("op", ops.__all__)
+def test_every_op_file_has_the_same_anatomy(op):
+    module = sys.modules[f"itm_fast.ops.{op}"]
+    assert module.OFFERED == _backends.OFFERS[op]
+    assert module.OFFERED[-1] == "reference"
+    assert set(module.OFFERED) <= set(_backends.NAMES)
+    doc = module.__doc__
+    assert "equals this program" in doc
+    assert "Backward" in doc
+    assert "Saved for backward" in doc
+    assert inspect.isfunction(module.reference)
+    public = getattr(module, op)
+    assert public is getattr(itm_fast, op)
+    for section in ("Args:", "Returns:", "Raises:", ">>> "):
+        assert section in inspect.getdoc(public)
+    assert inspect.signature(public).parameters["backend"].default is None
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_every_module_says_what_it_is_and_its_examples_run(name):
+    module = importlib.import_module(name)
+    assert module.__doc__, f"{name} has no docstring"
+    failures, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    assert failures == 0

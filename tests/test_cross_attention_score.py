@@ -1,0 +1,205 @@
+import itertools
+
+import pytest
+import torch
+
+import itm_fast
+from itm_fast.ops import cross_attention_score as op
+from itm_fast.ops._attention import DIRECTIONS, NORMS
+from itm_fast.ops._torch import _blocks
+from itm_fast.ops.cross_attention_score import POOLS
+from itm_fast.testing import inputs, op_checks
+
+BACKENDS = op_checks.backends("cross_attention_score")
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+# One of everything; ragged with a one-word caption; a prime everywhere.
+SHAPES = [(1, (1,), 1, 1), (5, (13, 1, 4, 4, 7), 36, 64), (3, (5, 5, 2), 17, 31)]
+OPTIONS = list(itertools.product(NORMS, POOLS))
+
+
+def ids(value):
+    if isinstance(value, torch.dtype):
+        return str(value).removeprefix("torch.")
+    if isinstance(value, tuple) and len(value) == 4:
+        I, lengths, R, D = value
+        return f"I{I}-T{len(lengths)}-R{R}-W{max(lengths, default=0)}-D{D}"
+    return str(value)
+
+
+def case(I, lengths, R, D, region_lengths=None, **options):
+    image, words, cu_seqlens = inputs(I, lengths, R, D, dtype=torch.float64)
+
+    def call(image, words, backend):
+        return itm_fast.cross_attention_score(
+            image, words, cu_seqlens, region_lengths=region_lengths, backend=backend, **options
+        )
+
+    return call, (image, words)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=ids)
+@pytest.mark.parametrize("dtype", DTYPES, ids=ids)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_and_gradients(backend, dtype, shape, direction):
+    call, args = case(*shape, direction=direction)
+    op_checks.check_forward(call, args, dtype, backend)
+    op_checks.check_gradients(call, args, dtype, backend)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("norm,pool", OPTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_norm_and_pool(backend, norm, pool, direction):
+    counts = torch.tensor([6, 1, 4])
+    for region_lengths in (None, counts):
+        call, args = case(
+            3, (4, 1, 3, 4), 6, 16, region_lengths, direction=direction, affinity_norm=norm, pool=pool
+        )
+        for dtype in (torch.float64, torch.float32):
+            op_checks.check_forward(call, args, dtype, backend)
+        op_checks.check_gradients(call, args, torch.float64, backend)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_gradcheck(backend, norm, direction):
+    call, args = case(2, (3, 1), 4, 5, torch.tensor([4, 2]), direction=direction, affinity_norm=norm)
+    op_checks.check_gradcheck(call, args, backend)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_torch_contracts(backend):
+    call, args = case(3, (4, 2, 4), 5, 8)
+    op_checks.check_needs(call, args, backend)
+    op_checks.check_compile(call, args, backend)
+    op_checks.check_deterministic(call, args, backend)
+    op_checks.check_strided(call, args, backend)
+    image, words, cu_seqlens = inputs(2, (3, 2), 4, 8, requires_grad=True)
+    for region_lengths in (None, torch.tensor([4, 2])):
+        torch.library.opcheck(
+            torch.ops.itm_fast.cross_attention_score.default,
+            (image, words, cu_seqlens, region_lengths, "i2t", "l1norm", 4.0, "mean", 6.0, backend),
+        )
+
+
+def test_auto_compiles_into_one_graph():
+    op_checks.check_compile(*case(2, (3, 2), 4, 8), None)
+
+
+def test_hand_computed_pair():
+    # One word (1, 0) on regions (1, 0) and (0, 1): l2norm over one query makes the affinities 1 and 0.
+    image = torch.tensor([[[1.0, 0.0], [0.0, 1.0]]], dtype=torch.float64)
+    words = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    e = torch.e
+    want = (e / (1 + e)) / ((e**2 + 1) ** 0.5 / (1 + e))
+    for backend in (*BACKENDS, "reference"):
+        score = itm_fast.cross_attention_score(
+            image, words, torch.tensor([0, 1]), scale=1.0, pool="sum", affinity_norm="l2norm", backend=backend
+        )
+        assert score.item() == pytest.approx(want, abs=1e-7)
+
+
+@pytest.mark.parametrize("I,lengths", [(0, (3, 2)), (2, ()), (0, ())])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_empty(backend, I, lengths):
+    image, words, cu_seqlens = inputs(I, lengths, 4, 8, requires_grad=True)
+    score = itm_fast.cross_attention_score(image, words, cu_seqlens, backend=backend)
+    assert score.shape == (I, len(lengths))
+    score.sum().backward()
+    assert image.grad.eq(0).all()
+    assert words.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_regions_beyond_the_count_change_nothing(backend, direction):
+    image, words, cu_seqlens = inputs(3, (4, 2, 5), 6, 16, dtype=torch.float64)
+    counts = torch.tensor([6, 2, 4], dtype=torch.int32)
+    poisoned = image.clone()
+    for i, n in enumerate(counts.tolist()):
+        poisoned[i, n:] = float("nan")
+    poisoned.requires_grad_()
+    options = dict(direction=direction, backend=backend)
+    score = itm_fast.cross_attention_score(poisoned, words, cu_seqlens, region_lengths=counts, **options)
+    cut = [itm_fast.cross_attention_score(v[None, :n], words, cu_seqlens, **options) for v, n in zip(image, counts)]
+    torch.testing.assert_close(score, torch.cat(cut), rtol=0, atol=1e-14)
+    score.sum().backward()
+    for i, n in enumerate(counts.tolist()):
+        assert poisoned.grad[i, n:].eq(0).all()
+        assert torch.isfinite(poisoned.grad[i, :n]).all()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_score_does_not_depend_on_its_block(backend, direction, monkeypatch):
+    image, words, cu_seqlens = inputs(7, (4, 2, 5, 4, 9, 4, 1), 6, 16, dtype=torch.float64)
+
+    def run(image, words, cu_seqlens):
+        return itm_fast.cross_attention_score(image, words, cu_seqlens, direction=direction, backend=backend)
+
+    whole = run(image, words, cu_seqlens)
+    edge = cu_seqlens.tolist()
+    for t in range(7):
+        one = run(image[2:3], words[edge[t] : edge[t + 1]], torch.tensor([0, edge[t + 1] - edge[t]]))
+        torch.testing.assert_close(one[0, 0], whole[2, t], rtol=0, atol=1e-14)
+    for tile in (1, 1 << 14):
+        monkeypatch.setattr(_blocks, "CPU_TILE", tile)
+        monkeypatch.setattr(_blocks, "MIN_QUERIES", 1)
+        torch.testing.assert_close(run(image, words, cu_seqlens), whole, rtol=0, atol=1e-14)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_zero_features_give_finite_scores_and_gradients(backend):
+    image = torch.zeros(2, 3, 4, requires_grad=True)
+    words = torch.zeros(5, 4, requires_grad=True)
+    score = itm_fast.cross_attention_score(image, words, torch.tensor([0, 2, 5]), backend=backend)
+    score.sum().backward()
+    assert torch.isfinite(score).all()
+    assert torch.isfinite(image.grad).all()
+    assert torch.isfinite(words.grad).all()
+
+
+def test_autocast_takes_its_dtype():
+    image, words, cu_seqlens = inputs(2, (3, 2), 4, 8, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        score = itm_fast.cross_attention_score(image, words, cu_seqlens)
+        exact = itm_fast.cross_attention_score(image.double(), words.double(), cu_seqlens)
+    assert score.dtype == torch.bfloat16
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(score.double(), exact, rtol=0.02, atol=0.02)
+    score.sum().backward()
+    assert image.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "change,error,message",
+    [
+        (dict(words=torch.zeros(5, 9)), ValueError, r"words must be \[N, D\] with D = 8 as in image, got \[5, 9\]"),
+        (dict(image=torch.zeros(2, 8)), ValueError, r"image must be \[I, R, D\], got \[2, 8\]"),
+        (dict(words=torch.zeros(5, 8).double()), TypeError, "words and image must have one dtype"),
+        (dict(words=torch.zeros(5, 8).long(), image=torch.zeros(2, 4, 8).long()), TypeError, "image must be float64"),
+        (dict(cu_seqlens=torch.tensor([0.0, 5.0])), TypeError, "cu_seqlens must be int32 or int64"),
+        (dict(cu_seqlens=torch.tensor([0, 4])), ValueError, r"end at the 5 packed rows, got 0\.\.4"),
+        (dict(cu_seqlens=torch.tensor([0, 3, 3, 5])), ValueError, "caption 1 is empty"),
+        (dict(region_lengths=torch.tensor([4, 5])), ValueError, r"must lie in 1\.\.4 \(R\), got 5 for image 1"),
+        (dict(region_lengths=torch.tensor([4])), ValueError, r"region_lengths must be \[I\] with I = 2"),
+        (dict(direction="both"), ValueError, "direction must be one of t2i, i2t, got 'both'"),
+        (dict(affinity_norm="no_norm"), ValueError, "affinity_norm must be one of softmax, .* got 'no_norm'"),
+        (dict(pool="avg"), ValueError, "pool must be one of lse"),
+        (dict(scale=0.0), ValueError, "scale must be more than 0"),
+        (dict(words=[1, 2]), TypeError, "words must be a tensor, got list"),
+        (dict(backend="triton"), NotImplementedError, "triton"),
+    ],
+    ids=str,
+)
+def test_refusals(change, error, message):
+    arguments = dict(image=torch.zeros(2, 4, 8), words=torch.zeros(5, 8), cu_seqlens=torch.tensor([0, 5]))
+    arguments.update(change)
+    with pytest.raises(error, match=message):
+        itm_fast.cross_attention_score(**arguments)
+
+
+def test_the_public_function_is_the_op_modules():
+    assert itm_fast.cross_attention_score is op

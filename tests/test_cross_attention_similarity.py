@@ -1,0 +1,169 @@
+import pytest
+import torch
+
+import itm_fast
+from itm_fast.ops._attention import DIRECTIONS, NORMS
+from itm_fast.ops._torch import _blocks
+from itm_fast.testing import inputs, op_checks
+
+BACKENDS = op_checks.backends("cross_attention_similarity")
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+SHAPES = {
+    "I1-T1-R1-W1-D1-S1": (1, (1,), 1, 1, 1),
+    "I5-T5-R36-W13-D64-S32": (5, (13, 1, 4, 4, 7), 36, 64, 32),
+    "I3-T3-R17-W5-D31-S7": (3, (5, 5, 2), 17, 31, 7),
+}
+LENGTHS = (4, 1, 3, 4)
+
+
+def case(I, lengths, R, D, S, region_lengths=None, **options):
+    image, words, cu_seqlens = inputs(I, lengths, R, D, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(S, D, generator=generator, dtype=torch.float64)
+    bias = 0.1 * torch.randn(S, generator=generator, dtype=torch.float64)
+
+    def call(image, words, weight, bias, backend):
+        return itm_fast.cross_attention_similarity(
+            image, words, cu_seqlens, weight, bias, region_lengths=region_lengths, backend=backend, **options
+        )
+
+    return call, (image, words, weight, bias)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_and_gradients(backend, dtype, shape, direction):
+    call, args = case(*shape, direction=direction)
+    op_checks.check_forward(call, args, dtype, backend)
+    op_checks.check_gradients(call, args, dtype, backend)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_norm_with_and_without_region_lengths(backend, norm, direction):
+    for region_lengths in (None, torch.tensor([6, 1, 4])):
+        call, args = case(3, LENGTHS, 6, 16, 8, region_lengths, direction=direction, affinity_norm=norm)
+        op_checks.check_forward(call, args, torch.float64, backend)
+        op_checks.check_forward(call, args, torch.float32, backend)
+        op_checks.check_gradients(call, args, torch.float64, backend)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_gradcheck(backend, direction):
+    call, args = case(2, (3, 1), 4, 5, 3, torch.tensor([4, 2]), direction=direction)
+    op_checks.check_gradcheck(call, args, backend)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_torch_contracts(backend, direction):
+    call, args = case(3, (4, 2, 4), 5, 8, 6, direction=direction)
+    op_checks.check_needs(call, args, backend)
+    op_checks.check_compile(call, args, backend)
+    op_checks.check_deterministic(call, args, backend)
+    op_checks.check_strided(call, args, backend)
+    image, words, cu_seqlens = inputs(2, (3, 2), 4, 8, requires_grad=True)
+    weight, bias = torch.randn(6, 8, requires_grad=True), torch.randn(6, requires_grad=True)
+    torch.library.opcheck(
+        torch.ops.itm_fast.cross_attention_similarity.default,
+        (image, words, weight, bias, cu_seqlens, torch.tensor([4, 2]), direction, "l2norm", 4.0, backend),
+    )
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("I,lengths", [(0, (3, 2)), (2, ()), (0, ())])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_empty(backend, I, lengths, direction):
+    image, words, cu_seqlens = inputs(I, lengths, 4, 8, requires_grad=True)
+    weight, bias = torch.randn(6, 8, requires_grad=True), torch.randn(6, requires_grad=True)
+    similar = itm_fast.cross_attention_similarity(
+        image, words, cu_seqlens, weight, bias, direction=direction, backend=backend
+    )
+    T = len(lengths)
+    assert similar.shape == ((I, sum(lengths), 6) if direction == "t2i" else (I, T, 4, 6))
+    similar.sum().backward()
+    for leaf in (image, words, weight, bias):
+        assert leaf.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_regions_beyond_the_count_change_nothing(backend, direction):
+    counts = torch.tensor([6, 2, 4])
+    call, (image, words, weight, bias) = case(3, LENGTHS, 6, 16, 8, counts, direction=direction)
+    cut_call, _ = case(3, LENGTHS, 6, 16, 8, direction=direction)
+    poisoned = image.clone()
+    for i, n in enumerate(counts.tolist()):
+        poisoned[i, n:] = float("nan")
+    poisoned.requires_grad_()
+    similar = call(poisoned, words, weight, bias, backend)
+    for i, n in enumerate(counts.tolist()):
+        cut = cut_call(image[i : i + 1, :n], words, weight, bias, backend)[0]
+        got = similar[i] if direction == "t2i" else similar[i, :, :n]
+        torch.testing.assert_close(got, cut, rtol=0, atol=1e-13)
+        if direction == "i2t":
+            assert similar[i, :, n:].eq(0).all()
+    similar.sum().backward()
+    for i, n in enumerate(counts.tolist()):
+        assert poisoned.grad[i, n:].eq(0).all()
+        assert torch.isfinite(poisoned.grad[i, :n]).all()
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_similarity_does_not_depend_on_its_block(backend, direction, monkeypatch):
+    call, args = case(7, (4, 2, 5, 4, 9, 4, 1), 6, 16, 8, direction=direction)
+    whole = call(*args, backend)
+    edge = [0, 4, 6, 11, 15, 24, 28, 29]
+    image, words, weight, bias = args
+    for t, (start, stop) in enumerate(zip(edge, edge[1:])):
+        one = itm_fast.cross_attention_similarity(
+            image[2:3], words[start:stop], torch.tensor([0, stop - start]), weight, bias, direction=direction,
+            backend=backend,
+        )
+        want = whole[2:3, start:stop] if direction == "t2i" else whole[2:3, t : t + 1]
+        torch.testing.assert_close(one, want, rtol=0, atol=1e-13)
+    for tile in (1, 1 << 14):
+        monkeypatch.setattr(_blocks, "CPU_TILE", tile)
+        monkeypatch.setattr(_blocks, "MIN_QUERIES", 1)
+        torch.testing.assert_close(call(*args, backend), whole, rtol=0, atol=1e-13)
+
+
+def test_autocast_takes_its_dtype():
+    call, args = case(2, (3, 2), 4, 8, 6)
+    single = [a.float().requires_grad_() for a in args]
+    with torch.autocast("cpu", torch.bfloat16):
+        similar = call(*single, "torch")
+    assert similar.dtype == torch.bfloat16
+    torch.testing.assert_close(similar.double(), call(*args, "reference"), rtol=0.05, atol=0.05)
+    similar.sum().backward()
+    assert all(s.grad.dtype == torch.float32 for s in single)
+
+
+@pytest.mark.parametrize(
+    "change,error,message",
+    [
+        (dict(weight=torch.zeros(6, 9)), ValueError, r"weight must be \[S, D\] with D = 8 as in image, got \[6, 9\]"),
+        (dict(bias=torch.zeros(5)), ValueError, r"bias must be \[S\] with S = 6 as in weight, got \[5\]"),
+        (dict(bias=torch.zeros(6).half()), TypeError, "bias and image must have one dtype"),
+        (dict(direction="v2t"), ValueError, "direction must be one of t2i, i2t"),
+        (dict(cu_seqlens=torch.tensor([1, 5])), ValueError, r"must start at 0 .* got 1\.\.5"),
+        (dict(backend="cuda"), NotImplementedError, "cuda"),
+    ],
+    ids=str,
+)
+def test_refusals(change, error, message):
+    arguments = dict(
+        image=torch.zeros(2, 4, 8),
+        words=torch.zeros(5, 8),
+        cu_seqlens=torch.tensor([0, 5]),
+        weight=torch.zeros(6, 8),
+        bias=torch.zeros(6),
+    )
+    arguments.update(change)
+    with pytest.raises(error, match=message):
+        itm_fast.cross_attention_similarity(**arguments)

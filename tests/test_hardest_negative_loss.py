@@ -1,0 +1,108 @@
+import pytest
+import torch
+
+import itm_fast
+from itm_fast.testing import op_checks
+
+BACKENDS = op_checks.backends("hardest_negative_loss")
+IDS = torch.tensor([0, 0, 1, 2, 2, 3, 4])
+
+
+def case(B, hardest=True, image_ids=None):
+    score = torch.rand(B, B, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def call(score, backend):
+        return itm_fast.hardest_negative_loss(score, hardest=hardest, image_ids=image_ids, backend=backend)
+
+    return call, (score,)
+
+
+@pytest.mark.parametrize("image_ids", [None, IDS], ids=["diagonal", "image_ids"])
+@pytest.mark.parametrize("hardest", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_and_gradients(backend, dtype, hardest, image_ids):
+    call, args = case(7, hardest, image_ids)
+    op_checks.check_forward(call, args, dtype, backend)
+    op_checks.check_gradients(call, args, dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision(backend, dtype):
+    call, args = case(7)
+    op_checks.check_forward(call, args, dtype, backend)
+
+
+@pytest.mark.parametrize("hardest", [True, False])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_gradcheck_and_contracts(backend, hardest):
+    call, args = case(5, hardest, torch.tensor([0, 1, 1, 2, 3]))
+    op_checks.check_gradcheck(call, args, backend)
+    op_checks.check_needs(call, args, backend)
+    op_checks.check_compile(call, args, backend)
+    op_checks.check_deterministic(call, args, backend)
+    op_checks.check_strided(call, args, backend)
+    torch.library.opcheck(
+        torch.ops.itm_fast.hardest_negative_loss.default, (args[0].requires_grad_(), None, 0.2, hardest, backend)
+    )
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_hand_computed_batch(backend):
+    score = torch.tensor([[0.5, 0.4, 0.9], [0.1, 0.8, 0.7], [0.2, 0.3, 0.6]], dtype=torch.float64)
+
+    def loss(**options):
+        return itm_fast.hardest_negative_loss(score, margin=0.2, backend=backend, **options).item()
+
+    # rows: 0.6, 0.1, 0; columns: 0, 0, 0.5
+    assert loss() == pytest.approx(1.2)
+    # rows: 0.1 + 0.6, 0.1, 0; columns: 0, 0, 0.5 + 0.3
+    assert loss(hardest=False) == pytest.approx(1.6)
+    # captions 0 and 2 are of one image: what is left is 0.1 in row 0, 0.1 in row 1 and 0.3 in column 2
+    assert loss(image_ids=torch.tensor([7, 8, 7])) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+@pytest.mark.parametrize("B", [0, 1])
+def test_a_batch_without_negatives_costs_nothing(backend, B):
+    score = torch.rand(B, B, requires_grad=True)
+    loss = itm_fast.hardest_negative_loss(score, backend=backend)
+    loss.backward()
+    assert loss.item() == 0
+    assert score.grad.eq(0).all()
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_all_of_one_image_costs_nothing(backend):
+    score = torch.rand(4, 4, requires_grad=True)
+    for hardest in (True, False):
+        loss = itm_fast.hardest_negative_loss(
+            score, hardest=hardest, image_ids=torch.zeros(4, dtype=torch.int64), backend=backend
+        )
+        assert loss.item() == 0
+        (grad,) = torch.autograd.grad(loss, score)
+        assert grad.eq(0).all()
+
+
+def test_autocast_computes_in_float32():
+    score = torch.rand(4, 4, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = itm_fast.hardest_negative_loss(score)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    assert score.grad.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "arguments,error,message",
+    [
+        ((torch.zeros(3, 4), {}), ValueError, r"score must be \[B, B\] with B = 3 as in score, got \[3, 4\]"),
+        ((torch.zeros(3, 3), {"image_ids": torch.arange(4)}), ValueError, r"image_ids must be \[B\] with B = 3"),
+        ((torch.zeros(3, 3).long(), {}), TypeError, "score must be float64"),
+        ((torch.zeros(3, 3), {"backend": "cpu"}), NotImplementedError, "cpu"),
+    ],
+)
+def test_refusals(arguments, error, message):
+    with pytest.raises(error, match=message):
+        itm_fast.hardest_negative_loss(arguments[0], **arguments[1])

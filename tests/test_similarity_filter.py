@@ -1,0 +1,138 @@
+import pytest
+import torch
+
+import itm_fast
+from itm_fast.ops._torch import _blocks
+from itm_fast.testing import op_checks
+
+BACKENDS = op_checks.backends("similarity_filter")
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+SHAPES = {
+    "I2-T1-M1-S1": (2, (1,), 1),
+    "I5-T5-M34-S64": (5, (14, 2, 5, 5, 8), 64),
+    "I3-T3-M15-S17": (3, (6, 6, 3), 17),
+}
+
+
+def edges(counts):
+    return torch.tensor([0, *counts], dtype=torch.int32).cumsum(0).int()
+
+
+def case(I, counts, S, training=False):
+    generator = torch.Generator().manual_seed(0)
+    nodes = torch.randn(I, sum(counts), S, generator=generator, dtype=torch.float64)
+    weight = torch.randn(S, generator=generator, dtype=torch.float64)
+    one = torch.ones(1, dtype=torch.float64)
+
+    def call(nodes, weight, bias, norm_weight, norm_bias, backend):
+        return itm_fast.similarity_filter(
+            nodes, edges(counts), weight, bias, norm_weight, norm_bias, 0.3 * one.to(nodes.dtype),
+            2 * one.to(nodes.dtype), training=training, backend=backend,
+        )
+
+    return call, (nodes, weight, 0.2 * one, 1.5 * one, -0.1 * one)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_and_gradients(backend, dtype, shape, training):
+    call, args = case(*shape, training)
+    op_checks.check_forward(call, args, dtype, backend)
+    op_checks.check_gradients(call, args, dtype, backend)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_gradcheck(backend, training):
+    call, args = case(2, (3, 2), 4, training)
+    op_checks.check_gradcheck(call, args, backend)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_torch_contracts(backend, training):
+    call, args = case(3, (4, 2, 4), 8, training)
+    op_checks.check_needs(call, args, backend)
+    op_checks.check_compile(call, args, backend)
+    op_checks.check_deterministic(call, args, backend)
+    single = [a.float().requires_grad_() for a in args]
+    running = torch.zeros(1), torch.ones(1)
+    torch.library.opcheck(
+        torch.ops.itm_fast.similarity_filter.default, (*single, *running, edges((4, 2, 4)), training, 1e-5, backend)
+    )
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_it_is_batch_norm_over_one_caption_at_a_time(backend):
+    counts = (4, 2, 3)
+    call, args = case(5, counts, 8, training=True)
+    nodes, weight, bias, norm_weight, norm_bias = args
+    z, mean, var = call(*args, backend)
+    norm = torch.nn.BatchNorm1d(1, dtype=torch.float64)
+    norm.weight.data, norm.bias.data = norm_weight, norm_bias
+    for t, X in enumerate(nodes.split(counts, dim=1)):
+        a = X @ weight + bias
+        g = norm(a[:, None, :])[:, 0].sigmoid()
+        beta = g / (g.sum(1, keepdim=True) + 1e-8)
+        want = (beta[:, :, None] * X).sum(1)
+        torch.testing.assert_close(z[:, t], want / (want.norm(dim=1, keepdim=True) + 1e-8))
+        torch.testing.assert_close(mean[t], a.mean())
+        torch.testing.assert_close(var[t], a.var(unbiased=False))
+
+
+@pytest.mark.parametrize("I,counts", [(0, (3, 2)), (2, ()), (0, ())])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_empty(backend, I, counts):
+    call, args = case(I, counts, 4)
+    inputs = [a.requires_grad_() for a in args]
+    z, mean, _ = call(*inputs, backend)
+    assert z.shape == (I, len(counts), 4)
+    assert mean.shape == (0,)
+    z.sum().backward()
+    assert all(x.grad.eq(0).all() for x in inputs)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_pair_does_not_depend_on_its_block(backend, training, monkeypatch):
+    counts = (5, 3, 6, 5, 10, 5, 2)
+    call, args = case(7, counts, 16, training)
+    whole = call(*args, backend)
+    for tile in (1, 1 << 12):
+        monkeypatch.setattr(_blocks, "CPU_TILE", tile)
+        monkeypatch.setattr(_blocks, "MIN_QUERIES", 1)
+        for a, b in zip(call(*args, backend), whole):
+            torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+def test_autocast_takes_its_dtype():
+    call, args = case(2, (3, 2), 8)
+    single = [a.float().requires_grad_() for a in args]
+    with torch.autocast("cpu", torch.bfloat16):
+        z = call(*single, "torch")[0]
+    assert z.dtype == torch.bfloat16
+    z.sum().backward()
+    assert all(s.grad.dtype == torch.float32 for s in single)
+
+
+@pytest.mark.parametrize(
+    "change,error,message",
+    [
+        ({"weight": torch.zeros(1, 4)}, ValueError, r"weight must be \[S\], got \[1, 4\]"),
+        ({"bias": torch.zeros(2)}, ValueError, r"bias must be \[1\], got \[2\]"),
+        ({"cu_seqlens": torch.tensor([0, 5, 5])}, ValueError, "caption 1 is empty"),
+        ({"eps": 0.0}, ValueError, "eps must be more than 0"),
+        ({"backend": "triton"}, NotImplementedError, "triton"),
+    ],
+    ids=str,
+)
+def test_refusals(change, error, message):
+    one = torch.ones(1)
+    arguments = dict(
+        nodes=torch.zeros(2, 5, 4), cu_seqlens=edges((3, 2)), weight=torch.zeros(4), bias=one, norm_weight=one,
+        norm_bias=one, running_mean=one, running_var=one,
+    )
+    with pytest.raises(error, match=message):
+        itm_fast.similarity_filter(**(arguments | change))
