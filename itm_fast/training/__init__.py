@@ -1,1 +1,7 @@
 """The published training recipe, and checkpoints in the published format."""
+
+from .checkpoint import Checkpoint
+from .recipe import learning_rate, options
+from .trainer import Result, train
+
+__all__ = ["Checkpoint", "Result", "learning_rate", "options", "train"]

@@ -29,9 +29,8 @@ from torch import Tensor
 
 State: TypeAlias = collections.OrderedDict[str, Tensor]
 _KEYS = ("epoch", "model", "best_rsum", "opt", "Eiters")
-_WANTED = (
-    "a checkpoint is the model_best.pth.tar that SCAN, SGRAF or `itm-fast train` wrote: a dict of "
-    + ", ".join(_KEYS)
+_WANTED = "a checkpoint is the model_best.pth.tar that SCAN, SGRAF or `itm-fast train` wrote: a dict of " + ", ".join(
+    _KEYS
 )
 
 
@@ -79,7 +78,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     't2i'
     """
     path = Path(path)
-    content, repair = load_plain(path, allowed=_ALLOWED)
+    content, repair = load_plain(path, wanted=_WANTED, allowed=_ALLOWED)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {_describe(content)}; {_WANTED}")
     missing = [key for key in _KEYS if key not in content]
@@ -166,8 +165,13 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | memoryview |
         raise
 
 
-def load_plain(path: Path, *, allowed: Sequence[Any] = ()) -> tuple[Any, bool]:
+def load_plain(path: Path, *, wanted: str, allowed: Sequence[Any] = ()) -> tuple[Any, bool]:
     """`torch.load(weights_only=True)` to the CPU, with exactly this allow-list and one sentence per failure.
+
+    Args:
+        path: the file.
+        wanted: half a sentence that ends the messages: what the file should have been.
+        allowed: what the file may name, as `torch.serialization.add_safe_globals` takes it.
 
     Returns:
         the content, and whether its text was read as latin1 (raw bytes of Python 2) and needs repair.
@@ -192,7 +196,7 @@ def load_plain(path: Path, *, allowed: Sequence[Any] = ()) -> tuple[Any, bool]:
             reason = error
             if not isinstance(error, (UnicodeDecodeError, _BadNumber)):
                 break
-    raise ValueError(f"{path}: {_diagnosis(path, head, reason)}; {_WANTED}") from None
+    raise ValueError(f"{path}: {_diagnosis(path, head, reason)}; {wanted}") from None
 
 
 @contextlib.contextmanager

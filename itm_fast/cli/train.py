@@ -1,0 +1,214 @@
+"""`itm-fast train`: the published recipes on precomputed features."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..training.recipe import MODELS, RECIPES
+
+HELP = """Train SGR, SAF (the two halves of SGRAF) or SCAN.
+
+  itm-fast train --model sgr --data data/f30k_precomp --output runs/f30k_sgr
+  itm-fast train --model scan --direction i2t --recipe coco --data data/coco_precomp --output runs/coco_i2t
+
+DATA is SCAN's folder (train_ims.npy, train_caps.txt, dev_ims.npy, dev_caps.txt) or an HDF5 file of
+`itm-fast convert`. OUTPUT gets model_best.pth.tar (best epoch by the sum of the dev recalls) and
+checkpoint.pth.tar (last epoch), which the published code reads too, the vocabulary, log.csv and resume.pt.
+Ctrl-C finishes the step at hand and saves; the same command with --resume goes on as if never interrupted.
+
+Every option left out is the published one of the chosen recipe (Adam, learning rate 2e-4, hardest
+negatives, margin 0.2, batch 128, gradient norm clipped at 2, bidirectional GRU):
+  f30k   sgr 40 epochs, a tenth of the learning rate after 30; saf 30/20; scan 30/15
+  coco   all 20/10; scan with learning rate 5e-4
+SCAN's own command-line defaults are all negatives and a one-way GRU; its authors' recommended commands, and
+the defaults here, are the hardest negative and the bidirectional GRU."""
+
+_PLACES = ("model", "direction", "recipe", "train_split", "dev_split", "dev_captions", "captions_per_image")
+_DEFAULTS = {"direction": "t2i", "recipe": "f30k", "train_split": "train", "dev_split": "dev"}
+# flag -> published option
+_OPTIONS = {
+    "epochs": "num_epochs",
+    "lr_update": "lr_update",
+    "lr": "learning_rate",
+    "batch_size": "batch_size",
+    "margin": "margin",
+    "max_violation": "max_violation",
+    "exclude_same_image": "exclude_same_image",
+    "grad_clip": "grad_clip",
+    "val_step": "val_step",
+    "seed": "seed",
+    "embed_size": "embed_size",
+    "word_dim": "word_dim",
+    "num_layers": "num_layers",
+    "bi_gru": "bi_gru",
+    "imgnorm": "no_imgnorm",
+    "txtnorm": "no_txtnorm",
+    "sim_dim": "sim_dim",
+    "sgr_steps": "sgr_step",
+    "agg_func": "agg_func",
+    "raw_feature_norm": "raw_feature_norm",
+    "lambda_softmax": "lambda_softmax",
+    "lambda_lse": "lambda_lse",
+    "precomp_enc_type": "precomp_enc_type",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `itm-fast train`. None means: as the recipe, or the interrupted run, has it."""
+    switch = argparse.BooleanOptionalAction
+
+    run = parser.add_argument_group("the run")
+    run.add_argument("--model", choices=MODELS, help="which model (needed unless --resume)")
+    run.add_argument("--direction", choices=("t2i", "i2t"), help="scan: who attends; t2i: words to regions (default)")
+    run.add_argument("--recipe", choices=RECIPES, help="published schedule to follow (default f30k)")
+    run.add_argument("--data", metavar="PATH", help="folder or .h5 file (needed unless --resume)")
+    run.add_argument("--output", metavar="DIR", required=True, help="folder of this run, made when absent")
+    run.add_argument("--resume", action="store_true", help="continue the run in --output")
+    run.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: CUDA where there is one)")
+    run.add_argument("--backend", help="force one backend for every operation; `itm-fast doctor` lists them")
+    run.add_argument("--max-steps", type=int, metavar="N", help="stop after N optimiser steps, for a trial run")
+    run.add_argument("--tensorboard", action="store_true", help="write OUTPUT/tensorboard besides log.csv")
+    run.add_argument("--quiet", action="store_true", help="no bars and no table per epoch")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--vocab", metavar="JSON", help="vocabulary (default: built from the training captions)")
+    data.add_argument(
+        "--min-count", type=int, metavar="N", help="words a built vocabulary keeps: seen N times (default 4)"
+    )
+    data.add_argument("--train-split", metavar="NAME", help="default train")
+    data.add_argument("--dev-split", metavar="NAME", help="default dev")
+    data.add_argument(
+        "--dev-captions", type=int, metavar="N", help="validate on the first N captions (the published code: 5000)"
+    )
+    data.add_argument(
+        "--captions-per-image", type=int, metavar="N", help="1 or 5, where a folder's features leave it open"
+    )
+
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--epochs", type=int, metavar="N")
+    recipe.add_argument(
+        "--lr-update", type=int, metavar="N", help="epochs between cuts of the learning rate to a tenth"
+    )
+    recipe.add_argument("--lr", type=float, help="learning rate of the first epoch")
+    recipe.add_argument("--batch-size", type=int, metavar="N", help="captions, each with its image")
+    recipe.add_argument("--margin", type=float, help="of the ranking loss")
+    recipe.add_argument("--max-violation", action=switch, help="the hardest negative counts alone (default), or all do")
+    recipe.add_argument(
+        "--exclude-same-image",
+        action=switch,
+        help="other captions of an image are no negatives to it (published, and default: they are)",
+    )
+    recipe.add_argument("--grad-clip", type=float, metavar="NORM", help="0 switches clipping off")
+    recipe.add_argument("--val-step", type=int, metavar="N", help="also validate every N steps, for the log alone")
+    recipe.add_argument("--seed", type=int, help="of weights, dropout and data order (default 0)")
+
+    model = parser.add_argument_group("model")
+    model.add_argument("--embed-size", type=int, metavar="D", help="joint embedding (1024)")
+    model.add_argument("--word-dim", type=int, metavar="N", help="word embedding (300)")
+    model.add_argument("--num-layers", type=int, metavar="N", help="of the GRU (1)")
+    model.add_argument("--bi-gru", action=switch, help="bidirectional GRU (default) or one-way")
+    model.add_argument("--imgnorm", action=switch, help="unit-length regions (default) or as they come")
+    model.add_argument("--txtnorm", action=switch, help="unit-length words (default) or as they come")
+    model.add_argument("--sim-dim", type=int, metavar="S", help="sgr, saf: similarity vector (256)")
+    model.add_argument("--sgr-steps", type=int, metavar="K", help="sgr: reasoning steps (3)")
+    model.add_argument("--agg-func", choices=("LogSumExp", "Mean", "Max", "Sum"), help="scan (LogSumExp)")
+    model.add_argument(
+        "--raw-feature-norm",
+        choices=("clipped_l2norm", "l2norm", "clipped_l1norm", "l1norm", "clipped", "softmax", "no_norm"),
+        help="scan: norm of the affinities (clipped_l2norm)",
+    )
+    model.add_argument("--lambda-softmax", type=float, metavar="X", help="scan (9 for t2i, 4 for i2t)")
+    model.add_argument("--lambda-lse", type=float, metavar="X", help="scan (6 for t2i; i2t: 5 on f30k, 20 on coco)")
+    model.add_argument("--precomp-enc-type", choices=("basic", "weight_norm"), help="scan (basic)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, and say where the best checkpoint is."""
+    from ..data import open_split
+    from ..training import options, resume, train
+
+    output = Path(args.output)
+    given = {name: getattr(args, name) for name in ("data", *_PLACES) if getattr(args, name) is not None}
+    changes = _changes(args)
+    if args.resume:
+        found = resume.load(output)
+        places = found.arguments
+        for name in _PLACES:
+            if name in given and given[name] != places.get(name):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {given[name]!r}, but the run in {output} has "
+                    f"{places.get(name)!r}; resume it as it is, or start another one elsewhere"
+                )
+        places = {**places, **given}
+        opt = argparse.Namespace(**{**found.options, **changes})
+    else:
+        missing = [f"--{name}" for name in ("model", "data") if name not in given]
+        if missing:
+            raise ValueError(f"{' and '.join(missing)} must be given, except with --resume")
+        places = {**_DEFAULTS, **given}
+        opt = options(places["model"], recipe=places["recipe"], direction=places["direction"], **changes)
+
+    data = Path(places["data"])
+    shape = {"captions_per_image": places.get("captions_per_image")}
+    train_split = open_split(data, places["train_split"], **shape)
+    dev_split = open_split(data, places["dev_split"], limit_captions=places.get("dev_captions"), **shape)
+    opt.img_dim = train_split.features.shape[2]
+    opt.data_path = str(data.parent)
+    if not args.resume:
+        opt.data_name = data.stem if data.is_file() else data.resolve().name
+    vocabulary = _vocabulary(args, output / f"{opt.data_name}_vocab.json", train_split.captions)
+    if not args.quiet:
+        print(_summary(opt, train_split, dev_split, len(vocabulary)), file=sys.stderr)
+    result = train(
+        opt,
+        train_split,
+        dev_split,
+        vocabulary,
+        output,
+        resuming=args.resume,
+        max_steps=args.max_steps,
+        device=args.device,
+        backend=args.backend,
+        tensorboard=args.tensorboard,
+        progress=not args.quiet,
+        arguments=places,
+    )
+    ended = "finished" if result.finished else "stopped"
+    print(
+        f"{ended} after {result.iterations} steps; best rsum {result.best_rsum:.1f} after epoch "
+        f"{result.best_epoch}: {output / 'model_best.pth.tar'}"
+    )
+    return 0
+
+
+def _changes(args: argparse.Namespace) -> dict[str, Any]:
+    found = {_OPTIONS[flag]: getattr(args, flag) for flag in _OPTIONS if getattr(args, flag) is not None}
+    for name in ("no_imgnorm", "no_txtnorm"):  # published as negatives
+        if name in found:
+            found[name] = not found[name]
+    return found
+
+
+def _vocabulary(args: argparse.Namespace, saved: Path, captions: list[str]) -> Any:
+    from ..data import Vocabulary
+
+    if args.vocab is not None:
+        if args.min_count is not None:
+            raise ValueError("--min-count is for a vocabulary built here; leave it out with --vocab")
+        return Vocabulary.load(args.vocab)
+    if args.resume:
+        return Vocabulary.load(saved)
+    return Vocabulary.build(captions, min_count=4 if args.min_count is None else args.min_count)
+
+
+def _summary(opt: argparse.Namespace, train_split: Any, dev_split: Any, words: int) -> str:
+    name = f"SCAN {opt.cross_attn}" if hasattr(opt, "cross_attn") else opt.module_name
+    I, R, F = train_split.features.shape
+    return (
+        f"{name}: {len(train_split.captions)} captions of {I} images ({R} regions x {F}), {words} words; "
+        f"dev {len(dev_split.captions)} captions of {len(dev_split.features)} images; "
+        f"{opt.num_epochs} epochs, learning rate {opt.learning_rate:g}, a tenth every {opt.lr_update}"
+    )

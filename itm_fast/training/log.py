@@ -1,0 +1,106 @@
+"""The record of a run: always a CSV file, TensorBoard when asked for."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .checkpoint import write_atomically
+
+if TYPE_CHECKING:
+    from ..evaluation import Metrics
+
+STEP = ("loss", "learning_rate", "grad_norm", "samples_per_second")
+DEV = (
+    *(f"i2t_{name}" for name in ("r1", "r5", "r10", "medr", "meanr")),
+    *(f"t2i_{name}" for name in ("r1", "r5", "r10", "medr", "meanr")),
+    "rsum",
+)
+COLUMNS = ("epoch", "iteration", *STEP, *DEV)
+
+
+class Log:
+    """Rows of `log.csv`: one per optimiser step, and one per validation with the dev columns filled.
+
+    Args:
+        folder: where `log.csv` is, or is to be.
+        iterations: steps the run has taken; rows beyond, of a run that was cut off, are dropped.
+        validated: whether a validation after exactly so many steps counts, or will be done again.
+        tensorboard: write `folder/tensorboard` as well.
+
+    Raises:
+        ImportError: TensorBoard was asked for and is not installed.
+        OSError: the file cannot be written.
+
+    >>> import tempfile
+    >>> folder = Path(tempfile.mkdtemp())
+    >>> log = Log(folder, 0)
+    >>> log.add(1, 1, {"loss": 2.5, "learning_rate": 2e-4})
+    >>> log.close()
+    >>> (folder / "log.csv").read_text().splitlines()[1][:10]
+    '1,1,2.5,0.'
+    """
+
+    def __init__(self, folder: Path, iterations: int, *, validated: bool = True, tensorboard: bool = False) -> None:
+        self._writer = _tensorboard(folder / "tensorboard", iterations) if tensorboard else None
+        path = folder / "log.csv"
+        text = io.StringIO()
+        rows = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+        rows.writeheader()
+        if path.exists():
+            with open(path, newline="", encoding="utf-8") as file:
+                for row in csv.DictReader(file):
+                    at = int(row["iteration"]) if (row["iteration"] or "").isdigit() else iterations + 1
+                    if at < iterations or (at == iterations and (validated or not row["rsum"])):
+                        rows.writerow(row)
+        write_atomically(path, text.getvalue())
+        self._file = open(path, "a", newline="", encoding="utf-8", buffering=1)  # noqa: SIM115
+        self._rows = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
+
+    def add(self, epoch: int, iteration: int, values: Mapping[str, float]) -> None:
+        """Add one row; columns without a value stay empty.
+
+        Args:
+            epoch: counted from 1.
+            iteration: optimiser steps so far.
+            values: by the names in `STEP` and `DEV`.
+        """
+        self._rows.writerow({"epoch": epoch, "iteration": iteration, **{n: f"{v:.7g}" for n, v in values.items()}})
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{'train' if name in STEP else 'dev'}/{name}", value, iteration)
+
+    def close(self) -> None:
+        """Flush and close."""
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def dev_values(found: Metrics) -> dict[str, float]:
+    """The dev columns of one validation."""
+    ways = (found.i2t, found.t2i)
+    values = [value for way in ways for value in (way.r1, way.r5, way.r10, way.medr, way.meanr)]
+    return dict(zip(DEV, [*values, found.rsum], strict=True))
+
+
+def table(title: str, found: Metrics, remark: str) -> str:
+    """One validation for the terminal."""
+    lines = [title, f"{'':>14}   R@1   R@5  R@10  medr   meanr"]
+    for name, way in (("image to text", found.i2t), ("text to image", found.t2i)):
+        lines.append(f"{name:>14} {way.r1:5.1f} {way.r5:5.1f} {way.r10:5.1f} {way.medr:5.0f} {way.meanr:7.1f}")
+    return "\n".join([*lines, f"{'rsum':>14} {found.rsum:5.1f}   {remark}".rstrip()])
+
+
+def _tensorboard(folder: Path, iterations: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ImportError(
+            "TensorBoard was asked for and is not installed: `pip install tensorboard`, or leave --tensorboard "
+            "out; log.csv holds the same numbers"
+        ) from error
+    return SummaryWriter(folder, purge_step=iterations + 1)

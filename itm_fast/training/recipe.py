@@ -1,0 +1,122 @@
+"""The published training recipes as options under their published names."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+MODELS = ("sgr", "saf", "scan")
+RECIPES = ("f30k", "coco")
+
+_COMMON: dict[str, Any] = {
+    "batch_size": 128,
+    "learning_rate": 2e-4,
+    "grad_clip": 2.0,
+    "margin": 0.2,
+    "max_violation": True,
+    "img_dim": 2048,
+    "word_dim": 300,
+    "embed_size": 1024,
+    "num_layers": 1,
+    "bi_gru": True,
+    "no_imgnorm": False,
+    "no_txtnorm": False,
+    "workers": 1,
+    "log_step": 1,
+    "val_step": 0,
+    "seed": 0,
+    "exclude_same_image": False,
+    "data_path": ".",
+    "data_name": "data",
+}
+# (model, recipe) -> epochs, and epochs between two cuts of the learning rate
+_SCHEDULES = {
+    ("sgr", "f30k"): (40, 30),
+    ("saf", "f30k"): (30, 20),
+    ("scan", "f30k"): (30, 15),
+    ("sgr", "coco"): (20, 10),
+    ("saf", "coco"): (20, 10),
+    ("scan", "coco"): (20, 10),
+}
+# SCAN: direction -> (lambda_softmax, lambda_lse per recipe)
+_LAMBDAS = {"t2i": (9.0, {"f30k": 6.0, "coco": 6.0}), "i2t": (4.0, {"f30k": 5.0, "coco": 20.0})}
+
+
+def options(model: str, *, recipe: str = "f30k", direction: str = "t2i", **changes: Any) -> argparse.Namespace:
+    """The options of one published training run.
+
+    Args:
+        model: "sgr", "saf" (SGRAF's two halves) or "scan".
+        recipe: "f30k" or "coco": epochs, schedule, SCAN's learning rate and temperatures for that data set.
+        direction: SCAN's `cross_attn`, "t2i" (words attend to regions) or "i2t"; the others ignore it.
+        **changes: options that are to differ, by their published names; None means as published.
+
+    Returns:
+        what `itm_fast.models.build` and `itm_fast.training.train` take.
+
+    Raises:
+        ValueError: an unknown model, recipe, direction or option name.
+
+    >>> opt = options("scan", recipe="coco", direction="i2t", batch_size=32)
+    >>> opt.num_epochs, opt.lr_update, opt.learning_rate, opt.lambda_softmax, opt.lambda_lse, opt.batch_size
+    (20, 10, 0.0005, 4.0, 20.0, 32)
+    """
+    for name, value, known in (
+        ("model", model, MODELS),
+        ("recipe", recipe, RECIPES),
+        ("direction", direction, tuple(_LAMBDAS)),
+    ):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+    chosen = dict(_COMMON)
+    chosen["num_epochs"], chosen["lr_update"] = _SCHEDULES[model, recipe]
+    if model == "scan":
+        softmax, lse = _LAMBDAS[direction]
+        chosen.update(
+            cross_attn=direction,
+            raw_feature_norm="clipped_l2norm",
+            agg_func="LogSumExp",
+            lambda_softmax=softmax,
+            lambda_lse=lse[recipe],
+            precomp_enc_type="basic",
+        )
+        if recipe == "coco":
+            chosen["learning_rate"] = 5e-4
+    else:
+        chosen.update(module_name=model.upper(), sim_dim=256, sgr_step=3)
+    unknown = [name for name in changes if name not in chosen]
+    if unknown:
+        raise ValueError(f"{model} has no option {', '.join(unknown)}; its options are {', '.join(sorted(chosen))}")
+    chosen.update({name: value for name, value in changes.items() if value is not None})
+    _check(chosen)
+    return argparse.Namespace(**chosen)
+
+
+def learning_rate(opt: argparse.Namespace, epoch: int) -> float:
+    """The learning rate of one epoch: a tenth of the last after every `lr_update` epochs.
+
+    Args:
+        opt: with `learning_rate` and `lr_update`.
+        epoch: 0, 1, ...
+
+    >>> opt = options("saf")
+    >>> [learning_rate(opt, epoch) == expected for epoch, expected in ((19, 2e-4), (20, 2e-4 * 0.1))]
+    [True, True]
+    """
+    return opt.learning_rate * (0.1 ** (epoch // opt.lr_update))
+
+
+def _check(chosen: dict[str, Any]) -> None:
+    if chosen["batch_size"] < 2:
+        raise ValueError(
+            f"batch_size must be at least 2: the negatives come from the batch; got {chosen['batch_size']}"
+        )
+    for name in ("num_epochs", "lr_update", "img_dim", "word_dim", "embed_size", "num_layers", "sim_dim"):
+        if name in chosen and chosen[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {chosen[name]}")
+    for name in ("learning_rate", "lambda_softmax", "lambda_lse"):
+        if name in chosen and not chosen[name] > 0:
+            raise ValueError(f"{name} must be more than 0, got {chosen[name]}")
+    for name in ("margin", "grad_clip", "val_step", "seed", "sgr_step"):
+        if name in chosen and not chosen[name] >= 0:
+            raise ValueError(f"{name} must be at least 0, got {chosen[name]}")

@@ -1,0 +1,88 @@
+"""The file from which an interrupted run goes on as if nothing had happened."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import load_plain, write_atomically
+
+NAME = "resume.pt"
+_FORMAT = "itm-fast resume 1"
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        options: the run's options, by their published names.
+        arguments: what else the caller wants back, plain values (the command's paths and splits).
+        data: captions and images of the training split, to notice another one.
+        epoch: finished epochs.
+        step: batches done in the epoch at hand; all of them when its validation is still due.
+        iterations: optimiser steps so far.
+        best_rsum, best_epoch: best validation so far, None before the first.
+        model, optimizer: state dicts.
+        rng: generator states: "cpu", and "cuda" for every CUDA device.
+    """
+
+    options: dict[str, Any]
+    arguments: dict[str, Any]
+    data: list[int]
+    epoch: int
+    step: int
+    iterations: int
+    best_rsum: float | None
+    best_epoch: int | None
+    model: list[dict[str, Tensor]]
+    optimizer: dict[str, Any]
+    rng: dict[str, Any]
+
+
+def save(folder: Path, progress: Progress) -> None:
+    """Write `folder/resume.pt`, whole or not at all.
+
+    Raises:
+        OSError: it cannot be written; the older one is untouched.
+    """
+    buffer = io.BytesIO()
+    content = {field.name: getattr(progress, field.name) for field in fields(progress)}
+    torch.save({"format": _FORMAT, **content}, buffer)
+    write_atomically(folder / NAME, buffer.getbuffer())
+
+
+def load(folder: Path) -> Progress:
+    """Read `folder/resume.pt` without running anything in it.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged or not such a file.
+    """
+    path = folder / NAME
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist, so there is no run to resume; leave --resume out to start one")
+    content, _ = load_plain(path, wanted="it should be the resume file that an interrupted training run wrote")
+    if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+        raise ValueError(f"{path} is not a resume file of this version of itm-fast")
+    return Progress(**content)
+
+
+def random_state() -> dict[str, Any]:
+    """States of torch's global generators."""
+    return {
+        "cpu": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """Put the generators back; CUDA ones when the run has as many devices as before."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
+        torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,0 +1,376 @@
+"""SGRAF's and SCAN's training recipe (SGRAF section 4.2; SCAN section 4.2), interruptible at any step."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import math
+import os
+import sys
+import time
+from collections.abc import Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .._backends import use_backend
+from . import checkpoint, resume
+from .interrupt import Stop, signals
+from .log import STEP, Log, dev_values, table
+from .losses import batch_loss
+from .recipe import learning_rate
+
+if TYPE_CHECKING:
+    from ..data import Batch, Split, Vocabulary
+
+BEST, LAST = "model_best.pth.tar", "checkpoint.pth.tar"
+_SAVE_EVERY = 600.0  # seconds between resume files inside an epoch
+_MAY_DIFFER = ("num_epochs", "val_step", "data_path", "vocab_path", "model_name", "logger_name")  # on resuming
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a run ended.
+
+    Attributes:
+        best_rsum: best sum of recalls on the dev split, in percent; None when no epoch was validated.
+        best_epoch: its epoch, counted from 1.
+        iterations: optimiser steps taken.
+        finished: all epochs are done, as against stopped by `max_steps`.
+    """
+
+    best_rsum: float | None
+    best_epoch: int | None
+    iterations: int
+    finished: bool
+
+
+def train(
+    opt: argparse.Namespace,
+    train_split: Split,
+    dev_split: Split,
+    vocabulary: Vocabulary,
+    output: str | os.PathLike[str],
+    *,
+    resuming: bool = False,
+    max_steps: int | None = None,
+    device: str | torch.device | None = None,
+    backend: str | None = None,
+    tensorboard: bool = False,
+    progress: bool = True,
+    arguments: Mapping[str, Any] | None = None,
+) -> Result:
+    """Train one model with Adam, hardest negatives, a step schedule and clipped gradients.
+
+    After every epoch the dev split is evaluated. `output` then holds `model_best.pth.tar` (best by rsum) and
+    `checkpoint.pth.tar` (the last), both in the published format; the vocabulary under its published name;
+    `log.csv`; and `resume.pt`, from which an interrupted run continues: on the CPU with the same number of
+    threads bit for bit as if it had not been interrupted. Ctrl-C and SIGTERM finish the step at hand first.
+
+    Args:
+        opt: as `options` gives them, with `img_dim` as in the data. `data_path` and `data_name` tell the
+            published evaluation where the data are; `data_name` also names the vocabulary file.
+        train_split: one sample per caption.
+        dev_split: decides which epoch was best.
+        vocabulary: the model's words.
+        output: the run's folder, made when absent.
+        resuming: continue the run in `output`; `opt` may differ in `num_epochs`, `val_step`, `data_path`.
+        max_steps: stop after this many optimiser steps in all, with a validation and checkpoints.
+        device: "cpu", "cuda", "cuda:1", ...; CUDA where there is one when None.
+        backend: as `itm_fast.use_backend`.
+        tensorboard: write `output/tensorboard` as well.
+        progress: bars and a recall table per epoch on standard error.
+        arguments: plain values kept in `resume.pt` for the caller.
+
+    Returns:
+        how the run ended.
+
+    Raises:
+        FileExistsError: `output` holds a run and `resuming` is false.
+        FileNotFoundError: `resuming` and there is none.
+        ValueError: options that do not fit the data or the interrupted run, or a loss that is not finite.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once `resume.pt` is written; says how to go on.
+
+    >>> import tempfile
+    >>> import numpy as np
+    >>> from itm_fast.data import Split, Vocabulary
+    >>> from itm_fast.training import options, train
+    >>> captions = ["a cat", "a dog", "one fox", "an owl"]
+    >>> split = Split(np.random.rand(4, 36, 6).astype("f"), captions, np.arange(4))
+    >>> vocabulary = Vocabulary.build(split.captions, min_count=1)
+    >>> opt = options("scan", img_dim=6, embed_size=8, word_dim=4, num_epochs=2, batch_size=2)
+    >>> train(opt, split, split, vocabulary, tempfile.mkdtemp() + "/run", progress=False).iterations
+    4
+    """
+    if max_steps is not None and max_steps < 1:
+        raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    output = Path(output)
+    if not resuming:
+        _refuse_existing(output)
+    run = _Run(opt, train_split, dev_split, vocabulary, output, device, progress, dict(arguments or {}))
+    if resuming:
+        run.restore()
+    else:
+        output.mkdir(parents=True, exist_ok=True)
+        vocabulary.save(run.vocabulary_file)
+    with contextlib.ExitStack() as stack:
+        if backend is not None:
+            stack.enter_context(use_backend(backend))
+        validated = run.step < run.steps
+        run.log = Log(output, run.iterations, validated=validated, tensorboard=tensorboard)
+        stack.callback(run.log.close)
+        run.stop = stack.enter_context(signals())
+        return run.fit(max_steps)
+
+
+class _Run:
+    log: Log
+    stop: Stop
+
+    def __init__(
+        self,
+        opt: argparse.Namespace,
+        train_split: Split,
+        dev_split: Split,
+        vocabulary: Vocabulary,
+        output: Path,
+        device: str | torch.device | None,
+        progress: bool,
+        arguments: dict[str, Any],
+    ) -> None:
+        from ..data import TrainingBatches
+        from ..models import build
+
+        for name, split in (("training", train_split), ("dev", dev_split)):
+            if split.features.shape[2] != opt.img_dim:
+                raise ValueError(
+                    f"img_dim is {opt.img_dim}, but the {name} split's features [I, R, F] are "
+                    f"{list(split.features.shape)}; set img_dim to F"
+                )
+        places = dict.fromkeys(("vocab_path", "model_name", "logger_name"), str(output))
+        self.opt = argparse.Namespace(**{**vars(opt), **places, "vocab_size": len(vocabulary)})
+        self.vocabulary_file = output / f"{opt.data_name}_vocab.json"  # where the published code looks
+        self.device = _usable(device)
+        self.dev_split, self.vocabulary, self.output = dev_split, vocabulary, output
+        self.progress, self.arguments = progress, arguments
+        self.data = [len(train_split.captions), len(train_split.features)]
+        self.batches = TrainingBatches(train_split, vocabulary, opt.batch_size, seed=opt.seed)
+        # A lone caption at the end of an epoch has no negatives and no batch statistics.
+        self.steps = len(self.batches) - (self.data[0] % opt.batch_size == 1)
+        if self.steps < 1:
+            raise ValueError(f"the training split must hold at least 2 captions, got {self.data[0]}")
+        torch.manual_seed(opt.seed)
+        self.model: Any = build(argparse.Namespace(**{**vars(self.opt), "device": str(self.device)}))
+        self.epoch = self.step = self.iterations = 0
+        self.best_rsum: float | None = None
+        self.best_epoch: int | None = None
+        self.saved: int | None = None  # iterations in the resume file
+
+    def restore(self) -> None:
+        from ..data import Vocabulary
+
+        found = resume.load(self.output)
+        differing = [
+            f"{name} {found.options.get(name)!r}, now {value!r}"
+            for name, value in vars(self.opt).items()
+            if name not in _MAY_DIFFER and found.options.get(name) != value
+        ]
+        if found.data != self.data:
+            differing.append(f"[captions, images] {found.data}, now {self.data}")
+        if not differing and Vocabulary.load(self.vocabulary_file).word2idx != self.vocabulary.word2idx:
+            differing.append(f"the words of {self.vocabulary_file}, now others")
+        if differing:
+            raise ValueError(
+                f"{self.output / resume.NAME} belongs to a run with {'; '.join(differing)}. Resume with the "
+                "same options and data, or start afresh in another folder"
+            )
+        self.model.load_state_dict(found.model)
+        self.model.optimizer.load_state_dict(found.optimizer)
+        resume.set_random_state(found.rng)
+        self.epoch, self.step, self.iterations = found.epoch, found.step, found.iterations
+        self.best_rsum, self.best_epoch = found.best_rsum, found.best_epoch
+        self.saved = found.iterations
+
+    def fit(self, max_steps: int | None) -> Result:
+        try:
+            reached = False
+            while self.epoch < self.opt.num_epochs and not reached:
+                reached = self._train_epoch(max_steps)
+                self._save_resume()
+                self.stop.at_once = True
+                self._validate(decide=True)
+                self.stop.at_once = False
+                if self.step >= self.steps:
+                    self.epoch, self.step = self.epoch + 1, 0
+                self._save_resume()
+        except KeyboardInterrupt:
+            kept = "nothing was saved yet"
+            if self.saved is not None:
+                kept = (
+                    f"{self.output / resume.NAME} holds step {self.saved}, and the same command with --resume "
+                    "goes on from there"
+                )
+            done = f"interrupted in epoch {self.epoch + 1} after {self.iterations} steps"
+            raise KeyboardInterrupt(f"{done}; {kept}") from None
+        return Result(self.best_rsum, self.best_epoch, self.iterations, finished=self.epoch >= self.opt.num_epochs)
+
+    def _train_epoch(self, max_steps: int | None) -> bool:
+        """Train up to the end of the epoch, or to `max_steps`; whether it was the latter."""
+        rate = learning_rate(self.opt, self.epoch)
+        for group in self.model.optimizer.param_groups:
+            group["lr"] = rate
+        left = self.steps - self.step
+        if max_steps is not None:
+            left = min(left, max(0, max_steps - self.iterations))
+        source = itertools.islice(self.batches.epoch(self.epoch, self.step), left)
+        saved = time.monotonic()
+        with self._bar() as bar, contextlib.closing(_ahead(source)) as batches:
+            start = time.perf_counter()
+            for batch in batches:
+                loss, norm = self._update(batch)
+                speed = len(batch.lengths) / (time.perf_counter() - start)
+                self.step += 1
+                self.iterations += 1
+                row = dict(zip(STEP, (loss, rate, norm, speed), strict=True))
+                self.log.add(self.epoch + 1, self.iterations, row)
+                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+                bar.update()
+                if self.stop.asked:
+                    self._save_resume()
+                    raise KeyboardInterrupt
+                if time.monotonic() - saved > _SAVE_EVERY:
+                    self._save_resume()
+                    saved = time.monotonic()
+                if self.opt.val_step and self.iterations % self.opt.val_step == 0 and self.step < self.steps:
+                    self._validate(decide=False)
+                start = time.perf_counter()
+        return max_steps is not None and self.iterations >= max_steps
+
+    def _update(self, batch: Batch) -> tuple[float, float]:
+        """One optimiser step: its loss, and the norm of the gradient before it is clipped."""
+        self.model.train_start()
+        self.model.optimizer.zero_grad()
+        loss = batch_loss(self.model, batch, self.opt, self.device)
+        value = loss.item()
+        if not math.isfinite(value):
+            raise ValueError(self._not_finite(batch, f"the loss is {value}"))
+        loss.backward()
+        # 0 switches clipping off, as published; the norm is wanted all the same.
+        limit = self.opt.grad_clip or math.inf
+        norm = torch.nn.utils.clip_grad_norm_(self.model.params, limit).item()
+        if not math.isfinite(norm):
+            raise ValueError(self._not_finite(batch, f"the gradient's norm is {norm}"))
+        self.model.optimizer.step()
+        return value, norm
+
+    def _not_finite(self, batch: Batch, what: str) -> str:
+        bad = _first_bad_image(batch.features)
+        cause = (
+            "try a lower learning rate, or gradient clipping if it is off"
+            if bad is None
+            else f"the features of training image {int(batch.image_index[bad])} hold NaN or infinity; mend them"
+        )
+        return (
+            f"epoch {self.epoch + 1}, iteration {self.iterations + 1}: {what}; training stopped, and "
+            f"{self.output} keeps what was saved before; {cause}"
+        )
+
+    def _validate(self, *, decide: bool) -> None:
+        """Evaluate the dev split; with `decide` write the checkpoints of this epoch."""
+        from ..evaluation import encode, metrics, score_all
+
+        encoded = encode(self.model, self.dev_split, self.vocabulary, progress=self.progress)
+        score = score_all(self.model.scorer, encoded, progress=self.progress)
+        found = metrics(score, encoded.caption_to_image)
+        epoch = self.epoch + 1
+        self.log.add(epoch, self.iterations, dev_values(found))
+        if decide:
+            better = self.best_rsum is None or found.rsum > self.best_rsum
+            if better:
+                self.best_rsum, self.best_epoch = found.rsum, epoch
+            self._save_checkpoint(LAST)
+            if better:
+                self._save_checkpoint(BEST)
+        if self.progress:
+            best = "" if self.best_rsum is None else f"best {self.best_rsum:.1f}, epoch {self.best_epoch}"
+            title = f"dev split after epoch {epoch}, step {self.iterations}"
+            print(table(title, found, best), file=sys.stderr)
+
+    def _save_checkpoint(self, name: str) -> None:
+        checkpoint.save(
+            self.output / name,
+            # As published: SGRAF counts finished epochs, SCAN names the last one from 0.
+            epoch=self.epoch + hasattr(self.opt, "module_name"),
+            model=self.model.state_dict(),
+            best_rsum=self.best_rsum or 0.0,
+            opt=self.opt,
+            iterations=self.iterations,
+        )
+
+    def _save_resume(self) -> None:
+        resume.save(
+            self.output,
+            resume.Progress(
+                options=vars(self.opt),
+                arguments=self.arguments,
+                data=self.data,
+                epoch=self.epoch,
+                step=self.step,
+                iterations=self.iterations,
+                best_rsum=self.best_rsum,
+                best_epoch=self.best_epoch,
+                model=self.model.state_dict(),
+                optimizer=self.model.optimizer.state_dict(),
+                rng=resume.random_state(),
+            ),
+        )
+        self.saved = self.iterations
+
+    def _bar(self) -> Any:
+        from tqdm import tqdm
+
+        return tqdm(
+            total=self.steps,
+            initial=self.step,
+            desc=f"epoch {self.epoch + 1}/{self.opt.num_epochs}",
+            unit="step",
+            disable=not self.progress,
+            dynamic_ncols=True,
+        )
+
+
+def _ahead(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
+    """The same batches, the next one being read while this one is worked on."""
+    with ThreadPoolExecutor(1) as pool:
+        pending = pool.submit(next, batches, None)
+        while (batch := pending.result()) is not None:
+            pending = pool.submit(next, batches, None)
+            yield batch
+
+
+def _usable(device: str | torch.device | None) -> torch.device:
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device must be such as cpu, cuda or cuda:1, got {device!r}") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {chosen} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
+def _first_bad_image(features: Tensor) -> int | None:
+    bad = ~features.isfinite().flatten(1).all(1)
+    return int(bad.nonzero()[0]) if bad.any() else None
+
+
+def _refuse_existing(output: Path) -> None:
+    for name in (resume.NAME, BEST, LAST, "log.csv"):
+        if (output / name).exists():
+            raise FileExistsError(
+                f"{output} already holds a run ({name}); continue it with --resume, or give another folder"
+            )
