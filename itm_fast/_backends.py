@@ -79,7 +79,6 @@ def _present() -> tuple[str, ...]:
     return tuple(n for n in NAMES if any(n in offered for offered in OFFERS.values()))
 
 
-@torch.compiler.assume_constant_result  # reads the context and the environment: asked once per trace
 def resolve(op: str, backend: str | None, device: torch.device) -> str:
     """Turn "auto" into one name. An explicit name is honoured or refused, never replaced.
 
@@ -97,3 +96,8 @@ def resolve(op: str, backend: str | None, device: torch.device) -> str:
             return name
         reasons[name] = reason
     raise NotImplementedError(f"{op} cannot run on {device}: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
+
+
+# Resolved once per trace. This is all that torch.compiler.assume_constant_result does, but calling it imports Dynamo
+# and so doubles the time of `import itm_fast`.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -17,10 +17,11 @@ from itm_fast import _backends, ops
 ROOT = Path(__file__).resolve().parents[1]
 checkout = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs a checkout")
 TOP_LEVEL = {"pyproject.toml", "itm_fast", "kernels", "csrc", "benchmarks", "tests", "README.md", "LICENSE"}
+# Not all of itm_fast.__path__: in a checkout its second entry is the whole repository.
 MODULES = [
-    m.name
-    for m in pkgutil.walk_packages(itm_fast.__path__, "itm_fast.")
-    if m.name.split(".")[1] not in {"csrc", "benchmarks", "tests", "__main__"}
+    "itm_fast",
+    "itm_fast.kernels",
+    *(m.name for m in pkgutil.walk_packages(itm_fast.__path__[:1], "itm_fast.") if m.name != "itm_fast.__main__"),
 ]
 
 
