@@ -66,9 +66,7 @@ def read(folder: Path, split: str, captions_per_image: int | None = None) -> Spl
             raise FileNotFoundError(f"{path[file]} does not exist; splits in this folder: {known}")
     ims = _array(path["ims.npy"])
     if ims.ndim != 3:
-        raise ValueError(
-            f"{path['ims.npy']} must be [I, R, F] (images, regions, feature size), got {list(ims.shape)}"
-        )
+        raise ValueError(f"{path['ims.npy']} must be [I, R, F] (images, regions, feature size), got {list(ims.shape)}")
     captions = _captions(path["caps.txt"])
     scale = _scale(path["ims_scale.npy"], ims)
     T = len(captions)
@@ -76,8 +74,7 @@ def read(folder: Path, split: str, captions_per_image: int | None = None) -> Spl
     if path["caption_to_image.npy"].exists():
         if captions_per_image is not None:
             raise ValueError(
-                f"{path['caption_to_image.npy']} says which image each caption belongs to; "
-                "leave captions_per_image out"
+                f"{path['caption_to_image.npy']} says which image each caption belongs to; leave captions_per_image out"
             )
         caption_to_image = np.array(_array(path["caption_to_image.npy"]))
     else:
@@ -159,9 +156,7 @@ def _array(path: Path) -> np.ndarray:
 def _scale(path: Path, ims: np.ndarray) -> np.ndarray | None:
     if ims.dtype != np.int8:
         if ims.dtype.kind != "f":
-            raise TypeError(
-                f"{path.parent}: features must be float32, float16, float64 or int8, got {ims.dtype}"
-            )
+            raise TypeError(f"{path.parent}: features must be float32, float16, float64 or int8, got {ims.dtype}")
         if path.exists():
             raise ValueError(f"{path} is for int8 features, and these are {ims.dtype}; remove it")
         return None

@@ -60,8 +60,7 @@ def read(path: Path, split: str) -> Split:
     found = {key: _dataset(name, group, key) for key in (*_REQUIRED, *_INTEGERS[1:], "boxes")}
     if h5py.check_string_dtype(found["captions"].dtype) is None or found["captions"].ndim != 1:
         raise ValueError(
-            f"{name}: captions must be [T] UTF-8 strings, "
-            f"got {found['captions'].dtype} {list(found['captions'].shape)}"
+            f"{name}: captions must be [T] UTF-8 strings, got {found['captions'].dtype} {list(found['captions'].shape)}"
         )
     captions = []
     for t, caption in enumerate(found["captions"][:]):
@@ -83,8 +82,7 @@ def check_writable(split: Split) -> None:
     for t, caption in enumerate(split.captions):
         if "\0" in caption:
             raise ValueError(
-                f"{split.name}: caption {t} has a NUL character, where an HDF5 string ends; "
-                f"take it out: {caption!r}"
+                f"{split.name}: caption {t} has a NUL character, where an HDF5 string ends; take it out: {caption!r}"
             )
 
 

@@ -64,7 +64,7 @@ class Rows:
             start, stop, step = index.indices(len(self))
             if step == 1:
                 raw = self._source[start * self._every : max(start, stop) * self._every : self._every]
-                return self._float32(raw)
+                return self._scaled(np.array(raw, dtype=np.float32))
             index = np.arange(start, stop, step)
         rows = np.asarray(index)
         if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
@@ -73,20 +73,20 @@ class Rows:
             raise IndexError(f"row {rows.min()}..{rows.max()} asked of an array of {len(self)} rows")
         rows = rows.astype(np.int64) * self._every
         if isinstance(self._source, np.ndarray):
-            return self._float32(self._source[rows])
+            return self._scaled(np.asarray(self._source[rows], dtype=np.float32))
         # One read per row: h5py's own list indexing is 30 times slower on chunked data.
         raw = [self._source[row] for row in rows.tolist()]
-        return self._float32(np.stack(raw) if raw else np.empty((0, *self.shape[1:])))
+        stacked = np.stack(raw) if raw else np.empty((0, *self.shape[1:]))
+        return self._scaled(np.asarray(stacked, dtype=np.float32))
 
     def first(self, count: int) -> Rows:
         """The first `count` rows, still unread."""
         return Rows(self._source, every=self._every, scale=self._scale, count=min(count, len(self)))
 
-    def _float32(self, raw: np.ndarray) -> np.ndarray:
-        out = np.array(raw, dtype=np.float32)
+    def _scaled(self, rows: np.ndarray) -> np.ndarray:
         if self._scale is not None:
-            out *= self._scale
-        return out
+            rows *= self._scale
+        return rows
 
 
 class Split:
@@ -175,9 +175,7 @@ class Split:
         (2, ['a', 'b'])
         """
         if captions < 1:
-            raise ValueError(
-                f"{self.name}: the number of captions to keep must be at least 1, got {captions}"
-            )
+            raise ValueError(f"{self.name}: the number of captions to keep must be at least 1, got {captions}")
         if captions >= len(self.captions):
             return self
         caption_to_image = self.caption_to_image[:captions]
@@ -201,23 +199,17 @@ class Split:
             raise TypeError(f"{self.name}: {key} must be a numpy array of floating-point numbers, got {what}")
         return Rows(array)
 
-    def _integers(
-        self, key: str, values: Any, n: int, per: str, bounds: tuple[int, int] | None = None
-    ) -> np.ndarray:
+    def _integers(self, key: str, values: Any, n: int, per: str, bounds: tuple[int, int] | None = None) -> np.ndarray:
         array = np.asarray(values)
         if array.dtype.kind not in "iu":
             raise TypeError(f"{self.name}: {key} must be integers, got {array.dtype}")
         if array.shape != (n,):
-            raise ValueError(
-                f"{self.name}: {key} must have one entry per {per}, [{n}], got shape {list(array.shape)}"
-            )
+            raise ValueError(f"{self.name}: {key} must have one entry per {per}, [{n}], got shape {list(array.shape)}")
         array = array.astype(np.int64)
         if bounds is not None:
             low, high = bounds
             wrong = np.flatnonzero((array < low) | (array > high))
             if wrong.size:
                 i = int(wrong[0])
-                raise ValueError(
-                    f"{self.name}: {key} must lie in {low}..{high}, got {array[i]} for {per} {i}"
-                )
+                raise ValueError(f"{self.name}: {key} must lie in {low}..{high}, got {array[i]} for {per} {i}")
         return array

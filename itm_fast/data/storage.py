@@ -191,9 +191,7 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial-{os.getpid()}")
 
 
-def _save_file(
-    path: Path, splits: Mapping[str, Split], force: bool, images_written: Callable[[int], object]
-) -> None:
+def _save_file(path: Path, splits: Mapping[str, Split], force: bool, images_written: Callable[[int], object]) -> None:
     if path.exists() and not force:
         raise FileExistsError(f"{path} exists; force (--force) replaces the whole file")
     partial = _partial(path)
@@ -206,15 +204,11 @@ def _save_file(
         partial.unlink(missing_ok=True)
 
 
-def _save_folder(
-    path: Path, splits: Mapping[str, Split], force: bool, images_written: Callable[[int], object]
-) -> None:
+def _save_folder(path: Path, splits: Mapping[str, Split], force: bool, images_written: Callable[[int], object]) -> None:
     old = {name: [path / f"{name}_{file}" for file in folder_form.FILES] for name in splits}
     there = [name for name, files in old.items() if any(file.exists() for file in files)]
     if there and not force:
-        raise FileExistsError(
-            f"{path} has files of {', '.join(there)} already; force (--force) replaces them"
-        )
+        raise FileExistsError(f"{path} has files of {', '.join(there)} already; force (--force) replaces them")
     # Inside an existing folder, which may be a mount of its own: a rename cannot leave its file system.
     partial = _partial(path / "split" if path.exists() else path)
     shutil.rmtree(partial, ignore_errors=True)

@@ -89,17 +89,13 @@ class Vocabulary:
         except ValueError as error:
             raise ValueError(f"{path} is not a JSON file: {error}") from error
         kinds = (("word2idx", dict), ("idx2word", dict), ("idx", int))
-        if not isinstance(content, dict) or not all(
-            isinstance(content.get(key), kind) for key, kind in kinds
-        ):
+        if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in kinds):
             raise ValueError(
                 f"{path} is not a vocabulary: it must hold objects word2idx and idx2word and a number idx, "
                 "as the published vocab.py writes them"
             )
         word2idx, idx2word, n = content["word2idx"], content["idx2word"], content["idx"]
-        words: list[Any] = (
-            [idx2word.get(str(i)) for i in range(n)] if n == len(idx2word) == len(word2idx) else [None]
-        )
+        words: list[Any] = [idx2word.get(str(i)) for i in range(n)] if n == len(idx2word) == len(word2idx) else [None]
         if not all(isinstance(word, str) and word2idx.get(word) == i for i, word in enumerate(words)):
             raise ValueError(
                 f"{path} is not a consistent vocabulary: idx is {n}, and word2idx ({len(word2idx)} words) "

@@ -1,0 +1,100 @@
+"""Training and encoding batches."""
+
+import numpy as np
+import pytest
+import torch
+
+from itm_fast.data import Split, TrainingBatches, Vocabulary, caption_batches, encode_caption, image_batches
+
+pytestmark = pytest.mark.filterwarnings("ignore:NLTK's punkt")
+
+RNG = np.random.default_rng(0)
+FEATURES = RNG.standard_normal((6, 3, 5)).astype(np.float16)
+WORDS = ["a", "the", "red", "big", "cat", "dog", "sits", "runs"]
+CAPTIONS = [" ".join(RNG.choice(WORDS, n)) for n in RNG.integers(0, 9, 17)]
+VOCABULARY = Vocabulary.build(CAPTIONS, min_count=2)
+SPLIT = Split(FEATURES, CAPTIONS, RNG.integers(0, 6, 17), region_lengths=[3, 1, 2, 3, 3, 2])
+
+
+def captions_of(batches):
+    return [batch.caption_index.tolist() for batch in batches]
+
+
+def test_every_caption_once_with_its_own_image():
+    seen = []
+    for batch in TrainingBatches(SPLIT, VOCABULARY, 4, seed=3).epoch(0):
+        assert batch.features.dtype == torch.float32
+        assert batch.ids.dtype == batch.image_index.dtype == batch.caption_index.dtype == torch.int64
+        assert batch.lengths == sorted(batch.lengths, reverse=True)
+        assert batch.ids.shape == (len(batch.lengths), batch.lengths[0])
+        for b, t in enumerate(batch.caption_index.tolist()):
+            ids = encode_caption(CAPTIONS[t], VOCABULARY)
+            assert batch.ids[b].tolist() == ids + [0] * (batch.lengths[0] - len(ids))
+            assert batch.lengths[b] == len(ids)
+            image = SPLIT.caption_to_image[t]
+            assert batch.image_index[b] == image
+            assert np.array_equal(batch.features[b].numpy(), FEATURES[image].astype(np.float32))
+            assert batch.region_lengths[b] == SPLIT.region_lengths[image]
+        seen += batch.caption_index.tolist()
+    assert sorted(seen) == list(range(17))
+
+
+def test_number_of_batches():
+    for size, count in ((4, 5), (17, 1), (100, 1), (1, 17)):
+        batches = TrainingBatches(SPLIT, VOCABULARY, size)
+        assert len(batches) == len(list(batches.epoch(0))) == count
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    batches = TrainingBatches(SPLIT, VOCABULARY, 4, seed=3)
+    first, second = captions_of(batches.epoch(0)), captions_of(batches.epoch(1))
+    assert first != second
+    assert captions_of(TrainingBatches(SPLIT, VOCABULARY, 4, seed=3).epoch(1)) == second
+    assert captions_of(TrainingBatches(SPLIT, VOCABULARY, 4, seed=4).epoch(1)) != second
+    # Seeds and epochs are not added up: seed 3 epoch 1 differs from seed 4 epoch 0.
+    assert captions_of(TrainingBatches(SPLIT, VOCABULARY, 4, seed=4).epoch(0)) != second
+
+
+def test_a_resumed_epoch_continues_where_it_stopped():
+    batches = TrainingBatches(SPLIT, VOCABULARY, 4, seed=3)
+    whole = captions_of(batches.epoch(2))
+    assert captions_of(TrainingBatches(SPLIT, VOCABULARY, 4, seed=3).epoch(2, first_step=3)) == whole[3:]
+    assert captions_of(batches.epoch(2, first_step=5)) == []
+
+
+def test_without_region_lengths():
+    split = Split(FEATURES, CAPTIONS, SPLIT.caption_to_image)
+    assert next(TrainingBatches(split, VOCABULARY, 4).epoch(0)).region_lengths is None
+    assert next(image_batches(split, 4))[1] is None
+
+
+def test_image_batches():
+    batches = list(image_batches(SPLIT, 4))
+    assert [len(features) for features, _ in batches] == [4, 2]
+    assert np.array_equal(torch.cat([f for f, _ in batches]).numpy(), FEATURES.astype(np.float32))
+    assert torch.cat([n for _, n in batches]).tolist() == [3, 1, 2, 3, 3, 2]
+
+
+def test_caption_batches():
+    seen, all_lengths = [], []
+    for index, ids, lengths in caption_batches(CAPTIONS, VOCABULARY, 4):
+        assert ids.dtype == index.dtype == torch.int64
+        for b, t in enumerate(index.tolist()):
+            assert ids[b, : lengths[b]].tolist() == encode_caption(CAPTIONS[t], VOCABULARY)
+            assert not ids[b, lengths[b] :].any()
+        seen += index.tolist()
+        all_lengths += lengths
+    assert sorted(seen) == list(range(17))
+    assert all_lengths == sorted(all_lengths, reverse=True)
+
+
+def test_bad_sizes_are_refused():
+    for make in (
+        lambda: TrainingBatches(SPLIT, VOCABULARY, 0),
+        lambda: next(image_batches(SPLIT, 0)),
+        lambda: next(caption_batches(CAPTIONS, VOCABULARY, -1)),
+    ):
+        with pytest.raises(ValueError, match="batch_size must be at least 1"):
+            make()
+    with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
+        TrainingBatches(SPLIT, VOCABULARY, seed=-1)

@@ -1,0 +1,165 @@
+"""The HDF5 form: what it holds and what it refuses."""
+
+import h5py
+import numpy as np
+import pytest
+
+from itm_fast.data import Split, open_split, save_splits, split_names
+
+RNG = np.random.default_rng(0)
+FEATURES = RNG.standard_normal((4, 3, 5)).astype(np.float32)  # I 4, R 3, F 5
+
+
+@pytest.fixture
+def path(tmp_path):
+    split = Split(
+        FEATURES,
+        ["a cat", "", "caf\u00e9 \U0001f408", "two\nlines"],
+        [2, 0, 2, 3],
+        region_lengths=[3, 1, 2, 3],
+        boxes=RNG.random((4, 3, 4)).astype(np.float32),
+        image_ids=[7, 8, 9, 10],
+        caption_ids=[70, 71, 72, 73],
+    )
+    save_splits(tmp_path / "set.h5", {"test": split, "dev": split})
+    return tmp_path / "set.h5"
+
+
+def edit(path, key, **dataset):
+    with h5py.File(path, "a") as file:
+        del file["test"][key]
+        if dataset:
+            file["test"].create_dataset(key, **dataset)
+
+
+def test_read_back(path):
+    split = open_split(path, "test")
+    assert split.captions == ["a cat", "", "caf\u00e9 \U0001f408", "two\nlines"]
+    assert split.caption_to_image.tolist() == [2, 0, 2, 3]
+    assert split.region_lengths.tolist() == [3, 1, 2, 3]
+    assert split.region_lengths.dtype == np.int32
+    assert split.image_ids.tolist() == [7, 8, 9, 10]
+    assert split.caption_ids.tolist() == [70, 71, 72, 73]
+    assert split.boxes[1:2].shape == (1, 3, 4)
+    for index in ([3, 0, 0], [], slice(1, 3), slice(None, None, 2), slice(None)):
+        assert np.array_equal(split.features[index], FEATURES[index if index else slice(0, 0)]), index
+    assert split_names(path) == ["dev", "test"]
+    cut = open_split(path, "test", limit_captions=2)
+    assert (len(cut.features), cut.captions) == (3, ["a cat", ""])
+
+
+def test_layout_is_as_documented(path):
+    with h5py.File(path) as file:
+        assert file.attrs["itm_fast_format"] == 1
+        group = file["test"]
+        assert set(group) == {
+            "features",
+            "captions",
+            "caption_to_image",
+            "region_lengths",
+            "boxes",
+            "image_ids",
+            "caption_ids",
+        }
+        assert group["features"].chunks == (1, 3, 5)
+        assert group["features"].dtype == np.float32
+        assert h5py.check_string_dtype(group["captions"].dtype).encoding == "utf-8"
+        assert group["caption_to_image"].dtype == np.int64
+        assert group["region_lengths"].dtype == np.int32
+
+
+@pytest.mark.parametrize(("given", "stored"), [(np.float16, np.float16), (np.float64, np.float32)])
+def test_half_precision_is_kept(tmp_path, given, stored):
+    features = FEATURES.astype(given)
+    save_splits(tmp_path / "set.hdf5", {"test": Split(features, ["a"], [0])})
+    with h5py.File(tmp_path / "set.hdf5") as file:
+        assert file["test/features"].dtype == stored
+    read = open_split(tmp_path / "set.hdf5", "test").features[:]
+    assert read.dtype == np.float32
+    assert np.array_equal(read, features.astype(np.float32))
+
+
+@pytest.mark.parametrize("key", ["features", "captions", "caption_to_image"])
+def test_a_missing_data_set_is_named(path, key):
+    edit(path, key)
+    with pytest.raises(ValueError, match=f"the data set {key} is missing"):
+        open_split(path, "test")
+
+
+def test_optional_data_sets_may_be_missing(path):
+    for key in ("region_lengths", "boxes", "image_ids", "caption_ids"):
+        edit(path, key)
+    split = open_split(path, "test")
+    assert (split.region_lengths, split.boxes, split.image_ids, split.caption_ids) == (None, None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "data", "error", "words"),
+    [
+        ("features", np.zeros((4, 15), "f4"), ValueError, r"features must be \[I, R, F\].*got \[4, 15\]"),
+        ("features", np.zeros((0, 3, 5), "f4"), ValueError, r"none of them 0, got \[0, 3, 5\]"),
+        ("features", np.zeros((4, 3, 5), "i1"), TypeError, "features must be an array of floating-point"),
+        ("features", np.float32(1), TypeError, "features must be an array of floating-point"),
+        ("boxes", np.zeros((4, 3), "f4"), ValueError, r"boxes must be \[4, 3, 4\]"),
+        ("boxes", h5py.Empty("f4"), TypeError, "boxes must be an array of floating-point"),
+        ("caption_to_image", np.array([0, 1, 2, 4]), ValueError, r"must lie in 0\.\.3, got 4 for caption 3"),
+        ("caption_to_image", np.array([0, 1, 2]), ValueError, r"one entry per caption, \[4\], got shape \[3\]"),
+        ("caption_to_image", np.array([0.0, 1, 2, 3]), TypeError, "caption_to_image must be integers"),
+        ("caption_to_image", h5py.Empty("i8"), TypeError, "caption_to_image must be integers"),
+        ("region_lengths", np.array([1, 2, 3, 4]), ValueError, r"must lie in 1\.\.3, got 4 for image 3"),
+        ("captions", np.arange(4), ValueError, r"captions must be \[T\] UTF-8 strings, got int64 \[4\]"),
+        ("captions", np.array([[b"a"]], "S1"), ValueError, r"captions must be \[T\] UTF-8 strings"),
+        ("captions", np.array([b"a", b"b", b"\xe9t\xe9", b"d"]), ValueError, "caption 2 is not UTF-8"),
+    ],
+)
+def test_wrong_data_sets_are_refused(path, key, data, error, words):
+    edit(path, key, data=data)
+    with pytest.raises(error, match=words):
+        open_split(path, "test")
+
+
+def test_a_group_in_place_of_a_data_set_is_refused(path):
+    with h5py.File(path, "a") as file:
+        del file["test/features"]
+        file.create_group("test/features")
+    with pytest.raises(ValueError, match="features must be a data set, got a Group"):
+        open_split(path, "test")
+
+
+def test_other_files_are_refused(path, tmp_path):
+    text = tmp_path / "text.h5"
+    text.write_text("not HDF5")
+    with pytest.raises(OSError, match=r"text.h5 is not an HDF5 file, or a damaged one"):
+        open_split(text, "test")
+    cut = tmp_path / "cut.h5"
+    cut.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(OSError, match=r"cut.h5 is not an HDF5 file, or a damaged one"):
+        open_split(cut, "test")
+    with h5py.File(tmp_path / "foreign.h5", "w") as file:
+        file["test"] = np.zeros(3)
+    with pytest.raises(ValueError, match="without the attribute itm_fast_format"):
+        open_split(tmp_path / "foreign.h5", "test")
+    with h5py.File(path, "a") as file:
+        file.attrs["itm_fast_format"] = 2
+    with pytest.raises(ValueError, match="has itm_fast_format 2; this version of itm-fast reads 1"):
+        open_split(path, "test")
+
+
+def test_a_missing_split_names_those_there_are(path):
+    with h5py.File(path, "a") as file:
+        file["loose"] = np.zeros(3)
+    for missing in ("train", "loose"):
+        with pytest.raises(FileNotFoundError, match="no such split; splits in this file: dev, test"):
+            open_split(path, missing)
+
+
+def test_captions_per_image_is_for_folders(path):
+    with pytest.raises(ValueError, match="captions_per_image is for folders"):
+        open_split(path, "test", captions_per_image=5)
+
+
+def test_a_caption_with_nul_is_refused(tmp_path):
+    split = Split(FEATURES, ["fine", "a\0b"], [0, 1])
+    with pytest.raises(ValueError, match="caption 1 has a NUL character"):
+        save_splits(tmp_path / "set.h5", {"test": split})
+    assert not list(tmp_path.iterdir())

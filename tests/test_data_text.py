@@ -1,0 +1,189 @@
+"""Tokens, word ids and vocabulary files."""
+
+import json
+import subprocess
+import sys
+import warnings
+
+import nltk
+import pytest
+from nltk.tokenize import word_tokenize
+from nltk.tokenize.destructive import NLTKWordTokenizer
+
+from itm_fast.data import Vocabulary, encode_caption, tokenize
+from itm_fast.data.captions import _word_tokenizer
+
+TRICKY = [
+    "A man's dog can't swim.",
+    'Two dogs, one "ball" -- and a t-shirt/sweater (red) .',
+    "He said: 'it is 3.50$ & 10%' ...",
+    "a mr. smith stands. he waves.",
+    "One. Two. Three",
+    "gonna wanna cannot d'ye",
+    "caf\u00e9 \u2018quoted\u2019 \u201cdouble\u201d \u00abguillemets\u00bb",
+    "tab\tand  spaces\u00a0here",
+    "ends with dots...",
+    "?!;:@#",
+    "",
+    "   ",
+    "<unk> <start>",
+    "I\u2019m \U0001f408 na\u00efve",
+]
+
+
+def lowered(text):
+    return text.encode().lower().decode()
+
+
+@pytest.fixture
+def no_punkt(monkeypatch):
+    monkeypatch.setattr(nltk.data, "path", [])
+    yield from cleared()
+
+
+@pytest.fixture
+def punkt(monkeypatch, tmp_path):
+    """A punkt model that knows one abbreviation, so that sentence splitting is seen to follow it."""
+    folder = tmp_path / "tokenizers" / "punkt_tab" / "english"
+    folder.mkdir(parents=True)
+    for name in ("collocations.tab", "sent_starters.txt", "ortho_context.tab"):
+        (folder / name).write_text("")
+    (folder / "abbrev_types.txt").write_text("mr\n")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    yield from cleared()
+
+
+def cleared():
+    from nltk.tokenize import _get_punkt_tokenizer
+
+    for cache in (_word_tokenizer, _get_punkt_tokenizer):
+        cache.cache_clear()
+    yield
+    for cache in (_word_tokenizer, _get_punkt_tokenizer):
+        cache.cache_clear()
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_with_punkt_tokens_are_those_of_word_tokenize(punkt, text):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tokenize(text) == word_tokenize(lowered(text))
+
+
+def test_punkt_splits_sentences(punkt):
+    assert tokenize("a mr. smith stands. he waves.") == ["a", "mr.", "smith", "stands", ".", "he", "waves", "."]
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_without_punkt_tokens_follow_the_word_rules(no_punkt, text):
+    with pytest.warns(UserWarning, match="punkt"):
+        assert tokenize(text) == NLTKWordTokenizer().tokenize(lowered(text))
+
+
+def test_without_punkt_one_warning_says_so(no_punkt):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert tokenize("a cat. it sits.") == ["a", "cat.", "it", "sits", "."]
+        assert tokenize("another") == ["another"]
+    assert len(caught) == 1
+    assert "'cat.' where the published tokens are 'cat' and '.'" in str(caught[0].message)
+    assert caught[0].filename == __file__
+
+
+@pytest.mark.filterwarnings("ignore:NLTK's punkt")
+def test_only_ascii_letters_are_lowered():
+    assert tokenize("\u00c9cole \u0130stanbul ABC") == ["\u00c9cole", "\u0130stanbul", "abc"]
+
+
+@pytest.mark.filterwarnings("ignore:NLTK's punkt")
+def test_ids():
+    vocabulary = Vocabulary(["<pad>", "<start>", "<end>", "<unk>", "a", "cat"])
+    assert encode_caption("A cat sits", vocabulary) == [1, 4, 5, 3, 2]
+    assert encode_caption("", vocabulary) == [1, 2]
+    assert encode_caption("<pad>", vocabulary) == [1, 3, 3, 3, 2]
+
+
+@pytest.mark.filterwarnings("ignore:NLTK's punkt")
+def test_build_counts_tokens():
+    captions = ["The red cat"] * 3 + ["a red dog", "a Cat", "a dog", "a dog", "a dog"]
+    vocabulary = Vocabulary.build(captions)
+    assert vocabulary.idx2word == dict(enumerate(["<pad>", "<start>", "<end>", "<unk>", "red", "cat", "a", "dog"]))
+    assert len(Vocabulary.build(captions, min_count=100)) == 4
+    assert vocabulary("the") == 3
+    with pytest.raises(ValueError, match="min_count must be at least 1, got 0"):
+        Vocabulary.build(captions, min_count=0)
+
+
+def test_saved_as_published(tmp_path):
+    words = ["<pad>", "<start>", "<end>", "<unk>", "caf\u00e9", '"``']
+    path = tmp_path / "vocab.json"
+    Vocabulary(words).save(path)
+    word2idx = {word: i for i, word in enumerate(words)}
+    published = {"word2idx": word2idx, "idx2word": dict(enumerate(words)), "idx": 6}
+    assert path.read_text() == json.dumps(published)
+    assert [file.name for file in tmp_path.iterdir()] == ["vocab.json"]
+    loaded = Vocabulary.load(path)
+    assert loaded.word2idx == word2idx
+    assert loaded.idx2word == dict(enumerate(words))
+
+
+def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
+    vocabulary = Vocabulary(["<pad>", "<start>", "<end>", "<unk>"])
+    vocabulary.save(tmp_path / "vocab.json")
+    before = (tmp_path / "vocab.json").read_bytes()
+    vocabulary.word2idx["bad"] = {1}
+    with pytest.raises(TypeError):
+        vocabulary.save(tmp_path / "vocab.json")
+    assert (tmp_path / "vocab.json").read_bytes() == before
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+GOOD = {
+    "word2idx": {"<pad>": 0, "<start>": 1, "<end>": 2, "<unk>": 3, "cat": 4},
+    "idx2word": {"0": "<pad>", "1": "<start>", "2": "<end>", "3": "<unk>", "4": "cat"},
+    "idx": 5,
+}
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"\x80\x04K\x01.", "is not a JSON file"),
+        (b"{", "is not a JSON file"),
+        ([1], "is not a vocabulary"),
+        ({"cat": 1}, "is not a vocabulary"),
+        (GOOD | {"idx": "5"}, "is not a vocabulary"),
+        (GOOD | {"idx": 10**12}, "is not a consistent vocabulary: idx is 1000000000000"),
+        (GOOD | {"idx2word": GOOD["idx2word"] | {"4": "dog"}}, "is not a consistent vocabulary"),
+        (GOOD | {"idx2word": GOOD["idx2word"] | {"4": ["cat"]}}, "is not a consistent vocabulary"),
+        (GOOD | {"word2idx": GOOD["word2idx"] | {"cat": 7}}, "is not a consistent vocabulary"),
+        (GOOD | {"word2idx": GOOD["word2idx"] | {"dog": 4}}, "is not a consistent vocabulary"),
+        (
+            {"word2idx": {"cat": 0}, "idx2word": {"0": "cat"}, "idx": 1},
+            "vocab.json: a vocabulary must begin with <pad>",
+        ),
+    ],
+)
+def test_other_files_are_refused(tmp_path, content, words):
+    path = tmp_path / "vocab.json"
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(ValueError, match=words):
+        Vocabulary.load(path)
+
+
+def test_a_good_file_is_taken(tmp_path):
+    (tmp_path / "vocab.json").write_text(json.dumps(GOOD))
+    assert Vocabulary.load(tmp_path / "vocab.json")("cat") == 4
+    with pytest.raises(FileNotFoundError):
+        Vocabulary.load(tmp_path / "other.json")
+
+
+def test_words_are_named_once():
+    with pytest.raises(ValueError, match="'cat' twice"):
+        Vocabulary(["<pad>", "<start>", "<end>", "<unk>", "cat", "dog", "cat"])
+
+
+def test_heavy_packages_wait_until_needed():
+    program = "import itm_fast, itm_fast.data, sys; print([m for m in ('h5py', 'nltk') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
