@@ -1,10 +1,11 @@
-"""SCAN's published scoring loop (Lee et al., ECCV 2018, section 3): one iteration per caption, all images at once.
+"""SCAN's published scoring loop (Lee et al., ECCV 2018, section 3): one caption an iteration, all images at once.
 
-The same PyTorch operations in the same order as the authors' code, copies and `repeat` included, so that it is both
-the oracle of the tests and an honest baseline of the benchmarks. Two differences, neither of which costs or saves
-time: the l1 normalisations, which call an undefined function there, are x / (sum |x| + 1e-8); and a single image or
-a single query keeps its axis.
+The same PyTorch operations in the same order as the authors' code, copies and `repeat` included, so that it is
+both the oracle of the tests and an honest baseline of the benchmarks. Two differences, neither of which costs or
+saves time: the l1 normalisations, which call an undefined function there, are x / (sum |x| + 1e-8); and a single
+image or a single query keeps its axis.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -86,9 +87,8 @@ def loop(
     Raises:
         ValueError: `direction`, `affinity_norm` or `pool` is unknown.
 
-    Example:
-        >>> loop(torch.ones(2, 3, 4), torch.ones(5, 6, 4), [6, 2, 3, 4, 5], pool="mean").shape
-        torch.Size([2, 5])
+    >>> loop(torch.ones(2, 3, 4), torch.ones(5, 6, 4), [6, 2, 3, 4, 5], pool="mean").shape
+    torch.Size([2, 5])
     """
     if direction not in ("t2i", "i2t"):
         raise ValueError(f"direction {direction!r} is unknown: choose t2i or i2t")

@@ -1,8 +1,10 @@
-"""SGRAF's published scoring loop (Diao et al., AAAI 2021, equations 1 to 9): one iteration per caption, all images at once.
+"""SGRAF's published scoring loop (Diao et al., AAAI 2021): one caption an iteration, all images at once.
 
-The same PyTorch operations in the same order as the authors' `EncoderSimilarity.forward`, copies and `repeat` included,
-over a plain state_dict, so that it is both the oracle of the tests and an honest baseline of the benchmarks.
+The same PyTorch operations in the same order as the authors' `EncoderSimilarity.forward`, copies and `repeat`
+included, over a plain state_dict, so that it is both the oracle of the tests and an honest baseline of the
+benchmarks. Equations 1 to 9 of the paper.
 """
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +31,7 @@ def _batch_norm(state: State, name: str, x: Tensor, training: bool) -> Tensor:
 
 
 def self_attention(state: State, name: str, local: Tensor, training: bool, dropout: float) -> Tensor:
-    """Global vector of each row of `local` [B, L, D] -> [B, D]; VisualSA where the state has BatchNorm, else TextSA."""
+    """Global vectors of `local` [B, L, D] -> [B, D]: VisualSA where the state has BatchNorm, else TextSA."""
     mean = torch.mean(local, 1)
     local_embedding = _linear(state, f"{name}.embedding_local.0", local)
     if f"{name}.embedding_local.1.weight" in state:
@@ -54,7 +56,7 @@ def reason(state: State, name: str, nodes: Tensor) -> Tensor:
 
 
 def filtrate(state: State, nodes: Tensor, training: bool) -> Tensor:
-    """SAF over nodes [I, M, S] -> [I, S]: BatchNorm takes its statistics over the I x M values of one caption."""
+    """SAF over nodes [I, M, S] -> [I, S]: BatchNorm's statistics are over the I x M values of one caption."""
     gate = _linear(state, "SAF_module.attn_sim_w", nodes).permute(0, 2, 1)
     gate = l1norm(torch.sigmoid(_batch_norm(state, "SAF_module.bn", gate, training)), -1)
     return l2norm(torch.matmul(gate, nodes).squeeze(1), -1)
@@ -72,8 +74,8 @@ def loop(
     """Score every image against every caption as the authors' code does.
 
     Args:
-        state: a state_dict of the published `EncoderSimilarity`; with SGR_module keys it is SGR, with SAF_module keys
-            SAF. In training its BatchNorm buffers are moved in place.
+        state: a state_dict of the published `EncoderSimilarity`; with SGR_module keys it is SGR, with SAF_module
+            keys SAF. In training its BatchNorm buffers are moved in place.
         image: [I, R, D], unit rows.
         caption: [T, W, D], padded.
         lengths: T tokens per caption.
@@ -83,11 +85,10 @@ def loop(
     Returns:
         Scores in (0, 1), [I, T].
 
-    Example:
-        >>> from itm_fast.models.sgraf import EncoderSimilarity
-        >>> state = EncoderSimilarity(8, 4, "SAF").state_dict()
-        >>> loop(state, torch.rand(2, 36, 8), torch.rand(3, 5, 8), [5, 2, 4]).shape
-        torch.Size([2, 3])
+    >>> from itm_fast.models.sgraf import EncoderSimilarity
+    >>> state = EncoderSimilarity(8, 4, "SAF").state_dict()
+    >>> loop(state, torch.rand(2, 36, 8), torch.rand(3, 5, 8), [5, 2, 4]).shape
+    torch.Size([2, 3])
     """
     steps = len({key.split(".")[1] for key in state if key.startswith("SGR_module.")})
     scores = []

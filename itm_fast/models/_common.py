@@ -1,0 +1,193 @@
+"""What the published SCAN and SGRAF objects share: norms, the text encoder's pass, and the training step."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from ..nn import PairScorer
+from ..packing import pack
+
+
+def l1norm(X: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
+    """X / (sum |X| + eps) along `dim`."""
+    return X / (X.abs().sum(dim=dim, keepdim=True) + eps)
+
+
+def l2norm(X: Tensor, dim: int = -1, eps: float = 1e-8) -> Tensor:
+    """X / (sqrt(sum X^2) + eps) along `dim`.
+
+    >>> l2norm(torch.tensor([3.0, 4.0]))
+    tensor([0.6000, 0.8000])
+    """
+    return X / (X.pow(2).sum(dim=dim, keepdim=True).sqrt() + eps)
+
+
+def want(opt: Namespace, model: str, names: Sequence[str]) -> None:
+    """Refuse options that lack what the model reads.
+
+    Raises:
+        ValueError: naming every missing option.
+    """
+    missing = [name for name in names if not hasattr(opt, name)]
+    if missing:
+        raise ValueError(f"{model}: opt lacks {', '.join(missing)}; give the options of the trained model")
+
+
+def choice(model: str, name: str, value: object, known: Sequence[str]) -> None:
+    """Refuse an option's value that is not one of `known`."""
+    if value not in known:
+        raise ValueError(f"{model}: opt.{name} must be one of {', '.join(known)}, got {value!r}")
+
+
+def device_of(opt: Namespace) -> torch.device:
+    """`opt.device` where it is given, else CUDA where there is one, else the CPU."""
+    return torch.device(getattr(opt, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+class OwnKeys(nn.Module):
+    """Loads its own keys out of a larger state_dict, as the published image encoders do."""
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """Load this module's keys and ignore all others."""
+        own = self.state_dict()
+        found = {name: value for name, value in state_dict.items() if name in own}
+        return super().load_state_dict(found, strict=strict, assign=assign)
+
+
+def encode_text(
+    embedded: Tensor, lengths: Sequence[int] | Tensor, rnn: nn.GRU, no_txtnorm: bool
+) -> tuple[Tensor, Tensor]:
+    """Embedded words [B, W, E] through the GRU: the mean of both directions, unit rows unless told otherwise.
+
+    Returns:
+        [B, longest, D] with zeros beyond each length, and the lengths as an int64 CPU tensor. Captions may come
+        in any order of length.
+    """
+    lengths = torch.as_tensor(lengths, dtype=torch.int64).cpu()
+    packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
+    caption, lengths = pad_packed_sequence(rnn(packed)[0], batch_first=True)
+    if rnn.bidirectional:
+        half = caption.shape[2] // 2
+        caption = (caption[:, :, :half] + caption[:, :, half:]) / 2
+    return caption if no_txtnorm else l2norm(caption, dim=-1), lengths
+
+
+@torch.no_grad()
+def score_arrays(
+    scorer: PairScorer,
+    image: np.ndarray,
+    caption: np.ndarray,
+    lengths: Sequence[int] | Tensor,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+) -> np.ndarray:
+    """Arrays [I, R, D] and [T, W, D] -> scores [I, T], float64 as the published evaluators return."""
+    words, cu_seqlens = pack(torch.from_numpy(caption), lengths)
+    score = scorer(torch.from_numpy(image).to(device, dtype), words.to(device, dtype), cu_seqlens.to(device))
+    return score.double().cpu().numpy()
+
+
+class Matcher:
+    """A published model object: encoders, loss and optimizer in one, and not an nn.Module."""
+
+    parts: tuple[str, ...]  # attribute names of the modules, in the order of the checkpoint's list
+    logger: Any = None  # the training scripts assign one with `update(name, value, n)`
+    img_enc: nn.Module
+    txt_enc: nn.Module
+    optimizer: torch.optim.Optimizer
+    grad_clip: float
+
+    def __init__(self, opt: Namespace) -> None:
+        self.grad_clip = opt.grad_clip
+        self.device = device_of(opt)
+        self.Eiters = 0
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The modules in the order of the checkpoint's list."""
+        return [getattr(self, name) for name in self.parts]
+
+    def optimise(self, modules: Sequence[nn.Module], opt: Namespace) -> None:
+        """Move the modules to the device and give their parameters, in this order, to Adam as published."""
+        self.params = [p for module in modules for p in module.to(self.device).parameters()]
+        self.optimizer = torch.optim.Adam(self.params, lr=opt.learning_rate)
+
+    def state_dict(self) -> list[dict[str, Any]]:
+        """One state_dict per module, as in the published checkpoints."""
+        return [module.state_dict() for module in self.modules]
+
+    def load_state_dict(self, state_dict: Sequence[Mapping[str, Any]]) -> None:
+        """Load a published checkpoint's list of state_dicts.
+
+        Raises:
+            ValueError: the list has another number of modules, so it belongs to another model.
+        """
+        if len(state_dict) != len(self.parts):
+            raise ValueError(
+                f"{type(self).__name__}: the state must be a list of {len(self.parts)} state_dicts "
+                f"({', '.join(self.parts)}), got {len(state_dict)}: it belongs to another model"
+            )
+        for module, state in zip(self.modules, state_dict, strict=True):
+            module.load_state_dict(state)
+
+    def train_start(self) -> None:
+        """Switch to training mode."""
+        for module in self.modules:
+            module.train()
+
+    def val_start(self) -> None:
+        """Switch to evaluation mode."""
+        for module in self.modules:
+            module.eval()
+
+    def log(self, name: str, value: float, n: int = 0) -> None:
+        """Tell the logger, if there is one."""
+        if self.logger is not None:
+            self.logger.update(name, value, n)
+
+    def batch_loss(
+        self, images: Tensor, captions: Tensor, lengths: Sequence[int] | Tensor, region_lengths: Tensor | None
+    ) -> Tensor:
+        """Loss of one batch; logs it."""
+        raise NotImplementedError
+
+    def train_emb(
+        self,
+        images: Tensor,
+        captions: Tensor,
+        lengths: Sequence[int] | Tensor,
+        ids: Any = None,
+        *args: Any,
+        region_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """One training step.
+
+        Args:
+            images: [B, R, F] features.
+            captions: [B, W] int64 word ids, padded; caption b belongs to image b.
+            lengths: [B] tokens per caption.
+            ids: not used, as published.
+            *args: not used, as published.
+            region_lengths: [B] regions of each image; None means R for all.
+
+        Returns:
+            The loss, detached, 0-d.
+        """
+        self.Eiters += 1
+        self.log("Eit", self.Eiters)
+        self.log("lr", self.optimizer.param_groups[0]["lr"])
+        self.optimizer.zero_grad()
+        loss = self.batch_loss(images, captions, lengths, region_lengths)
+        loss.backward()
+        if self.grad_clip > 0:
+            clip_grad_norm_(self.params, self.grad_clip)
+        self.optimizer.step()
+        return loss.detach()

@@ -1,0 +1,153 @@
+"""SGRAF's global vectors of images and captions (section 3.1 of the paper, as in the published code).
+
+    a = softmax(w . (h(locals) o g(their mean))),   global vector = l2norm(sum a local)
+
+with h and g a Linear, a tanh and a dropout; images have a BatchNorm before the tanh.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import xavier_
+from ._common import l2norm
+
+
+def _embedding(embed_dim: int, channels: int, dropout_rate: float) -> nn.Sequential:
+    norm = [nn.BatchNorm1d(channels)] if channels else []
+    return nn.Sequential(nn.Linear(embed_dim, embed_dim), *norm, nn.Tanh(), nn.Dropout(dropout_rate))
+
+
+class _SelfAttention(nn.Module):
+    """The parameters, and the pooling of padded locals."""
+
+    def __init__(self, embed_dim: int, dropout_rate: float, local_channels: int, global_channels: int) -> None:
+        super().__init__()
+        self.embedding_local = _embedding(embed_dim, local_channels, dropout_rate)
+        self.embedding_global = _embedding(embed_dim, global_channels, dropout_rate)
+        self.embedding_common = nn.Sequential(nn.Linear(embed_dim, 1))
+        for embedding in (self.embedding_local, self.embedding_global, self.embedding_common):
+            xavier_(cast(nn.Linear, embedding[0]))
+
+    def pooled(self, local: Tensor, l_emb: Tensor, g_emb: Tensor, valid: Tensor | None = None) -> Tensor:
+        """l2norm of the weighted sum of `local` [B, L, D]; rows not `valid` [B, L] have no weight."""
+        weights = self.embedding_common(l_emb * g_emb.unsqueeze(1)).squeeze(2)
+        if valid is not None:
+            weights = weights.masked_fill(~valid, float("-inf"))
+        weights = weights.softmax(1).to(local.dtype)
+        return l2norm(torch.matmul(weights.unsqueeze(1), local).squeeze(1), dim=-1)
+
+
+class VisualSA(_SelfAttention):
+    """Global image vectors. The BatchNorm of the regions has the region index as channel, so R is fixed.
+
+    Args:
+        embed_dim: D.
+        dropout_rate: of both dropouts.
+        num_region: R.
+
+    >>> region = torch.randn(2, 36, 8)
+    >>> VisualSA(8, 0.4, 36)(region, region.mean(1)).shape
+    torch.Size([2, 8])
+    """
+
+    def __init__(self, embed_dim: int, dropout_rate: float, num_region: int) -> None:
+        super().__init__(embed_dim, dropout_rate, num_region, embed_dim)
+
+    def forward(self, local: Tensor, raw_global: Tensor, valid: Tensor | None = None) -> Tensor:
+        """Pool regions.
+
+        Args:
+            local: [B, R, D]; finite in every row.
+            raw_global: [B, D], the mean of the regions.
+            valid: [B, R] bool, the rows that are regions; None means all.
+
+        Returns:
+            [B, D], unit rows.
+        """
+        linear, norm, tanh, dropout = self.embedding_local
+        l_emb = linear(local)
+        if valid is not None and norm.training:
+            l_emb = _masked_batch_norm(cast(nn.BatchNorm1d, norm), l_emb, valid)
+        else:
+            l_emb = norm(l_emb)
+        return self.pooled(local, dropout(tanh(l_emb)), self.embedding_global(raw_global), valid)
+
+
+def _masked_batch_norm(norm: nn.BatchNorm1d, x: Tensor, valid: Tensor) -> Tensor:
+    """BatchNorm1d in training over [B, R, D] with R as channel, statistics over a channel's valid rows.
+
+    The running statistics of a channel without a valid row stay as they are.
+    """
+    real = valid.unsqueeze(2)
+    count = (valid.sum(0) * x.shape[2]).to(x.dtype)  # [R]
+    mean = x.masked_fill(~real, 0.0).sum((0, 2)) / count.clamp_min(1)
+    centred = (x - mean[:, None]).masked_fill(~real, 0.0)
+    var = centred.square().sum((0, 2)) / count.clamp_min(1)
+    with torch.no_grad():
+        unbiased = var * (count / (count - 1).clamp_min(1))
+        for name, new in (("running_mean", mean), ("running_var", unbiased)):
+            running = norm.get_buffer(name)
+            running.lerp_(new.to(running), (cast(float, norm.momentum) * (count > 0)).to(running))
+        norm.get_buffer("num_batches_tracked").add_(1)
+    return centred * (norm.weight * (var + norm.eps).rsqrt())[:, None] + norm.bias[:, None]
+
+
+class TextSA(_SelfAttention):
+    """Global caption vectors.
+
+    Args:
+        embed_dim: D.
+        dropout_rate: of both dropouts.
+
+    >>> word = torch.randn(2, 7, 8)
+    >>> TextSA(8, 0.4)(word, word.mean(1)).shape
+    torch.Size([2, 8])
+    """
+
+    def __init__(self, embed_dim: int, dropout_rate: float) -> None:
+        super().__init__(embed_dim, dropout_rate, 0, 0)
+
+    def forward(self, local: Tensor, raw_global: Tensor) -> Tensor:
+        """Pool words [B, L, D] of captions of one length, with their mean [B, D], to unit rows [B, D]."""
+        return self.pooled(local, self.embedding_local(local), self.embedding_global(raw_global))
+
+    def packed(self, words: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Pool the words of every caption: words [N, D], cu_seqlens [T + 1] -> unit rows [T, D].
+
+        In training the dropouts are drawn caption by caption, words first, so that the random stream is that
+        of one `forward` per caption.
+        """
+        lengths = cu_seqlens.diff().long()
+        if not len(lengths):
+            return words
+        owner = torch.repeat_interleave(lengths, output_size=len(words))  # [N], the caption of each word
+        linear, tanh, _ = self.embedding_local
+        l_emb = tanh(linear(words))
+        linear, tanh, _ = self.embedding_global
+        g_emb = tanh(linear((_sums(words, owner, lengths) / lengths[:, None]).to(words.dtype)))
+        if self.training:
+            l_emb, g_emb = self._dropped(l_emb, g_emb, lengths.tolist())
+        logits = self.embedding_common(l_emb * g_emb[owner]).squeeze(1)  # [N]
+        real = torch.arange(int(lengths.max()), device=words.device) < lengths[:, None]  # [T, W]
+        padded = logits.new_full(real.shape, float("-inf"))
+        padded[real] = logits
+        weights = padded.softmax(1)[real]
+        return l2norm(_sums(weights[:, None] * words, owner, lengths).to(words.dtype), dim=-1)
+
+    def _dropped(self, l_emb: Tensor, g_emb: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
+        """Both embeddings after their dropouts, drawn in the shapes and order of the published loop."""
+        l_masks, g_masks = [], []
+        for n in lengths:
+            l_masks.append(self.embedding_local[2](l_emb.new_ones(1, n, l_emb.shape[1]))[0])
+            g_masks.append(self.embedding_global[2](g_emb.new_ones(1, g_emb.shape[1])))
+        return l_emb * torch.cat(l_masks), g_emb * torch.cat(g_masks)
+
+
+def _sums(x: Tensor, owner: Tensor, lengths: Tensor) -> Tensor:
+    """Sums over each caption's rows, in float32 or better: x [N, D] -> [T, D]."""
+    work = torch.promote_types(x.dtype, torch.float32)
+    return x.new_zeros(len(lengths), x.shape[1], dtype=work).index_add(0, owner, x.to(work))

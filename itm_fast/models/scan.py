@@ -1,0 +1,362 @@
+"""SCAN (Lee et al., ECCV 2018): drop-in for kuanghuei/SCAN's `model.py` and its evaluator's scoring.
+
+Names, arguments, state_dict keys and numbers are the published ones; the scores come from
+`itm_fast.cross_attention_score`. Where the published code fails, this one works: the l1 normalisations, one
+image, captions in any order of length, machines without CUDA.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..nn import CrossAttentionScore, xavier_
+from ..ops import hardest_negative_loss
+from ..packing import pack
+from ._common import Matcher, OwnKeys, choice, device_of, encode_text, l1norm, l2norm, score_arrays, want
+
+NORMS = {
+    name: {"no_norm": "none"}.get(name, name)
+    for name in ("softmax", "l2norm", "clipped_l2norm", "l1norm", "clipped_l1norm", "clipped", "no_norm")
+}
+POOLS = {"LogSumExp": "lse", "Max": "max", "Sum": "sum", "Mean": "mean"}
+OPTIONS = (
+    "grad_clip", "img_dim", "embed_size", "precomp_enc_type", "no_imgnorm", "vocab_size", "word_dim",
+    "num_layers", "bi_gru", "no_txtnorm", "margin", "max_violation", "learning_rate", "cross_attn",
+    "raw_feature_norm", "agg_func", "lambda_softmax", "lambda_lse",
+)  # fmt: skip
+
+__all__ = [
+    "SCAN",
+    "ContrastiveLoss",
+    "EncoderImage",
+    "EncoderImagePrecomp",
+    "EncoderImageWeightNormPrecomp",
+    "EncoderText",
+    "func_attention",
+    "l1norm",
+    "l2norm",
+    "shard_xattn_i2t",
+    "shard_xattn_t2i",
+    "xattn_score_i2t",
+    "xattn_score_t2i",
+]
+
+
+def EncoderImage(
+    data_name: str, img_dim: int, embed_size: int, precomp_enc_type: str = "basic", no_imgnorm: bool = False
+) -> nn.Module:
+    """Make the image encoder for precomputed features.
+
+    Args:
+        data_name: not used, as published.
+        img_dim: F.
+        embed_size: D.
+        precomp_enc_type: "basic" or "weight_norm".
+        no_imgnorm: leave the rows as the Linear gives them.
+
+    Raises:
+        ValueError: `precomp_enc_type` is unknown.
+
+    >>> EncoderImage("coco_precomp", 6, 8)(torch.randn(2, 3, 6)).shape
+    torch.Size([2, 3, 8])
+    """
+    choice("EncoderImage", "precomp_enc_type", precomp_enc_type, ("basic", "weight_norm"))
+    if precomp_enc_type == "basic":
+        return EncoderImagePrecomp(img_dim, embed_size, no_imgnorm)
+    return EncoderImageWeightNormPrecomp(img_dim, embed_size, no_imgnorm)
+
+
+class EncoderImagePrecomp(OwnKeys):
+    """Linear and l2norm: features [B, R, F] -> [B, R, D]."""
+
+    def __init__(self, img_dim: int, embed_size: int, no_imgnorm: bool = False) -> None:
+        super().__init__()
+        self.embed_size = embed_size
+        self.no_imgnorm = no_imgnorm
+        self.fc = nn.Linear(img_dim, embed_size)
+        xavier_(self.fc)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed features [B, R, F] -> [B, R, D], unit rows unless `no_imgnorm`."""
+        features = self.fc(images)
+        return features if self.no_imgnorm else l2norm(features, dim=-1)
+
+
+class _WeightNormLinear(nn.Module):
+    """Linear with weight g v / |v|, |v| over the whole matrix, under the published checkpoints' keys."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        linear = nn.Linear(in_features, out_features)
+        self.bias = linear.bias
+        self.weight_g = nn.Parameter(linear.weight.detach().norm())
+        self.weight_v = linear.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm()), self.bias)
+
+
+class EncoderImageWeightNormPrecomp(OwnKeys):
+    """Weight-normalised Linear and l2norm: features [B, R, F] -> [B, R, D]."""
+
+    def __init__(self, img_dim: int, embed_size: int, no_imgnorm: bool = False) -> None:
+        super().__init__()
+        self.embed_size = embed_size
+        self.no_imgnorm = no_imgnorm
+        self.fc = _WeightNormLinear(img_dim, embed_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Embed features [B, R, F] -> [B, R, D], unit rows unless `no_imgnorm`."""
+        features = self.fc(images)
+        return features if self.no_imgnorm else l2norm(features, dim=-1)
+
+
+class EncoderText(nn.Module):
+    """Embedding, (bi-)GRU, mean of the directions and l2norm, without dropout."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        word_dim: int,
+        embed_size: int,
+        num_layers: int,
+        use_bi_gru: bool = False,
+        no_txtnorm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embed_size = embed_size
+        self.no_txtnorm = no_txtnorm
+        self.embed = nn.Embedding(vocab_size, word_dim)
+        self.use_bi_gru = use_bi_gru
+        self.rnn = nn.GRU(word_dim, embed_size, num_layers, batch_first=True, bidirectional=use_bi_gru)
+        nn.init.uniform_(self.embed.weight, -0.1, 0.1)
+
+    def forward(self, x: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """Word ids [B, W] int64 -> caption [B, longest, D], zeros beyond each length, and the lengths [B]."""
+        return encode_text(self.embed(x), lengths, self.rnn, self.no_txtnorm)
+
+
+def func_attention(
+    query: Tensor, context: Tensor, opt: Namespace, smooth: float, eps: float = 1e-8
+) -> tuple[Tensor, Tensor]:
+    """What each query attends to, for looking at the attention; the scores do not pass through here.
+
+    Args:
+        query: [B, Q, D].
+        context: [B, C, D].
+        opt: its `raw_feature_norm` normalises the affinities over the queries.
+        smooth: inverse temperature of the softmax over the context.
+        eps: not used, as published.
+
+    Returns:
+        Attended vectors [B, Q, D] and attention [B, C, Q].
+    """
+    choice("func_attention", "raw_feature_norm", opt.raw_feature_norm, tuple(NORMS))
+    norm = opt.raw_feature_norm
+    affinity = torch.bmm(context, query.transpose(1, 2))
+    if norm.startswith("clipped"):
+        affinity = F.leaky_relu(affinity, 0.1)
+    if norm.endswith("l2norm"):
+        affinity = l2norm(affinity, 2)
+    elif norm.endswith("l1norm"):
+        affinity = l1norm(affinity, 2)
+    elif norm == "softmax":
+        affinity = affinity.softmax(2)
+    attention = (affinity * smooth).softmax(1)
+    return torch.bmm(attention.transpose(1, 2), context), attention
+
+
+def _scorer(direction: str, opt: Namespace) -> CrossAttentionScore:
+    choice("SCAN", "cross_attn", direction, ("t2i", "i2t"))
+    choice("SCAN", "raw_feature_norm", opt.raw_feature_norm, tuple(NORMS))
+    choice("SCAN", "agg_func", opt.agg_func, tuple(POOLS))
+    return CrossAttentionScore(
+        direction, NORMS[opt.raw_feature_norm], opt.lambda_softmax, POOLS[opt.agg_func], opt.lambda_lse
+    )
+
+
+def _xattn_score(direction, images, captions, cap_lens, opt, region_lengths):
+    words, cu_seqlens = pack(captions, cap_lens)
+    return _scorer(direction, opt)(images, words, cu_seqlens, region_lengths)
+
+
+def xattn_score_t2i(
+    images: Tensor,
+    captions: Tensor,
+    cap_lens: Sequence[int] | Tensor,
+    opt: Namespace,
+    region_lengths: Tensor | None = None,
+) -> Tensor:
+    """Score every image against every caption, words attending to regions (SCAN, section 3.1).
+
+    Args:
+        images: [I, R, D], unit rows.
+        captions: [T, W, D], padded.
+        cap_lens: [T] tokens per caption.
+        opt: with raw_feature_norm, agg_func, lambda_softmax and lambda_lse.
+        region_lengths: [I] regions of each image; None means R for all.
+
+    Returns:
+        Scores, [I, T].
+
+    Raises:
+        ValueError: an option is unknown or a shape is wrong.
+
+    >>> from argparse import Namespace
+    >>> opt = Namespace(raw_feature_norm="no_norm", agg_func="Mean", lambda_softmax=9.0, lambda_lse=6.0)
+    >>> xattn_score_t2i(torch.randn(2, 36, 8), torch.randn(3, 5, 8), [5, 2, 4], opt).shape
+    torch.Size([2, 3])
+    """
+    return _xattn_score("t2i", images, captions, cap_lens, opt, region_lengths)
+
+
+def xattn_score_i2t(
+    images: Tensor,
+    captions: Tensor,
+    cap_lens: Sequence[int] | Tensor,
+    opt: Namespace,
+    region_lengths: Tensor | None = None,
+) -> Tensor:
+    """Score every image against every caption, regions attending to words; arguments as `xattn_score_t2i`.
+
+    >>> from argparse import Namespace
+    >>> opt = Namespace(raw_feature_norm="no_norm", agg_func="Mean", lambda_softmax=4.0, lambda_lse=5.0)
+    >>> xattn_score_i2t(torch.randn(2, 36, 8), torch.randn(3, 5, 8), [5, 2, 4], opt).shape
+    torch.Size([2, 3])
+    """
+    return _xattn_score("i2t", images, captions, cap_lens, opt, region_lengths)
+
+
+class ContrastiveLoss(nn.Module):
+    """Score a batch and rank its matching pairs above the others by a margin, summed over the batch."""
+
+    def __init__(self, opt: Namespace, margin: float = 0, max_violation: bool = False) -> None:
+        super().__init__()
+        self.opt = opt
+        self.margin = margin
+        self.max_violation = max_violation
+
+    def forward(
+        self, im: Tensor, s: Tensor, s_l: Sequence[int] | Tensor, region_lengths: Tensor | None = None
+    ) -> Tensor:
+        """Images [B, R, D], captions [B, W, D] and their lengths -> loss, 0-d."""
+        scores = _xattn_score(self.opt.cross_attn, im, s, s_l, self.opt, region_lengths)
+        return hardest_negative_loss(scores, margin=self.margin, hardest=self.max_violation)
+
+
+class SCAN(Matcher):
+    """Stacked cross attention network: encoders, loss and optimizer in one object, as published.
+
+    Args:
+        opt: the published options; `opt.device` is optional (CUDA where there is one).
+
+    Raises:
+        ValueError: an option is missing or has an unknown value.
+
+    >>> from argparse import Namespace
+    >>> model = SCAN(Namespace(
+    ...     grad_clip=2.0, img_dim=6, embed_size=8, precomp_enc_type="basic", no_imgnorm=False,
+    ...     vocab_size=9, word_dim=5, num_layers=1, bi_gru=True, no_txtnorm=False, margin=0.2,
+    ...     max_violation=True, learning_rate=2e-4, cross_attn="t2i", raw_feature_norm="clipped_l2norm",
+    ...     agg_func="LogSumExp", lambda_softmax=9.0, lambda_lse=6.0))
+    >>> [len(state) for state in model.state_dict()]
+    [2, 9]
+    """
+
+    parts = ("img_enc", "txt_enc")
+
+    def __init__(self, opt: Namespace) -> None:
+        want(opt, "SCAN", OPTIONS)
+        super().__init__(opt)
+        self.scorer = _scorer(opt.cross_attn, opt)
+        self.img_enc = EncoderImage("", opt.img_dim, opt.embed_size, opt.precomp_enc_type, opt.no_imgnorm)
+        self.txt_enc = EncoderText(
+            opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm
+        )
+        self.criterion = ContrastiveLoss(opt, opt.margin, opt.max_violation)
+        self.optimise((self.txt_enc, self.img_enc), opt)
+
+    def forward_emb(
+        self, images: Tensor, captions: Tensor, lengths: Sequence[int] | Tensor, volatile: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Embed features [B, R, F] and word ids [B, W]; `volatile` means without gradients.
+
+        Returns:
+            Image [B, R, D], caption [B, longest, D] and the lengths [B].
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not volatile):
+            img_emb = self.img_enc(images.to(self.device))
+            cap_emb, cap_lens = self.txt_enc(captions.to(self.device), lengths)
+        return img_emb, cap_emb, cap_lens
+
+    def forward_loss(
+        self,
+        img_emb: Tensor,
+        cap_emb: Tensor,
+        cap_len: Sequence[int] | Tensor,
+        *,
+        region_lengths: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Loss of a batch of embeddings, 0-d; logged as `Le`."""
+        loss = self.criterion(img_emb, cap_emb, cap_len, region_lengths)
+        self.log("Le", loss.item(), img_emb.shape[0])
+        return loss
+
+    def batch_loss(self, images, captions, lengths, region_lengths):
+        return self.forward_loss(*self.forward_emb(images, captions, lengths), region_lengths=region_lengths)
+
+
+def _shard(direction: str, images: np.ndarray, captions: np.ndarray, caplens, opt: Namespace) -> np.ndarray:
+    return score_arrays(_scorer(direction, opt), images, captions, caplens, device_of(opt))
+
+
+def shard_xattn_t2i(
+    images: np.ndarray,
+    captions: np.ndarray,
+    caplens: Sequence[int] | Tensor,
+    opt: Namespace,
+    shard_size: int = 128,
+) -> np.ndarray:
+    """Score all pairs of a split, words attending to regions.
+
+    Args:
+        images: [I, R, D]; scored in its own dtype.
+        captions: [T, W, D], padded, same dtype.
+        caplens: [T] tokens per caption.
+        opt: with raw_feature_norm, agg_func, lambda_softmax and lambda_lse.
+        shard_size: not used: the memory bound is `itm_fast.workspace`.
+
+    Returns:
+        Scores, float64 [I, T].
+
+    >>> from argparse import Namespace
+    >>> opt = Namespace(raw_feature_norm="no_norm", agg_func="Mean", lambda_softmax=9.0, lambda_lse=6.0)
+    >>> shard_xattn_t2i(np.ones((2, 36, 8)), np.ones((3, 5, 8)), [5, 2, 4], opt).shape
+    (2, 3)
+    """
+    return _shard("t2i", images, captions, caplens, opt)
+
+
+def shard_xattn_i2t(
+    images: np.ndarray,
+    captions: np.ndarray,
+    caplens: Sequence[int] | Tensor,
+    opt: Namespace,
+    shard_size: int = 128,
+) -> np.ndarray:
+    """Score all pairs of a split, regions attending to words; arguments as `shard_xattn_t2i`.
+
+    >>> from argparse import Namespace
+    >>> opt = Namespace(raw_feature_norm="no_norm", agg_func="Mean", lambda_softmax=4.0, lambda_lse=5.0)
+    >>> shard_xattn_i2t(np.ones((2, 36, 8)), np.ones((3, 5, 8)), [5, 2, 4], opt).shape
+    (2, 3)
+    """
+    return _shard("i2t", images, captions, caplens, opt)

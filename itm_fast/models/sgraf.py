@@ -1,0 +1,380 @@
+"""SGRAF (Diao et al., AAAI 2021): drop-in for Paranioar/SGRAF's `model.py` and its evaluator's scoring.
+
+Names, arguments, state_dict keys and numbers are the published ones, in training mode too: SAF's BatchNorm sees
+one caption at a time, TextSA's dropout is drawn caption by caption, VisualSA's BatchNorm has the region index as
+channel. What depends on one image or one caption alone is computed once; pairs are scored in blocks by the ops.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .._workspace import GIB, scratch_bytes, workspace
+from ..nn import GraphReasoning, PairScorer, SimilarityFilter, SimilarityGraph, State, xavier_
+from ..ops import cross_attention_similarity, hardest_negative_loss
+from ..ops._torch._blocks import runs, spans
+from ..packing import bounds, pack
+from ._common import Matcher, choice, encode_text, l1norm, l2norm, score_arrays, want
+from ._self_attention import TextSA, VisualSA
+from .scan import EncoderImagePrecomp as EncoderImage
+
+NAME = "EncoderSimilarity"
+SMOOTH = 9.0  # hard-coded in the published code
+WORDS, CPU_WORDS = 4096, 768  # words of a block, at most
+CPU_BLOCK = 64 << 20  # bytes of a block on the CPU, nodes and temporaries
+OPTIONS = (
+    "grad_clip", "img_dim", "embed_size", "no_imgnorm", "vocab_size", "word_dim", "num_layers", "bi_gru",
+    "no_txtnorm", "sim_dim", "module_name", "sgr_step", "margin", "max_violation", "learning_rate",
+)  # fmt: skip
+
+__all__ = [
+    "SGRAF",
+    "AttentionFiltration",
+    "ContrastiveLoss",
+    "EncoderImage",
+    "EncoderSimilarity",
+    "EncoderText",
+    "GraphReasoning",
+    "TextSA",
+    "VisualSA",
+    "l1norm",
+    "l2norm",
+    "shard_attn_scores",
+]
+
+
+class EncoderText(nn.Module):
+    """Embedding, dropout 0.4, (bi-)GRU, mean of the directions and l2norm."""
+
+    def __init__(
+        self,
+        vocab_size: int,
+        word_dim: int,
+        embed_size: int,
+        num_layers: int,
+        use_bi_gru: bool = False,
+        no_txtnorm: bool = False,
+    ) -> None:
+        super().__init__()
+        self.embed_size = embed_size
+        self.no_txtnorm = no_txtnorm
+        self.embed = nn.Embedding(vocab_size, word_dim)
+        self.dropout = nn.Dropout(0.4)
+        self.use_bi_gru = use_bi_gru
+        self.cap_rnn = nn.GRU(word_dim, embed_size, num_layers, batch_first=True, bidirectional=use_bi_gru)
+        nn.init.uniform_(self.embed.weight, -0.1, 0.1)
+
+    def forward(self, captions: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
+        """Word ids [B, W] int64 -> caption [B, longest, D], zeros beyond each length."""
+        return encode_text(self.dropout(self.embed(captions)), lengths, self.cap_rnn, self.no_txtnorm)[0]
+
+
+class AttentionFiltration(SimilarityFilter):
+    """SAF over the nodes of one caption.
+
+    Args:
+        sim_dim: S.
+
+    >>> AttentionFiltration(8)(torch.rand(4, 13, 8)).shape
+    torch.Size([4, 8])
+    """
+
+    def forward(self, sim_emb: Tensor) -> Tensor:  # type: ignore[override]
+        """Nodes [B, M, S] of B images with one caption -> [B, S], unit rows."""
+        cu_seqlens = torch.tensor([0, sim_emb.shape[1]], dtype=torch.int32, device=sim_emb.device)
+        return super().forward(sim_emb, cu_seqlens)[:, 0]
+
+
+class EncoderSimilarity(PairScorer):
+    """Scores of all pairs from regions and words: SGR or SAF over similarity vectors (equations 1 to 9).
+
+    Args:
+        embed_size: D.
+        sim_dim: S.
+        module_name: "SGR" or "SAF". The published default "AVE" is refused, as it is there.
+        sgr_step: K, for SGR.
+        num_region: R. The published code fixes 36.
+
+    Raises:
+        ValueError: `module_name` is neither.
+
+    >>> scorer = EncoderSimilarity(8, 4, "SAF").eval()
+    >>> scorer(torch.randn(2, 36, 8), torch.randn(3, 5, 8), [5, 2, 4]).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(
+        self, embed_size: int, sim_dim: int, module_name: str = "AVE", sgr_step: int = 3, num_region: int = 36
+    ) -> None:
+        super().__init__()
+        choice("EncoderSimilarity", "module_name", module_name, ("SGR", "SAF"))
+        self.module_name = module_name
+        self.v_global_w = VisualSA(embed_size, 0.4, num_region)
+        self.t_global_w = TextSA(embed_size, 0.4)
+        self.sim_tranloc_w = nn.Linear(embed_size, sim_dim)
+        self.sim_tranglo_w = nn.Linear(embed_size, sim_dim)
+        self.sim_eval_w = nn.Linear(sim_dim, 1)
+        if module_name == "SGR":
+            self.SGR_module = SimilarityGraph(sim_dim, sgr_step)
+        else:
+            self.SAF_module = AttentionFiltration(sim_dim)
+        for linear in (self.sim_tranloc_w, self.sim_tranglo_w, self.sim_eval_w):
+            xavier_(linear)
+
+    def forward(  # type: ignore[override]
+        self,
+        img_emb: Tensor,
+        cap_emb: Tensor,
+        cap_lens: Sequence[int] | Tensor,
+        region_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Score every image against every caption.
+
+        Args:
+            img_emb: [I, R, D], unit rows.
+            cap_emb: [T, W, D], padded, unit rows; or packed words [N, D].
+            cap_lens: [T] tokens per caption; with packed words, their cu_seqlens [T + 1].
+            region_lengths: [I] regions of each image; None means R for all.
+
+        Returns:
+            Scores in (0, 1), [I, T].
+
+        Raises:
+            ValueError: a shape or length is wrong.
+        """
+        if cap_emb.dim() == 3:
+            cap_emb, cap_lens = pack(cap_emb, cap_lens)
+        return super().forward(img_emb, cap_emb, torch.as_tensor(cap_lens), region_lengths)
+
+    def image_state(self, image: Tensor, region_lengths: Tensor | None = None) -> State:
+        """The image and its global vector: image [I, R, D] -> [I, R, D], [I, D]."""
+        R = self.v_global_w.embedding_local[1].num_features
+        if image.dim() != 3 or image.shape[1] != R:
+            raise ValueError(
+                f"{NAME}: image must be [I, R, D] with R = {R} regions, got {list(image.shape)}; "
+                "pad images that have fewer and give region_lengths, or build the model with num_region"
+            )
+        if torch.is_grad_enabled() or self.v_global_w.training:
+            return image, self._image_global(image, region_lengths)
+        size = max(1, scratch_bytes(image.device) // (4 * image[:1].nbytes or 1))
+        parts = [
+            self._image_global(image[at], None if region_lengths is None else region_lengths[at])
+            for at in spans(len(image), size)
+        ]
+        return image, torch.cat(parts) if parts else image.new_empty(0, image.shape[2])
+
+    def _image_global(self, image: Tensor, region_lengths: Tensor | None) -> Tensor:
+        if region_lengths is None:
+            return self.v_global_w(image, image.mean(1))
+        valid = torch.arange(image.shape[1], device=image.device) < region_lengths[:, None]
+        image = image.masked_fill(~valid.unsqueeze(2), 0.0)
+        return self.v_global_w(image, image.sum(1) / region_lengths[:, None], valid)
+
+    def caption_state(self, words: Tensor, cu_seqlens: Tensor) -> State:
+        """The captions' global vectors: words [N, D] -> [T, D]."""
+        if torch.is_grad_enabled() or self.t_global_w.training:
+            return (self.t_global_w.packed(words, cu_seqlens),)
+        edge = bounds(cu_seqlens, len(words), NAME)
+        longest = int(cu_seqlens.diff().max()) if len(edge) > 1 else 1
+        size = max(1, scratch_bytes(words.device) // (6 * longest * words[:1].nbytes or 1))
+        parts = [
+            self.t_global_w.packed(words[edge[at.start] : edge[at.stop]], cu_seqlens[at.start : at.stop + 1])
+            for at in spans(len(edge) - 1, size)
+        ]
+        return (torch.cat(parts) if parts else words,)
+
+    def score(
+        self,
+        image_state: State,
+        words: Tensor,
+        cu_seqlens: Tensor,
+        caption_state: State,
+        region_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Scores in (0, 1), [I, T], of the images and captions whose states are given.
+
+        In training all images of the batch must come in one call: SAF's statistics are over all of them.
+        """
+        # One half of the scratch is for a block's nodes, the other for the ops that run on them.
+        limit = scratch_bytes(words.device) // 2
+        tracking = self.module_name == "SAF" and self.SAF_module.bn.training
+        rule = self._score_together if torch.is_grad_enabled() or tracking else self._score_tiled
+        with workspace(limit / GIB):
+            return rule(image_state, words, cu_seqlens, caption_state, region_lengths, limit)
+
+    def _score_tiled(self, image_state, words, cu_seqlens, caption_state, region_lengths, limit) -> Tensor:
+        """Blocks of some images and some captions of one length, written straight into the result."""
+        (image, image_global), (caption_global,) = image_state, caption_state
+        (N, D), S, item = words.shape, self.sim_eval_w.in_features, words.element_size()
+        most = WORDS
+        if words.device.type == "cpu":
+            most, limit = CPU_WORDS, min(limit, CPU_BLOCK)
+        parameters = self._stacked()
+        result = words.new_empty(len(image), len(caption_global))
+        for run in runs(bounds(cu_seqlens, N, NAME), words.device, most):
+            caption, summary = words[run.rows], caption_global[run.captions]
+            pair = (3 * (run.length + 1) * S + 2 * D) * item
+            for at in spans(len(image), max(1, limit // (run.count * pair))):
+                lengths = None if region_lengths is None else region_lengths[at]
+                block = self._block(image[at], image_global[at], caption, summary, lengths, parameters)
+                result[at, run.captions] = block[0]
+        return result
+
+    def _score_together(self, image_state, words, cu_seqlens, caption_state, region_lengths, limit) -> Tensor:
+        """Blocks of all images and some captions of one length: differentiable, and moves SAF's statistics."""
+        (image, image_global), (caption_global,) = image_state, caption_state
+        (N, D), S, item = words.shape, self.sim_eval_w.in_features, words.element_size()
+        I, T, device = len(image), len(caption_global), words.device
+        parameters, run_block = self._stacked(), self._block
+        kept = I * ((N + T) * S + 2 * T * (D + 2 * S)) * item  # by autograd, over all blocks
+        if torch.is_grad_enabled() and kept > limit:
+            run_block = partial(checkpoint, self._block, use_reentrant=False, preserve_rng_state=False)
+        most = limit // (max(I, 1) * (4 * S + D // 2) * item)
+        blocks, order = [], []
+        for run in runs(bounds(cu_seqlens, N, NAME), device, max(most, 1)):
+            caption, summary = words[run.rows], caption_global[run.captions]
+            blocks.append(run_block(image, image_global, caption, summary, region_lengths, parameters))
+            order.append(torch.arange(T, device=device)[run.captions])
+        if not blocks:
+            return words.new_empty(I, 0)
+        back = torch.cat(order).argsort()
+        scores, means, variances = zip(*blocks, strict=True)
+        if len(means[0]):
+            count = I * (cu_seqlens.diff() + 1)
+            self.SAF_module.track(torch.cat(means)[back], torch.cat(variances)[back], count)
+        return torch.cat(scores, 1)[:, back]
+
+    def _stacked(self) -> list[Tensor] | None:
+        return self.SGR_module.stacked() if self.module_name == "SGR" and len(self.SGR_module) else None
+
+    def _block(
+        self, image, image_global, words, caption_global, region_lengths, parameters
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores [I, T] of captions of one length, and in training SAF's mean and variance, each [T]."""
+        T = len(caption_global)
+        L = len(words) // T
+        cu_seqlens = torch.arange(T + 1, dtype=torch.int32, device=words.device)
+        local = cross_attention_similarity(
+            image, words, L * cu_seqlens, self.sim_tranloc_w.weight, self.sim_tranloc_w.bias,
+            scale=SMOOTH, region_lengths=region_lengths,
+        )  # fmt: skip
+        overall = l2norm(self.sim_tranglo_w((image_global[:, None] - caption_global).square()))  # [I, T, S]
+        nodes = torch.cat([overall.unsqueeze(2), local.unflatten(1, (T, L))], 2).flatten(1, 2)  # [I, T (1 + L), S]
+        if self.module_name == "SGR":
+            z = self.SGR_module(nodes, (L + 1) * cu_seqlens, parameters)
+            mean = var = z.new_empty(0)
+        else:
+            z, mean, var = self.SAF_module.filtered(nodes, (L + 1) * cu_seqlens)
+        return self.sim_eval_w(z).squeeze(2).sigmoid().to(words.dtype), mean, var
+
+
+class ContrastiveLoss(nn.Module):
+    """Rank matching pairs above the others by a margin, summed over the batch; SGRAF's loss of a score matrix."""
+
+    def __init__(self, margin: float = 0, max_violation: bool = False) -> None:
+        super().__init__()
+        self.margin = margin
+        self.max_violation = max_violation
+
+    def forward(self, scores: Tensor) -> Tensor:
+        """Scores [B, B] with the matching pairs on the diagonal -> loss, 0-d."""
+        return hardest_negative_loss(scores, margin=self.margin, hardest=self.max_violation)
+
+
+class SGRAF(Matcher):
+    """Similarity graph reasoning or attention filtration: encoders, scorer, loss and optimizer in one object.
+
+    Args:
+        opt: the published options; `opt.device` (CUDA where there is one) and `opt.num_region` (36) are optional.
+
+    Raises:
+        ValueError: an option is missing or has an unknown value.
+
+    >>> from argparse import Namespace
+    >>> model = SGRAF(Namespace(
+    ...     grad_clip=2.0, img_dim=6, embed_size=8, no_imgnorm=False, vocab_size=9, word_dim=5, num_layers=1,
+    ...     bi_gru=True, no_txtnorm=False, sim_dim=4, module_name="SGR", sgr_step=3, margin=0.2,
+    ...     max_violation=True, learning_rate=2e-4))
+    >>> model.val_start()
+    >>> ids = torch.tensor([[1, 4, 2], [1, 2, 0]])
+    >>> model.forward_sim(*model.forward_emb(torch.randn(2, 36, 6), ids, [3, 2])).shape
+    torch.Size([2, 2])
+    """
+
+    parts = ("img_enc", "txt_enc", "sim_enc")
+
+    def __init__(self, opt: Namespace) -> None:
+        want(opt, "SGRAF", OPTIONS)
+        super().__init__(opt)
+        self.img_enc = EncoderImage(opt.img_dim, opt.embed_size, opt.no_imgnorm)
+        self.txt_enc = EncoderText(
+            opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm
+        )
+        self.sim_enc = EncoderSimilarity(
+            opt.embed_size, opt.sim_dim, opt.module_name, opt.sgr_step, getattr(opt, "num_region", 36)
+        )
+        self.criterion = ContrastiveLoss(opt.margin, opt.max_violation)
+        self.optimise((self.txt_enc, self.img_enc, self.sim_enc), opt)
+
+    @property
+    def scorer(self) -> EncoderSimilarity:
+        """The pair scorer: `sim_enc`."""
+        return self.sim_enc
+
+    def forward_emb(
+        self, images: Tensor, captions: Tensor, lengths: Sequence[int] | Tensor
+    ) -> tuple[Tensor, Tensor, Sequence[int] | Tensor]:
+        """Embed features [B, R, F] and word ids [B, W] -> image [B, R, D], caption [B, longest, D], lengths."""
+        return self.img_enc(images.to(self.device)), self.txt_enc(captions.to(self.device), lengths), lengths
+
+    def forward_sim(
+        self,
+        img_embs: Tensor,
+        cap_embs: Tensor,
+        cap_lens: Sequence[int] | Tensor,
+        region_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Scores [I, T] of embeddings; arguments as `EncoderSimilarity.forward`."""
+        return self.sim_enc(img_embs, cap_embs, cap_lens, region_lengths)
+
+    def forward_loss(self, sims: Tensor, **kwargs: Any) -> Tensor:
+        """Loss of scores [B, B], 0-d; logged as `Loss`."""
+        loss = self.criterion(sims)
+        self.log("Loss", loss.item(), sims.shape[0])
+        return loss
+
+    def batch_loss(self, images, captions, lengths, region_lengths):
+        return self.forward_loss(self.forward_sim(*self.forward_emb(images, captions, lengths), region_lengths))
+
+
+def shard_attn_scores(
+    model: SGRAF,
+    img_embs: np.ndarray,
+    cap_embs: np.ndarray,
+    cap_lens: Sequence[int] | Tensor,
+    opt: Namespace,
+    shard_size: int = 100,
+) -> np.ndarray:
+    """Score all pairs of a split.
+
+    Args:
+        model: in evaluation mode (`val_start`).
+        img_embs: [I, R, D].
+        cap_embs: [T, W, D], padded.
+        cap_lens: [T] tokens per caption.
+        opt: not used, as published.
+        shard_size: not used: the memory bound is `itm_fast.workspace`.
+
+    Returns:
+        Scores, float64 [I, T], computed in the model's dtype.
+    """
+    dtype = model.sim_enc.sim_eval_w.weight.dtype
+    return score_arrays(model.sim_enc, img_embs, cap_embs, cap_lens, model.device, dtype)

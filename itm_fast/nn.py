@@ -1,0 +1,216 @@
+"""Modules over the ops: parameters and a call of one op each, and the protocol that evaluation and training score by.
+
+A pair scorer computes what depends on one image or one caption alone once, and the rest block by block:
+
+    state = scorer.image_state(image, region_lengths)             # tensors [I, ...], the first one `image`
+    caption_state = scorer.caption_state(words, cu_seqlens)       # tensors [T, ...]
+    score = scorer.score(state, words, cu_seqlens, caption_state, region_lengths)     # [I, T], any block of either
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from .ops import cross_attention_score, similarity_filter, similarity_graph
+
+State = tuple[Tensor, ...]
+
+
+def xavier_(linear: nn.Linear) -> None:
+    """Fill a Linear as the papers do: uniform in +- sqrt(6 / (in + out)), bias zero."""
+    bound = math.sqrt(6.0) / math.sqrt(linear.in_features + linear.out_features)
+    nn.init.uniform_(linear.weight, -bound, bound)
+    nn.init.zeros_(linear.bias)
+
+
+class PairScorer(nn.Module):
+    """Scores every image against every caption. Subclasses give `score`, and the states where they have any."""
+
+    def image_state(self, image: Tensor, region_lengths: Tensor | None = None) -> State:
+        """What depends on an image alone: image [I, R, D] -> tensors [I, ...], the first one `image` itself."""
+        return (image,)
+
+    def caption_state(self, words: Tensor, cu_seqlens: Tensor) -> State:
+        """What depends on a caption alone: words [N, D], cu_seqlens [T + 1] -> tensors [T, ...]."""
+        return ()
+
+    def score(
+        self,
+        image_state: State,
+        words: Tensor,
+        cu_seqlens: Tensor,
+        caption_state: State,
+        region_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Scores [I, T] of the images and captions whose states are given."""
+        raise NotImplementedError
+
+    def forward(self, image: Tensor, words: Tensor, cu_seqlens: Tensor, region_lengths: Tensor | None = None) -> Tensor:
+        """Scores [I, T] of images [I, R, D] and packed captions."""
+        image_state = self.image_state(image, region_lengths)
+        caption_state = self.caption_state(words, cu_seqlens)
+        return self.score(image_state, words, cu_seqlens, caption_state, region_lengths)
+
+
+class CrossAttentionScore(PairScorer):
+    """SCAN's score as a pair scorer without parameters; arguments as `itm_fast.cross_attention_score`.
+
+    >>> import torch, itm_fast
+    >>> from itm_fast.nn import CrossAttentionScore
+    >>> words, cu_seqlens = itm_fast.pack(torch.randn(3, 12, 64), [12, 5, 8])
+    >>> CrossAttentionScore(pool="mean")(torch.randn(2, 36, 64), words, cu_seqlens).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        direction: str = "t2i",
+        affinity_norm: str = "clipped_l2norm",
+        scale: float = 9.0,
+        pool: str = "lse",
+        pool_scale: float = 6.0,
+    ) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {
+            "direction": direction,
+            "affinity_norm": affinity_norm,
+            "scale": scale,
+            "pool": pool,
+            "pool_scale": pool_scale,
+        }
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+    def score(
+        self,
+        image_state: State,
+        words: Tensor,
+        cu_seqlens: Tensor,
+        caption_state: State,
+        region_lengths: Tensor | None = None,
+    ) -> Tensor:
+        (image,) = image_state
+        return cross_attention_score(image, words, cu_seqlens, region_lengths=region_lengths, **self.options)
+
+
+class GraphReasoning(nn.Module):
+    """One step of similarity graph reasoning over all nodes (SGRAF, equations 5 and 6).
+
+    Args:
+        sim_dim: S.
+
+    >>> import torch
+    >>> from itm_fast.nn import GraphReasoning
+    >>> GraphReasoning(16)(torch.rand(4, 13, 16)).shape
+    torch.Size([4, 13, 16])
+    """
+
+    def __init__(self, sim_dim: int) -> None:
+        super().__init__()
+        self.graph_query_w = nn.Linear(sim_dim, sim_dim)
+        self.graph_key_w = nn.Linear(sim_dim, sim_dim)
+        self.sim_graph_w = nn.Linear(sim_dim, sim_dim)
+        for linear in (self.graph_query_w, self.graph_key_w, self.sim_graph_w):
+            xavier_(linear)
+
+    def forward(self, sim_emb: Tensor) -> Tensor:
+        """Nodes [B, M, S] -> [B, M, S]."""
+        query, key = self.graph_query_w(sim_emb), self.graph_key_w(sim_emb)
+        edge = torch.bmm(query, key.transpose(1, 2)).softmax(-1)
+        return self.sim_graph_w(torch.bmm(edge, sim_emb)).relu()
+
+
+class SimilarityGraph(nn.ModuleList):
+    """SGR: steps of graph reasoning with their own weights, read out at the global node.
+
+    Args:
+        sim_dim: S.
+        steps: K; with 0 the global node is returned as it came.
+
+    >>> import torch
+    >>> from itm_fast.nn import SimilarityGraph
+    >>> SimilarityGraph(16, 3)(torch.rand(4, 11, 16), torch.tensor([0, 6, 11])).shape
+    torch.Size([4, 2, 16])
+    """
+
+    def __init__(self, sim_dim: int, steps: int = 3) -> None:
+        super().__init__(GraphReasoning(sim_dim) for _ in range(steps))
+
+    def stacked(self) -> list[Tensor]:
+        """The op's weights: [K, S, S] and [K, S] of query, key and value."""
+        parameters: list[Tensor] = []
+        for name in ("graph_query_w", "graph_key_w", "sim_graph_w"):
+            linears = [getattr(step, name) for step in self]
+            parameters += [torch.stack([x.weight for x in linears]), torch.stack([x.bias for x in linears])]
+        return parameters
+
+    def forward(self, nodes: Tensor, cu_seqlens: Tensor, parameters: list[Tensor] | None = None) -> Tensor:
+        """Nodes [I, M, S] and the captions' bounds in M -> [I, T, S].
+
+        `parameters` is `stacked()`, for a caller with many blocks.
+        """
+        if not len(self):
+            return nodes[:, cu_seqlens[:-1].long()]
+        return similarity_graph(nodes, cu_seqlens, *(parameters or self.stacked()))
+
+
+class SimilarityFilter(nn.Module):
+    """SAF: nodes weighted by a learned gate (SGRAF, equations 8 and 9).
+
+    Its BatchNorm takes statistics over the nodes of one caption and all images, so in training the running
+    statistics move once per caption, in the captions' order.
+
+    Args:
+        sim_dim: S.
+
+    >>> import torch
+    >>> from itm_fast.nn import SimilarityFilter
+    >>> SimilarityFilter(16).eval()(torch.rand(4, 11, 16), torch.tensor([0, 6, 11])).shape
+    torch.Size([4, 2, 16])
+    """
+
+    def __init__(self, sim_dim: int) -> None:
+        super().__init__()
+        self.attn_sim_w = nn.Linear(sim_dim, 1)
+        self.bn = nn.BatchNorm1d(1)
+        xavier_(self.attn_sim_w)
+
+    def filtered(self, nodes: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z [I, T, S] and, in training, the mean and biased variance of each caption [T]; moves no buffer."""
+        bn, gate = self.bn, self.attn_sim_w
+        mean, var = bn.get_buffer("running_mean"), bn.get_buffer("running_var")
+        if bn.training:
+            mean, var = mean.clone(), var.clone()  # kept for backward, and `track` moves the buffers before it
+        return similarity_filter(
+            nodes, cu_seqlens, gate.weight[0], gate.bias, bn.weight, bn.bias, mean, var,
+            training=bn.training, eps=bn.eps,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
+        """Move the running statistics by one caption after the other.
+
+        Args:
+            mean: [T], in the captions' order.
+            var: [T], biased.
+            count: [T], how many nodes each was taken over.
+        """
+        # T steps of r <- (1 - m) r + m x at once: the last caption's share is m, the one before it m (1 - m), ...
+        m, T = cast(float, self.bn.momentum), len(mean)
+        share = m * (1.0 - m) ** torch.arange(T - 1, -1, -1, dtype=torch.float64, device=mean.device)
+        count = count.double()
+        for name, new in (("running_mean", mean), ("running_var", var * (count / (count - 1.0)))):
+            self.bn.get_buffer(name).mul_((1.0 - m) ** T).add_((share * new).sum())
+        self.bn.get_buffer("num_batches_tracked").add_(T)
+
+    def forward(self, nodes: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Nodes [I, M, S] and the captions' bounds in M -> z [I, T, S]."""
+        z, mean, var = self.filtered(nodes, cu_seqlens)
+        if self.bn.training:
+            self.track(mean, var, nodes.shape[0] * cu_seqlens.diff())
+        return z
