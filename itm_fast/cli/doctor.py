@@ -70,8 +70,7 @@ def examine() -> dict[str, Any]:
     packages = {name: _package(name, module) for name, module in _REQUIRED.items()}
     checks = [_check(op, backend, device) for device in devices for op, backend in _runnable(device)]
     return {
-        "ok": all(check["ok"] for check in checks)
-        and all(found["problem"] is None for found in packages.values()),
+        "ok": all(check["ok"] for check in checks) and all(found["problem"] is None for found in packages.values()),
         "versions": {
             "itm-fast": itm_fast.__version__,
             "installed at": str(Path(itm_fast.__file__).parent),
@@ -92,9 +91,7 @@ def examine() -> dict[str, Any]:
             "float32 matrix products": torch.get_float32_matmul_precision(),
         },
         "devices": devices,
-        "backends": {
-            device: {n: _backends.why_not(n, device) for n in _backends.NAMES} for device in devices
-        },
+        "backends": {device: {n: _backends.why_not(n, device) for n in _backends.NAMES} for device in devices},
         "operations": {
             op: {"offered": list(offered), "auto": {device: _choice(op, device) for device in devices}}
             for op, offered in sorted(_backends.OFFERS.items())
@@ -257,8 +254,7 @@ def _text(report: dict[str, Any]) -> str:
     section("Versions", report["versions"])
     packages = {name: found["problem"] or found["version"] for name, found in report["packages"].items()}
     optional = {
-        name: version or f"not installed; needed for {_OPTIONAL[name]}"
-        for name, version in report["optional"].items()
+        name: version or f"not installed; needed for {_OPTIONAL[name]}" for name, version in report["optional"].items()
     }
     section("Packages", packages | optional)
     punkt = (

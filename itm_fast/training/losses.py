@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from ..ops import hardest_negative_loss
@@ -15,27 +14,25 @@ if TYPE_CHECKING:
     from ..data import Batch
 
 
-def batch_loss(model: Any, batch: Batch, opt: argparse.Namespace, device: torch.device) -> Tensor:
+def batch_loss(model: Any, batch: Batch, opt: argparse.Namespace) -> Tensor:
     """Encode one batch, score its B x B pairs and take the hinge on its negatives (SGRAF eq. 10).
 
     Args:
-        model: with `img_enc`, `txt_enc` and `scorer`, in the mode it is to run in.
+        model: with `forward_emb` and `scorer`, in the mode it is to run in.
         batch: B captions, each with its image; several may share one.
         opt: `margin`; `max_violation`, for the hardest negative alone in place of all of them; and
             `exclude_same_image`, so that other captions of an image are no negatives to it (the published
             code takes them as negatives).
-        device: where the model lies.
 
     Returns:
         0-d, summed over the batch.
     """
-    image = model.img_enc(batch.features.to(device, non_blocking=True))
-    caption, lengths = model.txt_enc(batch.ids.to(device, non_blocking=True), batch.lengths)
+    image, caption, lengths = model.forward_emb(batch.features, batch.ids, batch.lengths)
     words, cu_seqlens = pack(caption, lengths)
-    regions = None if batch.region_lengths is None else batch.region_lengths.to(device)
+    regions = None if batch.region_lengths is None else batch.region_lengths.to(image.device)
     return hardest_negative_loss(
         model.scorer(image, words, cu_seqlens, regions),
         margin=opt.margin,
         hardest=opt.max_violation,
-        image_ids=batch.image_index.to(device) if opt.exclude_same_image else None,
+        image_ids=batch.image_index.to(image.device) if opt.exclude_same_image else None,
     )

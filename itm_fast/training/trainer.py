@@ -152,8 +152,18 @@ class _Run:
                     f"img_dim is {opt.img_dim}, but the {name} split's features [I, R, F] are "
                     f"{list(split.features.shape)}; set img_dim to F"
                 )
-        places = dict.fromkeys(("vocab_path", "model_name", "logger_name"), str(output))
-        self.opt = argparse.Namespace(**{**vars(opt), **places, "vocab_size": len(vocabulary)})
+        set_here: dict[str, Any] = dict.fromkeys(("vocab_path", "model_name", "logger_name"), str(output))
+        set_here["vocab_size"] = len(vocabulary)
+        if hasattr(opt, "module_name"):
+            regions, dev_regions = train_split.features.shape[1], dev_split.features.shape[1]
+            if regions != dev_regions:
+                raise ValueError(
+                    f"SGRAF has one weight per region, so both splits must have as many: training has {regions}, "
+                    f"dev {dev_regions}; pad the features and give region_lengths"
+                )
+            if regions != 36:  # the published number, of which its code keeps no option
+                set_here["num_region"] = regions
+        self.opt = argparse.Namespace(**{**vars(opt), **set_here})
         self.vocabulary_file = output / f"{opt.data_name}_vocab.json"  # where the published code looks
         self.device = _usable(device)
         self.dev_split, self.vocabulary, self.output = dev_split, vocabulary, output
@@ -255,7 +265,7 @@ class _Run:
         """One optimiser step: its loss, and the norm of the gradient before it is clipped."""
         self.model.train_start()
         self.model.optimizer.zero_grad()
-        loss = batch_loss(self.model, batch, self.opt, self.device)
+        loss = batch_loss(self.model, batch, self.opt)
         value = loss.item()
         if not math.isfinite(value):
             raise ValueError(self._not_finite(batch, f"the loss is {value}"))
@@ -369,8 +379,6 @@ def _first_bad_image(features: Tensor) -> int | None:
 
 
 def _refuse_existing(output: Path) -> None:
-    for name in (resume.NAME, BEST, LAST, "log.csv"):
+    for name, way_on in ((resume.NAME, "continue it with --resume, or "), (BEST, ""), (LAST, "")):
         if (output / name).exists():
-            raise FileExistsError(
-                f"{output} already holds a run ({name}); continue it with --resume, or give another folder"
-            )
+            raise FileExistsError(f"{output} already holds a run ({name}); {way_on}give another folder")
