@@ -297,9 +297,9 @@ def require_finite(block: NDArray[np.floating], first_image: int = 0, captions: 
     caption = int(column) if captions is None else int(captions[column])
     value = "NaN" if np.isnan(block[row, column]) else "infinite"
     raise ValueError(
-        f"the score of image {first_image + int(row)} and caption {caption} is {value} ({np.count_nonzero(~finite)} such "
-        f"scores among the {block.size} looked at); a rank would mean nothing. Check that image's features and the "
-        "checkpoint's weights for NaN, and half precision for overflow"
+        f"the score of image {first_image + int(row)} and caption {caption} is {value} "
+        f"({np.count_nonzero(~finite)} such scores among the {block.size} looked at); a rank would mean nothing. "
+        "Check that image's features and the checkpoint's weights for NaN, and half precision for overflow"
     )
 
 

@@ -1,0 +1,341 @@
+"""`itm-fast evaluate`: checkpoints and precomputed features in, recall tables out."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+from argparse import Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..data import Split, Vocabulary
+    from ..training.checkpoint import Checkpoint
+
+HELP = """\
+Evaluate one SCAN or SGRAF checkpoint, or several and their ensemble, on precomputed region features.
+
+Every image is scored against every caption and both are ranked: R@1, R@5, R@10, median and mean rank, and rsum (the
+sum of the six recalls), with the level of chance beside them. Several checkpoints are reported one by one and as the
+mean of their score matrices; SGRAF is the mean of an SGR and a SAF checkpoint.
+
+  Flickr30K   itm-fast evaluate --checkpoint SGR.pth.tar --checkpoint SAF.pth.tar --data data/f30k_precomp
+  COCO 5K,1K  itm-fast evaluate --checkpoint SGR.pth.tar --data data/coco_precomp --split testall --folds 5
+  files       itm-fast evaluate ... --output results --trec 100
+  long run    itm-fast evaluate ... --scores sgr.npy          (after an interruption: the same with --resume)
+  memory      itm-fast evaluate --workload coco-eval-5k --dry-run
+
+Folds. --folds 5 also cuts the images into 5 equal, consecutive parts, ranks each against its own captions only, and
+averages the metrics: on the 5,000 images of COCO's testall this is "COCO 1K", and the whole pool is "COCO 5K".
+
+Ties. A wrong item with exactly the score of the right one is ranked above it (--ties pessimistic), so that a model
+that gives every pair the same score earns nothing. The published evaluators sort and take ties as they fall. NaN and
+infinite scores are refused with the names of their image and caption.
+
+Captions. Images may have any number. An image's rank is that of its best caption; an image without captions asks no
+query but stays in the pool as a wrong answer. COCO image and caption ids in the data add CxC and ECCV Caption metrics
+(pip install 'itm-fast[eccv]')."""
+
+_SYNTHETIC = ("scan", "sgr", "saf")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    from ..evaluation.ranking import TIES
+    from ..evaluation.workloads import WORKLOADS
+
+    parser.add_argument(
+        "--checkpoint",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="model_best.pth.tar of SCAN, SGRAF or itm-fast train; give it again for each member of an ensemble",
+    )
+    parser.add_argument("--data", metavar="DIR_OR_H5", help="SCAN's folder of .npy and .txt files, or an HDF5 file")
+    parser.add_argument("--split", default="test", help="dev, test, testall, ... (default: test)")
+    parser.add_argument(
+        "--vocab",
+        metavar="JSON",
+        help="the vocabulary the checkpoints were trained with; default: found beside the data, beside the first "
+        "checkpoint or where that was trained",
+    )
+    parser.add_argument("--folds", type=int, metavar="N", help="also average over N parts of the images; 5 for COCO 1K")
+    parser.add_argument(
+        "--limit-captions",
+        type=int,
+        metavar="N",
+        help="use the first N captions and their images; the published code does this with 5000 on dev",
+    )
+    parser.add_argument(
+        "--captions-per-image",
+        type=int,
+        metavar="N",
+        help="for folders where the counts do not tell; see `itm-fast convert --help`",
+    )
+    parser.add_argument("--ties", choices=TIES, default=TIES[0], help="see Ties above (default: pessimistic)")
+    compute = parser.add_argument_group("speed and memory")
+    compute.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    compute.add_argument(
+        "--backend", default="auto", help="auto, torch, reference, ...; `itm-fast doctor` lists them (default: auto)"
+    )
+    compute.add_argument(
+        "--memory-gb",
+        type=float,
+        metavar="GB",
+        help="memory budget in GB (10^9 bytes). On the CPU it covers the whole process: Python, torch, model, encoded "
+        "data, scores and scratch; on a GPU what lies there. Default: 70 %% of the memory available on the CPU, 80 %% "
+        "on a GPU",
+    )
+    compute.add_argument(
+        "--batch-size", type=int, default=128, metavar="N", help="images, and captions, encoded at once (default: 128)"
+    )
+    compute.add_argument("--dry-run", action="store_true", help="print the memory plan and stop")
+    compute.add_argument(
+        "--workload",
+        choices=sorted(WORKLOADS),
+        help="with --dry-run instead of --data: a published size; without --checkpoint the plans of SCAN, SGR and SAF",
+    )
+    output = parser.add_argument_group("output")
+    output.add_argument(
+        "--output", metavar="DIR", help="write results.txt, results.json, results.csv and results.tex (booktabs) here"
+    )
+    output.add_argument(
+        "--trec", type=int, metavar="K", help="also write TREC run and qrels files of the K best items to --output"
+    )
+    output.add_argument(
+        "--scores",
+        metavar="FILE.npy",
+        help="keep the score matrix, float32 [images, captions], and make the run resumable; an ensemble FILE.npy is "
+        "the mean of its members' FILE-1.npy, FILE-2.npy, ...",
+    )
+    output.add_argument(
+        "--resume", action="store_true", help="continue interrupted --scores files and use finished ones again"
+    )
+    output.add_argument("--no-progress", action="store_true", help="no progress bars on standard error")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate, or print the plan; the tables go to standard output."""
+    from .._backends import use_backend
+
+    _check(args)
+    with use_backend(args.backend) if args.backend != "auto" else contextlib.nullcontext():
+        if args.workload:
+            return _plan_workload(args)
+        return _evaluate(args)
+
+
+def _check(args: argparse.Namespace) -> None:
+    if args.workload:
+        if not args.dry_run or args.data:
+            raise ValueError("--workload names a size without data; use it with --dry-run and without --data")
+        return
+    if not args.checkpoint or not args.data:
+        raise ValueError("give --checkpoint (a model_best.pth.tar) and --data (a folder or an HDF5 file)")
+    if args.resume and not args.scores:
+        raise ValueError("--resume continues a score file; name it with --scores FILE.npy")
+    if args.trec is not None and not args.output:
+        raise ValueError("--trec writes its files to --output DIR; give that as well")
+
+
+def _evaluate(args: argparse.Namespace) -> int:
+    from ..data import caption_batches, open_split
+    from ..evaluation import evaluate, memory_plan, write_trec
+    from ..training import checkpoint
+
+    loaded = [checkpoint.load(path) for path in args.checkpoint]
+    split = open_split(
+        args.data, args.split, limit_captions=args.limit_captions, captions_per_image=args.captions_per_image
+    )
+    vocab_path, vocab = _vocabulary(args, loaded[0].opt)
+    models = [_model(path, found, args.device) for path, found in zip(args.checkpoint, loaded, strict=True)]
+    for path, found in zip(args.checkpoint, loaded, strict=True):
+        _check_vocabulary(path, found, vocab_path, vocab)
+    names = _names(args.checkpoint, models, loaded)
+    if args.dry_run:
+        captions = list(caption_batches(split.captions, vocab, args.batch_size))
+        for name, model in zip(names, models, strict=True):
+            in_file = args.scores is not None
+            print(f"{name}: {memory_plan(model, split, captions, len(models), args.memory_gb, in_file)}")
+        return 0
+    report = evaluate(
+        models,
+        split,
+        vocab,
+        names=names,
+        folds=args.folds,
+        ties=args.ties,
+        batch_size=args.batch_size,
+        memory_gb=args.memory_gb,
+        scores=args.scores,
+        resume=args.resume,
+        progress=not args.no_progress,
+    )
+    report.settings.update(
+        checkpoints=[os.path.abspath(path) for path in args.checkpoint],
+        epochs=[found.epoch for found in loaded],
+        data=os.path.abspath(args.data),
+        split=args.split,
+        vocabulary=str(vocab_path),
+        limit_captions=args.limit_captions,
+    )
+    print(report)
+    _print_speed(report)
+    if report.relevance_missing and _has_ids(split):
+        print(report.relevance_missing)
+    if args.output:
+        written = report.save(args.output)
+        if args.trec is not None:
+            written += write_trec(
+                args.output,
+                report.score,
+                split.caption_to_image,
+                top=args.trec,
+                image_ids=split.image_ids,
+                caption_ids=split.caption_ids,
+            )
+        print("written: " + ", ".join(map(str, written)))
+    return 0
+
+
+def _plan_workload(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..evaluation import WORKLOADS, plan
+    from ..models import build
+    from ..training import checkpoint
+
+    size = WORKLOADS[args.workload]
+    device = _device(args.device)
+    if args.checkpoint:
+        loaded = [checkpoint.load(path) for path in args.checkpoint]
+        models = [_model(path, found, args.device) for path, found in zip(args.checkpoint, loaded, strict=True)]
+        named = list(zip(_names(args.checkpoint, models, loaded), models, strict=True))
+    else:
+        named = [(name, build(_published(name, size, device))) for name in _SYNTHETIC]
+    for name, model in named:
+        found = plan(
+            model.scorer,
+            images=size.images,
+            regions=size.regions,
+            dim=model.img_enc(torch.zeros(1, size.regions, size.features, device=device)).shape[2],
+            lengths=size.lengths,
+            memory_gb=args.memory_gb,
+            matrices=0 if args.scores else min(max(len(args.checkpoint), 1), 2),
+            device=device,
+        )
+        print(f"{args.workload}, {name}: {found}")
+    return 0
+
+
+def _published(name: str, size: Any, device: Any) -> Namespace:
+    """Options of the published models at this size; the vocabulary does not matter to scoring."""
+    opt = Namespace(
+        grad_clip=2.0, img_dim=size.features, embed_size=size.dim, precomp_enc_type="basic", no_imgnorm=False,
+        no_txtnorm=False, vocab_size=4, word_dim=300, num_layers=1, bi_gru=True, margin=0.2, max_violation=True,
+        learning_rate=2e-4, device=str(device),
+    )  # fmt: skip
+    if name == "scan":
+        opt.cross_attn, opt.raw_feature_norm, opt.agg_func = "t2i", "clipped_l2norm", "LogSumExp"
+        opt.lambda_softmax, opt.lambda_lse = 9.0, 6.0
+    else:
+        opt.module_name, opt.sgr_step, opt.sim_dim = name.upper(), 3, size.similarity
+    return opt
+
+
+def _device(name: str | None) -> Any:
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device: no device is called {name!r}; use cpu, cuda or cuda:1") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: no CUDA device is visible to torch; use cpu, or see `itm-fast doctor`")
+    return device
+
+
+def _model(path: str, found: Checkpoint, device: str | None) -> Any:
+    from ..models import build
+
+    opt = Namespace(**vars(found.opt))
+    opt.device = str(_device(device))
+    opt.vocab_size = _words(path, found)
+    try:
+        model = build(opt)
+        model.load_state_dict(found.model)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return model
+
+
+def _words(path: str, found: Checkpoint) -> int:
+    for state in found.model:
+        if "embed.weight" in state:
+            return len(state["embed.weight"])
+    raise ValueError(f"{path}: no part of the model has word embeddings (embed.weight)")
+
+
+def _check_vocabulary(path: str, found: Checkpoint, vocab_path: Path, vocab: Vocabulary) -> None:
+    words = _words(path, found)
+    if len(vocab) != words:
+        raise ValueError(
+            f"{path} embeds {words:,} words, and {vocab_path} has {len(vocab):,}; give the vocabulary that it was "
+            "trained with: --vocab FILE.json"
+        )
+
+
+def _vocabulary(args: argparse.Namespace, opt: Namespace) -> tuple[Path, Vocabulary]:
+    """The vocabulary named, or the first found in the places where it is usually kept."""
+    from ..data import Vocabulary
+
+    if args.vocab:
+        return Path(args.vocab), Vocabulary.load(args.vocab)
+    data = Path(args.data)
+    beside = data if data.is_dir() else data.parent
+    file_names = [f"{stem}_vocab.json" for stem in dict.fromkeys([getattr(opt, "data_name", None), data.stem]) if stem]
+    file_names.append("vocab.json")
+    folders = [beside, beside.parent, beside.parent / "vocab", Path(args.checkpoint[0]).parent]
+    if getattr(opt, "vocab_path", None):
+        folders.append(Path(opt.vocab_path))
+    places = list(dict.fromkeys(folder / name for folder in folders for name in file_names))
+    for place in places:
+        if place.is_file():
+            return place, Vocabulary.load(place)
+    raise FileNotFoundError(
+        "no vocabulary found; give it with --vocab FILE.json. Looked for " + ", ".join(map(str, places))
+    )
+
+
+def _names(paths: list[str], models: list[Any], loaded: list[Checkpoint]) -> list[str]:
+    """SGR, SAF, SCAN t2i, ...; where two would be equal, with the shortest part of the path that tells them apart."""
+    plain = []
+    for model, found in zip(models, loaded, strict=True):
+        kind = type(model).__name__
+        plain.append(found.opt.module_name if kind == "SGRAF" else f"{kind} {found.opt.cross_attn}")
+    if len(set(plain)) == len(plain):
+        return plain
+    parts = [Path(path).absolute().parts for path in paths]
+    for depth in range(1, max(map(len, parts)) + 1):
+        ends = ["/".join(part[-depth:]) for part in parts]
+        if len(set(ends)) == len(ends):
+            break
+    return [f"{name} ({end})" for name, end in zip(plain, ends, strict=True)]
+
+
+def _print_speed(report: Any) -> None:
+    for system in report.systems:
+        if system.seconds:
+            speed = "" if system.pairs_per_second is None else f" ({system.pairs_per_second:,.0f} pairs/s)"
+            print(
+                f"{system.name}: encoded in {system.seconds['encode']:.1f} s, scored in "
+                f"{system.seconds['score']:.1f} s{speed} by the {report.settings['backend']} backend on "
+                f"{report.settings['device']}"
+            )
+
+
+def _has_ids(split: Split) -> bool:
+    return split.image_ids is not None or split.caption_ids is not None

@@ -1,0 +1,237 @@
+"""Every image and every caption through its encoder, once."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from ..packing import pack
+
+if TYPE_CHECKING:
+    from ..data import Split, Vocabulary
+
+
+CaptionBatches = list[tuple[Tensor, Tensor, list[int]]]  # as itm_fast.data.caption_batches yields them
+
+
+@dataclass(frozen=True, eq=False)
+class Encoded:
+    """What the encoders made of a split, in host memory, in the split's order.
+
+    Attributes:
+        image: [I, R, D] region embeddings.
+        region_lengths: int32 [I], or None when every image has R regions.
+        words: [N, D] word embeddings, captions one after another.
+        cu_seqlens: int32 [T + 1]; caption t is rows cu_seqlens[t] : cu_seqlens[t + 1] of `words`.
+        caption_to_image: int64 [T].
+        device: where the encoders ran and the scores are to be computed.
+        fingerprint: checksums of the features, the captions' word ids and the encoders' weights; they tell two
+            runs apart without being disturbed by rounding, as checksums of the embeddings would be.
+        seconds: time the encoders took.
+    """
+
+    image: Tensor
+    region_lengths: Tensor | None
+    words: Tensor
+    cu_seqlens: Tensor
+    caption_to_image: NDArray[np.int64]
+    device: torch.device = torch.device("cpu")  # noqa: RUF009
+    fingerprint: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """Words per caption, [T]."""
+        edges = self.cu_seqlens.numpy().astype(np.int64)
+        return edges[1:] - edges[:-1]
+
+
+def encode(
+    model: Any,
+    split: Split,
+    vocab: Vocabulary,
+    *,
+    batch_size: int = 128,
+    progress: bool = True,
+    captions: CaptionBatches | None = None,
+) -> Encoded:
+    """Encode all images and all captions of a split.
+
+    Every image is encoded once, however many captions it has; captions of similar length share a batch, and the
+    split's order is restored. The model runs in eval mode without gradients and keeps the mode that it had.
+
+    Args:
+        model: with `img_enc(features [B, R, F]) -> [B, R, D]` and
+            `txt_enc(ids [B, W] int64, lengths list[int]) -> ([B, W, D], lengths)`, such as `itm_fast.models.SGRAF`.
+        split: as `itm_fast.data.open_split` gives it.
+        vocab: the vocabulary that the model was trained with.
+        batch_size: images, and captions, encoded at once.
+        progress: show bars on standard error.
+        captions: `list(caption_batches(split.captions, vocab, batch_size))`, when it is at hand already.
+
+    Returns:
+        `Encoded`, in the dtype of the model's parameters.
+
+    Raises:
+        ValueError: the features do not fit the image encoder, a word id lies beyond the embedding, or batch_size is
+            less than 1.
+
+    >>> from types import SimpleNamespace
+    >>> from itm_fast.data import Split, Vocabulary
+    >>> from itm_fast.models.scan import EncoderImagePrecomp, EncoderText
+    >>> model = SimpleNamespace(img_enc=EncoderImagePrecomp(6, 8), txt_enc=EncoderText(9, 5, 8, 1))
+    >>> split = Split(np.zeros((2, 3, 6), np.float32), ["a cat", "one dog", "a dog"], np.array([0, 1, 1]))
+    >>> found = encode(model, split, Vocabulary.build(split.captions, min_count=1), progress=False)
+    >>> found.image.shape, found.words.shape, found.lengths
+    (torch.Size([2, 3, 8]), torch.Size([12, 8]), array([4, 4, 4]))
+    """
+    from ..data import caption_batches
+
+    if batch_size < 1:
+        raise ValueError(f"encode: batch_size must be at least 1, got {batch_size}")
+    start = time.perf_counter()
+    if captions is None:
+        captions = list(caption_batches(split.captions, vocab, batch_size))
+    edges = caption_edges(captions, len(split.captions))
+    with evaluation_mode(model.img_enc, model.txt_enc), torch.no_grad():
+        image, features = _images(model.img_enc, split, batch_size, progress)
+        words = _captions(model.txt_enc, captions, edges, image, progress)
+    lengths = split.region_lengths
+    return Encoded(
+        image=image,
+        region_lengths=None if lengths is None else torch.as_tensor(np.asarray(lengths, np.int32)),
+        words=words,
+        cu_seqlens=torch.from_numpy(edges.astype(np.int32)),
+        caption_to_image=np.asarray(split.caption_to_image, np.int64),
+        device=device_of(model.img_enc),
+        fingerprint={
+            "features": features,
+            "captions": _checksum(edges, *(part.numpy() for index, ids, _ in captions for part in (index, ids))),
+            "encoders": weights_checksum(model.img_enc, model.txt_enc),
+        },
+        seconds=time.perf_counter() - start,
+    )
+
+
+def caption_edges(captions: CaptionBatches, count: int) -> NDArray[np.int64]:
+    """First word of every caption in the packed words, and their number: [T + 1]."""
+    edges = np.zeros(count + 1, np.int64)
+    for index, _, lengths in captions:
+        edges[1:][index.numpy()] = lengths
+    return np.cumsum(edges)
+
+
+def word_rows(edges: NDArray[np.int64], captions: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Rows of the packed words that these captions occupy, in this order of captions.
+
+    >>> word_rows(np.array([0, 2, 5, 6]), np.array([2, 0]))
+    array([5, 0, 1])
+    """
+    lengths = edges[captions + 1] - edges[captions]
+    before = np.cumsum(lengths) - lengths
+    return np.repeat(edges[captions] - before, lengths) + np.arange(int(lengths.sum()))
+
+
+@contextlib.contextmanager
+def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
+    """Put modules into eval mode and give every submodule its own mode back afterwards."""
+    before = [(part, part.training) for module in modules for part in module.modules()]
+    for module in modules:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part, training in before:
+            part.training = training
+
+
+def device_of(*modules: nn.Module) -> torch.device:
+    """Where the first parameter or buffer of these modules lies; the CPU when there is none."""
+    for module in modules:
+        for tensor in (*module.parameters(), *module.buffers()):
+            return tensor.device
+    return torch.device("cpu")
+
+
+def weights_checksum(*modules: nn.Module) -> str:
+    """Checksum of all parameters and buffers, and of the modules' configuration as `repr` shows it."""
+    tensors = [tensor for module in modules for tensor in module.state_dict().values()]
+    raw = [tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() for tensor in tensors]
+    return _checksum(*raw, np.frombuffer("".join(map(repr, modules)).encode(), np.uint8))
+
+
+def _checksum(*arrays: NDArray) -> str:
+    value = 0
+    for array in arrays:
+        value = zlib.crc32(repr(array.shape).encode(), value)
+        value = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data, value)
+    return f"{value:08x}"
+
+
+def embed(encoder: nn.Module, features: NDArray[np.float32]) -> Tensor:
+    """Features [B, R, F] through the image encoder, in its dtype and on its device.
+
+    Raises:
+        ValueError: the encoder takes another feature size.
+    """
+    try:
+        return encoder(torch.as_tensor(features).to(device_of(encoder), _dtype(encoder)))
+    except RuntimeError as error:
+        if "shapes cannot be multiplied" not in str(error):
+            raise
+        raise ValueError(
+            f"the data has {features.shape[2]} features per region, and the checkpoint's image encoder takes "
+            f"another number; use the features that it was trained on ({error})"
+        ) from error
+
+
+def _images(encoder: nn.Module, split: Split, batch_size: int, progress: bool) -> tuple[Tensor, str]:
+    from tqdm import tqdm
+
+    count = len(split.features)
+    checksum = ""
+    with tqdm(total=count, desc="images", unit="image", disable=not progress) as bar:
+        for start in range(0, count, batch_size):
+            features = split.features[start : start + batch_size]
+            checksum = _checksum(np.frombuffer(checksum.encode(), np.uint8), features)
+            embedded = embed(encoder, features)
+            if start == 0:
+                image = torch.empty(count, *embedded.shape[1:], dtype=embedded.dtype)
+            image[start : start + len(embedded)] = embedded
+            bar.update(len(embedded))
+    return image, checksum
+
+
+def _captions(
+    encoder: nn.Module, captions: CaptionBatches, edges: NDArray[np.int64], image: Tensor, progress: bool
+) -> Tensor:
+    from tqdm import tqdm
+
+    device = device_of(encoder)
+    words = image.new_empty(int(edges[-1]), image.shape[2])
+    known = getattr(getattr(encoder, "embed", None), "num_embeddings", None)
+    with tqdm(total=len(edges) - 1, desc="captions", unit="caption", disable=not progress) as bar:
+        for index, ids, lengths in captions:
+            if known is not None and int(ids.max()) >= known:
+                raise ValueError(
+                    f"encode: word id {int(ids.max())} lies beyond the {known} words that the checkpoint embeds; use "
+                    "the vocabulary that it was trained with"
+                )
+            padded = encoder(ids.to(device), lengths)
+            padded = padded if isinstance(padded, Tensor) else padded[0]  # SCAN's gives the lengths too, SGRAF's not
+            words[torch.from_numpy(word_rows(edges, index.numpy()))] = pack(padded, lengths)[0].cpu()
+            bar.update(len(lengths))
+    return words
+
+
+def _dtype(encoder: nn.Module) -> torch.dtype:
+    return next((p.dtype for p in encoder.parameters() if p.is_floating_point()), torch.float32)

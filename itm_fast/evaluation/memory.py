@@ -1,0 +1,257 @@
+"""What scoring will hold in memory, decided before it starts.
+
+The user gives a budget in GB (1 GB = 10^9 bytes). On the CPU it bounds the whole process: Python, torch, the model,
+the encoded split, the score matrix and the scratch. On another device it bounds what lies on that device; the score
+matrix and the encoded split then also stay in host memory, outside the budget.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .._workspace import scratch_bytes
+from .encoding import device_of, evaluation_mode
+
+GB = 10**9
+SHARE = {"cpu": 0.7, "cuda": 0.8}  # of what is available, when no budget is given
+LEAST_WORKSPACE = 64 << 20
+CHUNK = 256  # images, or captions, whose state is computed at once
+# Pairs in a block are progress and resume steps, not memory: the scorer cuts a block to its workspace.
+_BLOCK = {"cpu": (500, 256), "cuda": (2500, 512)}
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A memory plan; `print(plan)` shows it as a table.
+
+    Attributes:
+        images, captions, words: sizes of the split: I, T and N.
+        device: where the scores are computed.
+        budget: bytes, and how it was chosen (`source`).
+        held: what must be held, by name, in bytes.
+        workspace: bytes of scratch that the scorer may take.
+        resident: whether the encoded split stays on the device; when it does not fit, blocks travel there.
+        image_block, caption_block: size of a block; `blocks` is their number.
+    """
+
+    images: int
+    captions: int
+    words: int
+    device: torch.device
+    budget: int
+    source: str
+    held: dict[str, int]
+    workspace: int
+    resident: bool
+    image_block: int
+    caption_block: int
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return -(-self.images // self.image_block) * -(-self.captions // self.caption_block)
+
+    @property
+    def total(self) -> int:
+        """Bytes held at the peak."""
+        return sum(self.held.values()) + self.workspace
+
+    def rows(self) -> list[tuple[str, int]]:
+        """The table's rows: names and bytes."""
+        return [
+            *self.held.items(),
+            ("scratch of the scorer", self.workspace),
+            ("peak", self.total),
+            (f"budget: {self.source}", self.budget),
+        ]
+
+    def __str__(self) -> str:
+        rows = self.rows()
+        width = max(len(name) for name, _ in rows)
+        pairs = self.images * self.captions
+        size = f"{self.images:,} images x {self.captions:,} captions ({self.words:,} words)"
+        lines = [f"{size} = {pairs:,} pairs on {self.device}"]
+        lines += [f"  {name:<{width}}  {size / GB:8.3f} GB" for name, size in rows]
+        lines.append(
+            f"  {self.blocks:,} blocks of up to {self.image_block:,} images x {self.caption_block:,} captions"
+            + ("" if self.resident else "; encoded images and captions travel to the device block by block")
+        )
+        return "\n".join(lines)
+
+
+def plan(
+    scorer: Any,
+    *,
+    images: int,
+    regions: int,
+    dim: int,
+    lengths: NDArray[np.integer],
+    memory_gb: float | None = None,
+    dtype: torch.dtype = torch.float32,
+    matrices: int = 1,
+    encoded: bool = False,
+    block: tuple[int, int] | None = None,
+    device: torch.device | None = None,
+) -> MemoryPlan:
+    """Decide what a budget is spent on.
+
+    Args:
+        scorer: a pair scorer; asked for the state of two images and two captions to know its size.
+        images: I.
+        regions: R.
+        dim: D.
+        lengths: [T] words per caption.
+        memory_gb: the budget in GB; None takes 70 % of the memory now available to the process on the CPU (beyond
+            what it already holds), 80 % of a CUDA device's.
+        dtype: of the embeddings.
+        matrices: how many [I, T] float32 matrices the process is yet to hold; 0 when scores go to a file.
+        encoded: whether the process already holds the encoded split.
+        block: (images, captions) of a block, when an earlier run has fixed it.
+        device: where the scores are computed; where the scorer's parameters are when None.
+
+    Returns:
+        `MemoryPlan`.
+
+    Raises:
+        ValueError: the budget cannot hold what must be held; names the least that can.
+
+    >>> from itm_fast.nn import CrossAttentionScore
+    >>> found = plan(CrossAttentionScore(), images=1000, regions=36, dim=1024, lengths=np.full(5000, 13), memory_gb=8)
+    >>> found.blocks, found.held["encoded images"]
+    (40, 147456000)
+    """
+    device = device or device_of(scorer)
+    cpu = device.type == "cpu"
+    lengths = np.sort(np.asarray(lengths, np.int64))[::-1]
+    captions, words, item = len(lengths), int(lengths.sum()), torch.finfo(dtype).bits // 8
+    image_block, caption_block = block or _blocks(images, captions, device)
+    image_state, caption_state = _state_bytes(scorer, regions, dim, lengths, dtype, device)
+    longest = int(lengths[:caption_block].sum())
+    embeddings = {"encoded images": images * regions * dim * item, "encoded captions": words * dim * item}
+    states = images * image_state + captions * caption_state
+    # A block's words are gathered by an int64 index; its scores exist on the device, on the host and permuted.
+    one_block = longest * (dim * item + 8) + caption_block * caption_state + image_block * caption_block * 12
+    process = _process_bytes(device) - (sum(embeddings.values()) if encoded and cpu else 0)
+    held = {
+        "Python, torch and the model" if cpu else "already on the device": max(process, 0),
+        **embeddings,
+        "states computed once": states,
+        "one block": one_block,
+    }
+    if cpu and matrices:
+        held["score matrix" if matrices == 1 else f"{matrices} score matrices"] = matrices * images * captions * 4
+    streamed = dict(held)
+    if not cpu:
+        del streamed["encoded images"], streamed["encoded captions"], streamed["states computed once"]
+        chunk = max(image_block, CHUNK) * (regions * dim * item + image_state)
+        streamed["one block"] += chunk + max(CHUNK - caption_block, 0) * int(lengths[0]) * dim * item
+    budget, source = _budget(memory_gb, device, process, held, encoded)
+    resident = sum(held.values()) + LEAST_WORKSPACE <= budget
+    chosen = held if resident else streamed
+    needed = sum(chosen.values())
+    if needed + LEAST_WORKSPACE > budget:
+        what = ", ".join(f"{name} {size / GB:.3f}" for name, size in chosen.items())
+        hint = "; scores kept in a file (--scores) need no memory" if cpu and matrices else ""
+        raise ValueError(
+            f"a memory budget of {budget / GB:.3g} GB cannot hold {images:,} images x {captions:,} captions; "
+            f"the least that can is {_round_up(needed + LEAST_WORKSPACE):.2f} GB "
+            f"({what}, scratch {LEAST_WORKSPACE / GB:.3f}){hint}"
+        )
+    return MemoryPlan(
+        images=images,
+        captions=captions,
+        words=words,
+        device=device,
+        budget=budget,
+        source=source,
+        held=chosen,
+        workspace=min(scratch_bytes(device), budget - needed),
+        resident=resident,
+        image_block=image_block,
+        caption_block=caption_block,
+    )
+
+
+def available_bytes(device: torch.device) -> int:
+    """Memory that this process could still take on a device, container limits included."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = [_meminfo()]
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # no such limit: absent, or the word "max"
+            continue
+    return max(min(found), 0)
+
+
+def _meminfo() -> int:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:  # macOS tells what is installed, not what is free
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, OSError, ValueError):
+        return 4 * GB
+
+
+def _process_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("RssAnon:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return GB // 2
+
+
+def _budget(
+    memory_gb: float | None, device: torch.device, process: int, held: dict[str, int], encoded: bool
+) -> tuple[int, str]:
+    if memory_gb is not None:
+        if not memory_gb > 0:
+            raise ValueError(f"the memory budget must be more than 0 GB, got {memory_gb}")
+        return round(memory_gb * GB), "as asked"
+    available = available_bytes(device)
+    share = SHARE.get(device.type, SHARE["cpu"])
+    mine = process + (held["encoded images"] + held["encoded captions"] if encoded and device.type == "cpu" else 0)
+    return mine + int(share * available), f"{share:.0%} of the {available / GB:.1f} GB available"
+
+
+def _blocks(images: int, captions: int, device: torch.device) -> tuple[int, int]:
+    most_images, most_captions = _BLOCK.get(device.type, _BLOCK["cuda"])
+    rows = -(-images // most_images)
+    return -(-images // rows), min(captions, most_captions)
+
+
+def _state_bytes(
+    scorer: Any, regions: int, dim: int, lengths: NDArray[np.int64], dtype: torch.dtype, device: torch.device
+) -> tuple[int, int]:
+    """Bytes per image and per caption that the scorer computes once and keeps, the embeddings themselves aside."""
+    two = [int(lengths[0]), int(lengths[-1])]
+    image = torch.zeros(2, regions, dim, dtype=dtype, device=device)
+    words = torch.zeros(sum(two), dim, dtype=dtype, device=device)
+    cu_seqlens = torch.tensor([0, two[0], sum(two)], dtype=torch.int32, device=device)
+    with evaluation_mode(scorer), torch.no_grad():
+        of_image = scorer.image_state(image)[1:]
+        of_caption = scorer.caption_state(words, cu_seqlens)
+    return sum(t.nbytes for t in of_image) // 2, sum(t.nbytes for t in of_caption) // 2
+
+
+def _round_up(size: int) -> float:
+    return -(-size // (GB // 100)) / 100

@@ -1,0 +1,118 @@
+"""Many right answers per query: CxC and ECCV Caption relevance of the COCO 5K test set, by the eccv-caption package.
+
+A query's right answers under these labels are more than its own captions, so mAP@R and R-Precision are defined:
+R is the number of right answers. The package wants ranked ids; only as many as the largest R are made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .ranking import best_items
+
+_COLUMNS = 256  # captions transposed at once
+
+
+def why_no_relevance(image_ids: NDArray[np.integer] | None, caption_ids: NDArray[np.integer] | None) -> str | None:
+    """Why CxC and ECCV metrics cannot be computed for a split, as one sentence; None when they can.
+
+    Args:
+        image_ids: [I] COCO image ids, or None.
+        caption_ids: [T] COCO caption ids, or None.
+
+    >>> why_no_relevance(None, None)
+    'CxC and ECCV metrics need COCO image and caption ids, and this data has neither'
+    """
+    missing = [name for name, ids in (("image", image_ids), ("caption", caption_ids)) if ids is None]
+    if missing:
+        have = "neither" if len(missing) == 2 else f"no {missing[0]} ids"
+        return f"CxC and ECCV metrics need COCO image and caption ids, and this data has {have}"
+    if importlib.util.find_spec("eccv_caption") is None:
+        return "CxC and ECCV metrics need the eccv-caption package: pip install 'itm-fast[eccv]'"
+    labels = _labels()
+    for what, ids, side in (("image", image_ids, "i2t"), ("caption", caption_ids, "t2i")):
+        known = set(np.asarray(ids).tolist())
+        for name in ("cxc_gts", "eccv_gts"):
+            absent = [query for query in getattr(labels, name)[side] if query not in known]
+            if absent:
+                return (
+                    f"CxC and ECCV metrics are of COCO's 5K test set, and {len(absent):,} of its {what} ids, such as "
+                    f"{absent[0]}, are not in this data"
+                )
+    return None
+
+
+def relevance_metrics(
+    score: NDArray[np.floating], image_ids: NDArray[np.integer], caption_ids: NDArray[np.integer]
+) -> dict[str, dict[str, float]]:
+    """CxC R@1/5/10 and ECCV Caption mAP@R, R-Precision and R@1 in both directions, in percent.
+
+    Ties are ranked pessimistically under each set of labels: wrong items first.
+
+    Args:
+        score: [I, T], finite.
+        image_ids: [I] COCO image ids of the 5K test set.
+        caption_ids: [T] COCO caption ids of the 5K test set.
+
+    Returns:
+        `{"cxc_r1": {"i2t": ..., "t2i": ...}, "cxc_r5", "cxc_r10", "eccv_map_at_r", "eccv_rprecision", "eccv_r1"}`.
+
+    Raises:
+        ValueError: the reason that `why_no_relevance` gives.
+    """
+    reason = why_no_relevance(image_ids, caption_ids)
+    if reason:
+        raise ValueError(reason)
+    labels = _labels()
+    cxc = _ranked(score, image_ids, caption_ids, labels.cxc_gts, 10)
+    found = {f"cxc_r{k}": labels.cxc_recalls(cxc, "all", K=k) for k in (1, 5, 10)}
+    most = max(len(set(right)) for side in labels.eccv_gts.values() for right in side.values())
+    eccv = _ranked(score, image_ids, caption_ids, labels.eccv_gts, most)
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+        found |= labels.eccv_metrics(eccv, "all")
+    return {name: {side: 100.0 * float(value) for side, value in sides.items()} for name, sides in found.items()}
+
+
+def _labels() -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # on import: that a faster JSON reader is not installed
+        from eccv_caption import Metrics
+    return Metrics()
+
+
+def _ranked(
+    score: NDArray[np.floating],
+    image_ids: NDArray[np.integer],
+    caption_ids: NDArray[np.integer],
+    right: Mapping[str, Mapping[int, Iterable[int]]],
+    k: int,
+) -> dict[str, dict[int, list[int]]]:
+    """For every labelled query the ids of its k best items, best first."""
+    ranked: dict[str, dict[int, list[int]]] = {}
+    for side, query_ids, item_ids in (("i2t", image_ids, caption_ids), ("t2i", caption_ids, image_ids)):
+        position = {int(item): index for index, item in enumerate(item_ids)}
+        ranked[side] = {}
+        for index, row in query_rows(score, side):
+            query = int(query_ids[index])
+            if query in right[side]:
+                own = [position[item] for item in right[side][query] if item in position]
+                ranked[side][query] = np.asarray(item_ids)[best_items(row, k, own)].tolist()
+    return ranked
+
+
+def query_rows(score: NDArray[np.floating], side: str) -> Iterator[tuple[int, NDArray[np.floating]]]:
+    """Every query's index and scores: rows of the matrix for "i2t", its columns for "t2i", without transposing it."""
+    if side == "i2t":
+        yield from enumerate(score)
+        return
+    for start in range(0, score.shape[1], _COLUMNS):
+        block = np.ascontiguousarray(score[:, start : start + _COLUMNS].T)
+        yield from enumerate(block, start)

@@ -1,0 +1,237 @@
+"""What an evaluation found, as a table for the terminal, JSON, CSV and LaTeX."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ._files import atomic_write
+from .ranking import Direction, Metrics
+
+DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
+_HEAD = ("R@1", "R@5", "R@10", "medr", "meanr")
+_RELEVANCE = {
+    "eccv_map_at_r": "ECCV mAP@R",
+    "eccv_rprecision": "ECCV R-P",
+    "eccv_r1": "ECCV R@1",
+    "cxc_r1": "CxC R@1",
+    "cxc_r5": "CxC R@5",
+    "cxc_r10": "CxC R@10",
+}
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Metrics over all images, or averaged over folds.
+
+    Attributes:
+        metrics: of the whole pool, or the mean over `folds`.
+        folds: the metrics of each fold; empty for the whole pool.
+    """
+
+    metrics: Metrics
+    folds: tuple[Metrics, ...] = ()
+
+    @property
+    def title(self) -> str:
+        """What was ranked against what."""
+        size = f"{self.metrics.images:,} images, {self.metrics.captions:,} captions"
+        return f"mean of {len(self.folds)} folds of {size}" if self.folds else f"all {size}"
+
+
+@dataclass(frozen=True)
+class System:
+    """One model's, or the ensemble's, result.
+
+    Attributes:
+        name: row title.
+        pools: folds first, when there are any, then the whole pool.
+        relevance: CxC and ECCV Caption metrics in percent, `{metric: {"i2t": ..., "t2i": ...}}`, or None.
+        seconds: time spent, by part ("encode", "score").
+        pairs_per_second: speed of scoring; None for an ensemble and for a resumed run.
+    """
+
+    name: str
+    pools: tuple[Pool, ...]
+    relevance: dict[str, dict[str, float]] | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    pairs_per_second: float | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Report:
+    """All systems of one evaluation; `print(report)` shows the tables.
+
+    Attributes:
+        systems: one per model and, with several models, the ensemble last.
+        settings: versions, device, backend and what else tells how the numbers came about; plain values.
+        relevance_missing: why CxC and ECCV metrics are absent; None when they are there.
+        score: [I, T] scores of the last system.
+    """
+
+    systems: tuple[System, ...]
+    settings: dict[str, Any]
+    relevance_missing: str | None
+    score: NDArray[np.float32] = field(repr=False)
+
+    def __str__(self) -> str:
+        parts = [self._recalls(number) for number in range(len(self.systems[0].pools))]
+        if any(system.relevance for system in self.systems):
+            parts.append(self._relevance())
+        return "\n\n".join(parts)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the score matrix, ready for `json.dump`."""
+        return {
+            "settings": self.settings,
+            "systems": [_system(system) for system in self.systems],
+            "relevance_missing": self.relevance_missing,
+        }
+
+    def to_csv(self) -> str:
+        """One row per system, pool, fold and direction."""
+        text = io.StringIO()
+        columns = [
+            "system", "pool", "fold", "direction", "images", "captions", "queries", "r1", "r5", "r10", "medr",
+            "meanr", "rsum", "chance_r1", "chance_r5", "chance_r10",
+        ]  # fmt: skip
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(columns)
+        for system in self.systems:
+            for pool in system.pools:
+                title = "folds" if pool.folds else "all"
+                rows = [("mean" if pool.folds else "", pool.metrics)]
+                rows += [(str(fold), metrics) for fold, metrics in enumerate(pool.folds)]
+                for fold, metrics in rows:
+                    for name in DIRECTIONS:
+                        side: Direction = getattr(metrics, name)
+                        writer.writerow(
+                            [system.name, title, fold, name, metrics.images, metrics.captions, side.queries,
+                             *side.recalls, side.medr, side.meanr, metrics.rsum, *side.chance]
+                        )  # fmt: skip
+        return text.getvalue()
+
+    def to_latex(self) -> str:
+        r"""A `tabular` for the booktabs package (`\usepackage{booktabs}`): one row per system, grouped by pool."""
+        lines = [
+            r"\begin{tabular}{lccccccc}",
+            r"\toprule",
+            r" & \multicolumn{3}{c}{Image to text} & \multicolumn{3}{c}{Text to image} & \\",
+            r"\cmidrule(lr){2-4}\cmidrule(lr){5-7}",
+            r"Model & R@1 & R@5 & R@10 & R@1 & R@5 & R@10 & rSum \\",
+        ]
+        for number, pool in enumerate(self.systems[0].pools):
+            lines += [r"\midrule", rf"\multicolumn{{8}}{{l}}{{{_escape(pool.title)}}} \\"]
+            for system in self.systems:
+                metrics = system.pools[number].metrics
+                cells = [f"{value:.1f}" for value in (*metrics.i2t.recalls, *metrics.t2i.recalls, metrics.rsum)]
+                lines.append(" & ".join([_escape(system.name), *cells]) + r" \\")
+        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+
+    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
+        """Write `results.txt`, `.json`, `.csv` and `.tex` into a folder, made if absent; each appears whole.
+
+        Args:
+            folder: where; older results there are replaced.
+
+        Returns:
+            The files written.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        contents = {
+            "results.txt": f"{self}\n",
+            "results.json": json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n",
+            "results.csv": self.to_csv(),
+            "results.tex": self.to_latex(),
+        }
+        for name, content in contents.items():
+            with atomic_write(folder / name) as file:
+                file.write(content)
+        return [folder / name for name in contents]
+
+    def _recalls(self, number: int) -> str:
+        rows = [["", *_HEAD, *_HEAD, "rsum"]]
+        for system in self.systems:
+            metrics = system.pools[number].metrics
+            cells = [_side(metrics.i2t), _side(metrics.t2i)]
+            rows.append([system.name, *cells[0], *cells[1], f"{metrics.rsum:.1f}"])
+        metrics = self.systems[0].pools[number].metrics
+        by_chance = [[f"{value:.1f}" for value in side.chance] + ["", ""] for side in (metrics.i2t, metrics.t2i)]
+        total = sum(metrics.i2t.chance) + sum(metrics.t2i.chance)
+        rows.append(["chance", *by_chance[0], *by_chance[1], f"{total:.1f}"])
+        return _table(self.systems[0].pools[number].title, rows, (1, 6, 11))
+
+    def _relevance(self) -> str:
+        rows = [["", *_RELEVANCE.values(), *_RELEVANCE.values()]]
+        for system in self.systems:
+            found = system.relevance or {}
+            rows.append([system.name, *(f"{found[key][side]:.1f}" for side in DIRECTIONS for key in _RELEVANCE)])
+        return _table("CxC and ECCV Caption relevance, %", rows, (1, 7, 13))
+
+
+def _table(title: str, rows: Sequence[Sequence[str]], groups: tuple[int, int, int]) -> str:
+    """Right-aligned columns under the two directions' names; `groups` are the first columns of the three groups."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+
+    def line(row: Sequence[str]) -> str:
+        cells = [row[0].ljust(widths[0])]
+        for column in range(1, len(row)):
+            cells.append(("   " if column in groups else " ") + row[column].rjust(widths[column]))
+        return "".join(cells).rstrip()
+
+    spans = [sum(widths[a:b]) + (b - a) + 2 for a, b in zip(groups, groups[1:], strict=False)]
+    names = (f"   {name}".ljust(span) for name, span in zip(DIRECTIONS.values(), spans, strict=True))
+    return "\n".join([title, (" " * widths[0] + "".join(names)).rstrip(), *map(line, rows)])
+
+
+def _side(side: Direction) -> list[str]:
+    return [f"{value:.1f}" for value in (*side.recalls, side.medr, side.meanr)]
+
+
+def _system(system: System) -> dict[str, Any]:
+    return {
+        "name": system.name,
+        "pools": [
+            {
+                "title": pool.title,
+                **_metrics(pool.metrics),
+                **({"folds": [_metrics(fold) for fold in pool.folds]} if pool.folds else {}),
+            }
+            for pool in system.pools
+        ],
+        "relevance": system.relevance,
+        "seconds": system.seconds,
+        "pairs_per_second": system.pairs_per_second,
+    }
+
+
+def _metrics(metrics: Metrics) -> dict[str, Any]:
+    sides: dict[str, Mapping[str, Any]] = {}
+    for name in DIRECTIONS:
+        side: Direction = getattr(metrics, name)
+        sides[name] = {
+            "r1": side.r1,
+            "r5": side.r5,
+            "r10": side.r10,
+            "medr": side.medr,
+            "meanr": side.meanr,
+            "queries": side.queries,
+            "chance": dict(zip(("r1", "r5", "r10"), side.chance, strict=True)),
+        }
+    return {"images": metrics.images, "captions": metrics.captions, "rsum": metrics.rsum, **sides}
+
+
+def _escape(text: str) -> str:
+    special = {character: f"\\{character}" for character in "&%$#_{}"}
+    special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
+    return "".join(special.get(character, character) for character in text)

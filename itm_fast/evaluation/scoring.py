@@ -1,0 +1,239 @@
+"""Scores of every image against every caption, block by block, under a memory budget."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .._backends import requested
+from .._workspace import GIB, workspace
+from .encoding import Encoded, evaluation_mode, weights_checksum, word_rows
+from .memory import CHUNK, MemoryPlan, plan
+from .ranking import require_finite
+from .score_file import ScoreFile, journal_block
+
+
+def plan_for(
+    scorer: Any,
+    encoded: Encoded,
+    *,
+    memory_gb: float | None = None,
+    out: str | os.PathLike[str] | None = None,
+) -> MemoryPlan:
+    """The memory plan that `score_all` with the same arguments follows.
+
+    Args:
+        scorer, encoded, memory_gb, out: as for `score_all`.
+
+    Returns:
+        `MemoryPlan`; `print` it.
+
+    Raises:
+        ValueError: as `score_all`.
+    """
+    images, regions, dim = encoded.image.shape
+    return plan(
+        scorer,
+        images=images,
+        regions=regions,
+        dim=dim,
+        lengths=encoded.lengths,
+        memory_gb=memory_gb,
+        dtype=encoded.image.dtype,
+        matrices=0 if out else 1,
+        encoded=True,
+        block=journal_block(out) if out else None,
+        device=encoded.device,
+    )
+
+
+def score_all(
+    scorer: Any,
+    encoded: Encoded,
+    *,
+    memory_gb: float | None = None,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+) -> NDArray[np.float32]:
+    """Score every image against every caption.
+
+    What depends on one image or one caption alone is computed once. Captions are scored in order of length, longest
+    first, so that a block holds equal lengths and the largest demand for memory comes first; the split's order is
+    restored.
+
+    Args:
+        scorer: a pair scorer: `image_state`, `caption_state` and `score`, as `itm_fast.nn` has them.
+        encoded: as `encode` returns it.
+        memory_gb: memory budget in GB (10^9 bytes); see `plan` for the default and for what it covers.
+        out: a .npy file for the scores. Finished blocks are then kept while the run lasts, so that a run that was
+            interrupted can be resumed, and the matrix needs no memory.
+        resume: continue an interrupted run into `out`, or take `out` as it is when it is finished. Refused when it
+            was begun with another checkpoint, data or precision.
+        progress: show a bar with pairs/s and the time left on standard error.
+
+    Returns:
+        float32 [I, T]; with `out`, the file memory-mapped for reading.
+
+    Raises:
+        ValueError: the budget is too small (names the least that is enough), a score is NaN or infinite (names the
+            pair), or `out` belongs to other inputs.
+        FileExistsError: `out` is there and `resume` is false.
+        KeyboardInterrupt: as ever; with `out`, its message tells what is kept.
+
+    >>> from itm_fast.nn import CrossAttentionScore
+    >>> image, words = torch.randn(2, 3, 8), torch.randn(5, 8)
+    >>> encoded = Encoded(image, None, words, torch.tensor([0, 2, 5], dtype=torch.int32), np.array([0, 1]))
+    >>> score_all(CrossAttentionScore(), encoded, progress=False).shape
+    (2, 2)
+    """
+    plan = plan_for(scorer, encoded, memory_gb=memory_gb, out=out)
+    order = np.argsort(-encoded.lengths, kind="stable")
+    if out is None:
+        scores = np.empty((plan.images, plan.captions), np.float32)
+        for _, rows, columns, block in _blocks(scorer, encoded, plan, order, frozenset(), progress):
+            scores[rows, order[columns]] = block
+        return scores
+    identity = {**encoded.fingerprint, "scorer": weights_checksum(scorer), **_settings(plan.device)}
+    file = ScoreFile(
+        out, (plan.images, plan.captions), order, (plan.image_block, plan.caption_block), identity, resume
+    )
+    if not file.finished:
+        try:
+            for number, _, _, block in _blocks(scorer, encoded, plan, order, file.done, progress):
+                file.write(number, block)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(
+                f"interrupted; {len(file.done)} of {plan.blocks} blocks are kept beside {file.path}: resume to go on"
+            ) from None
+        file.finish()
+    return np.load(file.path, mmap_mode="r", allow_pickle=False)
+
+
+def _blocks(
+    scorer: Any, encoded: Encoded, plan: MemoryPlan, order: NDArray[np.int64], done: frozenset[int], progress: bool
+) -> Iterator[tuple[int, slice, slice, NDArray[np.float32]]]:
+    """Every block that is not done: its number, rows, columns (positions in `order`), scores."""
+    from tqdm import tqdm
+
+    image_starts = range(0, plan.images, plan.image_block)
+    starts = encoded.cu_seqlens.numpy().astype(np.int64)
+    lengths = encoded.lengths
+    finished = sum(_pairs(plan, number) for number in done)
+    with (
+        evaluation_mode(scorer),
+        torch.no_grad(),
+        workspace(plan.workspace / GIB),
+        tqdm(
+            total=plan.images * plan.captions,
+            initial=finished,
+            desc="scores",
+            unit="pair",
+            unit_scale=True,
+            disable=not progress,
+        ) as bar,
+    ):
+        if len(done) < plan.blocks:
+            home = plan.device if plan.resident else torch.device("cpu")
+            image_state = _image_states(scorer, encoded, plan.device, home)
+            caption_state = _caption_states(scorer, encoded, plan.device, home)
+            words = encoded.words.to(home)
+            region_lengths = None if encoded.region_lengths is None else encoded.region_lengths.to(plan.device)
+        for column_number, first in enumerate(range(0, plan.captions, plan.caption_block)):
+            columns = slice(first, min(first + plan.caption_block, plan.captions))
+            numbers = range(column_number * len(image_starts), (column_number + 1) * len(image_starts))
+            captions = order[columns]
+            if not done.issuperset(numbers):
+                index = torch.from_numpy(word_rows(starts, captions)).to(home)
+                block_words = words[index].to(plan.device)
+                edges = np.concatenate([[0], np.cumsum(lengths[captions])]).astype(np.int32)
+                cu_seqlens = torch.from_numpy(edges).to(plan.device)
+                chosen = torch.from_numpy(captions).to(home)
+                block_captions = tuple(state[chosen].to(plan.device) for state in caption_state)
+            for number, start in zip(numbers, image_starts, strict=True):
+                images = slice(start, min(start + plan.image_block, plan.images))
+                if number in done:
+                    continue
+                score = scorer.score(
+                    tuple(state[images].to(plan.device) for state in image_state),
+                    block_words,
+                    cu_seqlens,
+                    block_captions,
+                    None if region_lengths is None else region_lengths[images],
+                )
+                block = score.float().cpu().numpy()
+                _require_finite(block, images.start, captions, encoded, scorer)
+                yield number, images, columns, block
+                bar.update(block.size)
+
+
+def _pairs(plan: MemoryPlan, number: int) -> int:
+    column, row = divmod(number, -(-plan.images // plan.image_block))
+    images = min(plan.image_block, plan.images - row * plan.image_block)
+    return images * min(plan.caption_block, plan.captions - column * plan.caption_block)
+
+
+def _image_states(scorer: Any, encoded: Encoded, device: torch.device, home: torch.device) -> tuple[Tensor, ...]:
+    def state(start: int, stop: int) -> tuple[Tensor, ...]:
+        lengths = encoded.region_lengths
+        part = None if lengths is None else lengths[start:stop].to(device)
+        return scorer.image_state(encoded.image[start:stop].to(device), part)[1:]
+
+    return encoded.image.to(home), *_in_chunks(state, len(encoded.image), home)
+
+
+def _caption_states(scorer: Any, encoded: Encoded, device: torch.device, home: torch.device) -> tuple[Tensor, ...]:
+    edges = encoded.cu_seqlens
+
+    def state(start: int, stop: int) -> tuple[Tensor, ...]:
+        words = encoded.words[int(edges[start]) : int(edges[stop])].to(device)
+        return scorer.caption_state(words, (edges[start : stop + 1] - edges[start]).to(device))
+
+    return _in_chunks(state, len(edges) - 1, home)
+
+
+def _in_chunks(state: Any, count: int, home: torch.device) -> tuple[Tensor, ...]:
+    """Call `state(start, stop)` over 0..count and lay the results end to end, never holding them twice."""
+    whole: tuple[Tensor, ...] = ()
+    for start in range(0, count, CHUNK):
+        stop = min(start + CHUNK, count)
+        parts = state(start, stop)
+        if start == 0:
+            whole = tuple(part.new_empty(count, *part.shape[1:], device=home) for part in parts)
+        for tensor, part in zip(whole, parts, strict=True):
+            tensor[start:stop] = part
+    return whole
+
+
+def _require_finite(
+    block: NDArray[np.float32], first: int, captions: NDArray[np.int64], encoded: Encoded, scorer: Any
+) -> None:
+    try:
+        require_finite(block, first, captions)
+    except ValueError as error:
+        row, column = np.argwhere(~np.isfinite(block))[0]
+        caption = int(captions[column])
+        rows = slice(int(encoded.cu_seqlens[caption]), int(encoded.cu_seqlens[caption + 1]))
+        culprits = {
+            "the scorer's weights": [*scorer.parameters(), *scorer.buffers()],
+            "that image's embedding": [encoded.image[first + int(row)]],
+            "that caption's embedding": [encoded.words[rows]],
+        }
+        bad = [name for name, tensors in culprits.items() if not all(t.isfinite().all() for t in tensors)]
+        found = " and ".join(bad) or "no input"
+        raise ValueError(f"{error}. Not finite: {found}") from None
+
+
+def _settings(device: torch.device) -> dict[str, str]:
+    return {
+        "backend": requested(),
+        "device type": device.type,
+        "float32 matmul precision": torch.get_float32_matmul_precision(),
+    }
+
