@@ -47,7 +47,7 @@ class Arguments:
             if self.first is None:
                 self.first = (name, tensor)
             first_name, first = self.first
-            if tensor.dtype != first.dtype:
+            if not _autocast_unites(tensor, first):
                 raise TypeError(
                     f"{self.op}: {name} and {first_name} must have one dtype, got {tensor.dtype} and {first.dtype}"
                 )
@@ -73,6 +73,12 @@ class Arguments:
                 f"{self.op}: {name} and {self.first[0]} must be on one device, "
                 f"got {tensor.device} and {self.first[1].device}"
             )
+
+
+def _autocast_unites(a: Tensor, b: Tensor) -> bool:
+    """One dtype already, or two that `autocast` makes one."""
+    narrowed = torch.float64 not in (a.dtype, b.dtype) and torch.is_autocast_enabled(a.device.type)
+    return a.dtype == b.dtype or narrowed
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
