@@ -210,7 +210,7 @@ def test_the_seed_decides(tmp_path, straight):
 @pytest.mark.parametrize("model", MODELS)
 def test_it_learns(tmp_path, model):
     # All negatives: a model this small does not leave the hardest ones' plateau within seconds.
-    opt = _options(model, num_epochs=15, max_violation=False, exclude_same_image=True, learning_rate=5e-3)
+    opt = _options(model, num_epochs=15, max_violation=False, exclude_same_image=True, learning_rate=2e-2)
     result = _train(tmp_path / "run", opt=opt)
     chance = metrics(np.random.default_rng(0).random((8, 24)), DEV.caption_to_image).rsum
     losses = [float(row["loss"]) for row in _rows(tmp_path / "run") if row["loss"]]
@@ -273,7 +273,7 @@ def test_what_is_not_finite_stops_with_a_reason(tmp_path, monkeypatch):
         _train(tmp_path / "wide", opt=_options("scan", margin=float("inf")))
     real = trainer.batch_loss
     monkeypatch.setattr(trainer, "batch_loss", lambda *args: 5e37 * real(*args))
-    with pytest.raises(ValueError, match=r"epoch 1, iteration 1: the gradient's norm is inf; .* try a lower"):
+    with pytest.raises(ValueError, match=r"epoch 1, iteration 1: the gradient's norm is (inf|nan); .* try a lower"):
         _train(tmp_path / "steep")
     monkeypatch.setattr(trainer, "batch_loss", real)
     features = TRAIN.features[:].copy()

@@ -53,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return args.run(args)
     except KeyboardInterrupt as interrupt:
         _trace()
-        print(f"itm-fast {command}: {interrupt or 'interrupted'}", file=sys.stderr)
+        print(f"itm-fast {command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The interpreter flushes standard output once more on its way out; let that go nowhere.

@@ -200,7 +200,10 @@ def _outcome(op: str, backend: str, device: str, dtype: torch.dtype) -> list[Ten
     leaves = [a.requires_grad_() for a in arguments if a.is_floating_point()][:2]
     result = getattr(itm_fast, op)(*arguments, **options, backend=backend)
     result = result[0] if isinstance(result, tuple) else result
-    return [result.detach(), *torch.autograd.grad(result.square().sum(), leaves[: 1 if op == _LOSS else 2])]
+    # Unequal weights: the plain sum of squares of unit vectors has no gradient.
+    weights = torch.arange(result.numel(), device=result.device).to(dtype).cos().view_as(result)
+    gradients = torch.autograd.grad((weights * result).sum(), leaves[: 1 if op == _LOSS else 2])
+    return [result.detach(), *gradients]
 
 
 _LOSS = "hardest_negative_loss"
