@@ -116,11 +116,20 @@ def test_reads_both_serialisations(tmp_path, zipped):
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before-1.6"])
 @pytest.mark.parametrize(
     "rsum",
-    [numpy.float64(495.25), numpy.float32(495.25), numpy.array(495.25, ">f8")[()], torch.tensor(495.25)],
-    ids=["float64", "float32", "big-endian", "tensor"],
+    [numpy.float64(495.25), numpy.float32(495.25), numpy.int64(495), torch.tensor(495.25)],
+    ids=["float64", "float32", "int64", "tensor"],
 )
 def test_best_rsum_may_be_a_numpy_scalar(tmp_path, rsum, zipped):
-    _same(load(_write(tmp_path, _content(best_rsum=rsum), _use_new_zipfile_serialization=zipped)))
+    loaded = load(_write(tmp_path, _content(best_rsum=rsum), _use_new_zipfile_serialization=zipped))
+    _same(loaded, float(rsum))
+
+
+def test_big_endian_numpy_scalar(tmp_path):
+    class Scalar:
+        def __reduce__(self):
+            return type(numpy.float64(1)).__reduce__(numpy.float64(1))[0], (numpy.dtype(">f8"), struct.pack(">d", 2.5))
+
+    _same(load(_write(tmp_path, _content(best_rsum=Scalar()))), 2.5)
 
 
 UTF8_LIKE = struct.unpack("<d", b"\xc3\xa9\xc3\xa9\xc3\xa9\x7e\x40")[0]  # reads as four letters of UTF-8
@@ -168,19 +177,27 @@ def test_a_name_that_merely_begins_with_module_is_kept(tmp_path):
     assert list(load(_write(tmp_path, _content(model=states))).model[0]) == ["module.weight", "bias"]
 
 
-def test_the_list_of_what_is_allowed_is_exact_and_put_back(tmp_path):
-    class Mine:
-        pass
+def _harmless():
+    raise AssertionError("a checkpoint must not call this")
 
-    path = _write(tmp_path, _content())
-    torch.serialization.add_safe_globals([Mine, argparse.Namespace])
+
+class _Calls:
+    def __reduce__(self):
+        return _harmless, ()
+
+
+def test_what_the_program_allows_elsewhere_is_not_allowed_here_and_stays_allowed_there(tmp_path):
+    before = list(torch.serialization.get_safe_globals())
+    torch.serialization.add_safe_globals([_harmless, argparse.Namespace])
     try:
-        before = set(torch.serialization.get_safe_globals())
-        _same(load(path))
-        assert set(torch.serialization.get_safe_globals()) == before
+        mine = set(torch.serialization.get_safe_globals())
+        _same(load(_write(tmp_path, _content())))
+        with pytest.raises(ValueError, match=r"refused, because it would run or build .*_harmless"):
+            load(_write(tmp_path, _content(best_rsum=_Calls())))
+        assert set(torch.serialization.get_safe_globals()) == mine
     finally:
         torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(list(before - {Mine, argparse.Namespace}))
+        torch.serialization.add_safe_globals(before)
 
 
 class _Touch:

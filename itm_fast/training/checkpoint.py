@@ -88,7 +88,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(
         epoch=int(_number(path, "epoch", content["epoch"])),
         model=_state_dicts(path, content["model"], opt),
-        best_rsum=_number(path, "best_rsum", content["best_rsum"]),
+        best_rsum=float(_number(path, "best_rsum", content["best_rsum"])),
         opt=opt,
         iterations=int(_number(path, "Eiters", content["Eiters"])),
     )
