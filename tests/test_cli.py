@@ -150,6 +150,21 @@ def test_help_imports_no_command():
     assert _program("-c", code).stdout.splitlines()[-1] == "[]"
 
 
+def test_warnings_are_one_line_each():
+    code = """if True:
+        import sys, types, warnings
+        demo = types.ModuleType("itm_fast.cli.demo")
+        demo.HELP, demo.add_arguments = "", lambda parser: None
+        demo.run = lambda args: warnings.warn("the last caption is empty") or 0
+        sys.modules["itm_fast.cli.demo"] = demo
+        from itm_fast.cli import main
+        sys.argv = ["itm-fast", "demo"]
+        sys.exit(main())
+    """
+    found = _program("-c", code)
+    assert (found.returncode, found.stderr) == (0, "itm-fast: the last caption is empty\n")
+
+
 def test_doctor_works_where_a_package_is_broken(tmp_path):
     (tmp_path / "nltk.py").write_text("raise RuntimeError('built for another Python')")
     root = Path(itm_fast.__file__).parents[1]

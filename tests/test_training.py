@@ -207,6 +207,21 @@ def test_the_seed_decides(tmp_path, straight):
     assert not torch.equal(mine, theirs)
 
 
+def test_the_seed_decides_the_order(tmp_path, monkeypatch):
+    real, seen = trainer.batch_loss, []
+
+    def spy(model, batch, opt):
+        seen.append(sorted(batch.caption_index.tolist()))
+        return real(model, batch, opt)
+
+    monkeypatch.setattr(trainer, "batch_loss", spy)
+    for number, seed in enumerate((0, 1, 0)):
+        _train(tmp_path / str(number), opt=_options("scan", seed=seed, num_epochs=1))
+    assert seen[:6] == seen[12:]
+    assert seen[:6] != seen[6:12]
+    assert sorted(caption for batch in seen[:6] for caption in batch) == list(range(42))
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_it_learns(tmp_path, model):
     # All negatives: a model this small does not leave the hardest ones' plateau within seconds.
@@ -237,7 +252,8 @@ def test_checkpoints_rebuild_the_model(straight, model):
     assert not hasattr(found.opt, "device")
 
 
-def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
+@pytest.mark.parametrize("stop", [None, 12])
+def test_the_best_epoch_is_kept(tmp_path, monkeypatch, stop):
     real, rsums = itm_fast.evaluation.metrics, iter([10.0, 30.0, 20.0, 30.0])
 
     class Found:
@@ -245,7 +261,10 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch):
             self.i2t, self.t2i, self.rsum = found.i2t, found.t2i, next(rsums)
 
     monkeypatch.setattr(itm_fast.evaluation, "metrics", lambda *args: Found(real(*args)))
-    result = _train(tmp_path / "run", opt=_options("scan", num_epochs=4))
+    opt = _options("scan", num_epochs=4)
+    result = _train(tmp_path / "run", opt=opt, max_steps=stop)
+    if stop:
+        result = _train(tmp_path / "run", opt=opt, resuming=True)
     assert (result.best_rsum, result.best_epoch) == (30.0, 2)
     best, last = (checkpoint.load(tmp_path / "run" / name) for name in (trainer.BEST, trainer.LAST))
     assert (best.epoch, best.best_rsum, best.iterations) == (1, 30.0, 12)

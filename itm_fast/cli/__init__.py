@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 
 _SUMMARIES = {
@@ -46,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         Traceback (most recent call last):
         SystemExit: 0
     """
+    if argv is None:
+        warnings.showwarning = _one_line
     words = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in words if not word.startswith("-")), None)
     try:
@@ -113,6 +116,10 @@ def _out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
+
+
+def _one_line(message, category, filename, lineno, file=None, line=None) -> None:
+    print(f"itm-fast: {message}", file=sys.stderr)
 
 
 def _trace() -> None:

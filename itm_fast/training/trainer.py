@@ -231,9 +231,9 @@ class _Run:
 
     def _train_epoch(self, max_steps: int | None) -> bool:
         """Train up to the end of the epoch, or to `max_steps`; whether it was the latter."""
-        rate = learning_rate(self.opt, self.epoch)
-        for group in self.model.optimizer.param_groups:
-            group["lr"] = rate
+        groups = self.model.optimizer.param_groups
+        for group in groups:
+            group["lr"] = learning_rate(self.opt, self.epoch)
         left = self.steps - self.step
         if max_steps is not None:
             left = min(left, max(0, max_steps - self.iterations))
@@ -246,7 +246,7 @@ class _Run:
                 speed = len(batch.lengths) / (time.perf_counter() - start)
                 self.step += 1
                 self.iterations += 1
-                row = dict(zip(STEP, (loss, rate, norm, speed), strict=True))
+                row = dict(zip(STEP, (loss, groups[0]["lr"], norm, speed), strict=True))
                 self.log.add(self.epoch + 1, self.iterations, row)
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
