@@ -441,8 +441,8 @@ class Greedy(PairScorer):
         return (words[cu_seqlens[:-1].long()],)
 
     def score(self, image_state, words, cu_seqlens, caption_state, region_lengths=None):
-        if not self.taken and image_state[0][0, 0, 0]:
-            self.taken = torch.ones(scratch_bytes(words.device), dtype=torch.uint8).sum() > 0
+        if not self.taken and int(cu_seqlens[1]) == 3:  # the shortest captions: nearly all scores are held by then
+            self.taken = bool(torch.ones(scratch_bytes(words.device), dtype=torch.uint8)[-1])
         return image_state[0][:, 0] @ caption_state[0].T
 
 def anonymous():
@@ -468,6 +468,5 @@ def test_peak_memory_stays_within_the_budget():
     done = subprocess.run([sys.executable, "-c", _PEAK], capture_output=True, text=True, check=False)
     assert not done.returncode, done.stderr
     found = json.loads(done.stdout)
-    # 4 %: pages of the heap that the C library keeps after they are freed
-    assert found["peak"] <= 1.04 * found["budget"], found["plan"]
+    assert found["peak"] <= found["budget"], found["plan"]
     assert found["peak"] >= 0.8 * found["budget"], found["plan"]
