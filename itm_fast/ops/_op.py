@@ -1,7 +1,8 @@
 """What every op shares: its schema, its fake, its autograd rule and the call of the chosen backend.
 
 An implementation offers `forward(*args) -> Tensor | tuple` and `backward(grad, needs, *args) -> list[Tensor]`, one
-gradient for each differentiable argument that `needs` marks. It is imported only when it runs.
+gradient for each differentiable argument that `needs` marks, in the dtype it was summed in. It is imported only when
+it runs.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class Op:
 
         @torch.library.impl(backward, "CompositeExplicitAutograd")
         def _backward(grad, needs, *args):
-            return implementation(args[-1]).backward(grad, needs, *args[:-1])
+            found = implementation(args[-1]).backward(grad, needs, *args[:-1])
+            wanted = [a for a, n in zip(args, needs, strict=False) if n]
+            return [g.to(a.dtype) for g, a in zip(found, wanted, strict=True)]
 
         @torch.library.register_fake(forward)
         def _fake(*args):

@@ -18,19 +18,19 @@ def valid(lengths: Tensor | None, n: int) -> Tensor | None:
     return None if lengths is None else torch.arange(n, device=lengths.device)[None, :] < lengths[:, None]
 
 
-def normalised(affinity: Tensor, norm: str, query_mask: Tensor | None) -> Tensor:
-    """Normalise [B, X, C, Q] over the queries; masked queries have affinity 0 and take no part."""
+def scaled(affinity: Tensor, norm: str, scale: float, query_mask: Tensor | None) -> Tensor:
+    """scale * affinity norm of [B, X, C, Q] over the queries; masked queries have affinity 0 and take no part."""
     if norm == "softmax":
         if query_mask is not None:
             affinity = affinity.masked_fill(~query_mask, float("-inf"))
-        return affinity.softmax(-1)
+        return scale * affinity.softmax(-1)
     if norm.startswith("clipped"):
         affinity = F.leaky_relu(affinity, SLOPE)
     if norm.endswith("l2norm"):
-        return affinity / (torch.linalg.vector_norm(affinity, dim=-1, keepdim=True) + EPS)
+        return affinity * (scale / (torch.linalg.vector_norm(affinity, dim=-1, keepdim=True) + EPS))
     if norm.endswith("l1norm"):
-        return affinity / (affinity.abs().sum(-1, keepdim=True) + EPS)
-    return affinity
+        return affinity * (scale / (affinity.abs().sum(-1, keepdim=True) + EPS))
+    return scale * affinity
 
 
 def attention(
@@ -41,11 +41,11 @@ def attention(
     context_mask: Tensor | None,
     query_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Affinities and attention weights, both [B, X, C * Q]."""
+    """Affinities and attention weights, both [B, X, C * Q]; masked rows of either side are zero."""
     B, X, D = context.shape
     C, Q, _ = query.shape
     affinity = (context.reshape(B * X, D) @ query.reshape(C * Q, D).t()).view(B, X, C, Q)
-    logits = scale * normalised(affinity, norm, query_mask)
+    logits = scaled(affinity, norm, scale, query_mask)
     if context_mask is not None:
         logits = logits.masked_fill(~context_mask[:, :, None, None], float("-inf"))
     return affinity.view(B, X, C * Q), logits.view(B, X, C * Q).softmax(1)

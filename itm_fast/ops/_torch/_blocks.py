@@ -81,7 +81,7 @@ def forward(blocks: Iterator[Block], args: Sequence[Tensor], result: Tensor) -> 
 
 
 def backward(blocks: Iterator[Block], args: Sequence[Tensor], needs: Sequence[bool], grad: Tensor) -> list[Tensor]:
-    """Run each block again, differentiate it, and add up: the gradients of the arguments that `needs` marks."""
+    """Run each block again, differentiate it, and add up, in float32 or better: one gradient for each of `needs`."""
     work = torch.promote_types(grad.dtype, torch.float32)
     total = [torch.zeros_like(a, dtype=work) if n else None for a, n in zip(args, needs, strict=True)]
     for block in blocks:
@@ -96,7 +96,7 @@ def backward(blocks: Iterator[Block], args: Sequence[Tensor], needs: Sequence[bo
         for whole, at in zip(total, block.inputs, strict=True):
             if whole is not None:
                 whole[at] += next(found)
-    return [t.to(a.dtype) for t, a in zip(total, args, strict=True) if t is not None]
+    return [t for t in total if t is not None]
 
 
 def work_dtype(*tensors: Tensor) -> torch.dtype:

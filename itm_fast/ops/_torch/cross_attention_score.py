@@ -18,45 +18,75 @@ COPIES = 6  # [R, L] temporaries of a pair alive at once, forward
 
 
 def forward(image: Tensor, words: Tensor, *rest) -> Tensor:
-    cu_seqlens = rest[0]
-    result = image.new_empty(image.shape[0], cu_seqlens.shape[0] - 1)
-    return _blocks.forward(_cut(image, words, *rest), (image, words), result)
+    score = image.new_empty(image.shape[0], rest[0].shape[0] - 1)
+    for images, args, blocks in _image_spans(image, words, *rest):
+        _blocks.forward(blocks, args, score[images])
+    return score
 
 
 def backward(grad: Tensor, needs: list[bool], image: Tensor, words: Tensor, *rest) -> list[Tensor]:
-    return _blocks.backward(_cut(image, words, *rest), (image, words), needs, grad)
+    work = _blocks.work_dtype(image)
+    d_image = torch.empty_like(image, dtype=work) if needs[0] else None
+    d_words = torch.zeros_like(words, dtype=work) if needs[1] else None
+    for images, args, blocks in _image_spans(image, words, *rest):
+        wanted = [*needs, needs[0]][: len(args)]
+        found = dict(zip([k for k, n in enumerate(wanted) if n], _blocks.backward(blocks, args, wanted, grad[images])))
+        if d_image is not None:
+            d_image[images] = found[0]
+            if 2 in found:  # of G = x x^T
+                d_image[images] += (found[2] + found[2].transpose(1, 2)) @ args[0].to(work)
+        if d_words is not None:
+            d_words += found[1]
+    if d_image is not None and rest[1] is not None:
+        d_image.masked_fill_(~valid(rest[1], image.shape[1])[:, :, None], 0.0)
+    return [d for d in (d_image, d_words) if d is not None]
 
 
-def _cut(image, words, cu_seqlens, region_lengths, direction, affinity_norm, scale, pool, pool_scale):
+def _image_spans(image, words, cu_seqlens, region_lengths, direction, affinity_norm, scale, pool, pool_scale):
+    """Cut the images so that what is made once per image fills no more than half of the scratch.
+
+    Yields the images' slice, the blocks' arguments (image, words and for t2i the Gram matrices) and the blocks.
+    """
     (I, R, D), op = image.shape, "cross_attention_score"
     edge = bounds(cu_seqlens, words.shape[0], op)
     _attention.region_counts(region_lengths, image, op)
-    entries = _blocks.tile_bytes(image.device) // (COPIES * _blocks.work_dtype(image).itemsize)
-    return _rectangles(I, R, D, edge, image.device, entries, region_lengths,
-                       partial(_score, direction, affinity_norm, scale, pool, pool_scale))
+    work, device = _blocks.work_dtype(image), image.device
+    entries = _blocks.tile_bytes(device) // (COPIES * work.itemsize)
+    function = partial(_score, direction, affinity_norm, scale, pool, pool_scale)
+    each = work.itemsize * R * (R + D)  # an image's Gram matrix, and its copy where it is masked or widened
+    for images in _blocks.spans(I, max(1, _blocks.scratch_bytes(device) // (2 * each))):
+        part, lengths = image[images], None if region_lengths is None else region_lengths[images]
+        if lengths is not None:
+            part = part.masked_fill(~valid(lengths, R)[:, :, None], 0.0)
+        args = (part, words)
+        if direction == "t2i":
+            args = (part, words, part.to(work) @ part.to(work).transpose(1, 2))
+        yield images, args, _rectangles(len(part), R, edge, device, entries, lengths, function, len(args))
 
 
-def _rectangles(I, R, D, edge, device, entries, region_lengths, function) -> Iterator[_blocks.Block]:
+def _rectangles(I, R, edge, device, entries, region_lengths, function, arguments) -> Iterator[_blocks.Block]:
     for run in _blocks.runs(edge, device, max(_blocks.MIN_QUERIES, entries // (8 * R))):
         for images in _blocks.spans(I, max(1, entries // (R * run.length * run.count))):
             lengths = None if region_lengths is None else region_lengths[images]
             yield _blocks.Block(
-                ((images,), (run.rows,)), (images, run.captions), partial(function, run.length, lengths)
+                ((images,), (run.rows,), (images,))[:arguments],
+                (images, run.captions),
+                partial(function, run.length, lengths),
             )
 
 
-def _score(direction, norm, scale, pool, pool_scale, length, region_lengths, image, words):
+def _score(direction, norm, scale, pool, pool_scale, length, region_lengths, image, words, gram=None):
     work = _blocks.work_dtype(image)
     image, caption = image.to(work), words.to(work).view(-1, length, words.shape[-1])
     mask = valid(region_lengths, image.shape[1])
-    if mask is not None:
-        image = image.masked_fill(~mask[:, :, None], 0.0)
     t2i = direction == "t2i"
     context, query = (image, caption) if t2i else (caption, image)
+    if gram is None:
+        gram = context @ context.transpose(1, 2)
     affinity, alpha = attention(context, query, norm, scale, mask if t2i else None, None if t2i else mask)
     B, C, Q = len(context), *query.shape[:2]
     # r_j = alpha_j . s_j / max(|q_j| |P_j|, eps)
-    length_P = attended_norm(alpha, context @ context.transpose(1, 2)).view(B, C, Q)
+    length_P = attended_norm(alpha, gram).view(B, C, Q)
     length_q = torch.linalg.vector_norm(query, dim=-1)
     r = (alpha * affinity).sum(1).view(B, C, Q) / (length_q * length_P).clamp_min(_attention.EPS)
     if not t2i and mask is not None:
