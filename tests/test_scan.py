@@ -16,7 +16,7 @@ GOLDEN = np.load(Path(__file__).parent / "golden" / "scan.npz", allow_pickle=Fal
 CASES = sorted({key.rpartition("/")[0] for key in GOLDEN})
 BACKENDS = ["torch", "reference"]
 DIRECTIONS = ["t2i", "i2t"]
-LENGTHS = [2, 7, 5, 1, 7, 3]  # unsorted, one word between <start> and <end> missing or not
+LENGTHS = [2, 7, 5, 1, 7, 3]  # unsorted; 2 is <start> and <end> alone
 SCALE = {"t2i": 9.0, "i2t": 4.0}
 
 
@@ -169,12 +169,16 @@ def test_scorer_is_the_loop_of_its_options():
     torch.testing.assert_close(found, loop(image, caption, LENGTHS, **names(opt, "i2t")), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("kind,keys", [("basic", ["fc.weight", "fc.bias"]), ("weight_norm", ["fc.bias", "fc.weight_g", "fc.weight_v"])])  # fmt: skip
+KEYS = {"basic": ["fc.weight", "fc.bias"], "weight_norm": ["fc.bias", "fc.weight_g", "fc.weight_v"]}
+
+
+@pytest.mark.parametrize("kind,keys", KEYS.items(), ids=KEYS)
 def test_state_dict_is_the_published_list(kind, keys):
     model = SCAN(options(precomp_enc_type=kind))
     image, text = model.state_dict()
     assert list(image) == keys
-    gru = [f"rnn.{part}_l0{way}" for way in ("", "_reverse") for part in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+    parts = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+    gru = [f"rnn.{part}_l0{way}" for way in ("", "_reverse") for part in parts]
     assert list(text) == ["embed.weight", *gru]
     other = SCAN(options(precomp_enc_type=kind))
     other.load_state_dict([{**image, "another.model": torch.zeros(1)}, text])
@@ -248,6 +252,13 @@ def test_train_emb_learns_a_batch(direction):
     assert list(found) == lengths
 
 
+def test_a_row_of_zeros_has_a_finite_gradient():
+    x = torch.zeros(2, 3, requires_grad=True)
+    scan.l2norm(x, dim=-1)[0].sum().backward()
+    assert not x.grad[1].any()
+    assert x.grad.isfinite().all()
+
+
 def test_loss_is_the_papers():
     image, caption = features(I=6)
     for hardest in (False, True):
@@ -263,7 +274,8 @@ def test_loss_is_the_papers():
 
 
 @pytest.mark.parametrize(
-    "name,value", [("cross_attn", "both"), ("agg_func", "LSE"), ("raw_feature_norm", "l3norm"), ("precomp_enc_type", "vit")]
+    "name,value",
+    [("cross_attn", "both"), ("agg_func", "LSE"), ("raw_feature_norm", "l3norm"), ("precomp_enc_type", "vit")],
 )
 def test_unknown_options_are_refused_at_construction(name, value):
     with pytest.raises(ValueError, match=f"{name} must be one of .*, got '{value}'"):

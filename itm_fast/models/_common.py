@@ -27,7 +27,8 @@ def l2norm(X: Tensor, dim: int = -1, eps: float = 1e-8) -> Tensor:
     >>> l2norm(torch.tensor([3.0, 4.0]))
     tensor([0.6000, 0.8000])
     """
-    return X / (X.pow(2).sum(dim=dim, keepdim=True).sqrt() + eps)
+    # Not pow, sum, sqrt as published: there a row of zeros, such as a region that is padding, has gradient 0 / 0.
+    return X / (torch.linalg.vector_norm(X, dim=dim, keepdim=True) + eps)
 
 
 def want(opt: Namespace, model: str, names: Sequence[str]) -> None:
@@ -185,6 +186,10 @@ class Matcher:
         self.log("Eit", self.Eiters)
         self.log("lr", self.optimizer.param_groups[0]["lr"])
         self.optimizer.zero_grad()
+        if region_lengths is not None:  # a NaN in the padding would reach the encoder's weight gradient as 0 x NaN
+            padding = torch.arange(images.shape[1]) >= region_lengths.cpu()[:, None]
+            images = images.masked_fill(padding.to(images.device).unsqueeze(2), 0.0)
+            region_lengths = region_lengths.to(self.device)
         loss = self.batch_loss(images, captions, lengths, region_lengths)
         loss.backward()
         if self.grad_clip > 0:

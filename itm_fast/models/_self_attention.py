@@ -91,7 +91,7 @@ def _masked_batch_norm(norm: nn.BatchNorm1d, x: Tensor, valid: Tensor) -> Tensor
         unbiased = var * (count / (count - 1).clamp_min(1))
         for name, new in (("running_mean", mean), ("running_var", unbiased)):
             running = norm.get_buffer(name)
-            running.lerp_(new.to(running), (cast(float, norm.momentum) * (count > 0)).to(running))
+            running.lerp_(new.to(running), cast(float, norm.momentum) * (count > 0).to(running))
         norm.get_buffer("num_batches_tracked").add_(1)
     return centred * (norm.weight * (var + norm.eps).rsqrt())[:, None] + norm.bias[:, None]
 
