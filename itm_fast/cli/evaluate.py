@@ -200,8 +200,6 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _plan_workload(args: argparse.Namespace) -> int:
-    import torch
-
     from ..evaluation import WORKLOADS, plan
     from ..models import build
     from ..training import checkpoint
@@ -211,15 +209,16 @@ def _plan_workload(args: argparse.Namespace) -> int:
     if args.checkpoint:
         loaded = [checkpoint.load(path) for path in args.checkpoint]
         models = [_model(path, found, args.device) for path, found in zip(args.checkpoint, loaded, strict=True)]
-        named = list(zip(_names(args.checkpoint, models, loaded), models, strict=True))
+        names, dims = _names(args.checkpoint, models, loaded), [found.opt.embed_size for found in loaded]
     else:
-        named = [(name, build(_published(name, size, device))) for name in _SYNTHETIC]
-    for name, model in named:
+        models = [build(_published(name, size, device)) for name in _SYNTHETIC]
+        names, dims = list(_SYNTHETIC), [size.dim] * len(models)
+    for name, model, dim in zip(names, models, dims, strict=True):
         found = plan(
             model.scorer,
             images=size.images,
             regions=size.regions,
-            dim=model.img_enc(torch.zeros(1, size.regions, size.features, device=device)).shape[2],
+            dim=dim,
             lengths=size.lengths,
             memory_gb=args.memory_gb,
             matrices=0 if args.scores else min(max(len(args.checkpoint), 1), 2),
@@ -296,17 +295,22 @@ def _vocabulary(args: argparse.Namespace, opt: Namespace) -> tuple[Path, Vocabul
         return Path(args.vocab), Vocabulary.load(args.vocab)
     data = Path(args.data)
     beside = data if data.is_dir() else data.parent
-    file_names = [f"{stem}_vocab.json" for stem in dict.fromkeys([getattr(opt, "data_name", None), data.stem]) if stem]
-    file_names.append("vocab.json")
-    folders = [beside, beside.parent, beside.parent / "vocab", Path(args.checkpoint[0]).parent]
+    stems = dict.fromkeys([getattr(opt, "data_name", None), data.stem])
+    names = [*(f"{stem}_vocab.json" for stem in stems if stem), "vocab.json"]
+    # SCAN keeps data/f30k_precomp/ and vocab/ side by side.
+    folders = [beside]
+    folders += [folder / "vocab" for folder in (beside, beside.parent, beside.parent.parent)]
+    folders += [beside.parent, Path(args.checkpoint[0]).parent]
     if getattr(opt, "vocab_path", None):
         folders.append(Path(opt.vocab_path))
-    places = list(dict.fromkeys(folder / name for folder in folders for name in file_names))
-    for place in places:
-        if place.is_file():
-            return place, Vocabulary.load(place)
+    folders = list(dict.fromkeys(folders))
+    for folder in folders:
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name, Vocabulary.load(folder / name)
     raise FileNotFoundError(
-        "no vocabulary found; give it with --vocab FILE.json. Looked for " + ", ".join(map(str, places))
+        f"no vocabulary found; give it with --vocab FILE.json. Looked for {', '.join(names[:-1])} and {names[-1]} in "
+        + ", ".join(map(str, folders))
     )
 
 

@@ -1,0 +1,210 @@
+"""`itm-fast evaluate` from checkpoint and data files to tables and files, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from itm_fast.cli import main
+from itm_fast.data import Split, Vocabulary, save_splits
+from itm_fast.evaluation import encode, metrics, score_all
+from itm_fast.models import build
+from itm_fast.training import checkpoint
+
+from .test_evaluation_report import options, pets
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """Three tiny checkpoints and one split, as a folder and as HDF5, with the vocabulary beside the data."""
+    root = tmp_path_factory.mktemp("evaluate")
+    split, vocabulary = pets()
+    for data in (root / "pets_precomp", root / "pets.h5"):
+        save_splits(data, {"test": split})
+    vocabulary.save(root / "pets_precomp" / "pets_precomp_vocab.json")
+    for seed, kind in enumerate(("SGR", "SAF", "SCAN")):
+        torch.manual_seed(seed)
+        opt = options(kind, len(vocabulary))
+        checkpoint.save(
+            root / f"{kind}.pth.tar", epoch=3, model=build(opt).state_dict(), best_rsum=1.0, opt=opt, iterations=7
+        )
+    return root
+
+
+def test_table_files_and_ensemble(made, tmp_path, capsys):
+    code = main(
+        ["evaluate", "--checkpoint", f"{made}/SGR.pth.tar", "--checkpoint", f"{made}/SAF.pth.tar", "--data",
+         f"{made}/pets_precomp", "--folds", "5", "--output", f"{tmp_path}/out", "--trec", "4", "--no-progress",
+         "--scores", f"{tmp_path}/s.npy", "--device", "cpu"]
+    )  # fmt: skip
+    text = capsys.readouterr()
+    assert code == 0, text.err
+    assert text.err == ""
+    split, vocabulary = pets()
+    scores = []
+    for kind in ("SGR", "SAF"):
+        loaded = checkpoint.load(made / f"{kind}.pth.tar")
+        model = build(loaded.opt)
+        model.load_state_dict(loaded.model)
+        scores.append(score_all(model.scorer, encode(model, split, vocabulary, progress=False), progress=False))
+    mean = (scores[0] + scores[1]) / 2
+    np.testing.assert_array_equal(np.load(tmp_path / "s.npy"), mean)
+    found = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert [system["name"] for system in found["systems"]] == ["SGR", "SAF", "mean of the scores"]
+    for system, score in zip(found["systems"], [*scores, mean], strict=True):
+        assert system["pools"][1]["rsum"] == metrics(score, split.caption_to_image).rsum
+    assert found["settings"]["epochs"] == [3, 3]
+    assert found["settings"]["split"] == "test"
+    for line in ("mean of 5 folds of 2 images, 10 captions", "all 10 images, 50 captions", "pairs/s) by the torch"):
+        assert line in text.out
+    assert text.out.startswith((tmp_path / "out" / "results.txt").read_text().rstrip("\n"))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *(f"results.{kind}" for kind in ("txt", "json", "csv", "tex")),
+        *(f"{side}.{kind}" for side in ("i2t", "t2i") for kind in ("run", "qrels")),
+    }
+
+
+def test_both_forms_of_data_and_both_backends_agree(made, tmp_path, capsys):
+    found = []
+    for number, data in enumerate(("pets_precomp", "pets.h5")):
+        words = ["evaluate", "--checkpoint", f"{made}/SCAN.pth.tar", "--data", f"{made}/{data}", "--no-progress"]
+        words += ["--vocab", f"{made}/pets_precomp/pets_precomp_vocab.json", "--scores", f"{tmp_path}/{number}.npy"]
+        assert main([*words, "--backend", ("torch", "reference")[number]]) == 0
+        assert f"by the {('torch', 'reference')[number]} backend" in capsys.readouterr().out
+        found.append(np.load(tmp_path / f"{number}.npy"))
+    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-6)
+
+
+def test_resume_takes_finished_scores(made, tmp_path, capsys):
+    words = ["evaluate", "--checkpoint", f"{made}/SAF.pth.tar", "--data", f"{made}/pets_precomp", "--no-progress"]
+    words += ["--scores", f"{tmp_path}/s.npy"]
+    assert main(words) == 0
+    first = capsys.readouterr().out.split("SAF: encoded")[0]
+    assert main(words) == 2
+    assert "s.npy exists; give another name" in capsys.readouterr().err
+    assert main([*words, "--resume"]) == 0
+    assert capsys.readouterr().out.split("SAF: encoded")[0] == first
+    words[2] = f"{made}/SGR.pth.tar"
+    assert main([*words, "--resume"]) == 2
+    assert "was computed with other encoders, scorer" in capsys.readouterr().err
+
+
+def test_interruption_is_a_sentence_and_code_130(made, tmp_path, capsys, monkeypatch):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("itm_fast.nn.CrossAttentionScore.score", stop)
+    words = ["evaluate", "--checkpoint", f"{made}/SCAN.pth.tar", "--data", f"{made}/pets_precomp", "--no-progress"]
+    assert main([*words, "--scores", f"{tmp_path}/s.npy"]) == 130
+    assert "blocks are kept beside" in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"s.npy.partial", "s.npy.journal"}
+
+
+def test_dry_run_prints_the_plan_and_scores_nothing(made, capsys, monkeypatch):
+    monkeypatch.setattr("itm_fast.evaluation.pipeline.encode", None)
+    words = ["evaluate", "--checkpoint", f"{made}/SAF.pth.tar", "--data", f"{made}/pets_precomp", "--dry-run"]
+    assert main([*words, "--memory-gb", "8"]) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("SAF: 10 images x 50 captions")
+    assert "encoded images" in text
+    assert "8.000 GB" in text
+
+
+def test_full_size_plan_without_data(capsys):
+    assert main(["evaluate", "--workload", "coco-eval-5k", "--dry-run", "--memory-gb", "16"]) == 0
+    text = capsys.readouterr().out
+    for name in ("scan", "sgr", "saf"):
+        assert f"coco-eval-5k, {name}: 5,000 images x 25,000 captions (331,916 words) = 125,000,000 pairs" in text
+    assert text.count("0.737 GB") == text.count("1.360 GB") == text.count("0.500 GB") == 3
+    assert main(["evaluate", "--workload", "coco-eval-5k", "--dry-run", "--memory-gb", "1"]) == 2
+    assert "the least that can is" in capsys.readouterr().err
+
+
+def test_plan_of_a_workload_for_a_checkpoint(made, capsys):
+    words = ["evaluate", "--workload", "f30k-eval-1k", "--dry-run", "--checkpoint", f"{made}/SAF.pth.tar"]
+    assert main(words) == 0
+    assert "f30k-eval-1k, SAF: 1,000 images x 5,000 captions (77,442 words)" in capsys.readouterr().out
+
+
+def test_vocabulary_is_found_or_the_places_are_named(made, tmp_path, capsys):
+    shutil.copy(made / "pets.h5", tmp_path / "pets.h5")
+    words = ["evaluate", "--checkpoint", f"{made}/SAF.pth.tar", "--data", f"{tmp_path}/pets.h5", "--no-progress"]
+    assert main(words) == 2
+    error = capsys.readouterr().err
+    assert "no vocabulary found; give it with --vocab" in error
+    assert "Looked for pets_precomp_vocab.json, pets_vocab.json and vocab.json in " in error
+    for folder in (tmp_path, tmp_path / "vocab", tmp_path.parent / "vocab", made, "vocab"):
+        assert str(folder) in error
+    for place in ("pets_precomp_vocab.json", "pets_vocab.json", "vocab.json", "vocab/pets_precomp_vocab.json"):
+        (tmp_path / place).parent.mkdir(exist_ok=True)
+        shutil.copy(made / "pets_precomp" / "pets_precomp_vocab.json", tmp_path / place)
+        assert main(words) == 0, place
+        (tmp_path / place).unlink()
+
+
+def test_another_vocabulary_is_refused(made, tmp_path, capsys):
+    Vocabulary.build(["one word"], min_count=1).save(tmp_path / "v.json")
+    words = ["evaluate", "--checkpoint", f"{made}/SAF.pth.tar", "--data", f"{made}/pets_precomp", "--no-progress"]
+    assert main([*words, "--vocab", f"{tmp_path}/v.json"]) == 2
+    assert f"SAF.pth.tar embeds 12 words, and {tmp_path}/v.json has 6" in capsys.readouterr().err
+
+
+def test_two_checkpoints_of_one_kind_are_told_apart(made, tmp_path, capsys):
+    words = ["evaluate", "--data", f"{made}/pets_precomp", "--no-progress"]
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(made / "SAF.pth.tar", tmp_path / folder / "model_best.pth.tar")
+        words += ["--checkpoint", f"{tmp_path}/{folder}/model_best.pth.tar"]
+    assert main(words) == 0
+    text = capsys.readouterr().out
+    assert "SAF (one/model_best.pth.tar)" in text
+    assert "SAF (two/model_best.pth.tar)" in text
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        ([], "give --checkpoint"),
+        (["--checkpoint", "SAF", "--data", "pets_precomp", "--resume"], "name it with --scores"),
+        (["--checkpoint", "SAF", "--data", "pets_precomp", "--trec", "5"], "--trec writes its files to --output"),
+        (["--workload", "coco-eval-5k"], "use it with --dry-run"),
+        (["--workload", "coco-eval-5k", "--dry-run", "--device", "tpuu"], "no device is called 'tpuu'"),
+        (["--checkpoint", "SAF", "--data", "nowhere"], "nowhere does not exist"),
+        (["--checkpoint", "nothing", "--data", "pets_precomp"], "nothing.pth.tar: No such file"),
+        (["--checkpoint", "SAF", "--data", "pets_precomp", "--split", "testall"], "splits in this folder: test"),
+        (["--checkpoint", "SAF", "--data", "pets_precomp", "--folds", "4"], "10 images do not divide into 4"),
+        (["--checkpoint", "SAF", "--data", "pets_precomp", "--backend", "cuda"], "cuda"),
+        (["--checkpoint", "SAF", "--data", "pets_precomp", "--backend", "fast"], "no backend is called 'fast'"),
+    ],
+)
+def test_refusals_are_sentences(words, sentence, made, capsys):
+    for option, prefix, end in (("--checkpoint", f"{made}/", ".pth.tar"), ("--data", f"{made}/", "")):
+        if option in words:
+            at = words.index(option) + 1
+            words = [*words[:at], prefix + words[at] + end, *words[at + 1 :]]
+    assert main(["evaluate", *words, "--no-progress"]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_features_of_another_size_are_refused(made, tmp_path, capsys):
+    data = Split(np.zeros((2, 36, 5), np.float32), ["a red cat", "two dog"], np.array([0, 1]))
+    save_splits(tmp_path / "other.h5", {"test": data})
+    words = ["evaluate", "--checkpoint", f"{made}/SAF.pth.tar", "--data", f"{tmp_path}/other.h5", "--no-progress"]
+    assert main([*words, "--vocab", f"{made}/pets_precomp/pets_precomp_vocab.json"]) == 2
+    assert "5 features per region" in capsys.readouterr().err
+
+
+def test_help_states_folds_ties_and_examples(capsys):
+    with pytest.raises(SystemExit):
+        main(["evaluate", "--help"])
+    text = capsys.readouterr().out
+    for word in ("COCO 1K", "pessimistic", "NaN", "--split testall --folds 5", "10^9 bytes", "eccv"):
+        assert word in text
