@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("pair_scorers_*.json"))
 pytestmark = pytest.mark.skipif(not (ROOT / "benchmarks").is_dir(), reason="needs a checkout")
 
 
@@ -31,7 +32,7 @@ def test_the_op_benchmarks_run():
     assert "failed" not in out
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("pair_scorers_*.json")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
 def test_result_files_name_their_machine(path):
     result = json.loads(path.read_text())
     assert {"torch", "device", "threads", "commit", "date"} <= set(result["environment"])

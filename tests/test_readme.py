@@ -1,0 +1,71 @@
+"""Every document true: the README's examples run, its commands parse, its numbers are those of the result files."""
+
+import json
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from itm_fast import cli
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+pytestmark = pytest.mark.skipif(not README.is_file(), reason="needs a checkout")
+TEXT = README.read_text() if README.is_file() else ""
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def commands():
+    """Every itm-fast command in a bash block or between backticks that has arguments."""
+    lines = "\n".join(blocks("bash")).splitlines()
+    inline = re.findall(r"`(itm-fast [^`]+)`", TEXT)
+    return [c.split("&&")[-1].strip() for c in (*lines, *inline) if "itm-fast " in c]
+
+
+@pytest.mark.parametrize("code", blocks("python"), ids=lambda c: c.strip().splitlines()[-1][:40])
+def test_python_examples_run(code):
+    exec(compile(code, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize("command", commands())
+def test_commands_are_understood(command):
+    words = shlex.split(command)[1:]
+    assert words[0] in cli.COMMANDS
+    assert cli._parser(words[0]).parse_args(words).run
+
+
+def test_the_dry_run_prints_its_plan():
+    command = next(c for c in commands() if "--dry-run" in c)
+    done = subprocess.run([sys.executable, "-m", *command.replace("itm-fast", "itm_fast", 1).split()],
+                          capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "5,000 images x 25,000 captions" in done.stdout
+    assert "peak" in done.stdout
+
+
+def test_ci_runs_the_test_command():
+    (command,) = [b.strip() for b in blocks("bash") if "pytest" in b]
+    assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#:]+)\)", TEXT):
+        assert (ROOT / target).exists(), target
+
+
+def test_numbers_are_those_of_the_result_files():
+    for name, table in re.findall(r"<!-- (\w+\.json) -->\n(.*?)<!-- end -->", TEXT, re.DOTALL):
+        result = json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+        rows = {(one["model"], r["name"]): r for one in result["results"] for r in one["rows"]}
+        shown = re.findall(r"^\| ([\w-]+) \| ([^|]+) \| ([\d,]+) \| ([\d.]+) \|", table, re.MULTILINE)
+        assert len(shown) == len(rows)
+        for model, contender, rate, ratio in shown:
+            row = rows[model, contender.strip()]
+            assert rate == f"{row['pairs_per_second']:,.0f}"
+            assert ratio == f"{row['times_faster_than_loop']:.1f}"
