@@ -1,12 +1,10 @@
-"""Encoding once, scoring by blocks under a budget, and score files that survive an interruption."""
+"""Scoring by blocks: equal to one call, states once, numbers refused by name, all of it within a memory budget."""
 
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,36 +12,8 @@ import torch
 from torch import nn
 
 import itm_fast
-from itm_fast.data import Split, Vocabulary, encode_caption
-from itm_fast.evaluation import Encoded, encode, memory, plan, plan_for, score_all, scoring
+from itm_fast.evaluation import Encoded, memory, plan, plan_for, score_all, scoring
 from itm_fast.nn import CrossAttentionScore
-
-
-class Regions(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.fc = nn.Linear(6, 8)
-        self.dropout = nn.Dropout(0.5)
-        self.seen = 0
-
-    def forward(self, features):
-        self.seen += len(features)
-        return self.dropout(self.fc(features))
-
-
-class Words(nn.Module):
-    def __init__(self, vocabulary: int):
-        super().__init__()
-        self.embed = nn.Embedding(vocabulary, 8)
-        self.dropout = nn.Dropout(0.5)
-        self.lengths: list[list[int]] = []
-
-    def forward(self, ids, lengths):
-        self.lengths.append(lengths)
-        position = torch.arange(ids.shape[1], device=ids.device)[:, None]
-        caption = self.dropout(self.embed(ids)) * (1 + position)
-        caption[position.squeeze(1)[None] >= torch.tensor(lengths)[:, None]] = torch.nan
-        return caption, lengths
 
 
 class Scorer(nn.Module):
@@ -84,23 +54,6 @@ def segments(words, cu_seqlens):
     return torch.stack([words[a:b].mean(0) for a, b in zip(ends[:-1], ends[1:], strict=True)])
 
 
-def split(images: int = 7, captions: int = 23, ragged: bool = True) -> tuple[Split, Vocabulary]:
-    rng = np.random.default_rng(0)
-    texts = [" ".join(rng.choice(["red", "cat", "dog", "sits", "on"], rng.integers(1, 9))) for _ in range(captions)]
-    made = Split(
-        rng.standard_normal((images, 4, 6)).astype(np.float32),
-        texts,
-        rng.integers(0, images, captions),
-        region_lengths=rng.integers(1, 5, images) if ragged else None,
-    )
-    return made, Vocabulary.build(texts, min_count=1)
-
-
-def model(vocabulary: Vocabulary) -> SimpleNamespace:
-    torch.manual_seed(0)
-    return SimpleNamespace(img_enc=Regions(), txt_enc=Words(len(vocabulary)), scorer=Scorer())
-
-
 def random_encoded(images: int, captions: int, dim: int = 8, longest: int = 9, seed: int = 0) -> Encoded:
     rng = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (captions,), generator=rng)
@@ -119,83 +72,6 @@ def random_encoded(images: int, captions: int, dim: int = 8, longest: int = 9, s
 def small_blocks(monkeypatch):
     monkeypatch.setitem(memory._BLOCK, "cpu", (3, 4))
     monkeypatch.setattr(scoring, "CHUNK", 2)
-
-
-@pytest.mark.parametrize("batch_size", [1, 4, 128])
-def test_encode_is_packed_in_the_split_order(batch_size):
-    data, vocabulary = split()
-    net = model(vocabulary)
-    found = encode(net, data, vocabulary, batch_size=batch_size, progress=False)
-    net.img_enc.eval()
-    torch.testing.assert_close(found.image, net.img_enc(torch.as_tensor(data.features[:])).detach())
-    ids = [encode_caption(caption, vocabulary) for caption in data.captions]
-    assert found.lengths.tolist() == [len(one) for one in ids]
-    assert found.cu_seqlens.dtype == torch.int32
-    expected = [net.txt_enc.embed(torch.tensor(one)) * (1 + torch.arange(len(one))[:, None]) for one in ids]
-    torch.testing.assert_close(found.words, torch.cat(expected).detach())
-    np.testing.assert_array_equal(found.caption_to_image, data.caption_to_image)
-    assert found.region_lengths is not None
-    assert found.region_lengths.tolist() == data.region_lengths.tolist()
-    assert not found.image.requires_grad
-    assert not found.words.requires_grad
-
-
-def test_encode_sees_each_image_once_and_sorts_captions():
-    data, vocabulary = split()
-    net = model(vocabulary)
-    encode(net, data, vocabulary, batch_size=4, progress=False)
-    assert net.img_enc.seen == 7
-    lengths = [length for batch in net.txt_enc.lengths for length in batch]
-    assert lengths == sorted(lengths, reverse=True)
-
-
-def test_encode_gives_every_module_its_mode_back():
-    data, vocabulary = split()
-    net = model(vocabulary)
-    net.img_enc.train()
-    net.img_enc.dropout.eval()
-    net.txt_enc.eval()
-    encode(net, data, vocabulary, progress=False)
-    assert net.img_enc.training
-    assert not net.img_enc.dropout.training
-    assert not net.txt_enc.training
-
-
-def test_encode_keeps_float64():
-    data, vocabulary = split()
-    net = model(vocabulary)
-    net.img_enc.double()
-    net.txt_enc.double()
-    found = encode(net, data, vocabulary, progress=False)
-    assert found.image.dtype == found.words.dtype == torch.float64
-
-
-def test_fingerprint_tells_inputs_apart_but_not_batches():
-    data, vocabulary = split()
-    net = model(vocabulary)
-    first = encode(net, data, vocabulary, batch_size=128, progress=False).fingerprint
-    assert encode(net, data, vocabulary, batch_size=128, progress=False).fingerprint == first
-    with torch.no_grad():
-        net.txt_enc.embed.weight[1, 1] += 1e-3
-    assert encode(net, data, vocabulary, progress=False).fingerprint["encoders"] != first["encoders"]
-    features = data.features[:]
-    features[3, 2, 1] += 1e-3
-    other = Split(features, [*data.captions[:-1], "cat"], data.caption_to_image)
-    changed = encode(net, other, vocabulary, progress=False).fingerprint
-    assert changed["features"] != first["features"]
-    assert changed["captions"] != first["captions"]
-
-
-def test_encode_refusals():
-    data, vocabulary = split()
-    net = model(vocabulary)
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        encode(net, data, vocabulary, batch_size=0)
-    with pytest.raises(ValueError, match="data has 7 features per region"):
-        encode(net, Split(np.zeros((2, 3, 7), np.float32), ["a"], np.array([0])), vocabulary, progress=False)
-    net.txt_enc = Words(5)
-    with pytest.raises(ValueError, match="beyond the 5 words that the checkpoint embeds"):
-        encode(net, data, vocabulary, progress=False)
 
 
 def whole(scorer: Scorer, encoded: Encoded) -> np.ndarray:
@@ -265,119 +141,6 @@ def test_a_score_that_is_no_number_is_refused_by_name(where, culprit):
             scorer.weight.fill_(torch.nan)
     with pytest.raises(ValueError, match=rf"the score of {pair} is .*Not finite: .*{culprit}"):
         score_all(scorer, encoded, progress=False)
-
-
-def interrupted(path, encoded, after: int) -> None:
-    scorer = Scorer()
-    scorer.stop_after = after
-    with pytest.raises(KeyboardInterrupt, match=rf"{after} of 18 blocks are kept beside .*x\.npy: resume"):
-        score_all(scorer, encoded, out=path, progress=False)
-
-
-@pytest.mark.usefixtures("small_blocks")
-def test_interruption_keeps_blocks_and_resuming_skips_them(tmp_path):
-    encoded, path = random_encoded(7, 23), tmp_path / "x.npy"
-    interrupted(path, encoded, 7)
-    assert sorted(os.listdir(tmp_path)) == ["x.npy.journal", "x.npy.partial"]
-    with pytest.raises(FileExistsError, match="begun and interrupted"):
-        score_all(Scorer(), encoded, out=path, progress=False)
-    scorer = Scorer()
-    found = score_all(scorer, encoded, out=path, resume=True, progress=False)
-    assert scorer.calls["score"] == 11
-    assert sorted(os.listdir(tmp_path)) == ["x.npy", "x.npy.json"]
-    np.testing.assert_array_equal(found, score_all(Scorer(), encoded, progress=False))
-    np.testing.assert_array_equal(np.load(path, allow_pickle=False), found)
-
-
-@pytest.mark.usefixtures("small_blocks")
-def test_a_finished_file_is_used_again_or_refused(tmp_path):
-    encoded, path = random_encoded(7, 23), tmp_path / "x.npy"
-    first = score_all(Scorer(), encoded, out=path, progress=False)
-    with pytest.raises(FileExistsError, match="exists; give another name"):
-        score_all(Scorer(), encoded, out=path, progress=False)
-    scorer = Scorer()
-    again = score_all(scorer, encoded, out=path, resume=True, progress=False)
-    assert scorer.calls["score"] == 0
-    np.testing.assert_array_equal(again, first)
-    with torch.no_grad():
-        scorer.weight.fill_(2.0)
-    with pytest.raises(ValueError, match="computed with other scorer"):
-        score_all(scorer, encoded, out=path, resume=True, progress=False)
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("change", ["features", "captions", "encoders", "scorer", "precision"])
-def test_another_checkpoint_or_data_cannot_be_mixed_in(change, tmp_path, monkeypatch):
-    encoded, path, scorer = random_encoded(7, 23), tmp_path / "x.npy", Scorer()
-    interrupted(path, encoded, 7)
-    if change == "scorer":
-        with torch.no_grad():
-            scorer.weight.fill_(2.0)
-    elif change == "precision":
-        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
-    else:
-        encoded.fingerprint[change] = "another"
-    with pytest.raises(ValueError, match=f"computed with other .*{change}"):
-        score_all(scorer, encoded, out=path, resume=True, progress=False)
-
-
-@pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("damage", ["bytes", "torn line", "size"])
-def test_damaged_blocks_are_scored_again(damage, tmp_path):
-    encoded, path = random_encoded(7, 23), tmp_path / "x.npy"
-    interrupted(path, encoded, 7)
-    partial, journal = tmp_path / "x.npy.partial", tmp_path / "x.npy.journal"
-    scorer = Scorer()
-    if damage == "size":
-        os.truncate(partial, 100)
-        with pytest.raises(ValueError, match="does not hold what"):
-            score_all(scorer, encoded, out=path, resume=True, progress=False)
-        return
-    if damage == "bytes":
-        with open(partial, "r+b") as file:
-            file.write(b"\x01\x02")
-    else:
-        os.truncate(journal, journal.stat().st_size - 3)
-    found = score_all(scorer, encoded, out=path, resume=True, progress=False)
-    assert scorer.calls["score"] == 12
-    np.testing.assert_array_equal(found, score_all(Scorer(), encoded, progress=False))
-
-
-@pytest.mark.usefixtures("small_blocks")
-def test_a_continued_run_keeps_the_block_size_it_began_with(tmp_path, monkeypatch):
-    encoded, path = random_encoded(7, 23), tmp_path / "x.npy"
-    interrupted(path, encoded, 7)
-    monkeypatch.setitem(memory._BLOCK, "cpu", (500, 256))
-    scorer = Scorer()
-    found = score_all(scorer, encoded, out=path, resume=True, progress=False)
-    assert scorer.calls["score"] == 11
-    np.testing.assert_allclose(found, score_all(Scorer(), encoded, progress=False), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.usefixtures("small_blocks")
-def test_a_full_disk_leaves_no_file_that_looks_whole(tmp_path, monkeypatch):
-    encoded, path = random_encoded(7, 23), tmp_path / "x.npy"
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        score_all(Scorer(), encoded, out=path, progress=False)
-    monkeypatch.undo()
-    assert "x.npy" not in os.listdir(tmp_path)
-    assert not [name for name in os.listdir(tmp_path) if name.endswith(".unfinished")]
-
-
-def test_score_file_refusals(tmp_path):
-    encoded = random_encoded(2, 2)
-    with pytest.raises(ValueError, match=r"is a \.npy file, got"):
-        score_all(Scorer(), encoded, out=tmp_path / "x.h5", progress=False)
-    with pytest.raises(FileNotFoundError, match="folder of the score file does not exist"):
-        score_all(Scorer(), encoded, out=tmp_path / "no" / "x.npy", progress=False)
-    (tmp_path / "x.npy.journal").write_text("rubbish\n")
-    with pytest.raises(ValueError, match=r"x\.npy\.journal is damaged"):
-        score_all(Scorer(), encoded, out=tmp_path / "x.npy", resume=True, progress=False)
 
 
 def sizes(**changes):
