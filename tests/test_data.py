@@ -69,6 +69,7 @@ def test_a_map_file_allows_any_number_of_captions(tmp_path):
     split = open_split(tmp_path, "test")
     assert len(split.features) == 4
     assert split.caption_to_image.tolist() == [2, 0, 2, 3]
+    assert split.caption_to_image.dtype == np.int64
     with pytest.raises(ValueError, match="leave captions_per_image out"):
         open_split(tmp_path, "test", captions_per_image=1)
 
@@ -245,7 +246,7 @@ def test_features_of_wrong_shape_are_refused(tmp_path, shape):
 @pytest.mark.parametrize("dtype", [np.int32, np.uint8, np.complex64, "<U3"])
 def test_features_of_wrong_kind_are_refused(tmp_path, dtype):
     write_folder(tmp_path, np.zeros((4, 3, 5), dtype))
-    with pytest.raises(TypeError, match=r"must be float32, float16, float64 or int8|must hold numbers"):
+    with pytest.raises(TypeError, match=r"must be float32, float16, float64 or int8, got"):
         open_split(tmp_path, "test")
 
 
@@ -272,6 +273,10 @@ def test_rows_by_slices_and_indices():
     for wrong in (0, [[0]], [0.0], [True, False, True, False]):
         with pytest.raises(TypeError, match="slice or by integers"):
             rows[wrong]
+
+
+def test_a_limit_beyond_the_captions_cuts_no_image():
+    assert len(Split(FEATURES, ["a"], [0]).first(1).features) == 4
 
 
 def test_split_in_memory_refuses_what_it_cannot_read():

@@ -128,12 +128,15 @@ def test_saved_as_published(tmp_path):
 
 
 def test_a_failed_save_leaves_the_old_file(tmp_path, monkeypatch):
-    vocabulary = Vocabulary(["<pad>", "<start>", "<end>", "<unk>"])
-    vocabulary.save(tmp_path / "vocab.json")
+    Vocabulary(["<pad>", "<start>", "<end>", "<unk>"]).save(tmp_path / "vocab.json")
     before = (tmp_path / "vocab.json").read_bytes()
-    vocabulary.word2idx["bad"] = {1}
-    with pytest.raises(TypeError):
-        vocabulary.save(tmp_path / "vocab.json")
+
+    def fail(*paths):
+        raise OSError("no room")
+
+    monkeypatch.setattr("itm_fast.data.vocabulary.os.replace", fail)
+    with pytest.raises(OSError, match="no room"):
+        Vocabulary(["<pad>", "<start>", "<end>", "<unk>", "cat"]).save(tmp_path / "vocab.json")
     assert (tmp_path / "vocab.json").read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 1
 

@@ -90,7 +90,6 @@ def write(file: Any, name: str, split: Split, images_written: Callable[[int], ob
     """Write one split as a group of an open file; `images_written(n)` is called after each n images."""
     import h5py
 
-    check_writable(split)
     group = file.create_group(name)
     captions = np.array(split.captions, dtype=object)
     group.create_dataset("captions", data=captions, dtype=h5py.string_dtype("utf-8"))
