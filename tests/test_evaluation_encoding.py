@@ -116,7 +116,10 @@ def test_fingerprint_tells_inputs_apart_but_not_batches():
     assert encode(net, data, vocabulary, progress=False).fingerprint["encoders"] != first["encoders"]
     features = data.features[:]
     features[3, 2, 1] += 1e-3
-    other = Split(features, [*data.captions[:-1], "cat"], data.caption_to_image)
+    swapped = data.captions[-1].translate(str.maketrans("atdog", "dogat"))  # other words, as many
+    vocabulary = Vocabulary.build([*data.captions, "dog cat"], min_count=1)
+    assert len(swapped.split()) == len(data.captions[-1].split())
+    other = Split(features, [*data.captions[:-1], swapped], data.caption_to_image)
     changed = encode(net, other, vocabulary, progress=False).fingerprint
     assert changed["features"] != first["features"]
     assert changed["captions"] != first["captions"]

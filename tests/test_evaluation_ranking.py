@@ -92,6 +92,8 @@ def test_a_constant_scorer_earns_nothing():
     assert constant.rsum == 0
     assert (constant.i2t.medr, constant.t2i.medr) == (96, 20)
     assert metrics(np.full((20, 100), 0.5, np.float32), owner, ties="optimistic").rsum == 600
+    large = ranks(np.zeros((700, 700), np.float32), np.arange(700))
+    assert set(large.i2t) == set(large.t2i) == {699}
 
 
 def test_folds_are_consecutive_images_with_their_own_captions():
@@ -108,6 +110,12 @@ def test_folds_are_consecutive_images_with_their_own_captions():
     assert mean.i2t.medr == pytest.approx(np.mean([part.i2t.medr for part in parts]))
     assert mean.t2i.meanr == pytest.approx(np.mean([part.t2i.meanr for part in parts]))
     assert (mean.images, mean.captions, mean.t2i.queries) == (4, 20, 20)
+
+
+def test_folds_rank_ties_as_asked():
+    score, owner = np.zeros((40, 200), np.float32), np.arange(200) // 5
+    assert [part.rsum for part in fold_metrics(score, owner, 2)] == [0, 0]
+    assert [part.rsum for part in fold_metrics(score, owner, 2, ties="optimistic")] == [600, 600]
 
 
 def test_folds_do_not_need_captions_in_image_order():

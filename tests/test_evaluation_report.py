@@ -140,7 +140,7 @@ def test_files_are_whole_or_not_there(tmp_path):
 
 
 def test_trec_files_rank_as_the_scores_do(tmp_path):
-    score = np.random.default_rng(0).permutation(60).reshape(4, 15).astype(np.float32)
+    score = np.random.default_rng(0).permutation(60).reshape(4, 15).astype(np.float32) / 7
     owner = np.random.default_rng(1).integers(0, 4, 15)
     write_trec(tmp_path, score, owner, top=3, image_ids=np.arange(4) + 100, caption_ids=np.arange(15) + 900)
     for side, table, queries, items in (("i2t", score, 100, 900), ("t2i", score.T, 900, 100)):
@@ -150,7 +150,7 @@ def test_trec_files_rank_as_the_scores_do(tmp_path):
             mine = lines[3 * query : 3 * query + 3]
             best = np.argsort(row)[::-1][:3]
             assert [line[2] for line in mine] == [str(items + item) for item in best]
-            assert [float(line[4]) for line in mine] == row[best].tolist()
+            assert [np.float32(line[4]) for line in mine] == row[best].tolist()
             assert all(line[0] == str(queries + query) and line[1] == "Q0" and line[5] == "itm-fast" for line in mine)
             assert [line[3] for line in mine] == ["1", "2", "3"]
         right = {tuple(line.split()) for line in (tmp_path / f"{side}.qrels").read_text().splitlines()}

@@ -90,6 +90,21 @@ def test_damaged_blocks_are_scored_again(damage, tmp_path):
 
 
 @pytest.mark.usefixtures("small_blocks")
+def test_a_run_can_be_torn_twice(tmp_path):
+    encoded, path = random_encoded(7, 23), tmp_path / "x.npy"
+    interrupted(path, encoded, 7)
+    journal = tmp_path / "x.npy.journal"
+    os.truncate(journal, journal.stat().st_size - 3)
+    scorer = Scorer()
+    scorer.stop_after = 4
+    with pytest.raises(KeyboardInterrupt, match="10 of 18 blocks"):
+        score_all(scorer, encoded, out=path, resume=True, progress=False)
+    scorer = Scorer()
+    score_all(scorer, encoded, out=path, resume=True, progress=False)
+    assert scorer.calls["score"] == 8
+
+
+@pytest.mark.usefixtures("small_blocks")
 def test_a_continued_run_keeps_the_block_size_it_began_with(tmp_path, monkeypatch):
     encoded, path = random_encoded(7, 23), tmp_path / "x.npy"
     interrupted(path, encoded, 7)
