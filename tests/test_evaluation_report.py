@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 
+from itm_fast._files import atomic_write
 from itm_fast.data import Split, Vocabulary
 from itm_fast.evaluation import (
     Pool,
@@ -28,7 +29,6 @@ from itm_fast.evaluation import (
     why_no_relevance,
     write_trec,
 )
-from itm_fast.evaluation._files import atomic_write
 from itm_fast.models import build
 
 needs_eccv = pytest.mark.skipif(

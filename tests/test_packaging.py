@@ -17,7 +17,7 @@ def tracked():
     listed = subprocess.run(["git", "ls-files", *SOURCES], cwd=ROOT, capture_output=True, text=True, check=False)
     if listed.returncode:
         pytest.skip("needs a git checkout")
-    return {line for line in listed.stdout.splitlines()}
+    return set(listed.stdout.splitlines())
 
 
 def installed_name(path):

@@ -37,14 +37,21 @@ def test_no_captions():
 
 @pytest.mark.parametrize(
     "lengths,message",
-    [([2], r"lengths must be \[T\] with T = 2"), ([2, 0], r"must lie in 1\.\.3 \(W\), got 0\.\.2"), ([2, 4], r"got 2\.\.4")],
+    [
+        ([2], r"lengths must be \[T\] with T = 2"),
+        ([2, 0], r"must lie in 1\.\.3 \(W\), got 0\.\.2"),
+        ([2, 4], r"got 2\.\.4"),
+    ],
 )
 def test_bad_lengths(lengths, message):
     with pytest.raises(ValueError, match=message):
         itm_fast.pack(torch.zeros(2, 3, 4), lengths)
 
 
-@pytest.mark.parametrize("edge,message", [([], "no elements"), ([1, 3], r"1\.\.3"), ([0, 2], r"0\.\.2"), ([0, 2, 1, 3], "caption 1")])
+@pytest.mark.parametrize(
+    "edge,message",
+    [([], "no elements"), ([1, 3], r"1\.\.3"), ([0, 2], r"0\.\.2"), ([0, 2, 1, 3], "caption 1")],
+)
 def test_bad_bounds(edge, message):
     with pytest.raises(ValueError, match=message):
         bounds(torch.tensor(edge, dtype=torch.int32), 3, "op")

@@ -9,6 +9,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .._files import atomic_write
+
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
 
 
@@ -115,11 +117,5 @@ class Vocabulary:
         ...     Vocabulary.load(f"{folder}/vocab.json").word2idx["cat"]
         5
         """
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-        content = {"word2idx": self.word2idx, "idx2word": self.idx2word, "idx": len(self)}
-        try:
-            partial.write_text(json.dumps(content), encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        with atomic_write(path) as file:
+            json.dump({"word2idx": self.word2idx, "idx2word": self.idx2word, "idx": len(self)}, file)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from .._backends import requested, resolve
-from ._files import atomic_write
+from .._files import atomic_write
 from .encoding import device_of, embed, encode, evaluation_mode
 from .memory import GB, MemoryPlan, plan
 from .ranking import average, fold_metrics, metrics

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ._files import atomic_write
+from .._files import atomic_write
 from .ranking import Direction, Metrics
 
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ._files import atomic_write
+from .._files import atomic_write
 
 
 class ScoreFile:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ._files import atomic_write
+from .._files import atomic_write
 from .ranking import best_items
 from .relevance import query_rows
 

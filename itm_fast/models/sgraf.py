@@ -222,7 +222,7 @@ class EncoderSimilarity(PairScorer):
         for run in runs(bounds(cu_seqlens, N, NAME), words.device, most):
             caption, summary = words[run.rows], caption_global[run.captions]
             pair = (3 * (run.length + 1) * S + 2 * D) * item
-            for at in spans(len(image), max(1, limit // (run.count * pair))):
+            for at in spans(len(image), max(1, limit // (run.size * pair))):
                 lengths = None if region_lengths is None else region_lengths[at]
                 block = self._block(image[at], image_global[at], caption, summary, lengths, parameters)
                 result[at, run.captions] = block[0]

@@ -27,6 +27,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .._files import atomic_write
+
 State: TypeAlias = collections.OrderedDict[str, Tensor]
 _KEYS = ("epoch", "model", "best_rsum", "opt", "Eiters")
 _WANTED = "a checkpoint is the model_best.pth.tar that SCAN, SGRAF or `itm-fast train` wrote: a dict of " + ", ".join(
@@ -129,40 +131,8 @@ def save(
     }
     buffer = io.BytesIO()
     torch.save(content, buffer, _use_new_zipfile_serialization=False)
-    write_atomically(path, buffer.getbuffer())
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes | memoryview | str) -> None:
-    """Write a file so that it appears whole or not at all.
-
-    Args:
-        path: the file, replaced if it exists.
-        content: bytes, or text (written as UTF-8).
-
-    Raises:
-        OSError: it cannot be written; what stood there before is untouched.
-
-    >>> import tempfile
-    >>> file = tempfile.mkdtemp() + "/note.txt"
-    >>> write_atomically(file, "kept")
-    >>> open(file).read()
-    'kept'
-    """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(part, "wb") as file:
-            file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException as error:
-        with contextlib.suppress(OSError):
-            part.unlink()
-        if isinstance(error, OSError) and error.errno:
-            message = f"{error.strerror} (not written; nothing was changed)"
-            raise OSError(error.errno, message, str(path)) from error
-        raise
+    with atomic_write(path, "wb") as file:
+        file.write(buffer.getbuffer())
 
 
 def load_plain(path: Path, *, wanted: str, allowed: Sequence[Any] = ()) -> tuple[Any, bool]:

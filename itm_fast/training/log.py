@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .checkpoint import write_atomically
+from .._files import atomic_write
 
 if TYPE_CHECKING:
     from ..evaluation import Metrics
@@ -56,7 +56,8 @@ class Log:
                     at = int(row["iteration"]) if (row["iteration"] or "").isdigit() else iterations + 1
                     if at < iterations or (at == iterations and (validated or not row["rsum"])):
                         rows.writerow(row)
-        write_atomically(path, text.getvalue())
+        with atomic_write(path) as file:
+            file.write(text.getvalue())
         self._file = open(path, "a", newline="", encoding="utf-8", buffering=1)  # noqa: SIM115
         self._rows = csv.DictWriter(self._file, COLUMNS, lineterminator="\n")
 

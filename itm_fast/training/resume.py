@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import load_plain, write_atomically
+from .._files import atomic_write
+from .checkpoint import load_plain
 
 NAME = "resume.pt"
 _FORMAT = "itm-fast resume 1"
@@ -54,7 +55,8 @@ def save(folder: Path, progress: Progress) -> None:
     buffer = io.BytesIO()
     content = {field.name: getattr(progress, field.name) for field in fields(progress)}
     torch.save({"format": _FORMAT, **content}, buffer)
-    write_atomically(folder / NAME, buffer.getbuffer())
+    with atomic_write(folder / NAME, "wb") as file:
+        file.write(buffer.getbuffer())
 
 
 def load(folder: Path) -> Progress:

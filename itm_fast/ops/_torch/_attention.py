@@ -13,9 +13,9 @@ from torch import Tensor
 from .._attention import EPS, SLOPE
 
 
-def valid(lengths: Tensor | None, n: int) -> Tensor | None:
-    """[B, n] mask of the real rows, or None when all are."""
-    return None if lengths is None else torch.arange(n, device=lengths.device)[None, :] < lengths[:, None]
+def valid(lengths: Tensor, n: int) -> Tensor:
+    """[B, n] mask of the real rows."""
+    return torch.arange(n, device=lengths.device)[None, :] < lengths[:, None]
 
 
 def scaled(affinity: Tensor, norm: str, scale: float, query_mask: Tensor | None) -> Tensor:

@@ -20,12 +20,12 @@ MIN_QUERIES = 192  # words in a block below which matrix products run far from t
 
 
 class Run(NamedTuple):
-    """Captions of one length: `length` rows each; `captions` and `rows` index [T] and [N]."""
+    """`size` captions of one length: `length` rows each; `captions` and `rows` index [T] and [N]."""
 
     length: int
     captions: Index
     rows: Index
-    count: int
+    size: int
 
 
 def tile_bytes(device: torch.device) -> int:

@@ -58,7 +58,7 @@ def _image_spans(image, words, cu_seqlens, region_lengths, direction, affinity_n
         part, lengths = image[images], None if region_lengths is None else region_lengths[images]
         if lengths is not None:
             part = part.masked_fill(~valid(lengths, R)[:, :, None], 0.0)
-        args = (part, words)
+        args: tuple[Tensor, ...] = (part, words)
         if direction == "t2i":
             args = (part, words, part.to(work) @ part.to(work).transpose(1, 2))
         yield images, args, _rectangles(len(part), R, edge, device, entries, lengths, function, len(args))
@@ -66,7 +66,7 @@ def _image_spans(image, words, cu_seqlens, region_lengths, direction, affinity_n
 
 def _rectangles(I, R, edge, device, entries, region_lengths, function, arguments) -> Iterator[_blocks.Block]:
     for run in _blocks.runs(edge, device, max(_blocks.MIN_QUERIES, entries // (8 * R))):
-        for images in _blocks.spans(I, max(1, entries // (R * run.length * run.count))):
+        for images in _blocks.spans(I, max(1, entries // (R * run.length * run.size))):
             lengths = None if region_lengths is None else region_lengths[images]
             yield _blocks.Block(
                 ((images,), (run.rows,), (images,))[:arguments],
@@ -78,13 +78,13 @@ def _rectangles(I, R, edge, device, entries, region_lengths, function, arguments
 def _score(direction, norm, scale, pool, pool_scale, length, region_lengths, image, words, gram=None):
     work = _blocks.work_dtype(image)
     image, caption = image.to(work), words.to(work).view(-1, length, words.shape[-1])
-    mask = valid(region_lengths, image.shape[1])
+    mask = None if region_lengths is None else valid(region_lengths, image.shape[1])
     t2i = direction == "t2i"
     context, query = (image, caption) if t2i else (caption, image)
     if gram is None:
         gram = context @ context.transpose(1, 2)
     affinity, alpha = attention(context, query, norm, scale, mask if t2i else None, None if t2i else mask)
-    B, C, Q = len(context), *query.shape[:2]
+    B, (C, Q) = len(context), query.shape[:2]
     # r_j = alpha_j . s_j / max(|q_j| |P_j|, eps)
     length_P = attended_norm(alpha, gram).view(B, C, Q)
     length_q = torch.linalg.vector_norm(query, dim=-1)

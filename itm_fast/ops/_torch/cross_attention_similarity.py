@@ -31,7 +31,7 @@ def _cut(image, words, weight, bias, cu_seqlens, region_lengths, direction, affi
     _attention.region_counts(region_lengths, image, op)
     queries = _blocks.tile_bytes(image.device) // (2 * D * _blocks.work_dtype(image).itemsize)  # differences at once
     for run in _blocks.runs(edge, image.device, _blocks.MIN_QUERIES):
-        pair = run.count * (run.length if direction == "t2i" else R)
+        pair = run.size * (run.length if direction == "t2i" else R)
         for images in _blocks.spans(I, max(1, queries // pair)):
             lengths = None if region_lengths is None else region_lengths[images]
             yield _blocks.Block(
@@ -44,7 +44,7 @@ def _cut(image, words, weight, bias, cu_seqlens, region_lengths, direction, affi
 def _similarity(direction, norm, scale, length, region_lengths, image, words, weight, bias):
     work = _blocks.work_dtype(image)
     image, caption = image.to(work), words.to(work).view(-1, length, words.shape[-1])
-    mask = valid(region_lengths, image.shape[1])
+    mask = None if region_lengths is None else valid(region_lengths, image.shape[1])
     if mask is not None:
         image = image.masked_fill(~mask[:, :, None], 0.0)
     t2i = direction == "t2i"

@@ -37,7 +37,7 @@ def _parts(nodes, weight, bias, norm_weight, norm_bias, running_mean, running_va
     function = partial(_filter, running_mean, running_var, training, eps)
     for run in _blocks.runs(edge, nodes.device, max(1, rows // max(I, 1)) if training else _blocks.MIN_QUERIES):
         # A caption's statistics are over all images, so in training no block may split them.
-        for images in _blocks.spans(I, I if training else max(1, rows // (run.length * run.count))):
+        for images in _blocks.spans(I, I if training else max(1, rows // (run.length * run.size))):
             yield _blocks.Block(
                 ((images, run.rows), (), (), (), ()), (images, run.captions), partial(function, run.length)
             )

@@ -27,7 +27,7 @@ def _cut(nodes, *args):
     edge = bounds(args[-1], M, op)
     rows = _blocks.tile_bytes(nodes.device) // (COPIES * S * _blocks.work_dtype(nodes).itemsize)
     for run in _blocks.runs(edge, nodes.device, _blocks.MIN_QUERIES):
-        for images in _blocks.spans(I, max(1, rows // (run.length * run.count))):
+        for images in _blocks.spans(I, max(1, rows // (run.length * run.size))):
             inputs = ((images, run.rows), *((),) * 6)
             yield _blocks.Block(inputs, (images, run.captions), partial(_reason, run.length))
 

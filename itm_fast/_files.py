@@ -14,6 +14,16 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
     """Open a hidden neighbour of `path` for writing and rename it to `path` when the block ends well.
 
     After an exception nothing is left behind and an older file at `path` is as it was.
+
+    Raises:
+        OSError: it cannot be written: no such folder, no permission, a full disk.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     with atomic_write(f"{folder}/note.txt") as file:
+    ...         _ = file.write("kept")
+    ...     open(f"{folder}/note.txt").read()
+    'kept'
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
@@ -24,7 +34,10 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
+    except BaseException as error:
+        with contextlib.suppress(OSError):
             os.unlink(unfinished)
+        if isinstance(error, OSError) and error.errno:
+            message = f"{error.strerror} (not written; nothing was changed)"
+            raise OSError(error.errno, message, str(path)) from error
         raise
