@@ -64,11 +64,16 @@ def reference(
         beta = g / (g.abs().sum(1, keepdim=True) + _attention.EPS)
         result.append(_attention.l2norm((beta[:, :, None] * X).sum(1)))
         if training:
-            means.append(mean.detach())
-            variances.append(var.detach())
-    none = nodes.new_empty(0)
+            means.append(mean.detach().to(_statistics(nodes)))
+            variances.append(var.detach().to(_statistics(nodes)))
+    none = nodes.new_empty(0, dtype=_statistics(nodes))
     z = torch.stack(result, 1) if result else _no_captions(nodes, weight, bias, norm_weight, norm_bias)
     return z, torch.stack(means) if means else none, torch.stack(variances) if variances else none.clone()
+
+
+def _statistics(nodes: Tensor) -> torch.dtype:
+    """Running statistics are kept in float32 or better, whatever the nodes are."""
+    return torch.promote_types(nodes.dtype, torch.float32)
 
 
 def _no_captions(nodes: Tensor, *parameters: Tensor) -> Tensor:
@@ -87,7 +92,8 @@ def _fake(nodes, weight, bias, norm_weight, norm_bias, running_mean, running_var
     T = cu_seqlens.shape[0] - 1
     statistics = T if training else 0
     z = nodes.new_empty(nodes.shape[0], T, nodes.shape[2])
-    return z, nodes.new_empty(statistics), nodes.new_empty(statistics)
+    mean = nodes.new_empty(statistics, dtype=_statistics(nodes))
+    return z, mean, torch.empty_like(mean)
 
 
 _op = Op(
@@ -135,8 +141,8 @@ def similarity_filter(
         backend: one of `OFFERED`, or None to let itm_fast choose.
 
     Returns:
-        z [I, T, S], and in training the mean [T] and biased variance [T] of every caption, without gradient (in
-        evaluation both have no elements). Dtype of `nodes` (under autocast, autocast's).
+        z [I, T, S] in the dtype of `nodes` (under autocast, autocast's), and in training the mean [T] and biased
+        variance [T] of every caption, float32 or better, without gradient (in evaluation both have no elements).
 
     Raises:
         ValueError: a shape or length is wrong.

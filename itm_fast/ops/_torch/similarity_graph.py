@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 
 import torch
@@ -11,37 +12,57 @@ from ...packing import bounds
 from ..similarity_graph import _fake
 from . import _blocks
 
-COPIES = 5  # [L + 1, S] temporaries of a pair alive at once, forward
+COPIES = 6  # [L + 1, S] temporaries of a pair alive at once, forward
 
 
-def forward(*args: Tensor) -> Tensor:
-    return _blocks.forward(_cut(*args), args[:-1], _fake(*args))
+def forward(nodes: Tensor, *rest: Tensor) -> Tensor:
+    *weights, cu_seqlens = rest
+    return _blocks.forward(_cut(nodes, cu_seqlens), (nodes, *_folded(*weights)), _fake(nodes, *rest))
 
 
-def backward(grad: Tensor, needs: list[bool], *args: Tensor) -> list[Tensor]:
-    return _blocks.backward(_cut(*args), args[:-1], needs, grad)
+def backward(grad: Tensor, needs: list[bool], nodes: Tensor, *rest: Tensor) -> list[Tensor]:
+    *weights, cu_seqlens = rest
+    leaves = [w.detach().requires_grad_(n) for w, n in zip(weights, needs[1:], strict=True)]
+    with torch.enable_grad():
+        folded = _folded(*leaves)
+    wanted = [needs[0], *(f.requires_grad for f in folded)]
+    args = (nodes, *(f.detach() for f in folded))
+    found = _blocks.backward(_cut(nodes, cu_seqlens), args, wanted, grad)
+    result = found[:1] if needs[0] else []
+    if any(needs[1:]):
+        outputs = [f for f in folded if f.requires_grad]
+        inputs = [x for x in leaves if x.requires_grad]
+        result += torch.autograd.grad(outputs, inputs, found[len(result) :], materialize_grads=True)
+    return result
 
 
-def _cut(nodes, *args):
+def _folded(Wq: Tensor, bq: Tensor, Wk: Tensor, bk: Tensor, Wr: Tensor, br: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[M | Wr^T] [K, S, 2 S], [u | 0] [K, 2 S] and br: one product gives both what is asked and what is summed.
+
+    bk takes part with weight zero, so that its gradient is zero and not missing.
+    """
+    Wq, bq, Wk, bk, Wr, br = (w.to(_blocks.work_dtype(Wq)) for w in (Wq, bq, Wk, bk, Wr, br))
+    u = (bq[:, None, :] @ Wk).squeeze(1)
+    return torch.cat([Wq.transpose(1, 2) @ Wk, Wr.transpose(1, 2)], 2), torch.cat([u, torch.zeros_like(u)], 1), br + 0 * bk
+
+
+def _cut(nodes: Tensor, cu_seqlens: Tensor) -> Iterator[_blocks.Block]:
     (I, M, S), op = nodes.shape, "similarity_graph"
-    edge = bounds(args[-1], M, op)
+    edge = bounds(cu_seqlens, M, op)
     rows = _blocks.tile_bytes(nodes.device) // (COPIES * S * _blocks.work_dtype(nodes).itemsize)
     for run in _blocks.runs(edge, nodes.device, _blocks.MIN_QUERIES):
         for images in _blocks.spans(I, max(1, rows // (run.length * run.size))):
-            inputs = ((images, run.rows), *((),) * 6)
+            inputs = ((images, run.rows), (), (), ())
             yield _blocks.Block(inputs, (images, run.captions), partial(_reason, run.length))
 
 
-def _reason(length, nodes, Wq, bq, Wk, bk, Wr, br):
-    work = _blocks.work_dtype(nodes)
-    (b, _, S), K = nodes.shape, len(Wq)
-    X = nodes.to(work).reshape(-1, length, S)
-    Wq, bq, Wk, bk, Wr, br = (w.to(work) for w in (Wq, bq, Wk, bk, Wr, br))
-    M, u = Wq.transpose(1, 2) @ Wk, (bq[:, None, :] @ Wk).squeeze(1)
-    for k in range(K):
-        asked = X[:, :1] if k == K - 1 else X
-        Y = torch.addmm(u[k], asked.reshape(-1, S), M[k]).view_as(asked)
-        E = torch.bmm(Y, X.transpose(1, 2)).softmax(-1)
-        Z = torch.bmm(E, X)
-        X = torch.addmm(br[k], Z.view(-1, S), Wr[k].t()).relu_().view_as(Z)
-    return X.view(b, -1, S) + 0 * bk.sum()
+def _reason(length: int, nodes: Tensor, product: Tensor, shift: Tensor, br: Tensor) -> Tensor:
+    (b, _, S), K = nodes.shape, len(product)
+    X = nodes.to(product.dtype).reshape(-1, S).view(-1, length, S)
+    for k in range(K - 1):
+        YH = torch.addmm(shift[k], X.view(-1, S), product[k]).view(-1, length, 2 * S)
+        E = torch.bmm(YH[:, :, :S], X.transpose(1, 2)).softmax(-1)
+        X = torch.baddbmm(br[k], E, YH[:, :, S:]).relu_()  # E (X Wr^T) = (E X) Wr^T
+    y = torch.addmm(shift[-1, :S], X[:, 0], product[-1, :, :S])
+    E = torch.bmm(y[:, None], X.transpose(1, 2)).softmax(-1)
+    return torch.addmm(br[-1], torch.bmm(E, X).squeeze(1), product[-1, :, S:]).relu_().view(b, -1, S)
