@@ -22,7 +22,8 @@ from .encoding import device_of, evaluation_mode
 GB = 10**9
 SHARE = {"cpu": 0.7, "cuda": 0.8}  # of what is available, when no budget is given
 LEAST_WORKSPACE = 64 << 20
-GROWTH = 32 << 20  # what Python and torch still load and allocate for themselves while a run lasts
+GROWTH = 32 << 20  # what Python and torch still load and allocate for themselves while scores are computed
+ENCODING = 128 << 20  # what encoding in batches leaves with the allocator
 CHUNK = 256  # images, or captions, whose state is computed at once
 # Pairs in a block are progress and resume steps, not memory: the scorer cuts a block to its workspace.
 _BLOCK = {"cpu": (500, 256), "cuda": (2500, 512)}
@@ -141,7 +142,9 @@ def plan(
     one_block = longest * (dim * item + 8) + caption_block * caption_state + image_block * caption_block * 12
     process = _process_bytes(device) - (sum(embeddings.values()) if encoded and cpu else 0)
     held = {
-        "Python, torch and the model" if cpu else "already on the device": max(process, 0) + GROWTH,
+        "Python, torch and the model" if cpu else "already on the device": (
+            max(process, 0) + GROWTH + (0 if encoded else ENCODING)
+        ),
         **embeddings,
         "states computed once": states,
         "one block": one_block,

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from .._files import atomic_write
 
+STRIPE = 64  # rows put into the captions' own order at once
+
 
 class ScoreFile:
     """The [I, T] float32 matrix at `path`, filled block by block.
@@ -104,13 +106,18 @@ class ScoreFile:
         with atomic_write(self.path, "wb") as file:
             header = {"descr": "<f4", "fortran_order": False, "shape": self.shape}
             np.lib.format.write_array_header_1_0(file, header)
-            for band in range(len(self._row_starts)):
-                start, stop = self.rows(band)
-                rows = np.empty((stop - start, self.shape[1]), "<f4")
-                for number in range(band, count, len(self._row_starts)):
-                    first, last = self.columns(number)
-                    rows[:, self.order[first:last]] = self._read(number).reshape(stop - start, last - first)
-                file.write(rows.data)
+            place = np.argsort(self.order)
+            with open(self._partial, "rb") as blocks:
+                for band in range(len(self._row_starts)):
+                    start, stop = self.rows(band)
+                    for top in range(start, stop, STRIPE):
+                        rows = np.empty((min(STRIPE, stop - top), self.shape[1]), "<f4")
+                        for number in range(band, count, len(self._row_starts)):
+                            first, last = self.columns(number)
+                            blocks.seek(self._offset(number) + 4 * (top - start) * (last - first))
+                            raw = blocks.read(4 * len(rows) * (last - first))
+                            rows[:, first:last] = np.frombuffer(raw, "<f4").reshape(len(rows), -1)
+                        file.write(np.take(rows, place, axis=1).data)
             with atomic_write(self._about) as about:
                 json.dump({"identity": self.identity, "shape": list(self.shape)}, about, indent=1)
         self._partial.unlink()

@@ -16,7 +16,7 @@ from .._workspace import GIB, workspace
 from .encoding import Encoded, evaluation_mode, weights_checksum, word_rows
 from .memory import CHUNK, MemoryPlan, plan
 from .ranking import require_finite
-from .score_file import ScoreFile, journal_block
+from .score_file import STRIPE, ScoreFile, journal_block
 
 
 def plan_for(
@@ -98,7 +98,11 @@ def score_all(
     if out is None:
         scores = np.empty((plan.images, plan.captions), np.float32)
         for _, rows, columns, block in _blocks(scorer, encoded, plan, order, frozenset(), progress):
-            scores[rows, order[columns]] = block
+            scores[rows, columns] = block
+        # Contiguous writes above and one gather per row here: scattering each block's columns is ten times slower.
+        place = np.argsort(order)
+        for start in range(0, plan.images, STRIPE):
+            scores[start : start + STRIPE] = np.take(scores[start : start + STRIPE], place, axis=1)
         return scores
     identity = {**encoded.fingerprint, "scorer": weights_checksum(scorer), **_settings(plan.device)}
     file = ScoreFile(

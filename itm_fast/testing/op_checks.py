@@ -47,13 +47,14 @@ def gradients(
 
 
 def check_forward(call: Call, args: Sequence[Tensor], dtype: torch.dtype, backend: str) -> None:
-    """Every result by the accuracy rule."""
+    """Every result by the accuracy rule; the first one in the inputs' dtype."""
     rounded = [a.detach().to(dtype) for a in args]
 
     def run(kind: torch.dtype, name: str) -> tuple[Tensor, ...]:
         result = call(*(a.to(kind) for a in rounded), backend=name)
         return (result,) if isinstance(result, Tensor) else result
 
+    assert run(dtype, backend)[0].dtype == dtype
     for actual, same, exact in zip(
         run(dtype, backend), run(dtype, "reference"), run(torch.float64, "reference"), strict=True
     ):

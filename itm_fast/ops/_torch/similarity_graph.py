@@ -37,13 +37,14 @@ def backward(grad: Tensor, needs: list[bool], nodes: Tensor, *rest: Tensor) -> l
 
 
 def _folded(Wq: Tensor, bq: Tensor, Wk: Tensor, bk: Tensor, Wr: Tensor, br: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """[M | Wr^T] [K, S, 2 S], [u | 0] [K, 2 S] and br: one product gives both what is asked and what is summed.
+    """[M | Wr^T] [K, S, 2 S], [u | 0] [K, 2 S] and br, so that one product gives what is asked and what is summed.
 
     bk takes part with weight zero, so that its gradient is zero and not missing.
     """
     Wq, bq, Wk, bk, Wr, br = (w.to(_blocks.work_dtype(Wq)) for w in (Wq, bq, Wk, bk, Wr, br))
     u = (bq[:, None, :] @ Wk).squeeze(1)
-    return torch.cat([Wq.transpose(1, 2) @ Wk, Wr.transpose(1, 2)], 2), torch.cat([u, torch.zeros_like(u)], 1), br + 0 * bk
+    product = torch.cat([Wq.transpose(1, 2) @ Wk, Wr.transpose(1, 2)], 2)
+    return product, torch.cat([u, torch.zeros_like(u)], 1), br + 0 * bk
 
 
 def _cut(nodes: Tensor, cu_seqlens: Tensor) -> Iterator[_blocks.Block]:
