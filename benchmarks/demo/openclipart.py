@@ -30,16 +30,15 @@ MAX_PIXELS = 30_000_000
 
 # Wholly decorative folders, marks that belong to somebody, and texts that insult somebody.
 LEFT_OUT_FOLDERS = ("shapes/stars", "special/gradients", "people/clothing/pantyhose", "logos")
-LEFT_OUT_WORDS = frozenset({"chav", "pimp", "nazi", "swastika", "batasuna"})
+LEFT_OUT_WORDS = frozenset({"sex", "sexy", "weed", "chav", "pimp", "nazi", "swastika", "batasuna"})
 
 # Keywords that sort a library and describe nothing, or that a broken upload left behind.
-EMPTY_KEYWORDS = frozenset(
-    """
-    hash unsorted openclipart appicon mapsym networksym clipart clip_art sign signs_and_symbols icon icons theme
-    action application device filesystem mimetypes mime-types lemon_theme_icon special other misc stock
-    united_nations_member activities svg inkscape public_domain image picture vector
-    """.split()
-)
+EMPTY_KEYWORDS = frozenset((
+    "hash", "unsorted", "openclipart", "appicon", "mapsym", "networksym", "clipart", "clip_art", "sign",
+    "signs_and_symbols", "icon", "icons", "theme", "action", "application", "device", "filesystem", "mimetypes",
+    "mime-types", "lemon_theme_icon", "special", "other", "misc", "stock", "united_nations_member", "activities",
+    "svg", "inkscape", "public_domain", "image", "picture", "vector",
+))  # fmt: skip
 BOILERPLATE = re.compile(
     r"eps converted|https?:|www\.|@|<[^>]+>|hash\(0x|made (with|in) |creat\w* (with|in) |inkscape|sodipodi|svg"
     r"|public domain|open ?clip ?art|clipart|creative commons|copyright|licen[cs]e|this is my|submission|derivati"

@@ -3,7 +3,8 @@
 Two pictures are bound together, and so land in the same split, when their features nearly agree (the same drawing,
 its copy, its recoloured copy), when they carry a caption of the same words, or when their file names differ only
 in a number or in words such as "bw" (one author's series). Bound pictures form groups; a whole group goes to one
-split. Groups of more than `LARGEST_HELD_OUT` pictures are collections (flags, buttons) and go to training.
+split. Groups of more than `LARGEST_HELD_OUT` pictures are collections and go to training, and so do the folders
+`THEMES`, whose pictures are all alike but for a name or a number that nobody could tell from other pictures.
 """
 
 from __future__ import annotations
@@ -18,9 +19,11 @@ from openclipart import Picture
 
 NEAR_DUPLICATE = 0.8
 LARGEST_HELD_OUT = 6
+THEMES = ("signs_and_symbols/led/", "special/patterns/", "computer/buttons/arrow-")
 VARIANT_WORDS = frozenset(
-    """bw black and white colour color colored coloured simple big small left right up down the a""".split()
-)
+    ("bw", "black", "and", "white", "colour", "color", "colored", "coloured", "simple", "big", "small", "left", "right",
+     "up", "down", "the", "a")
+)  # fmt: skip
 
 
 def near_duplicates(features: np.ndarray, threshold: float = NEAR_DUPLICATE) -> list[tuple[int, int]]:
@@ -85,6 +88,9 @@ def split(found: Sequence[Sequence[int]], test: int, dev: int, seed: int) -> dic
 def _keys(pictures: Sequence[Picture]) -> Iterable[tuple[int, Hashable]]:
     for index, picture in enumerate(pictures):
         yield index, ("series", series_key(picture.name))
+        for theme in THEMES:
+            if picture.name.startswith(theme):
+                yield index, ("theme", theme)
         for caption in picture.captions:
             yield index, ("caption", caption_key(caption))
 
