@@ -1,11 +1,18 @@
-"""Padded captions to packed words and back. Packed is the form every op takes."""
+"""Padded captions to packed words and back, and captions of one length together.
+
+Packed is the form every op takes. Captions of one length need no padding and no mask, so a block of them is dense
+however ragged the captions are, and what lies in one caption can never touch another.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+Index = slice | Tensor
 
 
 def pack(caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
@@ -79,3 +86,42 @@ def bounds(cu_seqlens: Tensor, rows: int, op: str) -> list[int]:
         if stop <= start:
             raise ValueError(f"{op}: caption {t} is empty (cu_seqlens {start} then {stop}); every caption needs a word")
     return edge
+
+
+class Run(NamedTuple):
+    """`size` captions of one length: `length` rows each; `captions` and `rows` index [T] and [N]."""
+
+    length: int
+    captions: Index
+    rows: Index
+    size: int
+
+
+def runs(edge: Sequence[int], device: torch.device, most: int) -> Iterator[Run]:
+    """Group captions by length, at most `most` rows a run (one caption at the least).
+
+    Neighbours of equal length are indexed by slices, so captions sorted by length are never copied.
+    """
+    length = [b - a for a, b in zip(edge, edge[1:], strict=False)]
+    order = sorted(range(len(length)), key=length.__getitem__)
+    start = 0
+    while start < len(order):
+        L = length[order[start]]
+        stop = start + 1
+        while stop < len(order) and length[order[stop]] == L and (stop - start + 1) * L <= most:
+            stop += 1
+        members = order[start:stop]
+        if members[-1] - members[0] == stop - start - 1:
+            first, last = members[0], members[-1] + 1
+            yield Run(L, slice(first, last), slice(edge[first], edge[last]), len(members))
+        else:
+            captions = torch.tensor(members)
+            rows = torch.tensor([edge[t] for t in members])[:, None] + torch.arange(L)
+            yield Run(L, captions.to(device), rows.flatten().to(device), len(members))
+        start = stop
+
+
+def spans(total: int, size: int) -> Iterator[slice]:
+    """Cut 0..total into slices of `size`."""
+    for start in range(0, total, size):
+        yield slice(start, min(start + size, total))

@@ -20,8 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from .._workspace import GIB, scratch_bytes, workspace
 from ..nn import GraphReasoning, PairScorer, SimilarityFilter, SimilarityGraph, State, xavier_
 from ..ops import cross_attention_similarity, hardest_negative_loss
-from ..ops._torch._blocks import runs, spans
-from ..packing import bounds, pack
+from ..packing import bounds, pack, runs, spans
 from ._common import Matcher, choice, encode_text, l1norm, l2norm, score_arrays, want
 from ._self_attention import TextSA, VisualSA
 from .scan import EncoderImagePrecomp as EncoderImage

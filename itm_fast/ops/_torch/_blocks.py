@@ -1,8 +1,4 @@
-"""Cutting a rectangle of images x captions into blocks of captions of one length, and running a function over them.
-
-Captions of one length need no padding and no mask, so a block is dense however ragged the captions are, and what
-lies in one caption can never touch another.
-"""
+"""Running a function over blocks of images x captions of one length, forward and backward."""
 
 from __future__ import annotations
 
@@ -13,55 +9,16 @@ import torch
 from torch import Tensor
 
 from ..._workspace import scratch_bytes
+from ...packing import Index
 
-Index = slice | Tensor
 CPU_TILE = 4 << 20  # bytes: a block and its temporaries then stay in the last caches of a core
 MIN_QUERIES = 192  # words in a block below which matrix products run far from their peak
-
-
-class Run(NamedTuple):
-    """`size` captions of one length: `length` rows each; `captions` and `rows` index [T] and [N]."""
-
-    length: int
-    captions: Index
-    rows: Index
-    size: int
 
 
 def tile_bytes(device: torch.device) -> int:
     """Scratch that one block may take on this device."""
     limit = scratch_bytes(device)
     return min(CPU_TILE, limit) if device.type == "cpu" else limit
-
-
-def runs(edge: Sequence[int], device: torch.device, most: int) -> Iterator[Run]:
-    """Group captions by length, at most `most` rows a run (one caption at the least).
-
-    Neighbours of equal length are indexed by slices, so captions sorted by length are never copied.
-    """
-    length = [b - a for a, b in zip(edge, edge[1:], strict=False)]
-    order = sorted(range(len(length)), key=length.__getitem__)
-    start = 0
-    while start < len(order):
-        L = length[order[start]]
-        stop = start + 1
-        while stop < len(order) and length[order[stop]] == L and (stop - start + 1) * L <= most:
-            stop += 1
-        members = order[start:stop]
-        if members[-1] - members[0] == stop - start - 1:
-            first, last = members[0], members[-1] + 1
-            yield Run(L, slice(first, last), slice(edge[first], edge[last]), len(members))
-        else:
-            captions = torch.tensor(members)
-            rows = torch.tensor([edge[t] for t in members])[:, None] + torch.arange(L)
-            yield Run(L, captions.to(device), rows.flatten().to(device), len(members))
-        start = stop
-
-
-def spans(total: int, size: int) -> Iterator[slice]:
-    """Cut 0..total into slices of `size`."""
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
 
 
 class Block(NamedTuple):

@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...packing import bounds
+from ..._workspace import scratch_bytes
+from ...packing import bounds, runs, spans
 from .. import _attention
 from ..cross_attention_score import pooled
 from . import _blocks
@@ -54,7 +55,7 @@ def _image_spans(image, words, cu_seqlens, region_lengths, direction, affinity_n
     entries = _blocks.tile_bytes(device) // (COPIES * work.itemsize)
     function = partial(_score, direction, affinity_norm, scale, pool, pool_scale)
     each = work.itemsize * R * (R + D)  # an image's Gram matrix, and its copy where it is masked or widened
-    for images in _blocks.spans(I, max(1, _blocks.scratch_bytes(device) // (2 * each))):
+    for images in spans(I, max(1, scratch_bytes(device) // (2 * each))):
         part, lengths = image[images], None if region_lengths is None else region_lengths[images]
         if lengths is not None:
             part = part.masked_fill(~valid(lengths, R)[:, :, None], 0.0)
@@ -65,8 +66,8 @@ def _image_spans(image, words, cu_seqlens, region_lengths, direction, affinity_n
 
 
 def _rectangles(I, R, edge, device, entries, region_lengths, function, arguments) -> Iterator[_blocks.Block]:
-    for run in _blocks.runs(edge, device, max(_blocks.MIN_QUERIES, entries // (8 * R))):
-        for images in _blocks.spans(I, max(1, entries // (R * run.length * run.size))):
+    for run in runs(edge, device, max(_blocks.MIN_QUERIES, entries // (8 * R))):
+        for images in spans(I, max(1, entries // (R * run.length * run.size))):
             lengths = None if region_lengths is None else region_lengths[images]
             yield _blocks.Block(
                 ((images,), (run.rows,), (images,))[:arguments],

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...packing import bounds
+from ...packing import bounds, runs, spans
 from .. import _attention
 from ..cross_attention_similarity import _fake
 from . import _blocks
@@ -30,9 +30,9 @@ def _cut(image, words, weight, bias, cu_seqlens, region_lengths, direction, affi
     edge = bounds(cu_seqlens, words.shape[0], op)
     _attention.region_counts(region_lengths, image, op)
     queries = _blocks.tile_bytes(image.device) // (2 * D * _blocks.work_dtype(image).itemsize)  # differences at once
-    for run in _blocks.runs(edge, image.device, _blocks.MIN_QUERIES):
+    for run in runs(edge, image.device, _blocks.MIN_QUERIES):
         pair = run.size * (run.length if direction == "t2i" else R)
-        for images in _blocks.spans(I, max(1, queries // pair)):
+        for images in spans(I, max(1, queries // pair)):
             lengths = None if region_lengths is None else region_lengths[images]
             yield _blocks.Block(
                 ((images,), (run.rows,), (), ()),

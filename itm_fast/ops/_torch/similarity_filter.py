@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...packing import bounds
+from ...packing import bounds, runs, spans
 from .. import _attention
 from ..similarity_filter import _fake
 from . import _blocks
@@ -35,9 +35,9 @@ def _parts(nodes, weight, bias, norm_weight, norm_bias, running_mean, running_va
     edge = bounds(cu_seqlens, M, op)
     rows = _blocks.tile_bytes(nodes.device) // (COPIES * S * _blocks.work_dtype(nodes).itemsize)
     function = partial(_filter, running_mean, running_var, training, eps)
-    for run in _blocks.runs(edge, nodes.device, max(1, rows // max(I, 1)) if training else _blocks.MIN_QUERIES):
+    for run in runs(edge, nodes.device, max(1, rows // max(I, 1)) if training else _blocks.MIN_QUERIES):
         # A caption's statistics are over all images, so in training no block may split them.
-        for images in _blocks.spans(I, I if training else max(1, rows // (run.length * run.size))):
+        for images in spans(I, I if training else max(1, rows // (run.length * run.size))):
             yield _blocks.Block(
                 ((images, run.rows), (), (), (), ()), (images, run.captions), partial(function, run.length)
             )

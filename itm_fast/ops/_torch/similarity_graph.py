@@ -8,7 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ...packing import bounds
+from ...packing import bounds, runs, spans
 from ..similarity_graph import _fake
 from . import _blocks
 
@@ -51,8 +51,8 @@ def _cut(nodes: Tensor, cu_seqlens: Tensor) -> Iterator[_blocks.Block]:
     (I, M, S), op = nodes.shape, "similarity_graph"
     edge = bounds(cu_seqlens, M, op)
     rows = _blocks.tile_bytes(nodes.device) // (COPIES * S * _blocks.work_dtype(nodes).itemsize)
-    for run in _blocks.runs(edge, nodes.device, _blocks.MIN_QUERIES):
-        for images in _blocks.spans(I, max(1, rows // (run.length * run.size))):
+    for run in runs(edge, nodes.device, _blocks.MIN_QUERIES):
+        for images in spans(I, max(1, rows // (run.length * run.size))):
             inputs = ((images, run.rows), (), (), ())
             yield _blocks.Block(inputs, (images, run.captions), partial(_reason, run.length))
 
