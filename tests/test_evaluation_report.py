@@ -194,6 +194,14 @@ def test_evaluate_reports_each_model_and_their_mean(kinds, in_file, tmp_path):
     assert found.relevance_missing == relevance.why_no_relevance(None, None)
 
 
+def test_the_file_of_the_mean_is_not_overwritten(tmp_path):
+    split, vocabulary = pets()
+    (tmp_path / "s.npy").touch()
+    with pytest.raises(FileExistsError, match=r"s\.npy exists"):
+        evaluate(models(vocabulary, "SGR", "SAF"), split, vocabulary, scores=tmp_path / "s.npy", progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["s.npy"]
+
+
 def test_evaluate_leaves_the_members_scores_apart_from_their_sum():
     split, vocabulary = pets()
     nets = models(vocabulary, "SGR", "SAF")
@@ -215,6 +223,15 @@ def test_evaluate_refuses_before_it_encodes(monkeypatch):
     other = Split(np.zeros((2, 36, 7), np.float32), ["a"], np.array([0]))
     with pytest.raises(ValueError, match="7 features per region"):
         evaluate(nets, other, vocabulary)
+
+
+def test_the_least_budget_is_enough_to_the_end():
+    split, vocabulary = pets()
+    nets = models(vocabulary, "SGR", "SAF")
+    with pytest.raises(ValueError, match="the least that can is") as refusal:
+        evaluate(nets, split, vocabulary, memory_gb=0.01)
+    least = float(str(refusal.value).split("the least that can is ")[1].split(" GB")[0])
+    assert len(evaluate(nets, split, vocabulary, memory_gb=least + 0.01, progress=False).systems) == 3
 
 
 def test_why_no_relevance_says_what_is_missing(monkeypatch):

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import itm_fast
-from itm_fast.evaluation import Encoded, memory, plan, plan_for, score_all, scoring
+from itm_fast.evaluation import Encoded, memory, plan, plan_for, score_all, score_file, scoring
 from itm_fast.nn import CrossAttentionScore
 
 
@@ -72,6 +72,8 @@ def random_encoded(images: int, captions: int, dim: int = 8, longest: int = 9, s
 def small_blocks(monkeypatch):
     monkeypatch.setitem(memory._BLOCK, "cpu", (3, 4))
     monkeypatch.setattr(scoring, "CHUNK", 2)
+    monkeypatch.setattr(scoring, "STRIPE", 2)
+    monkeypatch.setattr(score_file, "STRIPE", 2)
 
 
 def whole(scorer: Scorer, encoded: Encoded) -> np.ndarray:
@@ -82,7 +84,7 @@ def whole(scorer: Scorer, encoded: Encoded) -> np.ndarray:
         return scorer.score(state, encoded.words, encoded.cu_seqlens, captions, encoded.region_lengths).numpy()
 
 
-@pytest.mark.parametrize("images, captions", [(1, 1), (3, 4), (7, 23), (8, 9)])
+@pytest.mark.parametrize("images, captions", [(1, 1), (3, 4), (7, 23), (8, 9), (150, 9)])
 @pytest.mark.parametrize("in_file", [False, True])
 @pytest.mark.usefixtures("small_blocks")
 def test_blocks_equal_one_call_and_columns_are_restored(images, captions, in_file, tmp_path):

@@ -13,6 +13,7 @@ import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -108,20 +109,27 @@ class ScoreFile:
             np.lib.format.write_array_header_1_0(file, header)
             place = np.argsort(self.order)
             with open(self._partial, "rb") as blocks:
-                for band in range(len(self._row_starts)):
-                    start, stop = self.rows(band)
+                for start in range(0, self.shape[0], self.block[0]):
+                    stop = min(start + self.block[0], self.shape[0])
                     for top in range(start, stop, STRIPE):
-                        rows = np.empty((min(STRIPE, stop - top), self.shape[1]), "<f4")
-                        for number in range(band, count, len(self._row_starts)):
-                            first, last = self.columns(number)
-                            blocks.seek(self._offset(number) + 4 * (top - start) * (last - first))
-                            raw = blocks.read(4 * len(rows) * (last - first))
-                            rows[:, first:last] = np.frombuffer(raw, "<f4").reshape(len(rows), -1)
+                        rows = self._stripe(blocks, top, min(top + STRIPE, stop))
                         file.write(np.take(rows, place, axis=1).data)
             with atomic_write(self._about) as about:
                 json.dump({"identity": self.identity, "shape": list(self.shape)}, about, indent=1)
         self._partial.unlink()
         self._journal.unlink()
+
+    def _stripe(self, blocks: IO[bytes], top: int, bottom: int) -> NDArray[np.float32]:
+        """Rows top:bottom, which lie in one row of blocks, columns in the blocks' order."""
+        rows = np.empty((bottom - top, self.shape[1]), "<f4")
+        band = len(self._row_starts)
+        for number in range(top // self.block[0], band * len(self._column_starts), band):
+            first, last = self.columns(number)
+            start, _ = self.rows(number)
+            blocks.seek(self._offset(number) + 4 * (top - start) * (last - first))
+            raw = blocks.read(4 * len(rows) * (last - first))
+            rows[:, first:last] = np.frombuffer(raw, "<f4").reshape(len(rows), -1)
+        return rows
 
     def _offset(self, number: int) -> int:
         first, last = self.columns(number)

@@ -105,9 +105,7 @@ def score_all(
             scores[start : start + STRIPE] = np.take(scores[start : start + STRIPE], place, axis=1)
         return scores
     identity = {**encoded.fingerprint, "scorer": weights_checksum(scorer), **_settings(plan.device)}
-    file = ScoreFile(
-        out, (plan.images, plan.captions), order, (plan.image_block, plan.caption_block), identity, resume
-    )
+    file = ScoreFile(out, (plan.images, plan.captions), order, (plan.image_block, plan.caption_block), identity, resume)
     if not file.finished:
         try:
             for number, _, _, block in _blocks(scorer, encoded, plan, order, file.done, progress):
@@ -240,4 +238,3 @@ def _settings(device: torch.device) -> dict[str, str]:
         "device type": device.type,
         "float32 matmul precision": torch.get_float32_matmul_precision(),
     }
-
