@@ -2,6 +2,12 @@ import pytest
 import torch
 
 
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Matrices this small gain nothing from threads, and on a busy machine two threads wait for each other."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def poisoned_outputs():
     """torch.empty is filled with NaN, so an element that nobody wrote fails loudly."""

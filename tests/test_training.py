@@ -3,103 +3,38 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from training_cases import (
+    DEV,
+    MODELS,
+    TRAIN,
+    WORDS,
+    assert_same_run,
+    log_rows,
+    run_tiny,
+    tensors_of,
+    tiny_options,
+    tiny_split,
+)
 
 import itm_fast.evaluation
-from itm_fast.cli import main
-from itm_fast.data import Split, TrainingBatches, Vocabulary, save_splits
+from itm_fast.data import Split, TrainingBatches, Vocabulary
 from itm_fast.evaluation import encode, metrics, score_all
 from itm_fast.models import build
-from itm_fast.training import checkpoint, options, resume, train, trainer
-
-COLOURS = ("red", "blue", "green", "black", "white", "brown")
-THINGS = ("dog", "cat", "car", "tree", "boat", "house")
-F = 12
-SMALL = {"img_dim": F, "embed_size": 16, "word_dim": 8, "batch_size": 8, "num_epochs": 2, "learning_rate": 2e-3}
-MODELS = ("sgr", "saf", "scan")
-
-
-def _split(first: int, count: int, captions_per_image: int = 3) -> Split:
-    """Images of which some regions show a colour and some a thing, and captions that name both."""
-    rng = np.random.default_rng(first)
-    features = 0.1 * rng.standard_normal((count, 36, F)).astype(np.float32)
-    captions, owner = [], []
-    for row in range(count):
-        colour, thing = rng.integers(6), rng.integers(6)
-        features[row, rng.permutation(36)[:9], colour] += 1
-        features[row, rng.permutation(36)[:9], 6 + thing] += 1
-        for start in ("a", "one", "there is a")[:captions_per_image]:
-            captions.append(f"{start} {COLOURS[colour]} {THINGS[thing]}")
-            owner.append(row)
-    return Split(features, captions, np.array(owner))
-
-
-TRAIN, DEV = _split(0, 14), _split(100, 8)  # 42 captions: 6 batches of 8, the last of 2
-WORDS = Vocabulary.build([f"a one there is {c} {t}" for c in COLOURS for t in THINGS], min_count=1)
-
-
-def _options(model: str, **changes):
-    if model != "scan":
-        changes = {"sim_dim": 8, **changes}
-    return options(model, **{**SMALL, **changes})
-
-
-def _train(output, model="scan", *, opt=None, train_split=TRAIN, words=WORDS, **arguments):
-    return train(opt or _options(model), train_split, DEV, words, output, progress=False, device="cpu", **arguments)
-
-
-def _rows(folder) -> list[dict[str, str]]:
-    """`log.csv` without the column that measures time."""
-    with open(folder / "log.csv", newline="") as file:
-        return [{k: v for k, v in row.items() if k != "samples_per_second"} for row in csv.DictReader(file)]
-
-
-def _tensors(value):
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for name in value:
-            yield from _tensors(value[name])
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from _tensors(item)
-
-
-def _assert_same_run(one: Path, other: Path) -> None:
-    a, b = resume.load(one), resume.load(other)
-    mine, theirs = ([*_tensors([p.model, p.optimizer, p.rng["cpu"]])] for p in (a, b))
-    assert len(mine) == len(theirs) > 20
-    assert all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
-    assert (a.epoch, a.step, a.iterations, a.best_rsum) == (b.epoch, b.step, b.iterations, b.best_rsum)
-    for name in (trainer.BEST, trainer.LAST):
-        c, d = checkpoint.load(one / name), checkpoint.load(other / name)
-        assert all(torch.equal(x, y) for x, y in zip(_tensors(c.model), _tensors(d.model), strict=True))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Matrices this small gain nothing from threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from itm_fast.training import checkpoint, resume, train, trainer
 
 
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """One uninterrupted run of each model."""
     folder = tmp_path_factory.mktemp("straight")
-    results = {model: _train(folder / model, model) for model in MODELS}
+    results = {model: run_tiny(folder / model, model) for model in MODELS}
     return folder, results
 
 
@@ -108,8 +43,8 @@ def straight(tmp_path_factory):
     "changes", [{}, {"grad_clip": 0.0}, {"max_violation": False}], ids=["published", "no clip", "all"]
 )
 def test_a_step_is_the_published_one(tmp_path, model, changes):
-    opt = _options(model, num_epochs=1, **changes)
-    _train(tmp_path / "run", opt=opt, max_steps=3)
+    opt = tiny_options(model, num_epochs=1, **changes)
+    run_tiny(tmp_path / "run", opt=opt, max_steps=3)
     opt.vocab_size, opt.device = len(WORDS), "cpu"
     torch.manual_seed(0)
     published = build(opt)
@@ -117,7 +52,7 @@ def test_a_step_is_the_published_one(tmp_path, model, changes):
         published.train_start()
         published.train_emb(batch.features, batch.ids, batch.lengths)
     mine = checkpoint.load(tmp_path / "run" / trainer.LAST).model
-    for one, other in zip(_tensors(mine), _tensors(published.state_dict()), strict=True):
+    for one, other in zip(tensors_of(mine), tensors_of(published.state_dict()), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
@@ -126,15 +61,15 @@ def test_a_step_is_the_published_one(tmp_path, model, changes):
 def test_interrupted_runs_end_as_the_uninterrupted_one(tmp_path, straight, model, stops):
     output = tmp_path / "run"
     for number, steps in enumerate(stops):
-        stopped = _train(output, model, max_steps=steps, resuming=number > 0)
+        stopped = run_tiny(output, model, max_steps=steps, resuming=number > 0)
         assert (stopped.iterations, stopped.finished) == (steps, False)
-    ended = _train(output, model, resuming=True)
+    ended = run_tiny(output, model, resuming=True)
     assert (ended.iterations, ended.finished) == (12, True)
     whole = straight[0] / model
     mine, theirs = resume.load(output), resume.load(whole)
-    pairs = zip(_tensors([mine.model, mine.optimizer]), _tensors([theirs.model, theirs.optimizer]), strict=True)
+    pairs = zip(tensors_of([mine.model, mine.optimizer]), tensors_of([theirs.model, theirs.optimizer]), strict=True)
     assert all(torch.equal(x, y) for x, y in pairs)
-    steps = [[row for row in _rows(folder) if row["loss"]] for folder in (output, whole)]
+    steps = [[row for row in log_rows(folder) if row["loss"]] for folder in (output, whole)]
     assert steps[0] == steps[1]
     assert [int(row["iteration"]) for row in steps[0]] == list(range(1, 13))
 
@@ -153,11 +88,11 @@ def test_a_signal_in_a_step_saves_and_the_resumed_run_is_the_same(tmp_path, stra
     monkeypatch.setattr(trainer._Run, "_update", with_signal)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match=r"epoch 1 after 4 steps; .*resume\.pt holds step 4.*--resume goes on"):
-        _train(output, model)
+        run_tiny(output, model)
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-    _train(output, model, resuming=True)
-    _assert_same_run(output, straight[0] / model)
-    assert _rows(output) == _rows(straight[0] / model)
+    run_tiny(output, model, resuming=True)
+    assert_same_run(output, straight[0] / model)
+    assert log_rows(output) == log_rows(straight[0] / model)
 
 
 def test_a_signal_in_a_validation_stops_at_once_and_it_is_done_again(tmp_path, straight, monkeypatch):
@@ -173,11 +108,11 @@ def test_a_signal_in_a_validation_stops_at_once_and_it_is_done_again(tmp_path, s
 
     monkeypatch.setattr(checkpoint, "save", with_signal)
     with pytest.raises(KeyboardInterrupt, match=r"after 6 steps; .* holds step 6"):
-        _train(output)
+        run_tiny(output)
     assert not (output / trainer.BEST).exists()
-    _train(output, resuming=True)
-    _assert_same_run(output, straight[0] / "scan")
-    assert _rows(output) == _rows(straight[0] / "scan")
+    run_tiny(output, resuming=True)
+    assert_same_run(output, straight[0] / "scan")
+    assert log_rows(output) == log_rows(straight[0] / "scan")
 
 
 def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
@@ -188,22 +123,22 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer._Run, "_update", impatient)
     with pytest.raises(KeyboardInterrupt, match="after 0 steps; nothing was saved yet"):
-        _train(tmp_path / "run")
+        run_tiny(tmp_path / "run")
 
 
 def test_a_long_epoch_saves_on_its_way(tmp_path, monkeypatch):
     saved = []
     monkeypatch.setattr(trainer, "_SAVE_EVERY", -1.0)
     monkeypatch.setattr(resume, "save", lambda folder, progress: saved.append(progress.iterations))
-    _train(tmp_path / "run", max_steps=3)
+    run_tiny(tmp_path / "run", max_steps=3)
     assert saved[:3] == [1, 2, 3]
 
 
 def test_the_seed_decides(tmp_path, straight):
-    _train(tmp_path / "same", "saf")
-    _assert_same_run(tmp_path / "same", straight[0] / "saf")
-    _train(tmp_path / "other", opt=_options("saf", seed=1))
-    mine, theirs = (next(_tensors(resume.load(f).model)) for f in (tmp_path / "other", straight[0] / "saf"))
+    run_tiny(tmp_path / "same", "saf")
+    assert_same_run(tmp_path / "same", straight[0] / "saf")
+    run_tiny(tmp_path / "other", opt=tiny_options("saf", seed=1))
+    mine, theirs = (next(tensors_of(resume.load(f).model)) for f in (tmp_path / "other", straight[0] / "saf"))
     assert not torch.equal(mine, theirs)
 
 
@@ -216,7 +151,7 @@ def test_the_seed_decides_the_order(tmp_path, monkeypatch):
 
     monkeypatch.setattr(trainer, "batch_loss", spy)
     for number, seed in enumerate((0, 1, 0)):
-        _train(tmp_path / str(number), opt=_options("scan", seed=seed, num_epochs=1))
+        run_tiny(tmp_path / str(number), opt=tiny_options("scan", seed=seed, num_epochs=1))
     assert seen[:6] == seen[12:]
     assert seen[:6] != seen[6:12]
     assert sorted(caption for batch in seen[:6] for caption in batch) == list(range(42))
@@ -225,10 +160,10 @@ def test_the_seed_decides_the_order(tmp_path, monkeypatch):
 @pytest.mark.parametrize("model", MODELS)
 def test_it_learns(tmp_path, model):
     # All negatives: a model this small does not leave the hardest ones' plateau within seconds.
-    opt = _options(model, num_epochs=15, max_violation=False, exclude_same_image=True, learning_rate=2e-2)
-    result = _train(tmp_path / "run", opt=opt)
+    opt = tiny_options(model, num_epochs=15, max_violation=False, exclude_same_image=True, learning_rate=2e-2)
+    result = run_tiny(tmp_path / "run", opt=opt)
     chance = metrics(np.random.default_rng(0).random((8, 24)), DEV.caption_to_image).rsum
-    losses = [float(row["loss"]) for row in _rows(tmp_path / "run") if row["loss"]]
+    losses = [float(row["loss"]) for row in log_rows(tmp_path / "run") if row["loss"]]
     assert np.mean(losses[-6:]) < 0.8 * np.mean(losses[:6])
     assert result.best_rsum > chance + 40
 
@@ -236,7 +171,7 @@ def test_it_learns(tmp_path, model):
 @pytest.mark.parametrize("model", MODELS)
 def test_checkpoints_rebuild_the_model(straight, model):
     folder, results = straight
-    epochs = [row for row in _rows(folder / model) if row["rsum"]]
+    epochs = [row for row in log_rows(folder / model) if row["rsum"]]
     assert [row["epoch"] for row in epochs] == ["1", "2"]
     for name, rsum in ((trainer.BEST, results[model].best_rsum), (trainer.LAST, float(epochs[-1]["rsum"]))):
         found = checkpoint.load(folder / model / name)
@@ -261,10 +196,10 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch, stop):
             self.i2t, self.t2i, self.rsum = found.i2t, found.t2i, next(rsums)
 
     monkeypatch.setattr(itm_fast.evaluation, "metrics", lambda *args: Found(real(*args)))
-    opt = _options("scan", num_epochs=4)
-    result = _train(tmp_path / "run", opt=opt, max_steps=stop)
+    opt = tiny_options("scan", num_epochs=4)
+    result = run_tiny(tmp_path / "run", opt=opt, max_steps=stop)
     if stop:
-        result = _train(tmp_path / "run", opt=opt, resuming=True)
+        result = run_tiny(tmp_path / "run", opt=opt, resuming=True)
     assert (result.best_rsum, result.best_epoch) == (30.0, 2)
     best, last = (checkpoint.load(tmp_path / "run" / name) for name in (trainer.BEST, trainer.LAST))
     assert (best.epoch, best.best_rsum, best.iterations) == (1, 30.0, 12)
@@ -272,9 +207,9 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch, stop):
 
 
 def test_the_rate_falls_and_the_gradient_is_measured_before_clipping(tmp_path):
-    opt = _options("scan", lr_update=1, grad_clip=1e-3, val_step=4)
-    _train(tmp_path / "run", opt=opt)
-    rows = _rows(tmp_path / "run")
+    opt = tiny_options("scan", lr_update=1, grad_clip=1e-3, val_step=4)
+    run_tiny(tmp_path / "run", opt=opt)
+    rows = log_rows(tmp_path / "run")
     rates = [float(row["learning_rate"]) for row in rows if row["loss"]]
     assert rates == [2e-3] * 6 + [2e-4] * 6
     assert all(float(row["grad_norm"]) > 1e-3 for row in rows if row["loss"])
@@ -282,67 +217,67 @@ def test_the_rate_falls_and_the_gradient_is_measured_before_clipping(tmp_path):
 
 
 def test_a_lone_caption_at_the_end_is_left_out(tmp_path):
-    split = _split(0, 3)  # 9 captions
-    result = _train(tmp_path / "run", opt=_options("sgr", num_epochs=1), train_split=split)
+    split = tiny_split(0, 3)  # 9 captions
+    result = run_tiny(tmp_path / "run", opt=tiny_options("sgr", num_epochs=1), train_split=split)
     assert result.iterations == 1
 
 
 def test_what_is_not_finite_stops_with_a_reason(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"epoch 1, iteration 1: the loss is inf; .* try a lower learning rate"):
-        _train(tmp_path / "wide", opt=_options("scan", margin=float("inf")))
+        run_tiny(tmp_path / "wide", opt=tiny_options("scan", margin=float("inf")))
     real = trainer.batch_loss
     monkeypatch.setattr(trainer, "batch_loss", lambda *args: 5e37 * real(*args))
     with pytest.raises(ValueError, match=r"epoch 1, iteration 1: the gradient's norm is (inf|nan); .* try a lower"):
-        _train(tmp_path / "steep")
+        run_tiny(tmp_path / "steep")
     monkeypatch.setattr(trainer, "batch_loss", real)
     features = TRAIN.features[:].copy()
     features[5, 7, 3] = np.nan
     broken = Split(features, TRAIN.captions, TRAIN.caption_to_image)
     with pytest.raises(ValueError, match=r"epoch 1, iteration \d: the loss is nan; .* training image 5 hold NaN"):
-        _train(tmp_path / "broken", train_split=broken)
+        run_tiny(tmp_path / "broken", train_split=broken)
     assert not (tmp_path / "broken" / trainer.LAST).exists()
-    _train(tmp_path / "broken", max_steps=1)  # nothing of value was there
+    run_tiny(tmp_path / "broken", max_steps=1)  # nothing of value was there
 
 
 def test_refuses_to_overwrite_and_to_resume_what_is_not_there(tmp_path, straight):
     with pytest.raises(FileExistsError, match=r"already holds a run \(resume\.pt\); continue it with --resume"):
-        _train(straight[0] / "scan")
+        run_tiny(straight[0] / "scan")
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / trainer.BEST).touch()
     with pytest.raises(FileExistsError, match=r"holds a run \(model_best\.pth\.tar\); give another folder"):
-        _train(tmp_path / "checkpoints")
+        run_tiny(tmp_path / "checkpoints")
     with pytest.raises(FileNotFoundError, match="there is no run to resume; leave --resume out"):
-        _train(tmp_path / "none", resuming=True)
+        run_tiny(tmp_path / "none", resuming=True)
     assert not (tmp_path / "none").exists()
 
 
 def test_refuses_to_resume_another_run(tmp_path):
     output = tmp_path / "run"
-    _train(output, max_steps=1)
+    run_tiny(output, max_steps=1)
     with pytest.raises(ValueError, match=r"resume\.pt belongs to a run with margin 0\.2, now 0\.3\. Resume with"):
-        _train(output, opt=_options("scan", margin=0.3), resuming=True)
+        run_tiny(output, opt=tiny_options("scan", margin=0.3), resuming=True)
     with pytest.raises(ValueError, match=r"\[captions, images\] \[42, 14\], now \[36, 12\]"):
-        _train(output, train_split=_split(0, 12), resuming=True)
+        run_tiny(output, train_split=tiny_split(0, 12), resuming=True)
     words = Vocabulary([*WORDS.idx2word.values()][:-1] + ["zebra"])
     with pytest.raises(ValueError, match=r"the words of .*data_vocab\.json, now others"):
-        _train(output, words=words, resuming=True)
+        run_tiny(output, words=words, resuming=True)
     with pytest.raises(ValueError, match="module_name None, now 'SGR'"):
-        _train(output, "sgr", resuming=True)
+        run_tiny(output, "sgr", resuming=True)
     (output / resume.NAME).write_bytes((output / resume.NAME).read_bytes()[:900])
     with pytest.raises(ValueError, match=r"resume\.pt: .* damaged.*; it should be the resume file"):
-        _train(output, resuming=True)
+        run_tiny(output, resuming=True)
     torch.save({"epoch": 1}, output / resume.NAME)
     with pytest.raises(ValueError, match="not a resume file of this version"):
-        _train(output, resuming=True)
+        run_tiny(output, resuming=True)
 
 
 def test_sgraf_takes_any_number_of_regions(tmp_path):
     few = [Split(s.features[:][:, :5], s.captions, s.caption_to_image) for s in (TRAIN, DEV)]
     arguments = {"progress": False, "device": "cpu", "max_steps": 1}
-    train(_options("saf"), *few, WORDS, tmp_path / "run", **arguments)
+    train(tiny_options("saf"), *few, WORDS, tmp_path / "run", **arguments)
     assert checkpoint.load(tmp_path / "run" / trainer.LAST).opt.num_region == 5
     with pytest.raises(ValueError, match="training has 5, dev 36; pad"):
-        train(_options("saf"), few[0], DEV, WORDS, tmp_path / "other", **arguments)
+        train(tiny_options("saf"), few[0], DEV, WORDS, tmp_path / "other", **arguments)
 
 
 @pytest.mark.parametrize(
@@ -352,105 +287,12 @@ def test_sgraf_takes_any_number_of_regions(tmp_path):
         ({}, {"device": "gpu"}, "device must be such as cpu, cuda or cuda:1, got 'gpu'"),
         ({}, {"device": "cuda:99"}, "device cuda:99 is not there; torch sees"),
         ({}, {"max_steps": 0}, "max_steps must be at least 1"),
-        ({}, {"train_split": _split(0, 1, 1)}, "at least 2 captions, got 1"),
+        ({}, {"train_split": tiny_split(0, 1, 1)}, "at least 2 captions, got 1"),
         ({}, {"backend": "fast"}, "no backend is called 'fast'"),
     ],
 )
 def test_refuses_bad_arguments(tmp_path, changes, arguments, sentence):
     arguments = {"train_split": TRAIN, "device": "cpu", **arguments}
     with pytest.raises(ValueError, match=sentence):
-        train(_options("scan", **changes), arguments.pop("train_split"), DEV, WORDS, tmp_path / "run", **arguments)
+        train(tiny_options("scan", **changes), arguments.pop("train_split"), DEV, WORDS, tmp_path / "run", **arguments)
     assert not (tmp_path / "run" / trainer.LAST).exists()
-
-
-@pytest.fixture
-def data(tmp_path):
-    save_splits(tmp_path / "tiny.h5", {"train": TRAIN, "dev": DEV})
-    return tmp_path / "tiny.h5"
-
-
-def _words(data, output, *more: object) -> list[str]:
-    small = "--embed-size 16 --word-dim 8 --batch-size 8 --epochs 2 --lr 0.002 --min-count 1 --device cpu"
-    return [*map(str, ("train", "--data", data, "--output", output, *small.split(), *more))]
-
-
-def test_command_trains_and_resumes(tmp_path, data, capsys):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    assert main(_words(data, whole, "--model", "scan", "--direction", "i2t", "--quiet")) == 0
-    out, err = capsys.readouterr()
-    assert "finished after 12 steps; best rsum" in out
-    assert str(whole / "model_best.pth.tar") in out
-    assert main(_words(data, parts, "--model", "scan", "--direction", "i2t", "--max-steps", 5)) == 0
-    out, err = capsys.readouterr()
-    assert "stopped after 5 steps" in out
-    assert "SCAN i2t: 42 captions of 14 images (36 regions x 12)" in err
-    assert "image to text" in err
-    assert main(_words(data, parts, "--model", "scan", "--direction", "i2t", "--quiet")) == 2
-    assert "already holds a run" in capsys.readouterr().err
-    assert main(["train", "--output", str(parts), "--resume", "--direction", "t2i"]) == 2
-    assert "--direction is 't2i', but the run in" in capsys.readouterr().err
-    assert main(["train", "--output", str(parts), "--resume", "--margin", "0.5"]) == 2
-    assert "margin 0.2, now 0.5" in capsys.readouterr().err
-    assert main(["train", "--output", str(parts), "--resume", "--quiet", "--device", "cpu"]) == 0
-    a, b = (resume.load(folder) for folder in (whole, parts))
-    assert all(torch.equal(x, y) for x, y in zip(_tensors(a.model), _tensors(b.model), strict=True))
-    found = checkpoint.load(parts / trainer.LAST).opt
-    assert (found.data_path, found.data_name, found.img_dim) == (str(tmp_path), "tiny", F)
-    assert (found.cross_attn, found.lambda_softmax, found.no_imgnorm) == ("i2t", 4.0, False)
-    assert (parts / "tiny_vocab.json").is_file()
-
-
-def test_command_options_reach_the_run(tmp_path, data, capsys):
-    more = "--model saf --sim-dim 8 --no-bi-gru --no-max-violation --no-imgnorm --exclude-same-image --seed 3 "
-    more += "--margin 0.1 --grad-clip 1 --lr-update 5 --recipe coco --max-steps 1 --dev-captions 9"
-    assert main(_words(data, tmp_path / "run", *more.split())) == 0
-    assert "dev 9 captions of 3 images" in capsys.readouterr().err
-    opt = checkpoint.load(tmp_path / "run" / trainer.LAST).opt
-    assert (opt.module_name, opt.bi_gru, opt.max_violation, opt.no_imgnorm) == ("SAF", False, False, True)
-    assert (opt.no_txtnorm, opt.exclude_same_image, opt.seed, opt.margin) == (False, True, 3, 0.1)
-    assert (opt.grad_clip, opt.lr_update, opt.num_epochs, opt.learning_rate) == (1.0, 5, 2, 0.002)
-
-
-@pytest.mark.parametrize(
-    "more, sentence",
-    [
-        ("--quiet", "--model must be given, except with --resume"),
-        ("--model scan --sgr-steps 2", "scan has no option sgr_step"),
-        ("--model scan --train-split nope", "nope"),
-        ("--model scan --vocab missing.json", "missing.json"),
-        ("--model scan --backend cuda --quiet", "cuda"),
-        ("--model scan --resume", "there is no run to resume"),
-    ],
-)
-def test_command_refuses_in_one_sentence(tmp_path, data, capsys, monkeypatch, more, sentence):
-    monkeypatch.chdir(tmp_path)
-    assert main([w for w in _words(data, tmp_path / "run", *more.split()) if w not in ("--min-count", "1")]) == 2
-    err = capsys.readouterr().err
-    assert "Traceback" not in err
-    assert err.strip().splitlines()[-1].startswith("itm-fast train: ")
-    assert sentence in err
-
-
-def test_ctrl_c_in_a_terminal(tmp_path, data):
-    """The whole program: signal, exit code 130, the sentence, and the same weights after --resume."""
-    command = [sys.executable, "-m", "itm_fast"]
-    environment = {**os.environ, "PYTHONPATH": str(Path(itm_fast.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
-    small = ("--model", "saf", "--sim-dim", 8, "--epochs", 6, "--quiet")
-    subprocess.run([*command, *_words(data, tmp_path / "whole", *small)], env=environment, check=True)
-    output = tmp_path / "parts"
-    process = subprocess.Popen(
-        [*command, *_words(data, output, *small)], env=environment, stderr=subprocess.PIPE, text=True
-    )
-    while process.poll() is None and not (
-        (output / "log.csv").exists() and len((output / "log.csv").read_text().splitlines()) > 3
-    ):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130, error
-    assert "the same command with --resume goes on from there" in error
-    assert "Traceback" not in error
-    assert resume.load(output).iterations < 36
-    subprocess.run([*command, *_words(data, output, *small, "--resume")], env=environment, check=True)
-    _assert_same_run(output, tmp_path / "whole")
-    assert _rows(output) == _rows(tmp_path / "whole")

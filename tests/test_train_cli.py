@@ -1,0 +1,112 @@
+"""`itm-fast train` from the command line: options, refusals, interruption and resumption."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from training_cases import DEV, TRAIN, F, assert_same_run, log_rows, tensors_of
+
+import itm_fast.evaluation
+from itm_fast.cli import main
+from itm_fast.data import save_splits
+from itm_fast.training import checkpoint, resume, trainer
+
+
+@pytest.fixture
+def data(tmp_path):
+    save_splits(tmp_path / "tiny.h5", {"train": TRAIN, "dev": DEV})
+    return tmp_path / "tiny.h5"
+
+
+def _words(data, output, *more: object) -> list[str]:
+    small = "--embed-size 16 --word-dim 8 --batch-size 8 --epochs 2 --lr 0.002 --min-count 1 --device cpu"
+    return [*map(str, ("train", "--data", data, "--output", output, *small.split(), *more))]
+
+
+def test_command_trains_and_resumes(tmp_path, data, capsys):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert main(_words(data, whole, "--model", "scan", "--direction", "i2t", "--quiet")) == 0
+    out, err = capsys.readouterr()
+    assert "finished after 12 steps; best rsum" in out
+    assert str(whole / "model_best.pth.tar") in out
+    assert main(_words(data, parts, "--model", "scan", "--direction", "i2t", "--max-steps", 5)) == 0
+    out, err = capsys.readouterr()
+    assert "stopped after 5 steps" in out
+    assert "SCAN i2t: 42 captions of 14 images (36 regions x 12)" in err
+    assert "image to text" in err
+    assert main(_words(data, parts, "--model", "scan", "--direction", "i2t", "--quiet")) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert main(["train", "--output", str(parts), "--resume", "--direction", "t2i"]) == 2
+    assert "--direction is 't2i', but the run in" in capsys.readouterr().err
+    assert main(["train", "--output", str(parts), "--resume", "--margin", "0.5"]) == 2
+    assert "margin 0.2, now 0.5" in capsys.readouterr().err
+    assert main(["train", "--output", str(parts), "--resume", "--quiet", "--device", "cpu"]) == 0
+    a, b = (resume.load(folder) for folder in (whole, parts))
+    assert all(torch.equal(x, y) for x, y in zip(tensors_of(a.model), tensors_of(b.model), strict=True))
+    found = checkpoint.load(parts / trainer.LAST).opt
+    assert (found.data_path, found.data_name, found.img_dim) == (str(tmp_path), "tiny", F)
+    assert (found.cross_attn, found.lambda_softmax, found.no_imgnorm) == ("i2t", 4.0, False)
+    assert (parts / "tiny_vocab.json").is_file()
+
+
+def test_command_options_reach_the_run(tmp_path, data, capsys):
+    more = "--model saf --sim-dim 8 --no-bi-gru --no-max-violation --no-imgnorm --exclude-same-image --seed 3 "
+    more += "--margin 0.1 --grad-clip 1 --lr-update 5 --recipe coco --max-steps 1 --dev-captions 9"
+    assert main(_words(data, tmp_path / "run", *more.split())) == 0
+    assert "dev 9 captions of 3 images" in capsys.readouterr().err
+    opt = checkpoint.load(tmp_path / "run" / trainer.LAST).opt
+    assert (opt.module_name, opt.bi_gru, opt.max_violation, opt.no_imgnorm) == ("SAF", False, False, True)
+    assert (opt.no_txtnorm, opt.exclude_same_image, opt.seed, opt.margin) == (False, True, 3, 0.1)
+    assert (opt.grad_clip, opt.lr_update, opt.num_epochs, opt.learning_rate) == (1.0, 5, 2, 0.002)
+
+
+@pytest.mark.parametrize(
+    "more, sentence",
+    [
+        ("--quiet", "--model must be given, except with --resume"),
+        ("--model scan --sgr-steps 2", "scan has no option sgr_step"),
+        ("--model scan --train-split nope", "nope"),
+        ("--model scan --vocab missing.json", "missing.json"),
+        ("--model scan --backend cuda --quiet", "cuda"),
+        ("--model scan --resume", "there is no run to resume"),
+    ],
+)
+def test_command_refuses_in_one_sentence(tmp_path, data, capsys, monkeypatch, more, sentence):
+    monkeypatch.chdir(tmp_path)
+    assert main([w for w in _words(data, tmp_path / "run", *more.split()) if w not in ("--min-count", "1")]) == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    assert err.strip().splitlines()[-1].startswith("itm-fast train: ")
+    assert sentence in err
+
+
+def test_ctrl_c_in_a_terminal(tmp_path, data):
+    """The whole program: signal, exit code 130, the sentence, and the same weights after --resume."""
+    command = [sys.executable, "-m", "itm_fast"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(itm_fast.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    small = ("--model", "saf", "--sim-dim", 8, "--epochs", 6, "--quiet")
+    subprocess.run([*command, *_words(data, tmp_path / "whole", *small)], env=environment, check=True)
+    output = tmp_path / "parts"
+    process = subprocess.Popen(
+        [*command, *_words(data, output, *small)], env=environment, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None and not (
+        (output / "log.csv").exists() and len((output / "log.csv").read_text().splitlines()) > 3
+    ):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, error
+    assert "the same command with --resume goes on from there" in error
+    assert "Traceback" not in error
+    assert resume.load(output).iterations < 36
+    subprocess.run([*command, *_words(data, output, *small, "--resume")], env=environment, check=True)
+    assert_same_run(output, tmp_path / "whole")
+    assert log_rows(output) == log_rows(tmp_path / "whole")
