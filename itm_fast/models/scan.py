@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import CrossAttentionScore, xavier_
 from ..ops import hardest_negative_loss
+from ..ops._attention import affinity_norm
 from ..packing import pack
 from ._common import Matcher, OwnKeys, choice, device_of, encode_text, l1norm, l2norm, score_arrays, want
 
@@ -159,17 +159,8 @@ def func_attention(
         Attended vectors [B, Q, D] and attention [B, C, Q].
     """
     choice("func_attention", "raw_feature_norm", opt.raw_feature_norm, tuple(NORMS))
-    norm = opt.raw_feature_norm
     affinity = torch.bmm(context, query.transpose(1, 2))
-    if norm.startswith("clipped"):
-        affinity = F.leaky_relu(affinity, 0.1)
-    if norm.endswith("l2norm"):
-        affinity = l2norm(affinity, 2)
-    elif norm.endswith("l1norm"):
-        affinity = l1norm(affinity, 2)
-    elif norm == "softmax":
-        affinity = affinity.softmax(2)
-    attention = (affinity * smooth).softmax(1)
+    attention = (smooth * affinity_norm(affinity, NORMS[opt.raw_feature_norm], dim=2)).softmax(1)
     return torch.bmm(attention.transpose(1, 2), context), attention
 
 
