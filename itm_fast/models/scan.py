@@ -100,7 +100,7 @@ class _WeightNormLinear(nn.Module):
         self.weight_v = linear.weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm()), self.bias)
+        return nn.functional.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm()), self.bias)
 
 
 class EncoderImageWeightNormPrecomp(OwnKeys):
