@@ -35,12 +35,13 @@ from itm_fast.training import checkpoint
 VOCABULARY = "openclipart_vocab.json"
 # The loss over all negatives: with some 1,500 captions the hardest one alone collapses the embedding.
 COMMON = [
-    "--embed-size", "128", "--word-dim", "128", "--no-max-violation", "--exclude-same-image", "--batch-size", "128",
-    "--seed", "0", "--device", "cpu", "--quiet",
+    "--embed-size", "128", "--word-dim", "128", "--no-max-violation", "--exclude-same-image", "--seed", "0",
+    "--device", "cpu", "--quiet",
 ]  # fmt: skip
+SGRAF = ["--sim-dim", "64", "--batch-size", "64", "--lr", "1e-3", "--epochs", "30", "--lr-update", "22"]
 RECIPES = {
-    "sgr": ["--model", "sgr", "--sim-dim", "64", "--lr", "1e-3", "--epochs", "24", "--lr-update", "16"],
-    "saf": ["--model", "saf", "--sim-dim", "64", "--lr", "1e-3", "--epochs", "24", "--lr-update", "16"],
+    "sgr": ["--model", "sgr", *SGRAF],
+    "saf": ["--model", "saf", *SGRAF],
     "scan": ["--model", "scan", "--agg-func", "Mean", "--lr", "2e-3", "--epochs", "12", "--lr-update", "8"],
 }
 

@@ -1,0 +1,114 @@
+"""`itm-fast demo`: both ways of scoring on a few of the shipped pictures, and the picture of the attention."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from itm_fast.cli import _attention, _comparison, _picture, demo, main
+from itm_fast.models.sgraf import EncoderSimilarity
+
+
+def run(tmp_path, *options):
+    return main(["demo", "--images", "24", "--output", str(tmp_path), *options])
+
+
+def test_it_compares_draws_and_writes(tmp_path, capsys):
+    assert run(tmp_path, "--queries", "3", "a red apple") == 0
+    printed = capsys.readouterr().out
+    for name in ("SGR", "SAF", "SGRAF", "SCAN t2i"):
+        assert f"{name}, papers' loop" in printed
+        assert f"{name}, itm-fast" in printed
+    assert "chance" in printed
+    assert printed.count("tables equal") == 4
+    found = json.loads((tmp_path / "demo.json").read_text())
+    assert [row["name"] for row in found["compared"]] == ["SGR", "SAF", "SGRAF", "SCAN t2i"]
+    for row in found["compared"]:
+        assert row["tables_equal"]
+        assert row["largest_score_difference"] < 1e-5
+        assert row["loop_seconds"] > 0
+        assert math.isclose(row["ratio"], row["loop_seconds"] / row["itm_fast_seconds"])
+    by_name = {system["name"]: system["pools"][0] for system in found["systems"]}
+    assert by_name["SAF, itm-fast"]["images"] == 24
+    assert {"torch", "threads", "device", "backend"} <= found["settings"].keys()
+    with Image.open(tmp_path / "attention.png") as picture:
+        assert picture.width == _picture.WIDTH
+        assert picture.height > 600
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["attention.png", "demo.json"]
+
+
+def test_one_model_and_the_same_seed_draws_the_same(tmp_path, capsys):
+    pictures = []
+    for folder, seed in (("a", "1"), ("b", "1"), ("c", "2")):
+        assert run(tmp_path / folder, "--model", "scan", "--seed", seed) == 0
+        pictures.append((tmp_path / folder / "attention.png").read_bytes())
+    assert "SGR" not in capsys.readouterr().out
+    assert pictures[0] == pictures[1] != pictures[2]
+
+
+def test_a_difference_is_said_and_changes_the_exit_code(tmp_path, capsys, monkeypatch):
+    honest = _comparison.scan.loop
+    monkeypatch.setattr(_comparison.scan, "loop", lambda *given, **options: honest(*given, **options) * -1)
+    assert run(tmp_path, "--model", "scan") == 1
+    assert "tables DIFFER" in capsys.readouterr().out
+    (row,) = json.loads((tmp_path / "demo.json").read_text())["compared"]
+    assert row["largest_score_difference"] > 0.1
+    assert row["queries_with_another_rank"] > 10
+
+
+@pytest.mark.parametrize(
+    "options,sentence",
+    [
+        (("--queries", "99999"), "caption 99999"),
+        (("--queries", " "), "an empty query"),
+        (("--images", "1"), "--images must be 2 to"),
+    ],
+)
+def test_bad_options_are_a_sentence(tmp_path, capsys, options, sentence):
+    assert run(tmp_path, *options) == 2
+    captured = capsys.readouterr()
+    assert sentence in captured.err
+    assert "Traceback" not in captured.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_attention_is_the_models_own():
+    torch.manual_seed(0)
+    scorer = EncoderSimilarity(16, 8, "SAF").eval()
+    scorer.SAF_module.bn.running_mean.fill_(0.3)
+    image = torch.nn.functional.normalize(torch.randn(36, 16), dim=1)
+    words = torch.nn.functional.normalize(torch.randn(7, 16), dim=1)
+    found = _attention.saf_attention(scorer, image, words)
+    with torch.no_grad():
+        expected = scorer(image[None], words, torch.tensor([0, 7])).item()
+    assert found.score == pytest.approx(expected, abs=1e-6)
+    assert found.regions.sum(1).numpy() == pytest.approx(np.ones(7), abs=1e-5)
+    assert float(found.nodes.sum()) == pytest.approx(1, abs=1e-5)
+    with pytest.raises(ValueError, match="must be SAF"):
+        _attention.saf_attention(EncoderSimilarity(16, 8, "SGR").eval(), image, words)
+
+
+def test_heat_is_red_where_the_weight_is():
+    weight = np.zeros((6, 6))
+    weight[1, 4] = 1.0
+    pixels = np.asarray(_picture.heat(Image.new("RGB", (60, 60), "white"), weight), np.int64)
+    redness = pixels[:, :, 0] - pixels[:, :, 1]
+    assert np.unravel_index(redness.argmax(), redness.shape) == pytest.approx((14.5, 44.5), abs=1)
+    assert (pixels[30:, :30] == 255).all()
+
+
+def test_default_queries_have_known_words_and_their_picture_first():
+    from itm_fast.data import Vocabulary, open_split
+    from itm_fast.data.openclipart import FOLDER, VOCABULARY
+
+    split = open_split(FOLDER, "test")
+    split = split.first(60)
+    rows = demo._rows(demo._model("saf"), split, Vocabulary.load(VOCABULARY), None, 0)
+    assert 0 < len(rows) <= demo.DRAWN
+    for row in rows:
+        assert row.right == 0
+        assert not any(demo.UNKNOWN in word for word in row.words)
+        assert len(row.words) == len(row.weights) == len(row.regions) + 1
