@@ -20,7 +20,9 @@ _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("itm_fast_b
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Make every op inside the `with` use one backend.
+    """Make every op inside the `with` use one backend, and their backward passes wherever they run.
+
+    A function that torch.compile has compiled keeps the backend it was compiled with.
 
     Args:
         name: "auto" or one of `NAMES`.

@@ -37,6 +37,10 @@ class Arguments:
                 raise ValueError(f"{self.op}: {name} must be [{', '.join(want)}]{where}, got {list(tensor.shape)}")
             if known is None:
                 self.size[letter] = (n, name)
+            if n == 0 and letter in ("R", "D", "S", "T+1"):
+                raise ValueError(
+                    f"{self.op}: {name} must be [{', '.join(want)}] with {letter} > 0, got {list(tensor.shape)}"
+                )
 
     def floats(self, **tensors: tuple[Tensor, str]) -> None:
         """Floating-point tensors, all of one dtype and on one device."""
@@ -64,8 +68,8 @@ class Arguments:
             raise ValueError(f"{self.op}: {name} must be one of {', '.join(known)}, got {value!r}")
 
     def positive(self, name: str, value: float) -> None:
-        if not value > 0:
-            raise ValueError(f"{self.op}: {name} must be more than 0, got {value}")
+        if not 0 < value < float("inf"):
+            raise ValueError(f"{self.op}: {name} must be more than 0 and finite, got {value}")
 
     def _same_device(self, name: str, tensor: Tensor) -> None:
         if self.first is not None and tensor.device != self.first[1].device:

@@ -17,7 +17,8 @@ _limit: contextvars.ContextVar[float] = contextvars.ContextVar("itm_fast_workspa
 def workspace(gib: float) -> Iterator[None]:
     """Bound the scratch memory of every op and pair scorer inside the `with`.
 
-    Inputs and results are the caller's and do not count. Scores do not depend on the bound.
+    Inputs and results are the caller's and do not count; gradients are results, summed in float32 or better. The
+    backward pass keeps the bound that its forward pass had. Scores do not depend on the bound.
 
     Args:
         gib: bound in GiB, more than 0. The default outside any `with` is 1.
@@ -38,6 +39,11 @@ def workspace(gib: float) -> Iterator[None]:
         yield
     finally:
         _limit.reset(token)
+
+
+def current_gib() -> float:
+    """The bound in GiB that holds now, to be entered again elsewhere."""
+    return _limit.get()
 
 
 def scratch_bytes(device: torch.device) -> int:

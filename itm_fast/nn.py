@@ -200,6 +200,8 @@ class SimilarityFilter(nn.Module):
             var: [T], biased.
             count: [T], how many nodes each was taken over.
         """
+        if (count < 2).any():
+            raise ValueError("SimilarityFilter: in training a caption needs more than one node over all images")
         # T steps of r <- (1 - m) r + m x at once: the last caption's share is m, the one before it m (1 - m), ...
         m, T = cast(float, self.bn.momentum), len(mean)
         share = m * (1.0 - m) ** torch.arange(T - 1, -1, -1, dtype=torch.float64, device=mean.device)

@@ -28,6 +28,7 @@ def pack(caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tens
 
     Raises:
         ValueError: one length per caption is missing, or a length lies outside 1..W.
+        TypeError: lengths are not integers.
 
     >>> import torch, itm_fast
     >>> words, cu_seqlens = itm_fast.pack(torch.randn(2, 5, 8), [3, 5])
@@ -36,7 +37,10 @@ def pack(caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tens
     """
     if caption.dim() < 2:
         raise ValueError(f"pack: caption must be [T, W, D], got {list(caption.shape)}")
-    length = torch.as_tensor(lengths, dtype=torch.int64).cpu()
+    length = torch.as_tensor(lengths).cpu()
+    if length.is_floating_point() and length.numel():
+        raise TypeError(f"pack: lengths must be integers, got {length.dtype}")
+    length = length.to(torch.int64)
     T, W = caption.shape[:2]
     if length.shape != (T,):
         raise ValueError(f"pack: lengths must be [T] with T = {T} captions, got {list(length.shape)}")

@@ -77,6 +77,9 @@ def test_torch_contracts(backend):
     op_checks.check_deterministic(call, args, backend)
     op_checks.check_strided(call, args, backend)
     image, words, cu_seqlens = inputs(2, (3, 2), 4, 8, requires_grad=True)
+    permuted = image.detach().transpose(0, 1).contiguous().transpose(0, 1)
+    options = (None, "t2i", "l2norm", 9.0, "lse", 6.0)
+    op_checks.check_fake_backward("cross_attention_score", (permuted, words, cu_seqlens, *options), 2, backend)
     for region_lengths in (None, torch.tensor([4, 2])):
         torch.library.opcheck(
             torch.ops.itm_fast.cross_attention_score.default,
@@ -161,6 +164,30 @@ def test_zero_features_give_finite_scores_and_gradients(backend):
     assert torch.isfinite(words.grad).all()
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opposite_regions_cancel_without_losing_the_score(backend):
+    generator = torch.Generator().manual_seed(0)
+    v, w = torch.nn.functional.normalize(torch.randn(2, 32, generator=generator, dtype=torch.float64), dim=-1)
+    image = torch.nn.functional.normalize(torch.stack([v, -v + 1e-4 * w]), dim=-1)[None]
+    words = 1e-3 * torch.randn(2, 32, generator=generator, dtype=torch.float64)  # so the attention is nearly uniform
+
+    def call(image, words, backend):
+        return itm_fast.cross_attention_score(
+            image, words, torch.tensor([0, 2]), affinity_norm="none", scale=1e-3, pool="mean", backend=backend
+        )
+
+    # |P| is 5e-5 of |x|, so float32's rounding of x is 2e-3 of P.
+    exact = call(image.float().double(), words.float().double(), "reference")
+    torch.testing.assert_close(call(image.float(), words.float(), backend).double(), exact, rtol=0, atol=2e-3)
+
+
+def test_a_second_derivative_is_refused():
+    image, words, cu_seqlens = inputs(2, (3, 2), 4, 8, requires_grad=True)
+    score = itm_fast.cross_attention_score(image, words, cu_seqlens)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.autograd.grad(score.sum(), image, create_graph=True)
+
+
 def test_autocast_takes_its_dtype():
     image, words, cu_seqlens = inputs(2, (3, 2), 4, 8, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -189,6 +216,9 @@ def test_autocast_takes_its_dtype():
         (dict(affinity_norm="no_norm"), ValueError, "affinity_norm must be one of softmax, .* got 'no_norm'"),
         (dict(pool="avg"), ValueError, "pool must be one of lse"),
         (dict(scale=0.0), ValueError, "scale must be more than 0"),
+        (dict(scale=float("inf")), ValueError, "more than 0 and finite, got inf"),
+        (dict(image=torch.zeros(2, 0, 8)), ValueError, r"image must be \[I, R, D\] with R > 0, got \[2, 0, 8\]"),
+        (dict(cu_seqlens=torch.zeros(0, dtype=torch.int32)), ValueError, r"must be \[T\+1\] with T\+1 > 0"),
         (dict(words=[1, 2]), TypeError, "words must be a tensor, got list"),
         (dict(backend="triton"), NotImplementedError, "triton"),
     ],

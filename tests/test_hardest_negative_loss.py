@@ -43,6 +43,7 @@ def test_gradcheck_and_contracts(backend, hardest):
     op_checks.check_compile(call, args, backend)
     op_checks.check_deterministic(call, args, backend)
     op_checks.check_strided(call, args, backend)
+    op_checks.check_fake_backward("hardest_negative_loss", (args[0].t(), None, 0.2, hardest), 1, backend)
     torch.library.opcheck(
         torch.ops.itm_fast.hardest_negative_loss.default, (args[0].requires_grad_(), None, 0.2, hardest, backend)
     )

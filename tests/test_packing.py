@@ -55,3 +55,8 @@ def test_bad_lengths(lengths, message):
 def test_bad_bounds(edge, message):
     with pytest.raises(ValueError, match=message):
         bounds(torch.tensor(edge, dtype=torch.int32), 3, "op")
+
+
+def test_lengths_are_integers():
+    with pytest.raises(TypeError, match=r"lengths must be integers, got torch\.float32"):
+        itm_fast.pack(torch.zeros(2, 3, 4), [2.0, 1.5])

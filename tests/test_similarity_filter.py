@@ -2,6 +2,7 @@ import pytest
 import torch
 
 import itm_fast
+from itm_fast.nn import SimilarityFilter
 from itm_fast.ops._torch import _blocks
 from itm_fast.testing import op_checks
 
@@ -105,6 +106,31 @@ def test_a_pair_does_not_depend_on_its_block(backend, training, monkeypatch):
         monkeypatch.setattr(_blocks, "MIN_QUERIES", 1)
         for a, b in zip(call(*args, backend), whole):
             torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
+
+
+def test_training_needs_an_image():
+    call, args = case(0, (3, 2), 8, training=True)
+    with pytest.raises(ValueError, match="at least one image"):
+        call(*args, "torch")
+
+
+def test_one_node_has_no_variance():
+    layer = SimilarityFilter(4)
+    with pytest.raises(ValueError, match="more than one node"):
+        layer(torch.rand(1, 3, 4), edges((1, 2)))
+    assert layer.bn.running_var.item() == 1
+
+
+def test_statistics_carry_no_gradient_and_are_not_narrowed():
+    call, args = case(3, (3, 2), 8, training=True)
+    single = [a.float().requires_grad_() for a in args]
+    with torch.autocast("cpu", torch.bfloat16):
+        _, mean, var = call(*single, "torch")
+    rounded = [a.bfloat16().double() for a in args]
+    _, exact_mean, exact_var = call(*rounded, "reference")
+    assert not mean.requires_grad
+    torch.testing.assert_close(mean.double(), exact_mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(var.double(), exact_var, rtol=1e-5, atol=1e-6)
 
 
 def test_autocast_takes_its_dtype():

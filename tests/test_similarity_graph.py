@@ -59,6 +59,7 @@ def test_torch_contracts(backend):
     op_checks.check_strided(call, args, backend)
     single = [a.float().requires_grad_() for a in args]
     torch.library.opcheck(torch.ops.itm_fast.similarity_graph.default, (*single, edges((4, 2, 4)), backend))
+    op_checks.check_fake_backward("similarity_graph", (*single, edges((4, 2, 4))), 7, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

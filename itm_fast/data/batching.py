@@ -19,7 +19,7 @@ class Batch:
     """B captions, longest first, each with its image.
 
     Attributes:
-        features: [B, R, F] float32.
+        features: [B, R, F] float32, zero beyond `region_lengths`.
         ids: [B, W] int64 word ids, zeros beyond a caption's length.
         lengths: B lengths in words, `<start>` and `<end>` included, descending.
         caption_index: [B] int64, which captions of the split these are.
@@ -83,14 +83,14 @@ class TrainingBatches:
         captions = np.array(sorted(captions.tolist(), key=lambda t: len(self._words(t)), reverse=True))
         ids, lengths = _pad([self._words(t) for t in captions.tolist()])
         images = self.split.caption_to_image[captions]
-        region_lengths = self.split.region_lengths
+        features, region_lengths = _read(self.split, images)
         return Batch(
-            features=torch.from_numpy(self.split.features[images]),
+            features=features,
             ids=ids,
             lengths=lengths,
             caption_index=torch.from_numpy(captions),
             image_index=torch.from_numpy(images),
-            region_lengths=None if region_lengths is None else torch.from_numpy(region_lengths[images]),
+            region_lengths=region_lengths,
         )
 
     def _words(self, t: int) -> np.ndarray:
@@ -117,12 +117,7 @@ def image_batches(split: Split, batch_size: int = 128) -> Iterator[tuple[Tensor,
     """
     _positive(batch_size)
     for start in range(0, len(split.features), batch_size):
-        block = slice(start, start + batch_size)
-        lengths = split.region_lengths
-        yield (
-            torch.from_numpy(split.features[block]),
-            None if lengths is None else torch.from_numpy(lengths[block]),
-        )
+        yield _read(split, slice(start, start + batch_size))
 
 
 def caption_batches(
@@ -148,6 +143,16 @@ def caption_batches(
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
         yield (torch.tensor(index), *_pad([words[t] for t in index]))
+
+
+def _read(split: Split, images: slice | np.ndarray) -> tuple[Tensor, Tensor | None]:
+    """Features of some images, zero beyond each image's regions whatever the file holds there, and their counts."""
+    features = split.features[images]
+    if split.region_lengths is None:
+        return torch.from_numpy(features), None
+    lengths = split.region_lengths[images]
+    features[np.arange(features.shape[1]) >= lengths[:, None]] = 0.0
+    return torch.from_numpy(features), torch.from_numpy(lengths)
 
 
 def _pad(words: list[np.ndarray]) -> tuple[Tensor, list[int]]:

@@ -169,7 +169,7 @@ def _scorer(direction: str, opt: Namespace) -> CrossAttentionScore:
     choice("SCAN", "raw_feature_norm", opt.raw_feature_norm, tuple(NORMS))
     choice("SCAN", "agg_func", opt.agg_func, tuple(POOLS))
     return CrossAttentionScore(
-        direction, NORMS[opt.raw_feature_norm], opt.lambda_softmax, POOLS[opt.agg_func], opt.lambda_lse
+        direction, NORMS[opt.raw_feature_norm], opt.lambda_softmax, POOLS[opt.agg_func], getattr(opt, "lambda_lse", 6.0)
     )
 
 

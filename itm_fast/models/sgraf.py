@@ -8,7 +8,7 @@ channel. What depends on one image or one caption alone is computed once; pairs 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .._workspace import GIB, scratch_bytes, workspace
+from .._backends import requested, use_backend
+from .._workspace import GIB, current_gib, scratch_bytes, workspace
 from ..nn import GraphReasoning, PairScorer, SimilarityFilter, SimilarityGraph, State, xavier_
 from ..ops import cross_attention_similarity, hardest_negative_loss
 from ..packing import bounds, pack, runs, spans
@@ -235,7 +236,8 @@ class EncoderSimilarity(PairScorer):
         parameters, run_block = self._stacked(), self._block
         kept = I * ((N + T) * S + 2 * T * (D + 2 * S)) * item  # by autograd, over all blocks
         if torch.is_grad_enabled() and kept > limit:
-            run_block = partial(checkpoint, self._block, use_reentrant=False, preserve_rng_state=False)
+            again = partial(_as_chosen, requested(), current_gib(), self._block)
+            run_block = partial(checkpoint, again, use_reentrant=False, preserve_rng_state=False)
         most = limit // (max(I, 1) * (4 * S + D // 2) * item)
         blocks, order = [], []
         for run in runs(bounds(cu_seqlens, N, NAME), device, max(most, 1)):
@@ -273,6 +275,12 @@ class EncoderSimilarity(PairScorer):
         else:
             z, mean, var = self.SAF_module.filtered(nodes, (L + 1) * cu_seqlens)
         return self.sim_eval_w(z).squeeze(2).sigmoid().to(words.dtype), mean, var
+
+
+def _as_chosen(backend: str, gib: float, function: Callable[..., Any], *args: Any) -> Any:
+    """Run a function under a backend and a bound chosen earlier, wherever autograd runs it again."""
+    with use_backend(backend), workspace(gib):
+        return function(*args)
 
 
 class ContrastiveLoss(nn.Module):

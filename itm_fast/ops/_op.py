@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._backends import OFFERS
+from .._workspace import current_gib, workspace
 
 
 class Op:
@@ -48,13 +49,16 @@ class Op:
 
         @torch.library.impl(forward, "CompositeExplicitAutograd")
         def _forward(*args):
-            return implementation(args[-1]).forward(*args[:-1])
+            # Autocast has chosen the inputs' dtype by now; what is computed from them keeps the op's own precision.
+            with torch.autocast(args[0].device.type, enabled=False):
+                return implementation(args[-1]).forward(*args[:-1])
 
         @torch.library.impl(backward, "CompositeExplicitAutograd")
         def _backward(grad, needs, *args):
-            found = implementation(args[-1]).backward(grad, needs, *args[:-1])
+            with torch.autocast(args[0].device.type, enabled=False):
+                found = implementation(args[-1]).backward(grad, needs, *args[:-1])
             wanted = [a for a, n in zip(args, needs, strict=False) if n]
-            return [g.to(a.dtype) for g, a in zip(found, wanted, strict=True)]
+            return [g.to(a.dtype).contiguous() for g, a in zip(found, wanted, strict=True)]
 
         @torch.library.register_fake(forward)
         def _fake(*args):
@@ -62,20 +66,28 @@ class Op:
 
         @torch.library.register_fake(backward)
         def _fake_backward(grad, needs, *args):
-            return [torch.empty_like(a) for a, n in zip(args[:differentiable], needs, strict=True) if n]
+            return [a.new_empty(a.shape) for a, n in zip(args[:differentiable], needs, strict=True) if n]
 
         op_backward = getattr(torch.ops.itm_fast, f"{name}_backward").default
 
         def setup_context(ctx, inputs, output):
+            if not isinstance(output, Tensor):
+                ctx.mark_non_differentiable(*output[1:])
+            ctx.scratch = current_gib()  # autograd may run backward on a thread that does not see the context
             ctx.is_tensor = [isinstance(a, Tensor) for a in inputs]
             ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
             ctx.rest = [a for a in inputs if not isinstance(a, Tensor)]
 
         def differentiate(ctx, grad, *_):
+            if torch.is_grad_enabled():
+                raise NotImplementedError(
+                    f"{name} has no second derivative; differentiate it without create_graph=True"
+                )
             tensors, rest = iter(ctx.saved_tensors), iter(ctx.rest)
             args = [next(tensors) if t else next(rest) for t in ctx.is_tensor]
             needs = list(ctx.needs_input_grad[:differentiable])
-            found = iter(op_backward(grad, needs, *args))
+            with workspace(ctx.scratch):
+                found = iter(op_backward(grad, needs, *args))
             return tuple(next(found) if n else None for n in needs) + (None,) * (len(args) - differentiable)
 
         torch.library.register_autograd(forward, differentiate, setup_context=setup_context)

@@ -118,7 +118,7 @@ def cross_attention_score(
             clipped_l1norm, clipped or none ("clipped" is LeakyReLU with slope 0.1).
         scale: inverse temperature of the attention's softmax (SCAN's lambda 1).
         pool: how the queries' cosines become one score: lse, max, sum or mean.
-        pool_scale: inverse temperature of lse (SCAN's lambda 2).
+        pool_scale: inverse temperature of lse (SCAN's lambda 2); the other pools do not read it.
         region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
         backend: one of `OFFERED`, or None to let itm_fast choose.
 
@@ -145,7 +145,8 @@ def cross_attention_score(
     check.choice("affinity_norm", affinity_norm, _attention.NORMS)
     check.choice("pool", pool, POOLS)
     check.positive("scale", scale)
-    check.positive("pool_scale", pool_scale)
+    if pool == "lse":
+        check.positive("pool_scale", pool_scale)
     name = resolve(check.op, backend, image.device)
     image, words = autocast(image, words)
     return _op(

@@ -59,7 +59,7 @@ def reference(
     for start, stop in zip(edge, edge[1:], strict=False):
         X = nodes[:, start:stop]
         a = X @ weight + bias
-        mean, var = (a.mean(), a.var(unbiased=False)) if training else (running_mean, running_var)
+        mean, var = (a.mean(), a.var(unbiased=False)) if training else (running_mean.to(a), running_var.to(a))
         g = ((a - mean) / (var + eps).sqrt() * norm_weight + norm_bias).sigmoid()
         beta = g / (g.abs().sum(1, keepdim=True) + _attention.EPS)
         result.append(_attention.l2norm((beta[:, :, None] * X).sum(1)))
@@ -168,6 +168,8 @@ def similarity_filter(
     )
     check.integers("cu_seqlens", cu_seqlens, "T+1")
     check.positive("eps", eps)
+    if training and not nodes.shape[0]:
+        raise ValueError("similarity_filter: statistics in training need at least one image, got nodes with I = 0")
     name = resolve(check.op, backend, nodes.device)
-    args = autocast(nodes, weight, bias, norm_weight, norm_bias, running_mean, running_var)
-    return _op(*args, cu_seqlens, training, float(eps), name)
+    args = autocast(nodes, weight, bias, norm_weight, norm_bias)
+    return _op(*args, running_mean, running_var, cu_seqlens, training, float(eps), name)

@@ -106,6 +106,20 @@ def check_compile(call: Call, args: Sequence[Tensor], backend: str | None) -> No
         torch.testing.assert_close(a.grad, b.grad)
 
 
+def check_fake_backward(op: str, args: Sequence[object], differentiable: int, backend: str) -> None:
+    """The backward op's fake has the shapes, dtypes and strides of the real one, as inductor relies on."""
+    forward = getattr(torch.ops.itm_fast, op).default
+    backward = getattr(torch.ops.itm_fast, f"{op}_backward").default
+    with torch.no_grad():
+        grad = upstream(first(forward(*args, backend)))
+        real = backward(grad, [True] * differentiable, *args, backend)
+        with torch._subclasses.FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in (grad, *args)]
+            fake = backward(fakes[0], [True] * differentiable, *fakes[1:], backend)
+    for r, f in zip(real, fake, strict=True):
+        assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())
+
+
 def check_deterministic(call: Call, args: Sequence[Tensor], backend: str) -> None:
     """The same bits twice, forward and backward."""
     inputs = [a.float() for a in args]

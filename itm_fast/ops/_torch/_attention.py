@@ -51,7 +51,15 @@ def attention(
     return affinity.view(B, X, C * Q), logits.view(B, X, C * Q).softmax(1)
 
 
-def attended_norm(alpha: Tensor, gram: Tensor) -> Tensor:
-    """|P| [B, C * Q] from alpha^T G alpha; rounding below zero counts as zero, with gradient zero."""
+def attended_norm(alpha: Tensor, gram: Tensor, context: Tensor) -> Tensor:
+    """|P| [B, C * Q] from alpha^T G alpha, or from P itself where that cancels; |P| = 0 has gradient zero."""
     square = (torch.bmm(gram, alpha) * alpha).sum(1)
+    # Terms of size max |x|^2 have cancelled to less than a thousandth: three of float32's seven digits are gone.
+    poor = square < 1e-3 * gram.diagonal(dim1=1, dim2=2).amax(1)[:, None]
+    if poor.any():
+        rows = list(square.unbind(0))
+        for b in poor.any(1).nonzero().flatten().tolist():
+            exact = (alpha[b].t() @ context[b]).square().sum(1)
+            rows[b] = torch.where(poor[b], exact, rows[b])
+        square = torch.stack(rows)
     return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()

@@ -15,9 +15,9 @@ CPU_TILE = 4 << 20  # bytes: a block and its temporaries then stay in the last c
 MIN_QUERIES = 192  # words in a block below which matrix products run far from their peak
 
 
-def tile_bytes(device: torch.device) -> int:
-    """Scratch that one block may take on this device."""
-    limit = scratch_bytes(device)
+def tile_bytes(device: torch.device, backward: bool) -> int:
+    """Scratch that one block's forward temporaries may take; backward keeps several of each."""
+    limit = scratch_bytes(device) // (6 if backward else 2)
     return min(CPU_TILE, limit) if device.type == "cpu" else limit
 
 

@@ -20,7 +20,7 @@ COPIES = 6  # [R, L] temporaries of a pair alive at once, forward
 
 def forward(image: Tensor, words: Tensor, *rest) -> Tensor:
     score = image.new_empty(image.shape[0], rest[0].shape[0] - 1)
-    for images, args, blocks in _image_spans(image, words, *rest):
+    for images, args, blocks in _image_spans(False, image, words, *rest):
         _blocks.forward(blocks, args, score[images])
     return score
 
@@ -29,7 +29,7 @@ def backward(grad: Tensor, needs: list[bool], image: Tensor, words: Tensor, *res
     work = _blocks.work_dtype(image)
     d_image = torch.empty_like(image, dtype=work) if needs[0] else None
     d_words = torch.zeros_like(words, dtype=work) if needs[1] else None
-    for images, args, blocks in _image_spans(image, words, *rest):
+    for images, args, blocks in _image_spans(True, image, words, *rest):
         wanted = [*needs, needs[0]][: len(args)]
         found = dict(zip([k for k, n in enumerate(wanted) if n], _blocks.backward(blocks, args, wanted, grad[images])))
         if d_image is not None:
@@ -43,8 +43,10 @@ def backward(grad: Tensor, needs: list[bool], image: Tensor, words: Tensor, *res
     return [d for d in (d_image, d_words) if d is not None]
 
 
-def _image_spans(image, words, cu_seqlens, region_lengths, direction, affinity_norm, scale, pool, pool_scale):
-    """Cut the images so that what is made once per image fills no more than half of the scratch.
+def _image_spans(
+    backward, image, words, cu_seqlens, region_lengths, direction, affinity_norm, scale, pool, pool_scale
+):
+    """Cut the images so that what is made once per image fills no more than a quarter of the scratch.
 
     Yields the images' slice, the blocks' arguments (image, words and for t2i the Gram matrices) and the blocks.
     """
@@ -52,10 +54,10 @@ def _image_spans(image, words, cu_seqlens, region_lengths, direction, affinity_n
     edge = bounds(cu_seqlens, words.shape[0], op)
     _attention.region_counts(region_lengths, image, op)
     work, device = _blocks.work_dtype(image), image.device
-    entries = _blocks.tile_bytes(device) // (COPIES * work.itemsize)
+    entries = _blocks.tile_bytes(device, backward) // (COPIES * work.itemsize)
     function = partial(_score, direction, affinity_norm, scale, pool, pool_scale)
     each = work.itemsize * R * (R + D)  # an image's Gram matrix, and its copy where it is masked or widened
-    for images in spans(I, max(1, scratch_bytes(device) // (2 * each))):
+    for images in spans(I, max(1, scratch_bytes(device) // (4 * each))):
         part, lengths = image[images], None if region_lengths is None else region_lengths[images]
         if lengths is not None:
             part = part.masked_fill(~valid(lengths, R)[:, :, None], 0.0)
@@ -87,7 +89,7 @@ def _score(direction, norm, scale, pool, pool_scale, length, region_lengths, ima
     affinity, alpha = attention(context, query, norm, scale, mask if t2i else None, None if t2i else mask)
     B, (C, Q) = len(context), query.shape[:2]
     # r_j = alpha_j . s_j / max(|q_j| |P_j|, eps)
-    length_P = attended_norm(alpha, gram).view(B, C, Q)
+    length_P = attended_norm(alpha, gram, context).view(B, C, Q)
     length_q = torch.linalg.vector_norm(query, dim=-1)
     r = (alpha * affinity).sum(1).view(B, C, Q) / (length_q * length_P).clamp_min(_attention.EPS)
     if not t2i and mask is not None:

@@ -17,19 +17,20 @@ from ._attention import attended_norm, attention, valid
 
 def forward(image: Tensor, words: Tensor, weight: Tensor, bias: Tensor, *rest) -> Tensor:
     args = image, words, weight, bias
-    return _blocks.forward(_cut(*args, *rest), args, _fake(*args, *rest))
+    return _blocks.forward(_cut(False, *args, *rest), args, _fake(*args, *rest))
 
 
 def backward(grad: Tensor, needs: list[bool], image: Tensor, words: Tensor, weight: Tensor, bias: Tensor, *rest):
     args = image, words, weight, bias
-    return _blocks.backward(_cut(*args, *rest), args, needs, grad)
+    return _blocks.backward(_cut(True, *args, *rest), args, needs, grad)
 
 
-def _cut(image, words, weight, bias, cu_seqlens, region_lengths, direction, affinity_norm, scale):
+def _cut(backward, image, words, weight, bias, cu_seqlens, region_lengths, direction, affinity_norm, scale):
     (I, R, D), op = image.shape, "cross_attention_similarity"
     edge = bounds(cu_seqlens, words.shape[0], op)
     _attention.region_counts(region_lengths, image, op)
-    queries = _blocks.tile_bytes(image.device) // (2 * D * _blocks.work_dtype(image).itemsize)  # differences at once
+    row = 2 * D * _blocks.work_dtype(image).itemsize  # a query's difference
+    queries = _blocks.tile_bytes(image.device, backward) // row
     for run in runs(edge, image.device, _blocks.MIN_QUERIES):
         pair = run.size * (run.length if direction == "t2i" else R)
         for images in spans(I, max(1, queries // pair)):
@@ -51,7 +52,8 @@ def _similarity(direction, norm, scale, length, region_lengths, image, words, we
     context, query = (image, caption) if t2i else (caption, image)
     _, alpha = attention(context, query, norm, scale, mask if t2i else None, None if t2i else mask)
     B, (C, Q, D) = len(context), query.shape
-    alpha = alpha / (attended_norm(alpha, context @ context.transpose(1, 2)) + _attention.EPS)[:, None, :]
+    length_P = attended_norm(alpha, context @ context.transpose(1, 2), context)
+    alpha = alpha / (length_P + _attention.EPS)[:, None, :]
     difference = torch.baddbmm(query.reshape(1, C * Q, D), alpha.transpose(1, 2), context, beta=-1)
     square = difference.square() if torch.is_grad_enabled() else difference.square_()
     similar = _attention.l2norm(F.linear(square.view(B * C * Q, D), weight.to(work), bias.to(work)))

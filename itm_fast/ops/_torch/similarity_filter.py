@@ -17,7 +17,7 @@ COPIES = 3  # [L + 1, S] temporaries of a pair alive at once, forward
 
 def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
     z, mean, var = _fake(*args)
-    for part in _parts(*args):
+    for part in _parts(False, *args):
         result, means, variances = part.function(*(a[at] for a, at in zip(args, part.inputs, strict=False)))
         z[part.result] = result.to(z.dtype)
         if len(mean):
@@ -26,14 +26,16 @@ def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def backward(grad: Tensor, needs: list[bool], *args) -> list[Tensor]:
-    parts = (p._replace(function=lambda *a, f=p.function: f(*a)[0]) for p in _parts(*args))
+    parts = (p._replace(function=lambda *a, f=p.function: f(*a)[0]) for p in _parts(True, *args))
     return _blocks.backward(parts, args[:5], needs, grad)
 
 
-def _parts(nodes, weight, bias, norm_weight, norm_bias, running_mean, running_var, cu_seqlens, training, eps):
+def _parts(
+    backward, nodes, weight, bias, norm_weight, norm_bias, running_mean, running_var, cu_seqlens, training, eps
+):
     (I, M, S), op = nodes.shape, "similarity_filter"
     edge = bounds(cu_seqlens, M, op)
-    rows = _blocks.tile_bytes(nodes.device) // (COPIES * S * _blocks.work_dtype(nodes).itemsize)
+    rows = _blocks.tile_bytes(nodes.device, backward) // (COPIES * S * _blocks.work_dtype(nodes).itemsize)
     function = partial(_filter, running_mean, running_var, training, eps)
     for run in runs(edge, nodes.device, max(1, rows // max(I, 1)) if training else _blocks.MIN_QUERIES):
         # A caption's statistics are over all images, so in training no block may split them.

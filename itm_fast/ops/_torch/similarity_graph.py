@@ -17,7 +17,7 @@ COPIES = 6  # [L + 1, S] temporaries of a pair alive at once, forward
 
 def forward(nodes: Tensor, *rest: Tensor) -> Tensor:
     *weights, cu_seqlens = rest
-    return _blocks.forward(_cut(nodes, cu_seqlens), (nodes, *_folded(*weights)), _fake(nodes, *rest))
+    return _blocks.forward(_cut(False, nodes, cu_seqlens), (nodes, *_folded(*weights)), _fake(nodes, *rest))
 
 
 def backward(grad: Tensor, needs: list[bool], nodes: Tensor, *rest: Tensor) -> list[Tensor]:
@@ -27,7 +27,7 @@ def backward(grad: Tensor, needs: list[bool], nodes: Tensor, *rest: Tensor) -> l
         folded = _folded(*leaves)
     wanted = [needs[0], *(f.requires_grad for f in folded)]
     args = (nodes, *(f.detach() for f in folded))
-    found = _blocks.backward(_cut(nodes, cu_seqlens), args, wanted, grad)
+    found = _blocks.backward(_cut(True, nodes, cu_seqlens), args, wanted, grad)
     result = found[:1] if needs[0] else []
     if any(needs[1:]):
         outputs = [f for f in folded if f.requires_grad]
@@ -47,10 +47,10 @@ def _folded(Wq: Tensor, bq: Tensor, Wk: Tensor, bk: Tensor, Wr: Tensor, br: Tens
     return product, torch.cat([u, torch.zeros_like(u)], 1), br + 0 * bk
 
 
-def _cut(nodes: Tensor, cu_seqlens: Tensor) -> Iterator[_blocks.Block]:
+def _cut(backward: bool, nodes: Tensor, cu_seqlens: Tensor) -> Iterator[_blocks.Block]:
     (I, M, S), op = nodes.shape, "similarity_graph"
     edge = bounds(cu_seqlens, M, op)
-    rows = _blocks.tile_bytes(nodes.device) // (COPIES * S * _blocks.work_dtype(nodes).itemsize)
+    rows = _blocks.tile_bytes(nodes.device, backward) // (COPIES * S * _blocks.work_dtype(nodes).itemsize)
     for run in runs(edge, nodes.device, _blocks.MIN_QUERIES):
         for images in spans(I, max(1, rows // (run.length * run.size))):
             inputs = ((images, run.rows), (), (), ())
