@@ -9,6 +9,9 @@ import torch
 from PIL import Image
 
 from itm_fast.cli import _attention, _comparison, _picture, demo, main
+from itm_fast.data import Vocabulary, encode_caption, open_split
+from itm_fast.data.openclipart import FOLDER, VOCABULARY
+from itm_fast.evaluation import metrics
 from itm_fast.models.sgraf import EncoderSimilarity
 
 
@@ -91,6 +94,15 @@ def test_attention_is_the_models_own():
         _attention.saf_attention(EncoderSimilarity(16, 8, "SGR").eval(), image, words)
 
 
+def test_answers_that_only_rounding_tells_apart_count_as_wrong_on_both_sides():
+    owner = np.array([0, 1, 1])
+    score = np.array([[0.5, 0.5 - 1e-7, 0.1], [0.2, 0.9, 0.3]], np.float32)
+    for tied in (score, np.where(score == np.float32(0.5 - 1e-7), np.float32(0.5 + 1e-7), score)):
+        lowered = _comparison._lowered(tied, owner)
+        assert metrics(lowered, owner).i2t.r1 == 50
+        assert (lowered != tied).sum() == 3
+
+
 def test_heat_is_red_where_the_weight_is():
     weight = np.zeros((6, 6))
     weight[1, 4] = 1.0
@@ -101,14 +113,14 @@ def test_heat_is_red_where_the_weight_is():
 
 
 def test_default_queries_have_known_words_and_their_picture_first():
-    from itm_fast.data import Vocabulary, open_split
-    from itm_fast.data.openclipart import FOLDER, VOCABULARY
-
-    split = open_split(FOLDER, "test")
-    split = split.first(60)
-    rows = demo._rows(demo._model("saf"), split, Vocabulary.load(VOCABULARY), None, 0)
-    assert 0 < len(rows) <= demo.DRAWN
-    for row in rows:
-        assert row.right == 0
-        assert not any(demo.UNKNOWN in word for word in row.words)
-        assert len(row.words) == len(row.weights) == len(row.regions) + 1
+    split, vocabulary = open_split(FOLDER, "test"), Vocabulary.load(VOCABULARY)
+    score = np.zeros((len(split.features), len(split.captions)), np.float32)
+    first = set(range(0, len(split.captions), 10))
+    for t in first:
+        score[split.caption_to_image[t], t] = 1
+    drawn = demo._drawn(score, split, vocabulary, 0)
+    assert len(set(drawn)) == demo.DRAWN
+    assert set(drawn) <= first
+    for t in drawn:
+        assert 3 not in encode_caption(split.captions[t], vocabulary)  # <unk>
+    assert demo._drawn(score, split, vocabulary, 1) != drawn

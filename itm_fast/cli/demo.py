@@ -84,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     models = {name: _model(name) for name in dict.fromkeys((*names, "saf"))}
     print(
         f"Scoring {len(split.captions):,} captions with {len(split.features):,} pictures that no model was trained "
-        "on: by the papers' loop, and by itm-fast."
+        "on: by the papers' loop, and by itm-fast. A wrong answer within 1e-5 of the right one counts as better."
     )
     compared = compare({_TITLES[name]: models[name] for name in names}, split, vocabulary)
     print(f"\n{report(compared)}\n")
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     for row in compared:
         print(f"{row.name:<{width}}  {row}")
 
-    scores = {row.name: row.score for row in compared}
+    scores = {row.name: row.scores.fast for row in compared}
     rows = _rows(models["saf"], split, vocabulary, asked, args.seed, scores.get("SAF"))
     chosen = DRAWN_TITLE if asked is None else ""
     picture = draw("What SAF attends to", SUBTITLE + chosen, rows)
