@@ -59,7 +59,7 @@ def test_a_difference_is_said_and_changes_the_exit_code(tmp_path, capsys, monkey
     assert "tables DIFFER" in capsys.readouterr().out
     (row,) = json.loads((tmp_path / "demo.json").read_text())["compared"]
     assert row["largest_score_difference"] > 0.1
-    assert row["queries_with_another_rank"] > 10
+    assert row["queries_with_another_rank"] > 30  # of 24 images and as many captions
 
 
 @pytest.mark.parametrize(

