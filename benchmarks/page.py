@@ -1,11 +1,14 @@
-"""Turn benchmarks/results/pair_scorers_*.json into a page of tables and plots: benchmarks/results/README.md.
+"""Turn benchmarks/results/*.json into a page of tables and plots, and into the README's tables.
 
     python benchmarks/page.py
+
+A table of the README stands between `<!-- NAME.json -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from html import escape
 from pathlib import Path
 
@@ -30,6 +33,44 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
+def recall(result: dict) -> str:
+    """Held-out recall of the demo's models, chance and the control beside it."""
+    lines = [
+        "| model | i2t R@1 | R@5 | R@10 | t2i R@1 | R@5 | R@10 | rsum |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for one in result["held_out"]:
+        (pool,) = one["pools"]
+        cells = [pool[side][k] for side in ("i2t", "t2i") for k in ("r1", "r5", "r10")]
+        name = {"mean of the scores": "SGRAF (mean of SGR and SAF)"}.get(one["name"], one["name"])
+        lines.append(f"| {name} | " + " | ".join(f"{x:.1f}" for x in cells) + f" | {pool['rsum']:.1f} |")
+    chance = [pool[side]["chance"][k] for side in ("i2t", "t2i") for k in ("r1", "r5", "r10")]
+    lines.append("| chance | " + " | ".join(f"{x:.1f}" for x in chance) + f" | {sum(chance):.1f} |")
+    return "\n".join(lines)
+
+
+def readme(text: str) -> str:
+    """The README with its tables made anew."""
+
+    def fill(match: re.Match) -> str:
+        result = json.loads((RESULTS / match[1]).read_text())
+        made = recall(result) if "held_out" in result else f"{caption(result)}\n\n{table(result)}"
+        return f"<!-- {match[1]} -->\n\n{made}\n\n<!-- end -->"
+
+    return re.sub(r"<!-- (\w+\.json) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
+
+
+def caption(result: dict) -> str:
+    """Where and how a result was measured."""
+    e, block = result["environment"], result["results"][0]
+    return (
+        f"{e['device']}; {e['threads']} threads; torch {e['torch']}; {e['date']}; commit {e['commit']}. "
+        f"{block['images']} images x {block['captions']} captions of `{result['shape']}`, R 36, D 1024, S 256, "
+        f"float32, {result['rounds']} alternating rounds in one process, medians. A large "
+        f"matrix product in the same run: {result['matmul_peak_gflops']:.0f} GFLOP/s."
+    )
+
+
 def plot(result: dict) -> str:
     """An SVG of bars: times faster than the paper's loop, by model."""
     bars, width, step, left = [], 720, 22, 220
@@ -52,18 +93,11 @@ def plot(result: dict) -> str:
 
 
 def section(path: Path) -> str:
-    result = json.loads(path.read_text())
-    e, name = result["environment"], path.stem
+    result, name = json.loads(path.read_text()), path.stem
     (RESULTS / f"{name}.svg").write_text(plot(result))
-    block = result["results"][0]
-    return (
-        f"## {name}\n\n"
-        f"{e['device']}; {e['threads']} threads; torch {e['torch']}; {e['date']}; commit {e['commit']}. "
-        f"{block['images']} images x {block['captions']} captions of `{result['shape']}`, float32, "
-        f"{result['rounds']} alternating rounds, medians. Large matrix product in the same run: "
-        f"{result['matmul_peak_gflops']:.0f} GFLOP/s. Raw numbers: [{path.name}]({path.name}).\n\n"
-        f"{table(result)}\n\n![times faster than the paper's loop]({name}.svg)\n"
-    )
+    raw = f"Raw numbers: [{path.name}]({path.name})."
+    picture = f"![times faster than the paper's loop]({name}.svg)"
+    return f"## {name}\n\n{caption(result)} {raw}\n\n{table(result)}\n\n{picture}\n"
 
 
 def main() -> None:
@@ -74,6 +108,8 @@ def main() -> None:
         "inputs.\n"
     )
     (RESULTS / "README.md").write_text("\n".join([head, *parts]))
+    top = RESULTS.parents[1] / "README.md"
+    top.write_text(readme(top.read_text()))
 
 
 if __name__ == "__main__":

@@ -208,3 +208,26 @@ def test_help_states_folds_ties_and_examples(capsys):
     text = capsys.readouterr().out
     for word in ("COCO 1K", "pessimistic", "NaN", "--split testall --folds 5", "10^9 bytes", "eccv"):
         assert word in text
+
+
+def test_the_vocabulary_beside_the_checkpoint_comes_before_one_near_the_data(made, tmp_path, capsys):
+    words = Vocabulary.load(made / "pets_precomp" / "pets_precomp_vocab.json")
+    other = [*list(words.word2idx)[:4], *reversed(list(words.word2idx)[4:])]
+    shutil.copytree(made / "pets_precomp", tmp_path / "pets_precomp")
+    Vocabulary(other).save(tmp_path / "pets_precomp" / "pets_precomp_vocab.json")
+    (tmp_path / "run").mkdir()
+    shutil.copy(made / "SAF.pth.tar", tmp_path / "run")
+    words.save(tmp_path / "run" / "pets_precomp_vocab.json")
+    command = ["evaluate", "--checkpoint", f"{tmp_path}/run/SAF.pth.tar", "--data", f"{tmp_path}/pets_precomp"]
+    assert main([*command, "--no-progress"]) == 0
+    assert f"vocabulary: {tmp_path}/run/pets_precomp_vocab.json" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [("--trec", "0"), ("--folds", "0")])
+def test_what_cannot_be_written_or_cut_is_refused_before_scoring(made, tmp_path, capsys, monkeypatch, more):
+    monkeypatch.setattr("itm_fast.evaluation.evaluate", lambda *_, **__: pytest.fail("scored"))
+    (tmp_path / "file").write_text("")
+    words = ["evaluate", "--checkpoint", f"{made}/SAF.pth.tar", "--data", f"{made}/pets_precomp", "--no-progress"]
+    assert main([*words, "--output", f"{tmp_path}/file"]) == 2
+    assert main([*words, "--output", f"{tmp_path}/out", *more]) == 2
+    assert "at least 1" in capsys.readouterr().err

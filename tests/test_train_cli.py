@@ -15,7 +15,7 @@ from training_cases import DEV, TRAIN, F, assert_same_run, log_rows, tensors_of
 
 import itm_fast.evaluation
 from itm_fast.cli import main
-from itm_fast.data import save_splits
+from itm_fast.data import Vocabulary, save_splits
 from itm_fast.training import checkpoint, resume, trainer
 
 
@@ -110,3 +110,17 @@ def test_ctrl_c_in_a_terminal(tmp_path, data):
     subprocess.run([*command, *_words(data, output, *small, "--resume")], env=environment, check=True)
     assert_same_run(output, tmp_path / "whole")
     assert log_rows(output) == log_rows(tmp_path / "whole")
+
+
+def test_a_direction_is_for_scan(tmp_path, data, capsys):
+    words = ["train", "--model", "sgr", "--direction", "i2t", "--data", str(data)]
+    assert main([*words, "--output", f"{tmp_path}/r"]) == 2
+    assert "--direction is for --model scan" in capsys.readouterr().err
+
+
+def test_a_built_vocabulary_counts_train_and_dev(tmp_path, data):
+    words = ["train", "--model", "scan", "--data", str(data), "--output", f"{tmp_path}/r", "--max-steps", "1"]
+    assert main([*words, "--min-count", "1", "--embed-size", "8", "--word-dim", "4", "--quiet"]) == 0
+    (path,) = (tmp_path / "r").glob("*_vocab.json")
+    spoken = {word for split in (TRAIN, DEV) for caption in split.captions for word in caption.split()}
+    assert spoken <= set(Vocabulary.load(path).word2idx)

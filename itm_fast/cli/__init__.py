@@ -102,8 +102,9 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 def _sentence(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
-    if isinstance(error, ModuleNotFoundError) and error.name and str(error).startswith("No module named"):
-        return f"this needs the Python package {error.name!r}, which is not installed; `pip install` it"
+    package = (error.name or "itm_fast") if isinstance(error, ModuleNotFoundError) else "itm_fast"
+    if not package.startswith("itm_fast") and str(error).startswith("No module named"):
+        return f"this needs the Python package {package!r}, which is not installed; `pip install` it"
     if _out_of_memory(error):
         detail = (str(error) or "no details").splitlines()[0]
         return f"out of memory; use a smaller batch size or memory budget ({detail})"

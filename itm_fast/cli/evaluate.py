@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -57,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--vocab",
         metavar="JSON",
-        help="the vocabulary the checkpoints were trained with; default: found beside the data, beside the first "
-        "checkpoint or where that was trained",
+        help="the vocabulary the checkpoints were trained with; default: found beside the first checkpoint, where "
+        "that was trained, or near the data, in this order",
     )
     parser.add_argument("--folds", type=int, metavar="N", help="also average over N parts of the images; 5 for COCO 1K")
     parser.add_argument(
@@ -137,6 +138,15 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--resume continues a score file; name it with --scores FILE.npy")
     if args.trec is not None and not args.output:
         raise ValueError("--trec writes its files to --output DIR; give that as well")
+    if args.trec is not None and args.trec < 1:
+        raise ValueError(f"--trec wants how many items to write, at least 1, got {args.trec}")
+    if args.folds is not None and args.folds < 1:
+        raise ValueError(f"--folds wants at least 1 part, got {args.folds}")
+    if args.output and not args.dry_run:  # hours of scoring must not end at a folder that cannot be written
+        folder = Path(args.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -177,10 +187,11 @@ def _evaluate(args: argparse.Namespace) -> int:
         epochs=[found.epoch for found in loaded],
         data=os.path.abspath(args.data),
         split=args.split,
-        vocabulary=str(vocab_path),
+        vocabulary=os.path.abspath(vocab_path),
         limit_captions=args.limit_captions,
     )
     print(report)
+    print(f"vocabulary: {vocab_path}")
     _print_speed(report)
     if report.relevance_missing and _has_ids(split):
         print(report.relevance_missing)
@@ -288,7 +299,7 @@ def _check_vocabulary(path: str, found: Checkpoint, vocab_path: Path, vocab: Voc
 
 
 def _vocabulary(args: argparse.Namespace, opt: Namespace) -> tuple[Path, Vocabulary]:
-    """The vocabulary named, or the first found in the places where it is usually kept."""
+    """The vocabulary named, or the first found: beside the first checkpoint, where it was trained, near the data."""
     from ..data import Vocabulary
 
     if args.vocab:
@@ -297,12 +308,12 @@ def _vocabulary(args: argparse.Namespace, opt: Namespace) -> tuple[Path, Vocabul
     beside = data if data.is_dir() else data.parent
     stems = dict.fromkeys([getattr(opt, "data_name", None), data.stem])
     names = [*(f"{stem}_vocab.json" for stem in stems if stem), "vocab.json"]
-    # SCAN keeps data/f30k_precomp/ and vocab/ side by side.
-    folders = [beside]
-    folders += [folder / "vocab" for folder in (beside, beside.parent, beside.parent.parent)]
-    folders += [beside.parent, Path(args.checkpoint[0]).parent]
+    folders = [Path(args.checkpoint[0]).parent]
     if getattr(opt, "vocab_path", None):
         folders.append(Path(opt.vocab_path))
+    # SCAN keeps data/f30k_precomp/ and vocab/ side by side.
+    near = (beside, beside.parent, beside.parent.parent)
+    folders += [beside, *(folder / "vocab" for folder in near), beside.parent]
     folders = list(dict.fromkeys(folders))
     for folder in folders:
         for name in names:

@@ -69,12 +69,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--resume", action="store_true", help="continue the run in --output")
     run.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: CUDA where there is one)")
     run.add_argument("--backend", help="force one backend for every operation; `itm-fast doctor` lists them")
-    run.add_argument("--max-steps", type=int, metavar="N", help="stop after N optimiser steps, for a trial run")
+    run.add_argument(
+        "--max-steps",
+        type=int,
+        metavar="N",
+        help="stop after N steps, for a trial run: the weights of that "
+        "moment are validated and may be kept as the best",
+    )
     run.add_argument("--tensorboard", action="store_true", help="write OUTPUT/tensorboard besides log.csv")
     run.add_argument("--quiet", action="store_true", help="no bars and no table per epoch")
 
     data = parser.add_argument_group("data")
-    data.add_argument("--vocab", metavar="JSON", help="vocabulary (default: built from the training captions)")
+    data.add_argument(
+        "--vocab", metavar="JSON", help="vocabulary (default: built from the training and dev captions, as published)"
+    )
     data.add_argument(
         "--min-count", type=int, metavar="N", help="words a built vocabulary keeps: seen N times (default 4)"
     )
@@ -149,6 +157,8 @@ def run(args: argparse.Namespace) -> int:
         if missing:
             raise ValueError(f"{' and '.join(missing)} must be given, except with --resume")
         places = {**_DEFAULTS, **given}
+        if "direction" in given and places["model"] != "scan":
+            raise ValueError(f"--direction is for --model scan; {places['model']} attends from words to regions")
         opt = options(places["model"], recipe=places["recipe"], direction=places["direction"], **changes)
 
     data = Path(places["data"])
@@ -159,7 +169,7 @@ def run(args: argparse.Namespace) -> int:
     opt.data_path = str(data.parent)
     if not args.resume:
         opt.data_name = data.stem if data.is_file() else data.resolve().name
-    vocabulary = _vocabulary(args, output / f"{opt.data_name}_vocab.json", train_split.captions)
+    vocabulary = _vocabulary(args, output / f"{opt.data_name}_vocab.json", [*train_split.captions, *dev_split.captions])
     if not args.quiet:
         print(_summary(opt, train_split, dev_split, len(vocabulary)), file=sys.stderr)
     result = train(

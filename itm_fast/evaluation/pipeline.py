@@ -166,7 +166,7 @@ def _score_files(scores: str | os.PathLike[str] | None, models: int, resume: boo
     if models == 1:
         return [path]
     if path.exists() and not resume:
-        raise FileExistsError(f"{path} exists; give another name, delete it, or resume to write it again")
+        raise FileExistsError(f"{path} exists; give another name, delete it, or resume (--resume) to write it again")
     return [path.with_name(f"{path.stem}-{number}.npy") for number in range(1, models + 1)]
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from ..._workspace import scratch_bytes
 from ...packing import Index
 
-CPU_TILE = 4 << 20  # bytes: a block and its temporaries then stay in the last caches of a core
-MIN_QUERIES = 192  # words in a block below which matrix products run far from their peak
+CPU_TILE = 8 << 20  # bytes: a block and its temporaries then stay in the last caches of a core
+MIN_QUERIES = 384  # words in a block below which matrix products run far from their peak
 
 
 def tile_bytes(device: torch.device, backward: bool) -> int:
