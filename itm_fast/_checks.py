@@ -92,3 +92,8 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.dtype in FLOATS and t.dtype != torch.float64 else t for t in tensors)
+
+
+def work_dtype(tensor: Tensor) -> torch.dtype:
+    """What sums over a tensor are kept in: float32, or float64 where the tensor is; half precision never is."""
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from .._backends import resolve
-from .._checks import Arguments
+from .._checks import Arguments, work_dtype
 from ._op import Op, by_autograd
 
 OFFERED = ("torch", "reference")
@@ -104,5 +104,5 @@ def hardest_negative_loss(
         check.integers("image_ids", image_ids, "B")
     name = resolve(check.op, backend, score.device)
     if torch.is_autocast_enabled(score.device.type):
-        score = score.to(torch.promote_types(score.dtype, torch.float32))
+        score = score.to(work_dtype(score))
     return _op(score, image_ids, float(margin), hardest, name)

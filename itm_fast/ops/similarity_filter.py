@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from .._backends import resolve
-from .._checks import Arguments, autocast
+from .._checks import Arguments, autocast, work_dtype
 from ..packing import bounds
 from . import _attention
 from ._op import Op, by_autograd
@@ -64,16 +64,11 @@ def reference(
         beta = g / (g.abs().sum(1, keepdim=True) + _attention.EPS)
         result.append(_attention.l2norm((beta[:, :, None] * X).sum(1)))
         if training:
-            means.append(mean.detach().to(_statistics(nodes)))
-            variances.append(var.detach().to(_statistics(nodes)))
-    none = nodes.new_empty(0, dtype=_statistics(nodes))
+            means.append(mean.detach().to(work_dtype(nodes)))
+            variances.append(var.detach().to(work_dtype(nodes)))
+    none = nodes.new_empty(0, dtype=work_dtype(nodes))
     z = torch.stack(result, 1) if result else _no_captions(nodes, weight, bias, norm_weight, norm_bias)
     return z, torch.stack(means) if means else none, torch.stack(variances) if variances else none.clone()
-
-
-def _statistics(nodes: Tensor) -> torch.dtype:
-    """Running statistics are kept in float32 or better, whatever the nodes are."""
-    return torch.promote_types(nodes.dtype, torch.float32)
 
 
 def _no_captions(nodes: Tensor, *parameters: Tensor) -> Tensor:
@@ -92,7 +87,7 @@ def _fake(nodes, weight, bias, norm_weight, norm_bias, running_mean, running_var
     T = cu_seqlens.shape[0] - 1
     statistics = T if training else 0
     z = nodes.new_empty(nodes.shape[0], T, nodes.shape[2])
-    mean = nodes.new_empty(statistics, dtype=_statistics(nodes))
+    mean = nodes.new_empty(statistics, dtype=work_dtype(nodes))
     return z, mean, torch.empty_like(mean)
 
 

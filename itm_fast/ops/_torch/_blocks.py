@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..._checks import work_dtype
 from ..._workspace import scratch_bytes
 from ...packing import Index
 
@@ -39,7 +40,7 @@ def forward(blocks: Iterator[Block], args: Sequence[Tensor], result: Tensor) -> 
 
 def backward(blocks: Iterator[Block], args: Sequence[Tensor], needs: Sequence[bool], grad: Tensor) -> list[Tensor]:
     """Run each block again, differentiate it, and add up, in float32 or better: one gradient for each of `needs`."""
-    work = torch.promote_types(grad.dtype, torch.float32)
+    work = work_dtype(grad)
     total = [torch.zeros_like(a, dtype=work) if n else None for a, n in zip(args, needs, strict=True)]
     for block in blocks:
         with torch.enable_grad():
@@ -54,8 +55,3 @@ def backward(blocks: Iterator[Block], args: Sequence[Tensor], needs: Sequence[bo
             if whole is not None:
                 whole[at] += next(found)
     return [t for t in total if t is not None]
-
-
-def work_dtype(*tensors: Tensor) -> torch.dtype:
-    """float32, or float64 where the inputs are: half precision is never the accumulator."""
-    return torch.promote_types(tensors[0].dtype, torch.float32)

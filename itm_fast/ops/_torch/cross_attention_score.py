@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..._checks import work_dtype
 from ..._workspace import scratch_bytes
 from ...packing import bounds, runs, spans
 from .. import _attention
@@ -26,7 +27,7 @@ def forward(image: Tensor, words: Tensor, *rest) -> Tensor:
 
 
 def backward(grad: Tensor, needs: list[bool], image: Tensor, words: Tensor, *rest) -> list[Tensor]:
-    work = _blocks.work_dtype(image)
+    work = work_dtype(image)
     d_image = torch.empty_like(image, dtype=work) if needs[0] else None
     d_words = torch.zeros_like(words, dtype=work) if needs[1] else None
     for images, args, blocks in _image_spans(True, image, words, *rest):
@@ -53,7 +54,7 @@ def _image_spans(
     (I, R, D), op = image.shape, "cross_attention_score"
     edge = bounds(cu_seqlens, words.shape[0], op)
     _attention.region_counts(region_lengths, image, op)
-    work, device = _blocks.work_dtype(image), image.device
+    work, device = work_dtype(image), image.device
     entries = _blocks.tile_bytes(device, backward) // (COPIES * work.itemsize)
     function = partial(_score, direction, affinity_norm, scale, pool, pool_scale)
     each = work.itemsize * R * (R + D)  # an image's Gram matrix, and its copy where it is masked or widened
@@ -79,7 +80,7 @@ def _rectangles(I, R, edge, device, entries, region_lengths, function, arguments
 
 
 def _score(direction, norm, scale, pool, pool_scale, length, region_lengths, image, words, gram=None):
-    work = _blocks.work_dtype(image)
+    work = work_dtype(image)
     image, caption = image.to(work), words.to(work).view(-1, length, words.shape[-1])
     mask = None if region_lengths is None else valid(region_lengths, image.shape[1])
     t2i = direction == "t2i"

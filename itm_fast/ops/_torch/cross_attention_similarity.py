@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._checks import work_dtype
 from ...packing import bounds, runs, spans
 from .. import _attention
 from ..cross_attention_similarity import _fake
@@ -29,7 +30,7 @@ def _cut(backward, image, words, weight, bias, cu_seqlens, region_lengths, direc
     (I, R, D), op = image.shape, "cross_attention_similarity"
     edge = bounds(cu_seqlens, words.shape[0], op)
     _attention.region_counts(region_lengths, image, op)
-    row = 2 * D * _blocks.work_dtype(image).itemsize  # a query's difference
+    row = 2 * D * work_dtype(image).itemsize  # a query's difference
     queries = _blocks.tile_bytes(image.device, backward) // row
     for run in runs(edge, image.device, _blocks.MIN_QUERIES):
         pair = run.size * (run.length if direction == "t2i" else R)
@@ -43,7 +44,7 @@ def _cut(backward, image, words, weight, bias, cu_seqlens, region_lengths, direc
 
 
 def _similarity(direction, norm, scale, length, region_lengths, image, words, weight, bias):
-    work = _blocks.work_dtype(image)
+    work = work_dtype(image)
     image, caption = image.to(work), words.to(work).view(-1, length, words.shape[-1])
     mask = None if region_lengths is None else valid(region_lengths, image.shape[1])
     if mask is not None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..._checks import work_dtype
 from .._op import by_autograd
 from ..hardest_negative_loss import positives
-from ._blocks import work_dtype
 
 
 def _loss(score: Tensor, image_ids: Tensor | None, margin: float, hardest: bool) -> Tensor:

@@ -7,6 +7,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..._checks import work_dtype
 from ...packing import bounds, runs, spans
 from .. import _attention
 from ..similarity_filter import _fake
@@ -35,7 +36,7 @@ def _parts(
 ):
     (I, M, S), op = nodes.shape, "similarity_filter"
     edge = bounds(cu_seqlens, M, op)
-    rows = _blocks.tile_bytes(nodes.device, backward) // (COPIES * S * _blocks.work_dtype(nodes).itemsize)
+    rows = _blocks.tile_bytes(nodes.device, backward) // (COPIES * S * work_dtype(nodes).itemsize)
     function = partial(_filter, running_mean, running_var, training, eps)
     for run in runs(edge, nodes.device, max(1, rows // max(I, 1)) if training else _blocks.MIN_QUERIES):
         # A caption's statistics are over all images, so in training no block may split them.
@@ -46,7 +47,7 @@ def _parts(
 
 
 def _filter(running_mean, running_var, training, eps, length, nodes, weight, bias, norm_weight, norm_bias):
-    work = _blocks.work_dtype(nodes)
+    work = work_dtype(nodes)
     (b, _, S), scale, shift = nodes.shape, norm_weight.to(work), norm_bias.to(work)
     X = nodes.to(work).reshape(b, -1, length, S)
     a = X @ weight.to(work) + bias.to(work)

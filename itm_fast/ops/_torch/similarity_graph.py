@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ..._checks import work_dtype
 from ...packing import bounds, runs, spans
 from ..similarity_graph import _fake
 from . import _blocks
@@ -41,7 +42,7 @@ def _folded(Wq: Tensor, bq: Tensor, Wk: Tensor, bk: Tensor, Wr: Tensor, br: Tens
 
     bk takes part with weight zero, so that its gradient is zero and not missing.
     """
-    Wq, bq, Wk, bk, Wr, br = (w.to(_blocks.work_dtype(Wq)) for w in (Wq, bq, Wk, bk, Wr, br))
+    Wq, bq, Wk, bk, Wr, br = (w.to(work_dtype(Wq)) for w in (Wq, bq, Wk, bk, Wr, br))
     u = (bq[:, None, :] @ Wk).squeeze(1)
     product = torch.cat([Wq.transpose(1, 2) @ Wk, Wr.transpose(1, 2)], 2)
     return product, torch.cat([u, torch.zeros_like(u)], 1), br + 0 * bk
@@ -50,7 +51,7 @@ def _folded(Wq: Tensor, bq: Tensor, Wk: Tensor, bk: Tensor, Wr: Tensor, br: Tens
 def _cut(backward: bool, nodes: Tensor, cu_seqlens: Tensor) -> Iterator[_blocks.Block]:
     (I, M, S), op = nodes.shape, "similarity_graph"
     edge = bounds(cu_seqlens, M, op)
-    rows = _blocks.tile_bytes(nodes.device, backward) // (COPIES * S * _blocks.work_dtype(nodes).itemsize)
+    rows = _blocks.tile_bytes(nodes.device, backward) // (COPIES * S * work_dtype(nodes).itemsize)
     for run in runs(edge, nodes.device, _blocks.MIN_QUERIES):
         for images in spans(I, max(1, rows // (run.length * run.size))):
             inputs = ((images, run.rows), (), (), ())
