@@ -1,0 +1,112 @@
+// The one matrix product: C = A B + what is there, with C's columns along the lanes.
+//
+// A is read a value at a time and B a row of vectors at a time, so both are k-major: A[k][row], B[k][column]. What a
+// tile starts from and where it goes are the caller's functions, so that products fuse with what surrounds them.
+// Every element is one chain of fused multiply-adds over k, so its bits depend on neither its place nor its tile.
+#pragma once
+#include "simd.h"
+
+namespace itm_fast {
+
+#if defined(__AVX512F__)
+constexpr int TILE_ROWS = 12, TILE_VECTORS = 2;  // 24 sums, 2 of B and a broadcast: 27 of 32 registers
+#else
+constexpr int TILE_ROWS = 4, TILE_VECTORS = 3;  // 12 sums, 3 of B and a broadcast: 16 registers
+#endif
+constexpr int ROW_STEP = 4;  // rows of A come in multiples of this, zeros beyond the real ones
+
+template <class T>
+constexpr int TILE_COLUMNS = TILE_VECTORS * LANES<T>;
+
+constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Two bfloat16 values of neighbouring k in one word: what AVX-512's dot product takes from A and from B.
+struct Pair {
+  uint32_t bits;
+};
+
+template <class E>
+using Sum = std::conditional_t<std::is_same_v<E, Pair>, float, E>;
+
+// A as a k-major array whose rows lie ld apart, or, with ld = 0, packed by pack_rows: panels of TILE_ROWS rows, the
+// last one of as many as are left.
+template <class E>
+struct Left {
+  const E* data;
+  int64_t ld;
+};
+
+template <class E>
+struct Right {
+  const E* data;
+  int64_t ld;
+};
+
+template <class E>
+inline void multiply_add(Vec<Sum<E>>& c, const E* a, Vec<Sum<E>> b) {
+#if defined(__AVX512BF16__)
+  if constexpr (std::is_same_v<E, Pair>) {
+    c = (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(int(a->bits)), (__m512bh)b);
+    return;
+  } else
+#endif
+    c += b * *(const Sum<E>*)a;
+}
+
+template <class E, int ROWS, int VECTORS, class Begin, class End>
+inline void tile(int64_t K, const E* a, int64_t lda, const E* b, int64_t ldb, Begin begin, End end) {
+  using T = Sum<E>;
+  Vec<T> c[ROWS][VECTORS];
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) c[r][v] = begin(r, v);
+  for (int64_t k = 0; k < K; ++k, a += lda, b += ldb) {
+    Vec<T> row[VECTORS];
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) std::memcpy(&row[v], b + v * LANES<T>, sizeof row[v]);
+#pragma GCC unroll 16
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+      for (int v = 0; v < VECTORS; ++v) multiply_add<E>(c[r][v], a + r, row[v]);
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < VECTORS; ++v) end(r, v, c[r][v]);
+}
+
+template <class E, int ROWS, class Begin, class End>
+inline void tile_row(int64_t M, int64_t N, int64_t K, Left<E> a, Right<E> b, int64_t i, int64_t j, Begin begin,
+                     End end) {
+  using T = Sum<E>;
+  const E* rows = a.ld ? a.data + i : a.data + i * K;
+  const int64_t lda = a.ld ? a.ld : least(TILE_ROWS, round_up(M - i, ROW_STEP));
+  const auto first = [&](int r, int v) { return begin(i + r, j + v * LANES<T>); };
+  const auto last = [&](int r, int v, Vec<T> c) {
+    if (i + r < M) end(i + r, j + v * LANES<T>, c);
+  };
+  const int64_t vectors = least(TILE_VECTORS, (N - j + LANES<T> - 1) / LANES<T>);
+  if (vectors == TILE_VECTORS) tile<E, ROWS, TILE_VECTORS>(K, rows, lda, b.data + j, b.ld, first, last);
+  else if (TILE_VECTORS == 3 && vectors == 2) tile<E, ROWS, 2>(K, rows, lda, b.data + j, b.ld, first, last);
+  else tile<E, ROWS, 1>(K, rows, lda, b.data + j, b.ld, first, last);
+}
+
+// end(i, j, begin(i, j) + sum over k of A[k][i] B[k][j .. j + LANES]) for all i < M and all vectors that begin at
+// j < N. B, and whatever begin and end touch, have their columns padded to whole vectors. begin is also asked for
+// rows up to the next multiple of ROW_STEP.
+template <class E, class Begin, class End>
+inline void gemm(int64_t M, int64_t N, int64_t K, Left<E> a, Right<E> b, Begin begin, End end) {
+  for (int64_t j = 0; j < N; j += TILE_COLUMNS<Sum<E>>) {
+    int64_t i = 0;
+    for (; i + TILE_ROWS <= round_up(M, ROW_STEP); i += TILE_ROWS) tile_row<E, TILE_ROWS>(M, N, K, a, b, i, j, begin, end);
+    if constexpr (TILE_ROWS == 12) {
+      const int64_t left = round_up(M, ROW_STEP) - i;
+      if (left == 8) tile_row<E, 8>(M, N, K, a, b, i, j, begin, end);
+      if (left == 4) tile_row<E, 4>(M, N, K, a, b, i, j, begin, end);
+    }
+  }
+}
+
+}  // namespace itm_fast

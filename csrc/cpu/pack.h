@@ -1,0 +1,115 @@
+// Reading tensors of any dtype into the layouts of gemm.h.
+#pragma once
+#include <algorithm>
+#include <stdexcept>
+
+#include "threads.h"
+
+namespace itm_fast {
+
+enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+
+// A contiguous tensor as it came.
+struct Source {
+  const void* data;
+  int64_t dtype;
+};
+
+inline float widen_bfloat16(uint16_t bits) {
+  const uint32_t wide = uint32_t(bits) << 16;
+  float x;
+  std::memcpy(&x, &wide, sizeof x);
+  return x;
+}
+
+inline float widen_float16(uint16_t bits) {
+  const uint32_t sign = uint32_t(bits & 0x8000) << 16, rest = bits & 0x7fff;
+  float x;
+  if (rest >= 0x0400) {
+    const uint32_t wide = sign | ((rest << 13) + (rest >= 0x7c00 ? 0x70000000 : 0x38000000));
+    std::memcpy(&x, &wide, sizeof x);
+    return x;
+  }
+  x = float(rest) * 0x1p-24f;  // zero or subnormal
+  return sign ? -x : x;
+}
+
+// n values from `offset` on: the tensor's own memory where its dtype is T, else widened into `room`.
+template <class T>
+inline const T* read(Source s, int64_t offset, int64_t n, T* room) {
+  if (s.dtype == (sizeof(T) == 4 ? FLOAT32 : FLOAT64)) return static_cast<const T*>(s.data) + offset;
+  const auto copy = [&](auto* from, auto widen) {
+    for (int64_t i = 0; i < n; ++i) room[i] = T(widen(from[offset + i]));
+  };
+  const auto same = [](auto x) { return x; };
+  if (s.dtype == FLOAT32) copy(static_cast<const float*>(s.data), same);
+  else if (s.dtype == FLOAT64) copy(static_cast<const double*>(s.data), same);
+  else if (s.dtype == BFLOAT16) copy(static_cast<const uint16_t*>(s.data), widen_bfloat16);
+  else if (s.dtype == FLOAT16) copy(static_cast<const uint16_t*>(s.data), widen_float16);
+  else throw std::invalid_argument("a CPU kernel got a dtype it does not know");
+  return room;
+}
+
+// out[k][r] = rows[r][k] for `count` rows of K values that lie `step` apart; out's rows lie ld apart.
+template <class T>
+inline void transpose(const T* rows, int64_t step, int64_t count, int64_t K, T* out, int64_t ld) {
+  constexpr int64_t SIDE = 16;
+  for (int64_t k = 0; k < K; k += SIDE)
+    for (int64_t r = 0; r < count; r += SIDE)
+      for (int64_t kk = k; kk < least(k + SIDE, K); ++kk)
+        for (int64_t rr = r; rr < least(r + SIDE, count); ++rr) out[kk * ld + rr] = rows[rr * step + kk];
+}
+
+// B of a product over features: `count` rows of the tensor, each K values, become columns; out is [K][ld].
+template <class T>
+inline void pack_columns(Source s, int64_t first, int64_t count, int64_t K, T* out, int64_t ld) {
+  constexpr int64_t SIDE = 16;
+  Buffer<T> room(SIDE * K);
+  for (int64_t r = 0; r < count; r += SIDE) {
+    const int64_t n = least(SIDE, count - r);
+    transpose(read<T>(s, (first + r) * K, n * K, room), K, n, K, out + r, ld);
+  }
+}
+
+// Values that pack_rows writes for M rows of K values.
+constexpr int64_t packed_size(int64_t M, int64_t K) { return round_up(M, ROW_STEP) * K; }
+
+// A of a product, packed as gemm.h's Left wants: panels of TILE_ROWS rows, k-major; out must hold packed_size(M, K)
+// zeros. value(i, k) gives the element.
+template <class T, class Value>
+inline void pack_rows(int64_t M, int64_t K, T* out, Value value) {
+  for (int64_t i = 0; i < M; i += TILE_ROWS) {
+    const int64_t wide = least(TILE_ROWS, round_up(M - i, ROW_STEP)), rows = least(wide, M - i);
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t r = 0; r < rows; ++r) out[i * K + k * wide + r] = value(i + r, k);
+  }
+}
+
+// Consecutive sets of rows (captions' words, images' regions) whose rows become the columns of one block.
+struct Chunk {
+  int64_t first, last;  // sets
+  int64_t begin, rows;  // of the packed tensor
+};
+
+// Cut sets with bounds edge[0 .. sets] into chunks of at most `most` rows, one set at the least.
+inline std::vector<Chunk> chunks(const int64_t* edge, int64_t sets, int64_t most) {
+  std::vector<Chunk> result;
+  for (int64_t first = 0; first < sets;) {
+    int64_t last = first + 1;
+    while (last < sets && edge[last + 1] - edge[first] <= most) ++last;
+    result.push_back({first, last, edge[first], edge[last] - edge[first]});
+    first = last;
+  }
+  return result;
+}
+
+// Distance between rows of a matrix with `columns` columns: whole vectors and one more, for loads that begin inside
+// the last one, and an odd number of cache lines, so that a column of it does not fall into a few cache sets.
+template <class T>
+constexpr int64_t padded(int64_t columns) {
+  constexpr int64_t line = 64 / int64_t(sizeof(T));
+  const int64_t lines = (round_up(columns, TILE_COLUMNS<T>) + LANES<T> + line - 1) / line;
+  return (lines | 1) * line;
+}
+
+}  // namespace itm_fast

@@ -1,0 +1,130 @@
+// Vectors of float or double as wide as the build allows, and the few functions on them that kernels share.
+#pragma once
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+namespace itm_fast {
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
+
+template <class T>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(VECTOR_BYTES)));
+};
+template <class T>
+using Vec = typename VectorOf<T>::type;
+template <class T>
+using Int = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+template <class T>
+constexpr int LANES = VECTOR_BYTES / int(sizeof(T));
+
+template <class T>
+inline Vec<T> load(const T* p) {
+  Vec<T> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+template <class T>
+inline void store(T* p, Vec<T> v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
+template <class T>
+inline Vec<T> splat(T x) {
+  return Vec<T>{} + x;
+}
+
+// Lanes first, first + 1, ... of a row compared with its length: all ones where the lane is inside [begin, end).
+template <class T>
+inline Vec<Int<T>> inside(int64_t first, int64_t begin, int64_t end) {
+  Vec<Int<T>> lane;
+  for (int i = 0; i < LANES<T>; ++i) lane[i] = Int<T>(i);
+  return (lane >= Int<T>(begin - first)) & (lane < Int<T>(end - first));
+}
+
+template <class T>
+inline Vec<T> select(Vec<Int<T>> mask, Vec<T> yes, Vec<T> no) {
+  return mask ? yes : no;
+}
+
+template <class T>
+inline Vec<T> max(Vec<T> a, Vec<T> b) {
+  return a > b ? a : b;
+}
+
+// Halves are added until one lane is left: the same order for every vector, whatever it holds.
+template <class T>
+inline T sum(Vec<T> v) {
+  for (int half = LANES<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) v[i] += v[i + half];
+  return v[0];
+}
+
+template <class T>
+inline T max(Vec<T> v) {
+  T m = v[0];
+  for (int i = 1; i < LANES<T>; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+#if defined(__AVX512F__)
+template <>
+inline float sum<float>(Vec<float> v) {
+  return _mm512_reduce_add_ps((__m512)v);
+}
+template <>
+inline double sum<double>(Vec<double> v) {
+  return _mm512_reduce_add_pd((__m512d)v);
+}
+template <>
+inline float max<float>(Vec<float> v) {
+  return _mm512_reduce_max_ps((__m512)v);
+}
+inline Vec<float> root(Vec<float> v) { return (Vec<float>)_mm512_sqrt_ps((__m512)v); }
+inline Vec<double> root(Vec<double> v) { return (Vec<double>)_mm512_sqrt_pd((__m512d)v); }
+#elif defined(__AVX2__)
+inline Vec<float> root(Vec<float> v) { return (Vec<float>)_mm256_sqrt_ps((__m256)v); }
+inline Vec<double> root(Vec<double> v) { return (Vec<double>)_mm256_sqrt_pd((__m256d)v); }
+#else
+template <class V>
+inline V root(V v) {
+  for (unsigned i = 0; i < sizeof(V) / sizeof(v[0]); ++i) v[i] = std::sqrt(v[i]);
+  return v;
+}
+#endif
+
+// e^x to a rounding or two; 0 below the range of normal numbers, so that -inf gives exactly 0. x = n ln 2 + r with
+// |r| <= ln 2 / 2, e^r by its Taylor polynomial, 2^n by its bits.
+template <class T>
+inline Vec<T> exp(Vec<T> x) {
+  constexpr bool single = sizeof(T) == 4;
+  constexpr int mantissa = single ? 23 : 52, degree = single ? 7 : 13;
+  constexpr T shift = T(1.5) * T(int64_t(1) << mantissa), lowest = single ? T(-87.33) : T(-708.39);
+  constexpr T high = single ? T(0.693359375) : T(6.93147180369123816490e-01);
+  constexpr T low = single ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
+  const Vec<Int<T>> vanishes = x < lowest;
+  x = x < lowest ? splat(lowest) : x;
+  x = x > -lowest ? splat(-lowest) : x;
+  const Vec<T> biased = x * T(1.44269504088896340736) + shift, n = biased - shift;
+  const Vec<T> r = (x - n * high) - n * low;
+  T inverse[degree + 1] = {1};
+  for (int k = 1; k <= degree; ++k) inverse[k] = inverse[k - 1] / T(k);
+  Vec<T> p = splat(inverse[degree]);
+  for (int k = degree - 1; k >= 0; --k) p = p * r + inverse[k];
+  const Vec<Int<T>> power = ((Vec<Int<T>>)biased << mantissa) + (Int<T>(single ? 127 : 1023) << mantissa);
+  return vanishes ? Vec<T>{} : p * (Vec<T>)power;
+}
+
+}  // namespace itm_fast
