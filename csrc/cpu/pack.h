@@ -85,6 +85,33 @@ inline void pack_rows(int64_t M, int64_t K, T* out, Value value) {
   }
 }
 
+inline uint32_t narrow_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// The same for products of bfloat16 values: K values become (K + 1) / 2 pairs, a zero beyond an odd K.
+template <class Value>
+inline void pack_rows(int64_t M, int64_t K, Pair* out, Value value) {
+  pack_rows<Pair>(M, (K + 1) / 2, out, [&](int64_t i, int64_t k) {
+    const uint32_t even = narrow_bfloat16(float(value(i, 2 * k)));
+    return Pair{even | (2 * k + 1 < K ? narrow_bfloat16(float(value(i, 2 * k + 1))) << 16 : 0)};
+  });
+}
+
+#if defined(__AVX512BF16__)
+// B of a product of bfloat16 values from the float one [K][ld]: (K + 1) / 2 rows of pairs.
+inline void pair_rows(int64_t K, int64_t columns, const float* b, int64_t ld, Pair* out) {
+  for (int64_t k = 0; k < K; k += 2)
+    for (int64_t j = 0; j < columns; j += LANES<float>) {
+      const Vec<float> odd = k + 1 < K ? load(b + (k + 1) * ld + j) : Vec<float>{};
+      const Vec<float> both = interleave(load(b + k * ld + j), odd);
+      std::memcpy(out + k / 2 * ld + j, &both, sizeof both);
+    }
+}
+#endif
+
 // Consecutive sets of rows (captions' words, images' regions) whose rows become the columns of one block.
 struct Chunk {
   int64_t first, last;  // sets
