@@ -1,0 +1,139 @@
+// Vector similarities of one set of contexts (rows) with a chunk of query sets (columns): (1) to (3) of
+// itm_fast/ops/cross_attention_similarity.py.
+//
+// A chunk's queries are [D][ld], its similarity vectors come out as columns [S][ld]. Everything but the affinity
+// norm is done column by column, so a column's bits depend on its own set and on the contexts only. Caches, for
+// float32, D 1024, S 256, 36 contexts, 224 columns: the vectors (240 KB), a block of squares (240 KB) and of W
+// (256 KB) stay in L2 (1 MB) while they are multiplied; queries and contexts pass by twice.
+#pragma once
+#include "attention.h"
+
+namespace itm_fast {
+
+constexpr int64_t FEATURES = 256;  // of one block: D is passed through in blocks of this many
+
+// W and b, shared by all threads: W [S, D] packed for the product with a block of features, block after block.
+template <class T>
+struct Projection {
+  int64_t S, D;
+  Buffer<T> weight, bias;
+
+  Projection(Source w, Source b, int64_t S, int64_t D)
+      : S(S), D(D), weight(packed_size(S, D)), bias(round_up(S, ROW_STEP)) {
+    Buffer<T> room(std::max(S, S * D));
+    const T* rows = read<T>(w, 0, S * D, room);
+    for (int64_t d = 0; d < D; d += FEATURES)
+      pack_rows(S, least(FEATURES, D - d), weight + packed_size(S, d), [&](int64_t s, int64_t k) { return rows[s * D + d + k]; });
+    std::copy_n(read<T>(b, 0, S, room), S, bias + 0);
+  }
+
+  Left<T> block(int64_t d) const { return {weight + packed_size(S, d), 0}; }
+};
+
+// A set of contexts: its rows, its columns and its Gram matrix, each as the A of a product.
+template <class T>
+struct Contexts {
+  int64_t n = 0, D, row_ld, ld;
+  Buffer<T> row, column, gram;  // [n][row_ld], [D][ld], [n][ld]
+  T largest = 0;                // of the Gram matrix' diagonal
+
+  Contexts(int64_t most, int64_t D)
+      : D(D), row_ld(padded<T>(D)), ld(padded<T>(most)), row(most * row_ld), column(D * ld), gram(most * ld) {}
+
+  void read(Source s, int64_t first, int64_t count) {
+    n = count;
+    for (int64_t x = 0; x < n; ++x) {
+      const T* from = itm_fast::read<T>(s, (first + x) * D, D, row + x * row_ld);
+      if (from != row + x * row_ld) std::copy_n(from, D, row + x * row_ld);
+    }
+    transpose<T>(row, row_ld, n, D, column, ld);
+    gemm<T>(n, n, D, {column, ld}, {column, ld}, [](int64_t, int64_t) { return Vec<T>{}; },
+            [&](int64_t i, int64_t j, Vec<T> c) { store(gram + i * ld + j, c); });
+    largest = 0;
+    for (int64_t x = 0; x < n; ++x) largest = std::max(largest, gram[x * ld + x]);
+  }
+};
+
+// What one thread works in: for at most `most` contexts and `columns` queries.
+template <class T>
+struct SimilarityTile {
+  int64_t ld;
+  Buffer<T> affinity, weight;                // [n][ld]: x.q, then weights a with u = sum of a x
+  Buffer<T> total, length, inverse, factor;  // per column: sum of the exponentials, |P|, 1 / (|y| + eps)
+  Buffer<T> squares, similar;                // [FEATURES][ld] of (u - q)^2, [S][ld] y
+
+  SimilarityTile(int64_t most, int64_t columns, int64_t D, int64_t S)
+      : ld(padded<T>(columns)), affinity(most * ld), weight(most * ld), total(ld), length(ld), inverse(ld),
+        factor(round_up(most, LANES<T>)), squares(least(FEATURES, round_up(D, ROW_STEP)) * ld), similar(S * ld) {}
+
+  // Attention of the queries [D][ld] of sets with bounds edge[0 .. sets]: affinity, total, length, and `weight`,
+  // already divided by total and by |P| + eps.
+  void attend(const Contexts<T>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets, const T* query) {
+    const int64_t columns = edge[sets] - edge[0], n = x.n;
+    gemm<T>(n, columns, x.D, {x.column, x.ld}, {query, ld}, [](int64_t, int64_t) { return Vec<T>{}; },
+            [&](int64_t i, int64_t j, Vec<T> c) { store(affinity + i * ld + j, c); });
+    logits<T>(norm, scale, n, edge, sets, affinity, weight, ld, factor);
+    exponentials<T>(n, columns, weight, ld, total);
+    for (int64_t j = 0; j < columns; j += LANES<T>) store(length + j, Vec<T>{});
+    gemm<T>(n, columns, n, {x.gram, x.ld}, {weight, ld}, [](int64_t, int64_t) { return Vec<T>{}; },
+            [&](int64_t i, int64_t j, Vec<T> c) { store(length + j, load(length + j) + c * load(weight + i * ld + j)); });
+    for (int64_t j = 0; j < columns; j += LANES<T>) {
+      const Vec<T> all = load(total + j);
+      Vec<T> square = load(length + j) / (all * all);
+      // Terms of size max |x|^2 have cancelled to less than a thousandth: three of float32's seven digits are gone.
+      const Vec<Int<T>> poor = square < T(1e-3) * x.largest;
+      bool cancels = false;
+      for (int l = 0; l < LANES<T>; ++l) cancels |= poor[l] != 0;
+      if (cancels) square = select<T>(poor, summed(x, j) / (all * all), square);
+      store(length + j, root(max<T>(square, Vec<T>{})));
+      const Vec<T> divide = T(1) / (all * (load(length + j) + T(EPS)));
+      for (int64_t i = 0; i < n; ++i) store(weight + i * ld + j, load(weight + i * ld + j) * divide);
+    }
+  }
+
+  // y of the columns, block by block of features, and `inverse`.
+  void project(const Contexts<T>& x, const Projection<T>& w, int64_t columns, const T* query) {
+    const auto keep = [&](int64_t s, int64_t j, Vec<T> c) { store(similar + s * ld + j, c); };
+    for (int64_t d = 0; d < x.D; d += FEATURES) {
+      const int64_t K = least(FEATURES, x.D - d);
+      const T* q = query + d * ld;
+      gemm<T>(K, columns, x.n, {x.row + d, x.row_ld}, {weight, ld},
+              [=, this](int64_t i, int64_t j) { return -load(q + i * ld + j); },
+              [&](int64_t i, int64_t j, Vec<T> c) { store(squares + i * ld + j, c * c); });
+      if (d == 0) gemm<T>(w.S, columns, K, w.block(d), {squares, ld}, [&](int64_t s, int64_t) { return splat(w.bias[s]); }, keep);
+      else gemm<T>(w.S, columns, K, w.block(d), {squares, ld}, [&](int64_t s, int64_t j) { return load(similar + s * ld + j); }, keep);
+    }
+    for (int64_t j = 0; j < columns; j += LANES<T>) {
+      Vec<T> square{};
+      for (int64_t s = 0; s < w.S; ++s) {
+        const Vec<T> y = load(similar + s * ld + j);
+        square += y * y;
+      }
+      store(inverse + j, T(1) / (root(square) + T(EPS)));
+    }
+  }
+
+  // Set k's similarity vectors become columns of out [S][out_ld] from column(k) on. Sets must follow each other in
+  // out: the last vector of a set may write up to a vector beyond its end.
+  template <class Column>
+  void place(const int64_t* edge, int64_t sets, int64_t S, T* out, int64_t out_ld, Column column) const {
+    for (int64_t s = 0; s < S; ++s)
+      for (int64_t k = 0; k < sets; ++k) {
+        const T* from = similar + s * ld + edge[k] - edge[0];
+        const T* by = inverse + edge[k] - edge[0];
+        T* to = out + s * out_ld + column(k);
+        for (int64_t j = 0; j < edge[k + 1] - edge[k]; j += LANES<T>) store(to + j, load(from + j) * load(by + j));
+      }
+  }
+
+ private:
+  // |sum of e x|^2 of one vector of columns, by the sum itself.
+  Vec<T> summed(const Contexts<T>& x, int64_t j) const {
+    Vec<T> square{};
+    gemm<T>(x.D, LANES<T>, x.n, {x.row, x.row_ld}, {weight + j, ld}, [](int64_t, int64_t) { return Vec<T>{}; },
+            [&](int64_t, int64_t, Vec<T> c) { square += c * c; });
+    return square;
+  }
+};
+
+}  // namespace itm_fast
