@@ -23,7 +23,9 @@ from .ops import (  # noqa: E402
     cross_attention_similarity,
     hardest_negative_loss,
     similarity_filter,
+    similarity_filter_score,
     similarity_graph,
+    similarity_graph_score,
 )
 from .packing import pack, unpack  # noqa: E402
 
@@ -33,7 +35,9 @@ __all__ = [
     "hardest_negative_loss",
     "pack",
     "similarity_filter",
+    "similarity_filter_score",
     "similarity_graph",
+    "similarity_graph_score",
     "unpack",
     "use_backend",
     "why_not",

@@ -234,6 +234,22 @@ def _filter() -> tuple[list[Tensor], dict[str, Any]]:
     return [_drawn(3, 7, 8), torch.tensor([0, 4, 7], dtype=torch.int32), *rest], {}
 
 
+def _scored(*head: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
+    arguments, options = _attention()
+    image, words, cu_seqlens = arguments
+    similarity = [_drawn(8, 16), _drawn(8)]
+    features = [image, _drawn(3, 16), words, _drawn(2, 16), cu_seqlens]
+    return [*features, *similarity, *similarity, *head, _drawn(8), _drawn(1)], options
+
+
+def _graph_score() -> tuple[list[Tensor], dict[str, Any]]:
+    return _scored(*_graph()[0][2:])
+
+
+def _filter_score() -> tuple[list[Tensor], dict[str, Any]]:
+    return _scored(*_filter()[0][2:])
+
+
 def _loss() -> tuple[list[Tensor], dict[str, Any]]:
     return [_drawn(5, 5)], {"margin": 0.2}
 
@@ -243,6 +259,8 @@ _EXAMPLES: dict[str, Callable[[], tuple[list[Tensor], dict[str, Any]]]] = {
     "cross_attention_similarity": _similarity,
     "similarity_graph": _graph,
     "similarity_filter": _filter,
+    "similarity_graph_score": _graph_score,
+    "similarity_filter_score": _filter_score,
     _LOSS: _loss,
 }
 

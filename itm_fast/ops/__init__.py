@@ -4,12 +4,16 @@ from .cross_attention_score import cross_attention_score
 from .cross_attention_similarity import cross_attention_similarity
 from .hardest_negative_loss import hardest_negative_loss
 from .similarity_filter import similarity_filter
+from .similarity_filter_score import similarity_filter_score
 from .similarity_graph import similarity_graph
+from .similarity_graph_score import similarity_graph_score
 
 __all__ = [
     "cross_attention_score",
     "cross_attention_similarity",
     "hardest_negative_loss",
     "similarity_filter",
+    "similarity_filter_score",
     "similarity_graph",
+    "similarity_graph_score",
 ]

@@ -39,11 +39,12 @@ def _cut(backward, image, words, weight, bias, cu_seqlens, region_lengths, direc
             yield _blocks.Block(
                 ((images,), (run.rows,), (), ()),
                 (images, run.rows if direction == "t2i" else run.captions),
-                partial(_similarity, direction, affinity_norm, scale, run.length, lengths),
+                partial(similarity, direction, affinity_norm, scale, run.length, lengths),
             )
 
 
-def _similarity(direction, norm, scale, length, region_lengths, image, words, weight, bias):
+def similarity(direction, norm, scale, length, region_lengths, image, words, weight, bias):
+    """A block: images [B, R, D], captions of one length [C * L, D] -> [B, C * L, S], or i2t [C, B, R, S]."""
     work = work_dtype(image)
     image, caption = image.to(work), words.to(work).view(-1, length, words.shape[-1])
     mask = None if region_lengths is None else valid(region_lengths, image.shape[1])

@@ -37,7 +37,7 @@ def _parts(
     (I, M, S), op = nodes.shape, "similarity_filter"
     edge = bounds(cu_seqlens, M, op)
     rows = _blocks.tile_bytes(nodes.device, backward) // (COPIES * S * work_dtype(nodes).itemsize)
-    function = partial(_filter, running_mean, running_var, training, eps)
+    function = partial(filtered, running_mean, running_var, training, eps)
     for run in runs(edge, nodes.device, max(1, rows // max(I, 1)) if training else _blocks.MIN_QUERIES):
         # A caption's statistics are over all images, so in training no block may split them.
         for images in spans(I, I if training else max(1, rows // (run.length * run.size))):
@@ -46,7 +46,8 @@ def _parts(
             )
 
 
-def _filter(running_mean, running_var, training, eps, length, nodes, weight, bias, norm_weight, norm_bias):
+def filtered(running_mean, running_var, training, eps, length, nodes, weight, bias, norm_weight, norm_bias):
+    """A block: nodes [b, c * length, S] -> z [b, c, S] and the captions' means and variances."""
     work = work_dtype(nodes)
     (b, _, S), scale, shift = nodes.shape, norm_weight.to(work), norm_bias.to(work)
     X = nodes.to(work).reshape(b, -1, length, S)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
@@ -16,36 +16,47 @@ from . import _blocks
 COPIES = 6  # [L + 1, S] temporaries of a pair alive at once, forward
 
 
-def forward(nodes: Tensor, *rest: Tensor) -> Tensor:
-    *weights, cu_seqlens = rest
-    return _blocks.forward(_cut(False, nodes, cu_seqlens), (nodes, *_folded(*weights)), _fake(nodes, *rest))
-
-
-def backward(grad: Tensor, needs: list[bool], nodes: Tensor, *rest: Tensor) -> list[Tensor]:
-    *weights, cu_seqlens = rest
-    leaves = [w.detach().requires_grad_(n) for w, n in zip(weights, needs[1:], strict=True)]
-    with torch.enable_grad():
-        folded = _folded(*leaves)
-    wanted = [needs[0], *(f.requires_grad for f in folded)]
-    args = (nodes, *(f.detach() for f in folded))
-    found = _blocks.backward(_cut(True, nodes, cu_seqlens), args, wanted, grad)
-    result = found[:1] if needs[0] else []
-    if any(needs[1:]):
-        outputs = [f for f in folded if f.requires_grad]
-        inputs = [x for x in leaves if x.requires_grad]
-        result += torch.autograd.grad(outputs, inputs, found[len(result) :], materialize_grads=True)
-    return result
-
-
-def _folded(Wq: Tensor, bq: Tensor, Wk: Tensor, bk: Tensor, Wr: Tensor, br: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+class Folded:
     """[M | Wr^T] [K, S, 2 S], [u | 0] [K, 2 S] and br, so that one product gives what is asked and what is summed.
 
-    bk takes part with weight zero, so that its gradient is zero and not missing.
+    `values` are these three, `needs` says which of them the gradients of the weights marked in `needs` want.
     """
+
+    def __init__(self, weights: Sequence[Tensor], needs: Sequence[bool] = (False,) * 6) -> None:
+        self._leaves = [w.detach().requires_grad_(n) for w, n in zip(weights, needs, strict=True)]
+        with torch.enable_grad():
+            self._folded = _fold(*self._leaves)
+        self.values = [f.detach() for f in self._folded]
+        self.needs = [f.requires_grad for f in self._folded]
+
+    def gradients(self, found: Sequence[Tensor]) -> list[Tensor]:
+        """Of the weights that need one, from those of the folded ones that do."""
+        outputs = [f for f in self._folded if f.requires_grad]
+        inputs = [x for x in self._leaves if x.requires_grad]
+        return list(torch.autograd.grad(outputs, inputs, found, materialize_grads=True)) if inputs else []
+
+
+def _fold(Wq: Tensor, bq: Tensor, Wk: Tensor, bk: Tensor, Wr: Tensor, br: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """bk takes part with weight zero, so that its gradient is zero and not missing."""
     Wq, bq, Wk, bk, Wr, br = (w.to(work_dtype(Wq)) for w in (Wq, bq, Wk, bk, Wr, br))
     u = (bq[:, None, :] @ Wk).squeeze(1)
     product = torch.cat([Wq.transpose(1, 2) @ Wk, Wr.transpose(1, 2)], 2)
     return product, torch.cat([u, torch.zeros_like(u)], 1), br + 0 * bk
+
+
+def forward(nodes: Tensor, *rest: Tensor) -> Tensor:
+    *weights, cu_seqlens = rest
+    args = (nodes, *Folded(weights).values)
+    return _blocks.forward(_cut(False, nodes, cu_seqlens), args, _fake(nodes, *rest))
+
+
+def backward(grad: Tensor, needs: list[bool], nodes: Tensor, *rest: Tensor) -> list[Tensor]:
+    *weights, cu_seqlens = rest
+    folded = Folded(weights, needs[1:])
+    args = (nodes, *folded.values)
+    found = _blocks.backward(_cut(True, nodes, cu_seqlens), args, [needs[0], *folded.needs], grad)
+    mine = int(needs[0])
+    return [*found[:mine], *folded.gradients(found[mine:])]
 
 
 def _cut(backward: bool, nodes: Tensor, cu_seqlens: Tensor) -> Iterator[_blocks.Block]:
@@ -55,10 +66,11 @@ def _cut(backward: bool, nodes: Tensor, cu_seqlens: Tensor) -> Iterator[_blocks.
     for run in runs(edge, nodes.device, _blocks.MIN_QUERIES):
         for images in spans(I, max(1, rows // (run.length * run.size))):
             inputs = ((images, run.rows), (), (), ())
-            yield _blocks.Block(inputs, (images, run.captions), partial(_reason, run.length))
+            yield _blocks.Block(inputs, (images, run.captions), partial(reason, run.length))
 
 
-def _reason(length: int, nodes: Tensor, product: Tensor, shift: Tensor, br: Tensor) -> Tensor:
+def reason(length: int, nodes: Tensor, product: Tensor, shift: Tensor, br: Tensor) -> Tensor:
+    """A block: nodes [b, c * length, S] and the folded weights -> [b, c, S]."""
     (b, _, S), K = nodes.shape, len(product)
     X = nodes.to(product.dtype).reshape(-1, S).view(-1, length, S)
     for k in range(K - 1):

@@ -1,0 +1,68 @@
+"""Blocks of pairs from their features to their scores, around a head: equations in `ops/_pair_score.py`.
+
+A block is some images and some captions of one length. Its nodes go through the head while they are still in cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..._checks import work_dtype
+from ...packing import bounds, runs, spans
+from .. import _attention
+from .._pair_score import NORM
+from . import _blocks
+from .cross_attention_similarity import similarity
+
+Head = Callable[..., Tensor]  # (rows a pair, nodes [b, c * rows, S], the head's parameters) -> z [b, c, S]
+
+
+def cut(
+    op: str,
+    backward: bool,
+    head: Head,
+    copies: int,
+    tensors: Sequence[Tensor],
+    cu_seqlens: Tensor,
+    region_lengths: Tensor | None,
+    scale: float,
+) -> Iterator[_blocks.Block]:
+    """Blocks over `tensors`: the first eight arguments of the op, the head's parameters, and those of the score.
+
+    `copies` is how many [L + 1, S] temporaries of a pair the head holds at once, forward.
+    """
+    image, _, words, _, weight, *parameters = tensors
+    (I, _, D), S, work = image.shape, len(weight), work_dtype(image)
+    edge = bounds(cu_seqlens, len(words), op)
+    _attention.region_counts(region_lengths, image, op)
+    limit = _blocks.tile_bytes(image.device, backward) // work.itemsize
+    for run in runs(edge, image.device, _blocks.MIN_QUERIES):
+        pair = max(2 * run.length * D, (copies + 1) * (run.length + 1) * S) + 2 * D
+        for images in spans(I, max(1, limit // (run.size * pair))):
+            lengths = None if region_lengths is None else region_lengths[images]
+            yield _blocks.Block(
+                ((images,), (images,), (run.rows,), (run.captions,), (), *[()] * len(parameters)),
+                (images, run.captions),
+                partial(_score, head, run.length, lengths, scale),
+            )
+
+
+def _score(
+    head, length, region_lengths, scale, image, image_global, words, caption_global, local_weight, local_bias,
+    global_weight, global_bias, *parameters,
+) -> Tensor:  # fmt: skip
+    *head_parameters, score_weight, score_bias = parameters
+    work = work_dtype(image)
+    local = similarity("t2i", NORM, scale, length, region_lengths, image, words, local_weight, local_bias)
+    difference = image_global.to(work)[:, None] - caption_global.to(work)
+    square = difference.square() if torch.is_grad_enabled() else difference.square_()
+    overall = _attention.l2norm(F.linear(square, global_weight.to(work), global_bias.to(work)))
+    b, c, S = overall.shape
+    nodes = torch.cat([overall[:, :, None], local.view(b, c, length, S)], 2)
+    z = head(length + 1, nodes.view(b, c * (length + 1), S), *head_parameters)
+    return (z @ score_weight.to(work) + score_bias.to(work)).sigmoid()
