@@ -1,10 +1,11 @@
 // Vector similarities of one set of contexts (rows) with a chunk of query sets (columns): (1) to (3) of
 // itm_fast/ops/cross_attention_similarity.py.
 //
-// A chunk's queries are [D][ld], its similarity vectors come out as columns [S][ld]. Everything but the affinity
-// norm is done column by column, so a column's bits depend on its own set and on the contexts only. Caches, for
-// float32, D 1024, S 256, 36 contexts, 224 columns: the vectors (240 KB), a block of squares (240 KB) and of W
-// (256 KB) stay in L2 (1 MB) while they are multiplied; queries and contexts pass by twice.
+// What is long, queries and similarity vectors, lies in panels of TILE_COLUMNS columns, each contiguous, so that a
+// product reads it as one stream; affinities and weights are [n][ld]. Everything but the affinity norm is done column
+// by column, so a column's bits depend on its own set and on the contexts only. Caches, for float32, D 1024, S 256,
+// 36 contexts and 224 columns: the vectors (224 KB), a block of squares (224 KB) and one of W (256 KB) stay in L2
+// (1 MB) while they are multiplied; queries and contexts pass by twice.
 #pragma once
 #include "attention.h"
 
@@ -23,7 +24,8 @@ struct Projection {
     Buffer<T> room(std::max(S, S * D));
     const T* rows = read<T>(w, 0, S * D, room);
     for (int64_t d = 0; d < D; d += FEATURES)
-      pack_rows(S, least(FEATURES, D - d), weight + packed_size(S, d), [&](int64_t s, int64_t k) { return rows[s * D + d + k]; });
+      pack_rows(S, least(FEATURES, D - d), weight + packed_size(S, d),
+                [&](int64_t s, int64_t k) { return rows[s * D + d + k]; });
     std::copy_n(read<T>(b, 0, S, room), S, bias + 0);
   }
 
@@ -54,28 +56,53 @@ struct Contexts {
   }
 };
 
+// Queries as columns in panels [D rounded up to ROW_STEP][TILE_COLUMNS].
+template <class T>
+struct Panels {
+  static constexpr int64_t WIDE = TILE_COLUMNS<T>;
+  int64_t size;  // of a panel
+  Buffer<T> data;
+
+  Panels(int64_t columns, int64_t rows)
+      : size(round_up(rows, ROW_STEP) * WIDE), data((columns + WIDE - 1) / WIDE * size) {}
+
+  // Row d, from the panel that `column` is the first of.
+  T* at(int64_t d, int64_t column) const { return data + column / WIDE * size + d * WIDE; }
+
+  // Rows first .. first + count of a tensor with D columns become columns column .. column + count.
+  void read(Source s, int64_t first, int64_t count, int64_t D, int64_t column) {
+    for (int64_t done = 0; done < count;) {
+      const int64_t place = (column + done) % WIDE, n = least(count - done, WIDE - place);
+      pack_columns(s, first + done, n, D, at(0, column + done) + place, WIDE);
+      done += n;
+    }
+  }
+};
+
 // What one thread works in: for at most `most` contexts and `columns` queries.
 template <class T>
 struct SimilarityTile {
+  static constexpr int64_t WIDE = TILE_COLUMNS<T>;
   int64_t ld;
   Buffer<T> affinity, weight;                // [n][ld]: x.q, then weights a with u = sum of a x
   Buffer<T> total, length, inverse, factor;  // per column: sum of the exponentials, |P|, 1 / (|y| + eps)
-  Buffer<T> squares, similar;                // [FEATURES][ld] of (u - q)^2, [S][ld] y
+  Panels<T> squares, similar;                // (u - q)^2 of a block of features; y
 
   SimilarityTile(int64_t most, int64_t columns, int64_t D, int64_t S)
       : ld(padded<T>(columns)), affinity(most * ld), weight(most * ld), total(ld), length(ld), inverse(ld),
-        factor(round_up(most, LANES<T>)), squares(least(FEATURES, round_up(D, ROW_STEP)) * ld), similar(S * ld) {}
+        factor(round_up(most, LANES<T>)), squares(columns, least(FEATURES, D)), similar(columns, S) {}
 
-  // Attention of the queries [D][ld] of sets with bounds edge[0 .. sets]: affinity, total, length, and `weight`,
+  // Attention of the queries of sets with bounds edge[0 .. sets]: affinity, total, length, and `weight`,
   // already divided by total and by |P| + eps.
-  void attend(const Contexts<T>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets, const T* query) {
+  void attend(const Contexts<T>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets, const Panels<T>& query) {
     const int64_t columns = edge[sets] - edge[0], n = x.n;
-    gemm<T>(n, columns, x.D, {x.column, x.ld}, {query, ld}, [](int64_t, int64_t) { return Vec<T>{}; },
-            [&](int64_t i, int64_t j, Vec<T> c) { store(affinity + i * ld + j, c); });
+    for (int64_t p = 0; p < columns; p += WIDE)
+      gemm<T>(n, least(WIDE, columns - p), x.D, {x.column, x.ld}, {query.at(0, p), WIDE}, zero,
+              [&](int64_t i, int64_t j, Vec<T> c) { store(affinity + i * ld + p + j, c); });
     logits<T>(norm, scale, n, edge, sets, affinity, weight, ld, factor);
     exponentials<T>(n, columns, weight, ld, total);
     for (int64_t j = 0; j < columns; j += LANES<T>) store(length + j, Vec<T>{});
-    gemm<T>(n, columns, n, {x.gram, x.ld}, {weight, ld}, [](int64_t, int64_t) { return Vec<T>{}; },
+    gemm<T>(n, columns, n, {x.gram, x.ld}, {weight, ld}, zero,
             [&](int64_t i, int64_t j, Vec<T> c) { store(length + j, load(length + j) + c * load(weight + i * ld + j)); });
     for (int64_t j = 0; j < columns; j += LANES<T>) {
       const Vec<T> all = load(total + j);
@@ -92,45 +119,58 @@ struct SimilarityTile {
   }
 
   // y of the columns, block by block of features, and `inverse`.
-  void project(const Contexts<T>& x, const Projection<T>& w, int64_t columns, const T* query) {
-    const auto keep = [&](int64_t s, int64_t j, Vec<T> c) { store(similar + s * ld + j, c); };
+  void project(const Contexts<T>& x, const Projection<T>& w, int64_t columns, const Panels<T>& query) {
     for (int64_t d = 0; d < x.D; d += FEATURES) {
       const int64_t K = least(FEATURES, x.D - d);
-      const T* q = query + d * ld;
-      gemm<T>(K, columns, x.n, {x.row + d, x.row_ld}, {weight, ld},
-              [=, this](int64_t i, int64_t j) { return -load(q + i * ld + j); },
-              [&](int64_t i, int64_t j, Vec<T> c) { store(squares + i * ld + j, c * c); });
-      if (d == 0) gemm<T>(w.S, columns, K, w.block(d), {squares, ld}, [&](int64_t s, int64_t) { return splat(w.bias[s]); }, keep);
-      else gemm<T>(w.S, columns, K, w.block(d), {squares, ld}, [&](int64_t s, int64_t j) { return load(similar + s * ld + j); }, keep);
+      for (int64_t p = 0; p < columns; p += WIDE) {
+        const T* q = query.at(d, p);
+        T* square = squares.at(0, p);
+        gemm<T>(K, least(WIDE, columns - p), x.n, {x.row + d, x.row_ld}, {weight + p, ld},
+                [=](int64_t i, int64_t j) { return -load(q + i * WIDE + j); },
+                [=](int64_t i, int64_t j, Vec<T> c) { store(square + i * WIDE + j, c * c); });
+      }
+      for (int64_t p = 0; p < columns; p += WIDE) {
+        T* y = similar.at(0, p);
+        const T* bias = w.bias;
+        const auto product = [&](auto begin) {
+          gemm<T>(w.S, least(WIDE, columns - p), K, w.block(d), {squares.at(0, p), WIDE}, begin,
+                  [=](int64_t s, int64_t j, Vec<T> c) { store(y + s * WIDE + j, c); });
+        };
+        if (d == 0) product([=](int64_t s, int64_t) { return splat(bias[s]); });
+        else product([=](int64_t s, int64_t j) { return load(y + s * WIDE + j); });
+      }
     }
     for (int64_t j = 0; j < columns; j += LANES<T>) {
+      const T* y = similar.at(0, j) + j % WIDE;
       Vec<T> square{};
-      for (int64_t s = 0; s < w.S; ++s) {
-        const Vec<T> y = load(similar + s * ld + j);
-        square += y * y;
-      }
+      for (int64_t s = 0; s < w.S; ++s) square += load(y + s * WIDE) * load(y + s * WIDE);
       store(inverse + j, T(1) / (root(square) + T(EPS)));
     }
   }
 
   // Set k's similarity vectors become columns of out [S][out_ld] from column(k) on. Sets must follow each other in
-  // out: the last vector of a set may write up to a vector beyond its end.
+  // out: what is written for one may pass its end by a vector.
   template <class Column>
   void place(const int64_t* edge, int64_t sets, int64_t S, T* out, int64_t out_ld, Column column) const {
-    for (int64_t s = 0; s < S; ++s)
-      for (int64_t k = 0; k < sets; ++k) {
-        const T* from = similar + s * ld + edge[k] - edge[0];
-        const T* by = inverse + edge[k] - edge[0];
-        T* to = out + s * out_ld + column(k);
-        for (int64_t j = 0; j < edge[k + 1] - edge[k]; j += LANES<T>) store(to + j, load(from + j) * load(by + j));
+    for (int64_t k = 0; k < sets; ++k) {
+      const int64_t end = edge[k + 1] - edge[0];
+      for (int64_t j = edge[k] - edge[0], next; j < end; j = next) {
+        next = least(least(j + LANES<T>, end), j / WIDE * WIDE + WIDE);  // in one panel
+        const T* y = similar.at(0, j) + j % WIDE;
+        const Vec<T> by = load(inverse + j);
+        T* to = out + column(k) + j - (edge[k] - edge[0]);
+        for (int64_t s = 0; s < S; ++s) store(to + s * out_ld, load(y + s * WIDE) * by);
       }
+    }
   }
 
  private:
+  static Vec<T> zero(int64_t, int64_t) { return Vec<T>{}; }
+
   // |sum of e x|^2 of one vector of columns, by the sum itself.
   Vec<T> summed(const Contexts<T>& x, int64_t j) const {
     Vec<T> square{};
-    gemm<T>(x.D, LANES<T>, x.n, {x.row, x.row_ld}, {weight + j, ld}, [](int64_t, int64_t) { return Vec<T>{}; },
+    gemm<T>(x.D, LANES<T>, x.n, {x.row, x.row_ld}, {weight + j, ld}, zero,
             [&](int64_t, int64_t, Vec<T> c) { square += c * c; });
     return square;
   }
