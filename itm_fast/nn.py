@@ -142,21 +142,18 @@ class SimilarityGraph(nn.ModuleList):
         super().__init__(GraphReasoning(sim_dim) for _ in range(steps))
 
     def stacked(self) -> list[Tensor]:
-        """The op's weights: [K, S, S] and [K, S] of query, key and value."""
+        """The op's parameters: [K, S, S] and [K, S] of query, key and value."""
         parameters: list[Tensor] = []
         for name in ("graph_query_w", "graph_key_w", "sim_graph_w"):
             linears = [getattr(step, name) for step in self]
             parameters += [torch.stack([x.weight for x in linears]), torch.stack([x.bias for x in linears])]
         return parameters
 
-    def forward(self, nodes: Tensor, cu_seqlens: Tensor, parameters: list[Tensor] | None = None) -> Tensor:
-        """Nodes [I, M, S] and the captions' bounds in M -> [I, T, S].
-
-        `parameters` is `stacked()`, for a caller with many blocks.
-        """
+    def forward(self, nodes: Tensor, cu_seqlens: Tensor) -> Tensor:
+        """Nodes [I, M, S] and the captions' bounds in M -> [I, T, S]."""
         if not len(self):
             return nodes[:, cu_seqlens[:-1].long()]
-        return similarity_graph(nodes, cu_seqlens, *(parameters or self.stacked()))
+        return similarity_graph(nodes, cu_seqlens, *self.stacked())
 
 
 class SimilarityFilter(nn.Module):
@@ -180,16 +177,20 @@ class SimilarityFilter(nn.Module):
         self.bn = nn.BatchNorm1d(1)
         xavier_(self.attn_sim_w)
 
+    def arguments(self) -> list[Tensor]:
+        """The op's weight [S], bias, norm weight and bias, running mean and variance, each [1]."""
+        bn, gate = self.bn, self.attn_sim_w
+        running = bn.get_buffer("running_mean"), bn.get_buffer("running_var")
+        return [gate.weight[0], gate.bias, bn.weight, bn.bias, *running]
+
     def filtered(self, nodes: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z [I, T, S] and, in training, the mean and biased variance of each caption [T]; moves no buffer."""
-        bn, gate = self.bn, self.attn_sim_w
-        mean, var = bn.get_buffer("running_mean"), bn.get_buffer("running_var")
+        bn, (weight, bias, norm_weight, norm_bias, mean, var) = self.bn, self.arguments()
         if bn.training:
             mean, var = mean.clone(), var.clone()  # kept for backward, and `track` moves the buffers before it
         return similarity_filter(
-            nodes, cu_seqlens, gate.weight[0], gate.bias, bn.weight, bn.bias, mean, var,
-            training=bn.training, eps=bn.eps,
-        )  # fmt: skip
+            nodes, cu_seqlens, weight, bias, norm_weight, norm_bias, mean, var, training=bn.training, eps=bn.eps
+        )
 
     @torch.no_grad()
     def track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:

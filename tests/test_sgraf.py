@@ -154,10 +154,11 @@ def test_large_training_batches_are_checkpointed(monkeypatch):
     calls = []
     monkeypatch.setattr(sgraf, "checkpoint", lambda f, *args, **kwargs: calls.append(kwargs) or f(*args))
     image, caption = features()
-    scorer("SGR")(image, caption, LENGTHS)
+    model = scorer("SAF").train()
+    model(image, caption, LENGTHS)
     assert not calls
     with itm_fast.workspace(1e-5):
-        scorer("SGR")(image, caption, LENGTHS)
+        model(image, caption, LENGTHS)
     assert calls
     assert all(kwargs["use_reentrant"] is False for kwargs in calls)
 

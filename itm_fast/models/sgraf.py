@@ -20,7 +20,12 @@ from torch.utils.checkpoint import checkpoint
 from .._backends import requested, use_backend
 from .._workspace import GIB, current_gib, scratch_bytes, workspace
 from ..nn import GraphReasoning, PairScorer, SimilarityFilter, SimilarityGraph, State, xavier_
-from ..ops import cross_attention_similarity, hardest_negative_loss
+from ..ops import (
+    cross_attention_similarity,
+    hardest_negative_loss,
+    similarity_filter_score,
+    similarity_graph_score,
+)
 from ..packing import bounds, pack, runs, spans
 from ._common import Matcher, choice, encode_text, l1norm, l2norm, score_arrays, want
 from ._self_attention import TextSA, VisualSA
@@ -28,8 +33,6 @@ from .scan import EncoderImagePrecomp as EncoderImage
 
 NAME = "EncoderSimilarity"
 SMOOTH = 9.0  # hard-coded in the published code
-WORDS, CPU_WORDS = 4096, 768  # words of a block, at most
-CPU_BLOCK = 64 << 20  # bytes of a block on the CPU, nodes and temporaries
 OPTIONS = (
     "grad_clip", "img_dim", "embed_size", "no_imgnorm", "vocab_size", "word_dim", "num_layers", "bi_gru",
     "no_txtnorm", "sim_dim", "module_name", "sgr_step", "margin", "max_violation", "learning_rate",
@@ -203,37 +206,33 @@ class EncoderSimilarity(PairScorer):
 
         In training all images of the batch must come in one call: SAF's statistics are over all of them.
         """
+        states = image_state, words, cu_seqlens, caption_state, region_lengths
+        if self.module_name == "SGR" and len(self.SGR_module):
+            return self._score_pairs(similarity_graph_score, self.SGR_module.stacked(), *states)
+        if self.module_name == "SAF" and not self.SAF_module.bn.training:
+            score = partial(similarity_filter_score, eps=self.SAF_module.bn.eps)
+            return self._score_pairs(score, self.SAF_module.arguments(), *states)
         # One half of the scratch is for a block's nodes, the other for the ops that run on them.
         limit = scratch_bytes(words.device) // 2
-        tracking = self.module_name == "SAF" and self.SAF_module.bn.training
-        rule = self._score_together if torch.is_grad_enabled() or tracking else self._score_tiled
         with workspace(limit / GIB):
-            return rule(image_state, words, cu_seqlens, caption_state, region_lengths, limit)
+            return self._score_together(*states, limit)
 
-    def _score_tiled(self, image_state, words, cu_seqlens, caption_state, region_lengths, limit) -> Tensor:
-        """Blocks of some images and some captions of one length, written straight into the result."""
+    def _score_pairs(self, score, head, image_state, words, cu_seqlens, caption_state, region_lengths) -> Tensor:
+        """Every pair on its own, by one op."""
         (image, image_global), (caption_global,) = image_state, caption_state
-        (N, D), S, item = words.shape, self.sim_eval_w.in_features, words.element_size()
-        most = WORDS
-        if words.device.type == "cpu":
-            most, limit = CPU_WORDS, min(limit, CPU_BLOCK)
-        parameters = self._stacked()
-        result = words.new_empty(len(image), len(caption_global))
-        for run in runs(bounds(cu_seqlens, N, NAME), words.device, most):
-            caption, summary = words[run.rows], caption_global[run.captions]
-            pair = (3 * (run.length + 1) * S + 2 * D) * item
-            for at in spans(len(image), max(1, limit // (run.size * pair))):
-                lengths = None if region_lengths is None else region_lengths[at]
-                block = self._block(image[at], image_global[at], caption, summary, lengths, parameters)
-                result[at, run.captions] = block[0]
-        return result
+        local, overall, final = self.sim_tranloc_w, self.sim_tranglo_w, self.sim_eval_w
+        return score(
+            image, image_global, words, caption_global, cu_seqlens, local.weight, local.bias,
+            overall.weight, overall.bias, *head, final.weight[0], final.bias,
+            scale=SMOOTH, region_lengths=region_lengths,
+        ).to(words.dtype)  # fmt: skip
 
     def _score_together(self, image_state, words, cu_seqlens, caption_state, region_lengths, limit) -> Tensor:
-        """Blocks of all images and some captions of one length: differentiable, and moves SAF's statistics."""
+        """Blocks of all images and some captions of one length, whose statistics SAF takes in training."""
         (image, image_global), (caption_global,) = image_state, caption_state
         (N, D), S, item = words.shape, self.sim_eval_w.in_features, words.element_size()
         I, T, device = len(image), len(caption_global), words.device
-        parameters, run_block = self._stacked(), self._block
+        run_block = self._block
         kept = I * ((N + T) * S + 2 * T * (D + 2 * S)) * item  # by autograd, over all blocks
         if torch.is_grad_enabled() and kept > limit:
             again = partial(_as_chosen, requested(), current_gib(), self._block)
@@ -242,7 +241,7 @@ class EncoderSimilarity(PairScorer):
         blocks, order = [], []
         for run in runs(bounds(cu_seqlens, N, NAME), device, max(most, 1)):
             caption, summary = words[run.rows], caption_global[run.captions]
-            blocks.append(run_block(image, image_global, caption, summary, region_lengths, parameters))
+            blocks.append(run_block(image, image_global, caption, summary, region_lengths))
             order.append(torch.arange(T, device=device)[run.captions])
         if not blocks:
             return words.new_empty(I, 0)
@@ -253,12 +252,7 @@ class EncoderSimilarity(PairScorer):
             self.SAF_module.track(torch.cat(means)[back], torch.cat(variances)[back], count)
         return torch.cat(scores, 1)[:, back]
 
-    def _stacked(self) -> list[Tensor] | None:
-        return self.SGR_module.stacked() if self.module_name == "SGR" and len(self.SGR_module) else None
-
-    def _block(
-        self, image, image_global, words, caption_global, region_lengths, parameters
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def _block(self, image, image_global, words, caption_global, region_lengths) -> tuple[Tensor, Tensor, Tensor]:
         """Scores [I, T] of captions of one length, and in training SAF's mean and variance, each [T]."""
         T = len(caption_global)
         L = len(words) // T
@@ -270,7 +264,7 @@ class EncoderSimilarity(PairScorer):
         overall = l2norm(self.sim_tranglo_w((image_global[:, None] - caption_global).square()))  # [I, T, S]
         nodes = torch.cat([overall.unsqueeze(2), local.unflatten(1, (T, L))], 2).flatten(1, 2)  # [I, T (1 + L), S]
         if self.module_name == "SGR":
-            z = self.SGR_module(nodes, (L + 1) * cu_seqlens, parameters)
+            z = self.SGR_module(nodes, (L + 1) * cu_seqlens)
             mean = var = z.new_empty(0)
         else:
             z, mean, var = self.SAF_module.filtered(nodes, (L + 1) * cu_seqlens)
