@@ -1,0 +1,87 @@
+// Scores of all pairs: (1), (2) and (3) of itm_fast/ops/cross_attention_score.py.
+//
+// A thread takes a block of context sets, about 144 rows packed once and kept in its second cache with their Gram
+// matrices, past the chunks of a window of queries (shared, packed once per call). For a chunk: all the block's
+// affinities by one product over D; then set by set, in the first caches, logits, exponentials, the Gram form and the
+// pooled cosines. Only scores leave.
+//
+// Scratch beyond inputs and scores: a window (32 MiB) and 1 MiB a thread, more only where one set alone is larger.
+#include "cross_attention_score.h"
+
+namespace itm_fast {
+namespace {
+
+constexpr int64_t WINDOW_BYTES = 32 << 20;
+
+uint16_t narrow_bfloat16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+uint16_t narrow_float16(float x) {
+  uint32_t bits, size;
+  std::memcpy(&bits, &x, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000;
+  size = bits & 0x7fffffff;
+  if (size > 0x7f800000) return uint16_t(sign | 0x7e00);
+  if (size >= 0x477ff000) return uint16_t(sign | 0x7c00);
+  if (size >= 0x38800000) return uint16_t(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
+  const float shifted = std::fabs(x) + 0.5f;  // a unit of its rounding is the least subnormal float16
+  std::memcpy(&size, &shifted, sizeof size);
+  return uint16_t(sign | (size - 0x3f000000));
+}
+
+template <class T>
+void put(void* to, int64_t dtype, int64_t at, T x) {
+  if (dtype == FLOAT64) static_cast<double*>(to)[at] = double(x);
+  else if (dtype == FLOAT32) static_cast<float*>(to)[at] = float(x);
+  else static_cast<uint16_t*>(to)[at] = dtype == BFLOAT16 ? narrow_bfloat16(float(x)) : narrow_float16(float(x));
+}
+
+template <class T>
+void scores(const Problem& problem, void* score, int64_t threads) {
+  const Sets &context = problem.context, &query = problem.query;
+  const std::vector<Chunk> blocks = context_blocks<T>(context);
+  int64_t longest = 0;
+  for (int64_t s = 0; s < context.count(); ++s) longest = std::max(longest, context.edge[s + 1] - context.edge[s]);
+  windows<T>(query, CHUNK_BYTES / int64_t(sizeof(T)), WINDOW_BYTES, threads, [&](const Window<T>& window) {
+    const int64_t count = int64_t(blocks.size()), columns = int64_t(window.chunks.size());
+    const int64_t groups = least(columns, (PARTS + count - 1) / count);
+    parallel(count * groups, threads, [&] {
+      return [&, block = Block<T>(context, blocks),
+              work = Cosines<T>(problem, Block<T>::most_rows(blocks), longest,
+                                Block<T>::most_rows(window.chunks))](int64_t part) mutable {
+        const int64_t group = part % groups;
+        block.take(blocks[size_t(part / groups)]);
+        for (int64_t c = columns * group / groups; c < columns * (group + 1) / groups; ++c) {
+          const Chunk& chunk = window.chunks[size_t(c)];
+          work.affinities(block, window, c);
+          for (int64_t set = block.run.first; set < block.run.last; ++set) {
+            work.cosines(block, set, window, c, [](int64_t, int64_t, Vec<T>) {});
+            for (int64_t q = chunk.first; q < chunk.last; ++q)
+              put(score, query.source.dtype, set * problem.context_step + q * problem.query_step,
+                  work.pooled(query.edge[q] - chunk.begin, query.edge[q + 1] - query.edge[q]));
+          }
+        }
+      };
+    });
+  });
+}
+
+}  // namespace
+}  // namespace itm_fast
+
+extern "C" const char* cross_attention_score(const void* image, const void* words, int64_t dtype, int64_t I, int64_t R,
+                                             int64_t D, int64_t T, const int64_t* cu_seqlens,
+                                             const int64_t* region_lengths, int64_t t2i, int64_t norm, double scale,
+                                             int64_t pool, double pool_scale, void* score, int64_t threads) {
+  using namespace itm_fast;
+  return guarded([&] {
+    const Problem problem(image, words, dtype, I, R, D, T, cu_seqlens, region_lengths, t2i, norm, scale, pool,
+                          pool_scale);
+    if (dtype == FLOAT64) scores<double>(problem, score, threads);
+    else scores<float>(problem, score, threads);
+  });
+}

@@ -1,0 +1,324 @@
+// What the forward and the backward pass of cross_attention_score share: the sets of rows on either side, blocks of
+// contexts, windows of queries, and the cosines of one context set with the queries of a chunk.
+//
+// Both directions are one program. A context set (t2i: an image's regions, i2t: a caption's words) gives the rows of
+// the affinities, query sets (t2i: captions, i2t: images) their columns.
+#pragma once
+#include <limits>
+
+#include "attention.h"
+
+namespace itm_fast {
+
+enum Pool : int64_t { LSE, MAX, SUM, MEAN };  // POOLS of ops/cross_attention_score.py
+
+// Sizes that keep a block of contexts (<= 0.6 MB) and the affinities of a chunk (<= 0.3 MB) in a core's second cache.
+constexpr int64_t BLOCK_BYTES = 144 * 4096, BLOCK_ROWS = 144, CHUNK_BYTES = 448 * 4, PARTS = 48;
+
+// Sets of rows of one tensor; only the rows that count are numbered: set s has rows edge[s] .. edge[s + 1].
+struct Sets {
+  Source source;
+  int64_t D;
+  std::vector<int64_t> first, edge{0};  // where a set begins in the tensor; bounds of the sets
+
+  Sets(Source source, int64_t D) : source(source), D(D) {}
+  void add(int64_t begin, int64_t rows) {
+    first.push_back(begin);
+    edge.push_back(edge.back() + rows);
+  }
+  int64_t count() const { return int64_t(first.size()); }
+};
+
+// What the caller asked for. score[c * context_step + q * query_step] belongs to context set c and query set q.
+struct Problem {
+  Sets context, query;
+  int64_t norm, pool;
+  double scale, pool_scale;
+  int64_t context_step, query_step;
+
+  Problem(const void* image, const void* words, int64_t dtype, int64_t I, int64_t R, int64_t D, int64_t T,
+          const int64_t* cu_seqlens, const int64_t* region_lengths, bool t2i, int64_t norm, double scale, int64_t pool,
+          double pool_scale)
+      : context({t2i ? image : words, dtype}, D), query({t2i ? words : image, dtype}, D), norm(norm), pool(pool),
+        scale(scale), pool_scale(pool_scale), context_step(t2i ? T : 1), query_step(t2i ? 1 : T) {
+    Sets &images = t2i ? context : query, &captions = t2i ? query : context;
+    for (int64_t i = 0; i < I; ++i) images.add(i * R, region_lengths ? region_lengths[i] : R);
+    for (int64_t t = 0; t < T; ++t) captions.add(cu_seqlens[t], cu_seqlens[t + 1] - cu_seqlens[t]);
+  }
+};
+
+// The rows of a run of sets as T: the tensor's own memory where its dtype is T, else a widened copy.
+template <class T>
+class Rows {
+ public:
+  Rows(const Sets& sets, int64_t most)
+      : sets_(sets), room_(sets.source.dtype == (sizeof(T) == 4 ? FLOAT32 : FLOAT64) ? 0 : most * sets.D) {}
+
+  void take(const Chunk& run) {
+    rows_.clear();
+    for (int64_t s = run.first; s < run.last; ++s)
+      for (int64_t r = 0, n = sets_.edge[s + 1] - sets_.edge[s]; r < n; ++r)
+        rows_.push_back(read<T>(sets_.source, (sets_.first[s] + r) * sets_.D, sets_.D,
+                                room_ + int64_t(rows_.size()) * sets_.D));
+  }
+  const T* const* operator+(int64_t row) const { return rows_.data() + row; }
+
+ private:
+  const Sets& sets_;
+  Buffer<T> room_;
+  std::vector<const T*> rows_;
+};
+
+// out[k][r] = row r's value k, for `count` rows of K values; out's rows lie `step` apart.
+template <class T>
+inline void interleave(const T* const* row, int64_t count, int64_t K, T* out, int64_t step) {
+  constexpr int64_t SIDE = 16;
+  for (int64_t k = 0; k < K; k += SIDE)
+    for (int64_t kk = k; kk < least(k + SIDE, K); ++kk)
+      for (int64_t r = 0; r < count; ++r) out[kk * step + r] = row[r][kk];
+}
+
+// The first n lanes from p, n >= 1, zeros beyond them.
+template <class T>
+inline Vec<T> head(const T* p, int64_t n) {
+  if (n >= LANES<T>) return load(p);
+  Vec<T> v{};
+  std::memcpy(&v, p, size_t(n) * sizeof(T));
+  return v;
+}
+
+// gram[x][y] = row x . row y; gram's rows lie ld apart. Sixteen products at a time, each in lanes along K.
+template <class T>
+inline void gram_matrix(const T* const* row, int64_t n, int64_t K, T* gram, int64_t ld) {
+  constexpr int64_t SIDE = 4;
+  for (int64_t x = 0; x < n; x += SIDE)
+    for (int64_t y = x; y < n; y += SIDE) {
+      Vec<T> c[SIDE][SIDE]{};
+      for (int64_t k = 0; k < K; k += LANES<T>) {
+        Vec<T> a[SIDE], b[SIDE];
+        for (int64_t i = 0; i < SIDE; ++i) {
+          a[i] = head(row[least(x + i, n - 1)] + k, K - k);
+          b[i] = head(row[least(y + i, n - 1)] + k, K - k);
+        }
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < SIDE; ++i)
+#pragma GCC unroll 4
+          for (int64_t j = 0; j < SIDE; ++j) c[i][j] += a[i] * b[j];
+      }
+      for (int64_t i = 0; i < SIDE && x + i < n; ++i)
+        for (int64_t j = 0; j < SIDE && y + j < n; ++j)
+          gram[(x + i) * ld + y + j] = gram[(y + j) * ld + x + i] = sum<T>(c[i][j]);
+    }
+}
+
+// A block of contexts as the left side of the affinities, with each set's Gram matrix. Owned by one thread.
+template <class T>
+struct Block {
+  const Sets& sets;
+  Rows<T> rows;
+  Buffer<T> packed, grams;
+  Chunk run{};
+  std::vector<int64_t> gram_at;
+  std::vector<T> highest;  // of each Gram matrix's diagonal
+
+  Block(const Sets& sets, const std::vector<Chunk>& runs)
+      : sets(sets), rows(sets, most_rows(runs)), packed(packed_size(most_rows(runs), sets.D)),
+        grams(most_gram(sets, runs)) {}
+
+  static int64_t most_rows(const std::vector<Chunk>& runs) {
+    int64_t most = 0;
+    for (const Chunk& run : runs) most = std::max(most, run.rows);
+    return most;
+  }
+  static int64_t gram_size(int64_t n) { return n * round_up(n, ROW_STEP); }
+  static int64_t most_gram(const Sets& sets, const std::vector<Chunk>& runs) {
+    int64_t most = 0;
+    for (const Chunk& run : runs) {
+      int64_t all = 0;
+      for (int64_t s = run.first; s < run.last; ++s) all += gram_size(sets.edge[s + 1] - sets.edge[s]);
+      most = std::max(most, all);
+    }
+    return most;
+  }
+
+  void take(const Chunk& wanted) {
+    run = wanted;
+    rows.take(run);
+    for (int64_t i = 0; i < run.rows; i += TILE_ROWS)
+      interleave(rows + i, least(TILE_ROWS, run.rows - i), sets.D, packed + i * sets.D,
+                 least(TILE_ROWS, round_up(run.rows - i, ROW_STEP)));
+    gram_at.clear();
+    highest.clear();
+    for (int64_t s = run.first, at = 0; s < run.last; ++s) {
+      const int64_t n = sets.edge[s + 1] - sets.edge[s], ld = round_up(n, ROW_STEP);
+      gram_matrix(rows + (sets.edge[s] - run.begin), n, sets.D, grams + at, ld);
+      gram_at.push_back(at);
+      T top = 0;
+      for (int64_t x = 0; x < n; ++x) top = std::max(top, grams[at + x * ld + x]);
+      highest.push_back(top);
+      at += gram_size(n);
+    }
+  }
+};
+
+// A window of query sets as the right side of the affinities, shared by the threads: the columns of a chunk lie in
+// panels as wide as a tile, [panel][D][TILE_COLUMNS], which a product reads from end to end.
+template <class T>
+struct Window {
+  const Sets& sets;
+  std::vector<Chunk> chunks;
+  std::vector<int64_t> column;  // where a chunk's columns begin
+  Buffer<T> panels, length;     // length: |q| of each column
+
+  Window(const Sets& sets, std::vector<Chunk> runs)
+      : sets(sets), chunks(std::move(runs)), column(begins(chunks)), panels(column.back() * sets.D),
+        length(column.back()) {}
+
+  static std::vector<int64_t> begins(const std::vector<Chunk>& chunks) {
+    std::vector<int64_t> column{0};
+    for (const Chunk& chunk : chunks) column.push_back(column.back() + round_up(chunk.rows, TILE_COLUMNS<T>));
+    return column;
+  }
+
+  void fill(int64_t threads) {
+    parallel(int64_t(chunks.size()), threads, [&] {
+      return [&, rows = Rows<T>(sets, Block<T>::most_rows(chunks))](int64_t c) mutable {
+        rows.take(chunks[c]);
+        for (int64_t j = 0; j < chunks[c].rows; j += TILE_COLUMNS<T>)
+          interleave(rows + j, least(TILE_COLUMNS<T>, chunks[c].rows - j), sets.D,
+                     panels + (column[c] + j) * sets.D, TILE_COLUMNS<T>);
+        for (int64_t j = 0; j < chunks[c].rows; ++j) {
+          const T* q = *(rows + j);
+          Vec<T> square{};
+          for (int64_t k = 0; k < sets.D; k += LANES<T>) {
+            const Vec<T> a = head(q + k, sets.D - k);
+            square += a * a;
+          }
+          length[column[c] + j] = std::sqrt(sum<T>(square));
+        }
+      };
+    });
+  }
+};
+
+// Cuts `sets` into windows of at most `bytes` of packed queries, one chunk at the least, and runs body on each.
+template <class T, class Body>
+void windows(const Sets& sets, int64_t columns, int64_t bytes, int64_t threads, Body body) {
+  const std::vector<Chunk> all = chunks(sets.edge.data(), sets.count(), columns);
+  for (size_t first = 0; first < all.size();) {
+    size_t last = first;
+    int64_t size = 0;
+    do size += round_up(all[last++].rows, TILE_COLUMNS<T>) * sets.D * int64_t(sizeof(T));
+    while (last < all.size() && size + all[last].rows * sets.D * int64_t(sizeof(T)) <= bytes);
+    Window<T> window(sets, {all.begin() + int64_t(first), all.begin() + int64_t(last)});
+    window.fill(threads);
+    body(window);
+    first = last;
+  }
+}
+
+// Blocks of context sets whose packed rows stay in the second cache, a set at the least.
+template <class T>
+std::vector<Chunk> context_blocks(const Sets& sets) {
+  const int64_t rows = std::max<int64_t>(1, BLOCK_BYTES / (sets.D * int64_t(sizeof(T)) + 1));
+  return chunks(sets.edge.data(), sets.count(), least(rows, BLOCK_ROWS));
+}
+
+// One thread's arrays for a block of contexts and a chunk of queries, and what it makes of them.
+template <class T>
+struct Cosines {
+  const Problem& problem;
+  int64_t ld;
+  Buffer<T> s, weight, factor, total, dot, square, r;
+
+  Cosines(const Problem& problem, int64_t rows, int64_t set_rows, int64_t columns)
+      : problem(problem), ld(padded<T>(columns)), s(round_up(rows, ROW_STEP) * ld),
+        weight(round_up(set_rows, ROW_STEP) * ld), factor(set_rows), total(ld), dot(ld), square(ld), r(ld) {}
+
+  // A of ops/_attention.py for all the block's rows.
+  void affinities(const Block<T>& block, const Window<T>& window, int64_t c) {
+    const int64_t columns = window.chunks[c].rows, D = block.sets.D;
+    for (int64_t j = 0; j < columns; j += TILE_COLUMNS<T>)
+      gemm<T>(block.run.rows, least(TILE_COLUMNS<T>, columns - j), D, Left<T>{block.packed, 0},
+              Right<T>{window.panels + (window.column[c] + j) * D, TILE_COLUMNS<T>},
+              [](int64_t, int64_t) { return Vec<T>{}; },
+              [&](int64_t i, int64_t jj, Vec<T> v) { store(s + i * ld + j + jj, v); });
+  }
+
+  // (1) and (3) for one set: weight[x][j] = alpha * total_j, dot = q . P * total, square = |P|^2, r.
+  // each(x, j, v) sees v = sum_y G_xy weight_yj.
+  template <class Each>
+  void cosines(const Block<T>& block, int64_t set, const Window<T>& window, int64_t c, Each each) {
+    const Chunk& chunk = window.chunks[c];
+    const int64_t at = block.sets.edge[set] - block.run.begin, n = block.sets.edge[set + 1] - block.sets.edge[set];
+    const int64_t columns = chunk.rows, k = set - block.run.first;
+    const T *a = s + at * ld, *gram = block.grams + block.gram_at[size_t(k)];
+    logits<T>(problem.norm, T(problem.scale), n, window.sets.edge.data() + chunk.first, chunk.last - chunk.first, a,
+              weight, ld, factor);
+    for (int64_t j = 0; j < columns; j += LANES<T>) {
+      Vec<T> top = load(weight + j), all{}, product{};
+      for (int64_t x = 1; x < n; ++x) top = max<T>(top, load(weight + x * ld + j));
+      for (int64_t x = 0; x < n; ++x) {
+        const Vec<T> e = exp<T>(load(weight + x * ld + j) - top);
+        store(weight + x * ld + j, e);
+        all += e;
+        product += e * load(a + x * ld + j);
+      }
+      store(total + j, all);
+      store(dot + j, product);
+      store(square + j, Vec<T>{});
+    }
+    gemm<T>(n, columns, n, Left<T>{gram, round_up(n, ROW_STEP)}, Right<T>{weight, ld},
+            [](int64_t, int64_t) { return Vec<T>{}; },
+            [&](int64_t x, int64_t j, Vec<T> v) {
+              each(x, j, v);
+              store(square + j, load(square + j) + v * load(weight + x * ld + j));
+            });
+    const T* length = window.length + window.column[c];
+    const T least_square = T(1e-3) * block.highest[size_t(k)];
+    for (int64_t j = 0; j < columns; j += LANES<T>) {
+      const Vec<T> inverse = T(1) / load(total + j);
+      Vec<T> p = load(square + j) * inverse * inverse;
+      const Vec<Int<T>> poor = (p < least_square) & inside<T>(j, 0, columns);
+      for (int64_t i = 0; i < LANES<T>; ++i)
+        if (poor[i]) p[i] = exact_square(block.rows + at, n, j + i);
+      store(square + j, p);
+      const Vec<T> both = load(length + j) * root(max<T>(p, splat(std::numeric_limits<T>::min())));
+      store(r + j, load(dot + j) * inverse / max<T>(both, splat(T(EPS))));
+    }
+  }
+
+  // |P|^2 from P itself, where the terms of the Gram form cancel to less than a thousandth of the largest |x|^2.
+  T exact_square(const T* const* row, int64_t n, int64_t j) const {
+    const int64_t D = problem.context.D;
+    Vec<T> all{};
+    for (int64_t k = 0; k < D; k += LANES<T>) {
+      Vec<T> p{};
+      for (int64_t x = 0; x < n; ++x) p += head(row[x] + k, D - k) * (weight[x * ld + j] / total[j]);
+      all += p * p;
+    }
+    return sum<T>(all);
+  }
+
+  // (2) for a set of queries whose columns are begin .. begin + n.
+  T pooled(int64_t begin, int64_t n) const {
+    const T* from = r + begin;
+    Vec<T> all{}, top = splat(-INFINITY + T(0));
+    for (int64_t j = 0; j < n; j += LANES<T>) {
+      const Vec<T> a = load(from + j);
+      const Vec<Int<T>> real = inside<T>(j, 0, n);
+      all += select<T>(real, a, Vec<T>{});
+      top = max<T>(select<T>(real, a, top), top);
+    }
+    if (problem.pool == SUM) return sum<T>(all);
+    if (problem.pool == MEAN) return sum<T>(all) / T(n);
+    const T highest = max<T>(top), scale = T(problem.pool_scale);
+    if (problem.pool == MAX) return highest;
+    all = Vec<T>{};
+    for (int64_t j = 0; j < n; j += LANES<T>)
+      all += select<T>(inside<T>(j, 0, n), exp<T>((load(from + j) - highest) * scale), Vec<T>{});
+    return highest + std::log(sum<T>(all)) / scale;
+  }
+};
+
+}  // namespace itm_fast
