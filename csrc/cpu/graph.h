@@ -1,0 +1,182 @@
+// Graph reasoning over a chunk's nodes, read out at the global ones: equations (1) to (3) of
+// itm_fast/ops/similarity_graph.py.
+//
+// X is [S][nodes], a caption's nodes side by side, its global one first. A step is two large products, Y = M^T X + u
+// and H = X^T Wr^T (nodes as rows), and two small ones per caption: with the nodes asked along the lanes, the logits
+// X^T Y have the softmax down their columns, and X' = relu(H^T E / sums + br) takes H as it lies, so nothing is
+// transposed. The last full step writes X' with nodes as rows instead, for the read-out, whose products have
+// captions as rows and features along the lanes.
+//
+// A thread holds X, Y, H and once X' transposed (240 KB each at S 256 and 224 nodes) beside the weights of a step
+// (2 x 260 KB): a product's operands stay in L2. Weights of caption pairs (E) stay in L1.
+#pragma once
+#include "attention.h"
+#include "shuffle.h"
+
+namespace itm_fast {
+
+constexpr int64_t GRAPH_NODES = 224;  // of a chunk, and asked at a time in captions longer than that
+
+// What the steps take from the parameters, made once per call.
+template <class T>
+struct GraphWeights {
+  int64_t S, steps, ld;
+  Buffer<T> ask;    // [steps - 1] M^T packed as rows: Y = M^T X
+  Buffer<T> last;   // [S][ld] M of the last step: features along the lanes
+  Buffer<T> shift;  // [steps][ld] u
+  Buffer<T> value;  // [steps][S][ld] Wr^T
+  Buffer<T> bias;   // [steps][ld] br
+
+  GraphWeights(int64_t S, int64_t steps, Source query_weight, Source query_bias, Source key_weight,
+               Source value_weight, Source value_bias)
+      : S(S), steps(steps), ld(padded<T>(S)), ask((steps - 1) * packed_size(S, S)), last(S * ld), shift(steps * ld),
+        value(steps * S * ld), bias(steps * ld) {
+    Buffer<T> room(S * S), query(S * ld), key(S * ld), product(S * ld);
+    const auto rows = [&](Source s, int64_t step, T* to) {
+      const T* from = read<T>(s, step * S * S, S * S, room);
+      for (int64_t r = 0; r < S; ++r) std::copy(from + r * S, from + (r + 1) * S, to + r * ld);
+    };
+    for (int64_t step = 0; step < steps; ++step) {
+      rows(query_weight, step, query);
+      rows(key_weight, step, key);
+      T* const M = step + 1 < steps ? product : last;
+      gemm(S, S, S, Left<T>{query, ld}, Right<T>{key, ld}, [](int64_t, int64_t) { return Vec<T>{}; },
+           [&](int64_t i, int64_t j, Vec<T> c) { store(M + i * ld + j, c); });
+      if (step + 1 < steps)
+        pack_rows(S, S, ask + step * packed_size(S, S), [&](int64_t i, int64_t k) { return M[k * ld + i]; });
+      T* const u = shift + step * ld;
+      const T* b = read<T>(query_bias, step * S, S, room);
+      for (int64_t o = 0; o < S; ++o)
+        for (int64_t i = 0; i < S; ++i) u[i] += b[o] * key[o * ld + i];
+      transpose_by_squares<T>(read<T>(value_weight, step * S * S, S * S, room), S, S, S, value + step * S * ld, ld);
+      b = read<T>(value_bias, step * S, S, room);
+      std::copy(b, b + S, bias + step * ld);
+    }
+  }
+};
+
+template <class T>
+class Graph {
+ public:
+  // Scratch for chunks of at most `nodes` nodes, captions of at most `longest` nodes.
+  Graph(const GraphWeights<T>& weights, int64_t nodes, int64_t longest)
+      : weights(weights), S(weights.S), ldS(weights.ld), ld(padded<T>(nodes)),
+        lde(padded<T>(least(longest, GRAPH_NODES))), x_(S * ld), y_(S * ld), x(x_), y(y_), h(nodes * ldS),
+        xt(nodes * ldS), e(longest * lde), total(lde), asked(S * ld), answer(nodes * ldS) {}
+
+  // Where the caller puts X before every run: [S][stride()], columns edge[first] .. edge[last] - edge[first].
+  T* nodes() { return x; }
+  int64_t stride() const { return ld; }
+
+  // z[t - first][0 .. S] = the global node of caption t after all steps, for the captions first .. last of edge.
+  void run(const int64_t* edge, int64_t first, int64_t last, T* z, int64_t ldz) {
+    const int64_t origin = edge[first], columns = edge[last] - origin;
+    for (int64_t step = 0; step + 1 < weights.steps; ++step) {
+      reason(edge, first, last, step);
+      std::swap(x, y);
+    }
+    if (weights.steps == 1) transpose_by_squares<T>(x, ld, S, columns, xt, ldS);
+    read_out(edge, first, last, z, ldz);
+  }
+
+ private:
+  static Vec<T> relu(Vec<T> v) { return v < 0 ? Vec<T>{} : v; }
+  static Vec<T> nothing(int64_t, int64_t) { return Vec<T>{}; }
+
+  // One step: y (or, before the last step, xt) becomes X'.
+  void reason(const int64_t* edge, int64_t first, int64_t last, int64_t step) {
+    const int64_t origin = edge[first], columns = edge[last] - origin;
+    const T *u = weights.shift + step * ldS, *br = weights.bias + step * ldS;
+    gemm(S, columns, S, Left<T>{weights.ask + step * packed_size(S, S), 0}, Right<T>{x, ld},
+         [&](int64_t i, int64_t) { return splat(u[i]); },
+         [&](int64_t i, int64_t j, Vec<T> c) { store(y + i * ld + j, c); });
+    gemm(columns, S, S, Left<T>{x, ld}, Right<T>{weights.value + step * S * ldS, ldS}, nothing,
+         [&](int64_t i, int64_t j, Vec<T> c) { store(h + i * ldS + j, c); });
+    for (int64_t t = first; t < last; ++t) {
+      const int64_t begin = edge[t] - origin, n = edge[t + 1] - edge[t];
+      for (int64_t at = 0; at < n; at += GRAPH_NODES) {
+        const int64_t some = least(GRAPH_NODES, n - at);
+        T* const asking = y + begin + at;
+        gemm(n, some, S, Left<T>{x + begin, ld}, Right<T>{asking, ld}, nothing,
+             [&](int64_t i, int64_t j, Vec<T> c) { store(e + i * lde + j, c); });
+        exponentials<T>(n, some, e, lde, total);
+        for (int64_t j = 0; j < some; j += LANES<T>) store(total + j, 1 / load(total + j));
+        if (step + 2 < weights.steps) {
+          // Y of these nodes has done its part. What follows it in a row has not: the last vector keeps it.
+          gemm(S, some, n, Left<T>{h + begin * ldS, ldS}, Right<T>{e, lde}, nothing,
+               [&](int64_t i, int64_t j, Vec<T> c) {
+                 T* const to = asking + i * ld + j;
+                 c = relu(c * load(total + j) + br[i]);
+                 store(to, j + LANES<T> <= some ? c : select<T>(inside<T>(j, 0, some), c, load(to)));
+               });
+        } else {
+          gemm(some, S, n, Left<T>{e, lde}, Right<T>{h + begin * ldS, ldS}, nothing,
+               [&](int64_t i, int64_t j, Vec<T> c) {
+                 store(xt + (begin + at + i) * ldS + j, relu(c * total[i] + load(br + j)));
+               });
+        }
+      }
+    }
+  }
+
+  // The last step at node 0 of every caption, from the nodes as rows in xt.
+  void read_out(const int64_t* edge, int64_t first, int64_t last, T* z, int64_t ldz) {
+    const int64_t origin = edge[first], captions = last - first, step = weights.steps - 1;
+    const T *u = weights.shift + step * ldS, *br = weights.bias + step * ldS;
+    for (int64_t t = 0; t < captions; ++t) {
+      const T* const node = xt + (edge[first + t] - origin) * ldS;
+      std::copy(node, node + S, answer + t * ldS);
+    }
+    transpose_by_squares<T>(answer, ldS, captions, S, asked, ld);
+    gemm(captions, S, S, Left<T>{asked, ld}, Right<T>{weights.last, ldS},
+         [&](int64_t, int64_t j) { return load(u + j); },
+         [&](int64_t i, int64_t j, Vec<T> c) { store(answer + i * ldS + j, c); });
+    for (int64_t t = 0; t < captions; ++t) {
+      const int64_t begin = edge[first + t] - origin, n = edge[first + t + 1] - edge[first + t];
+      const T* const keys = xt + begin * ldS;
+      T* const row = answer + t * ldS;
+      T top = -INFINITY, sum = 0;
+      for (int64_t j = 0; j < n; ++j) {
+        e[j] = dot(keys + j * ldS, row);
+        top = e[j] > top ? e[j] : top;
+      }
+      for (int64_t j = 0; j < n; j += LANES<T>) {
+        const Vec<T> weight = select<T>(inside<T>(j, 0, n), exp<T>(load(e + j) - top), Vec<T>{});
+        store(e + j, weight);
+        sum += itm_fast::sum<T>(weight);
+      }
+      const T share = 1 / sum;
+      for (int64_t s = 0; s < S; s += 4 * LANES<T>) {  // four chains; what passes a row's end is dropped
+        Vec<T> c[4] = {};
+        for (int64_t j = 0; j < n; ++j)
+          for (int v = 0; v < 4; ++v) c[v] += load(keys + j * ldS + s + v * LANES<T>) * e[j];
+        for (int v = 0; v < 4 && s + v * LANES<T> < S; ++v) store(row + s + v * LANES<T>, c[v] * share);
+      }
+    }
+    transpose_by_squares<T>(answer, ldS, captions, S, asked, ld);
+    gemm(captions, S, S, Left<T>{asked, ld}, Right<T>{weights.value + step * S * ldS, ldS},
+         [&](int64_t, int64_t j) { return load(br + j); },
+         [&](int64_t i, int64_t j, Vec<T> c) { store(answer + i * ldS + j, relu(c)); });
+    for (int64_t t = 0; t < captions; ++t) std::copy(answer + t * ldS, answer + t * ldS + S, z + t * ldz);
+  }
+
+  // Rows are zero from S to a whole vector.
+  T dot(const T* a, const T* b) const {
+    Vec<T> even{}, odd{};
+    int64_t s = 0;
+    for (; s + LANES<T> < S; s += 2 * LANES<T>) {
+      even += load(a + s) * load(b + s);
+      odd += load(a + s + LANES<T>) * load(b + s + LANES<T>);
+    }
+    if (s < S) even += load(a + s) * load(b + s);
+    return sum<T>(even + odd);
+  }
+
+  const GraphWeights<T>& weights;
+  const int64_t S, ldS, ld, lde;
+  Buffer<T> x_, y_;
+  T *x, *y;
+  Buffer<T> h, xt, e, total, asked, answer;
+};
+
+}  // namespace itm_fast
