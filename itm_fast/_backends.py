@@ -9,12 +9,16 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
+import warnings
 from collections.abc import Iterator
 
 import torch
 
+from . import _native
+
 NAMES = ("triton", "cuda", "cpu", "torch", "reference")
 OFFERS: dict[str, tuple[str, ...]] = {}  # op -> the backends it has, best first; filled as each op is defined
+_told: set[str] = set()  # reasons that "auto" has warned of
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("itm_fast_backend", default=None)
 
 
@@ -57,6 +61,8 @@ def _known(name: str, source: str) -> str:
 def why_not(name: str, device: torch.device | str = "cpu") -> str | None:
     """Tell why a backend cannot run on a device.
 
+    For "cpu" this compiles the C++ kernels when no process of this user has done so yet.
+
     Args:
         name: one of `NAMES`.
         device: where the tensors are.
@@ -74,6 +80,8 @@ def why_not(name: str, device: torch.device | str = "cpu") -> str | None:
         return f"this version of itm-fast has no {name} kernels; use {', '.join(_present())}"
     if device.type == "cuda" and not torch.cuda.is_available():
         return "no CUDA device is visible to torch"
+    if name == "cpu":
+        return f"needs CPU tensors, got {device.type}" if device.type != "cpu" else _native.why_not()
     return None
 
 
@@ -89,15 +97,27 @@ def resolve(op: str, backend: str | None, device: torch.device) -> str:
     """
     backend = requested(backend)
     offered = OFFERS[op]
-    reasons = {}
+    reasons: dict[str, str] = {}
     for name in offered if backend == "auto" else (backend,):
         reason = why_not(name, device)
         if reason is None and name not in offered:
             reason = f"{op} has no such backend; it offers {', '.join(offered)}"
         if reason is None:
+            if device.type == "cpu" and "cpu" in reasons:
+                _warn_once(reasons["cpu"], name)
             return name
         reasons[name] = reason
     raise NotImplementedError(f"{op} cannot run on {device}: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
+
+
+def _warn_once(reason: str, instead: str) -> None:
+    if reason not in _told:
+        _told.add(reason)
+        warnings.warn(
+            f"itm-fast runs its slower {instead} backend, as its CPU kernels cannot run: {reason}. "
+            f"Setting ITM_FAST_BACKEND={instead} silences this.",
+            stacklevel=4,
+        )
 
 
 # Resolved once per trace. This is all that torch.compiler.assume_constant_result does, but calling it imports Dynamo

@@ -106,8 +106,10 @@ def outcome() -> Build | str:
             if _outcome is None:
                 try:
                     _outcome = build(csrc_dir(), level())
-                except (Unavailable, OSError) as error:
+                except Unavailable as error:
                     _outcome = str(error)
+                except OSError as error:
+                    _outcome = f"the CPU kernels cannot be built: {error}"
     return _outcome
 
 
@@ -178,17 +180,16 @@ def build(csrc: Path, level: str) -> Build:
         )
         result = scratch / "result"
         result.mkdir()
+        built = _compile(compiler, version, csrc, sources, level, result / LIBRARY)
+        note = {"level": built, "compiler": version, "sha256": _checksum(result)}
+        (result / "build.json").write_text(json.dumps(note))
         try:
-            built = _compile(compiler, version, csrc, sources, level, scratch)
-            note = {"level": built, "compiler": version, "sha256": _checksum(result)}
-            (result / "build.json").write_text(json.dumps(note))
             found = _load(result)
         except (OSError, ValueError) as error:
-            raise Unavailable(f"the CPU kernels were compiled but cannot be used: {error}") from error
-        if kept:
-            _publish(result, scratch.parent / name)
-            return found._replace(path=scratch.parent / name / LIBRARY)
-        return found
+            raise Unavailable(
+                f"the CPU kernels were compiled but do not load: {error}; set CXX to a compiler that suits this Python"
+            ) from error
+        return found._replace(path=_publish(result, scratch.parent / name) if kept else None)
 
 
 def _compiler() -> tuple[list[str], str]:
@@ -201,8 +202,13 @@ def _compiler() -> tuple[list[str], str]:
                 f"CXX names {command[0]!r}, which cannot be run; set it to g++ 11 or newer, or to clang++"
             )
         raise Unavailable("no C++ compiler on PATH; install g++ or clang++, or set CXX")
-    output = _run([[*command, "--version"]], None, time.monotonic() + 60)[0]
-    return command, output.text.strip().partition("\n")[0]
+    try:
+        said = _run([[*command, "--version"]], None, time.monotonic() + 60)[0]
+    except subprocess.CalledProcessError as error:
+        raise Unavailable(
+            f"{shlex.join(error.cmd)} fails: {_useful(error.output)}; set CXX to g++ or clang++"
+        ) from error
+    return command, said.strip().partition("\n")[0]
 
 
 def _cached(pattern: str) -> Build | None:
@@ -256,87 +262,78 @@ def _scratch() -> Iterator[tuple[Path, bool]]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _publish(result: Path, home: Path) -> None:
+def _publish(result: Path, home: Path) -> Path | None:
     """Put a build in its place in one step; a sound one that is there already stays, a damaged one goes."""
     for _ in range(2):
         try:
             result.rename(home)
-            return
+            return home / LIBRARY
         except OSError:
-            if _cached(home.name):
-                return
+            if found := _cached(home.name):
+                return found.path
             with contextlib.suppress(OSError):
                 home.rename(result.with_name("damaged"))
+    return None
 
 
-class _Output(NamedTuple):
-    failed: bool
-    text: str
-
-
-def _compile(compiler: list[str], version: str, csrc: Path, sources: Sequence[Path], level: str, scratch: Path) -> str:
-    """Make scratch/result/LIBRARY and tell its level."""
+def _compile(compiler: list[str], version: str, csrc: Path, sources: Sequence[Path], level: str, library: Path) -> str:
+    """Compile and link; tell the level of the result."""
+    scratch = library.parents[1]
     deadline = time.monotonic() + SECONDS
     probe = scratch / "probe.cpp"
     probe.write_text(_PROBE)
+    objects = [str(scratch / f"{source.stem}.o") for source in sources]
     names = list(LEVELS)
     for lower in names[names.index(level) :]:
-        flags = [*FLAGS, *LEVELS[lower]]
-        objects = [str(scratch / f"{source.stem}.o") for source in sources]
-        outputs = _run(
-            [[*compiler, *flags, f"-I{csrc}", "-c", str(s), "-o", o] for s, o in zip(sources, objects)],
-            scratch,
-            deadline,
-        )
-        if not any(o.failed for o in outputs):
-            link = [*compiler, "-shared", "-pthread", *objects, "-o", str(scratch / "result" / LIBRARY)]
-            outputs = _run([link], scratch, deadline)
-        log = "".join(o.text for o in outputs if o.failed)
-        if not any(o.failed for o in outputs):
+        command = [*compiler, *FLAGS, *LEVELS[lower]]
+        each = [[*command, f"-I{csrc}", "-c", str(s), "-o", o] for s, o in zip(sources, objects)]
+        try:
+            _run(each, scratch, deadline)
+            _run([[*compiler, "-shared", "-pthread", *objects, "-o", str(library)]], scratch, deadline)
             return lower
+        except subprocess.CalledProcessError as failure:
+            log = failure.output
         if _FULL.search(log):
-            raise Unavailable(
-                f"no space left in {scratch.parent} to compile the CPU kernels; free some, or set ITM_FAST_CACHE_DIR"
-            )
-        refusal = _run([[*compiler, *flags, "-fsyntax-only", str(probe)]], scratch, deadline)[0]
-        if not refusal.failed:
+            raise Unavailable(f"no space left for compiling in {scratch.parent}; free some, or set ITM_FAST_CACHE_DIR")
+        try:
+            _run([[*command, "-fsyntax-only", str(probe)]], scratch, deadline)
+        except subprocess.CalledProcessError as failure:
+            refusal = _useful(failure.output)
+        else:
             raise Unavailable(f"the CPU kernels do not compile with {version}: {_useful(log)}{_saved(log, scratch)}")
     raise Unavailable(
-        f"{shlex.join(compiler)} ({version}) cannot compile C++20 ({_useful(refusal.text)}); "
-        "install GCC 11 or newer, or set CXX"
+        f"{shlex.join(compiler)} ({version}) cannot compile C++20 ({refusal}); install GCC 11 or newer, or set CXX"
     )
 
 
 def _useful(log: str) -> str:
     """The line of a compiler's output that says most: its first error, else the last line."""
     lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith("collect2:")]
-    return next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "it says nothing")
+    return next((line for line in lines if "error" in line.lower()), lines[-1])
 
 
 def _saved(log: str, scratch: Path) -> str:
+    """Keep the whole output and say where, when that is possible."""
     path = scratch.parent / "itm-fast-build.log"
     try:
-        path.write_text(log)
+        (scratch / "log").write_text(log)
+        (scratch / "log").replace(path)
     except OSError:
         return ""
-    return f" (all of it: {path})"
+    return f" (all of it is in {path})"
 
 
-def _run(commands: Sequence[list[str]], folder: Path | None, deadline: float) -> list[_Output]:
-    """Run commands side by side, one per core; each dies with all its children at the deadline.
+def _run(commands: Sequence[list[str]], folder: Path | None, deadline: float) -> list[str]:
+    """Run commands side by side, one per core, and return what they say.
 
     Raises:
+        subprocess.CalledProcessError: one failed; the others are stopped.
         Unavailable: the deadline passed, or a command cannot be started.
     """
     environment = {**os.environ, "LC_ALL": "C"} | ({"TMPDIR": str(folder)} if folder else {})
     running: set[subprocess.Popen[str]] = set()
 
-    def stop() -> None:
-        for process in list(running):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-
-    def one(command: list[str]) -> _Output:
+    def one(command: list[str]) -> str:
         process = subprocess.Popen(
             command,
             cwd=folder,
@@ -346,12 +343,15 @@ def _run(commands: Sequence[list[str]], folder: Path | None, deadline: float) ->
             stderr=subprocess.STDOUT,
             text=True,
             errors="replace",
-            start_new_session=True,  # a group of its own, to be killed as one
+            start_new_session=True,  # a compiler is several processes, to be killed as one
         )
         running.add(process)
         text, _ = process.communicate(timeout=max(deadline - time.monotonic(), 0.0))
         running.discard(process)
-        return _Output(process.returncode != 0, text)
+        if process.returncode:
+            text = text if text.strip() else f"exit status {process.returncode}"
+            raise subprocess.CalledProcessError(process.returncode, command, text)
+        return text
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         try:
@@ -362,4 +362,7 @@ def _run(commands: Sequence[list[str]], folder: Path | None, deadline: float) ->
             raise Unavailable(f"the C++ compiler cannot be run: {error}") from error
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-            stop()
+            for process in list(running):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
