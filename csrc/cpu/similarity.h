@@ -103,7 +103,9 @@ struct SimilarityTile {
     exponentials<T>(n, columns, weight, ld, total);
     for (int64_t j = 0; j < columns; j += LANES<T>) store(length + j, Vec<T>{});
     gemm<T>(n, columns, n, {x.gram, x.ld}, {weight, ld}, zero,
-            [&](int64_t i, int64_t j, Vec<T> c) { store(length + j, load(length + j) + c * load(weight + i * ld + j)); });
+            [&](int64_t i, int64_t j, Vec<T> c) {
+              store(length + j, load(length + j) + c * load(weight + i * ld + j));
+            });
     for (int64_t j = 0; j < columns; j += LANES<T>) {
       const Vec<T> all = load(total + j);
       Vec<T> square = load(length + j) / (all * all);
