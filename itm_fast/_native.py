@@ -23,7 +23,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -254,10 +254,14 @@ def _scratch() -> Iterator[tuple[Path, bool]]:
         warnings.warn(
             f"itm-fast compiles its CPU kernels anew in every process, as it cannot keep them ({error}); "
             "set ITM_FAST_CACHE_DIR to a folder that can be written",
-            stacklevel=2,
+            stacklevel=3,
         )
     try:
         yield scratch, kept
+    except OSError as error:
+        raise Unavailable(
+            f"the CPU kernels cannot be built in {scratch.parent}: {error}; free some space, or set ITM_FAST_CACHE_DIR"
+        ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -331,7 +335,7 @@ def _run(commands: Sequence[list[str]], folder: Path | None, deadline: float) ->
         Unavailable: the deadline passed, or a command cannot be started.
     """
     environment = {**os.environ, "LC_ALL": "C"} | ({"TMPDIR": str(folder)} if folder else {})
-    running: set[subprocess.Popen[str]] = set()
+    over = threading.Event()
 
     def one(command: list[str]) -> str:
         process = subprocess.Popen(
@@ -345,24 +349,29 @@ def _run(commands: Sequence[list[str]], folder: Path | None, deadline: float) ->
             errors="replace",
             start_new_session=True,  # a compiler is several processes, to be killed as one
         )
-        running.add(process)
-        text, _ = process.communicate(timeout=max(deadline - time.monotonic(), 0.0))
-        running.discard(process)
+        with process:
+            while True:
+                try:
+                    text, _ = process.communicate(timeout=0.1)
+                    break
+                except subprocess.TimeoutExpired:
+                    if over.is_set() or time.monotonic() > deadline:
+                        os.killpg(process.pid, signal.SIGKILL)
+                        raise
         if process.returncode:
             text = text if text.strip() else f"exit status {process.returncode}"
             raise subprocess.CalledProcessError(process.returncode, command, text)
         return text
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
+        futures = [pool.submit(one, command) for command in commands]
         try:
-            return list(pool.map(one, commands))
+            done = wait(futures, return_when=FIRST_EXCEPTION).done
+            return [future.result() for future in sorted(futures, key=lambda f: f not in done)]
         except subprocess.TimeoutExpired as error:
             raise Unavailable(f"{error.cmd[0]} did not finish in time and was stopped") from error
         except OSError as error:
             raise Unavailable(f"the C++ compiler cannot be run: {error}") from error
         finally:
+            over.set()
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list(running):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
