@@ -27,7 +27,15 @@ struct Pair {
 };
 
 template <class E>
-using Sum = std::conditional_t<std::is_same_v<E, Pair>, float, E>;
+constexpr bool IS_PAIR = std::is_same_v<E, Pair>;
+template <class E>
+using Sum = std::conditional_t<IS_PAIR<E>, float, E>;
+
+// Rows of A and B that a product over K values has: half as many when each holds two.
+template <class E>
+constexpr int64_t depth(int64_t K) {
+  return IS_PAIR<E> ? (K + 1) / 2 : K;
+}
 
 // A as a k-major array whose rows lie ld apart, or, with ld = 0, packed by pack_rows: panels of TILE_ROWS rows, the
 // last one of as many as are left.
@@ -46,7 +54,7 @@ struct Right {
 template <class E>
 inline void multiply_add(Vec<Sum<E>>& c, const E* a, Vec<Sum<E>> b) {
 #if defined(__AVX512BF16__)
-  if constexpr (std::is_same_v<E, Pair>) {
+  if constexpr (IS_PAIR<E>) {
     c = (Vec<float>)_mm512_dpbf16_ps((__m512)c, (__m512bh)_mm512_set1_epi32(int(a->bits)), (__m512bh)b);
     return;
   } else

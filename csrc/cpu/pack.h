@@ -101,15 +101,17 @@ inline void pack_rows(int64_t M, int64_t K, Pair* out, Value value) {
 }
 
 #if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__)
 // B of a product of bfloat16 values from the float one [K][ld]: (K + 1) / 2 rows of pairs.
 inline void pair_rows(int64_t K, int64_t columns, const float* b, int64_t ld, Pair* out) {
   for (int64_t k = 0; k < K; k += 2)
     for (int64_t j = 0; j < columns; j += LANES<float>) {
       const Vec<float> odd = k + 1 < K ? load(b + (k + 1) * ld + j) : Vec<float>{};
-      const Vec<float> both = interleave(load(b + k * ld + j), odd);
+      const Vec<float> both = in_pairs(load(b + k * ld + j), odd);
       std::memcpy(out + k / 2 * ld + j, &both, sizeof both);
     }
 }
+#endif
 #endif
 
 // Consecutive sets of rows (captions' words, images' regions) whose rows become the columns of one block.

@@ -130,7 +130,7 @@ inline Vec<T> exp(Vec<T> x) {
 #if defined(__AVX512BF16__)
 constexpr bool HAS_BFLOAT16 = true;
 // Lane i holds even[i] in its low half and odd[i] in its high half, both rounded to bfloat16.
-inline Vec<float> interleave(Vec<float> even, Vec<float> odd) {
+inline Vec<float> in_pairs(Vec<float> even, Vec<float> odd) {
   const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
   const __m512i lane = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
   const __m512i order = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16));

@@ -6,6 +6,9 @@
 // by column, so a column's bits depend on its own set and on the contexts only. Caches, for float32, D 1024, S 256,
 // 36 contexts and 224 columns: the vectors (224 KB), a block of squares (224 KB) and one of W (256 KB) stay in L2
 // (1 MB) while they are multiplied; queries and contexts pass by twice.
+//
+// E is what the long products, over D, multiply: T, or pairs of bfloat16 values with sums in float32. What is summed
+// over the contexts stays in T.
 #pragma once
 #include "attention.h"
 
@@ -14,33 +17,36 @@ namespace itm_fast {
 constexpr int64_t FEATURES = 256;  // of one block: D is passed through in blocks of this many
 
 // W and b, shared by all threads: W [S, D] packed for the product with a block of features, block after block.
-template <class T>
+template <class T, class E = T>
 struct Projection {
   int64_t S, D;
-  Buffer<T> weight, bias;
+  Buffer<E> weight;
+  Buffer<T> bias;
 
   Projection(Source w, Source b, int64_t S, int64_t D)
-      : S(S), D(D), weight(packed_size(S, D)), bias(round_up(S, ROW_STEP)) {
+      : S(S), D(D), weight(packed_size(S, depth<E>(D))), bias(round_up(S, ROW_STEP)) {
     Buffer<T> room(std::max(S, S * D));
     const T* rows = read<T>(w, 0, S * D, room);
     for (int64_t d = 0; d < D; d += FEATURES)
-      pack_rows(S, least(FEATURES, D - d), weight + packed_size(S, d),
+      pack_rows(S, least(FEATURES, D - d), weight + packed_size(S, depth<E>(d)),
                 [&](int64_t s, int64_t k) { return rows[s * D + d + k]; });
     std::copy_n(read<T>(b, 0, S, room), S, bias + 0);
   }
 
-  Left<T> block(int64_t d) const { return {weight + packed_size(S, d), 0}; }
+  Left<E> block(int64_t d) const { return {weight + packed_size(S, depth<E>(d)), 0}; }
 };
 
 // A set of contexts: its rows, its columns and its Gram matrix, each as the A of a product.
-template <class T>
+template <class T, class E = T>
 struct Contexts {
   int64_t n = 0, D, row_ld, ld;
   Buffer<T> row, column, gram;  // [n][row_ld], [D][ld], [n][ld]
+  Buffer<E> pairs;              // of `column`'s rows, when E is Pair
   T largest = 0;                // of the Gram matrix' diagonal
 
   Contexts(int64_t most, int64_t D)
-      : D(D), row_ld(padded<T>(D)), ld(padded<T>(most)), row(most * row_ld), column(D * ld), gram(most * ld) {}
+      : D(D), row_ld(padded<T>(D)), ld(padded<T>(most)), row(most * row_ld), column(D * ld), gram(most * ld),
+        pairs(IS_PAIR<E> ? depth<E>(D) * ld : 0) {}
 
   void read(Source s, int64_t first, int64_t count) {
     n = count;
@@ -53,6 +59,12 @@ struct Contexts {
             [&](int64_t i, int64_t j, Vec<T> c) { store(gram + i * ld + j, c); });
     largest = 0;
     for (int64_t x = 0; x < n; ++x) largest = std::max(largest, gram[x * ld + x]);
+    if constexpr (IS_PAIR<E>) pair_rows(D, n, column, ld, pairs);
+  }
+
+  Left<E> left() const {
+    if constexpr (IS_PAIR<E>) return {pairs, ld};
+    else return {column, ld};
   }
 };
 
@@ -80,24 +92,27 @@ struct Panels {
 };
 
 // What one thread works in: for at most `most` contexts and `columns` queries.
-template <class T>
+template <class T, class E = T>
 struct SimilarityTile {
   static constexpr int64_t WIDE = TILE_COLUMNS<T>;
   int64_t ld;
   Buffer<T> affinity, weight;                // [n][ld]: x.q, then weights a with u = sum of a x
   Buffer<T> total, length, inverse, factor;  // per column: sum of the exponentials, |P|, 1 / (|y| + eps)
-  Panels<T> squares, similar;                // (u - q)^2 of a block of features; y
+  Panels<E> squares;                         // (u - q)^2 of a block of features
+  Panels<T> similar;                         // y
+  Buffer<E> asked;                           // pairs of a panel of queries, when E is Pair
 
   SimilarityTile(int64_t most, int64_t columns, int64_t D, int64_t S)
       : ld(padded<T>(columns)), affinity(most * ld), weight(most * ld), total(ld), length(ld), inverse(ld),
-        factor(round_up(most, LANES<T>)), squares(columns, least(FEATURES, D)), similar(columns, S) {}
+        factor(round_up(most, LANES<T>)), squares(columns, depth<E>(least(FEATURES, D))), similar(columns, S),
+        asked(IS_PAIR<E> ? depth<E>(D) * WIDE : 0) {}
 
   // Attention of the queries of sets with bounds edge[0 .. sets]: affinity, total, length, and `weight`,
   // already divided by total and by |P| + eps.
-  void attend(const Contexts<T>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets, const Panels<T>& query) {
+  void attend(const Contexts<T, E>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets, const Panels<T>& query) {
     const int64_t columns = edge[sets] - edge[0], n = x.n;
     for (int64_t p = 0; p < columns; p += WIDE)
-      gemm<T>(n, least(WIDE, columns - p), x.D, {x.column, x.ld}, {query.at(0, p), WIDE}, zero,
+      gemm<E>(n, least(WIDE, columns - p), depth<E>(x.D), x.left(), {panel(query.at(0, p), x.D), WIDE}, zero,
               [&](int64_t i, int64_t j, Vec<T> c) { store(affinity + i * ld + p + j, c); });
     logits<T>(norm, scale, n, edge, sets, affinity, weight, ld, factor);
     exponentials<T>(n, columns, weight, ld, total);
@@ -121,21 +136,30 @@ struct SimilarityTile {
   }
 
   // y of the columns, block by block of features, and `inverse`.
-  void project(const Contexts<T>& x, const Projection<T>& w, int64_t columns, const Panels<T>& query) {
+  void project(const Contexts<T, E>& x, const Projection<T, E>& w, int64_t columns, const Panels<T>& query) {
     for (int64_t d = 0; d < x.D; d += FEATURES) {
       const int64_t K = least(FEATURES, x.D - d);
       for (int64_t p = 0; p < columns; p += WIDE) {
         const T* q = query.at(d, p);
-        T* square = squares.at(0, p);
+        E* square = squares.at(0, p);
+        [[maybe_unused]] Vec<T> even[TILE_VECTORS];
         gemm<T>(K, least(WIDE, columns - p), x.n, {x.row + d, x.row_ld}, {weight + p, ld},
                 [=](int64_t i, int64_t j) { return -load(q + i * WIDE + j); },
-                [=](int64_t i, int64_t j, Vec<T> c) { store(square + i * WIDE + j, c * c); });
+                [&, K](int64_t i, int64_t j, Vec<T> c) {
+                  c *= c;
+                  if constexpr (IS_PAIR<E>) {
+                    if (i % 2 == 0) even[j / LANES<T>] = c;
+                    if (i % 2 == 0 && i + 1 < K) return;
+                    c = in_pairs(even[j / LANES<T>], i % 2 ? c : Vec<T>{});
+                  }
+                  std::memcpy(square + (depth<E>(i + 1) - 1) * WIDE + j, &c, sizeof c);
+                });
       }
       for (int64_t p = 0; p < columns; p += WIDE) {
         T* y = similar.at(0, p);
         const T* bias = w.bias;
         const auto product = [&](auto begin) {
-          gemm<T>(w.S, least(WIDE, columns - p), K, w.block(d), {squares.at(0, p), WIDE}, begin,
+          gemm<E>(w.S, least(WIDE, columns - p), depth<E>(K), w.block(d), {squares.at(0, p), WIDE}, begin,
                   [=](int64_t s, int64_t j, Vec<T> c) { store(y + s * WIDE + j, c); });
         };
         if (d == 0) product([=](int64_t s, int64_t) { return splat(bias[s]); });
@@ -167,10 +191,17 @@ struct SimilarityTile {
   }
 
  private:
-  static Vec<T> zero(int64_t, int64_t) { return Vec<T>{}; }
+  static constexpr auto zero = [](int64_t, int64_t) { return Vec<T>{}; };
+
+  // A panel of queries as the long products take it.
+  const E* panel(const T* query, int64_t D) const {
+    if constexpr (IS_PAIR<E>) pair_rows(D, WIDE, query, WIDE, asked);
+    if constexpr (IS_PAIR<E>) return asked;
+    else return query;
+  }
 
   // |sum of e x|^2 of one vector of columns, by the sum itself.
-  Vec<T> summed(const Contexts<T>& x, int64_t j) const {
+  Vec<T> summed(const Contexts<T, E>& x, int64_t j) const {
     Vec<T> square{};
     gemm<T>(x.D, LANES<T>, x.n, {x.row, x.row_ld}, {weight + j, ld}, zero,
             [&](int64_t, int64_t, Vec<T> c) { square += c * c; });
