@@ -1,11 +1,19 @@
 import pytest
 import torch
 
+from itm_fast import _native
+
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     """Matrices this small gain nothing from threads, and on a busy machine two threads wait for each other."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def kernels_compiled():
+    """Before any test looks at stderr or at the clock."""
+    _native.why_not()
 
 
 @pytest.fixture(autouse=True)

@@ -1,10 +1,11 @@
 import sys
+import warnings
 
 import pytest
 import torch
 
 import itm_fast
-from itm_fast import _backends
+from itm_fast import _backends, _native
 from itm_fast.testing import inputs
 
 
@@ -72,6 +73,46 @@ def test_an_explicit_backend_runs_or_says_why_not(name):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")
 def test_cuda_tensors_without_cuda():
     assert "CUDA" in itm_fast.why_not("torch", "cuda")
+
+
+@pytest.fixture
+def compilerless(monkeypatch):
+    """A process whose C++ kernels could not be built, and an op that has them."""
+    monkeypatch.setattr(_native, "_outcome", "no C++ compiler on PATH; install g++")
+    monkeypatch.setattr(_backends, "_told", set())
+    monkeypatch.setitem(_backends.OFFERS, "cross_attention_score", ("cpu", "torch", "reference"))
+
+
+def test_auto_goes_on_without_a_compiler_and_says_so_once(compilerless):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        assert torch.equal(score(), score("torch"))
+        score()
+    (warning,) = told
+    assert "slower torch backend" in str(warning.message)
+    assert "no C++ compiler on PATH; install g++. Setting ITM_FAST_BACKEND=torch silences" in str(warning.message)
+    assert warning.filename == __file__
+
+
+def test_the_chosen_torch_backend_needs_no_compiler_and_no_warning(compilerless, asked, monkeypatch):
+    monkeypatch.setenv("ITM_FAST_BACKEND", "torch")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        score()
+    assert asked == ["torch"]
+
+
+def test_an_explicit_cpu_without_a_compiler_is_refused(compilerless):
+    with pytest.raises(NotImplementedError, match=r"cpu: no C\+\+ compiler on PATH; install g\+\+$"):
+        score("cpu")
+
+
+def test_a_compiler_is_asked_for_only_where_the_kernels_could_run(compilerless, monkeypatch):
+    monkeypatch.setattr(_native, "why_not", lambda: pytest.fail("asked"))
+    assert _backends.why_not("cpu", "meta") == "needs CPU tensors, got meta"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert _backends.resolve("cross_attention_score", None, torch.device("meta")) == "torch"
 
 
 def test_workspace_bounds_scratch_and_is_restored():

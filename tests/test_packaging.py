@@ -70,10 +70,13 @@ def test_it_imports_and_scores_from(form, built, tmp_path):
     code = (
         f"import sys; sys.path.insert(0, {str(path)!r})\n"
         "import itm_fast, itm_fast.kernels, torch\n"
+        "from itm_fast import _native\n"
         "from itm_fast.testing import inputs\n"
+        "print(_native.csrc_dir(), _native.why_not())\n"
         "print(itm_fast.__file__, tuple(itm_fast.cross_attention_score(*inputs(2, (3, 2), 4, 8)).shape))"
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert str(path) in done.stdout
     assert "(2, 2)" in done.stdout
+    assert f"{path / 'itm_fast' / 'csrc' if form == 'wheel' else path / 'csrc'} None\n" in done.stdout

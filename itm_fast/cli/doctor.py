@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor
 
 import itm_fast
 
-from .. import _backends, testing
+from .. import _backends, _native, testing
 
 HELP = """Show versions, devices, which backend each operation uses here and why the others cannot run, and
 check every backend that can run against the reference.
@@ -32,8 +33,11 @@ _OPTIONAL = {
 }
 _VARIABLES = (
     "ITM_FAST_BACKEND",
+    "ITM_FAST_CACHE_DIR",
     "ITM_FAST_DEBUG",
+    "ATEN_CPU_CAPABILITY",
     "CUDA_VISIBLE_DEVICES",
+    "CXX",
     "OMP_NUM_THREADS",
     "MKL_NUM_THREADS",
     "NLTK_DATA",
@@ -60,8 +64,9 @@ def examine() -> dict[str, Any]:
     """Everything `itm-fast doctor` knows, as plain values.
 
     Returns:
-        versions, cpu, devices, backends (per device: name -> null or why not), operations (per op: offered,
-        and what auto chooses per device), nltk_punkt, environment, checks, ok.
+        versions, packages, optional, cpu, native (the C++ kernels: level, compiler, library, cache folder, why not),
+        devices, backends (per device: name -> null or why not), operations (per op: offered, and what auto chooses
+        per device), nltk_punkt, environment, checks, ok.
 
     >>> examine()["backends"]["cpu"]["torch"] is None
     True
@@ -90,6 +95,7 @@ def examine() -> dict[str, Any]:
             "oneDNN": torch.backends.mkldnn.is_available(),
             "float32 matrix products": torch.get_float32_matmul_precision(),
         },
+        "native": _kernels(),
         "devices": devices,
         "backends": {device: {n: _backends.why_not(n, device) for n in _backends.NAMES} for device in devices},
         "operations": {
@@ -117,6 +123,25 @@ def _devices() -> dict[str, dict[str, Any]]:
     if torch.backends.mps.is_available():
         devices["mps"] = {"name": "Apple GPU", "memory_gib": _host_memory()}
     return devices
+
+
+def _kernels() -> dict[str, Any]:
+    """The C++ kernels of this machine, compiled now when they have not been before."""
+    try:
+        cache = str(_native.cache_dir())
+    except RuntimeError as error:
+        cache = f"none: {error}"
+    built = _native.outcome()
+    if isinstance(built, str):
+        return {"why not": built, "level": None, "compiler": None, "library": None, "cache folder": cache}
+    library = built.path and str(built.path)
+    return {
+        "why not": None,
+        "level": built.level,
+        "compiler": built.compiler,
+        "library": library,
+        "cache folder": cache,
+    }
 
 
 def _host_memory() -> float | None:
@@ -170,7 +195,9 @@ def _punkt() -> bool:
 
 def _choice(op: str, device: str) -> str:
     try:
-        return _backends.resolve(op, None, torch.device(device))
+        with warnings.catch_warnings():  # the report says why
+            warnings.simplefilter("ignore")
+            return _backends.resolve(op, None, torch.device(device))
     except (NotImplementedError, ValueError) as error:
         return f"none: {error}"
 
@@ -288,6 +315,14 @@ def _text(report: dict[str, Any]) -> str:
     )
     section("NLTK data", {"punkt": punkt})
     section("CPU", report["cpu"])
+    native = report["native"]
+    kept = native["library"] or "in no folder: the cache folder cannot be written, so each process compiles its own"
+    section(
+        "C++ kernels",
+        {"cannot run": native["why not"], "cache folder": native["cache folder"]}
+        if native["why not"]
+        else {"compiled for": native["level"], "compiler": native["compiler"], "library": kept},
+    )
     section("Devices", {device: _device_line(found) for device, found in report["devices"].items()})
     for device, reasons in report["backends"].items():
         section(f"Backends on {device}", {name: reason or "can run" for name, reason in reasons.items()})
