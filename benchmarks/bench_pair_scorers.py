@@ -1,9 +1,12 @@
 """SCAN, SGR and SAF: the paper's loop, the vectorised rewrite, torch.compile of it, and every backend, in one process.
 
-    python benchmarks/bench_pair_scorers.py --models scan-t2i sgr --rounds 5 --write cpu
+    python benchmarks/bench_pair_scorers.py --threads 2 --precision medium --rounds 3 --write cpu
 
-Results are compared with the loop's before anything is timed; a contender that differs by more than 1e-4 stops the
-benchmark. `--write NAME` saves benchmarks/results/pair_scorers_NAME.json.
+Results are compared with the loop's before anything is timed; a contender that differs by more than 1e-4 (2e-2 with
+bfloat16 products) stops the benchmark. `--write NAME` saves benchmarks/results/pair_scorers_NAME.json.
+
+A row "pairs alone" is given what depends on one image or one caption alone, which an evaluation computes once. The
+scratch of the backends is measured in a fresh process each, for the block and for one with four times the captions.
 """
 
 from __future__ import annotations
@@ -12,6 +15,8 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,9 +26,8 @@ if __name__ == "__main__":  # from a bare checkout, `benchmarks` and `itm_fast` 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import itm_fast
-from benchmarks import harness, rewrites
-from benchmarks.shapes import SHAPES, Shape, needed_flops
-from itm_fast import _backends
+from benchmarks import harness, machine, rewrites
+from benchmarks.shapes import SHAPES, Shape, needed_flops, state_flops
 from itm_fast.evaluation.workloads import WORKLOADS
 from itm_fast.models.sgraf import EncoderSimilarity
 from itm_fast.nn import CrossAttentionScore, PairScorer
@@ -32,6 +36,17 @@ from itm_fast.testing import scan, sgraf
 MODELS = ("scan-t2i", "scan-i2t", "sgr", "saf")
 SCALE = {"t2i": 9.0, "i2t": 4.0}
 CHUNK = 32 << 20  # bytes of the largest temporary that the rewrites may hold at once
+ALLOWED = {"float32": 1e-4, "bfloat16": 2e-2}  # a bfloat16 has 8 bits, a score is about 1
+LARGER = 4  # times the captions, for scratch that must not grow
+
+
+@dataclass
+class Contender:
+    """Something to time, what it needs at least, and the dtype of the factors of its products."""
+
+    call: Callable[[], Tensor]
+    flops: float
+    products: str = "float32"
 
 
 def build(model: str, shape: Shape, device: str) -> tuple[PairScorer, Callable[..., Tensor], Callable[..., Tensor]]:
@@ -74,39 +89,96 @@ def chunked(rewrite: Callable[..., Tensor], model: str, scorer: PairScorer) -> C
     return run
 
 
-def measure(model: str, shape: Shape, rounds: int, device: str, compile_too: bool, peak: float) -> dict:
-    """All contenders of one model on one shape."""
+def scored(backend: str, products: str, call: Callable[..., Tensor], *args: object) -> Tensor:
+    """A call under a backend, with float32 matrix products as they are or by bfloat16."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if products == "bfloat16" else "highest")
+    try:
+        with itm_fast.use_backend(backend):
+            return call(*args)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def contenders(model: str, shape: Shape, device: str, compile_too: bool, medium: bool) -> dict[str, Contender]:
+    """All that score the block, the paper's loop first."""
     image, words, cu_seqlens = shape.features(device)
     caption, lengths = itm_fast.unpack(words, cu_seqlens), cu_seqlens.diff().long()
     scorer, loop, rewrite = build(model, shape, device)
-    calls: dict[str, Callable[[], Tensor]] = {"paper's loop": lambda: loop(image, caption, lengths)}
+    pairs, states = needed_flops(model, shape), state_flops(model, shape)
+    whole = pairs + states
     plain = chunked(rewrite, model, scorer)
-    calls["vectorised rewrite"] = lambda: plain(image, caption, lengths)
+    found = {
+        "paper's loop": Contender(lambda: loop(image, caption, lengths), whole),
+        "vectorised rewrite": Contender(lambda: plain(image, caption, lengths), whole),
+    }
     if compile_too:
         compiled = chunked(torch.compile(rewrite, mode="max-autotune", dynamic=True), model, scorer)
-        calls["compiled rewrite"] = lambda: compiled(image, caption, lengths)
-    for name in _backends.NAMES:
-        if name != "reference" and _backends.why_not(name, device) is None:
-            calls[f"itm-fast {name}"] = lambda name=name: _scored(scorer, image, words, cu_seqlens, name)
+        found["compiled rewrite"] = Contender(lambda: compiled(image, caption, lengths), whole)
     with torch.no_grad():
-        exact = calls["paper's loop"]()
-        difference = {name: harness.largest_difference(call(), exact) for name, call in calls.items()}
-        for name, off in difference.items():
-            if not off < 1e-4:
-                raise SystemExit(f"{model}: {name} differs from the paper's loop by {off:.2g}; not timed")
-        memory = {name: harness.peak_memory(call) for name, call in calls.items()}
-        times = harness.alternate(calls, rounds)
-    base, flops = statistics.median(times["paper's loop"]), needed_flops(model, shape)
+        given = scorer.image_state(image), words, cu_seqlens, scorer.caption_state(words, cu_seqlens)
+    for backend in harness.backends(device):
+        for products in ("float32", "bfloat16"):
+            if products == "bfloat16" and (not medium or backend == "torch"):
+                continue
+            name = f"itm-fast {backend}" + (", bfloat16 products" if products == "bfloat16" else "")
+            alike = backend, products
+            found[name] = Contender(
+                lambda alike=alike: scored(*alike, scorer, image, words, cu_seqlens), whole, products
+            )
+            if states and backend != "torch":
+                found[f"{name}, pairs alone"] = Contender(
+                    lambda alike=alike: scored(*alike, scorer.score, *given), pairs, products
+                )
+    return found
+
+
+def scratch(model: str, shapes: list[Shape], backend: str) -> list[int | None]:
+    """Bytes above inputs and scores that scoring each block takes; for a fresh process."""
+    device, found = "cuda" if torch.cuda.is_available() else "cpu", []
+    for shape in shapes:
+        image, words, cu_seqlens = shape.features(device)
+        scorer = build(model, shape, device)[0]
+        with torch.no_grad(), itm_fast.use_backend(backend):
+            if not found:  # libraries load and make their threads
+                scorer(image[:2], words[: int(cu_seqlens[2])], cu_seqlens[:3])
+            call = partial(scorer, image, words, cu_seqlens)
+            peak = machine.peak_memory(call)
+        found.append(peak and max(0, peak - 4 * shape.pairs))
+    return found
+
+
+@torch.no_grad()
+def measure(model: str, shape: Shape, device: str, peak: dict, medium: bool, args: argparse.Namespace) -> dict:
+    """All contenders of one model on one shape."""
+    found, left_out = contenders(model, shape, device, not args.no_compile, medium), {}
+    exact = found["paper's loop"].call()
+    more: dict[str, dict] = {}
+    for name, one in list(found.items()):
+        harness.progress(f"{model}: {name}, compared and its memory taken")
+        try:
+            off = harness.largest_difference(one.call(), exact)
+        except NotImplementedError as why:
+            left_out[name] = str(why)
+            del found[name]
+            continue
+        if not off < ALLOWED[one.products]:
+            raise SystemExit(f"{model}: {name} differs from the paper's loop by {off:.2g}; not timed")
+        more[name] = {"largest_difference": off, "peak_bytes": machine.peak_memory(one.call)}
+    times = harness.alternate({name: one.call for name, one in found.items()}, args.rounds)
+    larger = Shape(shape.workload, shape.images, LARGER * shape.captions)
+    for backend in harness.backends(device):
+        if (name := f"itm-fast {backend}") in found and not args.no_fresh:
+            harness.progress(f"{model}: {name}, scratch in a fresh process")
+            small, large = machine.in_fresh_process(scratch, model, [shape, larger], backend)
+            more[name] |= {"peak_bytes": small, "peak_bytes_of_larger_block": large}
+    base = statistics.median(times["paper's loop"])
     rows = [
-        harness.row(n, t, shape.pairs, flops, peak, base, largest_difference=difference[n], peak_bytes=memory[n])
-        for n, t in times.items()
+        harness.row(name, times[name], shape.pairs, one.flops, peak, base, products=one.products, **more[name])
+        for name, one in found.items()
     ]
-    return {"model": model, "images": shape.images, "captions": shape.captions, "rows": rows}
-
-
-def _scored(scorer: PairScorer, image: Tensor, words: Tensor, cu_seqlens: Tensor, backend: str) -> Tensor:
-    with itm_fast.use_backend(backend):
-        return scorer(image, words, cu_seqlens)
+    size = {"images": shape.images, "captions": shape.captions, "captions_of_larger_block": larger.captions}
+    return {"model": model, **size, "rows": rows, "left_out": left_out}
 
 
 def main() -> None:
@@ -117,7 +189,12 @@ def main() -> None:
     parser.add_argument("--captions", type=int, help="captions of the block (default: the shape's)")
     parser.add_argument("--rounds", type=int, default=5, help="alternating rounds (default: 5)")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
+    parser.add_argument(
+        "--precision", choices=("highest", "medium"), default="highest",
+        help="of float32 matrix products; medium adds rows with bfloat16 products (default: highest)",
+    )  # fmt: skip
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile of the rewrite out")
+    parser.add_argument("--no-fresh", action="store_true", help="measure scratch in this process only")
     parser.add_argument("--write", metavar="NAME", help="save benchmarks/results/pair_scorers_NAME.json")
     args = parser.parse_args()
     if args.threads:
@@ -125,15 +202,15 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     known = SHAPES[args.shape]
     shape = Shape(known.workload, args.images or known.images, args.captions or known.captions)
-    peak = harness.peak_flops(device)
+    peak = machine.peaks(device)
+    medium = args.precision == "medium" and (device == "cuda" or peak["fma_bfloat16"] is not None)
     results = []
     for model in args.models:
-        results.append(measure(model, shape, args.rounds, device, not args.no_compile, peak))
+        results.append(measure(model, shape, device, peak, medium, args))
         title = f"{model}: {shape.images} images x {shape.captions} captions of {shape.workload}"
-        harness.show(title, results[-1]["rows"])
+        harness.show(title, results[-1]["rows"], results[-1]["left_out"])
     if args.write:
-        head = {"environment": harness.environment(), "shape": args.shape, "rounds": args.rounds}
-        head["matmul_peak_gflops"] = peak / 1e9
+        head = machine.head(args.shape, args.rounds, peak)
         print(harness.write(f"pair_scorers_{args.write}", {**head, "results": results}))
 
 

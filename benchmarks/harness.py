@@ -2,49 +2,25 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import platform
 import statistics
-import subprocess
+import sys
 import time
 from collections.abc import Callable
-from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-import itm_fast
+from itm_fast import _backends
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def environment() -> dict:
-    """Versions, device, threads and commit, for the result file."""
-    root = Path(__file__).resolve().parents[1]
-    git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, cwd=root, capture_output=True, text=True, check=False)
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
-    return {
-        "itm_fast": itm_fast.__version__,
-        "commit": commit.stdout.strip() or None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "device": device,
-        "threads": torch.get_num_threads(),
-        "matmul_precision": torch.get_float32_matmul_precision(),
-        "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
-    }
-
-
-def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor()
-    return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+def backends(device: str) -> list[str]:
+    """The backends that can run here, the reference left out."""
+    return [n for n in _backends.NAMES if n != "reference" and _backends.why_not(n, device) is None]
 
 
 def synchronise() -> None:
@@ -63,46 +39,43 @@ def seconds(call: Callable[[], object]) -> float:
 def alternate(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Time every call once per round, in turn, so that a slow spell of the machine hits all of them alike."""
     times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
+    for n in range(rounds):
         for name, call in calls.items():
             times[name].append(seconds(call))
+            progress(f"round {n + 1} of {rounds}, {name}: {times[name][-1]:.3f} s")
     return times
 
 
-def peak_flops(device: str = "cpu") -> float:
-    """Multiply-adds per second x 2 of a large float32 matrix product, the rate that products in PyTorch can reach."""
-    n = 2048 if device == "cpu" else 8192
-    a, b = torch.randn(n, n, device=device), torch.randn(n, n, device=device)
-    a @ b
-    return 2 * n**3 / min(seconds(lambda: a @ b) for _ in range(5))
+def progress(line: str) -> None:
+    """One line of what goes on, on standard error."""
+    print(f"  {line}", file=sys.stderr, flush=True)
 
 
-def peak_memory(call: Callable[[], object]) -> int | None:
-    """Bytes that a call reaches above what was held before: CUDA's count, or the resident set on Linux."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
-    status, refs = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-    try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        refs.write_text("5")
-    except OSError:
-        return None
-    before = _field(status, "VmRSS")
-    call()
-    return max(0, _field(status, "VmHWM") - before)
+def row(
+    name: str,
+    times: list[float],
+    pairs: int,
+    flops: float,
+    peak: dict[str, float | None],
+    base: float,
+    *,
+    products: str = "float32",
+    **more: object,
+) -> dict:
+    """One contender's row: median and spread, rates, the ratio to the base's median.
 
-
-def _field(status: Path, name: str) -> int:
-    line = next(x for x in status.read_text().splitlines() if x.startswith(f"{name}:"))
-    return int(line.split()[1]) * 1024
-
-
-def row(name: str, times: list[float], pairs: int, flops: float, peak: float, base: float, **more: object) -> dict:
-    """One contender's row: median and spread, rates, the ratio to the base's median."""
+    Args:
+        name: of the contender.
+        times: seconds of every round.
+        pairs: pairs scored in one call.
+        flops: operations that one call needs.
+        peak: of `peaks`.
+        base: median seconds of the paper's loop.
+        products: dtype of the factors of its matrix products, whose peak it is held against.
+        more: further fields.
+    """
     median = statistics.median(times)
+    fma = peak[f"fma_{products}"]
     return {
         "name": name,
         "seconds_median": median,
@@ -110,7 +83,9 @@ def row(name: str, times: list[float], pairs: int, flops: float, peak: float, ba
         "seconds_max": max(times),
         "pairs_per_second": pairs / median,
         "needed_gflops_per_second": flops / median / 1e9,
-        "fraction_of_matmul_peak": flops / median / peak,
+        "products": products,
+        "fraction_of_peak": fma and flops / median / fma,
+        "fraction_of_matmul_peak": flops / median / peak["matmul_float32"],
         "times_faster_than_loop": base / median,
         **more,
     }
@@ -120,21 +95,33 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
     return (a.double() - b.double()).abs().max().item()
 
 
-def show(title: str, rows: list[dict]) -> None:
-    """Print the rows of one workload as a table."""
-    heads = ("median s", "spread", "pairs/s", "of peak", "x loop", "max diff", "peak MiB")
-    print(f"\n{title}\n  {'':20}" + "".join(f"{h:>14}" for h in heads))
+def show(title: str, rows: list[dict], left_out: dict[str, str]) -> None:
+    """Print the rows of one workload as a table, and why a contender is missing."""
+    heads = ("median s", "spread", "pairs/s", "of FMA peak", "of matmul", "x loop", "max diff", "peak MiB")
+    print(f"\n{title}\n  {'':32}" + "".join(f"{h:>14}" for h in heads))
     for r in rows:
         cells = (
             f"{r['seconds_median']:.3f}",
             f"{r['seconds_min']:.3f}-{r['seconds_max']:.3f}",
             f"{r['pairs_per_second']:,.0f}",
-            f"{r['fraction_of_matmul_peak']:.0%}",
+            percent(r["fraction_of_peak"]),
+            percent(r["fraction_of_matmul_peak"]),
             f"{r['times_faster_than_loop']:.2f}",
             f"{r['largest_difference']:.1e}",
-            "-" if r.get("peak_bytes") is None else f"{r['peak_bytes'] / 2**20:.0f}",
+            mebibytes(r.get("peak_bytes")),
         )
-        print(f"  {r['name']:20}" + "".join(f"{c:>14}" for c in cells))
+        print(f"  {r['name']:32}" + "".join(f"{c:>14}" for c in cells))
+    for name, why in left_out.items():
+        print(f"  {name}: left out, {why}")
+    sys.stdout.flush()
+
+
+def percent(fraction: float | None) -> str:
+    return "-" if fraction is None else f"{fraction:.0%}"
+
+
+def mebibytes(count: float | None) -> str:
+    return "-" if count is None else f"{count / 2**20:,.0f}"
 
 
 def write(name: str, result: dict) -> Path:

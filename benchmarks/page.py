@@ -13,24 +13,70 @@ from html import escape
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
-COLOURS = {"paper's loop": "#9aa0a6", "vectorised rewrite": "#7aa6c2", "compiled rewrite": "#3f7fa6"}
-OURS = "#d1622b"
+KINDS = ("pair_scorers", "training_step", "maxsim")
+BASES = ("paper's loop", "loop over captions")
+PLAIN = {"vectorised rewrite": "#7aa6c2", "compiled rewrite": "#3f7fa6", "one matrix product": "#7aa6c2"}
+BASE, PACKAGE, OURS = "#9aa0a6", "#3f7fa6", "#d1622b"
+HEAD = """# Measured
+
+Each contender's results are compared with the loop's before it is timed.
+
+- x loop: times faster than the paper's loop.
+- of FMA peak: the operations that the result needs (of a training step three times those of its scores) against a loop
+  of fused multiply-adds with the processor's widest instructions, float32, or bfloat16 where products are bfloat16.
+- of matmul peak: the same against a large float32 matrix product of PyTorch.
+- largest difference: of scores; of a training step also of gradients, as a share of the largest.
+- scratch: what a call reaches above its inputs and scores; beside it on a block with four times the captions.
+- memory: what a training step reaches above inputs and parameters.
+- pairs alone: given what depends on one image or one caption alone, which an evaluation computes once.
+- all negatives: the loss summed over all pairs; the other rows take the hardest of every row and column.
+"""
 
 
-def table(result: dict) -> str:
-    """One Markdown row per model and contender, the losing ones too."""
-    lines = [
-        "| model | contender | pairs/s | x paper's loop | of matmul peak | largest difference | scratch, MiB |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
+def table(kind: str, result: dict) -> str:
+    """One Markdown row per model and contender, the losing ones too, and what was left out below them."""
+    columns = {
+        "pairs/s": lambda r, base: f"{r['pairs_per_second']:,.0f}",
+        "x loop": lambda r, base: f"{r['times_faster_than_loop']:.1f}",
+        "of FMA peak": lambda r, base: percent(r.get("fraction_of_peak")),
+        "of matmul peak": lambda r, base: percent(r["fraction_of_matmul_peak"]),
+        "largest difference": lambda r, base: f"{r['largest_difference']:.0e}",
+    }
+    if kind == "pair_scorers":
+        columns["scratch, MiB"] = lambda r, base: mebibytes(r.get("peak_bytes"))
+        columns["of a larger block"] = lambda r, base: mebibytes(r.get("peak_bytes_of_larger_block"))
+    elif kind == "training_step":
+        columns = {"seconds": lambda r, base: f"{r['seconds_median']:.2f}", **columns}
+        columns["memory, MiB"] = lambda r, base: mebibytes(r.get("peak_bytes"))
+        columns["of the loop's"] = lambda r, base: percent(_share(r.get("peak_bytes"), base.get("peak_bytes")))
+    lines = [f"| model | contender | {' | '.join(columns)} |", f"|---|---|{'---:|' * len(columns)}"]
     for one in result["results"]:
         for r in one["rows"]:
-            memory = "" if r["peak_bytes"] is None else f"{r['peak_bytes'] / 2**20:.0f}"
-            lines.append(
-                f"| {one['model']} | {r['name']} | {r['pairs_per_second']:,.0f} | {r['times_faster_than_loop']:.1f} "
-                f"| {r['fraction_of_matmul_peak']:.0%} | {r['largest_difference']:.0e} | {memory} |"
-            )
-    return "\n".join(lines)
+            cells = " | ".join(cell(r, one["rows"][0]) for cell in columns.values())
+            lines.append(f"| {one['model']} | {r['name']} | {cells} |")
+    reasons = [
+        f"Left out of {one['model']}: {name} ({why})."
+        for one in result["results"]
+        for name, why in one.get("left_out", {}).items()
+    ]
+    return "\n".join(lines) + "".join(f"\n\n{reason}" for reason in reasons)
+
+
+def _share(part: float | None, whole: float | None) -> float | None:
+    return None if part is None or not whole else part / whole
+
+
+def percent(fraction: float | None) -> str:
+    return "" if fraction is None else f"{fraction:.0%}"
+
+
+def mebibytes(count: float | None) -> str:
+    return "" if count is None else f"{count / 2**20:,.0f}"
+
+
+def kind_of(name: str) -> str:
+    """The kind of a result file, which its name begins with."""
+    return next(kind for kind in KINDS if name.startswith(kind))
 
 
 def recall(result: dict) -> str:
@@ -54,21 +100,37 @@ def readme(text: str) -> str:
 
     def fill(match: re.Match) -> str:
         result = json.loads((RESULTS / match[1]).read_text())
-        made = recall(result) if "held_out" in result else f"{caption(result)}\n\n{table(result)}"
+        if "held_out" in result:
+            made = recall(result)
+        else:
+            kind = kind_of(match[1])
+            made = f"{caption(kind, result)}\n\n{table(kind, result)}"
         return f"<!-- {match[1]} -->\n\n{made}\n\n<!-- end -->"
 
     return re.sub(r"<!-- (\w+\.json) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
-def caption(result: dict) -> str:
+def caption(kind: str, result: dict) -> str:
     """Where and how a result was measured."""
     e, block = result["environment"], result["results"][0]
+    D = "" if kind == "maxsim" else ", D 1024, S 256"
+    fma = result.get("fma_peak_gflops", {})
+    peaks = "".join(f" {dtype} FMA {rate:.0f}," for dtype, rate in fma.items() if rate)
+    more = _extended(block) if kind == "training_step" else ""
     return (
         f"{e['device']}; {e['threads']} threads; torch {e['torch']}; {e['date']}; commit {e['commit']}. "
-        f"{block['images']} images x {block['captions']} captions of `{result['shape']}`, R 36, D 1024, S 256, "
-        f"float32, {result['rounds']} alternating rounds in one process, medians. A large "
-        f"matrix product in the same run: {result['matmul_peak_gflops']:.0f} GFLOP/s."
+        f"{block['images']} images x {block['captions']} captions of `{result['shape']}`, R 36{D}, "
+        f"float32, {result['rounds']} alternating rounds in one process, medians.{more} Peaks in the same run, "
+        f"GFLOP/s:{peaks} a large float32 matrix product {result['matmul_peak_gflops']:.0f}."
     )
+
+
+def _extended(one: dict) -> str:
+    """How the loop's row was found when it did not run on the whole batch."""
+    measured = one["rows"][0]["measured_captions"]
+    if measured == one["captions"]:
+        return ""
+    return f" The loop ran on {measured} captions and on 2, and is extended to {one['captions']} on a straight line."
 
 
 def plot(result: dict) -> str:
@@ -80,7 +142,8 @@ def plot(result: dict) -> str:
         bars.append(f'<text x="8" y="{y + 16}" font-weight="bold">{escape(one["model"])}</text>')
         for r in one["rows"]:
             length = (width - left - 70) * r["times_faster_than_loop"] / top
-            colour = COLOURS.get(r["name"], OURS)
+            ours = OURS if r["name"].startswith("itm-fast") else PACKAGE
+            colour = BASE if r["name"] in BASES else PLAIN.get(r["name"], ours)
             bars.append(f'<text x="{left - 8}" y="{y + 16}" text-anchor="end">{escape(r["name"])}</text>')
             bars.append(f'<rect x="{left}" y="{y + 3}" width="{length:.1f}" height="{step - 6}" fill="{colour}"/>')
             bars.append(f'<text x="{left + length + 6:.1f}" y="{y + 16}">{r["times_faster_than_loop"]:.1f}x</text>')
@@ -92,22 +155,17 @@ def plot(result: dict) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}" {style}>\n{body}\n</svg>\n'
 
 
-def section(path: Path) -> str:
+def section(kind: str, path: Path) -> str:
     result, name = json.loads(path.read_text()), path.stem
     (RESULTS / f"{name}.svg").write_text(plot(result))
     raw = f"Raw numbers: [{path.name}]({path.name})."
-    picture = f"![times faster than the paper's loop]({name}.svg)"
-    return f"## {name}\n\n{caption(result)} {raw}\n\n{table(result)}\n\n{picture}\n"
+    picture = f"![times faster than the loop]({name}.svg)"
+    return f"## {name}\n\n{caption(kind, result)} {raw}\n\n{table(kind, result)}\n\n{picture}\n"
 
 
 def main() -> None:
-    parts = [section(path) for path in sorted(RESULTS.glob("pair_scorers_*.json"))]
-    head = (
-        "# Measured\n\nEach contender's scores are compared with the paper's loop before it is timed. \"Of matmul "
-        "peak\" counts only the operations that the result needs; \"scratch\" is what the call reaches above its "
-        "inputs.\n"
-    )
-    (RESULTS / "README.md").write_text("\n".join([head, *parts]))
+    parts = [section(kind, path) for kind in KINDS for path in sorted(RESULTS.glob(f"{kind}_*.json"))]
+    (RESULTS / "README.md").write_text("\n".join([HEAD, *parts]))
     top = RESULTS.parents[1] / "README.md"
     top.write_text(readme(top.read_text()))
 

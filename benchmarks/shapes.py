@@ -56,7 +56,7 @@ SHAPES = {
 
 
 def needed_flops(model: str, shape: Shape) -> float:
-    """Floating-point operations a pair needs, multiply-add = 2, summed over the block.
+    """Floating-point operations that the pairs of a block need, multiply-add = 2.
 
     Affinity V T^T; then SCAN's cosines from the Gram form, or for SGR and SAF the attended vector and W (P - t)^2,
     the global similarity, and the head: SGR with W_q^T W_k folded and its last step at node 0 only.
@@ -78,3 +78,15 @@ def needed_flops(model: str, shape: Shape) -> float:
         else:
             total += 4 * n * S
     return total * shape.images
+
+
+def state_flops(model: str, shape: Shape) -> float:
+    """Operations of a block that depend on one image or one caption alone: SGRAF's global vectors (VisualSA, TextSA).
+
+    Over a whole data set they vanish beside the pairs; in a block they do not.
+    """
+    if model.startswith("scan"):
+        return 0.0
+    whole = WORKLOADS[shape.workload]
+    items = [whole.regions] * shape.images + shape.lengths
+    return float(sum(2 * (n + 1) * whole.dim**2 for n in items))

@@ -1,0 +1,198 @@
+"""Forward and backward of SCAN, SGR and SAF at the papers' training shape: 128 images x 128 captions, training mode.
+
+    python benchmarks/bench_training_step.py --threads 2 --rounds 3 --write cpu
+
+A step scores all pairs, takes the papers' loss (margin 0.2, the hardest negative of every row and column) and the
+gradients of images, words and all parameters. That loss leaves most pairs without a gradient, so the rows "all
+negatives" take its sum over all of them. Scores and gradients of both losses are compared with the paper's loop by
+autograd before anything is timed.
+
+The loop keeps every caption's intermediate results until backward: gigabytes at 128 captions. It therefore runs on
+`--loop-captions` captions and on two, and its time and memory at 128 follow on a straight line through both: each
+word is one more row of the same operations. With `--loop-captions 128` it runs on all of them.
+Peak memory is what a step reaches above inputs and parameters, in a fresh process for each contender.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+if __name__ == "__main__":  # from a bare checkout, `benchmarks` and `itm_fast` lie beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import itm_fast
+from benchmarks import harness, machine
+from benchmarks.shapes import Shape, needed_flops, state_flops
+from itm_fast.evaluation.workloads import WORKLOADS
+from itm_fast.models.sgraf import EncoderSimilarity
+from itm_fast.nn import CrossAttentionScore
+from itm_fast.testing import scan, sgraf
+
+MODELS = ("scan-t2i", "scan-i2t", "sgr", "saf")
+SCALE = {"t2i": 9.0, "i2t": 4.0}
+LOOP = "paper's loop"
+MARGIN = 0.2
+ALLOWED = 1e-3  # of the largest gradient
+Score = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def ranking_loss(score: Tensor, hardest: bool) -> Tensor:
+    """The papers' loss of scores [I, T], T <= I, where caption t belongs to image t."""
+    I, T = score.shape
+    match = score.diagonal()
+    own = torch.eye(I, T, dtype=torch.bool, device=score.device)
+    of_captions = (MARGIN + score - match).clamp_min(0).masked_fill(own, 0)
+    of_images = (MARGIN + score[:T] - match[:, None]).clamp_min(0).masked_fill(own[:T], 0)
+    if hardest:
+        return of_captions.amax(0).sum() + of_images.amax(1).sum()
+    return of_captions.sum() + of_images.sum()
+
+
+def build(model: str, contender: str, shape: Shape, device: str) -> tuple[Score, dict[str, Tensor]]:
+    """What scores image, words and cu_seqlens, and its parameters; the same random numbers for every contender."""
+    whole = WORKLOADS[shape.workload]
+    torch.manual_seed(0)
+    if model.startswith("scan"):
+        options = {"direction": model[5:], "scale": SCALE[model[5:]]}
+        scorer = CrossAttentionScore(**options)
+        loop = lambda image, caption, lengths: scan.loop(image, caption, lengths, **options)  # noqa: E731
+    else:
+        scorer = EncoderSimilarity(whole.dim, whole.similarity, model.upper()).to(device).train()
+        state = scorer.state_dict(keep_vars=True)
+        loop = lambda *args: sgraf.loop(state, *args, training=True)  # noqa: E731
+
+    def score(image: Tensor, words: Tensor, cu_seqlens: Tensor) -> Tensor:
+        torch.manual_seed(1)  # of the dropouts
+        if contender == LOOP:
+            return loop(image, itm_fast.unpack(words, cu_seqlens), cu_seqlens.diff().tolist())
+        with itm_fast.use_backend(contender):
+            return scorer(image, words, cu_seqlens)
+
+    return score, dict(scorer.named_parameters())
+
+
+def step(
+    model: str, contender: str, shape: Shape, device: str, hardest: bool = True
+) -> Callable[[], dict[str, Tensor]]:
+    """A function that does one training step and returns the scores and the gradients by name."""
+    image, words, cu_seqlens = shape.features(device)
+    score, parameters = build(model, contender, shape, device)
+    leaves = {"image": image.requires_grad_(), "words": words.requires_grad_(), **parameters}
+
+    def run() -> dict[str, Tensor]:
+        result = score(image, words, cu_seqlens)
+        found = torch.autograd.grad(ranking_loss(result, hardest), list(leaves.values()))
+        return {"score": result.detach(), **dict(zip(leaves, found))}
+
+    return run
+
+
+def memory(model: str, contender: str, shapes: list[Shape], hardest: bool = True) -> list[int | None]:
+    """Peak bytes of a step above inputs and parameters at each shape; for a fresh process."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    step(model, contender, Shape(shapes[0].workload, 2, 2), device)()  # libraries load and make their threads
+    return [machine.peak_memory(step(model, contender, shape, device, hardest)) for shape in shapes]
+
+
+def difference(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+    """The largest deviation of the scores, or of a gradient as a share of the largest gradient of its kind.
+
+    A bias that shifts all keys alike has a gradient of rounding errors only, so parameters share one measure.
+    """
+    kinds = {name: name if name in ("score", "image", "words") else "parameter" for name in exact}
+    largest = {kind: max(exact[n].abs().max().item() for n in exact if kinds[n] == kind) for kind in kinds.values()}
+    return max(harness.largest_difference(found[n], exact[n]) / largest[kinds[n]] for n in exact)
+
+
+def compare(model: str, names: list[str], shape: Shape, device: str) -> tuple[dict[str, float], dict[str, str]]:
+    """How far each backend is from the loop under both losses, and why some cannot take part."""
+    off, left_out = dict.fromkeys(names, 0.0), {}
+    for hardest in (True, False):
+        exact = step(model, LOOP, shape, device, hardest)()
+        for name in names:
+            try:
+                off[name] = max(off[name], difference(step(model, name, shape, device, hardest)(), exact))
+            except NotImplementedError as why:
+                left_out[name] = str(why)
+    for name in left_out:
+        del off[name]
+    for name, value in off.items():
+        harness.progress(f"{model}: {name} is within {value:.1e} of the loop's scores and gradients")
+        if not value < ALLOWED:
+            raise SystemExit(f"{model}: {name} differs from the paper's loop by {value:.2g} of its values; not timed")
+    return off, left_out
+
+
+def measure(model: str, shape: Shape, device: str, peak: dict, args: argparse.Namespace) -> dict:
+    """All contenders of one model."""
+    cut, least = (Shape(shape.workload, shape.images, min(n, shape.captions)) for n in (args.loop_captions, 2))
+    off, left_out = compare(model, harness.backends(device), cut, device)
+    calls = {LOOP: step(model, LOOP, cut, device)}
+    if cut != shape:
+        calls[f"{LOOP}, {least.captions} captions"] = step(model, LOOP, least, device)
+    for name in off:
+        calls[name] = step(model, name, shape, device)
+        if name != "torch":
+            calls[f"{name}, all negatives"] = step(model, name, shape, device, hardest=False)
+    harness.alternate(calls, 1)
+    times = harness.alternate(calls, args.rounds)
+    if cut != shape:
+        few = times.pop(f"{LOOP}, {least.captions} captions")
+        times[LOOP] = [extended(x, y, least, cut, shape) for x, y in zip(few, times[LOOP])]
+    base = statistics.median(times[LOOP])
+    flops = 3 * (needed_flops(model, shape) + state_flops(model, shape))
+    rows = []
+    for name, t in times.items():
+        contender, label = name.split(",")[0], name if name == LOOP else f"itm-fast {name}"
+        more = {"largest_difference": off.get(contender, 0.0)}
+        if name == LOOP:
+            more["measured_captions"] = cut.captions
+        if not args.no_fresh:
+            harness.progress(f"{model}: {name}, peak memory in a fresh process")
+            shapes = [shape] if name != LOOP or cut == shape else [least, cut]
+            peaks = machine.in_fresh_process(memory, model, contender, shapes, name in (LOOP, *off))
+            scaled = len(peaks) == 2 and None not in peaks
+            more["peak_bytes"] = int(extended(*peaks, least, cut, shape)) if scaled else peaks[0]
+        rows.append(harness.row(label, t, shape.pairs, flops, peak, base, **more))
+    size = {"images": shape.images, "captions": shape.captions}
+    return {"model": model, **size, "rows": rows, "left_out": left_out}
+
+
+def extended(few: float, many: float, least: Shape, cut: Shape, shape: Shape) -> float:
+    """The value at `shape` on a straight line over words through those at `least` and `cut`."""
+    a, b, c = (sum(one.lengths) for one in (least, cut, shape))
+    return few + (many - few) * (c - a) / (b - a)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=MODELS)
+    parser.add_argument("--batch", type=int, default=128, help="images, and captions (default: 128)")
+    parser.add_argument("--loop-captions", type=int, default=32, help="captions of the loop's steps (default: 32)")
+    parser.add_argument("--rounds", type=int, default=3, help="alternating rounds (default: 3)")
+    parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
+    parser.add_argument("--no-fresh", action="store_true", help="leave peak memory out")
+    parser.add_argument("--write", metavar="NAME", help="save benchmarks/results/training_step_NAME.json")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape, peak, results = Shape("coco-eval-5k", args.batch, args.batch), machine.peaks(device), []
+    for model in args.models:
+        results.append(measure(model, shape, device, peak, args))
+        title = f"{model}: a training step of {shape.images} images x {shape.captions} captions"
+        harness.show(title, results[-1]["rows"], results[-1]["left_out"])
+    if args.write:
+        head = machine.head(f"coco-train-b{args.batch}", args.rounds, peak)
+        print(harness.write(f"training_step_{args.write}", {**head, "results": results}))
+
+
+if __name__ == "__main__":
+    main()
