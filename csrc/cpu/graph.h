@@ -9,6 +9,8 @@
 //
 // A thread holds X, Y, H and once X' transposed (240 KB each at S 256 and 224 nodes) beside the weights of a step
 // (2 x 260 KB): a product's operands stay in L2. Weights of caption pairs (E) stay in L1.
+//
+// The template's E is what the two large products multiply: T, or pairs of bfloat16 values with sums in float32.
 #pragma once
 #include "attention.h"
 #include "shuffle.h"
@@ -18,20 +20,22 @@ namespace itm_fast {
 constexpr int64_t GRAPH_NODES = 224;  // of a chunk, and asked at a time in captions longer than that
 
 // What the steps take from the parameters, made once per call.
-template <class T>
+template <class T, class E = T>
 struct GraphWeights {
   int64_t S, steps, ld;
-  Buffer<T> ask;    // [steps - 1] M^T packed as rows: Y = M^T X
-  Buffer<T> last;   // [S][ld] M of the last step: features along the lanes
+  Buffer<T> M;      // [steps][S][ld]
+  Buffer<E> ask;    // [steps - 1] M^T packed as rows: Y = M^T X
   Buffer<T> shift;  // [steps][ld] u
   Buffer<T> value;  // [steps][S][ld] Wr^T
+  Buffer<E> pairs;  // of `value`'s rows, all steps but the last, when E is Pair
   Buffer<T> bias;   // [steps][ld] br
 
   GraphWeights(int64_t S, int64_t steps, Source query_weight, Source query_bias, Source key_weight,
                Source value_weight, Source value_bias)
-      : S(S), steps(steps), ld(padded<T>(S)), ask((steps - 1) * packed_size(S, S)), last(S * ld), shift(steps * ld),
-        value(steps * S * ld), bias(steps * ld) {
-    Buffer<T> room(S * S), query(S * ld), key(S * ld), product(S * ld);
+      : S(S), steps(steps), ld(padded<T>(S)), M(steps * S * ld), ask((steps - 1) * packed_size(S, depth<E>(S))),
+        shift(steps * ld), value(steps * S * ld),
+        pairs(IS_PAIR<E> ? (steps - 1) * depth<E>(S) * ld : 0), bias(steps * ld) {
+    Buffer<T> room(S * S), query(S * ld), key(S * ld);
     const auto rows = [&](Source s, int64_t step, T* to) {
       const T* from = read<T>(s, step * S * S, S * S, room);
       for (int64_t r = 0; r < S; ++r) std::copy(from + r * S, from + (r + 1) * S, to + r * ld);
@@ -39,11 +43,11 @@ struct GraphWeights {
     for (int64_t step = 0; step < steps; ++step) {
       rows(query_weight, step, query);
       rows(key_weight, step, key);
-      T* const M = step + 1 < steps ? product : last;
+      T* const product = M + step * S * ld;
       gemm(S, S, S, Left<T>{query, ld}, Right<T>{key, ld}, [](int64_t, int64_t) { return Vec<T>{}; },
-           [&](int64_t i, int64_t j, Vec<T> c) { store(M + i * ld + j, c); });
+           [&](int64_t i, int64_t j, Vec<T> c) { store(product + i * ld + j, c); });
       if (step + 1 < steps)
-        pack_rows(S, S, ask + step * packed_size(S, S), [&](int64_t i, int64_t k) { return M[k * ld + i]; });
+        pack_rows(S, S, ask + step * packed_size(S, depth<E>(S)), [&](int64_t i, int64_t k) { return product[k * ld + i]; });
       T* const u = shift + step * ld;
       const T* b = read<T>(query_bias, step * S, S, room);
       for (int64_t o = 0; o < S; ++o)
@@ -51,18 +55,26 @@ struct GraphWeights {
       transpose_by_squares<T>(read<T>(value_weight, step * S * S, S * S, room), S, S, S, value + step * S * ld, ld);
       b = read<T>(value_bias, step * S, S, room);
       std::copy(b, b + S, bias + step * ld);
+      if constexpr (IS_PAIR<E>)
+        if (step + 1 < steps) pair_rows(S, S, value + step * S * ld, ld, pairs + step * depth<E>(S) * ld);
     }
+  }
+
+  Right<E> values(int64_t step) const {
+    if constexpr (IS_PAIR<E>) return {pairs + step * depth<E>(S) * ld, ld};
+    else return {value + step * S * ld, ld};
   }
 };
 
-template <class T>
+template <class T, class E = T>
 class Graph {
  public:
   // Scratch for chunks of at most `nodes` nodes, captions of at most `longest` nodes.
-  Graph(const GraphWeights<T>& weights, int64_t nodes, int64_t longest)
+  Graph(const GraphWeights<T, E>& weights, int64_t nodes, int64_t longest)
       : weights(weights), S(weights.S), ldS(weights.ld), ld(padded<T>(nodes)),
         lde(padded<T>(least(longest, GRAPH_NODES))), x_(S * ld), y_(S * ld), x(x_), y(y_), h(nodes * ldS),
-        xt(nodes * ldS), e(longest * lde), total(lde), asked(S * ld), answer(nodes * ldS) {}
+        xt(nodes * ldS), e(longest * lde), total(lde), asked(S * ld), answer(nodes * ldS),
+        pairs(IS_PAIR<E> ? depth<E>(S) * ld : 0) {}
 
   // Where the caller puts X before every run: [S][stride()], columns edge[first] .. edge[last] - edge[first].
   T* nodes() { return x; }
@@ -83,14 +95,22 @@ class Graph {
   static Vec<T> relu(Vec<T> v) { return v < 0 ? Vec<T>{} : v; }
   static Vec<T> nothing(int64_t, int64_t) { return Vec<T>{}; }
 
+  // X as the large products take it.
+  const E* factors(const T* from, int64_t columns) const {
+    if constexpr (IS_PAIR<E>) pair_rows(S, columns, from, ld, pairs);
+    if constexpr (IS_PAIR<E>) return pairs;
+    else return from;
+  }
+
   // One step: y (or, before the last step, xt) becomes X'.
   void reason(const int64_t* edge, int64_t first, int64_t last, int64_t step) {
     const int64_t origin = edge[first], columns = edge[last] - origin;
     const T *u = weights.shift + step * ldS, *br = weights.bias + step * ldS;
-    gemm(S, columns, S, Left<T>{weights.ask + step * packed_size(S, S), 0}, Right<T>{x, ld},
+    const E* const factor = factors(x, columns);
+    gemm(S, columns, depth<E>(S), Left<E>{weights.ask + step * packed_size(S, depth<E>(S)), 0}, Right<E>{factor, ld},
          [&](int64_t i, int64_t) { return splat(u[i]); },
          [&](int64_t i, int64_t j, Vec<T> c) { store(y + i * ld + j, c); });
-    gemm(columns, S, S, Left<T>{x, ld}, Right<T>{weights.value + step * S * ldS, ldS}, nothing,
+    gemm(columns, S, depth<E>(S), Left<E>{factor, ld}, weights.values(step), nothing,
          [&](int64_t i, int64_t j, Vec<T> c) { store(h + i * ldS + j, c); });
     for (int64_t t = first; t < last; ++t) {
       const int64_t begin = edge[t] - origin, n = edge[t + 1] - edge[t];
@@ -128,7 +148,7 @@ class Graph {
       std::copy(node, node + S, answer + t * ldS);
     }
     transpose_by_squares<T>(answer, ldS, captions, S, asked, ld);
-    gemm(captions, S, S, Left<T>{asked, ld}, Right<T>{weights.last, ldS},
+    gemm(captions, S, S, Left<T>{asked, ld}, Right<T>{weights.M + step * S * ldS, ldS},
          [&](int64_t, int64_t j) { return load(u + j); },
          [&](int64_t i, int64_t j, Vec<T> c) { store(answer + i * ldS + j, c); });
     for (int64_t t = 0; t < captions; ++t) {
@@ -172,11 +192,12 @@ class Graph {
     return sum<T>(even + odd);
   }
 
-  const GraphWeights<T>& weights;
+  const GraphWeights<T, E>& weights;
   const int64_t S, ldS, ld, lde;
   Buffer<T> x_, y_;
   T *x, *y;
   Buffer<T> h, xt, e, total, asked, answer;
+  Buffer<E> pairs;  // of X's rows, when E is Pair
 };
 
 }  // namespace itm_fast

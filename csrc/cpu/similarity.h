@@ -7,8 +7,8 @@
 // 36 contexts and 224 columns: the vectors (224 KB), a block of squares (224 KB) and one of W (256 KB) stay in L2
 // (1 MB) while they are multiplied; queries and contexts pass by twice.
 //
-// E is what the long products, over D, multiply: T, or pairs of bfloat16 values with sums in float32. What is summed
-// over the contexts stays in T.
+// E is what the large products multiply: T, or pairs of bfloat16 values with sums in float32. |P| and the attention
+// weights are made in T.
 #pragma once
 #include "attention.h"
 
@@ -41,12 +41,12 @@ template <class T, class E = T>
 struct Contexts {
   int64_t n = 0, D, row_ld, ld;
   Buffer<T> row, column, gram;  // [n][row_ld], [D][ld], [n][ld]
-  Buffer<E> pairs;              // of `column`'s rows, when E is Pair
+  Buffer<E> column_pairs, row_pairs;  // of the rows of both, when E is Pair
   T largest = 0;                // of the Gram matrix' diagonal
 
   Contexts(int64_t most, int64_t D)
       : D(D), row_ld(padded<T>(D)), ld(padded<T>(most)), row(most * row_ld), column(D * ld), gram(most * ld),
-        pairs(IS_PAIR<E> ? depth<E>(D) * ld : 0) {}
+        column_pairs(IS_PAIR<E> ? depth<E>(D) * ld : 0), row_pairs(IS_PAIR<E> ? depth<E>(most) * row_ld : 0) {}
 
   void read(Source s, int64_t first, int64_t count) {
     n = count;
@@ -59,12 +59,20 @@ struct Contexts {
             [&](int64_t i, int64_t j, Vec<T> c) { store(gram + i * ld + j, c); });
     largest = 0;
     for (int64_t x = 0; x < n; ++x) largest = std::max(largest, gram[x * ld + x]);
-    if constexpr (IS_PAIR<E>) pair_rows(D, n, column, ld, pairs);
+    if constexpr (IS_PAIR<E>) {
+      pair_rows(D, n, column, ld, column_pairs);
+      pair_rows(n, D, row, row_ld, row_pairs);
+    }
   }
 
-  Left<E> left() const {
-    if constexpr (IS_PAIR<E>) return {pairs, ld};
+  Left<E> contexts() const {
+    if constexpr (IS_PAIR<E>) return {column_pairs, ld};
     else return {column, ld};
+  }
+
+  Left<E> features(int64_t d) const {
+    if constexpr (IS_PAIR<E>) return {row_pairs + d, row_ld};
+    else return {row + d, row_ld};
   }
 };
 
@@ -100,19 +108,19 @@ struct SimilarityTile {
   Buffer<T> total, length, inverse, factor;  // per column: sum of the exponentials, |P|, 1 / (|y| + eps)
   Panels<E> squares;                         // (u - q)^2 of a block of features
   Panels<T> similar;                         // y
-  Buffer<E> asked;                           // pairs of a panel of queries, when E is Pair
+  Buffer<E> query_pairs, weight_pairs;       // of a panel of queries and of `weight`, when E is Pair
 
   SimilarityTile(int64_t most, int64_t columns, int64_t D, int64_t S)
       : ld(padded<T>(columns)), affinity(most * ld), weight(most * ld), total(ld), length(ld), inverse(ld),
         factor(round_up(most, LANES<T>)), squares(columns, depth<E>(least(FEATURES, D))), similar(columns, S),
-        asked(IS_PAIR<E> ? depth<E>(D) * WIDE : 0) {}
+        query_pairs(IS_PAIR<E> ? depth<E>(D) * WIDE : 0), weight_pairs(IS_PAIR<E> ? depth<E>(most) * ld : 0) {}
 
   // Attention of the queries of sets with bounds edge[0 .. sets]: affinity, total, length, and `weight`,
   // already divided by total and by |P| + eps.
   void attend(const Contexts<T, E>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets, const Panels<T>& query) {
     const int64_t columns = edge[sets] - edge[0], n = x.n;
     for (int64_t p = 0; p < columns; p += WIDE)
-      gemm<E>(n, least(WIDE, columns - p), depth<E>(x.D), x.left(), {panel(query.at(0, p), x.D), WIDE}, zero,
+      gemm<E>(n, least(WIDE, columns - p), depth<E>(x.D), x.contexts(), {panel(query.at(0, p), x.D), WIDE}, zero,
               [&](int64_t i, int64_t j, Vec<T> c) { store(affinity + i * ld + p + j, c); });
     logits<T>(norm, scale, n, edge, sets, affinity, weight, ld, factor);
     exponentials<T>(n, columns, weight, ld, total);
@@ -137,13 +145,18 @@ struct SimilarityTile {
 
   // y of the columns, block by block of features, and `inverse`.
   void project(const Contexts<T, E>& x, const Projection<T, E>& w, int64_t columns, const Panels<T>& query) {
+    const E* const shares = [&] {
+      if constexpr (IS_PAIR<E>) pair_rows(x.n, columns, weight, ld, weight_pairs);
+      if constexpr (IS_PAIR<E>) return static_cast<const E*>(weight_pairs);
+      else return static_cast<const E*>(weight);
+    }();
     for (int64_t d = 0; d < x.D; d += FEATURES) {
       const int64_t K = least(FEATURES, x.D - d);
       for (int64_t p = 0; p < columns; p += WIDE) {
         const T* q = query.at(d, p);
         E* square = squares.at(0, p);
         [[maybe_unused]] Vec<T> even[TILE_VECTORS];
-        gemm<T>(K, least(WIDE, columns - p), x.n, {x.row + d, x.row_ld}, {weight + p, ld},
+        gemm<E>(K, least(WIDE, columns - p), depth<E>(x.n), x.features(d), {shares + p, ld},
                 [=](int64_t i, int64_t j) { return -load(q + i * WIDE + j); },
                 [&, K](int64_t i, int64_t j, Vec<T> c) {
                   c *= c;
@@ -195,8 +208,8 @@ struct SimilarityTile {
 
   // A panel of queries as the long products take it.
   const E* panel(const T* query, int64_t D) const {
-    if constexpr (IS_PAIR<E>) pair_rows(D, WIDE, query, WIDE, asked);
-    if constexpr (IS_PAIR<E>) return asked;
+    if constexpr (IS_PAIR<E>) pair_rows(D, WIDE, query, WIDE, query_pairs);
+    if constexpr (IS_PAIR<E>) return query_pairs;
     else return query;
   }
 

@@ -1,0 +1,97 @@
+// SGRAF's pair scorers from encoded images and captions to the score: equations of itm_fast/ops/_pair_score.py, around
+// a head (graph.h, filter.h).
+//
+// A window of chunks of captions is packed once for all threads; a thread then owns one image at a time. It makes the
+// global similarity vectors of all the window's captions at once, so that their product is as wide as the others, and
+// goes through the chunks: local similarity vectors, nodes, head, score, all in the thread's own tiles (3 to 4 MiB at
+// R 36, D 1024, S 256, of which what one product reads stays in L2). Scratch beside the tiles: the window (sets.h) and
+// the weights, 4 MiB.
+#pragma once
+#include "sets.h"
+#include "write.h"
+
+namespace itm_fast {
+
+struct PairScore {
+  Source image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias, score_weight,
+      score_bias;
+  const int64_t *cu_seqlens, *region_lengths;
+  void* score;
+  int64_t I, R, T, D, S;
+  double scale;
+  int64_t threads;
+};
+
+// Head: T* nodes(), int64_t stride(), run(edge, first, last, z, ldz), made by head(nodes, longest) for each thread.
+template <class T, class E, class MakeHead>
+void score_pairs(const PairScore& p, MakeHead head) {
+  const RowSets images = regions(p.image, p.I, p.R, p.region_lengths), words = captions(p.words, p.T, p.cu_seqlens);
+  const Projection<T, E> local(p.local_weight, p.local_bias, p.S, p.D), global(p.global_weight, p.global_bias, p.S, p.D);
+  Buffer<T> room(p.S + 1), score_weight(round_up(p.S, LANES<T>));
+  std::copy_n(read<T>(p.score_weight, 0, p.S, room), p.S, score_weight + 0);
+  const T score_bias = *read<T>(p.score_bias, 0, 1, room);
+
+  for_windows<T>(words, p.D, p.threads, [&](const QueryWindow<T>& window) {
+    const int64_t count = window.count();
+    // Few images: the window's chunks are shared out too.
+    const int64_t groups = least(count, (4 * p.threads + p.I - 1) / std::max<int64_t>(1, p.I));
+    const auto start = [&](int64_t g) { return count * g / groups; };
+    const auto caption = [&](int64_t g) { return g < groups ? window.chunks[start(g)].first : window.chunks.back().last; };
+    std::vector<Panels<T>> summaries;  // the groups' global vectors
+    int64_t widest = 0, most = 0;
+    for (int64_t g = 0; g < groups; ++g) {
+      summaries.emplace_back(caption(g + 1) - caption(g), p.D);
+      widest = std::max(widest, caption(g + 1) - caption(g));
+    }
+    std::vector<std::vector<int64_t>> edges;  // the chunks' bounds of the captions' nodes
+    for (const Chunk& chunk : window.chunks) {
+      std::vector<int64_t>& edge = edges.emplace_back();
+      for (int64_t t = chunk.first; t <= chunk.last; ++t) edge.push_back(p.cu_seqlens[t] - chunk.begin + t - chunk.first);
+      most = std::max(most, chunk.last - chunk.first);
+    }
+    parallel(groups, p.threads, [&] {
+      return [&](int64_t g) { summaries[g].read(p.caption_global, caption(g), caption(g + 1) - caption(g), p.D, 0); };
+    });
+    parallel(p.I * groups, p.threads, [&] {
+      Contexts<T, E> x(images.most, p.D), summary(1, p.D);
+      SimilarityTile<T, E> tile(images.most, window.widest, p.D, p.S), overall(1, widest, p.D, p.S);
+      std::fill_n(overall.weight + 0, overall.ld, T(1));  // an image's only context is its global vector
+      return [&, x = std::move(x), summary = std::move(summary), tile = std::move(tile), overall = std::move(overall),
+              reason = head(window.widest + most, words.most + 1), z = Buffer<T>(most * padded<T>(p.S)),
+              held = int64_t(-1)](int64_t part) mutable {
+        const int64_t i = part / groups, g = part % groups;
+        if (i != held) {
+          x.read(images.source, images.first[i], images.length(i));
+          summary.read(p.image_global, i, 1);
+        }
+        held = i;
+        overall.project(summary, global, caption(g + 1) - caption(g), summaries[g]);
+        for (int64_t c = start(g); c < start(g + 1); ++c) {
+          const Chunk& chunk = window.chunks[c];
+          const int64_t sets = chunk.last - chunk.first, ldz = padded<T>(p.S);
+          const int64_t* edge = edges[c].data();
+          tile.attend(x, CLIPPED_L2NORM, T(p.scale), &p.cu_seqlens[chunk.first], sets, window.panels[c]);
+          tile.project(x, local, chunk.rows, window.panels[c]);
+          T* const nodes = reason.nodes();
+          tile.place(&p.cu_seqlens[chunk.first], sets, p.S, nodes, reason.stride(), [&](int64_t k) { return edge[k] + 1; });
+          for (int64_t k = 0; k < sets; ++k) {
+            const int64_t column = chunk.first + k - caption(g);
+            const T* y = overall.similar.at(0, column) + column % TILE_COLUMNS<T>;
+            for (int64_t s = 0; s < p.S; ++s)
+              nodes[s * reason.stride() + edge[k]] = y[s * TILE_COLUMNS<T>] * overall.inverse[column];
+          }
+          reason.run(edge, 0, sets, z, ldz);
+          for (int64_t k = 0; k < sets; ++k) {
+            Vec<T> dot{};
+            for (int64_t s = 0; s < p.S; s += LANES<T>)
+              dot += select<T>(inside<T>(s, 0, p.S), load(z + k * ldz + s), Vec<T>{}) * load(score_weight + s);
+            const T score = 1 / (1 + std::exp(-(sum<T>(dot) + score_bias)));
+            write(p.score, p.image.dtype, i * p.T + chunk.first + k, 1, &score, T(1));
+          }
+        }
+      };
+    });
+  });
+}
+
+}  // namespace itm_fast
