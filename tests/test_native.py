@@ -139,6 +139,11 @@ def test_sources_that_do_not_compile(csrc, cache):
     assert "unheard_of" in log.read_text()
 
 
+def test_a_linker_that_fails(csrc, compiler):
+    compiler('case "$*" in *-shared*) exec REAL "$@" -litm_nowhere;; *) exec REAL "$@";; esac')
+    assert re.search(r"do not compile with .*: .*litm_nowhere", _native.why_not())
+
+
 def test_a_result_that_does_not_load(csrc, compiler, cache):
     compiler('while [ "$1" != -o ]; do shift; done; echo text > "$2"')
     assert "compiled but do not load" in _native.why_not()
@@ -146,7 +151,7 @@ def test_a_result_that_does_not_load(csrc, compiler, cache):
 
 
 def test_a_compiler_that_hangs_is_stopped_with_its_children(csrc, compiler, cache, tmp_path, monkeypatch):
-    compiler(f"sleep 60 & echo $! > {tmp_path}/child; wait")
+    compiler(f"sleep 600 & echo $! > {tmp_path}/child; wait")
     monkeypatch.setattr(_native, "SECONDS", 0.5)
     begun = time.monotonic()
     assert "did not finish in time and was stopped" in _native.why_not()

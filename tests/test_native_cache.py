@@ -4,6 +4,7 @@ sentence."""
 import errno
 import json
 import os
+import shutil
 import signal
 import time
 import warnings
@@ -124,6 +125,15 @@ def test_two_processes_that_build_at_once(csrc, compiler, cache, tmp_path):
     assert {out.strip() for out, _ in said} == {str(home / "itm_fast.so")}
     assert all("compiling" in error for _, error in said)
     assert works()
+
+
+def test_a_sound_build_that_came_first_stays(csrc, cache, tmp_path):
+    assert works()
+    (home,) = cache.iterdir()
+    second = Path(shutil.copytree(home, tmp_path / "result"))
+    before = (home / "itm_fast.so").stat().st_ino
+    assert _native._publish(second, home) == home / "itm_fast.so"
+    assert (home / "itm_fast.so").stat().st_ino == before
 
 
 def _truncated(home):
