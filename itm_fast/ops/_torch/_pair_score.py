@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..._checks import work_dtype
@@ -17,6 +16,7 @@ from ...packing import bounds, runs, spans
 from .. import _attention
 from .._pair_score import NORM
 from . import _blocks
+from ._linear import linear
 from .cross_attention_similarity import similarity
 
 Head = Callable[..., Tensor]  # (rows a pair, nodes [b, c * rows, S], the head's parameters) -> z [b, c, S]
@@ -61,8 +61,9 @@ def _score(
     local = similarity("t2i", NORM, scale, length, region_lengths, image, words, local_weight, local_bias)
     difference = image_global.to(work)[:, None] - caption_global.to(work)
     square = difference.square() if torch.is_grad_enabled() else difference.square_()
-    overall = _attention.l2norm(F.linear(square, global_weight.to(work), global_bias.to(work)))
-    b, c, S = overall.shape
-    nodes = torch.cat([overall[:, :, None], local.view(b, c, length, S)], 2)
-    z = head(length + 1, nodes.view(b, c * (length + 1), S), *head_parameters)
+    b, c, D = square.shape
+    overall = linear(square.view(b * c, D), global_weight.to(work), global_bias.to(work))
+    overall = _attention.l2norm(overall).view(b, c, -1)
+    nodes = torch.cat([overall[:, :, None], local.view(b, c, length, -1)], 2)
+    z = head(length + 1, nodes.view(b, c * (length + 1), -1), *head_parameters)
     return (z @ score_weight.to(work) + score_bias.to(work)).sigmoid()

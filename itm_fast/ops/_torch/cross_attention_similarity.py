@@ -5,7 +5,6 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..._checks import work_dtype
@@ -14,6 +13,7 @@ from .. import _attention
 from ..cross_attention_similarity import _fake
 from . import _blocks
 from ._attention import attended_norm, attention, valid
+from ._linear import linear
 
 
 def forward(image: Tensor, words: Tensor, weight: Tensor, bias: Tensor, *rest) -> Tensor:
@@ -58,7 +58,7 @@ def similarity(direction, norm, scale, length, region_lengths, image, words, wei
     alpha = alpha / (length_P + _attention.EPS)[:, None, :]
     difference = torch.baddbmm(query.reshape(1, C * Q, D), alpha.transpose(1, 2), context, beta=-1)
     square = difference.square() if torch.is_grad_enabled() else difference.square_()
-    similar = _attention.l2norm(F.linear(square.view(B * C * Q, D), weight.to(work), bias.to(work)))
+    similar = _attention.l2norm(linear(square.view(B * C * Q, D), weight.to(work), bias.to(work)))
     if t2i:
         return similar.view(B, C * Q, -1)
     similar = similar.view(B, C, Q, -1).transpose(0, 1)

@@ -12,12 +12,13 @@ from ..._checks import work_dtype
 from ...packing import bounds, runs, spans
 from ..similarity_graph import _fake
 from . import _blocks
+from ._linear import linear
 
 COPIES = 6  # [L + 1, S] temporaries of a pair alive at once, forward
 
 
 class Folded:
-    """[M | Wr^T] [K, S, 2 S], [u | 0] [K, 2 S] and br, so that one product gives what is asked and what is summed.
+    """[M^T; Wr] [K, 2 S, S], [u; 0] [K, 2 S] and br, so that one product gives what is asked and what is summed.
 
     `values` are these three, `needs` says which of them the gradients of the weights marked in `needs` want.
     """
@@ -40,7 +41,7 @@ def _fold(Wq: Tensor, bq: Tensor, Wk: Tensor, bk: Tensor, Wr: Tensor, br: Tensor
     """bk takes part with weight zero, so that its gradient is zero and not missing."""
     Wq, bq, Wk, bk, Wr, br = (w.to(work_dtype(Wq)) for w in (Wq, bq, Wk, bk, Wr, br))
     u = (bq[:, None, :] @ Wk).squeeze(1)
-    product = torch.cat([Wq.transpose(1, 2) @ Wk, Wr.transpose(1, 2)], 2)
+    product = torch.cat([Wk.transpose(1, 2) @ Wq, Wr], 1)
     return product, torch.cat([u, torch.zeros_like(u)], 1), br + 0 * bk
 
 
@@ -74,9 +75,10 @@ def reason(length: int, nodes: Tensor, product: Tensor, shift: Tensor, br: Tenso
     (b, _, S), K = nodes.shape, len(product)
     X = nodes.to(product.dtype).reshape(-1, S).view(-1, length, S)
     for k in range(K - 1):
-        YH = torch.addmm(shift[k], X.view(-1, S), product[k]).view(-1, length, 2 * S)
-        E = torch.bmm(YH[:, :, :S], X.transpose(1, 2)).softmax(-1)
-        X = torch.baddbmm(br[k], E, YH[:, :, S:]).relu_()  # E (X Wr^T) = (E X) Wr^T
-    y = torch.addmm(shift[-1, :S], X[:, 0], product[-1, :, :S])
+        YH = linear(X.view(-1, S), product[k], shift[k]).view(-1, length, 2 * S)
+        # Keys by queries: a softmax that does not run along memory is several times faster at these lengths.
+        E = torch.bmm(X, YH[:, :, :S].transpose(1, 2)).softmax(1)
+        X = torch.baddbmm(br[k], E.transpose(1, 2), YH[:, :, S:]).relu_()  # E (X Wr^T) = (E X) Wr^T
+    y = linear(X[:, 0], product[-1, :S], shift[-1, :S])
     E = torch.bmm(y[:, None], X.transpose(1, 2)).softmax(-1)
-    return torch.addmm(br[-1], torch.bmm(E, X).squeeze(1), product[-1, :, S:]).relu_().view(b, -1, S)
+    return linear(torch.bmm(E, X).squeeze(1), product[-1, S:], br[-1]).relu_().view(b, -1, S)
