@@ -1,5 +1,6 @@
 import pytest
 import torch
+from cpu_cases import at_level, needs_cpu, scratch_of
 
 import itm_fast
 from itm_fast.ops._torch import _blocks
@@ -11,6 +12,8 @@ SHAPES = {
     "I1-T1-M1-S1-K1": (1, (1,), 1, 1),
     "I5-T5-M34-S64-K3": (5, (14, 2, 5, 5, 8), 64, 3),
     "I3-T3-M15-S17-K2": (3, (6, 6, 3), 17, 2),
+    "I2-T3-M12-S33-K1": (2, (5, 1, 6), 33, 1),
+    "I2-T3-M303-S20-K3": (2, (2, 300, 1), 20, 3),
 }
 
 
@@ -100,6 +103,65 @@ def test_a_pair_does_not_depend_on_its_block(backend, monkeypatch):
         torch.testing.assert_close(call(*args, backend=backend), whole, rtol=1e-12, atol=1e-12)
 
 
+CHUNKS = (9, 30, 1, 14, 100, 120, 260, 7, 12, 224)  # of all sizes a chunk of 224 nodes can be cut into
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_a_pair_has_the_same_bits_in_any_block_and_order(dtype):
+    _, (nodes, *parameters) = case(3, CHUNKS, 20, 3)
+    nodes, parameters = nodes.to(dtype), [p.to(dtype) for p in parameters]
+    whole = itm_fast.similarity_graph(nodes, edges(CHUNKS), *parameters, backend="cpu")
+    parts = nodes.split(CHUNKS, dim=1)
+    for t, X in enumerate(parts):
+        one = itm_fast.similarity_graph(X[1:2], edges(CHUNKS[t : t + 1]), *parameters, backend="cpu")
+        assert torch.equal(one[0, 0], whole[1, t])
+    turned = torch.cat(parts[::-1], dim=1).flip(0)
+    turned = itm_fast.similarity_graph(turned, edges(CHUNKS[::-1]), *parameters, backend="cpu")
+    assert torch.equal(turned.flip(0, 1), whole)
+
+
+@needs_cpu
+def test_threads_change_no_bit():
+    call, args = case(5, CHUNKS, 20, 3)
+
+    def bits(threads):
+        torch.set_num_threads(threads)
+        args32 = [a.float() for a in args]
+        return [call(*args32, backend="cpu"), *op_checks.gradients(call, args32, torch.float32, "cpu", torch.float32)]
+
+    try:
+        first, *others = map(bits, (1, 2, 3, 4))
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@needs_cpu
+@pytest.mark.parametrize("level", ["avx2", "generic"])
+def test_lesser_processors(level, monkeypatch):
+    at_level(level, monkeypatch)
+    for shape in SHAPES.values():
+        call, args = case(*shape)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            op_checks.check_forward(call, args, dtype, "cpu")
+            op_checks.check_gradients(call, args, dtype, "cpu")
+
+
+@needs_cpu
+def test_scratch_is_bounded_however_large_the_block():
+    setup = [
+        "S, counts = 64, torch.full((280,), 14)",
+        "cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])",
+        "weights = [torch.randn(3, S, S) / 8, torch.zeros(3, S)] * 3",
+        "nodes, grad = torch.rand(100, 280 * 14, S), torch.ones(100, 280, S)",  # 96 MiB
+    ]
+    forward = "itm_fast.similarity_graph(nodes, cu_seqlens, *weights, backend='cpu')"
+    assert scratch_of(setup, forward) < 64 << 20
+    backward = "torch.ops.itm_fast.similarity_graph_backward(grad, [True] * 7, nodes, *weights, cu_seqlens, 'cpu')"
+    assert scratch_of(setup, backward) < 64 << 20
+
+
 def test_autocast_takes_its_dtype():
     call, args = case(2, (3, 2), 8, 2)
     single = [a.float().requires_grad_() for a in args]
@@ -117,7 +179,7 @@ def test_autocast_takes_its_dtype():
         ({"key_weight": torch.zeros(3, 4, 4)}, ValueError, r"key_weight must be \[K, S, S\] with K = 2"),
         ({"value_bias": torch.zeros(2, 3)}, ValueError, r"value_bias must be \[K, S\] with S = 4 as in nodes"),
         ({"cu_seqlens": torch.tensor([0, 2, 4])}, ValueError, r"end at the 5 packed rows, got 0\.\.4"),
-        ({"backend": "cpu"}, NotImplementedError, "cpu"),
+        ({"backend": "cuda"}, NotImplementedError, "cuda"),
     ],
     ids=str,
 )

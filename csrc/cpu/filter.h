@@ -34,7 +34,7 @@ class Filter {
   // Scratch for chunks of at most `nodes` nodes.
   Filter(const FilterWeights<T>& weights, int64_t nodes) : weights(weights), gate(padded<T>(nodes)), m(weights.S) {}
 
-  // z[t - first][0 .. S] of the captions first .. last of edge; X's columns are edge[first] .. edge[last] - edge[first].
+  // z[t - first][0 .. S] of the captions first .. last; X's columns are edge[first] .. edge[last] - edge[first].
   void run(const T* x, int64_t ld, const int64_t* edge, int64_t first, int64_t last, T* z, int64_t ldz) {
     const int64_t origin = edge[first], columns = edge[last] - origin;
     int64_t j = 0;

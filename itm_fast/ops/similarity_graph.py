@@ -36,7 +36,7 @@ from .._checks import Arguments, autocast
 from ..packing import bounds
 from ._op import Op, by_autograd
 
-OFFERED = ("torch", "reference")
+OFFERED = ("cpu", "torch", "reference")
 
 
 def reference(
@@ -69,6 +69,10 @@ def reference(
 def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
+    if backend == "cpu":
+        from ._cpu import similarity_graph as native
+
+        return native
     from ._torch import similarity_graph
 
     return similarity_graph
