@@ -1,4 +1,8 @@
 import itertools
+import os
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -12,8 +16,15 @@ from itm_fast.testing import inputs, op_checks
 
 BACKENDS = op_checks.backends("cross_attention_score")
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-# One of everything; ragged with a one-word caption; a prime everywhere.
-SHAPES = [(1, (1,), 1, 1), (5, (13, 1, 4, 4, 7), 36, 64), (3, (5, 5, 2), 17, 31)]
+# One of everything; ragged with a one-word caption, none of whose affinities is near zero, where the gradient of its
+# norm is ill-conditioned (1e-8 / s^2); a prime everywhere; a caption longer than a chunk; an image longer than a block.
+SHAPES = [
+    (1, (1,), 1, 1),
+    (5, (13, 4, 7, 1, 4), 36, 64),
+    (3, (5, 5, 2), 17, 31),
+    (2, (460, 3), 5, 8),
+    (2, (9, 4), 150, 20),
+]
 OPTIONS = list(itertools.product(NORMS, POOLS))
 
 
@@ -53,9 +64,7 @@ def test_forward_and_gradients(backend, dtype, shape, direction):
 def test_every_norm_and_pool(backend, norm, pool, direction):
     counts = torch.tensor([6, 1, 4])
     for region_lengths in (None, counts):
-        call, args = case(
-            3, (4, 1, 3, 4), 6, 16, region_lengths, direction=direction, affinity_norm=norm, pool=pool
-        )
+        call, args = case(3, (4, 1, 3, 4), 6, 16, region_lengths, direction=direction, affinity_norm=norm, pool=pool)
         for dtype in (torch.float64, torch.float32):
             op_checks.check_forward(call, args, dtype, backend)
         op_checks.check_gradients(call, args, torch.float64, backend)
@@ -151,6 +160,111 @@ def test_a_score_does_not_depend_on_its_block(backend, direction, monkeypatch):
         monkeypatch.setattr(_blocks, "CPU_TILE", tile)
         monkeypatch.setattr(_blocks, "MIN_QUERIES", 1)
         torch.testing.assert_close(run(image, words, cu_seqlens), whole, rtol=0, atol=1e-14)
+
+
+needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason=str(itm_fast.why_not("cpu")))
+
+
+@needs_cpu
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_kernels_give_the_same_bits_wherever_a_pair_lies(norm, direction):
+    # More rows than a block of contexts has and more columns than a chunk, of sets of every length.
+    lengths = [1 + (7 * t) % 31 for t in range(40)]
+    image, words, cu_seqlens = inputs(33, lengths, 19, 33)
+    counts = torch.tensor([1 + (5 * i) % 19 for i in range(33)])
+
+    def run(images, captions):
+        edge = cu_seqlens.tolist()
+        rows = torch.cat([words[edge[t] : edge[t + 1]] for t in captions])
+        bounds = torch.tensor([0, *itertools.accumulate(lengths[t] for t in captions)])
+        options = dict(direction=direction, affinity_norm=norm, region_lengths=counts[images], backend="cpu")
+        return itm_fast.cross_attention_score(image[images], rows, bounds, **options)
+
+    images, captions = torch.randperm(33, generator=torch.Generator().manual_seed(1)).tolist(), list(range(40))
+    whole = run(list(range(33)), captions)
+    assert torch.equal(run(images, captions[::-1]), whole[images].flip(1))
+    assert torch.equal(run([8], [23]), whole[8:9, 23:24])
+    assert torch.equal(run(list(range(5, 30)), [*range(11, 40)]), whole[5:30, 11:])
+
+
+@needs_cpu
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_kernels_give_the_same_bits_for_any_number_of_threads(direction):
+    call, args = case(33, [1 + (7 * t) % 31 for t in range(40)], 19, 33, direction=direction)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            score = call(*(a.float() for a in args), backend="cpu")
+            found.append((score, *op_checks.gradients(call, args, torch.float32, "cpu", torch.float32)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+def alone(code, **environment):
+    """Run a program in a process of its own, whose memory and processor level are not this one's."""
+    program = textwrap.dedent(code)
+    done = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@needs_cpu
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_the_kernels_of_lesser_processors(capability):
+    code = """
+        import torch, itm_fast
+        from itm_fast import _native
+        from itm_fast.testing import inputs, op_checks
+
+        image, words, cu_seqlens = inputs(5, (13, 5, 40, 4, 7), 37, 23, dtype=torch.float64)
+        for direction in ("t2i", "i2t"):
+            def call(image, words, backend):
+                return itm_fast.cross_attention_score(image, words, cu_seqlens, direction=direction, backend=backend)
+
+            for dtype in (torch.float64, torch.float32, torch.bfloat16):
+                op_checks.check_forward(call, (image, words), dtype, "cpu")
+                op_checks.check_gradients(call, (image, words), dtype, "cpu")
+        print(_native.level())
+    """
+    level = alone(code, ATEN_CPU_CAPABILITY=capability).split()[-1]
+    assert level == {"avx2": "avx2", "default": "generic"}[capability] or level == "generic"
+
+
+@needs_cpu
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_kernels_keep_to_their_scratch(direction):
+    # 80 MB of words: their packed copy alone would pass the bound.
+    code = f"""
+        import re, torch
+        from itm_fast.ops._cpu import cross_attention_score as cpu
+        from itm_fast.testing import inputs
+
+        def peak():
+            return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+
+        torch.set_num_threads(2)
+        rest = None, "{direction}", "clipped_l2norm", 9.0, "lse", 6.0
+        small = inputs(2, (3, 2), 4, 8)
+        cpu.backward(cpu.forward(*small, *rest), [True, True], *small, *rest)
+        image, words, cu_seqlens = torch.randn(8, 12, 1024), torch.randn(20000, 1024), torch.arange(0, 20001, 20)
+        for step in (lambda: cpu.forward(image, words, cu_seqlens, *rest),
+                     lambda: cpu.backward(torch.ones(8, 1000), [True, True], image, words, cu_seqlens, *rest)):
+            open("/proc/self/clear_refs", "w").write("5")
+            before, result = peak(), step()
+            result = [result] if torch.is_tensor(result) else result
+            print(peak() - before - sum(x.nbytes for x in result) / 2**20)
+    """
+    # A fixed threshold gives what is freed back to the system, so that the next step takes it anew.
+    forward, backward = map(float, alone(code, MALLOC_MMAP_THRESHOLD_=str(1 << 16)).split())
+    assert 1 < forward < 64
+    assert 1 < backward < 64
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])

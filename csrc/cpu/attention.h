@@ -76,6 +76,57 @@ inline void logits(int64_t norm, T scale, int64_t n, const int64_t* edge, int64_
   }
 }
 
+// The gradient of logits(): s becomes d s, given d = d logit, plus add(x, j) for what else depends on s.
+template <class T, class Add>
+inline void logits_backward(int64_t norm, T scale, int64_t n, const int64_t* edge, int64_t sets, T* s, const T* d,
+                            int64_t ld, Add add) {
+  const bool cut = clips(norm), square = squares(norm);
+  const int64_t origin = edge[0];
+  for (int64_t set = 0; set < (over_queries(norm) ? sets : 1); ++set) {
+    const int64_t begin = edge[set] - origin, end = (over_queries(norm) ? edge[set + 1] : edge[sets]) - origin;
+    for (int64_t x = 0; x < n; ++x) {
+      T* const at = s + x * ld;
+      const T* const slope = d + x * ld;
+      Vec<T> size{}, along{};
+      T top = 0;
+      if (norm == SOFTMAX) {
+        Vec<T> highest = splat(-INFINITY + T(0));
+        for (int64_t j = begin; j < end; j += LANES<T>)
+          highest = max<T>(highest, select<T>(inside<T>(j, begin, end), load(at + j), highest));
+        top = max<T>(highest);
+      }
+      for (int64_t j = begin; over_queries(norm) && j < end; j += LANES<T>) {
+        const Vec<T> a = load(at + j), u = norm == SOFTMAX ? exp<T>(a - top) : cut ? clip<T>(a) : a;
+        const Vec<T> part = norm == SOFTMAX ? u : square ? u * u : (u > 0 ? u : -u), product = u * load(slope + j);
+        const Vec<Int<T>> real = inside<T>(j, begin, end);
+        size += select<T>(real, part, Vec<T>{});
+        along += select<T>(real, product, Vec<T>{});
+      }
+      // logit = factor u; back is what each u gives through the norm, over u (l2), over its sign (l1) or over 1.
+      T factor = scale, back = 0;
+      if (over_queries(norm)) {
+        const T total = sum<T>(size), length = square ? std::sqrt(total) : total;
+        factor = scale / (norm == SOFTMAX ? total : length + T(EPS));
+        if (norm == SOFTMAX) back = -sum<T>(along) / total;
+        else if (length > 0) back = -sum<T>(along) * factor / (length + T(EPS)) / (square ? length : T(1));
+      }
+      for (int64_t j = begin; j < end; j += LANES<T>) {
+        const Vec<T> a = load(at + j), g = load(slope + j);
+        Vec<T> change;
+        if (norm == SOFTMAX) {
+          change = exp<T>(a - top) * factor * (g + back);
+        } else {
+          change = g * factor;
+          if (square) change += back * (cut ? clip<T>(a) : a);
+          else if (over_queries(norm)) change += a > 0 ? splat(back) : a < 0 ? splat(-back) : Vec<T>{};
+          if (cut) change = a > 0 ? change : change * T(SLOPE);
+        }
+        store(at + j, select<T>(inside<T>(j, begin, end), change + add(x, j), a));
+      }
+    }
+  }
+}
+
 // Softmax over the n contexts, column by column, in place, without the division: total[column] is the sum of the
 // weights, which divides whatever is made of them.
 template <class T>

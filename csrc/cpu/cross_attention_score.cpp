@@ -7,51 +7,24 @@
 //
 // Scratch beyond inputs and scores: a window (32 MiB) and 1 MiB a thread, more only where one set alone is larger.
 #include "cross_attention_score.h"
+#include "write.h"
 
 namespace itm_fast {
 namespace {
 
 constexpr int64_t WINDOW_BYTES = 32 << 20;
 
-uint16_t narrow_bfloat16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, sizeof bits);
-  if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t(bits >> 16 | 0x40);
-  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-uint16_t narrow_float16(float x) {
-  uint32_t bits, size;
-  std::memcpy(&bits, &x, sizeof bits);
-  const uint32_t sign = bits >> 16 & 0x8000;
-  size = bits & 0x7fffffff;
-  if (size > 0x7f800000) return uint16_t(sign | 0x7e00);
-  if (size >= 0x477ff000) return uint16_t(sign | 0x7c00);
-  if (size >= 0x38800000) return uint16_t(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
-  const float shifted = std::fabs(x) + 0.5f;  // a unit of its rounding is the least subnormal float16
-  std::memcpy(&size, &shifted, sizeof size);
-  return uint16_t(sign | (size - 0x3f000000));
-}
-
-template <class T>
-void put(void* to, int64_t dtype, int64_t at, T x) {
-  if (dtype == FLOAT64) static_cast<double*>(to)[at] = double(x);
-  else if (dtype == FLOAT32) static_cast<float*>(to)[at] = float(x);
-  else static_cast<uint16_t*>(to)[at] = dtype == BFLOAT16 ? narrow_bfloat16(float(x)) : narrow_float16(float(x));
-}
-
 template <class T>
 void scores(const Problem& problem, void* score, int64_t threads) {
   const Sets &context = problem.context, &query = problem.query;
   const std::vector<Chunk> blocks = context_blocks<T>(context);
-  int64_t longest = 0;
-  for (int64_t s = 0; s < context.count(); ++s) longest = std::max(longest, context.edge[s + 1] - context.edge[s]);
+  if (blocks.empty()) return;
   windows<T>(query, CHUNK_BYTES / int64_t(sizeof(T)), WINDOW_BYTES, threads, [&](const Window<T>& window) {
     const int64_t count = int64_t(blocks.size()), columns = int64_t(window.chunks.size());
     const int64_t groups = least(columns, (PARTS + count - 1) / count);
     parallel(count * groups, threads, [&] {
       return [&, block = Block<T>(context, blocks),
-              work = Cosines<T>(problem, Block<T>::most_rows(blocks), longest,
+              work = Cosines<T>(problem, Block<T>::most_rows(blocks), longest(context),
                                 Block<T>::most_rows(window.chunks))](int64_t part) mutable {
         const int64_t group = part % groups;
         block.take(blocks[size_t(part / groups)]);
@@ -60,9 +33,10 @@ void scores(const Problem& problem, void* score, int64_t threads) {
           work.affinities(block, window, c);
           for (int64_t set = block.run.first; set < block.run.last; ++set) {
             work.cosines(block, set, window, c, [](int64_t, int64_t, Vec<T>) {});
-            for (int64_t q = chunk.first; q < chunk.last; ++q)
-              put(score, query.source.dtype, set * problem.context_step + q * problem.query_step,
-                  work.pooled(query.edge[q] - chunk.begin, query.edge[q + 1] - query.edge[q]));
+            for (int64_t q = chunk.first; q < chunk.last; ++q) {
+              const T one = work.pooled(query.edge[q] - chunk.begin, query.edge[q + 1] - query.edge[q]);
+              write(score, query.source.dtype, set * problem.context_step + q * problem.query_step, 1, &one, T(1));
+            }
           }
         }
       };

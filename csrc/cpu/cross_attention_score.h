@@ -29,6 +29,12 @@ struct Sets {
   int64_t count() const { return int64_t(first.size()); }
 };
 
+inline int64_t longest(const Sets& sets) {
+  int64_t most = 0;
+  for (int64_t s = 0; s < sets.count(); ++s) most = std::max(most, sets.edge[size_t(s) + 1] - sets.edge[size_t(s)]);
+  return most;
+}
+
 // What the caller asked for. score[c * context_step + q * query_step] belongs to context set c and query set q.
 struct Problem {
   Sets context, query;
@@ -87,18 +93,25 @@ inline Vec<T> head(const T* p, int64_t n) {
   return v;
 }
 
-// gram[x][y] = row x . row y; gram's rows lie ld apart. Sixteen products at a time, each in lanes along K.
-template <class T>
-inline void gram_matrix(const T* const* row, int64_t n, int64_t K, T* gram, int64_t ld) {
+// gram[x][y] = sum over k of weight[k] row(x)[k] row(y)[k], with weights 1 where there are none; gram's rows lie ld
+// apart. Sixteen products at a time, each in lanes along K.
+template <class T, class Row>
+inline void gram_matrix(Row row, int64_t n, int64_t K, const T* weight, T* gram, int64_t ld) {
   constexpr int64_t SIDE = 4;
   for (int64_t x = 0; x < n; x += SIDE)
     for (int64_t y = x; y < n; y += SIDE) {
       Vec<T> c[SIDE][SIDE]{};
+      const T *left[SIDE], *right[SIDE];
+      for (int64_t i = 0; i < SIDE; ++i) {
+        left[i] = row(least(x + i, n - 1));
+        right[i] = row(least(y + i, n - 1));
+      }
       for (int64_t k = 0; k < K; k += LANES<T>) {
         Vec<T> a[SIDE], b[SIDE];
         for (int64_t i = 0; i < SIDE; ++i) {
-          a[i] = head(row[least(x + i, n - 1)] + k, K - k);
-          b[i] = head(row[least(y + i, n - 1)] + k, K - k);
+          a[i] = head(left[i] + k, K - k);
+          b[i] = head(right[i] + k, K - k);
+          if (weight) b[i] *= head(weight + k, K - k);
         }
 #pragma GCC unroll 4
         for (int64_t i = 0; i < SIDE; ++i)
@@ -109,6 +122,19 @@ inline void gram_matrix(const T* const* row, int64_t n, int64_t K, T* gram, int6
         for (int64_t j = 0; j < SIDE && y + j < n; ++j)
           gram[(x + i) * ld + y + j] = gram[(y + j) * ld + x + i] = sum<T>(c[i][j]);
     }
+}
+
+// P = sum of weight(x) * row x, the features from `first` to `last` of D, into out; returns their |P|^2.
+template <class T, class Weight>
+inline T attend(const T* const* row, int64_t n, Weight weight, int64_t first, int64_t last, int64_t D, T* out) {
+  Vec<T> square{};
+  for (int64_t k = first; k < last; k += LANES<T>) {
+    Vec<T> p{};
+    for (int64_t x = 0; x < n; ++x) p += head(row[x] + k, D - k) * weight(x);
+    store(out + k, p);
+    square += p * p;
+  }
+  return sum<T>(square);
 }
 
 // A block of contexts as the left side of the affinities, with each set's Gram matrix. Owned by one thread.
@@ -151,7 +177,8 @@ struct Block {
     highest.clear();
     for (int64_t s = run.first, at = 0; s < run.last; ++s) {
       const int64_t n = sets.edge[s + 1] - sets.edge[s], ld = round_up(n, ROW_STEP);
-      gram_matrix(rows + (sets.edge[s] - run.begin), n, sets.D, grams + at, ld);
+      const T* const* row = rows + (sets.edge[s] - run.begin);
+      gram_matrix<T>([&](int64_t x) { return row[x]; }, n, sets.D, nullptr, grams + at, ld);
       gram_at.push_back(at);
       T top = 0;
       for (int64_t x = 0; x < n; ++x) top = std::max(top, grams[at + x * ld + x]);
@@ -229,11 +256,13 @@ template <class T>
 struct Cosines {
   const Problem& problem;
   int64_t ld;
-  Buffer<T> s, weight, factor, total, dot, square, r;
+  Buffer<T> s, weight, factor, total, dot, square, r, attended;
+  std::vector<int64_t> exact;  // columns whose |P|^2 came from P itself
 
   Cosines(const Problem& problem, int64_t rows, int64_t set_rows, int64_t columns)
       : problem(problem), ld(padded<T>(columns)), s(round_up(rows, ROW_STEP) * ld),
-        weight(round_up(set_rows, ROW_STEP) * ld), factor(set_rows), total(ld), dot(ld), square(ld), r(ld) {}
+        weight(round_up(set_rows, ROW_STEP) * ld), factor(set_rows), total(ld), dot(ld), square(ld), r(ld),
+        attended(problem.context.D) {}
 
   // A of ops/_attention.py for all the block's rows.
   void affinities(const Block<T>& block, const Window<T>& window, int64_t c) {
@@ -275,6 +304,7 @@ struct Cosines {
               store(square + j, load(square + j) + v * load(weight + x * ld + j));
             });
     const T* length = window.length + window.column[c];
+    exact.clear();
     const T least_square = T(1e-3) * block.highest[size_t(k)];
     for (int64_t j = 0; j < columns; j += LANES<T>) {
       const Vec<T> inverse = T(1) / load(total + j);
@@ -288,16 +318,11 @@ struct Cosines {
     }
   }
 
-  // |P|^2 from P itself, where the terms of the Gram form cancel to less than a thousandth of the largest |x|^2.
-  T exact_square(const T* const* row, int64_t n, int64_t j) const {
+  // |P_j|^2 from P itself, where the terms of the Gram form cancel to less than a thousandth of the largest |x|^2.
+  T exact_square(const T* const* row, int64_t n, int64_t j) {
+    exact.push_back(j);
     const int64_t D = problem.context.D;
-    Vec<T> all{};
-    for (int64_t k = 0; k < D; k += LANES<T>) {
-      Vec<T> p{};
-      for (int64_t x = 0; x < n; ++x) p += head(row[x] + k, D - k) * (weight[x * ld + j] / total[j]);
-      all += p * p;
-    }
-    return sum<T>(all);
+    return attend<T>(row, n, [&](int64_t x) { return weight[x * ld + j] / total[j]; }, 0, D, D, attended);
   }
 
   // (2) for a set of queries whose columns are begin .. begin + n.

@@ -21,6 +21,13 @@ Backward, with c_j = |q_j| |P_j| and g the gradient of a pair's score:
     d alpha = x dP^T;  d A' = scale * alpha (d alpha - sum_x alpha d alpha);  d A through the norm      (6)
     d x += alpha dP + dA q,    d q += dA^T x                                                    (7)
 
+The same from (3), without P, with p_j = |P_j| and 0 for d c_j where c_j is below 1e-8:
+
+    d (alpha . s)_j = d r_j / max(c_j, 1e-8),   d c_j = -d r_j r_j / c_j,   d (p^2)_j = d c_j |q_j| / (2 p_j)   (8)
+    d alpha_j = d (alpha . s)_j s_j + 2 d (p^2)_j G alpha_j,   d s_j = d (alpha . s)_j alpha_j + d A by (6)     (9)
+    d G = sum_j d (p^2)_j alpha_j alpha_j^T                                                    (10)
+    d x += d s q + 2 d G x,    d q_j += x^T d s_j + d c_j p_j q_j / |q_j|                            (11)
+
 Saved for backward: the inputs. Everything per pair is computed again.
 """
 
@@ -35,7 +42,7 @@ from ..packing import bounds
 from . import _attention
 from ._op import Op, by_autograd
 
-OFFERED = ("torch", "reference")
+OFFERED = ("cpu", "torch", "reference")
 POOLS = ("lse", "max", "sum", "mean")
 
 
@@ -77,8 +84,10 @@ def reference(
 def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
-    from ._torch import cross_attention_score
-
+    if backend == "cpu":
+        from ._cpu import cross_attention_score
+    else:
+        from ._torch import cross_attention_score
     return cross_attention_score
 
 

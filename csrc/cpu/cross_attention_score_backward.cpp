@@ -1,0 +1,313 @@
+// Gradients of cross_attention_score: (8) to (11) of itm_fast/ops/cross_attention_score.py.
+//
+// Windows of query sets pass windows of context sets. For two windows, first a thread takes a chunk of queries past all
+// blocks of contexts: it makes affinities and weights again as the forward pass does, turns the affinities into their
+// gradients in place, adds what they give to the chunk's queries, which are its own, and leaves them, transposed, and
+// the gradient of each set's Gram matrix. Then a thread takes a block of contexts and some of the features and adds
+// what all the chunks left, in their order. So every sum has one owner and one order, whatever the threads.
+//
+// Scratch beyond inputs and gradients: 48 MiB and 2 MiB a thread, more only where one set alone is larger.
+#include <deque>
+
+#include "cross_attention_score.h"
+
+namespace itm_fast {
+namespace {
+
+// Bytes of a window of queries, once for the affinities and once more as rows; bytes of a window of contexts, of both
+// kinds of rows and the affinity gradients. Columns of a chunk.
+constexpr int64_t QUERY_BYTES = 12 << 20, CONTEXT_BYTES = 20 << 20, COLUMN_BYTES = 224 * 4, FEATURE_PANELS = 8;
+
+// Rows as the right side of a product over them: [panel of features][row][TILE_COLUMNS], zeros beyond D.
+template <class T>
+void feature_panels(const T* const* row, int64_t count, int64_t D, T* out) {
+  for (int64_t k = 0; k < D; k += TILE_COLUMNS<T>)
+    for (int64_t r = 0; r < count; ++r, out += TILE_COLUMNS<T>)
+      std::memcpy(static_cast<void*>(out), row[r] + k, size_t(least(TILE_COLUMNS<T>, D - k)) * sizeof(T));
+}
+
+// The rows of a gradient that a run of sets owns.
+template <class T>
+struct Gradient {
+  T* data;
+  int64_t D;
+  std::vector<int64_t> row;
+
+  Gradient(T* data, const Sets& sets, const Chunk& run) : data(data), D(sets.D) {
+    for (int64_t s = run.first; s < run.last; ++s)
+      for (int64_t r = 0; r < sets.edge[s + 1] - sets.edge[s]; ++r) row.push_back(sets.first[s] + r);
+    while (row.size() % ROW_STEP) row.push_back(row.back());  // which a product starts from, but does not store
+  }
+  Vec<T> get(int64_t i, int64_t k) const { return head(data + row[size_t(i)] * D + k, D - k); }
+  void put(int64_t i, int64_t k, Vec<T> v) const {
+    std::memcpy(static_cast<void*>(data + row[size_t(i)] * D + k), &v, size_t(least(LANES<T>, D - k)) * sizeof(T));
+  }
+  // Adds A B, B the panel of features that begins at k, to the rows from `first` on.
+  void add(int64_t first, int64_t rows, int64_t K, Left<T> a, const T* panel, int64_t k) const {
+    gemm<T>(rows, least(TILE_COLUMNS<T>, D - k), K, a, Right<T>{panel, TILE_COLUMNS<T>},
+            [&](int64_t i, int64_t j) { return get(least(first + i, int64_t(row.size()) - 1), k + j); },
+            [&](int64_t i, int64_t j, Vec<T> v) { put(first + i, k + j, v); });
+  }
+};
+
+// A column whose |P|^2 came from P itself: its part of d x is weight * alpha P^T.
+template <class T>
+struct Exact {
+  int64_t set;
+  T weight;
+  std::vector<T> alpha;
+};
+
+// Blocks of contexts that are in memory together, and what the chunks of queries leave for them.
+template <class T>
+struct Contexts {
+  std::deque<Block<T>> block;
+  std::deque<Buffer<T>> features;
+  std::vector<int64_t> row, gram;  // where a block begins among the window's padded rows, and its Gram matrices
+  Buffer<T> d_affinity;            // of block b and chunk c: packed as a left side whose rows are contexts
+  std::vector<Buffer<T>> d_gram;   // of each chunk
+  std::vector<std::vector<Exact<T>>> exact;  // of block b and chunk c
+  int64_t columns;
+
+  Contexts(const Sets& sets, const Chunk* first, const Chunk* last, const Window<T>& window, int64_t threads)
+      : row{0}, gram{0}, d_affinity(padded_rows(first, last) * window.column.back()), columns(window.column.back()) {
+    for (const Chunk* run = first; run < last; ++run) {
+      block.emplace_back(sets, std::vector<Chunk>{*run});
+      features.emplace_back(round_up(sets.D, TILE_COLUMNS<T>) * run->rows);
+      row.push_back(row.back() + round_up(run->rows, ROW_STEP));
+      gram.push_back(gram.back() + Block<T>::most_gram(sets, {*run}));
+    }
+    for (size_t c = 0; c < window.chunks.size(); ++c) d_gram.emplace_back(gram.back());
+    exact.resize(block.size() * window.chunks.size());
+    parallel(int64_t(block.size()), threads, [&] {
+      return [&](int64_t b) {
+        block[size_t(b)].take(first[b]);
+        feature_panels(block[size_t(b)].rows + 0, first[b].rows, sets.D, static_cast<T*>(features[size_t(b)]));
+      };
+    });
+  }
+  static int64_t padded_rows(const Chunk* first, const Chunk* last) {
+    int64_t rows = 0;
+    for (; first < last; ++first) rows += round_up(first->rows, ROW_STEP);
+    return rows;
+  }
+  T* left(int64_t b, const Window<T>& window, int64_t c) const {
+    return d_affinity + row[size_t(b)] * columns + (row[size_t(b) + 1] - row[size_t(b)]) * window.column[size_t(c)];
+  }
+  std::vector<Exact<T>>& exact_of(int64_t b, int64_t c) { return exact[size_t(c) * block.size() + size_t(b)]; }
+};
+
+template <class T>
+struct Backward {
+  const Problem& problem;
+  const T* grad;
+  T *d_context, *d_query;
+  int64_t threads;
+
+  // A thread's arrays for one chunk of queries.
+  struct Work : Cosines<T> {
+    Buffer<T> slope, d_r, direct, twice, rest, d_length;
+    Work(const Problem& problem, int64_t rows, int64_t set_rows, int64_t columns)
+        : Cosines<T>(problem, rows, set_rows, columns), slope(round_up(set_rows, ROW_STEP) * this->ld), d_r(this->ld),
+          direct(this->ld), twice(this->ld), rest(this->ld), d_length(this->ld) {}
+  };
+
+  // (4): d r of the columns begin .. begin + n of a set of queries, given d score.
+  void pool_backward(Work& work, int64_t begin, int64_t n, T g) const {
+    const T *r = work.r + begin, scale = T(problem.pool_scale);
+    T* d_r = work.d_r + begin;
+    const T score = problem.pool == LSE || problem.pool == MAX ? work.pooled(begin, n) : T(0);
+    for (int64_t j = 0; j < n; j += LANES<T>) {
+      if (problem.pool == LSE) store(d_r + j, exp<T>((load(r + j) - score) * scale) * g);
+      else store(d_r + j, splat(problem.pool == MAX ? T(0) : problem.pool == SUM ? g : g / T(n)));
+    }
+    if (problem.pool == MAX) d_r[std::find(r, r + n - 1, score) - r] = g;
+  }
+
+  // (8): what a column's weights, affinities and |q| get, from d r.
+  void column_gradients(Work& work, const T* length, int64_t columns) const {
+    constexpr T tiny = std::numeric_limits<T>::min();
+    for (int64_t j = 0; j < columns; j += LANES<T>) {
+      const Vec<T> inverse = T(1) / load(work.total + j), square = load(work.square + j), q = load(length + j);
+      const Vec<T> p = root(max<T>(square, splat(tiny))), both = p * q;
+      const Vec<T> d_dot = load(work.d_r + j) / max<T>(both, splat(T(EPS)));
+      const Vec<T> d_both = both >= T(EPS) ? -d_dot * load(work.r + j) : Vec<T>{};
+      const Vec<T> d_square = square >= tiny ? d_both * q / p : Vec<T>{};  // twice that of |P|^2
+      store(work.d_length + j, load(work.d_length + j) + d_both * p);
+      store(work.direct + j, d_dot * inverse);
+      store(work.twice + j, d_square * inverse * inverse);
+      store(work.rest + j, (d_dot * load(work.dot + j) * inverse + d_square * square) * inverse);
+    }
+  }
+
+  // Affinities of a set become their gradients, and its Gram matrix gets its own.
+  void set_backward(Work& work, Contexts<T>& contexts, int64_t b, int64_t set, const Window<T>& window,
+                    int64_t c) const {
+    const Block<T>& block = contexts.block[size_t(b)];
+    const Chunk& chunk = window.chunks[size_t(c)];
+    const Sets &context = problem.context, &query = problem.query;
+    const int64_t ld = work.ld, D = context.D, at = context.edge[set] - block.run.begin;
+    const int64_t n = context.edge[set + 1] - context.edge[set];
+    T *s = work.s + at * ld, *weight = work.weight, *slope = work.slope;
+    work.cosines(block, set, window, c, [&](int64_t x, int64_t j, Vec<T> v) { store(slope + x * ld + j, v); });
+    for (int64_t q = chunk.first; q < chunk.last; ++q)
+      pool_backward(work, query.edge[q] - chunk.begin, query.edge[q + 1] - query.edge[q],
+                    grad[set * problem.context_step + q * problem.query_step]);
+    column_gradients(work, window.length + window.column[size_t(c)], chunk.rows);
+    for (const int64_t j : work.exact) {
+      const T* const* row = block.rows + at;
+      attend<T>(row, n, [&](int64_t x) { return weight[x * ld + j] / work.total[j]; }, 0, D, D, work.attended);
+      for (int64_t x = 0; x < n; ++x) {
+        Vec<T> product{};
+        for (int64_t k = 0; k < D; k += LANES<T>) product += head(row[x] + k, D - k) * load(work.attended + k);
+        slope[x * ld + j] = sum<T>(product) * work.total[j];
+      }
+    }
+    for (int64_t j = 0; j < chunk.rows; j += LANES<T>) {
+      const Vec<T> direct = load(work.direct + j), twice = load(work.twice + j), rest = load(work.rest + j);
+      for (int64_t x = 0; x < n; ++x) {
+        const int64_t i = x * ld + j;
+        store(slope + i, load(weight + i) * (load(s + i) * direct + load(slope + i) * twice - rest));
+      }
+    }
+    logits_backward<T>(problem.norm, T(problem.scale), n, query.edge.data() + chunk.first, chunk.last - chunk.first, s,
+                       slope, ld, [&](int64_t x, int64_t j) { return load(work.direct + j) * load(weight + x * ld + j); });
+    if (!d_context) return;
+    for (const int64_t j : work.exact) {
+      const T total = work.total[j];
+      Exact<T> one{set, work.twice[j] * total * total, {}};
+      for (int64_t x = 0; x < n; ++x) one.alpha.push_back(weight[x * ld + j] / total);
+      contexts.exact_of(b, c).push_back(std::move(one));
+      work.twice[j] = 0;
+    }
+    gram_matrix<T>([&](int64_t x) { return weight + x * ld; }, n, chunk.rows, work.twice,
+                contexts.d_gram[size_t(c)] + contexts.gram[size_t(b)] + block.gram_at[size_t(set - block.run.first)],
+                round_up(n, ROW_STEP));
+  }
+
+  // (9), and (11) for a chunk of queries, and what its columns leave for the contexts.
+  void queries(Work& work, Contexts<T>& contexts, const Window<T>& window, int64_t c) const {
+    const Chunk& chunk = window.chunks[size_t(c)];
+    const int64_t D = problem.query.D, ld = work.ld;
+    const Gradient<T> gradient(d_query, problem.query, chunk);
+    std::fill_n(static_cast<T*>(work.d_length), ld, T(0));
+    for (int64_t b = 0; b < int64_t(contexts.block.size()); ++b) {
+      const Block<T>& block = contexts.block[size_t(b)];
+      const int64_t rows = block.run.rows;
+      work.affinities(block, window, c);
+      for (int64_t set = block.run.first; set < block.run.last; ++set) set_backward(work, contexts, b, set, window, c);
+      if (d_query)
+        for (int64_t k = 0; k < D; k += TILE_COLUMNS<T>)
+          gradient.add(0, chunk.rows, rows, Left<T>{work.s, ld}, contexts.features[size_t(b)] + k * rows, k);
+      if (d_context)
+        for (int64_t i = 0; i < rows; i += TILE_ROWS) {
+          const T* row[TILE_ROWS];
+          const int64_t count = least(TILE_ROWS, rows - i);
+          for (int64_t r = 0; r < count; ++r) row[r] = work.s + (i + r) * ld;
+          interleave(row, count, chunk.rows, contexts.left(b, window, c) + i * chunk.rows,
+                     least(TILE_ROWS, round_up(rows - i, ROW_STEP)));
+        }
+    }
+    if (!d_query) return;
+    Rows<T> rows(problem.query, chunk.rows);
+    rows.take(chunk);
+    for (int64_t j = 0; j < chunk.rows; ++j) {
+      const T length = window.length[window.column[size_t(c)] + j];
+      if (!(length > 0)) continue;
+      for (int64_t k = 0; k < D; k += LANES<T>)
+        gradient.put(j, k, gradient.get(j, k) + head(*(rows + j) + k, D - k) * (work.d_length[j] / length));
+    }
+  }
+
+  // (10) summed, and (11) for a block of contexts and the features from `first` to `last`.
+  void contexts_backward(T* P, Contexts<T>& contexts, int64_t b, const Window<T>& window,
+                         const std::vector<Buffer<T>>& features, int64_t first, int64_t last) const {
+    const Block<T>& block = contexts.block[size_t(b)];
+    const Sets& context = problem.context;
+    const Gradient<T> gradient(d_context, context, block.run);
+    const int64_t rows = block.run.rows;
+    for (size_t c = 0; c < window.chunks.size(); ++c)
+      for (int64_t k = first; k < last; k += TILE_COLUMNS<T>)
+        gradient.add(0, rows, window.chunks[c].rows, Left<T>{contexts.left(b, window, int64_t(c)), 0},
+                     features[c] + k * window.chunks[c].rows, k);
+    for (int64_t set = block.run.first; set < block.run.last; ++set) {
+      const int64_t n = context.edge[set + 1] - context.edge[set], at = context.edge[set] - block.run.begin;
+      const int64_t gram_at = contexts.gram[size_t(b)] + block.gram_at[size_t(set - block.run.first)];
+      Buffer<T> d_gram(Block<T>::gram_size(n));
+      for (const Buffer<T>& one : contexts.d_gram)
+        for (int64_t i = 0; i < Block<T>::gram_size(n); ++i) d_gram[i] += one[gram_at + i];
+      for (int64_t k = first; k < last; k += TILE_COLUMNS<T>)
+        gradient.add(at, n, n, Left<T>{d_gram, round_up(n, ROW_STEP)},
+                     contexts.features[size_t(b)] + k * rows + at * TILE_COLUMNS<T>, k);
+    }
+    for (size_t c = 0; c < window.chunks.size(); ++c)
+      for (const Exact<T>& one : contexts.exact_of(b, int64_t(c))) {
+        const int64_t at = context.edge[one.set] - block.run.begin;
+        const int64_t n = int64_t(one.alpha.size());
+        attend<T>(block.rows + at, n, [&](int64_t x) { return one.alpha[size_t(x)]; }, first, last, context.D, P);
+        for (int64_t x = 0; x < n; ++x)
+          for (int64_t k = first; k < last; k += LANES<T>)
+            gradient.put(at + x, k, gradient.get(at + x, k) + load(P + k) * (one.weight * one.alpha[size_t(x)]));
+      }
+  }
+
+  void run() const {
+    const Sets &context = problem.context, &query = problem.query;
+    const int64_t D = context.D, panel = round_up(D, TILE_COLUMNS<T>);
+    const std::vector<Chunk> blocks = context_blocks<T>(context);
+    windows<T>(query, COLUMN_BYTES / int64_t(sizeof(T)), QUERY_BYTES, threads, [&](const Window<T>& window) {
+      const int64_t count = int64_t(window.chunks.size());
+      std::vector<Buffer<T>> features;
+      for (const Chunk& chunk : window.chunks) features.emplace_back(d_context ? panel * chunk.rows : 0);
+      if (d_context)
+        parallel(count, threads, [&] {
+          return [&, rows = Rows<T>(query, Block<T>::most_rows(window.chunks))](int64_t c) mutable {
+            rows.take(window.chunks[size_t(c)]);
+            feature_panels(rows + 0, window.chunks[size_t(c)].rows, D, static_cast<T*>(features[size_t(c)]));
+          };
+        });
+      const int64_t most = CONTEXT_BYTES / int64_t(sizeof(T)) / (2 * D + window.column.back());
+      for (size_t first = 0, last; first < blocks.size(); first = last) {
+        int64_t rows = blocks[first].rows;
+        for (last = first + 1; last < blocks.size() && rows + blocks[last].rows <= most; ++last)
+          rows += blocks[last].rows;
+        Contexts<T> contexts(context, blocks.data() + first, blocks.data() + last, window, threads);
+        parallel(count, threads, [&] {
+          return [&, work = Work(problem, Block<T>::most_rows(blocks), longest(context),
+                                 Block<T>::most_rows(window.chunks))](int64_t c) mutable {
+            queries(work, contexts, window, c);
+          };
+        });
+        if (!d_context) continue;
+        const int64_t wide = FEATURE_PANELS * TILE_COLUMNS<T>, parts = (D + wide - 1) / wide;
+        parallel(int64_t(contexts.block.size()) * parts, threads, [&] {
+          return [&, P = Buffer<T>(D)](int64_t part) {
+            const int64_t from = part % parts * wide;
+            contexts_backward(P, contexts, part / parts, window, features, from, least(from + wide, D));
+          };
+        });
+      }
+    });
+  }
+};
+
+}  // namespace
+}  // namespace itm_fast
+
+extern "C" const char* cross_attention_score_backward(const void* image, const void* words, int64_t dtype, int64_t I,
+                                                      int64_t R, int64_t D, int64_t T, const int64_t* cu_seqlens,
+                                                      const int64_t* region_lengths, int64_t t2i, int64_t norm,
+                                                      double scale, int64_t pool, double pool_scale, const void* grad,
+                                                      void* d_image, void* d_words, int64_t threads) {
+  using namespace itm_fast;
+  return guarded([&] {
+    const Problem problem(image, words, dtype, I, R, D, T, cu_seqlens, region_lengths, t2i, norm, scale, pool,
+                          pool_scale);
+    const auto run = [&]<class F>(const F* grad) {
+      F *first = static_cast<F*>(t2i ? d_image : d_words), *second = static_cast<F*>(t2i ? d_words : d_image);
+      Backward<F>{problem, grad, first, second, threads}.run();
+    };
+    if (dtype == FLOAT64) run(static_cast<const double*>(grad));
+    else run(static_cast<const float*>(grad));
+  });
+}
