@@ -77,14 +77,19 @@ def test_the_op_benchmarks_run():
 
 
 def test_a_training_step_is_compared_with_the_loop_extended_from_fewer_captions(monkeypatch, tmp_path):
-    arguments = ("--batch", "4", "--loop-captions", "3", "--models", "scan-t2i", "saf", "--no-fresh")
+    monkeypatch.setattr(machine, "in_fresh_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(bench_training_step, "extended", lambda few, many, *shapes: 1e9 + many)
+    arguments = ("--batch", "4", "--loop-captions", "3", "--models", "scan-t2i", "saf")
     result = written(bench_training_step, "training_step", monkeypatch, tmp_path, *arguments)
     assert [one["model"] for one in result["results"]] == ["scan-t2i", "saf"]
     for one in result["results"]:
         loop, *ours = one["rows"]
         assert (loop["name"], loop["measured_captions"], one["captions"]) == ("paper's loop", 3, 4)
+        assert loop["seconds_min"] > 1e9
+        assert loop["peak_bytes"] is None or loop["peak_bytes"] >= 1e9
         assert "itm-fast torch" in [row["name"] for row in ours]
         assert all(0 < row["largest_difference"] < bench_training_step.ALLOWED for row in ours)
+        assert all(row["seconds_max"] < 1e9 for row in ours)
     text = page.readme("before <!-- training_step_here.json -->\nold\n<!-- end --> after")
     assert "extended to 4 on a straight line" in text
     assert text.count("| saf |") == len(result["results"][1]["rows"])
