@@ -1,5 +1,8 @@
+import itertools
+
 import pytest
 import torch
+from cpu_cases import at_level, needs_cpu, scratch_of
 
 import itm_fast
 from itm_fast.ops._attention import DIRECTIONS, NORMS
@@ -9,9 +12,11 @@ from itm_fast.testing import inputs, op_checks
 BACKENDS = op_checks.backends("cross_attention_similarity")
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 SHAPES = {
-    "I1-T1-R1-W1-D1-S1": (1, (1,), 1, 1, 1),
+    "I1-T1-R1-W1-D1-S2": (1, (1,), 1, 1, 2),  # with S 1 the result is +-1 and its gradients are rounding errors
     "I5-T5-R36-W13-D64-S32": (5, (13, 1, 4, 4, 7), 36, 64, 32),
     "I3-T3-R17-W5-D31-S7": (3, (5, 5, 2), 17, 31, 7),
+    "I2-T3-R5-W230-D37-S9": (2, (230, 1, 3), 5, 37, 9),
+    "I2-T2-R231-W4-D21-S5": (2, (4, 2), 231, 21, 5),
 }
 LENGTHS = (4, 1, 3, 4)
 
@@ -131,6 +136,95 @@ def test_a_similarity_does_not_depend_on_its_block(backend, direction, monkeypat
         monkeypatch.setattr(_blocks, "CPU_TILE", tile)
         monkeypatch.setattr(_blocks, "MIN_QUERIES", 1)
         torch.testing.assert_close(call(*args, backend), whole, rtol=0, atol=1e-13)
+
+
+# More columns than a chunk has in either direction, sets of every length, several chunks and groups of contexts.
+MANY = 15, [1 + (7 * t) % 31 for t in range(40)], 19, 33, 21
+
+
+@needs_cpu
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_kernels_give_the_same_bits_wherever_a_pair_lies(norm, direction):
+    I, lengths, R, D, S = MANY
+    _, (image, words, weight, bias) = case(*MANY)
+    image, words, weight, bias = (a.float() for a in (image, words, weight, bias))
+    counts = torch.tensor([1 + (5 * i) % R for i in range(I)])
+    parts = words.split(lengths)
+
+    def run(images, captions):
+        edge = torch.tensor([0, *itertools.accumulate(lengths[t] for t in captions)])
+        similar = itm_fast.cross_attention_similarity(
+            image[images], torch.cat([parts[t] for t in captions]), edge, weight, bias, direction=direction,
+            affinity_norm=norm, region_lengths=counts[images], backend="cpu",
+        )
+        if direction == "t2i":
+            return dict(zip(captions, similar.split([lengths[t] for t in captions], 1), strict=True))
+        return dict(zip(captions, similar.unbind(1), strict=True))
+
+    whole = run(list(range(I)), list(range(40)))
+    shuffled = torch.randperm(I, generator=torch.Generator().manual_seed(1)).tolist()
+    for images, captions in ((shuffled, list(range(40))[::-1]), ([8], [23]), (list(range(3, 12)), list(range(11, 40)))):
+        for t, similar in run(images, captions).items():
+            assert torch.equal(similar, whole[t][images])
+
+
+@needs_cpu
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_the_kernels_give_the_same_bits_for_any_number_of_threads(dtype, direction):
+    call, args = case(*MANY, direction=direction)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            similar = call(*(a.to(dtype) for a in args), backend="cpu")
+            found.append((similar, *op_checks.gradients(call, args, dtype, "cpu", dtype)))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attended_vectors_that_cancel(backend, direction):
+    # Contexts in opposite pairs, nearly orthogonal to all queries: P is a thousandth of them, so |P|^2 is lost in the
+    # roundings of the Gram form.
+    call, (image, words, weight, bias) = case(3, (8, 6, 8), 8, 48, 16, direction=direction, affinity_norm="none")
+    image[..., :24] = 0
+    words[..., 24:] = 0
+    context = image if direction == "t2i" else words
+    context[..., 1::2, :] = -context[..., ::2, :] + 1e-3 * context[..., 1::2, :]
+    op_checks.check_forward(call, (image, words, weight, bias), torch.float32, backend)
+
+
+@needs_cpu
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("level", ["avx2", "generic"])
+def test_lesser_processors(level, direction, monkeypatch):
+    at_level(level, monkeypatch)
+    for I, lengths, R, D, S in ((5, (13, 4, 7, 1, 4), 36, 64, 32), (2, (230, 1, 3), 5, 37, 9), (2, (4, 2), 231, 21, 5)):
+        call, args = case(I, lengths, R, D, S, direction=direction)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            op_checks.check_forward(call, args, dtype, "cpu")
+            op_checks.check_gradients(call, args, dtype, "cpu")
+
+
+@needs_cpu
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_scratch_is_bounded_however_large_the_block(direction):
+    # 80 MB of words, or of regions: a packed copy of either would pass the bound.
+    I, T = (4, 1000) if direction == "t2i" else (1000, 4)
+    setup = [
+        "torch.set_num_threads(2)",
+        f"args = [torch.randn({I}, 20, 1024), torch.randn({T} * 20, 1024), torch.randn(16, 1024), torch.randn(16)]",
+        f"args += [torch.arange({T} + 1) * 20, None, '{direction}', 'clipped_l2norm', 9.0, 'cpu']",
+        "grad = torch.ones_like(torch.ops.itm_fast.cross_attention_similarity(*args))",
+    ]
+    assert scratch_of(setup, "torch.ops.itm_fast.cross_attention_similarity(*args)") < 64 << 20
+    backward = "torch.ops.itm_fast.cross_attention_similarity_backward(grad, [True] * 4, *args)"
+    assert scratch_of(setup, backward) < 64 << 20
 
 
 def test_autocast_takes_its_dtype():

@@ -44,15 +44,15 @@ struct QueryWindow {
   int64_t count() const { return int64_t(chunks.size()); }
 };
 
-// Runs body(window) for windows that follow each other: of WINDOW_BYTES, one chunk at the least.
+// Runs body(window) for windows that follow each other: of `bytes_at_most`, one chunk at the least.
 template <class T, class Body>
-void for_windows(const RowSets& queries, int64_t D, int64_t threads, Body body) {
+void for_windows(const RowSets& queries, int64_t D, int64_t threads, Body body, int64_t bytes_at_most = WINDOW_BYTES) {
   const std::vector<Chunk> all = chunks(queries.edge.data(), queries.count(), CHUNK_BYTES / int64_t(sizeof(T)));
   for (size_t next = 0; next < all.size();) {
     QueryWindow<T> window;
     for (int64_t bytes = 0; next < all.size(); ++next) {
       bytes += round_up(all[next].rows, TILE_COLUMNS<T>) * D * int64_t(sizeof(T));
-      if (bytes > WINDOW_BYTES && window.count() > 0) break;
+      if (bytes > bytes_at_most && window.count() > 0) break;
       window.chunks.push_back(all[next]);
       window.panels.emplace_back(all[next].rows, D);
       window.widest = std::max(window.widest, all[next].rows);

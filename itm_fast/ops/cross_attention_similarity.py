@@ -35,7 +35,7 @@ from ..packing import bounds
 from . import _attention
 from ._op import Op, by_autograd
 
-OFFERED = ("torch", "reference")
+OFFERED = ("cpu", "torch", "reference")
 
 
 def reference(
@@ -77,8 +77,10 @@ def _fake(image, words, weight, bias, cu_seqlens, region_lengths, direction, *_)
 def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
-    from ._torch import cross_attention_similarity
-
+    if backend == "cpu":
+        from ._cpu import cross_attention_similarity
+    else:
+        from ._torch import cross_attention_similarity
     return cross_attention_similarity
 
 

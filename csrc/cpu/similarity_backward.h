@@ -1,0 +1,200 @@
+// The gradient of one tile of vector similarities: (4) to (7) of itm_fast/ops/cross_attention_similarity.py.
+//
+// The forward tile is run again. Then features lie along the lanes, WIDE of them at a time, and queries are rows: the
+// difference u - q is made anew in that layout, for there all four products that follow find their operands as they
+// lie, and only dy and du are transposed. With u = sum of a x, du reaches the attention through g_x = x . du alone:
+//
+//     t = sum of a g,   c = t (p + eps) / p,   d logit_x = a_x (g_x - c (G a)_x - t' (p + eps))
+//     t' = sum of a (g - c G a),   d x = a du^T - (a c a^T) x + d A q^T,   d q = -du + d A^T x
+//
+// Caches: dy in both layouts (2 x 240 KB) stays in L2 with three panels of 28 KB; the gradients of W and of q, 1 MB
+// each, pass by once a tile.
+#pragma once
+#include "shuffle.h"
+#include "similarity.h"
+
+namespace itm_fast {
+
+// Rows of `D` features, along the lanes: panels [rows][WIDE] for WIDE features each.
+template <class T>
+struct FeaturePanels : Panels<T> {
+  using Panels<T>::WIDE, Panels<T>::at;
+  FeaturePanels(int64_t D, int64_t rows) : Panels<T>(D, rows) {}
+
+  // Row `first` and the following ones of a tensor become rows row, row + 1, ...
+  void read_rows(Source s, int64_t first, int64_t count, int64_t D, int64_t row) {
+    Buffer<T> room(D);
+    for (int64_t r = 0; r < count; ++r) {
+      const T* from = itm_fast::read<T>(s, (first + r) * D, D, room);
+      for (int64_t d = 0; d < D; d += WIDE) std::copy_n(from + d, least(WIDE, D - d), at(row + r, d));
+    }
+  }
+
+  void add_row_to(T* to, int64_t D, int64_t row) const {
+    for (int64_t d = 0; d < D; d += WIDE) {
+      const T* from = at(row, d);
+      for (int64_t k = 0; k < least(WIDE, D - d); ++k) to[d + k] += from[k];
+    }
+  }
+};
+
+// Which gradients are wanted, and those that all tiles add to.
+template <class T>
+struct SimilaritySums {
+  bool needs_context, needs_query, needs_weight, needs_bias;
+  FeaturePanels<T> weight;  // [S] rows of D features
+  Buffer<T> bias;           // [S], whole vectors
+};
+
+template <class T>
+struct SimilarityGradient {
+  static constexpr int64_t WIDE = TILE_COLUMNS<T>, BLOCK = round_up(FEATURES, WIDE);
+  SimilarityTile<T> tile;
+  int64_t ld, ldn, lds;
+  Buffer<T> y_rows, d_y, d_y_rows;                 // [WIDE][lds], [S][ld], [columns][lds]
+  Buffer<T> weight_rows, scaled_rows, mixed;       // [columns][ldn] a, -c a; [n][ldn] a c a^T
+  Buffer<T> g, gram_weight, d_logit, along;        // [n][ld] three times, c
+  Buffer<T> d_u_columns;                           // [BLOCK][ld]
+  FeaturePanels<T> difference, squares, d_u;       // one panel each
+
+  SimilarityGradient(int64_t most, int64_t columns, int64_t D, int64_t S)
+      : tile(most, columns, D, S), ld(tile.ld), ldn(padded<T>(most)), lds(padded<T>(S)), y_rows(WIDE * lds),
+        d_y(S * ld), d_y_rows(columns * lds), weight_rows(columns * ldn), scaled_rows(columns * ldn),
+        mixed(most * ldn), g(most * ld), gram_weight(most * ld), d_logit(most * ld), along(ld),
+        d_u_columns(BLOCK * ld), difference(WIDE, columns), squares(WIDE, columns), d_u(WIDE, columns) {}
+
+  // Adds the tile's gradients to `sums`, to d_q [columns] and to d_x [n]. W is given as `projection` and, its features
+  // along the lanes, as w [S]; the queries as `query` and as `query_rows`. upstream(j, room) writes S values: the
+  // gradient of the similarity vector of column j.
+  template <class Upstream>
+  void run(const Contexts<T>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets,
+           const Projection<T>& projection, const FeaturePanels<T>& w, const Panels<T>& query,
+           const FeaturePanels<T>& query_rows, Upstream upstream, SimilaritySums<T>& sums, FeaturePanels<T>& d_q,
+           FeaturePanels<T>& d_x) {
+    const int64_t columns = edge[sets] - edge[0], n = x.n, S = projection.S, D = x.D;
+    const bool attends = sums.needs_context || sums.needs_query;
+    tile.attend(x, norm, scale, edge, sets, query);
+    tile.project(x, projection, columns, query);
+    backward_of_norm(columns, S, upstream);
+    if (sums.needs_bias)
+      for (int64_t s = 0; s < S; s += LANES<T>) {
+        Vec<T> all{};
+        for (int64_t j = 0; j < columns; ++j) all += load(d_y_rows + j * lds + s);
+        store(sums.bias + s, load(sums.bias + s) + all);
+      }
+    if (attends) {
+      transpose_by_squares<T>(d_y_rows, lds, columns, S, d_y, ld);
+      transpose_by_squares<T>(tile.weight, ld, n, columns, weight_rows, ldn);
+      std::fill_n(g + 0, n * ld, T(0));
+    }
+    for (int64_t d = 0; d < D; d += BLOCK) {
+      const int64_t end = least(D, d + BLOCK);
+      for (int64_t p = d; p < end; p += WIDE)
+        panel(x, p, least(WIDE, D - p), columns, S, d, w, query_rows, sums, d_q, d_x);
+      if (attends)
+        gemm<T>(n, columns, end - d, {x.column + d * x.ld, x.ld}, {d_u_columns, ld}, fresh(), add_to(g, ld));
+    }
+    if (attends) attention(x, norm, scale, edge, sets, query_rows, sums, d_q, d_x);
+  }
+
+ private:
+  static auto to(T* c, int64_t ld) {
+    return [=](int64_t i, int64_t j, Vec<T> v) { store(c + i * ld + j, v); };
+  }
+  // Long sums over pairs: a tile's part is summed by itself first, which keeps its small digits.
+  static auto add_to(T* c, int64_t ld) {
+    return [=](int64_t i, int64_t j, Vec<T> v) { store(c + i * ld + j, load(c + i * ld + j) + v); };
+  }
+  static auto fresh() {
+    return [](int64_t, int64_t) { return Vec<T>{}; };
+  }
+
+  // (4): rows of d_y.
+  template <class Upstream>
+  void backward_of_norm(int64_t columns, int64_t S, Upstream upstream) {
+    for (int64_t j = 0; j < columns; ++j) {
+      const int64_t in = j % WIDE;
+      if (in == 0) transpose_by_squares<T>(tile.similar.at(0, j), WIDE, S, least(WIDE, columns - j), y_rows, lds);
+      const T* y = y_rows + in * lds;
+      T* d = d_y_rows + j * lds;
+      upstream(j, d);
+      std::fill(d + S, d + round_up(S, LANES<T>), T(0));
+      Vec<T> square{}, product{};
+      for (int64_t s = 0; s < S; s += LANES<T>) {
+        square += load(y + s) * load(y + s);
+        product += load(y + s) * load(d + s);
+      }
+      const T length = std::sqrt(sum<T>(square)), factor = 1 / (length + T(EPS));
+      const T back = length > 0 ? sum<T>(product) * factor * factor / length : T(0);
+      for (int64_t s = 0; s < S; s += LANES<T>) store(d + s, load(d + s) * factor - load(y + s) * back);
+    }
+  }
+
+  // (5) for `wide` features from p on, of the block that begins with d.
+  void panel(const Contexts<T>& x, int64_t p, int64_t wide, int64_t columns, int64_t S, int64_t d,
+             const FeaturePanels<T>& w, const FeaturePanels<T>& query_rows, SimilaritySums<T>& sums,
+             FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
+    T *u = difference.data, *square = squares.data, *du = d_u.data;
+    const T* q = query_rows.at(0, p);
+    gemm<T>(columns, wide, x.n, {tile.weight, ld}, {x.row + p, x.row_ld},
+            [=](int64_t i, int64_t j) { return -load(q + i * WIDE + j); },
+            [=](int64_t i, int64_t j, Vec<T> v) {
+              store(u + i * WIDE + j, v);
+              store(square + i * WIDE + j, v * v);
+            });
+    if (sums.needs_weight)
+      gemm<T>(S, wide, columns, {d_y_rows, lds}, {square, WIDE}, fresh(), add_to(sums.weight.at(0, p), WIDE));
+    if (!sums.needs_context && !sums.needs_query) return;
+    T* dq = d_q.at(0, p);
+    gemm<T>(columns, wide, S, {d_y, ld}, {w.at(0, p), WIDE}, fresh(), [=](int64_t i, int64_t j, Vec<T> v) {
+      v *= T(2) * load(u + i * WIDE + j);
+      store(du + i * WIDE + j, v);
+      store(dq + i * WIDE + j, load(dq + i * WIDE + j) - v);
+    });
+    transpose_by_squares<T>(du, WIDE, columns, wide, d_u_columns + (p - d) * ld, ld);
+    if (sums.needs_context)
+      gemm<T>(x.n, wide, columns, {weight_rows, ldn}, {du, WIDE}, fresh(), add_to(d_x.at(0, p), WIDE));
+  }
+
+  // (6) and (7), from g on.
+  void attention(const Contexts<T>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets,
+                 const FeaturePanels<T>& query_rows, SimilaritySums<T>& sums, FeaturePanels<T>& d_q,
+                 FeaturePanels<T>& d_x) {
+    const int64_t columns = edge[sets] - edge[0], n = x.n;
+    gemm<T>(n, columns, n, {x.gram, x.ld}, {tile.weight, ld}, fresh(), to(gram_weight, ld));
+    for (int64_t j = 0; j < columns; j += LANES<T>) {
+      const Vec<T> p = load(tile.length + j), whole = p + T(EPS);
+      Vec<T> t{}, rest{};
+      for (int64_t r = 0; r < n; ++r) t += load(tile.weight + r * ld + j) * load(g + r * ld + j);
+      const Vec<T> c = p > 0 ? t * whole / p : Vec<T>{};
+      for (int64_t r = 0; r < n; ++r) {
+        const Vec<T> through = load(g + r * ld + j) - c * load(gram_weight + r * ld + j);
+        store(d_logit + r * ld + j, through);
+        rest += load(tile.weight + r * ld + j) * through;
+      }
+      rest *= whole;
+      for (int64_t r = 0; r < n; ++r)
+        store(d_logit + r * ld + j, load(tile.weight + r * ld + j) * (load(d_logit + r * ld + j) - rest));
+      store(along + j, c);
+    }
+    T* d_affinity = tile.affinity;
+    logits_backward<T>(norm, scale, n, edge, sets, d_affinity, d_logit, ld, fresh());
+    if (sums.needs_query)
+      for (int64_t p = 0; p < x.D; p += WIDE)
+        gemm<T>(columns, least(WIDE, x.D - p), n, {d_affinity, ld}, {x.row + p, x.row_ld}, fresh(),
+                add_to(d_q.at(0, p), WIDE));
+    if (!sums.needs_context) return;
+    for (int64_t j = 0; j < columns; ++j)
+      for (int64_t r = 0; r < n; ++r) scaled_rows[j * ldn + r] = -along[j] * weight_rows[j * ldn + r];
+    gemm<T>(n, n, columns, {weight_rows, ldn}, {scaled_rows, ldn}, fresh(), to(mixed, ldn));
+    transpose_by_squares<T>(d_affinity, ld, n, columns, weight_rows, ldn);
+    for (int64_t p = 0; p < x.D; p += WIDE) {
+      T* dx = d_x.at(0, p);
+      const int64_t wide = least(WIDE, x.D - p);
+      gemm<T>(n, wide, columns, {weight_rows, ldn}, {query_rows.at(0, p), WIDE}, fresh(), add_to(dx, WIDE));
+      gemm<T>(n, wide, n, {mixed, ldn}, {x.row + p, x.row_ld}, fresh(), add_to(dx, WIDE));
+    }
+  }
+};
+
+}  // namespace itm_fast

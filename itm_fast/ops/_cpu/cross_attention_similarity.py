@@ -1,0 +1,53 @@
+"""`cross_attention_similarity` in C++: csrc/cpu/cross_attention_similarity*.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ... import _native
+from ..._checks import work_dtype
+from ...packing import bounds
+from .. import _attention
+from ..cross_attention_similarity import _fake
+from . import DTYPES
+
+
+def forward(image: Tensor, words: Tensor, weight: Tensor, bias: Tensor, *rest) -> Tensor:
+    args = image, words, weight, bias, *rest
+    result = _fake(*args)
+    _native.call("cross_attention_similarity", *_arguments(*args), result, torch.get_num_threads())
+    return result
+
+
+def backward(grad: Tensor, needs: list[bool], image: Tensor, words: Tensor, weight: Tensor, bias: Tensor, *rest):
+    args = image, words, weight, bias
+    work = work_dtype(image)
+    found = [torch.zeros(a.shape, dtype=work) if n else None for a, n in zip(args, needs, strict=True)]
+    _native.call(
+        "cross_attention_similarity_backward",
+        *_arguments(*args, *rest),
+        grad.contiguous(),
+        *found,
+        torch.get_num_threads(),
+    )
+    return [d for d in found if d is not None]
+
+
+def _arguments(image, words, weight, bias, cu_seqlens, region_lengths, direction, affinity_norm, scale):
+    """What both functions take first, in their order; the lengths are checked, for C++ reads wherever they point."""
+    op = "cross_attention_similarity"
+    edge = bounds(cu_seqlens, words.shape[0], op)
+    counts = None
+    if region_lengths is not None:
+        counts = torch.tensor(_attention.region_counts(region_lengths, image, op), dtype=torch.int64)
+    return (
+        *(a.contiguous() for a in (image, words, weight, bias)),
+        DTYPES[image.dtype],
+        *(*image.shape, len(edge) - 1, weight.shape[0]),
+        torch.tensor(edge, dtype=torch.int64),
+        counts,
+        direction == "t2i",
+        _attention.NORMS.index(affinity_norm),
+        scale,
+    )
