@@ -16,10 +16,13 @@ CPU_TILE = 8 << 20  # bytes: a block and its temporaries then stay in the last c
 MIN_QUERIES = 384  # words in a block below which matrix products run far from their peak
 
 
-def tile_bytes(device: torch.device, backward: bool) -> int:
-    """Scratch that one block's forward temporaries may take; backward keeps several of each."""
+def tile_bytes(device: torch.device, backward: bool, tiles: int = 1) -> int:
+    """Scratch that one block's forward temporaries may take; backward keeps several of each.
+
+    `tiles` is how many of CPU_TILE an op with many steps a block is fastest with.
+    """
     limit = scratch_bytes(device) // (6 if backward else 2)
-    return min(CPU_TILE, limit) if device.type == "cpu" else limit
+    return min(tiles * CPU_TILE, limit) if device.type == "cpu" else limit
 
 
 class Block(NamedTuple):
