@@ -8,9 +8,10 @@ import torch
 from torch import nn
 
 from itm_fast.models import sgraf
+from itm_fast.testing import op_checks
 
 FOLDER = Path(__file__).parent / "golden"
-BACKENDS = ["torch", "reference"]
+BACKENDS = [*op_checks.backends("similarity_graph_score"), "reference"]
 HEADS = ["SGR", "SAF"]
 LENGTHS = [2, 7, 5, 1, 7, 3, 5]  # unsorted; 2 is <start> and <end> alone
 R, D, S = 6, 16, 8

@@ -9,12 +9,12 @@ import torch
 
 import itm_fast
 from itm_fast.models import SCAN, build, scan
-from itm_fast.testing import assert_accurate
+from itm_fast.testing import assert_accurate, op_checks
 from itm_fast.testing.scan import attend, loop
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "scan.npz", allow_pickle=False)
 CASES = sorted({key.rpartition("/")[0] for key in GOLDEN})
-BACKENDS = ["torch", "reference"]
+BACKENDS = [*op_checks.backends("cross_attention_score"), "reference"]
 DIRECTIONS = ["t2i", "i2t"]
 LENGTHS = [2, 7, 5, 1, 7, 3]  # unsorted; 2 is <start> and <end> alone
 SCALE = {"t2i": 9.0, "i2t": 4.0}

@@ -38,7 +38,7 @@ from . import _pair_score
 from ._op import Op, by_autograd
 from .similarity_filter import reference as filtered
 
-OFFERED = ("torch", "reference")
+OFFERED = ("cpu", "torch", "reference")
 
 
 def reference(
@@ -77,6 +77,10 @@ def reference(
 def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
+    if backend == "cpu":
+        from ._cpu import similarity_filter_score as native
+
+        return native
     from ._torch import similarity_filter_score
 
     return similarity_filter_score

@@ -37,7 +37,7 @@ from . import _pair_score
 from ._op import Op, by_autograd
 from .similarity_graph import reference as graph
 
-OFFERED = ("torch", "reference")
+OFFERED = ("cpu", "torch", "reference")
 
 
 def reference(
@@ -73,6 +73,10 @@ def reference(
 def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
+    if backend == "cpu":
+        from ._cpu import similarity_graph_score as native
+
+        return native
     from ._torch import similarity_graph_score
 
     return similarity_graph_score

@@ -1,0 +1,92 @@
+"""What the native pair scorers promise beyond the other backends: the same bits, bounded scratch, every processor."""
+
+import pytest
+import test_similarity_filter_score
+import test_similarity_graph_score
+import torch
+from cpu_cases import at_level, needs_cpu, scratch_of
+from pair_score_cases import edges
+
+from itm_fast import _native
+
+pytestmark = needs_cpu
+HEADS = {"graph": test_similarity_graph_score, "filter": test_similarity_filter_score}
+COUNTS = (5, 3, 6, 300, 10, 5, 2, *[12] * 40)  # one caption longer than a chunk, and several chunks
+
+
+def scored(head, I=5, dtype=torch.float32):
+    call, args = HEADS[head].case(I, COUNTS, D=20, S=9)
+    args = [a.to(dtype) for a in args]
+    return args, call(*args, backend="cpu")
+
+
+def some(head, args, images, captions):
+    """Scores of some images with some captions, in that order."""
+    edge = edges(COUNTS).tolist()
+    image, image_global, words, caption_global, *parameters = args
+    packed = torch.cat([words[edge[t] : edge[t + 1]] for t in captions])
+    call, _ = HEADS[head].case(len(images), [COUNTS[t] for t in captions], D=20, S=9)
+    return call(image[images], image_global[images], packed, caption_global[captions], *parameters, backend="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("head", HEADS)
+def test_the_same_bits_in_any_block_and_order(head, dtype):
+    args, whole = scored(head, dtype=dtype)
+    order = torch.randperm(len(COUNTS), generator=torch.Generator().manual_seed(1)).tolist()
+    assert torch.equal(some(head, args, [3, 0], order), whole[[3, 0]][:, order])
+    for t in (0, 3, 4, 46):
+        assert torch.equal(some(head, args, [2], [t]), whole[2:3, t : t + 1])
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_same_bits_with_any_number_of_threads(head):
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            found.append(scored(head, I=2)[1])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(f, found[0]) for f in found)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_products_of_bfloat16_only_where_they_are_allowed(head):
+    exact = scored(head)[1]
+    double = scored(head, dtype=torch.float64)[1]
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert torch.equal(scored(head)[1], exact)
+        torch.set_float32_matmul_precision("medium")
+        rounded = scored(head)[1]
+        assert torch.equal(scored(head, dtype=torch.float64)[1], double)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(rounded, exact) == (_native.outcome().level != "avx512_bf16")
+    # The head's weights are enlarged: a score moves by more than a rounding of bfloat16.
+    assert (rounded - exact).abs().max() < 0.1
+
+
+@pytest.mark.parametrize("level", ["avx2", "generic"])
+@pytest.mark.parametrize("head", HEADS)
+def test_lesser_processors(head, level, monkeypatch):
+    exact = scored(head, dtype=torch.float64)[1]
+    single = scored(head)[1]
+    at_level(level, monkeypatch)
+    torch.testing.assert_close(scored(head, dtype=torch.float64)[1], exact, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(scored(head)[1], single, rtol=0, atol=1e-4)
+
+
+def test_scratch_is_bounded():
+    setup = [
+        "I, R, D, S, T, L, K = 8, 36, 1024, 256, 2000, 12, 3",
+        "image, words = torch.rand(I, R, D) / 16, torch.rand(T * L, D) / 16",
+        "inputs = image, image.mean(1), words, words.view(T, L, D).mean(1), torch.arange(0, T * L + 1, L)",
+        "linear = torch.rand(S, D) / 16, torch.rand(S)",
+        "steps = [x for _ in range(3) for x in (torch.rand(K, S, S) / 64, torch.rand(K, S))]",
+        "weights = *linear, *linear, *steps, torch.rand(S), torch.rand(1)",
+        "torch.set_num_threads(2)",
+    ]
+    used = scratch_of(setup, "itm_fast.similarity_graph_score(*inputs, *weights, backend='cpu')")
+    assert 1 << 20 < used < 64 << 20
