@@ -5,6 +5,7 @@ import torch
 from cpu_cases import at_level, needs_cpu, scratch_of
 
 import itm_fast
+from itm_fast import _native
 from itm_fast.ops._attention import DIRECTIONS, NORMS
 from itm_fast.ops._torch import _blocks
 from itm_fast.testing import inputs, op_checks
@@ -184,6 +185,23 @@ def test_the_kernels_give_the_same_bits_for_any_number_of_threads(dtype, directi
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+
+
+@needs_cpu
+def test_float32_products_are_of_bfloat16_only_where_that_is_allowed():
+    call, args = case(*MANY)
+    single = [a.float() for a in args]
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        medium = call(*single, backend="cpu")
+    finally:
+        torch.set_float32_matmul_precision(before)
+    highest, exact = call(*single, backend="cpu"), call(*args, backend="cpu")
+    error, allowed = ((x.double() - exact).abs().max().item() for x in (highest, medium))
+    assert error < 1e-5
+    assert allowed < 3e-2
+    assert (allowed > 1e-4) == (_native.outcome().level == "avx512_bf16")
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -10,13 +10,14 @@ from ..._checks import work_dtype
 from ...packing import bounds
 from .. import _attention
 from ..cross_attention_similarity import _fake
-from . import DTYPES
+from . import DTYPES, bfloat16_products
 
 
 def forward(image: Tensor, words: Tensor, weight: Tensor, bias: Tensor, *rest) -> Tensor:
     args = image, words, weight, bias, *rest
     result = _fake(*args)
-    _native.call("cross_attention_similarity", *_arguments(*args), result, torch.get_num_threads())
+    pairs = bfloat16_products(image.dtype)
+    _native.call("cross_attention_similarity", *_arguments(*args), result, pairs, torch.get_num_threads())
     return result
 
 
