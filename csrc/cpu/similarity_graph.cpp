@@ -16,15 +16,15 @@ struct Problem {
   int64_t threads;
 };
 
-template <class T>
-void forward(const Problem& p, const GraphWeights<T>& weights) {
+template <class T, class E>
+void forward(const Problem& p, const GraphWeights<T, E>& weights) {
   const std::vector<Chunk> pieces = chunks(p.cu_seqlens, p.T, GRAPH_NODES);
   int64_t most = 0, longest = 0, captions = 0;
   for (const Chunk& c : pieces) most = std::max(most, c.rows), captions = std::max(captions, c.last - c.first);
   for (int64_t t = 0; t < p.T; ++t) longest = std::max(longest, p.cu_seqlens[t + 1] - p.cu_seqlens[t]);
   const int64_t count = int64_t(pieces.size());
   parallel(p.I * count, p.threads, [&] {
-    return [&, graph = Graph<T>(weights, most, longest), room = Buffer<T>(most * p.S),
+    return [&, graph = Graph<T, E>(weights, most, longest), room = Buffer<T>(most * p.S),
             z = Buffer<T>(captions * p.S)](int64_t part) mutable {
       const int64_t i = part / count;
       const Chunk& c = pieces[part % count];
@@ -39,20 +39,25 @@ void forward(const Problem& p, const GraphWeights<T>& weights) {
 }  // namespace
 }  // namespace itm_fast
 
-// Tensors of one dtype: nodes [I, M, S], weights [K, S, S], biases [K, S]; result [I, T, S].
+// Tensors of one dtype: nodes [I, M, S], weights [K, S, S], biases [K, S]; result [I, T, S]. bfloat16: products of
+// bfloat16 values may be used, where the processor has them.
 extern "C" const char* similarity_graph(const void* nodes, const void* query_weight, const void* query_bias,
                                         const void* key_weight, const void* value_weight, const void* value_bias,
                                         int64_t dtype, int64_t I, int64_t M, int64_t S, int64_t K, int64_t T,
-                                        const int64_t* cu_seqlens, void* result, int64_t threads) {
+                                        const int64_t* cu_seqlens, void* result,
+                                        [[maybe_unused]] int64_t bfloat16, int64_t threads) {
   using namespace itm_fast;
   return guarded([&] {
     const auto source = [&](const void* data) { return Source{data, dtype}; };
     const Problem p{source(nodes), I, M, S, T, cu_seqlens, result, threads};
-    const auto run = [&](auto like) {
-      forward<decltype(like)>(p, {S, K, source(query_weight), source(query_bias), source(key_weight),
-                                  source(value_weight), source(value_bias)});
+    const auto run = [&](auto sum, auto factor) {
+      forward<decltype(sum), decltype(factor)>(p, {S, K, source(query_weight), source(query_bias), source(key_weight),
+                                                   source(value_weight), source(value_bias)});
     };
-    if (dtype == FLOAT64) run(double());
-    else run(float());
+    if (dtype == FLOAT64) return run(double(), double());
+#if defined(__AVX512BF16__)
+    if (bfloat16) return run(float(), Pair());
+#endif
+    run(float(), float());
   });
 }

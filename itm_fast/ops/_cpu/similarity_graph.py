@@ -9,12 +9,13 @@ from ... import _native
 from ..._checks import work_dtype
 from ...packing import bounds
 from ..similarity_graph import _fake
-from . import DTYPES
+from . import DTYPES, bfloat16_products
 
 
 def forward(nodes: Tensor, *rest: Tensor) -> Tensor:
     result = _fake(nodes, *rest)
-    _native.call("similarity_graph", *_arguments(nodes, *rest), result, torch.get_num_threads())
+    pairs = bfloat16_products(nodes.dtype)
+    _native.call("similarity_graph", *_arguments(nodes, *rest), result, pairs, torch.get_num_threads())
     return result
 
 
