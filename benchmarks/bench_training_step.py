@@ -130,7 +130,7 @@ def compare(model: str, names: list[str], shape: Shape, device: str) -> tuple[di
     return off, left_out
 
 
-def measure(model: str, shape: Shape, device: str, peak: dict, args: argparse.Namespace) -> dict:
+def measure(model: str, shape: Shape, device: str, args: argparse.Namespace) -> dict:
     """All contenders of one model."""
     cut, least = (Shape(shape.workload, shape.images, min(n, shape.captions)) for n in (args.loop_captions, 2))
     off, left_out = compare(model, harness.backends(device), cut, device)
@@ -160,7 +160,7 @@ def measure(model: str, shape: Shape, device: str, peak: dict, args: argparse.Na
             peaks = machine.in_fresh_process(memory, model, contender, shapes, name in (LOOP, *off))
             scaled = len(peaks) == 2 and None not in peaks
             more["peak_bytes"] = int(extended(*peaks, least, cut, shape)) if scaled else peaks[0]
-        rows.append(harness.row(label, t, shape.pairs, flops, peak, base, **more))
+        rows.append(harness.row(label, t, shape.pairs, flops, base, **more))
     size = {"images": shape.images, "captions": shape.captions}
     return {"model": model, **size, "rows": rows, "left_out": left_out}
 
@@ -186,7 +186,9 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape, peak, results = Shape("coco-eval-5k", args.batch, args.batch), machine.peaks(device), []
     for model in args.models:
-        results.append(measure(model, shape, device, peak, args))
+        results.append(measure(model, shape, device, args))
+        peak = machine.higher(peak, machine.peaks(device))
+        harness.hold_against(peak, results)
         title = f"{model}: a training step of {shape.images} images x {shape.captions} captions"
         harness.show(title, results[-1]["rows"], results[-1]["left_out"])
     if args.write:

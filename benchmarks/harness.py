@@ -52,15 +52,7 @@ def progress(line: str) -> None:
 
 
 def row(
-    name: str,
-    times: list[float],
-    pairs: int,
-    flops: float,
-    peak: dict[str, float | None],
-    base: float,
-    *,
-    products: str = "float32",
-    **more: object,
+    name: str, times: list[float], pairs: int, flops: float, base: float, *, products: str = "float32", **more: object
 ) -> dict:
     """One contender's row: median and spread, rates, the ratio to the base's median.
 
@@ -69,13 +61,11 @@ def row(
         times: seconds of every round.
         pairs: pairs scored in one call.
         flops: operations that one call needs.
-        peak: of `peaks`.
         base: median seconds of the paper's loop.
         products: dtype of the factors of its matrix products, whose peak it is held against.
         more: further fields.
     """
     median = statistics.median(times)
-    fma = peak[f"fma_{products}"]
     return {
         "name": name,
         "seconds_median": median,
@@ -84,11 +74,17 @@ def row(
         "pairs_per_second": pairs / median,
         "needed_gflops_per_second": flops / median / 1e9,
         "products": products,
-        "fraction_of_peak": fma and flops / median / fma,
-        "fraction_of_matmul_peak": flops / median / peak["matmul_float32"],
         "times_faster_than_loop": base / median,
         **more,
     }
+
+
+def hold_against(peak: dict[str, float | None], results: list[dict]) -> None:
+    """Give every row its fractions of `machine.peaks`."""
+    for r in (r for one in results for r in one["rows"]):
+        rate, fma = 1e9 * r["needed_gflops_per_second"], peak[f"fma_{r['products']}"]
+        r["fraction_of_peak"] = fma and rate / fma
+        r["fraction_of_matmul_peak"] = rate / peak["matmul_float32"]
 
 
 def largest_difference(a: Tensor, b: Tensor) -> float:

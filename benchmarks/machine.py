@@ -103,6 +103,11 @@ def peaks(device: str) -> dict[str, float | None]:
     return found
 
 
+def higher(a: dict[str, float | None], b: dict[str, float | None]) -> dict[str, float | None]:
+    """The better of two measurements of `peaks`: a busy moment of the machine lowers one, nothing raises it."""
+    return {name: a[name] and b[name] and max(a[name], b[name]) for name in PEAKS}
+
+
 def in_fresh_process(function: Callable[..., Any], *args: object) -> Any:
     """`function(*args)` in a process of its own with as many threads: nothing that another call left is shared.
 

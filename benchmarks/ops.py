@@ -58,5 +58,5 @@ def run(benchmark, shape: str, backend: str, backward: bool, call: Callable[...,
         synchronise()
 
     benchmark.extra_info.update(torch=torch.__version__, device=DEVICE, threads=torch.get_num_threads())
-    benchmark.pedantic(once, rounds=3 if shape != "quick" else 10, warmup_rounds=1)
+    benchmark.pedantic(once, rounds=3, warmup_rounds=1)
     benchmark.extra_info["pairs_per_second"] = SHAPES[shape].pairs / benchmark.stats.stats.median

@@ -155,13 +155,18 @@ def test_a_straight_line_goes_over_words():
 
 
 def test_a_row_is_held_against_the_peak_of_its_products():
-    common = dict(times=[1.0, 4.0, 2.0], pairs=10, flops=4e9, peak=PEAK, base=6.0)
-    row = harness.row("a", **common)
-    assert (row["fraction_of_peak"], row["fraction_of_matmul_peak"]) == (0.4, 1.0)
-    assert (row["seconds_median"], row["times_faster_than_loop"], row["pairs_per_second"]) == (2.0, 3.0, 5.0)
-    assert harness.row("b", **common, products="bfloat16")["fraction_of_peak"] == 0.2
-    unknown = {**PEAK, "fma_float32": None}
-    assert harness.row("c", **{**common, "peak": unknown})["fraction_of_peak"] is None
+    common = dict(times=[1.0, 4.0, 2.0], pairs=10, flops=4e9, base=6.0)
+    rows = [harness.row("a", **common), harness.row("b", **common, products="bfloat16")]
+    assert (rows[0]["seconds_median"], rows[0]["times_faster_than_loop"], rows[0]["pairs_per_second"]) == (2, 3, 5)
+    harness.hold_against(PEAK, [{"rows": rows}])
+    assert [(r["fraction_of_peak"], r["fraction_of_matmul_peak"]) for r in rows] == [(0.4, 1.0), (0.2, 1.0)]
+    harness.hold_against({**PEAK, "fma_float32": None}, [{"rows": rows}])
+    assert [r["fraction_of_peak"] for r in rows] == [None, 0.2]
+
+
+def test_the_higher_of_two_peaks_counts():
+    busy = {"matmul_float32": 1e9, "fma_float32": 6e9, "fma_bfloat16": None}
+    assert machine.higher(busy, PEAK) == {"matmul_float32": 2e9, "fma_float32": 6e9, "fma_bfloat16": None}
 
 
 def test_peak_memory_is_what_a_call_reaches_above_what_was_held():
