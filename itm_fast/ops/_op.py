@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .._backends import OFFERS
 from .._workspace import current_gib, workspace
+from . import _pairs
 
 
 class Op:
@@ -29,6 +30,7 @@ class Op:
         differentiable: how many of the first arguments may need a gradient.
         implementation: backend -> object with forward and backward.
         fake: the arguments -> empty results of the right shapes.
+        pairs: for an op whose result is the score of every pair, its arguments' first dimensions; see `_pairs`.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class Op:
         differentiable: int,
         implementation: Callable[[str], Any],
         fake: Callable[..., Any],
+        pairs: str | None = None,
     ) -> None:
         OFFERS[name] = offered
         forward, backward = f"itm_fast::{name}", f"itm_fast::{name}_backward"
@@ -56,7 +59,11 @@ class Op:
         @torch.library.impl(backward, "CompositeExplicitAutograd")
         def _backward(grad, needs, *args):
             with torch.autocast(args[0].device.type, enabled=False):
-                found = implementation(args[-1]).backward(grad, needs, *args[:-1])
+                dense = implementation(args[-1]).backward
+                if pairs is None:
+                    found = dense(grad, needs, *args[:-1])
+                else:
+                    found = _pairs.backward(dense, pairs, grad, needs, args[:-1])
             wanted = [a for a, n in zip(args, needs, strict=False) if n]
             return [g.to(a.dtype).contiguous() for g, a in zip(found, wanted, strict=True)]
 

@@ -85,10 +85,12 @@ def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
     if backend == "cpu":
-        from ._cpu import cross_attention_score
-    else:
-        from ._torch import cross_attention_score
-    return cross_attention_score
+        from ._cpu import cross_attention_score as native
+
+        return native
+    from ._torch import cross_attention_score as portable
+
+    return portable
 
 
 _op = Op(
@@ -100,6 +102,7 @@ _op = Op(
     differentiable=2,
     implementation=_implementation,
     fake=lambda image, words, cu_seqlens, *_: image.new_empty(image.shape[0], cu_seqlens.shape[0] - 1),
+    pairs="INEI.....",
 )
 
 

@@ -78,10 +78,12 @@ def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
     if backend == "cpu":
-        from ._cpu import cross_attention_similarity
-    else:
-        from ._torch import cross_attention_similarity
-    return cross_attention_similarity
+        from ._cpu import cross_attention_similarity as native
+
+        return native
+    from ._torch import cross_attention_similarity as portable
+
+    return portable
 
 
 _op = Op(

@@ -95,6 +95,7 @@ _op = Op(
     differentiable=14,
     implementation=_implementation,
     fake=_pair_score.fake,
+    pairs="IINT............EI..",
 )
 
 

@@ -91,6 +91,7 @@ _op = Op(
     differentiable=16,
     implementation=_implementation,
     fake=_pair_score.fake,
+    pairs="IINT............EI.",
 )
 
 

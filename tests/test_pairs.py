@@ -1,0 +1,67 @@
+"""Backward over the pairs that have a gradient: the same gradients, from fewer pairs."""
+
+import pytest
+import test_similarity_filter_score
+import test_similarity_graph_score
+import torch
+
+import itm_fast
+from itm_fast.ops import _pairs
+from itm_fast.testing import op_checks
+
+COUNTS = (5, 2, 7, 3, 5, 1, 4, 6, 2, 3, 8, 4)
+REGIONS = (6, 2, 5, 6, 1, 6, 3, 6, 6, 4)
+PAIRS = [(0, 3), (0, 0), (2, 11), (7, 3), (9, 1)]  # images 3 to 6, one of the groups, have none
+
+
+def scan(*args, backend):
+    bounds, regions = torch.tensor([0, *COUNTS]).cumsum(0), torch.tensor(REGIONS)
+    return itm_fast.cross_attention_score(*args, bounds, region_lengths=regions, backend=backend)
+
+
+def graph():
+    return test_similarity_graph_score.case(10, COUNTS, regions=REGIONS)
+
+
+CASES = {
+    "cross_attention_score": lambda: (scan, [graph()[1][0], graph()[1][2]]),
+    "similarity_graph_score": graph,
+    "similarity_filter_score": lambda: test_similarity_filter_score.case(10, COUNTS, regions=REGIONS),
+}
+
+
+def gradients(op, backend, grad):
+    call, args = CASES[op]()
+    leaves = op_checks.leaves(args, torch.float64)
+    return torch.autograd.grad(call(*leaves, backend=backend), leaves, grad)
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_gradients_of_few_pairs(op, monkeypatch):
+    grad = torch.zeros(len(REGIONS), len(COUNTS), dtype=torch.float64)
+    for n, (i, t) in enumerate(PAIRS):
+        grad[i, t] = n - 1.5
+    want = gradients(op, "reference", grad)
+    pairs, rule = [], _pairs.backward
+
+    def counted(dense, axes, grad, needs, args):
+        def count(part, *rest):
+            pairs.append(part.shape)
+            return dense(part, *rest)
+
+        return rule(count, axes, grad, needs, args)
+
+    monkeypatch.setattr(_pairs, "backward", counted)
+    for backend in [*op_checks.backends(op), "reference"]:
+        pairs.clear()
+        for found, exact in zip(gradients(op, backend, grad), want, strict=True):
+            torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
+        assert pairs == [(4, 3), (4, 1), (2, 1)]
+
+
+@pytest.mark.parametrize("op", CASES)
+def test_no_pair_at_all_and_nan(op):
+    grad = torch.zeros(len(REGIONS), len(COUNTS), dtype=torch.float64)
+    assert all(not g.any() for g in gradients(op, None, grad))
+    grad[3, 2] = torch.nan  # is not zero: it must be seen
+    assert gradients(op, None, grad)[0][3].isnan().any()
