@@ -3,8 +3,9 @@ import torch
 from cpu_cases import at_level, needs_cpu, scratch_of
 
 import itm_fast
+from itm_fast import _native
 from itm_fast.ops._torch import _blocks
-from itm_fast.testing import op_checks
+from itm_fast.testing import assert_accurate, op_checks, rounding
 
 BACKENDS = op_checks.backends("similarity_graph")
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -122,19 +123,42 @@ def test_a_pair_has_the_same_bits_in_any_block_and_order(dtype):
 
 
 @needs_cpu
-def test_threads_change_no_bit():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_threads_change_no_bit(dtype):
     call, args = case(5, CHUNKS, 20, 3)
 
     def bits(threads):
         torch.set_num_threads(threads)
-        args32 = [a.float() for a in args]
-        return [call(*args32, backend="cpu"), *op_checks.gradients(call, args32, torch.float32, "cpu", torch.float32)]
+        single = [a.to(dtype) for a in args]
+        return [call(*single, backend="cpu"), *op_checks.gradients(call, single, dtype, "cpu", dtype)]
 
     try:
         first, *others = map(bits, (1, 2, 3, 4))
     finally:
         torch.set_num_threads(1)
     assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@needs_cpu
+def test_medium_precision_may_multiply_bfloat16_values():
+    call, args = case(5, (14, 2, 5, 5, 8), 64, 3)
+    args = [a.float() for a in args]
+    exact, rounded = (call(*(a.to(d) for a in args), backend="reference") for d in (torch.float64, torch.bfloat16))
+    slopes, rounded_slopes = (
+        op_checks.gradients(call, args, d, "reference", torch.float32) for d in (torch.float64, torch.bfloat16)
+    )
+    before, torch_precision = call(*args, backend="cpu"), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        result = call(*args, backend="cpu")
+        found = op_checks.gradients(call, args, torch.float32, "cpu", torch.float32)
+    finally:
+        torch.set_float32_matmul_precision(torch_precision)
+    assert torch.equal(result, before) == (_native.level() != "avx512_bf16")
+    assert_accurate(result, rounded, exact, term=rounding(torch.bfloat16, exact.abs().max().item()))
+    largest = max(e.abs().max().item() for e in slopes)
+    for a, r, e in zip(found, rounded_slopes, slopes, strict=True):
+        assert_accurate(a, r, e, term=rounding(torch.bfloat16, largest))
 
 
 @needs_cpu

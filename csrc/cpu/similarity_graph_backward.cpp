@@ -1,294 +1,19 @@
 // Backward of similarity_graph: (4) to (7) of itm_fast/ops/similarity_graph.py.
 //
-// A part is one image with one chunk of captions. Its steps are made again, keeping of each the nodes X, what they ask
-// Y = M^T X + u (both with nodes as rows) and the weights E, then walked back. Products over the nodes of a caption or
-// of the chunk take them as rows, products over features as columns; a matrix that both need is transposed by squares,
-// which costs a twentieth of a product.
-//
-// d nodes of a part are its own. Gradients of the weights are summed over the parts of a group, of which there are at
-// most 16, and then over the groups in order: the number of threads changes nothing. Scratch: 2 (S + 1) S values a
-// step and group, at most 64 MiB in all unless four groups need more, 2 MiB + 0.7 MiB a step and thread (S 256), and
-// n^2 values a step and thread for the longest caption.
-#include "graph.h"
-#include "write.h"
+// A part is one image with one chunk of captions; d nodes of it are its own. Gradients of the weights are summed over
+// the parts of a group, of which there are at most 16, and then over the groups in order: the number of threads changes
+// nothing. Scratch: 2 (S + 1) S values a step and group, at most 40 MiB in all unless four groups need more; 2 MiB +
+// 0.7 MiB a step and thread (S 256), and n^2 values a step and thread for the longest caption.
+#include "graph_backward.h"
 
 namespace itm_fast {
 namespace {
 
 constexpr int64_t GROUPS = 16, FEWEST_GROUPS = 4, GROUP_BYTES = int64_t(40) << 20;
 
-struct Problem {
-  Source nodes, query_weight, query_bias, key_weight, value_weight, value_bias, grad;
-  int64_t I, M, S, steps, T;
-  const int64_t* cu_seqlens;
-  void* d_nodes;
-  void *d_query_weight, *d_query_bias, *d_key_weight, *d_value_weight, *d_value_bias;  // in the work dtype
-  int64_t threads;
-};
-
-// Where a product starts and goes.
-template <class T>
-constexpr auto nothing = [](int64_t, int64_t) { return Vec<T>{}; };
-
-template <class T>
-auto put(T* c, int64_t ld) {
-  return [=](int64_t i, int64_t j, Vec<T> v) { store(c + i * ld + j, v); };
-}
-
-template <class T>
-auto there(const T* c, int64_t ld) {
-  return [=](int64_t i, int64_t j) { return load(c + i * ld + j); };
-}
-
-// The same for a sum that lies in a farther cache: the next tile's rows are asked for while this one is made.
-template <class T>
-auto fetched(const T* c, int64_t ld) {
-  return [=](int64_t i, int64_t j) {
-    __builtin_prefetch(c + (i + TILE_ROWS) * ld + j, 1);
-    return load(c + i * ld + j);
-  };
-}
-
-// The weights as the backward products read them, features along the lanes.
-template <class T>
-struct Turned {
-  GraphWeights<T> forward;
-  Buffer<T> M;      // [steps][S][ld] M^T
-  Buffer<T> value;  // [steps][S][ld] Wr
-
-  explicit Turned(const Problem& p)
-      : forward(p.S, p.steps, p.query_weight, p.query_bias, p.key_weight, p.value_weight, p.value_bias),
-        M(p.steps * p.S * forward.ld), value(p.steps * p.S * forward.ld) {
-    const int64_t S = p.S, ld = forward.ld;
-    for (int64_t step = 0; step < p.steps; ++step) {
-      const int64_t at = step * S * ld;
-      transpose_by_squares<T>(forward.M + at, ld, S, S, M + at, ld);
-      transpose_by_squares<T>(forward.value + at, ld, S, S, value + at, ld);
-    }
-  }
-};
-
-// A group's sums over its parts.
-template <class T>
-struct Sums {
-  Buffer<T> M, value, shift, bias;  // [steps][S][ld] twice, with rows for tiles that pass the last; [steps][ld] twice
-
-  Sums(int64_t steps, int64_t S, int64_t ld)
-      : M((steps * S + 3) * ld), value((steps * S + 3) * ld), shift(steps * ld), bias(steps * ld) {}
-
-  void add(const Sums& other, int64_t steps, int64_t S, int64_t ld) {
-    for (int64_t k = 0; k < steps * S * ld; ++k) M[k] += other.M[k], value[k] += other.value[k];
-    for (int64_t k = 0; k < steps * ld; ++k) shift[k] += other.shift[k], bias[k] += other.bias[k];
-  }
-};
-
-template <class T>
-class Walk {
- public:
-  Walk(const Problem& p, const Turned<T>& turned, int64_t nodes, int64_t longest)
-      : p(p), w(turned.forward), turned(turned), S(p.S), ldS(w.ld), longest(longest), rows(nodes + ROW_STEP - 1),
-        ld(padded<T>(nodes)), lde(padded<T>(longest)), x_rows(p.steps * rows * ldS), y_rows(p.steps * rows * ldS),
-        e(p.steps * longest * ld), x(S * ld), y(S * ld), d_x(rows * ldS), one(rows * ldS), two(rows * ldS),
-        three(rows * ldS), d_e(longest * lde), across(longest * lde), total(lde), room(nodes * S) {}
-
-  void run(int64_t image, const Chunk& c, Sums<T>* sums) {
-    chunk = &c;
-    const T* from = read<T>(p.nodes, (image * p.M + c.begin) * S, c.rows * S, room);
-    for (int64_t j = 0; j < c.rows; ++j) std::copy_n(from + j * S, S, x_rows + j * ldS);
-    for (int64_t step = 0; step + 1 < p.steps; ++step) reason(step);
-    read_out(image, sums);
-    for (int64_t step = p.steps - 1; step-- > 0;) back(step, sums);
-    if (p.d_nodes)
-      for (int64_t j = 0; j < c.rows; ++j)
-        write<T>(p.d_nodes, p.nodes.dtype, (image * p.M + c.begin + j) * S, S, d_x + j * ldS, T(1));
-  }
-
- private:
-  T* nodes(int64_t step) { return x_rows + step * rows * ldS; }
-  T* asking(int64_t step) { return y_rows + step * rows * ldS; }
-  T* weights(int64_t step) { return e + step * longest * ld; }
-
-  template <class Body>
-  void captions(Body body) const {
-    for (int64_t t = chunk->first; t < chunk->last; ++t)
-      body(p.cu_seqlens[t] - chunk->begin, p.cu_seqlens[t + 1] - p.cu_seqlens[t]);
-  }
-
-  // Forward: from nodes(step) to asking(step), weights(step) and nodes(step + 1).
-  void reason(int64_t step) {
-    const int64_t columns = chunk->rows;
-    const T *u = w.shift + step * ldS, *br = w.bias + step * ldS;
-    T *const h = one, *const E = weights(step), *const next = nodes(step + 1);
-    transpose_by_squares<T>(nodes(step), ldS, columns, S, x, ld);
-    gemm(S, columns, S, Left<T>{w.ask + step * packed_size(S, S), 0}, Right<T>{x, ld},
-         [&](int64_t i, int64_t) { return splat(u[i]); }, put<T>(y, ld));
-    transpose_by_squares<T>(y, ld, S, columns, asking(step), ldS);
-    gemm(columns, S, S, Left<T>{x, ld}, Right<T>{w.value + step * S * ldS, ldS}, nothing<T>, put<T>(h, ldS));
-    captions([&](int64_t at, int64_t n) {
-      T* const own = E + at;  // the last vector of a row passes into the next caption, whose turn is later
-      gemm(n, n, S, Left<T>{x + at, ld}, Right<T>{y + at, ld}, nothing<T>, put<T>(own, ld));
-      exponentials<T>(n, n, own, ld, total);
-      for (int64_t i = 0; i < n; i += LANES<T>)
-        for (int64_t j = 0; j < n; ++j) store(own + j * ld + i, load(own + j * ld + i) / load(total + i));
-      gemm(n, S, n, Left<T>{own, ld}, Right<T>{h + at * ldS, ldS}, nothing<T>, [&](int64_t i, int64_t j, Vec<T> c) {
-        c += load(br + j);
-        store(next + (at + i) * ldS + j, c < 0 ? Vec<T>{} : c);
-      });
-    });
-  }
-
-  // The last step at node 0, forward and back: d_x becomes the gradient of nodes(steps - 1). Captions are rows.
-  void read_out(int64_t image, Sums<T>* sums) {
-    const int64_t count = chunk->last - chunk->first, step = p.steps - 1, at = step * S * ldS;
-    const T *u = w.shift + step * ldS, *br = w.bias + step * ldS, *const keys = nodes(step);
-    T *const asked = asking(step), *const E = weights(step);  // E: all captions' weights in one row
-    T *const first = one, *const z = two, *const d_p = three, *const d_z = two, *const d_y = three;
-    const auto begin = [&](int64_t t) { return p.cu_seqlens[chunk->first + t] - chunk->begin; };
-    const auto turned_product = [&](const T* from, const T* weight, auto start, auto finish) {
-      transpose_by_squares<T>(from, ldS, count, S, x, ld);
-      gemm(count, S, S, Left<T>{x, ld}, Right<T>{weight, ldS}, start, finish);
-    };
-    for (int64_t t = 0; t < count; ++t) std::copy_n(keys + begin(t) * ldS, ldS, first + t * ldS);
-    turned_product(first, w.M + at, [&](int64_t, int64_t j) { return load(u + j); }, put<T>(asked, ldS));
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t n = begin(t + 1) - begin(t);
-      const T* const key = keys + begin(t) * ldS;
-      T* const part = E + begin(t);
-      T top = -INFINITY, all = 0;
-      for (int64_t j = 0; j < n; ++j) top = std::max(top, part[j] = dot(key + j * ldS, asked + t * ldS));
-      for (int64_t j = 0; j < n; j += LANES<T>) {
-        const Vec<T> weight = select<T>(inside<T>(j, 0, n), exp<T>(load(part + j) - top), Vec<T>{});
-        store(part + j, weight);
-        all += sum<T>(weight);
-      }
-      std::fill_n(z + t * ldS, ldS, T(0));
-      for (int64_t j = 0; j < n; ++j) add(part[j] /= all, key + j * ldS, z + t * ldS);
-    }
-    const T* from = read<T>(p.grad, (image * p.T + chunk->first) * S, count * S, room);
-    for (int64_t t = 0; t < count; ++t) std::copy_n(from + t * S, S, d_p + t * ldS);
-    turned_product(z, w.value + at, [&](int64_t, int64_t j) { return load(br + j); },
-                   [&](int64_t i, int64_t j, Vec<T> c) {
-                     T* const to = d_p + i * ldS + j;
-                     store(to, c > 0 ? load(to) : Vec<T>{});
-                   });
-    if (sums) {
-      outer(count, d_p, z, sums->value + at);
-      add_rows(count, d_p, sums->bias + step * ldS);
-    }
-    turned_product(d_p, turned.value + at, nothing<T>, put<T>(d_z, ldS));
-    for (int64_t t = 0; t < count; ++t) {
-      const int64_t n = begin(t + 1) - begin(t);
-      const T *const part = E + begin(t), *const key = keys + begin(t) * ldS;
-      for (int64_t j = 0; j < n; ++j) d_e[j] = dot(key + j * ldS, d_z + t * ldS);
-      Vec<T> shares{};
-      for (int64_t j = 0; j < n; j += LANES<T>)
-        shares += select<T>(inside<T>(j, 0, n), load(part + j) * load(d_e + j), Vec<T>{});
-      const T mean = sum<T>(shares);
-      std::fill_n(d_y + t * ldS, ldS, T(0));
-      for (int64_t j = 0; j < n; ++j) {
-        const T d_logit = part[j] * (d_e[j] - mean);
-        T* const to = d_x + (begin(t) + j) * ldS;
-        std::fill_n(to, ldS, T(0));
-        add(d_logit, asked + t * ldS, to);
-        add(part[j], d_z + t * ldS, to);
-        add(d_logit, key + j * ldS, d_y + t * ldS);
-      }
-    }
-    if (sums) {
-      outer(count, first, d_y, sums->M + at);
-      add_rows(count, d_y, sums->shift + step * ldS);
-    }
-    turned_product(d_y, turned.M + at, nothing<T>, [&](int64_t i, int64_t j, Vec<T> c) {
-      T* const to = d_x + begin(i) * ldS + j;
-      store(to, load(to) + c);
-    });
-  }
-
-  // d_x: from the gradient of nodes(step + 1) to that of nodes(step).
-  void back(int64_t step, Sums<T>* sums) {
-    const int64_t n_all = chunk->rows, at = step * S * ldS;
-    const T *const keys = nodes(step), *const next = nodes(step + 1), *const asked = asking(step), *const E = weights(step);
-    T *const d_z = one, *const z = two, *const d_y = two, *const columns = y;
-    for (int64_t k = 0; k < n_all * ldS; k += LANES<T>) store(d_x + k, load(next + k) > 0 ? load(d_x + k) : Vec<T>{});
-    transpose_by_squares<T>(d_x, ldS, n_all, S, columns, ld);
-    gemm(n_all, S, S, Left<T>{columns, ld}, Right<T>{turned.value + at, ldS}, nothing<T>, put<T>(d_z, ldS));
-    if (sums) {
-      captions([&](int64_t o, int64_t n) {
-        gemm(n, S, n, Left<T>{E + o, ld}, Right<T>{keys + o * ldS, ldS}, nothing<T>, put<T>(z + o * ldS, ldS));
-      });
-      outer(n_all, d_x, z, sums->value + at);
-      add_rows(n_all, d_x, sums->bias + step * ldS);
-    }
-    transpose_by_squares<T>(d_z, ldS, n_all, S, columns, ld);
-    transpose_by_squares<T>(keys, ldS, n_all, S, x, ld);
-    captions([&](int64_t o, int64_t n) {
-      const T* const own = E + o;
-      gemm(n, n, S, Left<T>{x + o, ld}, Right<T>{columns + o, ld}, nothing<T>, put<T>(d_e, lde));
-      for (int64_t i = 0; i < n; i += LANES<T>) {
-        // What all of a column's d E have in common must vanish: short sums, and divided by what E really sums to.
-        Vec<T> mean{}, all{};
-        for (int64_t j = 0; j < n;) {
-          Vec<T> some{}, share{};
-          for (const int64_t stop = least(j + 16, n); j < stop; ++j) {
-            some += load(own + j * ld + i) * load(d_e + j * lde + i);
-            share += load(own + j * ld + i);
-          }
-          mean += some;
-          all += share;
-        }
-        mean /= all;
-        for (int64_t j = 0; j < n; ++j)
-          store(d_e + j * lde + i, load(own + j * ld + i) * (load(d_e + j * lde + i) - mean));
-      }
-      gemm(n, S, n, Left<T>{d_e, lde}, Right<T>{keys + o * ldS, ldS}, nothing<T>, put<T>(d_y + o * ldS, ldS));
-      T* const to = d_x + o * ldS;
-      transpose<T>(own, ld, n, n, across, lde);
-      gemm(n, S, n, Left<T>{across, lde}, Right<T>{d_z + o * ldS, ldS}, nothing<T>, put<T>(to, ldS));
-      transpose<T>(d_e, lde, n, n, across, lde);
-      gemm(n, S, n, Left<T>{across, lde}, Right<T>{asked + o * ldS, ldS}, there<T>(to, ldS), put<T>(to, ldS));
-    });
-    if (sums) {
-      outer(n_all, keys, d_y, sums->M + at);
-      add_rows(n_all, d_y, sums->shift + step * ldS);
-    }
-    transpose_by_squares<T>(d_y, ldS, n_all, S, columns, ld);
-    gemm(n_all, S, S, Left<T>{columns, ld}, Right<T>{turned.M + at, ldS}, there<T>(d_x, ldS), put<T>(d_x, ldS));
-  }
-
-  // c [S][ldS] += sum over n rows of a^T b.
-  void outer(int64_t n, const T* left, const T* right, T* c) const {
-    gemm(S, S, n, Left<T>{left, ldS}, Right<T>{right, ldS}, fetched<T>(c, ldS), put<T>(c, ldS));
-  }
-
-  void add_rows(int64_t n, const T* from, T* to) const {
-    for (int64_t j = 0; j < n; ++j) add(T(1), from + j * ldS, to);
-  }
-
-  void add(T factor, const T* from, T* to) const {
-    for (int64_t s = 0; s < S; s += LANES<T>) store(to + s, load(to + s) + load(from + s) * factor);
-  }
-
-  // Rows are zero from S to a whole vector.
-  T dot(const T* a, const T* b) const {
-    Vec<T> all{};
-    for (int64_t s = 0; s < S; s += LANES<T>) all += load(a + s) * load(b + s);
-    return sum<T>(all);
-  }
-
-  const Problem& p;
-  const GraphWeights<T>& w;
-  const Turned<T>& turned;
-  const Chunk* chunk = nullptr;
-  const int64_t S, ldS, longest, rows, ld, lde;
-  Buffer<T> x_rows, y_rows, e;             // of every step: [rows][ldS] twice, [longest][ld]
-  Buffer<T> x, y;                          // [S][ld]
-  Buffer<T> d_x, one, two, three;          // [rows][ldS]
-  Buffer<T> d_e, across, total, room;      // [longest][lde] twice, of one caption
-};
-
 // (7), from the sums over all pairs to the gradients of the parameters.
 template <class T>
-void fold(const Problem& p, int64_t ld, const Sums<T>& sums) {
+void fold(const GraphGradient& p, int64_t ld, const Sums<T>& sums) {
   const int64_t S = p.S;
   Buffer<T> query(S * ld), key(S * ld), turned(S * ld), rows(S * ld), room(S * S);
   for (int64_t step = 0; step < p.steps; ++step) {
@@ -312,9 +37,9 @@ void fold(const Problem& p, int64_t ld, const Sums<T>& sums) {
   }
 }
 
-template <class T>
-void backward(const Problem& p) {
-  const Turned<T> turned(p);
+template <class T, class E = T>
+void backward(const GraphGradient& p) {
+  const Turned<T, E> turned(p);
   const int64_t ld = turned.forward.ld;
   const std::vector<Chunk> pieces = chunks(p.cu_seqlens, p.T, GRAPH_NODES);
   int64_t most = 0, longest = 0;
@@ -327,7 +52,7 @@ void backward(const Problem& p) {
   std::vector<Sums<T>> sums;
   for (int64_t g = 0; g < std::max<int64_t>(1, summed ? groups : 0); ++g) sums.emplace_back(p.steps, p.S, ld);
   parallel(groups, p.threads, [&] {
-    return [&, walk = Walk<T>(p, turned, most, longest)](int64_t group) mutable {
+    return [&, walk = Walk<T, E>(p, turned, most, longest)](int64_t group) mutable {
       for (int64_t part = parts * group / groups; part < parts * (group + 1) / groups; ++part)
         walk.run(part / count, pieces[size_t(part % count)], summed ? &sums[size_t(group)] : nullptr);
     };
@@ -342,18 +67,23 @@ void backward(const Problem& p) {
 
 // Tensors of one dtype as in similarity_graph, grad [I, T, S] too. d_nodes [I, M, S] of the same dtype, or null; the
 // gradients of the parameters in float64 where that is the dtype, else float32, zeros at first, or all five null.
+// bfloat16 as there.
 extern "C" const char* similarity_graph_backward(
     const void* nodes, const void* query_weight, const void* query_bias, const void* key_weight,
     const void* value_weight, const void* value_bias, int64_t dtype, int64_t I, int64_t M, int64_t S, int64_t K,
-    int64_t T, const int64_t* cu_seqlens, const void* grad, void* d_nodes, void* d_query_weight, void* d_query_bias,
-    void* d_key_weight, void* d_value_weight, void* d_value_bias, int64_t threads) {
+    int64_t T, const int64_t* cu_seqlens, [[maybe_unused]] int64_t bfloat16, const void* grad, void* d_nodes,
+    void* d_query_weight, void* d_query_bias, void* d_key_weight, void* d_value_weight, void* d_value_bias,
+    int64_t threads) {
   using namespace itm_fast;
   return guarded([&] {
     const auto source = [&](const void* data) { return Source{data, dtype}; };
-    const Problem p{source(nodes), source(query_weight), source(query_bias), source(key_weight), source(value_weight),
-                    source(value_bias), source(grad), I, M, S, K, T, cu_seqlens, d_nodes, d_query_weight, d_query_bias,
-                    d_key_weight, d_value_weight, d_value_bias, threads};
-    if (dtype == FLOAT64) backward<double>(p);
-    else backward<float>(p);
+    const GraphGradient p{source(nodes), source(query_weight), source(query_bias), source(key_weight),
+                          source(value_weight), source(value_bias), source(grad), I, M, S, K, T, cu_seqlens, d_nodes,
+                          d_query_weight, d_query_bias, d_key_weight, d_value_weight, d_value_bias, threads};
+    if (dtype == FLOAT64) return backward<double>(p);
+#if defined(__AVX512BF16__)
+    if (bfloat16) return backward<float, Pair>(p);
+#endif
+    backward<float>(p);
   });
 }

@@ -14,8 +14,7 @@ from . import DTYPES, bfloat16_products
 
 def forward(nodes: Tensor, *rest: Tensor) -> Tensor:
     result = _fake(nodes, *rest)
-    pairs = bfloat16_products(nodes.dtype)
-    _native.call("similarity_graph", *_arguments(nodes, *rest), result, pairs, torch.get_num_threads())
+    _native.call("similarity_graph", *_arguments(nodes, *rest), result, torch.get_num_threads())
     return result
 
 
@@ -44,4 +43,5 @@ def _arguments(nodes, query_weight, query_bias, key_weight, key_bias, value_weig
         DTYPES[nodes.dtype],
         *(I, M, S, len(query_weight), len(edge) - 1),
         torch.tensor(edge, dtype=torch.int64),
+        bfloat16_products(nodes.dtype),
     )

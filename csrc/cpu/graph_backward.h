@@ -1,0 +1,321 @@
+// One image with one chunk of captions, back through graph reasoning: (4) to (6) of
+// itm_fast/ops/similarity_graph.py.
+//
+// The steps are made again, keeping of each the nodes X, what they ask Y = M^T X + u (both with nodes as rows) and the
+// softmax weights, then walked back. Products over the nodes of a caption or of the chunk take them as rows, products
+// over features as columns; a matrix that both need is transposed by squares, which costs a twentieth of a product.
+// What one product reads stays in L2; the sums that gradients of the weights are added to come from L3 a tile ahead.
+//
+// E is what the products of whole chunks multiply: T, or pairs of bfloat16 values with sums in float32.
+#pragma once
+#include "graph.h"
+#include "write.h"
+
+namespace itm_fast {
+
+struct GraphGradient {
+  Source nodes, query_weight, query_bias, key_weight, value_weight, value_bias, grad;
+  int64_t I, M, S, steps, T;
+  const int64_t* cu_seqlens;
+  void* d_nodes;
+  void *d_query_weight, *d_query_bias, *d_key_weight, *d_value_weight, *d_value_bias;  // in the work dtype
+  int64_t threads;
+};
+
+// Where a product starts and goes.
+template <class T>
+constexpr auto nothing = [](int64_t, int64_t) { return Vec<T>{}; };
+
+template <class T>
+auto put(T* c, int64_t ld) {
+  return [=](int64_t i, int64_t j, Vec<T> v) { store(c + i * ld + j, v); };
+}
+
+template <class T>
+auto there(const T* c, int64_t ld) {
+  return [=](int64_t i, int64_t j) { return load(c + i * ld + j); };
+}
+
+// The same for a sum that lies in a farther cache: the next tile's rows are asked for while this one is made.
+template <class T>
+auto fetched(const T* c, int64_t ld) {
+  return [=](int64_t i, int64_t j) {
+    __builtin_prefetch(c + (i + TILE_ROWS) * ld + j, 1);
+    return load(c + i * ld + j);
+  };
+}
+
+// The weights as the backward products read them, features along the lanes.
+template <class T, class E>
+struct Turned {
+  GraphWeights<T, E> forward;
+  Buffer<T> M;                     // [steps][S][ld] M^T
+  Buffer<T> value;                 // [steps][S][ld] Wr
+  Buffer<E> M_pairs, value_pairs;  // of the rows of both, when E is Pair
+
+  explicit Turned(const GraphGradient& p)
+      : forward(p.S, p.steps, p.query_weight, p.query_bias, p.key_weight, p.value_weight, p.value_bias),
+        M(p.steps * p.S * forward.ld), value(p.steps * p.S * forward.ld),
+        M_pairs(IS_PAIR<E> ? p.steps * depth<E>(p.S) * forward.ld : 0),
+        value_pairs(IS_PAIR<E> ? p.steps * depth<E>(p.S) * forward.ld : 0) {
+    const int64_t S = p.S, ld = forward.ld;
+    for (int64_t step = 0; step < p.steps; ++step) {
+      const int64_t at = step * S * ld;
+      transpose_by_squares<T>(forward.M + at, ld, S, S, M + at, ld);
+      transpose_by_squares<T>(forward.value + at, ld, S, S, value + at, ld);
+      if constexpr (IS_PAIR<E>) {
+        pair_rows(S, S, M + at, ld, M_pairs + step * depth<E>(S) * ld);
+        pair_rows(S, S, value + at, ld, value_pairs + step * depth<E>(S) * ld);
+      }
+    }
+  }
+
+  Right<E> asking(int64_t step) const { return rows(M, M_pairs, step); }
+  Right<E> valued(int64_t step) const { return rows(value, value_pairs, step); }
+
+ private:
+  Right<E> rows(const T* all, [[maybe_unused]] const E* pairs, int64_t step) const {
+    const int64_t S = forward.S, ld = forward.ld;
+    if constexpr (IS_PAIR<E>) return {pairs + step * depth<E>(S) * ld, ld};
+    else return {all + step * S * ld, ld};
+  }
+};
+
+// A group's sums over its parts.
+template <class T>
+struct Sums {
+  Buffer<T> M, value, shift, bias;  // [steps][S][ld] twice, with rows for tiles that pass the last; [steps][ld] twice
+
+  Sums(int64_t steps, int64_t S, int64_t ld)
+      : M((steps * S + 3) * ld), value((steps * S + 3) * ld), shift(steps * ld), bias(steps * ld) {}
+
+  void add(const Sums& other, int64_t steps, int64_t S, int64_t ld) {
+    for (int64_t k = 0; k < steps * S * ld; ++k) M[k] += other.M[k], value[k] += other.value[k];
+    for (int64_t k = 0; k < steps * ld; ++k) shift[k] += other.shift[k], bias[k] += other.bias[k];
+  }
+};
+
+template <class T, class E>
+class Walk {
+ public:
+  Walk(const GraphGradient& p, const Turned<T, E>& turned, int64_t nodes, int64_t longest)
+      : p(p), w(turned.forward), turned(turned), S(p.S), ldS(w.ld), longest(longest), rows(nodes + ROW_STEP - 1),
+        ld(padded<T>(nodes)), lde(padded<T>(longest)), x_rows(p.steps * rows * ldS), y_rows(p.steps * rows * ldS),
+        e(p.steps * longest * ld), x(S * ld), y(S * ld), d_x(rows * ldS), one(rows * ldS), two(rows * ldS),
+        three(rows * ldS), d_e(longest * lde), across(longest * lde), total(lde), room(nodes * S),
+        left(IS_PAIR<E> ? std::max(depth<E>(S) * ld, depth<E>(nodes) * ldS) : 0),
+        right(IS_PAIR<E> ? depth<E>(nodes) * ldS : 0) {}
+
+  void run(int64_t image, const Chunk& c, Sums<T>* sums) {
+    chunk = &c;
+    const T* from = read<T>(p.nodes, (image * p.M + c.begin) * S, c.rows * S, room);
+    for (int64_t j = 0; j < c.rows; ++j) std::copy_n(from + j * S, S, x_rows + j * ldS);
+    for (int64_t step = 0; step + 1 < p.steps; ++step) reason(step);
+    read_out(image, sums);
+    for (int64_t step = p.steps - 1; step-- > 0;) back(step, sums);
+    if (p.d_nodes)
+      for (int64_t j = 0; j < c.rows; ++j)
+        write<T>(p.d_nodes, p.nodes.dtype, (image * p.M + c.begin + j) * S, S, d_x + j * ldS, T(1));
+  }
+
+ private:
+  T* nodes(int64_t step) { return x_rows + step * rows * ldS; }
+  T* asking(int64_t step) { return y_rows + step * rows * ldS; }
+  T* weights(int64_t step) { return e + step * longest * ld; }
+
+  template <class Body>
+  void captions(Body body) const {
+    for (int64_t t = chunk->first; t < chunk->last; ++t)
+      body(p.cu_seqlens[t] - chunk->begin, p.cu_seqlens[t + 1] - p.cu_seqlens[t]);
+  }
+
+  // Forward: from nodes(step) to asking(step), weights(step) and nodes(step + 1).
+  void reason(int64_t step) {
+    const int64_t columns = chunk->rows;
+    const T *u = w.shift + step * ldS, *br = w.bias + step * ldS;
+    T *const h = one, *const share = weights(step), *const next = nodes(step + 1);
+    transpose_by_squares<T>(nodes(step), ldS, columns, S, x, ld);
+    const E* const factor = factors(S, columns, x, ld, left);
+    gemm(S, columns, depth<E>(S), Left<E>{w.ask + step * packed_size(S, depth<E>(S)), 0}, Right<E>{factor, ld},
+         [&](int64_t i, int64_t) { return splat(u[i]); }, put<T>(y, ld));
+    transpose_by_squares<T>(y, ld, S, columns, asking(step), ldS);
+    gemm(columns, S, depth<E>(S), Left<E>{factor, ld}, w.values(step), nothing<T>, put<T>(h, ldS));
+    captions([&](int64_t at, int64_t n) {
+      T* const own = share + at;  // the last vector of a row passes into the next caption, whose turn is later
+      gemm(n, n, S, Left<T>{x + at, ld}, Right<T>{y + at, ld}, nothing<T>, put<T>(own, ld));
+      exponentials<T>(n, n, own, ld, total);
+      for (int64_t i = 0; i < n; i += LANES<T>)
+        for (int64_t j = 0; j < n; ++j) store(own + j * ld + i, load(own + j * ld + i) / load(total + i));
+      gemm(n, S, n, Left<T>{own, ld}, Right<T>{h + at * ldS, ldS}, nothing<T>, [&](int64_t i, int64_t j, Vec<T> c) {
+        c += load(br + j);
+        store(next + (at + i) * ldS + j, c < 0 ? Vec<T>{} : c);
+      });
+    });
+  }
+
+  // The last step at node 0, forward and back: d_x becomes the gradient of nodes(steps - 1). Captions are rows.
+  void read_out(int64_t image, Sums<T>* sums) {
+    const int64_t count = chunk->last - chunk->first, step = p.steps - 1, at = step * S * ldS;
+    const T *u = w.shift + step * ldS, *br = w.bias + step * ldS, *const keys = nodes(step);
+    T *const asked = asking(step), *const share = weights(step);  // all captions' weights in one row
+    T *const first = one, *const z = two, *const d_p = three, *const d_z = two, *const d_y = three;
+    const auto begin = [&](int64_t t) { return p.cu_seqlens[chunk->first + t] - chunk->begin; };
+    const auto turned_product = [&](const T* from, const T* weight, auto start, auto finish) {
+      transpose_by_squares<T>(from, ldS, count, S, x, ld);
+      gemm(count, S, S, Left<T>{x, ld}, Right<T>{weight, ldS}, start, finish);
+    };
+    for (int64_t t = 0; t < count; ++t) std::copy_n(keys + begin(t) * ldS, ldS, first + t * ldS);
+    turned_product(first, w.M + at, [&](int64_t, int64_t j) { return load(u + j); }, put<T>(asked, ldS));
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t n = begin(t + 1) - begin(t);
+      const T* const key = keys + begin(t) * ldS;
+      T* const part = share + begin(t);
+      T top = -INFINITY, all = 0;
+      for (int64_t j = 0; j < n; ++j) top = std::max(top, part[j] = dot(key + j * ldS, asked + t * ldS));
+      for (int64_t j = 0; j < n; j += LANES<T>) {
+        const Vec<T> weight = select<T>(inside<T>(j, 0, n), exp<T>(load(part + j) - top), Vec<T>{});
+        store(part + j, weight);
+        all += sum<T>(weight);
+      }
+      std::fill_n(z + t * ldS, ldS, T(0));
+      for (int64_t j = 0; j < n; ++j) add(part[j] /= all, key + j * ldS, z + t * ldS);
+    }
+    const T* from = read<T>(p.grad, (image * p.T + chunk->first) * S, count * S, room);
+    for (int64_t t = 0; t < count; ++t) std::copy_n(from + t * S, S, d_p + t * ldS);
+    turned_product(z, w.value + at, [&](int64_t, int64_t j) { return load(br + j); },
+                   [&](int64_t i, int64_t j, Vec<T> c) {
+                     T* const to = d_p + i * ldS + j;
+                     store(to, c > 0 ? load(to) : Vec<T>{});
+                   });
+    if (sums) {
+      outer<T>(count, d_p, z, sums->value + at);
+      add_rows(count, d_p, sums->bias + step * ldS);
+    }
+    turned_product(d_p, turned.value + at, nothing<T>, put<T>(d_z, ldS));
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t n = begin(t + 1) - begin(t);
+      const T *const part = share + begin(t), *const key = keys + begin(t) * ldS;
+      for (int64_t j = 0; j < n; ++j) d_e[j] = dot(key + j * ldS, d_z + t * ldS);
+      Vec<T> shares{};
+      for (int64_t j = 0; j < n; j += LANES<T>)
+        shares += select<T>(inside<T>(j, 0, n), load(part + j) * load(d_e + j), Vec<T>{});
+      const T mean = sum<T>(shares);
+      std::fill_n(d_y + t * ldS, ldS, T(0));
+      for (int64_t j = 0; j < n; ++j) {
+        const T d_logit = part[j] * (d_e[j] - mean);
+        T* const to = d_x + (begin(t) + j) * ldS;
+        std::fill_n(to, ldS, T(0));
+        add(d_logit, asked + t * ldS, to);
+        add(part[j], d_z + t * ldS, to);
+        add(d_logit, key + j * ldS, d_y + t * ldS);
+      }
+    }
+    if (sums) {
+      outer<T>(count, first, d_y, sums->M + at);
+      add_rows(count, d_y, sums->shift + step * ldS);
+    }
+    turned_product(d_y, turned.M + at, nothing<T>, [&](int64_t i, int64_t j, Vec<T> c) {
+      T* const to = d_x + begin(i) * ldS + j;
+      store(to, load(to) + c);
+    });
+  }
+
+  // d_x: from the gradient of nodes(step + 1) to that of nodes(step).
+  void back(int64_t step, Sums<T>* sums) {
+    const int64_t n_all = chunk->rows, at = step * S * ldS, K = depth<E>(S);
+    const T *const keys = nodes(step), *const next = nodes(step + 1), *const asked = asking(step);
+    const T* const share = weights(step);
+    T *const d_z = one, *const z = two, *const d_y = two, *const columns = y;
+    for (int64_t k = 0; k < n_all * ldS; k += LANES<T>) store(d_x + k, load(next + k) > 0 ? load(d_x + k) : Vec<T>{});
+    transpose_by_squares<T>(d_x, ldS, n_all, S, columns, ld);
+    gemm(n_all, S, K, Left<E>{factors(S, n_all, columns, ld, left), ld}, turned.valued(step), nothing<T>,
+         put<T>(d_z, ldS));
+    if (sums) {
+      captions([&](int64_t o, int64_t n) {
+        gemm(n, S, n, Left<T>{share + o, ld}, Right<T>{keys + o * ldS, ldS}, nothing<T>, put<T>(z + o * ldS, ldS));
+      });
+      outer<E>(n_all, d_x, z, sums->value + at);
+      add_rows(n_all, d_x, sums->bias + step * ldS);
+    }
+    transpose_by_squares<T>(d_z, ldS, n_all, S, columns, ld);
+    transpose_by_squares<T>(keys, ldS, n_all, S, x, ld);
+    captions([&](int64_t o, int64_t n) {
+      const T* const own = share + o;
+      gemm(n, n, S, Left<T>{x + o, ld}, Right<T>{columns + o, ld}, nothing<T>, put<T>(d_e, lde));
+      for (int64_t i = 0; i < n; i += LANES<T>) {
+        // What all of a column's d E have in common must vanish: short sums, and divided by what E really sums to.
+        Vec<T> mean{}, all{};
+        for (int64_t j = 0; j < n;) {
+          Vec<T> some{}, sums{};
+          for (const int64_t stop = least(j + 16, n); j < stop; ++j) {
+            some += load(own + j * ld + i) * load(d_e + j * lde + i);
+            sums += load(own + j * ld + i);
+          }
+          mean += some;
+          all += sums;
+        }
+        mean /= all;
+        for (int64_t j = 0; j < n; ++j)
+          store(d_e + j * lde + i, load(own + j * ld + i) * (load(d_e + j * lde + i) - mean));
+      }
+      gemm(n, S, n, Left<T>{d_e, lde}, Right<T>{keys + o * ldS, ldS}, nothing<T>, put<T>(d_y + o * ldS, ldS));
+      T* const to = d_x + o * ldS;
+      transpose<T>(own, ld, n, n, across, lde);
+      gemm(n, S, n, Left<T>{across, lde}, Right<T>{d_z + o * ldS, ldS}, nothing<T>, put<T>(to, ldS));
+      transpose<T>(d_e, lde, n, n, across, lde);
+      gemm(n, S, n, Left<T>{across, lde}, Right<T>{asked + o * ldS, ldS}, there<T>(to, ldS), put<T>(to, ldS));
+    });
+    if (sums) {
+      outer<E>(n_all, keys, d_y, sums->M + at);
+      add_rows(n_all, d_y, sums->shift + step * ldS);
+    }
+    transpose_by_squares<T>(d_y, ldS, n_all, S, columns, ld);
+    gemm(n_all, S, K, Left<E>{factors(S, n_all, columns, ld, left), ld}, turned.asking(step), there<T>(d_x, ldS),
+         put<T>(d_x, ldS));
+  }
+
+  // A matrix as the products of whole chunks take it.
+  const E* factors([[maybe_unused]] int64_t K, [[maybe_unused]] int64_t columns, const T* from,
+                   [[maybe_unused]] int64_t step, [[maybe_unused]] E* pairs) const {
+    if constexpr (IS_PAIR<E>) pair_rows(K, columns, from, step, pairs);
+    if constexpr (IS_PAIR<E>) return pairs;
+    else return from;
+  }
+
+  // c [S][ldS] += sum over n rows of a^T b, by products of F.
+  template <class F>
+  void outer(int64_t n, const T* a, const T* b, T* c) const {
+    const F *rows, *columns;
+    if constexpr (std::is_same_v<E, F>) rows = factors(n, S, a, ldS, left), columns = factors(n, S, b, ldS, right);
+    else rows = a, columns = b;
+    gemm(S, S, depth<F>(n), Left<F>{rows, ldS}, Right<F>{columns, ldS}, fetched<T>(c, ldS), put<T>(c, ldS));
+  }
+
+  void add_rows(int64_t n, const T* from, T* to) const {
+    for (int64_t j = 0; j < n; ++j) add(T(1), from + j * ldS, to);
+  }
+
+  void add(T factor, const T* from, T* to) const {
+    for (int64_t s = 0; s < S; s += LANES<T>) store(to + s, load(to + s) + load(from + s) * factor);
+  }
+
+  // Rows are zero from S to a whole vector.
+  T dot(const T* a, const T* b) const {
+    Vec<T> all{};
+    for (int64_t s = 0; s < S; s += LANES<T>) all += load(a + s) * load(b + s);
+    return sum<T>(all);
+  }
+
+  const GraphGradient& p;
+  const GraphWeights<T, E>& w;
+  const Turned<T, E>& turned;
+  const Chunk* chunk = nullptr;
+  const int64_t S, ldS, longest, rows, ld, lde;
+  Buffer<T> x_rows, y_rows, e;             // of every step: [rows][ldS] twice, [longest][ld]
+  Buffer<T> x, y;                          // [S][ld]
+  Buffer<T> d_x, one, two, three;          // [rows][ldS]
+  Buffer<T> d_e, across, total, room;      // [longest][lde] twice, of one caption
+  Buffer<E> left, right;                   // factors of one product, when E is Pair
+};
+
+}  // namespace itm_fast
