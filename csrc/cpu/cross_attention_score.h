@@ -207,6 +207,11 @@ struct Window {
     return column;
   }
 
+  // The column where the panel begins that is read after the one at column j of chunk c; the last one comes again.
+  int64_t after(int64_t c, int64_t j) const {
+    return least(column[size_t(c)] + j + TILE_COLUMNS<T>, column.back() - TILE_COLUMNS<T>);
+  }
+
   void fill(int64_t threads) {
     parallel(int64_t(chunks.size()), threads, [&] {
       return [&, rows = Rows<T>(sets, Block<T>::most_rows(chunks))](int64_t c) mutable {
@@ -269,7 +274,8 @@ struct Cosines {
     const int64_t columns = window.chunks[c].rows, D = block.sets.D;
     for (int64_t j = 0; j < columns; j += TILE_COLUMNS<T>)
       gemm<T>(block.run.rows, least(TILE_COLUMNS<T>, columns - j), D, Left<T>{block.packed, 0},
-              Right<T>{window.panels + (window.column[c] + j) * D, TILE_COLUMNS<T>},
+              Right<T>{window.panels + (window.column[c] + j) * D, TILE_COLUMNS<T>,
+                       window.panels + window.after(c, j) * D},
               [](int64_t, int64_t) { return Vec<T>{}; },
               [&](int64_t i, int64_t jj, Vec<T> v) { store(s + i * ld + j + jj, v); });
   }

@@ -15,15 +15,18 @@ namespace itm_fast {
 namespace {
 
 // Bytes of a window of queries, once for the affinities and once more as rows; bytes of a window of contexts, of both
-// kinds of rows and the affinity gradients. Columns of a chunk.
-constexpr int64_t QUERY_BYTES = 12 << 20, CONTEXT_BYTES = 20 << 20, COLUMN_BYTES = 224 * 4, FEATURE_PANELS = 8;
+// kinds of rows and the affinity gradients. Columns of a chunk, and of the chunks that a product over columns takes
+// together; panels of features of a part.
+constexpr int64_t QUERY_BYTES = 12 << 20, CONTEXT_BYTES = 20 << 20, COLUMN_BYTES = 224 * 4, SPAN_BYTES = 1024 * 4;
+constexpr int64_t FEATURE_PANELS = 8;
 
-// Rows as the right side of a product over them: [panel of features][row][TILE_COLUMNS], zeros beyond D.
+// Rows as the right side of a product over K rows: [panel of features][K][TILE_COLUMNS], zeros beyond D.
 template <class T>
-void feature_panels(const T* const* row, int64_t count, int64_t D, T* out) {
+void feature_panels(const T* const* row, int64_t count, int64_t D, T* out, int64_t K) {
   for (int64_t k = 0; k < D; k += TILE_COLUMNS<T>)
-    for (int64_t r = 0; r < count; ++r, out += TILE_COLUMNS<T>)
-      std::memcpy(static_cast<void*>(out), row[r] + k, size_t(least(TILE_COLUMNS<T>, D - k)) * sizeof(T));
+    for (int64_t r = 0; r < count; ++r)
+      std::memcpy(static_cast<void*>(out + k * K + r * TILE_COLUMNS<T>), row[r] + k,
+                  size_t(least(TILE_COLUMNS<T>, D - k)) * sizeof(T));
 }
 
 // The rows of a gradient that a run of sets owns.
@@ -42,11 +45,16 @@ struct Gradient {
   void put(int64_t i, int64_t k, Vec<T> v) const {
     std::memcpy(static_cast<void*>(data + row[size_t(i)] * D + k), &v, size_t(least(LANES<T>, D - k)) * sizeof(T));
   }
-  // Adds A B, B the panel of features that begins at k, to the rows from `first` on.
-  void add(int64_t first, int64_t rows, int64_t K, Left<T> a, const T* panel, int64_t k) const {
-    gemm<T>(rows, least(TILE_COLUMNS<T>, D - k), K, a, Right<T>{panel, TILE_COLUMNS<T>},
-            [&](int64_t i, int64_t j) { return get(least(first + i, int64_t(row.size()) - 1), k + j); },
-            [&](int64_t i, int64_t j, Vec<T> v) { put(first + i, k + j, v); });
+  // Adds A B to `rows` rows from `first` on, features `from` to `to`; B's panels of features are `step` values apart.
+  void add(int64_t first, int64_t rows, int64_t K, Left<T> a, const T* panels, int64_t step, int64_t from,
+           int64_t to) const {
+    for (int64_t k = from; k < to; k += TILE_COLUMNS<T>) {
+      const T* const panel = panels + k / TILE_COLUMNS<T> * step;
+      gemm<T>(rows, least(TILE_COLUMNS<T>, D - k), K, a,
+              Right<T>{panel, TILE_COLUMNS<T>, k + TILE_COLUMNS<T> < to ? panel + step : nullptr},
+              [&](int64_t i, int64_t j) { return get(least(first + i, int64_t(row.size()) - 1), k + j); },
+              [&](int64_t i, int64_t j, Vec<T> v) { put(first + i, k + j, v); });
+    }
   }
 };
 
@@ -58,41 +66,82 @@ struct Exact {
   std::vector<T> alpha;
 };
 
-// Blocks of contexts that are in memory together, and what the chunks of queries leave for them.
-template <class T>
-struct Contexts {
-  std::deque<Block<T>> block;
-  std::deque<Buffer<T>> features;
-  std::vector<int64_t> row, gram;  // where a block begins among the window's padded rows, and its Gram matrices
-  Buffer<T> d_affinity;            // of block b and chunk c: packed as a left side whose rows are contexts
-  std::vector<Buffer<T>> d_gram;   // of each chunk
-  std::vector<std::vector<Exact<T>>> exact;  // of block b and chunk c
-  int64_t columns;
+// Chunks whose columns one product takes together.
+struct Span {
+  int64_t first, last;     // chunks
+  int64_t begin, columns;  // of the window's
+};
 
-  Contexts(const Sets& sets, const Chunk* first, const Chunk* last, const Window<T>& window, int64_t threads)
-      : row{0}, gram{0}, d_affinity(padded_rows(first, last) * window.column.back()), columns(window.column.back()) {
-    for (const Chunk* run = first; run < last; ++run) {
-      block.emplace_back(sets, std::vector<Chunk>{*run});
-      features.emplace_back(round_up(sets.D, TILE_COLUMNS<T>) * run->rows);
-      row.push_back(row.back() + round_up(run->rows, ROW_STEP));
-      gram.push_back(gram.back() + Block<T>::most_gram(sets, {*run}));
+// A window's queries once more, as the right side of products over columns.
+template <class T>
+struct Queries {
+  std::vector<Span> spans;
+  std::vector<int64_t> span_of;  // of each chunk
+  std::vector<Buffer<T>> features;
+  int64_t columns = 0;
+
+  Queries(const Window<T>& window, bool wanted, int64_t threads) {
+    const Sets& sets = window.sets;
+    for (int64_t c = 0; c < int64_t(window.chunks.size()); ++c) {
+      const int64_t more = window.chunks[size_t(c)].rows;
+      if (spans.empty() || spans.back().columns + more > SPAN_BYTES / int64_t(sizeof(T)))
+        spans.push_back({c, c, columns, 0});
+      spans.back().last = c + 1;
+      spans.back().columns += more;
+      span_of.push_back(int64_t(spans.size()) - 1);
+      columns += more;
     }
-    for (size_t c = 0; c < window.chunks.size(); ++c) d_gram.emplace_back(gram.back());
-    exact.resize(block.size() * window.chunks.size());
-    parallel(int64_t(block.size()), threads, [&] {
-      return [&](int64_t b) {
-        block[size_t(b)].take(first[b]);
-        feature_panels(block[size_t(b)].rows + 0, first[b].rows, sets.D, static_cast<T*>(features[size_t(b)]));
+    if (!wanted) return;
+    for (const Span& span : spans) features.emplace_back(round_up(sets.D, TILE_COLUMNS<T>) * span.columns);
+    parallel(int64_t(window.chunks.size()), threads, [&] {
+      return [&, rows = Rows<T>(sets, Block<T>::most_rows(window.chunks))](int64_t c) mutable {
+        const Chunk& chunk = window.chunks[size_t(c)];
+        const Span& span = spans[size_t(span_of[size_t(c)])];
+        rows.take(chunk);
+        feature_panels(rows + 0, chunk.rows, sets.D,
+                       features[size_t(span_of[size_t(c)])] + at(window, c) * TILE_COLUMNS<T>, span.columns);
       };
     });
   }
-  static int64_t padded_rows(const Chunk* first, const Chunk* last) {
-    int64_t rows = 0;
-    for (; first < last; ++first) rows += round_up(first->rows, ROW_STEP);
-    return rows;
+  // Where a chunk's columns begin in its span.
+  int64_t at(const Window<T>& window, int64_t c) const {
+    const Span& span = spans[size_t(span_of[size_t(c)])];
+    return window.chunks[size_t(c)].begin - window.chunks[size_t(span.first)].begin;
   }
-  T* left(int64_t b, const Window<T>& window, int64_t c) const {
-    return d_affinity + row[size_t(b)] * columns + (row[size_t(b) + 1] - row[size_t(b)]) * window.column[size_t(c)];
+};
+
+// Blocks of contexts that are in memory together, and what the chunks of queries leave for them.
+template <class T>
+struct Contexts {
+  int64_t begin, rows;  // of the contexts
+  std::deque<Block<T>> block;
+  std::vector<int64_t> row{0}, gram{0};  // where a block begins among padded rows, and its Gram matrices
+  Buffer<T> features, d_affinity;
+  std::vector<Buffer<T>> d_gram;             // of each chunk
+  std::vector<std::vector<Exact<T>>> exact;  // of each chunk and block
+
+  Contexts(const Sets& sets, const Chunk* first, const Chunk* last, const Queries<T>& queries, int64_t threads)
+      : begin(first->begin), rows(last[-1].begin + last[-1].rows - begin),
+        features(round_up(sets.D, TILE_COLUMNS<T>) * rows),
+        d_affinity((rows + (last - first) * (ROW_STEP - 1)) * queries.columns),
+        exact(queries.span_of.size() * size_t(last - first)) {
+    for (const Chunk* run = first; run < last; ++run) {
+      block.emplace_back(sets, std::vector<Chunk>{*run});
+      row.push_back(row.back() + round_up(run->rows, ROW_STEP));
+      gram.push_back(gram.back() + Block<T>::most_gram(sets, {*run}));
+    }
+    for (size_t c = 0; c < queries.span_of.size(); ++c) d_gram.emplace_back(gram.back());
+    parallel(int64_t(block.size()), threads, [&] {
+      return [&](int64_t b) {
+        block[size_t(b)].take(first[b]);
+        feature_panels(block[size_t(b)].rows + 0, first[b].rows, sets.D,
+                       features + (first[b].begin - begin) * TILE_COLUMNS<T>, rows);
+      };
+    });
+  }
+  // Affinity gradients of a block and a span, as a left side whose rows are contexts.
+  T* left(int64_t b, const Span& span) const {
+    return d_affinity + row.back() * span.begin + row[size_t(b)] * span.columns;
   }
   std::vector<Exact<T>>& exact_of(int64_t b, int64_t c) { return exact[size_t(c) * block.size() + size_t(b)]; }
 };
@@ -107,9 +156,11 @@ struct Backward {
   // A thread's arrays for one chunk of queries.
   struct Work : Cosines<T> {
     Buffer<T> slope, d_r, direct, twice, rest, d_length;
-    Work(const Problem& problem, int64_t rows, int64_t set_rows, int64_t columns)
+    Buffer<T> turned;  // affinity gradients as a left side whose rows are queries
+    Work(const Problem& problem, int64_t rows, int64_t set_rows, int64_t columns, int64_t all_rows)
         : Cosines<T>(problem, rows, set_rows, columns), slope(round_up(set_rows, ROW_STEP) * this->ld), d_r(this->ld),
-          direct(this->ld), twice(this->ld), rest(this->ld), d_length(this->ld) {}
+          direct(this->ld), twice(this->ld), rest(this->ld), d_length(this->ld),
+          turned(packed_size(columns, all_rows)) {}
   };
 
   // (4): d r of the columns begin .. begin + n of a set of queries, given d score.
@@ -170,8 +221,9 @@ struct Backward {
         store(slope + i, load(weight + i) * (load(s + i) * direct + load(slope + i) * twice - rest));
       }
     }
+    const auto direct = [&](int64_t x, int64_t j) { return load(work.direct + j) * load(weight + x * ld + j); };
     logits_backward<T>(problem.norm, T(problem.scale), n, query.edge.data() + chunk.first, chunk.last - chunk.first, s,
-                       slope, ld, [&](int64_t x, int64_t j) { return load(work.direct + j) * load(weight + x * ld + j); });
+                       slope, ld, direct);
     if (!d_context) return;
     for (const int64_t j : work.exact) {
       const T total = work.total[j];
@@ -186,29 +238,37 @@ struct Backward {
   }
 
   // (9), and (11) for a chunk of queries, and what its columns leave for the contexts.
-  void queries(Work& work, Contexts<T>& contexts, const Window<T>& window, int64_t c) const {
+  void queries_backward(Work& work, Contexts<T>& contexts, const Window<T>& window, const Queries<T>& queries,
+                        int64_t c) const {
     const Chunk& chunk = window.chunks[size_t(c)];
+    const Span& span = queries.spans[size_t(queries.span_of[size_t(c)])];
     const int64_t D = problem.query.D, ld = work.ld;
-    const Gradient<T> gradient(d_query, problem.query, chunk);
     std::fill_n(static_cast<T*>(work.d_length), ld, T(0));
     for (int64_t b = 0; b < int64_t(contexts.block.size()); ++b) {
       const Block<T>& block = contexts.block[size_t(b)];
-      const int64_t rows = block.run.rows;
+      const int64_t rows = block.run.rows, first = block.run.begin - contexts.begin;
       work.affinities(block, window, c);
       for (int64_t set = block.run.first; set < block.run.last; ++set) set_backward(work, contexts, b, set, window, c);
       if (d_query)
-        for (int64_t k = 0; k < D; k += TILE_COLUMNS<T>)
-          gradient.add(0, chunk.rows, rows, Left<T>{work.s, ld}, contexts.features[size_t(b)] + k * rows, k);
+        for (int64_t x = 0; x < rows; ++x)
+          for (int64_t j = 0; j < chunk.rows; j += TILE_ROWS) {
+            const int64_t wide = least(TILE_ROWS, round_up(chunk.rows - j, ROW_STEP));
+            std::memcpy(static_cast<void*>(work.turned + j * contexts.rows + (first + x) * wide), work.s + x * ld + j,
+                        size_t(wide) * sizeof(T));
+          }
       if (d_context)
         for (int64_t i = 0; i < rows; i += TILE_ROWS) {
           const T* row[TILE_ROWS];
-          const int64_t count = least(TILE_ROWS, rows - i);
+          const int64_t count = least(TILE_ROWS, rows - i), wide = least(TILE_ROWS, round_up(rows - i, ROW_STEP));
           for (int64_t r = 0; r < count; ++r) row[r] = work.s + (i + r) * ld;
-          interleave(row, count, chunk.rows, contexts.left(b, window, c) + i * chunk.rows,
-                     least(TILE_ROWS, round_up(rows - i, ROW_STEP)));
+          interleave(row, count, chunk.rows, contexts.left(b, span) + i * span.columns + queries.at(window, c) * wide,
+                     wide);
         }
     }
     if (!d_query) return;
+    const Gradient<T> gradient(d_query, problem.query, chunk);
+    gradient.add(0, chunk.rows, contexts.rows, Left<T>{work.turned, 0}, contexts.features,
+                 contexts.rows * TILE_COLUMNS<T>, 0, D);
     Rows<T> rows(problem.query, chunk.rows);
     rows.take(chunk);
     for (int64_t j = 0; j < chunk.rows; ++j) {
@@ -220,27 +280,27 @@ struct Backward {
   }
 
   // (10) summed, and (11) for a block of contexts and the features from `first` to `last`.
-  void contexts_backward(T* P, Contexts<T>& contexts, int64_t b, const Window<T>& window,
-                         const std::vector<Buffer<T>>& features, int64_t first, int64_t last) const {
+  void contexts_backward(T* P, Contexts<T>& contexts, int64_t b, const Queries<T>& queries, int64_t first,
+                         int64_t last) const {
     const Block<T>& block = contexts.block[size_t(b)];
     const Sets& context = problem.context;
     const Gradient<T> gradient(d_context, context, block.run);
-    const int64_t rows = block.run.rows;
-    for (size_t c = 0; c < window.chunks.size(); ++c)
-      for (int64_t k = first; k < last; k += TILE_COLUMNS<T>)
-        gradient.add(0, rows, window.chunks[c].rows, Left<T>{contexts.left(b, window, int64_t(c)), 0},
-                     features[c] + k * window.chunks[c].rows, k);
+    for (size_t s = 0; s < queries.spans.size(); ++s) {
+      const Span& span = queries.spans[s];
+      gradient.add(0, block.run.rows, span.columns, Left<T>{contexts.left(b, span), 0}, queries.features[s],
+                   span.columns * TILE_COLUMNS<T>, first, last);
+    }
     for (int64_t set = block.run.first; set < block.run.last; ++set) {
       const int64_t n = context.edge[set + 1] - context.edge[set], at = context.edge[set] - block.run.begin;
       const int64_t gram_at = contexts.gram[size_t(b)] + block.gram_at[size_t(set - block.run.first)];
       Buffer<T> d_gram(Block<T>::gram_size(n));
       for (const Buffer<T>& one : contexts.d_gram)
         for (int64_t i = 0; i < Block<T>::gram_size(n); ++i) d_gram[i] += one[gram_at + i];
-      for (int64_t k = first; k < last; k += TILE_COLUMNS<T>)
-        gradient.add(at, n, n, Left<T>{d_gram, round_up(n, ROW_STEP)},
-                     contexts.features[size_t(b)] + k * rows + at * TILE_COLUMNS<T>, k);
+      gradient.add(at, n, n, Left<T>{d_gram, round_up(n, ROW_STEP)},
+                   contexts.features + (context.edge[set] - contexts.begin) * TILE_COLUMNS<T>,
+                   contexts.rows * TILE_COLUMNS<T>, first, last);
     }
-    for (size_t c = 0; c < window.chunks.size(); ++c)
+    for (size_t c = 0; c < queries.span_of.size(); ++c)
       for (const Exact<T>& one : contexts.exact_of(b, int64_t(c))) {
         const int64_t at = context.edge[one.set] - block.run.begin;
         const int64_t n = int64_t(one.alpha.size());
@@ -253,29 +313,20 @@ struct Backward {
 
   void run() const {
     const Sets &context = problem.context, &query = problem.query;
-    const int64_t D = context.D, panel = round_up(D, TILE_COLUMNS<T>);
+    const int64_t D = context.D;
     const std::vector<Chunk> blocks = context_blocks<T>(context);
     windows<T>(query, COLUMN_BYTES / int64_t(sizeof(T)), QUERY_BYTES, threads, [&](const Window<T>& window) {
-      const int64_t count = int64_t(window.chunks.size());
-      std::vector<Buffer<T>> features;
-      for (const Chunk& chunk : window.chunks) features.emplace_back(d_context ? panel * chunk.rows : 0);
-      if (d_context)
-        parallel(count, threads, [&] {
-          return [&, rows = Rows<T>(query, Block<T>::most_rows(window.chunks))](int64_t c) mutable {
-            rows.take(window.chunks[size_t(c)]);
-            feature_panels(rows + 0, window.chunks[size_t(c)].rows, D, static_cast<T*>(features[size_t(c)]));
-          };
-        });
-      const int64_t most = CONTEXT_BYTES / int64_t(sizeof(T)) / (2 * D + window.column.back());
+      const Queries<T> queries(window, d_context, threads);
+      const int64_t most = CONTEXT_BYTES / int64_t(sizeof(T)) / (2 * D + queries.columns);
       for (size_t first = 0, last; first < blocks.size(); first = last) {
         int64_t rows = blocks[first].rows;
         for (last = first + 1; last < blocks.size() && rows + blocks[last].rows <= most; ++last)
           rows += blocks[last].rows;
-        Contexts<T> contexts(context, blocks.data() + first, blocks.data() + last, window, threads);
-        parallel(count, threads, [&] {
+        Contexts<T> contexts(context, blocks.data() + first, blocks.data() + last, queries, threads);
+        parallel(int64_t(window.chunks.size()), threads, [&] {
           return [&, work = Work(problem, Block<T>::most_rows(blocks), longest(context),
-                                 Block<T>::most_rows(window.chunks))](int64_t c) mutable {
-            queries(work, contexts, window, c);
+                                 Block<T>::most_rows(window.chunks), rows)](int64_t c) mutable {
+            queries_backward(work, contexts, window, queries, c);
           };
         });
         if (!d_context) continue;
@@ -283,7 +334,7 @@ struct Backward {
         parallel(int64_t(contexts.block.size()) * parts, threads, [&] {
           return [&, P = Buffer<T>(D)](int64_t part) {
             const int64_t from = part % parts * wide;
-            contexts_backward(P, contexts, part / parts, window, features, from, least(from + wide, D));
+            contexts_backward(P, contexts, part / parts, queries, from, least(from + wide, D));
           };
         });
       }

@@ -45,10 +45,13 @@ struct Left {
   int64_t ld;
 };
 
+// `next`, where given, is a matrix of the same size that a later product reads. It comes into the second cache a line at
+// a time while this product runs, where without that the first rows of A would wait for all of it.
 template <class E>
 struct Right {
   const E* data;
   int64_t ld;
+  const E* next = nullptr;
 };
 
 template <class E>
@@ -63,15 +66,17 @@ inline void multiply_add(Vec<Sum<E>>& c, const E* a, Vec<Sum<E>> b) {
 }
 
 template <class E, int ROWS, int VECTORS, class Begin, class End>
-inline void tile(int64_t K, const E* a, int64_t lda, const E* b, int64_t ldb, Begin begin, End end) {
+inline void tile(int64_t K, const E* a, int64_t lda, const E* b, int64_t ldb, const char* ahead, int64_t step,
+                 Begin begin, End end) {
   using T = Sum<E>;
   Vec<T> c[ROWS][VECTORS];
 #pragma GCC unroll 16
   for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) c[r][v] = begin(r, v);
-  for (int64_t k = 0; k < K; ++k, a += lda, b += ldb) {
+  for (int64_t k = 0; k < K; ++k, a += lda, b += ldb, ahead += step) {
     Vec<T> row[VECTORS];
+    __builtin_prefetch(ahead, 0, 2);
 #pragma GCC unroll 4
     for (int v = 0; v < VECTORS; ++v) std::memcpy(&row[v], b + v * LANES<T>, sizeof row[v]);
 #pragma GCC unroll 16
@@ -95,10 +100,13 @@ inline void tile_row(int64_t M, int64_t N, int64_t K, Left<E> a, Right<E> b, int
   const auto last = [&](int r, int v, Vec<T> c) {
     if (i + r < M) end(i + r, j + v * LANES<T>, c);
   };
+  const int64_t tiles = (M + TILE_ROWS - 1) / TILE_ROWS, bytes = b.ld * int64_t(sizeof(E));
+  const int64_t step = b.next ? (bytes + tiles - 1) / tiles : 0;  // this tile's share of a row of `next`
+  const auto* const ahead = reinterpret_cast<const char*>(b.next ? b.next : rows) + i / TILE_ROWS * K * step;
   const int64_t vectors = least(TILE_VECTORS, (N - j + LANES<T> - 1) / LANES<T>);
-  if (vectors == TILE_VECTORS) tile<E, ROWS, TILE_VECTORS>(K, rows, lda, b.data + j, b.ld, first, last);
-  else if (TILE_VECTORS == 3 && vectors == 2) tile<E, ROWS, 2>(K, rows, lda, b.data + j, b.ld, first, last);
-  else tile<E, ROWS, 1>(K, rows, lda, b.data + j, b.ld, first, last);
+  if (vectors == TILE_VECTORS) tile<E, ROWS, TILE_VECTORS>(K, rows, lda, b.data + j, b.ld, ahead, step, first, last);
+  else if (TILE_VECTORS == 3 && vectors == 2) tile<E, ROWS, 2>(K, rows, lda, b.data + j, b.ld, ahead, step, first, last);
+  else tile<E, ROWS, 1>(K, rows, lda, b.data + j, b.ld, ahead, step, first, last);
 }
 
 // end(i, j, begin(i, j) + sum over k of A[k][i] B[k][j .. j + LANES]) for all i < M and all vectors that begin at
