@@ -60,6 +60,8 @@ void backward(const SimilarityProblem& p, Source grad, const Gradients& wanted, 
           rows[c].read_rows(queries.source, queries.first[k], queries.length(k), D, queries.edge[k] - chunk.begin);
       };
     });
+    std::vector<SimilarityGradient<T>> tiles;  // one for each thread
+    for (int64_t k = 0; k < least(threads, count); ++k) tiles.emplace_back(contexts.most, window.widest, D, S);
     for (int64_t first = 0, held; first < contexts.count(); first += held) {
       std::vector<Contexts<T>> x;
       for (held = 0; first + held < contexts.count() && held < MOST_CONTEXTS; ++held) {
@@ -69,9 +71,9 @@ void backward(const SimilarityProblem& p, Source grad, const Gradients& wanted, 
       parallel(held, threads, [&] {
         return [&](int64_t k) { x[k].read(contexts.source, contexts.first[first + k], contexts.length(first + k)); };
       });
+      std::atomic<int64_t> taken{0};
       parallel(count, threads, [&] {
-        return [&, tile = SimilarityGradient<T>(contexts.most, window.widest, D, S),
-                room = Buffer<T>(S)](int64_t c) mutable {
+        return [&, &tile = tiles[taken++], room = Buffer<T>(S)](int64_t c) {
           const Chunk& chunk = window.chunks[c];
           d_x[c].clear();
           for (int64_t k = 0; k < held; ++k) {
