@@ -45,8 +45,8 @@ struct Left {
   int64_t ld;
 };
 
-// `next`, where given, is a matrix of the same size that a later product reads. It comes into the second cache a line at
-// a time while this product runs, where without that the first rows of A would wait for all of it.
+// `next`, where given, is a matrix of the same size that a later product reads. It comes into the second cache a line
+// at a time while this product runs; without that the first rows of A would wait for all of it.
 template <class E>
 struct Right {
   const E* data;
@@ -104,9 +104,10 @@ inline void tile_row(int64_t M, int64_t N, int64_t K, Left<E> a, Right<E> b, int
   const int64_t step = b.next ? (bytes + tiles - 1) / tiles : 0;  // this tile's share of a row of `next`
   const auto* const ahead = reinterpret_cast<const char*>(b.next ? b.next : rows) + i / TILE_ROWS * K * step;
   const int64_t vectors = least(TILE_VECTORS, (N - j + LANES<T> - 1) / LANES<T>);
-  if (vectors == TILE_VECTORS) tile<E, ROWS, TILE_VECTORS>(K, rows, lda, b.data + j, b.ld, ahead, step, first, last);
-  else if (TILE_VECTORS == 3 && vectors == 2) tile<E, ROWS, 2>(K, rows, lda, b.data + j, b.ld, ahead, step, first, last);
-  else tile<E, ROWS, 1>(K, rows, lda, b.data + j, b.ld, ahead, step, first, last);
+  const E* const at = b.data + j;
+  if (vectors == TILE_VECTORS) tile<E, ROWS, TILE_VECTORS>(K, rows, lda, at, b.ld, ahead, step, first, last);
+  else if (TILE_VECTORS == 3 && vectors == 2) tile<E, ROWS, 2>(K, rows, lda, at, b.ld, ahead, step, first, last);
+  else tile<E, ROWS, 1>(K, rows, lda, at, b.ld, ahead, step, first, last);
 }
 
 // end(i, j, begin(i, j) + sum over k of A[k][i] B[k][j .. j + LANES]) for all i < M and all vectors that begin at
