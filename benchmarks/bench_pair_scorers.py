@@ -6,7 +6,7 @@ Results are compared with the loop's before anything is timed; a contender that 
 bfloat16 products) stops the benchmark. `--write NAME` saves benchmarks/results/pair_scorers_NAME.json.
 
 A row "pairs alone" is given what depends on one image or one caption alone, which an evaluation computes once. The
-scratch of the backends is measured in a fresh process each, for the block and for one with four times the captions.
+scratch of the backends is measured in a fresh process each, for the block and for one of twice the images and captions.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SCALE = {"t2i": 9.0, "i2t": 4.0}
 CHUNK = 32 << 20  # bytes of the largest temporary that the rewrites may hold at once
 ALLOWED = {"float32": 1e-4, "bfloat16": 2e-2}  # a bfloat16 has 8 bits, a score is about 1
 BFLOAT16 = ", bfloat16 products"
-LARGER = 4  # times the captions, for scratch that must not grow
+LARGER = 2  # times the images and the captions, for scratch that must not grow
 
 
 @dataclass
@@ -171,7 +171,7 @@ def measure(model: str, shape: Shape, device: str, medium: bool, args: argparse.
             raise SystemExit(f"{model}: {name} differs from the paper's loop by {off:.2g}; not timed")
         more[name] = {"largest_difference": off, "peak_bytes": machine.peak_memory(one.call)}
     times = harness.alternate({name: one.call for name, one in found.items()}, args.rounds)
-    larger = Shape(shape.workload, shape.images, LARGER * shape.captions)
+    larger = Shape(shape.workload, LARGER * shape.images, LARGER * shape.captions)
     for backend in harness.backends(device):
         if (name := f"itm-fast {backend}") in found and not args.no_fresh:
             harness.progress(f"{model}: {name}, scratch in a fresh process")
@@ -182,7 +182,7 @@ def measure(model: str, shape: Shape, device: str, medium: bool, args: argparse.
         harness.row(name, times[name], shape.pairs, one.flops, base, products=one.products, **more[name])
         for name, one in found.items()
     ]
-    size = {"images": shape.images, "captions": shape.captions, "captions_of_larger_block": larger.captions}
+    size = {"images": shape.images, "captions": shape.captions, "larger_block": [larger.images, larger.captions]}
     return {"model": model, **size, "rows": rows, "left_out": left_out}
 
 

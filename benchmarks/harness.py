@@ -94,7 +94,7 @@ def largest_difference(a: Tensor, b: Tensor) -> float:
 def show(title: str, rows: list[dict], left_out: dict[str, str]) -> None:
     """Print the rows of one workload as a table, and why a contender is missing."""
     heads = ("median s", "spread", "pairs/s", "of FMA peak", "of matmul", "x loop", "max diff", "peak MiB")
-    print(f"\n{title}\n  {'':32}" + "".join(f"{h:>14}" for h in heads))
+    print(f"\n{title}\n  {'':46}" + "".join(f"{h:>14}" for h in heads))
     for r in rows:
         cells = (
             f"{r['seconds_median']:.3f}",
@@ -106,7 +106,7 @@ def show(title: str, rows: list[dict], left_out: dict[str, str]) -> None:
             f"{r['largest_difference']:.1e}",
             mebibytes(r.get("peak_bytes")),
         )
-        print(f"  {r['name']:32}" + "".join(f"{c:>14}" for c in cells))
+        print(f"  {r['name']:46}" + "".join(f"{c:>14}" for c in cells))
     for name, why in left_out.items():
         print(f"  {name}: left out, {why}")
     sys.stdout.flush()

@@ -26,7 +26,7 @@ Each contender's results are compared with the loop's before it is timed.
   of fused multiply-adds with the processor's widest instructions, float32, or bfloat16 where products are bfloat16.
 - of matmul peak: the same against a large float32 matrix product of PyTorch.
 - largest difference: of scores; of a training step also of gradients, as a share of the largest.
-- scratch: what a call reaches above its inputs and scores; beside it on a block with four times the captions.
+- scratch: what a call reaches above its inputs and scores; beside it on a block of twice the images and captions.
 - memory: what a training step reaches above inputs and parameters.
 - pairs alone: given what depends on one image or one caption alone, which an evaluation computes once.
 - all negatives: the loss summed over all pairs; the other rows take the hardest of every row and column.
