@@ -2,7 +2,7 @@
 //
 // A window of chunks of queries is packed once for all threads; a thread then owns one set of contexts at a time and
 // passes through some of the window's chunks with it. Tile and caches: similarity.h. Scratch: the window, 16 MiB (one
-// chunk if that is more), W, and per thread one tile, 1.2 MiB at R 36, D 1024 and S 256.
+// chunk if that is more), W, and per thread one tile, 1.1 MiB at R 36, D 1024 and S 256.
 #include "cross_attention_similarity.h"
 #include "write.h"
 

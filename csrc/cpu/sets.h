@@ -51,7 +51,7 @@ void for_windows(const RowSets& queries, int64_t D, int64_t threads, Body body, 
   for (size_t next = 0; next < all.size();) {
     QueryWindow<T> window;
     for (int64_t bytes = 0; next < all.size(); ++next) {
-      bytes += round_up(all[next].rows, TILE_COLUMNS<T>) * D * int64_t(sizeof(T));
+      bytes += std::max(CHUNK_BYTES, all[next].rows * int64_t(sizeof(T))) * D;  // a narrow chunk counts as a whole one
       if (bytes > bytes_at_most && window.count() > 0) break;
       window.chunks.push_back(all[next]);
       window.panels.emplace_back(all[next].rows, D);
