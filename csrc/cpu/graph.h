@@ -3,12 +3,12 @@
 //
 // X is [S][nodes], a caption's nodes side by side, its global one first. A step is two large products, Y = M^T X + u
 // and H = X^T Wr^T (nodes as rows), and two small ones per caption: with the nodes asked along the lanes, the logits
-// X^T Y have the softmax down their columns, and X' = relu(H^T E / sums + br) takes H as it lies, so nothing is
-// transposed. The last full step writes X' with nodes as rows instead, for the read-out, whose products have
-// captions as rows and features along the lanes.
+// X^T Y have the softmax down their columns, and X' = relu(E^T H / sums + br) has whole vectors of features where
+// H^T E would have a vector and a bit of nodes. X' is turned for the next step by squares (half the time of writing it
+// turned); the read-out takes it as it is: its products have captions as rows and features along the lanes.
 //
-// A thread holds X, Y, H and once X' transposed (240 KB each at S 256 and 224 nodes) beside the weights of a step
-// (2 x 260 KB): a product's operands stay in L2. Weights of caption pairs (E) stay in L1.
+// A thread holds X, Y, H and X' (240 KB each at S 256 and 224 nodes) beside the weights of a step (2 x 260 KB): a
+// product's operands stay in L2, the softmax weights of a caption in L1.
 //
 // The template's E is what the two large products multiply: T, or pairs of bfloat16 values with sums in float32.
 #pragma once
@@ -47,7 +47,8 @@ struct GraphWeights {
       gemm(S, S, S, Left<T>{query, ld}, Right<T>{key, ld}, [](int64_t, int64_t) { return Vec<T>{}; },
            [&](int64_t i, int64_t j, Vec<T> c) { store(product + i * ld + j, c); });
       if (step + 1 < steps)
-        pack_rows(S, S, ask + step * packed_size(S, depth<E>(S)), [&](int64_t i, int64_t k) { return product[k * ld + i]; });
+        pack_rows(S, S, ask + step * packed_size(S, depth<E>(S)),
+                  [&](int64_t i, int64_t k) { return product[k * ld + i]; });
       T* const u = shift + step * ld;
       const T* b = read<T>(query_bias, step * S, S, room);
       for (int64_t o = 0; o < S; ++o)
@@ -72,7 +73,7 @@ class Graph {
   // Scratch for chunks of at most `nodes` nodes, captions of at most `longest` nodes.
   Graph(const GraphWeights<T, E>& weights, int64_t nodes, int64_t longest)
       : weights(weights), S(weights.S), ldS(weights.ld), ld(padded<T>(nodes)),
-        lde(padded<T>(least(longest, GRAPH_NODES))), x_(S * ld), y_(S * ld), x(x_), y(y_), h(nodes * ldS),
+        lde(padded<T>(least(longest, GRAPH_NODES))), x(S * ld), y(S * ld), h(nodes * ldS),
         xt(nodes * ldS), e(longest * lde), total(lde), asked(S * ld), answer(nodes * ldS),
         pairs(IS_PAIR<E> ? depth<E>(S) * ld : 0) {}
 
@@ -84,8 +85,8 @@ class Graph {
   void run(const int64_t* edge, int64_t first, int64_t last, T* z, int64_t ldz) {
     const int64_t origin = edge[first], columns = edge[last] - origin;
     for (int64_t step = 0; step + 1 < weights.steps; ++step) {
+      if (step > 0) transpose_by_squares<T>(xt, ldS, columns, S, x, ld);
       reason(edge, first, last, step);
-      std::swap(x, y);
     }
     if (weights.steps == 1) transpose_by_squares<T>(x, ld, S, columns, xt, ldS);
     read_out(edge, first, last, z, ldz);
@@ -102,7 +103,7 @@ class Graph {
     else return from;
   }
 
-  // One step: y (or, before the last step, xt) becomes X'.
+  // One step: from x to X' in xt.
   void reason(const int64_t* edge, int64_t first, int64_t last, int64_t step) {
     const int64_t origin = edge[first], columns = edge[last] - origin;
     const T *u = weights.shift + step * ldS, *br = weights.bias + step * ldS;
@@ -121,20 +122,10 @@ class Graph {
              [&](int64_t i, int64_t j, Vec<T> c) { store(e + i * lde + j, c); });
         exponentials<T>(n, some, e, lde, total);
         for (int64_t j = 0; j < some; j += LANES<T>) store(total + j, 1 / load(total + j));
-        if (step + 2 < weights.steps) {
-          // Y of these nodes has done its part. What follows it in a row has not: the last vector keeps it.
-          gemm(S, some, n, Left<T>{h + begin * ldS, ldS}, Right<T>{e, lde}, nothing,
-               [&](int64_t i, int64_t j, Vec<T> c) {
-                 T* const to = asking + i * ld + j;
-                 c = relu(c * load(total + j) + br[i]);
-                 store(to, j + LANES<T> <= some ? c : select<T>(inside<T>(j, 0, some), c, load(to)));
-               });
-        } else {
-          gemm(some, S, n, Left<T>{e, lde}, Right<T>{h + begin * ldS, ldS}, nothing,
-               [&](int64_t i, int64_t j, Vec<T> c) {
-                 store(xt + (begin + at + i) * ldS + j, relu(c * total[i] + load(br + j)));
-               });
-        }
+        gemm(some, S, n, Left<T>{e, lde}, Right<T>{h + begin * ldS, ldS}, nothing,
+             [&](int64_t i, int64_t j, Vec<T> c) {
+               store(xt + (begin + at + i) * ldS + j, relu(c * total[i] + load(br + j)));
+             });
       }
     }
   }
@@ -194,9 +185,7 @@ class Graph {
 
   const GraphWeights<T, E>& weights;
   const int64_t S, ldS, ld, lde;
-  Buffer<T> x_, y_;
-  T *x, *y;
-  Buffer<T> h, xt, e, total, asked, answer;
+  Buffer<T> x, y, h, xt, e, total, asked, answer;
   Buffer<E> pairs;  // of X's rows, when E is Pair
 };
 
