@@ -293,6 +293,12 @@ def test_opposite_regions_cancel_without_losing_the_score(backend):
     # |P| is 5e-5 of |x|, so float32's rounding of x is 2e-3 of P.
     exact = call(image.float().double(), words.float().double(), "reference")
     torch.testing.assert_close(call(image.float(), words.float(), backend).double(), exact, rtol=0, atol=2e-3)
+    rounded = (image.float(), words.float())
+    for dtype, share in ((torch.float64, 1e-9), (torch.float32, 1e-2)):
+        found = op_checks.gradients(call, rounded, dtype, backend, torch.float32)
+        want = op_checks.gradients(call, rounded, torch.float64, "reference", torch.float32)
+        for a, e in zip(found, want, strict=True):
+            torch.testing.assert_close(a.double(), e, rtol=0, atol=share * e.abs().max().item())
 
 
 def test_a_second_derivative_is_refused():

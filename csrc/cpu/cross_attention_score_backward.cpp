@@ -58,7 +58,8 @@ struct Gradient {
   }
 };
 
-// A column whose |P|^2 came from P itself: its part of d x is weight * alpha P^T.
+// A column whose |P|^2 came from P itself: its part of d x is weight * alpha P^T, which dG x would lose by the same
+// cancellation. (G alpha in (9) loses no more than x . P does: both are exact to a rounding of |x|^2.)
 template <class T>
 struct Exact {
   int64_t set;
@@ -197,7 +198,7 @@ struct Backward {
     const Block<T>& block = contexts.block[size_t(b)];
     const Chunk& chunk = window.chunks[size_t(c)];
     const Sets &context = problem.context, &query = problem.query;
-    const int64_t ld = work.ld, D = context.D, at = context.edge[set] - block.run.begin;
+    const int64_t ld = work.ld, at = context.edge[set] - block.run.begin;
     const int64_t n = context.edge[set + 1] - context.edge[set];
     T *s = work.s + at * ld, *weight = work.weight, *slope = work.slope;
     work.cosines(block, set, window, c, [&](int64_t x, int64_t j, Vec<T> v) { store(slope + x * ld + j, v); });
@@ -205,15 +206,6 @@ struct Backward {
       pool_backward(work, query.edge[q] - chunk.begin, query.edge[q + 1] - query.edge[q],
                     grad[set * problem.context_step + q * problem.query_step]);
     column_gradients(work, window.length + window.column[size_t(c)], chunk.rows);
-    for (const int64_t j : work.exact) {
-      const T* const* row = block.rows + at;
-      attend<T>(row, n, [&](int64_t x) { return weight[x * ld + j] / work.total[j]; }, 0, D, D, work.attended);
-      for (int64_t x = 0; x < n; ++x) {
-        Vec<T> product{};
-        for (int64_t k = 0; k < D; k += LANES<T>) product += head(row[x] + k, D - k) * load(work.attended + k);
-        slope[x * ld + j] = sum<T>(product) * work.total[j];
-      }
-    }
     for (int64_t j = 0; j < chunk.rows; j += LANES<T>) {
       const Vec<T> direct = load(work.direct + j), twice = load(work.twice + j), rest = load(work.rest + j);
       for (int64_t x = 0; x < n; ++x) {
