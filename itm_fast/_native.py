@@ -196,7 +196,10 @@ def build(csrc: Path, level: str) -> Build:
 
 def _compiler() -> tuple[list[str], str]:
     """The compiler's command and its own words about its version."""
-    chosen = shlex.split(os.environ.get("CXX", ""))
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise Unavailable(f"CXX is {os.environ['CXX']!r}, which is no command ({error})") from error
     command = chosen or [next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "")]
     if shutil.which(command[0]) is None:
         if chosen:
@@ -231,7 +234,8 @@ def _load(folder: Path) -> Build:
     note = json.loads((folder / "build.json").read_text())
     if not isinstance(note, dict) or note.get("sha256") != _checksum(folder):
         raise ValueError(f"{folder} is damaged")
-    return Build(ctypes.CDLL(str(folder / LIBRARY)), note["level"], note["compiler"], folder / LIBRARY)
+    level, compiler = str(note.get("level")), str(note.get("compiler"))
+    return Build(ctypes.CDLL(str(folder / LIBRARY)), level, compiler, folder / LIBRARY)
 
 
 def _checksum(folder: Path) -> str:
@@ -243,10 +247,11 @@ def _scratch() -> Iterator[tuple[Path, bool]]:
     """A folder to build in, and whether it lies in the cache folder."""
     try:
         root = cache_dir()
-        root.mkdir(parents=True, exist_ok=True)
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there is run
         for old in root.glob("building-*"):  # left by a process that was killed
-            if time.time() - old.stat().st_mtime > 3600:
-                shutil.rmtree(old, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another process may be removing it
+                if time.time() - old.stat().st_mtime > 3600:
+                    shutil.rmtree(old, ignore_errors=True)
         scratch, kept = Path(tempfile.mkdtemp(prefix="building-", dir=root)), True
     except (OSError, RuntimeError) as error:
         try:

@@ -252,7 +252,7 @@ void windows(const Sets& sets, int64_t columns, int64_t bytes, int64_t threads, 
 // Blocks of context sets whose packed rows stay in the second cache, a set at the least.
 template <class T>
 std::vector<Chunk> context_blocks(const Sets& sets) {
-  const int64_t rows = std::max<int64_t>(1, BLOCK_BYTES / (sets.D * int64_t(sizeof(T)) + 1));
+  const int64_t rows = std::max<int64_t>(1, BLOCK_BYTES / (sets.D * int64_t(sizeof(T))));
   return chunks(sets.edge.data(), sets.count(), least(rows, BLOCK_ROWS));
 }
 
@@ -344,7 +344,7 @@ struct Cosines {
     if (problem.pool == SUM) return sum<T>(all);
     if (problem.pool == MEAN) return sum<T>(all) / T(n);
     const T highest = max<T>(top), scale = T(problem.pool_scale);
-    if (problem.pool == MAX) return highest;
+    if (problem.pool == MAX) return sum<T>(all) == sum<T>(all) ? highest : sum<T>(all);  // NaN stays NaN
     all = Vec<T>{};
     for (int64_t j = 0; j < n; j += LANES<T>)
       all += select<T>(inside<T>(j, 0, n), exp<T>((load(from + j) - highest) * scale), Vec<T>{});

@@ -41,6 +41,9 @@ void backward(const SimilarityProblem& p, Source grad, const Gradients& wanted, 
   const int64_t slot_bytes = 3 * chunk_bytes + (S + context_rows) * D * int64_t(sizeof(T));
   const int64_t slots = std::max<int64_t>(1, least(MOST_SLOTS, SLOT_BYTES / (slot_bytes + 1)));
   std::vector<SimilaritySums<T>> sums;
+  // A chunk is one thread's: few queries are cut into eight, so that threads share them.
+  const int64_t eighth = round_up(queries.edge.back() / 8 + 1, TILE_COLUMNS<T>);
+  const int64_t columns = least(eighth, CHUNK_BYTES / int64_t(sizeof(T)));
 
   for_windows<T>(queries, D, threads, [&](const QueryWindow<T>& window) {
     const int64_t count = window.count();
@@ -105,7 +108,7 @@ void backward(const SimilarityProblem& p, Source grad, const Gradients& wanted, 
             add_rows<T>(queries, k, D, d_query, d_q[c], queries.edge[k] - chunk.begin);
         };
       });
-  }, slots * chunk_bytes);
+  }, slots * chunk_bytes, columns);
   for (const SimilaritySums<T>& one : sums) {
     for (int64_t s = 0; wanted.weight && s < S; ++s)
       one.weight.add_row_to(static_cast<T*>(wanted.weight) + s * D, D, s);

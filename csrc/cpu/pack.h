@@ -86,6 +86,7 @@ inline void pack_rows(int64_t M, int64_t K, T* out, Value value) {
 }
 
 inline uint32_t narrow_bfloat16(float x) {
+  if (x != x) return 0x7fc0;
   uint32_t bits;
   std::memcpy(&bits, &x, sizeof bits);
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
@@ -101,7 +102,6 @@ inline void pack_rows(int64_t M, int64_t K, Pair* out, Value value) {
 }
 
 #if defined(__AVX512BF16__)
-#if defined(__AVX512BF16__)
 // B of a product of bfloat16 values from the float one [K][ld]: (K + 1) / 2 rows of pairs.
 inline void pair_rows(int64_t K, int64_t columns, const float* b, int64_t ld, Pair* out) {
   for (int64_t k = 0; k < K; k += 2)
@@ -111,7 +111,6 @@ inline void pair_rows(int64_t K, int64_t columns, const float* b, int64_t ld, Pa
       std::memcpy(out + k / 2 * ld + j, &both, sizeof both);
     }
 }
-#endif
 #endif
 
 // Consecutive sets of rows (captions' words, images' regions) whose rows become the columns of one block.

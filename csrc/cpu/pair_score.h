@@ -4,8 +4,8 @@
 // A window of chunks of captions is packed once for all threads; a thread then owns one image at a time. It makes the
 // global similarity vectors of all the window's captions at once, so that their product is as wide as the others, and
 // goes through the chunks: local similarity vectors, nodes, head, score, all in the thread's own tiles (3 to 4 MiB at
-// R 36, D 1024, S 256, of which what one product reads stays in L2). Scratch beside the tiles: the window (sets.h) and
-// the weights, 4 MiB.
+// R 36, D 1024, S 256, of which what one product reads stays in L2). Scratch beside the tiles: the window (sets.h, 16
+// MiB), the weights, 4 MiB, and the window's global vectors, 2 MiB; so 64 MiB suffice for 10 threads.
 #pragma once
 #include "sets.h"
 #include "write.h"
@@ -26,7 +26,8 @@ struct PairScore {
 template <class T, class E, class MakeHead>
 void score_pairs(const PairScore& p, MakeHead head) {
   const RowSets images = regions(p.image, p.I, p.R, p.region_lengths), words = captions(p.words, p.T, p.cu_seqlens);
-  const Projection<T, E> local(p.local_weight, p.local_bias, p.S, p.D), global(p.global_weight, p.global_bias, p.S, p.D);
+  const Projection<T, E> local(p.local_weight, p.local_bias, p.S, p.D);
+  const Projection<T> global(p.global_weight, p.global_bias, p.S, p.D);
   Buffer<T> room(p.S + 1), score_weight(round_up(p.S, LANES<T>));
   std::copy_n(read<T>(p.score_weight, 0, p.S, room), p.S, score_weight + 0);
   const T score_bias = *read<T>(p.score_bias, 0, 1, room);
@@ -53,9 +54,12 @@ void score_pairs(const PairScore& p, MakeHead head) {
       return [&](int64_t g) { summaries[g].read(p.caption_global, caption(g), caption(g + 1) - caption(g), p.D, 0); };
     });
     parallel(p.I * groups, p.threads, [&] {
-      Contexts<T, E> x(images.most, p.D), summary(1, p.D);
-      SimilarityTile<T, E> tile(images.most, window.widest, p.D, p.S), overall(1, widest, p.D, p.S);
-      std::fill_n(overall.weight + 0, overall.ld, T(1));  // an image's only context is its global vector
+      Contexts<T, E> x(images.most, p.D);
+      SimilarityTile<T, E> tile(images.most, window.widest, p.D, p.S);
+      // In T whatever E is: as an image's only context its global vector would be a factor, and rounded.
+      Contexts<T> summary(1, p.D);
+      SimilarityTile<T> overall(1, widest, p.D, p.S);
+      std::fill_n(overall.weight + 0, overall.ld, T(1));
       return [&, x = std::move(x), summary = std::move(summary), tile = std::move(tile), overall = std::move(overall),
               reason = head(window.widest + most, words.most + 1), z = Buffer<T>(most * padded<T>(p.S)),
               held = int64_t(-1)](int64_t part) mutable {

@@ -46,8 +46,9 @@ struct QueryWindow {
 
 // Runs body(window) for windows that follow each other: of `bytes_at_most`, one chunk at the least.
 template <class T, class Body>
-void for_windows(const RowSets& queries, int64_t D, int64_t threads, Body body, int64_t bytes_at_most = WINDOW_BYTES) {
-  const std::vector<Chunk> all = chunks(queries.edge.data(), queries.count(), CHUNK_BYTES / int64_t(sizeof(T)));
+void for_windows(const RowSets& queries, int64_t D, int64_t threads, Body body, int64_t bytes_at_most = WINDOW_BYTES,
+                 int64_t columns = CHUNK_BYTES / int64_t(sizeof(T))) {
+  const std::vector<Chunk> all = chunks(queries.edge.data(), queries.count(), columns);
   for (size_t next = 0; next < all.size();) {
     QueryWindow<T> window;
     for (int64_t bytes = 0; next < all.size(); ++next) {

@@ -128,7 +128,6 @@ inline Vec<T> exp(Vec<T> x) {
 }
 
 #if defined(__AVX512BF16__)
-constexpr bool HAS_BFLOAT16 = true;
 // Lane i holds even[i] in its low half and odd[i] in its high half, both rounded to bfloat16.
 inline Vec<float> in_pairs(Vec<float> even, Vec<float> odd) {
   const __m512i halves = (__m512i)_mm512_cvtne2ps_pbh((__m512)odd, (__m512)even);
@@ -136,8 +135,6 @@ inline Vec<float> in_pairs(Vec<float> even, Vec<float> odd) {
   const __m512i order = _mm512_or_si512(lane, _mm512_slli_epi32(_mm512_add_epi32(lane, _mm512_set1_epi32(16)), 16));
   return (Vec<float>)_mm512_permutexvar_epi16(order, halves);
 }
-#else
-constexpr bool HAS_BFLOAT16 = false;
 #endif
 
 }  // namespace itm_fast

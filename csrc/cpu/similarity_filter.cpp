@@ -97,6 +97,7 @@ class Nodes {
   // (5): d m from the gradient of z, after filter().
   void back(int64_t image, int64_t t) {
     std::copy_n(read<T>(p.grad, (image * p.T + t) * S, S, room), S, d_m + 0);
+    std::fill(d_m + S, d_m + round_up(S, LANES<T>), T(0));  // a NaN of the pair before may lie there
     const T outer = 1 / (length + T(EPS)), along = length > 0 ? dot(d_m, m) * outer * outer / length : T(0);
     for (int64_t s = 0; s < S; s += LANES<T>) store(d_m + s, load(d_m + s) * outer - load(m + s) * along);
   }

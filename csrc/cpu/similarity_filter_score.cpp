@@ -35,7 +35,7 @@ void forward(const PairScore& p, const Source& weight, const Source (&one)[5], d
 }  // namespace
 }  // namespace itm_fast
 
-// Tensors of one dtype: image [I, R, D], image_global [I, D], words [cu_seqlens[T], D], caption_global [T, D], weights
+// Tensors of one dtype, but the running statistics, float64: image [I, R, D], image_global [I, D], words [cu_seqlens[T], D], caption_global [T, D], weights
 // [S, D], biases [S]; filter_weight [S], the five after it [1]; score_weight [S];
 // score [I, T]. bfloat16: products of bfloat16 values may be used, where the processor has them.
 extern "C" const char* similarity_filter_score(
@@ -51,7 +51,7 @@ extern "C" const char* similarity_filter_score(
     const PairScore p{s(image), s(image_global), s(words), s(caption_global), s(local_weight), s(local_bias),
                       s(global_weight), s(global_bias), s(score_weight), s(score_bias), cu_seqlens, region_lengths, score,
                       I, R, T, D, S, scale, threads};
-    const Source one[5] = {s(filter_bias), s(norm_weight), s(norm_bias), s(running_mean), s(running_var)};
+    const Source one[5] = {s(filter_bias), s(norm_weight), s(norm_bias), {running_mean, FLOAT64}, {running_var, FLOAT64}};
     if (dtype == FLOAT64) return forward<double>(p, s(filter_weight), one, eps);
 #if defined(__AVX512BF16__)
     if (bfloat16) return forward<float, Pair>(p, s(filter_weight), one, eps);

@@ -8,6 +8,7 @@ channel. What depends on one image or one caption alone is computed once; pairs 
 from __future__ import annotations
 
 from argparse import Namespace
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ from ..ops import (
     similarity_filter_score,
     similarity_graph_score,
 )
-from ..packing import bounds, pack, runs, spans
+from ..packing import bounds, node_places, pack, spans
 from ._common import Matcher, choice, encode_text, l1norm, l2norm, score_arrays, want
 from ._self_attention import TextSA, VisualSA
 from .scan import EncoderImagePrecomp as EncoderImage
@@ -228,46 +229,46 @@ class EncoderSimilarity(PairScorer):
         ).to(words.dtype)  # fmt: skip
 
     def _score_together(self, image_state, words, cu_seqlens, caption_state, region_lengths, limit) -> Tensor:
-        """Blocks of all images and some captions of one length, whose statistics SAF takes in training."""
+        """Blocks of all images and some captions, whose statistics SAF takes in training."""
         (image, image_global), (caption_global,) = image_state, caption_state
         (N, D), S, item = words.shape, self.sim_eval_w.in_features, words.element_size()
-        I, T, device = len(image), len(caption_global), words.device
+        I, T = len(image), len(caption_global)
         run_block = self._block
         kept = I * ((N + T) * S + 2 * T * (D + 2 * S)) * item  # by autograd, over all blocks
         if torch.is_grad_enabled() and kept > limit:
             again = partial(_as_chosen, requested(), current_gib(), self._block)
             run_block = partial(checkpoint, again, use_reentrant=False, preserve_rng_state=False)
         most = limit // (max(I, 1) * (4 * S + D // 2) * item)
-        blocks, order = [], []
-        for run in runs(bounds(cu_seqlens, N, NAME), device, max(most, 1)):
-            caption, summary = words[run.rows], caption_global[run.captions]
-            blocks.append(run_block(image, image_global, caption, summary, region_lengths))
-            order.append(torch.arange(T, device=device)[run.captions])
+        edge, blocks, start = bounds(cu_seqlens, N, NAME), [], 0
+        while start < T:
+            stop = max(start + 1, bisect_right(edge, edge[start] + most) - 1)
+            part, at = words[edge[start] : edge[stop]], cu_seqlens[start : stop + 1] - edge[start]
+            blocks.append(run_block(image, image_global, part, at, caption_global[start:stop], region_lengths))
+            start = stop
         if not blocks:
             return words.new_empty(I, 0)
-        back = torch.cat(order).argsort()
         scores, means, variances = zip(*blocks, strict=True)
         if len(means[0]):
-            count = I * (cu_seqlens.diff() + 1)
-            self.SAF_module.track(torch.cat(means)[back], torch.cat(variances)[back], count)
-        return torch.cat(scores, 1)[:, back]
+            self.SAF_module.track(torch.cat(means), torch.cat(variances), I * (cu_seqlens.diff() + 1))
+        return torch.cat(scores, 1)
 
-    def _block(self, image, image_global, words, caption_global, region_lengths) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores [I, T] of captions of one length, and in training SAF's mean and variance, each [T]."""
-        T = len(caption_global)
-        L = len(words) // T
-        cu_seqlens = torch.arange(T + 1, dtype=torch.int32, device=words.device)
+    def _block(
+        self, image, image_global, words, cu_seqlens, caption_global, region_lengths
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores [I, T], and in training SAF's mean and variance, each [T]."""
         local = cross_attention_similarity(
-            image, words, L * cu_seqlens, self.sim_tranloc_w.weight, self.sim_tranloc_w.bias,
+            image, words, cu_seqlens, self.sim_tranloc_w.weight, self.sim_tranloc_w.bias,
             scale=SMOOTH, region_lengths=region_lengths,
         )  # fmt: skip
         overall = l2norm(self.sim_tranglo_w((image_global[:, None] - caption_global).square()))  # [I, T, S]
-        nodes = torch.cat([overall.unsqueeze(2), local.unflatten(1, (T, L))], 2).flatten(1, 2)  # [I, T (1 + L), S]
+        place, node_bounds = node_places(cu_seqlens)
+        similar = torch.cat([overall, local], 1)
+        nodes = torch.empty_like(similar).index_copy_(1, place, similar)  # [I, N + T, S]
         if self.module_name == "SGR":
-            z = self.SGR_module(nodes, (L + 1) * cu_seqlens)
+            z = self.SGR_module(nodes, node_bounds)
             mean = var = z.new_empty(0)
         else:
-            z, mean, var = self.SAF_module.filtered(nodes, (L + 1) * cu_seqlens)
+            z, mean, var = self.SAF_module.filtered(nodes, node_bounds)
         return self.sim_eval_w(z).squeeze(2).sigmoid().to(words.dtype), mean, var
 
 

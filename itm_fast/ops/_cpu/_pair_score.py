@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._checks import work_dtype
 from ..._workspace import scratch_bytes
-from ...packing import bounds, spans
+from ...packing import bounds, node_places, spans
 from .. import _attention
 from .._pair_score import NORM, score
 from . import DTYPES
@@ -51,10 +51,7 @@ def backward(
     (I, _, _), (T, _), N = tensors[0].shape, tensors[3].shape, len(tensors[2])
     S = len(tensors[4])
     edge, counts = lengths(op, tensors[0], tensors[2], cu_seqlens, region_lengths)
-    # Row of [overall; local] that every node is: a caption's global vector, then its words'.
-    word = torch.arange(N) + torch.bucketize(torch.arange(N), edge[1:], right=True) + 1
-    place = torch.cat([edge[:-1] + torch.arange(T), word])
-    order, node_edge = place.argsort(), edge + torch.arange(T + 1)
+    place, node_edge = node_places(edge)
     each = 4 * (N + T) * S * work.itemsize
     for images in spans(I, max(1, min(NODES, scratch_bytes(grad.device)) // max(each, 1))):
         part = [tensors[0][images], tensors[1][images], *tensors[2:]]
@@ -64,14 +61,15 @@ def backward(
         with torch.enable_grad():
             globals_ = [part[k].detach().requires_grad_(needs[k]) for k in (1, 3, 6, 7)]
             overall = _overall(*globals_)
-            nodes = torch.cat([overall.detach(), local], 1)[:, order].requires_grad_()
+            similar_all = torch.cat([overall.detach(), local], 1)
+            nodes = torch.empty_like(similar_all).index_copy_(1, place, similar_all).requires_grad_()
             parameters = [x.detach().requires_grad_(n) for x, n in zip(part[8:], needs[8:], strict=True)]
             result = score(head(nodes, node_edge, *parameters[:-2]), *parameters[-2:])
-        del local
+        del local, similar_all
         leaves = [nodes, *(x for x in parameters if x.requires_grad)]
         d_nodes, *found = torch.autograd.grad(result, leaves, grad[images].to(work))
         del result, nodes
-        d_nodes = d_nodes[:, place]
+        d_nodes = d_nodes.index_select(1, place)
         d_overall, d_local = d_nodes[:, :T], d_nodes[:, T:].contiguous()
         taken = [needs[k] for k in (0, 2, 4, 5)]
         d_similar = iter(

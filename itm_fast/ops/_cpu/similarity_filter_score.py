@@ -18,7 +18,7 @@ def forward(*args) -> Tensor:
     tensors, (cu_seqlens, region_lengths, scale, eps) = [a.contiguous() for a in args[:16]], args[16:]
     image, _, words, caption_global, weight = tensors[:5]
     score = fake(*tensors)
-    running = [x.to(image.dtype) for x in tensors[14:]]
+    running = [x.to(torch.float64) for x in tensors[14:]]
     _native.call(
         OP,
         *tensors[:12],
