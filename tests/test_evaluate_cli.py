@@ -16,7 +16,7 @@ from itm_fast.evaluation import encode, metrics, score_all
 from itm_fast.models import build
 from itm_fast.training import checkpoint
 
-from .test_evaluation_report import options, pets
+from .test_evaluation_report import AUTO, options, pets
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ def test_table_files_and_ensemble(made, tmp_path, capsys):
         assert system["pools"][1]["rsum"] == metrics(score, split.caption_to_image).rsum
     assert found["settings"]["epochs"] == [3, 3]
     assert found["settings"]["split"] == "test"
-    for line in ("mean of 5 folds of 2 images, 10 captions", "all 10 images, 50 captions", "pairs/s) by the torch"):
+    for line in ("mean of 5 folds of 2 images, 10 captions", "all 10 images, 50 captions", f"pairs/s) by the {AUTO}"):
         assert line in text.out
     assert text.out.startswith((tmp_path / "out" / "results.txt").read_text().rstrip("\n"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
