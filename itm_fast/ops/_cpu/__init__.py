@@ -1,6 +1,10 @@
 """The `cpu` backend: each op hands its tensors to the C++ kernels of csrc/cpu."""
 
 import torch
+from torch import Tensor
+
+from ...packing import bounds
+from .. import _attention
 
 DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # Dtype of csrc/cpu/pack.h
 
@@ -9,3 +13,13 @@ def bfloat16_products(dtype: torch.dtype) -> bool:
     """Whether products may multiply bfloat16 values: bfloat16 inputs, or float32 ones where torch may do it too."""
     medium = torch.get_float32_matmul_precision() == "medium"
     return dtype == torch.bfloat16 or (dtype == torch.float32 and medium)
+
+
+def lengths(
+    op: str, image: Tensor, words: Tensor, cu_seqlens: Tensor, region_lengths: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """cu_seqlens and region_lengths as C++ takes them, checked, for it reads wherever they point."""
+    edge = torch.tensor(bounds(cu_seqlens, words.shape[0], op), dtype=torch.int64)
+    if region_lengths is None:
+        return edge, None
+    return edge, torch.tensor(_attention.region_counts(region_lengths, image, op), dtype=torch.int64)

@@ -10,19 +10,12 @@ from torch import Tensor
 
 from ..._checks import work_dtype
 from ..._workspace import scratch_bytes
-from ...packing import bounds, node_places, spans
+from ...packing import node_places, spans
 from .. import _attention
 from .._pair_score import NORM, score
-from . import DTYPES
+from . import DTYPES, lengths
 
 NODES = 256 << 20  # bytes of the nodes, their gradients and one copy of each, of the images taken at a time
-
-
-def lengths(op: str, image: Tensor, words: Tensor, cu_seqlens: Tensor, region_lengths: Tensor | None):
-    """cu_seqlens and region_lengths as C++ takes them, checked, for it reads wherever they point."""
-    edge = torch.tensor(bounds(cu_seqlens, words.shape[0], op), dtype=torch.int64)
-    counts = torch.tensor(_attention.region_counts(region_lengths, image, op), dtype=torch.int64)
-    return edge, None if region_lengths is None else counts
 
 
 def shape(image: Tensor, caption_global: Tensor, weight: Tensor) -> tuple[int, ...]:

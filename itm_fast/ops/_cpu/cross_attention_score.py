@@ -7,10 +7,9 @@ from torch import Tensor
 
 from ... import _native
 from ..._checks import work_dtype
-from ...packing import bounds
 from .. import _attention
 from ..cross_attention_score import POOLS
-from . import DTYPES
+from . import DTYPES, lengths
 
 
 def forward(image: Tensor, words: Tensor, *rest) -> Tensor:
@@ -35,16 +34,14 @@ def backward(grad: Tensor, needs: list[bool], image: Tensor, words: Tensor, *res
 def _arguments(image, words, cu_seqlens, region_lengths, direction, affinity_norm, scale, pool, pool_scale):
     """What both functions take first, in their order; the lengths are checked, for C++ reads wherever they point."""
     op = "cross_attention_score"
-    (I, R, D), edge = image.shape, bounds(cu_seqlens, words.shape[0], op)
-    counts = None
-    if region_lengths is not None:
-        counts = torch.tensor(_attention.region_counts(region_lengths, image, op), dtype=torch.int64)
+    I, R, D = image.shape
+    edge, counts = lengths(op, image, words, cu_seqlens, region_lengths)
     return (
         image.contiguous(),
         words.contiguous(),
         DTYPES[image.dtype],
         *(I, R, D, len(edge) - 1),
-        torch.tensor(edge, dtype=torch.int64),
+        edge,
         counts,
         direction == "t2i",
         _attention.NORMS.index(affinity_norm),

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from ... import _native
 from ..._checks import work_dtype
-from ...packing import bounds
 from .. import _attention
 from ..cross_attention_similarity import _fake
-from . import DTYPES, bfloat16_products
+from . import DTYPES, bfloat16_products, lengths
 
 
 def forward(image: Tensor, words: Tensor, weight: Tensor, bias: Tensor, *rest) -> Tensor:
@@ -38,15 +37,12 @@ def backward(grad: Tensor, needs: list[bool], image: Tensor, words: Tensor, weig
 def _arguments(image, words, weight, bias, cu_seqlens, region_lengths, direction, affinity_norm, scale):
     """What both functions take first, in their order; the lengths are checked, for C++ reads wherever they point."""
     op = "cross_attention_similarity"
-    edge = bounds(cu_seqlens, words.shape[0], op)
-    counts = None
-    if region_lengths is not None:
-        counts = torch.tensor(_attention.region_counts(region_lengths, image, op), dtype=torch.int64)
+    edge, counts = lengths(op, image, words, cu_seqlens, region_lengths)
     return (
         *(a.contiguous() for a in (image, words, weight, bias)),
         DTYPES[image.dtype],
         *(*image.shape, len(edge) - 1, weight.shape[0]),
-        torch.tensor(edge, dtype=torch.int64),
+        edge,
         counts,
         direction == "t2i",
         _attention.NORMS.index(affinity_norm),

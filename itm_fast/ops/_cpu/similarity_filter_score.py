@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import _native
 from .._pair_score import fake
-from . import _pair_score, bfloat16_products
+from . import _pair_score, bfloat16_products, lengths
 
 OP = "similarity_filter_score"
 
@@ -24,7 +24,7 @@ def forward(*args) -> Tensor:
         *tensors[:12],
         *running,
         *tensors[12:14],
-        *_pair_score.lengths(OP, image, words, cu_seqlens, region_lengths),
+        *lengths(OP, image, words, cu_seqlens, region_lengths),
         score,
         *_pair_score.shape(image, caption_global, weight),
         scale,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import _native
 from .._pair_score import fake
-from . import _pair_score, bfloat16_products
+from . import _pair_score, bfloat16_products, lengths
 
 OP = "similarity_graph_score"
 
@@ -19,7 +19,7 @@ def forward(*args) -> Tensor:
     _native.call(
         OP,
         *(x for k, x in enumerate(tensors) if k != 11),  # the key bias has no effect
-        *_pair_score.lengths(OP, image, words, cu_seqlens, region_lengths),
+        *lengths(OP, image, words, cu_seqlens, region_lengths),
         score,
         *_pair_score.shape(image, caption_global, weight),
         len(tensors[8]),
