@@ -3,7 +3,7 @@
 A pair scorer computes what depends on one image or one caption alone once, and the rest block by block:
 
     state = scorer.image_state(image, region_lengths)             # tensors [I, ...], the first one `image`
-    caption_state = scorer.caption_state(words, cu_seqlens)       # tensors [T, ...]
+    caption_state = scorer.caption_state(words, cu_seqlens)       # `per_word` tensors [N, ...], then others [T, ...]
     score = scorer.score(state, words, cu_seqlens, caption_state, region_lengths)     # [I, T], any block of either
 """
 
@@ -30,12 +30,15 @@ def xavier_(linear: nn.Linear) -> None:
 class PairScorer(nn.Module):
     """Scores every image against every caption. Subclasses give `score`, and the states where they have any."""
 
+    per_word = 0  # how many tensors of `caption_state`, the first ones, have a row for every word
+
     def image_state(self, image: Tensor, region_lengths: Tensor | None = None) -> State:
         """What depends on an image alone: image [I, R, D] -> tensors [I, ...], the first one `image` itself."""
         return (image,)
 
     def caption_state(self, words: Tensor, cu_seqlens: Tensor) -> State:
-        """What depends on a caption alone: words [N, D], cu_seqlens [T + 1] -> tensors [T, ...]."""
+        """What depends on a caption alone: words [N, D], cu_seqlens [T + 1] -> `per_word` tensors [N, ...], then
+        others [T, ...]."""
         return ()
 
     def score(

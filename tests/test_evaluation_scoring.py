@@ -19,6 +19,8 @@ from itm_fast.nn import CrossAttentionScore
 class Scorer(nn.Module):
     """Mean region times mean word, plus what the states hold; counts its calls."""
 
+    per_word = 1
+
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(1.5))
@@ -35,7 +37,7 @@ class Scorer(nn.Module):
 
     def caption_state(self, words, cu_seqlens):
         self.calls["caption"] += len(cu_seqlens) - 1
-        return (segments(words, cu_seqlens).sum(1),)
+        return words[:, :3].square(), segments(words, cu_seqlens).sum(1)
 
     def score(self, image_state, words, cu_seqlens, caption_state, region_lengths=None):
         if self.calls["score"] == self.stop_after:
@@ -46,7 +48,10 @@ class Scorer(nn.Module):
         if region_lengths is not None:
             torch.testing.assert_close(region_lengths.to(image.dtype), count)
         both = image.mean(1) @ segments(words, cu_seqlens).T
-        return self.weight * both + square[:, None] * count[:, None] + caption_state[0][None]
+        of_words, of_caption = caption_state
+        assert torch.equal(of_words, words[:, :3].square())
+        of_caption = of_caption + segments(of_words, cu_seqlens).sum(1)
+        return self.weight * both + square[:, None] * count[:, None] + of_caption[None]
 
 
 def segments(words, cu_seqlens):
@@ -155,7 +160,7 @@ def test_plan_counts_what_is_held():
     assert found.held["encoded images"] == 1000 * 36 * 64 * 4
     assert found.held["encoded captions"] == 5000 * 13 * 64 * 4
     assert found.held["score matrix"] == 1000 * 5000 * 4
-    assert found.held["states computed once"] == 1000 * 8 + 5000 * 4
+    assert found.held["states computed once"] == 1000 * 8 + 5000 * 4 + 5000 * 13 * 3 * 4
     assert (found.image_block, found.caption_block, found.blocks) == (500, 256, 2 * 20)
     assert found.total == sum(found.held.values()) + found.workspace <= 4e9
     assert "score matrix" not in sizes(memory_gb=4, matrices=0).held

@@ -134,12 +134,12 @@ def plan(
     lengths = np.sort(np.asarray(lengths, np.int64))[::-1]
     captions, words, item = len(lengths), int(lengths.sum()), torch.finfo(dtype).bits // 8
     image_block, caption_block = block or _blocks(images, captions, device)
-    image_state, caption_state = _state_bytes(scorer, regions, dim, lengths, dtype, device)
+    image_state, caption_state, word_state = _state_bytes(scorer, regions, dim, lengths, dtype, device)
     longest = int(lengths[:caption_block].sum())
     embeddings = {"encoded images": images * regions * dim * item, "encoded captions": words * dim * item}
-    states = images * image_state + captions * caption_state
+    states = images * image_state + captions * caption_state + words * word_state
     # A block's words are gathered by an int64 index; its scores exist on the device, on the host and permuted.
-    one_block = longest * (dim * item + 8) + caption_block * caption_state + image_block * caption_block * 12
+    one_block = longest * (dim * item + word_state + 8) + caption_block * (caption_state + image_block * 12)
     process = _process_bytes(device) - (sum(embeddings.values()) if encoded and cpu else 0)
     held = {
         "Python, torch and the model" if cpu else "already on the device": (
@@ -155,7 +155,8 @@ def plan(
     if not cpu:
         del streamed["encoded images"], streamed["encoded captions"], streamed["states computed once"]
         chunk = max(image_block, CHUNK) * (regions * dim * item + image_state)
-        streamed["one block"] += chunk + max(CHUNK - caption_block, 0) * int(lengths[0]) * dim * item
+        more = max(CHUNK - caption_block, 0) * int(lengths[0])
+        streamed["one block"] += chunk + more * (dim * item + word_state)
     budget, source = _budget(memory_gb, device, process, held, encoded)
     resident = sum(held.values()) + LEAST_WORKSPACE <= budget
     chosen = held if resident else streamed
@@ -245,8 +246,8 @@ def _blocks(images: int, captions: int, device: torch.device) -> tuple[int, int]
 
 def _state_bytes(
     scorer: Any, regions: int, dim: int, lengths: NDArray[np.int64], dtype: torch.dtype, device: torch.device
-) -> tuple[int, int]:
-    """Bytes per image and per caption that the scorer computes once and keeps, the embeddings themselves aside."""
+) -> tuple[int, int, int]:
+    """Bytes per image, caption and word that the scorer computes once and keeps, the embeddings themselves aside."""
     two = [int(lengths[0]), int(lengths[-1])]
     image = torch.zeros(2, regions, dim, dtype=dtype, device=device)
     words = torch.zeros(sum(two), dim, dtype=dtype, device=device)
@@ -254,7 +255,9 @@ def _state_bytes(
     with evaluation_mode(scorer), torch.no_grad():
         of_image = scorer.image_state(image)[1:]
         of_caption = scorer.caption_state(words, cu_seqlens)
-    return sum(t.nbytes for t in of_image) // 2, sum(t.nbytes for t in of_caption) // 2
+    per_word = getattr(scorer, "per_word", 0)
+    of_word = sum(t.nbytes for t in of_caption[:per_word]) // sum(two)
+    return sum(t.nbytes for t in of_image) // 2, sum(t.nbytes for t in of_caption[per_word:]) // 2, of_word
 
 
 def _round_up(size: int) -> float:

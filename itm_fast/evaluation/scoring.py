@@ -126,7 +126,7 @@ def _blocks(
 
     image_starts = range(0, plan.images, plan.image_block)
     starts = encoded.cu_seqlens.numpy().astype(np.int64)
-    lengths = encoded.lengths
+    lengths, per_word = encoded.lengths, _per_word(scorer)
     finished = sum(_pairs(plan, number) for number in done)
     with (
         evaluation_mode(scorer),
@@ -157,7 +157,9 @@ def _blocks(
                 edges = np.concatenate([[0], np.cumsum(lengths[captions])]).astype(np.int32)
                 cu_seqlens = torch.from_numpy(edges).to(plan.device)
                 chosen = torch.from_numpy(captions).to(home)
-                block_captions = tuple(state[chosen].to(plan.device) for state in caption_state)
+                block_captions = tuple(
+                    state[index if k < per_word else chosen].to(plan.device) for k, state in enumerate(caption_state)
+                )
             for number, start in zip(numbers, image_starts, strict=True):
                 images = slice(start, min(start + plan.image_block, plan.images))
                 if number in done:
@@ -187,7 +189,7 @@ def _image_states(scorer: Any, encoded: Encoded, device: torch.device, home: tor
         part = None if lengths is None else lengths[start:stop].to(device)
         return scorer.image_state(encoded.image[start:stop].to(device), part)[1:]
 
-    return encoded.image.to(home), *_in_chunks(state, len(encoded.image), home)
+    return encoded.image.to(home), *_in_chunks(state, np.arange(len(encoded.image) + 1), 0, home)
 
 
 def _caption_states(scorer: Any, encoded: Encoded, device: torch.device, home: torch.device) -> tuple[Tensor, ...]:
@@ -197,19 +199,29 @@ def _caption_states(scorer: Any, encoded: Encoded, device: torch.device, home: t
         words = encoded.words[int(edges[start]) : int(edges[stop])].to(device)
         return scorer.caption_state(words, (edges[start : stop + 1] - edges[start]).to(device))
 
-    return _in_chunks(state, len(edges) - 1, home)
+    return _in_chunks(state, edges.numpy(), _per_word(scorer), home)
 
 
-def _in_chunks(state: Any, count: int, home: torch.device) -> tuple[Tensor, ...]:
-    """Call `state(start, stop)` over 0..count and lay the results end to end, never holding them twice."""
-    whole: tuple[Tensor, ...] = ()
+def _per_word(scorer: Any) -> int:
+    return getattr(scorer, "per_word", 0)
+
+
+def _in_chunks(state: Any, edges: NDArray[np.integer], per_row: int, home: torch.device) -> tuple[Tensor, ...]:
+    """Call `state(start, stop)` over all items and lay the results end to end, never holding them twice.
+
+    The first `per_row` results have a row for each of the rows that item i has from edges[i] to edges[i + 1], the
+    others one for each item.
+    """
+    count, whole = len(edges) - 1, ()
     for start in range(0, count, CHUNK):
         stop = min(start + CHUNK, count)
         parts = state(start, stop)
+        rows = slice(int(edges[start]), int(edges[stop]))
         if start == 0:
-            whole = tuple(part.new_empty(count, *part.shape[1:], device=home) for part in parts)
-        for tensor, part in zip(whole, parts, strict=True):
-            tensor[start:stop] = part
+            total = [int(edges[-1])] * per_row + [count] * (len(parts) - per_row)
+            whole = tuple(p.new_empty(n, *p.shape[1:], device=home) for p, n in zip(parts, total, strict=True))
+        for k, (tensor, part) in enumerate(zip(whole, parts, strict=True)):
+            tensor[rows if k < per_row else slice(start, stop)] = part
     return whole
 
 
