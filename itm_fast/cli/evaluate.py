@@ -330,7 +330,8 @@ def _names(paths: list[str], models: list[Any], loaded: list[Checkpoint]) -> lis
     plain = []
     for model, found in zip(models, loaded, strict=True):
         kind = type(model).__name__
-        plain.append(found.opt.module_name if kind == "SGRAF" else f"{kind} {found.opt.cross_attn}")
+        suffix = f" {found.opt.cross_attn}" if hasattr(found.opt, "cross_attn") else ""
+        plain.append(found.opt.module_name if kind == "SGRAF" else kind + suffix)
     if len(set(plain)) == len(plain):
         return plain
     parts = [Path(path).absolute().parts for path in paths]

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..training.recipe import MODELS, RECIPES
 
-HELP = """Train SGR, SAF (the two halves of SGRAF) or SCAN.
+HELP = """Train SGR, SAF (the two halves of SGRAF), SCAN, or a plain dual encoder to hold them against.
 
   itm-fast train --model sgr --data data/f30k_precomp --output runs/f30k_sgr
   itm-fast train --model scan --direction i2t --recipe coco --data data/coco_precomp --output runs/coco_i2t
@@ -21,7 +21,7 @@ Ctrl-C finishes the step at hand and saves; the same command with --resume goes 
 
 Every option left out is the published one of the chosen recipe (Adam, learning rate 2e-4, hardest
 negatives, margin 0.2, batch 128, gradient norm clipped at 2, bidirectional GRU):
-  f30k   sgr 40 epochs, a tenth of the learning rate after 30; saf 30/20; scan 30/15
+  f30k   sgr 40 epochs, a tenth of the learning rate after 30; scan 30/15; all others 30/20
   coco   all 20/10; scan with learning rate 5e-4
 SCAN's own command-line defaults are all negatives and a one-way GRU; its authors' recommended commands, and
 the defaults here, are the hardest negative and the bidirectional GRU."""
@@ -215,7 +215,7 @@ def _vocabulary(args: argparse.Namespace, saved: Path, captions: list[str]) -> A
 
 
 def _summary(opt: argparse.Namespace, train_split: Any, dev_split: Any, words: int) -> str:
-    name = f"SCAN {opt.cross_attn}" if hasattr(opt, "cross_attn") else opt.module_name
+    name = f"SCAN {opt.cross_attn}" if hasattr(opt, "cross_attn") else getattr(opt, "system", None) or opt.module_name
     I, R, F = train_split.features.shape
     return (
         f"{name}: {len(train_split.captions)} captions of {I} images ({R} regions x {F}), {words} words; "

@@ -212,7 +212,8 @@ def _in_chunks(state: Any, edges: NDArray[np.integer], per_row: int, home: torch
     The first `per_row` results have a row for each of the rows that item i has from edges[i] to edges[i + 1], the
     others one for each item.
     """
-    count, whole = len(edges) - 1, ()
+    count = len(edges) - 1
+    whole: tuple[Tensor, ...] = ()
     for start in range(0, count, CHUNK):
         stop = min(start + CHUNK, count)
         parts = state(start, stop)

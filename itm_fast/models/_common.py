@@ -31,6 +31,13 @@ def l2norm(X: Tensor, dim: int = -1, eps: float = 1e-8) -> Tensor:
     return X / (torch.linalg.vector_norm(X, dim=dim, keepdim=True) + eps)
 
 
+def sums(x: Tensor, lengths: Tensor) -> Tensor:
+    """Sums over each caption's rows, in float32 or better: x [N, D], lengths [T] int64 -> [T, D]."""
+    owner = torch.repeat_interleave(lengths, output_size=len(x))
+    work = torch.promote_types(x.dtype, torch.float32)
+    return x.new_zeros(len(lengths), x.shape[1], dtype=work).index_add(0, owner, x.to(work))
+
+
 def want(opt: Namespace, model: str, names: Sequence[str]) -> None:
     """Refuse options that lack what the model reads.
 
@@ -81,6 +88,35 @@ def encode_text(
     return caption if no_txtnorm else l2norm(caption, dim=-1), lengths
 
 
+class PaddedScorer(PairScorer):
+    """A pair scorer that takes captions padded, as the published modules do, or packed."""
+
+    def forward(  # type: ignore[override]
+        self,
+        img_emb: Tensor,
+        cap_emb: Tensor,
+        cap_lens: Sequence[int] | Tensor,
+        region_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Score every image against every caption.
+
+        Args:
+            img_emb: [I, R, D], unit rows.
+            cap_emb: [T, W, D], padded, unit rows; or packed words [N, D].
+            cap_lens: [T] tokens per caption; with packed words, their cu_seqlens [T + 1].
+            region_lengths: [I] regions of each image; None means R for all.
+
+        Returns:
+            Scores, [I, T].
+
+        Raises:
+            ValueError: a shape or length is wrong.
+        """
+        if cap_emb.dim() == 3:
+            cap_emb, cap_lens = pack(cap_emb, cap_lens)
+        return super().forward(img_emb, cap_emb, torch.as_tensor(cap_lens), region_lengths)
+
+
 @torch.no_grad()
 def score_arrays(
     scorer: PairScorer,
@@ -100,6 +136,7 @@ class Matcher:
     """A published model object: encoders, loss and optimizer in one, and not an nn.Module."""
 
     parts: tuple[str, ...]  # attribute names of the modules, in the order of the checkpoint's list
+    weighs_regions = False  # whether it has weights for every region, so that R is fixed
     logger: Any = None  # the training scripts assign one with `update(name, value, n)`
     img_enc: nn.Module
     txt_enc: nn.Module

@@ -12,8 +12,10 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..nn import xavier_
-from ._common import l2norm
+from .._workspace import scratch_bytes
+from ..nn import State, xavier_
+from ..packing import bounds, spans
+from ._common import PaddedScorer, l2norm, sums
 
 
 def _embedding(embed_dim: int, channels: int, dropout_rate: float) -> nn.Sequential:
@@ -128,7 +130,7 @@ class TextSA(_SelfAttention):
         linear, tanh, _ = self.embedding_local
         l_emb = tanh(linear(words))
         linear, tanh, _ = self.embedding_global
-        g_emb = tanh(linear((_sums(words, owner, lengths) / lengths[:, None]).to(words.dtype)))
+        g_emb = tanh(linear((sums(words, lengths) / lengths[:, None]).to(words.dtype)))
         if self.training:
             l_emb, g_emb = self._dropped(l_emb, g_emb, lengths.tolist())
         logits = self.embedding_common(l_emb * g_emb[owner]).squeeze(1)  # [N]
@@ -136,7 +138,7 @@ class TextSA(_SelfAttention):
         padded = logits.new_full(real.shape, float("-inf"))
         padded[real] = logits
         weights = padded.softmax(1)[real]
-        return l2norm(_sums(weights[:, None] * words, owner, lengths).to(words.dtype), dim=-1)
+        return l2norm(sums(weights[:, None] * words, lengths).to(words.dtype), dim=-1)
 
     def _dropped(self, l_emb: Tensor, g_emb: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
         """Both embeddings after their dropouts, drawn in the shapes and order of the published loop."""
@@ -147,7 +149,53 @@ class TextSA(_SelfAttention):
         return l_emb * torch.cat(l_masks), g_emb * torch.cat(g_masks)
 
 
-def _sums(x: Tensor, owner: Tensor, lengths: Tensor) -> Tensor:
-    """Sums over each caption's rows, in float32 or better: x [N, D] -> [T, D]."""
-    work = torch.promote_types(x.dtype, torch.float32)
-    return x.new_zeros(len(lengths), x.shape[1], dtype=work).index_add(0, owner, x.to(work))
+class GlobalVectors(PaddedScorer):
+    """A pair scorer whose states are the global vectors of images and captions.
+
+    Args:
+        embed_size: D.
+        num_region: R.
+        dropout_rate: of both self-attentions.
+    """
+
+    def __init__(self, embed_size: int, num_region: int = 36, dropout_rate: float = 0.4) -> None:
+        super().__init__()
+        self.v_global_w = VisualSA(embed_size, dropout_rate, num_region)
+        self.t_global_w = TextSA(embed_size, dropout_rate)
+
+    def image_state(self, image: Tensor, region_lengths: Tensor | None = None) -> State:
+        """The image and its global vector: image [I, R, D] -> [I, R, D], [I, D]."""
+        R = self.v_global_w.embedding_local[1].num_features
+        if image.dim() != 3 or image.shape[1] != R:
+            raise ValueError(
+                f"{type(self).__name__}: image must be [I, R, D] with R = {R} regions, got {list(image.shape)}; "
+                "pad images that have fewer and give region_lengths, or build the model with num_region"
+            )
+        if torch.is_grad_enabled() or self.v_global_w.training:
+            return image, self._image_global(image, region_lengths)
+        size = max(1, scratch_bytes(image.device) // (4 * image[:1].nbytes or 1))
+        parts = [
+            self._image_global(image[at], None if region_lengths is None else region_lengths[at])
+            for at in spans(len(image), size)
+        ]
+        return image, torch.cat(parts) if parts else image.new_empty(0, image.shape[2])
+
+    def _image_global(self, image: Tensor, region_lengths: Tensor | None) -> Tensor:
+        if region_lengths is None:
+            return self.v_global_w(image, image.mean(1))
+        valid = torch.arange(image.shape[1], device=image.device) < region_lengths[:, None]
+        image = image.masked_fill(~valid.unsqueeze(2), 0.0)
+        return self.v_global_w(image, image.sum(1) / region_lengths[:, None], valid)
+
+    def caption_state(self, words: Tensor, cu_seqlens: Tensor) -> State:
+        """The captions' global vectors: words [N, D] -> [T, D]."""
+        if torch.is_grad_enabled() or self.t_global_w.training:
+            return (self.t_global_w.packed(words, cu_seqlens),)
+        edge = bounds(cu_seqlens, len(words), type(self).__name__)
+        longest = int(cu_seqlens.diff().max()) if len(edge) > 1 else 1
+        size = max(1, scratch_bytes(words.device) // (6 * longest * words[:1].nbytes or 1))
+        parts = [
+            self.t_global_w.packed(words[edge[at.start] : edge[at.stop]], cu_seqlens[at.start : at.stop + 1])
+            for at in spans(len(edge) - 1, size)
+        ]
+        return (torch.cat(parts) if parts else words,)

@@ -27,16 +27,16 @@ from ..ops import (
     similarity_filter_score,
     similarity_graph_score,
 )
-from ..packing import bounds, node_places, pack, spans
+from ..packing import bounds, node_places
 from ._common import Matcher, choice, encode_text, l1norm, l2norm, score_arrays, want
-from ._self_attention import TextSA, VisualSA
+from ._self_attention import GlobalVectors, TextSA, VisualSA
 from .scan import EncoderImagePrecomp as EncoderImage
 
 NAME = "EncoderSimilarity"
 SMOOTH = 9.0  # hard-coded in the published code
 OPTIONS = (
     "grad_clip", "img_dim", "embed_size", "no_imgnorm", "vocab_size", "word_dim", "num_layers", "bi_gru",
-    "no_txtnorm", "sim_dim", "module_name", "sgr_step", "margin", "max_violation", "learning_rate",
+    "no_txtnorm", "margin", "max_violation", "learning_rate",
 )  # fmt: skip
 
 __all__ = [
@@ -97,7 +97,7 @@ class AttentionFiltration(SimilarityFilter):
         return super().forward(sim_emb, cu_seqlens)[:, 0]
 
 
-class EncoderSimilarity(PairScorer):
+class EncoderSimilarity(GlobalVectors):
     """Scores of all pairs from regions and words: SGR or SAF over similarity vectors (equations 1 to 9).
 
     Args:
@@ -118,11 +118,9 @@ class EncoderSimilarity(PairScorer):
     def __init__(
         self, embed_size: int, sim_dim: int, module_name: str = "AVE", sgr_step: int = 3, num_region: int = 36
     ) -> None:
-        super().__init__()
-        choice("EncoderSimilarity", "module_name", module_name, ("SGR", "SAF"))
+        choice(NAME, "module_name", module_name, ("SGR", "SAF"))
+        super().__init__(embed_size, num_region)
         self.module_name = module_name
-        self.v_global_w = VisualSA(embed_size, 0.4, num_region)
-        self.t_global_w = TextSA(embed_size, 0.4)
         self.sim_tranloc_w = nn.Linear(embed_size, sim_dim)
         self.sim_tranglo_w = nn.Linear(embed_size, sim_dim)
         self.sim_eval_w = nn.Linear(sim_dim, 1)
@@ -132,68 +130,6 @@ class EncoderSimilarity(PairScorer):
             self.SAF_module = AttentionFiltration(sim_dim)
         for linear in (self.sim_tranloc_w, self.sim_tranglo_w, self.sim_eval_w):
             xavier_(linear)
-
-    def forward(  # type: ignore[override]
-        self,
-        img_emb: Tensor,
-        cap_emb: Tensor,
-        cap_lens: Sequence[int] | Tensor,
-        region_lengths: Tensor | None = None,
-    ) -> Tensor:
-        """Score every image against every caption.
-
-        Args:
-            img_emb: [I, R, D], unit rows.
-            cap_emb: [T, W, D], padded, unit rows; or packed words [N, D].
-            cap_lens: [T] tokens per caption; with packed words, their cu_seqlens [T + 1].
-            region_lengths: [I] regions of each image; None means R for all.
-
-        Returns:
-            Scores in (0, 1), [I, T].
-
-        Raises:
-            ValueError: a shape or length is wrong.
-        """
-        if cap_emb.dim() == 3:
-            cap_emb, cap_lens = pack(cap_emb, cap_lens)
-        return super().forward(img_emb, cap_emb, torch.as_tensor(cap_lens), region_lengths)
-
-    def image_state(self, image: Tensor, region_lengths: Tensor | None = None) -> State:
-        """The image and its global vector: image [I, R, D] -> [I, R, D], [I, D]."""
-        R = self.v_global_w.embedding_local[1].num_features
-        if image.dim() != 3 or image.shape[1] != R:
-            raise ValueError(
-                f"{NAME}: image must be [I, R, D] with R = {R} regions, got {list(image.shape)}; "
-                "pad images that have fewer and give region_lengths, or build the model with num_region"
-            )
-        if torch.is_grad_enabled() or self.v_global_w.training:
-            return image, self._image_global(image, region_lengths)
-        size = max(1, scratch_bytes(image.device) // (4 * image[:1].nbytes or 1))
-        parts = [
-            self._image_global(image[at], None if region_lengths is None else region_lengths[at])
-            for at in spans(len(image), size)
-        ]
-        return image, torch.cat(parts) if parts else image.new_empty(0, image.shape[2])
-
-    def _image_global(self, image: Tensor, region_lengths: Tensor | None) -> Tensor:
-        if region_lengths is None:
-            return self.v_global_w(image, image.mean(1))
-        valid = torch.arange(image.shape[1], device=image.device) < region_lengths[:, None]
-        image = image.masked_fill(~valid.unsqueeze(2), 0.0)
-        return self.v_global_w(image, image.sum(1) / region_lengths[:, None], valid)
-
-    def caption_state(self, words: Tensor, cu_seqlens: Tensor) -> State:
-        """The captions' global vectors: words [N, D] -> [T, D]."""
-        if torch.is_grad_enabled() or self.t_global_w.training:
-            return (self.t_global_w.packed(words, cu_seqlens),)
-        edge = bounds(cu_seqlens, len(words), NAME)
-        longest = int(cu_seqlens.diff().max()) if len(edge) > 1 else 1
-        size = max(1, scratch_bytes(words.device) // (6 * longest * words[:1].nbytes or 1))
-        parts = [
-            self.t_global_w.packed(words[edge[at.start] : edge[at.stop]], cu_seqlens[at.start : at.stop + 1])
-            for at in spans(len(edge) - 1, size)
-        ]
-        return (torch.cat(parts) if parts else words,)
 
     def score(
         self,
@@ -311,23 +247,30 @@ class SGRAF(Matcher):
     torch.Size([2, 2])
     """
 
-    parts = ("img_enc", "txt_enc", "sim_enc")
+    parts: tuple[str, ...] = ("img_enc", "txt_enc", "sim_enc")
+    weighs_regions = True
+    options: tuple[str, ...] = ("sim_dim", "module_name", "sgr_step")  # that the pair scorer reads
+    sim_enc: PairScorer
 
     def __init__(self, opt: Namespace) -> None:
-        want(opt, "SGRAF", OPTIONS)
+        want(opt, type(self).__name__, (*OPTIONS, *self.options))
         super().__init__(opt)
         self.img_enc = EncoderImage(opt.img_dim, opt.embed_size, opt.no_imgnorm)
         self.txt_enc = EncoderText(
             opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm
         )
-        self.sim_enc = EncoderSimilarity(
-            opt.embed_size, opt.sim_dim, opt.module_name, opt.sgr_step, getattr(opt, "num_region", 36)
-        )
+        self.sim_enc = self.similarity(opt)
         self.criterion = ContrastiveLoss(opt.margin, opt.max_violation)
         self.optimise((self.txt_enc, self.img_enc, self.sim_enc), opt)
 
+    def similarity(self, opt: Namespace) -> PairScorer:
+        """Make the pair scorer; other models with these encoders make theirs."""
+        return EncoderSimilarity(
+            opt.embed_size, opt.sim_dim, opt.module_name, opt.sgr_step, getattr(opt, "num_region", 36)
+        )
+
     @property
-    def scorer(self) -> EncoderSimilarity:
+    def scorer(self) -> PairScorer:
         """The pair scorer: `sim_enc`."""
         return self.sim_enc
 
@@ -378,5 +321,5 @@ def shard_attn_scores(
     Returns:
         Scores, float64 [I, T], computed in the model's dtype.
     """
-    dtype = model.sim_enc.sim_eval_w.weight.dtype
+    dtype = next(model.sim_enc.parameters()).dtype
     return score_arrays(model.sim_enc, img_embs, cap_embs, cap_lens, model.device, dtype)

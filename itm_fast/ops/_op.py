@@ -109,9 +109,7 @@ def by_autograd(function: Callable[..., Any]) -> SimpleNamespace:
 
     def backward(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
         with torch.enable_grad():
-            args = tuple(
-                a.detach().requires_grad_(needs[k]) if k < len(needs) else a for k, a in enumerate(args)
-            )
+            args = tuple(a.detach().requires_grad_(needs[k]) if k < len(needs) else a for k, a in enumerate(args))
             result = function(*args)
             result = result if isinstance(result, Tensor) else result[0]
             wanted = [a for a, n in zip(args, needs, strict=False) if n]

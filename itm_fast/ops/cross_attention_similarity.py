@@ -152,6 +152,4 @@ def cross_attention_similarity(
     check.positive("scale", scale)
     name = resolve(check.op, backend, image.device)
     image, words, weight, bias = autocast(image, words, weight, bias)
-    return _op(
-        image, words, weight, bias, cu_seqlens, region_lengths, direction, affinity_norm, float(scale), name
-    )
+    return _op(image, words, weight, bias, cu_seqlens, region_lengths, direction, affinity_norm, float(scale), name)

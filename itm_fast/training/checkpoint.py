@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from .._files import atomic_write
+from ..models import model_class
 
 State: TypeAlias = collections.OrderedDict[str, Tensor]
 _KEYS = ("epoch", "model", "best_rsum", "opt", "Eiters")
@@ -291,11 +292,13 @@ def _state_dicts(path: Path, model: object, opt: argparse.Namespace) -> list[Sta
                 f"{path}: model[{position}] must be a state dict (names to tensors), holds {_describe(state)}"
             )
         states.append(_without_prefix(state))
-    for option, name, count in (("module_name", "SGRAF", 3), ("cross_attn", "SCAN", 2)):
-        if hasattr(opt, option) and len(states) != count:
+    option = next((name for name in ("system", "module_name", "cross_attn") if hasattr(opt, name)), None)
+    if option is not None:
+        kind = model_class(opt)
+        if len(states) != len(kind.parts):
             raise ValueError(
-                f"{path}: opt.{option} says {name}, whose model is {count} state dicts, but the file holds "
-                f"{len(states)}"
+                f"{path}: opt.{option} says {kind.__name__}, whose model is {len(kind.parts)} state dicts, but the "
+                f"file holds {len(states)}"
             )
     return states
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-MODELS = ("sgr", "saf", "scan")
+MODELS = ("sgr", "saf", "scan", "dual")
 RECIPES = ("f30k", "coco")
 
 _COMMON: dict[str, Any] = {
@@ -29,14 +29,14 @@ _COMMON: dict[str, Any] = {
     "data_path": ".",
     "data_name": "data",
 }
-# (model, recipe) -> epochs, and epochs between two cuts of the learning rate
+# What the models that are neither SGRAF's halves nor SCAN add to the common options.
+_SYSTEMS: dict[str, dict[str, Any]] = {"dual": {"system": "DualEncoder"}}
+# (model, recipe) -> epochs, and epochs between two cuts of the learning rate; the others as SAF's
 _SCHEDULES = {
     ("sgr", "f30k"): (40, 30),
     ("saf", "f30k"): (30, 20),
     ("scan", "f30k"): (30, 15),
-    ("sgr", "coco"): (20, 10),
     ("saf", "coco"): (20, 10),
-    ("scan", "coco"): (20, 10),
 }
 # SCAN: direction -> (lambda_softmax, lambda_lse per recipe)
 _LAMBDAS = {"t2i": (9.0, {"f30k": 6.0, "coco": 6.0}), "i2t": (4.0, {"f30k": 5.0, "coco": 20.0})}
@@ -46,7 +46,7 @@ def options(model: str, *, recipe: str = "f30k", direction: str = "t2i", **chang
     """The options of one published training run.
 
     Args:
-        model: "sgr", "saf" (SGRAF's two halves) or "scan".
+        model: "sgr", "saf" (SGRAF's two halves), "scan" or "dual" (the plain dual encoder).
         recipe: "f30k" or "coco": epochs, schedule, SCAN's learning rate and temperatures for that data set.
         direction: SCAN's `cross_attn`, "t2i" (words attend to regions) or "i2t"; the others ignore it.
         **changes: options that are to differ, by their published names; None means as published.
@@ -69,7 +69,7 @@ def options(model: str, *, recipe: str = "f30k", direction: str = "t2i", **chang
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     chosen = dict(_COMMON)
-    chosen["num_epochs"], chosen["lr_update"] = _SCHEDULES[model, recipe]
+    chosen["num_epochs"], chosen["lr_update"] = _SCHEDULES.get((model, recipe), _SCHEDULES["saf", recipe])
     if model == "scan":
         softmax, lse = _LAMBDAS[direction]
         chosen.update(
@@ -82,6 +82,8 @@ def options(model: str, *, recipe: str = "f30k", direction: str = "t2i", **chang
         )
         if recipe == "coco":
             chosen["learning_rate"] = 5e-4
+    elif model in _SYSTEMS:
+        chosen.update(_SYSTEMS[model])
     else:
         chosen.update(module_name=model.upper(), sim_dim=256, sgr_step=3)
     unknown = [name for name in changes if name not in chosen]

@@ -144,7 +144,7 @@ class _Run:
         arguments: dict[str, Any],
     ) -> None:
         from ..data import TrainingBatches
-        from ..models import build
+        from ..models import build, model_class
 
         for name, split in (("training", train_split), ("dev", dev_split)):
             if split.features.shape[2] != opt.img_dim:
@@ -154,12 +154,12 @@ class _Run:
                 )
         set_here: dict[str, Any] = dict.fromkeys(("vocab_path", "model_name", "logger_name"), str(output))
         set_here["vocab_size"] = len(vocabulary)
-        if hasattr(opt, "module_name"):
+        if model_class(opt).weighs_regions:
             regions, dev_regions = train_split.features.shape[1], dev_split.features.shape[1]
             if regions != dev_regions:
                 raise ValueError(
-                    f"SGRAF has one weight per region, so both splits must have as many: training has {regions}, "
-                    f"dev {dev_regions}; pad the features and give region_lengths"
+                    f"{model_class(opt).__name__} has one weight per region, so both splits must have as many: "
+                    f"training has {regions}, dev {dev_regions}; pad the features and give region_lengths"
                 )
             if regions != 36:  # the published number, of which its code keeps no option
                 set_here["num_region"] = regions
@@ -315,7 +315,7 @@ class _Run:
         checkpoint.save(
             self.output / name,
             # As published: SGRAF counts finished epochs, SCAN names the last one from 0.
-            epoch=self.epoch + hasattr(self.opt, "module_name"),
+            epoch=self.epoch + (not hasattr(self.opt, "cross_attn")),
             model=self.model.state_dict(),
             best_rsum=self.best_rsum or 0.0,
             opt=self.opt,

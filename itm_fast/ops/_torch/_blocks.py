@@ -48,8 +48,7 @@ def backward(blocks: Iterator[Block], args: Sequence[Tensor], needs: Sequence[bo
     for block in blocks:
         with torch.enable_grad():
             inputs = [
-                a[at].detach().to(work).requires_grad_(n)
-                for a, at, n in zip(args, block.inputs, needs, strict=True)
+                a[at].detach().to(work).requires_grad_(n) for a, at, n in zip(args, block.inputs, needs, strict=True)
             ]
             value = block.function(*inputs)
         wanted = [x for x, n in zip(inputs, needs, strict=True) if n]

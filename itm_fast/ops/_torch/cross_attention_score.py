@@ -44,9 +44,7 @@ def backward(grad: Tensor, needs: list[bool], image: Tensor, words: Tensor, *res
     return [d for d in (d_image, d_words) if d is not None]
 
 
-def _image_spans(
-    backward, image, words, cu_seqlens, region_lengths, direction, affinity_norm, scale, pool, pool_scale
-):
+def _image_spans(backward, image, words, cu_seqlens, region_lengths, direction, affinity_norm, scale, pool, pool_scale):
     """Cut the images so that what is made once per image fills no more than a quarter of the scratch.
 
     Yields the images' slice, the blocks' arguments (image, words and for t2i the Gram matrices) and the blocks.

@@ -31,9 +31,7 @@ def backward(grad: Tensor, needs: list[bool], *args) -> list[Tensor]:
     return _blocks.backward(parts, args[:5], needs, grad)
 
 
-def _parts(
-    backward, nodes, weight, bias, norm_weight, norm_bias, running_mean, running_var, cu_seqlens, training, eps
-):
+def _parts(backward, nodes, weight, bias, norm_weight, norm_bias, running_mean, running_var, cu_seqlens, training, eps):
     (I, M, S), op = nodes.shape, "similarity_filter"
     edge = bounds(cu_seqlens, M, op)
     rows = _blocks.tile_bytes(nodes.device, backward) // (COPIES * S * work_dtype(nodes).itemsize)
