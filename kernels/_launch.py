@@ -1,0 +1,81 @@
+"""What every launcher shares: the device, aligned inputs, and sets of rows."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+
+def arch(device: torch.device) -> int:
+    """The row of `_tiles` for a device: 80, 90 or 100; the interpreter has those of 90."""
+    if device.type != "cuda":
+        return 90
+    major, _ = torch.cuda.get_device_capability(device)
+    return 80 if major < 9 else 90 if major == 9 else 100
+
+
+def on(device: torch.device) -> contextlib.AbstractContextManager:
+    """Launch on `device`: Triton takes the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Contiguous and starting at a multiple of 16 bytes: a kernel is then compiled once, and copies in 16 bytes."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def blocks(n: int, size: int) -> int:
+    """Blocks of `size` that cover `n`."""
+    return triton.cdiv(n, size)
+
+
+def power_of_two(n: int, least: int = 16) -> int:
+    """The smallest tile dimension that holds `n`; a matrix product wants 16 at least."""
+    return max(least, triton.next_power_of_2(n))
+
+
+class Sets(NamedTuple):
+    """Sets of rows: the regions of images, or the words of captions.
+
+    Attributes:
+        rows: [n, D] features, aligned.
+        start, count: [sets] int32: the first row of each set, and its rows.
+        owner: [n] int32: the set of each row.
+        edge: sets + 1 Python integers: where sets begin.
+        longest: no set has more rows.
+    """
+
+    rows: Tensor
+    start: Tensor
+    size: Tensor
+    owner: Tensor
+    edge: list[int]
+    longest: int
+
+
+def regions(image: Tensor, region_lengths: Tensor | None) -> Sets:
+    """Images [I, R, D] as sets of regions."""
+    I, R, D = image.shape
+    device = image.device
+    start = torch.arange(0, I * R, R, dtype=torch.int32, device=device)
+    if region_lengths is None:
+        count = torch.full((I,), R, dtype=torch.int32, device=device)
+    else:
+        count = region_lengths.to(torch.int32)
+    owner = torch.arange(I * R, dtype=torch.int32, device=device).div_(R, rounding_mode="floor")
+    return Sets(aligned(image).view(I * R, D), start, count, owner, list(range(0, I * R + 1, R)), R)
+
+
+def captions(words: Tensor, cu_seqlens: Tensor, edge: list[int]) -> Sets:
+    """Packed words [N, D] as sets of words; `edge` is cu_seqlens on the host."""
+    cut = cu_seqlens.to(torch.int32)
+    count = cut.diff()
+    index = torch.arange(len(count), dtype=torch.int32, device=words.device)
+    owner = index.repeat_interleave(count, output_size=len(words))
+    longest = max((b - a for a, b in zip(edge, edge[1:])), default=0)
+    return Sets(aligned(words), cut[:-1], count, owner, edge, longest)

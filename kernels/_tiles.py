@@ -1,0 +1,81 @@
+"""Every block size: plain Python, by dtype and architecture (80, 90, 100).
+
+A function names the kernel it serves and returns its constants, `num_warps` and `num_stages` among them. Beside each
+row stand the GPU and the date it was tuned on; "untuned" rows compile without spills and within shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+Tile = dict[str, int]  # a kernel's constants and Triton's options
+
+# dtype -> Triton's name of it. float64 has no tensor-core path and is left to the other backends.
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+class Compilation(NamedTuple):
+    """One way a kernel is compiled; `kernels/<file>.py: compilations(arch)` yields those that can occur.
+
+    Attributes:
+        kernel: the jit function.
+        types: Triton types of its run-time arguments in their order, as in "*fp16 *fp32 i32 fp32".
+        constants: its constexpr arguments.
+        tile: the row of this file that it runs with: further constexpr arguments, num_warps and num_stages.
+        products: whether its time is matrix products, so that on sm_90 it must hold wgmma instructions.
+    """
+
+    kernel: Callable[..., Any]
+    types: str
+    constants: dict[str, Any]
+    tile: Tile
+    products: bool = False
+
+
+def products(dtype: torch.dtype) -> str:
+    """Triton's input_precision for matrix products of `dtype`, by torch.get_float32_matmul_precision().
+
+    Half-precision operands are multiplied as they are, whatever this says.
+    """
+    if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest":
+        return "tf32"
+    return "tf32x3"
+
+
+def exact(dtype: torch.dtype) -> str:
+    """Triton's input_precision where a product cancels: never less than the inputs' own precision."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def precisions(dtype: torch.dtype) -> tuple[str, ...]:
+    """All that `products` may answer for `dtype`."""
+    return ("tf32", "tf32x3") if dtype == torch.float32 else ("tf32",)
+
+
+def _row(num_warps: int, num_stages: int, **constants: int) -> Tile:
+    # Triton 3.9 warns where fusion of a product and a sum is left to its default, which 3.10 changes.
+    return dict(constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
+
+
+def affinity(dtype: torch.dtype, arch: int, precision: str) -> Tile:
+    """kernels/_affinity.py: _affinity."""
+    if dtype == torch.float32:
+        if arch == 80 and precision == "tf32x3":
+            return _row(8, 3, BLOCK_M=128, BLOCK_N=64, BLOCK_K=32, GROUP=8)  # untuned
+        return _row(8, 3, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP=8)  # untuned
+    if arch == 80:
+        return _row(4, 4, BLOCK_M=128, BLOCK_N=128, BLOCK_K=32, GROUP=8)  # untuned
+    return _row(8, 3, BLOCK_M=128, BLOCK_N=256, BLOCK_K=64, GROUP=8)  # untuned
+
+
+def gram(dtype: torch.dtype, arch: int) -> Tile:
+    """kernels/_affinity.py: _gram."""
+    return _row(4, 3, BLOCK_X=64, BLOCK_K=32 if dtype == torch.float32 else 64)  # untuned
+
+
+def lengths(dtype: torch.dtype, arch: int) -> Tile:
+    """kernels/_affinity.py: _lengths."""
+    return _row(4, 2, BLOCK_M=16, BLOCK_K=256)  # untuned
