@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import torch
 
-from . import _native
+from . import _native, _triton
 
 NAMES = ("triton", "cuda", "cpu", "torch", "reference")
 OFFERS: dict[str, tuple[str, ...]] = {}  # op -> the backends it has, best first; filled as each op is defined
@@ -58,14 +58,16 @@ def _known(name: str, source: str) -> str:
     return name
 
 
-def why_not(name: str, device: torch.device | str = "cpu") -> str | None:
+def why_not(name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> str | None:
     """Tell why a backend cannot run on a device.
 
-    For "cpu" this compiles the C++ kernels when no process of this user has done so yet.
+    For "cpu" this compiles the C++ kernels when no process of this user has done so yet. For "triton" it compiles
+    nothing: an op whose kernels fail the check of their first use is refused then, with that reason.
 
     Args:
         name: one of `NAMES`.
         device: where the tensors are.
+        dtype: of the tensors of floats; None asks whether it can run in any.
 
     Returns:
         None when it can run, else one sentence a user can act on.
@@ -82,6 +84,8 @@ def why_not(name: str, device: torch.device | str = "cpu") -> str | None:
         return "no CUDA device is visible to torch"
     if name == "cpu":
         return f"needs CPU tensors, got {device.type}" if device.type != "cpu" else _native.why_not()
+    if name == "triton":
+        return _triton.why_not(device, dtype)
     return None
 
 
@@ -89,8 +93,14 @@ def _present() -> tuple[str, ...]:
     return tuple(n for n in NAMES if any(n in offered for offered in OFFERS.values()))
 
 
-def resolve(op: str, backend: str | None, device: torch.device) -> str:
+def resolve(op: str, backend: str | None, device: torch.device, dtype: torch.dtype | None = None) -> str:
     """Turn "auto" into one name. An explicit name is honoured or refused, never replaced.
+
+    Args:
+        op: name of the op.
+        backend: the argument of the call.
+        device: where its tensors are.
+        dtype: of its tensors of floats, before autocast; None where every backend takes all dtypes.
 
     Raises:
         NotImplementedError: with one sentence per backend that was considered.
@@ -99,22 +109,35 @@ def resolve(op: str, backend: str | None, device: torch.device) -> str:
     offered = OFFERS[op]
     reasons: dict[str, str] = {}
     for name in offered if backend == "auto" else (backend,):
-        reason = why_not(name, device)
+        reason = why_not(name, device, dtype)
         if reason is None and name not in offered:
             reason = f"{op} has no such backend; it offers {', '.join(offered)}"
+        if reason is None and name == "triton":
+            if backend == "auto" and _triton.interpreted():
+                reason = "Triton interprets its kernels here (TRITON_INTERPRET), which only an explicit request wants"
+            elif dtype is not None:
+                reason = _triton.put_aside(op, device, _computed(dtype, device))
         if reason is None:
-            if device.type == "cpu" and "cpu" in reasons:
-                _warn_once(reasons["cpu"], name)
+            kernels = "cpu" if device.type == "cpu" else "triton"
+            if kernels in reasons and not (kernels == "triton" and dtype == torch.float64):
+                _warn_once(kernels, reasons[kernels], name)
             return name
         reasons[name] = reason
     raise NotImplementedError(f"{op} cannot run on {device}: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
 
 
-def _warn_once(reason: str, instead: str) -> None:
+def _computed(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What an op computes in: autocast's dtype where it holds and the tensors are narrowed by it."""
+    autocast = torch.is_autocast_enabled(device.type) and dtype != torch.float64
+    return torch.get_autocast_dtype(device.type) if autocast else dtype
+
+
+def _warn_once(kernels: str, reason: str, instead: str) -> None:
     if reason not in _told:
         _told.add(reason)
+        kind = {"cpu": "CPU", "triton": "Triton"}[kernels]
         warnings.warn(
-            f"itm-fast runs its slower {instead} backend, as its CPU kernels cannot run: {reason}. "
+            f"itm-fast runs its slower {instead} backend, as its {kind} kernels cannot run: {reason}. "
             f"Setting ITM_FAST_BACKEND={instead} silences this.",
             stacklevel=4,
         )

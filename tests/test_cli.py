@@ -19,6 +19,7 @@ import torch
 import itm_fast
 from itm_fast import _backends, _native, cli
 from itm_fast.cli import COMMANDS, doctor, main
+from itm_fast.testing import examples
 
 
 def _command(monkeypatch, run):
@@ -255,7 +256,7 @@ def test_doctor_names_a_backend_setting_that_cannot_run(capsys, monkeypatch):
 
 
 def test_doctor_knows_an_example_of_every_operation():
-    assert set(doctor._EXAMPLES) == set(_backends.OFFERS)
+    assert set(examples.EXAMPLES) == set(_backends.OFFERS)
 
 
 @pytest.mark.parametrize("op", sorted(_backends.OFFERS))

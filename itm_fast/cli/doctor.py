@@ -9,16 +9,16 @@ import json
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 import itm_fast
 
 from .. import _backends, _native, testing
+from ..testing.examples import outcome
 
 HELP = """Show versions, devices, which backend each operation uses here and why the others cannot run, and
 check every backend that can run against the reference.
@@ -213,83 +213,14 @@ def _check(op: str, backend: str, device: str) -> dict[str, Any]:
     """One op on a few pairs, forward and backward, against the reference in float64."""
     result = {"operation": op, "backend": backend, "device": device, "ok": True, "problem": None}
     try:
-        exact, same = (_outcome(op, "reference", "cpu", dtype) for dtype in (torch.float64, torch.float32))
-        for mine, plain, true in zip(_outcome(op, backend, device, torch.float32), same, exact, strict=True):
-            testing.assert_accurate(mine.cpu(), plain, true)
+        exact, same = (outcome(op, "reference", "cpu", dtype) for dtype in (torch.float64, torch.float32))
+        largest = max(x.abs().max().item() for x in exact if x.numel())
+        term = testing.rounding(torch.float32, largest)
+        for mine, plain, true in zip(outcome(op, backend, device, torch.float32), same, exact, strict=True):
+            testing.assert_accurate(mine, plain, true, term=term)
     except Exception as error:  # whatever a broken installation raises is the finding
         result.update(ok=False, problem=f"{type(error).__name__}: {error}".splitlines()[0])
     return result
-
-
-def _outcome(op: str, backend: str, device: str, dtype: torch.dtype) -> list[Tensor]:
-    arguments, options = _EXAMPLES[op]()
-    arguments = [a.to(device, dtype) if a.is_floating_point() else a.to(device) for a in arguments]
-    leaves = [a.requires_grad_() for a in arguments if a.is_floating_point()][:2]
-    result = getattr(itm_fast, op)(*arguments, **options, backend=backend)
-    result = result[0] if isinstance(result, tuple) else result
-    # Unequal weights: the plain sum of squares of unit vectors has no gradient.
-    weights = torch.arange(result.numel(), device=result.device).to(dtype).cos().view_as(result)
-    gradients = torch.autograd.grad((weights * result).sum(), leaves[: 1 if op == _LOSS else 2])
-    return [result.detach(), *gradients]
-
-
-_LOSS = "hardest_negative_loss"
-
-
-def _drawn(*shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)), dtype=torch.float64)
-
-
-def _attention() -> tuple[list[Tensor], dict[str, Any]]:
-    return list(testing.inputs(3, [5, 2], 7, 16, dtype=torch.float64)), {}
-
-
-def _similarity() -> tuple[list[Tensor], dict[str, Any]]:
-    arguments, options = _attention()
-    image, words, cu_seqlens = arguments
-    return [image, words, cu_seqlens, _drawn(8, 16), _drawn(8)], options
-
-
-def _graph() -> tuple[list[Tensor], dict[str, Any]]:
-    weights = [part for _ in range(3) for part in (_drawn(3, 8, 8) / 8, _drawn(3, 8) / 8)]
-    return [_drawn(3, 7, 8), torch.tensor([0, 4, 7], dtype=torch.int32), *weights], {}
-
-
-def _filter() -> tuple[list[Tensor], dict[str, Any]]:
-    one = torch.ones(1, dtype=torch.float64)
-    rest = [_drawn(8), one, one, one, 0 * one, one]
-    return [_drawn(3, 7, 8), torch.tensor([0, 4, 7], dtype=torch.int32), *rest], {}
-
-
-def _scored(*head: Tensor) -> tuple[list[Tensor], dict[str, Any]]:
-    arguments, options = _attention()
-    image, words, cu_seqlens = arguments
-    similarity = [_drawn(8, 16), _drawn(8)]
-    features = [image, _drawn(3, 16), words, _drawn(2, 16), cu_seqlens]
-    return [*features, *similarity, *similarity, *head, _drawn(8), _drawn(1)], options
-
-
-def _graph_score() -> tuple[list[Tensor], dict[str, Any]]:
-    return _scored(*_graph()[0][2:])
-
-
-def _filter_score() -> tuple[list[Tensor], dict[str, Any]]:
-    return _scored(*_filter()[0][2:])
-
-
-def _loss() -> tuple[list[Tensor], dict[str, Any]]:
-    return [_drawn(5, 5)], {"margin": 0.2}
-
-
-_EXAMPLES: dict[str, Callable[[], tuple[list[Tensor], dict[str, Any]]]] = {
-    "cross_attention_score": _attention,
-    "cross_attention_similarity": _similarity,
-    "similarity_graph": _graph,
-    "similarity_filter": _filter,
-    "similarity_graph_score": _graph_score,
-    "similarity_filter_score": _filter_score,
-    _LOSS: _loss,
-}
 
 
 def _text(report: dict[str, Any]) -> str:

@@ -159,7 +159,7 @@ def cross_attention_score(
     check.positive("scale", scale)
     if pool == "lse":
         check.positive("pool_scale", pool_scale)
-    name = resolve(check.op, backend, image.device)
+    name = resolve(check.op, backend, image.device, image.dtype)
     image, words = autocast(image, words)
     return _op(
         image, words, cu_seqlens, region_lengths, direction, affinity_norm, float(scale), pool, float(pool_scale), name

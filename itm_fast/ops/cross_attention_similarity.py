@@ -150,6 +150,6 @@ def cross_attention_similarity(
     check.choice("direction", direction, _attention.DIRECTIONS)
     check.choice("affinity_norm", affinity_norm, _attention.NORMS)
     check.positive("scale", scale)
-    name = resolve(check.op, backend, image.device)
+    name = resolve(check.op, backend, image.device, image.dtype)
     image, words, weight, bias = autocast(image, words, weight, bias)
     return _op(image, words, weight, bias, cu_seqlens, region_lengths, direction, affinity_norm, float(scale), name)

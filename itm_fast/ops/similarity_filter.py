@@ -169,6 +169,6 @@ def similarity_filter(
     check.positive("eps", eps)
     if training and not nodes.shape[0]:
         raise ValueError("similarity_filter: statistics in training need at least one image, got nodes with I = 0")
-    name = resolve(check.op, backend, nodes.device)
+    name = resolve(check.op, backend, nodes.device, nodes.dtype)
     args = autocast(nodes, weight, bias, norm_weight, norm_bias)
     return _op(*args, running_mean, running_var, cu_seqlens, training, float(eps), name)

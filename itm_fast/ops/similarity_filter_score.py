@@ -184,6 +184,6 @@ def similarity_filter_score(
         "similarity_filter_score", inputs, head | running, score, cu_seqlens, region_lengths, scale
     )
     check.positive("eps", eps)
-    name = resolve(check.op, backend, image.device)
+    name = resolve(check.op, backend, image.device, image.dtype)
     args = autocast(*inputs.values(), *(x for x, _ in head.values()), *score.values())
     return _op(*args, running_mean, running_var, cu_seqlens, region_lengths, float(scale), float(eps), name)

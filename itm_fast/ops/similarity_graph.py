@@ -148,6 +148,6 @@ def similarity_graph(
     )
     check.integers("cu_seqlens", cu_seqlens, "T+1")
     check.positive("the number of steps K", query_weight.shape[0])
-    name = resolve(check.op, backend, nodes.device)
+    name = resolve(check.op, backend, nodes.device, nodes.dtype)
     args = autocast(nodes, query_weight, query_bias, key_weight, key_bias, value_weight, value_bias)
     return _op(*args, cu_seqlens, name)

@@ -176,6 +176,6 @@ def similarity_graph_score(
     score = {"score_weight": score_weight, "score_bias": score_bias}
     check = _pair_score.check("similarity_graph_score", inputs, head, score, cu_seqlens, region_lengths, scale)
     check.positive("the number of steps K", query_weight.shape[0])
-    name = resolve(check.op, backend, image.device)
+    name = resolve(check.op, backend, image.device, image.dtype)
     args = autocast(*inputs.values(), *(x for x, _ in head.values()), *score.values())
     return _op(*args, cu_seqlens, region_lengths, float(scale), name)

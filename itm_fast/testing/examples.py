@@ -1,0 +1,183 @@
+"""A problem of a few pairs for every op, and how far a backend is from the reference on it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import itm_fast
+
+from .. import ops
+from . import inputs
+
+
+class Size(NamedTuple):
+    """Sizes of a problem: images, words of each caption, regions, D, S and K."""
+
+    images: int
+    lengths: tuple[int, ...]
+    regions: int
+    dim: int
+    similarity: int
+    steps: int
+
+
+SMALL = Size(3, (5, 2), 7, 16, 8, 3)
+PUBLISHED = Size(3, (13, 2), 36, 1024, 256, 3)  # whose kernels an evaluation of the published models needs anyhow
+FIXED = ("running_mean", "running_var")  # arguments of floats that carry no gradient
+
+
+TF32 = 2.0**-10
+UNITS = {torch.float32: 2.0**-16, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # float32 by three TF32 products
+
+
+def example(op: str, size: Size = SMALL) -> list[Tensor]:
+    """Arguments of an op in float64, in the order of its public function.
+
+    >>> from itm_fast.testing.examples import example
+    >>> [list(x.shape) for x in example("cross_attention_score")]
+    [[3, 7, 16], [7, 16], [3]]
+    """
+    generator = torch.Generator().manual_seed(0)
+    return EXAMPLES[op](size, lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64))
+
+
+def outcome(
+    op: str,
+    backend: str,
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    rounded: torch.dtype | None = None,
+    size: Size = SMALL,
+    backward: bool = True,
+) -> list[Tensor]:
+    """An op's results on its example, and the gradients of the first one.
+
+    Args:
+        op: name of the op.
+        backend: the one asked for.
+        device: where it runs.
+        dtype: in which it runs.
+        rounded: dtype that the example is rounded to before; None means `dtype`.
+        size: of the example.
+        backward: whether gradients are wanted, or only results.
+
+    Returns:
+        Tensors on the CPU.
+    """
+    arguments = example(op, size)
+    names = list(inspect.signature(getattr(ops, op)).parameters)
+    leaves = []
+    for k, (name, argument) in enumerate(zip(names, arguments)):
+        arguments[k] = argument.to(device)
+        if argument.is_floating_point():
+            arguments[k] = argument.to(rounded or dtype).to(device, dtype)
+            if backward and name not in FIXED:
+                leaves.append(arguments[k].requires_grad_())
+    with torch.set_grad_enabled(backward):
+        results = getattr(itm_fast, op)(*arguments, backend=backend)
+        results = results if isinstance(results, tuple) else (results,)
+        # Unequal weights: the plain sum of squares of unit vectors has no gradient.
+        weights = torch.arange(results[0].numel(), device=device).cos().to(dtype).view_as(results[0])
+        found = torch.autograd.grad((weights * results[0]).sum(), leaves) if backward else ()
+    return [x.detach().cpu() for x in (*results, *found)]
+
+
+def problem(op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool) -> str | None:
+    """Tell what is wrong with an op's backend on a device, if anything.
+
+    Looks for kernels that are broken, not for rounding: results and gradients may be off by eight times what the
+    reference is off in the same dtype, and by 16 units of rounding of the largest of them.
+
+    Args:
+        op: name of the op.
+        backend: to be looked at.
+        device: where it runs.
+        dtype: in which it runs; float32 with the products that `torch.get_float32_matmul_precision` allows.
+        backward: whether gradients are looked at too.
+
+    Returns:
+        None, or one line: what was raised, or how far off what is.
+
+    >>> import torch
+    >>> from itm_fast.testing.examples import problem
+    >>> problem("similarity_graph", "torch", torch.device("cpu"), torch.float32, backward=True) is None
+    True
+    """
+    size = PUBLISHED if device.type == "cuda" else SMALL
+    try:
+        found = outcome(op, backend, device, dtype, size=size, backward=backward)
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # whatever a compiler, a driver or a launch raises is the finding
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    same, exact = (
+        outcome(op, "reference", "cpu", kind, rounded=dtype, size=size, backward=backward)
+        for kind in (dtype, torch.float64)
+    )
+    narrowed = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    unit = TF32 if narrowed else UNITS[dtype]
+    largest = max(x.abs().max().item() for x in exact if x.numel())
+    for k, (mine, plain, true) in enumerate(zip(found, same, exact, strict=True)):
+        if not true.numel():
+            continue
+        off = (mine.double() - true).abs().max().item()
+        allowed = 8 * (plain.double() - true).abs().max().item() + 16 * unit * largest
+        if not off <= allowed:
+            return f"a {'gradient' if k else 'result'} is off by {off:.2g} where {allowed:.2g} is allowed"
+    return None
+
+
+def _attention(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
+    return list(inputs(size.images, size.lengths, size.regions, size.dim, dtype=torch.float64))
+
+
+def _linear(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
+    # Squares of differences of unit vectors are about 1 / D.
+    return [size.dim**0.5 * draw(size.similarity, size.dim), draw(size.similarity)]
+
+
+def _similarity(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
+    return [*_attention(size, draw), *_linear(size, draw)]
+
+
+def _nodes(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
+    bounds = torch.tensor([0, *(n + 1 for n in size.lengths)]).cumsum(0).int()
+    nodes = draw(size.images, int(bounds[-1]), size.similarity)
+    return [torch.nn.functional.normalize(nodes, dim=-1), bounds]
+
+
+def _graph_weights(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
+    # Enlarged query and key weights: with small ones every node becomes the mean, and nothing shows the edges.
+    K, S = size.steps, size.similarity
+    scaled = [(scale * draw(K, S, S) / S**0.5, draw(K, S) / S**0.5) for scale in (4.0, 4.0, 1.0)]
+    return [x for pair in scaled for x in pair]
+
+
+def _filter_weights(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
+    one = torch.ones(1, dtype=torch.float64)
+    return [3 * draw(size.similarity), 0.1 * one, 2 * one, 0.3 * one, 0.2 * one, 0.5 * one]
+
+
+def _scored(head: Callable[..., list[Tensor]], size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
+    image, words, cu_seqlens = _attention(size, draw)
+    unit = torch.nn.functional.normalize
+    overall = [unit(draw(n, size.dim), dim=-1) for n in (size.images, len(size.lengths))]
+    rest = [*_linear(size, draw), *_linear(size, draw), *head(size, draw), draw(size.similarity), draw(1)]
+    return [image, overall[0], words, overall[1], cu_seqlens, *rest]
+
+
+EXAMPLES: dict[str, Callable[[Size, Callable[..., Tensor]], list[Tensor]]] = {
+    "cross_attention_score": _attention,
+    "cross_attention_similarity": _similarity,
+    "similarity_graph": lambda size, draw: [*_nodes(size, draw), *_graph_weights(size, draw)],
+    "similarity_filter": lambda size, draw: [*_nodes(size, draw), *_filter_weights(size, draw)],
+    "similarity_graph_score": lambda size, draw: _scored(_graph_weights, size, draw),
+    "similarity_filter_score": lambda size, draw: _scored(_filter_weights, size, draw),
+    "hardest_negative_loss": lambda size, draw: [draw(5, 5)],
+}
