@@ -21,7 +21,9 @@ from ._workspace import workspace  # noqa: E402
 from .ops import (  # noqa: E402
     cross_attention_score,
     cross_attention_similarity,
+    global_local_score,
     hardest_negative_loss,
+    similarity_context,
     similarity_filter,
     similarity_filter_score,
     similarity_graph,
@@ -32,8 +34,10 @@ from .packing import pack, unpack  # noqa: E402
 __all__ = [
     "cross_attention_score",
     "cross_attention_similarity",
+    "global_local_score",
     "hardest_negative_loss",
     "pack",
+    "similarity_context",
     "similarity_filter",
     "similarity_filter_score",
     "similarity_graph",

@@ -19,12 +19,17 @@ def scan(*args, backend):
     return itm_fast.cross_attention_score(*args, bounds, region_lengths=regions, backend=backend)
 
 
+def globally(*args, backend):
+    return itm_fast.global_local_score(*args, torch.tensor([0, *COUNTS]).cumsum(0), backend=backend)
+
+
 def graph():
     return test_similarity_graph_score.case(10, COUNTS, regions=REGIONS)
 
 
 CASES = {
     "cross_attention_score": lambda: (scan, [graph()[1][0], graph()[1][2]]),
+    "global_local_score": lambda: (globally, [graph()[1][1], graph()[1][2]]),
     "similarity_graph_score": graph,
     "similarity_filter_score": lambda: test_similarity_filter_score.case(10, COUNTS, regions=REGIONS),
 }

@@ -2,7 +2,9 @@
 
 from .cross_attention_score import cross_attention_score
 from .cross_attention_similarity import cross_attention_similarity
+from .global_local_score import global_local_score
 from .hardest_negative_loss import hardest_negative_loss
+from .similarity_context import similarity_context
 from .similarity_filter import similarity_filter
 from .similarity_filter_score import similarity_filter_score
 from .similarity_graph import similarity_graph
@@ -11,7 +13,9 @@ from .similarity_graph_score import similarity_graph_score
 __all__ = [
     "cross_attention_score",
     "cross_attention_similarity",
+    "global_local_score",
     "hardest_negative_loss",
+    "similarity_context",
     "similarity_filter",
     "similarity_filter_score",
     "similarity_graph",
