@@ -95,6 +95,30 @@ def recall(result: dict) -> str:
     return "\n".join(lines)
 
 
+def precision(result: dict) -> str:
+    """What each precision does to the ranking, and how it was found."""
+    lines = [
+        "| model | precision | largest difference | i2t R@1 | t2i R@1 | rsum | Kendall tau i2t | t2i | first changed |",
+        f"|---|---|{'---:|' * 7}",
+    ]
+    for one in result["results"]:
+        lines.append(f"| {one['model']} | float64 |  | {one['i2t_r1']:.2f} | {one['t2i_r1']:.2f} |  |  |  |  |")
+        for r in one["rows"]:
+            changes = " | ".join(f"{r[key]:+.2f}" for key in ("i2t_r1_change", "t2i_r1_change", "rsum_change"))
+            taus = f"{r['i2t_kendall_tau']:.4f} | {r['t2i_kendall_tau']:.4f}"
+            first = max(r["i2t_first_changed"], r["t2i_first_changed"])
+            name = f"{one['model']} | {r['name']} | {r['largest_difference']:.0e}"
+            lines.append(f"| {name} | {changes} | {taus} | {first:.1%} |")
+    e, queries = result["environment"], result["kendall_queries"]
+    how = "emulated on the CPU" if result["emulated"] else f"on {e['device']}"
+    return (
+        f"The package's models on {result['images']} held-out pictures x {result['captions']} captions, {how}; torch "
+        f"{e['torch']}; {e['date']}; commit {e['commit']}. Changes against float64; tau over {queries} "
+        "queries of each direction; first changed: queries whose first item is another, the worse direction.\n\n"
+        + "\n".join(lines)
+    )
+
+
 def readme(text: str) -> str:
     """The README with its tables made anew."""
 
@@ -102,6 +126,8 @@ def readme(text: str) -> str:
         result = json.loads((RESULTS / match[1]).read_text())
         if "held_out" in result:
             made = recall(result)
+        elif "emulated" in result:
+            made = precision(result)
         else:
             kind = kind_of(match[1])
             made = f"{caption(kind, result)}\n\n{table(kind, result)}"
@@ -165,6 +191,9 @@ def section(kind: str, path: Path) -> str:
 
 def main() -> None:
     parts = [section(kind, path) for kind in KINDS for path in sorted(RESULTS.glob(f"{kind}_*.json"))]
+    for path in sorted(RESULTS.glob("precision_*.json")):
+        raw = f"Raw numbers: [{path.name}]({path.name})."
+        parts.append(f"## {path.stem}\n\n{raw} {precision(json.loads(path.read_text()))}\n")
     (RESULTS / "README.md").write_text("\n".join([HEAD, *parts]))
     top = RESULTS.parents[1] / "README.md"
     top.write_text(readme(top.read_text()))

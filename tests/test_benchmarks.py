@@ -17,7 +17,15 @@ if not (ROOT / "benchmarks").is_dir():
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import bench_maxsim, bench_pair_scorers, bench_training_step, harness, machine, page  # noqa: E402
+from benchmarks import (  # noqa: E402
+    bench_maxsim,
+    bench_pair_scorers,
+    bench_precision,
+    bench_training_step,
+    harness,
+    machine,
+    page,
+)
 from benchmarks.shapes import SHAPES, Shape, needed_flops, state_flops  # noqa: E402
 
 RESULTS = sorted(p for kind in page.KINDS for p in harness.RESULTS.glob(f"{kind}_*.json"))
@@ -94,6 +102,43 @@ def test_a_training_step_is_compared_with_the_loop_extended_from_fewer_captions(
     assert "extended to 4 on a straight line" in text
     assert text.count("| saf |") == len(result["results"][1]["rows"])
     assert "old" not in text
+
+
+@pytest.mark.filterwarnings("ignore:NLTK's punkt data")
+def test_precisions_are_compared_with_float64(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["precision", "--images", "12", "--write", "here"])
+    bench_precision.main()
+    result = json.loads((tmp_path / "precision_here.json").read_text())
+    assert [one["model"] for one in result["results"]] == list(bench_precision.MODELS)
+    for one in result["results"]:
+        off = {row["name"]: row["largest_difference"] for row in one["rows"]}
+        assert list(off) == [one.name for one in bench_precision.PRECISIONS]
+        assert 0 < 10 * off["float32"] < off["TF32 products"] < off["bfloat16"] < 0.1
+        assert off["float16"] < off["bfloat16"]
+        for row in one["rows"]:
+            assert 0.8 < row["least_kendall_tau"] <= row["t2i_kendall_tau"] <= 1
+    assert page.precision(result).count("\n| SGRAF | bfloat16") == 3
+    assert "precision_here.json" in page.readme("<!-- precision_here.json --><!-- end -->")
+
+
+def test_factors_are_cut_to_what_tensor_cores_read():
+    x = torch.tensor([1 + 2.0**-10, 1 + 2.0**-11, -(1 + 2.0**-11), 3.0e38])
+    assert bench_precision.cut(x, "tf32").tolist()[:3] == [1 + 2.0**-10, 1, -1]
+    assert bench_precision.cut(x, "bfloat16").tolist()[:3] == [1, 1, -1]
+    a, b = torch.rand(3, 5), torch.rand(5, 4)
+    with bench_precision.Emulated("tf32"):
+        found = a @ b, torch.nn.functional.linear(a, b.t(), torch.ones(4))
+    product = bench_precision.cut(a, "tf32") @ bench_precision.cut(b, "tf32")
+    assert torch.equal(found[0], product)
+    torch.testing.assert_close(found[1], product + 1, rtol=1e-6, atol=0)
+
+
+def test_kendalls_tau():
+    exact = torch.tensor([[1.0, 2, 3, 4]] * 3)
+    other = torch.tensor([[1.0, 2, 3, 4], [4, 3, 2, 1], [1, 2, 4, 3]])
+    torch.testing.assert_close(bench_precision.kendall(exact, other), torch.tensor([1.0, -1.0, 4 / 6]))
+    assert bench_precision.kendall(exact[:1], torch.tensor([[1.0, 1, 2, 3]])) == pytest.approx(5 / (6 * 5) ** 0.5)
 
 
 def test_maxsim_is_the_limit_of_hard_attention(monkeypatch, tmp_path):
