@@ -106,7 +106,8 @@ def test_a_training_step_is_compared_with_the_loop_extended_from_fewer_captions(
 
 @pytest.mark.filterwarnings("ignore:NLTK's punkt data")
 def test_precisions_are_compared_with_float64(monkeypatch, tmp_path):
-    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    for module in (harness, page):
+        monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(sys, "argv", ["precision", "--images", "12", "--write", "here"])
     bench_precision.main()
     result = json.loads((tmp_path / "precision_here.json").read_text())
@@ -119,7 +120,7 @@ def test_precisions_are_compared_with_float64(monkeypatch, tmp_path):
         for row in one["rows"]:
             assert 0.8 < row["least_kendall_tau"] <= row["t2i_kendall_tau"] <= 1
     assert page.precision(result).count("\n| SGRAF | bfloat16") == 3
-    assert "precision_here.json" in page.readme("<!-- precision_here.json --><!-- end -->")
+    assert "| SAF | float64 |" in page.readme("<!-- precision_here.json --><!-- end -->")
 
 
 def test_factors_are_cut_to_what_tensor_cores_read():
