@@ -6,12 +6,13 @@ from argparse import Namespace
 
 from ._common import Matcher
 from .dual_encoder import DualEncoder
+from .hgan import HGAN
 from .scan import SCAN
 from .sgraf import SGRAF
 
-__all__ = ["SCAN", "SGRAF", "DualEncoder", "build", "model_class"]
+__all__ = ["HGAN", "SCAN", "SGRAF", "DualEncoder", "build", "model_class"]
 
-SYSTEMS: dict[str, type[SGRAF]] = {"DualEncoder": DualEncoder}  # opt.system -> class
+SYSTEMS: dict[str, type[SGRAF]] = {"DualEncoder": DualEncoder, "HGAN": HGAN}  # opt.system -> class
 
 
 def model_class(opt: Namespace) -> type[Matcher]:

@@ -163,14 +163,18 @@ class GlobalVectors(PaddedScorer):
         self.v_global_w = VisualSA(embed_size, dropout_rate, num_region)
         self.t_global_w = TextSA(embed_size, dropout_rate)
 
-    def image_state(self, image: Tensor, region_lengths: Tensor | None = None) -> State:
-        """The image and its global vector: image [I, R, D] -> [I, R, D], [I, D]."""
+    def check_regions(self, image: Tensor) -> None:
+        """Refuse images with another number of regions than the weights are for."""
         R = self.v_global_w.embedding_local[1].num_features
         if image.dim() != 3 or image.shape[1] != R:
             raise ValueError(
                 f"{type(self).__name__}: image must be [I, R, D] with R = {R} regions, got {list(image.shape)}; "
                 "pad images that have fewer and give region_lengths, or build the model with num_region"
             )
+
+    def image_state(self, image: Tensor, region_lengths: Tensor | None = None) -> State:
+        """The image and its global vector: image [I, R, D] -> [I, R, D], [I, D]."""
+        self.check_regions(image)
         if torch.is_grad_enabled() or self.v_global_w.training:
             return image, self._image_global(image, region_lengths)
         size = max(1, scratch_bytes(image.device) // (4 * image[:1].nbytes or 1))

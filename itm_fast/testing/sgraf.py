@@ -18,7 +18,8 @@ from .scan import attend, l1norm, l2norm
 State = Mapping[str, Tensor]
 
 
-def _linear(state: State, name: str, x: Tensor) -> Tensor:
+def linear(state: State, name: str, x: Tensor) -> Tensor:
+    """The Linear of that name."""
     return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
 
 
@@ -33,31 +34,31 @@ def _batch_norm(state: State, name: str, x: Tensor, training: bool) -> Tensor:
 def self_attention(state: State, name: str, local: Tensor, training: bool, dropout: float) -> Tensor:
     """Global vectors of `local` [B, L, D] -> [B, D]: VisualSA where the state has BatchNorm, else TextSA."""
     mean = torch.mean(local, 1)
-    local_embedding = _linear(state, f"{name}.embedding_local.0", local)
+    local_embedding = linear(state, f"{name}.embedding_local.0", local)
     if f"{name}.embedding_local.1.weight" in state:
         local_embedding = _batch_norm(state, f"{name}.embedding_local.1", local_embedding, training)
     local_embedding = F.dropout(torch.tanh(local_embedding), dropout, training)
-    global_embedding = _linear(state, f"{name}.embedding_global.0", mean)
+    global_embedding = linear(state, f"{name}.embedding_global.0", mean)
     if f"{name}.embedding_global.1.weight" in state:
         global_embedding = _batch_norm(state, f"{name}.embedding_global.1", global_embedding, training)
     global_embedding = F.dropout(torch.tanh(global_embedding), dropout, training)
     global_embedding = global_embedding.unsqueeze(1).repeat(1, local_embedding.size(1), 1)
     common = local_embedding.mul(global_embedding)
-    weight = F.softmax(_linear(state, f"{name}.embedding_common.0", common).squeeze(2), dim=1)
+    weight = F.softmax(linear(state, f"{name}.embedding_common.0", common).squeeze(2), dim=1)
     return l2norm((weight.unsqueeze(2) * local).sum(dim=1), -1)
 
 
 def reason(state: State, name: str, nodes: Tensor) -> Tensor:
     """One SGR step over nodes [I, M, S]: no scale, no mask, no residual."""
-    query = _linear(state, f"{name}.graph_query_w", nodes)
-    key = _linear(state, f"{name}.graph_key_w", nodes)
+    query = linear(state, f"{name}.graph_query_w", nodes)
+    key = linear(state, f"{name}.graph_key_w", nodes)
     edge = torch.softmax(torch.bmm(query, key.permute(0, 2, 1)), dim=-1)
-    return torch.relu(_linear(state, f"{name}.sim_graph_w", torch.bmm(edge, nodes)))
+    return torch.relu(linear(state, f"{name}.sim_graph_w", torch.bmm(edge, nodes)))
 
 
 def filtrate(state: State, nodes: Tensor, training: bool) -> Tensor:
     """SAF over nodes [I, M, S] -> [I, S]: BatchNorm's statistics are over the I x M values of one caption."""
-    gate = _linear(state, "SAF_module.attn_sim_w", nodes).permute(0, 2, 1)
+    gate = linear(state, "SAF_module.attn_sim_w", nodes).permute(0, 2, 1)
     gate = l1norm(torch.sigmoid(_batch_norm(state, "SAF_module.bn", gate, training)), -1)
     return l2norm(torch.matmul(gate, nodes).squeeze(1), -1)
 
@@ -101,9 +102,9 @@ def loop(
 
         attended = l2norm(attend(words_expanded, image, "clipped_l2norm", 9.0), -1)
         local = torch.pow(torch.sub(attended, words_expanded), 2)
-        local = l2norm(_linear(state, "sim_tranloc_w", local), -1)
+        local = l2norm(linear(state, "sim_tranloc_w", local), -1)
         overall = torch.pow(torch.sub(image_global, caption_global), 2)
-        overall = l2norm(_linear(state, "sim_tranglo_w", overall), -1)
+        overall = l2norm(linear(state, "sim_tranglo_w", overall), -1)
         nodes = torch.cat([overall.unsqueeze(1), local], 1)  # [I, 1 + W, S], the global node first
 
         if steps:
@@ -112,5 +113,5 @@ def loop(
             vector = nodes[:, 0, :]
         else:
             vector = filtrate(state, nodes, training)
-        scores.append(torch.sigmoid(_linear(state, "sim_eval_w", vector)))
+        scores.append(torch.sigmoid(linear(state, "sim_eval_w", vector)))
     return torch.cat(scores, 1)
