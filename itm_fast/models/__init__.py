@@ -9,10 +9,11 @@ from .dual_encoder import DualEncoder
 from .hgan import HGAN
 from .scan import SCAN
 from .sgraf import SGRAF
+from .tshsr import TSHSR
 
-__all__ = ["HGAN", "SCAN", "SGRAF", "DualEncoder", "build", "model_class"]
+__all__ = ["HGAN", "SCAN", "SGRAF", "TSHSR", "DualEncoder", "build", "model_class"]
 
-SYSTEMS: dict[str, type[SGRAF]] = {"DualEncoder": DualEncoder, "HGAN": HGAN}  # opt.system -> class
+SYSTEMS: dict[str, type[SGRAF]] = {"DualEncoder": DualEncoder, "HGAN": HGAN, "TSHSR": TSHSR}  # opt.system -> class
 
 
 def model_class(opt: Namespace) -> type[Matcher]:

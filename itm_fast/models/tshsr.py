@@ -1,0 +1,225 @@
+"""TSHSR: two-stream hierarchical similarity reasoning (Chen et al., arXiv 2203.05349), reconstructed from the abstract:
+the equations are not public to us.
+
+The abstract says: a module extracts context from the similarities and reasons over it together with the local ones; a
+text-to-image and an image-to-text stream; one framework, trained end to end. The rest is ours, from SGRAF's parts:
+
+    s_g = similarity vector of the global vectors; local nodes X^0 of the stream t2i: those of the words with what they
+    attend to, scale 9; of i2t: those of the regions, scale 4                                                    (1)
+    X^l = softmax over the nodes of (X^{l-1} W^l)^T X^{l-1}: 4 context nodes, then 1                             (2)
+    three steps of SGR over [s_g; X^0; X^1; X^2], read out at node 0, a Linear and a sigmoid                     (3)
+    S = the mean of both streams' scores                                                                        (4)
+
+All of it is computed for pairs, block by block: no more of it than the workspace exists at once.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .._workspace import GIB, scratch_bytes, workspace
+from ..nn import PairScorer, SimilarityGraph, State, xavier_
+from ..ops import cross_attention_similarity, similarity_context, similarity_graph
+from ..ops._attention import region_counts
+from ..ops._torch._blocks import Block
+from ..packing import bounds, spans
+from . import _pair_blocks
+from ._common import beside, l2norm
+from ._self_attention import GlobalVectors
+from .sgraf import SGRAF
+
+NAME = "TwoStreamReasoning"
+DIRECTIONS = ("t2i", "i2t")
+CPU_BLOCK = 32 << 20  # bytes of the nodes of a block: more leave the last cache, fewer pay more for each call
+CAPTIONS = 32  # in a block at the most, so that it holds some images as well
+_STREAM = 11  # tensors of a stream
+
+
+class Stream(nn.Module):
+    """The parameters of one stream.
+
+    Args:
+        embed_size: D.
+        sim_dim: S.
+        context_nodes: context nodes of each level.
+        steps: K of the reasoning.
+    """
+
+    def __init__(self, embed_size: int, sim_dim: int, context_nodes: Sequence[int], steps: int) -> None:
+        super().__init__()
+        self.sim_tranloc_w = nn.Linear(embed_size, sim_dim)
+        self.context = nn.ModuleList(nn.Linear(sim_dim, c, bias=False) for c in context_nodes)
+        self.graph = SimilarityGraph(sim_dim, steps)
+        self.sim_eval_w = nn.Linear(sim_dim, 1)
+        for linear in (self.sim_tranloc_w, self.sim_eval_w):
+            xavier_(linear)
+        for level in self.context:
+            nn.init.xavier_uniform_(level.weight)  # type: ignore[arg-type]
+
+    def tensors(self) -> list[Tensor]:
+        """What `TwoStreamReasoning` scores a pair with."""
+        local, final = self.sim_tranloc_w, self.sim_eval_w
+        assignment = torch.cat([level.weight for level in self.context])  # type: ignore[misc]
+        return [local.weight, local.bias, assignment, *self.graph.stacked(), final.weight[0], final.bias]
+
+
+class TwoStreamReasoning(GlobalVectors):
+    """TSHSR's pair scorer, reconstructed from the abstract: the equations are not public to us. See the module.
+
+    Where an operation is asked for by a backend that it does not have (the context nodes have `torch` and
+    `reference`), what "auto" chooses computes it; similarities and graphs, which are most of the work, never are
+    replaced.
+
+    Args:
+        embed_size: D.
+        sim_dim: S.
+        context_nodes: context nodes of each level of the hierarchy.
+        steps: K of the reasoning.
+        scale_t2i: inverse temperature of words attending to regions.
+        scale_i2t: inverse temperature of regions attending to words.
+        num_region: R.
+        dropout_rate: of VisualSA and TextSA.
+
+    Raises:
+        ValueError: a number is out of its range.
+
+    >>> scorer = TwoStreamReasoning(8, 4).eval()
+    >>> scorer(torch.randn(2, 36, 8), torch.randn(3, 5, 8), [5, 2, 4]).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        embed_size: int,
+        sim_dim: int,
+        context_nodes: Sequence[int] = (4, 1),
+        steps: int = 3,
+        scale_t2i: float = 9.0,
+        scale_i2t: float = 4.0,
+        num_region: int = 36,
+        dropout_rate: float = 0.4,
+    ) -> None:
+        if not context_nodes or min(context_nodes) < 1:
+            raise ValueError(f"{NAME}: context_nodes must be positive, one number a level, got {list(context_nodes)}")
+        if steps < 1:
+            raise ValueError(f"{NAME}: steps must be at least 1, got {steps}")
+        super().__init__(embed_size, num_region, dropout_rate)
+        self.sim_tranglo_w = nn.Linear(embed_size, sim_dim)
+        xavier_(self.sim_tranglo_w)
+        self.t2i = Stream(embed_size, sim_dim, context_nodes, steps)
+        self.i2t = Stream(embed_size, sim_dim, context_nodes, steps)
+        self.sizes = [int(n) for n in context_nodes]
+        self.scale_t2i, self.scale_i2t = float(scale_t2i), float(scale_i2t)
+
+    def extra_repr(self) -> str:
+        return f"scale_t2i={self.scale_t2i}, scale_i2t={self.scale_i2t}"
+
+    def score(
+        self,
+        image_state: State,
+        words: Tensor,
+        cu_seqlens: Tensor,
+        caption_state: State,
+        region_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Scores in (0, 1), [I, T], of the images and captions whose states are given."""
+        overall = self.sim_tranglo_w
+        tensors = [
+            *image_state, words, *caption_state, overall.weight, overall.bias, *self.t2i.tensors(),
+            *self.i2t.tensors(),
+        ]  # fmt: skip
+        axes = "IINT" + "." * (len(tensors) - 4)
+        return _pair_blocks.score(self._cut, axes, tensors, cu_seqlens, region_lengths)
+
+    def _cut(self, backward: bool, *args) -> Iterator[Block]:
+        """Images of equal numbers of regions with some captions."""
+        (image, _, words, _), weights, (cu_seqlens, region_lengths) = args[:4], args[4:-2], args[-2:]
+        I, S, item = len(image), len(weights[0]), max(4, image.element_size())
+        counts = region_counts(region_lengths, image, NAME)
+        edge = bounds(cu_seqlens, len(words), NAME)
+        # One half of the scratch is for a block's nodes, of which backward keeps several copies, the other for the ops
+        # that run on them.
+        half = scratch_bytes(image.device) // 2
+        limit = min(half, CPU_BLOCK) if image.device.type == "cpu" else half
+        most = limit // (4 * S * item * (4 if backward else 1))  # nodes, twice, of both streams
+        T, more = len(edge) - 1, 1 + sum(self.sizes)
+        for n in sorted(set(counts)):
+            mine = [i for i, count in enumerate(counts) if count == n]
+            chosen = torch.tensor(mine, device=image.device)
+            first = 0
+            while first < T:
+                stop = bisect_right(edge, edge[first] + max(0, most - CAPTIONS * (n + 2 * more))) - 1
+                stop = max(first + 1, min(stop, first + CAPTIONS, T))
+                captions, rows = slice(first, stop), slice(edge[first], edge[stop])
+                nodes = edge[stop] - edge[first] + (stop - first) * (n + 2 * more)
+                run = partial(self._block, half / GIB, cu_seqlens[first : stop + 1] - cu_seqlens[first])
+                for at in spans(len(mine), max(1, most // nodes)):
+                    images = at if len(mine) == I else chosen[at]
+                    inputs = (images, slice(0, n)), (images,), (rows,), (captions,), *[()] * len(weights)
+                    yield Block(inputs, (images, captions), run)
+                first = stop
+
+    def _block(self, gib, cu_seqlens, image, image_global, words, caption_global, weight, bias, *streams) -> Tensor:
+        """Scores of images [b, n, D], all of whose rows are regions, with captions."""
+        (b, n, _), c = image.shape, len(caption_global)
+        more = 1 + sum(self.sizes)
+        with workspace(gib):
+            overall = nn.functional.linear((image_global[:, None] - caption_global).square(), weight, bias)
+            overall = l2norm(overall)  # [b, c, S]
+            total = overall.new_zeros(b, c)
+            for direction, scale in zip(DIRECTIONS, (self.scale_t2i, self.scale_i2t)):
+                mine = streams[:_STREAM] if direction == "t2i" else streams[_STREAM:]
+                local_weight, local_bias, assignment, *graph, final_weight, final_bias = mine
+                local = cross_attention_similarity(
+                    image, words, cu_seqlens, local_weight, local_bias, direction=direction, scale=scale
+                )
+                edge = cu_seqlens
+                if direction == "i2t":
+                    local = local.view(b, c * n, -1)
+                    edge = n * torch.arange(c + 1, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+                nodes = similarity_context(
+                    overall.to(local.dtype), local, edge, assignment, self.sizes, backend=beside("similarity_context")
+                )
+                del local
+                edge = edge + more * torch.arange(c + 1, dtype=edge.dtype, device=edge.device)
+                z = similarity_graph(nodes, edge, *graph)
+                total = total + (z @ final_weight.to(z.dtype) + final_bias.to(z.dtype)).sigmoid() / 2
+        return total
+
+
+class TSHSR(SGRAF):
+    """Two-stream hierarchical similarity reasoning: SGRAF's encoders, `TwoStreamReasoning`, loss and optimizer.
+
+    Reconstructed from the abstract: the equations are not public to us.
+
+    Args:
+        opt: the options of SGRAF's encoders and training, and sim_dim, context_nodes, sgr_step, lambda_t2i and
+            lambda_i2t; `opt.device` and `opt.num_region` are optional.
+
+    Raises:
+        ValueError: an option is missing or has a value out of its range.
+
+    >>> model = TSHSR(Namespace(
+    ...     grad_clip=2.0, img_dim=6, embed_size=8, no_imgnorm=False, vocab_size=9, word_dim=5, num_layers=1,
+    ...     bi_gru=True, no_txtnorm=False, margin=0.2, max_violation=True, learning_rate=2e-4, sim_dim=4,
+    ...     context_nodes=[4, 1], sgr_step=3, lambda_t2i=9.0, lambda_i2t=4.0))
+    >>> model.val_start()
+    >>> ids = torch.tensor([[1, 4, 2], [1, 2, 0]])
+    >>> model.forward_sim(*model.forward_emb(torch.randn(2, 36, 6), ids, [3, 2])).shape
+    torch.Size([2, 2])
+    """
+
+    options = ("sim_dim", "context_nodes", "sgr_step", "lambda_t2i", "lambda_i2t")
+
+    def similarity(self, opt: Namespace) -> PairScorer:
+        """The pair scorer that the options describe."""
+        return TwoStreamReasoning(
+            opt.embed_size, opt.sim_dim, opt.context_nodes, opt.sgr_step, opt.lambda_t2i, opt.lambda_i2t,
+            getattr(opt, "num_region", 36),
+        )  # fmt: skip
