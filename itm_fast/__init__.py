@@ -28,6 +28,7 @@ from .ops import (  # noqa: E402
     similarity_filter_score,
     similarity_graph,
     similarity_graph_score,
+    similarity_nodes,
 )
 from .packing import pack, unpack  # noqa: E402
 
@@ -42,6 +43,7 @@ __all__ = [
     "similarity_filter_score",
     "similarity_graph",
     "similarity_graph_score",
+    "similarity_nodes",
     "unpack",
     "use_backend",
     "why_not",

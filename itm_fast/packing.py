@@ -74,24 +74,13 @@ def unpack(words: Tensor, cu_seqlens: Tensor) -> Tensor:
     return caption
 
 
-def node_places(cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Where similarity vectors go when a caption's words follow its global one.
+def node_bounds(cu_seqlens: Tensor) -> Tensor:
+    """Bounds [T + 1] of the captions' nodes, one more than their words, of those of the words.
 
-    Args:
-        cu_seqlens: [T + 1] bounds of the captions' words.
-
-    Returns:
-        The places [T + N] of the T global vectors and then of the N words', and the bounds [T + 1] of the captions'
-        nodes in the dtype of `cu_seqlens`.
-
-    >>> [x.tolist() for x in node_places(torch.tensor([0, 2, 3]))]
-    [[0, 3, 1, 2, 4], [0, 3, 5]]
+    >>> node_bounds(torch.tensor([0, 2, 3])).tolist()
+    [0, 3, 5]
     """
-    count = torch.arange(len(cu_seqlens), dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-    edge = cu_seqlens + count
-    word = torch.arange(int(cu_seqlens[-1]), device=cu_seqlens.device)
-    word = word + count[1:].repeat_interleave(cu_seqlens.diff().long())
-    return torch.cat([edge[:-1].long(), word.long()]), edge
+    return cu_seqlens + torch.arange(len(cu_seqlens), dtype=cu_seqlens.dtype, device=cu_seqlens.device)
 
 
 def bounds(cu_seqlens: Tensor, rows: int, op: str) -> list[int]:

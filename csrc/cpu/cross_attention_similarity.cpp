@@ -1,4 +1,5 @@
-// Forward of cross_attention_similarity: (1) to (3) of itm_fast/ops/cross_attention_similarity.py.
+// Forward of cross_attention_similarity: (1) to (3) of itm_fast/ops/cross_attention_similarity.py; and of
+// similarity_nodes, where the global vectors' similarity comes before each caption's own.
 //
 // A window of chunks of queries is packed once for all threads; a thread then owns one set of contexts at a time and
 // passes through some of the window's chunks with it. Tile and caches: similarity.h. Scratch: the window, 16 MiB (one
@@ -9,28 +10,69 @@
 namespace itm_fast {
 namespace {
 
-// Similarity vectors of a chunk as rows of the result, those of regions that an image has not as zeros.
-template <class T, class E>
-void write_rows(const SimilarityProblem& p, const Chunk& chunk, int64_t context, const SimilarityTile<T, E>& tile,
-                T* room, void* result) {
+// Where the similarity vectors go: as rows of S values in the inputs' dtype, and, unless null, 1 / (|y| + eps) of each.
+struct Result {
+  void* rows;
+  void* inverse;
+};
+
+// Columns 0 .. count of a tile become the rows that row(j, room) tells; `room` then holds y.
+template <class T, class E, class Row>
+void write_columns(const SimilarityTile<T, E>& tile, int64_t count, int64_t S, int64_t dtype, T* room, Result result,
+                   Row row) {
   constexpr int64_t WIDE = TILE_COLUMNS<T>;
-  const int64_t S = p.S, dtype = p.weight.dtype;
-  int64_t set = chunk.first;
-  for (int64_t j = 0; j < chunk.rows; ++j) {
-    if (j % WIDE == 0) transpose_by_squares<T>(tile.similar.at(0, j), WIDE, S, least(WIDE, chunk.rows - j), room, S);
+  for (int64_t j = 0; j < count; ++j) {
+    if (j % WIDE == 0) transpose_by_squares<T>(tile.similar.at(0, j), WIDE, S, least(WIDE, count - j), room, S);
     T* y = room + j % WIDE * S;
-    const int64_t column = chunk.begin + j;
-    if (column == p.queries().edge[set + 1]) ++set;
-    int64_t row = p.row(context, set, column);
-    write(result, dtype, row * S, S, y, tile.inverse[j]);
-    if (p.t2i || column + 1 < p.queries().edge[set + 1]) continue;
-    std::fill_n(y, S, T(0));
-    for (int64_t r = p.images.length(set); r < p.R; ++r) write(result, dtype, ++row * S, S, y, T(0));
+    const int64_t at = row(j);
+    write(result.rows, dtype, at * S, S, y, tile.inverse[j]);
+    if (result.inverse) static_cast<T*>(result.inverse)[at] = tile.inverse[j];
   }
 }
 
+// Similarity vectors of a chunk as rows of the result, those of regions that an image has not as zeros.
+template <class T, class E>
+void write_rows(const SimilarityProblem& p, const Chunk& chunk, int64_t context, const SimilarityTile<T, E>& tile,
+                T* room, Result result) {
+  int64_t set = chunk.first;
+  write_columns(tile, chunk.rows, p.S, p.weight.dtype, room, result, [&](int64_t j) {
+    if (chunk.begin + j == p.queries().edge[set + 1]) ++set;
+    return p.row(context, set, chunk.begin + j);
+  });
+  if (p.t2i) return;
+  std::fill_n(room, p.S, T(0));
+  for (int64_t set = chunk.first; set < chunk.last; ++set)
+    for (int64_t r = p.images.length(set); r < p.R; ++r)
+      write(result.rows, p.weight.dtype, p.row(context, set, p.images.edge[set] + r) * p.S, p.S, room, T(0));
+}
+
+// Global similarity vectors of all pairs. An image's global vector is the only context of the captions' ones.
+template <class T>
+void write_globals(const SimilarityProblem& p, Result result, int64_t threads) {
+  const Globals& g = *p.globals;
+  const int64_t I = p.images.count(), S = p.S;
+  const RowSets captions = single_rows(g.caption, p.captions.count());
+  const Projection<T> projection(g.weight, g.bias, S, p.D);
+  for_windows<T>(captions, p.D, threads, [&](const QueryWindow<T>& window) {
+    parallel(I * window.count(), threads, [&] {
+      SimilarityTile<T> tile(1, window.widest, p.D, S);
+      std::fill_n(tile.weight + 0, tile.ld, T(1));
+      return [&, x = Contexts<T>(1, p.D), tile = std::move(tile), room = Buffer<T>(TILE_COLUMNS<T> * S)](
+                 int64_t part) mutable {
+        const int64_t i = part % I;
+        const Chunk& chunk = window.chunks[part / I];
+        x.read(g.image, i, 1);
+        tile.project(x, projection, chunk.rows, window.panels[part / I]);
+        write_columns(tile, chunk.rows, S, p.weight.dtype, static_cast<T*>(room), result,
+                      [&](int64_t j) { return p.global_row(i, chunk.first + j); });
+      };
+    });
+  });
+}
+
 template <class T, class E = T>
-void forward(const SimilarityProblem& p, void* result, int64_t threads) {
+void forward(const SimilarityProblem& p, Result result, int64_t threads) {
+  if (p.globals) write_globals<T>(p, result, threads);
   const RowSets &contexts = p.contexts(), &queries = p.queries();
   if (contexts.count() == 0) return;
   const Projection<T, E> projection(p.weight, p.bias, p.S, p.D);
@@ -54,6 +96,14 @@ void forward(const SimilarityProblem& p, void* result, int64_t threads) {
   });
 }
 
+void run(const SimilarityProblem& p, Result result, [[maybe_unused]] bool bfloat16, int64_t threads) {
+  if (p.weight.dtype == FLOAT64) return forward<double>(p, result, threads);
+#if defined(__AVX512BF16__)
+  if (bfloat16) return forward<float, Pair>(p, result, threads);
+#endif
+  forward<float>(p, result, threads);
+}
+
 }  // namespace
 }  // namespace itm_fast
 
@@ -63,16 +113,28 @@ extern "C" const char* cross_attention_similarity(const void* image, const void*
                                                   const void* bias, int64_t dtype, int64_t I, int64_t R, int64_t D,
                                                   int64_t T, int64_t S, const int64_t* cu_seqlens,
                                                   const int64_t* region_lengths, int64_t t2i, int64_t norm,
-                                                  double scale, void* result, [[maybe_unused]] int64_t bfloat16,
-                                                  int64_t threads) {
+                                                  double scale, void* result, int64_t bfloat16, int64_t threads) {
   using namespace itm_fast;
   return guarded([&] {
     const SimilarityProblem p(image, words, weight, bias, dtype, I, R, D, T, S, cu_seqlens, region_lengths, t2i != 0,
                               norm, scale);
-    if (dtype == FLOAT64) return forward<double>(p, result, threads);
-#if defined(__AVX512BF16__)
-    if (bfloat16) return forward<float, Pair>(p, result, threads);
-#endif
-    forward<float>(p, result, threads);
+    run(p, {result, nullptr}, bfloat16, threads);
+  });
+}
+
+// result: [I, N + T, S]; inverse: [I, N + T], 1 / (|y| + eps) in float (double, where the tensors are).
+extern "C" const char* similarity_nodes(const void* image, const void* image_global, const void* words,
+                                        const void* caption_global, const void* weight, const void* bias,
+                                        const void* global_weight, const void* global_bias, int64_t dtype, int64_t I,
+                                        int64_t R, int64_t T, int64_t D, int64_t S, const int64_t* cu_seqlens,
+                                        const int64_t* region_lengths, double scale, void* result, void* inverse,
+                                        int64_t bfloat16, int64_t threads) {
+  using namespace itm_fast;
+  return guarded([&] {
+    SimilarityProblem p(image, words, weight, bias, dtype, I, R, D, T, S, cu_seqlens, region_lengths, true,
+                        CLIPPED_L2NORM, scale);
+    const Globals globals{{image_global, dtype}, {caption_global, dtype}, {global_weight, dtype}, {global_bias, dtype}};
+    p.globals = &globals;
+    run(p, {result, inverse}, bfloat16, threads);
   });
 }

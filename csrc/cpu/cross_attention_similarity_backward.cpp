@@ -1,12 +1,16 @@
-// Backward of cross_attention_similarity: (4) to (7) of itm_fast/ops/cross_attention_similarity.py.
+// Backward of cross_attention_similarity and of similarity_nodes: (4) to (7) of
+// itm_fast/ops/cross_attention_similarity.py, which the global similarity vectors share from (5) on.
 //
 // Slots, as many as fit SLOT_BYTES, at most 16, hold a chunk of queries each and what it sums: d W and d b of all tiles
 // it saw, d q of its queries, d x of a few sets of contexts. A thread takes a slot through these contexts; then the
 // slots' d x are added in their order, and the next contexts come; d W and d b are added at the end. Which tiles a
-// slot sees depends on the shapes alone, so the gradients' bits do not depend on the threads.
+// slot sees depends on the shapes alone, so the gradients' bits do not depend on the threads. A slot's captions' global
+// vectors are to their W_g what the words are to W, with an image's global vector for the only context.
 //
 // Scratch: 48 MiB of slots (one slot, if that is more), W in two layouts, 2 MiB at D 1024 and S 256, the contexts held,
-// 2 MiB, and per thread one tile, 1.7 MiB at R 36.
+// 2 MiB, and per thread one tile, 1.7 MiB at R 36; with global vectors 1 MiB more a slot and for W_g.
+#include <memory>
+
 #include "cross_attention_similarity.h"
 #include "similarity_backward.h"
 
@@ -18,7 +22,14 @@ constexpr int64_t CONTEXT_ROWS = 144, MOST_CONTEXTS = 16;  // held at a time
 
 // Where the gradients go, in T; null where none is wanted.
 struct Gradients {
-  void *image, *words, *weight, *bias;
+  void *context, *query, *weight, *bias;
+  bool any() const { return context || query || weight || bias; }
+};
+
+// Similarity vectors that the forward pass left, with their 1 / (|y| + eps); null rows where it did not.
+struct Known {
+  Source rows;
+  const void* inverse;
 };
 
 template <class T>
@@ -27,93 +38,153 @@ void add_rows(const RowSets& sets, int64_t set, int64_t D, void* to, const Featu
     from.add_row_to(static_cast<T*>(to) + (sets.first[set] + r) * D, D, row + r);
 }
 
+// What a slot sums for one projection, over all windows.
 template <class T>
-void backward(const SimilarityProblem& p, Source grad, const Gradients& wanted, int64_t threads) {
+SimilaritySums<T> sums_of(const Gradients& wanted, int64_t D, int64_t S) {
+  return {wanted.context != nullptr, wanted.query != nullptr, wanted.weight != nullptr, wanted.bias != nullptr,
+          FeaturePanels<T>(D, S), Buffer<T>(round_up(S, LANES<T>))};
+}
+
+template <class T>
+void add_sums(const std::vector<SimilaritySums<T>>& sums, const Gradients& wanted, int64_t D, int64_t S) {
+  for (const SimilaritySums<T>& one : sums) {
+    for (int64_t s = 0; wanted.weight && s < S; ++s)
+      one.weight.add_row_to(static_cast<T*>(wanted.weight) + s * D, D, s);
+    for (int64_t s = 0; wanted.bias && s < S; ++s) static_cast<T*>(wanted.bias)[s] += one.bias[s];
+  }
+}
+
+// A chunk's queries, feature by feature, and their gradients.
+template <class T>
+struct Slot {
+  FeaturePanels<T> rows, d_q;
+  std::vector<FeaturePanels<T>> d_x;  // of the contexts held
+  Slot(int64_t D, int64_t columns) : rows(D, columns), d_q(D, columns) {}
+};
+
+// globals_wanted is for p.globals; its context is the images' global vectors.
+template <class T>
+void backward(const SimilarityProblem& p, Source grad, Known known, const Gradients& wanted,
+              const Gradients& globals_wanted, int64_t threads) {
   const RowSets &contexts = p.contexts(), &queries = p.queries();
   const int64_t D = p.D, S = p.S;
-  void *d_context = p.t2i ? wanted.image : wanted.words, *d_query = p.t2i ? wanted.words : wanted.image;
-  const Projection<T> projection(p.weight, p.bias, S, D);
-  FeaturePanels<T> w(D, S);
+  const bool global = p.globals && globals_wanted.any();
+  std::unique_ptr<Projection<T>> projection;
+  if (!known.inverse) projection = std::make_unique<Projection<T>>(p.weight, p.bias, S, D);
+  FeaturePanels<T> w(D, S), global_w(D, global ? S : 0);
   w.read_rows(p.weight, 0, S, D, 0);
+  if (global) global_w.read_rows(p.globals->weight, 0, S, D, 0);
 
   const int64_t context_rows = std::max(contexts.most, CONTEXT_ROWS);
   const int64_t chunk_bytes = CHUNK_BYTES * D;
   const int64_t slot_bytes = 3 * chunk_bytes + (S + context_rows) * D * int64_t(sizeof(T));
   const int64_t slots = std::max<int64_t>(1, least(MOST_SLOTS, SLOT_BYTES / (slot_bytes + 1)));
-  std::vector<SimilaritySums<T>> sums;
+  std::vector<SimilaritySums<T>> sums, global_sums;
   // A chunk is one thread's: few queries are cut into eight, so that threads share them.
   const int64_t eighth = round_up(queries.edge.back() / 8 + 1, TILE_COLUMNS<T>);
   const int64_t columns = least(eighth, CHUNK_BYTES / int64_t(sizeof(T)));
 
   for_windows<T>(queries, D, threads, [&](const QueryWindow<T>& window) {
     const int64_t count = window.count();
-    std::vector<FeaturePanels<T>> rows, d_q;
-    std::vector<std::vector<FeaturePanels<T>>> d_x(count);
+    std::vector<Slot<T>> local, overall;
+    int64_t widest = 0;  // captions of a chunk
     for (int64_t c = 0; c < count; ++c) {
-      const int64_t columns = window.chunks[c].rows;
-      rows.emplace_back(D, columns);
-      d_q.emplace_back(D, columns);
-      if (c == int64_t(sums.size()))
-        sums.push_back({d_context != nullptr, d_query != nullptr, wanted.weight != nullptr, wanted.bias != nullptr,
-                        FeaturePanels<T>(D, S), Buffer<T>(round_up(S, LANES<T>))});
+      const int64_t sets = window.chunks[c].last - window.chunks[c].first;
+      widest = std::max(widest, sets);
+      local.emplace_back(D, window.chunks[c].rows);
+      if (global) overall.emplace_back(D, sets);
+      if (c < int64_t(sums.size())) continue;
+      sums.push_back(sums_of<T>(wanted, D, S));
+      if (global) global_sums.push_back(sums_of<T>(globals_wanted, D, S));
     }
     parallel(count, threads, [&] {
       return [&](int64_t c) {
         const Chunk& chunk = window.chunks[c];
         for (int64_t k = chunk.first; k < chunk.last; ++k)
-          rows[c].read_rows(queries.source, queries.first[k], queries.length(k), D, queries.edge[k] - chunk.begin);
+          local[c].rows.read_rows(queries.source, queries.first[k], queries.length(k), D, queries.edge[k] - chunk.begin);
+        if (global) overall[c].rows.read_rows(p.globals->caption, chunk.first, chunk.last - chunk.first, D, 0);
       };
     });
-    std::vector<SimilarityGradient<T>> tiles;  // one for each thread
-    for (int64_t k = 0; k < least(threads, count); ++k) tiles.emplace_back(contexts.most, window.widest, D, S);
+    std::vector<SimilarityGradient<T>> tiles, global_tiles;  // one for each thread
+    for (int64_t k = 0; k < least(threads, count); ++k) {
+      tiles.emplace_back(contexts.most, window.widest, D, S);
+      if (global) global_tiles.emplace_back(1, widest, D, S);
+    }
     for (int64_t first = 0, held; first < contexts.count(); first += held) {
-      std::vector<Contexts<T>> x;
+      std::vector<Contexts<T>> x, global_x;
       for (held = 0; first + held < contexts.count() && held < MOST_CONTEXTS; ++held) {
         if (contexts.edge[first + held + 1] - contexts.edge[first] > context_rows) break;
         x.emplace_back(contexts.length(first + held), D);
+        if (global) global_x.emplace_back(1, D);
       }
       parallel(held, threads, [&] {
-        return [&](int64_t k) { x[k].read(contexts.source, contexts.first[first + k], contexts.length(first + k)); };
+        return [&](int64_t k) {
+          x[k].read(contexts.source, contexts.first[first + k], contexts.length(first + k));
+          if (global) global_x[k].read(p.globals->image, first + k, 1);
+        };
       });
       std::atomic<int64_t> taken{0};
       parallel(count, threads, [&] {
-        return [&, &tile = tiles[taken++], room = Buffer<T>(S)](int64_t c) {
+        return [&, thread = taken++, room = Buffer<T>(S), s_j = Buffer<T>(round_up(S, LANES<T>))](int64_t c) {
           const Chunk& chunk = window.chunks[c];
-          d_x[c].clear();
-          for (int64_t k = 0; k < held; ++k) {
-            int64_t set = chunk.first;
-            const auto upstream = [&](int64_t j, T* to) {
-              if (chunk.begin + j == queries.edge[set + 1]) ++set;
-              const int64_t row = p.row(first + k, set, chunk.begin + j);
-              std::copy_n(read<T>(grad, row * S, S, room), S, to);
+          const int64_t sets = chunk.last - chunk.first;
+          // The gradient, and what is known, of the similarity vector in row row(j) of the result.
+          const auto gradient = [&](auto row) {
+            return [&, row](int64_t j, T* to) mutable { std::copy_n(read<T>(grad, row(j) * S, S, room), S, to); };
+          };
+          const auto vector = [&](auto row) {
+            return [&, row](int64_t j) mutable {
+              std::copy_n(read<T>(known.rows, row(j) * S, S, room), S, s_j + 0);
+              return SimilarityVector<T>{s_j, static_cast<const T*>(known.inverse)[row(j)]};
             };
-            d_x[c].emplace_back(D, x[k].n);
-            tile.run(x[k], p.norm, T(p.scale), &queries.edge[chunk.first], chunk.last - chunk.first, projection, w,
-                     window.panels[c], rows[c], upstream, sums[c], d_q[c], d_x[c].back());
+          };
+          local[c].d_x.clear();
+          if (global) overall[c].d_x.clear();
+          for (int64_t k = 0; k < held; ++k) {
+            const auto row = [&, set = chunk.first](int64_t j) mutable {
+              if (chunk.begin + j == queries.edge[set + 1]) ++set;
+              return p.row(first + k, set, chunk.begin + j);
+            };
+            local[c].d_x.emplace_back(D, x[k].n);
+            const auto run = [&](auto s) {
+              tiles[thread].run(x[k], p.norm, T(p.scale), &queries.edge[chunk.first], sets, projection.get(), w,
+                                window.panels[c], local[c].rows, gradient(row), s, sums[c], local[c].d_q,
+                                local[c].d_x.back());
+            };
+            if (known.inverse) run(vector(row));
+            else run(nullptr);
+            if (!global) continue;
+            const auto global_row = [&](int64_t j) { return p.global_row(first + k, chunk.first + j); };
+            overall[c].d_x.emplace_back(D, 1);
+            global_tiles[thread].run_unweighted(global_x[k], sets, global_w, overall[c].rows, gradient(global_row),
+                                                vector(global_row), global_sums[c], overall[c].d_q,
+                                                overall[c].d_x.back());
           }
         };
       });
-      if (d_context)
-        parallel(held, threads, [&] {
-          return [&](int64_t k) {
-            for (int64_t c = 0; c < count; ++c) add_rows<T>(contexts, first + k, D, d_context, d_x[c][k], 0);
-          };
-        });
-    }
-    if (d_query)
-      parallel(count, threads, [&] {
-        return [&](int64_t c) {
-          const Chunk& chunk = window.chunks[c];
-          for (int64_t k = chunk.first; k < chunk.last; ++k)
-            add_rows<T>(queries, k, D, d_query, d_q[c], queries.edge[k] - chunk.begin);
+      parallel(held, threads, [&] {
+        return [&](int64_t k) {
+          for (int64_t c = 0; c < count; ++c) {
+            if (wanted.context) add_rows<T>(contexts, first + k, D, wanted.context, local[c].d_x[k], 0);
+            if (global && globals_wanted.context)
+              overall[c].d_x[k].add_row_to(static_cast<T*>(globals_wanted.context) + (first + k) * D, D, 0);
+          }
         };
       });
+    }
+    parallel(count, threads, [&] {
+      return [&](int64_t c) {
+        const Chunk& chunk = window.chunks[c];
+        for (int64_t k = chunk.first; k < chunk.last; ++k) {
+          if (wanted.query) add_rows<T>(queries, k, D, wanted.query, local[c].d_q, queries.edge[k] - chunk.begin);
+          if (global && globals_wanted.query)
+            overall[c].d_q.add_row_to(static_cast<T*>(globals_wanted.query) + k * D, D, k - chunk.first);
+        }
+      };
+    });
   }, slots * chunk_bytes, columns);
-  for (const SimilaritySums<T>& one : sums) {
-    for (int64_t s = 0; wanted.weight && s < S; ++s)
-      one.weight.add_row_to(static_cast<T*>(wanted.weight) + s * D, D, s);
-    for (int64_t s = 0; wanted.bias && s < S; ++s) static_cast<T*>(wanted.bias)[s] += one.bias[s];
-  }
+  add_sums(sums, wanted, D, S);
+  add_sums(global_sums, globals_wanted, D, S);
 }
 
 }  // namespace
@@ -130,8 +201,30 @@ extern "C" const char* cross_attention_similarity_backward(
   return guarded([&] {
     const SimilarityProblem p(image, words, weight, bias, dtype, I, R, D, T, S, cu_seqlens, region_lengths, t2i != 0,
                               norm, scale);
+    const Gradients wanted{t2i ? d_image : d_words, t2i ? d_words : d_image, d_weight, d_bias};
+    if (dtype == FLOAT64) backward<double>(p, {grad, dtype}, {}, wanted, {}, threads);
+    else backward<float>(p, {grad, dtype}, {}, wanted, {}, threads);
+  });
+}
+
+// nodes and inverse are what the forward pass made; the rest as above.
+extern "C" const char* similarity_nodes_backward(
+    const void* image, const void* image_global, const void* words, const void* caption_global, const void* weight,
+    const void* bias, const void* global_weight, const void* global_bias, int64_t dtype, int64_t I, int64_t R,
+    int64_t T, int64_t D, int64_t S, const int64_t* cu_seqlens, const int64_t* region_lengths, double scale,
+    const void* nodes, const void* inverse, const void* grad, void* d_image, void* d_image_global, void* d_words,
+    void* d_caption_global, void* d_weight, void* d_bias, void* d_global_weight, void* d_global_bias,
+    int64_t threads) {
+  using namespace itm_fast;
+  return guarded([&] {
+    SimilarityProblem p(image, words, weight, bias, dtype, I, R, D, T, S, cu_seqlens, region_lengths, true,
+                        CLIPPED_L2NORM, scale);
+    const Globals globals{{image_global, dtype}, {caption_global, dtype}, {global_weight, dtype}, {global_bias, dtype}};
+    p.globals = &globals;
+    const Known known{{nodes, dtype}, inverse};
     const Gradients wanted{d_image, d_words, d_weight, d_bias};
-    if (dtype == FLOAT64) backward<double>(p, {grad, dtype}, wanted, threads);
-    else backward<float>(p, {grad, dtype}, wanted, threads);
+    const Gradients globals_wanted{d_image_global, d_caption_global, d_global_weight, d_global_bias};
+    if (dtype == FLOAT64) backward<double>(p, {grad, dtype}, known, wanted, globals_wanted, threads);
+    else backward<float>(p, {grad, dtype}, known, wanted, globals_wanted, threads);
   });
 }

@@ -34,6 +34,13 @@ inline RowSets captions(Source words, int64_t T, const int64_t* cu_seqlens) {
   return sets;
 }
 
+// Every row of a tensor as a set of its own.
+inline RowSets single_rows(Source source, int64_t count) {
+  RowSets sets{source, std::vector<int64_t>(count), std::vector<int64_t>(count + 1), 1};
+  for (int64_t k = 0; k < count; ++k) sets.first[k] = k, sets.edge[k + 1] = k + 1;
+  return sets;
+}
+
 // Some chunks of sets, packed as columns for all threads.
 template <class T>
 struct QueryWindow {

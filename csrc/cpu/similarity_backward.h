@@ -1,6 +1,6 @@
 // The gradient of one tile of vector similarities: (4) to (7) of itm_fast/ops/cross_attention_similarity.py.
 //
-// The forward tile is run again. Then features lie along the lanes, WIDE of them at a time, and queries are rows: the
+// The forward tile is run again, but for the product with W where the similarity vectors are known. Then features lie along the lanes, WIDE of them at a time, and queries are rows: the
 // difference u - q is made anew in that layout, for there all four products that follow find their operands as they
 // lie, and only dy and du are transposed. With u = sum of a x, du reaches the attention through g_x = x . du alone:
 //
@@ -19,7 +19,8 @@ namespace itm_fast {
 template <class T>
 struct FeaturePanels : Panels<T> {
   using Panels<T>::WIDE, Panels<T>::at;
-  FeaturePanels(int64_t D, int64_t rows) : Panels<T>(D, rows) {}
+  int64_t rows;
+  FeaturePanels(int64_t D, int64_t rows) : Panels<T>(D, rows), rows(rows) {}
 
   // Row `first` and the following ones of a tensor become rows row, row + 1, ...
   void read_rows(Source s, int64_t first, int64_t count, int64_t D, int64_t row) {
@@ -46,55 +47,66 @@ struct SimilaritySums {
   Buffer<T> bias;           // [S], whole vectors
 };
 
+// s, zeros up to whole vectors, and 1 / (|y| + eps).
+template <class T>
+struct SimilarityVector {
+  const T* s;
+  T inverse;
+};
+
 template <class T>
 struct SimilarityGradient {
   static constexpr int64_t WIDE = TILE_COLUMNS<T>, BLOCK = round_up(FEATURES, WIDE);
   SimilarityTile<T> tile;
   int64_t ld, ldn, lds;
-  Buffer<T> y_rows, d_y, d_y_rows;                 // [WIDE][lds], [S][ld], [columns][lds]
+  Buffer<T> s_rows, d_y, d_y_rows;                 // [WIDE][lds], [S][ld], [columns][lds]
   Buffer<T> weight_rows, scaled_rows, mixed;       // [columns][ldn] a, -c a; [n][ldn] a c a^T
   Buffer<T> g, gram_weight, d_logit, along;        // [n][ld] three times, c
   Buffer<T> d_u_columns;                           // [BLOCK][ld]
   FeaturePanels<T> difference, squares, d_u;       // one panel each
 
   SimilarityGradient(int64_t most, int64_t columns, int64_t D, int64_t S)
-      : tile(most, columns, D, S), ld(tile.ld), ldn(padded<T>(most)), lds(padded<T>(S)), y_rows(WIDE * lds),
+      : tile(most, columns, D, S), ld(tile.ld), ldn(padded<T>(most)), lds(padded<T>(S)), s_rows(WIDE * lds),
         d_y(S * ld), d_y_rows(columns * lds), weight_rows(columns * ldn), scaled_rows(columns * ldn),
         mixed(most * ldn), g(most * ld), gram_weight(most * ld), d_logit(most * ld), along(ld),
         d_u_columns(BLOCK * ld), difference(WIDE, columns), squares(WIDE, columns), d_u(WIDE, columns) {}
 
-  // Adds the tile's gradients to `sums`, to d_q [columns] and to d_x [n]. W is given as `projection` and, its features
-  // along the lanes, as w [S]; the queries as `query` and as `query_rows`. upstream(j, room) writes S values: the
-  // gradient of the similarity vector of column j.
-  template <class Upstream>
+  // Adds the tile's gradients to `sums`, to d_q [columns] and to d_x [n]. W is given as w [S], its features along the
+  // lanes, and as `projection`; the queries as `query` and as `quers_rows`. upstream(j, room) writes S values: the
+  // gradient of the similarity vector of column j. known(j), unless null, is that vector; there is no use for
+  // `projection` then.
+  template <class Upstream, class Known>
   void run(const Contexts<T>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets,
-           const Projection<T>& projection, const FeaturePanels<T>& w, const Panels<T>& query,
-           const FeaturePanels<T>& query_rows, Upstream upstream, SimilaritySums<T>& sums, FeaturePanels<T>& d_q,
-           FeaturePanels<T>& d_x) {
-    const int64_t columns = edge[sets] - edge[0], n = x.n, S = projection.S, D = x.D;
-    const bool attends = sums.needs_context || sums.needs_query;
+           const Projection<T>* projection, const FeaturePanels<T>& w, const Panels<T>& query,
+           const FeaturePanels<T>& quers_rows, Upstream upstream, Known known, SimilaritySums<T>& sums,
+           FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
+    const int64_t columns = edge[sets] - edge[0];
     tile.attend(x, norm, scale, edge, sets, query);
-    tile.project(x, projection, columns, query);
-    backward_of_norm(columns, S, upstream);
-    if (sums.needs_bias)
-      for (int64_t s = 0; s < S; s += LANES<T>) {
-        Vec<T> all{};
-        for (int64_t j = 0; j < columns; ++j) all += load(d_y_rows + j * lds + s);
-        store(sums.bias + s, load(sums.bias + s) + all);
-      }
-    if (attends) {
-      transpose_by_squares<T>(d_y_rows, lds, columns, S, d_y, ld);
-      transpose_by_squares<T>(tile.weight, ld, n, columns, weight_rows, ldn);
-      std::fill_n(g + 0, n * ld, T(0));
+    if constexpr (std::is_null_pointer_v<Known>) {
+      tile.project(x, *projection, columns, query);
+      backward_of_norm(columns, w.rows, upstream, [&](int64_t j) {
+        const int64_t in = j % WIDE;
+        if (in == 0)
+          transpose_by_squares<T>(tile.similar.at(0, j), WIDE, w.rows, least(WIDE, columns - j), s_rows, lds);
+        T* s_j = s_rows + in * lds;
+        for (int64_t s = 0; s < w.rows; ++s) s_j[s] *= tile.inverse[j];
+        return SimilarityVector<T>{s_j, tile.inverse[j]};
+      });
+    } else {
+      backward_of_norm(columns, w.rows, upstream, known);
     }
-    for (int64_t d = 0; d < D; d += BLOCK) {
-      const int64_t end = least(D, d + BLOCK);
-      for (int64_t p = d; p < end; p += WIDE)
-        panel(x, p, least(WIDE, D - p), columns, S, d, w, query_rows, sums, d_q, d_x);
-      if (attends)
-        gemm<T>(n, columns, end - d, {x.column + d * x.ld, x.ld}, {d_u_columns, ld}, fresh(), add_to(g, ld));
-    }
-    if (attends) attention(x, norm, scale, edge, sets, query_rows, sums, d_q, d_x);
+    products(x, columns, w, quers_rows, sums, d_q, d_x, sums.needs_context || sums.needs_query);
+    if (sums.needs_context || sums.needs_query) attention(x, norm, scale, edge, sets, quers_rows, sums, d_q, d_x);
+  }
+
+  // The same for similarity vectors of one context with every query, which nothing weighs: u is the context.
+  template <class Upstream, class Known>
+  void run_unweighted(const Contexts<T>& x, int64_t columns, const FeaturePanels<T>& w,
+                      const FeaturePanels<T>& quers_rows, Upstream upstream, Known known, SimilaritySums<T>& sums,
+                      FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
+    std::fill_n(tile.weight + 0, ld, T(1));
+    backward_of_norm(columns, w.rows, upstream, known);
+    products(x, columns, w, quers_rows, sums, d_q, d_x, false);
   }
 
  private:
@@ -109,33 +121,51 @@ struct SimilarityGradient {
     return [](int64_t, int64_t) { return Vec<T>{}; };
   }
 
-  // (4): rows of d_y.
-  template <class Upstream>
-  void backward_of_norm(int64_t columns, int64_t S, Upstream upstream) {
+  // (4): rows of d_y, from similarity vectors s and 1 / (|y| + eps).
+  template <class Upstream, class Known>
+  void backward_of_norm(int64_t columns, int64_t S, Upstream upstream, Known known) {
     for (int64_t j = 0; j < columns; ++j) {
-      const int64_t in = j % WIDE;
-      if (in == 0) transpose_by_squares<T>(tile.similar.at(0, j), WIDE, S, least(WIDE, columns - j), y_rows, lds);
-      const T* y = y_rows + in * lds;
+      const auto [s_j, inverse] = known(j);  // SimilarityVector
       T* d = d_y_rows + j * lds;
       upstream(j, d);
       std::fill(d + S, d + round_up(S, LANES<T>), T(0));
-      Vec<T> square{}, product{};
+      Vec<T> product{};
+      for (int64_t s = 0; s < S; s += LANES<T>) product += load(s_j + s) * load(d + s);
+      const T length = 1 / inverse - T(EPS), back = length > 0 ? sum<T>(product) / length : T(0);
+      for (int64_t s = 0; s < S; s += LANES<T>) store(d + s, load(d + s) * inverse - load(s_j + s) * back);
+    }
+  }
+
+  // (5), and g.
+  void products(const Contexts<T>& x, int64_t columns, const FeaturePanels<T>& w, const FeaturePanels<T>& quers_rows,
+                SimilaritySums<T>& sums, FeaturePanels<T>& d_q, FeaturePanels<T>& d_x, bool attends) {
+    const int64_t n = x.n, S = w.rows, D = x.D;
+    if (sums.needs_bias)
       for (int64_t s = 0; s < S; s += LANES<T>) {
-        square += load(y + s) * load(y + s);
-        product += load(y + s) * load(d + s);
+        Vec<T> all{};
+        for (int64_t j = 0; j < columns; ++j) all += load(d_y_rows + j * lds + s);
+        store(sums.bias + s, load(sums.bias + s) + all);
       }
-      const T length = std::sqrt(sum<T>(square)), factor = 1 / (length + T(EPS));
-      const T back = length > 0 ? sum<T>(product) * factor * factor / length : T(0);
-      for (int64_t s = 0; s < S; s += LANES<T>) store(d + s, load(d + s) * factor - load(y + s) * back);
+    if (sums.needs_context || sums.needs_query) {
+      transpose_by_squares<T>(d_y_rows, lds, columns, S, d_y, ld);
+      transpose_by_squares<T>(tile.weight, ld, n, columns, weight_rows, ldn);
+    }
+    if (attends) std::fill_n(g + 0, n * ld, T(0));
+    for (int64_t d = 0; d < D; d += BLOCK) {
+      const int64_t end = least(D, d + BLOCK);
+      for (int64_t p = d; p < end; p += WIDE)
+        panel(x, p, least(WIDE, D - p), columns, S, d, w, quers_rows, sums, d_q, d_x);
+      if (attends)
+        gemm<T>(n, columns, end - d, {x.column + d * x.ld, x.ld}, {d_u_columns, ld}, fresh(), add_to(g, ld));
     }
   }
 
   // (5) for `wide` features from p on, of the block that begins with d.
   void panel(const Contexts<T>& x, int64_t p, int64_t wide, int64_t columns, int64_t S, int64_t d,
-             const FeaturePanels<T>& w, const FeaturePanels<T>& query_rows, SimilaritySums<T>& sums,
+             const FeaturePanels<T>& w, const FeaturePanels<T>& quers_rows, SimilaritySums<T>& sums,
              FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
     T *u = difference.data, *square = squares.data, *du = d_u.data;
-    const T* q = query_rows.at(0, p);
+    const T* q = quers_rows.at(0, p);
     gemm<T>(columns, wide, x.n, {tile.weight, ld}, {x.row + p, x.row_ld},
             [=](int64_t i, int64_t j) { return -load(q + i * WIDE + j); },
             [=](int64_t i, int64_t j, Vec<T> v) {
@@ -158,7 +188,7 @@ struct SimilarityGradient {
 
   // (6) and (7), from g on.
   void attention(const Contexts<T>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets,
-                 const FeaturePanels<T>& query_rows, SimilaritySums<T>& sums, FeaturePanels<T>& d_q,
+                 const FeaturePanels<T>& quers_rows, SimilaritySums<T>& sums, FeaturePanels<T>& d_q,
                  FeaturePanels<T>& d_x) {
     const int64_t columns = edge[sets] - edge[0], n = x.n;
     gemm<T>(n, columns, n, {x.gram, x.ld}, {tile.weight, ld}, fresh(), to(gram_weight, ld));
@@ -191,7 +221,7 @@ struct SimilarityGradient {
     for (int64_t p = 0; p < x.D; p += WIDE) {
       T* dx = d_x.at(0, p);
       const int64_t wide = least(WIDE, x.D - p);
-      gemm<T>(n, wide, columns, {weight_rows, ldn}, {query_rows.at(0, p), WIDE}, fresh(), add_to(dx, WIDE));
+      gemm<T>(n, wide, columns, {weight_rows, ldn}, {quers_rows.at(0, p), WIDE}, fresh(), add_to(dx, WIDE));
       gemm<T>(n, wide, n, {mixed, ldn}, {x.row + p, x.row_ld}, fresh(), add_to(dx, WIDE));
     }
   }

@@ -22,12 +22,12 @@ from .._backends import requested, use_backend
 from .._workspace import GIB, current_gib, scratch_bytes, workspace
 from ..nn import GraphReasoning, PairScorer, SimilarityFilter, SimilarityGraph, State, xavier_
 from ..ops import (
-    cross_attention_similarity,
     hardest_negative_loss,
     similarity_filter_score,
     similarity_graph_score,
+    similarity_nodes,
 )
-from ..packing import bounds, node_places
+from ..packing import bounds
 from ._common import Matcher, choice, encode_text, l1norm, l2norm, score_arrays, want
 from ._self_attention import GlobalVectors, TextSA, VisualSA
 from .scan import EncoderImagePrecomp as EncoderImage
@@ -149,7 +149,7 @@ class EncoderSimilarity(GlobalVectors):
         if self.module_name == "SAF" and not self.SAF_module.bn.training:
             score = partial(similarity_filter_score, eps=self.SAF_module.bn.eps)
             return self._score_pairs(score, self.SAF_module.arguments(), *states)
-        # One half of the scratch is for a block's nodes, the other for the ops that run on them.
+        # One half of the scratch is for a block's nodes and their gradients, the other for the ops that run on them.
         limit = scratch_bytes(words.device) // 2
         with workspace(limit / GIB):
             return self._score_together(*states, limit)
@@ -167,17 +167,16 @@ class EncoderSimilarity(GlobalVectors):
     def _score_together(self, image_state, words, cu_seqlens, caption_state, region_lengths, limit) -> Tensor:
         """Blocks of all images and some captions, whose statistics SAF takes in training."""
         (image, image_global), (caption_global,) = image_state, caption_state
-        (N, D), S, item = words.shape, self.sim_eval_w.in_features, words.element_size()
-        I, T = len(image), len(caption_global)
-        run_block = self._block
-        kept = I * ((N + T) * S + 2 * T * (D + 2 * S)) * item  # by autograd, over all blocks
-        if torch.is_grad_enabled() and kept > limit:
+        N, I, T = len(words), len(image), len(caption_global)
+        row = 2 * max(I, 1) * self.sim_eval_w.in_features * words.element_size()
+        most, run_block = limit // row, self._block
+        if torch.is_grad_enabled() and most < N + T:
             again = partial(_as_chosen, requested(), current_gib(), self._block)
             run_block = partial(checkpoint, again, use_reentrant=False, preserve_rng_state=False)
-        most = limit // (max(I, 1) * (4 * S + D // 2) * item)
         edge, blocks, start = bounds(cu_seqlens, N, NAME), [], 0
+        nodes = [stop + t for t, stop in enumerate(edge)]  # bounds of the captions' nodes
         while start < T:
-            stop = max(start + 1, bisect_right(edge, edge[start] + most) - 1)
+            stop = max(start + 1, bisect_right(nodes, nodes[start] + most) - 1)
             part, at = words[edge[start] : edge[stop]], cu_seqlens[start : stop + 1] - edge[start]
             blocks.append(run_block(image, image_global, part, at, caption_global[start:stop], region_lengths))
             start = stop
@@ -192,19 +191,16 @@ class EncoderSimilarity(GlobalVectors):
         self, image, image_global, words, cu_seqlens, caption_global, region_lengths
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Scores [I, T], and in training SAF's mean and variance, each [T]."""
-        local = cross_attention_similarity(
-            image, words, cu_seqlens, self.sim_tranloc_w.weight, self.sim_tranloc_w.bias,
-            scale=SMOOTH, region_lengths=region_lengths,
+        local, overall = self.sim_tranloc_w, self.sim_tranglo_w
+        nodes, node_edge = similarity_nodes(
+            image, image_global, words, caption_global, cu_seqlens, local.weight, local.bias,
+            overall.weight, overall.bias, scale=SMOOTH, region_lengths=region_lengths,
         )  # fmt: skip
-        overall = l2norm(self.sim_tranglo_w((image_global[:, None] - caption_global).square()))  # [I, T, S]
-        place, node_bounds = node_places(cu_seqlens)
-        similar = torch.cat([overall, local], 1)
-        nodes = torch.empty_like(similar).index_copy_(1, place, similar)  # [I, N + T, S]
         if self.module_name == "SGR":
-            z = self.SGR_module(nodes, node_bounds)
+            z = self.SGR_module(nodes, node_edge)
             mean = var = z.new_empty(0)
         else:
-            z, mean, var = self.SAF_module.filtered(nodes, node_bounds)
+            z, mean, var = self.SAF_module.filtered(nodes, node_edge)
         return self.sim_eval_w(z).squeeze(2).sigmoid().to(words.dtype), mean, var
 
 

@@ -9,6 +9,7 @@ from .similarity_filter import similarity_filter
 from .similarity_filter_score import similarity_filter_score
 from .similarity_graph import similarity_graph
 from .similarity_graph_score import similarity_graph_score
+from .similarity_nodes import similarity_nodes
 
 __all__ = [
     "cross_attention_score",
@@ -20,4 +21,5 @@ __all__ = [
     "similarity_filter_score",
     "similarity_graph",
     "similarity_graph_score",
+    "similarity_nodes",
 ]

@@ -31,6 +31,8 @@ class Op:
         implementation: backend -> object with forward and backward.
         fake: the arguments -> empty results of the right shapes.
         pairs: for an op whose result is the score of every pair, its arguments' first dimensions; see `_pairs`.
+        keeps: backward is also given the results, as `results=`, which are kept until then; `fake` is told the
+            backend, for what a backend keeps for itself is its own affair.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class Op:
         implementation: Callable[[str], Any],
         fake: Callable[..., Any],
         pairs: str | None = None,
+        keeps: bool = False,
     ) -> None:
         OFFERS[name] = offered
         forward, backward = f"itm_fast::{name}", f"itm_fast::{name}_backward"
         torch.library.define(forward, f"({schema}, str backend) -> {returns}")
-        torch.library.define(backward, f"(Tensor grad, bool[] needs, {schema}, str backend) -> Tensor[]")
+        kept = ", Tensor[] results" if keeps else ""
+        torch.library.define(backward, f"(Tensor grad, bool[] needs, {schema}{kept}, str backend) -> Tensor[]")
 
         @torch.library.impl(forward, "CompositeExplicitAutograd")
         def _forward(*args):
@@ -60,7 +64,9 @@ class Op:
         def _backward(grad, needs, *args):
             with torch.autocast(args[0].device.type, enabled=False):
                 dense = implementation(args[-1]).backward
-                if pairs is None:
+                if keeps:
+                    found = dense(grad, needs, *args[:-2], results=args[-2])
+                elif pairs is None:
                     found = dense(grad, needs, *args[:-1])
                 else:
                     found = _pairs.backward(dense, pairs, grad, needs, args[:-1])
@@ -69,7 +75,7 @@ class Op:
 
         @torch.library.register_fake(forward)
         def _fake(*args):
-            return fake(*args[:-1])
+            return fake(*args) if keeps else fake(*args[:-1])
 
         @torch.library.register_fake(backward)
         def _fake_backward(grad, needs, *args):
@@ -82,7 +88,7 @@ class Op:
                 ctx.mark_non_differentiable(*output[1:])
             ctx.scratch = current_gib()  # autograd may run backward on a thread that does not see the context
             ctx.is_tensor = [isinstance(a, Tensor) for a in inputs]
-            ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)))
+            ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)), *(output if keeps else ()))
             ctx.rest = [a for a in inputs if not isinstance(a, Tensor)]
 
         def differentiate(ctx, grad, *_):
@@ -93,9 +99,11 @@ class Op:
             tensors, rest = iter(ctx.saved_tensors), iter(ctx.rest)
             args = [next(tensors) if t else next(rest) for t in ctx.is_tensor]
             needs = list(ctx.needs_input_grad[:differentiable])
+            if keeps:
+                args.insert(-1, list(tensors))
             with workspace(ctx.scratch):
                 found = iter(op_backward(grad, needs, *args))
-            return tuple(next(found) if n else None for n in needs) + (None,) * (len(args) - differentiable)
+            return tuple(next(found) if n else None for n in needs) + (None,) * (len(ctx.is_tensor) - differentiable)
 
         torch.library.register_autograd(forward, differentiate, setup_context=setup_context)
         self.call = getattr(torch.ops.itm_fast, name).default
@@ -107,7 +115,7 @@ class Op:
 def by_autograd(function: Callable[..., Any]) -> SimpleNamespace:
     """An implementation whose backward is torch's own: the function is run again and differentiated."""
 
-    def backward(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
+    def backward(grad: Tensor, needs: Sequence[bool], *args: Any, results: Sequence[Tensor] = ()) -> list[Tensor]:
         with torch.enable_grad():
             args = tuple(a.detach().requires_grad_(needs[k]) if k < len(needs) else a for k, a in enumerate(args))
             result = function(*args)

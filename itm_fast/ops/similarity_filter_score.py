@@ -34,9 +34,11 @@ from torch import Tensor
 
 from .._backends import resolve
 from .._checks import autocast
+from ..packing import node_bounds
 from . import _pair_score
 from ._op import Op, by_autograd
 from .similarity_filter import reference as filtered
+from .similarity_nodes import reference as make_nodes
 
 OFFERED = ("cpu", "torch", "reference")
 
@@ -64,12 +66,13 @@ def reference(
     eps: float,
 ) -> Tensor:
     """(1) and (2): the references of the ops that it is made of, one after the other."""
-    nodes, bounds = _pair_score.nodes(
-        "similarity_filter_score", image, image_global, words, caption_global, local_weight, local_bias,
-        global_weight, global_bias, cu_seqlens, region_lengths, scale,
+    nodes, _ = make_nodes(
+        image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias, cu_seqlens,
+        region_lengths, scale,
     )  # fmt: skip
     z, _, _ = filtered(
-        nodes, filter_weight, filter_bias, norm_weight, norm_bias, running_mean, running_var, bounds, False, eps
+        nodes, filter_weight, filter_bias, norm_weight, norm_bias, running_mean, running_var,
+        node_bounds(cu_seqlens), False, eps,
     )
     return _pair_score.score(z, score_weight, score_bias)
 

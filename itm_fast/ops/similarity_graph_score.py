@@ -33,9 +33,11 @@ from torch import Tensor
 
 from .._backends import resolve
 from .._checks import autocast
+from ..packing import node_bounds
 from . import _pair_score
 from ._op import Op, by_autograd
 from .similarity_graph import reference as graph
+from .similarity_nodes import reference as make_nodes
 
 OFFERED = ("cpu", "torch", "reference")
 
@@ -62,11 +64,11 @@ def reference(
     scale: float,
 ) -> Tensor:
     """(1) to (3): the references of the ops that it is made of, one after the other."""
-    nodes, bounds = _pair_score.nodes(
-        "similarity_graph_score", image, image_global, words, caption_global, local_weight, local_bias,
-        global_weight, global_bias, cu_seqlens, region_lengths, scale,
+    nodes, _ = make_nodes(
+        image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias, cu_seqlens,
+        region_lengths, scale,
     )  # fmt: skip
-    z = graph(nodes, query_weight, query_bias, key_weight, key_bias, value_weight, value_bias, bounds)
+    z = graph(nodes, query_weight, query_bias, key_weight, key_bias, value_weight, value_bias, node_bounds(cu_seqlens))
     return _pair_score.score(z, score_weight, score_bias)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from .. import _backends, ops
 from . import assert_accurate, rounding
@@ -111,10 +112,13 @@ def check_fake_backward(op: str, args: Sequence[object], differentiable: int, ba
     forward = getattr(torch.ops.itm_fast, op).default
     backward = getattr(torch.ops.itm_fast, f"{op}_backward").default
     with torch.no_grad():
-        grad = upstream(first(forward(*args, backend)))
+        results = forward(*args, backend)
+        grad = upstream(first(results))
+        if "results" in (a.name for a in backward._schema.arguments):
+            args = [*args, list(results)]
         real = backward(grad, [True] * differentiable, *args, backend)
         with torch._subclasses.FakeTensorMode() as mode:
-            fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in (grad, *args)]
+            fakes = [tree_map_only(Tensor, mode.from_tensor, a) for a in (grad, *args)]
             fake = backward(fakes[0], [True] * differentiable, *fakes[1:], backend)
     for r, f in zip(real, fake, strict=True):
         assert (r.shape, r.dtype, r.stride()) == (f.shape, f.dtype, f.stride())

@@ -53,18 +53,22 @@ def cut(
             )
 
 
-def _score(
-    head, length, region_lengths, scale, image, image_global, words, caption_global, local_weight, local_bias,
-    global_weight, global_bias, *parameters,
+def nodes(
+    length, region_lengths, scale, image, image_global, words, caption_global, local_weight, local_bias,
+    global_weight, global_bias,
 ) -> Tensor:  # fmt: skip
-    *head_parameters, score_weight, score_bias = parameters
+    """A block of images and of captions of one length: [b, c * (length + 1), S], global vectors first."""
     work = work_dtype(image)
     local = similarity("t2i", NORM, scale, length, region_lengths, image, words, local_weight, local_bias)
     difference = image_global.to(work)[:, None] - caption_global.to(work)
     square = difference.square() if torch.is_grad_enabled() else difference.square_()
     b, c, D = square.shape
     overall = linear(square.view(b * c, D), global_weight.to(work), global_bias.to(work))
-    overall = _attention.l2norm(overall).view(b, c, -1)
-    nodes = torch.cat([overall[:, :, None], local.view(b, c, length, -1)], 2)
-    z = head(length + 1, nodes.view(b, c * (length + 1), -1), *head_parameters)
-    return (z @ score_weight.to(work) + score_bias.to(work)).sigmoid()
+    overall = _attention.l2norm(overall).view(b, c, 1, -1)
+    return torch.cat([overall, local.view(b, c, length, -1)], 2).view(b, c * (length + 1), -1)
+
+
+def _score(head, length, region_lengths, scale, *parameters) -> Tensor:
+    *head_parameters, score_weight, score_bias = parameters[8:]
+    z = head(length + 1, nodes(length, region_lengths, scale, *parameters[:8]), *head_parameters)
+    return (z @ score_weight.to(z.dtype) + score_bias.to(z.dtype)).sigmoid()

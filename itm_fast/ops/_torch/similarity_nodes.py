@@ -1,0 +1,46 @@
+"""`similarity_nodes` in batched PyTorch, some images and some captions of one length at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from torch import Tensor
+
+from ..._checks import work_dtype
+from ...packing import bounds, runs, spans
+from .. import _attention
+from ..similarity_nodes import _fake
+from . import _blocks
+from ._pair_score import nodes
+
+
+def forward(*args) -> tuple[Tensor, Tensor]:
+    result, empty = _fake(*args, "torch")
+    return _blocks.forward(_cut(False, *args), args[:8], result), empty
+
+
+def backward(grad: Tensor, needs: list[bool], *args, results: Sequence[Tensor]) -> list[Tensor]:
+    return _blocks.backward(_cut(True, *args), args[:8], needs, grad)
+
+
+def _cut(backward: bool, *args) -> Iterator[_blocks.Block]:
+    image, _, words, _, weight, *_, cu_seqlens, region_lengths, scale = args
+    (I, _, D), S, work = image.shape, len(weight), work_dtype(image)
+    edge = bounds(cu_seqlens, len(words), "similarity_nodes")
+    _attention.region_counts(region_lengths, image, "similarity_nodes")
+    limit = _blocks.tile_bytes(image.device, backward) // work.itemsize
+    for run in runs([start + t for t, start in enumerate(edge)], image.device, _blocks.MIN_QUERIES):
+        length = run.length - 1
+        if isinstance(run.captions, slice):
+            rows = slice(edge[run.captions.start], edge[run.captions.stop])
+        else:
+            rows = (run.rows.view(-1, run.length)[:, 1:] - run.captions[:, None] - 1).flatten()
+        pair = run.length * (2 * D + S)
+        for images in spans(I, max(1, limit // (run.size * pair))):
+            lengths = None if region_lengths is None else region_lengths[images]
+            yield _blocks.Block(
+                ((images,), (images,), (rows,), (run.captions,), (), (), (), ()),
+                (images, run.rows),
+                partial(nodes, length, lengths, scale),
+            )

@@ -1,0 +1,152 @@
+"""The nodes of every pair's similarity graph: its global similarity vector, then one of every word (SGRAF, 3.2).
+
+For one pair it equals this program:
+
+    P     = l2norm(((scale * l2norm(leaky_relu(regions @ words.T, 0.1), dim=1)).softmax(0)).T @ regions)
+    nodes = l2norm(cat([(v - t).square() @ W_g.T + b_g, (P - words).square() @ W_l.T + b_l]))
+
+Forward, with the global vectors v of the image and t of the caption, and the local similarity vectors s_j of
+`cross_attention_similarity` (t2i, affinity norm "clipped_l2norm"):
+
+    y_g = W_g (v - t)^2 + b_g,    s_g = y_g / (|y_g| + 1e-8)                                       (1)
+    X   = [s_g; s_1; ...; s_L]                                           [L + 1, S]                (2)
+
+Backward: (4) to (7) of `cross_attention_similarity` for s_j. For s_g (4) and (5) hold with u = v and q = t, and
+d v = d u.
+
+Saved for backward: the inputs, the nodes, and in the cpu backend 1 / (|y| + 1e-8) of each, which with the node gives y
+back: the largest product need not be made again.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._backends import resolve
+from .._checks import autocast, work_dtype
+from ..packing import bounds, node_bounds
+from . import _attention, _pair_score
+from ._op import Op, by_autograd
+from .cross_attention_similarity import reference as similarity
+
+OFFERED = ("cpu", "torch", "reference")
+
+
+def reference(
+    image: Tensor,
+    image_global: Tensor,
+    words: Tensor,
+    caption_global: Tensor,
+    local_weight: Tensor,
+    local_bias: Tensor,
+    global_weight: Tensor,
+    global_bias: Tensor,
+    cu_seqlens: Tensor,
+    region_lengths: Tensor | None,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """(1) and (2) of all pairs [I, N + T, S], and no more."""
+    edge = bounds(cu_seqlens, words.shape[0], "similarity_nodes")
+    _attention.region_counts(region_lengths, image, "similarity_nodes")
+    local = similarity(
+        image, words, local_weight, local_bias, cu_seqlens, region_lengths, "t2i", _pair_score.NORM, scale
+    )
+    overall = _attention.l2norm((image_global[:, None] - caption_global).square() @ global_weight.t() + global_bias)
+    T = len(edge) - 1
+    order = [row for t in range(T) for row in (t, *range(T + edge[t], T + edge[t + 1]))]
+    nodes = torch.cat([overall, local], 1)[:, torch.tensor(order, dtype=torch.int64, device=image.device)]
+    return nodes, image.new_empty(0)
+
+
+def _fake(image: Tensor, image_global: Tensor, words: Tensor, caption_global: Tensor, local_weight: Tensor, *rest):
+    I, M = image.shape[0], words.shape[0] + caption_global.shape[0]
+    kept = (I, M) if rest[-1] == "cpu" else (0,)
+    return image.new_empty(I, M, local_weight.shape[0]), image.new_empty(kept, dtype=work_dtype(image))
+
+
+def _implementation(backend: str):
+    if backend == "reference":
+        return by_autograd(reference)
+    if backend == "cpu":
+        from ._cpu import similarity_nodes as native
+
+        return native
+    from ._torch import similarity_nodes as portable
+
+    return portable
+
+
+_op = Op(
+    "similarity_nodes",
+    f"{_pair_score.INPUTS}, {_pair_score.REST}",
+    "(Tensor, Tensor)",
+    offered=OFFERED,
+    differentiable=8,
+    implementation=_implementation,
+    fake=_fake,
+    keeps=True,
+)
+
+
+def similarity_nodes(
+    image: Tensor,
+    image_global: Tensor,
+    words: Tensor,
+    caption_global: Tensor,
+    cu_seqlens: Tensor,
+    local_weight: Tensor,
+    local_bias: Tensor,
+    global_weight: Tensor,
+    global_bias: Tensor,
+    *,
+    scale: float = 9.0,
+    region_lengths: Tensor | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Make the similarity vectors that SGRAF's heads reason over: a pair's global one, then one of each word.
+
+    The result holds I x (N + T) x S numbers: score large sets by blocks, or with the pair scorers
+    `itm_fast.similarity_graph_score` and `itm_fast.similarity_filter_score`, which never hold it.
+
+    Args:
+        image: [I, R, D] region features, float64, float32, float16 or bfloat16.
+        image_global: [I, D] one vector an image, same dtype and device as all tensors of floats.
+        words: [N, D] packed word features; see `itm_fast.pack`.
+        caption_global: [T, D] one vector a caption.
+        cu_seqlens: [T + 1] int32 or int64: caption t is `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
+        local_weight: [S, D] of the similarity of words and what they attend to.
+        local_bias: [S].
+        global_weight: [S, D] of the similarity of the global vectors.
+        global_bias: [S].
+        scale: inverse temperature of the attention's softmax.
+        region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
+        backend: one of `OFFERED`, or None to let itm_fast choose.
+
+    Returns:
+        Nodes [I, N + T, S], dtype of `image` (under autocast, autocast's), and their bounds [T + 1] in the dtype of
+        `cu_seqlens`: what `itm_fast.similarity_graph` and `itm_fast.similarity_filter` take.
+
+    Raises:
+        ValueError: a shape, a length or an option is wrong.
+        TypeError: a dtype is wrong.
+        NotImplementedError: the backend asked for cannot run here; the message says why.
+
+    >>> import torch, itm_fast
+    >>> D, S = 64, 16
+    >>> words, cu_seqlens = itm_fast.pack(torch.randn(3, 12, D), [12, 5, 8])
+    >>> nodes, bounds = itm_fast.similarity_nodes(
+    ...     torch.randn(2, 36, D), torch.randn(2, D), words, torch.randn(3, D), cu_seqlens,
+    ...     *[torch.randn(S, D), torch.zeros(S)] * 2)
+    >>> nodes.shape, bounds.tolist()
+    (torch.Size([2, 28, 16]), [0, 13, 19, 28])
+    """
+    inputs = {
+        "image": image, "image_global": image_global, "words": words, "caption_global": caption_global,
+        "local_weight": local_weight, "local_bias": local_bias, "global_weight": global_weight,
+        "global_bias": global_bias,
+    }  # fmt: skip
+    check = _pair_score.check("similarity_nodes", inputs, {}, {}, cu_seqlens, region_lengths, scale)
+    name = resolve(check.op, backend, image.device)
+    nodes, _ = _op(*autocast(*inputs.values()), cu_seqlens, region_lengths, float(scale), name)
+    return nodes, node_bounds(cu_seqlens)
