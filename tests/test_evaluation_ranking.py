@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from itm_fast.evaluation import ranking
 from itm_fast.evaluation.ranking import average, best_items, fold_metrics, metrics, ranks
 
 
@@ -64,6 +65,21 @@ def test_tensors_are_taken():
     for tensor in (torch.from_numpy(score), torch.from_numpy(score).requires_grad_()):
         np.testing.assert_array_equal(ranks(tensor, np.arange(30) // 5).i2t, expected.i2t)
     assert ranks(torch.eye(3, dtype=torch.bfloat16), [0, 1, 2]).t2i.tolist() == [0, 0, 0]
+
+
+@pytest.mark.parametrize("ties", ["pessimistic", "optimistic"])
+@pytest.mark.parametrize("passes", [1, 4, 100])
+def test_what_is_counted_on_a_device_is_counted_alike(passes, ties, monkeypatch):
+    score = np.random.default_rng(0).integers(0, 9, (7, 11)).astype(np.float32)  # many ties
+    owner = np.array([0, 0, 2, 2, 2, 5, 5, 6, 1, 1, 1])  # 3 and 4 have no caption
+    monkeypatch.setattr(ranking, "_COUNTED", 7 * 11 // passes)
+    expected, found = ranks(score, owner, ties), ranking._counted(torch.from_numpy(score), owner, ties)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == np.int64
+        np.testing.assert_array_equal(a, b)
+    score[4, 3] = np.nan
+    with pytest.raises(ValueError, match="image 4 and caption 3 is NaN"):
+        ranking._counted(torch.from_numpy(score), owner, ties)
 
 
 def test_ragged_positives_and_images_without_captions():

@@ -11,15 +11,17 @@ refused here. It breaks ties by position: here a tie with a wrong item counts ag
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 TIES = ("pessimistic", "optimistic")
+_COUNTED = 64 << 20  # scores of one pass on a device
 _ROWS = 64  # rows of one pass; below 256, so that a column's count fits uint8
 
 
@@ -91,7 +93,8 @@ def ranks(
     """Rank every caption's image and every image's best caption.
 
     Images without a caption stay in the pool as wrong answers but ask no query. Right captions of one image never
-    push each other down. Takes a memory-mapped matrix as well, and reads it once.
+    push each other down. Takes a memory-mapped matrix as well, and reads it once. A tensor on a device is counted
+    there, and only ranks come to the host.
 
     Args:
         score: [I, T] of any floating dtype, higher is better.
@@ -117,6 +120,8 @@ def ranks(
     if ties not in TIES:
         raise ValueError(f"ranks: ties must be one of {', '.join(TIES)}, got {ties!r}")
     above = np.greater_equal if ties == "pessimistic" else np.greater
+    if isinstance(score, torch.Tensor):
+        return _counted(score, owner, ties)
     images, captions = score.shape
     right = np.asarray(score[owner, np.arange(captions)])  # [T]
     best = np.full(images, -np.inf, right.dtype)
@@ -133,6 +138,32 @@ def ranks(
         t2i -= 1
     asking = np.unique(owner)
     return Ranks(i2t[asking], t2i, asking)
+
+
+def _counted(score: torch.Tensor, owner: NDArray[np.int64], ties: str) -> Ranks:
+    """`ranks` of a tensor, counted where it lies; waits for the device once."""
+    images, captions = score.shape
+    above = torch.ge if ties == "pessimistic" else torch.gt
+    places = torch.from_numpy(owner).to(score.device)
+    right = score[places, torch.arange(captions, device=score.device)]
+    best = torch.full((images,), -math.inf, dtype=score.dtype, device=score.device)
+    best.scatter_reduce_(0, places, right, "amax")
+    i2t = torch.empty(images, dtype=torch.int64, device=score.device)
+    t2i = torch.zeros(captions, dtype=torch.int64, device=score.device)
+    finite = torch.ones((), dtype=torch.bool, device=score.device)
+    step = max(1, _COUNTED // captions)
+    for start in range(0, images, step):
+        block = score[start : start + step]
+        finite &= block.isfinite().all()
+        i2t[start : start + step] = above(block, best[start : start + step, None]).sum(1)
+        t2i += above(block, right).sum(0)
+    if ties == "pessimistic":  # the right items themselves were counted
+        i2t.index_add_(0, places, (right >= best[places]).long(), alpha=-1)
+        t2i -= 1
+    if not finite:
+        require_finite(score.float().cpu().numpy())
+    asking = np.unique(owner)
+    return Ranks(i2t.cpu().numpy()[asking], t2i.cpu().numpy(), asking)
 
 
 def metrics(
@@ -214,7 +245,7 @@ def fold_metrics(
             raise ValueError(f"fold_metrics: no caption describes an image of fold {fold} ({first}:{first + size})")
         rows = score[first : first + size]
         together = mine[-1] - mine[0] + 1 == len(mine)
-        part = rows[:, mine[0] : mine[-1] + 1] if together else rows[:, mine]
+        part = rows[:, mine[0] : mine[-1] + 1] if together else rows[:, mine.tolist()]
         parts.append(metrics(part, owner[mine] - first, ties=ties))
     return parts
 
@@ -324,15 +355,19 @@ def _chance(rights: NDArray[np.int64], pool: int, k: int) -> float:
     return round(float(100.0 * np.mean(1.0 - missed)), 10)
 
 
-def _checked(score, caption_to_image, caller: str) -> tuple[NDArray[np.floating], NDArray[np.int64]]:
+def _checked(score, caption_to_image, caller: str) -> tuple[Any, NDArray[np.int64]]:
+    """The score as an array, or as a tensor where it lies on a device, and the images of its captions."""
     if isinstance(score, torch.Tensor):
-        score = score.detach().cpu()
-        score = (score.float() if score.dtype == torch.bfloat16 else score).numpy()
-    score = np.asanyarray(score)
+        score = score.detach()
+        if score.device.type == "cpu":
+            score = (score.float() if score.dtype == torch.bfloat16 else score).numpy()
+    if not isinstance(score, torch.Tensor):
+        score = np.asanyarray(score)
     owner = np.asarray(caption_to_image)
     if score.ndim != 2 or 0 in score.shape:
         raise ValueError(f"{caller}: score must be [I, T] with at least one pair, got {list(score.shape)}")
-    if not np.issubdtype(score.dtype, np.floating):
+    tensor = isinstance(score, torch.Tensor)
+    if not (score.is_floating_point() if tensor else np.issubdtype(score.dtype, np.floating)):
         raise TypeError(f"{caller}: score must be floating point, got {score.dtype}")
     if owner.shape != score.shape[1:]:
         raise ValueError(

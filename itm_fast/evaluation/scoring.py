@@ -147,6 +147,7 @@ def _blocks(
             caption_state = _caption_states(scorer, encoded, plan.device, home)
             words = encoded.words.to(home)
             region_lengths = None if encoded.region_lengths is None else encoded.region_lengths.to(plan.device)
+        before: _Block | None = None  # comes to the host while the next one is computed
         for column_number, first in enumerate(range(0, plan.captions, plan.caption_block)):
             columns = slice(first, min(first + plan.caption_block, plan.captions))
             numbers = range(column_number * len(image_starts), (column_number + 1) * len(image_starts))
@@ -164,17 +165,48 @@ def _blocks(
                 images = slice(start, min(start + plan.image_block, plan.images))
                 if number in done:
                     continue
-                score = scorer.score(
-                    tuple(state[images].to(plan.device) for state in image_state),
-                    block_words,
-                    cu_seqlens,
-                    block_captions,
-                    None if region_lengths is None else region_lengths[images],
-                )
-                block = score.float().cpu().numpy()
-                _require_finite(block, images.start, captions, encoded, scorer)
-                yield number, images, columns, block
-                bar.update(block.size)
+                try:
+                    score = scorer.score(
+                        tuple(state[images].to(plan.device) for state in image_state),
+                        block_words,
+                        cu_seqlens,
+                        block_captions,
+                        None if region_lengths is None else region_lengths[images],
+                    )
+                except KeyboardInterrupt:  # what is scored is kept
+                    if before is not None:
+                        yield before.arrived(encoded, scorer, bar)
+                    raise
+                after = _Block(number, images, columns, captions, score)
+                if before is not None:
+                    yield before.arrived(encoded, scorer, bar)
+                before = after
+        if before is not None:
+            yield before.arrived(encoded, scorer, bar)
+
+
+class _Block:
+    """Scores on their way to the host."""
+
+    def __init__(self, number: int, rows: slice, columns: slice, captions: NDArray[np.int64], score: Tensor) -> None:
+        self.number, self.rows, self.columns, self.captions = number, rows, columns, captions
+        self.event = None
+        if score.device.type == "cuda":
+            self.score = torch.empty(score.shape, dtype=torch.float32, pin_memory=True)
+            self.score.copy_(score, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(score.device))
+        else:
+            self.score = score.float().cpu()
+
+    def arrived(self, encoded: Encoded, scorer: Any, bar: Any) -> tuple[int, slice, slice, NDArray[np.float32]]:
+        """Wait for them, refuse what is not finite, and count them."""
+        if self.event is not None:
+            self.event.synchronize()
+        block = self.score.numpy()
+        _require_finite(block, self.rows.start, self.captions, encoded, scorer)
+        bar.update(block.size)
+        return self.number, self.rows, self.columns, block
 
 
 def _pairs(plan: MemoryPlan, number: int) -> int:
