@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ..training.checkpoint import Checkpoint
 
 HELP = """\
-Evaluate one SCAN or SGRAF checkpoint, or several and their ensemble, on precomputed region features.
+Evaluate one checkpoint, or several and their ensemble, on precomputed region features.
 
 Every image is scored against every caption and both are ranked: R@1, R@5, R@10, median and mean rank, and rsum (the
 sum of the six recalls), with the level of chance beside them. Several checkpoints are reported one by one and as the
@@ -38,7 +38,7 @@ Captions. Images may have any number. An image's rank is that of its best captio
 query but stays in the pool as a wrong answer. COCO image and caption ids in the data add CxC and ECCV Caption metrics
 (pip install 'itm-fast[eccv]')."""
 
-_SYNTHETIC = ("scan", "sgr", "saf")
+_SYNTHETIC = ("scan", "sgr", "saf", "hgan", "tshsr")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -95,7 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compute.add_argument(
         "--workload",
         choices=sorted(WORKLOADS),
-        help="with --dry-run instead of --data: a published size; without --checkpoint the plans of SCAN, SGR and SAF",
+        help="with --dry-run instead of --data: a published size; without --checkpoint the plans of all models",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -241,17 +241,12 @@ def _plan_workload(args: argparse.Namespace) -> int:
 
 def _published(name: str, size: Any, device: Any) -> Namespace:
     """Options of the published models at this size; the vocabulary does not matter to scoring."""
-    opt = Namespace(
-        grad_clip=2.0, img_dim=size.features, embed_size=size.dim, precomp_enc_type="basic", no_imgnorm=False,
-        no_txtnorm=False, vocab_size=4, word_dim=300, num_layers=1, bi_gru=True, margin=0.2, max_violation=True,
-        learning_rate=2e-4, device=str(device),
-    )  # fmt: skip
-    if name == "scan":
-        opt.cross_attn, opt.raw_feature_norm, opt.agg_func = "t2i", "clipped_l2norm", "LogSumExp"
-        opt.lambda_softmax, opt.lambda_lse = 9.0, 6.0
-    else:
-        opt.module_name, opt.sgr_step, opt.sim_dim = name.upper(), 3, size.similarity
-    return opt
+    from ..training import options
+
+    changes = {"img_dim": size.features, "embed_size": size.dim}
+    if name in ("sgr", "saf", "tshsr"):
+        changes["sim_dim"] = size.similarity
+    return Namespace(**vars(options(name, **changes)), vocab_size=4, device=str(device))
 
 
 def _device(name: str | None) -> Any:

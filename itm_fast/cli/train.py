@@ -9,7 +9,9 @@ from typing import Any
 
 from ..training.recipe import MODELS, RECIPES
 
-HELP = """Train SGR, SAF (the two halves of SGRAF), SCAN, or a plain dual encoder to hold them against.
+HELP = """Train SGR, SAF (the two halves of SGRAF), SCAN, HGAN, TSHSR, or a plain dual encoder to hold them against.
+
+HGAN and TSHSR are reconstructed from the abstract: the equations are not public to us. Their schedules are SGRAF's.
 
   itm-fast train --model sgr --data data/f30k_precomp --output runs/f30k_sgr
   itm-fast train --model scan --direction i2t --recipe coco --data data/coco_precomp --output runs/coco_i2t
@@ -21,7 +23,7 @@ Ctrl-C finishes the step at hand and saves; the same command with --resume goes 
 
 Every option left out is the published one of the chosen recipe (Adam, learning rate 2e-4, hardest
 negatives, margin 0.2, batch 128, gradient norm clipped at 2, bidirectional GRU):
-  f30k   sgr 40 epochs, a tenth of the learning rate after 30; scan 30/15; all others 30/20
+  f30k   sgr, tshsr 40 epochs, a tenth of the learning rate after 30; scan 30/15; all others 30/20
   coco   all 20/10; scan with learning rate 5e-4
 SCAN's own command-line defaults are all negatives and a one-way GRU; its authors' recommended commands, and
 the defaults here, are the hardest negative and the bidirectional GRU."""
@@ -53,6 +55,15 @@ _OPTIONS = {
     "lambda_softmax": "lambda_softmax",
     "lambda_lse": "lambda_lse",
     "precomp_enc_type": "precomp_enc_type",
+    "graph_layers": "graph_layers",
+    "granularities": "granularities",
+    "levels": "levels",
+    "lambda_t2i": "lambda_t2i",
+    "lambda_i2t": "lambda_i2t",
+    "lambda_global": "lambda_global",
+    "share_local": "share_local",
+    "share_global": "share_global",
+    "context_nodes": "context_nodes",
 }
 
 
@@ -120,8 +131,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--bi-gru", action=switch, help="bidirectional GRU (default) or one-way")
     model.add_argument("--imgnorm", action=switch, help="unit-length regions (default) or as they come")
     model.add_argument("--txtnorm", action=switch, help="unit-length words (default) or as they come")
-    model.add_argument("--sim-dim", type=int, metavar="S", help="sgr, saf: similarity vector (256)")
-    model.add_argument("--sgr-steps", type=int, metavar="K", help="sgr: reasoning steps (3)")
+    model.add_argument("--sim-dim", type=int, metavar="S", help="sgr, saf, tshsr: similarity vector (256)")
+    model.add_argument("--sgr-steps", type=int, metavar="K", help="sgr, tshsr: reasoning steps (3)")
     model.add_argument("--agg-func", choices=("LogSumExp", "Mean", "Max", "Sum"), help="scan (LogSumExp)")
     model.add_argument(
         "--raw-feature-norm",
@@ -131,6 +142,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument("--lambda-softmax", type=float, metavar="X", help="scan (9 for t2i, 4 for i2t)")
     model.add_argument("--lambda-lse", type=float, metavar="X", help="scan (6 for t2i; i2t: 5 on f30k, 20 on coco)")
     model.add_argument("--precomp-enc-type", choices=("basic", "weight_norm"), help="scan (basic)")
+    model.add_argument("--graph-layers", type=int, metavar="N", help="hgan: layers of the feature graphs (2)")
+    model.add_argument(
+        "--granularities", type=int, nargs="+", metavar="C", help="hgan: numbers of channel groups (1 4 16)"
+    )
+    model.add_argument(
+        "--levels",
+        type=float,
+        nargs=3,
+        metavar="X",
+        help="hgan: weights of the local-local, global-local and global-global similarity (1 1 1)",
+    )
+    model.add_argument("--lambda-t2i", type=float, metavar="X", help="hgan, tshsr: words attending to regions (9)")
+    model.add_argument("--lambda-i2t", type=float, metavar="X", help="hgan, tshsr: regions attending to words (4)")
+    model.add_argument("--lambda-global", type=float, metavar="X", help="hgan: global vectors attending to locals (1)")
+    model.add_argument("--share-local", type=float, metavar="X", help="hgan: of t2i in the local-local term (0.5)")
+    model.add_argument(
+        "--share-global", type=float, metavar="X", help="hgan: of the image in the global-local term (0.5)"
+    )
+    model.add_argument(
+        "--context-nodes", type=int, nargs="+", metavar="C", help="tshsr: context nodes of each level (4 1)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-MODELS = ("sgr", "saf", "scan", "dual")
+MODELS = ("sgr", "saf", "scan", "hgan", "tshsr", "dual")
 RECIPES = ("f30k", "coco")
 
 _COMMON: dict[str, Any] = {
@@ -30,10 +30,32 @@ _COMMON: dict[str, Any] = {
     "data_name": "data",
 }
 # What the models that are neither SGRAF's halves nor SCAN add to the common options.
-_SYSTEMS: dict[str, dict[str, Any]] = {"dual": {"system": "DualEncoder"}}
+_SYSTEMS: dict[str, dict[str, Any]] = {
+    "hgan": {
+        "system": "HGAN",
+        "graph_layers": 2,
+        "granularities": [1, 4, 16],
+        "levels": [1.0, 1.0, 1.0],
+        "lambda_t2i": 9.0,
+        "lambda_i2t": 4.0,
+        "lambda_global": 1.0,
+        "share_local": 0.5,
+        "share_global": 0.5,
+    },
+    "tshsr": {
+        "system": "TSHSR",
+        "sim_dim": 256,
+        "context_nodes": [4, 1],
+        "sgr_step": 3,
+        "lambda_t2i": 9.0,
+        "lambda_i2t": 4.0,
+    },
+    "dual": {"system": "DualEncoder"},
+}
 # (model, recipe) -> epochs, and epochs between two cuts of the learning rate; the others as SAF's
 _SCHEDULES = {
     ("sgr", "f30k"): (40, 30),
+    ("tshsr", "f30k"): (40, 30),
     ("saf", "f30k"): (30, 20),
     ("scan", "f30k"): (30, 15),
     ("saf", "coco"): (20, 10),
@@ -46,7 +68,8 @@ def options(model: str, *, recipe: str = "f30k", direction: str = "t2i", **chang
     """The options of one published training run.
 
     Args:
-        model: "sgr", "saf" (SGRAF's two halves), "scan" or "dual" (the plain dual encoder).
+        model: "sgr", "saf" (SGRAF's two halves), "scan", "hgan" and "tshsr" (reconstructed from their
+            abstracts, with SGRAF's schedules), or "dual" (the plain dual encoder).
         recipe: "f30k" or "coco": epochs, schedule, SCAN's learning rate and temperatures for that data set.
         direction: SCAN's `cross_attn`, "t2i" (words attend to regions) or "i2t"; the others ignore it.
         **changes: options that are to differ, by their published names; None means as published.
