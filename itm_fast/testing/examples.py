@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,8 +35,8 @@ TF32 = 2.0**-10
 UNITS = {torch.float32: 2.0**-16, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # float32 by three TF32 products
 
 
-def example(op: str, size: Size = SMALL) -> list[Tensor]:
-    """Arguments of an op in float64, in the order of its public function.
+def example(op: str, size: Size = SMALL) -> list[Any]:
+    """Arguments of an op in the order of its public function, tensors of floats in float64.
 
     >>> from itm_fast.testing.examples import example
     >>> [list(x.shape) for x in example("cross_attention_score")]
@@ -74,6 +74,8 @@ def outcome(
     names = list(inspect.signature(getattr(ops, op)).parameters)
     leaves = []
     for k, (name, argument) in enumerate(zip(names, arguments)):
+        if not isinstance(argument, Tensor):
+            continue
         arguments[k] = argument.to(device)
         if argument.is_floating_point():
             arguments[k] = argument.to(rounded or dtype).to(device, dtype)
@@ -82,6 +84,7 @@ def outcome(
     with torch.set_grad_enabled(backward):
         results = getattr(itm_fast, op)(*arguments, backend=backend)
         results = results if isinstance(results, tuple) else (results,)
+        results = tuple(x for x in results if x.is_floating_point())  # and not the bounds that some give
         # Unequal weights: the plain sum of squares of unit vectors has no gradient.
         weights = torch.arange(results[0].numel(), device=device).cos().to(dtype).view_as(results[0])
         found = torch.autograd.grad((weights * results[0]).sum(), leaves) if backward else ()
@@ -164,17 +167,33 @@ def _filter_weights(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
     return [3 * draw(size.similarity), 0.1 * one, 2 * one, 0.3 * one, 0.2 * one, 0.5 * one]
 
 
-def _scored(head: Callable[..., list[Tensor]], size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
-    image, words, cu_seqlens = _attention(size, draw)
+def _context(size: Size, draw: Callable[..., Tensor]) -> list[Any]:
+    T, N, S = len(size.lengths), sum(size.lengths), size.similarity
     unit = torch.nn.functional.normalize
-    overall = [unit(draw(n, size.dim), dim=-1) for n in (size.images, len(size.lengths))]
-    rest = [*_linear(size, draw), *_linear(size, draw), *head(size, draw), draw(size.similarity), draw(1)]
-    return [image, overall[0], words, overall[1], cu_seqlens, *rest]
+    vectors = [unit(draw(size.images, n, S), dim=-1) for n in (T, N)]
+    bounds = torch.tensor([0, *size.lengths]).cumsum(0).int()
+    return [*vectors, bounds, 3 * draw(5, S), (4, 1)]
 
 
-EXAMPLES: dict[str, Callable[[Size, Callable[..., Tensor]], list[Tensor]]] = {
+def _globals(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
+    return [torch.nn.functional.normalize(draw(n, size.dim), dim=-1) for n in (size.images, len(size.lengths))]
+
+
+def _node_arguments(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
+    (image, words, cu_seqlens), overall = _attention(size, draw), _globals(size, draw)
+    return [image, overall[0], words, overall[1], cu_seqlens, *_linear(size, draw), *_linear(size, draw)]
+
+
+def _scored(head: Callable[..., list[Tensor]], size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
+    return [*_node_arguments(size, draw), *head(size, draw), draw(size.similarity), draw(1)]
+
+
+EXAMPLES: dict[str, Callable[[Size, Callable[..., Tensor]], list[Any]]] = {
     "cross_attention_score": _attention,
     "cross_attention_similarity": _similarity,
+    "global_local_score": lambda size, draw: [_globals(size, draw)[0], *_attention(size, draw)[1:]],
+    "similarity_nodes": _node_arguments,
+    "similarity_context": _context,
     "similarity_graph": lambda size, draw: [*_nodes(size, draw), *_graph_weights(size, draw)],
     "similarity_filter": lambda size, draw: [*_nodes(size, draw), *_filter_weights(size, draw)],
     "similarity_graph_score": lambda size, draw: _scored(_graph_weights, size, draw),
