@@ -325,7 +325,7 @@ def _names(paths: list[str], models: list[Any], loaded: list[Checkpoint]) -> lis
     plain = []
     for model, found in zip(models, loaded, strict=True):
         kind = type(model).__name__
-        suffix = f" {found.opt.cross_attn}" if hasattr(found.opt, "cross_attn") else ""
+        suffix = "".join(f" {getattr(found.opt, x)}" for x in ("cross_attn", "alignment") if hasattr(found.opt, x))
         plain.append(found.opt.module_name if kind == "SGRAF" else kind + suffix)
     if len(set(plain)) == len(plain):
         return plain

@@ -7,14 +7,15 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..training.recipe import MODELS, RECIPES
+from ..training.recipe import DIRECTIONS, MODELS, RECIPES
 
-HELP = """Train SGR, SAF (the two halves of SGRAF), SCAN, HGAN, TSHSR, or a plain dual encoder to hold them against.
+HELP = """Train SGR, SAF (the two halves of SGRAF), SCAN, SHAN, HGAN, TSHSR, or a plain dual encoder beside them.
 
 HGAN and TSHSR are reconstructed from the abstract: the equations are not public to us. Their schedules are SGRAF's.
 
   itm-fast train --model sgr --data data/f30k_precomp --output runs/f30k_sgr
   itm-fast train --model scan --direction i2t --recipe coco --data data/coco_precomp --output runs/coco_i2t
+  itm-fast train --model shan --word-vectors glove.840B.300d.txt --data data/f30k_precomp --output runs/f30k_shan
 
 DATA is SCAN's folder (train_ims.npy, train_caps.txt, dev_ims.npy, dev_caps.txt) or an HDF5 file of
 `itm-fast convert`. OUTPUT gets model_best.pth.tar (best epoch by the sum of the dev recalls) and
@@ -23,13 +24,14 @@ Ctrl-C finishes the step at hand and saves; the same command with --resume goes 
 
 Every option left out is the published one of the chosen recipe (Adam, learning rate 2e-4, hardest
 negatives, margin 0.2, batch 128, gradient norm clipped at 2, bidirectional GRU):
-  f30k   sgr, tshsr 40 epochs, a tenth of the learning rate after 30; scan 30/15; all others 30/20
-  coco   all 20/10; scan with learning rate 5e-4
+  f30k   sgr, tshsr 40 epochs, a tenth of the learning rate after 30; scan, shan 30/15; all others 30/20
+  coco   shan 30/15, all others 20/10; scan and shan with learning rate 5e-4
+SHAN's paper gives 30 epochs, lambda, mu 1, mu 2 and the margin; the rest, unstated there, is SCAN's.
 SCAN's own command-line defaults are all negatives and a one-way GRU; its authors' recommended commands, and
 the defaults here, are the hardest negative and the bidirectional GRU."""
 
 _PLACES = ("model", "direction", "recipe", "train_split", "dev_split", "dev_captions", "captions_per_image")
-_DEFAULTS = {"direction": "t2i", "recipe": "f30k", "train_split": "train", "dev_split": "dev"}
+_DEFAULTS = {"recipe": "f30k", "train_split": "train", "dev_split": "dev"}
 # flag -> published option
 _OPTIONS = {
     "epochs": "num_epochs",
@@ -64,6 +66,14 @@ _OPTIONS = {
     "share_local": "share_local",
     "share_global": "share_global",
     "context_nodes": "context_nodes",
+    "word_vectors": "word_vectors",
+    "gate": "gate",
+    "gate_sharing": "gate_sharing",
+    "affinity": "affinity",
+    "pooling": "pooling",
+    "projection_bias": "projection_bias",
+    "mu1": "mu1",
+    "mu2": "mu2",
 }
 
 
@@ -73,7 +83,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     run = parser.add_argument_group("the run")
     run.add_argument("--model", choices=MODELS, help="which model (needed unless --resume)")
-    run.add_argument("--direction", choices=("t2i", "i2t"), help="scan: who attends; t2i: words to regions (default)")
+    run.add_argument(
+        "--direction",
+        choices=("t2i", "i2t", "full"),
+        help="scan, shan: who attends; t2i: words to regions (scan's default); i2t; full: shan, both (its default)",
+    )
     run.add_argument("--recipe", choices=RECIPES, help="published schedule to follow (default f30k)")
     run.add_argument("--data", metavar="PATH", help="folder or .h5 file (needed unless --resume)")
     run.add_argument("--output", metavar="DIR", required=True, help="folder of this run, made when absent")
@@ -139,7 +153,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("clipped_l2norm", "l2norm", "clipped_l1norm", "l1norm", "clipped", "softmax", "no_norm"),
         help="scan: norm of the affinities (clipped_l2norm)",
     )
-    model.add_argument("--lambda-softmax", type=float, metavar="X", help="scan (9 for t2i, 4 for i2t)")
+    model.add_argument("--lambda-softmax", type=float, metavar="X", help="scan (9 for t2i, 4 for i2t), shan (15)")
     model.add_argument("--lambda-lse", type=float, metavar="X", help="scan (6 for t2i; i2t: 5 on f30k, 20 on coco)")
     model.add_argument("--precomp-enc-type", choices=("basic", "weight_norm"), help="scan (basic)")
     model.add_argument("--graph-layers", type=int, metavar="N", help="hgan: layers of the feature graphs (2)")
@@ -162,6 +176,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     model.add_argument(
         "--context-nodes", type=int, nargs="+", metavar="C", help="tshsr: context nodes of each level (4 1)"
+    )
+    model.add_argument(
+        "--word-vectors",
+        metavar="FILE",
+        help="shan: fixed vectors beside the learned ones of --word-dim; GloVe or word2vec text, word2vec binary, or a "
+        ".npy array with a row for every word of the vocabulary (none: words are learned alone)",
+    )
+    model.add_argument(
+        "--gate", choices=("scalar", "vector"), help="shan: one number or one for every dimension (scalar)"
+    )
+    model.add_argument("--gate-sharing", action=switch, help="shan: one gate for both modalities (each has its own)")
+    model.add_argument(
+        "--affinity",
+        choices=("cosine", "dot"),
+        help="shan: of the projected vectors; dot is the paper's letter (cosine)",
+    )
+    model.add_argument("--pooling", choices=("mean", "sum"), help="shan: of the local cosines (mean)")
+    model.add_argument("--projection-bias", action=switch, help="shan: biases in the affinity's projections (none)")
+    model.add_argument("--mu1", type=float, metavar="X", help="shan: share of the regions in the local term (0.3)")
+    model.add_argument(
+        "--mu2", type=float, metavar="X", help="shan: share of the image in the global-to-local term (0.5)"
     )
 
 
@@ -189,9 +224,12 @@ def run(args: argparse.Namespace) -> int:
         if missing:
             raise ValueError(f"{' and '.join(missing)} must be given, except with --resume")
         places = {**_DEFAULTS, **given}
-        if "direction" in given and places["model"] != "scan":
-            raise ValueError(f"--direction is for --model scan; {places['model']} attends from words to regions")
-        opt = options(places["model"], recipe=places["recipe"], direction=places["direction"], **changes)
+        directions = DIRECTIONS.get(places["model"])
+        if "direction" in given and directions is None:
+            raise ValueError(f"--direction is for --model scan or shan; {places['model']} has no choice of it")
+        if directions is not None:
+            places.setdefault("direction", directions[0])
+        opt = options(places["model"], recipe=places["recipe"], direction=places.get("direction"), **changes)
 
     data = Path(places["data"])
     shape = {"captions_per_image": places.get("captions_per_image")}
@@ -248,6 +286,7 @@ def _vocabulary(args: argparse.Namespace, saved: Path, captions: list[str]) -> A
 
 def _summary(opt: argparse.Namespace, train_split: Any, dev_split: Any, words: int) -> str:
     name = f"SCAN {opt.cross_attn}" if hasattr(opt, "cross_attn") else getattr(opt, "system", None) or opt.module_name
+    name += f" {opt.alignment}" if hasattr(opt, "alignment") else ""
     I, R, F = train_split.features.shape
     return (
         f"{name}: {len(train_split.captions)} captions of {I} images ({R} regions x {F}), {words} words; "

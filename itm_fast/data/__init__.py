@@ -18,6 +18,7 @@ from .captions import encode_caption, tokenize
 from .split import Rows, Split
 from .storage import convert, open_split, save_splits, split_names
 from .vocabulary import Vocabulary
+from .word_vectors import load_word_vectors
 
 __all__ = [
     "Batch",
@@ -29,6 +30,7 @@ __all__ = [
     "convert",
     "encode_caption",
     "image_batches",
+    "load_word_vectors",
     "open_split",
     "save_splits",
     "split_names",

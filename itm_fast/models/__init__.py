@@ -9,11 +9,13 @@ from .dual_encoder import DualEncoder
 from .hgan import HGAN
 from .scan import SCAN
 from .sgraf import SGRAF
+from .shan import SHAN
 from .tshsr import TSHSR
 
-__all__ = ["HGAN", "SCAN", "SGRAF", "TSHSR", "DualEncoder", "build", "model_class"]
+__all__ = ["HGAN", "SCAN", "SGRAF", "SHAN", "TSHSR", "DualEncoder", "build", "model_class"]
 
-SYSTEMS: dict[str, type[SGRAF]] = {"DualEncoder": DualEncoder, "HGAN": HGAN, "TSHSR": TSHSR}  # opt.system -> class
+# opt.system -> class
+SYSTEMS: dict[str, type[SGRAF]] = {"DualEncoder": DualEncoder, "HGAN": HGAN, "SHAN": SHAN, "TSHSR": TSHSR}
 
 
 def model_class(opt: Namespace) -> type[Matcher]:

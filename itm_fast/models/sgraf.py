@@ -252,12 +252,14 @@ class SGRAF(Matcher):
         want(opt, type(self).__name__, (*OPTIONS, *self.options))
         super().__init__(opt)
         self.img_enc = EncoderImage(opt.img_dim, opt.embed_size, opt.no_imgnorm)
-        self.txt_enc = EncoderText(
-            opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm
-        )
+        self.txt_enc = self.text(opt)
         self.sim_enc = self.similarity(opt)
         self.criterion = ContrastiveLoss(opt.margin, opt.max_violation)
         self.optimise((self.txt_enc, self.img_enc, self.sim_enc), opt)
+
+    def text(self, opt: Namespace) -> nn.Module:
+        """Make the text encoder; models with another one make theirs."""
+        return EncoderText(opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm)
 
     def similarity(self, opt: Namespace) -> PairScorer:
         """Make the pair scorer; other models with these encoders make theirs."""

@@ -4,6 +4,7 @@ from .cross_attention_score import cross_attention_score
 from .cross_attention_similarity import cross_attention_similarity
 from .global_local_score import global_local_score
 from .hardest_negative_loss import hardest_negative_loss
+from .hierarchical_alignment_score import hierarchical_alignment_score
 from .similarity_context import similarity_context
 from .similarity_filter import similarity_filter
 from .similarity_filter_score import similarity_filter_score
@@ -17,6 +18,7 @@ __all__ = [
     "global_local_score",
     "hardest_negative_loss",
     "similarity_context",
+    "hierarchical_alignment_score",
     "similarity_filter",
     "similarity_filter_score",
     "similarity_graph",

@@ -121,6 +121,8 @@ def by_autograd(function: Callable[..., Any]) -> SimpleNamespace:
             result = function(*args)
             result = result if isinstance(result, Tensor) else result[0]
             wanted = [a for a, n in zip(args, needs, strict=False) if n]
+            if not result.requires_grad:  # the options leave out all that needs a gradient
+                return [torch.zeros_like(a) for a in wanted]
             return list(torch.autograd.grad(result, wanted, grad, materialize_grads=True))
 
     return SimpleNamespace(forward=function, backward=backward)

@@ -188,6 +188,13 @@ def _scored(head: Callable[..., list[Tensor]], size: Size, draw: Callable[..., T
     return [*_node_arguments(size, draw), *head(size, draw), draw(size.similarity), draw(1)]
 
 
+def _alignment(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
+    image, words, cu_seqlens = _attention(size, draw)
+    key, gate = lambda *n: torch.nn.functional.normalize(draw(*n, size.dim), dim=-1), lambda *n: draw(*n, 2, 1)
+    rows = (key(*image.shape[:2]), gate(*image.shape[:2])), (key(len(words)), gate(len(words)))
+    return [image, *rows[0], words, *rows[1], cu_seqlens, 3 * draw(size.dim), 3 * draw(size.dim)]
+
+
 EXAMPLES: dict[str, Callable[[Size, Callable[..., Tensor]], list[Any]]] = {
     "cross_attention_score": _attention,
     "cross_attention_similarity": _similarity,
@@ -198,5 +205,6 @@ EXAMPLES: dict[str, Callable[[Size, Callable[..., Tensor]], list[Any]]] = {
     "similarity_filter": lambda size, draw: [*_nodes(size, draw), *_filter_weights(size, draw)],
     "similarity_graph_score": lambda size, draw: _scored(_graph_weights, size, draw),
     "similarity_filter_score": lambda size, draw: _scored(_filter_weights, size, draw),
+    "hierarchical_alignment_score": _alignment,
     "hardest_negative_loss": lambda size, draw: [draw(5, 5)],
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-MODELS = ("sgr", "saf", "scan", "hgan", "tshsr", "dual")
+MODELS = ("sgr", "saf", "scan", "shan", "hgan", "tshsr", "dual")
 RECIPES = ("f30k", "coco")
 
 _COMMON: dict[str, Any] = {
@@ -31,6 +31,19 @@ _COMMON: dict[str, Any] = {
 }
 # What the models that are neither SGRAF's halves nor SCAN add to the common options.
 _SYSTEMS: dict[str, dict[str, Any]] = {
+    "shan": {
+        "system": "SHAN",
+        "gate": "scalar",
+        "gate_sharing": False,
+        "affinity": "cosine",
+        "pooling": "mean",
+        "lambda_softmax": 15.0,
+        "mu1": 0.3,
+        "mu2": 0.5,
+        "projection_bias": False,
+        "word_vectors": None,
+        "vector_dim": 0,
+    },
     "hgan": {
         "system": "HGAN",
         "graph_layers": 2,
@@ -59,19 +72,23 @@ _SCHEDULES = {
     ("saf", "f30k"): (30, 20),
     ("scan", "f30k"): (30, 15),
     ("saf", "coco"): (20, 10),
+    ("shan", "f30k"): (30, 15),
+    ("shan", "coco"): (30, 15),
 }
+DIRECTIONS = {"scan": ("t2i", "i2t"), "shan": ("full", "t2i", "i2t")}  # of each model that has any, the default first
 # SCAN: direction -> (lambda_softmax, lambda_lse per recipe)
 _LAMBDAS = {"t2i": (9.0, {"f30k": 6.0, "coco": 6.0}), "i2t": (4.0, {"f30k": 5.0, "coco": 20.0})}
 
 
-def options(model: str, *, recipe: str = "f30k", direction: str = "t2i", **changes: Any) -> argparse.Namespace:
+def options(model: str, *, recipe: str = "f30k", direction: str | None = None, **changes: Any) -> argparse.Namespace:
     """The options of one published training run.
 
     Args:
-        model: "sgr", "saf" (SGRAF's two halves), "scan", "hgan" and "tshsr" (reconstructed from their
+        model: "sgr", "saf" (SGRAF's two halves), "scan", "shan", "hgan" and "tshsr" (reconstructed from their
             abstracts, with SGRAF's schedules), or "dual" (the plain dual encoder).
         recipe: "f30k" or "coco": epochs, schedule, SCAN's learning rate and temperatures for that data set.
-        direction: SCAN's `cross_attn`, "t2i" (words attend to regions) or "i2t"; the others ignore it.
+        direction: SCAN's `cross_attn`, "t2i" (words attend to regions; the default) or "i2t"; SHAN's `alignment`,
+            "full" (the default), "t2i" or "i2t"; the others ignore it.
         **changes: options that are to differ, by their published names; None means as published.
 
     Returns:
@@ -84,17 +101,20 @@ def options(model: str, *, recipe: str = "f30k", direction: str = "t2i", **chang
     >>> opt.num_epochs, opt.lr_update, opt.learning_rate, opt.lambda_softmax, opt.lambda_lse, opt.batch_size
     (20, 10, 0.0005, 4.0, 20.0, 32)
     """
+    directions = DIRECTIONS.get(model, ())
+    if direction is None and directions:
+        direction = directions[0]
     for name, value, known in (
         ("model", model, MODELS),
         ("recipe", recipe, RECIPES),
-        ("direction", direction, tuple(_LAMBDAS)),
+        ("direction", direction, directions),
     ):
-        if value not in known:
+        if known and value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     chosen = dict(_COMMON)
     chosen["num_epochs"], chosen["lr_update"] = _SCHEDULES.get((model, recipe), _SCHEDULES["saf", recipe])
     if model == "scan":
-        softmax, lse = _LAMBDAS[direction]
+        softmax, lse = _LAMBDAS[str(direction)]
         chosen.update(
             cross_attn=direction,
             raw_feature_norm="clipped_l2norm",
@@ -103,12 +123,14 @@ def options(model: str, *, recipe: str = "f30k", direction: str = "t2i", **chang
             lambda_lse=lse[recipe],
             precomp_enc_type="basic",
         )
-        if recipe == "coco":
-            chosen["learning_rate"] = 5e-4
     elif model in _SYSTEMS:
         chosen.update(_SYSTEMS[model])
+        if model == "shan":
+            chosen["alignment"] = direction
     else:
         chosen.update(module_name=model.upper(), sim_dim=256, sgr_step=3)
+    if model in ("scan", "shan") and recipe == "coco":
+        chosen["learning_rate"] = 5e-4
     unknown = [name for name in changes if name not in chosen]
     if unknown:
         raise ValueError(f"{model} has no option {', '.join(unknown)}; its options are {', '.join(sorted(chosen))}")
@@ -142,6 +164,9 @@ def _check(chosen: dict[str, Any]) -> None:
     for name in ("learning_rate", "lambda_softmax", "lambda_lse"):
         if name in chosen and not chosen[name] > 0:
             raise ValueError(f"{name} must be more than 0, got {chosen[name]}")
+    for name in ("mu1", "mu2"):
+        if name in chosen and not 0 <= chosen[name] <= 1:
+            raise ValueError(f"{name} must lie in 0..1, got {chosen[name]}")
     for name in ("margin", "grad_clip", "val_step", "seed", "sgr_step"):
         if name in chosen and not chosen[name] >= 0:
             raise ValueError(f"{name} must be at least 0, got {chosen[name]}")

@@ -13,7 +13,7 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from .interrupt import Stop, signals
 from .log import STEP, Log, dev_values, table
 from .losses import batch_loss
 from .recipe import learning_rate
+from .vectors import word_vectors
 
 if TYPE_CHECKING:
     from ..data import Batch, Split, Vocabulary
@@ -112,7 +113,7 @@ def train(
     output = Path(output)
     if not resuming:
         _refuse_existing(output)
-    run = _Run(opt, train_split, dev_split, vocabulary, output, device, progress, dict(arguments or {}))
+    run = _Run(opt, train_split, dev_split, vocabulary, output, device, progress, dict(arguments or {}), resuming)
     if resuming:
         run.restore()
     else:
@@ -142,6 +143,7 @@ class _Run:
         device: str | torch.device | None,
         progress: bool,
         arguments: dict[str, Any],
+        resuming: bool,
     ) -> None:
         from ..data import TrainingBatches
         from ..models import build, model_class
@@ -163,6 +165,9 @@ class _Run:
                 )
             if regions != 36:  # the published number, of which its code keeps no option
                 set_here["num_region"] = regions
+        vectors = None if resuming else word_vectors(opt, vocabulary, progress)
+        if vectors is not None:
+            set_here["vector_dim"] = vectors.shape[1]
         self.opt = argparse.Namespace(**{**vars(opt), **set_here})
         self.vocabulary_file = output / f"{opt.data_name}_vocab.json"  # where the published code looks
         self.device = _usable(device)
@@ -176,6 +181,8 @@ class _Run:
             raise ValueError(f"the training split must hold at least 2 captions, got {self.data[0]}")
         torch.manual_seed(opt.seed)
         self.model: Any = build(argparse.Namespace(**{**vars(self.opt), "device": str(self.device)}))
+        if vectors is not None:
+            cast(Any, self.model.txt_enc).set_vectors(vectors)
         self.epoch = self.step = self.iterations = 0
         self.best_rsum: float | None = None
         self.best_epoch: int | None = None

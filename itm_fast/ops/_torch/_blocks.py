@@ -51,8 +51,10 @@ def backward(blocks: Iterator[Block], args: Sequence[Tensor], needs: Sequence[bo
                 a[at].detach().to(work).requires_grad_(n) for a, at, n in zip(args, block.inputs, needs, strict=True)
             ]
             value = block.function(*inputs)
+        if not value.requires_grad:  # the options leave out all that needs a gradient
+            continue
         wanted = [x for x, n in zip(inputs, needs, strict=True) if n]
-        found = iter(torch.autograd.grad(value, wanted, grad[block.result].to(value.dtype)))
+        found = iter(torch.autograd.grad(value, wanted, grad[block.result].to(value.dtype), materialize_grads=True))
         for whole, at in zip(total, block.inputs, strict=True):
             if whole is not None:
                 whole[at] += next(found)

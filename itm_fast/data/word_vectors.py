@@ -1,0 +1,149 @@
+"""Word vectors from a file that the user names: GloVe or word2vec text, word2vec binary, or npy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import BinaryIO, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .vocabulary import Vocabulary
+
+Entries: TypeAlias = Iterator[tuple[bytes, Callable[[], NDArray[np.float32]]]]  # words, and their numbers when wanted
+_WANTED = "word vectors are GloVe or word2vec text (a word and its numbers a line), word2vec binary, or a .npy file"
+
+
+def load_word_vectors(
+    path: str | os.PathLike[str], vocabulary: Vocabulary
+) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    """Read the vectors of a vocabulary's words; a file of gigabytes is read through, not held.
+
+    The form is found by the content: a .npy array [words, E] has a row for every id of the vocabulary; in the others a
+    line, or a record, is a word and its E numbers, with word2vec's first line "words E" or, as GloVe's, without. Of a
+    word named twice the first vector counts.
+
+    Args:
+        path: the file, not compressed.
+        vocabulary: the words, which are looked up as they are written there.
+
+    Returns:
+        vectors float32 [len(vocabulary), E], zeros for words that the file lacks, and which words it has,
+        bool [len(vocabulary)].
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: another kind of file, a damaged one, one of other words, or a number that is not finite.
+
+    >>> import tempfile
+    >>> vocabulary = Vocabulary.build(["a cat", "a dog"], min_count=1)
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     _ = Path(f"{folder}/glove.txt").write_text("cat 1.5 2\\nfox 3 4\\n")
+    ...     vectors, found = load_word_vectors(f"{folder}/glove.txt", vocabulary)
+    >>> vectors[vocabulary("cat")].tolist(), int(found.sum())
+    ([1.5, 2.0], 1)
+    """
+    path = Path(path)
+    with open(path, "rb") as file:
+        head = file.read(1 << 16)
+        file.seek(0)
+        if head.startswith(b"\x93NUMPY"):
+            return _rows(path, file, vocabulary)
+        if not head.strip():
+            raise ValueError(f"{path} is empty; {_WANTED}")
+        first = head.split(b"\n", 1)[0].split()
+        headed = len(first) == 2 and all(part.isdigit() for part in first)
+        if headed and _is_binary(head, int(first[1])):
+            entries = _binary(path, file, int(first[1]))
+            size = int(first[1])
+        else:
+            size = int(first[1]) if headed else min(_trailing(first), len(first) - 1)
+            if size < 1:
+                raise ValueError(f"{path} does not begin with a word and its numbers; {_WANTED}")
+            entries = _text(path, file, size, headed)
+        vectors = np.zeros((len(vocabulary), size), np.float32)
+        found = np.zeros(len(vocabulary), bool)
+        for name, numbers in entries:
+            index = vocabulary.word2idx.get(name.decode("utf-8", "replace"))
+            if index is None or found[index]:
+                continue
+            vectors[index], found[index] = numbers(), True
+    if not found.any():
+        raise ValueError(f"{path} has none of the vocabulary's {len(vocabulary)} words; is it of another language?")
+    return _finite(path, vectors, vocabulary), found
+
+
+def _rows(path: Path, file: BinaryIO, vocabulary: Vocabulary) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    array = np.load(file, allow_pickle=False)
+    if array.ndim != 2 or len(array) != len(vocabulary) or not array.shape[1] or array.dtype.kind != "f":
+        raise ValueError(
+            f"{path} must hold numbers [words, E] with a row for each of the vocabulary's {len(vocabulary)} words, "
+            f"got {array.dtype} {list(array.shape)}"
+        )
+    return _finite(path, array.astype(np.float32), vocabulary), np.ones(len(array), bool)
+
+
+def _finite(path: Path, vectors: NDArray[np.float32], vocabulary: Vocabulary) -> NDArray[np.float32]:
+    bad = np.flatnonzero(~np.isfinite(vectors).all(1))
+    if len(bad):
+        raise ValueError(f"{path}: the vector of {vocabulary.idx2word[int(bad[0])]!r} holds NaN or infinity")
+    return vectors
+
+
+def _is_binary(head: bytes, size: int) -> bool:
+    """Whether what follows the first line is word2vec's binary form: its first record is no line of numbers."""
+    lines = head.split(b"\n", 2)
+    return len(lines) < 2 or not _numbers(lines[1].split()[-size:])
+
+
+def _numbers(parts: list[bytes]) -> bool:
+    try:
+        np.array(parts, dtype="S").astype(np.float64)
+    except ValueError:
+        return False
+    return True
+
+
+def _trailing(parts: list[bytes]) -> int:
+    """How many numbers the parts end with."""
+    return next((n for n, part in enumerate(reversed(parts)) if not _numbers([part])), len(parts))
+
+
+def _text(path: Path, file: BinaryIO, size: int, headed: bool) -> Entries:
+    for n, line in enumerate(file, 1):
+        if n == 1 and headed:
+            continue
+        parts = line.split()
+        if not parts:
+            continue
+        if len(parts) <= size:
+            raise ValueError(f"{path}, line {n}: a word and {size} numbers must stand there, got {len(parts)} parts")
+        # GloVe's largest file names some "words" with spaces in them.
+        yield b" ".join(parts[:-size]), partial(_parsed, path, n, parts[-size:])
+
+
+def _parsed(path: Path, n: int, parts: list[bytes]) -> NDArray[np.float32]:
+    try:
+        return np.array(parts, dtype="S").astype(np.float64).astype(np.float32)
+    except ValueError:
+        raise ValueError(f"{path}, line {n}: {len(parts)} numbers must follow the word") from None
+
+
+def _binary(path: Path, file: BinaryIO, size: int) -> Entries:
+    count, buffer = int(file.readline().split()[0]), b""
+    for n in range(count):
+        while (at := buffer.find(b" ")) < 0 or len(buffer) < at + 1 + 4 * size:
+            more = file.read(1 << 20)
+            if not more:
+                raise ValueError(f"{path} ends within record {n + 1} of {count}; fetch it again")
+            buffer += more
+        # Some writers end a record with a newline, some do not.
+        yield buffer[:at].lstrip(b"\n"), partial(_floats, buffer, size, at + 1)
+        buffer = buffer[at + 1 + 4 * size :]
+
+
+def _floats(buffer: bytes, size: int, start: int) -> NDArray[np.float32]:
+    return np.frombuffer(buffer, np.dtype("<f4"), size, start).astype(np.float32)

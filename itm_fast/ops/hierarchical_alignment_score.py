@@ -1,0 +1,240 @@
+"""Score every image with every caption by alignment step by step: local, global to local, global (SHAN, section 3).
+
+For one pair, words attending to regions alone (direction "t2i"), it equals this program:
+
+    beta = (scale * region_keys @ word_keys.T).softmax(0).T;  attended = beta @ regions
+    g = (word_gate[:, 1] + beta @ region_gate[:, 1]).sigmoid();  fused = g * words + (1 - g) * attended
+    context = (fused @ caption_pool).softmax(0) @ fused
+    found = cosine_similarity(context, regions).softmax(0) @ regions
+    score = (cosine_similarity(words, attended).mean() + cosine_similarity(context, found, dim=0)
+             + cosine_similarity(regions.mean(0), context + found, dim=0))
+
+Forward, with regions v_i, words t_j, their keys k_i and k_j, and cos(a, b) = a . b / max(|a| |b|, 1e-8):
+
+    A_ij = k_i . k_j,   alpha_i = softmax_j(scale A_ij),   beta_j = softmax_i(scale A_ij)                    (1)
+    t*_i = sum_j alpha_ij t_j,   r_i = cos(v_i, t*_i);   v*_j = sum_i beta_ij v_i,   r_j = cos(t_j, v*_j)    (2)
+    g_i  = sigmoid(a_i + sum_j alpha_ij a_j),   g_j = sigmoid(b_j + sum_i beta_ij b_i)                       (3)
+    v^_i = g_i v_i + (1 - g_i) t*_i,   v_c = sum_i softmax_i(m . v^_i) v^_i;   t_c from t^_j, n alike        (4)
+    t*_c = sum_j softmax_j(cos(v_c, t_j)) t_j,   v*_c = sum_i softmax_i(cos(t_c, v_i)) v_i                   (5)
+    v_g  = v_c + t*_c,   t_g = t_c + v*_c                                                                    (6)
+    score = mu (mean or sum) r_i + (1 - mu) (mean or sum) r_j
+            + nu cos(v_c, t*_c) + (1 - nu) cos(t_c, v*_c) + cos(v_g, t_g)                                    (7)
+
+with direction "both". With "t2i" only r_j and t_c exist, with weight 1, and v_g is the mean of the regions; with
+"i2t" the other way round. The gate's linear map W [x; y] + b is given by halves: a_i and b_j (with the bias) of the
+vector itself, a_j and b_i of what it attends to, for W (sum_j alpha_ij t_j) = sum_j alpha_ij (W t_j).
+
+With a scalar gate every vector above is a combination of rows of V and T, x = V^T p + T^T q, and
+
+    x . v_i = (G p + C q)_i,   x . t_j = (C^T p + H q)_j,   G = V V^T,  H = T T^T,  C = V T^T                (8)
+    v_c: p_i = gamma_i g_i,  q_j = sum_i gamma_i (1 - g_i) alpha_ij;   t_c the other way round               (9)
+
+so that all products and norms follow from G, H, C, A and one number a row: no vector [D] of a pair exists. With a
+vector gate they exist for the pairs of a block.
+
+Backward: the chain rule through (7) to (1); of a product y = x_1 . x_2 of two combinations with coefficients c_1 and
+c_2 over the rows Z = [V; T] and K = Z Z^T,
+
+    d c_1 = dy K c_2,   d c_2 = dy K c_1,   d K = dy c_1 c_2^T,   d Z = (d K + d K^T) Z                     (10)
+    d A = scale (alpha (d alpha - sum_j alpha d alpha) + beta (d beta - sum_i beta d beta)),
+    d k_i = sum_j d A_ij k_j,   d k_j = sum_i d A_ij k_i                                                    (11)
+
+Saved for backward: the inputs. Everything per pair is computed again, block by block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._backends import resolve
+from .._checks import Arguments, autocast
+from ..packing import bounds
+from . import _attention
+from ._op import Op, by_autograd
+
+OFFERED = ("torch", "reference")
+DIRECTIONS = ("t2i", "i2t", "both")
+POOLS = ("mean", "sum")
+
+
+def _cosine(x: Tensor, y: Tensor) -> Tensor:
+    norms = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
+    return (x * y).sum(-1) / norms.clamp_min(_attention.EPS)
+
+
+def _aligned(
+    local: Tensor, attended: Tensor, gate: Tensor, weight: Tensor, others: Tensor, pool: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One modality's pooled cosines (2), its cosine with what its context vector finds (5), and (6)."""
+    r = _cosine(local, attended)
+    g = gate.sigmoid()
+    fused = g * local + (1 - g) * attended
+    context = (fused @ weight).softmax(0) @ fused
+    found = _cosine(context, others).softmax(0) @ others
+    return r.mean() if pool == "mean" else r.sum(), _cosine(context, found), context + found
+
+
+def reference(
+    image: Tensor,
+    image_key: Tensor,
+    image_gate: Tensor,
+    words: Tensor,
+    word_key: Tensor,
+    word_gate: Tensor,
+    image_pool: Tensor,
+    caption_pool: Tensor,
+    cu_seqlens: Tensor,
+    region_lengths: Tensor | None,
+    direction: str,
+    scale: float,
+    pool: str,
+    local_mix: float,
+    global_mix: float,
+) -> Tensor:
+    """(1) to (7), pair by pair."""
+    op = "hierarchical_alignment_score"
+    edge = bounds(cu_seqlens, words.shape[0], op)
+    rows = []
+    for i, n in enumerate(_attention.region_counts(region_lengths, image, op)):
+        V, key, own = image[i, :n], image_key[i, :n], image_gate[i, :n]
+        for start, stop in zip(edge, edge[1:], strict=False):
+            T, other = words[start:stop], word_gate[start:stop]
+            affinity = scale * (key @ word_key[start:stop].t())
+            local, overall = [], []
+            image_global, caption_global = V.mean(0), T.mean(0)
+            if direction != "t2i":
+                alpha = affinity.softmax(1)
+                r, whole, image_global = _aligned(
+                    V, alpha @ T, own[:, 0] + alpha @ other[:, 0], image_pool, T, pool
+                )  # fmt: skip
+                local.append(r)
+                overall.append(whole)
+            if direction != "i2t":
+                beta = affinity.softmax(0).t()
+                r, whole, caption_global = _aligned(
+                    T, beta @ V, other[:, 1] + beta @ own[:, 1], caption_pool, V, pool
+                )  # fmt: skip
+                local.append(r)
+                overall.append(whole)
+            score = _cosine(image_global, caption_global)
+            for found, mix in ((local, local_mix), (overall, global_mix)):
+                score = score + (found[0] if len(found) == 1 else mix * found[0] + (1 - mix) * found[1])
+            rows.append(score)
+    shape = image.shape[0], len(edge) - 1
+    inputs = image, image_key, image_gate, words, word_key, word_gate, image_pool, caption_pool
+    return torch.stack(rows).view(shape) if rows else sum(x.sum() for x in inputs) * image.new_zeros(shape)
+
+
+def _implementation(backend: str):
+    if backend == "reference":
+        return by_autograd(reference)
+    from ._torch import hierarchical_alignment_score as portable
+
+    return portable
+
+
+_op = Op(
+    "hierarchical_alignment_score",
+    "Tensor image, Tensor image_key, Tensor image_gate, Tensor words, Tensor word_key, Tensor word_gate, "
+    "Tensor image_pool, Tensor caption_pool, Tensor cu_seqlens, Tensor? region_lengths, str direction, float scale, "
+    "str pool, float local_mix, float global_mix",
+    "Tensor",
+    offered=OFFERED,
+    differentiable=8,
+    implementation=_implementation,
+    fake=lambda *args: args[0].new_empty(args[0].shape[0], args[8].shape[0] - 1),
+    pairs="IIINNN..EI.....",
+)
+
+
+def hierarchical_alignment_score(
+    image: Tensor,
+    image_key: Tensor,
+    image_gate: Tensor,
+    words: Tensor,
+    word_key: Tensor,
+    word_gate: Tensor,
+    cu_seqlens: Tensor,
+    image_pool: Tensor,
+    caption_pool: Tensor,
+    *,
+    direction: str = "both",
+    scale: float = 15.0,
+    pool: str = "mean",
+    local_mix: float = 0.3,
+    global_mix: float = 0.5,
+    region_lengths: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Score all pairs by local-to-local, global-to-local and global-to-global alignment: SHAN's pair score.
+
+    Args:
+        image: [I, R, D] region features, float64, float32, float16 or bfloat16.
+        image_key: [I, R, P] their projections, whose products with `word_key` are the affinities; same dtype and
+            device as all tensors of floats.
+        image_gate: [I, R, 2, K] what a region adds to a gate before its sigmoid, K 1 (a scalar gate) or D (a vector
+            gate): first, with the bias, to its own, then to those of the words that attend to it.
+        words: [N, D] packed word features; see `itm_fast.pack`.
+        word_key: [N, P].
+        word_gate: [N, 2, K] what a word adds to a gate: first to those of the regions that attend to it, then, with
+            the bias, to its own.
+        cu_seqlens: [T + 1] int32 or int64: caption t is `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
+        image_pool: [D] weights by which a pair's fused regions are pooled to its image's context vector.
+        caption_pool: [D] the same for the words; directions that pool one side do not read the other's.
+        direction: "t2i" (words attend to regions; SHAN-T2I), "i2t" (SHAN-I2T) or "both" (SHAN-full).
+        scale: inverse temperature of the local attention's softmax.
+        pool: "mean" or "sum" of the local cosines.
+        local_mix: share of the regions in the local term, from 0 to 1, for direction "both".
+        global_mix: share of the image in the global-to-local term, from 0 to 1, for direction "both".
+        region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
+        backend: one of `OFFERED`, or None to let itm_fast choose.
+
+    Returns:
+        score [I, T], dtype of `image` (under autocast, autocast's).
+
+    Raises:
+        ValueError: a shape, a length or an option is wrong.
+        TypeError: a dtype is wrong.
+        NotImplementedError: the backend asked for cannot run here; the message says why.
+
+    >>> import torch, itm_fast
+    >>> D, P = 64, 32
+    >>> words, cu_seqlens = itm_fast.pack(torch.randn(3, 12, D), [12, 5, 8])
+    >>> itm_fast.hierarchical_alignment_score(
+    ...     torch.randn(2, 36, D), torch.randn(2, 36, P), torch.randn(2, 36, 2, 1),
+    ...     words, torch.randn(25, P), torch.randn(25, 2, 1), cu_seqlens, torch.randn(D), torch.randn(D)).shape
+    torch.Size([2, 3])
+    """
+    check = Arguments("hierarchical_alignment_score")
+    check.floats(
+        image=(image, "I R D"),
+        image_key=(image_key, "I R P"),
+        image_gate=(image_gate, "I R 2 K"),
+    )
+    if image_gate.shape[3] not in (1, image.shape[2]):
+        raise ValueError(
+            f"{check.op}: image_gate must be [I, R, 2, K] with K = 1 or D = {image.shape[2]}, "
+            f"got {list(image_gate.shape)}"
+        )
+    check.floats(
+        words=(words, "N D"),
+        word_key=(word_key, "N P"),
+        word_gate=(word_gate, "N 2 K"),
+        image_pool=(image_pool, "D"),
+        caption_pool=(caption_pool, "D"),
+    )
+    check.integers("cu_seqlens", cu_seqlens, "T+1")
+    if region_lengths is not None:
+        check.integers("region_lengths", region_lengths, "I")
+    check.choice("direction", direction, DIRECTIONS)
+    check.choice("pool", pool, POOLS)
+    check.positive("scale", scale)
+    for name, mix in (("local_mix", local_mix), ("global_mix", global_mix)):
+        if not 0 <= mix <= 1:
+            raise ValueError(f"{check.op}: {name} must lie in 0..1, got {mix}")
+    name = resolve(check.op, backend, image.device)
+    args = autocast(image, image_key, image_gate, words, word_key, word_gate, image_pool, caption_pool)
+    return _op(
+        *args, cu_seqlens, region_lengths, direction, float(scale), pool, float(local_mix), float(global_mix), name
+    )
