@@ -25,6 +25,7 @@ from benchmarks import (  # noqa: E402
     harness,
     machine,
     page,
+    shan,
 )
 from benchmarks.shapes import SHAPES, Shape, needed_flops, state_flops  # noqa: E402
 
@@ -67,6 +68,21 @@ def test_the_pair_scorer_benchmark_runs_and_its_rows_add_up(monkeypatch, tmp_pat
             assert row["needed_gflops_per_second"] * row["seconds_median"] * 1e9 == pytest.approx(flops)
             assert row["products"] == ("bfloat16" if "bfloat16" in row["name"] else "float32")
     assert page.readme("<!-- pair_scorers_here.json --><!-- end -->").count("| sgr |") == len(names)
+
+
+def test_shan_has_its_rows(monkeypatch, tmp_path):
+    arguments = ("--shape", "quick", "--no-compile", "--no-fresh", "--models", *shan.MODELS)
+    result = written(bench_pair_scorers, "pair_scorers", monkeypatch, tmp_path, *arguments)
+    for one, model in zip(result["results"], shan.MODELS, strict=True):
+        assert one["model"] == model
+        rows = {row["name"]: row for row in one["rows"]}
+        assert {"paper's loop", "itm-fast torch"} <= set(rows)
+        flops = shan.needed_flops(model, SHAPES["quick"]) + shan.state_flops(model, SHAPES["quick"])
+        row = rows["itm-fast torch"]
+        assert row["needed_gflops_per_second"] * row["seconds_median"] * 1e9 == pytest.approx(flops)
+    arguments = ("--batch", "4", "--loop-captions", "3", "--no-fresh", "--models", "shan", "shan-vector")
+    result = written(bench_training_step, "training_step", monkeypatch, tmp_path, *arguments)
+    assert [one["model"] for one in result["results"]] == ["shan", "shan-vector"]
 
 
 def test_scratch_is_above_inputs_and_scores():
