@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+
+REGIONS = 64  # of an image, and
+WORDS = 32  # of a caption that one tile holds: what COCO's have at most, but for one caption in ten thousand
 
 
 def arch(device: torch.device) -> int:
@@ -48,6 +54,8 @@ class Sets(NamedTuple):
         owner: [n] int32: the set of each row.
         edge: sets + 1 Python integers: where sets begin.
         longest: no set has more rows.
+        tile: rows of a set that a tile holds; larger sets take several.
+        whole: whether no set is larger than a tile, whatever it holds.
     """
 
     rows: Tensor
@@ -56,6 +64,17 @@ class Sets(NamedTuple):
     owner: Tensor
     edge: list[int]
     longest: int
+    tile: int
+    whole: bool
+
+
+class Piece(NamedTuple):
+    """A rectangle of pairs: sets first..last of either side, and their rows."""
+
+    contexts: slice
+    queries: slice
+    x: slice
+    q: slice
 
 
 def regions(image: Tensor, region_lengths: Tensor | None) -> Sets:
@@ -67,8 +86,9 @@ def regions(image: Tensor, region_lengths: Tensor | None) -> Sets:
         count = torch.full((I,), R, dtype=torch.int32, device=device)
     else:
         count = region_lengths.to(torch.int32)
+    tile = min(REGIONS, power_of_two(R))
     owner = torch.arange(I * R, dtype=torch.int32, device=device).div_(R, rounding_mode="floor")
-    return Sets(aligned(image).view(I * R, D), start, count, owner, list(range(0, I * R + 1, R)), R)
+    return Sets(aligned(image).view(I * R, D), start, count, owner, list(range(0, I * R + 1, R)), R, tile, R <= tile)
 
 
 def captions(words: Tensor, cu_seqlens: Tensor, edge: list[int]) -> Sets:
@@ -78,4 +98,34 @@ def captions(words: Tensor, cu_seqlens: Tensor, edge: list[int]) -> Sets:
     index = torch.arange(len(count), dtype=torch.int32, device=words.device)
     owner = index.repeat_interleave(count, output_size=len(words))
     longest = max((b - a for a, b in zip(edge, edge[1:])), default=0)
-    return Sets(aligned(words), cut[:-1], count, owner, edge, longest)
+    return Sets(aligned(words), cut[:-1], count, owner, edge, longest, WORDS, False)
+
+
+def spans(edge: list[int], rows: int) -> list[slice]:
+    """Cut sets into runs of at most `rows` rows, one set at the least."""
+    cut, first, sets = [], 0, len(edge) - 1
+    while first < sets:
+        last = max(first + 1, bisect.bisect_right(edge, edge[first] + rows) - 1)
+        cut.append(slice(first, last))
+        first = last
+    return cut
+
+
+def pieces(query: Sets, context: Sets, copies: int, limit: int, piece: int) -> Iterator[Piece]:
+    """Cut all pairs into pieces whose scratch fits `limit` bytes; a single pair is never cut.
+
+    Args:
+        copies: floats that a query row with a context row takes, at most.
+        limit: bytes; half of them may go to what is kept for each context row.
+        piece: elements of a piece beyond which it is not faster.
+    """
+    area = max(1, min(piece, limit // (8 * copies)))
+    each = 4 * (context.longest + 32)
+    tall = min(query.edge[-1], math.isqrt(area))
+    wide = max(1, min(area // max(1, tall), limit // (2 * each)))
+    wide = min(wide, context.edge[-1])
+    tall = area // max(1, wide)
+    for contexts in spans(context.edge, wide):
+        for queries in spans(query.edge, tall):
+            x, q = (slice(s.edge[c.start], s.edge[c.stop]) for s, c in ((context, contexts), (query, queries)))
+            yield Piece(contexts, queries, x, q)

@@ -79,3 +79,32 @@ def gram(dtype: torch.dtype, arch: int) -> Tile:
 def lengths(dtype: torch.dtype, arch: int) -> Tile:
     """kernels/_affinity.py: _lengths."""
     return _row(4, 2, BLOCK_M=16, BLOCK_K=256)  # untuned
+
+
+def query_norms(dtype: torch.dtype, arch: int) -> Tile:
+    """kernels/_attention.py: _query_norms."""
+    return _row(4, 2, SETS=4, BLOCK_Q=16, BLOCK_X=64)  # untuned
+
+
+def attend(dtype: torch.dtype, arch: int) -> Tile:
+    """kernels/_attention.py: _attend."""
+    if arch == 80 and dtype == torch.float32:
+        return _row(8, 1, BLOCK_Q=32, BLOCK_D=16)  # untuned
+    return _row(8, 1, BLOCK_Q=64, BLOCK_D=32)  # untuned
+
+
+def pool(dtype: torch.dtype, arch: int) -> Tile:
+    """kernels/_attention.py: _pool and _pool_backward."""
+    return _row(4, 1, SETS=8, BLOCK_Q=16, BLOCK_B=16)  # untuned
+
+
+PIECE = 32 << 20  # pairs of rows whose affinities lie in the workspace at a time; untuned
+
+
+def project(dtype: torch.dtype, arch: int, precision: str, backward: bool) -> Tile:
+    """kernels/_projection.py: _project."""
+    if dtype == torch.float32 and precision == "tf32x3":
+        return _row(8, 2, BLOCK_Q=64, BLOCK_K=16, BLOCK_S=256)  # untuned
+    if backward:
+        return _row(8, 2, BLOCK_Q=64, BLOCK_K=32, BLOCK_S=256)  # untuned
+    return _row(8, 2, BLOCK_Q=128, BLOCK_K=32, BLOCK_S=256)  # untuned

@@ -27,3 +27,26 @@ def swizzled(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
     first = (pid // wide) * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
     return first + (pid % wide) % height, (pid % wide) // height
+
+
+@triton.jit
+def normalised(s, norm, NORM: tl.constexpr, CLIP: tl.constexpr, INVERSE: tl.constexpr):
+    """The affinity norm of s; `norm` is its norm over the queries (INVERSE: 1 / (norm + eps)), or their logsumexp."""
+    if NORM == "softmax":
+        return tl.exp(s - norm)
+    if CLIP:
+        s = leaky(s)
+    if NORM == "none":
+        return s
+    if INVERSE:
+        return s * norm
+    return s / (norm + EPS)
+
+
+@triton.jit
+def rows_of(pointer, row, column, COLUMNS: tl.constexpr, STEP: tl.constexpr):
+    """[rows, columns] of a matrix with COLUMNS columns that is read STEP columns at a time."""
+    at = pointer + row[:, None] * COLUMNS + column[None, :]
+    if COLUMNS % STEP == 0:
+        return tl.load(at)
+    return tl.load(at, mask=(column < COLUMNS)[None, :], other=0.0)

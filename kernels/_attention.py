@@ -1,0 +1,416 @@
+"""Attention of packed queries over sets of contexts: `ops/_attention.py`, and (1) to (3) of `cross_attention_score`.
+
+    norm[c, x]  = the norm of the affinities of context row x with the queries of set c         `_query_norms`
+    alpha[q, x] = softmax over the rows x of set b of scale * A'[q, x]                          `_attend`
+    t[q, b]     = alpha_q . A_q,    |P|^2 [q, b] = alpha_q^T G_b alpha_q                        `_attend`
+    score[b, c] = pool over the queries q of set c of r[q, b] = t / max(|q| |P|, 1e-8)          `_pool`
+
+The affinities A [queries, context rows] lie in a workspace. `_attend` takes rows of queries as they lie packed, so its
+tiles are full in that direction; of 64 context rows, 36 regions fill 56 %. Only `_query_norms` and `_pool` look at whole
+sets of queries: 4 or 8 of them in steps of 16, which captions of COCO fill to 70 %; both are a pass over memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch, _tiles
+from ._affinity import affinity, gram, leading
+from ._tl import EPS, NEVER, leaky, normalised
+
+
+@triton.jit(do_not_specialize=["set_first", "sets", "row_first", "contexts", "ld16"])
+def _query_norms(
+    logits_ptr, start_ptr, size_ptr, out_ptr, set_first, sets, row_first, contexts, ld16,
+    NORM: tl.constexpr, CLIP: tl.constexpr, INVERSE: tl.constexpr,
+    SETS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr,
+):  # fmt: skip
+    """One program: SETS sets of queries with BLOCK_X context rows. Grid: groups of sets x blocks of context rows."""
+    chunks = tl.cdiv(contexts, BLOCK_X)
+    group, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    lane = tl.arange(0, SETS * BLOCK_Q)
+    c = group * SETS + lane // BLOCK_Q
+    start = tl.load(start_ptr + set_first + c, mask=c < sets, other=0) - row_first
+    size = tl.load(size_ptr + set_first + c, mask=c < sets, other=0)
+    x = chunk * BLOCK_X + tl.arange(0, BLOCK_X)
+    m = tl.full((SETS, BLOCK_X), NEVER, tl.float32)
+    total = tl.zeros((SETS, BLOCK_X), tl.float32)
+    for first in range(0, tl.max(size, 0), BLOCK_Q):
+        q = first + lane % BLOCK_Q
+        inside = (q < size)[:, None] & (x < contexts)[None, :]
+        at = (start + q).to(tl.int64)[:, None] * (ld16 * 16) + x[None, :]
+        if NORM == "softmax":
+            s = tl.load(logits_ptr + at, mask=inside, other=NEVER).reshape(SETS, BLOCK_Q, BLOCK_X)
+            larger = tl.maximum(m, tl.max(s, 1))
+            base = tl.where(larger == NEVER, 0.0, larger)
+            total = total * tl.exp(m - base) + tl.sum(tl.exp(s - base[:, None, :]), 1)
+            m = larger
+        else:
+            s = tl.load(logits_ptr + at, mask=inside, other=0.0)
+            if CLIP:
+                s = leaky(s)
+            if NORM == "l2norm":
+                s = s * s
+            else:
+                s = tl.abs(s)
+            total += tl.sum(s.reshape(SETS, BLOCK_Q, BLOCK_X), 1)
+    if NORM == "softmax":
+        total = m + tl.log(total)
+    elif NORM == "l2norm":
+        total = tl.sqrt(total)
+    if INVERSE and NORM != "softmax":
+        total = 1 / (total + EPS)
+    c = group * SETS + tl.arange(0, SETS)
+    out = out_ptr + c.to(tl.int64)[:, None] * (ld16 * 16) + x[None, :]
+    tl.store(out, total, mask=(c < sets)[:, None] & (x < contexts)[None, :])
+
+
+@triton.jit
+def _affinities(logits, norms, x, size, scale, NORM: tl.constexpr, CLIP: tl.constexpr, INVERSE: tl.constexpr):
+    """A and the attention's logits of a tile; rows of contexts beyond the set give 0 and never."""
+    inside = (x < size)[None, :]
+    s = tl.load(logits + x[None, :], mask=inside, other=0.0)
+    norm = 0.0
+    if NORM != "none":
+        norm = tl.load(norms + x[None, :], mask=inside, other=0.0)
+    return s, tl.where(inside, scale * normalised(s, norm, NORM, CLIP, INVERSE), NEVER)
+
+
+@triton.jit
+def _weights(logits, norms, x, size, scale, m, z, NORM: tl.constexpr, CLIP: tl.constexpr, INVERSE: tl.constexpr):
+    """alpha of a tile, from the maximum m of its logits and the sum z of their exponentials."""
+    _, a = _affinities(logits, norms, x, size, scale, NORM, CLIP, INVERSE)
+    return tl.exp(a - m[:, None]) / z[:, None]
+
+
+@triton.jit
+def _gram_tile(gram, x, y, size, ld):
+    inside = (x < size)[:, None] & (y < size)[None, :]
+    return tl.load(gram + x[:, None] * ld + y[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _context_tile(context, x, d, size, D: tl.constexpr):
+    inside = (x < size)[:, None] & (d < D)[None, :]
+    return tl.load(context + x[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _poor(square, largest, real):
+    """Where terms of size max |x|^2 have cancelled to less than a thousandth: three of float32's digits are gone."""
+    return (square < 1e-3 * largest) & real
+
+
+@triton.jit
+def _attend_tile(
+    logits, norms, gram, ld, context, x, size, real, scale, NORM: tl.constexpr, CLIP: tl.constexpr,
+    INVERSE: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A set that fits a tile: alpha, G alpha [BLOCK_Q, BLOCK_X], t and |P|^2."""
+    s, a = _affinities(logits, norms, x, size, scale, NORM, CLIP, INVERSE)
+    e = tl.exp(a - tl.max(a, 1)[:, None])
+    alpha = e / tl.sum(e, 1)[:, None]
+    product = tl.dot(alpha, _gram_tile(gram, x, x, size, ld), input_precision=PRECISION)
+    square = tl.sum(alpha * product, 1)
+    poor = _poor(square, tl.max(tl.load(gram + x * (ld + 1), mask=x < size, other=0.0), 0), real)
+    if tl.max(poor.to(tl.int32), 0) > 0:
+        exact = tl.zeros_like(square)
+        for d in range(0, D, BLOCK_D):
+            v = _context_tile(context, x, d + tl.arange(0, BLOCK_D), size, D)
+            p = tl.dot(alpha, v, input_precision=PRECISION)
+            exact += tl.sum(p * p, 1)
+        square = tl.where(poor, exact, square)
+    return alpha, product, tl.sum(alpha * s, 1), square
+
+
+@triton.jit
+def _attend_tiles(
+    logits, norms, gram, ld, context, x, size, real, alphas, products, scale, MODE: tl.constexpr, NORM: tl.constexpr,
+    CLIP: tl.constexpr, INVERSE: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A larger set: t and |P|^2; alpha and G alpha are stored where the mode wants them."""
+    m = tl.full((BLOCK_Q,), NEVER, tl.float32)
+    z = tl.zeros((BLOCK_Q,), tl.float32)
+    dot = tl.zeros((BLOCK_Q,), tl.float32)
+    largest = 0.0
+    for i in range(0, size, BLOCK_X):
+        s, a = _affinities(logits, norms, i + x, size, scale, NORM, CLIP, INVERSE)
+        larger = tl.maximum(m, tl.max(a, 1))
+        shrink, e = tl.exp(m - larger), tl.exp(a - larger[:, None])
+        z = z * shrink + tl.sum(e, 1)
+        dot = dot * shrink + tl.sum(e * s, 1)
+        m = larger
+        largest = tl.maximum(largest, tl.max(tl.load(gram + (i + x) * (ld + 1), mask=i + x < size, other=0.0), 0))
+    square = tl.zeros((BLOCK_Q,), tl.float32)
+    for i in range(0, size, BLOCK_X):
+        product = tl.zeros((BLOCK_Q, BLOCK_X), tl.float32)
+        for j in range(0, size, BLOCK_X):
+            alpha = _weights(logits, norms, j + x, size, scale, m, z, NORM, CLIP, INVERSE)
+            product = tl.dot(alpha, _gram_tile(gram, j + x, i + x, size, ld), product, input_precision=PRECISION)
+        alpha = _weights(logits, norms, i + x, size, scale, m, z, NORM, CLIP, INVERSE)
+        square += tl.sum(alpha * product, 1)
+        if MODE == "backward":
+            inside = real[:, None] & (i + x < size)[None, :]
+            tl.store(alphas + (i + x)[None, :], alpha, mask=inside)
+            tl.store(products + (i + x)[None, :], product, mask=inside)
+    poor = _poor(square, largest, real)
+    if tl.max(poor.to(tl.int32), 0) > 0:
+        exact = tl.zeros((BLOCK_Q,), tl.float32)
+        for d in range(0, D, BLOCK_D):
+            p = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
+            for j in range(0, size, BLOCK_X):
+                alpha = _weights(logits, norms, j + x, size, scale, m, z, NORM, CLIP, INVERSE)
+                v = _context_tile(context, j + x, d + tl.arange(0, BLOCK_D), size, D)
+                p = tl.dot(alpha, v, p, input_precision=PRECISION)
+            exact += tl.sum(p * p, 1)
+        square = tl.where(poor, exact, square)
+    if MODE == "weights":
+        for i in range(0, size, BLOCK_X):
+            alpha = _weights(logits, norms, i + x, size, scale, m, z, NORM, CLIP, INVERSE)
+            tl.debug_barrier()  # the affinities have been read
+            tl.store(alphas + (i + x)[None, :], alpha, mask=real[:, None] & (i + x < size)[None, :])
+    return dot / z, square
+
+
+@triton.jit(
+    do_not_specialize=[
+        "set_first", "sets", "context_first", "query_first", "queries", "owner_first", "ld16", "gram16", "out16",
+    ]  # fmt: skip
+)
+def _attend(
+    logits_ptr, norm_ptr, gram_ptr, context_ptr, start_ptr, size_ptr, owner_ptr, length_ptr,
+    alpha_ptr, product_ptr, dot_ptr, out_ptr,
+    set_first, sets, context_first, query_first, queries, owner_first, ld16, gram16, out16, scale,
+    MODE: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr, WHOLE: tl.constexpr, D: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_Q packed queries with one set of contexts. Grid: blocks of queries x sets.
+
+    MODE "score" gives r, "weights" alpha (in place of the affinities) and 1 / (|P| + eps), "backward" alpha, G alpha, t
+    and |P|^2.
+    """
+    INVERSE: tl.constexpr = MODE != "backward"
+    tile, b = tl.program_id(0) // sets, tl.program_id(0) % sets
+    first = tile * BLOCK_Q
+    q = tl.minimum(tl.arange(0, BLOCK_Q), queries - first - 1)
+    real = tl.arange(0, BLOCK_Q) < queries - first
+    start, size = tl.load(start_ptr + set_first + b), tl.load(size_ptr + set_first + b)
+    # Scalars of 64 bits to the tile, 32 bits within it.
+    ld, column = ld16 * 16, start - context_first
+    corner, within = first.to(tl.int64) * ld + column, q[:, None] * ld
+    owner = tl.load(owner_ptr + query_first + first + q)
+    low = tl.min(owner, 0)
+    norms = norm_ptr + (low - owner_first).to(tl.int64) * ld + column + (owner - low)[:, None] * ld
+    gram = gram_ptr + column.to(tl.int64) * (gram16 * 16)
+    context = context_ptr + start.to(tl.int64) * D
+    x = tl.arange(0, BLOCK_X)
+
+    if WHOLE or size <= BLOCK_X:
+        alpha, product, dot, square = _attend_tile(
+            logits_ptr + corner + within, norms, gram, gram16 * 16, context, x, size, real, scale,
+            NORM, CLIP, INVERSE, D, PRECISION, BLOCK_D,
+        )  # fmt: skip
+        if MODE != "score":
+            tl.debug_barrier()  # the affinities have been read
+            inside = real[:, None] & (x < size)[None, :]
+            tl.store(alpha_ptr + corner + within + x[None, :], alpha, mask=inside)
+            if MODE == "backward":
+                tl.store(product_ptr + corner + within + x[None, :], product, mask=inside)
+    else:
+        dot, square = _attend_tiles(
+            logits_ptr + corner + within, norms, gram, gram16 * 16, context, x, size, real,
+            alpha_ptr + corner + within, product_ptr + corner + within, scale,
+            MODE, NORM, CLIP, INVERSE, D, PRECISION, BLOCK_Q, BLOCK_X, BLOCK_D,
+        )  # fmt: skip
+
+    out = first.to(tl.int64) * (out16 * 16) + b + q * (out16 * 16)
+    if MODE == "score":
+        length = tl.load(length_ptr + query_first + first + q) * tl.sqrt(square)
+        tl.store(out_ptr + out, dot / tl.maximum(length, EPS), mask=real)
+    elif MODE == "weights":
+        tl.store(out_ptr + out, 1 / (tl.sqrt(square) + EPS), mask=real)
+    else:
+        tl.store(dot_ptr + out, dot, mask=real)
+        tl.store(out_ptr + out, square, mask=real)
+
+
+@triton.jit(do_not_specialize=["set_first", "sets", "row_first", "columns", "in16", "stride_b", "stride_c"])
+def _pool(
+    r_ptr, start_ptr, size_ptr, out_ptr, set_first, sets, row_first, columns, in16, stride_b, stride_c, pool_scale,
+    POOL: tl.constexpr, SETS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_B: tl.constexpr,
+):  # fmt: skip
+    """One program: the scores of SETS sets of queries with BLOCK_B sets of contexts. Grid: groups x blocks."""
+    chunks = tl.cdiv(columns, BLOCK_B)
+    group, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
+    lane = tl.arange(0, SETS * BLOCK_Q)
+    c = group * SETS + lane // BLOCK_Q
+    start = tl.load(start_ptr + set_first + c, mask=c < sets, other=0) - row_first
+    size = tl.load(size_ptr + set_first + c, mask=c < sets, other=0)
+    b = chunk * BLOCK_B + tl.arange(0, BLOCK_B)
+    m = tl.full((SETS, BLOCK_B), NEVER, tl.float32)
+    total = tl.zeros((SETS, BLOCK_B), tl.float32)
+    for first in range(0, tl.max(size, 0), BLOCK_Q):
+        q = first + lane % BLOCK_Q
+        inside = (q < size)[:, None] & (b < columns)[None, :]
+        at = r_ptr + (start + q).to(tl.int64)[:, None] * (in16 * 16) + b[None, :]
+        if POOL == "lse" or POOL == "max":
+            r = tl.load(at, mask=inside, other=NEVER)
+            if POOL == "lse":
+                r = r * pool_scale
+            largest = tl.max(r.reshape(SETS, BLOCK_Q, BLOCK_B), 1)
+            larger = tl.maximum(m, largest)
+            if POOL == "lse":
+                base = tl.where(larger == NEVER, 0.0, larger)
+                e = tl.exp(r.reshape(SETS, BLOCK_Q, BLOCK_B) - base[:, None, :])
+                total = total * tl.exp(m - base) + tl.sum(e, 1)
+            else:
+                # max passes over NaN, a sum does not
+                total += tl.sum(tl.where(r != r, r, 0.0).reshape(SETS, BLOCK_Q, BLOCK_B), 1)
+            m = larger
+        else:
+            total += tl.sum(tl.load(at, mask=inside, other=0.0).reshape(SETS, BLOCK_Q, BLOCK_B), 1)
+    c = group * SETS + tl.arange(0, SETS)
+    if POOL == "lse":
+        total = (m + tl.log(total)) / pool_scale
+    elif POOL == "max":
+        total = m + total
+    elif POOL == "mean":
+        size = tl.load(size_ptr + set_first + c, mask=c < sets, other=1)
+        total = total / size.to(tl.float32)[:, None]
+    out = out_ptr + b.to(tl.int64)[None, :] * stride_b + c.to(tl.int64)[:, None] * stride_c
+    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(c < sets)[:, None] & (b < columns)[None, :])
+
+
+class Norm(NamedTuple):
+    """How affinities become the attention's logits."""
+
+    NORM: str  # softmax, l2norm, l1norm or none, over the queries
+    CLIP: bool
+
+
+def norm_of(affinity_norm: str) -> Norm:
+    clip = affinity_norm.startswith("clipped")
+    return Norm(affinity_norm.removeprefix("clipped").lstrip("_") or "none", clip)
+
+
+class Attended(NamedTuple):
+    """What `attend` leaves of a piece, all float32.
+
+    Attributes:
+        logits: [queries, leading(context rows)] affinities; alpha in mode "weights".
+        norms: [query sets, leading(context rows)], or an empty tensor.
+        out: [queries, leading(context sets)] r, 1 / (|P| + eps) or |P|^2.
+        alpha, product: alpha and G alpha, like logits; "backward" only.
+        dot: t, like out; "backward" only.
+    """
+
+    logits: Tensor
+    norms: Tensor
+    out: Tensor
+    alpha: Tensor
+    product: Tensor
+    dot: Tensor
+
+
+def attend(
+    mode: str,
+    query: _launch.Sets,
+    context: _launch.Sets,
+    piece: _launch.Piece,
+    gram: Tensor,
+    lengths: Tensor | None,
+    norm: Norm,
+    scale: float,
+) -> Attended:
+    """Affinities of a piece and all that `_attend` makes of them.
+
+    Args:
+        mode: as in `_attend`.
+        gram: of the piece's context sets.
+        lengths: of all queries; for mode "score".
+    """
+    rows, device = query.rows, query.rows.device
+    arch = _launch.arch(device)
+    queries, sets = piece.q.stop - piece.q.start, piece.contexts.stop - piece.contexts.start
+    contexts = piece.x.stop - piece.x.start
+
+    def empty(n: int, columns: int) -> Tensor:
+        return torch.empty(n, leading(columns), dtype=torch.float32, device=device)
+
+    logits = empty(queries, contexts)
+    affinity(rows, context.rows, piece.q, piece.x, logits, _tiles.products(rows.dtype))
+    norms = logits
+    backward = mode == "backward"
+    if norm.NORM != "none":
+        query_sets = piece.queries.stop - piece.queries.start
+        norms = empty(query_sets, contexts)
+        tile = _tiles.query_norms(rows.dtype, arch)
+        grid = _launch.blocks(query_sets, tile["SETS"]) * _launch.blocks(contexts, tile["BLOCK_X"])
+        _query_norms[(grid,)](
+            logits, query.start, query.size, norms, piece.queries.start, query_sets, piece.q.start, contexts,
+            logits.stride(0) // 16, NORM=norm.NORM, CLIP=norm.CLIP, INVERSE=not backward, **tile,
+        )  # fmt: skip
+    out = empty(queries, sets)
+    alpha, product = (torch.empty_like(logits), torch.empty_like(logits)) if backward else (logits, logits)
+    dot = torch.empty_like(out) if backward else out
+    tile = _tiles.attend(rows.dtype, arch)
+    _attend[(_launch.blocks(queries, tile["BLOCK_Q"]) * sets,)](
+        logits, norms, gram, context.rows, context.start, context.size, query.owner, out if lengths is None else lengths,
+        alpha, product, dot, out,
+        piece.contexts.start, sets, piece.x.start, piece.q.start, queries, piece.queries.start,
+        logits.stride(0) // 16, gram.stride(0) // 16, out.stride(0) // 16, scale,
+        MODE=mode, NORM=norm.NORM, CLIP=norm.CLIP, WHOLE=context.whole, D=rows.shape[1],
+        PRECISION=_tiles.exact(rows.dtype), BLOCK_X=context.tile, **tile,
+    )  # fmt: skip
+    return Attended(logits, norms, out, alpha, product, dot)
+
+
+def grams(context: _launch.Sets, piece: _launch.Piece) -> Tensor:
+    """Gram matrices of a piece's sets of contexts, [their rows, leading(longest)] float32."""
+    rows = piece.x.stop - piece.x.start
+    out = torch.empty(rows, leading(context.longest), dtype=torch.float32, device=context.rows.device)
+    gram(context, piece.contexts.start, piece.contexts.stop, out)
+    return out
+
+
+def pool(r: Tensor, query: _launch.Sets, piece: _launch.Piece, out: Tensor, how: str, pool_scale: float) -> None:
+    """Scores of a piece from r into out, a view [context sets, query sets] of all scores."""
+    tile = _tiles.pool(query.rows.dtype, _launch.arch(r.device))
+    sets, columns = piece.queries.stop - piece.queries.start, piece.contexts.stop - piece.contexts.start
+    part = out[piece.contexts, piece.queries]
+    _pool[(_launch.blocks(sets, tile["SETS"]) * _launch.blocks(columns, tile["BLOCK_B"]),)](
+        r, query.start, query.size, part, piece.queries.start, sets, piece.q.start, columns, r.stride(0) // 16,
+        *part.stride(), pool_scale, POOL=how, **tile,
+    )  # fmt: skip
+
+
+def compilations(arch: int) -> Iterator[_tiles.Compilation]:
+    norms = [norm_of(n) for n in ("softmax", "l1norm", "clipped_l2norm", "clipped", "none")]
+    types = "*fp32 *i32 *i32 *fp32 i32 i32 i32 i32 i32"
+    for norm in norms[:3]:
+        for inverse in (True, False):
+            constants = dict(norm._asdict(), INVERSE=inverse)
+            yield _tiles.Compilation(_query_norms, types, constants, _tiles.query_norms(torch.float32, arch))
+    for how in ("lse", "max", "sum", "mean"):
+        types = f"*fp32 *i32 *i32 *{'fp16' if how == 'lse' else 'fp32'} i32 i32 i32 i32 i32 i32 i32 fp32"
+        yield _tiles.Compilation(_pool, types, dict(POOL=how), _tiles.pool(torch.float32, arch))
+    # (dtype, mode, norm, whole, rows of a tile of contexts)
+    single, half, brain = _tiles.NAMES
+    clipped = norms[2]
+    wide, narrow = _launch.REGIONS, _launch.WORDS
+    ways = [(dtype, "score", clipped, True, wide) for dtype in _tiles.NAMES]
+    ways += [(half, "score", norm, True, wide) for norm in norms if norm != clipped]
+    ways += [(dtype, mode, clipped, True, wide) for dtype in (single, half) for mode in ("weights", "backward")]
+    ways += [(single, mode, clipped, False, x) for mode in ("score", "weights", "backward") for x in (wide, narrow)]
+    ways += [(half, "score", clipped, False, narrow)]
+    for dtype, mode, norm, whole, rows in ways:
+        types = f"*fp32 *fp32 *fp32 *{_tiles.NAMES[dtype]} *i32 *i32 *i32" + " *fp32" * 5 + " i32" * 9 + " fp32"
+        constants = dict(norm._asdict(), MODE=mode, WHOLE=whole, D=1024, PRECISION=_tiles.exact(dtype), BLOCK_X=rows)
+        yield _tiles.Compilation(_attend, types, constants, _tiles.attend(dtype, arch))

@@ -1,0 +1,203 @@
+"""Similarity vectors of attended queries: equations (1) to (3) of `ops/cross_attention_similarity.py`.
+
+    u = alpha x / (|P| + eps),    y = W (u - q)^2 + b,    s = y / (|y| + eps)                   `project`
+
+One pass over D: u, the difference, its square and the product with W of a tile never leave the processor. alpha and
+1 / (|P| + eps) come from `_attention`. Queries lie packed, so a tile's rows are all real work; of the 64 rows of contexts
+that the first, five times smaller product takes, 36 regions fill 56 %. The global rows of SGRAF, where one vector
+stands for all that is attended to, are the same pass with that vector for u.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch, _tiles
+from ._attention import Attended
+from ._tl import EPS, rows_of
+
+
+@triton.jit
+def _attended(
+    alphas, alpha, context, size, x, column, D: tl.constexpr, WHOLE: tl.constexpr, GLOBAL: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """alpha x [BLOCK_Q, BLOCK_K] for the columns of a step over D."""
+    dtype: tl.constexpr = context.dtype.element_ty
+    if GLOBAL:
+        v = tl.load(context + column, mask=column < D, other=0.0).to(tl.float32)
+        return tl.broadcast_to(v[None, :], (BLOCK_Q, BLOCK_K))
+    elif WHOLE:
+        # Rows past the set read its last one, with weight 0.
+        v = rows_of(context, tl.minimum(x, size - 1), column, D, BLOCK_K)
+        return tl.dot(alpha, v, input_precision=PRECISION)
+    else:
+        u = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
+        for j in range(0, size, BLOCK_X):
+            a = tl.load(alphas + (j + x)[None, :], mask=(j + x < size)[None, :], other=0.0).to(dtype)
+            v = rows_of(context, tl.minimum(j + x, size - 1), column, D, BLOCK_K)
+            u = tl.dot(a, v, u, input_precision=PRECISION)
+        return u
+
+
+@triton.jit
+def _products(
+    alphas, alpha, inverse, query, context, weight_ptr, bias_ptr, size, q, first_s,
+    D: tl.constexpr, S: tl.constexpr, WHOLE: tl.constexpr, GLOBAL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """y [BLOCK_Q, BLOCK_S]: a tile's products with the rows of W from first_s on."""
+    s = first_s + tl.arange(0, BLOCK_S)
+    x, k = tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_Q, BLOCK_S), tl.float32)
+    for step in range(0, D, BLOCK_K):
+        column = step + k
+        u = _attended(
+            alphas, alpha, context, size, x, column, D, WHOLE, GLOBAL, PRECISION, BLOCK_Q, BLOCK_X, BLOCK_K
+        )
+        difference = u * inverse - rows_of(query, q, column, D, BLOCK_K).to(tl.float32)
+        square = (difference * difference).to(query.dtype.element_ty)
+        weight = rows_of(weight_ptr, tl.minimum(s, S - 1), column, D, BLOCK_K)  # [BLOCK_S, BLOCK_K]
+        acc = tl.dot(square, weight.T, acc, input_precision=PRECISION)
+    y = acc + tl.load(bias_ptr + tl.minimum(s, S - 1)).to(tl.float32)[None, :]
+    if S % BLOCK_S == 0:
+        return y
+    return tl.where((s < S)[None, :], y, 0.0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "set_first", "sets", "context_first", "query_first", "queries", "ld16", "in16", "out_first", "out_rows",
+        "place_first",
+    ]  # fmt: skip
+)
+def _project(
+    alpha_ptr, inverse_ptr, query_ptr, context_ptr, weight_ptr, bias_ptr, start_ptr, size_ptr,
+    query_start_ptr, query_size_ptr, owner_ptr, place_ptr, out_ptr, gradient_ptr,
+    set_first, sets, context_first, query_first, queries, ld16, in16, out_first, out_rows, place_first,
+    D: tl.constexpr, S: tl.constexpr, WHOLE: tl.constexpr, GLOBAL: tl.constexpr, BACKWARD: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_Q packed queries with one set of contexts. Grid: blocks of queries x sets.
+
+    Row `place` of set b's `out_rows` rows of the result. BACKWARD gives dy [queries, sets, S] for the gradient there.
+    """
+    tile, b = tl.program_id(0) // sets, tl.program_id(0) % sets
+    first = tile * BLOCK_Q
+    q = tl.minimum(tl.arange(0, BLOCK_Q), queries - first - 1)  # rows past the end are the last one, and not stored
+    start = tl.load(start_ptr + set_first + b)
+    size = tl.load(size_ptr + set_first + b)
+    query = query_ptr + (query_first + first).to(tl.int64) * D
+    context = context_ptr + start.to(tl.int64) * D
+    alphas = alpha_ptr + first.to(tl.int64) * (ld16 * 16) + start - context_first + q[:, None] * (ld16 * 16)
+    alpha = 0.0
+    inverse = 1.0
+    if not GLOBAL:
+        inverse = tl.load(inverse_ptr + first.to(tl.int64) * (in16 * 16) + b + q * (in16 * 16))[:, None]
+        if BACKWARD:  # |P|^2 lies there
+            inverse = 1 / (tl.sqrt(inverse) + EPS)
+    if WHOLE and not GLOBAL:
+        x = tl.arange(0, BLOCK_X)
+        alpha = tl.load(alphas + x[None, :], mask=(x < size)[None, :], other=0.0).to(context_ptr.dtype.element_ty)
+    outs = (out_first + b).to(tl.int64) * out_rows - place_first
+    gradients = gradient_ptr + (first.to(tl.int64) * sets + b) * S
+    square = tl.zeros((BLOCK_Q,), tl.float32)
+    along = tl.zeros((BLOCK_Q,), tl.float32)
+    # Where S is too wide for one tile, a first sweep for the lengths.
+    for sweep in tl.static_range(0 if S > BLOCK_S else 1, 2):
+        for first_s in range(0, S, BLOCK_S):
+            y = _products(
+                alphas, alpha, inverse, query, context, weight_ptr, bias_ptr, size, q, first_s,
+                D, S, WHOLE, GLOBAL, PRECISION, BLOCK_Q, BLOCK_X, BLOCK_K, BLOCK_S,
+            )  # fmt: skip
+            s = first_s + tl.arange(0, BLOCK_S)
+            row = query_first + first + q
+            owner = tl.load(owner_ptr + row)
+            counted = row - tl.load(query_start_ptr + owner) < tl.load(query_size_ptr + owner)
+            at = out_ptr + (outs + tl.load(place_ptr + row))[:, None] * S + s[None, :]
+            inside = (tl.arange(0, BLOCK_Q) < queries - first)[:, None] & (s < S)[None, :]
+            if BACKWARD:
+                g = tl.load(at, mask=inside & counted[:, None], other=0.0).to(tl.float32)
+            if sweep == 0 or S <= BLOCK_S:
+                square += tl.sum(y * y, 1)
+                if BACKWARD:
+                    along += tl.sum(g * y, 1)
+            if sweep == 1:
+                length = tl.sqrt(square)
+                if BACKWARD:
+                    # The gradient of y, where that of y / (|y| + eps) is g and g . y is `along`.
+                    share = tl.where(length > 0, along / (length * (length + EPS)), 0.0)
+                    dy = tl.where(counted[:, None], (g - share[:, None] * y) / (length + EPS)[:, None], 0.0)
+                    tl.store(gradients + (q * sets)[:, None] * S + s[None, :], dy, mask=inside)
+                else:
+                    y = tl.where(counted[:, None], y / (length + EPS)[:, None], 0.0)
+                    tl.store(at, y.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def project(
+    query: _launch.Sets,
+    context: _launch.Sets,
+    piece: _launch.Piece,
+    attended: Attended | None,
+    weight: Tensor,
+    bias: Tensor,
+    place: Tensor,
+    out: Tensor,
+    *,
+    out_first: int,
+    place_first: int = 0,
+    gradient: Tensor | None = None,
+) -> None:
+    """Similarity vectors of a piece into out [sets, rows of a set, S].
+
+    Args:
+        attended: of mode "weights"; None where each set of contexts is the one row that is attended to, whole.
+        weight, bias: [S, D] and [S], aligned.
+        place: [all queries] int64: their rows in a set's part of `out`.
+        out: the result; or, with `gradient`, the result's gradient, with `attended` of mode "backward".
+        out_first, place_first: where the piece's first set lies in `out`, and what to take from `place`.
+        gradient: [queries, sets, S] float32, filled with the gradient of y.
+    """
+    rows = query.rows
+    S, D = weight.shape
+    precision = _tiles.products(rows.dtype)
+    tile = _tiles.project(rows.dtype, _launch.arch(rows.device), precision, gradient is not None)
+    queries, sets = piece.q.stop - piece.q.start, piece.contexts.stop - piece.contexts.start
+    backward = gradient is not None
+    alpha, inverse = out, out
+    if attended is not None:
+        alpha, inverse = (attended.alpha if backward else attended.logits), attended.out
+    _project[(_launch.blocks(queries, tile["BLOCK_Q"]) * sets,)](
+        alpha, inverse, rows, context.rows, weight, bias, context.start, context.size,
+        query.start, query.size, query.owner, place, out, gradient if backward else out,
+        piece.contexts.start, sets, piece.x.start, piece.q.start, queries,
+        alpha.stride(0) // 16 if attended else 0, inverse.stride(0) // 16 if attended else 0,
+        out_first, out.shape[1], place_first,
+        D=D, S=S, WHOLE=context.whole, GLOBAL=attended is None, BACKWARD=backward, PRECISION=precision,
+        BLOCK_X=context.tile, **{**tile, "BLOCK_S": min(tile["BLOCK_S"], _launch.power_of_two(S))},
+    )  # fmt: skip
+
+
+def compilations(arch: int) -> Iterator[_tiles.Compilation]:
+    wide, narrow = _launch.REGIONS, _launch.WORDS
+    for dtype, t in _tiles.NAMES.items():
+        for precision in _tiles.precisions(dtype):
+            ways = [(True, False, False, wide, 256)]  # whole, global, backward, rows of a tile of contexts, S
+            ways += [(True, True, False, wide, 256), (False, False, False, narrow, 256), (True, False, True, wide, 256)]
+            if dtype == torch.float16:
+                ways.append((True, False, False, wide, 512))
+            for whole, overall, backward, rows, S in ways:
+                # The dtypes of alpha and of the gradient, which are not read where there is no attention.
+                types = f"{f'*{t}' if overall else '*fp32'} {f'*{t}' if overall else '*fp32'} *{t} *{t} *{t} *{t}"
+                types += f" *i32 *i32 *i32 *i32 *i32 *i64 *{t} {'*fp32' if backward else f'*{t}'}" + " i32" * 10
+                tile = _tiles.project(dtype, arch, precision, backward)
+                constants = dict(
+                    D=1024, S=S, WHOLE=whole, GLOBAL=overall, BACKWARD=backward, PRECISION=precision, BLOCK_X=rows
+                )
+                yield _tiles.Compilation(_project, types, constants, tile, products=True)
