@@ -6,13 +6,13 @@
     score[b, c] = pool over the queries q of set c of r[q, b] = t / max(|q| |P|, 1e-8)          `_pool`
 
 The affinities A [queries, context rows] lie in a workspace. `_attend` takes rows of queries as they lie packed, so its
-tiles are full in that direction; of 64 context rows, 36 regions fill 56 %. Only `_query_norms` and `_pool` look at whole
-sets of queries: 4 or 8 of them in steps of 16, which captions of COCO fill to 70 %; both are a pass over memory.
+tiles are full in that direction; of 64 context rows, 36 regions fill 56 %. Only `_query_norms` and `_pool` look at
+whole sets of queries: 4 or 8 of them in steps of 16, of which COCO's captions fill 60 %; both are a pass over memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -182,7 +182,7 @@ def _attend_tiles(
 @triton.jit(
     do_not_specialize=[
         "set_first", "sets", "context_first", "query_first", "queries", "owner_first", "ld16", "gram16", "out16",
-    ]  # fmt: skip
+    ]
 )
 def _attend(
     logits_ptr, norm_ptr, gram_ptr, context_ptr, start_ptr, size_ptr, owner_ptr, length_ptr,
@@ -288,6 +288,9 @@ def _pool(
     tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(c < sets)[:, None] & (b < columns)[None, :])
 
 
+COPIES = 3  # floats for a query row with a context row: the affinity and, at worst as many, its norm and r
+
+
 class Norm(NamedTuple):
     """How affinities become the attention's logits."""
 
@@ -362,8 +365,8 @@ def attend(
     dot = torch.empty_like(out) if backward else out
     tile = _tiles.attend(rows.dtype, arch)
     _attend[(_launch.blocks(queries, tile["BLOCK_Q"]) * sets,)](
-        logits, norms, gram, context.rows, context.start, context.size, query.owner, out if lengths is None else lengths,
-        alpha, product, dot, out,
+        logits, norms, gram, context.rows, context.start, context.size, query.owner,
+        out if lengths is None else lengths, alpha, product, dot, out,
         piece.contexts.start, sets, piece.x.start, piece.q.start, queries, piece.queries.start,
         logits.stride(0) // 16, gram.stride(0) // 16, out.stride(0) // 16, scale,
         MODE=mode, NORM=norm.NORM, CLIP=norm.CLIP, WHOLE=context.whole, D=rows.shape[1],
@@ -378,6 +381,15 @@ def grams(context: _launch.Sets, piece: _launch.Piece) -> Tensor:
     out = torch.empty(rows, leading(context.longest), dtype=torch.float32, device=context.rows.device)
     gram(context, piece.contexts.start, piece.contexts.stop, out)
     return out
+
+
+def with_grams(context: _launch.Sets, pieces: Iterable[_launch.Piece]) -> Iterator[tuple[_launch.Piece, Tensor]]:
+    """Every piece with the Gram matrices of its contexts, made once for neighbours that share them."""
+    done = None
+    for piece in pieces:
+        if done != piece.contexts:
+            gram, done = grams(context, piece), piece.contexts
+        yield piece, gram
 
 
 def pool(r: Tensor, query: _launch.Sets, piece: _launch.Piece, out: Tensor, how: str, pool_scale: float) -> None:

@@ -12,6 +12,8 @@ import torch
 import triton
 from torch import Tensor
 
+from itm_fast.packing import bounds
+
 REGIONS = 64  # of an image, and
 WORDS = 32  # of a caption that one tile holds: what COCO's have at most, but for one caption in ten thousand
 
@@ -88,7 +90,7 @@ def regions(image: Tensor, region_lengths: Tensor | None) -> Sets:
         count = region_lengths.to(torch.int32)
     tile = min(REGIONS, power_of_two(R))
     owner = torch.arange(I * R, dtype=torch.int32, device=device).div_(R, rounding_mode="floor")
-    return Sets(aligned(image).view(I * R, D), start, count, owner, list(range(0, I * R + 1, R)), R, tile, R <= tile)
+    return Sets(aligned(image).view(I * R, D), start, count, owner, list(range(0, I * R + 1, R)), R, tile, tile >= R)
 
 
 def captions(words: Tensor, cu_seqlens: Tensor, edge: list[int]) -> Sets:
@@ -99,6 +101,15 @@ def captions(words: Tensor, cu_seqlens: Tensor, edge: list[int]) -> Sets:
     owner = index.repeat_interleave(count, output_size=len(words))
     longest = max((b - a for a, b in zip(edge, edge[1:])), default=0)
     return Sets(aligned(words), cut[:-1], count, owner, edge, longest, WORDS, False)
+
+
+def sets(
+    op: str, image: Tensor, words: Tensor, cu_seqlens: Tensor, region_lengths: Tensor | None, direction: str
+) -> tuple[Sets, Sets]:
+    """The sets of queries and of contexts."""
+    edge = bounds(cu_seqlens, len(words), op)
+    images, texts = regions(image, region_lengths), captions(words, cu_seqlens, edge)
+    return (texts, images) if direction == "t2i" else (images, texts)
 
 
 def spans(edge: list[int], rows: int) -> list[slice]:

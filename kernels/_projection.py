@@ -3,9 +3,9 @@
     u = alpha x / (|P| + eps),    y = W (u - q)^2 + b,    s = y / (|y| + eps)                   `project`
 
 One pass over D: u, the difference, its square and the product with W of a tile never leave the processor. alpha and
-1 / (|P| + eps) come from `_attention`. Queries lie packed, so a tile's rows are all real work; of the 64 rows of contexts
-that the first, five times smaller product takes, 36 regions fill 56 %. The global rows of SGRAF, where one vector
-stands for all that is attended to, are the same pass with that vector for u.
+1 / (|P| + eps) come from `_attention`. Queries lie packed, so a tile's rows are all real work; of the 64 rows of
+contexts that the first, five times smaller product takes, 36 regions fill 56 %. The global rows of SGRAF, where one
+vector stands for all that is attended to, are the same pass with that vector for u.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _products(
     do_not_specialize=[
         "set_first", "sets", "context_first", "query_first", "queries", "ld16", "in16", "out_first", "out_rows",
         "place_first",
-    ]  # fmt: skip
+    ]
 )
 def _project(
     alpha_ptr, inverse_ptr, query_ptr, context_ptr, weight_ptr, bias_ptr, start_ptr, size_ptr,
@@ -167,9 +167,10 @@ def project(
     rows = query.rows
     S, D = weight.shape
     precision = _tiles.products(rows.dtype)
-    tile = _tiles.project(rows.dtype, _launch.arch(rows.device), precision, gradient is not None)
     queries, sets = piece.q.stop - piece.q.start, piece.contexts.stop - piece.contexts.start
     backward = gradient is not None
+    arch = _launch.arch(rows.device)
+    tile, constants = _constants(rows.dtype, arch, precision, backward, S, context.whole, context.tile)
     alpha, inverse = out, out
     if attended is not None:
         alpha, inverse = (attended.alpha if backward else attended.logits), attended.out
@@ -179,25 +180,34 @@ def project(
         piece.contexts.start, sets, piece.x.start, piece.q.start, queries,
         alpha.stride(0) // 16 if attended else 0, inverse.stride(0) // 16 if attended else 0,
         out_first, out.shape[1], place_first,
-        D=D, S=S, WHOLE=context.whole, GLOBAL=attended is None, BACKWARD=backward, PRECISION=precision,
-        BLOCK_X=context.tile, **{**tile, "BLOCK_S": min(tile["BLOCK_S"], _launch.power_of_two(S))},
+        D=D, GLOBAL=attended is None, **constants, **tile,
     )  # fmt: skip
 
 
+def _constants(dtype, arch, precision, backward, S, whole, rows):
+    """The tile, and the constants that follow from it."""
+    tile = _tiles.project(dtype, arch, precision, backward, S)
+    held = tile.pop("HELD")
+    tile["BLOCK_S"] = min(tile["BLOCK_S"], _launch.power_of_two(S))
+    whole, rows = (whole, rows) if held else (False, min(_launch.WORDS, rows))
+    return tile, dict(S=S, WHOLE=whole, BACKWARD=backward, PRECISION=precision, BLOCK_X=rows)
+
+
 def compilations(arch: int) -> Iterator[_tiles.Compilation]:
-    wide, narrow = _launch.REGIONS, _launch.WORDS
     for dtype, t in _tiles.NAMES.items():
         for precision in _tiles.precisions(dtype):
-            ways = [(True, False, False, wide, 256)]  # whole, global, backward, rows of a tile of contexts, S
-            ways += [(True, True, False, wide, 256), (False, False, False, narrow, 256), (True, False, True, wide, 256)]
+            # images for contexts, global, backward, S
+            ways = [(True, False, False, 256), (True, True, False, 256)]
+            ways += [(False, False, False, 256), (True, False, True, 256)]
             if dtype == torch.float16:
-                ways.append((True, False, False, wide, 512))
-            for whole, overall, backward, rows, S in ways:
-                # The dtypes of alpha and of the gradient, which are not read where there is no attention.
-                types = f"{f'*{t}' if overall else '*fp32'} {f'*{t}' if overall else '*fp32'} *{t} *{t} *{t} *{t}"
-                types += f" *i32 *i32 *i32 *i32 *i32 *i64 *{t} {'*fp32' if backward else f'*{t}'}" + " i32" * 10
-                tile = _tiles.project(dtype, arch, precision, backward)
-                constants = dict(
-                    D=1024, S=S, WHOLE=whole, GLOBAL=overall, BACKWARD=backward, PRECISION=precision, BLOCK_X=rows
+                ways.append((True, False, False, 512))
+            for images, overall, backward, S in ways:
+                # Where there is no attention, its arguments are stood in for by the result.
+                alpha = f"*{t}" if overall else "*fp32"
+                types = f"{alpha} {alpha} *{t} *{t} *{t} *{t} *i32 *i32 *i32 *i32 *i32 *i64 *{t} "
+                types += ("*fp32" if backward else f"*{t}") + " i32" * 10
+                rows = _launch.REGIONS if images else _launch.WORDS
+                tile, constants = _constants(dtype, arch, precision, backward, S, images, rows)
+                yield _tiles.Compilation(
+                    _project, types, dict(constants, D=1024, GLOBAL=overall), tile, products=not backward
                 )
-                yield _tiles.Compilation(_project, types, constants, tile, products=True)

@@ -101,10 +101,12 @@ def pool(dtype: torch.dtype, arch: int) -> Tile:
 PIECE = 32 << 20  # pairs of rows whose affinities lie in the workspace at a time; untuned
 
 
-def project(dtype: torch.dtype, arch: int, precision: str, backward: bool) -> Tile:
-    """kernels/_projection.py: _project."""
-    if dtype == torch.float32 and precision == "tf32x3":
-        return _row(8, 2, BLOCK_Q=64, BLOCK_K=16, BLOCK_S=256)  # untuned
+def project(dtype: torch.dtype, arch: int, precision: str, backward: bool, S: int) -> Tile:
+    """kernels/_projection.py: _project. HELD: whether weights of a set that fits a tile stay in registers."""
     if backward:
-        return _row(8, 2, BLOCK_Q=64, BLOCK_K=32, BLOCK_S=256)  # untuned
-    return _row(8, 2, BLOCK_Q=128, BLOCK_K=32, BLOCK_S=256)  # untuned
+        return _row(8, 2, BLOCK_Q=32, BLOCK_K=32, BLOCK_S=256, HELD=True)  # untuned
+    if precision == "tf32x3":
+        return _row(8, 2, BLOCK_Q=64, BLOCK_K=16, BLOCK_S=256, HELD=False)  # untuned
+    if arch == 80 or S > 256:
+        return _row(8, 2, BLOCK_Q=64, BLOCK_K=32, BLOCK_S=256, HELD=True)  # untuned
+    return _row(8, 2, BLOCK_Q=128, BLOCK_K=32, BLOCK_S=256, HELD=True)  # untuned

@@ -6,22 +6,14 @@ The queries are the words and the contexts the regions (t2i), or the other way r
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .._workspace import scratch_bytes
-from ..packing import bounds
+from itm_fast._workspace import scratch_bytes
+
 from . import _attention, _launch, _tiles
 from ._affinity import lengths
 
-COPIES = 3  # floats for a query row with a context row: the affinity, its norm and r, which is as many where sets are single rows
-
-
-def _sets(image: Tensor, words: Tensor, cu_seqlens: Tensor, region_lengths: Tensor | None, direction: str):
-    """The sets of queries and of contexts."""
-    edge = bounds(cu_seqlens, len(words), "cross_attention_score")
-    images, captions = _launch.regions(image, region_lengths), _launch.captions(words, cu_seqlens, edge)
-    return (captions, images) if direction == "t2i" else (images, captions)
+OP = "cross_attention_score"
 
 
 def forward(
@@ -38,13 +30,11 @@ def forward(
     """Scores [I, T]."""
     score = image.new_empty(image.shape[0], len(cu_seqlens) - 1)
     with _launch.on(image.device):
-        query, context = _sets(image, words, cu_seqlens, region_lengths, direction)
-        length = lengths(query.rows)
+        query, context = _launch.sets(OP, image, words, cu_seqlens, region_lengths, direction)
+        length, norm = lengths(query.rows), _attention.norm_of(affinity_norm)
         out = score if direction == "t2i" else score.t()
-        norm, done = _attention.norm_of(affinity_norm), None
-        for piece in _launch.pieces(query, context, COPIES, scratch_bytes(image.device), _tiles.PIECE):
-            if done != piece.contexts:
-                gram, done = _attention.grams(context, piece), piece.contexts
+        pieces = _launch.pieces(query, context, _attention.COPIES, scratch_bytes(image.device), _tiles.PIECE)
+        for piece, gram in _attention.with_grams(context, pieces):
             r = _attention.attend("score", query, context, piece, gram, length, norm, scale).out
             _attention.pool(r, query, piece, out, pool, pool_scale)
     return score

@@ -22,7 +22,7 @@ ALLOWED = {
     "testing": {"testing", "ops", "packing"},
     "ops": {"ops", "packing"},
     "packing": set(),
-    "kernels": {"kernels"},
+    "kernels": {"kernels", "packing"},
 }
 EVERYWHERE = {"", "_backends", "_checks", "_native", "_triton", "_workspace", "_files"}
 
