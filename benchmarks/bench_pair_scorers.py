@@ -77,7 +77,9 @@ def build(
     return encoder, loop, lambda *args: rewrites.sgraf(weights, *args)
 
 
-def chunked(rewrite: Callable[..., Tensor], model: str, scorer: PairScorer) -> Callable[..., Tensor]:
+def chunked(
+    rewrite: Callable[..., Tensor], model: str, scorer: PairScorer, limit: int = CHUNK
+) -> Callable[..., Tensor]:
     """The rewrite over captions sorted by length and cut so that its temporaries fit; padded to each cut's longest."""
 
     def run(image: Tensor, caption: Tensor, lengths: Tensor) -> Tensor:
@@ -88,7 +90,7 @@ def chunked(rewrite: Callable[..., Tensor], model: str, scorer: PairScorer) -> C
             words, cu_seqlens = itm_fast.pack(caption, lengths)
             globals_ = scorer.image_state(image)[1], scorer.caption_state(words, cu_seqlens)[0]
         per_word = 4 * len(image) * (image.shape[1] if model.startswith("scan") else image.shape[2])
-        step = max(1, CHUNK // (per_word * int(lengths.float().mean())))
+        step = max(1, limit // (per_word * int(lengths.float().mean())))
         for at in order.split(step):
             args = image, caption[at, : int(lengths[at].max())], lengths[at]
             score[:, at] = rewrite(*args, *(g[at] if k else g for k, g in enumerate(globals_)))
