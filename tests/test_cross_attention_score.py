@@ -41,8 +41,9 @@ def case(I, lengths, R, D, region_lengths=None, **options):
     image, words, cu_seqlens = inputs(I, lengths, R, D, dtype=torch.float64)
 
     def call(image, words, backend):
+        edge, counts = op_checks.beside(image, cu_seqlens, region_lengths)
         return itm_fast.cross_attention_score(
-            image, words, cu_seqlens, region_lengths=region_lengths, backend=backend, **options
+            image, words, edge, region_lengths=counts, backend=backend, **options
         )
 
     return call, (image, words)

@@ -29,8 +29,9 @@ def case(I, lengths, R, D, S, region_lengths=None, **options):
     bias = 0.1 * torch.randn(S, generator=generator, dtype=torch.float64)
 
     def call(image, words, weight, bias, backend):
+        edge, counts = op_checks.beside(image, cu_seqlens, region_lengths)
         return itm_fast.cross_attention_similarity(
-            image, words, cu_seqlens, weight, bias, region_lengths=region_lengths, backend=backend, **options
+            image, words, edge, weight, bias, region_lengths=counts, backend=backend, **options
         )
 
     return call, (image, words, weight, bias)

@@ -28,8 +28,8 @@ def case(I, counts, S, training=False):
 
     def call(nodes, weight, bias, norm_weight, norm_bias, backend):
         return itm_fast.similarity_filter(
-            nodes, edges(counts), weight, bias, norm_weight, norm_bias, 0.3 * one.to(nodes.dtype),
-            2 * one.to(nodes.dtype), training=training, backend=backend,
+            nodes, edges(counts).to(nodes.device), weight, bias, norm_weight, norm_bias, 0.3 * one.to(nodes),
+            2 * one.to(nodes), training=training, backend=backend,
         )
 
     return call, (nodes, weight, 0.2 * one, 1.5 * one, -0.1 * one)

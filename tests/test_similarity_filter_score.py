@@ -19,15 +19,17 @@ def case(I, counts, R=6, D=16, S=8, regions=None):
     args += [3 * draw(S), 0.2 * draw(1), 1 + draw(1).abs(), 0.2 * draw(1), 4 * draw(S), draw(1)]
 
     def call(*args, backend):
-        return scored(counts, *args, region_lengths=lengths(regions), backend=backend)
+        (region_lengths,) = op_checks.beside(args[0], lengths(regions))
+        return scored(counts, *args, region_lengths=region_lengths, backend=backend)
 
     return call, args
 
 
 def scored(counts, *args, **options):
     """The op as a function of the arguments that may need a gradient."""
-    running = [r.to(args[0].dtype) for r in RUNNING]
-    return itm_fast.similarity_filter_score(*args[:4], edges(counts), *args[4:12], *running, *args[12:], **options)
+    running = [r.to(args[0]) for r in RUNNING]
+    (edge,) = op_checks.beside(args[0], edges(counts))
+    return itm_fast.similarity_filter_score(*args[:4], edge, *args[4:12], *running, *args[12:], **options)
 
 
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

@@ -34,7 +34,7 @@ def case(I, counts, S, K, seed=0):
     values = [draw(K, S, S) / S**0.5, 0.3 * draw(K, S)]
 
     def call(nodes, *parameters, backend):
-        return itm_fast.similarity_graph(nodes, edges(counts), *parameters, backend=backend)
+        return itm_fast.similarity_graph(nodes, edges(counts).to(nodes.device), *parameters, backend=backend)
 
     return call, (nodes, *matrices, *values)
 

@@ -18,9 +18,8 @@ SHAPES = {
 
 def case(I, counts, R=6, D=16, S=8, regions=None):
     def call(*args, backend):
-        return itm_fast.similarity_nodes(
-            *args[:4], edges(counts), *args[4:], region_lengths=lengths(regions), backend=backend
-        )
+        edge, counted = op_checks.beside(args[0], edges(counts), lengths(regions))
+        return itm_fast.similarity_nodes(*args[:4], edge, *args[4:], region_lengths=counted, backend=backend)
 
     return call, inputs(drawer(), I, counts, R, D, S)
 

@@ -42,6 +42,15 @@ def test_a_convolution_is_the_product(calls, n):
     assert calls
 
 
+@needs_onednn
+def test_strided_weights_and_biases(calls):
+    x, weight, bias = (t.detach() for t in case(7))
+    wide = torch.full((10, 48), float("nan")), torch.full((20,), float("nan"))
+    wide[0][:, ::2], wide[1][::2] = weight, bias
+    torch.testing.assert_close(_linear.linear(x[:, ::2], wide[0][:, ::2], wide[1][::2]), F.linear(x[:, ::2], weight, bias))
+    assert calls
+
+
 @pytest.mark.parametrize("n,dtype,precision", [(0, "float32", "highest"), (3, "float64", "highest"),
                                                (3, "float32", "medium")])  # fmt: skip
 def test_where_only_the_product_will_do(calls, n, dtype, precision):

@@ -15,10 +15,15 @@ from . import assert_accurate, rounding
 Call = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
-def backends(op: str, device: str = "cpu") -> list[str]:
-    """The op's backends that can run here, the reference left out; a backend that cannot run is not listed."""
+def backends(op: str, device: str = "cpu", dtype: torch.dtype = torch.float64) -> list[str]:
+    """The op's backends that can run here in a dtype, the reference left out; one that cannot run is not listed."""
     assert op in ops.__all__, op
-    return [n for n in _backends.OFFERS[op] if n != "reference" and _backends.why_not(n, device) is None]
+    return [n for n in _backends.OFFERS[op] if n != "reference" and _backends.why_not(n, device, dtype) is None]
+
+
+def beside(like: Tensor, *indices: Tensor | None) -> list[Tensor | None]:
+    """Lengths and bounds on the device of `like`."""
+    return [x if x is None else x.to(like.device) for x in indices]
 
 
 def first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
@@ -75,17 +80,20 @@ def check_gradients(call: Call, args: Sequence[Tensor], dtype: torch.dtype, back
         assert_accurate(a, s, e, term=rounding(dtype, largest))
 
 
-def check_needs(call: Call, args: Sequence[Tensor], backend: str) -> None:
+def check_needs(call: Call, args: Sequence[Tensor], backend: str, dtype: torch.dtype = torch.float64) -> None:
     """An argument alone gets its gradient, the others none; with none required nothing is recorded."""
-    full = gradients(call, args, torch.float64, backend, torch.float64)
+    full = gradients(call, args, dtype, backend, dtype)
+    largest = max(g.abs().max().item() for g in full)
     for k in range(len(args)):
-        inputs = leaves(args, torch.float64, [n == k for n in range(len(args))])
+        inputs = leaves(args, dtype, [n == k for n in range(len(args))])
         result = first(call(*inputs, backend=backend))
         result.backward(upstream(result))
         for n, x in enumerate(inputs):
             assert (x.grad is not None) == (n == k)
-        torch.testing.assert_close(inputs[k].grad, full[k], rtol=1e-10, atol=1e-12)
-    assert not first(call(*leaves(args, torch.float64, [False] * len(args)), backend=backend)).requires_grad
+        exact = dtype == torch.float64
+        tolerance = (1e-10, 1e-12) if exact else (0, rounding(dtype, largest))
+        torch.testing.assert_close(inputs[k].grad, full[k], rtol=tolerance[0], atol=tolerance[1])
+    assert not first(call(*leaves(args, dtype, [False] * len(args)), backend=backend)).requires_grad
 
 
 def check_gradcheck(call: Call, args: Sequence[Tensor], backend: str) -> None:
@@ -94,11 +102,13 @@ def check_gradcheck(call: Call, args: Sequence[Tensor], backend: str) -> None:
     assert torch.autograd.gradcheck(lambda *a: first(call(*a, backend=backend)), inputs)
 
 
-def check_compile(call: Call, args: Sequence[Tensor], backend: str | None) -> None:
+def check_compile(
+    call: Call, args: Sequence[Tensor], backend: str | None, dtype: torch.dtype = torch.float64
+) -> None:
     """The same result and gradients inside one compiled graph."""
     torch.compiler.reset()
     compiled = torch.compile(lambda *a: first(call(*a, backend=backend)), fullgraph=True, backend="aot_eager")
-    eager_in, graph_in = leaves(args, torch.float64), leaves(args, torch.float64)
+    eager_in, graph_in = leaves(args, dtype), leaves(args, dtype)
     eager, graph = first(call(*eager_in, backend=backend)), compiled(*graph_in)
     torch.testing.assert_close(graph, eager)
     eager.backward(upstream(eager))
@@ -136,7 +146,7 @@ def check_strided(call: Call, args: Sequence[Tensor], backend: str) -> None:
     """Inputs that are not contiguous give the same result."""
     spread = []
     for a in args:
-        wide = torch.full((*a.shape[:-1], 2 * a.shape[-1]), float("nan"), dtype=a.dtype)
+        wide = torch.full((*a.shape[:-1], 2 * a.shape[-1]), float("nan"), dtype=a.dtype, device=a.device)
         wide[..., ::2] = a
         spread.append(wide[..., ::2])
     torch.testing.assert_close(first(call(*spread, backend=backend)), first(call(*args, backend=backend)))

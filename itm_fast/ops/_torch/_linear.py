@@ -13,7 +13,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return F.linear(x, weight, bias)
     n, K = x.shape
     pixels = x.reshape(1, n, 1, K).permute(0, 3, 1, 2)  # channels-last, as oneDNN wants them: no copy
-    result = torch.mkldnn_convolution(pixels, weight[:, :, None, None], bias, (0, 0), (1, 1), (1, 1), 1)
+    # It reads a bias as if its elements were neighbours.
+    result = torch.mkldnn_convolution(
+        pixels, weight[:, :, None, None], bias.contiguous(), (0, 0), (1, 1), (1, 1), 1
+    )
     return result.permute(0, 2, 3, 1).reshape(n, -1)
 
 

@@ -1,0 +1,255 @@
+"""What every op promises, on its Triton kernels: accuracy, gradients, torch's contracts, the same bits in any block."""
+
+import itertools
+import sys
+
+import pytest
+import test_cross_attention_score
+import test_cross_attention_similarity
+import test_similarity_filter
+import test_similarity_filter_score
+import test_similarity_graph
+import test_similarity_graph_score
+import test_similarity_nodes
+import torch
+from triton_cases import EVERYWHERE, GPU, TRITON, dtypes, placed
+
+import itm_fast
+from itm_fast import _backends
+from itm_fast.ops._attention import DIRECTIONS, NORMS
+from itm_fast.ops.cross_attention_score import POOLS
+from itm_fast.testing import op_checks
+
+# op -> its test module, and what an awkward shape, one word on one region and a shape of several tiles are called with
+COUNTS = (13, 1, 4, 4, 7)
+SCORED = {
+    "one": (1, (1,), 1, 1, 1, None),
+    "ragged": (3, COUNTS, 9, 64, 32, None),
+    "prime": (3, (5, 5, 2), 7, 17, 11, (7, 1, 4)),
+}
+CASES = {
+    "cross_attention_score": (
+        test_cross_attention_score,
+        {"one": (1, (1,), 1, 1), "ragged": (3, COUNTS, 36, 64), "prime": (3, (5, 5, 2), 17, 31)},
+    ),
+    "cross_attention_similarity": (
+        test_cross_attention_similarity,
+        {"one": (1, (1,), 1, 1, 2), "ragged": (3, COUNTS, 36, 64, 32), "prime": (3, (5, 5, 2), 17, 31, 7)},
+    ),
+    "similarity_nodes": (
+        test_similarity_nodes,
+        SCORED | {"one": (1, (1,), 1, 1, 2, None), "prime": (3, (5, 5, 4), 7, 31, 11, (7, 1, 4))},
+    ),
+    "similarity_graph": (
+        test_similarity_graph,
+        {"one": (1, (1,), 1, 1), "ragged": (3, (14, 2, 5, 5, 8), 64, 3), "prime": (3, (6, 6, 3), 17, 2)},
+    ),
+    "similarity_filter": (
+        test_similarity_filter,
+        {"one": (2, (1,), 2), "ragged": (3, (14, 2, 5, 5, 8), 64), "prime": (3, (6, 6, 3), 17)},
+    ),
+    "similarity_graph_score": (test_similarity_graph_score, SCORED),
+    "similarity_filter_score": (test_similarity_filter_score, SCORED),
+}
+OPS = [op for op in CASES if "triton" in _backends.OFFERS[op]]
+over_ops = pytest.mark.parametrize("op", OPS)
+
+
+def case(op, shape, device, **options):
+    """The op as a function of what may need a gradient, and those arguments on a device in float64."""
+    module, shapes = CASES[op]
+    call, args = module.case(*shapes[shape], **options)
+    return (module.nodes_only(call) if op == "similarity_nodes" else call), placed(args, device)
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("shape", ["one", "ragged", "prime"])
+@over_ops
+def test_forward_and_gradients(op, shape, device, backend):
+    call, args = case(op, shape, device)
+    for dtype in dtypes(device):
+        op_checks.check_forward(call, args, dtype, backend)
+        op_checks.check_gradients(call, args, dtype, backend)
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("op", [op for op in OPS if op.startswith("cross_attention")])
+def test_i2t(op, device, backend):
+    call, args = case(op, "prime", device, direction="i2t")
+    for dtype in dtypes(device):
+        op_checks.check_forward(call, args, dtype, backend)
+        op_checks.check_gradients(call, args, dtype, backend)
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("op", [op for op in OPS if op == "similarity_filter"])
+def test_statistics_of_training(op, device, backend):
+    for shape in ("ragged", "prime"):
+        call, args = case(op, shape, device, training=True)
+        op_checks.check_forward(call, args, torch.float32, backend)
+        op_checks.check_gradients(call, args, torch.float32, backend)
+
+
+# All pairs of options on a GPU; under the interpreter each norm and each pool once in each direction.
+SOME = [(n, POOLS[k % len(POOLS)]) for k, n in enumerate(NORMS)]
+OPTIONS = list(itertools.product(NORMS, POOLS)) if GPU else SOME
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("norm,pool", OPTIONS)
+@pytest.mark.parametrize("op", [op for op in OPS if op == "cross_attention_score"])
+def test_every_norm_and_pool(op, norm, pool, direction, device, backend):
+    options = dict(direction=direction, affinity_norm=norm, pool=pool)
+    for counts in (None, torch.tensor([6, 1, 4])) if GPU else (torch.tensor([6, 1, 4]),):
+        call, args = test_cross_attention_score.case(3, (4, 1, 3, 4), 6, 16, counts, **options)
+        args = placed(args, device)
+        op_checks.check_forward(call, args, torch.float32, backend)
+        op_checks.check_gradients(call, args, torch.float32, backend)
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("op", [op for op in OPS if op == "cross_attention_similarity"])
+def test_every_norm(op, norm, direction, device, backend):
+    counts, options = torch.tensor([6, 1, 4]), dict(direction=direction, affinity_norm=norm)
+    call, args = test_cross_attention_similarity.case(3, (4, 1, 3, 4), 6, 16, 8, counts, **options)
+    args = placed(args, device)
+    op_checks.check_forward(call, args, torch.float32, backend)
+    op_checks.check_gradients(call, args, torch.float32, backend)
+
+
+@EVERYWHERE
+@over_ops
+def test_torch_contracts(op, device, backend):
+    call, args = case(op, "prime", device)
+    op_checks.check_needs(call, args, backend, torch.float32)
+    op_checks.check_compile(call, args, backend, torch.float32)
+    op_checks.check_deterministic(call, args, backend)
+    op_checks.check_strided(call, [a.float() for a in args], backend)
+
+
+@EVERYWHERE
+@over_ops
+def test_opcheck_and_the_fake_backward(op, device, backend, monkeypatch):
+    # What the public function hands to the registered op, in the registered op's own order.
+    seen, module = [], sys.modules[f"itm_fast.ops.{op}"]
+    real = module._op
+    monkeypatch.setattr(module, "_op", lambda *args: seen.append(args) or real(*args))
+    call, args = case(op, "prime", device)
+    call(*[a.float() for a in args], backend=backend)
+    (found,) = seen
+    found = [a.detach().requires_grad_() if k < len(args) else a for k, a in enumerate(found)]
+    torch.library.opcheck(getattr(torch.ops.itm_fast, op).default, tuple(found))
+    if op != "similarity_nodes":  # which hands its result to its backward pass
+        op_checks.check_fake_backward(op, found[:-1], len(args), backend)
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("I,T", [(0, 2), (2, 0), (0, 0)])
+@over_ops
+def test_empty(op, I, T, device, backend):
+    module, shapes = CASES[op]
+    counts = (3, 2)[:T]
+    call, args = module.case(I, counts, *[n for n in shapes["prime"][2:] if isinstance(n, int)])
+    leaves = [a.to(device, torch.float32).requires_grad_() for a in args]
+    result = op_checks.first(call(*leaves, backend=backend))
+    assert result.shape[0] == I
+    assert result.numel() == 0
+    result.sum().backward()
+    assert all(x.grad.eq(0).all() for x in leaves)
+
+
+def one_pair(op, args, i, start, stop, t):
+    """The arguments of image i with caption t alone, whose words are rows start to stop."""
+    if op in ("similarity_graph", "similarity_filter"):
+        return [args[0][i : i + 1, start:stop], *args[1:]]
+    if op.startswith("cross_attention"):
+        return [args[0][i : i + 1], args[1][start:stop], *args[2:]]
+    image, image_global, words, caption_global, *rest = args
+    return [image[i : i + 1], image_global[i : i + 1], words[start:stop], caption_global[t : t + 1], *rest]
+
+
+@TRITON
+@over_ops
+def test_a_pair_has_the_same_bits_in_any_block(op, device, backend):
+    module, shapes = CASES[op]
+    for dtype in dtypes(device):
+        call, args = case(op, "ragged", device)
+        args = [a.to(dtype) for a in args]
+        whole = op_checks.first(call(*args, backend=backend))
+        with itm_fast.workspace(2.0**-14):  # 64 KiB: many blocks
+            assert torch.equal(op_checks.first(call(*args, backend=backend)), whole)
+        _, lengths, *rest = shapes["ragged"]
+        edge = [0, *itertools.accumulate(lengths)]
+        for i, t in ((0, 0), (2, 3), (1, 1)):
+            alone, _ = module.case(1, lengths[t : t + 1], *rest)
+            found = alone(*one_pair(op, args, i, edge[t], edge[t + 1], t), backend=backend)
+            found = op_checks.first(found)
+            if op == "similarity_nodes":
+                assert torch.equal(found[0], whole[i, edge[t] + t : edge[t + 1] + t + 1])
+            elif op == "cross_attention_similarity":
+                assert torch.equal(found[0], whole[i, edge[t] : edge[t + 1]])
+            else:
+                assert torch.equal(found[0, 0], whole[i, t])
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("op", [op for op in OPS if op not in ("similarity_graph", "similarity_filter")])
+def test_regions_beyond_the_count_change_nothing(op, device, backend):
+    module, _ = CASES[op]
+    counts = (6, 1, 4)
+    sizes = {"cross_attention_score": (6, 16), "cross_attention_similarity": (6, 16, 8)}.get(op, (6, 16, 8))
+    given = torch.tensor(counts) if op.startswith("cross_attention") else counts
+    call, args = module.case(3, (4, 2), *sizes, given)
+    call = module.nodes_only(call) if op == "similarity_nodes" else call
+    args = placed(args, device, torch.float32)
+    want = op_checks.first(call(*args, backend=backend))
+    for i, n in enumerate(counts):
+        args[0][i, n:] = float("nan")
+    leaves = [a.requires_grad_() for a in args]
+    found = op_checks.first(call(*leaves, backend=backend))
+    assert torch.equal(found, want) if backend == "triton" else torch.allclose(found, want)
+    (found * op_checks.upstream(found)).sum().backward()
+    assert all(x.grad.isfinite().all() for x in leaves)
+    assert not leaves[0].grad[1, 1:].any()
+
+
+@TRITON
+@over_ops
+def test_products_of_tf32_only_where_they_are_allowed(op, device, backend):
+    call, args = case(op, "ragged", device)
+    args = [a.float() for a in args]
+    exact = op_checks.first(call(*[a.double() for a in args], backend="reference"))
+    largest = exact.abs().max().item()
+    try:
+        torch.set_float32_matmul_precision("high")
+        coarse = op_checks.first(call(*args, backend=backend))
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    fine = op_checks.first(call(*args, backend=backend))
+    assert (fine - exact).abs().max() < 1e-5 * largest
+    assert (coarse - exact).abs().max() < 3e-2 * largest
+    if device == "cuda" and op != "similarity_filter":  # which has no product; and the interpreter rounds none
+        assert not torch.equal(coarse, fine)
+
+
+@TRITON
+@over_ops
+def test_autocast_takes_its_dtype(op, device, backend):
+    call, args = case(op, "prime", device)
+    leaves = [a.float().requires_grad_() for a in args]
+    with torch.autocast(device, torch.float16):
+        result = op_checks.first(call(*leaves, backend=backend))
+    assert result.dtype == torch.float16
+    result.sum().backward()
+    assert all(x.grad.dtype == torch.float32 for x in leaves)
+
+
+@TRITON
+@over_ops
+def test_float64_is_refused_by_name(op, device, backend):
+    call, args = case(op, "one", device)
+    with pytest.raises(NotImplementedError, match=r"triton: its kernels .* take no float64"):
+        call(*args, backend=backend)
