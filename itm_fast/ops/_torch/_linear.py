@@ -14,9 +14,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     n, K = x.shape
     pixels = x.reshape(1, n, 1, K).permute(0, 3, 1, 2)  # channels-last, as oneDNN wants them: no copy
     # It reads a bias as if its elements were neighbours.
-    result = torch.mkldnn_convolution(
-        pixels, weight[:, :, None, None], bias.contiguous(), (0, 0), (1, 1), (1, 1), 1
-    )
+    result = torch.mkldnn_convolution(pixels, weight[:, :, None, None], bias.contiguous(), (0, 0), (1, 1), (1, 1), 1)
     return result.permute(0, 2, 3, 1).reshape(n, -1)
 
 
