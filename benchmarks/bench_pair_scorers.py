@@ -1,5 +1,4 @@
-"""SCAN, SGR, SAF, SHAN: the paper's loop, the vectorised rewrite, torch.compile of it, and every backend, in one
-process.
+"""All models: the paper's loop, the vectorised rewrite, torch.compile of it, and every backend, in one process.
 
     python benchmarks/bench_pair_scorers.py --threads 2 --precision medium --rounds 3 --write cpu
 
@@ -19,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,14 +27,15 @@ if __name__ == "__main__":  # from a bare checkout, `benchmarks` and `itm_fast` 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import itm_fast
-from benchmarks import harness, machine, rewrites, shan
-from benchmarks.shapes import SHAPES, Shape, needed_flops, state_flops
+from benchmarks import harness, machine, reconstructions, rewrites, shan, shapes
+from benchmarks.shapes import SHAPES, Shape
 from itm_fast.evaluation.workloads import WORKLOADS
 from itm_fast.models.sgraf import EncoderSimilarity
 from itm_fast.nn import CrossAttentionScore, PairScorer
 from itm_fast.testing import scan, sgraf
 
-MODELS = ("scan-t2i", "scan-i2t", "sgr", "saf")  # whose results are kept; SHAN's are run by name
+MODELS = ("scan-t2i", "scan-i2t", "sgr", "saf")
+OTHERS: dict[str, Any] = {model: part for part in (shan, reconstructions) for model in part.MODELS}  # run by name
 SCALE = {"t2i": 9.0, "i2t": 4.0}
 CHUNK = 32 << 20  # bytes of the largest temporary that the rewrites may hold at once
 ALLOWED = {"float32": 1e-4, "bfloat16": 2e-2}  # a bfloat16 has 8 bits, a score is about 1
@@ -68,9 +69,9 @@ def build(
         )
         return scorer, loop, rewrite
     torch.manual_seed(0)
-    if model in shan.MODELS:
-        scorer, shan_loop = shan.build(model, shape, device)
-        return scorer.eval(), lambda image, caption, lengths: shan_loop(image, caption, lengths.tolist()), None
+    if model in OTHERS:
+        scorer, other_loop = OTHERS[model].build(model, shape, device)
+        return scorer.eval(), lambda image, caption, lengths: other_loop(image, caption, lengths.tolist()), None
     encoder = EncoderSimilarity(whole.dim, whole.similarity, model.upper()).to(device).eval()
     weights = encoder.state_dict()
     loop = lambda image, caption, lengths: sgraf.loop(weights, image, caption, lengths.tolist())  # noqa: E731
@@ -115,8 +116,8 @@ def contenders(model: str, shape: Shape, device: str, compile_too: bool, medium:
     image, words, cu_seqlens = shape.features(device)
     caption, lengths = itm_fast.unpack(words, cu_seqlens), cu_seqlens.diff().long()
     scorer, loop, rewrite = build(model, shape, device)
-    needed, state = (shan.needed_flops, shan.state_flops) if rewrite is None else (needed_flops, state_flops)
-    pairs, states = needed(model, shape), state(model, shape)
+    of = OTHERS.get(model, shapes)
+    pairs, states = of.needed_flops(model, shape), of.state_flops(model, shape)
     whole = pairs + states
     found = {"paper's loop": Contender(lambda: loop(image, caption, lengths), whole)}
     if rewrite is not None:
@@ -197,7 +198,7 @@ def measure(model: str, shape: Shape, device: str, medium: bool, args: argparse.
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=(*MODELS, *shan.MODELS), default=MODELS)
+    parser.add_argument("--models", nargs="+", choices=(*MODELS, *OTHERS), default=MODELS)
     parser.add_argument("--shape", choices=SHAPES, default="coco-eval-5k")
     parser.add_argument("--images", type=int, help="images of the block (default: the shape's)")
     parser.add_argument("--captions", type=int, help="captions of the block (default: the shape's)")

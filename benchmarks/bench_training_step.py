@@ -1,5 +1,4 @@
-"""Forward and backward of SCAN, SGR, SAF and SHAN at the papers' training shape: 128 images x 128 captions, in training
-mode.
+"""Forward and backward of all models at the papers' training shape: 128 images x 128 captions, training mode.
 
     python benchmarks/bench_training_step.py --threads 2 --rounds 3 --write cpu
 
@@ -29,14 +28,15 @@ if __name__ == "__main__":  # from a bare checkout, `benchmarks` and `itm_fast` 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import itm_fast
-from benchmarks import harness, machine, shan
-from benchmarks.shapes import Shape, needed_flops, state_flops
+from benchmarks import harness, machine, shapes
+from benchmarks.bench_pair_scorers import OTHERS
+from benchmarks.shapes import Shape
 from itm_fast.evaluation.workloads import WORKLOADS
 from itm_fast.models.sgraf import EncoderSimilarity
 from itm_fast.nn import CrossAttentionScore
 from itm_fast.testing import scan, sgraf
 
-MODELS = ("scan-t2i", "scan-i2t", "sgr", "saf")  # whose results are kept; SHAN's are run by name
+MODELS = ("scan-t2i", "scan-i2t", "sgr", "saf")  # whose results are kept; the others are run by name
 SCALE = {"t2i": 9.0, "i2t": 4.0}
 LOOP = "paper's loop"
 MARGIN = 0.2
@@ -64,8 +64,8 @@ def build(model: str, contender: str, shape: Shape, device: str) -> tuple[Score,
         options = {"direction": model[5:], "scale": SCALE[model[5:]]}
         scorer = CrossAttentionScore(**options)
         loop = lambda image, caption, lengths: scan.loop(image, caption, lengths, **options)  # noqa: E731
-    elif model in shan.MODELS:
-        scorer, loop = shan.build(model, shape, device)
+    elif model in OTHERS:
+        scorer, loop = OTHERS[model].build(model, shape, device)
     else:
         scorer = EncoderSimilarity(whole.dim, whole.similarity, model.upper()).to(device).train()
         state = scorer.state_dict(keep_vars=True)
@@ -150,8 +150,8 @@ def measure(model: str, shape: Shape, device: str, args: argparse.Namespace) -> 
         few = times.pop(f"{LOOP}, {least.captions} captions")
         times[LOOP] = [extended(x, y, least, cut, shape) for x, y in zip(few, times[LOOP])]
     base = statistics.median(times[LOOP])
-    needed, state = (shan.needed_flops, shan.state_flops) if model in shan.MODELS else (needed_flops, state_flops)
-    flops = 3 * (needed(model, shape) + state(model, shape))
+    of = OTHERS.get(model, shapes)
+    flops = 3 * (of.needed_flops(model, shape) + of.state_flops(model, shape))
     rows = []
     for name, t in times.items():
         contender, label = name.split(",")[0], name if name == LOOP else f"itm-fast {name}"
@@ -177,7 +177,7 @@ def extended(few: float, many: float, least: Shape, cut: Shape, shape: Shape) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=(*MODELS, *shan.MODELS), default=MODELS)
+    parser.add_argument("--models", nargs="+", choices=(*MODELS, *OTHERS), default=MODELS)
     parser.add_argument("--batch", type=int, default=128, help="images, and captions (default: 128)")
     parser.add_argument("--loop-captions", type=int, default=32, help="captions of the loop's steps (default: 32)")
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds (default: 3)")

@@ -37,7 +37,11 @@ def scan(image: Tensor, caption: Tensor, lengths: Tensor, direction: str, scale:
 
 
 def sgraf(
-    weights: dict[str, Tensor], image: Tensor, caption: Tensor, lengths: Tensor, image_global: Tensor,
+    weights: dict[str, Tensor],
+    image: Tensor,
+    caption: Tensor,
+    lengths: Tensor,
+    image_global: Tensor,
     caption_global: Tensor,
 ) -> Tensor:
     """SGR or SAF in eval mode, by the keys of the published `EncoderSimilarity`'s state dict -> [I, T]."""

@@ -25,6 +25,7 @@ from benchmarks import (  # noqa: E402
     harness,
     machine,
     page,
+    reconstructions,
     shan,
 )
 from benchmarks.shapes import SHAPES, Shape, needed_flops, state_flops  # noqa: E402
@@ -68,6 +69,23 @@ def test_the_pair_scorer_benchmark_runs_and_its_rows_add_up(monkeypatch, tmp_pat
             assert row["needed_gflops_per_second"] * row["seconds_median"] * 1e9 == pytest.approx(flops)
             assert row["products"] == ("bfloat16" if "bfloat16" in row["name"] else "float32")
     assert page.readme("<!-- pair_scorers_here.json --><!-- end -->").count("| sgr |") == len(names)
+
+
+def test_the_reconstructions_have_their_rows(monkeypatch, tmp_path):
+    models = reconstructions.MODELS
+    arguments = ("--shape", "quick", "--no-compile", "--no-fresh", "--models", *models)
+    result = written(bench_pair_scorers, "pair_scorers", monkeypatch, tmp_path, *arguments)
+    for one, model in zip(result["results"], models, strict=True):
+        names = [row["name"] for row in one["rows"]]
+        assert names[0] == "paper's loop"
+        assert "itm-fast torch" in names
+        flops = reconstructions.needed_flops(model, SHAPES["quick"]), reconstructions.state_flops(model, SHAPES["quick"])
+        for row in one["rows"]:
+            count = flops[0] + (0 if "pairs alone" in row["name"] else flops[1])
+            assert row["needed_gflops_per_second"] * row["seconds_median"] * 1e9 == pytest.approx(count)
+    arguments = ("--batch", "4", "--loop-captions", "3", "--no-fresh", "--models", *models)
+    result = written(bench_training_step, "training_step", monkeypatch, tmp_path, *arguments)
+    assert [one["model"] for one in result["results"]] == list(models)
 
 
 def test_shan_has_its_rows(monkeypatch, tmp_path):

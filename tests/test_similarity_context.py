@@ -1,5 +1,6 @@
 import pytest
 import torch
+from cpu_cases import at_level, needs_cpu, scratch_of
 
 import itm_fast
 from itm_fast.ops._torch import _blocks
@@ -103,6 +104,77 @@ def test_a_pair_does_not_depend_on_its_block(backend, monkeypatch):
             op_checks.gradients(call, args, torch.float64, "reference", torch.float64),
         ):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_threads_change_no_bit(dtype):
+    call, args = case(5, (9, 30, 1, 14, 260, 7), 20, (5, 2))
+
+    def bits(threads):
+        torch.set_num_threads(threads)
+        single = [a.to(dtype) for a in args]
+        return [call(*single, backend="cpu"), *op_checks.gradients(call, single, dtype, "cpu", dtype)]
+
+    try:
+        first, *others = map(bits, (1, 2, 3))
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_a_pair_has_the_same_bits_in_any_block_and_order(dtype):
+    counts = (9, 30, 1, 14, 260, 7)
+    call, args = case(3, counts, 20, (5, 2))
+    overall, local, assignment = (a.to(dtype) for a in args)
+    parts = call(overall, local, assignment, backend="cpu").split([n + 8 for n in counts], dim=1)
+    for t, X in enumerate(local.split(counts, dim=1)):
+        edge = torch.tensor([0, X.shape[1]])
+        one = itm_fast.similarity_context(overall[1:2, t : t + 1], X[1:2], edge, assignment, (5, 2), backend="cpu")
+        assert torch.equal(one[0], parts[t][1])
+
+
+@needs_cpu
+@pytest.mark.parametrize("level", ["avx2", "generic"])
+def test_lesser_processors(level, monkeypatch):
+    at_level(level, monkeypatch)
+    for shape in SHAPES.values():
+        call, args = case(*shape)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            op_checks.check_forward(call, args, dtype, "cpu")
+            op_checks.check_gradients(call, args, dtype, "cpu")
+
+
+@needs_cpu
+def test_a_nan_stays_in_its_pair():
+    call, args = case(2, (3, 4), 20, (2, 1))
+    local = args[1].clone()
+    local[0, :3] = float("nan")
+    grads = []
+    for x in (args[1], local):
+        leaves = [a.clone().requires_grad_() for a in (args[0], x, args[2])]
+        nodes = call(*leaves, backend="cpu")
+        grads.append((nodes.detach(), *torch.autograd.grad(nodes.sum(), leaves[:2])))
+    for (a, b), own in zip(zip(*grads, strict=True), (7, 1, 3)):  # where the second pair begins
+        assert torch.equal(a[1], b[1])
+        assert torch.equal(a[0, own:], b[0, own:])
+        assert b[0, :own].isnan().any() or own == 1
+
+
+@needs_cpu
+def test_scratch_is_bounded_however_large_the_block():
+    setup = [
+        "S, counts = 64, torch.full((280,), 14)",
+        "cu_seqlens = torch.cat([torch.zeros(1, dtype=torch.long), counts.cumsum(0)])",
+        "args = torch.rand(100, 280, S), torch.rand(100, 280 * 14, S), torch.randn(5, S)",  # 96 MiB
+        "grad = torch.ones(100, 280 * 20, S)",
+    ]
+    forward = "itm_fast.similarity_context(*args[:2], cu_seqlens, args[2], (4, 1), backend='cpu')"
+    assert scratch_of(setup, forward) < 16 << 20
+    op = "torch.ops.itm_fast.similarity_context_backward"
+    assert scratch_of(setup, f"{op}(grad, [True] * 3, *args, cu_seqlens, [4, 1], 'cpu')") < 16 << 20
 
 
 def test_autocast_takes_its_dtype():

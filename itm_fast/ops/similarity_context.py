@@ -34,7 +34,7 @@ from .._checks import Arguments, autocast
 from ..packing import bounds
 from ._op import Op, by_autograd
 
-OFFERED = ("torch", "reference")
+OFFERED = ("cpu", "torch", "reference")
 
 
 def reference(overall: Tensor, local: Tensor, assignment: Tensor, cu_seqlens: Tensor, sizes: list[int]) -> Tensor:
@@ -64,6 +64,10 @@ def _fake(overall, local, assignment, *_):
 def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
+    if backend == "cpu":
+        from ._cpu import similarity_context as native
+
+        return native
     from ._torch import similarity_context
 
     return similarity_context

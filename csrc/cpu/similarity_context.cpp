@@ -1,0 +1,243 @@
+// similarity_context, forward and backward: (1) to (4) of itm_fast/ops/similarity_context.py.
+//
+// Bound by memory, so a pair's nodes are read as they lie, features along the lanes, and stay in the first caches while
+// all that is made of them is made (36 KB for 36 nodes at S 256); a part is one image with one chunk of captions.
+// Context nodes are made four at a time, so that every node is loaded once for all of them.
+//
+// Scratch: per thread some values a node of the longest caption and context node, and its nodes once where they must be
+// widened; in backward also their gradients, and at most 64 groups' sums of the assignment's gradient, in double, which
+// are added in order.
+#include "pack.h"
+#include "write.h"
+
+namespace itm_fast {
+namespace {
+
+constexpr int64_t GROUPS = 64, AT_ONCE = 4, NODES = 224;
+
+struct Problem {
+  Source overall, local, assignment;
+  int64_t I, N, S, C, T;
+  const int64_t *cu_seqlens, *sizes;  // sizes: of the levels, C altogether
+  int64_t threads;
+
+  int64_t ld(int64_t lanes) const { return round_up(S, lanes); }
+  int64_t element() const { return local.dtype == FLOAT64 ? 8 : local.dtype == FLOAT32 ? 4 : 2; }
+  int64_t length(int64_t t) const { return cu_seqlens[t + 1] - cu_seqlens[t]; }
+  // The row of the result that a pair's nodes begin with.
+  int64_t place(int64_t image, int64_t t) const { return image * (N + T * (1 + C)) + cu_seqlens[t] + t * (1 + C); }
+  int64_t longest() const {
+    int64_t most = 0;
+    for (int64_t t = 0; t < T; ++t) most = std::max(most, length(t));
+    return most;
+  }
+  // Rows as they are, whatever their dtype.
+  void copy(void* to, int64_t to_row, const void* from, int64_t from_row, int64_t rows) const {
+    const int64_t row = S * element();
+    std::memcpy(static_cast<char*>(to) + to_row * row, static_cast<const char*>(from) + from_row * row,
+                size_t(rows * row));
+  }
+};
+
+// The nodes of one pair and its contexts. Rows of S features are zero up to a whole number of lanes.
+template <class T>
+class Context {
+ public:
+  Context(const Problem& p, int64_t longest, bool slopes)
+      : p(p), S(p.S), ld(p.ld(LANES<T>)), wide(round_up(std::max(longest, p.C), LANES<T>)),
+        direct(ld == S && p.local.dtype == (sizeof(T) == 4 ? FLOAT32 : FLOAT64)), own(direct ? 0 : longest * ld),
+        room(direct ? p.C * S : std::max(longest + p.C + 1, p.C) * S), weight((p.C + AT_ONCE) * ld),
+        context(p.C * ld), share((p.C + AT_ONCE) * wide), slope(slopes ? (p.C + AT_ONCE) * wide : 0),
+        d_context(slopes ? (p.C + AT_ONCE) * ld : 0), d_local(slopes ? longest * ld : 0) {
+    const T* from = read<T>(p.assignment, 0, p.C * S, room);
+    for (int64_t c = 0; c < p.C; ++c) std::copy_n(from + c * S, S, weight + c * ld);
+  }
+
+  void take(int64_t image, int64_t t) {
+    n = p.length(t);
+    const T* from = read<T>(p.local, (image * p.N + p.cu_seqlens[t]) * S, n * S, room);
+    x = direct ? from : own;
+    if (!direct) spread(from, n, own);
+    for (int64_t c = 0, level = 0; c < p.C; c += p.sizes[level++]) {
+      const T* rows = nodes(c, level);
+      const int64_t count = nodes_of(level);
+      for (int64_t k = c; k < c + p.sizes[level]; k += AT_ONCE) {
+        const int64_t these = least(AT_ONCE, c + p.sizes[level] - k);
+        T* a = share + k * wide;
+        dots(rows, count, weight + k * ld, these, a);
+        for (int64_t q = 0; q < these; ++q) softmax(a + q * wide, count);
+        mix(rows, count, a, these, context + k * ld);
+      }
+    }
+  }
+
+  void give(void* result, int64_t image, int64_t t) const {
+    const int64_t at = p.place(image, t);
+    p.copy(result, at, p.overall.data, image * p.T + t, 1);
+    p.copy(result, at + 1, p.local.data, image * p.N + p.cu_seqlens[t], n);
+    for (int64_t c = 0; c < p.C; ++c)
+      write<T>(result, p.local.dtype, (at + 1 + n + c) * S, S, context + c * ld, T(1));
+  }
+
+  // (3) and (4) from the gradient of the pair's result, after take(); adds to d_weight [C][S].
+  void back(const void* grad, int64_t image, int64_t t, void* d_rows, double* d_weight) {
+    const T* from = read<T>({grad, p.local.dtype}, (p.place(image, t) + 1) * S, (n + p.C) * S, room);
+    spread(from, n, d_local);
+    spread(from + n * S, p.C, d_context);
+    int64_t level = 0, c = 0;
+    for (; c + p.sizes[level] < p.C; ++level) c += p.sizes[level];
+    for (;; c -= p.sizes[--level]) {
+      const T* rows = nodes(c, level);
+      const int64_t count = nodes_of(level);
+      T* d_nodes = level == 0 ? d_local + 0 : d_context + (c - p.sizes[level - 1]) * ld;
+      for (int64_t k = c; k < c + p.sizes[level]; ++k) {
+        T *d_a = slope + k * wide, common = 0;
+        const T *a = share + k * wide, *d_x = d_context + k * ld, *w = weight + k * ld;
+        for (int64_t j = 0; j < count; ++j) common += a[j] * (d_a[j] = dot(rows + j * ld, d_x));
+        for (int64_t j = 0; j < count; ++j) {
+          const T d_z = a[j] * (d_a[j] - common);
+          d_a[j] = d_z;
+          T* to = d_nodes + j * ld;
+          for (int64_t s = 0; s < S; s += LANES<T>)
+            store(to + s, load(to + s) + load(d_x + s) * a[j] + load(w + s) * d_z);
+        }
+        for (int64_t s = 0; s < S; s += LANES<T>) {
+          Vec<T> sums{};
+          for (int64_t j = 0; j < count; ++j) sums += load(rows + j * ld + s) * d_a[j];
+          for (int64_t lane = 0; lane < least(LANES<T>, S - s); ++lane) d_weight[k * S + s + lane] += double(sums[lane]);
+        }
+      }
+      if (level == 0) break;
+    }
+    if (d_rows)
+      for (int64_t j = 0; j < n; ++j)
+        write<T>(d_rows, p.local.dtype, (image * p.N + p.cu_seqlens[t] + j) * S, S, d_local + j * ld, T(1));
+  }
+
+ private:
+  // What level `level`, whose first context is c, is made of.
+  const T* nodes(int64_t c, int64_t level) const { return level == 0 ? x : context + (c - p.sizes[level - 1]) * ld; }
+  int64_t nodes_of(int64_t level) const { return level == 0 ? n : p.sizes[level - 1]; }
+
+  void spread(const T* from, int64_t rows, T* to) const {
+    for (int64_t j = 0; j < rows; ++j) {
+      std::copy_n(from + j * S, S, to + j * ld);
+      std::fill(to + j * ld + S, to + (j + 1) * ld, T(0));  // a NaN of the pair before may lie there
+    }
+  }
+
+  T dot(const T* a, const T* b) const {
+    Vec<T> sums{};
+    for (int64_t s = 0; s < ld; s += LANES<T>) sums += load(a + s) * load(b + s);
+    return sum<T>(sums);
+  }
+
+  // a[q][j] = w_q . x_j; beyond `these` the weights are another level's or zeros, and the results are not used.
+  void dots(const T* rows, int64_t count, const T* w, int64_t these, T* a) const {
+    for (int64_t j = 0; j < count; ++j) {
+      Vec<T> sums[AT_ONCE] = {};
+      for (int64_t s = 0; s < ld; s += LANES<T>) {
+        const Vec<T> v = load(rows + j * ld + s);
+        for (int q = 0; q < AT_ONCE; ++q) sums[q] += v * load(w + q * ld + s);
+      }
+      for (int64_t q = 0; q < these; ++q) a[q * wide + j] = sum<T>(sums[q]);
+    }
+  }
+
+  void softmax(T* a, int64_t count) const {
+    T most = a[0];
+    for (int64_t j = 1; j < count; ++j) most = a[j] > most ? a[j] : most;
+    Vec<T> all{};
+    for (int64_t j = 0; j < count; j += LANES<T>) {
+      const Vec<T> e = select<T>(inside<T>(j, 0, count), exp<T>(load(a + j) - most), Vec<T>{});
+      store(a + j, e);
+      all += e;
+    }
+    const T factor = 1 / sum<T>(all);
+    for (int64_t j = 0; j < count; ++j) a[j] *= factor;
+  }
+
+  // to[q] = sum_j a[q][j] x_j
+  void mix(const T* rows, int64_t count, const T* a, int64_t these, T* to) const {
+    for (int64_t s = 0; s < ld; s += LANES<T>) {
+      Vec<T> sums[AT_ONCE] = {};
+      for (int64_t j = 0; j < count; ++j) {
+        const Vec<T> v = load(rows + j * ld + s);
+        for (int q = 0; q < AT_ONCE; ++q) sums[q] += v * a[q * wide + j];
+      }
+      for (int64_t q = 0; q < these; ++q) store(to + q * ld + s, sums[q]);
+    }
+  }
+
+  const Problem& p;
+  const int64_t S, ld, wide;
+  const bool direct;  // the tensor's own rows can be read by whole vectors
+  Buffer<T> own, room, weight, context, share, slope, d_context, d_local;
+  const T* x = nullptr;
+  int64_t n = 0;
+};
+
+template <class T>
+void forward(const Problem& p, void* result) {
+  const std::vector<Chunk> pieces = chunks(p.cu_seqlens, p.T, NODES);
+  const int64_t count = int64_t(pieces.size()), longest = p.longest();
+  parallel(p.I * count, p.threads, [&] {
+    return [&, pair = Context<T>(p, longest, false)](int64_t part) mutable {
+      const Chunk& c = pieces[size_t(part % count)];
+      for (int64_t t = c.first; t < c.last; ++t) {
+        pair.take(part / count, t);
+        pair.give(result, part / count, t);
+      }
+    };
+  });
+}
+
+template <class T>
+void backward(const Problem& p, const void* grad, void* d_overall, void* d_local, double* d_assignment) {
+  const int64_t longest = p.longest(), units = p.I * p.T, groups = least(units, GROUPS), size = p.C * p.S;
+  std::vector<double> sums(size_t(groups * size));
+  parallel(groups, p.threads, [&] {
+    return [&, pair = Context<T>(p, longest, true)](int64_t g) mutable {
+      for (int64_t unit = units * g / groups; unit < units * (g + 1) / groups; ++unit) {
+        const int64_t i = unit / p.T, t = unit % p.T;
+        if (d_overall) p.copy(d_overall, unit, grad, p.place(i, t), 1);
+        pair.take(i, t);
+        pair.back(grad, i, t, d_local, sums.data() + g * size);
+      }
+    };
+  });
+  for (int64_t k = 0; k < groups * size; ++k) d_assignment[k % size] += sums[size_t(k)];
+}
+
+}  // namespace
+}  // namespace itm_fast
+
+// overall [I, T, S], local [I, N, S] and assignment [C, S] of one dtype, sizes of the levels; result
+// [I, N + T (1 + C), S] as these.
+extern "C" const char* similarity_context(const void* overall, const void* local, const void* assignment, int64_t dtype,
+                                          int64_t I, int64_t N, int64_t S, int64_t C, int64_t T,
+                                          const int64_t* cu_seqlens, const int64_t* sizes, void* result,
+                                          int64_t threads) {
+  using namespace itm_fast;
+  return guarded([&] {
+    const auto s = [&](const void* data) { return Source{data, dtype}; };
+    const Problem p{s(overall), s(local), s(assignment), I, N, S, C, T, cu_seqlens, sizes, threads};
+    if (dtype == FLOAT64) forward<double>(p, result);
+    else forward<float>(p, result);
+  });
+}
+
+// grad as the result; d_overall and d_local, which may be null, as theirs; d_assignment [C, S] zeros of float64.
+extern "C" const char* similarity_context_backward(const void* overall, const void* local, const void* assignment,
+                                                   int64_t dtype, int64_t I, int64_t N, int64_t S, int64_t C,
+                                                   int64_t T, const int64_t* cu_seqlens, const int64_t* sizes,
+                                                   const void* grad, void* d_overall, void* d_local,
+                                                   double* d_assignment, int64_t threads) {
+  using namespace itm_fast;
+  return guarded([&] {
+    const auto s = [&](const void* data) { return Source{data, dtype}; };
+    const Problem p{s(overall), s(local), s(assignment), I, N, S, C, T, cu_seqlens, sizes, threads};
+    if (dtype == FLOAT64) backward<double>(p, grad, d_overall, d_local, d_assignment);
+    else backward<float>(p, grad, d_overall, d_local, d_assignment);
+  });
+}
