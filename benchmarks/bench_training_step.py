@@ -28,7 +28,8 @@ if __name__ == "__main__":  # from a bare checkout, `benchmarks` and `itm_fast` 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import itm_fast
-from benchmarks import harness, machine, shapes
+from benchmarks import harness, machine
+from benchmarks import shapes as published
 from benchmarks.bench_pair_scorers import OTHERS
 from benchmarks.shapes import Shape
 from itm_fast.evaluation.workloads import WORKLOADS
@@ -150,7 +151,7 @@ def measure(model: str, shape: Shape, device: str, args: argparse.Namespace) -> 
         few = times.pop(f"{LOOP}, {least.captions} captions")
         times[LOOP] = [extended(x, y, least, cut, shape) for x, y in zip(few, times[LOOP])]
     base = statistics.median(times[LOOP])
-    of = OTHERS.get(model, shapes)
+    of = OTHERS.get(model, published)
     flops = 3 * (of.needed_flops(model, shape) + of.state_flops(model, shape))
     rows = []
     for name, t in times.items():

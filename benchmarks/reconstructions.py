@@ -34,8 +34,8 @@ def needed_flops(model: str, shape: Shape) -> float:
     """Operations that the pairs of a block need, multiply-add = 2.
 
     HGAN: the affinity once, SCAN's cosines of both directions from the Gram form, and the same of global vectors with
-    locals. TSHSR: the affinity once, for both streams the attended vectors, W (P - t)^2, the context nodes, and SGR with
-    W_q^T W_k folded and its last step at node 0 only.
+    locals. TSHSR: the affinity once, for both streams the attended vectors, W (P - t)^2, the context nodes, and SGR
+    with W_q^T W_k folded and its last step at node 0 only.
     """
     whole = WORKLOADS[shape.workload]
     R, D, S, total = whole.regions, whole.dim, whole.similarity, 0.0

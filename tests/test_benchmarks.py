@@ -79,7 +79,8 @@ def test_the_reconstructions_have_their_rows(monkeypatch, tmp_path):
         names = [row["name"] for row in one["rows"]]
         assert names[0] == "paper's loop"
         assert "itm-fast torch" in names
-        flops = reconstructions.needed_flops(model, SHAPES["quick"]), reconstructions.state_flops(model, SHAPES["quick"])
+        shape = SHAPES["quick"]
+        flops = reconstructions.needed_flops(model, shape), reconstructions.state_flops(model, shape)
         for row in one["rows"]:
             count = flops[0] + (0 if "pairs alone" in row["name"] else flops[1])
             assert row["needed_gflops_per_second"] * row["seconds_median"] * 1e9 == pytest.approx(count)

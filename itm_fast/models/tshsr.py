@@ -36,7 +36,7 @@ from .sgraf import SGRAF
 
 NAME = "TwoStreamReasoning"
 DIRECTIONS = ("t2i", "i2t")
-CPU_BLOCK = 32 << 20  # bytes of the nodes of a block: more leave the last cache, fewer pay more for each call
+CPU_BLOCK = 128 << 20  # bytes of the nodes of a block: fewer pay more for each call, more for fresh memory
 CAPTIONS = 32  # in a block at the most, so that it holds some images as well
 _STREAM = 11  # tensors of a stream
 
