@@ -72,9 +72,8 @@ class Stream(nn.Module):
 class TwoStreamReasoning(GlobalVectors):
     """TSHSR's pair scorer, reconstructed from the abstract: the equations are not public to us. See the module.
 
-    Where an operation is asked for by a backend that it does not have (the context nodes have `torch` and
-    `reference`), what "auto" chooses computes it; similarities and graphs, which are most of the work, never are
-    replaced.
+    Where the context nodes are asked for by a backend that they do not have, what "auto" chooses computes them;
+    similarities and graphs, which are most of the work, are never replaced.
 
     Args:
         embed_size: D.
