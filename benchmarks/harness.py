@@ -13,14 +13,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from itm_fast import _backends
+from itm_fast import _backends, _triton
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def backends(device: str) -> list[str]:
-    """The backends that can run here, the reference left out."""
-    return [n for n in _backends.NAMES if n != "reference" and _backends.why_not(n, device) is None]
+    """The backends that can run here, the reference and an interpreter of kernels left out."""
+    left_out = ("reference", "triton") if _triton.interpreted() else ("reference",)
+    return [n for n in _backends.NAMES if n not in left_out and _backends.why_not(n, device) is None]
 
 
 def synchronise() -> None:

@@ -20,7 +20,7 @@ ALLOWED = {
     "data": {"data"},
     "nn": {"nn", "ops", "packing"},
     "testing": {"testing", "ops", "packing"},
-    "ops": {"ops", "packing"},
+    "ops": {"ops", "packing", "kernels"},
     "packing": set(),
     "kernels": {"kernels", "packing"},
 }

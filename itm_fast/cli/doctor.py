@@ -17,7 +17,7 @@ import torch
 
 import itm_fast
 
-from .. import _backends, _native, testing
+from .. import _backends, _native, _triton, testing
 from ..testing.examples import outcome
 
 HELP = """Show versions, devices, which backend each operation uses here and why the others cannot run, and
@@ -205,7 +205,8 @@ def _choice(op: str, device: str) -> str:
 def _runnable(device: str) -> Iterator[tuple[str, str]]:
     for op, offered in sorted(_backends.OFFERS.items()):
         for backend in offered:
-            if backend != "reference" and _backends.why_not(backend, device) is None:
+            interpreted = backend == "triton" and _triton.interpreted()  # which says nothing about a GPU's kernels
+            if backend != "reference" and not interpreted and _backends.why_not(backend, device) is None:
                 yield op, backend
 
 

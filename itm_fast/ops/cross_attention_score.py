@@ -84,6 +84,10 @@ def reference(
 def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
+    if backend == "triton":
+        from ..kernels import cross_attention_score as kernels
+
+        return kernels
     if backend == "cpu":
         from ._cpu import cross_attention_score as native
 

@@ -77,6 +77,10 @@ def _fake(image, words, weight, bias, cu_seqlens, region_lengths, direction, *_)
 def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
+    if backend == "triton":
+        from ..kernels import cross_attention_similarity as kernels
+
+        return kernels
     if backend == "cpu":
         from ._cpu import cross_attention_similarity as native
 
