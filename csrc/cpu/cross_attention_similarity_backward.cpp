@@ -101,7 +101,8 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
       return [&](int64_t c) {
         const Chunk& chunk = window.chunks[c];
         for (int64_t k = chunk.first; k < chunk.last; ++k)
-          local[c].rows.read_rows(queries.source, queries.first[k], queries.length(k), D, queries.edge[k] - chunk.begin);
+          local[c].rows.read_rows(queries.source, queries.first[k], queries.length(k), D,
+                                  queries.edge[k] - chunk.begin);
         if (global) overall[c].rows.read_rows(p.globals->caption, chunk.first, chunk.last - chunk.first, D, 0);
       };
     });

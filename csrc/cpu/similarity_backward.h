@@ -1,8 +1,9 @@
 // The gradient of one tile of vector similarities: (4) to (7) of itm_fast/ops/cross_attention_similarity.py.
 //
-// The forward tile is run again, but for the product with W where the similarity vectors are known. Then features lie along the lanes, WIDE of them at a time, and queries are rows: the
-// difference u - q is made anew in that layout, for there all four products that follow find their operands as they
-// lie, and only dy and du are transposed. With u = sum of a x, du reaches the attention through g_x = x . du alone:
+// The forward tile is run again, but for the product with W where the similarity vectors are known. Then features lie
+// along the lanes, WIDE of them at a time, and queries are rows: the difference u - q is made anew in that layout, for
+// there all four products that follow find their operands as they lie, and only dy and du are transposed. With u = sum
+// of a x, du reaches the attention through g_x = x . du alone:
 //
 //     t = sum of a g,   c = t (p + eps) / p,   d logit_x = a_x (g_x - c (G a)_x - t' (p + eps))
 //     t' = sum of a (g - c G a),   d x = a du^T - (a c a^T) x + d A q^T,   d q = -du + d A^T x
@@ -72,13 +73,13 @@ struct SimilarityGradient {
         d_u_columns(BLOCK * ld), difference(WIDE, columns), squares(WIDE, columns), d_u(WIDE, columns) {}
 
   // Adds the tile's gradients to `sums`, to d_q [columns] and to d_x [n]. W is given as w [S], its features along the
-  // lanes, and as `projection`; the queries as `query` and as `quers_rows`. upstream(j, room) writes S values: the
+  // lanes, and as `projection`; the queries as `query` and as `query_rows`. upstream(j, room) writes S values: the
   // gradient of the similarity vector of column j. known(j), unless null, is that vector; there is no use for
   // `projection` then.
   template <class Upstream, class Known>
   void run(const Contexts<T>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets,
            const Projection<T>* projection, const FeaturePanels<T>& w, const Panels<T>& query,
-           const FeaturePanels<T>& quers_rows, Upstream upstream, Known known, SimilaritySums<T>& sums,
+           const FeaturePanels<T>& query_rows, Upstream upstream, Known known, SimilaritySums<T>& sums,
            FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
     const int64_t columns = edge[sets] - edge[0];
     tile.attend(x, norm, scale, edge, sets, query);
@@ -95,18 +96,18 @@ struct SimilarityGradient {
     } else {
       backward_of_norm(columns, w.rows, upstream, known);
     }
-    products(x, columns, w, quers_rows, sums, d_q, d_x, sums.needs_context || sums.needs_query);
-    if (sums.needs_context || sums.needs_query) attention(x, norm, scale, edge, sets, quers_rows, sums, d_q, d_x);
+    products(x, columns, w, query_rows, sums, d_q, d_x, sums.needs_context || sums.needs_query);
+    if (sums.needs_context || sums.needs_query) attention(x, norm, scale, edge, sets, query_rows, sums, d_q, d_x);
   }
 
   // The same for similarity vectors of one context with every query, which nothing weighs: u is the context.
   template <class Upstream, class Known>
   void run_unweighted(const Contexts<T>& x, int64_t columns, const FeaturePanels<T>& w,
-                      const FeaturePanels<T>& quers_rows, Upstream upstream, Known known, SimilaritySums<T>& sums,
+                      const FeaturePanels<T>& query_rows, Upstream upstream, Known known, SimilaritySums<T>& sums,
                       FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
     std::fill_n(tile.weight + 0, ld, T(1));
     backward_of_norm(columns, w.rows, upstream, known);
-    products(x, columns, w, quers_rows, sums, d_q, d_x, false);
+    products(x, columns, w, query_rows, sums, d_q, d_x, false);
   }
 
  private:
@@ -119,6 +120,13 @@ struct SimilarityGradient {
   }
   static auto fresh() {
     return [](int64_t, int64_t) { return Vec<T>{}; };
+  }
+  // Sums that all tiles add to have left the caches: what the end of a tile needs is fetched at its beginning.
+  static auto fetched(const T* c, int64_t ld) {
+    return [=](int64_t i, int64_t j) {
+      __builtin_prefetch(c + i * ld + j, 1);
+      return Vec<T>{};
+    };
   }
 
   // (4): rows of d_y, from similarity vectors s and 1 / (|y| + eps).
@@ -137,7 +145,7 @@ struct SimilarityGradient {
   }
 
   // (5), and g.
-  void products(const Contexts<T>& x, int64_t columns, const FeaturePanels<T>& w, const FeaturePanels<T>& quers_rows,
+  void products(const Contexts<T>& x, int64_t columns, const FeaturePanels<T>& w, const FeaturePanels<T>& query_rows,
                 SimilaritySums<T>& sums, FeaturePanels<T>& d_q, FeaturePanels<T>& d_x, bool attends) {
     const int64_t n = x.n, S = w.rows, D = x.D;
     if (sums.needs_bias)
@@ -154,7 +162,7 @@ struct SimilarityGradient {
     for (int64_t d = 0; d < D; d += BLOCK) {
       const int64_t end = least(D, d + BLOCK);
       for (int64_t p = d; p < end; p += WIDE)
-        panel(x, p, least(WIDE, D - p), columns, S, d, w, quers_rows, sums, d_q, d_x);
+        panel(x, p, least(WIDE, D - p), columns, S, d, w, query_rows, sums, d_q, d_x);
       if (attends)
         gemm<T>(n, columns, end - d, {x.column + d * x.ld, x.ld}, {d_u_columns, ld}, fresh(), add_to(g, ld));
     }
@@ -162,21 +170,25 @@ struct SimilarityGradient {
 
   // (5) for `wide` features from p on, of the block that begins with d.
   void panel(const Contexts<T>& x, int64_t p, int64_t wide, int64_t columns, int64_t S, int64_t d,
-             const FeaturePanels<T>& w, const FeaturePanels<T>& quers_rows, SimilaritySums<T>& sums,
+             const FeaturePanels<T>& w, const FeaturePanels<T>& query_rows, SimilaritySums<T>& sums,
              FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
     T *u = difference.data, *square = squares.data, *du = d_u.data;
-    const T* q = quers_rows.at(0, p);
+    const T* q = query_rows.at(0, p);
     gemm<T>(columns, wide, x.n, {tile.weight, ld}, {x.row + p, x.row_ld},
-            [=](int64_t i, int64_t j) { return -load(q + i * WIDE + j); },
+            [=](int64_t i, int64_t j) {
+              __builtin_prefetch(q + (i + TILE_ROWS) * WIDE + j);
+              return -load(q + i * WIDE + j);
+            },
             [=](int64_t i, int64_t j, Vec<T> v) {
               store(u + i * WIDE + j, v);
               store(square + i * WIDE + j, v * v);
             });
     if (sums.needs_weight)
-      gemm<T>(S, wide, columns, {d_y_rows, lds}, {square, WIDE}, fresh(), add_to(sums.weight.at(0, p), WIDE));
+      gemm<T>(S, wide, columns, {d_y_rows, lds}, {square, WIDE}, fetched(sums.weight.at(0, p), WIDE),
+              add_to(sums.weight.at(0, p), WIDE));
     if (!sums.needs_context && !sums.needs_query) return;
     T* dq = d_q.at(0, p);
-    gemm<T>(columns, wide, S, {d_y, ld}, {w.at(0, p), WIDE}, fresh(), [=](int64_t i, int64_t j, Vec<T> v) {
+    gemm<T>(columns, wide, S, {d_y, ld}, {w.at(0, p), WIDE}, fetched(dq, WIDE), [=](int64_t i, int64_t j, Vec<T> v) {
       v *= T(2) * load(u + i * WIDE + j);
       store(du + i * WIDE + j, v);
       store(dq + i * WIDE + j, load(dq + i * WIDE + j) - v);
@@ -188,7 +200,7 @@ struct SimilarityGradient {
 
   // (6) and (7), from g on.
   void attention(const Contexts<T>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets,
-                 const FeaturePanels<T>& quers_rows, SimilaritySums<T>& sums, FeaturePanels<T>& d_q,
+                 const FeaturePanels<T>& query_rows, SimilaritySums<T>& sums, FeaturePanels<T>& d_q,
                  FeaturePanels<T>& d_x) {
     const int64_t columns = edge[sets] - edge[0], n = x.n;
     gemm<T>(n, columns, n, {x.gram, x.ld}, {tile.weight, ld}, fresh(), to(gram_weight, ld));
@@ -221,7 +233,7 @@ struct SimilarityGradient {
     for (int64_t p = 0; p < x.D; p += WIDE) {
       T* dx = d_x.at(0, p);
       const int64_t wide = least(WIDE, x.D - p);
-      gemm<T>(n, wide, columns, {weight_rows, ldn}, {quers_rows.at(0, p), WIDE}, fresh(), add_to(dx, WIDE));
+      gemm<T>(n, wide, columns, {weight_rows, ldn}, {query_rows.at(0, p), WIDE}, fresh(), add_to(dx, WIDE));
       gemm<T>(n, wide, n, {mixed, ldn}, {x.row + p, x.row_ld}, fresh(), add_to(dx, WIDE));
     }
   }
