@@ -8,11 +8,12 @@ import pytest
 import torch
 
 import itm_fast
+from itm_fast import _native
 from itm_fast.ops import cross_attention_score as op
 from itm_fast.ops._attention import DIRECTIONS, NORMS
 from itm_fast.ops._torch import _blocks
 from itm_fast.ops.cross_attention_score import POOLS
-from itm_fast.testing import inputs, op_checks
+from itm_fast.testing import assert_accurate, inputs, op_checks, rounding
 
 BACKENDS = op_checks.backends("cross_attention_score")
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -357,3 +358,19 @@ def test_refusals(change, error, message):
 
 def test_the_public_function_is_the_op_modules():
     assert itm_fast.cross_attention_score is op
+
+
+@needs_cpu
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_medium_precision_may_multiply_bfloat16_values(direction):
+    call, args = case(5, (13, 4, 7, 1, 4), 36, 65, direction=direction)
+    args = [a.float() for a in args]
+    exact, rounded = (call(*(a.to(d) for a in args), backend="reference") for d in (torch.float64, torch.bfloat16))
+    before, torch_precision = call(*args, backend="cpu"), torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        result = call(*args, backend="cpu")
+    finally:
+        torch.set_float32_matmul_precision(torch_precision)
+    assert torch.equal(result, before) == (_native.level() != "avx512_bf16")
+    assert_accurate(result, rounded, exact, term=rounding(torch.bfloat16, exact.abs().max().item()))

@@ -14,16 +14,16 @@ namespace {
 
 constexpr int64_t WINDOW_BYTES = 32 << 20;
 
-template <class T>
+template <class T, class E = T>
 void scores(const Problem& problem, void* score, int64_t threads) {
   const Sets &context = problem.context, &query = problem.query;
   const std::vector<Chunk> blocks = context_blocks<T>(context);
   if (blocks.empty()) return;
-  windows<T>(query, CHUNK_BYTES / int64_t(sizeof(T)), WINDOW_BYTES, threads, [&](const Window<T>& window) {
+  windows<T, E>(query, CHUNK_BYTES / int64_t(sizeof(T)), WINDOW_BYTES, threads, [&](const Window<T, E>& window) {
     const int64_t count = int64_t(blocks.size()), columns = int64_t(window.chunks.size());
     const int64_t groups = least(columns, (PARTS + count - 1) / count);
     parallel(count * groups, threads, [&] {
-      return [&, block = Block<T>(context, blocks),
+      return [&, block = Block<T, E>(context, blocks),
               work = Cosines<T>(problem, Block<T>::most_rows(blocks), longest(context),
                                 Block<T>::most_rows(window.chunks))](int64_t part) mutable {
         const int64_t group = part % groups;
@@ -47,15 +47,20 @@ void scores(const Problem& problem, void* score, int64_t threads) {
 }  // namespace
 }  // namespace itm_fast
 
+// bfloat16: affinities may be products of bfloat16 values, where the processor has them.
 extern "C" const char* cross_attention_score(const void* image, const void* words, int64_t dtype, int64_t I, int64_t R,
                                              int64_t D, int64_t T, const int64_t* cu_seqlens,
                                              const int64_t* region_lengths, int64_t t2i, int64_t norm, double scale,
-                                             int64_t pool, double pool_scale, void* score, int64_t threads) {
+                                             int64_t pool, double pool_scale, void* score,
+                                             [[maybe_unused]] int64_t bfloat16, int64_t threads) {
   using namespace itm_fast;
   return guarded([&] {
     const Problem problem(image, words, dtype, I, R, D, T, cu_seqlens, region_lengths, t2i, norm, scale, pool,
                           pool_scale);
-    if (dtype == FLOAT64) scores<double>(problem, score, threads);
-    else scores<float>(problem, score, threads);
+    if (dtype == FLOAT64) return scores<double>(problem, score, threads);
+#if defined(__AVX512BF16__)
+    if (bfloat16) return scores<float, Pair>(problem, score, threads);
+#endif
+    scores<float>(problem, score, threads);
   });
 }

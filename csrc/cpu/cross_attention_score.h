@@ -68,6 +68,7 @@ class Rows {
                                 room_ + int64_t(rows_.size()) * sets_.D));
   }
   const T* const* operator+(int64_t row) const { return rows_.data() + row; }
+  const T* operator[](int64_t row) const { return rows_[size_t(row)]; }
 
  private:
   const Sets& sets_;
@@ -137,18 +138,20 @@ inline T attend(const T* const* row, int64_t n, Weight weight, int64_t first, in
   return sum<T>(square);
 }
 
-// A block of contexts as the left side of the affinities, with each set's Gram matrix. Owned by one thread.
-template <class T>
+// A block of contexts as the left side of the affinities, with each set's Gram matrix. Owned by one thread. E is what
+// the affinities multiply: T, or pairs of bfloat16 values.
+template <class T, class E = T>
 struct Block {
   const Sets& sets;
   Rows<T> rows;
-  Buffer<T> packed, grams;
+  Buffer<E> packed;
+  Buffer<T> grams;
   Chunk run{};
   std::vector<int64_t> gram_at;
   std::vector<T> highest;  // of each Gram matrix's diagonal
 
   Block(const Sets& sets, const std::vector<Chunk>& runs)
-      : sets(sets), rows(sets, most_rows(runs)), packed(packed_size(most_rows(runs), sets.D)),
+      : sets(sets), rows(sets, most_rows(runs)), packed(packed_size(most_rows(runs), depth<E>(sets.D))),
         grams(most_gram(sets, runs)) {}
 
   static int64_t most_rows(const std::vector<Chunk>& runs) {
@@ -170,9 +173,11 @@ struct Block {
   void take(const Chunk& wanted) {
     run = wanted;
     rows.take(run);
-    for (int64_t i = 0; i < run.rows; i += TILE_ROWS)
-      interleave(rows + i, least(TILE_ROWS, run.rows - i), sets.D, packed + i * sets.D,
-                 least(TILE_ROWS, round_up(run.rows - i, ROW_STEP)));
+    if constexpr (IS_PAIR<E>) pack_rows(run.rows, sets.D, packed + 0, [&](int64_t i, int64_t k) { return rows[i][k]; });
+    else
+      for (int64_t i = 0; i < run.rows; i += TILE_ROWS)
+        interleave(rows + i, least(TILE_ROWS, run.rows - i), sets.D, packed + i * sets.D,
+                   least(TILE_ROWS, round_up(run.rows - i, ROW_STEP)));
     gram_at.clear();
     highest.clear();
     for (int64_t s = run.first, at = 0; s < run.last; ++s) {
@@ -189,17 +194,19 @@ struct Block {
 };
 
 // A window of query sets as the right side of the affinities, shared by the threads: the columns of a chunk lie in
-// panels as wide as a tile, [panel][D][TILE_COLUMNS], which a product reads from end to end.
-template <class T>
+// panels as wide as a tile, [panel][D][TILE_COLUMNS], which a product reads from end to end; of pairs, [D / 2].
+template <class T, class E = T>
 struct Window {
   const Sets& sets;
   std::vector<Chunk> chunks;
   std::vector<int64_t> column;  // where a chunk's columns begin
-  Buffer<T> panels, length;     // length: |q| of each column
+  int64_t K;                    // rows of a panel
+  Buffer<E> panels;
+  Buffer<T> length;  // |q| of each column
 
   Window(const Sets& sets, std::vector<Chunk> runs)
-      : sets(sets), chunks(std::move(runs)), column(begins(chunks)), panels(column.back() * sets.D),
-        length(column.back()) {}
+      : sets(sets), chunks(std::move(runs)), column(begins(chunks)), K(depth<E>(sets.D)),
+        panels(column.back() * K), length(column.back()) {}
 
   static std::vector<int64_t> begins(const std::vector<Chunk>& chunks) {
     std::vector<int64_t> column{0};
@@ -214,11 +221,21 @@ struct Window {
 
   void fill(int64_t threads) {
     parallel(int64_t(chunks.size()), threads, [&] {
-      return [&, rows = Rows<T>(sets, Block<T>::most_rows(chunks))](int64_t c) mutable {
+      return [&, rows = Rows<T>(sets, Block<T>::most_rows(chunks)),
+              room = Buffer<T>(IS_PAIR<E> ? sets.D * TILE_COLUMNS<T> : 0)](int64_t c) mutable {
         rows.take(chunks[c]);
-        for (int64_t j = 0; j < chunks[c].rows; j += TILE_COLUMNS<T>)
-          interleave(rows + j, least(TILE_COLUMNS<T>, chunks[c].rows - j), sets.D,
-                     panels + (column[c] + j) * sets.D, TILE_COLUMNS<T>);
+        for (int64_t j = 0; j < chunks[c].rows; j += TILE_COLUMNS<T>) {
+          E* const panel = panels + (column[c] + j) * K;
+          const auto fill = [&](T* to) {
+            interleave(rows + j, least(TILE_COLUMNS<T>, chunks[c].rows - j), sets.D, to, TILE_COLUMNS<T>);
+          };
+          if constexpr (IS_PAIR<E>) {
+            fill(room);
+            pair_rows(sets.D, TILE_COLUMNS<T>, room, TILE_COLUMNS<T>, panel);
+          } else {
+            fill(panel);
+          }
+        }
         for (int64_t j = 0; j < chunks[c].rows; ++j) {
           const T* q = *(rows + j);
           Vec<T> square{};
@@ -234,7 +251,7 @@ struct Window {
 };
 
 // Cuts `sets` into windows of at most `bytes` of packed queries, one chunk at the least, and runs body on each.
-template <class T, class Body>
+template <class T, class E = T, class Body>
 void windows(const Sets& sets, int64_t columns, int64_t bytes, int64_t threads, Body body) {
   const std::vector<Chunk> all = chunks(sets.edge.data(), sets.count(), columns);
   for (size_t first = 0; first < all.size();) {
@@ -242,7 +259,7 @@ void windows(const Sets& sets, int64_t columns, int64_t bytes, int64_t threads, 
     int64_t size = 0;
     do size += round_up(all[last++].rows, TILE_COLUMNS<T>) * sets.D * int64_t(sizeof(T));
     while (last < all.size() && size + all[last].rows * sets.D * int64_t(sizeof(T)) <= bytes);
-    Window<T> window(sets, {all.begin() + int64_t(first), all.begin() + int64_t(last)});
+    Window<T, E> window(sets, {all.begin() + int64_t(first), all.begin() + int64_t(last)});
     window.fill(threads);
     body(window);
     first = last;
@@ -270,20 +287,21 @@ struct Cosines {
         attended(problem.context.D) {}
 
   // A of ops/_attention.py for all the block's rows.
-  void affinities(const Block<T>& block, const Window<T>& window, int64_t c) {
-    const int64_t columns = window.chunks[c].rows, D = block.sets.D;
+  template <class E>
+  void affinities(const Block<T, E>& block, const Window<T, E>& window, int64_t c) {
+    const int64_t columns = window.chunks[c].rows, K = window.K;
     for (int64_t j = 0; j < columns; j += TILE_COLUMNS<T>)
-      gemm<T>(block.run.rows, least(TILE_COLUMNS<T>, columns - j), D, Left<T>{block.packed, 0},
-              Right<T>{window.panels + (window.column[c] + j) * D, TILE_COLUMNS<T>,
-                       window.panels + window.after(c, j) * D},
+      gemm<E>(block.run.rows, least(TILE_COLUMNS<T>, columns - j), K, Left<E>{block.packed, 0},
+              Right<E>{window.panels + (window.column[c] + j) * K, TILE_COLUMNS<T>,
+                       window.panels + window.after(c, j) * K},
               [](int64_t, int64_t) { return Vec<T>{}; },
               [&](int64_t i, int64_t jj, Vec<T> v) { store(s + i * ld + j + jj, v); });
   }
 
   // (1) and (3) for one set: weight[x][j] = alpha * total_j, dot = q . P * total, square = |P|^2, r.
   // each(x, j, v) sees v = sum_y G_xy weight_yj.
-  template <class Each>
-  void cosines(const Block<T>& block, int64_t set, const Window<T>& window, int64_t c, Each each) {
+  template <class E, class Each>
+  void cosines(const Block<T, E>& block, int64_t set, const Window<T, E>& window, int64_t c, Each each) {
     const Chunk& chunk = window.chunks[c];
     const int64_t at = block.sets.edge[set] - block.run.begin, n = block.sets.edge[set + 1] - block.sets.edge[set];
     const int64_t columns = chunk.rows, k = set - block.run.first;

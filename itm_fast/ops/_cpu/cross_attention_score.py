@@ -9,12 +9,13 @@ from ... import _native
 from ..._checks import work_dtype
 from .. import _attention
 from ..cross_attention_score import POOLS
-from . import DTYPES, lengths
+from . import DTYPES, bfloat16_products, lengths
 
 
 def forward(image: Tensor, words: Tensor, *rest) -> Tensor:
     score = image.new_empty(image.shape[0], rest[0].shape[0] - 1)
-    _native.call("cross_attention_score", *_arguments(image, words, *rest), score, torch.get_num_threads())
+    pairs = bfloat16_products(image.dtype)
+    _native.call("cross_attention_score", *_arguments(image, words, *rest), score, pairs, torch.get_num_threads())
     return score
 
 
