@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from .._workspace import scratch_bytes
 from ..nn import PairScorer, State
 from ..ops import cross_attention_score, global_local_score
+from ..ops._torch._linear import linear
 from ..packing import bounds, spans
 from ._common import beside, l2norm, sums
 from ._self_attention import GlobalVectors
@@ -49,7 +50,7 @@ class Layout:
     def pad(self, rows: Tensor) -> Tensor:
         """[N, D] -> [B, L, D] with zeros beyond each item's rows."""
         if self._full:
-            return rows.view(*self.real.shape, -1)
+            return rows.reshape(*self.real.shape, -1)
         padded = rows.new_zeros(*self.real.shape, rows.shape[1])
         padded[self.real] = rows
         return padded
@@ -69,17 +70,20 @@ class FeatureGraph(nn.Module):
     def __init__(self, embed_size: int) -> None:
         super().__init__()
         self.query, self.key, self.value = (nn.Linear(embed_size, embed_size, bias=False) for _ in range(3))
-        for linear in (self.query, self.key, self.value):
-            nn.init.xavier_uniform_(linear.weight)
+        for part in (self.query, self.key, self.value):
+            nn.init.xavier_uniform_(part.weight)
 
     def forward(self, rows: Tensor, layout: Layout, adjacency: Tensor | None) -> Tensor:
         """Rows [N, D] of a layout [B, L], and which of its rows are neighbours, bool [B, L, L] -> [N, D]."""
-        query, key, value = (layout.pad(part(rows)) for part in (self.query, self.key, self.value))
-        logits = torch.bmm(query, key.transpose(1, 2)) / math.sqrt(rows.shape[1])
+        # x Wq (x Wk)^T = (x M) x^T: one product of the rows gives what is asked and what is summed.
+        D = rows.shape[1]
+        product = torch.cat([self.key.weight.t() @ self.query.weight, self.value.weight])
+        asked, value = linear(rows, product, rows.new_zeros(2 * D)).split(D, 1)
+        logits = torch.bmm(layout.pad(asked), layout.pad(rows).transpose(1, 2)) / math.sqrt(D)
         near = layout.real[:, None, :] if adjacency is None else adjacency & layout.real[:, None, :]
         # A row without neighbours gets nothing: its softmax is made over all rows, and masked.
         edge = logits.masked_fill(~near & near.any(2, keepdim=True), float("-inf")).softmax(2) * near
-        return l2norm(rows + layout.rows(torch.bmm(edge, value)).relu())
+        return l2norm(rows + layout.rows(torch.bmm(edge, layout.pad(value))).relu())
 
 
 class Rearrangement(nn.Module):
@@ -115,6 +119,8 @@ class Rearrangement(nn.Module):
 
 def _grouped(x: Tensor, weight: Tensor) -> Tensor:
     """Each of c groups of channels by its own matrix: x [n, D], weight [c, D / c, D / c] -> [n, D]."""
+    if len(weight) == 1:
+        return linear(x, weight[0], x.new_zeros(x.shape[1]))
     groups = x.view(len(x), len(weight), -1).transpose(0, 1)
     return torch.bmm(groups, weight.transpose(1, 2)).transpose(0, 1).reshape(len(x), -1)
 
