@@ -306,6 +306,15 @@ def test_opposite_regions_cancel_without_losing_the_score(backend):
             torch.testing.assert_close(a.double(), e, rtol=0, atol=share * e.abs().max().item())
 
 
+@pytest.mark.parametrize("pool", POOLS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_stays_nan_and_in_its_caption(backend, pool):
+    call, (image, words) = case(2, (3, 2, 4), 5, 8, pool=pool)
+    words = words.clone()
+    words[4, 3] = torch.nan
+    assert call(image, words, backend).isnan().tolist() == [[False, True, False]] * 2
+
+
 def test_a_second_derivative_is_refused():
     image, words, cu_seqlens = inputs(2, (3, 2), 4, 8, requires_grad=True)
     score = itm_fast.cross_attention_score(image, words, cu_seqlens)

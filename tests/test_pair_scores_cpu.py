@@ -8,6 +8,7 @@ from cpu_cases import at_level, needs_cpu, scratch_of
 from pair_score_cases import edges
 
 from itm_fast import _native
+from itm_fast.testing import op_checks
 
 pytestmark = needs_cpu
 HEADS = {"graph": test_similarity_graph_score, "filter": test_similarity_filter_score}
@@ -45,10 +46,12 @@ def test_the_same_bits_with_any_number_of_threads(head):
     try:
         for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
-            found.append(scored(head, I=2)[1])
+            args, score = scored(head, I=2)
+            call, _ = HEADS[head].case(2, COUNTS, D=20, S=9)
+            found.append([score, *op_checks.gradients(call, args, torch.float32, "cpu", torch.float32)])
     finally:
         torch.set_num_threads(before)
-    assert all(torch.equal(f, found[0]) for f in found)
+    assert all(torch.equal(a, b) for f in found for a, b in zip(f, found[0], strict=True))
 
 
 @pytest.mark.parametrize("head", HEADS)

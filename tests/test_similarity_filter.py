@@ -109,6 +109,23 @@ def test_a_pair_does_not_depend_on_its_block(backend, training, monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_nan_stays_in_its_pair(backend):
+    call, args = case(3, (4, 2, 5), 8)
+    spoilt = [a.clone() for a in args]
+    spoilt[0][1, 5] = torch.nan  # a node of image 1 and caption 1
+    leaves = [[a.requires_grad_() for a in x] for x in (args, spoilt)]
+    z, found = (call(*x, backend)[0] for x in leaves)
+    z.sum().backward()
+    found.sum().backward()
+    others = torch.ones(3, 3, dtype=torch.bool)
+    others[1, 1] = False
+    assert found[1, 1].isnan().any()
+    assert torch.equal(found[others], z[others])
+    nodes = others.repeat_interleave(torch.tensor([4, 2, 5]), 1)
+    torch.testing.assert_close(leaves[1][0].grad[nodes], leaves[0][0].grad[nodes], rtol=1e-12, atol=1e-12)
+
+
 CHUNKS = (9, 30, 1, 14, 100, 120, 260, 7, 12, 224)  # of all sizes a chunk of 224 nodes can be cut into
 
 

@@ -94,7 +94,13 @@ void measure(int64_t iterations, int64_t threads, double* seconds, double* flops
         end[t] = Clock::now();
     };
     std::vector<std::thread> others;
-    for (int64_t t = 1; t < threads; ++t) others.emplace_back(work, t);
+    try {
+        for (int64_t t = 1; t < threads; ++t) others.emplace_back(work, t);
+    } catch (...) {
+        ready = threads;  // the others wait for one that never starts
+        for (auto& other : others) other.join();
+        throw;
+    }
     work(0);
     for (auto& other : others) other.join();
     const volatile double use = kept[0];  // else the loop computes nothing that is needed
