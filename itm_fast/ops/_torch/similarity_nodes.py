@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from ..._checks import work_dtype
-from ...packing import bounds, runs, spans
+from ...packing import Index, bounds, runs, spans
 from .. import _attention
 from ..similarity_nodes import _fake
 from . import _blocks
@@ -32,15 +33,17 @@ def _cut(backward: bool, *args) -> Iterator[_blocks.Block]:
     limit = _blocks.tile_bytes(image.device, backward) // work.itemsize
     for run in runs([start + t for t, start in enumerate(edge)], image.device, _blocks.MIN_QUERIES):
         length = run.length - 1
-        if isinstance(run.captions, slice):
-            rows = slice(edge[run.captions.start], edge[run.captions.stop])
+        at = run.captions
+        if isinstance(at, slice):
+            words_at: Index = slice(edge[at.start], edge[at.stop])
         else:
-            rows = (run.rows.view(-1, run.length)[:, 1:] - run.captions[:, None] - 1).flatten()
+            node = torch.as_tensor(run.rows).view(-1, run.length)
+            words_at = (node[:, 1:] - at[:, None] - 1).flatten()
         pair = run.length * (2 * D + S)
         for images in spans(I, max(1, limit // (run.size * pair))):
             lengths = None if region_lengths is None else region_lengths[images]
             yield _blocks.Block(
-                ((images,), (images,), (rows,), (run.captions,), (), (), (), ()),
+                ((images,), (images,), (words_at,), (at,), (), (), (), ()),
                 (images, run.rows),
                 partial(nodes, length, lengths, scale),
             )
