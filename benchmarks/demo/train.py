@@ -26,7 +26,8 @@ import manifest
 import numpy as np
 import torch
 
-from benchmarks.harness import RESULTS, environment
+from benchmarks.harness import RESULTS
+from benchmarks.machine import environment
 from itm_fast.cli import main as itm_fast
 from itm_fast.data import Vocabulary, open_split
 from itm_fast.evaluation import Report, evaluate
