@@ -26,11 +26,14 @@ def environment() -> dict:
     """Versions, device, threads and commit, for the result file."""
     root = Path(__file__).resolve().parents[1]
     git = ["git", "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, cwd=root, capture_output=True, text=True, check=False)
+    try:
+        commit = subprocess.run(git, cwd=root, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # there is no git
+        commit = ""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu()
     return {
         "itm_fast": itm_fast.__version__,
-        "commit": commit.stdout.strip() or None,
+        "commit": commit or None,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "device": device,
