@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 from html import escape
 from pathlib import Path
 
@@ -119,6 +120,45 @@ def precision(result: dict) -> str:
     )
 
 
+def _recalls(found: dict) -> list[float]:
+    """R@1, 5 and 10 of both directions."""
+    return [found[side][f"r{k}"] for side in ("i2t", "t2i") for k in (1, 5, 10)]
+
+
+def trained(content: dict) -> str:
+    """A Markdown row per model: the mean over the seeds, the spread of rsum, the control, and chance."""
+    lines = [
+        "| model | i2t R@1 | R@5 | R@10 | t2i R@1 | R@5 | R@10 | rsum | over seeds | shuffled captions | minutes | "
+        "against the dual encoder |",
+        "|---|" + "---:|" * 10 + "---|",
+    ]
+
+    for one in content["results"]:
+        mean = [statistics.mean(x) for x in zip(*(_recalls(run["held_out"]) for run in one["runs"]))]
+        seconds = [run["seconds"] for run in one["runs"] if run["seconds"] is not None]
+        cells = [
+            *(f"{x:.1f}" for x in mean),
+            f"{one['rsum_mean']:.1f}",
+            f"{one['rsum_least']:.1f} to {one['rsum_most']:.1f}",
+            "" if one["control"] is None else f"{one['control']['held_out']['rsum']:.1f}",
+            f"{statistics.mean(seconds) / 60:.1f}" if seconds else "",
+            one.get("against_baseline", ""),
+        ]
+        lines.append(f"| {one['model']} | {' | '.join(cells)} |")
+    if content["results"]:
+        found = content["results"][0]["runs"][0]["held_out"]
+        chance = _recalls({side: found[side]["chance"] for side in ("i2t", "t2i")})
+        cells = [*(f"{x:.1f}" for x in (*chance, sum(chance))), "", "", "", ""]
+        lines.append(f"| chance | {' | '.join(cells)} |")
+    e, sizes = content["environment"], content["data"]
+    how = (
+        f"{e['device']}; {e['threads']} threads; torch {e['torch']}; {e['date']}; commit {e['commit']}. Trained on "
+        f"{sizes['train']['captions']:,} captions of {sizes['train']['images']:,} pictures, held out "
+        f"{sizes['test']['captions']:,} of {sizes['test']['images']:,}."
+    )
+    return f"{how}\n\n" + "\n".join(lines)
+
+
 def readme(text: str) -> str:
     """The README with its tables made anew."""
 
@@ -128,6 +168,8 @@ def readme(text: str) -> str:
             made = recall(result)
         elif "emulated" in result:
             made = precision(result)
+        elif "recipe" in result:
+            made = trained(result)
         else:
             kind = kind_of(match[1])
             made = f"{caption(kind, result)}\n\n{table(kind, result)}"

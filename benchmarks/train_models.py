@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import harness, machine
+from benchmarks import harness, machine, page
 from itm_fast._files import atomic_write
 from itm_fast.cli import main as itm_fast
 from itm_fast.data import Vocabulary, open_split
@@ -61,7 +61,6 @@ MODELS = {
     "tshsr": ["--model", "tshsr", *SIMILARITY],
 }
 RESULT = "trained_models"
-SIDES = ("i2t", "t2i")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,8 +86,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{len(jobs) - number} runs are left; the same command goes on", file=sys.stderr)
             break
         job(args.data, args.output, model, seed, control, changes)
-        save(args.data, args.output, args.models, changes)
-    print(table(json.loads(save(args.data, args.output, args.models, changes).read_text())))
+        save(args.data, args.output, changes)
+    print(page.trained(json.loads(save(args.data, args.output, changes).read_text())))
     return 0
 
 
@@ -149,14 +148,14 @@ def shuffled(data: Path, home: Path) -> Path:
     return home
 
 
-def save(data: Path, output: Path, models: Sequence[str], changes: list[str]) -> Path:
+def save(data: Path, output: Path, changes: list[str]) -> Path:
     """The result file, from all runs that are there."""
     sizes = {}
     for name in ("train", "dev", "test"):
         split = open_split(data, name)
         sizes[name] = {"images": len(split.features), "captions": len(split.captions)}
     results = []
-    for model in models:
+    for model in MODELS:
         runs, control = [], None
         for home in sorted(output.glob(f"{model}-*")):
             name = home.name.removeprefix(f"{model}-")
@@ -197,39 +196,6 @@ def verdicts(content: dict[str, Any]) -> dict[str, Any]:
             below = one["rsum_most"] < base["rsum_least"]
             one["against_baseline"] = "above" if above else "below" if below else "within the seeds' spread"
     return content
-
-
-def recalls(found: dict[str, Any]) -> list[float]:
-    """R@1, 5 and 10 of both directions."""
-    return [found[side][f"r{k}"] for side in SIDES for k in (1, 5, 10)]
-
-
-def table(content: dict[str, Any]) -> str:
-    """A Markdown row per model: the mean over the seeds, the spread of rsum, the control, and chance."""
-    lines = [
-        "| model | i2t R@1 | R@5 | R@10 | t2i R@1 | R@5 | R@10 | rsum | over seeds | shuffled captions | minutes | "
-        "against the dual encoder |",
-        "|---|" + "---:|" * 10 + "---|",
-    ]
-
-    for one in content["results"]:
-        mean = [statistics.mean(x) for x in zip(*(recalls(run["held_out"]) for run in one["runs"]))]
-        seconds = [run["seconds"] for run in one["runs"] if run["seconds"] is not None]
-        cells = [
-            *(f"{x:.1f}" for x in mean),
-            f"{one['rsum_mean']:.1f}",
-            f"{one['rsum_least']:.1f} to {one['rsum_most']:.1f}",
-            "" if one["control"] is None else f"{rsum(one['control']):.1f}",
-            f"{statistics.mean(seconds) / 60:.1f}" if seconds else "",
-            one.get("against_baseline", ""),
-        ]
-        lines.append(f"| {one['model']} | {' | '.join(cells)} |")
-    if content["results"]:
-        found = content["results"][0]["runs"][0]["held_out"]
-        chance = recalls({side: found[side]["chance"] for side in SIDES})
-        cells = [*(f"{x:.1f}" for x in (*chance, sum(chance))), "", "", "", ""]
-        lines.append(f"| chance | {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

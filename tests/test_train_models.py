@@ -14,7 +14,7 @@ if not (ROOT / "benchmarks").is_dir():
 if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
-from benchmarks import harness, train_models  # noqa: E402
+from benchmarks import harness, page, train_models  # noqa: E402
 from itm_fast.cli import _parser  # noqa: E402
 
 
@@ -45,14 +45,16 @@ def test_runs_are_kept_and_reported(data, tmp_path, monkeypatch, capsys):
     assert train_models.main(words) == 0
     table = capsys.readouterr().out
     content = json.loads((tmp_path / "trained_models.json").read_text())
-    assert [one["model"] for one in content["results"]] == ["scan-t2i", "dual"]
+    assert [one["model"] for one in content["results"]] == ["dual", "scan-t2i"]
     for one in content["results"]:
         assert [run["seed"] for run in one["runs"]] == [0, 1]
         assert one["rsum_mean"] == pytest.approx(np.mean([run["held_out"]["rsum"] for run in one["runs"]]))
         assert one["control"]["options"][-3:] == ["0", "--epochs", "1"]
         assert f"| {one['model']} |" in table
-    assert content["results"][0]["against_baseline"] in ("above", "below", "within the seeds' spread")
+    assert content["results"][1]["against_baseline"] in ("above", "below", "within the seeds' spread")
     assert "| chance |" in table
+    monkeypatch.setattr(page, "RESULTS", tmp_path)
+    assert table.strip() in page.readme("<!-- trained_models.json --><!-- end -->")
     moved = np.load(runs / "shuffled" / "train_caption_to_image.npy")
     assert sorted(moved) == sorted(TRAIN.caption_to_image)
     assert (moved != TRAIN.caption_to_image).mean() > 0.5
