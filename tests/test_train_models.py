@@ -54,7 +54,8 @@ def test_runs_are_kept_and_reported(data, tmp_path, monkeypatch, capsys):
     assert content["results"][1]["against_baseline"] in ("above", "below", "within the seeds' spread")
     assert "| chance |" in table
     monkeypatch.setattr(page, "RESULTS", tmp_path)
-    assert table.strip() in page.readme("<!-- trained_models.json --><!-- end -->")
+    assert page.trained(content) in page.readme("<!-- trained_models.json --><!-- end -->")
+    assert page.trained(content) in table
     moved = np.load(runs / "shuffled" / "train_caption_to_image.npy")
     assert sorted(moved) == sorted(TRAIN.caption_to_image)
     assert (moved != TRAIN.caption_to_image).mean() > 0.5
