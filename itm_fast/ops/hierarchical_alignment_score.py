@@ -53,7 +53,7 @@ from ..packing import bounds
 from . import _attention
 from ._op import Op, by_autograd
 
-OFFERED = ("torch", "reference")
+OFFERED = ("cpu", "torch", "reference")
 DIRECTIONS = ("t2i", "i2t", "both")
 POOLS = ("mean", "sum")
 
@@ -129,6 +129,10 @@ def reference(
 def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
+    if backend == "cpu":
+        from ._cpu import hierarchical_alignment_score as native
+
+        return native
     from ._torch import hierarchical_alignment_score as portable
 
     return portable

@@ -1,0 +1,92 @@
+"""What the native alignment scores promise beyond the other backends: bits, bounded scratch, every processor."""
+
+import pytest
+import test_hierarchical_alignment_score
+import torch
+from cpu_cases import at_level, needs_cpu, scratch_of
+from pair_score_cases import edges
+from test_hierarchical_alignment_score import DIRECTIONS
+
+import itm_fast
+
+pytestmark = needs_cpu
+COUNTS = (5, 3, 6, 400, 10, 5, 2, *[12] * 60)  # one caption longer than a chunk, and several chunks
+GATES = ["scalar", "vector"]
+
+
+def scored(gate, I=5, dtype=torch.float32, **options):
+    call, args = test_hierarchical_alignment_score.case(I, COUNTS, D=20, gate=gate, **options)
+    args = [a.to(dtype) for a in args]
+    return args, call(*args, backend="cpu")
+
+
+def some(args, images, captions):
+    """Scores of some images with some captions, in that order."""
+    edge = edges(COUNTS).tolist()
+    packed = [torch.cat([x[edge[t] : edge[t + 1]] for t in captions]) for x in args[3:6]]
+    return itm_fast.hierarchical_alignment_score(
+        *(x[images] for x in args[:3]), *packed, edges([COUNTS[t] for t in captions]), *args[6:], scale=5.0,
+        backend="cpu",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("gate", GATES)
+def test_the_same_bits_in_any_block_and_order(gate, dtype):
+    args, whole = scored(gate, dtype=dtype)
+    order = torch.randperm(len(COUNTS), generator=torch.Generator().manual_seed(1)).tolist()
+    assert torch.equal(some(args, [3, 0], order), whole[[3, 0]][:, order])
+    for t in (0, 3, 4, 66):
+        assert torch.equal(some(args, [2], [t]), whole[2:3, t : t + 1])
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_the_same_bits_with_any_number_of_threads(gate):
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 4):
+            torch.set_num_threads(threads)
+            found.append(scored(gate, I=2)[1])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(f, found[0]) for f in found)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_a_pair_does_not_see_what_was_scored_before_it(gate):
+    """Images of fewer and fewer regions, NaN in one caption: its neighbours keep their scores."""
+    regions = (6, 1, 4, 6, 2)
+    args, whole = scored(gate, regions=regions)
+    call, _ = test_hierarchical_alignment_score.case(5, COUNTS, D=20, gate=gate, regions=regions)
+    spoilt = [x.clone() for x in args]
+    spoilt[3][5:8] = float("nan")  # caption 1
+    found = call(*spoilt, backend="cpu")
+    assert found[:, 1].isnan().all()
+    rest = [t for t in range(len(COUNTS)) if t != 1]
+    assert torch.equal(found[:, rest], whole[:, rest])
+
+
+@pytest.mark.parametrize("level", ["avx2", "generic"])
+@pytest.mark.parametrize("gate", GATES)
+def test_lesser_processors(gate, level, monkeypatch):
+    double = [scored(gate, dtype=torch.float64, direction=d)[1] for d in DIRECTIONS]
+    single = scored(gate)[1]
+    at_level(level, monkeypatch)
+    for exact, direction in zip(double, DIRECTIONS):
+        found = scored(gate, dtype=torch.float64, direction=direction)[1]
+        torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(scored(gate)[1], single, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_scratch_is_bounded(gate):
+    setup = [
+        f"I, R, D, T, L, K = 8, 36, 1024, 1200, 12, {1 if gate == 'scalar' else 1024}",
+        "row = lambda *n: torch.rand(*n) / 16",
+        "image = row(I, R, D), row(I, R, D), row(I, R, 2, K)",
+        "words = row(T * L, D), row(T * L, D), row(T * L, 2, K)",
+        "rest = torch.arange(0, T * L + 1, L), row(D), row(D)",
+        "torch.set_num_threads(2)",
+    ]
+    used = scratch_of(setup, "itm_fast.hierarchical_alignment_score(*image, *words, *rest, backend='cpu')")
+    assert 1 << 20 < used < 64 << 20
