@@ -118,7 +118,7 @@ def test_dry_run_prints_the_plan_and_scores_nothing(made, capsys, monkeypatch):
 def test_full_size_plan_without_data(capsys):
     assert main(["evaluate", "--workload", "coco-eval-5k", "--dry-run", "--memory-gb", "16"]) == 0
     text = capsys.readouterr().out
-    for name in ("scan", "sgr", "saf", "hgan", "tshsr"):
+    for name in ("scan", "sgr", "saf", "shan", "hgan", "tshsr"):
         assert f"coco-eval-5k, {name}: 5,000 images x 25,000 captions (331,916 words) = 125,000,000 pairs" in text
     assert text.count("0.737 GB") == text.count("1.360 GB") == text.count("0.500 GB") == 5
     assert main(["evaluate", "--workload", "coco-eval-5k", "--dry-run", "--memory-gb", "1"]) == 2

@@ -38,7 +38,7 @@ Captions. Images may have any number. An image's rank is that of its best captio
 query but stays in the pool as a wrong answer. COCO image and caption ids in the data add CxC and ECCV Caption metrics
 (pip install 'itm-fast[eccv]')."""
 
-_SYNTHETIC = ("scan", "sgr", "saf", "hgan", "tshsr")
+_SYNTHETIC = ("scan", "sgr", "saf", "shan", "hgan", "tshsr")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
