@@ -6,13 +6,16 @@ however ragged the captions are, and what lies in one caption can never touch an
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 Index = slice | Tensor
+Made = TypeVar("Made")
+_kept = WeakTensorKeyDictionary()  # tensor -> (its version, what was made of it)
 
 
 def pack(caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
@@ -75,20 +78,30 @@ def unpack(words: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def node_bounds(cu_seqlens: Tensor) -> Tensor:
-    """Bounds [T + 1] of the captions' nodes, one more than their words, of those of the words.
+    """Bounds [T + 1] of the captions' nodes, one more than their words, of those of the words; kept like `bounds`.
 
     >>> node_bounds(torch.tensor([0, 2, 3])).tolist()
     [0, 3, 5]
     """
-    return cu_seqlens + torch.arange(len(cu_seqlens), dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+
+    def make() -> Tensor:
+        return cu_seqlens + torch.arange(len(cu_seqlens), dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+
+    return make() if torch.compiler.is_compiling() else kept(cu_seqlens, "node_bounds", make)
 
 
 def bounds(cu_seqlens: Tensor, rows: int, op: str) -> list[int]:
-    """cu_seqlens as Python integers, checked against the number of packed rows.
+    """cu_seqlens as Python integers, checked against the number of packed rows; not to be changed.
+
+    They are kept as `kept` says: only the first call waits for the device.
 
     Raises:
         ValueError: it does not start at 0, end at `rows`, or give every caption at least one row.
     """
+    return kept(cu_seqlens, ("bounds", rows), lambda: _bounds(cu_seqlens, rows, op))
+
+
+def _bounds(cu_seqlens: Tensor, rows: int, op: str) -> list[int]:
     edge = cu_seqlens.tolist()
     if not edge or edge[0] != 0 or edge[-1] != rows:
         raise ValueError(
@@ -99,6 +112,120 @@ def bounds(cu_seqlens: Tensor, rows: int, op: str) -> list[int]:
         if stop <= start:
             raise ValueError(f"{op}: caption {t} is empty (cu_seqlens {start} then {stop}); every caption needs a word")
     return edge
+
+
+def kept(tensor: Tensor, key: Hashable, make: Callable[[], Made]) -> Made:
+    """What `make` gives, made once for a tensor object and kept until it is written to or dies.
+
+    Made anew in every call for tensors of inference mode, which do not tell when they are written to.
+    """
+    if tensor.is_inference():
+        return make()
+    version, found = _kept.get(tensor, (None, {}))
+    if version != tensor._version:
+        found = {}
+        _kept[tensor] = tensor._version, found
+    if key not in found:
+        found[key] = make()
+    return found[key]
+
+
+class Tiles(NamedTuple):
+    """`number` tiles of `size` slots, from slot `first` of a plan's tables on."""
+
+    size: int
+    first: int
+    number: int
+
+
+class Window(NamedTuple):
+    """Neighbouring captions, their nodes, and the tiles that these are packed in."""
+
+    captions: slice
+    rows: slice
+    tiles: tuple[Tiles, ...]
+
+
+class NodePlan(NamedTuple):
+    """The nodes of whole captions packed in tiles.
+
+    `row` and `owner` [slots] int32: the packed row that lies in a slot, and its caption; both -1 where none does.
+    `start` [T + 1] int32: `edge` on the device.
+    """
+
+    edge: list[int]
+    start: Tensor
+    row: Tensor
+    owner: Tensor
+    windows: list[Window]
+
+
+NODE_SLOTS = 16  # the least rows of a tile that a caption takes
+
+
+def node_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], window: int) -> NodePlan:
+    """Pack captions into tiles of `sizes` rows (powers of 2), each into the least that holds it; kept like `bounds`.
+
+    A caption takes a power of 2 of slots, 16 at the least, at a multiple of that number: so that what a reduction
+    over a tile's rows adds up, and in which order, does not depend on what lies beside it.
+
+    Args:
+        cu_seqlens: [T + 1] bounds of the captions' nodes.
+        rows: how many nodes there are.
+        op: for messages.
+        sizes: of tiles, ascending; the first one takes most captions. None: no tiles are made.
+        window: nodes in a window, which holds one caption at the least.
+
+    Raises:
+        ValueError: as `bounds` does, or a caption has more nodes than the largest tile.
+    """
+    key = "nodes", rows, tuple(sizes), window
+    return kept(cu_seqlens, key, lambda: _node_plan(cu_seqlens, rows, op, sizes, window))
+
+
+def _node_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], window: int) -> NodePlan:
+    edge = bounds(cu_seqlens, rows, op)
+    row: list[int] = []
+    owner: list[int] = []
+    windows = []
+    for captions in stretches(edge, window):
+        places: dict[int, list[tuple[int, int]]] = {size: [] for size in sizes}  # (slots, caption)
+        for t in range(captions.start, captions.stop):
+            n = edge[t + 1] - edge[t]
+            if not sizes:
+                continue
+            if n > sizes[-1]:
+                raise ValueError(
+                    f"{op}: caption {t} has {n} nodes, and the triton backend takes at most {sizes[-1]}; "
+                    'use backend="torch"'
+                )
+            slots = max(NODE_SLOTS, 1 << (n - 1).bit_length())
+            places[next(size for size in sizes if slots <= size)].append((slots, t))
+        tiles = []
+        for size, members in places.items():
+            first = len(row)
+            # The largest first: then every caption lies at a multiple of its slots.
+            for slots, t in sorted(members, key=lambda m: (-m[0], m[1])):
+                n = edge[t + 1] - edge[t]
+                row += [*range(edge[t], edge[t + 1]), *[-1] * (slots - n)]
+                owner += [t] * n + [-1] * (slots - n)
+            empty = -len(row) % size if members else 0
+            row += [-1] * empty
+            owner += [-1] * empty
+            if members:
+                tiles.append(Tiles(size, first, (len(row) - first) // size))
+        windows.append(Window(captions, slice(edge[captions.start], edge[captions.stop]), tuple(tiles)))
+    start, *tables = (torch.tensor(x, dtype=torch.int32).to(cu_seqlens.device) for x in (edge, row, owner))
+    return NodePlan(edge, start, tables[0], tables[1], windows)
+
+
+def stretches(edge: Sequence[int], rows: int) -> Iterator[slice]:
+    """Cut captions into neighbours of at most `rows` rows together, one caption at the least."""
+    start = 0
+    for t in range(1, len(edge)):
+        if t == len(edge) - 1 or edge[t + 1] - edge[start] > rows:
+            yield slice(start, t)
+            start = t
 
 
 class Run(NamedTuple):

@@ -110,3 +110,58 @@ def project(dtype: torch.dtype, arch: int, precision: str, backward: bool, S: in
     if arch == 80 or S > 256:
         return _row(8, 2, BLOCK_Q=64, BLOCK_K=32, BLOCK_S=256, HELD=True)  # untuned
     return _row(8, 2, BLOCK_Q=128, BLOCK_K=32, BLOCK_S=256, HELD=True)  # untuned
+
+
+def node_tiles(dtype: torch.dtype, arch: int) -> tuple[int, ...]:
+    """Rows of a tile of nodes, ascending: the first holds most captions, the others those that do not fit."""
+    return 64, 128
+
+
+def graph_step(dtype: torch.dtype, arch: int, nodes: int) -> Tile:
+    """kernels/_graph.py: _step, for one of `node_tiles`."""
+    if dtype != torch.float32:
+        warps = 8 if arch == 80 else 4
+        return _row(warps, 3, BLOCK_Q=64, BLOCK_N=nodes, BLOCK_C=32, BLOCK_K=64, BLOCK_O=256)  # untuned
+    if nodes == 64:
+        return _row(8, 2, BLOCK_Q=64, BLOCK_N=64, BLOCK_C=16, BLOCK_K=32, BLOCK_O=128)  # untuned
+    return _row(8, 1, BLOCK_Q=64, BLOCK_N=nodes, BLOCK_C=16, BLOCK_K=32, BLOCK_O=64)  # untuned
+
+
+def graph_read(dtype: torch.dtype, arch: int) -> Tile:
+    """kernels/_graph.py: _read; kernels/_graph_backward.py: _read_back."""
+    return _row(4, 2, CAPTIONS=8, BLOCK_R=8)  # untuned
+
+
+def graph_dense(dtype: torch.dtype, arch: int) -> Tile:
+    """kernels/_graph.py: _dense."""
+    depth = 64 if dtype != torch.float32 else 16 if arch == 100 else 32
+    return _row(8, 3, BLOCK_P=64 if arch == 80 else 128, BLOCK_K=depth, BLOCK_O=128)  # untuned
+
+
+def graph_step_back(dtype: torch.dtype, arch: int, nodes: int) -> Tile:
+    """kernels/_graph_backward.py: _step_back_queries and _step_back_keys, for one of `node_tiles`."""
+    if dtype != torch.float32:
+        return _row(8 if arch == 80 else 4, 2, BLOCK_M=64, BLOCK_N=nodes, BLOCK_C=32)  # untuned
+    if nodes == 64:
+        return _row(8, 2, BLOCK_M=32 if arch == 80 else 64, BLOCK_N=64, BLOCK_C=16 if arch == 80 else 32)  # untuned
+    return _row(8, 1, BLOCK_M=32, BLOCK_N=nodes, BLOCK_C=16)  # untuned
+
+
+def filtered(dtype: torch.dtype, arch: int) -> Tile:
+    """kernels/_filter.py: _filter."""
+    return _row(4, 2, CAPTIONS=8, BLOCK_R=8)  # untuned
+
+
+def filter_significances(dtype: torch.dtype, arch: int) -> Tile:
+    """kernels/_filter.py: _significances."""
+    return _row(4, 2, BLOCK_R=32)  # untuned
+
+
+def filter_moments(dtype: torch.dtype, arch: int) -> Tile:
+    """kernels/_filter.py: _moments."""
+    return _row(4, 2, BLOCK_I=64, BLOCK_R=16)  # untuned
+
+
+def filter_back(dtype: torch.dtype, arch: int) -> Tile:
+    """kernels/_filter.py: _filter_back."""
+    return _row(4, 2, CAPTIONS=8, BLOCK_R=8)  # untuned

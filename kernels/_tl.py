@@ -50,3 +50,15 @@ def rows_of(pointer, row, column, COLUMNS: tl.constexpr, STEP: tl.constexpr):
     if COLUMNS % STEP == 0:
         return tl.load(at)
     return tl.load(at, mask=(column < COLUMNS)[None, :], other=0.0)
+
+
+@triton.jit
+def relu(x):
+    """As in PyTorch: what is no number stays so, which tl.maximum would not do."""
+    return tl.where(x < 0, 0.0, x)
+
+
+@triton.jit
+def finite(x):
+    """0 in place of what is no number or infinite."""
+    return tl.where(x - x == 0, x, 0.0).to(x.dtype)

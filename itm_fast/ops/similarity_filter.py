@@ -38,7 +38,7 @@ from ..packing import bounds
 from . import _attention
 from ._op import Op, by_autograd
 
-OFFERED = ("cpu", "torch", "reference")
+OFFERED = ("triton", "cpu", "torch", "reference")
 
 
 def reference(
@@ -78,6 +78,10 @@ def _no_captions(nodes: Tensor, *parameters: Tensor) -> Tensor:
 def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
+    if backend == "triton":
+        from ..kernels import similarity_filter as kernels
+
+        return kernels
     if backend == "cpu":
         from ._cpu import similarity_filter as native
 

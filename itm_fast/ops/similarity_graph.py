@@ -36,7 +36,7 @@ from .._checks import Arguments, autocast
 from ..packing import bounds
 from ._op import Op, by_autograd
 
-OFFERED = ("cpu", "torch", "reference")
+OFFERED = ("triton", "cpu", "torch", "reference")
 
 
 def reference(
@@ -69,6 +69,10 @@ def reference(
 def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
+    if backend == "triton":
+        from ..kernels import similarity_graph as kernels
+
+        return kernels
     if backend == "cpu":
         from ._cpu import similarity_graph as native
 

@@ -1,0 +1,351 @@
+"""One step of graph reasoning at all nodes, and what a caption's global node reads: equations in
+`ops/similarity_graph.py`.
+
+A step, (1) to (3) there, with the captions' nodes X in tiles [BLOCK_N, S]:
+
+    Y  = X M + u,   E = softmax over a caption's nodes of Y X^T,   X' = relu((E X) Wr^T + br)
+
+`_step`: one program owns BLOCK_Q rows of a tile of whole captions, and an image; grid (images * tiles * parts). M and
+Wr stream through it once. E is [BLOCK_Q, BLOCK_N] with what does not lie in one caption masked.
+
+`_read`: one program owns CAPTIONS captions and an image; grid (images * groups). It goes over a caption's nodes
+chunk by chunk, so captions of any length are read.
+
+`_dense`: one program owns BLOCK_P pairs; grid (pairs / BLOCK_P). One product with features or the captions' first nodes
+as rows, and what follows it: the bias, relu, the score.
+
+A caption takes 16, 32, 64 or 128 rows of a tile (`packing.node_plan`), so that its results do not depend on its
+neighbours. With COCO's lengths (13.3 words with <start> and <end>, one node more) 78 % of a tile's rows are nodes, of
+64 rows and of 128 alike; packed without gaps it would be 90 % of 64 rows, yet a caption's sums would then fall
+into the steps of the matrix units in another order in another place. Of E, 22 % (64 rows) or 11 % (128 rows) is
+inside captions: a share of 1/5 or 1/3 of a step's operations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from itm_fast._workspace import scratch_bytes
+from itm_fast.packing import NodePlan, Window, node_plan, spans
+
+from . import _launch, _tiles
+from ._tl import NEVER, finite, relu
+
+WINDOW = 1 << 14  # nodes of an image that are taken at a time, at the most
+
+
+@triton.jit
+def _sum_up(
+    edges, share, keys, key_real, value_ptr, bias_ptr, results, query_real,
+    S: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, PADDED: tl.constexpr,
+    PRECISION: tl.constexpr, SPOILED: tl.constexpr,
+):  # fmt: skip
+    """(2): X' of the queries."""
+    dtype = edges.dtype
+    for o in range(0, PADDED, BLOCK_O):
+        outs = o + tl.arange(0, BLOCK_O)
+        total = tl.zeros([BLOCK_Q, BLOCK_O], tl.float32)
+        for c in range(0, PADDED, BLOCK_C):
+            cols = c + tl.arange(0, BLOCK_C)
+            x = tl.load(keys + cols, mask=key_real & (cols < S), other=0.0)
+            if SPOILED:
+                x = finite(x)
+            z = tl.dot(edges, x, input_precision=PRECISION) * share[:, None]
+            w = tl.load(value_ptr + outs[:, None] * S + cols, mask=(outs < S)[:, None] & (cols < S), other=0.0)
+            total = tl.dot(z.to(dtype), tl.trans(w), total, input_precision=PRECISION)
+        total += tl.load(bias_ptr + outs, mask=outs < S, other=0.0)[None, :]
+        tl.store(results + outs, relu(total).to(dtype), mask=query_real & (outs < S))
+
+
+@triton.jit(do_not_specialize=["tiles", "slot", "x_first", "x_image", "x_origin", "y_image", "y_origin"])
+def _step(
+    x_ptr, ask_ptr, shift_ptr, value_ptr, bias_ptr, y_ptr, row_ptr, owner_ptr,
+    tiles, slot, x_first, x_image, x_origin, y_image, y_origin,
+    S: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_O: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    program, parts = tl.program_id(0).to(tl.int64), BLOCK_N // BLOCK_Q
+    image, tile, part = program // parts // tiles, program // parts % tiles, program % parts
+    key_slot = slot + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    query_slot = slot + tile * BLOCK_N + part * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    key, query = tl.load(row_ptr + key_slot).to(tl.int64), tl.load(row_ptr + query_slot).to(tl.int64)
+    key_real, query_real = (key >= 0)[:, None], (query >= 0)[:, None]  # slots that hold a node
+    x_ptr += ((x_first + image) * x_image - x_origin) * S
+    keys, queries = x_ptr + key[:, None] * S, x_ptr + query[:, None] * S
+    dtype = x_ptr.dtype.element_ty
+
+    # Y X^T, some columns of Y at a time.
+    logits = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
+    for c in range(0, PADDED, BLOCK_C):
+        cols = c + tl.arange(0, BLOCK_C)
+        asked = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
+        for start in range(0, PADDED, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            x = tl.load(queries + k, mask=query_real & (k < S), other=0.0)
+            m = tl.load(ask_ptr + cols[:, None] * S + k, mask=(cols < S)[:, None] & (k < S), other=0.0)
+            asked = tl.dot(x, tl.trans(m), asked, input_precision=PRECISION)
+        asked += tl.load(shift_ptr + cols, mask=cols < S, other=0.0)[None, :]
+        x = tl.load(keys + cols, mask=key_real & (cols < S), other=0.0)  # [BLOCK_N, BLOCK_C]
+        logits = tl.dot(asked.to(dtype), tl.trans(x), logits, input_precision=PRECISION)
+
+    # A caption that holds no number keeps that to itself: where there is one, its nodes count as 0 in other sums.
+    spoiled = tl.sum(tl.sum(logits - logits, 1), 0) != 0
+    # Slots without a node are one caption of zeros, so no row is without keys.
+    inside = tl.load(owner_ptr + query_slot)[:, None] == tl.load(owner_ptr + key_slot)[None, :]
+    logits = tl.where(inside, logits, NEVER)
+    weights = tl.exp(logits - tl.max(logits, 1)[:, None])
+    share = 1.0 / tl.sum(weights, 1)
+    edges = weights.to(dtype)
+    results = y_ptr + (image * y_image + query - y_origin)[:, None] * S
+    if spoiled:
+        _sum_up(
+            edges, share, keys, key_real, value_ptr, bias_ptr, results, query_real,
+            S, BLOCK_Q, BLOCK_C, BLOCK_O, PADDED, PRECISION, True,
+        )  # fmt: skip
+    else:
+        _sum_up(
+            edges, share, keys, key_real, value_ptr, bias_ptr, results, query_real,
+            S, BLOCK_Q, BLOCK_C, BLOCK_O, PADDED, PRECISION, False,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["groups", "first", "last", "x_first", "x_image", "x_origin"])
+def _read(
+    x_ptr, asked_ptr, start_ptr, z_ptr, groups, first, last, x_first, x_image, x_origin,
+    S: tl.constexpr, CAPTIONS: tl.constexpr, BLOCK_R: tl.constexpr, PADDED: tl.constexpr,
+):  # fmt: skip
+    program = tl.program_id(0).to(tl.int64)
+    image, group = program // groups, program % groups
+    s = tl.arange(0, PADDED)
+    x_ptr += (x_first + image) * x_image * S
+    begin = first + group * CAPTIONS
+    for t in range(begin, tl.minimum(begin + CAPTIONS, last)):
+        pair = image * (last - first) + t - first
+        asked = tl.load(asked_ptr + pair * S + s, mask=s < S, other=0.0)  # [PADDED]
+        start, stop = tl.load(start_ptr + t), tl.load(start_ptr + t + 1)
+        top = tl.full([], float("-inf"), tl.float32)
+        total = tl.zeros([], tl.float32)
+        z = tl.zeros([PADDED], tl.float32)
+        for at in range(start, stop, BLOCK_R):
+            row = at + tl.arange(0, BLOCK_R)
+            offset = (row - x_origin).to(tl.int64)[:, None] * S + s
+            x = tl.load(x_ptr + offset, mask=(row < stop)[:, None] & (s < S), other=0.0).to(tl.float32)
+            logit = tl.where(row < stop, tl.sum(x * asked[None, :], 1), float("-inf"))
+            higher = tl.maximum(top, tl.max(logit, 0))
+            shrunk = tl.exp(top - higher)
+            weight = tl.exp(logit - higher)
+            total = total * shrunk + tl.sum(weight, 0)
+            z = z * shrunk + tl.sum(x * weight[:, None], 0)
+            top = higher
+        tl.store(z_ptr + pair * S + s, (z / total).to(z_ptr.dtype.element_ty), mask=s < S)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "pairs", "captions", "first", "x_first", "x_image", "x_origin", "y_first", "y_image", "y_origin",
+    ]
+)  # fmt: skip
+def _dense(
+    x_ptr, start_ptr, weight_ptr, bias_ptr, y_ptr, score_weight_ptr, score_bias_ptr,
+    pairs, captions, first, x_first, x_image, x_origin, y_first, y_image, y_origin,
+    S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, PADDED: tl.constexpr,
+    FIRST_NODES: tl.constexpr, RELU: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pair = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
+    real = pair < pairs
+    image, caption = pair // captions, first + pair % captions
+    x_row = (x_first + image) * x_image - x_origin
+    x_row += tl.load(start_ptr + caption, mask=real, other=0) if FIRST_NODES else caption
+    y_row = (y_first + image) * y_image + caption - y_origin
+    score = tl.zeros([BLOCK_P], tl.float32)
+    for o in range(0, PADDED, BLOCK_O):
+        outs = o + tl.arange(0, BLOCK_O)
+        total = tl.zeros([BLOCK_P, BLOCK_O], tl.float32)
+        for start in range(0, PADDED, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            x = tl.load(x_ptr + x_row[:, None] * S + k, mask=real[:, None] & (k < S), other=0.0)
+            w = tl.load(weight_ptr + outs[:, None] * S + k, mask=(outs < S)[:, None] & (k < S), other=0.0)
+            total = tl.dot(x, tl.trans(w), total, input_precision=PRECISION)
+        total += tl.load(bias_ptr + outs, mask=outs < S, other=0.0)[None, :]
+        if RELU:
+            total = relu(total)
+        if SCORE:
+            end = tl.load(score_weight_ptr + outs, mask=outs < S, other=0.0).to(tl.float32)
+            score += tl.sum(total * end[None, :], 1)
+        else:
+            to = y_ptr + y_row[:, None] * S + outs
+            tl.store(to, total.to(y_ptr.dtype.element_ty), mask=real[:, None] & (outs < S))
+    if SCORE:
+        score = tl.sigmoid(score + tl.load(score_bias_ptr).to(tl.float32))
+        tl.store(y_ptr + y_row, score.to(y_ptr.dtype.element_ty), mask=real)
+
+
+class Rows(NamedTuple):
+    """Rows of S values, or single values: row r of image i is number `(first + i) * rows + r - origin` of `data`."""
+
+    data: Tensor
+    first: int
+    rows: int
+    origin: int
+
+
+class Folded(NamedTuple):
+    """Of all steps: M^T and Wr [K, S, S] in the nodes' dtype, u and br [K, S] in float32."""
+
+    ask: Tensor
+    shift: Tensor
+    value: Tensor
+    bias: Tensor
+
+
+def fold(query_weight, query_bias, key_weight, value_weight, value_bias) -> Folded:
+    """In float64, which costs nothing at this size: folding then adds no error of its own."""
+    Wq, bq, Wk = (x.double() for x in (query_weight, query_bias, key_weight))
+    ask = (Wk.transpose(1, 2) @ Wq).to(query_weight.dtype)
+    shift = (bq[:, None] @ Wk).squeeze(1).float()
+    return Folded(ask, shift, _launch.aligned(value_weight), _launch.aligned(value_bias.float()))
+
+
+class Block(NamedTuple):
+    """Images taken together with a window of captions, and all captions' plan."""
+
+    images: int
+    window: Window
+    plan: NodePlan
+
+    @property
+    def captions(self) -> int:
+        return self.window.captions.stop - self.window.captions.start
+
+    @property
+    def nodes(self) -> int:
+        return self.window.rows.stop - self.window.rows.start
+
+    def scratch(self, data: Tensor) -> Rows:
+        """`data` [images, nodes, S] as rows."""
+        return Rows(data, 0, self.nodes, self.window.rows.start)
+
+
+def blocks(
+    images: int, cu_seqlens: Tensor, rows: int, op: str, weights: Folded, node_bytes: int
+) -> Iterator[tuple[int, Block]]:
+    """Cut images x captions such that a block, at `node_bytes` of scratch a node, fits; with each its first image."""
+    device, dtype = cu_seqlens.device, weights.ask.dtype
+    fits = max(1, scratch_bytes(device) // node_bytes)
+    window = min(WINDOW, 1 << (fits.bit_length() - 1))
+    sizes = _tiles.node_tiles(dtype, _launch.arch(device)) if len(weights.ask) > 1 else ()
+    plan = node_plan(cu_seqlens, rows, op, sizes, window)
+    for part in plan.windows:
+        size = max(1, fits // (part.rows.stop - part.rows.start))
+        for images_ in spans(images, size):
+            yield images_.start, Block(images_.stop - images_.start, part, plan)
+
+
+def step(k: int, weights: Folded, x: Rows, y: Rows, block: Block) -> None:
+    """Step k at all nodes, from x to y, which starts at image 0."""
+    S, dtype, plan = weights.ask.shape[2], x.data.dtype, block.plan
+    padded = _launch.power_of_two(S)
+    for tiles in block.window.tiles:
+        tile = _tiles.graph_step(dtype, _launch.arch(x.data.device), tiles.size)
+        parts = tile["BLOCK_N"] // tile["BLOCK_Q"]
+        _step[(block.images * tiles.number * parts,)](
+            x.data, weights.ask[k], weights.shift[k], weights.value[k], weights.bias[k], y.data, plan.row, plan.owner,
+            tiles.number, tiles.first, x.first, x.rows, x.origin, y.rows, y.origin,
+            S=S, PADDED=padded, PRECISION=_tiles.products(dtype), **within(tile, padded),
+        )  # fmt: skip
+
+
+def ask(weights: Folded, x: Rows, block: Block) -> Tensor:
+    """What the first nodes ask in the last step: [images, captions, S] float32."""
+    y = torch.empty(block.images, block.captions, weights.ask.shape[2], device=x.data.device)
+    to = Rows(y, 0, block.captions, block.window.captions.start)
+    dense(x, weights.ask[-1], weights.shift[-1], to, block, FIRST_NODES=True)
+    return y
+
+
+def read(asked: Tensor, x: Rows, block: Block) -> Tensor:
+    """What the first nodes sum up in the last step: [images, captions, S] in the nodes' dtype."""
+    S, captions = asked.shape[2], block.window.captions
+    tile = _tiles.graph_read(x.data.dtype, _launch.arch(x.data.device))
+    z = torch.empty(asked.shape, dtype=x.data.dtype, device=asked.device)
+    groups = _launch.blocks(block.captions, tile["CAPTIONS"])
+    _read[(block.images * groups,)](
+        x.data, asked, block.plan.start, z, groups, captions.start, captions.stop, x.first, x.rows, x.origin,
+        S=S, PADDED=_launch.power_of_two(S), **tile,
+    )  # fmt: skip
+    return z
+
+
+def answer(weights: Folded, z: Tensor, to: Rows, block: Block, score: tuple[Tensor, Tensor] | None = None) -> None:
+    """relu(z Wr^T + br) of the last step into rows of S; or, with (w_e, b_e), the scores into single values."""
+    x = Rows(z, 0, block.captions, block.window.captions.start)
+    dense(x, weights.value[-1], weights.bias[-1], to, block, score, RELU=True)
+
+
+def dense(
+    x: Rows, weight: Tensor, bias: Tensor, to: Rows, block: Block, score: tuple[Tensor, Tensor] | None = None,
+    *, FIRST_NODES: bool = False, RELU: bool = False,
+) -> None:  # fmt: skip
+    """`_dense` over a block's captions."""
+    S, dtype, captions = len(weight), x.data.dtype, block.window.captions
+    padded, pairs = _launch.power_of_two(S), block.images * block.captions
+    tile = within(_tiles.graph_dense(dtype, _launch.arch(x.data.device)), padded)
+    end = score or (bias, bias)
+    _dense[(_launch.blocks(pairs, tile["BLOCK_P"]),)](
+        x.data, block.plan.start, weight, bias, to.data, *end,
+        pairs, block.captions, captions.start, x.first, x.rows, x.origin, to.first, to.rows, to.origin,
+        S=S, PADDED=padded, FIRST_NODES=FIRST_NODES, RELU=RELU, SCORE=score is not None,
+        PRECISION=_tiles.products(dtype), **tile,
+    )  # fmt: skip
+
+
+def within(tile: _tiles.Tile, padded: int) -> _tiles.Tile:
+    """A row of constants, with the blocks along S no longer than S is."""
+    return tile | {name: min(tile[name], padded) for name in ("BLOCK_C", "BLOCK_K", "BLOCK_O") if name in tile}
+
+
+def reason(weights: Folded, x: Rows, to: Rows, block: Block, score: tuple[Tensor, Tensor] | None = None) -> None:
+    """All steps: from the nodes x to what the first ones have become, or their scores. x is not written to."""
+    K, S = len(weights.ask), weights.ask.shape[2]
+    shape, room = (block.images, block.nodes, S), []
+    for k in range(K - 1):
+        if k < 2:
+            room.append(torch.empty(shape, dtype=x.data.dtype, device=x.data.device))
+        y = block.scratch(room[k % 2])
+        step(k, weights, x, y, block)
+        x = y
+    answer(weights, read(ask(weights, x, block), x, block), to, block, score)
+
+
+def node_bytes(S: int, dtype: torch.dtype, buffers: int) -> int:
+    """Scratch that a node takes: `buffers` rows of S, and at most a caption's two, one of them in float32."""
+    return S * ((buffers + 1) * dtype.itemsize + 4)
+
+
+def compilations(arch: int) -> Iterator[_tiles.Compilation]:
+    for dtype, t in _tiles.NAMES.items():
+        shape = dict(S=256, PADDED=256)
+        for precision in _tiles.precisions(dtype):
+            types = f"*{t} *{t} *fp32 *{t} *fp32 *{t} *i32 *i32 i32 i32 i32 i32 i32 i32 i32"
+            for size in _tiles.node_tiles(dtype, arch):
+                tile = within(_tiles.graph_step(dtype, arch, size), 256)
+                yield _tiles.Compilation(_step, types, shape | dict(PRECISION=precision), tile, products=True)
+            tile, rest = within(_tiles.graph_dense(dtype, arch), 256), "i32 i32 i32 i32 i32 i32 i32 i32 i32"
+            ways = ("fp32", True, False, False), (t, False, True, False), (t, False, True, True)
+            for y, first, rectified, score in ways:
+                end = f"*{t} *{t}" if score else "*fp32 *fp32"
+                yield _tiles.Compilation(
+                    _dense,
+                    f"*{t} *i32 *{t} *fp32 *{y} {end} {rest}",
+                    shape | dict(FIRST_NODES=first, RELU=rectified, SCORE=score, PRECISION=precision),
+                    tile,
+                    products=True,
+                )
+        types = f"*{t} *fp32 *i32 *{t} i32 i32 i32 i32 i32 i32"
+        yield _tiles.Compilation(_read, types, shape, _tiles.graph_read(dtype, arch))
