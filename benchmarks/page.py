@@ -233,9 +233,10 @@ def section(kind: str, path: Path) -> str:
 
 def main() -> None:
     parts = [section(kind, path) for kind in KINDS for path in sorted(RESULTS.glob(f"{kind}_*.json"))]
-    for path in sorted(RESULTS.glob("precision_*.json")):
-        raw = f"Raw numbers: [{path.name}]({path.name})."
-        parts.append(f"## {path.stem}\n\n{raw} {precision(json.loads(path.read_text()))}\n")
+    for pattern, made in (("precision_*.json", precision), ("trained_models.json", trained)):
+        for path in sorted(RESULTS.glob(pattern)):
+            raw = f"Raw numbers: [{path.name}]({path.name})."
+            parts.append(f"## {path.stem}\n\n{raw} {made(json.loads(path.read_text()))}\n")
     (RESULTS / "README.md").write_text("\n".join([HEAD, *parts]))
     top = RESULTS.parents[1] / "README.md"
     top.write_text(readme(top.read_text()))

@@ -285,8 +285,11 @@ class HierarchicalAlignment(GlobalVectors):
                         region_lengths=region_lengths,
                     )  # fmt: skip
         if between:
-            rows, region_bounds = _packed(regions, region_lengths)
+            I, R, D = regions.shape
             of_image = self._global_local(image_global, words, cu_seqlens)
+            # Rows beyond an image's regions are zero: they take equal shares of every weight, and a cosine does not
+            # know how long what is attended to is.
+            rows, region_bounds = regions.reshape(I * R, D), R * torch.arange(I + 1, device=regions.device)
             of_caption = self._global_local(caption_global, rows, region_bounds).t()
             total = total + between * (self.share_global * of_image + (1 - self.share_global) * of_caption)
         if overall:
@@ -299,15 +302,6 @@ class HierarchicalAlignment(GlobalVectors):
     def _global_local(self, vector: Tensor, rows: Tensor, edge: Tensor) -> Tensor:
         backend = beside("global_local_score")
         return global_local_score(vector, rows, edge, scale=self.scale_global, backend=backend)
-
-
-def _packed(image: Tensor, region_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The regions of all images one after another, and their bounds."""
-    I, R, D = image.shape
-    if region_lengths is None:
-        return image.reshape(I * R, D), R * torch.arange(I + 1, device=image.device)
-    real = torch.arange(R, device=image.device) < region_lengths[:, None]
-    return image[real], torch.nn.functional.pad(region_lengths.long().cumsum(0), (1, 0))
 
 
 class HGAN(SGRAF):
