@@ -233,18 +233,22 @@ class Block(NamedTuple):
 
 
 def blocks(
-    images: int, cu_seqlens: Tensor, rows: int, op: str, weights: Folded, node_bytes: int
+    images: int, cu_seqlens: Tensor, rows: int, op: str, sizes: tuple[int, ...], node_bytes: int, each: int = 0
 ) -> Iterator[tuple[int, Block]]:
-    """Cut images x captions such that a block, at `node_bytes` of scratch a node, fits; with each its first image."""
-    device, dtype = cu_seqlens.device, weights.ask.dtype
-    fits = max(1, scratch_bytes(device) // node_bytes)
+    """Cut images x captions such that a block, at `node_bytes` of scratch a node and `each` an image, fits; with each
+    its first image."""
+    fits = max(1, (scratch_bytes(cu_seqlens.device) - each) // node_bytes)
     window = min(WINDOW, 1 << (fits.bit_length() - 1))
-    sizes = _tiles.node_tiles(dtype, _launch.arch(device)) if len(weights.ask) > 1 else ()
     plan = node_plan(cu_seqlens, rows, op, sizes, window)
     for part in plan.windows:
-        size = max(1, fits // (part.rows.stop - part.rows.start))
+        size = max(1, scratch_bytes(cu_seqlens.device) // (each + node_bytes * (part.rows.stop - part.rows.start)))
         for images_ in spans(images, size):
             yield images_.start, Block(images_.stop - images_.start, part, plan)
+
+
+def sizes(weights: Folded) -> tuple[int, ...]:
+    """Of the tiles that all steps but the last take."""
+    return _tiles.node_tiles(weights.ask.dtype, _launch.arch(weights.ask.device)) if len(weights.ask) > 1 else ()
 
 
 def step(k: int, weights: Folded, x: Rows, y: Rows, block: Block) -> None:

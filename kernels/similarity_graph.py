@@ -25,7 +25,7 @@ def forward(nodes: Tensor, *rest: Tensor) -> Tensor:
     room = _graph.node_bytes(S, nodes.dtype, min(2, len(query_weight) - 1))
     with _launch.on(nodes.device):
         weights = _graph.fold(query_weight, query_bias, key_weight, value_weight, value_bias)
-        for first, block in _graph.blocks(I, cu_seqlens, M, OP, weights, room):
+        for first, block in _graph.blocks(I, cu_seqlens, M, OP, _graph.sizes(weights), room):
             _graph.reason(weights, x._replace(first=first), _graph.Rows(z, first, T, 0), block)
     return z
 
@@ -38,7 +38,7 @@ def backward(grad: Tensor, needs: list[bool], nodes: Tensor, *rest: Tensor) -> l
         weights = _graph.fold(query_weight, query_bias, key_weight, value_weight, value_bias)
         walk = _graph_backward.Walk(weights, any(needs[1:]))
         room = _graph.node_bytes(S, nodes.dtype, K + 9)
-        for first, block in _graph.blocks(I, cu_seqlens, M, OP, weights, room):
+        for first, block in _graph.blocks(I, cu_seqlens, M, OP, _graph.sizes(weights), room):
             images, window = slice(first, first + block.images), block.window
             part = walk(nodes[images, window.rows], grad[images, window.captions], block)
             if d_nodes is not None:

@@ -39,7 +39,7 @@ from ._op import Op, by_autograd
 from .similarity_graph import reference as graph
 from .similarity_nodes import reference as make_nodes
 
-OFFERED = ("cpu", "torch", "reference")
+OFFERED = ("triton", "cpu", "torch", "reference")
 
 
 def reference(
@@ -75,6 +75,10 @@ def reference(
 def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
+    if backend == "triton":
+        from ..kernels import similarity_graph_score as kernels
+
+        return kernels
     if backend == "cpu":
         from ._cpu import similarity_graph_score as native
 

@@ -30,7 +30,7 @@ from . import _attention, _pair_score
 from ._op import Op, by_autograd
 from .cross_attention_similarity import reference as similarity
 
-OFFERED = ("cpu", "torch", "reference")
+OFFERED = ("triton", "cpu", "torch", "reference")
 
 
 def reference(
@@ -68,6 +68,10 @@ def _fake(image: Tensor, image_global: Tensor, words: Tensor, caption_global: Te
 def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
+    if backend == "triton":
+        from ..kernels import similarity_nodes as kernels
+
+        return kernels
     if backend == "cpu":
         from ._cpu import similarity_nodes as native
 
