@@ -6,9 +6,9 @@ captions, the softmax weights E are made again and
     Z = E X,   dL = E (dZ X^T - sum over columns of E dZ X^T),   dY = dL X,   dX = E^T dZ + dL^T Y
 
 `_step_back_queries`: one program owns BLOCK_M rows of a tile, and an image; grid (images * tiles * parts). It makes Z,
-dY, and of each row the logarithm of the sum in E and the mean that dL takes off.
+dY, and of each row the largest logit and the sum in E, and the mean that dL takes off.
 
-`_step_back_keys`: the same of columns, as soon as these two are known; it makes dX. Twice the small products of one
+`_step_back_keys`: the same of columns, as soon as these are known; it makes dX. Twice the small products of one
 kernel for both, but no more than [BLOCK_M, BLOCK_N] of E at once: in float32 a tile of 128 rows fits no register file.
 
 `_read_back`: the same where only a caption's first node asks; one program owns CAPTIONS captions and an image; grid
@@ -45,7 +45,7 @@ def _places(row_ptr, owner_ptr, tiles, slot, image_rows, origin, BLOCK_M: tl.con
 
 @triton.jit(do_not_specialize=["tiles", "slot", "image_rows", "origin"])
 def _step_back_queries(
-    x_ptr, y_ptr, dz_ptr, z_ptr, dy_ptr, log_ptr, mean_ptr, row_ptr, owner_ptr, tiles, slot, image_rows, origin,
+    x_ptr, y_ptr, dz_ptr, z_ptr, dy_ptr, top_ptr, total_ptr, mean_ptr, row_ptr, owner_ptr, tiles, slot, image_rows, origin,
     S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -69,7 +69,8 @@ def _step_back_queries(
     total = tl.sum(weights, 1)
     weights = weights / total[:, None]
     mean = tl.sum(weights * d_edges, 1)
-    tl.store(log_ptr + query, top + tl.log(total), mask=query_real)
+    tl.store(top_ptr + query, top, mask=query_real)
+    tl.store(total_ptr + query, total, mask=query_real)
     tl.store(mean_ptr + query, mean, mask=query_real)
     d_logits = (weights * (d_edges - mean[:, None])).to(dtype)
     edges = weights.to(dtype)
@@ -83,7 +84,7 @@ def _step_back_queries(
 
 @triton.jit(do_not_specialize=["tiles", "slot", "image_rows", "origin"])
 def _step_back_keys(
-    x_ptr, y_ptr, dz_ptr, dx_ptr, log_ptr, mean_ptr, row_ptr, owner_ptr, tiles, slot, image_rows, origin,
+    x_ptr, y_ptr, dz_ptr, dx_ptr, top_ptr, total_ptr, mean_ptr, row_ptr, owner_ptr, tiles, slot, image_rows, origin,
     S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -102,10 +103,11 @@ def _step_back_keys(
         dz = tl.load(dz_ptr + queries + cols, mask=mask, other=0.0)
         logits = tl.dot(x, tl.trans(y), logits, input_precision=PRECISION)
         d_edges = tl.dot(x, tl.trans(dz), d_edges, input_precision=PRECISION)
-    log = tl.load(log_ptr + query, mask=query_real, other=0.0)
+    top = tl.load(top_ptr + query, mask=query_real, other=0.0)
+    total = tl.load(total_ptr + query, mask=query_real, other=1.0)
     mean = tl.load(mean_ptr + query, mask=query_real, other=0.0)
     logits = tl.where(asked[:, None] == asking[None, :], logits, NEVER)
-    weights = tl.exp(logits - log[None, :])
+    weights = tl.exp(logits - top[None, :]) / total[None, :]
     d_logits = (weights * (d_edges - mean[None, :])).to(dtype)
     edges = weights.to(dtype)
     for c in range(0, PADDED, BLOCK_C):
@@ -214,15 +216,15 @@ class Walk:
         y = torch.addmm(weights.shift[k].to(x.dtype), rows, weights.ask[k].t())
         dz = dh.view(-1, S) @ weights.value[k]
         z, dy, dx = (torch.empty_like(rows) for _ in range(3))
-        log, mean = (torch.empty(len(rows), device=x.device) for _ in range(2))
+        statistics = [torch.empty(len(rows), device=x.device) for _ in range(3)]
         for tiles in block.window.tiles:
             tile = _tiles.graph_step_back(x.dtype, arch, tiles.size)
             grid = (block.images * tiles.number * (tiles.size // tile["BLOCK_M"]),)
             place = plan.row, plan.owner, tiles.number, tiles.first, block.nodes, block.window.rows.start
             precision = _precision(_tiles.products(x.dtype), arch, tiles.size)
             rest = dict(S=S, PADDED=padded, PRECISION=precision, **within(tile, padded))
-            _step_back_queries[grid](x, y, dz, z, dy, log, mean, *place, **rest)
-            _step_back_keys[grid](x, y, dz, dx, log, mean, *place, **rest)
+            _step_back_queries[grid](x, y, dz, z, dy, *statistics, *place, **rest)
+            _step_back_keys[grid](x, y, dz, dx, *statistics, *place, **rest)
         self._add(k, rows, dy, dh.view(-1, S), z)
         return dx.addmm_(dy, weights.ask[k]).view(x.shape)
 
@@ -251,7 +253,7 @@ def compilations(arch: int) -> Iterator[_tiles.Compilation]:
     for dtype, t in _tiles.NAMES.items():
         shape = dict(S=256, PADDED=256)
         for precision in _tiles.precisions(dtype):
-            rest = "*fp32 *fp32 *i32 *i32 i32 i32 i32 i32"
+            rest = "*fp32 *fp32 *fp32 *i32 *i32 i32 i32 i32 i32"
             for size in _tiles.node_tiles(dtype, arch):
                 constants = shape | dict(PRECISION=_precision(precision, arch, size))
                 tile = within(_tiles.graph_step_back(dtype, arch, size), 256)
