@@ -45,7 +45,8 @@ def _places(row_ptr, owner_ptr, tiles, slot, image_rows, origin, BLOCK_M: tl.con
 
 @triton.jit(do_not_specialize=["tiles", "slot", "image_rows", "origin"])
 def _step_back_queries(
-    x_ptr, y_ptr, dz_ptr, z_ptr, dy_ptr, top_ptr, total_ptr, mean_ptr, row_ptr, owner_ptr, tiles, slot, image_rows, origin,
+    x_ptr, y_ptr, dz_ptr, z_ptr, dy_ptr, top_ptr, total_ptr, mean_ptr, row_ptr, owner_ptr,
+    tiles, slot, image_rows, origin,
     S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -166,9 +167,9 @@ def _read_back(
         tl.store(d_asked_ptr + at, d_asked.to(d_asked_ptr.dtype.element_ty), mask=s < S)
 
 
-def _precision(precision: str, arch: int, nodes: int) -> str:
-    """Three TF32 products of a tile of 128 nodes pass the registers of sm_80; captions that long are rare."""
-    return "ieee" if precision == "tf32x3" and arch == 80 and nodes > 64 else precision
+def _precision(precision: str, nodes: int) -> str:
+    """Three TF32 products of a tile of 128 nodes pass the registers; captions that long are rare."""
+    return "ieee" if precision == "tf32x3" and nodes > 64 else precision
 
 
 class Walk:
@@ -221,7 +222,7 @@ class Walk:
             tile = _tiles.graph_step_back(x.dtype, arch, tiles.size)
             grid = (block.images * tiles.number * (tiles.size // tile["BLOCK_M"]),)
             place = plan.row, plan.owner, tiles.number, tiles.first, block.nodes, block.window.rows.start
-            precision = _precision(_tiles.products(x.dtype), arch, tiles.size)
+            precision = _precision(_tiles.products(x.dtype), tiles.size)
             rest = dict(S=S, PADDED=padded, PRECISION=precision, **within(tile, padded))
             _step_back_queries[grid](x, y, dz, z, dy, *statistics, *place, **rest)
             _step_back_keys[grid](x, y, dz, dx, *statistics, *place, **rest)
@@ -255,7 +256,7 @@ def compilations(arch: int) -> Iterator[_tiles.Compilation]:
         for precision in _tiles.precisions(dtype):
             rest = "*fp32 *fp32 *fp32 *i32 *i32 i32 i32 i32 i32"
             for size in _tiles.node_tiles(dtype, arch):
-                constants = shape | dict(PRECISION=_precision(precision, arch, size))
+                constants = shape | dict(PRECISION=_precision(precision, size))
                 tile = within(_tiles.graph_step_back(dtype, arch, size), 256)
                 for kernel, tensors in (_step_back_queries, 5), (_step_back_keys, 4):
                     types = " ".join([*[f"*{t}"] * tensors, rest])

@@ -141,9 +141,10 @@ def graph_dense(dtype: torch.dtype, arch: int) -> Tile:
 def graph_step_back(dtype: torch.dtype, arch: int, nodes: int) -> Tile:
     """kernels/_graph_backward.py: _step_back_queries and _step_back_keys, for one of `node_tiles`."""
     if dtype != torch.float32:
-        return _row(8 if arch == 80 else 4, 2, BLOCK_M=64, BLOCK_N=nodes, BLOCK_C=32)  # untuned
+        warps = 8 if arch == 80 or (arch == 100 and nodes > 64) else 4
+        return _row(warps, 2, BLOCK_M=64, BLOCK_N=nodes, BLOCK_C=32)  # untuned
     if nodes == 64:
-        return _row(8, 2, BLOCK_M=32 if arch == 80 else 64, BLOCK_N=64, BLOCK_C=16 if arch == 80 else 32)  # untuned
+        return _row(8, 2, BLOCK_M=32 if arch == 80 else 64, BLOCK_N=64, BLOCK_C=32 if arch == 90 else 16)  # untuned
     return _row(8, 1, BLOCK_M=32, BLOCK_N=nodes, BLOCK_C=16)  # untuned
 
 

@@ -151,6 +151,6 @@ def similarity_nodes(
         "global_bias": global_bias,
     }  # fmt: skip
     check = _pair_score.check("similarity_nodes", inputs, {}, {}, cu_seqlens, region_lengths, scale)
-    name = resolve(check.op, backend, image.device)
+    name = resolve(check.op, backend, image.device, image.dtype)
     nodes, _ = _op(*autocast(*inputs.values()), cu_seqlens, region_lengths, float(scale), name)
     return nodes, node_bounds(cu_seqlens)
