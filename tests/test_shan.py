@@ -179,6 +179,16 @@ def test_parameters_that_an_alignment_does_not_use_are_absent():
     assert names(alignment="i2t") == {"image_gate", "image_pool"}
 
 
+def test_every_option_reaches_the_scorer():
+    changes = {"gate_sharing": True, "affinity": "dot", "pooling": "sum", "projection_bias": True}
+    changes |= {"lambda_softmax": 2.0, "mu1": 0.9, "mu2": 0.2}
+    made = SHAN(model_options(**changes)).sim_enc
+    assert (made.affinity, hasattr(made, "caption_gate"), made.region_projection.bias is None) == ("dot", False, False)
+    options = {"direction": "both", "scale": 2.0, "pool": "sum", "local_mix": 0.9, "global_mix": 0.2}
+    assert made.options == options
+    assert SHAN(model_options(alignment="i2t", gate="vector")).sim_enc.width == SMALL["embed_size"]
+
+
 @pytest.mark.parametrize("alignment", shan.ALIGNMENTS)
 def test_it_learns_a_batch_and_its_state_comes_back(alignment):
     torch.manual_seed(0)

@@ -151,9 +151,7 @@ class _Pairs:
         return logits.softmax(-1)
 
     def pooled_regions(self, r: Tensor) -> Tensor:
-        """Sum or mean of cosines [C, B, R]."""
-        if self.real is not None:
-            r = r.masked_fill(~self.real, 0.0)
+        """Sum or mean of cosines [C, B, R]; those of absent regions, rows of zeros, are zero."""
         return r.sum(-1) if self.options.pool == "sum" else r.sum(-1) / self.counts()
 
     def pooled_words(self, r: Tensor) -> Tensor:
