@@ -3,11 +3,11 @@
     norm[c, x]  = the norm of the affinities of context row x with the queries of set c         `_query_norms`
     alpha[q, x] = softmax over the rows x of set b of scale * A'[q, x]                          `_attend`
     t[q, b]     = alpha_q . A_q,    |P|^2 [q, b] = alpha_q^T G_b alpha_q                        `_attend`
-    score[b, c] = pool over the queries q of set c of r[q, b] = t / max(|q| |P|, 1e-8)          `_pool`
+    r[q, b]     = t / max(|q| |P|, 1e-8)                                                        `_attend`
 
 The affinities A [queries, context rows] lie in a workspace. `_attend` takes rows of queries as they lie packed, so its
-tiles are full in that direction; of 64 context rows, 36 regions fill 56 %. Only `_query_norms` and `_pool` look at
-whole sets of queries: 4 or 8 of them in steps of 16, of which COCO's captions fill 60 %; both are a pass over memory.
+tiles are full in that direction; of 64 context rows, 36 regions fill 56 %. Only `_query_norms` looks at whole sets of
+queries, 4 of them in steps of 16, of which COCO's captions fill 60 %; it is a pass over memory.
 """
 
 from __future__ import annotations
@@ -241,54 +241,8 @@ def _attend(
         tl.store(out_ptr + out, square, mask=real)
 
 
-@triton.jit(do_not_specialize=["set_first", "sets", "row_first", "columns", "in16", "stride_b", "stride_c"])
-def _pool(
-    r_ptr, start_ptr, size_ptr, out_ptr, set_first, sets, row_first, columns, in16, stride_b, stride_c, pool_scale,
-    POOL: tl.constexpr, SETS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_B: tl.constexpr,
-):  # fmt: skip
-    """One program: the scores of SETS sets of queries with BLOCK_B sets of contexts. Grid: groups x blocks."""
-    chunks = tl.cdiv(columns, BLOCK_B)
-    group, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    lane = tl.arange(0, SETS * BLOCK_Q)
-    c = group * SETS + lane // BLOCK_Q
-    start = tl.load(start_ptr + set_first + c, mask=c < sets, other=0) - row_first
-    size = tl.load(size_ptr + set_first + c, mask=c < sets, other=0)
-    b = chunk * BLOCK_B + tl.arange(0, BLOCK_B)
-    m = tl.full((SETS, BLOCK_B), NEVER, tl.float32)
-    total = tl.zeros((SETS, BLOCK_B), tl.float32)
-    for first in range(0, tl.max(size, 0), BLOCK_Q):
-        q = first + lane % BLOCK_Q
-        inside = (q < size)[:, None] & (b < columns)[None, :]
-        at = r_ptr + (start + q).to(tl.int64)[:, None] * (in16 * 16) + b[None, :]
-        if POOL == "lse" or POOL == "max":
-            r = tl.load(at, mask=inside, other=NEVER)
-            if POOL == "lse":
-                r = r * pool_scale
-            largest = tl.max(r.reshape(SETS, BLOCK_Q, BLOCK_B), 1)
-            larger = tl.maximum(m, largest)
-            if POOL == "lse":
-                base = tl.where(larger == NEVER, 0.0, larger)
-                e = tl.exp(r.reshape(SETS, BLOCK_Q, BLOCK_B) - base[:, None, :])
-                total = total * tl.exp(m - base) + tl.sum(e, 1)
-            else:
-                # max passes over NaN, a sum does not
-                total += tl.sum(tl.where(r != r, r, 0.0).reshape(SETS, BLOCK_Q, BLOCK_B), 1)
-            m = larger
-        else:
-            total += tl.sum(tl.load(at, mask=inside, other=0.0).reshape(SETS, BLOCK_Q, BLOCK_B), 1)
-    c = group * SETS + tl.arange(0, SETS)
-    if POOL == "lse":
-        total = (m + tl.log(total)) / pool_scale
-    elif POOL == "max":
-        total = m + total
-    elif POOL == "mean":
-        size = tl.load(size_ptr + set_first + c, mask=c < sets, other=1)
-        total = total / size.to(tl.float32)[:, None]
-    out = out_ptr + b.to(tl.int64)[None, :] * stride_b + c.to(tl.int64)[:, None] * stride_c
-    tl.store(out, total.to(out_ptr.dtype.element_ty), mask=(c < sets)[:, None] & (b < columns)[None, :])
-
-
-COPIES = 3  # floats for a query row with a context row: the affinity and, at worst as many, its norm and r
+# Floats that a query row takes with a row of contexts (its affinity, at worst as many norms), and with a set of them.
+EACH_ROW, EACH_SET = 2, 1
 
 
 class Norm(NamedTuple):
@@ -392,17 +346,6 @@ def with_grams(context: _launch.Sets, pieces: Iterable[_launch.Piece]) -> Iterat
         yield piece, gram
 
 
-def pool(r: Tensor, query: _launch.Sets, piece: _launch.Piece, out: Tensor, how: str, pool_scale: float) -> None:
-    """Scores of a piece from r into out, a view [context sets, query sets] of all scores."""
-    tile = _tiles.pool(query.rows.dtype, _launch.arch(r.device))
-    sets, columns = piece.queries.stop - piece.queries.start, piece.contexts.stop - piece.contexts.start
-    part = out[piece.contexts, piece.queries]
-    _pool[(_launch.blocks(sets, tile["SETS"]) * _launch.blocks(columns, tile["BLOCK_B"]),)](
-        r, query.start, query.size, part, piece.queries.start, sets, piece.q.start, columns, r.stride(0) // 16,
-        *part.stride(), pool_scale, POOL=how, **tile,
-    )  # fmt: skip
-
-
 def compilations(arch: int) -> Iterator[_tiles.Compilation]:
     norms = [norm_of(n) for n in ("softmax", "l1norm", "clipped_l2norm", "clipped", "none")]
     types = "*fp32 *i32 *i32 *fp32 i32 i32 i32 i32 i32"
@@ -410,9 +353,6 @@ def compilations(arch: int) -> Iterator[_tiles.Compilation]:
         for inverse in (True, False):
             constants = dict(norm._asdict(), INVERSE=inverse)
             yield _tiles.Compilation(_query_norms, types, constants, _tiles.query_norms(torch.float32, arch))
-    for how in ("lse", "max", "sum", "mean"):
-        types = f"*fp32 *i32 *i32 *{'fp16' if how == 'lse' else 'fp32'} i32 i32 i32 i32 i32 i32 i32 fp32"
-        yield _tiles.Compilation(_pool, types, dict(POOL=how), _tiles.pool(torch.float32, arch))
     # (dtype, mode, norm, whole, rows of a tile of contexts)
     single, half, brain = _tiles.NAMES
     clipped = norms[2]

@@ -79,6 +79,14 @@ class Piece(NamedTuple):
     q: slice
 
 
+def emptied(image: Tensor, region_lengths: Tensor | None) -> Tensor:
+    """Images with zeros for the regions beyond their counts, which may hold anything, for products that read all."""
+    if region_lengths is None:
+        return image
+    beyond = torch.arange(image.shape[1], device=image.device)[None, :] >= region_lengths[:, None]
+    return image.masked_fill(beyond[:, :, None], 0.0)
+
+
 def regions(image: Tensor, region_lengths: Tensor | None) -> Sets:
     """Images [I, R, D] as sets of regions."""
     I, R, D = image.shape
@@ -122,20 +130,22 @@ def spans(edge: list[int], rows: int) -> list[slice]:
     return cut
 
 
-def pieces(query: Sets, context: Sets, copies: int, limit: int, piece: int) -> Iterator[Piece]:
+def pieces(
+    query: Sets, context: Sets, each_row: int, each_set: int, limit: int, piece: int
+) -> Iterator[Piece]:
     """Cut all pairs into pieces whose scratch fits `limit` bytes; a single pair is never cut.
 
     Args:
-        copies: floats that a query row with a context row takes, at most.
+        each_row, each_set: floats that a query row takes with a row of contexts, and with a set of contexts.
         limit: bytes; half of them may go to what is kept for each context row.
         piece: elements of a piece beyond which it is not faster.
     """
-    area = max(1, min(piece, limit // (8 * copies)))
-    each = 4 * (context.longest + 32)
+    shortest = min((b - a for a, b in zip(context.edge, context.edge[1:])), default=1)
+    area = max(1, min(piece, limit // (8 * (each_row + blocks(each_set, shortest)))))
     tall = min(query.edge[-1], math.isqrt(area))
-    wide = max(1, min(area // max(1, tall), limit // (2 * each)))
-    wide = min(wide, context.edge[-1])
-    tall = area // max(1, wide)
+    wide = max(1, min(area // max(1, tall), limit // (16 * (context.longest + 16))))
+    wide = max(1, min(wide, context.edge[-1]))
+    tall = area // wide
     for contexts in spans(context.edge, wide):
         for queries in spans(query.edge, tall):
             x, q = (slice(s.edge[c.start], s.edge[c.stop]) for s, c in ((context, contexts), (query, queries)))

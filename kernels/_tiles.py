@@ -94,7 +94,7 @@ def attend(dtype: torch.dtype, arch: int) -> Tile:
 
 
 def pool(dtype: torch.dtype, arch: int) -> Tile:
-    """kernels/_attention.py: _pool and _pool_backward."""
+    """kernels/_pooling.py: _pool."""
     return _row(4, 1, SETS=8, BLOCK_Q=16, BLOCK_B=16)  # untuned
 
 
@@ -166,3 +166,38 @@ def filter_moments(dtype: torch.dtype, arch: int) -> Tile:
 def filter_back(dtype: torch.dtype, arch: int) -> Tile:
     """kernels/_filter.py: _filter_back."""
     return _row(4, 2, CAPTIONS=8, BLOCK_R=8)  # untuned
+
+
+def pool_backward(dtype: torch.dtype, arch: int) -> Tile:
+    """kernels/_pooling.py: _pool_backward."""
+    return _row(8, 1, SETS=8, BLOCK_Q=16, BLOCK_B=16)  # untuned
+
+
+def logit_gradient(dtype: torch.dtype, arch: int) -> Tile:
+    """kernels/_attention_backward.py: _logit_gradient."""
+    return _row(8, 1, SETS=2, BLOCK_Q=16, BLOCK_X=32)  # untuned
+
+
+def gram_gradient(dtype: torch.dtype, arch: int) -> Tile:
+    """kernels/_attention_backward.py: _gram_gradient."""
+    return _row(8, 2, BLOCK_Q=32, BLOCK_X=64)  # untuned
+
+
+def apply(dtype: torch.dtype, arch: int) -> Tile:
+    """kernels/_attention_backward.py: _apply."""
+    return _row(8, 1, BLOCK_X=32 if dtype == torch.float32 else 64, BLOCK_K=64)  # untuned
+
+
+def difference_gradient(dtype: torch.dtype, arch: int, precision: str) -> Tile:
+    """kernels/_projection_backward.py: _difference_gradient."""
+    return _row(8, 2, BLOCK_Q=64, BLOCK_K=32, BLOCK_S=32)  # untuned
+
+
+def context_products(dtype: torch.dtype, arch: int, precision: str) -> Tile:
+    """kernels/_projection_backward.py: _context_products."""
+    return _row(8, 2, BLOCK_Q=32 if precision == "tf32x3" else 64, BLOCK_K=32)  # untuned
+
+
+def weighted_sum(dtype: torch.dtype, arch: int, precision: str) -> Tile:
+    """kernels/_projection_backward.py: _weighted_sum."""
+    return _row(8, 2, BLOCK_X=64, BLOCK_Q=32, BLOCK_K=64)  # untuned

@@ -1,6 +1,6 @@
 """`cross_attention_score`: equations (1) to (3) of `ops/cross_attention_score.py`, and its backward (8) to (11).
 
-A piece of all pairs at a time: their affinities by `_affinity`, the attention's r by `_attention`, and their scores.
+A piece of all pairs at a time: affinities by `_affinity`, the cosines r by `_attention`, scores by `_pooling`.
 The queries are the words and the contexts the regions (t2i), or the other way round.
 """
 
@@ -12,6 +12,8 @@ from itm_fast._workspace import scratch_bytes
 
 from . import _attention, _launch, _tiles
 from ._affinity import lengths
+from ._attention_backward import EACH_ROW, EACH_SET, Gradients, gram_gradient, logit_gradient
+from ._pooling import pool_backward, pooled
 
 OP = "cross_attention_score"
 
@@ -33,8 +35,43 @@ def forward(
         query, context = _launch.sets(OP, image, words, cu_seqlens, region_lengths, direction)
         length, norm = lengths(query.rows), _attention.norm_of(affinity_norm)
         out = score if direction == "t2i" else score.t()
-        pieces = _launch.pieces(query, context, _attention.COPIES, scratch_bytes(image.device), _tiles.PIECE)
+        limit, each = scratch_bytes(image.device), (_attention.EACH_ROW, _attention.EACH_SET)
+        pieces = _launch.pieces(query, context, *each, limit, _tiles.PIECE)
         for piece, gram in _attention.with_grams(context, pieces):
             r = _attention.attend("score", query, context, piece, gram, length, norm, scale).out
-            _attention.pool(r, query, piece, out, pool, pool_scale)
+            pooled(r, query, piece, out, pool, pool_scale)
     return score
+
+
+def backward(
+    grad: Tensor,
+    needs: list[bool],
+    image: Tensor,
+    words: Tensor,
+    cu_seqlens: Tensor,
+    region_lengths: Tensor | None,
+    direction: str,
+    affinity_norm: str,
+    scale: float,
+    pool: str,
+    pool_scale: float,
+) -> list[Tensor]:
+    """Gradients of those of image and words that `needs` marks, in float32."""
+    with _launch.on(image.device):
+        image = _launch.emptied(image, region_lengths)
+        query, context = _launch.sets(OP, image, words, cu_seqlens, region_lengths, direction)
+        length, norm = lengths(query.rows), _attention.norm_of(affinity_norm)
+        t2i = direction == "t2i"
+        out = grad if t2i else grad.t()
+        sums = Gradients(query, context, (needs[1], needs[0]) if t2i else (needs[0], needs[1]))
+        limit, each = scratch_bytes(image.device), (EACH_ROW, EACH_SET)
+        pieces = _launch.pieces(query, context, *each, limit, _tiles.PIECE)
+        for piece, gram, m in sums.with_grams(pieces):
+            attended = _attention.attend("backward", query, context, piece, gram, None, norm, scale)
+            w = pool_backward(query, piece, attended, length, out, pool, pool_scale)
+            gram_gradient(context, piece, attended, w[2], m)
+            sums.add(piece, logit_gradient(query, context, piece, attended, None, w, norm, scale))
+            if sums.query is not None:
+                sums.query[piece.q].addcmul_(query.rows[piece.q], w[3].sum(1, keepdim=True))
+        d_image, d_words = (sums.context, sums.query) if t2i else (sums.query, sums.context)
+        return [d for d in (d_image if d_image is None else d_image.view(image.shape), d_words) if d is not None]

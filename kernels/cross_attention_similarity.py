@@ -12,7 +12,9 @@ from torch import Tensor
 from itm_fast._workspace import scratch_bytes
 
 from . import _attention, _launch, _tiles
+from ._attention_backward import EACH_ROW, EACH_SET, Gradients, coefficients, gram_gradient, logit_gradient
 from ._projection import project
+from ._projection_backward import context_products, difference_gradient, weighted_sum
 
 OP = "cross_attention_similarity"
 
@@ -35,7 +37,8 @@ def forward(
         query, context = _launch.sets(OP, image, words, cu_seqlens, region_lengths, direction)
         weight, bias, norm = _launch.aligned(weight), _launch.aligned(bias), _attention.norm_of(affinity_norm)
         place, out = places(result, direction)
-        pieces = _launch.pieces(query, context, _attention.COPIES, scratch_bytes(image.device), _tiles.PIECE)
+        limit, each = scratch_bytes(image.device), (_attention.EACH_ROW, _attention.EACH_SET)
+        pieces = _launch.pieces(query, context, *each, limit, _tiles.PIECE)
         for piece, gram in _attention.with_grams(context, pieces):
             attended = _attention.attend("weights", query, context, piece, gram, None, norm, scale)
             project(query, context, piece, attended, weight, bias, place, out, out_first=piece.contexts.start)
@@ -49,3 +52,57 @@ def places(result: Tensor, direction: str) -> tuple[Tensor, Tensor]:
     I, T, R, S = result.shape
     image = torch.arange(I, device=result.device)[:, None] * (T * R)
     return (image + torch.arange(R, device=result.device)).flatten(), result.view(I * T, R, S)
+
+
+def backward(
+    grad: Tensor,
+    needs: list[bool],
+    image: Tensor,
+    words: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    cu_seqlens: Tensor,
+    region_lengths: Tensor | None,
+    direction: str,
+    affinity_norm: str,
+    scale: float,
+) -> list[Tensor]:
+    """Gradients of those of image, words, weight and bias that `needs` marks, in float32."""
+    S, D = weight.shape
+    with _launch.on(image.device):
+        image = _launch.emptied(image, region_lengths)
+        query, context = _launch.sets(OP, image, words, cu_seqlens, region_lengths, direction)
+        weight, bias, norm = _launch.aligned(weight), _launch.aligned(bias), _attention.norm_of(affinity_norm)
+        place, grad = places(_launch.aligned(grad), direction)
+        t2i = direction == "t2i"
+        sums = Gradients(query, context, (needs[1], needs[0]) if t2i else (needs[0], needs[1]))
+        d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[2] else None
+        d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[3] else None
+        # Beside what attention takes: F, and d y, d u and the squares.
+        limit, each = scratch_bytes(image.device), (EACH_ROW + 1, EACH_SET + S + 2 * D)
+        for piece, gram, m in sums.with_grams(_launch.pieces(query, context, *each, limit, _tiles.PIECE)):
+            attended = _attention.attend("backward", query, context, piece, gram, None, norm, scale)
+            queries, sets = piece.q.stop - piece.q.start, piece.contexts.stop - piece.contexts.start
+            dy = torch.empty(queries, sets, S, dtype=torch.float32, device=image.device)
+            project(
+                query, context, piece, attended, weight, bias, place, grad,
+                out_first=piece.contexts.start, gradient=dy,
+            )  # fmt: skip
+            du, squares = difference_gradient(query, context, piece, attended, weight, dy)
+            if d_weight is not None:
+                d_weight.addmm_(dy.view(-1, S).t(), squares.view(-1, D))
+            if d_bias is not None:
+                d_bias += dy.sum((0, 1))
+            if sums.query is not None:
+                sums.query[piece.q] -= du.sum(1)
+            if sums.query is None and sums.context is None:
+                continue
+            w = coefficients(attended.out, 3)
+            f = context_products(context, piece, attended, du, w)
+            if sums.context is not None:
+                weighted_sum(context, piece, attended, w[1], du, sums.context)
+            gram_gradient(context, piece, attended, w[2], m)
+            sums.add(piece, logit_gradient(query, context, piece, attended, f, w, norm, scale))
+        d_image, d_words = (sums.context, sums.query) if t2i else (sums.query, sums.context)
+        d_image = None if d_image is None else d_image.view(image.shape)
+        return [d for d in (d_image, d_words, d_weight, d_bias) if d is not None]

@@ -28,10 +28,15 @@ def score(backend=None):
     return itm_fast.cross_attention_score(*inputs(2, (3, 2), 4, 8), backend=backend)
 
 
+def automatic():
+    """The first backend offered that can run on a CPU; Triton's, interpreted, only where it is asked for."""
+    offered = _backends.OFFERS["cross_attention_score"]
+    return next(n for n in offered if n != "triton" and _backends.why_not(n, "cpu") is None)
+
+
 def test_auto_takes_the_first_backend_offered_that_can_run(asked):
     score()
-    offered = _backends.OFFERS["cross_attention_score"]
-    assert asked == [next(n for n in offered if _backends.why_not(n, "cpu") is None)]
+    assert asked == [automatic()]
 
 
 def test_argument_beats_context_beats_environment(asked, monkeypatch):
@@ -47,7 +52,7 @@ def test_the_context_ends_with_the_block(asked):
     with pytest.raises(RuntimeError), itm_fast.use_backend("reference"):
         raise RuntimeError
     score()
-    assert asked == [_backends.OFFERS["cross_attention_score"][0]]
+    assert asked == [automatic()]
 
 
 def test_an_unknown_name_is_refused_with_the_list(monkeypatch):

@@ -1,0 +1,203 @@
+"""Backward of the similarity vectors over D: (4) to (6) of `ops/cross_attention_similarity.py`.
+
+    d u = 2 (u - q) W^T d y,    (u - q)^2 for d W                                               `_difference_gradient`
+    F_x = x . d u,    k = d u . u = sum_x alpha_x F_x / (|P| + eps)                             `_context_products`
+    d x += sum_q alpha_x d u / (|P| + eps)                                                      `_weighted_sum`
+
+d u and the squares of a piece [queries, sets, D] lie in the workspace. With p = |P|, the gradient of P is
+d u / (p + eps) - k P / (p (p + eps)), so `_attention_backward` goes on from w1 = 1 / (p + eps), w2 = -k / (p (p + eps))
+and w0 = P . d P = k eps / (p + eps).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import _launch, _tiles
+from ._attention import Attended
+from ._projection import _attended
+from ._tl import EPS, rows_of
+
+
+@triton.jit(do_not_specialize=["set_first", "sets", "context_first", "query_first", "queries", "ld16", "in16"])
+def _difference_gradient(
+    alpha_ptr, square_ptr, dy_ptr, query_ptr, context_ptr, weight_ptr, start_ptr, size_ptr, du_ptr, squares_ptr,
+    set_first, sets, context_first, query_first, queries, ld16, in16,
+    D: tl.constexpr, S: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_X: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_Q queries with one set, BLOCK_K columns. Grid: blocks of queries x sets x those of columns."""
+    columns: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
+    pid = tl.program_id(0)
+    tile, b, d = pid // (sets * columns), (pid // columns) % sets, pid % columns
+    first = tile * BLOCK_Q
+    q = tl.minimum(tl.arange(0, BLOCK_Q), queries - first - 1)  # rows past the end are the last one, and not stored
+    start = tl.load(start_ptr + set_first + b)
+    size = tl.load(size_ptr + set_first + b)
+    column = d * BLOCK_K + tl.arange(0, BLOCK_K)
+    x = tl.arange(0, BLOCK_X)
+    context = context_ptr + start.to(tl.int64) * D
+    alphas = alpha_ptr + first.to(tl.int64) * (ld16 * 16) + start - context_first + q[:, None] * (ld16 * 16)
+    alpha = 0.0
+    if WHOLE:
+        alpha = tl.load(alphas + x[None, :], mask=(x < size)[None, :], other=0.0).to(context_ptr.dtype.element_ty)
+    u = _attended(alphas, alpha, context, size, x, column, D, WHOLE, False, PRECISION, BLOCK_Q, BLOCK_X, BLOCK_K)
+    square = tl.load(square_ptr + first.to(tl.int64) * (in16 * 16) + b + q * (in16 * 16))
+    query = query_ptr + (query_first + first).to(tl.int64) * D
+    difference = u / (tl.sqrt(square) + EPS)[:, None] - rows_of(query, q, column, D, BLOCK_K).to(tl.float32)
+    along = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)  # W^T d y
+    line = (first.to(tl.int64) * sets + b) + q * sets
+    for first_s in range(0, S, BLOCK_S):
+        s = first_s + tl.arange(0, BLOCK_S)
+        dy = tl.load(dy_ptr + line[:, None] * S + s[None, :], mask=(s < S)[None, :], other=0.0)
+        inside = (s < S)[:, None] & (column < D)[None, :]
+        weight = tl.load(weight_ptr + s[:, None] * D + column[None, :], mask=inside, other=0.0).to(tl.float32)
+        along = tl.dot(dy, weight, along, input_precision=PRECISION)
+    at = line[:, None] * D + column[None, :]
+    inside = (tl.arange(0, BLOCK_Q) < queries - first)[:, None] & (column < D)[None, :]
+    tl.store(du_ptr + at, 2 * difference * along, mask=inside)
+    tl.store(squares_ptr + at, difference * difference, mask=inside)
+
+
+@triton.jit(do_not_specialize=["set_first", "sets", "context_first", "queries", "ld16", "in16"])
+def _context_products(
+    alpha_ptr, square_ptr, du_ptr, context_ptr, start_ptr, size_ptr, f_ptr, w0_ptr, w1_ptr, w2_ptr,
+    set_first, sets, context_first, queries, ld16, in16,
+    D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program: F of BLOCK_Q queries with one set, and their w0, w1 and w2. Grid: blocks of queries x sets."""
+    tile, b = tl.program_id(0) // sets, tl.program_id(0) % sets
+    first = tile * BLOCK_Q
+    q = tl.minimum(tl.arange(0, BLOCK_Q), queries - first - 1)
+    real = tl.arange(0, BLOCK_Q) < queries - first
+    start = tl.load(start_ptr + set_first + b)
+    size = tl.load(size_ptr + set_first + b)
+    context = context_ptr + start.to(tl.int64) * D
+    du = du_ptr + (first.to(tl.int64) * sets + b) * D
+    corner = first.to(tl.int64) * (ld16 * 16) + start - context_first
+    along = tl.zeros((BLOCK_Q,), tl.float32)
+    for j in range(0, size, BLOCK_X):
+        x = j + tl.arange(0, BLOCK_X)
+        f = tl.zeros((BLOCK_Q, BLOCK_X), tl.float32)
+        for step in range(0, D, BLOCK_K):
+            column = step + tl.arange(0, BLOCK_K)
+            left = rows_of(du, q * sets, column, D, BLOCK_K)
+            v = rows_of(context, tl.minimum(x, size - 1), column, D, BLOCK_K).to(tl.float32)
+            f = tl.dot(left, v.T, f, input_precision=PRECISION)
+        at = corner + q[:, None] * (ld16 * 16) + x[None, :]
+        alpha = tl.load(alpha_ptr + at, mask=(x < size)[None, :], other=0.0)
+        along += tl.sum(alpha * f, 1)
+        tl.store(f_ptr + at, f, mask=real[:, None] & (x < size)[None, :])
+    at_b = first.to(tl.int64) * (in16 * 16) + b + q * (in16 * 16)
+    p = tl.sqrt(tl.load(square_ptr + at_b))
+    w1 = 1 / (p + EPS)
+    k = along * w1
+    tl.store(w0_ptr + at_b, k * EPS * w1, mask=real)
+    tl.store(w1_ptr + at_b, w1, mask=real)
+    tl.store(w2_ptr + at_b, tl.where(p > 0, -k * w1 / tl.where(p > 0, p, 1.0), 0.0), mask=real)
+
+
+@triton.jit(do_not_specialize=["set_first", "sets", "context_first", "queries", "chunks", "ld16", "in16"])
+def _weighted_sum(
+    alpha_ptr, w1_ptr, du_ptr, start_ptr, size_ptr, out_ptr,
+    set_first, sets, context_first, queries, chunks, ld16, in16,
+    D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program: adds BLOCK_X rows and BLOCK_K columns of one set. Grid: sets x chunks of rows x those of columns."""
+    columns: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
+    pid = tl.program_id(0)
+    b, i, d = pid // (chunks * columns), (pid // columns) % chunks, pid % columns
+    start = tl.load(start_ptr + set_first + b)
+    size = tl.load(size_ptr + set_first + b)
+    if i * BLOCK_X < size:
+        x, k = i * BLOCK_X + tl.arange(0, BLOCK_X), d * BLOCK_K + tl.arange(0, BLOCK_K)
+        acc = tl.zeros((BLOCK_X, BLOCK_K), tl.float32)
+        for first in range(0, queries, BLOCK_Q):
+            q = (first + tl.arange(0, BLOCK_Q)).to(tl.int64)
+            real = q < queries
+            alphas = alpha_ptr + start - context_first + q[:, None] * (ld16 * 16) + x[None, :]
+            alpha = tl.load(alphas, mask=real[:, None] & (x < size)[None, :], other=0.0)
+            alpha *= tl.load(w1_ptr + q * (in16 * 16) + b, mask=real, other=0.0)[:, None]
+            inside = real[:, None] & (k < D)[None, :]
+            du = tl.load(du_ptr + (q * sets + b)[:, None] * D + k[None, :], mask=inside, other=0.0)
+            acc = tl.dot(alpha.T, du, acc, input_precision=PRECISION)
+        out = out_ptr + (start + x).to(tl.int64)[:, None] * D + k[None, :]
+        inside = (x < size)[:, None] & (k < D)[None, :]
+        tl.store(out, tl.load(out, mask=inside, other=0.0) + acc, mask=inside)
+
+
+def difference_gradient(
+    query: _launch.Sets, context: _launch.Sets, piece: _launch.Piece, attended: Attended, weight: Tensor, dy: Tensor
+) -> tuple[Tensor, Tensor]:
+    """d u and (u - q)^2 [queries, sets, D] of a piece from d y [queries, sets, S]."""
+    rows, (S, D) = query.rows, weight.shape
+    queries, sets = dy.shape[:2]
+    du, squares = torch.empty(2, queries, sets, D, dtype=torch.float32, device=rows.device).unbind(0)
+    precision = _tiles.products(rows.dtype)
+    tile = _tiles.difference_gradient(rows.dtype, _launch.arch(rows.device), precision)
+    tile["BLOCK_S"] = min(tile["BLOCK_S"], _launch.power_of_two(S))
+    grid = _launch.blocks(queries, tile["BLOCK_Q"]) * sets * _launch.blocks(D, tile["BLOCK_K"])
+    _difference_gradient[(grid,)](
+        attended.alpha, attended.out, dy, rows, context.rows, weight, context.start, context.size, du, squares,
+        piece.contexts.start, sets, piece.x.start, piece.q.start, queries,
+        attended.alpha.stride(0) // 16, attended.out.stride(0) // 16,
+        D=D, S=S, WHOLE=context.whole, PRECISION=precision, BLOCK_X=context.tile, **tile,
+    )  # fmt: skip
+    return du, squares
+
+
+def context_products(
+    context: _launch.Sets, piece: _launch.Piece, attended: Attended, du: Tensor, w: tuple[Tensor, ...]
+) -> Tensor:
+    """F of a piece, like its affinities; w0, w1 and w2 are filled."""
+    queries, sets, D = du.shape
+    f = torch.empty_like(attended.alpha)
+    dtype = context.rows.dtype
+    precision = _tiles.products(dtype)
+    tile = _tiles.context_products(dtype, _launch.arch(du.device), precision)
+    _context_products[(_launch.blocks(queries, tile["BLOCK_Q"]) * sets,)](
+        attended.alpha, attended.out, du, context.rows, context.start, context.size, f, *w,
+        piece.contexts.start, sets, piece.x.start, queries, f.stride(0) // 16, attended.out.stride(0) // 16,
+        D=D, PRECISION=precision, BLOCK_X=context.tile, **tile,
+    )  # fmt: skip
+    return f
+
+
+def weighted_sum(
+    context: _launch.Sets, piece: _launch.Piece, attended: Attended, w1: Tensor, du: Tensor, out: Tensor
+) -> None:
+    """Add what reaches the contexts of a piece through P's sum over them to out [all context rows, D]."""
+    queries, sets, D = du.shape
+    dtype = context.rows.dtype
+    precision = _tiles.products(dtype)
+    tile = _tiles.weighted_sum(dtype, _launch.arch(du.device), precision)
+    chunks = _launch.blocks(context.longest, tile["BLOCK_X"])
+    _weighted_sum[(sets * chunks * _launch.blocks(D, tile["BLOCK_K"]),)](
+        attended.alpha, w1, du, context.start, context.size, out, piece.contexts.start, sets, piece.x.start, queries,
+        chunks, attended.alpha.stride(0) // 16, w1.stride(0) // 16, D=D, PRECISION=precision, **tile,
+    )  # fmt: skip
+
+
+def compilations(arch: int) -> Iterator[_tiles.Compilation]:
+    wide, narrow = _launch.REGIONS, _launch.WORDS
+    for dtype, t in _tiles.NAMES.items():
+        for precision in _tiles.precisions(dtype):
+            types = f"*fp32 *fp32 *fp32 *{t} *{t} *{t} *i32 *i32 *fp32 *fp32" + " i32" * 7
+            for whole, rows in ((True, wide), (False, narrow)):
+                constants = dict(D=1024, S=256, WHOLE=whole, PRECISION=precision, BLOCK_X=rows)
+                tile = _tiles.difference_gradient(dtype, arch, precision)
+                yield _tiles.Compilation(_difference_gradient, types, constants, tile)
+            types = f"*fp32 *fp32 *fp32 *{t} *i32 *i32" + " *fp32" * 4 + " i32" * 6
+            for rows in (wide, narrow):
+                constants = dict(D=1024, PRECISION=precision, BLOCK_X=rows)
+                tile = _tiles.context_products(dtype, arch, precision)
+                yield _tiles.Compilation(_context_products, types, constants, tile)
+    for precision in ("tf32", "tf32x3"):
+        types = "*fp32 *fp32 *fp32 *i32 *i32 *fp32" + " i32" * 7
+        tile = _tiles.weighted_sum(torch.float32, arch, precision)
+        yield _tiles.Compilation(_weighted_sum, types, dict(D=1024, PRECISION=precision), tile)
