@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from itm_fast.packing import bounds
+from itm_fast.packing import bounds, kept
 
 REGIONS = 64  # of an image, and
 WORDS = 32  # of a caption that one tile holds: what COCO's have at most, but for one caption in ten thousand
@@ -87,18 +87,29 @@ def emptied(image: Tensor, region_lengths: Tensor | None) -> Tensor:
     return image.masked_fill(beyond[:, :, None], 0.0)
 
 
-def regions(image: Tensor, region_lengths: Tensor | None) -> Sets:
-    """Images [I, R, D] as sets of regions."""
+def regions(op: str, image: Tensor, region_lengths: Tensor | None) -> Sets:
+    """Images [I, R, D] as sets of regions.
+
+    Raises:
+        ValueError: a count lies outside 1..R.
+    """
     I, R, D = image.shape
     device = image.device
     start = torch.arange(0, I * R, R, dtype=torch.int32, device=device)
     if region_lengths is None:
         count = torch.full((I,), R, dtype=torch.int32, device=device)
     else:
+        kept(region_lengths, ("regions", R), lambda: _check_counts(op, region_lengths.tolist(), R))
         count = region_lengths.to(torch.int32)
     tile = min(REGIONS, power_of_two(R))
     owner = torch.arange(I * R, dtype=torch.int32, device=device).div_(R, rounding_mode="floor")
     return Sets(aligned(image).view(I * R, D), start, count, owner, list(range(0, I * R + 1, R)), R, tile, tile >= R)
+
+
+def _check_counts(op: str, counts: list[int], R: int) -> None:
+    for i, n in enumerate(counts):
+        if not 1 <= n <= R:
+            raise ValueError(f"{op}: region_lengths must lie in 1..{R} (R), got {n} for image {i}")
 
 
 def captions(words: Tensor, cu_seqlens: Tensor, edge: list[int]) -> Sets:
@@ -116,7 +127,7 @@ def sets(
 ) -> tuple[Sets, Sets]:
     """The sets of queries and of contexts."""
     edge = bounds(cu_seqlens, len(words), op)
-    images, texts = regions(image, region_lengths), captions(words, cu_seqlens, edge)
+    images, texts = regions(op, image, region_lengths), captions(words, cu_seqlens, edge)
     return (texts, images) if direction == "t2i" else (images, texts)
 
 
