@@ -145,8 +145,9 @@ class TwoStreamReasoning(GlobalVectors):
         # One half of the scratch is for a block's nodes, of which backward keeps several copies, the other for the ops
         # that run on them.
         half = scratch_bytes(image.device) // 2
-        limit = min(half, CPU_BLOCK) if image.device.type == "cpu" else half
-        most = limit // (4 * S * item * (4 if backward else 1))  # nodes, twice, of both streams
+        limit = half // 4 if backward else half
+        limit = min(limit, CPU_BLOCK) if image.device.type == "cpu" else limit
+        most = limit // (4 * S * item)  # nodes, twice, of both streams
         T, more = len(edge) - 1, 1 + sum(self.sizes)
         for n in sorted(set(counts)):
             mine = [i for i, count in enumerate(counts) if count == n]
