@@ -2,7 +2,7 @@
 
     export PYTHONPATH=.
     python benchmarks/demo/make_data.py --output DATA             # once: the three splits
-    python benchmarks/train_models.py --data DATA --output RUNS   # all models, three seeds; about four hours
+    python benchmarks/train_models.py --data DATA --output RUNS   # all models, three seeds; about two hours
     python benchmarks/train_models.py --data DATA --output RUNS --models hgan dual --seeds 0
 
 Every model is trained by the program itself, once per seed, with one recipe: D 128, words 128, S 64, batches of 64,
