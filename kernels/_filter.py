@@ -2,7 +2,7 @@
 
 `_filter`: one program owns CAPTIONS captions and an image; grid (images * groups). It goes over a caption's nodes once,
 chunk by chunk, with the sums of g and of g x; z, or the score, is what is left of them. No matrices are multiplied:
-reading the nodes is all its time. At COCO's lengths 80 % of the rows of its chunks of 8 are nodes.
+reading the nodes is all its time. With COCO's lengths 83 % of the rows of its chunks of 8 are nodes.
 
 In training the statistics of a caption go over all images: `_significances` makes a of BLOCK_R nodes of an image, grid
 (images * blocks), and `_moments` the mean of one or two such numbers over BLOCK_I images at a time of one caption, or

@@ -40,10 +40,8 @@ class Maker:
         self.edge = bounds(cu_seqlens, len(words), op)
         self.words, self.regions = _launch.sets(op, image, words, cu_seqlens, region_lengths, "t2i")
         self.captions, self.images = _single(caption_global), _single(image_global)
-        self.local, self.overall = (
-            [_launch.aligned(x) for x in pair]
-            for pair in ((local_weight, local_bias), (global_weight, global_bias))
-        )
+        self.local = _launch.aligned(local_weight), _launch.aligned(local_bias)
+        self.overall = _launch.aligned(global_weight), _launch.aligned(global_bias)
         self.scale = scale
         owner = self.words.owner.long()
         self.word_place = torch.arange(len(words), device=words.device) + owner + 1
@@ -59,10 +57,17 @@ class Maker:
         attended = _attention.attend(
             "weights", self.words, self.regions, piece, gram, None, norm_of(NORM), self.scale
         )
-        at = dict(out_first=out_first, place_first=place_first)
-        project(self.words, self.regions, piece, attended, *self.local, self.word_place, out, **at)
+        (weight, bias), at = self.local, self.word_place
+        project(
+            self.words, self.regions, piece, attended, weight, bias, at, out,
+            out_first=out_first, place_first=place_first,
+        )  # fmt: skip
         piece = _launch.Piece(images, captions, images, captions)
-        project(self.captions, self.images, piece, None, *self.overall, self.caption_place, out, **at)
+        (weight, bias), at = self.overall, self.caption_place
+        project(
+            self.captions, self.images, piece, None, weight, bias, at, out,
+            out_first=out_first, place_first=place_first,
+        )  # fmt: skip
 
     def block(self, first: int, block: Block) -> Rows:
         """Nodes of a block in a buffer of their own."""
@@ -81,7 +86,7 @@ def _single(rows: Tensor) -> _launch.Sets:
 
 
 def word_bytes(regions: int) -> int:
-    """Scratch that a word with an image takes, and at most its share of what an image takes."""
+    """Scratch that a word with an image takes: the affinities, at worst as many norms, and 1 / |P|."""
     return 4 * (3 * (regions + 16) + 16)
 
 

@@ -20,11 +20,11 @@ OP = "similarity_filter_score"
 
 def forward(*args) -> Tensor:
     image, _, words, caption_global, weight = args[:5]
-    cu_seqlens, region_lengths, scale, eps = args[16:]
+    cu_seqlens, eps = args[16], args[19]
     (I, R, _), T, S = image.shape, len(caption_global), len(weight)
     score = image.new_empty(I, T)
     with _launch.on(image.device):
-        make = Maker(OP, *args[:8], cu_seqlens, region_lengths, scale)
+        make = Maker(OP, *args[:8], *args[16:19])
         given = _filter.parameters(*args[8:12], *args[14:16])
         room = S * image.dtype.itemsize + word_bytes(R)
         edge, ends = node_bounds(cu_seqlens), (_launch.aligned(args[12]), _launch.aligned(args[13]))

@@ -53,8 +53,10 @@ def backward(grad: Tensor, needs: list[bool], *args, results: Sequence[Tensor] =
                     cu_seqlens, counts, "t2i", NORM, scale, "triton",
                 )  # fmt: skip
                 for k, d in zip(local, found, strict=True):
-                    (total[k][images] if k == 0 else total[k]).add_(d)
-            overall = [total[1][images] if needs[1] else None, total[3], *total[6:]]
+                    if (whole := total[k]) is not None:
+                        (whole[images] if k == 0 else whole).add_(d)
+            d_image = total[1]
+            overall = [None if d_image is None else d_image[images], total[3], *total[6:]]
             _overall(d_nodes[:, first], overall, image_global[images], caption_global, *tensors[6:8])
     return [x for x in total if x is not None]
 
