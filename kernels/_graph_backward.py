@@ -182,7 +182,7 @@ class Walk:
     def __call__(self, nodes: Tensor, grad: Tensor, block: Block) -> Tensor:
         """d_nodes [images, nodes, S] of a block's nodes and the gradient [images, captions, S] of its result."""
         weights, K = self.weights, len(self.weights.ask)
-        x = [nodes.contiguous()]
+        x = [_launch.aligned(nodes)]
         for k in range(K - 1):
             x.append(torch.empty_like(x[0]))
             step(k, weights, block.scratch(x[k]), block.scratch(x[k + 1]), block)

@@ -1,7 +1,11 @@
 """`similarity_graph` on its Triton kernels: what test_triton_ops.py does not ask of every op."""
 
+import weakref
+
 import numpy as np
 import pytest
+import test_similarity_filter_score
+import test_similarity_graph_score
 import torch
 from itm_fast.kernels import _graph
 from triton_cases import unless
@@ -149,3 +153,34 @@ def test_the_host_is_asked_for_the_bounds_once(monkeypatch):
     for _ in range(2):
         itm_fast.similarity_graph(leaves[0], edge, *leaves[1:], backend="triton").sum().backward()
     assert len(asked) == 1
+
+
+@pytest.mark.parametrize("scorer", [test_similarity_graph_score, test_similarity_filter_score])
+def test_scratch_of_the_scorers_is_bounded(scorer, monkeypatch):
+    gib = 2.0**-13
+    call, args = scorer.case(8, (13, 9, 12, 14) * 2, 9, 16, 32)
+    args = [a.float() for a in args]
+    live, peak = 0, 0
+    real = {"empty": torch.empty, "new_empty": torch.Tensor.new_empty}
+
+    def release(size):
+        nonlocal live
+        live -= size
+
+    def spy(name):
+        def allocate(*shape, **options):
+            nonlocal live, peak
+            tensor = real[name](*shape, **options)
+            live += tensor.nbytes
+            peak = max(peak, live)
+            weakref.finalize(tensor, release, tensor.nbytes)
+            return tensor
+
+        return allocate
+
+    with itm_fast.workspace(gib):
+        monkeypatch.setattr(torch, "empty", spy("empty"))
+        monkeypatch.setattr(torch.Tensor, "new_empty", spy("new_empty"))
+        call(*args, backend="triton")
+    assert peak <= gib * 2**30 + 8 * 8 * 4  # and the scores
+    assert peak > gib * 2**30 / 4

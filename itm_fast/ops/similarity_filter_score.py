@@ -40,7 +40,7 @@ from ._op import Op, by_autograd
 from .similarity_filter import reference as filtered
 from .similarity_nodes import reference as make_nodes
 
-OFFERED = ("cpu", "torch", "reference")
+OFFERED = ("triton", "cpu", "torch", "reference")
 
 
 def reference(

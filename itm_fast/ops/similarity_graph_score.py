@@ -39,7 +39,7 @@ from ._op import Op, by_autograd
 from .similarity_graph import reference as graph
 from .similarity_nodes import reference as make_nodes
 
-OFFERED = ("cpu", "torch", "reference")
+OFFERED = ("triton", "cpu", "torch", "reference")
 
 
 def reference(

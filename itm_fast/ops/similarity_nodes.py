@@ -30,7 +30,7 @@ from . import _attention, _pair_score
 from ._op import Op, by_autograd
 from .cross_attention_similarity import reference as similarity
 
-OFFERED = ("cpu", "torch", "reference")
+OFFERED = ("triton", "cpu", "torch", "reference")
 
 
 def reference(
