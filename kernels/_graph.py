@@ -96,7 +96,7 @@ def _step(
         logits = tl.dot(asked.to(dtype), tl.trans(x), logits, input_precision=PRECISION)
 
     # A caption that holds no number keeps that to itself: where there is one, its nodes count as 0 in other sums.
-    spoiled = tl.sum(tl.sum(logits - logits, 1), 0) != 0
+    spoiled = tl.sum(logits - logits) != 0
     # Slots without a node are one caption of zeros, so no row is without keys.
     inside = tl.load(owner_ptr + query_slot)[:, None] == tl.load(owner_ptr + key_slot)[None, :]
     logits = tl.where(inside, logits, NEVER)

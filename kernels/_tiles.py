@@ -120,7 +120,7 @@ def node_tiles(dtype: torch.dtype, arch: int) -> tuple[int, ...]:
 def graph_step(dtype: torch.dtype, arch: int, nodes: int) -> Tile:
     """kernels/_graph.py: _step, for one of `node_tiles`."""
     if dtype != torch.float32:
-        warps = 8 if arch == 80 else 4
+        warps = 4 if arch == 90 else 8
         return _row(warps, 3, BLOCK_Q=64, BLOCK_N=nodes, BLOCK_C=32, BLOCK_K=64, BLOCK_O=256)  # untuned
     if nodes == 64:
         return _row(8, 2, BLOCK_Q=64, BLOCK_N=64, BLOCK_C=16, BLOCK_K=32, BLOCK_O=128)  # untuned
@@ -134,8 +134,8 @@ def graph_read(dtype: torch.dtype, arch: int) -> Tile:
 
 def graph_dense(dtype: torch.dtype, arch: int) -> Tile:
     """kernels/_graph.py: _dense."""
-    depth = 64 if dtype != torch.float32 else 16 if arch == 100 else 32
-    return _row(8, 3, BLOCK_P=64 if arch == 80 else 128, BLOCK_K=depth, BLOCK_O=128)  # untuned
+    depth = 32 if dtype == torch.float32 else 64
+    return _row(8, 3, BLOCK_P=128 if arch == 90 else 64, BLOCK_K=depth, BLOCK_O=128)  # untuned
 
 
 def graph_step_back(dtype: torch.dtype, arch: int, nodes: int) -> Tile:
