@@ -83,10 +83,10 @@ def _affinities(logits, norms, x, size, scale, NORM: tl.constexpr, CLIP: tl.cons
 
 
 @triton.jit
-def _weights(logits, norms, x, size, scale, m, z, NORM: tl.constexpr, CLIP: tl.constexpr, INVERSE: tl.constexpr):
-    """alpha of a tile, from the maximum m of its logits and the sum z of their exponentials."""
+def _weights(logits, norms, x, size, scale, m, NORM: tl.constexpr, CLIP: tl.constexpr, INVERSE: tl.constexpr):
+    """e of a tile, from the maximum m of its logits."""
     _, a = _affinities(logits, norms, x, size, scale, NORM, CLIP, INVERSE)
-    return tl.exp(a - m[:, None]) / z[:, None]
+    return tl.exp(a - m[:, None])
 
 
 @triton.jit
@@ -102,9 +102,9 @@ def _context_tile(context, x, d, size, D: tl.constexpr):
 
 
 @triton.jit
-def _poor(square, largest, real):
+def _poor(square, z, largest, real):
     """Where terms of size max |x|^2 have cancelled to less than a thousandth: three of float32's digits are gone."""
-    return (square < 1e-3 * largest) & real
+    return (square < 1e-3 * largest * z * z) & real
 
 
 @triton.jit
@@ -112,21 +112,21 @@ def _attend_tile(
     logits, norms, gram, ld, context, x, size, real, scale, NORM: tl.constexpr, CLIP: tl.constexpr,
     INVERSE: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A set that fits a tile: alpha, G alpha [BLOCK_Q, BLOCK_X], t and |P|^2."""
+    """A set that fits a tile: e, G e [BLOCK_Q, BLOCK_X], z, z t and z^2 |P|^2, with alpha = e / z."""
     s, a = _affinities(logits, norms, x, size, scale, NORM, CLIP, INVERSE)
     e = tl.exp(a - tl.max(a, 1)[:, None])
-    alpha = e / tl.sum(e, 1)[:, None]
-    product = tl.dot(alpha, _gram_tile(gram, x, x, size, ld), input_precision=PRECISION)
-    square = tl.sum(alpha * product, 1)
-    poor = _poor(square, tl.max(tl.load(gram + x * (ld + 1), mask=x < size, other=0.0), 0), real)
+    z = tl.sum(e, 1)
+    product = tl.dot(e, _gram_tile(gram, x, x, size, ld), input_precision=PRECISION)
+    square = tl.sum(e * product, 1)
+    poor = _poor(square, z, tl.max(tl.load(gram + x * (ld + 1), mask=x < size, other=0.0), 0), real)
     if tl.max(poor.to(tl.int32), 0) > 0:
         exact = tl.zeros_like(square)
         for d in range(0, D, BLOCK_D):
             v = _context_tile(context, x, d + tl.arange(0, BLOCK_D), size, D)
-            p = tl.dot(alpha, v, input_precision=PRECISION)
+            p = tl.dot(e, v, input_precision=PRECISION)
             exact += tl.sum(p * p, 1)
         square = tl.where(poor, exact, square)
-    return alpha, product, tl.sum(alpha * s, 1), square
+    return e, product, z, tl.sum(e * s, 1), square
 
 
 @triton.jit
@@ -135,7 +135,7 @@ def _attend_tiles(
     CLIP: tl.constexpr, INVERSE: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A larger set: t and |P|^2; alpha and G alpha are stored where the mode wants them."""
+    """A larger set: z, z t and z^2 |P|^2; what the mode wants of e, alpha and G alpha is stored."""
     m = tl.full((BLOCK_Q,), NEVER, tl.float32)
     z = tl.zeros((BLOCK_Q,), tl.float32)
     dot = tl.zeros((BLOCK_Q,), tl.float32)
@@ -152,31 +152,31 @@ def _attend_tiles(
     for i in range(0, size, BLOCK_X):
         product = tl.zeros((BLOCK_Q, BLOCK_X), tl.float32)
         for j in range(0, size, BLOCK_X):
-            alpha = _weights(logits, norms, j + x, size, scale, m, z, NORM, CLIP, INVERSE)
-            product = tl.dot(alpha, _gram_tile(gram, j + x, i + x, size, ld), product, input_precision=PRECISION)
-        alpha = _weights(logits, norms, i + x, size, scale, m, z, NORM, CLIP, INVERSE)
-        square += tl.sum(alpha * product, 1)
+            e = _weights(logits, norms, j + x, size, scale, m, NORM, CLIP, INVERSE)
+            product = tl.dot(e, _gram_tile(gram, j + x, i + x, size, ld), product, input_precision=PRECISION)
+        e = _weights(logits, norms, i + x, size, scale, m, NORM, CLIP, INVERSE)
+        square += tl.sum(e * product, 1)
         if MODE == "backward":
             inside = real[:, None] & (i + x < size)[None, :]
-            tl.store(alphas + (i + x)[None, :], alpha, mask=inside)
-            tl.store(products + (i + x)[None, :], product, mask=inside)
-    poor = _poor(square, largest, real)
+            tl.store(alphas + (i + x)[None, :], e / z[:, None], mask=inside)
+            tl.store(products + (i + x)[None, :], product / z[:, None], mask=inside)
+    poor = _poor(square, z, largest, real)
     if tl.max(poor.to(tl.int32), 0) > 0:
         exact = tl.zeros((BLOCK_Q,), tl.float32)
         for d in range(0, D, BLOCK_D):
             p = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
             for j in range(0, size, BLOCK_X):
-                alpha = _weights(logits, norms, j + x, size, scale, m, z, NORM, CLIP, INVERSE)
+                e = _weights(logits, norms, j + x, size, scale, m, NORM, CLIP, INVERSE)
                 v = _context_tile(context, j + x, d + tl.arange(0, BLOCK_D), size, D)
-                p = tl.dot(alpha, v, p, input_precision=PRECISION)
+                p = tl.dot(e, v, p, input_precision=PRECISION)
             exact += tl.sum(p * p, 1)
         square = tl.where(poor, exact, square)
     if MODE == "weights":
         for i in range(0, size, BLOCK_X):
-            alpha = _weights(logits, norms, i + x, size, scale, m, z, NORM, CLIP, INVERSE)
+            e = _weights(logits, norms, i + x, size, scale, m, NORM, CLIP, INVERSE)
             tl.debug_barrier()  # the affinities have been read
-            tl.store(alphas + (i + x)[None, :], alpha, mask=real[:, None] & (i + x < size)[None, :])
-    return dot / z, square
+            tl.store(alphas + (i + x)[None, :], e, mask=real[:, None] & (i + x < size)[None, :])
+    return z, dot, square
 
 
 @triton.jit(
@@ -193,8 +193,8 @@ def _attend(
 ):  # fmt: skip
     """One program: BLOCK_Q packed queries with one set of contexts. Grid: blocks of queries x sets.
 
-    MODE "score" gives r, "weights" alpha (in place of the affinities) and 1 / (|P| + eps), "backward" alpha, G alpha, t
-    and |P|^2.
+    MODE "score" gives r, "backward" alpha, G alpha, t and |P|^2, and "weights" e = z alpha, which is exp(0) at its
+    largest (in place of the affinities), and 1 / (z (|P| + eps)).
     """
     INVERSE: tl.constexpr = MODE != "backward"
     tile, b = tl.program_id(0) // sets, tl.program_id(0) % sets
@@ -213,18 +213,20 @@ def _attend(
     x = tl.arange(0, BLOCK_X)
 
     if WHOLE or size <= BLOCK_X:
-        alpha, product, dot, square = _attend_tile(
+        e, product, z, dot, square = _attend_tile(
             logits_ptr + corner + within, norms, gram, gram16 * 16, context, x, size, real, scale,
             NORM, CLIP, INVERSE, D, PRECISION, BLOCK_D,
         )  # fmt: skip
         if MODE != "score":
             tl.debug_barrier()  # the affinities have been read
             inside = real[:, None] & (x < size)[None, :]
-            tl.store(alpha_ptr + corner + within + x[None, :], alpha, mask=inside)
             if MODE == "backward":
-                tl.store(product_ptr + corner + within + x[None, :], product, mask=inside)
+                tl.store(alpha_ptr + corner + within + x[None, :], e / z[:, None], mask=inside)
+                tl.store(product_ptr + corner + within + x[None, :], product / z[:, None], mask=inside)
+            else:
+                tl.store(alpha_ptr + corner + within + x[None, :], e, mask=inside)
     else:
-        dot, square = _attend_tiles(
+        z, dot, square = _attend_tiles(
             logits_ptr + corner + within, norms, gram, gram16 * 16, context, x, size, real,
             alpha_ptr + corner + within, product_ptr + corner + within, scale,
             MODE, NORM, CLIP, INVERSE, D, PRECISION, BLOCK_Q, BLOCK_X, BLOCK_D,
@@ -232,13 +234,13 @@ def _attend(
 
     out = first.to(tl.int64) * (out16 * 16) + b + q * (out16 * 16)
     if MODE == "score":
-        length = tl.load(length_ptr + query_first + first + q) * tl.sqrt(square)
-        tl.store(out_ptr + out, dot / tl.maximum(length, EPS), mask=real)
+        length = tl.load(length_ptr + query_first + first + q) * (tl.sqrt(square) / z)
+        tl.store(out_ptr + out, dot / z / tl.maximum(length, EPS), mask=real)
     elif MODE == "weights":
-        tl.store(out_ptr + out, 1 / (tl.sqrt(square) + EPS), mask=real)
+        tl.store(out_ptr + out, 1 / (tl.sqrt(square) + EPS * z), mask=real)
     else:
-        tl.store(dot_ptr + out, dot, mask=real)
-        tl.store(out_ptr + out, square, mask=real)
+        tl.store(dot_ptr + out, dot / z, mask=real)
+        tl.store(out_ptr + out, square / (z * z), mask=real)
 
 
 # Floats that a query row takes with a row of contexts (its affinity, at worst as many norms), and with a set of them.
@@ -261,9 +263,9 @@ class Attended(NamedTuple):
     """What `attend` leaves of a piece, all float32.
 
     Attributes:
-        logits: [queries, leading(context rows)] affinities; alpha in mode "weights".
+        logits: [queries, leading(context rows)] affinities; e in mode "weights".
         norms: [query sets, leading(context rows)], or an empty tensor.
-        out: [queries, leading(context sets)] r, 1 / (|P| + eps) or |P|^2.
+        out: [queries, leading(context sets)] r, 1 / (z (|P| + eps)) or |P|^2.
         alpha, product: alpha and G alpha, like logits; "backward" only.
         dot: t, like out; "backward" only.
     """
@@ -317,7 +319,7 @@ def attend(
     out = empty(queries, sets)
     alpha, product = (torch.empty_like(logits), torch.empty_like(logits)) if backward else (logits, logits)
     dot = torch.empty_like(out) if backward else out
-    tile = _tiles.attend(rows.dtype, arch)
+    tile = _tiles.attend(rows.dtype, arch, backward)
     _attend[(_launch.blocks(queries, tile["BLOCK_Q"]) * sets,)](
         logits, norms, gram, context.rows, context.start, context.size, query.owner,
         out if lengths is None else lengths, alpha, product, dot, out,
@@ -365,4 +367,4 @@ def compilations(arch: int) -> Iterator[_tiles.Compilation]:
     for dtype, mode, norm, whole, rows in ways:
         types = f"*fp32 *fp32 *fp32 *{_tiles.NAMES[dtype]} *i32 *i32 *i32" + " *fp32" * 5 + " i32" * 9 + " fp32"
         constants = dict(norm._asdict(), MODE=mode, WHOLE=whole, D=1024, PRECISION=_tiles.exact(dtype), BLOCK_X=rows)
-        yield _tiles.Compilation(_attend, types, constants, _tiles.attend(dtype, arch))
+        yield _tiles.Compilation(_attend, types, constants, _tiles.attend(dtype, arch, mode == "backward"))

@@ -2,8 +2,8 @@
 
     u = alpha x / (|P| + eps),    y = W (u - q)^2 + b,    s = y / (|y| + eps)                   `project`
 
-One pass over D: u, the difference, its square and the product with W of a tile never leave the processor. alpha and
-1 / (|P| + eps) come from `_attention`. Queries lie packed, so a tile's rows are all real work; of the 64 rows of
+One pass over D: u, the difference, its square and the product with W of a tile never leave the processor. z alpha and
+1 / (z (|P| + eps)) come from `_attention`. Queries lie packed, so a tile's rows are all real work; of the 64 rows of
 contexts that the first, five times smaller product takes, 36 regions fill 56 %. The global rows of SGRAF, where one
 vector stands for all that is attended to, are the same pass with that vector for u.
 """

@@ -48,6 +48,31 @@ def test_gradients_of_many_pieces_are_those_of_one(op, direction, device, backen
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * largest)
 
 
+def cancelling(contexts, queries, D, direction):
+    """Contexts in opposite pairs, nearly orthogonal to all queries, so that P is a thousandth of them."""
+    lengths = (queries,) * 3 if direction == "i2t" else (8, 6, 8)
+    call, args = test_cross_attention_similarity.case(
+        3, lengths, contexts, D, 16, direction=direction, affinity_norm="none"
+    )
+    image, words = args[:2]
+    image[..., : D // 2] = 0
+    words[..., D // 2 :] = 0
+    context = image if direction == "t2i" else words
+    context[..., 1::2, :] = -context[..., ::2, :] + 1e-3 * context[..., 1::2, :]
+    return call, args
+
+
+@TRITON
+@over_directions
+@pytest.mark.parametrize("contexts", [8, 80], ids=["one-tile", "tiles"])
+def test_attended_vectors_that_cancel(contexts, direction, device, backend):
+    call, args = cancelling(contexts, 8 if contexts == 8 else 40, 48, direction)
+    args = placed(args, device, torch.float32)
+    # P is 1e-3 of x or less, so float32's rounding of x is 1e-4 of P; the Gram form alone would leave one digit of it.
+    exact = call(*(a.double() for a in args), "reference")
+    torch.testing.assert_close(call(*args, backend).double(), exact, rtol=0, atol=3e-4)
+
+
 @TRITON
 def test_opposite_regions_cancel_without_losing_the_score(device, backend):
     generator = torch.Generator().manual_seed(0)
