@@ -147,6 +147,25 @@ def unusable(package: str, task: str, images: int, captions: int) -> str | None:
         return str(died)
 
 
+def late_interaction(block: Block) -> Callable[[], Tensor]:
+    """MaxSim by late-interaction-kernels, for CUDA tensors."""
+    from late_interaction_kernels import maxsim_varlen
+
+    bounds = torch.arange(
+        0, block.images * block.regions + 1, block.regions, dtype=torch.int32, device=block.image.device
+    )
+    packed, longest = block.image.flatten(0, 1), max(block.lengths)
+    return lambda: maxsim_varlen(block.words, packed, block.cu_seqlens, bounds, longest, block.regions).t()
+
+
+def flash_maxsim(block: Block) -> Callable[[], Tensor]:
+    """MaxSim by flash-maxsim, for CUDA tensors."""
+    from flash_maxsim import flash_maxsim_batched
+
+    lengths = block.cu_seqlens.diff()
+    return lambda: flash_maxsim_batched(block.caption, block.image, query_lengths=lengths).t()
+
+
 def measure(task: str, images: int, captions: int, rounds: int, device: str) -> dict:
     """All contenders of one task."""
     block = Block(images, captions, TASKS[task], device)

@@ -343,8 +343,8 @@ def maxsim(D: int, sizes: Sizes) -> dict:
         calls: dict[str, Callable[[], Callable[[], Tensor]]] = {
             "one matrix product": lambda: exact,
             "itm-fast": lambda: bench_maxsim.ours(block, task, OURS),
-            "late-interaction-kernels": lambda: _late_interaction(block),
-            "flash-maxsim": lambda: _flash_maxsim(block),
+            "late-interaction-kernels": lambda: bench_maxsim.late_interaction(block),
+            "flash-maxsim": lambda: bench_maxsim.flash_maxsim(block),
         }
         few = min(64, block.captions)
         want = bench_maxsim.Block(block.images, few, D, DEVICE)
@@ -360,21 +360,6 @@ def maxsim(D: int, sizes: Sizes) -> dict:
             except Exception as error:
                 found[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
     return {"images": block.images, "captions": block.captions, "needed_flops": block.flops(task), "rows": found}
-
-
-def _late_interaction(block: bench_maxsim.Block) -> Callable[[], Tensor]:
-    from late_interaction_kernels import maxsim_varlen
-
-    bounds = torch.arange(0, block.images * block.regions + 1, block.regions, dtype=torch.int32, device=DEVICE)
-    packed, longest = block.image.flatten(0, 1), max(block.lengths)
-    return lambda: maxsim_varlen(block.words, packed, block.cu_seqlens, bounds, longest, block.regions).t()
-
-
-def _flash_maxsim(block: bench_maxsim.Block) -> Callable[[], Tensor]:
-    from flash_maxsim import flash_maxsim_batched
-
-    lengths = block.cu_seqlens.diff()
-    return lambda: flash_maxsim_batched(block.caption, block.image, query_lengths=lengths).t()
 
 
 def precision_step(rows: Rows, sizes: Sizes) -> None:
