@@ -319,7 +319,7 @@ def attend(
     out = empty(queries, sets)
     alpha, product = (torch.empty_like(logits), torch.empty_like(logits)) if backward else (logits, logits)
     dot = torch.empty_like(out) if backward else out
-    tile = _tiles.attend(rows.dtype, arch, backward)
+    tile = _tiles.attend(rows.dtype, arch, backward, context.whole)
     _attend[(_launch.blocks(queries, tile["BLOCK_Q"]) * sets,)](
         logits, norms, gram, context.rows, context.start, context.size, query.owner,
         out if lengths is None else lengths, alpha, product, dot, out,
@@ -367,4 +367,5 @@ def compilations(arch: int) -> Iterator[_tiles.Compilation]:
     for dtype, mode, norm, whole, rows in ways:
         types = f"*fp32 *fp32 *fp32 *{_tiles.NAMES[dtype]} *i32 *i32 *i32" + " *fp32" * 5 + " i32" * 9 + " fp32"
         constants = dict(norm._asdict(), MODE=mode, WHOLE=whole, D=1024, PRECISION=_tiles.exact(dtype), BLOCK_X=rows)
-        yield _tiles.Compilation(_attend, types, constants, _tiles.attend(dtype, arch, mode == "backward"))
+        tile = _tiles.attend(dtype, arch, mode == "backward", whole)
+        yield _tiles.Compilation(_attend, types, constants, tile)

@@ -86,9 +86,9 @@ def query_norms(dtype: torch.dtype, arch: int) -> Tile:
     return _row(4, 2, SETS=4, BLOCK_Q=16, BLOCK_X=64)  # untuned
 
 
-def attend(dtype: torch.dtype, arch: int, backward: bool) -> Tile:
-    """kernels/_attention.py: _attend."""
-    if dtype == torch.float32 and (arch == 80 or backward):
+def attend(dtype: torch.dtype, arch: int, backward: bool, whole: bool) -> Tile:
+    """kernels/_attention.py: _attend. whole: whether every set of contexts fits a tile."""
+    if arch == 80 or (dtype == torch.float32 and (backward or not whole)):
         return _row(8, 1, BLOCK_Q=32, BLOCK_D=16)  # untuned
     return _row(8, 1, BLOCK_Q=64, BLOCK_D=32)  # untuned
 
