@@ -119,7 +119,7 @@ def _attend_tile(
     product = tl.dot(e, _gram_tile(gram, x, x, size, ld), input_precision=PRECISION)
     square = tl.sum(e * product, 1)
     poor = _poor(square, z, tl.max(tl.load(gram + x * (ld + 1), mask=x < size, other=0.0), 0), real)
-    if tl.max(poor.to(tl.int32), 0) > 0:
+    if tl.max(poor[:, None].to(tl.int32)) > 0:
         exact = tl.zeros_like(square)
         for d in range(0, D, BLOCK_D):
             v = _context_tile(context, x, d + tl.arange(0, BLOCK_D), size, D)
@@ -161,7 +161,7 @@ def _attend_tiles(
             tl.store(alphas + (i + x)[None, :], e / z[:, None], mask=inside)
             tl.store(products + (i + x)[None, :], product / z[:, None], mask=inside)
     poor = _poor(square, z, largest, real)
-    if tl.max(poor.to(tl.int32), 0) > 0:
+    if tl.max(poor[:, None].to(tl.int32)) > 0:
         exact = tl.zeros((BLOCK_Q,), tl.float32)
         for d in range(0, D, BLOCK_D):
             p = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)

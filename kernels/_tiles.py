@@ -88,6 +88,8 @@ def query_norms(dtype: torch.dtype, arch: int) -> Tile:
 
 def attend(dtype: torch.dtype, arch: int, backward: bool, whole: bool) -> Tile:
     """kernels/_attention.py: _attend. whole: whether every set of contexts fits a tile."""
+    if dtype == torch.float32 and backward and not whole:
+        return _row(8, 1, BLOCK_Q=16, BLOCK_D=16)  # untuned
     if arch == 80 or (dtype == torch.float32 and (backward or not whole)):
         return _row(8, 1, BLOCK_Q=32, BLOCK_D=16)  # untuned
     return _row(8, 1, BLOCK_Q=64, BLOCK_D=32)  # untuned
