@@ -170,7 +170,9 @@ def project(
     queries, sets = piece.q.stop - piece.q.start, piece.contexts.stop - piece.contexts.start
     backward = gradient is not None
     arch = _launch.arch(rows.device)
-    tile, constants = _constants(rows.dtype, arch, precision, backward, S, context.whole, context.tile)
+    tile, constants = _constants(
+        rows.dtype, arch, precision, backward, attended is None, S, context.whole, context.tile
+    )
     alpha, inverse = out, out
     if attended is not None:
         alpha, inverse = (attended.alpha if backward else attended.logits), attended.out
@@ -184,12 +186,13 @@ def project(
     )  # fmt: skip
 
 
-def _constants(dtype, arch, precision, backward, S, whole, rows):
+def _constants(dtype, arch, precision, backward, overall, S, whole, rows):
     """The tile, and the constants that follow from it."""
-    tile = _tiles.project(dtype, arch, precision, backward, S)
-    held = tile.pop("HELD")
+    tile = _tiles.project(dtype, arch, precision, backward, overall, S)
+    chunk = tile.pop("CHUNK")
     tile["BLOCK_S"] = min(tile["BLOCK_S"], _launch.power_of_two(S))
-    whole, rows = (whole, rows) if held else (False, min(_launch.WORDS, rows))
+    if chunk:
+        whole, rows = False, min(chunk, rows)
     return tile, dict(S=S, WHOLE=whole, BACKWARD=backward, PRECISION=precision, BLOCK_X=rows)
 
 
@@ -207,7 +210,7 @@ def compilations(arch: int) -> Iterator[_tiles.Compilation]:
                 types = f"{alpha} {alpha} *{t} *{t} *{t} *{t} *i32 *i32 *i32 *i32 *i32 *i64 *{t} "
                 types += ("*fp32" if backward else f"*{t}") + " i32" * 10
                 rows = _launch.REGIONS if images else _launch.WORDS
-                tile, constants = _constants(dtype, arch, precision, backward, S, images, rows)
+                tile, constants = _constants(dtype, arch, precision, backward, overall, S, images, rows)
                 yield _tiles.Compilation(
                     _project, types, dict(constants, D=1024, GLOBAL=overall), tile, products=not backward
                 )

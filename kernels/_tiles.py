@@ -103,15 +103,17 @@ def pool(dtype: torch.dtype, arch: int) -> Tile:
 PIECE = 32 << 20  # pairs of rows whose affinities lie in the workspace at a time; untuned
 
 
-def project(dtype: torch.dtype, arch: int, precision: str, backward: bool, S: int) -> Tile:
-    """kernels/_projection.py: _project. HELD: whether weights of a set that fits a tile stay in registers."""
+def project(dtype: torch.dtype, arch: int, precision: str, backward: bool, overall: bool, S: int) -> Tile:
+    """kernels/_projection.py: _project. CHUNK: rows of contexts whose weights each step reads; 0: all are held."""
     if backward:
-        return _row(8, 2, BLOCK_Q=32, BLOCK_K=32, BLOCK_S=256, HELD=True)  # untuned
+        return _row(8, 2, BLOCK_Q=32, BLOCK_K=32, BLOCK_S=256, CHUNK=0)  # untuned
     if precision == "tf32x3":
-        return _row(8, 2, BLOCK_Q=64, BLOCK_K=16, BLOCK_S=256, HELD=False)  # untuned
-    if arch == 80 or S > 256:
-        return _row(8, 2, BLOCK_Q=64, BLOCK_K=32, BLOCK_S=256, HELD=True)  # untuned
-    return _row(8, 2, BLOCK_Q=128, BLOCK_K=32, BLOCK_S=256, HELD=True)  # untuned
+        return _row(8, 1, BLOCK_Q=64, BLOCK_K=16, BLOCK_S=256, CHUNK=16)  # untuned
+    if arch == 80 or S > 256 or (dtype == torch.float32 and overall):
+        return _row(8, 2, BLOCK_Q=64, BLOCK_K=32, BLOCK_S=256, CHUNK=0)  # untuned
+    if arch == 90 and dtype == torch.float32:
+        return _row(8, 2, BLOCK_Q=128, BLOCK_K=32, BLOCK_S=256, CHUNK=32)  # untuned
+    return _row(8, 2, BLOCK_Q=128, BLOCK_K=32, BLOCK_S=256, CHUNK=0)  # untuned
 
 
 def node_tiles(dtype: torch.dtype, arch: int) -> tuple[int, ...]:
