@@ -10,6 +10,18 @@ from torch import Tensor
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
+def matmul_precision() -> str:
+    """What float32 matrix products may be made of, in torch's words: "highest", "high" (TF32) or "medium" (bfloat16).
+
+    torch refuses to tell once its newer switches, torch.backends.*.fp32_precision, have been set; TF32 is then what the
+    one for CUDA's matrix products says.
+    """
+    try:
+        return torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
+
+
 class Arguments:
     """Checks an op's tensors against letters such as "I R D"; a letter must mean one size throughout.
 

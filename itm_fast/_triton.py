@@ -14,6 +14,8 @@ import threading
 
 import torch
 
+from ._checks import matmul_precision
+
 LEAST = (8, 0)  # compute capability: bfloat16 and TF32 products, asynchronous copies
 _TRUE = ("1", "true", "yes", "on", "y")  # as Triton reads its own switches
 _verdicts: dict[tuple, str | None] = {}
@@ -71,10 +73,15 @@ def put_aside(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if getattr(_thread, "checks", False) or interpreted() or _capturing(device):
         return None
     index = torch.cuda.current_device() if device.index is None and device.type == "cuda" else device.index
-    precision = torch.get_float32_matmul_precision() if dtype == torch.float32 else None
+    precision = matmul_precision() if dtype == torch.float32 else None
     backward = torch.is_grad_enabled()
     whole, results_alone = ((op, device.type, index, dtype, precision, with_it) for with_it in (True, False))
     key = whole if backward else results_alone
+    for known in (whole, key):
+        if known in _verdicts:
+            return _verdicts[known]
+    if torch._C._current_graph_task_id() != -1:
+        return None  # a backward pass recomputes: the check's own would wait for the thread that it holds up here
     with _lock:
         for known in (whole, key):
             if known in _verdicts:

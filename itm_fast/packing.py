@@ -49,8 +49,8 @@ def pack(caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tens
         raise ValueError(f"pack: lengths must be [T] with T = {T} captions, got {list(length.shape)}")
     if T and not (int(length.min()) >= 1 and int(length.max()) <= W):
         raise ValueError(f"pack: lengths must lie in 1..{W} (W), got {int(length.min())}..{int(length.max())}")
-    real = (torch.arange(W)[None, :] < length[:, None]).to(caption.device)
-    cu_seqlens = torch.zeros(T + 1, dtype=torch.int32)
+    real = (torch.arange(W, device=length.device)[None, :] < length[:, None]).to(caption.device)
+    cu_seqlens = torch.zeros(T + 1, dtype=torch.int32, device=length.device)
     cu_seqlens[1:] = length.cumsum(0)
     return caption[real], cu_seqlens.to(caption.device)
 

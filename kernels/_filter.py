@@ -241,7 +241,7 @@ def significances(given: Parameters, nodes: Tensor, rows: slice) -> Tensor:
     """a [I, rows] float32 of nodes [I, M, S]."""
     (I, M, S), count = nodes.shape, rows.stop - rows.start
     tile = _tiles.filter_significances(nodes.dtype, _launch.arch(nodes.device))
-    a = torch.empty(I, count, device=nodes.device)
+    a = torch.empty(I, count, dtype=torch.float32, device=nodes.device)
     blocks = _launch.blocks(count, tile["BLOCK_R"])
     _significances[(I * blocks,)](
         nodes, given.weight, given.bias, a, blocks, count, M, rows.start, S=S, PADDED=_launch.power_of_two(S), **tile
@@ -255,7 +255,7 @@ def moments(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Of captions whose rows of all images are a [I, rows]: mean and variance of a, or means of d h and a^ d h."""
     tile = _tiles.filter_moments(a.dtype, _launch.arch(a.device))
-    one, two = (torch.empty(captions.stop - captions.start, device=a.device) for _ in range(2))
+    one, two = (torch.empty(captions.stop - captions.start, dtype=torch.float32, device=a.device) for _ in range(2))
     _moments[(len(one),)](
         a, a if h is None else h, start, one if mean is None else mean, one if var is None else var, one, two,
         captions.start, *a.shape, origin, eps, BACKWARD=h is not None, **tile,
@@ -293,7 +293,7 @@ def backward(
     """Of captions of some images: fills their part of d_nodes, and gives the parameters' gradients [S + 3], float64."""
     (_, M, S), (groups, tile) = nodes.shape, _groups(nodes, captions)
     programs = (images.stop - images.start) * groups
-    part = torch.empty(programs, S + 3, device=nodes.device)
+    part = torch.empty(programs, S + 3, dtype=torch.float32, device=nodes.device)
     _filter_back[(programs,)](
         nodes, *given, start, grad, given.bias, *means, d_nodes, part,
         groups, captions.start, captions.stop, grad.shape[1], images.start, M, 0, 0, eps,

@@ -268,7 +268,7 @@ def step(k: int, weights: Folded, x: Rows, y: Rows, block: Block) -> None:
 
 def ask(weights: Folded, x: Rows, block: Block) -> Tensor:
     """What the first nodes ask in the last step: [images, captions, S] float32."""
-    y = torch.empty(block.images, block.captions, weights.ask.shape[2], device=x.data.device)
+    y = torch.empty(block.images, block.captions, weights.ask.shape[2], dtype=torch.float32, device=x.data.device)
     to = Rows(y, 0, block.captions, block.window.captions.start)
     dense(x, weights.ask[-1], weights.shift[-1], to, block, FIRST_NODES=True)
     return y

@@ -217,7 +217,7 @@ class Walk:
         y = torch.addmm(weights.shift[k].to(x.dtype), rows, weights.ask[k].t())
         dz = dh.view(-1, S) @ weights.value[k]
         z, dy, dx = (torch.empty_like(rows) for _ in range(3))
-        statistics = [torch.empty(len(rows), device=x.device) for _ in range(3)]
+        statistics = [torch.empty(len(rows), dtype=torch.float32, device=x.device) for _ in range(3)]
         for tiles in block.window.tiles:
             tile = _tiles.graph_step_back(x.dtype, arch, tiles.size)
             grid = (block.images * tiles.number * (tiles.size // tile["BLOCK_M"]),)

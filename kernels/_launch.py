@@ -100,7 +100,7 @@ def regions(op: str, image: Tensor, region_lengths: Tensor | None) -> Sets:
         count = torch.full((I,), R, dtype=torch.int32, device=device)
     else:
         kept(region_lengths, ("regions", R), lambda: _check_counts(op, region_lengths.tolist(), R))
-        count = region_lengths.to(torch.int32)
+        count = aligned(region_lengths.to(torch.int32))
     tile = min(REGIONS, power_of_two(R))
     owner = torch.arange(I * R, dtype=torch.int32, device=device).div_(R, rounding_mode="floor")
     return Sets(aligned(image).view(I * R, D), start, count, owner, list(range(0, I * R + 1, R)), R, tile, tile >= R)
@@ -114,7 +114,7 @@ def _check_counts(op: str, counts: list[int], R: int) -> None:
 
 def captions(words: Tensor, cu_seqlens: Tensor, edge: list[int]) -> Sets:
     """Packed words [N, D] as sets of words; `edge` is cu_seqlens on the host."""
-    cut = cu_seqlens.to(torch.int32)
+    cut = aligned(cu_seqlens.to(torch.int32))
     count = cut.diff()
     index = torch.arange(len(count), dtype=torch.int32, device=words.device)
     owner = index.repeat_interleave(count, output_size=len(words))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from itm_fast._workspace import scratch_bytes
+from itm_fast._workspace import current_gib, scratch_bytes, workspace
 from itm_fast.packing import node_bounds, spans
 
 
@@ -27,29 +27,30 @@ def backward(
     """
     total = [torch.zeros_like(x, dtype=torch.float32) if n else None for x, n in zip(tensors, needs, strict=True)]
     I, M, S = len(tensors[0]), len(tensors[2]) + len(tensors[3]), len(tensors[4])
-    # The nodes and their gradients take half of the scratch, and the ops bound their own by all of it.
+    # The nodes and their gradients take half of the scratch, and the ops that run on them the other.
     most = scratch_bytes(grad.device) // max(4 * M * S * grad.element_size(), 1)
-    for images in spans(I, max(1, most)):
-        inputs = [tensors[0][images], tensors[1][images], *tensors[2:8]]
-        rest = cu_seqlens, None if region_lengths is None else region_lengths[images], scale
-        nodes, empty = torch.ops.itm_fast.similarity_nodes.default(*inputs, *rest, "triton")
-        with torch.enable_grad():
-            leaf = nodes.detach().requires_grad_()
-            parameters = [x.detach().requires_grad_(n) for x, n in zip(tensors[8:], needs[8:], strict=True)]
-            z = head(leaf, node_bounds(cu_seqlens), *parameters[:-2])
-            result = (z @ parameters[-2] + parameters[-1]).sigmoid()
-        leaves = [leaf, *(x for x in parameters if x.requires_grad)]
-        d_nodes, *d_head = torch.autograd.grad(result, leaves, grad[images])
-        del result, z
-        d_inputs = []
-        if any(needs[:8]):
-            d_inputs = torch.ops.itm_fast.similarity_nodes_backward.default(
-                d_nodes, needs[:8], *inputs, *rest, [nodes, empty], "triton"
-            )
-        found = iter([*d_inputs, *d_head])
-        for k, whole in enumerate(total):
-            if whole is not None:
-                (whole[images] if k < 2 else whole).add_(next(found))
+    with workspace(current_gib() / 2):
+        for images in spans(I, max(1, most)):
+            inputs = [tensors[0][images], tensors[1][images], *tensors[2:8]]
+            rest = cu_seqlens, None if region_lengths is None else region_lengths[images], scale
+            nodes, empty = torch.ops.itm_fast.similarity_nodes.default(*inputs, *rest, "triton")
+            with torch.enable_grad():
+                leaf = nodes.detach().requires_grad_()
+                parameters = [x.detach().requires_grad_(n) for x, n in zip(tensors[8:], needs[8:], strict=True)]
+                z = head(leaf, node_bounds(cu_seqlens), *parameters[:-2])
+                result = (z @ parameters[-2] + parameters[-1]).sigmoid()
+            leaves = [leaf, *(x for x in parameters if x.requires_grad)]
+            d_nodes, *d_head = torch.autograd.grad(result, leaves, grad[images])
+            del result, z
+            d_inputs = []
+            if any(needs[:8]):
+                d_inputs = torch.ops.itm_fast.similarity_nodes_backward.default(
+                    d_nodes, needs[:8], *inputs, *rest, [nodes, empty], "triton"
+                )
+            found = iter([*d_inputs, *d_head])
+            for k, whole in enumerate(total):
+                if whole is not None:
+                    (whole[images] if k < 2 else whole).add_(next(found))
     return [x for x in total if x is not None]
 
 

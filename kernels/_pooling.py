@@ -20,7 +20,10 @@ from ._attention_backward import coefficients
 from ._tl import EPS, NEVER
 
 
-@triton.jit(do_not_specialize=["set_first", "sets", "row_first", "columns", "in16", "stride_b", "stride_c"])
+@triton.jit(
+    do_not_specialize=["set_first", "sets", "row_first", "columns", "in16", "stride_b", "stride_c"],
+    do_not_specialize_on_alignment=["out_ptr"],  # a part of all scores begins anywhere
+)
 def _pool(
     r_ptr, start_ptr, size_ptr, out_ptr, set_first, sets, row_first, columns, in16, stride_b, stride_c, pool_scale,
     POOL: tl.constexpr, SETS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_B: tl.constexpr,
@@ -76,7 +79,10 @@ def _cosine(dot_ptr, square_ptr, at, inside, length):
     return dot, square, c, tl.where(inside, dot / tl.maximum(c, EPS), NEVER)
 
 
-@triton.jit(do_not_specialize=["set_first", "sets", "row_first", "columns", "in16", "stride_b", "stride_c"])
+@triton.jit(
+    do_not_specialize=["set_first", "sets", "row_first", "columns", "in16", "stride_b", "stride_c"],
+    do_not_specialize_on_alignment=["grad_ptr"],  # a part of all scores begins anywhere
+)
 def _pool_backward(
     dot_ptr, square_ptr, length_ptr, start_ptr, size_ptr, grad_ptr, w0_ptr, w1_ptr, w2_ptr, wq_ptr,
     set_first, sets, row_first, columns, in16, stride_b, stride_c, pool_scale,

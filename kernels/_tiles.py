@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from itm_fast._checks import matmul_precision
+
 Tile = dict[str, int]  # a kernel's constants and Triton's options
 
 # dtype -> Triton's name of it. float64 has no tensor-core path and is left to the other backends.
@@ -40,7 +42,7 @@ def products(dtype: torch.dtype) -> str:
 
     Half-precision operands are multiplied as they are, whatever this says.
     """
-    if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest":
+    if dtype != torch.float32 or matmul_precision() != "highest":
         return "tf32"
     return "tf32x3"
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from itm_fast._workspace import scratch_bytes
+from itm_fast._workspace import current_gib, scratch_bytes, workspace
 from itm_fast.packing import bounds, node_bounds, spans
 
 from . import _graph, _launch
@@ -37,13 +37,15 @@ def backward(grad: Tensor, needs: list[bool], *args, results: Sequence[Tensor] =
     image, image_global, words, caption_global, *_ = tensors
     (I, _, D), T, N, S = image.shape, len(caption_global), len(words), grad.shape[2]
     total = [torch.zeros_like(x, dtype=torch.float32) if n else None for x, n in zip(tensors, needs)]
-    with _launch.on(image.device):
+    # One half of the scratch is for a block's own rows, the other for the op that takes the words' ones.
+    limit = scratch_bytes(grad.device) // 2
+    with _launch.on(image.device), workspace(current_gib() / 2):
         edge = node_bounds(cu_seqlens)
         first = edge[:-1].long()
         inside = _launch.captions(words, cu_seqlens, bounds(cu_seqlens, N, OP)).owner.long() + 1
         inside += torch.arange(N, device=grad.device)
         each = N * S * grad.element_size() + 16 * T * D
-        for images in spans(I, max(1, scratch_bytes(grad.device) // max(1, each))):
+        for images in spans(I, max(1, limit // max(1, each))):
             d_nodes = grad[images]
             local = [k for k in (0, 2, 4, 5) if needs[k]]
             if local:

@@ -148,3 +148,15 @@ def test_counts_of_regions_beyond_the_images_are_refused(device, backend):
             itm_fast.cross_attention_score(
                 image, words, cu_seqlens, region_lengths=torch.tensor(counts, device=device), backend=backend
             )
+
+
+@TRITON
+def test_lengths_that_are_not_contiguous(device, backend):
+    wide = torch.tensor([[0, 9], [2, 9], [5, 9]], dtype=torch.int32, device=device)
+    image, words = torch.randn(2, 3, 16, device=device), torch.randn(5, 16, device=device)
+    counts = torch.tensor(2, dtype=torch.int32, device=device).expand(2)
+    found, want = (
+        itm_fast.cross_attention_score(image, words, wide[:, 0], region_lengths=counts, backend=name)
+        for name in (backend, "reference")
+    )
+    torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)

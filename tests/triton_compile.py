@@ -29,8 +29,10 @@ def compile_row(row, arch: int) -> dict:
     types = row.types.split()
     assert len(names) == len(types), f"{kernel.__name__}: {len(types)} types for {names}"
     kinds = dict(zip(names, types))
-    # As at run time, where _launch.aligned sees to it: every tensor starts at a multiple of 16 bytes.
-    attrs = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n, t in kinds.items() if t.startswith("*")}
+    # As at run time, where _launch.aligned sees to it: a tensor starts at a multiple of 16 bytes, but for parts of one.
+    anywhere = {p.name for p in kernel.params if p.do_not_specialize_on_alignment}
+    pointers = [n for n, t in kinds.items() if t.startswith("*") and n not in anywhere]
+    attrs = {(kernel.arg_names.index(n),): [["tt.divisibility", 16]] for n in pointers}
     source = ASTSource(kernel, {n: kinds.get(n, "constexpr") for n in kernel.arg_names}, constants, attrs)
     done = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, stack = resources(done.asm["cubin"])

@@ -137,6 +137,8 @@ struct Coefficients {
       store(p + i, own);
       store(rest + i, gamma - own);
     }
+    clear(p, side);
+    clear(rest, side);
   }
   // What a context vector finds among n rows (5), from its products with them.
   void found(const T* of, const Item<T>& side, T square, T* weights) {
@@ -144,6 +146,11 @@ struct Coefficients {
     for (int64_t i = 0; i < side.n; i += LANES<T>)
       store(weights + i, load(of + i) / max<T>(load(side.norm() + i) * length, splat(T(EPS))));
     softmax(weights, side.n);
+    clear(weights, side);
+  }
+  // Beyond the vectors that were written, up to what products read: an earlier pair's values, and a NaN times 0 is NaN.
+  static void clear(T* values, const Item<T>& side) {
+    for (int64_t i = round_up(side.n, LANES<T>); i < side.ld; ++i) values[i] = T(0);
   }
 
   // The pair's score; `poor` tells that a vector has to be formed for it. A and C: [image.n][caption.ld], zeros beyond

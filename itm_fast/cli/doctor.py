@@ -18,6 +18,7 @@ import torch
 import itm_fast
 
 from .. import _backends, _native, _triton, testing
+from .._checks import matmul_precision
 from ..testing.examples import outcome
 
 HELP = """Show versions, devices, which backend each operation uses here and why the others cannot run, and
@@ -93,7 +94,7 @@ def examine() -> dict[str, Any]:
             "instruction set": torch.backends.cpu.get_cpu_capability(),
             "MKL": torch.backends.mkl.is_available(),
             "oneDNN": torch.backends.mkldnn.is_available(),
-            "float32 matrix products": torch.get_float32_matmul_precision(),
+            "float32 matrix products": matmul_precision(),
         },
         "native": _kernels(),
         "devices": devices,

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from .._backends import requested, resolve
+from .._checks import matmul_precision
 from .._files import atomic_write
 from .encoding import device_of, embed, encode, evaluation_mode
 from .memory import GB, MemoryPlan, plan
@@ -198,7 +199,7 @@ def _settings(
         "threads": torch.get_num_threads(),
         "backend_asked": requested(),
         "backend": resolve("cross_attention_score", None, device),
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "float32_matmul_precision": matmul_precision(),
         "images": plans[0].images,
         "captions": plans[0].captions,
         "folds": folds,

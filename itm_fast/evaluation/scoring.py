@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._backends import requested
+from .._checks import matmul_precision
 from .._workspace import GIB, workspace
 from .encoding import Encoded, evaluation_mode, weights_checksum, word_rows
 from .memory import CHUNK, MemoryPlan, plan
@@ -281,5 +282,5 @@ def _settings(device: torch.device) -> dict[str, str]:
     return {
         "backend": requested(),
         "device type": device.type,
-        "float32 matmul precision": torch.get_float32_matmul_precision(),
+        "float32 matmul precision": matmul_precision(),
     }

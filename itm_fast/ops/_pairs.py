@@ -16,6 +16,7 @@ from .._checks import work_dtype
 from ..packing import spans
 
 IMAGES = 4  # taken at a time: with more, more pairs without a gradient come along; with fewer, the calls cost more
+GPU_IMAGES = 64  # there a call costs more than pairs without a gradient; untuned
 SPARSE = 8  # one pair in so many has a gradient at most, or all are taken at once
 
 
@@ -32,12 +33,14 @@ def backward(
         needs: which of the differentiable arguments, the first ones, want a gradient.
         args: the op's arguments.
     """
-    if grad.count_nonzero() * SPARSE > grad.numel():
+    gpu = grad.device.type == "cuda"
+    # A captured CUDA graph is the same for any gradient.
+    if (gpu and torch.cuda.is_current_stream_capturing()) or grad.count_nonzero() * SPARSE > grad.numel():
         return dense(grad, needs, *args)
     cu_seqlens = args[axes.index("E")]
     start, length = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     total = [torch.zeros_like(a, dtype=work_dtype(a)) if n else None for a, n in zip(args, needs)]
-    for images in spans(len(grad), IMAGES):
+    for images in spans(len(grad), GPU_IMAGES if gpu else IMAGES):
         captions = grad[images].ne(0).any(0).nonzero().flatten()
         if not len(captions):
             continue

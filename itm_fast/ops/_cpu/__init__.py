@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..._checks import matmul_precision
 from ...packing import bounds
 from .. import _attention
 
@@ -11,7 +12,7 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 
 def bfloat16_products(dtype: torch.dtype) -> bool:
     """Whether products may multiply bfloat16 values: bfloat16 inputs, or float32 ones where torch may do it too."""
-    medium = torch.get_float32_matmul_precision() == "medium"
+    medium = matmul_precision() == "medium"
     return dtype == torch.bfloat16 or (dtype == torch.float32 and medium)
 
 

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..._checks import matmul_precision
+
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Rows [n, K], weight [S, K] and bias [S] -> [n, S], as torch.nn.functional.linear."""
@@ -29,5 +31,5 @@ def _onednn(x: Tensor) -> bool:
         and len(x) > 0
         and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and torch.get_float32_matmul_precision() == "highest"  # F.linear may multiply in bfloat16 where that is allowed
+        and matmul_precision() == "highest"  # F.linear may multiply in bfloat16 where that is allowed
     )
