@@ -135,7 +135,7 @@ def graph_step(dtype: torch.dtype, arch: int, nodes: int) -> Tile:
 
 def graph_read(dtype: torch.dtype, arch: int) -> Tile:
     """kernels/_graph.py: _read; kernels/_graph_backward.py: _read_back."""
-    return _row(4, 2, CAPTIONS=8, BLOCK_R=8)  # untuned
+    return _row(8 if arch == 80 else 4, 2, CAPTIONS=8, BLOCK_R=8)  # untuned
 
 
 def graph_dense(dtype: torch.dtype, arch: int) -> Tile:
@@ -156,7 +156,7 @@ def graph_step_back(dtype: torch.dtype, arch: int, nodes: int) -> Tile:
 
 def filtered(dtype: torch.dtype, arch: int) -> Tile:
     """kernels/_filter.py: _filter."""
-    return _row(4, 2, CAPTIONS=8, BLOCK_R=8)  # untuned
+    return _row(8 if arch == 80 else 4, 2, CAPTIONS=8, BLOCK_R=8)  # untuned
 
 
 def filter_significances(dtype: torch.dtype, arch: int) -> Tile:
@@ -171,7 +171,7 @@ def filter_moments(dtype: torch.dtype, arch: int) -> Tile:
 
 def filter_back(dtype: torch.dtype, arch: int) -> Tile:
     """kernels/_filter.py: _filter_back."""
-    return _row(4, 2, CAPTIONS=8, BLOCK_R=8)  # untuned
+    return _row(8 if arch == 80 else 4, 2, CAPTIONS=8, BLOCK_R=8)  # untuned
 
 
 def pool_backward(dtype: torch.dtype, arch: int) -> Tile:
