@@ -14,23 +14,13 @@ from torch import Tensor, nn
 
 from .._workspace import scratch_bytes
 from ..nn import State, xavier_
-from ..ops._torch._linear import linear
 from ..packing import bounds, spans
 from ._common import PaddedScorer, l2norm, sums
 
 
-class _Linear(nn.Linear):
-    """nn.Linear by the faster of torch's two libraries."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
-        return linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias).reshape(*x.shape[:-1], self.out_features)
-
-
 def _embedding(embed_dim: int, channels: int, dropout_rate: float) -> nn.Sequential:
     norm = [nn.BatchNorm1d(channels)] if channels else []
-    return nn.Sequential(_Linear(embed_dim, embed_dim), *norm, nn.Tanh(), nn.Dropout(dropout_rate))
+    return nn.Sequential(nn.Linear(embed_dim, embed_dim), *norm, nn.Tanh(), nn.Dropout(dropout_rate))
 
 
 class _SelfAttention(nn.Module):
