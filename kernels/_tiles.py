@@ -156,7 +156,7 @@ def graph_step_back(dtype: torch.dtype, arch: int, nodes: int) -> Tile:
 
 def filtered(dtype: torch.dtype, arch: int) -> Tile:
     """kernels/_filter.py: _filter."""
-    return _row(8 if arch == 80 else 4, 2, CAPTIONS=8, BLOCK_R=8)  # untuned
+    return _row(4, 2, CAPTIONS=8, BLOCK_R=8)  # untuned
 
 
 def filter_significances(dtype: torch.dtype, arch: int) -> Tile:

@@ -80,9 +80,12 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
   const int64_t slot_bytes = 3 * chunk_bytes + (S + context_rows) * D * int64_t(sizeof(T));
   const int64_t slots = std::max<int64_t>(1, least(MOST_SLOTS, SLOT_BYTES / (slot_bytes + 1)));
   std::vector<SimilaritySums<T>> sums, global_sums;
-  // A chunk is one thread's: few queries are cut into eight, so that threads share them.
-  const int64_t eighth = round_up(queries.edge.back() / 8 + 1, TILE_COLUMNS<T>);
-  const int64_t columns = least(eighth, CHUNK_BYTES / int64_t(sizeof(T)));
+  // A chunk is one thread's: few queries are cut into eight, as even as their sets allow, so that threads share them.
+  int64_t columns = CHUNK_BYTES / int64_t(sizeof(T));
+  if (queries.edge.back() <= 8 * columns) {
+    columns = queries.edge.back() / 8 + 1;
+    while (chunks(queries.edge.data(), queries.count(), columns).size() > size_t(least(8, queries.count()))) ++columns;
+  }
 
   for_windows<T>(queries, D, threads, [&](const QueryWindow<T>& window) {
     const int64_t count = window.count();
