@@ -340,7 +340,8 @@ def compilations(arch: int) -> Iterator[_tiles.Compilation]:
             types = f"*{t} *{t} *fp32 *{t} *fp32 *{t} *i32 *i32 i32 i32 i32 i32 i32 i32 i32"
             for size in _tiles.node_tiles(dtype, arch):
                 tile = within(_tiles.graph_step(dtype, arch, size), 256)
-                yield _tiles.Compilation(_step, types, shape | dict(PRECISION=precision), tile, products=True)
+                products = tile["BLOCK_Q"] >= 64
+                yield _tiles.Compilation(_step, types, shape | dict(PRECISION=precision), tile, products)
             tile, rest = within(_tiles.graph_dense(dtype, arch), 256), "i32 i32 i32 i32 i32 i32 i32 i32 i32"
             ways = ("fp32", True, False, False), (t, False, True, False), (t, False, True, True)
             for y, first, rectified, score in ways:
