@@ -7,7 +7,7 @@ from sgraf_cases import LENGTHS, R, copied, dropout, features
 import itm_fast
 from itm_fast.models import sgraf
 from itm_fast.models.hgan import HierarchicalAlignment
-from itm_fast.testing import assert_accurate, op_checks
+from itm_fast.testing import assert_accurate, op_checks, rounding
 from itm_fast.testing.hgan import loop
 
 BACKENDS = [*op_checks.backends("cross_attention_score"), "reference"]
@@ -176,6 +176,34 @@ def test_float32_is_as_accurate_as_the_loop():
         model, image.double(), caption.double(), state={k: v.double() for k, v in model.state_dict().items()}
     )
     assert_accurate(model(image, caption, LENGTHS), looped(model, image, caption), exact)
+
+
+def test_float32_gradients_are_as_accurate_as_the_loops(monkeypatch):
+    """With a smooth curve in the place of ReLU: a sum within rounding of zero lets a whole term of a gradient through
+    or not, in the loop as in the library, and says nothing about the accuracy of either."""
+
+    def smooth(x):
+        return torch.nn.functional.softplus(x, beta=100)
+
+    monkeypatch.setattr(torch, "relu", smooth)
+    monkeypatch.setattr(torch.Tensor, "relu", smooth)
+    single, inputs = scorer(torch.float32, D=128), features(D=128, dtype=torch.float32)
+    weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(2))
+
+    def gradients(run, model, image, caption):
+        leaves = [image.clone().requires_grad_(), caption.clone().requires_grad_(), *model.parameters()]
+        score = run(model, *leaves[:2])
+        found = torch.autograd.grad((score * weight.to(score.dtype)).sum(), leaves)
+        return dict(zip(["image", "caption", *dict(model.named_parameters())], found, strict=True))
+
+    exact = gradients(looped, scorer(torch.float32, D=128).double(), *(x.double() for x in inputs))
+    of_loop = gradients(looped, single, *inputs)
+    found = gradients(lambda model, *args: model(*args, LENGTHS), single, *inputs)
+    for name in exact:
+        # What a softmax drops of a bias cancels in its gradient, which is as exact as the terms that cancel.
+        judges = [n for n in exact if n == name or ("bias" in name and n.split(".")[0] == name.split(".")[0])]
+        largest = max(exact[n].abs().max().item() for n in judges)
+        assert_accurate(found[name], of_loop[name], exact[name], term=rounding(torch.float32, largest))
 
 
 @pytest.mark.parametrize("I,lengths", [(0, LENGTHS), (3, [])])
