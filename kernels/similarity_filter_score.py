@@ -6,13 +6,11 @@ nodes and its attention are all it holds.
 
 from __future__ import annotations
 
-from functools import partial
-
 from torch import Tensor
 
 from itm_fast.packing import node_bounds
 
-from . import _filter, _graph, _launch, _pair_score
+from . import _filter, _graph, _launch
 from ._nodes import Maker, image_bytes, word_bytes
 
 OP = "similarity_filter_score"
@@ -33,9 +31,3 @@ def forward(*args) -> Tensor:
             start, captions = block.plan.start, block.window.captions
             _filter.filtered(given, x, to, start, block.images, captions, False, eps, ends)
     return score
-
-
-def backward(grad: Tensor, needs: list[bool], *args) -> list[Tensor]:
-    running_mean, running_var, cu_seqlens, region_lengths, scale, eps = args[14:]
-    head = partial(_pair_score.filtration, running_mean, running_var, eps)
-    return _pair_score.backward(head, grad, needs, args[:14], cu_seqlens, region_lengths, scale)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from itm_fast.packing import node_bounds
 
-from . import _graph, _launch, _pair_score
+from . import _graph, _launch
 from ._nodes import Maker, image_bytes, word_bytes
 
 OP = "similarity_graph_score"
@@ -30,7 +30,3 @@ def forward(*args) -> Tensor:
             x = make.block(first, block)
             _graph.reason(weights, x, _graph.Rows(score, first, T, 0), block, ends)
     return score
-
-
-def backward(grad: Tensor, needs: list[bool], *args) -> list[Tensor]:
-    return _pair_score.backward(_pair_score.graph, grad, needs, args[:16], *args[16:])

@@ -8,7 +8,7 @@ from cpu_cases import at_level, needs_cpu, scratch_of
 from pair_score_cases import edges
 
 from itm_fast import _native
-from itm_fast.ops._cpu import _pair_score
+from itm_fast.ops import _pair_score
 from itm_fast.testing import op_checks
 
 pytestmark = needs_cpu
@@ -59,7 +59,7 @@ def test_the_same_bits_with_any_number_of_threads(head):
 def test_gradients_from_a_few_images_at_a_time(head, monkeypatch):
     call, args = HEADS[head].case(5, (4, 2, 7))
     whole = op_checks.gradients(call, args, torch.float64, "cpu", torch.float64)
-    monkeypatch.setattr(_pair_score, "NODES", 2 * 2 * 16 * 8 * 8)  # nodes and gradients of two images
+    monkeypatch.setattr(_pair_score, "CPU_NODES", 2 * 2 * 16 * 8 * 8)  # nodes and gradients of two images
     for part, exact in zip(op_checks.gradients(call, args, torch.float64, "cpu", torch.float64), whole, strict=True):
         torch.testing.assert_close(part, exact, rtol=1e-11, atol=1e-13)
 

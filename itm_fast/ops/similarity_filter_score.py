@@ -30,6 +30,10 @@ Saved for backward: the inputs. Everything per pair is computed again.
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+
+import torch
 from torch import Tensor
 
 from .._backends import resolve
@@ -80,17 +84,27 @@ def reference(
 def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
+    if backend == "torch":
+        from ._torch import similarity_filter_score
+
+        return similarity_filter_score
     if backend == "triton":
-        from ..kernels import similarity_filter_score as kernels
+        from ..kernels.similarity_filter_score import forward
+    else:
+        from ._cpu.similarity_filter_score import forward
+    return SimpleNamespace(forward=forward, backward=partial(_backward, backend))
 
-        return kernels
-    if backend == "cpu":
-        from ._cpu import similarity_filter_score as native
 
-        return native
-    from ._torch import similarity_filter_score
+def _backward(backend: str, grad: Tensor, needs: list[bool], *args) -> list[Tensor]:
+    """(3) to (5)."""
+    running_mean, running_var, *rest, eps = args[14:]
 
-    return similarity_filter_score
+    def head(nodes: Tensor, bounds: Tensor, *parameters: Tensor) -> Tensor:
+        running = running_mean.to(nodes.dtype), running_var.to(nodes.dtype)
+        rest = *running, bounds, False, eps, backend
+        return torch.ops.itm_fast.similarity_filter.default(nodes, *parameters, *rest)[0]
+
+    return _pair_score.backward(backend, head, grad, needs, args[:14], *rest)
 
 
 _op = Op(

@@ -29,6 +29,10 @@ Saved for backward: the inputs. Everything per pair is computed again.
 
 from __future__ import annotations
 
+from functools import partial
+from types import SimpleNamespace
+
+import torch
 from torch import Tensor
 
 from .._backends import resolve
@@ -75,17 +79,24 @@ def reference(
 def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
+    if backend == "torch":
+        from ._torch import similarity_graph_score
+
+        return similarity_graph_score
     if backend == "triton":
-        from ..kernels import similarity_graph_score as kernels
+        from ..kernels.similarity_graph_score import forward
+    else:
+        from ._cpu.similarity_graph_score import forward
+    return SimpleNamespace(forward=forward, backward=partial(_backward, backend))
 
-        return kernels
-    if backend == "cpu":
-        from ._cpu import similarity_graph_score as native
 
-        return native
-    from ._torch import similarity_graph_score
+def _backward(backend: str, grad: Tensor, needs: list[bool], *args) -> list[Tensor]:
+    """(4) to (8)."""
 
-    return similarity_graph_score
+    def head(nodes: Tensor, bounds: Tensor, *parameters: Tensor) -> Tensor:
+        return torch.ops.itm_fast.similarity_graph.default(nodes, *parameters, bounds, backend)
+
+    return _pair_score.backward(backend, head, grad, needs, args[:16], *args[16:])
 
 
 _op = Op(

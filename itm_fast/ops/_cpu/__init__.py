@@ -24,3 +24,9 @@ def lengths(
     if region_lengths is None:
         return edge, None
     return edge, torch.tensor(_attention.region_counts(region_lengths, image, op), dtype=torch.int64)
+
+
+def shape(image: Tensor, caption_global: Tensor, weight: Tensor) -> tuple[int, ...]:
+    """What the pair scorers take of sizes: the dtype's code, I, R, T, D and S."""
+    I, R, D = image.shape
+    return DTYPES[image.dtype], I, R, len(caption_global), D, len(weight)

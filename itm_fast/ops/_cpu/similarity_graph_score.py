@@ -1,4 +1,4 @@
-"""`similarity_graph_score` in C++: csrc/cpu/similarity_graph_score.cpp; backward by the ops that it is made of."""
+"""`similarity_graph_score` in C++: csrc/cpu/similarity_graph_score.cpp."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ... import _native
 from .._pair_score import fake
-from . import _pair_score, bfloat16_products, lengths
+from . import bfloat16_products, lengths, shape
 
 OP = "similarity_graph_score"
 
@@ -21,18 +21,10 @@ def forward(*args) -> Tensor:
         *(x for k, x in enumerate(tensors) if k != 11),  # the key bias has no effect
         *lengths(OP, image, words, cu_seqlens, region_lengths),
         score,
-        *_pair_score.shape(image, caption_global, weight),
+        *shape(image, caption_global, weight),
         len(tensors[8]),
         scale,
         bfloat16_products(image.dtype),
         torch.get_num_threads(),
     )
     return score
-
-
-def backward(grad: Tensor, needs: list[bool], *args) -> list[Tensor]:
-    return _pair_score.backward(OP, _head, grad, needs, args[:16], *args[16:])
-
-
-def _head(nodes: Tensor, bounds: Tensor, *parameters: Tensor) -> Tensor:
-    return torch.ops.itm_fast.similarity_graph.default(nodes, *parameters, bounds, "cpu")

@@ -10,7 +10,7 @@ from torch import Tensor
 from ... import _native
 from ..._checks import work_dtype
 from ..similarity_nodes import _fake
-from . import _pair_score, bfloat16_products, lengths
+from . import bfloat16_products, lengths, shape
 
 
 def forward(*args) -> tuple[Tensor, Tensor]:
@@ -35,7 +35,7 @@ def _arguments(*args):
     image, _, words, caption_global, weight = tensors[:5]
     return (
         *tensors,
-        *_pair_score.shape(image, caption_global, weight),
+        *shape(image, caption_global, weight),
         *lengths("similarity_nodes", image, words, cu_seqlens, region_lengths),
         scale,
     )
