@@ -135,7 +135,7 @@ def trained(content: dict) -> str:
 
     for one in content["results"]:
         mean = [statistics.mean(x) for x in zip(*(_recalls(run["held_out"]) for run in one["runs"]))]
-        seconds = [run["seconds"] for run in one["runs"] if run["seconds"] is not None]
+        seconds = [run["processor_seconds"] for run in one["runs"] if run["processor_seconds"] is not None]
         cells = [
             *(f"{x:.1f}" for x in mean),
             f"{one['rsum_mean']:.1f}",

@@ -8,7 +8,8 @@
 // vectors are to their W_g what the words are to W, with an image's global vector for the only context.
 //
 // Scratch: 48 MiB of slots (one slot, if that is more), W in two layouts, 2 MiB at D 1024 and S 256, the contexts held,
-// 2 MiB, and per thread one tile, 1.7 MiB at R 36; with global vectors 1 MiB more a slot and for W_g.
+// 1.3 MiB, and per thread one tile, 1.9 MiB at R 36; with global vectors 1 MiB more a slot and for W_g, and 1.3 MiB more
+// a thread.
 #include <memory>
 
 #include "cross_attention_similarity.h"
@@ -33,9 +34,9 @@ struct Known {
 };
 
 template <class T>
-void add_rows(const RowSets& sets, int64_t set, int64_t D, void* to, const FeaturePanels<T>& from, int64_t row) {
+void add_rows(const RowSets& sets, int64_t set, void* to, const FeaturePanels<T>& from, int64_t row) {
   for (int64_t r = 0; r < sets.length(set); ++r)
-    from.add_row_to(static_cast<T*>(to) + (sets.first[set] + r) * D, D, row + r);
+    from.add_row_to(static_cast<T*>(to) + (sets.first[set] + r) * from.D, row + r);
 }
 
 // What a slot sums for one projection, over all windows.
@@ -49,7 +50,7 @@ template <class T>
 void add_sums(const std::vector<SimilaritySums<T>>& sums, const Gradients& wanted, int64_t D, int64_t S) {
   for (const SimilaritySums<T>& one : sums) {
     for (int64_t s = 0; wanted.weight && s < S; ++s)
-      one.weight.add_row_to(static_cast<T*>(wanted.weight) + s * D, D, s);
+      one.weight.add_row_to(static_cast<T*>(wanted.weight) + s * D, s);
     for (int64_t s = 0; wanted.bias && s < S; ++s) static_cast<T*>(wanted.bias)[s] += one.bias[s];
   }
 }
@@ -57,9 +58,8 @@ void add_sums(const std::vector<SimilaritySums<T>>& sums, const Gradients& wante
 // A chunk's queries, feature by feature, and their gradients.
 template <class T>
 struct Slot {
-  FeaturePanels<T> rows, d_q;
-  std::vector<FeaturePanels<T>> d_x;  // of the contexts held
-  Slot(int64_t D, int64_t columns) : rows(D, columns), d_q(D, columns) {}
+  FeaturePanels<T> rows, d_q, d_x;  // d_x of the contexts held
+  Slot(int64_t D, int64_t columns, int64_t contexts) : rows(D, columns), d_q(D, columns), d_x(D, contexts) {}
 };
 
 // globals_wanted is for p.globals; its context is the images' global vectors.
@@ -72,8 +72,8 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
   std::unique_ptr<Projection<T>> projection;
   if (!known.inverse) projection = std::make_unique<Projection<T>>(p.weight, p.bias, S, D);
   FeaturePanels<T> w(D, S), global_w(D, global ? S : 0);
-  w.read_rows(p.weight, 0, S, D, 0);
-  if (global) global_w.read_rows(p.globals->weight, 0, S, D, 0);
+  w.read_rows(p.weight, 0, S, 0);
+  if (global) global_w.read_rows(p.globals->weight, 0, S, 0);
 
   const int64_t context_rows = std::max(contexts.most, CONTEXT_ROWS);
   const int64_t chunk_bytes = CHUNK_BYTES * D;
@@ -90,12 +90,12 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
   for_windows<T>(queries, D, threads, [&](const QueryWindow<T>& window) {
     const int64_t count = window.count();
     std::vector<Slot<T>> local, overall;
-    int64_t widest = 0;  // captions of a chunk
+    int64_t widest = window.widest;  // queries of a chunk, or captions, should there be more of them
     for (int64_t c = 0; c < count; ++c) {
       const int64_t sets = window.chunks[c].last - window.chunks[c].first;
       widest = std::max(widest, sets);
-      local.emplace_back(D, window.chunks[c].rows);
-      if (global) overall.emplace_back(D, sets);
+      local.emplace_back(D, window.chunks[c].rows, context_rows);
+      if (global) overall.emplace_back(D, sets, MOST_CONTEXTS);
       if (c < int64_t(sums.size())) continue;
       sums.push_back(sums_of<T>(wanted, D, S));
       if (global) global_sums.push_back(sums_of<T>(globals_wanted, D, S));
@@ -104,74 +104,72 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
       return [&](int64_t c) {
         const Chunk& chunk = window.chunks[c];
         for (int64_t k = chunk.first; k < chunk.last; ++k)
-          local[c].rows.read_rows(queries.source, queries.first[k], queries.length(k), D,
-                                  queries.edge[k] - chunk.begin);
-        if (global) overall[c].rows.read_rows(p.globals->caption, chunk.first, chunk.last - chunk.first, D, 0);
+          local[c].rows.read_rows(queries.source, queries.first[k], queries.length(k), queries.edge[k] - chunk.begin);
+        if (global) overall[c].rows.read_rows(p.globals->caption, chunk.first, chunk.last - chunk.first, 0);
       };
     });
     std::vector<SimilarityGradient<T>> tiles, global_tiles;  // one for each thread
     for (int64_t k = 0; k < least(threads, count); ++k) {
-      tiles.emplace_back(contexts.most, window.widest, D, S);
-      if (global) global_tiles.emplace_back(1, widest, D, S);
+      tiles.emplace_back(context_rows, contexts.most, window.widest, D, S);
+      if (global) global_tiles.emplace_back(0, 0, widest, D, S);
     }
+    HeldContexts<T> x(context_rows, contexts.most, D);
+    FeaturePanels<T> global_x(D, global ? MOST_CONTEXTS : 0);
     for (int64_t first = 0, held; first < contexts.count(); first += held) {
-      std::vector<Contexts<T>> x, global_x;
+      x.clear();
       for (held = 0; first + held < contexts.count() && held < MOST_CONTEXTS; ++held) {
-        if (contexts.edge[first + held + 1] - contexts.edge[first] > context_rows) break;
-        x.emplace_back(contexts.length(first + held), D);
-        if (global) global_x.emplace_back(1, D);
+        if (x.n + contexts.length(first + held) > context_rows) break;
+        x.add(contexts.length(first + held));
       }
       parallel(held, threads, [&] {
-        return [&](int64_t k) {
-          x[k].read(contexts.source, contexts.first[first + k], contexts.length(first + k));
-          if (global) global_x[k].read(p.globals->image, first + k, 1);
-        };
+        return [&](int64_t k) { x.read_set(k, contexts.source, contexts.first[first + k]); };
       });
+      parallel(held, threads, [&] { return [&](int64_t k) { x.multiply_set(k); }; });
+      if (global) global_x.read_rows(p.globals->image, first, held, 0);
       std::atomic<int64_t> taken{0};
       parallel(count, threads, [&] {
         return [&, thread = taken++, room = Buffer<T>(S), s_j = Buffer<T>(round_up(S, LANES<T>))](int64_t c) {
           const Chunk& chunk = window.chunks[c];
           const int64_t sets = chunk.last - chunk.first;
-          // The gradient, and what is known, of the similarity vector in row row(j) of the result.
+          // The gradient, and what is known, of the similarity vector in row row(k, j) of the result.
           const auto gradient = [&](auto row) {
-            return [&, row](int64_t j, T* to) mutable { std::copy_n(read<T>(grad, row(j) * S, S, room), S, to); };
+            return [&, row](int64_t k, int64_t j, T* to) mutable {
+              std::copy_n(read<T>(grad, row(k, j) * S, S, room), S, to);
+            };
           };
           const auto vector = [&](auto row) {
-            return [&, row](int64_t j) mutable {
-              std::copy_n(read<T>(known.rows, row(j) * S, S, room), S, s_j + 0);
-              return SimilarityVector<T>{s_j, static_cast<const T*>(known.inverse)[row(j)]};
+            return [&, row](int64_t k, int64_t j) mutable {
+              const int64_t at = row(k, j);
+              std::copy_n(read<T>(known.rows, at * S, S, room), S, s_j + 0);
+              return SimilarityVector<T>{s_j, static_cast<const T*>(known.inverse)[at]};
             };
           };
+          const auto row = [&, set = chunk.first](int64_t k, int64_t j) mutable {
+            if (j == 0) set = chunk.first;
+            while (chunk.begin + j >= queries.edge[set + 1]) ++set;
+            return p.row(first + k, set, chunk.begin + j);
+          };
           local[c].d_x.clear();
-          if (global) overall[c].d_x.clear();
-          for (int64_t k = 0; k < held; ++k) {
-            const auto row = [&, set = chunk.first](int64_t j) mutable {
-              if (chunk.begin + j == queries.edge[set + 1]) ++set;
-              return p.row(first + k, set, chunk.begin + j);
-            };
-            local[c].d_x.emplace_back(D, x[k].n);
-            const auto run = [&](auto s) {
-              tiles[thread].run(x[k], p.norm, T(p.scale), &queries.edge[chunk.first], sets, projection.get(), w,
-                                window.panels[c], local[c].rows, gradient(row), s, sums[c], local[c].d_q,
-                                local[c].d_x.back());
-            };
-            if (known.inverse) run(vector(row));
-            else run(nullptr);
-            if (!global) continue;
-            const auto global_row = [&](int64_t j) { return p.global_row(first + k, chunk.first + j); };
-            overall[c].d_x.emplace_back(D, 1);
-            global_tiles[thread].run_unweighted(global_x[k], sets, global_w, overall[c].rows, gradient(global_row),
-                                                vector(global_row), global_sums[c], overall[c].d_q,
-                                                overall[c].d_x.back());
-          }
+          const auto run = [&](auto s) {
+            tiles[thread].run(x, p.norm, T(p.scale), &queries.edge[chunk.first], sets, projection.get(), w,
+                              window.panels[c], local[c].rows, gradient(row), s, sums[c], local[c].d_q, local[c].d_x);
+          };
+          if (known.inverse) run(vector(row));
+          else run(nullptr);
+          if (!global) return;
+          const auto global_row = [&](int64_t k, int64_t j) { return p.global_row(first + k, chunk.first + j); };
+          overall[c].d_x.clear();
+          global_tiles[thread].run_unweighted(global_x, held, sets, widest, global_w,
+                                              overall[c].rows, gradient(global_row), vector(global_row),
+                                              global_sums[c], overall[c].d_q, overall[c].d_x);
         };
       });
       parallel(held, threads, [&] {
         return [&](int64_t k) {
           for (int64_t c = 0; c < count; ++c) {
-            if (wanted.context) add_rows<T>(contexts, first + k, D, wanted.context, local[c].d_x[k], 0);
+            if (wanted.context) add_rows<T>(contexts, first + k, wanted.context, local[c].d_x, x.sets[k].first);
             if (global && globals_wanted.context)
-              overall[c].d_x[k].add_row_to(static_cast<T*>(globals_wanted.context) + (first + k) * D, D, 0);
+              overall[c].d_x.add_row_to(static_cast<T*>(globals_wanted.context) + (first + k) * D, k);
           }
         };
       });
@@ -180,9 +178,9 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
       return [&](int64_t c) {
         const Chunk& chunk = window.chunks[c];
         for (int64_t k = chunk.first; k < chunk.last; ++k) {
-          if (wanted.query) add_rows<T>(queries, k, D, wanted.query, local[c].d_q, queries.edge[k] - chunk.begin);
+          if (wanted.query) add_rows<T>(queries, k, wanted.query, local[c].d_q, queries.edge[k] - chunk.begin);
           if (global && globals_wanted.query)
-            overall[c].d_q.add_row_to(static_cast<T*>(globals_wanted.query) + k * D, D, k - chunk.first);
+            overall[c].d_q.add_row_to(static_cast<T*>(globals_wanted.query) + k * D, k - chunk.first);
         }
       };
     });

@@ -118,10 +118,22 @@ struct SimilarityTile {
   // Attention of the queries of sets with bounds edge[0 .. sets]: affinity, total, length, and `weight`,
   // already divided by total and by |P| + eps.
   void attend(const Contexts<T, E>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets, const Panels<T>& query) {
-    const int64_t columns = edge[sets] - edge[0], n = x.n;
+    multiply(x, edge[sets] - edge[0], query);
+    weigh(x, affinity, norm, scale, edge, sets);
+  }
+
+  // The affinities of all rows of x, which may be several sets, with the queries.
+  template <class X>
+  void multiply(const X& x, int64_t columns, const Panels<T>& query) {
     for (int64_t p = 0; p < columns; p += WIDE)
-      gemm<E>(n, least(WIDE, columns - p), depth<E>(x.D), x.contexts(), {panel(query.at(0, p), x.D), WIDE}, zero,
+      gemm<E>(x.n, least(WIDE, columns - p), depth<E>(x.D), x.contexts(), {panel(query.at(0, p), x.D), WIDE}, zero,
               [&](int64_t i, int64_t j, Vec<T> c) { store(affinity + i * ld + p + j, c); });
+  }
+
+  // What attend() makes of the affinities [n][ld] of one set x.
+  template <class X>
+  void weigh(const X& x, const T* affinity, int64_t norm, T scale, const int64_t* edge, int64_t sets) {
+    const int64_t columns = edge[sets] - edge[0], n = x.n;
     logits<T>(norm, scale, n, edge, sets, affinity, weight, ld, factor);
     exponentials<T>(n, columns, weight, ld, total);
     for (int64_t j = 0; j < columns; j += LANES<T>) store(length + j, Vec<T>{});
@@ -144,7 +156,8 @@ struct SimilarityTile {
   }
 
   // y of the columns, block by block of features, and `inverse`.
-  void project(const Contexts<T, E>& x, const Projection<T, E>& w, int64_t columns, const Panels<T>& query) {
+  template <class X>
+  void project(const X& x, const Projection<T, E>& w, int64_t columns, const Panels<T>& query) {
     const E* const shares = [&] {
       if constexpr (IS_PAIR<E>) pair_rows(x.n, columns, weight, ld, weight_pairs);
       if constexpr (IS_PAIR<E>) return static_cast<const E*>(weight_pairs);
@@ -214,7 +227,8 @@ struct SimilarityTile {
   }
 
   // |sum of e x|^2 of one vector of columns, by the sum itself.
-  Vec<T> summed(const Contexts<T, E>& x, int64_t j) const {
+  template <class X>
+  Vec<T> summed(const X& x, int64_t j) const {
     Vec<T> square{};
     gemm<T>(x.D, LANES<T>, x.n, {x.row, x.row_ld}, {weight + j, ld}, zero,
             [&](int64_t, int64_t, Vec<T> c) { square += c * c; });

@@ -11,6 +11,7 @@
 // Caches: dy in both layouts (2 x 240 KB) stays in L2 with three panels of 28 KB; the gradients of W and of q, 1 MB
 // each, pass by once a tile.
 #pragma once
+#include "held_contexts.h"
 #include "shuffle.h"
 #include "similarity.h"
 
@@ -20,11 +21,11 @@ namespace itm_fast {
 template <class T>
 struct FeaturePanels : Panels<T> {
   using Panels<T>::WIDE, Panels<T>::at;
-  int64_t rows;
-  FeaturePanels(int64_t D, int64_t rows) : Panels<T>(D, rows), rows(rows) {}
+  int64_t D, rows;
+  FeaturePanels(int64_t D, int64_t rows) : Panels<T>(D, rows), D(D), rows(rows) {}
 
   // Row `first` and the following ones of a tensor become rows row, row + 1, ...
-  void read_rows(Source s, int64_t first, int64_t count, int64_t D, int64_t row) {
+  void read_rows(Source s, int64_t first, int64_t count, int64_t row) {
     Buffer<T> room(D);
     for (int64_t r = 0; r < count; ++r) {
       const T* from = itm_fast::read<T>(s, (first + r) * D, D, room);
@@ -32,7 +33,9 @@ struct FeaturePanels : Panels<T> {
     }
   }
 
-  void add_row_to(T* to, int64_t D, int64_t row) const {
+  void clear() { std::fill_n(this->data + 0, (D + WIDE - 1) / WIDE * this->size, T(0)); }
+
+  void add_row_to(T* to, int64_t row) const {
     for (int64_t d = 0; d < D; d += WIDE) {
       const T* from = at(row, d);
       for (int64_t k = 0; k < least(WIDE, D - d); ++k) to[d + k] += from[k];
@@ -58,56 +61,104 @@ struct SimilarityVector {
 template <class T>
 struct SimilarityGradient {
   static constexpr int64_t WIDE = TILE_COLUMNS<T>, BLOCK = round_up(FEATURES, WIDE);
-  SimilarityTile<T> tile;
-  int64_t ld, ldn, lds;
+  SimilarityTile<T> tile;  // with the affinities of all contexts held, later their gradients
+  int64_t ld, ldn, ldx, lds;
   Buffer<T> s_rows, d_y, d_y_rows;                 // [WIDE][lds], [S][ld], [columns][lds]
-  Buffer<T> weight_rows, scaled_rows, mixed;       // [columns][ldn] a, -c a; [n][ldn] a c a^T
+  Buffer<T> weight_rows, scaled_rows, mixed;       // [columns][ldn] a, -c a; [rows][ldn] a c a^T of every set
+  Buffer<T> affinity_rows;                         // [columns][ldx] d A of all sets
   Buffer<T> g, gram_weight, d_logit, along;        // [n][ld] three times, c
   Buffer<T> d_u_columns;                           // [BLOCK][ld]
   FeaturePanels<T> difference, squares, d_u;       // one panel each
 
-  SimilarityGradient(int64_t most, int64_t columns, int64_t D, int64_t S)
-      : tile(most, columns, D, S), ld(tile.ld), ldn(padded<T>(most)), lds(padded<T>(S)), s_rows(WIDE * lds),
-        d_y(S * ld), d_y_rows(columns * lds), weight_rows(columns * ldn), scaled_rows(columns * ldn),
-        mixed(most * ldn), g(most * ld), gram_weight(most * ld), d_logit(most * ld), along(ld),
-        d_u_columns(BLOCK * ld), difference(WIDE, columns), squares(WIDE, columns), d_u(WIDE, columns) {}
+  // For sets of at most `most` contexts, together at most `rows`.
+  SimilarityGradient(int64_t rows, int64_t most, int64_t columns, int64_t D, int64_t S)
+      : tile(rows, columns, D, S), ld(tile.ld), ldn(padded<T>(most)), ldx(padded<T>(rows)), lds(padded<T>(S)),
+        s_rows(WIDE * lds), d_y(S * ld), d_y_rows(columns * lds), weight_rows(columns * ldn),
+        scaled_rows(columns * ldn), mixed(rows * ldn), affinity_rows(columns * ldx), g(most * ld),
+        gram_weight(most * ld), d_logit(most * ld), along(ld), d_u_columns(BLOCK * ld), difference(WIDE, columns),
+        squares(WIDE, columns), d_u(WIDE, columns) {}
 
-  // Adds the tile's gradients to `sums`, to d_q [columns] and to d_x [n]. W is given as w [S], its features along the
-  // lanes, and as `projection`; the queries as `query` and as `query_rows`. upstream(j, room) writes S values: the
-  // gradient of the similarity vector of column j. known(j), unless null, is that vector; there is no use for
-  // `projection` then.
+  // Adds the gradients of a chunk's tiles to `sums`, to d_q [columns] and to d_x [x.n]. W is given as w [S], its
+  // features along the lanes, and as `projection`; the queries as `query` and as `query_rows`. upstream(k, j, room)
+  // writes S values: the gradient of the similarity vector of set k and column j. known(k, j), unless null, is that
+  // vector; there is no use for `projection` then.
   template <class Upstream, class Known>
-  void run(const Contexts<T>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets,
+  void run(const HeldContexts<T>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets,
            const Projection<T>* projection, const FeaturePanels<T>& w, const Panels<T>& query,
            const FeaturePanels<T>& query_rows, Upstream upstream, Known known, SimilaritySums<T>& sums,
            FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
     const int64_t columns = edge[sets] - edge[0];
-    tile.attend(x, norm, scale, edge, sets, query);
-    if constexpr (std::is_null_pointer_v<Known>) {
-      tile.project(x, *projection, columns, query);
-      backward_of_norm(columns, w.rows, upstream, [&](int64_t j) {
-        const int64_t in = j % WIDE;
-        if (in == 0)
-          transpose_by_squares<T>(tile.similar.at(0, j), WIDE, w.rows, least(WIDE, columns - j), s_rows, lds);
-        T* s_j = s_rows + in * lds;
-        for (int64_t s = 0; s < w.rows; ++s) s_j[s] *= tile.inverse[j];
-        return SimilarityVector<T>{s_j, tile.inverse[j]};
-      });
-    } else {
-      backward_of_norm(columns, w.rows, upstream, known);
+    const bool attends = sums.needs_context || sums.needs_query;
+    tile.multiply(x, columns, query);
+    for (int64_t k = 0; k < int64_t(x.sets.size()); ++k) {
+      const HeldSet<T>& set = x.sets[k];
+      T* affinity = tile.affinity + set.first * ld;
+      tile.weigh(set, affinity, norm, scale, edge, sets);
+      if constexpr (std::is_null_pointer_v<Known>) {
+        tile.project(set, *projection, columns, query);
+        for (int64_t j = 0; j < columns; ++j) {
+          const int64_t in = j % WIDE;
+          if (in == 0)
+            transpose_by_squares<T>(tile.similar.at(0, j), WIDE, w.rows, least(WIDE, columns - j), s_rows, lds);
+          T* s_j = s_rows + in * lds;
+          for (int64_t s = 0; s < w.rows; ++s) s_j[s] *= tile.inverse[j];
+          upstream(k, j, d_y_rows + j * lds);
+          backward_of_norm(d_y_rows + j * lds, w.rows, {s_j, tile.inverse[j]});
+        }
+      } else {
+        for (int64_t j = 0; j < columns; ++j) {
+          upstream(k, j, d_y_rows + j * lds);
+          backward_of_norm(d_y_rows + j * lds, w.rows, known(k, j));
+        }
+      }
+      products(set, columns, w, query_rows, sums, d_q, d_x);
+      if (attends) attention(set, norm, scale, edge, sets, affinity);
     }
-    products(x, columns, w, query_rows, sums, d_q, d_x, sums.needs_context || sums.needs_query);
-    if (sums.needs_context || sums.needs_query) attention(x, norm, scale, edge, sets, query_rows, sums, d_q, d_x);
+    if (attends) through_affinities(x, columns, query_rows, sums, d_q, d_x);
   }
 
-  // The same for similarity vectors of one context with every query, which nothing weighs: u is the context.
+  // The same for similarity vectors of every context held with every query, which nothing weighs: u is the context.
+  // As many contexts at a time as make at most `columns` pairs.
   template <class Upstream, class Known>
-  void run_unweighted(const Contexts<T>& x, int64_t columns, const FeaturePanels<T>& w,
-                      const FeaturePanels<T>& query_rows, Upstream upstream, Known known, SimilaritySums<T>& sums,
-                      FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
-    std::fill_n(tile.weight + 0, ld, T(1));
-    backward_of_norm(columns, w.rows, upstream, known);
-    products(x, columns, w, query_rows, sums, d_q, d_x, false);
+  void run_unweighted(const FeaturePanels<T>& x, int64_t count, int64_t queries, int64_t columns,
+                      const FeaturePanels<T>& w, const FeaturePanels<T>& query_rows, Upstream upstream, Known known,
+                      SimilaritySums<T>& sums, FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
+    const int64_t step = std::max<int64_t>(1, columns / queries);
+    for (int64_t first = 0; first < count; first += step) {
+      const int64_t some = least(step, count - first), pairs = some * queries;
+      for (int64_t k = 0; k < some; ++k)
+        for (int64_t j = 0; j < queries; ++j) {
+          T* d = d_y_rows + (k * queries + j) * lds;
+          upstream(first + k, j, d);
+          backward_of_norm(d, w.rows, known(first + k, j));
+        }
+      sum_bias(pairs, w.rows, sums);
+      transpose_by_squares<T>(d_y_rows, lds, pairs, w.rows, d_y, ld);
+      for (int64_t p = 0; p < w.D; p += WIDE) {
+        const auto each = [&](auto visit) {  // of a pair's vectors in this panel
+          for (int64_t k = 0; k < some; ++k)
+            for (int64_t j = 0; j < queries; ++j)
+              for (int64_t v = 0; v < WIDE; v += LANES<T>)
+                visit((k * queries + j) * WIDE + v, (first + k) * WIDE + v, j * WIDE + v);
+        };
+        const T *context = x.at(0, p), *query = query_rows.at(0, p);
+        each([&](int64_t pair, int64_t of_x, int64_t of_q) {
+          const Vec<T> u = load(context + of_x) - load(query + of_q);
+          store(difference.data + pair, u);
+          store(squares.data + pair, u * u);
+        });
+        const int64_t wide = least(WIDE, w.D - p);
+        weight_gradient(p, wide, pairs, w, sums);
+        if (!sums.needs_context && !sums.needs_query) continue;
+        difference_gradient(p, wide, pairs, w, fresh(), [](int64_t, int64_t, Vec<T>) {});
+        T *dx = d_x.at(0, p), *dq = d_q.at(0, p);
+        each([&](int64_t pair, int64_t of_x, int64_t of_q) {
+          const Vec<T> du = load(d_u.data + pair);
+          store(dx + of_x, load(dx + of_x) + du);
+          store(dq + of_q, load(dq + of_q) - du);
+        });
+      }
+    }
   }
 
  private:
@@ -129,50 +180,74 @@ struct SimilarityGradient {
     };
   }
 
-  // (4): rows of d_y, from similarity vectors s and 1 / (|y| + eps).
-  template <class Upstream, class Known>
-  void backward_of_norm(int64_t columns, int64_t S, Upstream upstream, Known known) {
-    for (int64_t j = 0; j < columns; ++j) {
-      const auto [s_j, inverse] = known(j);  // SimilarityVector
-      T* d = d_y_rows + j * lds;
-      upstream(j, d);
-      std::fill(d + S, d + round_up(S, LANES<T>), T(0));
-      Vec<T> product{};
-      for (int64_t s = 0; s < S; s += LANES<T>) product += load(s_j + s) * load(d + s);
-      const T length = 1 / inverse - T(EPS), back = length > 0 ? sum<T>(product) / length : T(0);
-      for (int64_t s = 0; s < S; s += LANES<T>) store(d + s, load(d + s) * inverse - load(s_j + s) * back);
+  // (4): d, the gradient of a similarity vector, becomes that of its y.
+  static void backward_of_norm(T* d, int64_t S, SimilarityVector<T> known) {
+    std::fill(d + S, d + round_up(S, LANES<T>), T(0));
+    Vec<T> product{};
+    for (int64_t s = 0; s < S; s += LANES<T>) product += load(known.s + s) * load(d + s);
+    const T length = 1 / known.inverse - T(EPS), back = length > 0 ? sum<T>(product) / length : T(0);
+    for (int64_t s = 0; s < S; s += LANES<T>) store(d + s, load(d + s) * known.inverse - load(known.s + s) * back);
+  }
+
+  void sum_bias(int64_t columns, int64_t S, SimilaritySums<T>& sums) {
+    if (!sums.needs_bias) return;
+    for (int64_t s = 0; s < S; s += LANES<T>) {
+      Vec<T> all{};
+      for (int64_t j = 0; j < columns; ++j) all += load(d_y_rows + j * lds + s);
+      store(sums.bias + s, load(sums.bias + s) + all);
     }
   }
 
+  // d W += dy^T (u - q)^2 for `wide` features from p on.
+  void weight_gradient(int64_t p, int64_t wide, int64_t columns, const FeaturePanels<T>& w, SimilaritySums<T>& sums) {
+    if (!sums.needs_weight) return;
+    T* to = sums.weight.at(0, p);
+    gemm<T>(w.rows, wide, columns, {d_y_rows, lds}, {squares.data, WIDE}, fetched(to, WIDE), add_to(to, WIDE));
+  }
+
+  // d_u = 2 (u - q) (dy W), of which also(i, j, v) sees every vector. Half of S at a time: with all of it a panel of W
+  // and the rows of dy that meet it push each other out of the first cache.
+  template <class Begin, class Also>
+  void difference_gradient(int64_t p, int64_t wide, int64_t columns, const FeaturePanels<T>& w, Begin begin,
+                           Also also) {
+    T *u = difference.data, *du = d_u.data;
+    const int64_t half = w.rows / 2;
+    gemm<T>(columns, wide, half, {d_y, ld}, {w.at(0, p), WIDE}, begin, to(du, WIDE));
+    gemm<T>(columns, wide, w.rows - half, {d_y + half * ld, ld}, {w.at(half, p), WIDE},
+            [=](int64_t i, int64_t j) { return load(du + i * WIDE + j); },
+            [=](int64_t i, int64_t j, Vec<T> v) {
+              v *= T(2) * load(u + i * WIDE + j);
+              store(du + i * WIDE + j, v);
+              also(i, j, v);
+            });
+  }
+
   // (5), and g.
-  void products(const Contexts<T>& x, int64_t columns, const FeaturePanels<T>& w, const FeaturePanels<T>& query_rows,
-                SimilaritySums<T>& sums, FeaturePanels<T>& d_q, FeaturePanels<T>& d_x, bool attends) {
+  void products(const HeldSet<T>& x, int64_t columns, const FeaturePanels<T>& w, const FeaturePanels<T>& query_rows,
+                SimilaritySums<T>& sums, FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
     const int64_t n = x.n, S = w.rows, D = x.D;
-    if (sums.needs_bias)
-      for (int64_t s = 0; s < S; s += LANES<T>) {
-        Vec<T> all{};
-        for (int64_t j = 0; j < columns; ++j) all += load(d_y_rows + j * lds + s);
-        store(sums.bias + s, load(sums.bias + s) + all);
-      }
-    if (sums.needs_context || sums.needs_query) {
+    sum_bias(columns, S, sums);
+    const bool attends = sums.needs_context || sums.needs_query;
+    if (attends) {
       transpose_by_squares<T>(d_y_rows, lds, columns, S, d_y, ld);
       transpose_by_squares<T>(tile.weight, ld, n, columns, weight_rows, ldn);
+      std::fill_n(g + 0, n * ld, T(0));
     }
-    if (attends) std::fill_n(g + 0, n * ld, T(0));
     for (int64_t d = 0; d < D; d += BLOCK) {
       const int64_t end = least(D, d + BLOCK);
       for (int64_t p = d; p < end; p += WIDE)
-        panel(x, p, least(WIDE, D - p), columns, S, d, w, query_rows, sums, d_q, d_x);
+        panel(x, p, least(WIDE, D - p), columns, d, w, query_rows, sums, d_q, d_x);
       if (attends)
-        gemm<T>(n, columns, end - d, {x.column + d * x.ld, x.ld}, {d_u_columns, ld}, fresh(), add_to(g, ld));
+        gemm<T>(n, columns, end - d, {x.column + d * x.column_ld, x.column_ld}, {d_u_columns, ld}, fresh(),
+                add_to(g, ld));
     }
   }
 
   // (5) for `wide` features from p on, of the block that begins with d.
-  void panel(const Contexts<T>& x, int64_t p, int64_t wide, int64_t columns, int64_t S, int64_t d,
-             const FeaturePanels<T>& w, const FeaturePanels<T>& query_rows, SimilaritySums<T>& sums,
-             FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
-    T *u = difference.data, *square = squares.data, *du = d_u.data;
+  void panel(const HeldSet<T>& x, int64_t p, int64_t wide, int64_t columns, int64_t d, const FeaturePanels<T>& w,
+             const FeaturePanels<T>& query_rows, SimilaritySums<T>& sums, FeaturePanels<T>& d_q,
+             FeaturePanels<T>& d_x) {
+    T *u = difference.data, *square = squares.data;
     const T* q = query_rows.at(0, p);
     gemm<T>(columns, wide, x.n, {tile.weight, ld}, {x.row + p, x.row_ld},
             [=](int64_t i, int64_t j) {
@@ -183,25 +258,19 @@ struct SimilarityGradient {
               store(u + i * WIDE + j, v);
               store(square + i * WIDE + j, v * v);
             });
-    if (sums.needs_weight)
-      gemm<T>(S, wide, columns, {d_y_rows, lds}, {square, WIDE}, fetched(sums.weight.at(0, p), WIDE),
-              add_to(sums.weight.at(0, p), WIDE));
+    weight_gradient(p, wide, columns, w, sums);
     if (!sums.needs_context && !sums.needs_query) return;
     T* dq = d_q.at(0, p);
-    gemm<T>(columns, wide, S, {d_y, ld}, {w.at(0, p), WIDE}, fetched(dq, WIDE), [=](int64_t i, int64_t j, Vec<T> v) {
-      v *= T(2) * load(u + i * WIDE + j);
-      store(du + i * WIDE + j, v);
+    difference_gradient(p, wide, columns, w, fetched(dq, WIDE), [=](int64_t i, int64_t j, Vec<T> v) {
       store(dq + i * WIDE + j, load(dq + i * WIDE + j) - v);
     });
-    transpose_by_squares<T>(du, WIDE, columns, wide, d_u_columns + (p - d) * ld, ld);
+    transpose_by_squares<T>(d_u.data, WIDE, columns, wide, d_u_columns + (p - d) * ld, ld);
     if (sums.needs_context)
-      gemm<T>(x.n, wide, columns, {weight_rows, ldn}, {du, WIDE}, fresh(), add_to(d_x.at(0, p), WIDE));
+      gemm<T>(x.n, wide, columns, {weight_rows, ldn}, {d_u.data, WIDE}, fresh(), add_to(d_x.at(x.first, p), WIDE));
   }
 
-  // (6) and (7), from g on.
-  void attention(const Contexts<T>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets,
-                 const FeaturePanels<T>& query_rows, SimilaritySums<T>& sums, FeaturePanels<T>& d_q,
-                 FeaturePanels<T>& d_x) {
+  // (6) and (7) of one set, from g on: `affinity` becomes its own gradient.
+  void attention(const HeldSet<T>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets, T* affinity) {
     const int64_t columns = edge[sets] - edge[0], n = x.n;
     gemm<T>(n, columns, n, {x.gram, x.ld}, {tile.weight, ld}, fresh(), to(gram_weight, ld));
     for (int64_t j = 0; j < columns; j += LANES<T>) {
@@ -219,22 +288,27 @@ struct SimilarityGradient {
         store(d_logit + r * ld + j, load(tile.weight + r * ld + j) * (load(d_logit + r * ld + j) - rest));
       store(along + j, c);
     }
-    T* d_affinity = tile.affinity;
-    logits_backward<T>(norm, scale, n, edge, sets, d_affinity, d_logit, ld, fresh());
-    if (sums.needs_query)
-      for (int64_t p = 0; p < x.D; p += WIDE)
-        gemm<T>(columns, least(WIDE, x.D - p), n, {d_affinity, ld}, {x.row + p, x.row_ld}, fresh(),
-                add_to(d_q.at(0, p), WIDE));
-    if (!sums.needs_context) return;
+    logits_backward<T>(norm, scale, n, edge, sets, affinity, d_logit, ld, fresh());
     for (int64_t j = 0; j < columns; ++j)
       for (int64_t r = 0; r < n; ++r) scaled_rows[j * ldn + r] = -along[j] * weight_rows[j * ldn + r];
-    gemm<T>(n, n, columns, {weight_rows, ldn}, {scaled_rows, ldn}, fresh(), to(mixed, ldn));
-    transpose_by_squares<T>(d_affinity, ld, n, columns, weight_rows, ldn);
+    gemm<T>(n, n, columns, {weight_rows, ldn}, {scaled_rows, ldn}, fresh(), to(mixed + x.first * ldn, ldn));
+  }
+
+  // What remains of (7), for all sets at once: queries and their gradients pass by once.
+  void through_affinities(const HeldContexts<T>& x, int64_t columns, const FeaturePanels<T>& query_rows,
+                          SimilaritySums<T>& sums, FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
+    if (sums.needs_context) transpose_by_squares<T>(tile.affinity, ld, x.n, columns, affinity_rows, ldx);
     for (int64_t p = 0; p < x.D; p += WIDE) {
-      T* dx = d_x.at(0, p);
       const int64_t wide = least(WIDE, x.D - p);
-      gemm<T>(n, wide, columns, {weight_rows, ldn}, {query_rows.at(0, p), WIDE}, fresh(), add_to(dx, WIDE));
-      gemm<T>(n, wide, n, {mixed, ldn}, {x.row + p, x.row_ld}, fresh(), add_to(dx, WIDE));
+      T* dq = d_q.at(0, p);
+      if (sums.needs_query)
+        gemm<T>(columns, wide, x.n, {tile.affinity, ld}, {x.row + p, x.row_ld}, fetched(dq, WIDE), add_to(dq, WIDE));
+      if (!sums.needs_context) continue;
+      T* dx = d_x.at(0, p);
+      gemm<T>(x.n, wide, columns, {affinity_rows, ldx}, {query_rows.at(0, p), WIDE}, fresh(), add_to(dx, WIDE));
+      for (const HeldSet<T>& set : x.sets)
+        gemm<T>(set.n, wide, set.n, {mixed + set.first * ldn, ldn}, {set.row + p, x.row_ld}, fresh(),
+                add_to(dx + set.first * WIDE, WIDE));
     }
   }
 };
