@@ -190,6 +190,11 @@ def gram_gradient(dtype: torch.dtype, arch: int) -> Tile:
     return _row(8, 2, BLOCK_Q=32, BLOCK_X=64)  # untuned
 
 
+def product_gradient(dtype: torch.dtype, arch: int) -> Tile:
+    """kernels/global_local_score.py: _product_gradient."""
+    return _row(4, 1, BLOCK_Q=16, BLOCK_X=64)  # untuned
+
+
 def apply(dtype: torch.dtype, arch: int) -> Tile:
     """kernels/_attention_backward.py: _apply."""
     return _row(8, 1, BLOCK_X=32 if dtype == torch.float32 else 64, BLOCK_K=64)  # untuned
@@ -208,3 +213,15 @@ def context_products(dtype: torch.dtype, arch: int, precision: str) -> Tile:
 def weighted_sum(dtype: torch.dtype, arch: int, precision: str) -> Tile:
     """kernels/_projection_backward.py: _weighted_sum."""
     return _row(8, 2, BLOCK_X=64, BLOCK_Q=32, BLOCK_K=64)  # untuned
+
+
+def context(dtype: torch.dtype, arch: int, precision: str) -> Tile:
+    """kernels/similarity_context.py: _level."""
+    rows = 32 if dtype == torch.float32 and precision == "tf32" else 16
+    return _row(4, 2, CAPTIONS=8, BLOCK_R=rows, BLOCK_S=32 if dtype == torch.float32 else 64)  # untuned
+
+
+def context_back(dtype: torch.dtype, arch: int, precision: str) -> Tile:
+    """kernels/similarity_context.py: _level_back."""
+    stages = 3 if arch == 90 and dtype != torch.float32 else 2
+    return _row(4, stages, CAPTIONS=8, BLOCK_R=16, BLOCK_S=32)  # untuned

@@ -1,5 +1,6 @@
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -28,3 +29,21 @@ def poisoned_outputs():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def as_matrix_units_add(monkeypatch):
+    """Products of the interpreter whose sums go 16 terms at a time, those in a tree: where a term lies in its 16
+    changes the bits, and rows and columns do not, as on a GPU. BLAS adds otherwise at the edges of a matrix."""
+
+    def matmul(a, b, dtype=None):
+        terms = (a[:, :, None] * b[None]).astype(np.float32)
+        total = np.zeros((a.shape[0], b.shape[1]), np.float32)
+        for start in range(0, a.shape[1], 16):
+            part = terms[:, start : start + 16]
+            while part.shape[1] > 1:
+                part = part[:, ::2] + part[:, 1::2]
+            total += part[:, 0]
+        return total
+
+    monkeypatch.setattr(np, "matmul", matmul)

@@ -2,7 +2,6 @@
 
 import weakref
 
-import numpy as np
 import pytest
 import test_similarity_filter_score
 import test_similarity_graph_score
@@ -52,24 +51,6 @@ def test_forward_and_gradients(dtype, shape):
     call, args = case(*shape)
     op_checks.check_forward(call, args, dtype, "triton")
     op_checks.check_gradients(call, args, dtype, "triton")
-
-
-@pytest.fixture
-def as_matrix_units_add(monkeypatch):
-    """Products whose sums go 16 terms at a time, those in a tree: where a term lies in its 16 changes the bits, and
-    rows and columns do not, as on a GPU. BLAS adds otherwise at the edges of a matrix."""
-
-    def matmul(a, b, dtype=None):
-        terms = (a[:, :, None] * b[None]).astype(np.float32)
-        total = np.zeros((a.shape[0], b.shape[1]), np.float32)
-        for start in range(0, a.shape[1], 16):
-            part = terms[:, start : start + 16]
-            while part.shape[1] > 1:
-                part = part[:, ::2] + part[:, 1::2]
-            total += part[:, 0]
-        return total
-
-    monkeypatch.setattr(np, "matmul", matmul)
 
 
 def bits(args, counts):

@@ -6,6 +6,7 @@ import sys
 import pytest
 import test_cross_attention_score
 import test_cross_attention_similarity
+import test_similarity_context
 import test_similarity_filter
 import test_similarity_filter_score
 import test_similarity_graph
@@ -40,6 +41,14 @@ CASES = {
         test_similarity_nodes,
         SCORED | {"one": (1, (1,), 1, 1, 2, None), "prime": (3, (5, 5, 4), 7, 31, 11, (7, 1, 4))},
     ),
+    "similarity_context": (
+        test_similarity_context,
+        {
+            "one": (1, (1,), 1, (1,)),
+            "ragged": (3, (14, 2, 5, 33, 8), 64, (4, 1)),
+            "prime": (3, (6, 6, 3), 17, (3, 2, 1)),
+        },
+    ),
     "similarity_graph": (
         test_similarity_graph,
         {"one": (1, (1,), 1, 1), "ragged": (3, (14, 2, 5, 5, 8), 64, 3), "prime": (3, (6, 6, 3), 17, 2)},
@@ -51,6 +60,7 @@ CASES = {
     "similarity_graph_score": (test_similarity_graph_score, SCORED | {"prime": (3, (5, 5, 2), 7, 31, 11, (7, 1, 4))}),
     "similarity_filter_score": (test_similarity_filter_score, SCORED),
 }
+WITHOUT_REGIONS = ("similarity_context", "similarity_graph", "similarity_filter")
 OPS = [op for op in CASES if "triton" in _backends.OFFERS[op]]
 over_ops = pytest.mark.parametrize("op", OPS)
 
@@ -152,7 +162,9 @@ def test_opcheck_and_the_fake_backward(op, device, backend, monkeypatch):
 def test_empty(op, I, T, device, backend):
     module, shapes = CASES[op]
     counts = (3, 2)[:T]
-    call, args = module.case(I, counts, *[n for n in shapes["prime"][2:] if isinstance(n, int)])
+    rest = shapes["prime"][2:]  # and no images' region counts
+    rest = rest if op == "similarity_context" else [n for n in rest if isinstance(n, int)]
+    call, args = module.case(I, counts, *rest)
     leaves = [a.to(device, torch.float32).requires_grad_() for a in args]
     result = op_checks.first(call(*leaves, backend=backend))
     assert result.shape[0] == I
@@ -163,6 +175,8 @@ def test_empty(op, I, T, device, backend):
 
 def one_pair(op, args, i, start, stop, t):
     """The arguments of image i with caption t alone, whose words are rows start to stop."""
+    if op == "similarity_context":
+        return [args[0][i : i + 1, t : t + 1], args[1][i : i + 1, start:stop], args[2]]
     if op in ("similarity_graph", "similarity_filter"):
         return [args[0][i : i + 1, start:stop], *args[1:]]
     if op.startswith("cross_attention"):
@@ -196,12 +210,14 @@ def test_a_pair_has_the_same_bits_in_any_block(op, device, backend):
                 same(found[0], whole[i, edge[t] + t : edge[t + 1] + t + 1])
             elif op == "cross_attention_similarity":
                 same(found[0], whole[i, edge[t] : edge[t + 1]])
+            elif op == "similarity_context":
+                same(found[0], whole[i, edge[t] + 6 * t : edge[t + 1] + 6 * t + 6])
             else:
                 same(found[0, 0], whole[i, t])
 
 
 @EVERYWHERE
-@pytest.mark.parametrize("op", [op for op in OPS if op not in ("similarity_graph", "similarity_filter")])
+@pytest.mark.parametrize("op", [op for op in OPS if op not in WITHOUT_REGIONS])
 def test_regions_beyond_the_count_change_nothing(op, device, backend):
     module, _ = CASES[op]
     counts = (6, 1, 4)

@@ -34,7 +34,7 @@ from .._checks import Arguments, autocast
 from ..packing import bounds
 from ._op import Op, by_autograd
 
-OFFERED = ("cpu", "torch", "reference")
+OFFERED = ("triton", "cpu", "torch", "reference")
 
 
 def reference(overall: Tensor, local: Tensor, assignment: Tensor, cu_seqlens: Tensor, sizes: list[int]) -> Tensor:
@@ -64,6 +64,10 @@ def _fake(overall, local, assignment, *_):
 def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
+    if backend == "triton":
+        from ..kernels import similarity_context as kernels
+
+        return kernels
     if backend == "cpu":
         from ._cpu import similarity_context as native
 
@@ -133,5 +137,5 @@ def similarity_context(
             f"similarity_context: sizes must be positive and add up to the {assignment.shape[0]} rows of assignment, "
             f"got {sizes}"
         )
-    name = resolve(check.op, backend, local.device)
+    name = resolve(check.op, backend, local.device, local.dtype)
     return _op(*autocast(overall, local, assignment), cu_seqlens, sizes, name)
