@@ -32,23 +32,6 @@ def dropout(module, p):
             child.p = p
 
 
-def scorer(head, dtype=torch.float64, D=D, S=S):
-    """Random weights with small biases and enlarged queries and keys: with others, reasoning makes all nodes equal
-    and no test sees the edges or which node is read."""
-    torch.manual_seed(1)
-    model = sgraf.EncoderSimilarity(D, S, head, num_region=R)
-    with torch.no_grad():
-        for name, x in model.state_dict().items():
-            if name.endswith("running_var"):
-                x.uniform_(0.5, 1.5)
-            elif name.endswith(("bias", "running_mean")) or ".1.weight" in name:
-                x.add_(0.1 * torch.randn(x.shape))
-            elif "query" in name or "key" in name:
-                x.mul_(6)
-        model.sim_eval_w.weight.mul_(4)
-    return model.to(dtype).eval()
-
-
 def copied(module):
     return {name: value.detach().clone() for name, value in module.state_dict().items()}
 

@@ -1,10 +1,11 @@
-"""SHAN against the paper's equations written out pair by pair, and what must not change its scores."""
+"""SHAN beside what holds for every model's pair scorer: its options, whole model, training and checkpoints."""
 
 from argparse import Namespace
 
 import pytest
 import torch
-from sgraf_cases import LENGTHS, D, R, features
+from model_cases import SHAN_VARIANTS, as_loop
+from sgraf_cases import R
 from training_cases import DEV, SMALL, TRAIN, WORDS, assert_same_run
 
 import itm_fast
@@ -16,38 +17,6 @@ from itm_fast.testing.shan import loop
 from itm_fast.training import checkpoint, options, resume, train, trainer
 
 BACKENDS = [*op_checks.backends("hierarchical_alignment_score"), "reference"]
-VARIANTS = {
-    "full": {},
-    "t2i": {"alignment": "t2i"},
-    "i2t": {"alignment": "i2t"},
-    "full-vector": {"gate": "vector"},
-    "t2i-vector-shared": {"alignment": "t2i", "gate": "vector", "gate_sharing": True},
-    "i2t-vector": {"alignment": "i2t", "gate": "vector"},
-    "full-shared": {"gate_sharing": True},
-    "full-vector-shared": {"gate": "vector", "gate_sharing": True},
-    "dot-sum-biased": {"affinity": "dot", "pooling": "sum", "projection_bias": True, "lambda_softmax": 2.0},
-    "mixed": {"mu1": 0.9, "mu2": 0.2, "lambda_softmax": 4.0},
-}
-
-
-def scorer(dtype=torch.float64, **changes):
-    """Random weights, the poolings' large enough to prefer rows, and biases where there are any."""
-    torch.manual_seed(5)
-    made = shan.EncoderSimilarity(D, **changes).to(dtype)
-    with torch.no_grad():
-        for name, parameter in made.named_parameters():
-            if "pool" in name:
-                parameter.mul_(8)
-            elif name.endswith("bias"):
-                parameter.uniform_(-0.5, 0.5)
-    return made.eval()
-
-
-def as_loop(changes):
-    names = {"alignment": "direction", "lambda_softmax": "scale", "pooling": "pool", "affinity": "affinity"}
-    names |= {"mu1": "local_mix", "mu2": "global_mix"}
-    found = {names[key]: value for key, value in changes.items() if key in names}
-    return found | {"direction": shan.ALIGNMENTS[changes.get("alignment", "full")]}
 
 
 def model_options(**changes):
@@ -55,26 +24,9 @@ def model_options(**changes):
     return Namespace(**{**vars(opt), "vocab_size": 30, "img_dim": 12, "device": "cpu"})
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_scores_and_gradients_are_the_equations(backend, changes):
-    image, caption = features()
-    made, weight = scorer(**changes), torch.randn(len(image), len(LENGTHS), dtype=torch.float64)
-    leaves = [image.requires_grad_(), caption.requires_grad_(), *made.parameters()]
-    want = loop(made.state_dict(keep_vars=True), image, caption, LENGTHS, **as_loop(changes))
-    assert want.std() > 0.01  # or the comparison would see little
-    want_grad = torch.autograd.grad((want * weight).sum(), leaves)
-    with itm_fast.use_backend(backend):
-        found = made(image, caption, LENGTHS)
-        found_grad = torch.autograd.grad((found * weight).sum(), leaves)
-    torch.testing.assert_close(found, want, rtol=0, atol=1e-10)
-    for a, b in zip(found_grad, want_grad, strict=True):
-        assert b.abs().max() > 1e-6
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-8)
-
-
-@pytest.mark.parametrize("changes", [VARIANTS["full"], VARIANTS["full-vector-shared"]], ids=["scalar", "vector"])
-def test_the_whole_model_has_the_loops_gradients(changes):
+@pytest.mark.parametrize("variant", ["full", "full-vector-shared"])
+def test_the_whole_model_has_the_loops_gradients(variant):
+    changes = SHAN_VARIANTS[variant]
     torch.manual_seed(0)
     opt = model_options(**changes)
     opt.vector_dim = 3
@@ -111,49 +63,6 @@ def test_gradcheck_of_the_scorer(gate, backend):
 
     leaves = [x.detach().clone().requires_grad_() for x in (image, words, *parameters)]
     assert torch.autograd.gradcheck(score, leaves)
-
-
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
-def test_padding_never_leaks(changes):
-    image, caption = features()
-    made, regions = scorer(**changes), [6, 1, 3, 6, 5]
-    want = torch.cat(
-        [
-            loop(made.state_dict(), image[i : i + 1, :n], caption, LENGTHS, **as_loop(changes))
-            for i, n in enumerate(regions)
-        ]
-    )
-    for t, n in enumerate(LENGTHS):
-        caption[t, n:] = float("nan")
-    for i, n in enumerate(regions):
-        image[i, n:] = float("nan")
-    image.requires_grad_()
-    score = made(image, caption, LENGTHS, torch.tensor(regions))
-    torch.testing.assert_close(score, want, rtol=0, atol=1e-10)
-    score.sum().backward()
-    assert image.grad.isfinite().all()
-    assert all(p.grad.isfinite().all() for p in made.parameters())
-
-
-@pytest.mark.parametrize("changes", [VARIANTS["full"], VARIANTS["full-vector"]], ids=["scalar", "vector"])
-def test_blocks_and_order_do_not_change_scores(changes):
-    image, caption = features()
-    made = scorer(**changes)
-    whole = made(image, caption, LENGTHS)
-    words, cu_seqlens = itm_fast.pack(caption, LENGTHS)
-    images, captions = made.image_state(image), made.caption_state(words, cu_seqlens)
-    part = made.score(
-        tuple(x[2:5] for x in images),
-        words[cu_seqlens[1] : cu_seqlens[4]],
-        cu_seqlens[1:5] - cu_seqlens[1],
-        tuple(x[cu_seqlens[1] : cu_seqlens[4]] for x in captions),
-    )
-    torch.testing.assert_close(part, whole[2:5, 1:4], rtol=0, atol=1e-12)
-    order = torch.tensor([3, 0, 6, 2, 1, 5, 4])
-    turned = made(image.flip(0), caption[order], [LENGTHS[t] for t in order])
-    torch.testing.assert_close(turned, whole.flip(0)[:, order], rtol=0, atol=1e-12)
-    with itm_fast.workspace(1e-4):
-        torch.testing.assert_close(made(image, caption, LENGTHS), whole, rtol=0, atol=1e-12)
 
 
 def test_the_literal_reading_takes_vectors_of_any_length():
@@ -228,13 +137,6 @@ def test_autocast_is_near():
     assert (score - want).abs().max() < 0.05
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.params)
-
-
-def test_no_captions_and_no_images():
-    image, caption = features()
-    words, cu_seqlens = itm_fast.pack(caption, LENGTHS)
-    assert scorer()(image, words[:0], cu_seqlens[:1]).shape == (5, 0)
-    assert scorer()(image[:0], words, cu_seqlens).shape == (0, 7)
 
 
 @pytest.mark.parametrize("alignment", shan.ALIGNMENTS)

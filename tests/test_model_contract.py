@@ -1,0 +1,178 @@
+"""What holds for every model's pair scorer: the loop's scores, gradients and training, whatever the padding, the blocks
+and the order."""
+
+import pytest
+import torch
+from model_cases import MODELS, PUBLISHED, of_hgan, of_tshsr, over, over_backends
+from sgraf_cases import LENGTHS, D, R, copied, dropout, features
+
+import itm_fast
+from itm_fast.testing import assert_accurate, rounding
+
+
+@over_backends(*MODELS)
+def test_scores_and_gradients_are_the_loops(model, backend):
+    module, (image, caption) = model.scorer(), features()
+    weight = torch.randn(5, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    parameters = dict(module.named_parameters())
+    found = []
+    for run in (model.looped, lambda module, *args: module(*args, LENGTHS)):
+        inputs = image.clone().requires_grad_(), caption.clone().requires_grad_()
+        with itm_fast.use_backend(backend):
+            score = run(module, *inputs)
+            grads = torch.autograd.grad((score * weight).sum(), [*inputs, *parameters.values()], materialize_grads=True)
+        found.append((score.detach(), grads))
+    (want, want_grads), (score, grads) = found
+    assert want.std() > 0.01  # or the comparison would see little
+    torch.testing.assert_close(score, want, rtol=0, atol=1e-12)
+    for name, a, b in zip(["image", "caption", *parameters], grads, want_grads, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-8, msg=name)
+        assert b.abs().max() > 1e-6 or any(part in name for part in model.silent), name
+    with torch.no_grad(), itm_fast.use_backend(backend):
+        torch.testing.assert_close(module(image, caption, LENGTHS), want, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "model,parts",
+    [(of_hgan(granularities=(1, 2), scale_global=3.0), ("mfar", "v_graph")), (of_tshsr(), ("context", "tranlo"))],
+    ids=["HGAN", "TSHSR"],
+)
+def test_gradcheck(model, parts):
+    module, (image, caption) = model.scorer(D=4, S=3), features(I=2, lengths=[2, 3], D=4)
+    image, caption = image.requires_grad_(), caption.requires_grad_()
+    assert torch.autograd.gradcheck(lambda *args: module(*args, [2, 3]), (image, caption))
+    chosen = {name: p for name, p in module.named_parameters() if any(part in name for part in parts)}
+
+    def score(*values):
+        arguments = (image.detach(), caption.detach(), [2, 3])
+        return torch.func.functional_call(module, dict(zip(chosen, values)), arguments)
+
+    assert torch.autograd.gradcheck(score, tuple(p.detach().clone().requires_grad_() for p in chosen.values()))
+
+
+@pytest.mark.parametrize("p", [0.0, 0.4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@over(*(name for name in PUBLISHED if MODELS[name].trains))
+def test_training_draws_and_moves_what_the_loop_does(model, dtype, p):
+    module, (image, caption) = model.scorer(dtype).train(), features(dtype=dtype)
+    dropout(module, p)
+    state = copied(module)
+    gap = 1e-5 if dtype == torch.float32 else 1e-10
+    for step in range(2):
+        torch.manual_seed(7 + step)
+        want = model.looped(module, image, caption, state=state, training=True, dropout=p)
+        after = torch.rand(3)
+        torch.manual_seed(7 + step)
+        torch.testing.assert_close(module(image, caption, LENGTHS), want, rtol=0, atol=gap)
+        assert torch.equal(torch.rand(3), after)
+        for name, value in module.state_dict().items():
+            torch.testing.assert_close(value, state[name], rtol=0, atol=gap, msg=name)
+
+
+@over_backends(*PUBLISHED, "SHAN-full-vector")
+def test_blocks_and_order_do_not_change_scores(model, backend):
+    module, (image, caption) = model.scorer(), features(I=9)
+    order = [4, 0, 6, 2, 1, 5, 3]
+    with torch.no_grad(), itm_fast.use_backend(backend):
+        want = module(image, caption, LENGTHS)
+        for gib in (1e-7, 2e-5, 0.5):
+            with itm_fast.workspace(gib):
+                torch.testing.assert_close(module(image, caption, LENGTHS), want, rtol=0, atol=1e-12)
+        turned = module(image.flip(0), caption[order], [LENGTHS[t] for t in order])
+        torch.testing.assert_close(turned, want.flip(0)[:, order], rtol=0, atol=1e-12)
+
+        words, cu_seqlens = itm_fast.pack(caption, LENGTHS)
+        torch.testing.assert_close(module(image, words, cu_seqlens), want, rtol=0, atol=0)
+        images, captions = module.image_state(image), module.caption_state(words, cu_seqlens)
+        rows = slice(int(cu_seqlens[1]), int(cu_seqlens[4]))
+        part = module.score(
+            tuple(x[2:5] for x in images),
+            words[rows],
+            cu_seqlens[1:5] - cu_seqlens[1],
+            tuple(x[rows] if len(x) == len(words) else x[1:4] for x in captions),
+        )
+        torch.testing.assert_close(part, want[2:5, 1:4], rtol=0, atol=1e-12)
+
+
+@over(*MODELS)
+def test_padding_never_leaks(model):
+    module, (image, caption) = model.scorer(), features()
+    regions = [6, 1, 3, 6, 5]
+    want = []
+    for i, n in enumerate(regions):  # an image alone, cut to its regions; the BatchNorm's channel is the region index
+        state = copied(module)
+        for name in state:
+            if name.startswith("v_global_w.embedding_local.1.") and state[name].dim():
+                state[name] = state[name][:n]
+        want.append(model.looped(module, image[i : i + 1, :n], caption, state=state))
+    for t, n in enumerate(LENGTHS):
+        caption[t, n:] = float("nan")
+    for i, n in enumerate(regions):
+        image[i, n:] = float("nan")
+    image.requires_grad_()
+    caption.requires_grad_()
+    for grad in (False, True):
+        with torch.set_grad_enabled(grad):
+            score = module(image, caption, LENGTHS, torch.tensor(regions))
+        torch.testing.assert_close(score, torch.cat(want), rtol=0, atol=1e-12)
+    score.sum().backward()
+    assert image.grad.isfinite().all()
+    assert not image.grad[1, 1:].any()
+    assert not caption.grad[0, 2:].any()
+    for name, p in module.named_parameters():
+        assert p.grad.isfinite().all() if p.grad is not None else any(part in name for part in model.silent), name
+
+
+@over(*PUBLISHED)
+@torch.no_grad()
+def test_float32_is_as_accurate_as_the_loop(model):
+    module, (image, caption) = model.scorer(torch.float32, D=128, S=32), features(D=128, dtype=torch.float32)
+    state = {name: value.double() for name, value in module.state_dict().items()}
+    exact = model.looped(module, image.double(), caption.double(), state=state)
+    assert_accurate(module(image, caption, LENGTHS), model.looped(module, image, caption), exact)
+
+
+@over("SAF", "HGAN", "SHAN-full")  # the others' ReLU lies in their ops, whose own tests judge it
+def test_float32_gradients_are_as_accurate_as_the_loops(model, monkeypatch):
+    """With a smooth curve in the place of ReLU: a sum within rounding of zero lets a whole term of a gradient through
+    or not, in the loop as in the library, and says nothing about the accuracy of either."""
+
+    def smooth(x):
+        return torch.nn.functional.softplus(x, beta=100)
+
+    monkeypatch.setattr(torch, "relu", smooth)
+    monkeypatch.setattr(torch.Tensor, "relu", smooth)
+    single, inputs = model.scorer(torch.float32, D=128, S=32), features(D=128, dtype=torch.float32)
+    weight = torch.randn(5, 7, generator=torch.Generator().manual_seed(2))
+
+    def gradients(run, module, image, caption):
+        leaves = [image.clone().requires_grad_(), caption.clone().requires_grad_(), *module.parameters()]
+        score = run(module, *leaves[:2])
+        found = torch.autograd.grad((score * weight.to(score.dtype)).sum(), leaves)
+        return dict(zip(["image", "caption", *dict(module.named_parameters())], found, strict=True))
+
+    of_loop = gradients(model.looped, single, *inputs)
+    found = gradients(lambda module, *args: module(*args, LENGTHS), single, *inputs)
+    exact = gradients(model.looped, single.double(), *(x.double() for x in inputs))
+    for name in exact:
+        # What a softmax drops of a bias cancels in its gradient, which is as exact as the terms that cancel.
+        judges = [n for n in exact if n == name or ("bias" in name and n.split(".")[0] == name.split(".")[0])]
+        largest = max(exact[n].abs().max().item() for n in judges)
+        assert_accurate(found[name], of_loop[name], exact[name], term=rounding(torch.float32, largest))
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["tiled", "grad"])
+@pytest.mark.parametrize("I,lengths", [(0, LENGTHS), (3, [])], ids=["no-images", "no-captions"])
+@over(*PUBLISHED)
+def test_empty(model, I, lengths, grad):
+    image = torch.nn.functional.normalize(torch.randn(I, R, D, dtype=torch.float64), dim=-1)
+    words, cu_seqlens = torch.randn(sum(lengths), D).double(), torch.tensor([0, *lengths]).cumsum(0)
+    with torch.set_grad_enabled(grad):
+        assert model.scorer()(image, words, cu_seqlens).shape == (I, len(lengths))
+
+
+@over(*(name for name in PUBLISHED if MODELS[name].trains))
+def test_another_number_of_regions_is_refused(model):
+    image, caption = features()
+    with pytest.raises(ValueError, match=r"R = 6 regions, got \[5, 4, 16\]"):
+        model.scorer()(image[:, :4], caption, LENGTHS)
