@@ -7,9 +7,9 @@ gradients of images, words and all parameters. That loss leaves most pairs witho
 negatives" take its sum over all of them. Scores and gradients of both losses are compared with the paper's loop by
 autograd before anything is timed.
 
-The loop keeps every caption's intermediate results until backward: gigabytes at 128 captions. It therefore runs on
-`--loop-captions` captions and on two, and its time and memory at 128 follow on a straight line through both: each
-word is one more row of the same operations. With `--loop-captions 128` it runs on all of them.
+The loop keeps every caption's intermediate results until backward: 7 GB for SGR at 128 captions. With
+`--loop-captions` it runs on so many captions and on two, and its time and memory at 128 follow on a straight line
+through both: each word is one more row of the same operations.
 Peak memory is what a step reaches above inputs and parameters, in a fresh process for each contender.
 """
 
@@ -136,7 +136,8 @@ def compare(model: str, names: list[str], shape: Shape, device: str) -> tuple[di
 
 def measure(model: str, shape: Shape, device: str, args: argparse.Namespace) -> dict:
     """All contenders of one model."""
-    cut, least = (Shape(shape.workload, shape.images, min(n, shape.captions)) for n in (args.loop_captions, 2))
+    whole = args.loop_captions or shape.captions
+    cut, least = (Shape(shape.workload, shape.images, min(n, shape.captions)) for n in (whole, 2))
     off, left_out = compare(model, harness.backends(device), cut, device)
     calls = {LOOP: step(model, LOOP, cut, device)}
     if cut != shape:
@@ -180,7 +181,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=(*MODELS, *OTHERS), default=MODELS)
     parser.add_argument("--batch", type=int, default=128, help="images, and captions (default: 128)")
-    parser.add_argument("--loop-captions", type=int, default=32, help="captions of the loop's steps (default: 32)")
+    parser.add_argument("--loop-captions", type=int, metavar="N", help="captions of the loop's steps (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds (default: 3)")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     parser.add_argument("--no-fresh", action="store_true", help="leave peak memory out")
