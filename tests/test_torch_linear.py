@@ -64,3 +64,10 @@ def test_where_only_the_product_will_do(calls, n, dtype, precision):
     finally:
         torch.set_float32_matmul_precision(before)
     assert not calls
+
+
+def test_autocast_keeps_its_dtype(calls):
+    x, weight, bias = case(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert _linear.linear(x[:, ::2], weight, bias).dtype == torch.bfloat16
+    assert not calls

@@ -14,13 +14,21 @@ from torch import Tensor, nn
 
 from .._workspace import scratch_bytes
 from ..nn import State, xavier_
+from ..ops._torch._linear import linear
 from ..packing import bounds, spans
 from ._common import PaddedScorer, l2norm, sums
 
 
+class _Linear(nn.Linear):
+    """torch.nn.Linear by the faster library."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return linear(input, self.weight, self.bias)
+
+
 def _embedding(embed_dim: int, channels: int, dropout_rate: float) -> nn.Sequential:
     norm = [nn.BatchNorm1d(channels)] if channels else []
-    return nn.Sequential(nn.Linear(embed_dim, embed_dim), *norm, nn.Tanh(), nn.Dropout(dropout_rate))
+    return nn.Sequential(_Linear(embed_dim, embed_dim), *norm, nn.Tanh(), nn.Dropout(dropout_rate))
 
 
 class _SelfAttention(nn.Module):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,13 +12,38 @@ from ..._checks import matmul_precision
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Rows [n, K], weight [S, K] and bias [S] -> [n, S], as torch.nn.functional.linear."""
+    """Rows [..., K], weight [S, K] and bias [S] -> [..., S], as torch.nn.functional.linear."""
     if not _onednn(x):
         return F.linear(x, weight, bias)
+    return cast(Tensor, _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)).view(*x.shape[:-1], -1)
+
+
+class _Linear(torch.autograd.Function):
+    """Both passes by convolutions: a convolution's own backward takes as long as MKL."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _convolution(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (x, weight), needs = ctx.saved_tensors, ctx.needs_input_grad
+        return (
+            _convolution(grad, weight.t()) if needs[0] else None,
+            _convolution(grad.t(), x.t()) if needs[1] else None,
+            grad.sum(0) if needs[2] else None,
+        )
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + b of rows [n, K] by a 1 x 1 convolution."""
     n, K = x.shape
-    pixels = x.reshape(1, n, 1, K).permute(0, 3, 1, 2)  # channels-last, as oneDNN wants them: no copy
+    pixels = x.reshape(1, n, 1, K).permute(0, 3, 1, 2)  # channels-last, as oneDNN wants them
     # It reads a bias as if its elements were neighbours.
-    result = torch.mkldnn_convolution(pixels, weight[:, :, None, None], bias.contiguous(), (0, 0), (1, 1), (1, 1), 1)
+    bias = None if bias is None else bias.contiguous()
+    kernel = weight.contiguous()[:, :, None, None]
+    result = torch.mkldnn_convolution(pixels, kernel, bias, (0, 0), (1, 1), (1, 1), 1)
     return result.permute(0, 2, 3, 1).reshape(n, -1)
 
 
@@ -28,8 +55,9 @@ def _onednn(x: Tensor) -> bool:
     return (
         x.device.type == "cpu"
         and x.dtype == torch.float32
-        and len(x) > 0
+        and x.numel() > 0
         and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
+        and not torch.is_autocast_enabled("cpu")
         and matmul_precision() == "highest"  # F.linear may multiply in bfloat16 where that is allowed
     )
