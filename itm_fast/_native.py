@@ -65,6 +65,16 @@ _outcome: Build | str | None = None
 _functions: dict[str, Callable[..., bytes | None]] = {}
 
 
+def _forked() -> None:
+    """A child of a process that builds in another thread has that thread's lock, and not the thread that frees it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 def csrc_dir() -> Path:
     """The folder of the C++ sources: inside the package once installed, beside it in a checkout."""
     here = Path(__file__).resolve().parent
@@ -176,11 +186,8 @@ def build(csrc: Path, level: str) -> Build:
     if found := _cached(name):
         return found
     with _scratch() as (scratch, kept):
-        print(
-            "itm-fast: compiling its CPU kernels, once for this machine (up to a minute) ...",
-            file=sys.stderr,
-            flush=True,
-        )
+        notice = "itm-fast: compiling its CPU kernels, once for this machine (up to a minute) ..."
+        print(notice, file=sys.stderr, flush=True)
         result = scratch / "result"
         result.mkdir()
         built = _compile(compiler, version, csrc, sources, level, result / LIBRARY)
@@ -220,10 +227,19 @@ def _compiler() -> tuple[list[str], str]:
 def _cached(pattern: str) -> Build | None:
     """The first sound build of that name, whatever else lies in the cache folder."""
     with contextlib.suppress(OSError, RuntimeError):
+        _trust(cache_dir())
         for home in sorted(cache_dir().glob(pattern)):
             with contextlib.suppress(OSError, ValueError):
+                _trust(home)
                 return _load(home)
     return None
+
+
+def _trust(folder: Path) -> None:
+    """Raise an OSError where another user than root owns a folder: what lies there is run."""
+    owner = folder.stat().st_uid
+    if owner and owner != os.geteuid():
+        raise PermissionError(f"{folder} belongs to another user, number {owner}, and what lies there would be run")
 
 
 def _load(folder: Path) -> Build:
@@ -249,6 +265,7 @@ def _scratch() -> Iterator[tuple[Path, bool]]:
     try:
         root = cache_dir()
         root.mkdir(mode=0o700, parents=True, exist_ok=True)  # what lies there is run
+        _trust(root)
         for old in root.glob("building-*"):  # left by a process that was killed
             with contextlib.suppress(OSError):  # another process may be removing it
                 if time.time() - old.stat().st_mtime > 3600:
@@ -261,7 +278,7 @@ def _scratch() -> Iterator[tuple[Path, bool]]:
             raise Unavailable(f"no folder to compile the CPU kernels in: {error}; {second}") from second
         warnings.warn(
             f"itm-fast compiles its CPU kernels anew in every process, as it cannot keep them ({error}); "
-            "set ITM_FAST_CACHE_DIR to a folder that can be written",
+            "set ITM_FAST_CACHE_DIR to a folder of your own that can be written",
             stacklevel=3,
         )
     try:
@@ -349,17 +366,11 @@ def _run(commands: Sequence[list[str]], folder: Path | None, deadline: float) ->
     over = threading.Event()
 
     def one(command: list[str]) -> str:
+        # In a session of its own: a compiler is several processes, to be killed as one.
         process = subprocess.Popen(
-            command,
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            errors="replace",
-            start_new_session=True,  # a compiler is several processes, to be killed as one
-        )
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
         with process:
             while True:
                 try:

@@ -31,6 +31,48 @@ def test_a_cache_folder_that_cannot_be_written(csrc, cache, tmp_path, monkeypatc
         assert works()
 
 
+def owned_by_another(monkeypatch, folders):
+    """Let `folders(path)` belong to a user who is neither this one nor root."""
+    real = Path.stat
+
+    def stat(path, **options):
+        found = real(path, **options)
+        return os.stat_result((*found[:4], os.geteuid() + 7, *found[5:10])) if folders(path) else found
+
+    monkeypatch.setattr(Path, "stat", stat)
+
+
+def test_nothing_is_loaded_from_another_users_cache_folder(csrc, cache, monkeypatch):
+    assert works()
+    fresh()
+    owned_by_another(monkeypatch, lambda path: path == cache)
+    said = f"{cache} belongs to another user, number {os.geteuid() + 7}.*set ITM_FAST_CACHE_DIR to a folder of your own"
+    with pytest.warns(UserWarning, match=said):
+        assert works()
+    assert _native.outcome().path is None
+
+
+def test_nothing_is_loaded_that_another_user_put_in_a_shared_folder(csrc, cache, monkeypatch, capfd):
+    assert works()
+    fresh()
+    theirs = next(cache.glob("generic-*"))
+    owned_by_another(monkeypatch, lambda path: path == theirs)
+    capfd.readouterr()
+    assert works()
+    assert "compiling its CPU kernels" in capfd.readouterr().err
+
+
+def test_a_process_forked_during_a_build_does_not_wait_for_it(csrc):
+    assert works()  # the child has it to load
+    fresh()
+    with _native._lock:
+        child = os.fork()
+        if not child:
+            signal.alarm(20)
+            os._exit(0 if _native.why_not() is None else 1)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def test_no_home_folder(csrc, monkeypatch, tmp_path):
     def homeless():
         raise RuntimeError("Could not determine home directory.")
