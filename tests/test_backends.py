@@ -6,6 +6,7 @@ import torch
 
 import itm_fast
 from itm_fast import _backends, _native
+from itm_fast._checks import matmul_precision
 from itm_fast.testing import inputs
 
 
@@ -129,3 +130,22 @@ def test_workspace_bounds_scratch_and_is_restored():
     assert scratch_bytes(torch.device("cpu")) == before
     with pytest.raises(ValueError, match="more than 0, got -1"), itm_fast.workspace(-1):
         pass
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has no such switches")
+@pytest.mark.parametrize("library,value,read", [("cuda", "tf32", "high"), ("mkldnn", "bf16", "highest")])
+def test_torchs_newer_switches_of_precision_are_read(library, value, read):
+    switches = getattr(torch.backends, library).matmul
+    image, words, cu_seqlens = inputs(2, (3, 2), 4, 8)
+    want, before = itm_fast.cross_attention_score(image, words, cu_seqlens), switches.fp32_precision
+    switches.fp32_precision = value
+    try:
+        with pytest.raises(RuntimeError):
+            torch.get_float32_matmul_precision()
+        assert matmul_precision() == read
+        score = itm_fast.cross_attention_score(image, words, cu_seqlens)
+    finally:
+        switches.fp32_precision = before
+        torch.set_float32_matmul_precision("highest")
+    assert matmul_precision() == "highest"
+    torch.testing.assert_close(score, want)

@@ -124,6 +124,22 @@ def test_padding_never_leaks(model):
         assert p.grad.isfinite().all() if p.grad is not None else any(part in name for part in model.silent), name
 
 
+@over_backends(*PUBLISHED)
+def test_a_float64_default_changes_nothing(model, backend):
+    module, (image, caption) = model.scorer(torch.float32), features(dtype=torch.float32)
+    found = []
+    for default in (torch.float32, torch.float64):
+        torch.set_default_dtype(default)
+        try:
+            with itm_fast.use_backend(backend):
+                score = module(image, caption, LENGTHS)
+                found.append([score, *torch.autograd.grad(score.sum(), list(module.parameters()), allow_unused=True)])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=0)
+
+
 @over(*PUBLISHED)
 @torch.no_grad()
 def test_float32_is_as_accurate_as_the_loop(model):

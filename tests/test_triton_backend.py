@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import itm_fast
 from itm_fast import _backends, _triton
@@ -229,6 +230,19 @@ def test_the_first_use_may_lie_in_a_compiled_graph(on_cpu):
     want = itm_fast.similarity_graph(*arguments(), backend="torch")
     torch.testing.assert_close(call(*arguments()), want)
     assert list(_triton._verdicts.values()) == [None]
+
+
+def test_a_backward_pass_that_recomputes_does_not_check(on_cpu, checks):
+    """On a GPU the check's own backward would wait for the thread that the recomputation holds."""
+    nodes, *rest = arguments()
+    nodes.requires_grad_()
+    result = checkpoint(lambda x: itm_fast.similarity_graph(x, *rest), nodes, use_reentrant=True)
+    assert [ran[3] for ran in checks.ran] == [False]  # forward is run without gradients
+    result.sum().backward()
+    assert nodes.grad.isfinite().all()
+    assert [ran[3] for ran in checks.ran] == [False]
+    itm_fast.similarity_graph(nodes, *rest)
+    assert [ran[3] for ran in checks.ran] == [False, True]
 
 
 def test_the_first_use_may_lie_under_fake_tensors(on_cpu):

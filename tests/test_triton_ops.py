@@ -83,6 +83,20 @@ def test_forward_and_gradients(op, shape, device, backend):
 
 
 @EVERYWHERE
+@over_ops
+def test_a_float64_default_changes_nothing(op, device, backend):
+    call, args = case(op, "one", device)
+    want = op_checks.gradients(call, args, torch.float32, backend, torch.float32)
+    torch.set_default_dtype(torch.float64)
+    try:
+        found = op_checks.gradients(call, args, torch.float32, backend, torch.float32)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+@EVERYWHERE
 @pytest.mark.parametrize("op", [op for op in OPS if op.startswith("cross_attention")])
 def test_i2t(op, device, backend):
     call, args = case(op, "prime", device, direction="i2t")
