@@ -1,9 +1,11 @@
 import pytest
 import torch
+from cpu_cases import at_level, needs_cpu, scratch_of
 
 import itm_fast
+from itm_fast import _native
 from itm_fast.ops._torch import _blocks
-from itm_fast.testing import inputs, op_checks
+from itm_fast.testing import assert_accurate, inputs, op_checks, rounding
 
 BACKENDS = op_checks.backends("global_local_score")
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -12,6 +14,7 @@ SHAPES = {
     "I5-T5-W13-D64": (5, (13, 4, 7, 1, 4), 64),
     "I3-T3-W5-D31": (3, (5, 5, 2), 31),
     "I2-T2-W460-D8": (2, (460, 3), 8),
+    "I300-T9-W12-D65": (300, (12, 5, 9, 12, 8, 7, 3, 12, 11), 65),
 }
 
 
@@ -107,6 +110,113 @@ def test_a_pair_does_not_depend_on_its_block(backend, monkeypatch):
             op_checks.gradients(call, (vector, words), torch.float64, "reference", torch.float64),
         ):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opposite_words_cancel_without_losing_the_score(backend):
+    generator = torch.Generator().manual_seed(0)
+    v, w = torch.nn.functional.normalize(torch.randn(2, 32, generator=generator, dtype=torch.float64), dim=-1)
+    words = torch.nn.functional.normalize(torch.stack([v, -v + 1e-4 * w]), dim=-1)
+    vector = torch.randn(3, 32, generator=generator, dtype=torch.float64)
+
+    def call(vector, words, backend):
+        return itm_fast.global_local_score(vector, words, torch.tensor([0, 2]), scale=1e-3, backend=backend)
+
+    # |t*| is a thousandth of |t| at the most, so float32's rounding of t is 1e-3 of it.
+    rounded = vector.float(), words.float()
+    exact = call(*(a.double() for a in rounded), "reference")
+    torch.testing.assert_close(call(*rounded, backend).double(), exact, rtol=0, atol=2e-3)
+    for dtype, share in ((torch.float64, 1e-9), (torch.float32, 1e-2)):
+        found = op_checks.gradients(call, rounded, dtype, backend, torch.float32)
+        want = op_checks.gradients(call, rounded, torch.float64, "reference", torch.float32)
+        for a, e in zip(found, want, strict=True):
+            torch.testing.assert_close(a.double(), e, rtol=0, atol=share * e.abs().max().item())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_stays_nan_and_in_its_pair(backend):
+    call, (vector, words) = case(3, (3, 2, 4), 8)
+    words[4, 3] = torch.nan
+    vector[1, 2] = torch.nan
+    want = [[False, True, False], [True] * 3, [False, True, False]]
+    assert call(vector, words, backend).isnan().tolist() == want
+
+
+COUNTS = (9, 30, 1, 14, 260, 7)
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_threads_change_no_bit(dtype):
+    call, args = case(50, COUNTS * 3, 20, scale=5.0)
+
+    def bits(threads):
+        torch.set_num_threads(threads)
+        single = [a.to(dtype) for a in args]
+        return [call(*single, backend="cpu"), *op_checks.gradients(call, single, dtype, "cpu", dtype)]
+
+    try:
+        first, *others = map(bits, (1, 2, 3))
+    finally:
+        torch.set_num_threads(1)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+
+
+@needs_cpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
+def test_a_pair_has_the_same_bits_in_any_block_and_order(dtype):
+    call, args = case(40, COUNTS, 20, scale=5.0)
+    vector, words = (a.to(dtype) for a in args)
+    whole, parts = call(vector, words, backend="cpu"), words.split(COUNTS)
+
+    def score(vector, captions):
+        edge = torch.tensor([0, *(len(c) for c in captions)]).cumsum(0)
+        return itm_fast.global_local_score(vector, torch.cat(captions), edge, scale=5.0, backend="cpu")
+
+    for t, caption in enumerate(parts):
+        assert torch.equal(score(vector[7:8], [caption])[0, 0], whole[7, t])
+    order = torch.randperm(len(parts), generator=torch.Generator().manual_seed(1)).tolist()
+    assert torch.equal(score(vector.flip(0), [parts[t] for t in order]), whole[:, order].flip(0))
+
+
+@needs_cpu
+@pytest.mark.parametrize("level", ["avx2", "generic"])
+def test_lesser_processors(level, monkeypatch):
+    at_level(level, monkeypatch)
+    for shape in SHAPES.values():
+        call, args = case(*shape, scale=7.0)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            op_checks.check_forward(call, args, dtype, "cpu")
+            op_checks.check_gradients(call, args, dtype, "cpu")
+
+
+@needs_cpu
+@pytest.mark.parametrize("images,captions", [(20_000, 200), (200, 2_000)])
+def test_scratch_is_bounded_however_large_the_block(images, captions):
+    setup = [
+        f"vector, words = torch.rand({images}, 512), torch.rand({captions * 10}, 512)",  # 40 MB of one of them
+        f"cu_seqlens = torch.arange(0, {captions * 10} + 1, 10)",
+        f"grad = torch.ones({images}, {captions})",
+    ]
+    forward = "itm_fast.global_local_score(vector, words, cu_seqlens, backend='cpu')"
+    assert scratch_of(setup, forward) < 64 << 20
+    op = "torch.ops.itm_fast.global_local_score_backward"
+    assert scratch_of(setup, f"{op}(grad, [True] * 2, vector, words, cu_seqlens, 1.0, 'cpu')") < 64 << 20
+
+
+@needs_cpu
+def test_medium_precision_may_multiply_bfloat16_values():
+    call, args = case(5, (13, 4, 7, 1, 4), 65)
+    args = [a.float() for a in args]
+    exact, rounded = (call(*(a.to(d) for a in args), backend="reference") for d in (torch.float64, torch.bfloat16))
+    before = call(*args, backend="cpu")
+    try:
+        torch.set_float32_matmul_precision("medium")
+        result = call(*args, backend="cpu")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(result, before) == (_native.level() != "avx512_bf16")
+    assert_accurate(result, rounded, exact, term=rounding(torch.bfloat16, exact.abs().max().item()))
 
 
 def test_autocast_takes_its_dtype():

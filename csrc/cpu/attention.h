@@ -7,7 +7,8 @@
 
 namespace itm_fast {
 
-enum Norm : int64_t { SOFTMAX, L2NORM, CLIPPED_L2NORM, L1NORM, CLIPPED_L1NORM, CLIPPED, NONE };  // ops/_attention.py
+// NORMS of ops/_attention.py; and COSINE, of global_local_score: each affinity over both rows' own lengths.
+enum Norm : int64_t { SOFTMAX, L2NORM, CLIPPED_L2NORM, L1NORM, CLIPPED_L1NORM, CLIPPED, NONE, COSINE };
 constexpr double SLOPE = 0.1, EPS = 1e-8;
 
 inline bool clips(int64_t norm) { return norm == CLIPPED_L2NORM || norm == CLIPPED_L1NORM || norm == CLIPPED; }

@@ -306,8 +306,17 @@ struct Cosines {
     const int64_t at = block.sets.edge[set] - block.run.begin, n = block.sets.edge[set + 1] - block.sets.edge[set];
     const int64_t columns = chunk.rows, k = set - block.run.first;
     const T *a = s + at * ld, *gram = block.grams + block.gram_at[size_t(k)];
-    logits<T>(problem.norm, T(problem.scale), n, window.sets.edge.data() + chunk.first, chunk.last - chunk.first, a,
-              weight, ld, factor);
+    const T *length = window.length + window.column[c], scale = T(problem.scale);
+    if (problem.norm == COSINE) {
+      for (int64_t x = 0; x < n; ++x) {
+        const T own = std::sqrt(gram[x * round_up(n, ROW_STEP) + x]);
+        for (int64_t j = 0; j < columns; j += LANES<T>)
+          store(weight + x * ld + j, load(a + x * ld + j) * scale / max<T>(load(length + j) * own, splat(T(EPS))));
+      }
+    } else {
+      logits<T>(problem.norm, scale, n, window.sets.edge.data() + chunk.first, chunk.last - chunk.first, a, weight, ld,
+                factor);
+    }
     for (int64_t j = 0; j < columns; j += LANES<T>) {
       Vec<T> top = load(weight + j), all{}, product{};
       for (int64_t x = 1; x < n; ++x) top = max<T>(top, load(weight + x * ld + j));
@@ -327,7 +336,6 @@ struct Cosines {
               each(x, j, v);
               store(square + j, load(square + j) + v * load(weight + x * ld + j));
             });
-    const T* length = window.length + window.column[c];
     exact.clear();
     const T least_square = T(1e-3) * block.highest[size_t(k)];
     for (int64_t j = 0; j < columns; j += LANES<T>) {

@@ -192,6 +192,28 @@ struct Backward {
     }
   }
 
+  // The same as logits_backward for the norm by lengths. What the queries' lengths get goes to d_length; to factor, what
+  // multiplies a context x in its own gradient: d|x| / |x|.
+  template <class Add>
+  void cosine_backward(Work& work, int64_t n, const T* gram, int64_t gram_ld, const T* length, int64_t columns, T* s,
+                       Add add) const {
+    const T scale = T(problem.scale);
+    for (int64_t x = 0; x < n; ++x) {
+      const T own = std::sqrt(gram[x * gram_ld + x]);
+      Vec<T> all{};
+      for (int64_t j = 0; j < columns; j += LANES<T>) {
+        const Vec<T> q = load(length + j), both = q * own, bounded = max<T>(both, splat(T(EPS)));
+        const Vec<T> a = load(s + x * work.ld + j), d_c = load(work.slope + x * work.ld + j) * scale;
+        const Vec<Int<T>> real = inside<T>(j, 0, columns);
+        const Vec<T> lost = select<T>(real & (both >= T(EPS)), d_c * a / bounded, Vec<T>{});
+        store(s + x * work.ld + j, select<T>(real, d_c / bounded + add(x, j), a));
+        store(work.d_length + j, load(work.d_length + j) - (q > 0 ? lost / q : Vec<T>{}));
+        all += lost;
+      }
+      work.factor[x] = own > 0 ? -sum<T>(all) / (own * own) : T(0);
+    }
+  }
+
   // Affinities of a set become their gradients, and its Gram matrix gets its own.
   void set_backward(Work& work, Contexts<T>& contexts, int64_t b, int64_t set, const Window<T>& window,
                     int64_t c) const {
@@ -199,13 +221,15 @@ struct Backward {
     const Chunk& chunk = window.chunks[size_t(c)];
     const Sets &context = problem.context, &query = problem.query;
     const int64_t ld = work.ld, at = context.edge[set] - block.run.begin;
-    const int64_t n = context.edge[set + 1] - context.edge[set];
+    const int64_t n = context.edge[set + 1] - context.edge[set], gram_ld = round_up(n, ROW_STEP);
+    const int64_t gram_at = block.gram_at[size_t(set - block.run.first)];
     T *s = work.s + at * ld, *weight = work.weight, *slope = work.slope;
     work.cosines(block, set, window, c, [&](int64_t x, int64_t j, Vec<T> v) { store(slope + x * ld + j, v); });
     for (int64_t q = chunk.first; q < chunk.last; ++q)
       pool_backward(work, query.edge[q] - chunk.begin, query.edge[q + 1] - query.edge[q],
                     grad[set * problem.context_step + q * problem.query_step]);
-    column_gradients(work, window.length + window.column[size_t(c)], chunk.rows);
+    const T *length = window.length + window.column[size_t(c)], *gram = block.grams + gram_at;
+    column_gradients(work, length, chunk.rows);
     for (int64_t j = 0; j < chunk.rows; j += LANES<T>) {
       const Vec<T> direct = load(work.direct + j), twice = load(work.twice + j), rest = load(work.rest + j);
       for (int64_t x = 0; x < n; ++x) {
@@ -214,8 +238,11 @@ struct Backward {
       }
     }
     const auto direct = [&](int64_t x, int64_t j) { return load(work.direct + j) * load(weight + x * ld + j); };
-    logits_backward<T>(problem.norm, T(problem.scale), n, query.edge.data() + chunk.first, chunk.last - chunk.first, s,
-                       slope, ld, direct);
+    const bool cosine = problem.norm == COSINE;
+    if (cosine) cosine_backward(work, n, gram, gram_ld, length, chunk.rows, s, direct);
+    else
+      logits_backward<T>(problem.norm, T(problem.scale), n, query.edge.data() + chunk.first, chunk.last - chunk.first,
+                         s, slope, ld, direct);
     if (!d_context) return;
     for (const int64_t j : work.exact) {
       const T total = work.total[j];
@@ -224,9 +251,9 @@ struct Backward {
       contexts.exact_of(b, c).push_back(std::move(one));
       work.twice[j] = 0;
     }
-    gram_matrix<T>([&](int64_t x) { return weight + x * ld; }, n, chunk.rows, work.twice,
-                contexts.d_gram[size_t(c)] + contexts.gram[size_t(b)] + block.gram_at[size_t(set - block.run.first)],
-                round_up(n, ROW_STEP));
+    T* const d_gram = contexts.d_gram[size_t(c)] + contexts.gram[size_t(b)] + gram_at;
+    gram_matrix<T>([&](int64_t x) { return weight + x * ld; }, n, chunk.rows, work.twice, d_gram, gram_ld);
+    for (int64_t x = 0; cosine && x < n; ++x) d_gram[x * gram_ld + x] += work.factor[x];
   }
 
   // (9), and (11) for a chunk of queries, and what its columns leave for the contexts.

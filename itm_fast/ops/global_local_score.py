@@ -40,7 +40,7 @@ from ..packing import bounds
 from . import _attention
 from ._op import Op, by_autograd
 
-OFFERED = ("torch", "reference")
+OFFERED = ("cpu", "torch", "reference")
 
 
 def reference(vector: Tensor, words: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
@@ -62,6 +62,10 @@ def reference(vector: Tensor, words: Tensor, cu_seqlens: Tensor, scale: float) -
 def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
+    if backend == "cpu":
+        from ._cpu import global_local_score as native
+
+        return native
     from ._torch import global_local_score
 
     return global_local_score
