@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 import sys
 import time
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from itm_fast import _backends, _triton
+from itm_fast._files import atomic_write
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -125,7 +125,6 @@ def write(name: str, result: dict) -> Path:
     """Write one result file, whole or not at all."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n")
-    os.replace(partial, path)
+    with atomic_write(path) as file:
+        file.write(json.dumps(result, indent=1) + "\n")
     return path

@@ -152,11 +152,16 @@ def trained(content: dict) -> str:
         lines.append(f"| chance | {' | '.join(cells)} |")
     e, sizes = content["environment"], content["data"]
     how = (
-        f"{e['device']}; {e['threads']} threads; torch {e['torch']}; {e['date']}; commit {e['commit']}. Trained on "
+        f"{e['device']}; {_threads(e)}; torch {e['torch']}; {e['date']}; commit {e['commit']}. Trained on "
         f"{sizes['train']['captions']:,} captions of {sizes['train']['images']:,} pictures, held out "
         f"{sizes['test']['captions']:,} of {sizes['test']['images']:,}."
     )
     return f"{how}\n\n" + "\n".join(lines)
+
+
+def _threads(environment: dict) -> str:
+    n = environment["threads"]
+    return f"{n} thread{'' if n == 1 else 's'}"
 
 
 def readme(text: str) -> str:
@@ -186,7 +191,7 @@ def caption(kind: str, result: dict) -> str:
     peaks = "".join(f" {dtype} FMA {rate:.0f}," for dtype, rate in fma.items() if rate)
     more = _extended(block) if kind == "training_step" else ""
     return (
-        f"{e['device']}; {e['threads']} threads; torch {e['torch']}; {e['date']}; commit {e['commit']}. "
+        f"{e['device']}; {_threads(e)}; torch {e['torch']}; {e['date']}; commit {e['commit']}. "
         f"{block['images']} images x {block['captions']} captions of `{result['shape']}`, R 36{D}, "
         f"float32, {result['rounds']} alternating rounds in one process, medians.{more} Peaks in the same run, "
         f"GFLOP/s:{peaks} a large float32 matrix product {result['matmul_peak_gflops']:.0f}."

@@ -20,11 +20,14 @@ thread the same software on the same processor gives the same weights.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import json
+import os
 import shutil
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -141,11 +144,16 @@ def held_out(data: Path, file: Path) -> dict[str, Any]:
 
 def shuffled(data: Path, home: Path) -> Path:
     """The same data, every training caption with a picture drawn at random."""
-    if not (home / "done").exists():
-        shutil.copytree(data, home, dirs_exist_ok=True)
-        name = "train_caption_to_image.npy"
-        np.save(home / name, np.random.default_rng(0).permutation(np.load(data / name)))
-        (home / "done").touch()
+    if home.exists():
+        return home
+    home.parent.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix="shuffling-", dir=home.parent))
+    shutil.copytree(data, made, dirs_exist_ok=True)
+    name = "train_caption_to_image.npy"
+    np.save(made / name, np.random.default_rng(0).permutation(np.load(data / name)))
+    with contextlib.suppress(OSError):  # another process was first; both made the same
+        os.rename(made, home)
+    shutil.rmtree(made, ignore_errors=True)
     return home
 
 

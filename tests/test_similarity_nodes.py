@@ -13,6 +13,7 @@ SHAPES = {
     "I1-T1-R1-W1-D1-S2": (1, (1,), 1, 1, 2, None),
     "I5-T5-R9-W13-D64-S32": (5, (13, 1, 4, 4, 7), 9, 64, 32, None),
     "I3-T3-R7-W5-D31-S11-ragged": (3, (5, 5, 4), 7, 31, 11, (7, 1, 4)),
+    "I20-T20-R2-W1-D37-S7": (20, (1,) * 20, 2, 37, 7, None),  # more images and captions than are held at a time
 }
 
 

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from itm_fast.ops._torch import _linear
-from itm_fast.testing import assert_accurate
+from itm_fast.testing import assert_accurate, rounding
 
 CONVOLUTION = torch.mkldnn_convolution
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
@@ -28,8 +28,11 @@ def case(n, K=24, S=10, dtype=torch.float32):
 
 def outcome(function, x, weight, bias):
     y = function(x[:, ::2], weight, bias)
-    upstream = torch.arange(y.numel(), dtype=y.dtype).cos().view_as(y)
-    return [y, *torch.autograd.grad(y, (x, weight, bias), upstream)]
+    return [y, *torch.autograd.grad(y, (x, weight, bias), cosines(y))]
+
+
+def cosines(like):
+    return torch.arange(like.numel(), dtype=like.dtype).cos().view_as(like)
 
 
 @needs_onednn
@@ -37,8 +40,32 @@ def outcome(function, x, weight, bias):
 def test_a_convolution_is_the_product(calls, n):
     leaves = case(n)
     exact = outcome(F.linear, *(x.detach().double().requires_grad_() for x in leaves))
-    for a, b, c in zip(outcome(_linear.linear, *leaves), outcome(F.linear, *leaves), exact, strict=True):
-        assert_accurate(a, b, c)
+    x, weight, bias, upstream = leaves[0][:, ::2].abs(), leaves[1].abs(), leaves[2].abs(), cosines(exact[0]).abs()
+    terms = F.linear(x, weight, bias), upstream.float() @ weight, upstream.float().t() @ x, upstream.sum(0)
+    for a, b, c, d in zip(outcome(_linear.linear, *leaves), outcome(F.linear, *leaves), exact, terms, strict=True):
+        # Two orders of the same sum are as far apart as its terms are large, not the sum.
+        assert_accurate(a, b, c, term=rounding(a.dtype, d.max().item()))
+    assert calls
+
+
+@needs_onednn
+def test_the_result_may_be_changed_in_place(calls):
+    x, weight, bias = case(7)
+    found = _linear.linear(x[:, ::2], weight, bias).relu_().sum()
+    expected = F.linear(x[:, ::2], weight, bias).relu().sum()
+    for a, b in zip(torch.autograd.grad(found, (x, weight)), torch.autograd.grad(expected, (x, weight)), strict=True):
+        torch.testing.assert_close(a, b)
+    assert calls
+
+
+@needs_onednn
+def test_leading_dimensions_and_weights_that_want_no_gradient(calls):
+    x, weight, bias = case(6)
+    found = _linear.linear(x[:, ::2].unflatten(0, (2, 3)), weight.detach(), bias.detach())
+    expected = F.linear(x[:, ::2].unflatten(0, (2, 3)), weight, bias)
+    torch.testing.assert_close(found, expected)
+    for a, b in zip(*(torch.autograd.grad(y.cos().sum(), x) for y in (found, expected)), strict=True):
+        torch.testing.assert_close(a, b)
     assert calls
 
 

@@ -5,7 +5,7 @@
 // it saw, d q of its queries, d x of a few sets of contexts. A thread takes a slot through these contexts; then the
 // slots' d x are added in their order, and the next contexts come; d W and d b are added at the end. Which tiles a
 // slot sees depends on the shapes alone, so the gradients' bits do not depend on the threads. A slot's captions' global
-// vectors are to their W_g what the words are to W, with an image's global vector for the only context.
+// vectors are to their W_g what the words are to W, and the global vectors of the images held are the contexts.
 //
 // Scratch: 48 MiB of slots (one slot, if that is more), W in two layouts, 2 MiB at D 1024 and S 256, the contexts held,
 // 1.3 MiB, and per thread one tile, 1.9 MiB at R 36; with global vectors 1 MiB more a slot and for W_g, and 1.3 MiB more

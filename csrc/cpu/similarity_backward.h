@@ -9,7 +9,7 @@
 //     t' = sum of a (g - c G a),   d x = a du^T - (a c a^T) x + d A q^T,   d q = -du + d A^T x
 //
 // Caches: dy in both layouts (2 x 240 KB) stays in L2 with three panels of 28 KB; the gradients of W and of q, 1 MB
-// each, pass by once a tile.
+// each, pass by once a tile, and what the affinities give q once for all contexts held.
 #pragma once
 #include "held_contexts.h"
 #include "shuffle.h"
@@ -112,7 +112,7 @@ struct SimilarityGradient {
         }
       }
       products(set, columns, w, query_rows, sums, d_q, d_x);
-      if (attends) attention(set, norm, scale, edge, sets, affinity);
+      if (attends) attention(set, norm, scale, edge, sets, affinity, sums.needs_context);
     }
     if (attends) through_affinities(x, columns, query_rows, sums, d_q, d_x);
   }
@@ -270,7 +270,8 @@ struct SimilarityGradient {
   }
 
   // (6) and (7) of one set, from g on: `affinity` becomes its own gradient.
-  void attention(const HeldSet<T>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets, T* affinity) {
+  void attention(const HeldSet<T>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets, T* affinity,
+                 bool needs_context) {
     const int64_t columns = edge[sets] - edge[0], n = x.n;
     gemm<T>(n, columns, n, {x.gram, x.ld}, {tile.weight, ld}, fresh(), to(gram_weight, ld));
     for (int64_t j = 0; j < columns; j += LANES<T>) {
@@ -289,6 +290,7 @@ struct SimilarityGradient {
       store(along + j, c);
     }
     logits_backward<T>(norm, scale, n, edge, sets, affinity, d_logit, ld, fresh());
+    if (!needs_context) return;
     for (int64_t j = 0; j < columns; ++j)
       for (int64_t r = 0; r < n; ++r) scaled_rows[j * ldn + r] = -along[j] * weight_rows[j * ldn + r];
     gemm<T>(n, n, columns, {weight_rows, ldn}, {scaled_rows, ldn}, fresh(), to(mixed + x.first * ldn, ldn));

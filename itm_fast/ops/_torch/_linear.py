@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,36 +13,48 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """Rows [..., K], weight [S, K] and bias [S] -> [..., S], as torch.nn.functional.linear."""
     if not _onednn(x):
         return F.linear(x, weight, bias)
-    return cast(Tensor, _Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)).view(*x.shape[:-1], -1)
+    return _rows(_Linear.apply(x.reshape(-1, x.shape[-1]), weight, bias)).view(*x.shape[:-1], -1)
 
 
 class _Linear(torch.autograd.Function):
-    """Both passes by convolutions: a convolution's own backward takes as long as MKL."""
+    """Both passes by convolutions: a convolution's own backward takes as long as MKL.
+
+    The result is the convolution's own: a view made in here could not be changed in place.
+    """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return _convolution(x, weight, bias)
 
     @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        x, weight, _ = inputs
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+
+    @staticmethod
     def backward(ctx, grad: Tensor):
-        (x, weight), needs = ctx.saved_tensors, ctx.needs_input_grad
+        (x, weight), needs, grad = ctx.saved_tensors, ctx.needs_input_grad, _rows(grad)
         return (
-            _convolution(grad, weight.t()) if needs[0] else None,
-            _convolution(grad.t(), x.t()) if needs[1] else None,
+            _rows(_convolution(grad, weight.t())) if needs[0] else None,
+            _rows(_convolution(grad.t(), x.t())) if needs[1] else None,
             grad.sum(0) if needs[2] else None,
         )
 
 
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x W^T + b of rows [n, K] by a 1 x 1 convolution."""
+    """x W^T + b of rows [n, K] by a 1 x 1 convolution, [1, S, n, 1]."""
     n, K = x.shape
-    pixels = x.reshape(1, n, 1, K).permute(0, 3, 1, 2)  # channels-last, as oneDNN wants them
+    pixels = x.reshape(1, n, 1, K).permute(0, 3, 1, 2)  # channels-last, as oneDNN wants them, where x lies by rows
     # It reads a bias as if its elements were neighbours.
     bias = None if bias is None else bias.contiguous()
     kernel = weight.contiguous()[:, :, None, None]
-    result = torch.mkldnn_convolution(pixels, kernel, bias, (0, 0), (1, 1), (1, 1), 1)
-    return result.permute(0, 2, 3, 1).reshape(n, -1)
+    return torch.mkldnn_convolution(pixels, kernel, bias, (0, 0), (1, 1), (1, 1), 1)
+
+
+def _rows(pixels: Tensor) -> Tensor:
+    """[1, S, n, 1] -> [n, S]."""
+    return pixels[0, :, :, 0].t()
 
 
 def _onednn(x: Tensor) -> bool:
@@ -53,7 +63,8 @@ def _onednn(x: Tensor) -> bool:
     MKL keeps to AVX2 on processors that are not Intel's; oneDNN uses what there is and takes half the time.
     """
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()
+        and x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.numel() > 0
         and torch.backends.mkldnn.is_available()
