@@ -72,20 +72,24 @@ def _query_norms(
 
 
 @triton.jit
-def _affinities(logits, norms, x, size, scale, NORM: tl.constexpr, CLIP: tl.constexpr, INVERSE: tl.constexpr):
+def _affinities(
+    logits, norms, length, x, size, scale, NORM: tl.constexpr, CLIP: tl.constexpr, INVERSE: tl.constexpr
+):
     """A and the attention's logits of a tile; rows of contexts beyond the set give 0 and never."""
     inside = (x < size)[None, :]
     s = tl.load(logits + x[None, :], mask=inside, other=0.0)
     norm = 0.0
-    if NORM != "none":
+    if NORM == "cosine":
+        norm = length[:, None] * tl.load(norms + x, mask=x < size, other=0.0)[None, :]
+    elif NORM != "none":
         norm = tl.load(norms + x[None, :], mask=inside, other=0.0)
     return s, tl.where(inside, scale * normalised(s, norm, NORM, CLIP, INVERSE), NEVER)
 
 
 @triton.jit
-def _weights(logits, norms, x, size, scale, m, NORM: tl.constexpr, CLIP: tl.constexpr, INVERSE: tl.constexpr):
+def _weights(logits, norms, length, x, size, scale, m, NORM: tl.constexpr, CLIP: tl.constexpr, INVERSE: tl.constexpr):
     """e of a tile, from the maximum m of its logits."""
-    _, a = _affinities(logits, norms, x, size, scale, NORM, CLIP, INVERSE)
+    _, a = _affinities(logits, norms, length, x, size, scale, NORM, CLIP, INVERSE)
     return tl.exp(a - m[:, None])
 
 
@@ -109,11 +113,11 @@ def _poor(square, z, largest, real):
 
 @triton.jit
 def _attend_tile(
-    logits, norms, gram, ld, context, x, size, real, scale, NORM: tl.constexpr, CLIP: tl.constexpr,
+    logits, norms, length, gram, ld, context, x, size, real, scale, NORM: tl.constexpr, CLIP: tl.constexpr,
     INVERSE: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A set that fits a tile: e, G e [BLOCK_Q, BLOCK_X], z, z t and z^2 |P|^2, with alpha = e / z."""
-    s, a = _affinities(logits, norms, x, size, scale, NORM, CLIP, INVERSE)
+    s, a = _affinities(logits, norms, length, x, size, scale, NORM, CLIP, INVERSE)
     e = tl.exp(a - tl.max(a, 1)[:, None])
     z = tl.sum(e, 1)
     product = tl.dot(e, _gram_tile(gram, x, x, size, ld), input_precision=PRECISION)
@@ -131,8 +135,8 @@ def _attend_tile(
 
 @triton.jit
 def _attend_tiles(
-    logits, norms, gram, ld, context, x, size, real, alphas, products, scale, MODE: tl.constexpr, NORM: tl.constexpr,
-    CLIP: tl.constexpr, INVERSE: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    logits, norms, length, gram, ld, context, x, size, real, alphas, products, scale, MODE: tl.constexpr,
+    NORM: tl.constexpr, CLIP: tl.constexpr, INVERSE: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A larger set: z, z t and z^2 |P|^2; what the mode wants of e, alpha and G alpha is stored."""
@@ -141,7 +145,7 @@ def _attend_tiles(
     dot = tl.zeros((BLOCK_Q,), tl.float32)
     largest = 0.0
     for i in range(0, size, BLOCK_X):
-        s, a = _affinities(logits, norms, i + x, size, scale, NORM, CLIP, INVERSE)
+        s, a = _affinities(logits, norms, length, i + x, size, scale, NORM, CLIP, INVERSE)
         larger = tl.maximum(m, tl.max(a, 1))
         shrink, e = tl.exp(m - larger), tl.exp(a - larger[:, None])
         z = z * shrink + tl.sum(e, 1)
@@ -152,9 +156,9 @@ def _attend_tiles(
     for i in range(0, size, BLOCK_X):
         product = tl.zeros((BLOCK_Q, BLOCK_X), tl.float32)
         for j in range(0, size, BLOCK_X):
-            e = _weights(logits, norms, j + x, size, scale, m, NORM, CLIP, INVERSE)
+            e = _weights(logits, norms, length, j + x, size, scale, m, NORM, CLIP, INVERSE)
             product = tl.dot(e, _gram_tile(gram, j + x, i + x, size, ld), product, input_precision=PRECISION)
-        e = _weights(logits, norms, i + x, size, scale, m, NORM, CLIP, INVERSE)
+        e = _weights(logits, norms, length, i + x, size, scale, m, NORM, CLIP, INVERSE)
         square += tl.sum(e * product, 1)
         if MODE == "backward":
             inside = real[:, None] & (i + x < size)[None, :]
@@ -166,14 +170,14 @@ def _attend_tiles(
         for d in range(0, D, BLOCK_D):
             p = tl.zeros((BLOCK_Q, BLOCK_D), tl.float32)
             for j in range(0, size, BLOCK_X):
-                e = _weights(logits, norms, j + x, size, scale, m, NORM, CLIP, INVERSE)
+                e = _weights(logits, norms, length, j + x, size, scale, m, NORM, CLIP, INVERSE)
                 v = _context_tile(context, j + x, d + tl.arange(0, BLOCK_D), size, D)
                 p = tl.dot(e, v, p, input_precision=PRECISION)
             exact += tl.sum(p * p, 1)
         square = tl.where(poor, exact, square)
     if MODE == "weights":
         for i in range(0, size, BLOCK_X):
-            e = _weights(logits, norms, i + x, size, scale, m, NORM, CLIP, INVERSE)
+            e = _weights(logits, norms, length, i + x, size, scale, m, NORM, CLIP, INVERSE)
             tl.debug_barrier()  # the affinities have been read
             tl.store(alphas + (i + x)[None, :], e, mask=real[:, None] & (i + x < size)[None, :])
     return z, dot, square
@@ -207,14 +211,19 @@ def _attend(
     corner, within = first.to(tl.int64) * ld + column, q[:, None] * ld
     owner = tl.load(owner_ptr + query_first + first + q)
     low = tl.min(owner, 0)
-    norms = norm_ptr + (low - owner_first).to(tl.int64) * ld + column + (owner - low)[:, None] * ld
+    length = 0.0
+    if NORM == "cosine":
+        norms = norm_ptr + start
+        length = tl.load(length_ptr + query_first + first + q)
+    else:
+        norms = norm_ptr + (low - owner_first).to(tl.int64) * ld + column + (owner - low)[:, None] * ld
     gram = gram_ptr + column.to(tl.int64) * (gram16 * 16)
     context = context_ptr + start.to(tl.int64) * D
     x = tl.arange(0, BLOCK_X)
 
     if WHOLE or size <= BLOCK_X:
         e, product, z, dot, square = _attend_tile(
-            logits_ptr + corner + within, norms, gram, gram16 * 16, context, x, size, real, scale,
+            logits_ptr + corner + within, norms, length, gram, gram16 * 16, context, x, size, real, scale,
             NORM, CLIP, INVERSE, D, PRECISION, BLOCK_D,
         )  # fmt: skip
         if MODE != "score":
@@ -227,15 +236,15 @@ def _attend(
                 tl.store(alpha_ptr + corner + within + x[None, :], e, mask=inside)
     else:
         z, dot, square = _attend_tiles(
-            logits_ptr + corner + within, norms, gram, gram16 * 16, context, x, size, real,
+            logits_ptr + corner + within, norms, length, gram, gram16 * 16, context, x, size, real,
             alpha_ptr + corner + within, product_ptr + corner + within, scale,
             MODE, NORM, CLIP, INVERSE, D, PRECISION, BLOCK_Q, BLOCK_X, BLOCK_D,
         )  # fmt: skip
 
     out = first.to(tl.int64) * (out16 * 16) + b + q * (out16 * 16)
     if MODE == "score":
-        length = tl.load(length_ptr + query_first + first + q) * (tl.sqrt(square) / z)
-        tl.store(out_ptr + out, dot / z / tl.maximum(length, EPS), mask=real)
+        both = tl.load(length_ptr + query_first + first + q) * (tl.sqrt(square) / z)
+        tl.store(out_ptr + out, dot / z / tl.maximum(both, EPS), mask=real)
     elif MODE == "weights":
         tl.store(out_ptr + out, 1 / (tl.sqrt(square) + EPS * z), mask=real)
     else:
@@ -250,8 +259,11 @@ EACH_ROW, EACH_SET = 2, 1
 class Norm(NamedTuple):
     """How affinities become the attention's logits."""
 
-    NORM: str  # softmax, l2norm, l1norm or none, over the queries
+    NORM: str  # softmax, l2norm, l1norm or none, over the queries; or cosine, by both rows' own lengths
     CLIP: bool
+
+
+COSINE = Norm("cosine", False)
 
 
 def norm_of(affinity_norm: str) -> Norm:
@@ -264,7 +276,7 @@ class Attended(NamedTuple):
 
     Attributes:
         logits: [queries, leading(context rows)] affinities; e in mode "weights".
-        norms: [query sets, leading(context rows)], or an empty tensor.
+        norms: [query sets, leading(context rows)]; for cosines all contexts' lengths; or logits.
         out: [queries, leading(context sets)] r, 1 / (z (|P| + eps)) or |P|^2.
         alpha, product: alpha and G alpha, like logits; "backward" only.
         dot: t, like out; "backward" only.
@@ -287,13 +299,15 @@ def attend(
     lengths: Tensor | None,
     norm: Norm,
     scale: float,
+    context_lengths: Tensor | None = None,
 ) -> Attended:
     """Affinities of a piece and all that `_attend` makes of them.
 
     Args:
         mode: as in `_attend`.
         gram: of the piece's context sets.
-        lengths: of all queries; for mode "score".
+        lengths: of all queries; for mode "score" and for cosines.
+        context_lengths: of all rows of contexts; for cosines.
     """
     rows, device = query.rows, query.rows.device
     arch = _launch.arch(device)
@@ -305,9 +319,9 @@ def attend(
 
     logits = empty(queries, contexts)
     affinity(rows, context.rows, piece.q, piece.x, logits, _tiles.products(rows.dtype))
-    norms = logits
+    norms = logits if context_lengths is None else context_lengths
     backward = mode == "backward"
-    if norm.NORM != "none":
+    if norm.NORM not in ("none", "cosine"):
         query_sets = piece.queries.stop - piece.queries.start
         norms = empty(query_sets, contexts)
         tile = _tiles.query_norms(rows.dtype, arch)
@@ -319,7 +333,7 @@ def attend(
     out = empty(queries, sets)
     alpha, product = (torch.empty_like(logits), torch.empty_like(logits)) if backward else (logits, logits)
     dot = torch.empty_like(out) if backward else out
-    tile = _tiles.attend(rows.dtype, arch, backward, context.whole)
+    tile = _tiles.attend(rows.dtype, arch, backward, context.whole, norm == COSINE)
     _attend[(_launch.blocks(queries, tile["BLOCK_Q"]) * sets,)](
         logits, norms, gram, context.rows, context.start, context.size, query.owner,
         out if lengths is None else lengths, alpha, product, dot, out,
@@ -364,8 +378,9 @@ def compilations(arch: int) -> Iterator[_tiles.Compilation]:
     ways += [(dtype, mode, clipped, True, wide) for dtype in (single, half) for mode in ("weights", "backward")]
     ways += [(single, mode, clipped, False, x) for mode in ("score", "weights", "backward") for x in (wide, narrow)]
     ways += [(half, "score", clipped, False, narrow)]
+    ways += [(dtype, mode, COSINE, False, narrow) for dtype in _tiles.NAMES for mode in ("score", "backward")]
     for dtype, mode, norm, whole, rows in ways:
         types = f"*fp32 *fp32 *fp32 *{_tiles.NAMES[dtype]} *i32 *i32 *i32" + " *fp32" * 5 + " i32" * 9 + " fp32"
         constants = dict(norm._asdict(), MODE=mode, WHOLE=whole, D=1024, PRECISION=_tiles.exact(dtype), BLOCK_X=rows)
-        tile = _tiles.attend(dtype, arch, mode == "backward", whole)
+        tile = _tiles.attend(dtype, arch, mode == "backward", whole, norm == COSINE)
         yield _tiles.Compilation(_attend, types, constants, tile)

@@ -26,7 +26,7 @@ from ._tl import EPS, leaky_slope, normalised
 
 
 @triton.jit
-def _tile_gradient(
+def tile_gradient(
     logit_ptr, norm, alpha_ptr, product_ptr, f_ptr, w0_ptr, w1_ptr, w2_ptr, at, at_b, inside, scale,
     NORM: tl.constexpr, CLIP: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
@@ -81,7 +81,7 @@ def _logit_gradient(
             inside = (q < size)[:, None] & counted[None, :]
             line = (start + q).to(tl.int64)[:, None]
             at, at_b = line * (ld16 * 16) + x[None, :], line * (in16 * 16) + b[None, :]
-            _, a, d_a, _ = _tile_gradient(
+            _, a, d_a, _ = tile_gradient(
                 logit_ptr, spread, alpha_ptr, product_ptr, f_ptr, w0_ptr, w1_ptr, w2_ptr, at, at_b, inside, scale,
                 NORM, CLIP, DIRECT,
             )  # fmt: skip
@@ -94,7 +94,7 @@ def _logit_gradient(
         inside = (q < size)[:, None] & counted[None, :]
         line = (start + q).to(tl.int64)[:, None]
         at, at_b = line * (ld16 * 16) + x[None, :], line * (in16 * 16) + b[None, :]
-        s, a, d_a, direct = _tile_gradient(
+        s, a, d_a, direct = tile_gradient(
             logit_ptr, spread, alpha_ptr, product_ptr, f_ptr, w0_ptr, w1_ptr, w2_ptr, at, at_b, inside, scale,
             NORM, CLIP, DIRECT,
         )  # fmt: skip

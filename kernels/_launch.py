@@ -122,6 +122,13 @@ def captions(words: Tensor, cu_seqlens: Tensor, edge: list[int]) -> Sets:
     return Sets(aligned(words), cut[:-1], count, owner, edge, longest, WORDS, False)
 
 
+def singles(rows: Tensor) -> Sets:
+    """Rows [n, D] as sets of one."""
+    index = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
+    edge = list(range(len(rows) + 1))
+    return Sets(aligned(rows), index, torch.ones_like(index), index, edge, 1, power_of_two(1), True)
+
+
 def sets(
     op: str, image: Tensor, words: Tensor, cu_seqlens: Tensor, region_lengths: Tensor | None, direction: str
 ) -> tuple[Sets, Sets]:

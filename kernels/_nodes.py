@@ -39,7 +39,7 @@ class Maker:
     ) -> None:
         self.edge = bounds(cu_seqlens, len(words), op)
         self.words, self.regions = _launch.sets(op, image, words, cu_seqlens, region_lengths, "t2i")
-        self.captions, self.images = _single(caption_global), _single(image_global)
+        self.captions, self.images = _launch.singles(caption_global), _launch.singles(image_global)
         self.local = _launch.aligned(local_weight), _launch.aligned(local_bias)
         self.overall = _launch.aligned(global_weight), _launch.aligned(global_bias)
         self.scale = scale
@@ -74,15 +74,6 @@ class Maker:
         out = self.regions.rows.new_empty(block.images, block.nodes, len(self.local[0]))
         self(slice(first, first + block.images), block.window.captions, out, 0, block.window.rows.start)
         return block.scratch(out)
-
-
-def _single(rows: Tensor) -> _launch.Sets:
-    """Rows as sets of one."""
-    index = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
-    tile = _launch.power_of_two(1)
-    return _launch.Sets(
-        _launch.aligned(rows), index, torch.ones_like(index), index, list(range(len(rows) + 1)), 1, tile, True
-    )
 
 
 def word_bytes(regions: int) -> int:

@@ -88,8 +88,10 @@ def query_norms(dtype: torch.dtype, arch: int) -> Tile:
     return _row(4, 2, SETS=4, BLOCK_Q=16, BLOCK_X=64)  # untuned
 
 
-def attend(dtype: torch.dtype, arch: int, backward: bool, whole: bool) -> Tile:
-    """kernels/_attention.py: _attend. whole: whether every set of contexts fits a tile."""
+def attend(dtype: torch.dtype, arch: int, backward: bool, whole: bool, cosine: bool) -> Tile:
+    """kernels/_attention.py: _attend. whole: whether every set of contexts fits a tile; cosine: whether the norm is."""
+    if arch == 80 and dtype != torch.float32 and cosine:
+        return _row(4, 1, BLOCK_Q=32, BLOCK_D=16)  # untuned
     if dtype == torch.float32 and backward and not whole:
         return _row(8, 1, BLOCK_Q=16, BLOCK_D=16)  # untuned
     if arch == 80 or (dtype == torch.float32 and (backward or not whole)):

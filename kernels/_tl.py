@@ -31,9 +31,12 @@ def swizzled(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def normalised(s, norm, NORM: tl.constexpr, CLIP: tl.constexpr, INVERSE: tl.constexpr):
-    """The affinity norm of s; `norm` is its norm over the queries (INVERSE: 1 / (norm + eps)), or their logsumexp."""
+    """The affinity norm of s; `norm` is its norm over the queries (INVERSE: 1 / (norm + eps)), or their logsumexp; or
+    the product of both rows' lengths."""
     if NORM == "softmax":
         return tl.exp(s - norm)
+    if NORM == "cosine":
+        return s / tl.maximum(norm, EPS)
     if CLIP:
         s = leaky(s)
     if NORM == "none":

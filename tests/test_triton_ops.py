@@ -6,6 +6,7 @@ import sys
 import pytest
 import test_cross_attention_score
 import test_cross_attention_similarity
+import test_global_local_score
 import test_similarity_context
 import test_similarity_filter
 import test_similarity_filter_score
@@ -37,6 +38,10 @@ CASES = {
         test_cross_attention_similarity,
         {"one": (1, (1,), 1, 1, 2), "ragged": (3, COUNTS, 36, 64, 32), "prime": (3, (5, 5, 2), 17, 31, 7)},
     ),
+    "global_local_score": (
+        test_global_local_score,
+        {"one": (1, (1,), 1), "ragged": (3, (13, 1, 40, 4, 7), 64), "prime": (3, (5, 5, 2), 31)},
+    ),
     "similarity_nodes": (
         test_similarity_nodes,
         SCORED | {"one": (1, (1,), 1, 1, 2, None), "prime": (3, (5, 5, 4), 7, 31, 11, (7, 1, 4))},
@@ -60,7 +65,7 @@ CASES = {
     "similarity_graph_score": (test_similarity_graph_score, SCORED | {"prime": (3, (5, 5, 2), 7, 31, 11, (7, 1, 4))}),
     "similarity_filter_score": (test_similarity_filter_score, SCORED),
 }
-WITHOUT_REGIONS = ("similarity_context", "similarity_graph", "similarity_filter")
+WITHOUT_REGIONS = ("global_local_score", "similarity_context", "similarity_graph", "similarity_filter")
 OPS = [op for op in CASES if "triton" in _backends.OFFERS[op]]
 over_ops = pytest.mark.parametrize("op", OPS)
 
@@ -193,7 +198,7 @@ def one_pair(op, args, i, start, stop, t):
         return [args[0][i : i + 1, t : t + 1], args[1][i : i + 1, start:stop], args[2]]
     if op in ("similarity_graph", "similarity_filter"):
         return [args[0][i : i + 1, start:stop], *args[1:]]
-    if op.startswith("cross_attention"):
+    if op.startswith("cross_attention") or op == "global_local_score":
         return [args[0][i : i + 1], args[1][start:stop], *args[2:]]
     image, image_global, words, caption_global, *rest = args
     return [image[i : i + 1], image_global[i : i + 1], words[start:stop], caption_global[t : t + 1], *rest]

@@ -40,7 +40,7 @@ from ..packing import bounds
 from . import _attention
 from ._op import Op, by_autograd
 
-OFFERED = ("cpu", "torch", "reference")
+OFFERED = ("triton", "cpu", "torch", "reference")
 
 
 def reference(vector: Tensor, words: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
@@ -62,6 +62,10 @@ def reference(vector: Tensor, words: Tensor, cu_seqlens: Tensor, scale: float) -
 def _implementation(backend: str):
     if backend == "reference":
         return by_autograd(reference)
+    if backend == "triton":
+        from ..kernels import global_local_score as kernels
+
+        return kernels
     if backend == "cpu":
         from ._cpu import global_local_score as native
 
@@ -113,6 +117,6 @@ def global_local_score(
     check.floats(vector=(vector, "I D"), words=(words, "N D"))
     check.integers("cu_seqlens", cu_seqlens, "T+1")
     check.positive("scale", scale)
-    name = resolve(check.op, backend, vector.device)
+    name = resolve(check.op, backend, vector.device, vector.dtype)
     vector, words = autocast(vector, words)
     return _op(vector, words, cu_seqlens, float(scale), name)

@@ -1,0 +1,123 @@
+"""`global_local_score` on its Triton kernels: what test_triton_ops.py does not ask of every op."""
+
+import weakref
+
+import pytest
+import torch
+from test_global_local_score import case
+from triton_cases import unless
+
+import itm_fast
+from itm_fast.testing import op_checks
+
+pytestmark = unless("triton", "cpu")
+DTYPES = [torch.float32, torch.float16]
+# Captions of more words than a tile holds, vectors in more than one tile.
+SHAPES = {"I2-T3-N104-D20": (2, (2, 101, 1), 20), "I70-T3-N12-D17": (70, (5, 3, 4), 17)}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_and_gradients(dtype, shape):
+    call, args = case(*shape, scale=7.0)
+    op_checks.check_forward(call, args, dtype, "triton")
+    op_checks.check_gradients(call, args, dtype, "triton")
+
+
+def score(vector, captions):
+    edge = torch.tensor([0, *(len(c) for c in captions)]).cumsum(0).int()
+    return itm_fast.global_local_score(vector, torch.cat(captions), edge, scale=5.0, backend="triton")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_pair_has_the_same_bits_alone_and_in_any_order(dtype, as_matrix_units_add):
+    counts = (13, 17, 5, 40, 16, 9, 33, 3, 1)
+    _, args = case(5, counts, 24)
+    vector, words = (a.to(dtype) for a in args)
+    parts = list(words.split(counts))
+    whole = score(vector, parts)
+    for t, caption in enumerate(parts):
+        assert torch.equal(score(vector[3:4], [caption])[0, 0], whole[3, t])
+    order = torch.randperm(len(counts), generator=torch.Generator().manual_seed(1)).tolist()
+    assert torch.equal(score(vector.flip(0), [parts[t] for t in order]), whole[:, order].flip(0))
+    with itm_fast.workspace(2.0**-17):
+        assert torch.equal(score(vector, parts), whole)
+
+
+def test_gradients_of_many_pieces_are_those_of_one():
+    call, args = case(9, (13, 1, 40, 4, 7), 17, scale=3.0)
+    whole = op_checks.gradients(call, args, torch.float32, "triton", torch.float32)
+    with itm_fast.workspace(2.0**-16):
+        pieces = op_checks.gradients(call, args, torch.float32, "triton", torch.float32)
+    largest = max(w.abs().max().item() for w in whole)
+    for a, b in zip(pieces, whole, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * largest)
+
+
+def test_what_is_no_number_stays_in_its_pairs():
+    call, (vector, words) = case(3, (13, 40, 4), 8)
+    vector, words = vector.float(), words.float()
+    want = call(vector, words, backend="triton")
+    vector[1, 2], words[20] = torch.nan, torch.inf
+    found = call(vector, words, backend="triton")
+    spoiled = torch.tensor([[False, True, False], [True] * 3, [False, True, False]])
+    assert torch.equal(found.isnan(), spoiled)
+    assert torch.equal(found[~spoiled], want[~spoiled])
+
+
+def test_vectors_and_words_of_zeros():
+    call, (vector, words) = case(3, (3, 2), 6)
+    vector, words = vector.float(), words.float()
+    vector[1], words[3:] = 0, 0
+    leaves = [vector.requires_grad_(), words.requires_grad_()]
+    found = call(*leaves, backend="triton")
+    assert not found[1].any()
+    assert not found[:, 1].any()
+    assert all(g.isfinite().all() for g in torch.autograd.grad(found.sum(), leaves))
+
+
+def test_the_host_is_asked_for_the_bounds_once(monkeypatch):
+    _, args = case(2, (5, 3), 8)
+    leaves = [a.float().requires_grad_() for a in args]
+    edge, asked = torch.tensor([0, 5, 8]), []
+    real = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: asked.append(1) or real(self))
+    for _ in range(2):
+        itm_fast.global_local_score(*leaves, edge, backend="triton").sum().backward()
+    assert len(asked) == 1
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_scratch_is_bounded(backward, monkeypatch):
+    gib, counts = 2.0**-14, (13, 9, 12, 14) * 8
+    _, args = case(40, counts, 16)
+    vector, words = (a.float() for a in args)
+    edge = torch.tensor([0, *counts]).cumsum(0)
+    live, peak = 0, 0
+
+    def release(size):
+        nonlocal live
+        live -= size
+
+    def spy(function):
+        def allocate(*shape, **options):
+            nonlocal live, peak
+            tensor = function(*shape, **options)
+            if tensor.shape not in (vector.shape, words.shape):  # the gradients
+                live += tensor.nbytes
+                peak = max(peak, live)
+                weakref.finalize(tensor, release, tensor.nbytes)
+            return tensor
+
+        return allocate
+
+    with itm_fast.workspace(gib):
+        for function in (torch.empty, torch.zeros, torch.empty_like, torch.zeros_like):
+            monkeypatch.setattr(torch, function.__name__, spy(function))
+        if backward:
+            op = torch.ops.itm_fast.global_local_score_backward
+            op(torch.ones(40, 32), [True, True], vector, words, edge, 1.0, "triton")
+        else:
+            itm_fast.global_local_score(vector, words, edge, backend="triton")
+    assert peak <= gib * 2**30
+    assert peak > gib * 2**30 / 4
