@@ -81,5 +81,4 @@ def reason(length: int, nodes: Tensor, product: Tensor, shift: Tensor, br: Tenso
         X = torch.baddbmm(br[k], E.transpose(1, 2), YH[:, :, S:]).relu_()  # E (X Wr^T) = (E X) Wr^T
     y = linear(X[:, 0], product[-1, :S], shift[-1, :S])
     E = torch.bmm(y[:, None], X.transpose(1, 2)).softmax(-1)
-    # Not in place: a product of _linear may be what an autograd Function of its own gives, and a view of it.
-    return linear(torch.bmm(E, X).squeeze(1), product[-1, S:], br[-1]).relu().view(b, -1, S)
+    return linear(torch.bmm(E, X).squeeze(1), product[-1, S:], br[-1]).relu_().view(b, -1, S)
