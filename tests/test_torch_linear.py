@@ -11,10 +11,11 @@ CONVOLUTION = torch.mkldnn_convolution
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
 
-@pytest.fixture
-def calls(monkeypatch):
+@pytest.fixture(params=[1, 512], ids=["wide", "narrow"])
+def calls(monkeypatch, request):
     """Counts the convolutions; the processor is taken to have AVX-512."""
     seen = []
+    monkeypatch.setattr(_linear, "WIDE", request.param)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch, "mkldnn_convolution", lambda *args: seen.append(1) or CONVOLUTION(*args))
     return seen
