@@ -82,6 +82,17 @@ def build(model: str, contender: str, shape: Shape, device: str) -> tuple[Score,
     return score, dict(scorer.named_parameters())
 
 
+def step_flops(model: str, shape: Shape, hardest: bool) -> float:
+    """Operations that a step needs: those of its scores, and twice as many for what has a gradient.
+
+    By hardest negatives that is a match and two more of each row: 3 T pairs at the most; but all pairs of SAF, whose
+    BatchNorm in training makes every score depend on the others.
+    """
+    of = OTHERS.get(model, published)
+    share = min(1.0, 3 / shape.images) if hardest and model != "saf" else 1.0
+    return (1 + 2 * share) * of.needed_flops(model, shape) + 3 * of.state_flops(model, shape)
+
+
 def step(
     model: str, contender: str, shape: Shape, device: str, hardest: bool = True
 ) -> Callable[[], dict[str, Tensor]]:
@@ -152,18 +163,18 @@ def measure(model: str, shape: Shape, device: str, args: argparse.Namespace) -> 
         few = times.pop(f"{LOOP}, {least.captions} captions")
         times[LOOP] = [extended(x, y, least, cut, shape) for x, y in zip(few, times[LOOP])]
     base = statistics.median(times[LOOP])
-    of = OTHERS.get(model, published)
-    flops = 3 * (of.needed_flops(model, shape) + of.state_flops(model, shape))
     rows = []
     for name, t in times.items():
         contender, label = name.split(",")[0], name if name == LOOP else f"itm-fast {name}"
+        hardest = name in (LOOP, *off)
+        flops = step_flops(model, shape, hardest)
         more = {"largest_difference": off.get(contender, 0.0)}
         if name == LOOP:
             more["measured_captions"] = cut.captions
         if not args.no_fresh:
             harness.progress(f"{model}: {name}, peak memory in a fresh process")
             shapes = [shape] if name != LOOP or cut == shape else [least, cut]
-            peaks = machine.in_fresh_process(memory, model, contender, shapes, name in (LOOP, *off))
+            peaks = machine.in_fresh_process(memory, model, contender, shapes, hardest)
             scaled = len(peaks) == 2 and None not in peaks
             more["peak_bytes"] = int(extended(*peaks, least, cut, shape)) if scaled else peaks[0]
         rows.append(harness.row(label, t, shape.pairs, flops, base, **more))

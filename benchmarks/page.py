@@ -23,8 +23,10 @@ HEAD = """# Measured
 Each contender's results are compared with the loop's before it is timed.
 
 - x loop: times faster than the paper's loop.
-- of FMA peak: the operations that the result needs (of a training step three times those of its scores) against a loop
-  of fused multiply-adds with the processor's widest instructions, float32, or bfloat16 where products are bfloat16.
+- of FMA peak: the operations that the result needs against a loop of fused multiply-adds with the processor's widest
+  instructions, float32, or bfloat16 where products are bfloat16. A training step needs those of its scores, and twice
+  as many for the pairs that the loss has a gradient for: by hardest negatives 3 of a row's 128, but all of SAF, whose
+  BatchNorm couples them.
 - of matmul peak: the same against a large float32 matrix product of PyTorch.
 - largest difference: of scores; of a training step also of gradients, as a share of the largest.
 - scratch: what a call reaches above its inputs and scores; beside it on a block of twice the images and captions.

@@ -229,6 +229,19 @@ def test_a_wrong_gradient_is_seen_and_a_bias_of_rounding_errors_is_not():
         assert bench_training_step.difference({**exact, name: 1.01 * exact[name]}, exact) > bench_training_step.ALLOWED
 
 
+@pytest.mark.parametrize("model, hardest, share", [("sgr", True, 3 / 128), ("sgr", False, 1), ("saf", True, 1)])
+def test_a_step_needs_gradients_of_the_pairs_in_its_loss(model, hardest, share):
+    """So many pairs of random scores have a gradient, and operations are counted for so many."""
+    shape = SHAPES["coco-train-b128"]
+    score = torch.randn(128, 128, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    (gradient,) = torch.autograd.grad(bench_training_step.ranking_loss(score, hardest), score)
+    if model != "saf":
+        assert gradient.count_nonzero() <= share * shape.pairs
+    pairs, states = needed_flops(model, shape), state_flops(model, shape)
+    count = bench_training_step.step_flops(model, shape, hardest)
+    assert count == pytest.approx((1 + 2 * share) * pairs + 3 * states)
+
+
 def test_a_straight_line_goes_over_words():
     least, cut, whole = (Shape("coco-eval-5k", 4, n) for n in (2, 8, 32))
     few, many, all_ = (5.0 + 3.0 * sum(one.lengths) for one in (least, cut, whole))
