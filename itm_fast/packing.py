@@ -219,6 +219,70 @@ def _node_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], win
     return NodePlan(edge, start, tables[0], tables[1], windows)
 
 
+class Group(NamedTuple):
+    """`captions` captions of at most `size` words, from place `first` of a plan's order on."""
+
+    size: int
+    first: int
+    captions: int
+
+
+class Stretch(NamedTuple):
+    """Neighbouring captions, their words, and the groups by length that they fall in."""
+
+    captions: slice
+    rows: slice
+    groups: tuple[Group, ...]
+
+
+class LengthPlan(NamedTuple):
+    """Captions by classes of length. `order` [T] int32: the captions, group by group."""
+
+    edge: list[int]
+    order: Tensor
+    windows: list[Stretch]
+
+
+def length_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], window: int) -> LengthPlan:
+    """Group captions by the least of `sizes` that holds them; kept like `bounds`.
+
+    Args:
+        cu_seqlens: [T + 1].
+        rows: how many words there are.
+        op: for messages.
+        sizes: words that a tile takes of a caption, ascending.
+        window: words in a window, which holds one caption at the least.
+
+    Raises:
+        ValueError: as `bounds` does, or a caption has more words than the largest tile.
+    """
+    key = "lengths", rows, tuple(sizes), window
+    return kept(cu_seqlens, key, lambda: _length_plan(cu_seqlens, rows, op, sizes, window))
+
+
+def _length_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], window: int) -> LengthPlan:
+    edge = bounds(cu_seqlens, rows, op)
+    order: list[int] = []
+    windows = []
+    for captions in stretches(edge, window):
+        members: dict[int, list[int]] = {size: [] for size in sizes}
+        for t in range(captions.start, captions.stop):
+            n = edge[t + 1] - edge[t]
+            if n > sizes[-1]:
+                raise ValueError(
+                    f"{op}: caption {t} has {n} words, and the triton backend takes at most {sizes[-1]}; "
+                    'use backend="torch"'
+                )
+            members[next(size for size in sizes if n <= size)].append(t)
+        groups = []
+        for size, found in members.items():
+            if found:
+                groups.append(Group(size, len(order), len(found)))
+                order += found
+        windows.append(Stretch(captions, slice(edge[captions.start], edge[captions.stop]), tuple(groups)))
+    return LengthPlan(edge, torch.tensor(order, dtype=torch.int32).to(cu_seqlens.device), windows)
+
+
 def stretches(edge: Sequence[int], rows: int) -> Iterator[slice]:
     """Cut captions into neighbours of at most `rows` rows together, one caption at the least."""
     start = 0

@@ -227,3 +227,31 @@ def context_back(dtype: torch.dtype, arch: int, precision: str) -> Tile:
     """kernels/similarity_context.py: _level_back."""
     stages = 3 if arch == 90 and dtype != torch.float32 else 2
     return _row(4, stages, CAPTIONS=8, BLOCK_R=16, BLOCK_S=32)  # untuned
+
+
+def alignment_numbers(dtype: torch.dtype, arch: int) -> Tile:
+    """kernels/_alignment.py: _numbers."""
+    return _row(4, 2, BLOCK_M=16, BLOCK_K=128)  # untuned
+
+
+CAPTION_TILES = 16, 32, 64, 128  # words of a caption that a tile of kernels/_alignment_vectors.py holds; ascending
+REGION_TILE = 128  # and the most regions of an image
+
+
+def coefficients(dtype: torch.dtype, arch: int) -> tuple[int, int]:
+    """Regions and words of the largest pairs that kernels/_alignment.py takes; others have their vectors formed."""
+    return 64, 16 if dtype == torch.float32 and arch == 80 else 32  # 32 words spill there with Triton 3.6
+
+
+def alignment(dtype: torch.dtype, arch: int, words: int) -> Tile:
+    """kernels/_alignment.py: _align. words: of a caption."""
+    if dtype == torch.float32 and arch != 90:
+        return _row(8, 1, CAPTIONS=1)  # untuned
+    return _row(8, 1, CAPTIONS=32 // words)  # untuned
+
+
+def alignment_vectors(dtype: torch.dtype, arch: int, regions: int, words: int) -> Tile:
+    """kernels/_alignment_vectors.py: _align_vectors. regions, words: of a tile."""
+    if dtype == torch.float32:
+        return _row(8, 1, BLOCK_D=32 if regions * words <= 64 * 32 else 16, CHUNK=16)  # untuned
+    return _row(8, 1, BLOCK_D=32, CHUNK=0 if regions * words <= 64 * 16 else 16)  # untuned

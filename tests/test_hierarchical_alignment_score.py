@@ -30,8 +30,9 @@ def case(I, counts, R=6, D=16, regions=None, gate="scalar", **options):
     options = {"scale": 5.0, **options}
 
     def call(*args, backend):
+        edge, region_lengths = op_checks.beside(args[0], edges(counts), lengths(regions))
         return itm_fast.hierarchical_alignment_score(
-            *args[:6], edges(counts), *args[6:], region_lengths=lengths(regions), backend=backend, **options
+            *args[:6], edge, *args[6:], region_lengths=region_lengths, backend=backend, **options
         )
 
     return call, args

@@ -7,6 +7,7 @@ import pytest
 import test_cross_attention_score
 import test_cross_attention_similarity
 import test_global_local_score
+import test_hierarchical_alignment_score
 import test_similarity_context
 import test_similarity_filter
 import test_similarity_filter_score
@@ -64,6 +65,10 @@ CASES = {
     ),
     "similarity_graph_score": (test_similarity_graph_score, SCORED | {"prime": (3, (5, 5, 2), 7, 31, 11, (7, 1, 4))}),
     "similarity_filter_score": (test_similarity_filter_score, SCORED),
+    "hierarchical_alignment_score": (
+        test_hierarchical_alignment_score,
+        {"one": (1, (1,), 1, 8), "ragged": (3, COUNTS, 9, 64), "prime": (3, (5, 5, 2), 7, 17, (7, 1, 4))},
+    ),
 }
 WITHOUT_REGIONS = ("global_local_score", "similarity_context", "similarity_graph", "similarity_filter")
 OPS = [op for op in CASES if "triton" in _backends.OFFERS[op]]
@@ -200,6 +205,8 @@ def one_pair(op, args, i, start, stop, t):
         return [args[0][i : i + 1, start:stop], *args[1:]]
     if op.startswith("cross_attention") or op == "global_local_score":
         return [args[0][i : i + 1], args[1][start:stop], *args[2:]]
+    if op == "hierarchical_alignment_score":
+        return [*(a[i : i + 1] for a in args[:3]), *(a[start:stop] for a in args[3:6]), *args[6:]]
     image, image_global, words, caption_global, *rest = args
     return [image[i : i + 1], image_global[i : i + 1], words[start:stop], caption_global[t : t + 1], *rest]
 
@@ -240,7 +247,7 @@ def test_a_pair_has_the_same_bits_in_any_block(op, device, backend):
 def test_regions_beyond_the_count_change_nothing(op, device, backend):
     module, _ = CASES[op]
     counts = (6, 1, 4)
-    sizes = {"cross_attention_score": (6, 16), "cross_attention_similarity": (6, 16, 8)}.get(op, (6, 16, 8))
+    sizes = (6, 16) if op in ("cross_attention_score", "hierarchical_alignment_score") else (6, 16, 8)
     given = torch.tensor(counts) if op.startswith("cross_attention") else counts
     call, args = module.case(3, (4, 2), *sizes, given)
     call = module.nodes_only(call) if op == "similarity_nodes" else call

@@ -44,6 +44,8 @@ Saved for backward: the inputs. Everything per pair is computed again, block by 
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
@@ -53,7 +55,7 @@ from ..packing import bounds
 from . import _attention
 from ._op import Op, by_autograd
 
-OFFERED = ("cpu", "torch", "reference")
+OFFERED = ("triton", "cpu", "torch", "reference")
 DIRECTIONS = ("t2i", "i2t", "both")
 POOLS = ("mean", "sum")
 
@@ -135,6 +137,10 @@ def _implementation(backend: str):
         return native
     from ._torch import hierarchical_alignment_score as portable
 
+    if backend == "triton":
+        from ..kernels import hierarchical_alignment_score as kernels
+
+        return SimpleNamespace(forward=kernels.forward, backward=portable.backward)
     return portable
 
 
@@ -237,7 +243,7 @@ def hierarchical_alignment_score(
     for name, mix in (("local_mix", local_mix), ("global_mix", global_mix)):
         if not 0 <= mix <= 1:
             raise ValueError(f"{check.op}: {name} must lie in 0..1, got {mix}")
-    name = resolve(check.op, backend, image.device)
+    name = resolve(check.op, backend, image.device, image.dtype)
     args = autocast(image, image_key, image_gate, words, word_key, word_gate, image_pool, caption_pool)
     return _op(
         *args, cu_seqlens, region_lengths, direction, float(scale), pool, float(local_mix), float(global_mix), name
