@@ -16,7 +16,7 @@ constexpr int64_t WINDOW_BYTES = 32 << 20;
 
 template <class T, class E = T>
 void scores(const Problem& problem, void* score, int64_t threads) {
-  const Sets &context = problem.context, &query = problem.query;
+  const RowSets &context = problem.context, &query = problem.query;
   const std::vector<Chunk> blocks = context_blocks<T>(context);
   if (blocks.empty()) return;
   windows<T, E>(query, CHUNK_BYTES / int64_t(sizeof(T)), WINDOW_BYTES, threads, [&](const Window<T, E>& window) {
@@ -24,7 +24,7 @@ void scores(const Problem& problem, void* score, int64_t threads) {
     const int64_t groups = least(columns, (PARTS + count - 1) / count);
     parallel(count * groups, threads, [&] {
       return [&, block = Block<T, E>(context, blocks),
-              work = Cosines<T>(problem, Block<T>::most_rows(blocks), longest(context),
+              work = Cosines<T>(problem, Block<T>::most_rows(blocks), context.most,
                                 Block<T>::most_rows(window.chunks))](int64_t part) mutable {
         const int64_t group = part % groups;
         block.take(blocks[size_t(part / groups)]);
@@ -34,7 +34,7 @@ void scores(const Problem& problem, void* score, int64_t threads) {
           for (int64_t set = block.run.first; set < block.run.last; ++set) {
             work.cosines(block, set, window, c, [](int64_t, int64_t, Vec<T>) {});
             for (int64_t q = chunk.first; q < chunk.last; ++q) {
-              const T one = work.pooled(query.edge[q] - chunk.begin, query.edge[q + 1] - query.edge[q]);
+              const T one = work.pooled(query.edge[q] - chunk.begin, query.length(q));
               write(score, query.source.dtype, set * problem.context_step + q * problem.query_step, 1, &one, T(1));
             }
           }

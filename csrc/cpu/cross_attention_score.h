@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "attention.h"
+#include "sets.h"
 
 namespace itm_fast {
 
@@ -15,29 +16,9 @@ enum Pool : int64_t { LSE, MAX, SUM, MEAN };  // POOLS of ops/cross_attention_sc
 // Sizes that keep a block of contexts (<= 0.6 MB) and the affinities of a chunk (<= 0.3 MB) in a core's second cache.
 constexpr int64_t BLOCK_BYTES = 144 * 4096, BLOCK_ROWS = 144, CHUNK_BYTES = 448 * 4, PARTS = 48;
 
-// Sets of rows of one tensor; only the rows that count are numbered: set s has rows edge[s] .. edge[s + 1].
-struct Sets {
-  Source source;
-  int64_t D;
-  std::vector<int64_t> first, edge{0};  // where a set begins in the tensor; bounds of the sets
-
-  Sets(Source source, int64_t D) : source(source), D(D) {}
-  void add(int64_t begin, int64_t rows) {
-    first.push_back(begin);
-    edge.push_back(edge.back() + rows);
-  }
-  int64_t count() const { return int64_t(first.size()); }
-};
-
-inline int64_t longest(const Sets& sets) {
-  int64_t most = 0;
-  for (int64_t s = 0; s < sets.count(); ++s) most = std::max(most, sets.edge[size_t(s) + 1] - sets.edge[size_t(s)]);
-  return most;
-}
-
 // What the caller asked for. score[c * context_step + q * query_step] belongs to context set c and query set q.
 struct Problem {
-  Sets context, query;
+  RowSets context, query;
   int64_t norm, pool;
   double scale, pool_scale;
   int64_t context_step, query_step;
@@ -45,25 +26,23 @@ struct Problem {
   Problem(const void* image, const void* words, int64_t dtype, int64_t I, int64_t R, int64_t D, int64_t T,
           const int64_t* cu_seqlens, const int64_t* region_lengths, bool t2i, int64_t norm, double scale, int64_t pool,
           double pool_scale)
-      : context({t2i ? image : words, dtype}, D), query({t2i ? words : image, dtype}, D), norm(norm), pool(pool),
-        scale(scale), pool_scale(pool_scale), context_step(t2i ? T : 1), query_step(t2i ? 1 : T) {
-    Sets &images = t2i ? context : query, &captions = t2i ? query : context;
-    for (int64_t i = 0; i < I; ++i) images.add(i * R, region_lengths ? region_lengths[i] : R);
-    for (int64_t t = 0; t < T; ++t) captions.add(cu_seqlens[t], cu_seqlens[t + 1] - cu_seqlens[t]);
-  }
+      : context(t2i ? regions({image, dtype}, I, R, D, region_lengths) : captions({words, dtype}, T, D, cu_seqlens)),
+        query(t2i ? captions({words, dtype}, T, D, cu_seqlens) : regions({image, dtype}, I, R, D, region_lengths)),
+        norm(norm), pool(pool), scale(scale), pool_scale(pool_scale), context_step(t2i ? T : 1),
+        query_step(t2i ? 1 : T) {}
 };
 
 // The rows of a run of sets as T: the tensor's own memory where its dtype is T, else a widened copy.
 template <class T>
 class Rows {
  public:
-  Rows(const Sets& sets, int64_t most)
+  Rows(const RowSets& sets, int64_t most)
       : sets_(sets), room_(sets.source.dtype == (sizeof(T) == 4 ? FLOAT32 : FLOAT64) ? 0 : most * sets.D) {}
 
   void take(const Chunk& run) {
     rows_.clear();
     for (int64_t s = run.first; s < run.last; ++s)
-      for (int64_t r = 0, n = sets_.edge[s + 1] - sets_.edge[s]; r < n; ++r)
+      for (int64_t r = 0, n = sets_.length(s); r < n; ++r)
         rows_.push_back(read<T>(sets_.source, (sets_.first[s] + r) * sets_.D, sets_.D,
                                 room_ + int64_t(rows_.size()) * sets_.D));
   }
@@ -71,7 +50,7 @@ class Rows {
   const T* operator[](int64_t row) const { return rows_[size_t(row)]; }
 
  private:
-  const Sets& sets_;
+  const RowSets& sets_;
   Buffer<T> room_;
   std::vector<const T*> rows_;
 };
@@ -142,7 +121,7 @@ inline T attend(const T* const* row, int64_t n, Weight weight, int64_t first, in
 // the affinities multiply: T, or pairs of bfloat16 values.
 template <class T, class E = T>
 struct Block {
-  const Sets& sets;
+  const RowSets& sets;
   Rows<T> rows;
   Buffer<E> packed;
   Buffer<T> grams;
@@ -150,7 +129,7 @@ struct Block {
   std::vector<int64_t> gram_at;
   std::vector<T> highest;  // of each Gram matrix's diagonal
 
-  Block(const Sets& sets, const std::vector<Chunk>& runs)
+  Block(const RowSets& sets, const std::vector<Chunk>& runs)
       : sets(sets), rows(sets, most_rows(runs)), packed(packed_size(most_rows(runs), depth<E>(sets.D))),
         grams(most_gram(sets, runs)) {}
 
@@ -160,11 +139,11 @@ struct Block {
     return most;
   }
   static int64_t gram_size(int64_t n) { return n * round_up(n, ROW_STEP); }
-  static int64_t most_gram(const Sets& sets, const std::vector<Chunk>& runs) {
+  static int64_t most_gram(const RowSets& sets, const std::vector<Chunk>& runs) {
     int64_t most = 0;
     for (const Chunk& run : runs) {
       int64_t all = 0;
-      for (int64_t s = run.first; s < run.last; ++s) all += gram_size(sets.edge[s + 1] - sets.edge[s]);
+      for (int64_t s = run.first; s < run.last; ++s) all += gram_size(sets.length(s));
       most = std::max(most, all);
     }
     return most;
@@ -181,7 +160,7 @@ struct Block {
     gram_at.clear();
     highest.clear();
     for (int64_t s = run.first, at = 0; s < run.last; ++s) {
-      const int64_t n = sets.edge[s + 1] - sets.edge[s], ld = round_up(n, ROW_STEP);
+      const int64_t n = sets.length(s), ld = round_up(n, ROW_STEP);
       const T* const* row = rows + (sets.edge[s] - run.begin);
       gram_matrix<T>([&](int64_t x) { return row[x]; }, n, sets.D, nullptr, grams + at, ld);
       gram_at.push_back(at);
@@ -197,14 +176,14 @@ struct Block {
 // panels as wide as a tile, [panel][D][TILE_COLUMNS], which a product reads from end to end; of pairs, [D / 2].
 template <class T, class E = T>
 struct Window {
-  const Sets& sets;
+  const RowSets& sets;
   std::vector<Chunk> chunks;
   std::vector<int64_t> column;  // where a chunk's columns begin
   int64_t K;                    // rows of a panel
   Buffer<E> panels;
   Buffer<T> length;  // |q| of each column
 
-  Window(const Sets& sets, std::vector<Chunk> runs)
+  Window(const RowSets& sets, std::vector<Chunk> runs)
       : sets(sets), chunks(std::move(runs)), column(begins(chunks)), K(depth<E>(sets.D)),
         panels(column.back() * K), length(column.back()) {}
 
@@ -252,7 +231,7 @@ struct Window {
 
 // Cuts `sets` into windows of at most `bytes` of packed queries, one chunk at the least, and runs body on each.
 template <class T, class E = T, class Body>
-void windows(const Sets& sets, int64_t columns, int64_t bytes, int64_t threads, Body body) {
+void windows(const RowSets& sets, int64_t columns, int64_t bytes, int64_t threads, Body body) {
   const std::vector<Chunk> all = chunks(sets.edge.data(), sets.count(), columns);
   for (size_t first = 0; first < all.size();) {
     size_t last = first;
@@ -268,7 +247,7 @@ void windows(const Sets& sets, int64_t columns, int64_t bytes, int64_t threads, 
 
 // Blocks of context sets whose packed rows stay in the second cache, a set at the least.
 template <class T>
-std::vector<Chunk> context_blocks(const Sets& sets) {
+std::vector<Chunk> context_blocks(const RowSets& sets) {
   const int64_t rows = std::max<int64_t>(1, BLOCK_BYTES / (sets.D * int64_t(sizeof(T))));
   return chunks(sets.edge.data(), sets.count(), least(rows, BLOCK_ROWS));
 }
@@ -303,7 +282,7 @@ struct Cosines {
   template <class E, class Each>
   void cosines(const Block<T, E>& block, int64_t set, const Window<T, E>& window, int64_t c, Each each) {
     const Chunk& chunk = window.chunks[c];
-    const int64_t at = block.sets.edge[set] - block.run.begin, n = block.sets.edge[set + 1] - block.sets.edge[set];
+    const int64_t at = block.sets.edge[set] - block.run.begin, n = block.sets.length(set);
     const int64_t columns = chunk.rows, k = set - block.run.first;
     const T *a = s + at * ld, *gram = block.grams + block.gram_at[size_t(k)];
     const T *length = window.length + window.column[c], scale = T(problem.scale);

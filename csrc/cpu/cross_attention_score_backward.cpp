@@ -36,9 +36,9 @@ struct Gradient {
   int64_t D;
   std::vector<int64_t> row;
 
-  Gradient(T* data, const Sets& sets, const Chunk& run) : data(data), D(sets.D) {
+  Gradient(T* data, const RowSets& sets, const Chunk& run) : data(data), D(sets.D) {
     for (int64_t s = run.first; s < run.last; ++s)
-      for (int64_t r = 0; r < sets.edge[s + 1] - sets.edge[s]; ++r) row.push_back(sets.first[s] + r);
+      for (int64_t r = 0; r < sets.length(s); ++r) row.push_back(sets.first[s] + r);
     while (row.size() % ROW_STEP) row.push_back(row.back());  // which a product starts from, but does not store
   }
   Vec<T> get(int64_t i, int64_t k) const { return head(data + row[size_t(i)] * D + k, D - k); }
@@ -82,7 +82,7 @@ struct Queries {
   int64_t columns = 0;
 
   Queries(const Window<T>& window, bool wanted, int64_t threads) {
-    const Sets& sets = window.sets;
+    const RowSets& sets = window.sets;
     for (int64_t c = 0; c < int64_t(window.chunks.size()); ++c) {
       const int64_t more = window.chunks[size_t(c)].rows;
       if (spans.empty() || spans.back().columns + more > SPAN_BYTES / int64_t(sizeof(T)))
@@ -121,7 +121,7 @@ struct Contexts {
   std::vector<Buffer<T>> d_gram;             // of each chunk
   std::vector<std::vector<Exact<T>>> exact;  // of each chunk and block
 
-  Contexts(const Sets& sets, const Chunk* first, const Chunk* last, const Queries<T>& queries, int64_t threads)
+  Contexts(const RowSets& sets, const Chunk* first, const Chunk* last, const Queries<T>& queries, int64_t threads)
       : begin(first->begin), rows(last[-1].begin + last[-1].rows - begin),
         features(round_up(sets.D, TILE_COLUMNS<T>) * rows),
         d_affinity((rows + (last - first) * (ROW_STEP - 1)) * queries.columns),
@@ -219,14 +219,14 @@ struct Backward {
                     int64_t c) const {
     const Block<T>& block = contexts.block[size_t(b)];
     const Chunk& chunk = window.chunks[size_t(c)];
-    const Sets &context = problem.context, &query = problem.query;
+    const RowSets &context = problem.context, &query = problem.query;
     const int64_t ld = work.ld, at = context.edge[set] - block.run.begin;
-    const int64_t n = context.edge[set + 1] - context.edge[set], gram_ld = round_up(n, ROW_STEP);
+    const int64_t n = context.length(set), gram_ld = round_up(n, ROW_STEP);
     const int64_t gram_at = block.gram_at[size_t(set - block.run.first)];
     T *s = work.s + at * ld, *weight = work.weight, *slope = work.slope;
     work.cosines(block, set, window, c, [&](int64_t x, int64_t j, Vec<T> v) { store(slope + x * ld + j, v); });
     for (int64_t q = chunk.first; q < chunk.last; ++q)
-      pool_backward(work, query.edge[q] - chunk.begin, query.edge[q + 1] - query.edge[q],
+      pool_backward(work, query.edge[q] - chunk.begin, query.length(q),
                     grad[set * problem.context_step + q * problem.query_step]);
     const T *length = window.length + window.column[size_t(c)], *gram = block.grams + gram_at;
     column_gradients(work, length, chunk.rows);
@@ -302,7 +302,7 @@ struct Backward {
   void contexts_backward(T* P, Contexts<T>& contexts, int64_t b, const Queries<T>& queries, int64_t first,
                          int64_t last) const {
     const Block<T>& block = contexts.block[size_t(b)];
-    const Sets& context = problem.context;
+    const RowSets& context = problem.context;
     const Gradient<T> gradient(d_context, context, block.run);
     for (size_t s = 0; s < queries.spans.size(); ++s) {
       const Span& span = queries.spans[s];
@@ -310,7 +310,7 @@ struct Backward {
                    span.columns * TILE_COLUMNS<T>, first, last);
     }
     for (int64_t set = block.run.first; set < block.run.last; ++set) {
-      const int64_t n = context.edge[set + 1] - context.edge[set], at = context.edge[set] - block.run.begin;
+      const int64_t n = context.length(set), at = context.edge[set] - block.run.begin;
       const int64_t gram_at = contexts.gram[size_t(b)] + block.gram_at[size_t(set - block.run.first)];
       Buffer<T> d_gram(Block<T>::gram_size(n));
       for (const Buffer<T>& one : contexts.d_gram)
@@ -331,7 +331,7 @@ struct Backward {
   }
 
   void run() const {
-    const Sets &context = problem.context, &query = problem.query;
+    const RowSets &context = problem.context, &query = problem.query;
     const int64_t D = context.D;
     const std::vector<Chunk> blocks = context_blocks<T>(context);
     windows<T>(query, COLUMN_BYTES / int64_t(sizeof(T)), QUERY_BYTES, threads, [&](const Window<T>& window) {
@@ -343,7 +343,7 @@ struct Backward {
           rows += blocks[last].rows;
         Contexts<T> contexts(context, blocks.data() + first, blocks.data() + last, queries, threads);
         parallel(int64_t(window.chunks.size()), threads, [&] {
-          return [&, work = Work(problem, Block<T>::most_rows(blocks), longest(context),
+          return [&, work = Work(problem, Block<T>::most_rows(blocks), context.most,
                                  Block<T>::most_rows(window.chunks), rows)](int64_t c) mutable {
             queries_backward(work, contexts, window, queries, c);
           };

@@ -51,9 +51,9 @@ template <class T>
 void write_globals(const SimilarityProblem& p, Result result, int64_t threads) {
   const Globals& g = *p.globals;
   const int64_t I = p.images.count(), S = p.S;
-  const RowSets captions = single_rows(g.caption, p.captions.count());
+  const RowSets captions = single_rows(g.caption, p.captions.count(), p.D);
   const Projection<T> projection(g.weight, g.bias, S, p.D);
-  for_windows<T>(captions, p.D, threads, [&](const QueryWindow<T>& window) {
+  for_windows<T>(captions, threads, [&](const QueryWindow<T>& window) {
     parallel(I * window.count(), threads, [&] {
       SimilarityTile<T> tile(1, window.widest, p.D, S);
       std::fill_n(tile.weight + 0, tile.ld, T(1));
@@ -76,7 +76,7 @@ void forward(const SimilarityProblem& p, Result result, int64_t threads) {
   const RowSets &contexts = p.contexts(), &queries = p.queries();
   if (contexts.count() == 0) return;
   const Projection<T, E> projection(p.weight, p.bias, p.S, p.D);
-  for_windows<T>(queries, p.D, threads, [&](const QueryWindow<T>& window) {
+  for_windows<T>(queries, threads, [&](const QueryWindow<T>& window) {
     const int64_t count = window.count();
     const int64_t groups = least(count, (8 * threads + contexts.count() - 1) / contexts.count());
     parallel(contexts.count() * groups, threads, [&] {

@@ -1,6 +1,6 @@
 // What the forward and the backward pass of cross_attention_similarity and of similarity_nodes are asked for.
 #pragma once
-#include "sets.h"
+#include "windows.h"
 #include "shuffle.h"
 
 namespace itm_fast {
@@ -23,8 +23,8 @@ struct SimilarityProblem {
   SimilarityProblem(const void* image, const void* words, const void* weight, const void* bias, int64_t dtype,
                     int64_t I, int64_t R, int64_t D, int64_t T, int64_t S, const int64_t* cu_seqlens,
                     const int64_t* region_lengths, bool t2i, int64_t norm, double scale)
-      : images(regions({image, dtype}, I, R, region_lengths)),
-        captions(itm_fast::captions({words, dtype}, T, cu_seqlens)), weight{weight, dtype}, bias{bias, dtype}, R(R),
+      : images(regions({image, dtype}, I, R, D, region_lengths)),
+        captions(itm_fast::captions({words, dtype}, T, D, cu_seqlens)), weight{weight, dtype}, bias{bias, dtype}, R(R),
         D(D), S(S), t2i(t2i), norm(norm), scale(scale) {}
 
   const RowSets& contexts() const { return t2i ? images : captions; }

@@ -87,7 +87,7 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
     while (chunks(queries.edge.data(), queries.count(), columns).size() > size_t(least(8, queries.count()))) ++columns;
   }
 
-  for_windows<T>(queries, D, threads, [&](const QueryWindow<T>& window) {
+  for_windows<T>(queries, threads, [&](const QueryWindow<T>& window) {
     const int64_t count = window.count();
     std::vector<Slot<T>> local, overall;
     int64_t widest = window.widest;  // queries of a chunk, or captions, should there be more of them

@@ -37,20 +37,13 @@ struct HeldContexts {
   }
   void read_set(int64_t k, Source s, int64_t first) {
     const HeldSet<T>& set = sets[k];
-    T* to = row + set.first * row_ld;
-    for (int64_t r = 0; r < set.n; ++r, to += row_ld) {
-      const T* from = itm_fast::read<T>(s, (first + r) * D, D, to);
-      if (from != to) std::copy_n(from, D, to);
-    }
-    transpose<T>(set.row, row_ld, set.n, D, column + set.first, ld);
+    read_both<T>(s, first, set.n, D, row + set.first * row_ld, row_ld, column + set.first, ld);
   }
   // Once all sets are read: their Gram matrices.
   void multiply_set(int64_t k) {
     HeldSet<T>& set = sets[k];
     T* to = gram + set.first * gram_ld;
-    gemm<T>(set.n, set.n, D, {set.column, ld}, {set.column, ld}, [](int64_t, int64_t) { return Vec<T>{}; },
-            [=, this](int64_t i, int64_t j, Vec<T> c) { store(to + i * gram_ld + j, c); });
-    for (int64_t r = 0; r < set.n; ++r) set.largest = std::max(set.largest, to[r * gram_ld + r]);
+    set.largest = multiply_with_each_other<T>(set.n, D, set.column, ld, to, gram_ld);
   }
 
   Left<T> contexts() const { return {column, ld}; }

@@ -71,6 +71,28 @@ inline void pack_columns(Source s, int64_t first, int64_t count, int64_t K, T* o
   }
 }
 
+// `count` rows of D values of the tensor, as rows [count][row_ld] and as columns [D][ld].
+template <class T>
+inline void read_both(Source s, int64_t first, int64_t count, int64_t D, T* row, int64_t row_ld, T* column,
+                      int64_t ld) {
+  for (int64_t r = 0; r < count; ++r) {
+    T* to = row + r * row_ld;
+    const T* from = read<T>(s, (first + r) * D, D, to);
+    if (from != to) std::copy_n(from, D, to);
+  }
+  transpose<T>(row, row_ld, count, D, column, ld);
+}
+
+// Products of n columns [D][ld] with each other, [n][gram_ld]; returns the largest |column|^2.
+template <class T>
+inline T multiply_with_each_other(int64_t n, int64_t D, const T* column, int64_t ld, T* gram, int64_t gram_ld) {
+  gemm<T>(n, n, D, {column, ld}, {column, ld}, [](int64_t, int64_t) { return Vec<T>{}; },
+          [=](int64_t i, int64_t j, Vec<T> c) { store(gram + i * gram_ld + j, c); });
+  T largest = 0;
+  for (int64_t x = 0; x < n; ++x) largest = std::max(largest, gram[x * gram_ld + x]);
+  return largest;
+}
+
 // Values that pack_rows writes for M rows of K values.
 constexpr int64_t packed_size(int64_t M, int64_t K) { return round_up(M, ROW_STEP) * K; }
 

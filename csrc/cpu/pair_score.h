@@ -7,7 +7,7 @@
 // R 36, D 1024, S 256, of which what one product reads stays in L2). Scratch beside the tiles: the window (sets.h, 16
 // MiB), the weights, 4 MiB, and the window's global vectors, 2 MiB; so 64 MiB suffice for 10 threads.
 #pragma once
-#include "sets.h"
+#include "windows.h"
 #include "write.h"
 
 namespace itm_fast {
@@ -25,14 +25,15 @@ struct PairScore {
 // Head: T* nodes(), int64_t stride(), run(edge, first, last, z, ldz), made by head(nodes, longest) for each thread.
 template <class T, class E, class MakeHead>
 void score_pairs(const PairScore& p, MakeHead head) {
-  const RowSets images = regions(p.image, p.I, p.R, p.region_lengths), words = captions(p.words, p.T, p.cu_seqlens);
+  const RowSets images = regions(p.image, p.I, p.R, p.D, p.region_lengths),
+                words = captions(p.words, p.T, p.D, p.cu_seqlens);
   const Projection<T, E> local(p.local_weight, p.local_bias, p.S, p.D);
   const Projection<T> global(p.global_weight, p.global_bias, p.S, p.D);
   Buffer<T> room(p.S + 1), score_weight(round_up(p.S, LANES<T>));
   std::copy_n(read<T>(p.score_weight, 0, p.S, room), p.S, score_weight + 0);
   const T score_bias = *read<T>(p.score_bias, 0, 1, room);
 
-  for_windows<T>(words, p.D, p.threads, [&](const QueryWindow<T>& window) {
+  for_windows<T>(words, p.threads, [&](const QueryWindow<T>& window) {
     const int64_t count = window.count();
     // Few images: the window's chunks are shared out too.
     const int64_t groups = least(count, (4 * p.threads + p.I - 1) / std::max<int64_t>(1, p.I));

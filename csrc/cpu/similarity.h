@@ -50,15 +50,8 @@ struct Contexts {
 
   void read(Source s, int64_t first, int64_t count) {
     n = count;
-    for (int64_t x = 0; x < n; ++x) {
-      const T* from = itm_fast::read<T>(s, (first + x) * D, D, row + x * row_ld);
-      if (from != row + x * row_ld) std::copy_n(from, D, row + x * row_ld);
-    }
-    transpose<T>(row, row_ld, n, D, column, ld);
-    gemm<T>(n, n, D, {column, ld}, {column, ld}, [](int64_t, int64_t) { return Vec<T>{}; },
-            [&](int64_t i, int64_t j, Vec<T> c) { store(gram + i * ld + j, c); });
-    largest = 0;
-    for (int64_t x = 0; x < n; ++x) largest = std::max(largest, gram[x * ld + x]);
+    read_both<T>(s, first, n, D, row, row_ld, column, ld);
+    largest = multiply_with_each_other<T>(n, D, column, ld, gram, ld);
     if constexpr (IS_PAIR<E>) {
       pair_rows(D, n, column, ld, column_pairs);
       pair_rows(n, D, row, row_ld, row_pairs);
