@@ -283,15 +283,12 @@ def align_vectors(given: Problem, block: Block, affinities: Tensor, score: Tenso
 def compilations(arch: int) -> Iterator[_tiles.Compilation]:
     # (regions of a tile, words of a caption, of the image's side, of the captions')
     published = (64, 16, True, True)
-    others = [
-        (64, 16, True, False),
-        (64, 16, False, True),
-        *((*n, True, True) for n in ((64, 32), (64, 128), (128, 128))),
-    ]
+    long = [(64, 128, True, True), (128, 128, True, True)]
+    others = [(64, 16, True, False), (64, 16, False, True), (64, 32, True, True), *long]
     for dtype, t in _tiles.NAMES.items():
         exact = _tiles.exact(dtype)
         ways = [(published, precision) for precision in _tiles.precisions(dtype)]
-        ways += [(way, exact) for way in others if dtype != torch.bfloat16]
+        ways += [(way, exact) for way in {"fp32": others, "fp16": long}.get(t, [])]
         for (regions, words, image_side, caption_side), precision in ways:
             most = _tiles.coefficients(dtype, arch)
             small = regions <= most[0] and words <= most[1]

@@ -57,6 +57,9 @@ def precisions(dtype: torch.dtype) -> tuple[str, ...]:
     return ("tf32", "tf32x3") if dtype == torch.float32 else ("tf32",)
 
 
+MAXNREG = 255  # where a kernel needs a few registers more than 128, ptxas spills them unless it is told to take more
+
+
 def _row(num_warps: int, num_stages: int, **constants: int) -> Tile:
     # Triton 3.9 warns where fusion of a product and a sum is left to its default, which 3.10 changes.
     return dict(constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
@@ -246,12 +249,13 @@ def coefficients(dtype: torch.dtype, arch: int) -> tuple[int, int]:
 def alignment(dtype: torch.dtype, arch: int, words: int) -> Tile:
     """kernels/_alignment.py: _align. words: of a caption."""
     if dtype == torch.float32 and arch != 90:
-        return _row(8, 1, CAPTIONS=1)  # untuned
-    return _row(8, 1, CAPTIONS=32 // words)  # untuned
+        return _row(8, 1, maxnreg=MAXNREG, CAPTIONS=1)  # untuned
+    return _row(8, 1, maxnreg=MAXNREG, CAPTIONS=32 // words)  # untuned
 
 
 def alignment_vectors(dtype: torch.dtype, arch: int, regions: int, words: int) -> Tile:
     """kernels/_alignment_vectors.py: _align_vectors. regions, words: of a tile."""
-    if dtype == torch.float32:
-        return _row(8, 1, BLOCK_D=32 if regions * words <= 64 * 32 else 16, CHUNK=16)  # untuned
-    return _row(8, 1, BLOCK_D=32, CHUNK=0 if regions * words <= 64 * 16 else 16)  # untuned
+    D, chunk = 32 if regions * words <= 64 * 128 else 16, 16
+    if dtype != torch.float32 and regions * words <= 64 * 16:
+        chunk = 0
+    return _row(8, 1, maxnreg=MAXNREG, BLOCK_D=D, CHUNK=chunk)  # untuned

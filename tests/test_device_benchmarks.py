@@ -131,11 +131,11 @@ def test_the_search_keeps_what_is_faster_and_right(tiles):
 
 
 def test_variants_differ_in_one_number():
-    row = dict(BLOCK_M=16, HELD=True, num_warps=8, num_stages=1, enable_fp_fusion=True)
+    row = dict(BLOCK_M=16, HELD=True, num_warps=8, num_stages=1, enable_fp_fusion=True, maxnreg=255)
     found = list(tune.variants(row))
     assert all(sum(v[k] != row[k] for k in row) == 1 for v in found)
     assert {v["BLOCK_M"] for v in found} == {16, 32}
-    assert {v["enable_fp_fusion"] for v in found} == {True}
+    assert {(v["enable_fp_fusion"], v["maxnreg"]) for v in found} == {(True, 255)}
     assert len(found) == 1 + 1 + 1 + 3
 
 

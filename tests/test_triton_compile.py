@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -29,10 +30,19 @@ def compiled(file, arch):
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+@pytest.fixture(scope="module")
+def compilations(request):
+    """What the tests that were selected will compile, as many at a time as there are processors."""
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        wanted = [item.callspec.params for item in request.session.items if "compilations" in item.fixturenames]
+        yield {(p["file"], p["arch"]): pool.submit(compiled, p["file"], p["arch"]) for p in wanted}
+        pool.shutdown(cancel_futures=True)
+
+
 @pytest.mark.parametrize("arch", [80, 90, 100])
 @pytest.mark.parametrize("file", FILES)
-def test_every_kernel_compiles(file, arch):
-    rows = compiled(file, arch)
+def test_every_kernel_compiles(file, arch, compilations):
+    rows = compilations[file, arch].result()
     assert rows
     wrong = []
     for row in rows:

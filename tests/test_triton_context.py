@@ -1,11 +1,9 @@
 """`similarity_context` on its Triton kernels: what test_triton_ops.py does not ask of every op."""
 
-import weakref
-
 import pytest
 import torch
 from test_similarity_context import case, edges
-from triton_cases import unless
+from triton_cases import Scratch, check_blocks, unless
 
 import itm_fast
 from itm_fast.testing import op_checks
@@ -53,13 +51,7 @@ def test_a_pair_has_the_same_bits_alone_and_in_any_order(dtype, as_matrix_units_
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_gradients_depend_on_the_blocks_by_rounding_alone(dtype):
     call, args = case(3, (13, 17, 5, 40, 2), 16, (4, 2, 1))
-    want = op_checks.gradients(call, args, dtype, "triton", dtype)
-    with itm_fast.workspace(2e-6):
-        found = op_checks.gradients(call, args, dtype, "triton", dtype)
-    for a, b in zip(found[:2], want[:2], strict=True):
-        assert torch.equal(a, b)
-    unit = torch.finfo(dtype).eps
-    torch.testing.assert_close(found[2], want[2], rtol=0, atol=4 * unit * want[2].abs().max().item())
+    check_blocks(call, args, dtype, 2e-6, 4 * torch.finfo(dtype).eps, exact=2)
 
 
 def test_what_is_beside_a_pair_never_leaks():
@@ -81,45 +73,16 @@ def test_what_is_beside_a_pair_never_leaks():
         assert found[0, begin + (more > 0) : end].isnan().all()
 
 
-def test_the_host_is_asked_for_the_bounds_once(monkeypatch):
-    _, args = case(2, (5, 3), 8, (2, 1))
-    leaves = [a.float().requires_grad_() for a in args]
-    edge, asked = edges((5, 3)), []
-    real = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: asked.append(1) or real(self))
-    for _ in range(2):
-        itm_fast.similarity_context(*leaves[:2], edge, leaves[2], (2, 1), backend="triton").sum().backward()
-    assert len(asked) == 1
-
-
 def test_scratch_of_the_backward_pass_is_bounded(monkeypatch):
     gib, counts, sizes = 2.0**-15, (13, 9, 12, 14) * 3, (4, 2, 1)
     _, args = case(8, counts, 32, sizes)
     args = [*(a.float() for a in args), edges(counts), list(sizes)]
     grad = torch.ones(8, sum(counts) + 8 * len(counts), 32)
-    live, peak = 0, 0
-    real = {"empty": torch.empty_like, "new_empty": torch.Tensor.new_empty, "bmm": torch.bmm}
-
-    def release(size):
-        nonlocal live
-        live -= size
-
-    def spy(name):
-        def allocate(*shape, **options):
-            nonlocal live, peak
-            tensor = real[name](*shape, **options)
-            live += tensor.nbytes
-            peak = max(peak, live)
-            weakref.finalize(tensor, release, tensor.nbytes)
-            return tensor
-
-        return allocate
-
+    scratch = Scratch(monkeypatch)
     with itm_fast.workspace(gib):
-        monkeypatch.setattr(torch, "empty_like", spy("empty"))
-        monkeypatch.setattr(torch.Tensor, "new_empty", spy("new_empty"))
-        monkeypatch.setattr(torch, "bmm", spy("bmm"))
+        scratch.watch(torch, "empty_like", "bmm")
+        scratch.watch(torch.Tensor, "new_empty")
         found = torch.ops.itm_fast.similarity_context_backward(grad, [True] * 3, *args, "triton")
     results = sum(d.nbytes for d in found[1:2])
-    assert peak - results <= gib * 2**30
-    assert peak - results > gib * 2**30 / 4
+    assert scratch.peak - results <= gib * 2**30
+    assert scratch.peak - results > gib * 2**30 / 4

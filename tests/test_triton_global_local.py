@@ -1,11 +1,9 @@
 """`global_local_score` on its Triton kernels: what test_triton_ops.py does not ask of every op."""
 
-import weakref
-
 import pytest
 import torch
 from test_global_local_score import case
-from triton_cases import unless
+from triton_cases import Scratch, check_blocks, unless
 
 import itm_fast
 from itm_fast.testing import op_checks
@@ -46,12 +44,7 @@ def test_a_pair_has_the_same_bits_alone_and_in_any_order(dtype, as_matrix_units_
 
 def test_gradients_of_many_pieces_are_those_of_one():
     call, args = case(9, (13, 1, 40, 4, 7), 17, scale=3.0)
-    whole = op_checks.gradients(call, args, torch.float32, "triton", torch.float32)
-    with itm_fast.workspace(2.0**-16):
-        pieces = op_checks.gradients(call, args, torch.float32, "triton", torch.float32)
-    largest = max(w.abs().max().item() for w in whole)
-    for a, b in zip(pieces, whole, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * largest)
+    check_blocks(call, args, torch.float32, 2.0**-16, 1e-6)
 
 
 def test_what_is_no_number_stays_in_its_pairs():
@@ -76,48 +69,19 @@ def test_vectors_and_words_of_zeros():
     assert all(g.isfinite().all() for g in torch.autograd.grad(found.sum(), leaves))
 
 
-def test_the_host_is_asked_for_the_bounds_once(monkeypatch):
-    _, args = case(2, (5, 3), 8)
-    leaves = [a.float().requires_grad_() for a in args]
-    edge, asked = torch.tensor([0, 5, 8]), []
-    real = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: asked.append(1) or real(self))
-    for _ in range(2):
-        itm_fast.global_local_score(*leaves, edge, backend="triton").sum().backward()
-    assert len(asked) == 1
-
-
 @pytest.mark.parametrize("backward", [False, True])
 def test_scratch_is_bounded(backward, monkeypatch):
     gib, counts = 2.0**-14, (13, 9, 12, 14) * 8
     _, args = case(40, counts, 16)
     vector, words = (a.float() for a in args)
     edge = torch.tensor([0, *counts]).cumsum(0)
-    live, peak = 0, 0
-
-    def release(size):
-        nonlocal live
-        live -= size
-
-    def spy(function):
-        def allocate(*shape, **options):
-            nonlocal live, peak
-            tensor = function(*shape, **options)
-            if tensor.shape not in (vector.shape, words.shape):  # the gradients
-                live += tensor.nbytes
-                peak = max(peak, live)
-                weakref.finalize(tensor, release, tensor.nbytes)
-            return tensor
-
-        return allocate
-
+    scratch = Scratch(monkeypatch, lambda tensor: tensor.shape in (vector.shape, words.shape))  # the gradients
     with itm_fast.workspace(gib):
-        for function in (torch.empty, torch.zeros, torch.empty_like, torch.zeros_like):
-            monkeypatch.setattr(torch, function.__name__, spy(function))
+        scratch.watch(torch, "empty", "zeros", "empty_like", "zeros_like")
         if backward:
             op = torch.ops.itm_fast.global_local_score_backward
             op(torch.ones(40, 32), [True, True], vector, words, edge, 1.0, "triton")
         else:
             itm_fast.global_local_score(vector, words, edge, backend="triton")
-    assert peak <= gib * 2**30
-    assert peak > gib * 2**30 / 4
+    assert scratch.peak <= gib * 2**30
+    assert scratch.peak > gib * 2**30 / 4

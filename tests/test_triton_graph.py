@@ -1,13 +1,11 @@
 """`similarity_graph` on its Triton kernels: what test_triton_ops.py does not ask of every op."""
 
-import weakref
-
 import pytest
 import test_similarity_filter_score
 import test_similarity_graph_score
 import torch
 from itm_fast.kernels import _graph
-from triton_cases import unless
+from triton_cases import Scratch, check_blocks, unless
 
 import itm_fast
 from itm_fast.testing import op_checks
@@ -76,13 +74,8 @@ def test_a_pair_has_the_same_bits_alone_in_any_order_and_in_any_block(dtype, mon
 
 
 def test_gradients_depend_on_the_blocks_by_rounding_alone():
-    counts = (13, 17, 5, 64, 33, 70)
-    call, args = case(3, counts, 16, 3)
-    want = op_checks.gradients(call, args, torch.float32, "triton", torch.float32)
-    with itm_fast.workspace(2e-5):
-        found = op_checks.gradients(call, args, torch.float32, "triton", torch.float32)
-    for a, b in zip(found, want, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-4 * b.abs().max().item())
+    call, args = case(3, (13, 17, 5, 64, 33, 70), 16, 3)
+    check_blocks(call, args, torch.float32, 2e-5, 1e-4)
 
 
 @pytest.mark.parametrize("gib", [1e-3, 4e-5])
@@ -125,43 +118,15 @@ def test_what_is_beside_a_pair_never_leaks():
     assert found[0, 1].isnan().all()
 
 
-def test_the_host_is_asked_for_the_bounds_once(monkeypatch):
-    call, args = case(2, (5, 3), 8, 2)
-    leaves = [a.float().requires_grad_() for a in args]
-    edge, asked = edges((5, 3)), []
-    real = torch.Tensor.tolist
-    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: asked.append(1) or real(self))
-    for _ in range(2):
-        itm_fast.similarity_graph(leaves[0], edge, *leaves[1:], backend="triton").sum().backward()
-    assert len(asked) == 1
-
-
 @pytest.mark.parametrize("scorer", [test_similarity_graph_score, test_similarity_filter_score])
 def test_scratch_of_the_scorers_is_bounded(scorer, monkeypatch):
     gib = 2.0**-13
     call, args = scorer.case(8, (13, 9, 12, 14) * 2, 9, 16, 32)
     args = [a.float() for a in args]
-    live, peak = 0, 0
-    real = {"empty": torch.empty, "new_empty": torch.Tensor.new_empty}
-
-    def release(size):
-        nonlocal live
-        live -= size
-
-    def spy(name):
-        def allocate(*shape, **options):
-            nonlocal live, peak
-            tensor = real[name](*shape, **options)
-            live += tensor.nbytes
-            peak = max(peak, live)
-            weakref.finalize(tensor, release, tensor.nbytes)
-            return tensor
-
-        return allocate
-
+    scratch = Scratch(monkeypatch)
     with itm_fast.workspace(gib):
-        monkeypatch.setattr(torch, "empty", spy("empty"))
-        monkeypatch.setattr(torch.Tensor, "new_empty", spy("new_empty"))
+        scratch.watch(torch, "empty")
+        scratch.watch(torch.Tensor, "new_empty")
         call(*args, backend="triton")
-    assert peak <= gib * 2**30 + 8 * 8 * 4  # and the scores
-    assert peak > gib * 2**30 / 4
+    assert scratch.peak <= gib * 2**30 + 8 * 8 * 4  # and the scores
+    assert scratch.peak > gib * 2**30 / 4

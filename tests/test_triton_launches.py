@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -40,11 +41,14 @@ def launched(monkeypatch):
     return seen
 
 
-def run(op, size, gib):
+def arguments(op, size):
     images, lengths = size
     args = examples.example(op, examples.Size(images, lengths, 9, 32, 16, 2))
     floats = [isinstance(a, torch.Tensor) and a.is_floating_point() for a in args]
-    args = [a.float().requires_grad_() if f else a for a, f in zip(args, floats)]
+    return [a.float().requires_grad_() if f else a for a, f in zip(args, floats)]
+
+
+def run(op, args, gib=1.0):
     with itm_fast.workspace(gib):
         result = op_checks.first(getattr(itm_fast, op)(*args, backend="triton"))
         result.backward(op_checks.upstream(result))
@@ -54,12 +58,32 @@ def run(op, size, gib):
 @pytest.mark.parametrize("op", OPS)
 def test_no_count_or_length_is_compiled_in(op, launched):
     for size, gib in SIZES:
-        run(op, size, gib)
+        run(op, arguments(op, size), gib)
     known = set(launched)
     assert known
     for size, gib in OTHERS:
-        run(op, size, gib)
+        run(op, arguments(op, size), gib)
     assert launched - known == set()
+
+
+@unless("triton", "cpu")
+@pytest.mark.parametrize("op", OPS)
+def test_the_host_is_asked_for_bounds_and_counts_once(op, monkeypatch):
+    """On a GPU every question waits until the device has done all before it. Backward of a score asks one of the
+    gradient: whether few pairs have one."""
+    args, asked = arguments(op, SIZES[0][0]), Counter()
+    for name in ("tolist", "item", "__bool__", "__int__"):
+        real = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda x, name=name, real=real: asked.update([name]) or real(x))
+    run(op, args)
+    assert asked["tolist"] > 0
+    asked.clear()
+    run(op, args)
+    assert not asked["tolist"]
+    asked.clear()
+    with torch.no_grad():
+        getattr(itm_fast, op)(*args, backend="triton")
+    assert not asked
 
 
 PROGRAM = """
