@@ -10,7 +10,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import itm_fast
 from benchmarks import bench_maxsim, bench_pair_scorers, bench_training_step, harness, machine
-from benchmarks.shapes import Shape, needed_flops
+from benchmarks import shapes as published
+from benchmarks.bench_pair_scorers import OTHERS
+from benchmarks.shapes import Shape
 from itm_fast import _backends
 from itm_fast.evaluation.ranking import ranks
 from itm_fast.evaluation.workloads import WORKLOADS
@@ -51,6 +53,7 @@ PRECISIONS = {
     "float16": Precision(torch.float16, "high"),
     "float32": Precision(torch.float32, "highest"),
 }
+SYSTEMS = ("shan", "shan-vector", "hgan", "tshsr")
 # The most that scores may differ from the paper's loop in float32.
 ALLOWED = {"tf32": 1e-2, "bfloat16": 1e-1, "float16": 1e-2, "float32": 1e-4}
 
@@ -168,9 +171,9 @@ def features(shape: Shape, lengths: list[int], dtype: torch.dtype) -> tuple[Tens
 
 
 @torch.no_grad()
-def evaluate_step(rows: Rows, sizes: Sizes, models: tuple[str, ...]) -> None:
-    """Whole coco-eval-5k: encoded features on the device -> ranks on the host, in every precision."""
-    for name in PRECISIONS:
+def evaluate_step(rows: Rows, sizes: Sizes, models: tuple[str, ...], names: Iterable[str] = PRECISIONS) -> None:
+    """Whole coco-eval-5k: encoded features on the device -> ranks on the host, in the precisions named."""
+    for name in names:
         for model in models:
             rows.attempt(f"{model} {name}", partial(evaluated, model, name, sizes))
 
@@ -214,7 +217,7 @@ def evaluated(model: str, name: str, sizes: Sizes) -> dict:
             del total, score
             if took["all"] > 40:
                 break
-        flops = sum(needed_flops(part, shape) for part in parts)
+        flops = sum(OTHERS.get(part, published).needed_flops(part, shape) for part in parts)
         rate = peak(name, sizes.product)
     return {
         "seconds": best["all"],
@@ -245,10 +248,16 @@ def scored(scorer: PairScorer, image: Tensor, words: Tensor, cu_seqlens: Tensor)
 
 
 @torch.no_grad()
-def against_step(rows: Rows, sizes: Sizes, compiled: bool) -> None:
+def against_step(
+    rows: Rows,
+    sizes: Sizes,
+    compiled: bool = False,
+    models: tuple[str, ...] = ("scan-t2i", "sgr", "saf"),
+    names: tuple[str, ...] = ("tf32", "bfloat16"),
+) -> None:
     """A block by the paper's loop, by the vectorised rewrite, plain or compiled, and by us, in the same precision."""
-    for model in ("scan-t2i", "sgr", "saf"):
-        for name in ("tf32", "bfloat16"):
+    for model in models:
+        for name in names:
             rows.attempt(f"{model} {name}", partial(against, model, name, sizes, compiled))
 
 
@@ -271,11 +280,10 @@ def against(model: str, name: str, sizes: Sizes, compiled: bool) -> dict:
             run = bench_pair_scorers.chunked(fast, model, scorer, TEMPORARIES)
             calls["compiled rewrite"] = lambda: run(image, caption, lengths)
         else:
-            plain = bench_pair_scorers.chunked(rewrite, model, scorer, TEMPORARIES)
-            calls |= {
-                "paper's loop": lambda: loop(image, caption, lengths),
-                "vectorised rewrite": lambda: plain(image, caption, lengths),
-            }
+            calls["paper's loop"] = lambda: loop(image, caption, lengths)
+            if rewrite is not None:
+                plain = bench_pair_scorers.chunked(rewrite, model, scorer, TEMPORARIES)
+                calls["vectorised rewrite"] = lambda: plain(image, caption, lengths)
         found: dict[str, Any] = {"images": shape.images, "captions": shape.captions}
         for contender, call in calls.items():
             try:
@@ -378,8 +386,10 @@ STEPS: dict[str, Callable[[Rows, Sizes], None]] = {
     **{f"check-{op}": partial(check_step, op=op) for op in sorted(_backends.OFFERS) if _offered(op)},
     "evaluate-scan": partial(evaluate_step, models=("scan-t2i",)),
     "evaluate-sgraf": partial(evaluate_step, models=("sgraf",)),
-    "against-loop": partial(against_step, compiled=False),
+    "against-loop": against_step,
     "train": train_step,
+    "evaluate-systems": partial(evaluate_step, models=SYSTEMS, names=("tf32",)),
+    "systems-against-loop": partial(against_step, models=SYSTEMS, names=("tf32",)),
     "maxsim": maxsim_step,
     "precision": precision_step,
     "against-compiled": partial(against_step, compiled=True),

@@ -6,7 +6,8 @@
 Needs a checkout, PyTorch and Triton; with pytest the GPU tests run too (with pytest-xdist, side by side). Each step is
 a process of its own with a share of the time: one that fails, hangs or takes the GPU down loses no other's results.
 The file is written anew after every step. What is asked for first, comes first: checks of every op in every precision,
-tests, the whole of COCO 5K, the paper's loop, training, MaxSim, ranking by precision, and the compiled rewrite last.
+tests, the whole of COCO 5K, the paper's loop, training, SHAN, HGAN and TSHSR, MaxSim, ranking by precision, and the
+compiled rewrite last.
 """
 
 from __future__ import annotations
@@ -31,8 +32,10 @@ WORKERS = 12
 # step -> the most seconds that it may take; the steps named check-OP run side by side within those of "checks"
 SHARES = {
     "machine": 40, "checks": 120, "tests": 200, "evaluate-scan": 60, "evaluate-sgraf": 150, "against-loop": 75,
-    "train": 75, "maxsim": 45, "precision": 60, "against-compiled": 200,
+    "train": 75, "evaluate-systems": 120, "systems-against-loop": 60, "systems-tests": 90, "maxsim": 45,
+    "precision": 60, "against-compiled": 200,
 }  # fmt: skip
+TESTS = {"tests": "test_*gpu*.py", "systems-tests": "test_triton_alignment.py"}  # steps that pytest runs
 
 
 def environment() -> dict[str, str]:
@@ -99,18 +102,18 @@ def checks(names: list[str], folder: Path, smoke: bool, seconds: float) -> dict[
     }
 
 
-def tests(folder: Path, smoke: bool, seconds: float) -> dict[str, Any]:
-    """`pytest -m gpu`; with `smoke`, only that they are collected."""
+def tests(name: str, folder: Path, smoke: bool, seconds: float) -> dict[str, Any]:
+    """`pytest -m gpu` on a step's files; with `smoke`, only that they are collected."""
     if importlib.util.find_spec("pytest") is None:
         return {"skipped": "pytest is not installed; the checks of every op ran without it"}
-    report = folder / "tests.xml"
+    report = folder / f"{name}.xml"
     command = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", f"--junitxml={report}"]
     if importlib.util.find_spec("xdist") is not None and not smoke:
         command += ["-n", str(min(WORKERS, os.cpu_count() or 1))]
-    files = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob("test_*gpu*.py"))
+    files = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "tests").glob(TESTS[name]))
     command += [*files, *["--collect-only"] * smoke]
-    found = Running(command, folder / "tests.log").ended(seconds)
-    found["last_lines"] = (folder / "tests.log").read_text(errors="replace")[-3000:]
+    found = Running(command, folder / f"{name}.log").ended(seconds)
+    found["last_lines"] = (folder / f"{name}.log").read_text(errors="replace")[-3000:]
     if report.exists() and not smoke:
         cases = list(ElementTree.parse(report).iter("testcase"))
         bad = {
@@ -148,8 +151,8 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{time.monotonic() - start:6.0f} s  {name}, at most {seconds:.0f} s", file=sys.stderr, flush=True)
             if name == "checks":
                 found["steps"][name] = checks(known, folder, args.smoke, seconds)
-            elif name == "tests":
-                found["steps"][name] = tests(folder, args.smoke, seconds)
+            elif name in TESTS:
+                found["steps"][name] = tests(name, folder, args.smoke, seconds)
             else:
                 one = step(name, folder, args.smoke).ended(seconds)
                 found["steps"][name] = one | {"result": result(name, folder)}

@@ -32,7 +32,10 @@ from benchmarks import harness
 from benchmarks.shapes import Shape
 from itm_fast.testing import examples
 
-OPS = ("similarity_graph_score", "similarity_filter_score", "cross_attention_score", "cross_attention_similarity")
+OPS = (
+    "similarity_graph_score", "similarity_filter_score", "cross_attention_score", "cross_attention_similarity",
+    "global_local_score", "similarity_context",
+)  # fmt: skip
 GAIN = 0.98  # of the time, that a change must come to
 WARPS, STAGES = (4, 8), (1, 2, 3, 4)
 LEAST, MOST = 16, 512  # of a block

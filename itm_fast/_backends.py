@@ -93,7 +93,13 @@ def _present() -> tuple[str, ...]:
     return tuple(n for n in NAMES if any(n in offered for offered in OFFERS.values()))
 
 
-def resolve(op: str, backend: str | None, device: torch.device, dtype: torch.dtype | None = None) -> str:
+def resolve(
+    op: str,
+    backend: str | None,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    too_large: str | None = None,
+) -> str:
     """Turn "auto" into one name. An explicit name is honoured or refused, never replaced.
 
     Args:
@@ -101,6 +107,7 @@ def resolve(op: str, backend: str | None, device: torch.device, dtype: torch.dty
         backend: the argument of the call.
         device: where its tensors are.
         dtype: of its tensors of floats, before autocast; None where every backend takes all dtypes.
+        too_large: why the Triton kernels cannot take tensors of these shapes.
 
     Raises:
         NotImplementedError: with one sentence per backend that was considered.
@@ -115,6 +122,8 @@ def resolve(op: str, backend: str | None, device: torch.device, dtype: torch.dty
         if reason is None and name == "triton":
             if backend == "auto" and _triton.interpreted():
                 reason = "Triton interprets its kernels here (TRITON_INTERPRET), which only an explicit request wants"
+            elif too_large:
+                reason = too_large
             elif dtype is not None:
                 reason = _triton.put_aside(op, device, _computed(dtype, device))
         if reason is None:

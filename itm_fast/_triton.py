@@ -16,6 +16,7 @@ import torch
 
 from ._checks import matmul_precision
 
+REGIONS = 128  # of an image, that hierarchical_alignment_score takes at most
 LEAST = (8, 0)  # compute capability: bfloat16 and TF32 products, asynchronous copies
 _TRUE = ("1", "true", "yes", "on", "y")  # as Triton reads its own switches
 _verdicts: dict[tuple, str | None] = {}

@@ -238,7 +238,6 @@ class Stretch(NamedTuple):
 class LengthPlan(NamedTuple):
     """Captions by classes of length. `order` [T] int32: the captions, group by group."""
 
-    edge: list[int]
     order: Tensor
     windows: list[Stretch]
 
@@ -280,7 +279,7 @@ def _length_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], w
                 groups.append(Group(size, len(order), len(found)))
                 order += found
         windows.append(Stretch(captions, slice(edge[captions.start], edge[captions.stop]), tuple(groups)))
-    return LengthPlan(edge, torch.tensor(order, dtype=torch.int32).to(cu_seqlens.device), windows)
+    return LengthPlan(torch.tensor(order, dtype=torch.int32).to(cu_seqlens.device), windows)
 
 
 def stretches(edge: Sequence[int], rows: int) -> Iterator[slice]:

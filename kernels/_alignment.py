@@ -4,7 +4,7 @@
     the scores of pairs, from A, C, G, H and a few numbers a row; no vector [D] exists          `_align`
 
 `_align`: one program owns an image and CAPTIONS captions of one class of lengths, WORDS words at most: matrices
-[BLOCK_R, CAPTIONS * WORDS] in registers, of which 36 regions and COCO's captions fill 45 %. Grid: images x groups.
+[BLOCK_R, CAPTIONS * WORDS] in registers, of which 36 regions and COCO's captions fill 43 %. Grid: images x groups.
 Products with Gram matrices are matrix products: the captions' stand along the diagonal of one, so that what is no
 number in one caption must not enter it; G times single vectors is taken for all captions at once, one column each.
 
@@ -29,7 +29,7 @@ from ._tl import EPS, NEVER, finite
 
 POOR = tl.constexpr(1e-3)  # of the largest |row|^2: below it, three of float32's seven digits have cancelled
 TINY = tl.constexpr(1.1754944e-38)
-NUMBERS = 4  # floats from one row's numbers to the next's; three are used
+NUMBERS = tl.constexpr(4)  # floats from one row's numbers to the next's; three are used
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -49,7 +49,7 @@ def _numbers(
         square += x * x
         image += x * tl.load(image_pool_ptr + step + k, mask=step + k < D, other=0.0).to(tl.float32)[None, :]
         caption += x * tl.load(caption_pool_ptr + step + k, mask=step + k < D, other=0.0).to(tl.float32)[None, :]
-    out, real = out_ptr + row * 4, row < rows
+    out, real = out_ptr + row * NUMBERS, row < rows
     tl.store(out, tl.sqrt(tl.sum(square, 1)), mask=real)
     tl.store(out + 1, tl.sum(image, 1), mask=real)
     tl.store(out + 2, tl.sum(caption, 1), mask=real)
@@ -108,9 +108,9 @@ def _align(
     affinity = tl.load(affinity_ptr + corner + at, mask=inside, other=0.0) * scale
     cross = tl.load(cross_ptr + corner + at, mask=inside, other=0.0)
     region = (image_first + b) * regions + r
-    v_norm = tl.load(region_ptr + region * 4, mask=v_real, other=0.0)
+    v_norm = tl.load(region_ptr + region * NUMBERS, mask=v_real, other=0.0)
     word = t_start.to(tl.int64)[:, None] + w[None, :]
-    t_norm = tl.load(word_ptr + word * 4, mask=t_real, other=0.0)
+    t_norm = tl.load(word_ptr + word * NUMBERS, mask=t_real, other=0.0)
     # The captions' Gram matrices along the diagonal.
     n = tl.arange(0, COLUMNS)
     owner = tl.load(order_ptr + first + tl.minimum(group * CAPTIONS + n // WORDS, number - 1))
@@ -138,8 +138,8 @@ def _align(
         gate = tl.sum(alpha * tl.load(word_gate_ptr + word * 2, mask=t_real, other=0.0).to(tl.float32)[None], 2)
         gate += tl.load(region_gate_ptr + region * 2, mask=v_real, other=0.0).to(tl.float32)[:, None]
         gate = tl.sigmoid(gate)
-        pool = tl.sum(alpha * tl.load(word_ptr + word * 4 + 1, mask=t_real, other=0.0)[None], 2)
-        own = tl.load(region_ptr + region * 4 + 1, mask=v_real, other=0.0)[:, None]
+        pool = tl.sum(alpha * tl.load(word_ptr + word * NUMBERS + 1, mask=t_real, other=0.0)[None], 2)
+        own = tl.load(region_ptr + region * NUMBERS + 1, mask=v_real, other=0.0)[:, None]
         gamma = softmax(tl.where(v_real[:, None], gate * own + (1 - gate) * pool, NEVER), 0)
         p = gamma * gate  # v_c = V^T p + T^T q
         rest = gamma - p
@@ -164,8 +164,8 @@ def _align(
         gate = tl.sum(beta * own[:, None, None], 0)
         gate += tl.load(word_gate_ptr + word * 2 + 1, mask=t_real, other=0.0).to(tl.float32)
         gate = tl.sigmoid(gate)
-        pool = tl.sum(beta * tl.load(region_ptr + region * 4 + 2, mask=v_real, other=0.0)[:, None, None], 0)
-        own = tl.load(word_ptr + word * 4 + 2, mask=t_real, other=0.0)
+        pool = tl.sum(beta * tl.load(region_ptr + region * NUMBERS + 2, mask=v_real, other=0.0)[:, None, None], 0)
+        own = tl.load(word_ptr + word * NUMBERS + 2, mask=t_real, other=0.0)
         gamma = softmax(tl.where(t_real, gate * own + (1 - gate) * pool, NEVER), 1)
         u = gamma * gate  # t_c = V^T s + T^T u
         rest = gamma - u
@@ -246,7 +246,7 @@ def _by_captions(x, gram_t, CAPTIONS: tl.constexpr, WORDS: tl.constexpr):
 
 def numbers(rows: Tensor, image_pool: Tensor, caption_pool: Tensor) -> Tensor:
     """|x|, m . x and n . x of rows [n, D] -> [n, NUMBERS] float32."""
-    out = torch.empty(len(rows), NUMBERS, dtype=torch.float32, device=rows.device)
+    out = torch.empty(len(rows), NUMBERS.value, dtype=torch.float32, device=rows.device)
     if len(rows):
         tile = _tiles.alignment_numbers(rows.dtype, _launch.arch(rows.device))
         _numbers[(_launch.blocks(len(rows), tile["BLOCK_M"]),)](
@@ -302,15 +302,10 @@ def problem(
     """The op's arguments, laid out for the kernels.
 
     Raises:
-        ValueError: a count or a bound is wrong, or an image has more regions than a tile.
+        ValueError: a count or a bound is wrong.
     """
     I, R, _ = image.shape
-    tile = _launch.power_of_two(R)
-    if tile > _tiles.REGION_TILE:
-        raise ValueError(
-            f"{op}: image has {R} regions, and the triton backend takes at most {_tiles.REGION_TILE}; "
-            'use backend="torch"'
-        )
+    tile = _launch.power_of_two(R, least=32)  # its halves are factors of matrix products
     images = _launch.regions(op, image, region_lengths)
     captions = _launch.captions(words, cu_seqlens, bounds(cu_seqlens, len(words), op))
     pools = _launch.aligned(image_pool), _launch.aligned(caption_pool)
@@ -356,11 +351,12 @@ def compilations(arch: int) -> Iterator[_tiles.Compilation]:
         yield _tiles.Compilation(
             _numbers, f"*{t} *{t} *{t} *fp32 i32", dict(D=1024), _tiles.alignment_numbers(dtype, arch)
         )
-        regions, most = _tiles.coefficients(dtype, arch)
-        # (words of a caption, of the image's side, of the captions')
-        sizes = [words for words in _tiles.CAPTION_TILES if words <= most]
-        ways = [(words, *sides) for words in sizes for sides in ((True, True), (True, False), (False, True))]
-        for words, image_side, caption_side in ways if dtype == torch.float32 else ways[::3]:
+        largest, most = _tiles.coefficients(dtype, arch)
+        # (regions of a tile, words of a caption, of the image's side, of the captions')
+        ways = [(largest, words, True, True) for words in _tiles.CAPTION_TILES if words <= most]
+        if dtype == torch.float32:
+            ways += [(32, 16, True, True), (largest, most, True, False), (largest, most, False, True)]
+        for regions, words, image_side, caption_side in ways if dtype != torch.bfloat16 else ways[:1]:
             constants: dict[str, Any] = dict(IMAGE_SIDE=image_side, CAPTION_SIDE=caption_side, MEAN=True)
             constants |= dict(BLOCK_R=regions, WORDS=words, PRECISION=_tiles.exact(dtype))
             types = "*fp32 " * 6 + f"*{t} *{t} *i32 *i32 *i32 *i32 *{t} *i8" + " i32" * 11 + " fp32" * 3

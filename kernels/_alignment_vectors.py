@@ -1,10 +1,10 @@
 """Alignment of pairs whose vectors are formed: (1) to (7) of `ops/hierarchical_alignment_score.py`, for gates of D
 numbers, and for pairs with scalar gates whose coefficients have lost their digits.
 
-`_align_vectors`: one program owns an image and, one after the other, CAPTIONS captions of one class of lengths. Its
-weights stay in registers, [BLOCK_R, WORDS]; D passes three times in steps of BLOCK_D: for what each row attends to,
-its cosine, gate and weight in the pool; again for the context vector, which a workspace of the program keeps; and for
-what the context vector finds. Grid: images x groups.
+`_align_vectors`: one program owns an image and, one after the other, CAPTIONS captions of one class of lengths. Small
+tiles' weights stay in registers, [BLOCK_R, WORDS]; others are made anew in every step. D passes in steps of BLOCK_D,
+twice for each side: for what each row attends to, its cosine, gate and weight in the pool; and for the context vector,
+which a workspace of the program keeps. It passes once more for what the context vectors find. Grid: images x groups.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from itm_fast.packing import Stretch
 
 from . import _launch, _tiles
-from ._alignment import Block, Problem, cosine, root, softmax, too_large
+from ._alignment import NUMBERS, Block, Problem, cosine, root, softmax, too_large
 from ._tl import NEVER
 
 EACH = 8  # captions that a program takes, one after the other, and its workspace serves
@@ -177,7 +177,7 @@ def _align_vectors(
     v_real = r < v_count
     region_first = (image_first + b) * regions
     region = region_first + r
-    v_norm = tl.load(region_ptr + region * 4, mask=v_real, other=0.0)
+    v_norm = tl.load(region_ptr + region * NUMBERS, mask=v_real, other=0.0)
     for place in range(group * CAPTIONS, tl.minimum((group + 1) * CAPTIONS, number)):
         t = tl.load(order_ptr + first + place)
         wanted = True
@@ -187,9 +187,8 @@ def _align_vectors(
             start, t_count = tl.load(start_ptr + t).to(tl.int64), tl.load(size_ptr + t)
             t_real = w < t_count
             word = start + w
-            t_norm = tl.load(word_ptr + word * 4, mask=t_real, other=0.0)
+            t_norm = tl.load(word_ptr + word * NUMBERS, mask=t_real, other=0.0)
             corner = affinity_ptr + b * regions * (ld16 * 16) + start - word_first
-            score = 0.0
             tl.debug_barrier()  # the caption before has been read
             if IMAGE_SIDE:
                 v_local, found, vc_square = _side(
@@ -252,7 +251,7 @@ def _align_vectors(
             tl.store(score_ptr + (image_first + b) * captions + t, score.to(score_ptr.dtype.element_ty))
 
 
-def programs(given: Problem, images: int, window: Stretch) -> int:
+def programs(images: int, window: Stretch) -> int:
     """The most programs that score images with one group of a window's captions."""
     captions = max((group.captions for group in window.groups), default=0)
     return images * _launch.blocks(captions, EACH)
@@ -263,7 +262,7 @@ def align_vectors(given: Problem, block: Block, affinities: Tensor, score: Tenso
     images, dtype = block.images, given.images.rows.dtype
     D = given.images.rows.shape[1]
     precision = (_tiles.products if given.vector else _tiles.exact)(dtype)  # what is scored again, for its digits
-    count = programs(given, images.stop - images.start, block.window)
+    count = programs(images.stop - images.start, block.window)
     contexts = torch.empty(count, 2 * D, dtype=torch.float32, device=score.device)
     for group in block.window.groups:
         tile = _tiles.alignment_vectors(dtype, _launch.arch(score.device), given.tile, group.size)
@@ -281,21 +280,20 @@ def align_vectors(given: Problem, block: Block, affinities: Tensor, score: Tenso
 
 
 def compilations(arch: int) -> Iterator[_tiles.Compilation]:
-    # (regions of a tile, words of a caption, of the image's side, of the captions')
-    published = (64, 16, True, True)
-    long = [(64, 128, True, True), (128, 128, True, True)]
-    others = [(64, 16, True, False), (64, 16, False, True), (64, 32, True, True), *long]
+    # (regions of a tile, words of a caption, of the image's side, of the captions', whether gates are of D numbers)
+    published, scalar = (64, 16, True, True, True), (64, 16, True, True, False)
+    long = [(128, 128, True, True, True)]
+    more = [(64, 128, True, True, True), (128, 128, True, True, False)]
+    sides = [(64, 16, True, False, True), (64, 16, False, True, True)]
+    ways = {"fp32": [scalar, *long, *more, *sides], "fp16": [scalar, *long], "bf16": []}
     for dtype, t in _tiles.NAMES.items():
-        exact = _tiles.exact(dtype)
-        ways = [(published, precision) for precision in _tiles.precisions(dtype)]
-        ways += [(way, exact) for way in {"fp32": others, "fp16": long}.get(t, [])]
-        for (regions, words, image_side, caption_side), precision in ways:
-            most = _tiles.coefficients(dtype, arch)
+        exact, most = _tiles.exact(dtype), _tiles.coefficients(dtype, arch)
+        chosen = [(published, precision) for precision in _tiles.precisions(dtype)] + [(w, exact) for w in ways[t]]
+        for (regions, words, image_side, caption_side, vector), precision in chosen:
             small = regions <= most[0] and words <= most[1]
-            for vector in (True, False) if precision == exact else (True,):
-                constants: dict[str, Any] = dict(IMAGE_SIDE=image_side, CAPTION_SIDE=caption_side, MEAN=True)
-                constants |= dict(VECTOR=vector, ALL=vector or not small, D=1024, PRECISION=precision)
-                constants |= dict(BLOCK_R=regions, WORDS=words, CAPTIONS=EACH)
-                types = f"*fp32 *{t} *{t} *{t} *{t} *fp32 *fp32 *{t} *{t} *i32 *i32 *i32 *i32 *{t} *i8 *fp32"
-                tile = _tiles.alignment_vectors(dtype, arch, regions, words)
-                yield _tiles.Compilation(_align_vectors, types + " i32" * 9 + " fp32" * 3, constants, tile)
+            constants: dict[str, Any] = dict(IMAGE_SIDE=image_side, CAPTION_SIDE=caption_side, MEAN=True)
+            constants |= dict(VECTOR=vector, ALL=vector or not small, D=1024, PRECISION=precision)
+            constants |= dict(BLOCK_R=regions, WORDS=words, CAPTIONS=EACH)
+            types = f"*fp32 *{t} *{t} *{t} *{t} *fp32 *fp32 *{t} *{t} *i32 *i32 *i32 *i32 *{t} *i8 *fp32"
+            tile = _tiles.alignment_vectors(dtype, arch, regions, words)
+            yield _tiles.Compilation(_align_vectors, types + " i32" * 9 + " fp32" * 3, constants, tile)

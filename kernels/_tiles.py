@@ -238,7 +238,6 @@ def alignment_numbers(dtype: torch.dtype, arch: int) -> Tile:
 
 
 CAPTION_TILES = 16, 32, 64, 128  # words of a caption that a tile of kernels/_alignment_vectors.py holds; ascending
-REGION_TILE = 128  # and the most regions of an image
 
 
 def coefficients(dtype: torch.dtype, arch: int) -> tuple[int, int]:
@@ -255,7 +254,7 @@ def alignment(dtype: torch.dtype, arch: int, words: int) -> Tile:
 
 def alignment_vectors(dtype: torch.dtype, arch: int, regions: int, words: int) -> Tile:
     """kernels/_alignment_vectors.py: _align_vectors. regions, words: of a tile."""
-    D, chunk = 32 if regions * words <= 64 * 128 else 16, 16
+    D, chunk = 32 if regions <= 64 else 16, 16
     if dtype != torch.float32 and regions * words <= 64 * 16:
         chunk = 0
     return _row(8, 1, maxnreg=MAXNREG, BLOCK_D=D, CHUNK=chunk)  # untuned

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from itm_fast._workspace import scratch_bytes
-from itm_fast.packing import Stretch, length_plan, spans
+from itm_fast.packing import Stretch, bounds, length_plan, spans
 
 from . import _launch, _tiles
 from ._affinity import affinity, gram, leading
@@ -24,22 +24,25 @@ WINDOW = 1 << 14  # words that are taken at a time, at the most
 def forward(image: Tensor, *args) -> Tensor:
     """Scores [I, T]."""
     words, cu_seqlens = args[2], args[7]
+    bounds(cu_seqlens, len(words), OP)
     score = image.new_empty(len(image), len(cu_seqlens) - 1)
     if not score.numel():
         return score
     with _launch.on(image.device):
         given = problem(OP, image, *args)
-        limit, longest = scratch_bytes(image.device), given.captions.longest
+        limit = scratch_bytes(image.device)
         plan = length_plan(cu_seqlens, len(words), OP, _tiles.CAPTION_TILES, _window(given, limit))
         for window in plan.windows:
-            rows = window.rows.stop - window.rows.start
-            gram_t = _empty(0 if given.vector else rows, longest, score)
-            if not given.vector:
-                gram(given.captions, window.captions.start, window.captions.stop, gram_t)
-            room = limit - gram_t.nbytes
-            for images in spans(len(image), _images(given, window, room)):
-                _block(given, Block(images, window, plan.order), gram_t, score)
+            _score_window(given, window, plan.order, limit, score)
     return score
+
+
+def _score_window(given: Problem, window: Stretch, order: Tensor, limit: int, score: Tensor) -> None:
+    gram_t = _empty(0 if given.vector else window.rows.stop - window.rows.start, given.captions.longest, score)
+    if not given.vector:
+        gram(given.captions, window.captions.start, window.captions.stop, gram_t)
+    for images in spans(len(score), _images(given, window, limit - gram_t.nbytes)):
+        _block(given, Block(images, window, order), gram_t, score)
 
 
 def _empty(rows: int, columns: int, like: Tensor) -> Tensor:
@@ -77,5 +80,5 @@ def _images(given: Problem, window: Stretch, room: int) -> int:
     """Images whose scratch with a window fits `room` bytes, one at the least."""
     R, D, columns = given.regions, given.images.rows.shape[1], leading(window.rows.stop - window.rows.start)
     each = 4 * R * columns * (1 if given.vector else 2) + (0 if given.vector else 4 * R * leading(R))
-    each += programs(given, 1, window) * 8 * D + window.captions.stop - window.captions.start
+    each += programs(1, window) * 8 * D + window.captions.stop - window.captions.start
     return max(1, min(room // each, _tiles.PIECE // (R * columns)))

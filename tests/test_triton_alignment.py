@@ -7,6 +7,7 @@ from test_hierarchical_alignment_score import DIRECTIONS, case
 from triton_cases import TRITON, Scratch, placed, unless
 
 import itm_fast
+from itm_fast import _backends, _triton
 from itm_fast.testing import op_checks
 
 DTYPES = [torch.float32, torch.float16]
@@ -97,17 +98,28 @@ def test_a_pair_has_the_same_bits_alone_in_any_order_and_in_any_block(gate, dtyp
 
 @interpreted
 @over_gates
-def test_scratch_is_bounded(gate, monkeypatch):
-    gib = 2.0**-15
-    call, args = case(24, (13, 9), 9, 32, gate=gate)
+@pytest.mark.parametrize(
+    "gib, shape", [(2.0**-15, (24, (13, 9), 9)), (2.0**-14, (7, (60, 5, 40, 8, 60, 60), 7))], ids=["blocks", "windows"]
+)
+def test_scratch_is_bounded(gate, gib, shape, monkeypatch):
+    call, args = case(*shape, 32, gate=gate)
     args = [a.float() for a in args]
     # the rows' numbers are as many as the inputs' rows
     scratch = Scratch(monkeypatch, lambda tensor: tensor.shape[-1:] == (4,))
     whole = call(*args, backend="triton")
     with itm_fast.workspace(gib):
-        scratch.watch(torch, "empty")
+        scratch.watch(torch, "empty", "empty_like")
         torch.testing.assert_close(call(*args, backend="triton"), whole)
     assert gib * 2**30 / 4 < scratch.peak <= gib * 2**30
+
+
+@interpreted
+def test_bounds_are_checked_where_there_is_no_image():
+    call, args = case(1, (3, 2), 6)
+    args = [a[:0] for a in args[:3]] + args[3:]
+    assert call(*(a.float() for a in args), backend="triton").shape == (0, 2)
+    with pytest.raises(ValueError, match="cu_seqlens"):
+        call(*(a.float() if k != 3 else a.float()[:4] for k, a in enumerate(args)), backend="triton")
 
 
 @interpreted
@@ -116,5 +128,15 @@ def test_pairs_that_fit_no_tile_are_refused():
     with pytest.raises(ValueError, match=r'caption 1 has 129 words, and .* at most 128; use backend="torch"'):
         call(*(a.float() for a in args), backend="triton")
     call, args = case(1, (3,), 129, 4)
-    with pytest.raises(ValueError, match=r'image has 129 regions, and .* at most 128; use backend="torch"'):
+    with pytest.raises(NotImplementedError, match="triton: image has 129 regions, and its kernels take at most 128"):
         call(*(a.float() for a in args), backend="triton")
+
+
+def test_images_of_too_many_regions_are_left_to_the_next_backend(monkeypatch):
+    monkeypatch.setattr(_backends, "why_not", lambda name, device, dtype: None if name != "cpu" else "not here")
+    monkeypatch.setattr(_triton, "interpreted", lambda: False)
+    monkeypatch.setattr(_backends, "_told", set())
+    cuda, reason = torch.device("cuda"), "image has 129 regions"
+    with pytest.warns(UserWarning, match=f"slower torch backend, as its Triton kernels cannot run: {reason}"):
+        name = _backends.resolve("hierarchical_alignment_score", None, cuda, torch.float32, reason)
+    assert name == "torch"

@@ -279,14 +279,14 @@ def test_the_check_finds(fault, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [examples.SMALL, examples.PUBLISHED], ids=["small", "published"])
-@pytest.mark.parametrize("op", sorted(examples.EXAMPLES))
-def test_the_examples_show_what_they_should(op, size):
+@pytest.mark.parametrize("op, kind", [(op, kind) for op in sorted(examples.EXAMPLES) for kind in examples.kinds(op)])
+def test_the_examples_show_what_they_should(op, kind, size):
     # Saturated scores or gradients of nothing would hide a broken kernel.
-    results = examples.outcome(op, "reference", "cpu", torch.float64, size=size)
+    results = examples.outcome(op, "reference", "cpu", torch.float64, size=size, kind=kind)
     largest = max(x.abs().max().item() for x in results if x.numel())
     assert largest > 0.1
     if op != "hardest_negative_loss":
         assert results[0].std() > 1e-3 * largest
     for dtype in (torch.float16, torch.bfloat16):
-        narrow = examples.outcome(op, "reference", "cpu", dtype, size=size)
+        narrow = examples.outcome(op, "reference", "cpu", dtype, size=size, kind=kind)
         assert all(x.isfinite().all() for x in narrow)

@@ -68,7 +68,7 @@ def test_no_count_or_length_is_compiled_in(op, launched):
 
 @unless("triton", "cpu")
 @pytest.mark.parametrize("op", OPS)
-def test_the_host_is_asked_for_bounds_and_counts_once(op, monkeypatch):
+def test_the_host_is_asked_for_the_bounds_once(op, monkeypatch):
     """On a GPU every question waits until the device has done all before it. Backward of a score asks one of the
     gradient: whether few pairs have one."""
     args, asked = arguments(op, SIZES[0][0]), Counter()

@@ -4,8 +4,8 @@
 // A window of chunks of captions is packed once for all threads; a thread then owns one image at a time. It makes the
 // global similarity vectors of all the window's captions at once, so that their product is as wide as the others, and
 // goes through the chunks: local similarity vectors, nodes, head, score, all in the thread's own tiles (3 to 4 MiB at
-// R 36, D 1024, S 256, of which what one product reads stays in L2). Scratch beside the tiles: the window (sets.h, 16
-// MiB), the weights, 4 MiB, and the window's global vectors, 2 MiB; so 64 MiB suffice for 10 threads.
+// R 36, D 1024, S 256, of which what one product reads stays in L2). Scratch beside the tiles: the window (windows.h,
+// 16 MiB), the weights, 4 MiB, and the window's global vectors, 2 MiB; so 64 MiB suffice for 10 threads.
 #pragma once
 #include "windows.h"
 #include "write.h"

@@ -51,6 +51,7 @@ from torch import Tensor
 
 from .._backends import resolve
 from .._checks import Arguments, autocast
+from .._triton import REGIONS
 from ..packing import bounds
 from . import _attention
 from ._op import Op, by_autograd
@@ -222,9 +223,10 @@ def hierarchical_alignment_score(
         image_key=(image_key, "I R P"),
         image_gate=(image_gate, "I R 2 K"),
     )
-    if image_gate.shape[3] not in (1, image.shape[2]):
+    _, R, D = image.shape
+    if image_gate.shape[3] not in (1, D):
         raise ValueError(
-            f"{check.op}: image_gate must be [I, R, 2, K] with K = 1 or D = {image.shape[2]}, "
+            f"{check.op}: image_gate must be [I, R, 2, K] with K = 1 or D = {D}, "
             f"got {list(image_gate.shape)}"
         )
     check.floats(
@@ -243,7 +245,8 @@ def hierarchical_alignment_score(
     for name, mix in (("local_mix", local_mix), ("global_mix", global_mix)):
         if not 0 <= mix <= 1:
             raise ValueError(f"{check.op}: {name} must lie in 0..1, got {mix}")
-    name = resolve(check.op, backend, image.device, image.dtype)
+    too_large = f"image has {R} regions, and its kernels take at most {REGIONS}" if R > REGIONS else None
+    name = resolve(check.op, backend, image.device, image.dtype, too_large)
     args = autocast(image, image_key, image_gate, words, word_key, word_gate, image_pool, caption_pool)
     return _op(
         *args, cu_seqlens, region_lengths, direction, float(scale), pool, float(local_mix), float(global_mix), name

@@ -36,15 +36,21 @@ TF32 = 2.0**-10
 UNITS = {torch.float32: 2.0**-16, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # float32 by three TF32 products
 
 
-def example(op: str, size: Size = SMALL) -> list[Any]:
-    """Arguments of an op in the order of its public function, tensors of floats in float64.
+def example(op: str, size: Size = SMALL, kind: int = 0) -> list[Any]:
+    """Arguments of an op in the order of its public function, tensors of floats in float64; of a kind in `kinds(op)`.
 
     >>> from itm_fast.testing.examples import example
     >>> [list(x.shape) for x in example("cross_attention_score")]
     [[3, 7, 16], [7, 16], [3]]
     """
     generator = torch.Generator().manual_seed(0)
-    return EXAMPLES[op](size, lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64))
+    make = (EXAMPLES[op], *FURTHER.get(op, ()))[kind]
+    return make(size, lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64))
+
+
+def kinds(op: str) -> range:
+    """The examples of an op: one, and one more for kernels that it does not reach."""
+    return range(1 + len(FURTHER.get(op, ())))
 
 
 def outcome(
@@ -56,6 +62,7 @@ def outcome(
     rounded: torch.dtype | None = None,
     size: Size = SMALL,
     backward: bool = True,
+    kind: int = 0,
 ) -> list[Tensor]:
     """An op's results on its example, and the gradients of the first one.
 
@@ -67,11 +74,12 @@ def outcome(
         rounded: dtype that the example is rounded to before; None means `dtype`.
         size: of the example.
         backward: whether gradients are wanted, or only results.
+        kind: of the example.
 
     Returns:
         Tensors on the CPU.
     """
-    arguments = example(op, size)
+    arguments = example(op, size, kind)
     names = list(inspect.signature(getattr(ops, op)).parameters)
     leaves = []
     for k, (name, argument) in enumerate(zip(names, arguments)):
@@ -113,16 +121,23 @@ def problem(op: str, backend: str, device: torch.device, dtype: torch.dtype, bac
     >>> problem("similarity_graph", "torch", torch.device("cpu"), torch.float32, backward=True) is None
     True
     """
+    found = (_problem(op, backend, device, dtype, backward, kind) for kind in kinds(op))
+    return next((line for line in found if line), None)
+
+
+def _problem(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool, kind: int
+) -> str | None:
     size = PUBLISHED if device.type == "cuda" else SMALL
     try:
-        found = outcome(op, backend, device, dtype, size=size, backward=backward)
+        found = outcome(op, backend, device, dtype, size=size, backward=backward, kind=kind)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # whatever a compiler, a driver or a launch raises is the finding
         return f"{type(error).__name__}: {error}".splitlines()[0]
     same, exact = (
-        outcome(op, "reference", "cpu", kind, rounded=dtype, size=size, backward=backward)
-        for kind in (dtype, torch.float64)
+        outcome(op, "reference", "cpu", work, rounded=dtype, size=size, backward=backward, kind=kind)
+        for work in (dtype, torch.float64)
     )
     narrowed = dtype == torch.float32 and matmul_precision() != "highest"
     unit = TF32 if narrowed else UNITS[dtype]
@@ -191,14 +206,20 @@ def _scored(head: Callable[..., list[Tensor]], size: Size, draw: Callable[..., T
     return [*_node_arguments(size, draw), *head(size, draw), draw(size.similarity), draw(1)]
 
 
-def _alignment(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
+def _alignment(size: Size, draw: Callable[..., Tensor], gates: int = 1) -> list[Tensor]:
     image, words, cu_seqlens = _attention(size, draw)
-    key, gate = lambda *n: torch.nn.functional.normalize(draw(*n, size.dim), dim=-1), lambda *n: draw(*n, 2, 1)
+    key, gate = lambda *n: torch.nn.functional.normalize(draw(*n, size.dim), dim=-1), lambda *n: draw(*n, 2, gates)
     rows = (key(*image.shape[:2]), gate(*image.shape[:2])), (key(len(words)), gate(len(words)))
     return [image, *rows[0], words, *rows[1], cu_seqlens, 3 * draw(size.dim), 3 * draw(size.dim)]
 
 
-EXAMPLES: dict[str, Callable[[Size, Callable[..., Tensor]], list[Any]]] = {
+def _alignment_of_vectors(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
+    """Gates of D numbers, and a caption of more words than one that is aligned by its products alone."""
+    return _alignment(size._replace(lengths=(*size.lengths, 40)), draw, size.dim)
+
+
+Example = Callable[[Size, Callable[..., Tensor]], list[Any]]
+EXAMPLES: dict[str, Example] = {
     "cross_attention_score": _attention,
     "cross_attention_similarity": _similarity,
     "global_local_score": lambda size, draw: [_globals(size, draw)[0], *_attention(size, draw)[1:]],
@@ -211,3 +232,4 @@ EXAMPLES: dict[str, Callable[[Size, Callable[..., Tensor]], list[Any]]] = {
     "hierarchical_alignment_score": _alignment,
     "hardest_negative_loss": lambda size, draw: [draw(5, 5)],
 }
+FURTHER: dict[str, tuple[Example, ...]] = {"hierarchical_alignment_score": (_alignment_of_vectors,)}
