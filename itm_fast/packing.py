@@ -194,11 +194,7 @@ def _node_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], win
             n = edge[t + 1] - edge[t]
             if not sizes:
                 continue
-            if n > sizes[-1]:
-                raise ValueError(
-                    f"{op}: caption {t} has {n} nodes, and the triton backend takes at most {sizes[-1]}; "
-                    'use backend="torch"'
-                )
+            _fits(op, t, f"{n} nodes", n, sizes[-1])
             slots = max(NODE_SLOTS, 1 << (n - 1).bit_length())
             places[next(size for size in sizes if slots <= size)].append((slots, t))
         tiles = []
@@ -217,6 +213,13 @@ def _node_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], win
         windows.append(Window(captions, slice(edge[captions.start], edge[captions.stop]), tuple(tiles)))
     start, *tables = (torch.tensor(x, dtype=torch.int32).to(cu_seqlens.device) for x in (edge, row, owner))
     return NodePlan(edge, start, tables[0], tables[1], windows)
+
+
+def _fits(op: str, caption: int, has: str, n: int, most: int) -> None:
+    if n > most:
+        raise ValueError(
+            f'{op}: caption {caption} has {has}, and the triton backend takes at most {most}; use backend="torch"'
+        )
 
 
 class Group(NamedTuple):
@@ -267,11 +270,7 @@ def _length_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], w
         members: dict[int, list[int]] = {size: [] for size in sizes}
         for t in range(captions.start, captions.stop):
             n = edge[t + 1] - edge[t]
-            if n > sizes[-1]:
-                raise ValueError(
-                    f"{op}: caption {t} has {n} words, and the triton backend takes at most {sizes[-1]}; "
-                    'use backend="torch"'
-                )
+            _fits(op, t, f"{n} words", n, sizes[-1])
             members[next(size for size in sizes if n <= size)].append(t)
         groups = []
         for size, found in members.items():
