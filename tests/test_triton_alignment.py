@@ -116,10 +116,11 @@ def test_scratch_is_bounded(gate, gib, shape, monkeypatch):
 @interpreted
 def test_bounds_are_checked_where_there_is_no_image():
     call, args = case(1, (3, 2), 6)
-    args = [a[:0] for a in args[:3]] + args[3:]
-    assert call(*(a.float() for a in args), backend="triton").shape == (0, 2)
+    args = [a.float() for a in args]
+    images, words, pools = [a[:0] for a in args[:3]], args[3:6], args[6:]
+    assert call(*images, *words, *pools, backend="triton").shape == (0, 2)
     with pytest.raises(ValueError, match="cu_seqlens"):
-        call(*(a.float() if k != 3 else a.float()[:4] for k, a in enumerate(args)), backend="triton")
+        call(*images, *(a[:4] for a in words), *pools, backend="triton")
 
 
 @interpreted
