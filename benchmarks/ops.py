@@ -59,4 +59,5 @@ def run(benchmark, shape: str, backend: str, backward: bool, call: Callable[...,
 
     benchmark.extra_info.update(torch=torch.__version__, device=DEVICE, threads=torch.get_num_threads())
     benchmark.pedantic(once, rounds=3, warmup_rounds=1)
-    benchmark.extra_info["pairs_per_second"] = SHAPES[shape].pairs / benchmark.stats.stats.median
+    if benchmark.stats is not None:  # None with --benchmark-disable, and under pytest-xdist
+        benchmark.extra_info["pairs_per_second"] = SHAPES[shape].pairs / benchmark.stats.stats.median
