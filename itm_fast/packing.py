@@ -194,7 +194,7 @@ def _node_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], win
             n = edge[t + 1] - edge[t]
             if not sizes:
                 continue
-            _fits(op, t, f"{n} nodes", n, sizes[-1])
+            _fits(op, t, n, "nodes", sizes[-1])
             slots = max(NODE_SLOTS, 1 << (n - 1).bit_length())
             places[next(size for size in sizes if slots <= size)].append((slots, t))
         tiles = []
@@ -215,10 +215,10 @@ def _node_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], win
     return NodePlan(edge, start, tables[0], tables[1], windows)
 
 
-def _fits(op: str, caption: int, has: str, n: int, most: int) -> None:
+def _fits(op: str, caption: int, n: int, rows: str, most: int) -> None:
     if n > most:
         raise ValueError(
-            f'{op}: caption {caption} has {has}, and the triton backend takes at most {most}; use backend="torch"'
+            f'{op}: caption {caption} has {n} {rows}, and the triton backend takes at most {most}; use backend="torch"'
         )
 
 
@@ -270,7 +270,7 @@ def _length_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], w
         members: dict[int, list[int]] = {size: [] for size in sizes}
         for t in range(captions.start, captions.stop):
             n = edge[t + 1] - edge[t]
-            _fits(op, t, f"{n} words", n, sizes[-1])
+            _fits(op, t, n, "words", sizes[-1])
             members[next(size for size in sizes if n <= size)].append(t)
         groups = []
         for size, found in members.items():

@@ -164,8 +164,7 @@ def _align_vectors(
     D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, WORDS: tl.constexpr, CAPTIONS: tl.constexpr,
     BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """All pairs, or those that `poor_ptr` marks. CHUNK: rows whose weights
-    each step makes anew; 0: all are held."""
+    """All pairs, or those that `poor_ptr` marks. CHUNK: rows whose weights each step makes anew; 0: all are held."""
     K: tl.constexpr = D if VECTOR else 1
     groups = tl.cdiv(number, CAPTIONS)
     b, group = tl.program_id(0) // groups, tl.program_id(0) % groups
