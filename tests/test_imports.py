@@ -24,7 +24,7 @@ ALLOWED = {
     "packing": set(),
     "kernels": {"kernels", "packing"},
 }
-EVERYWHERE = {"", "_backends", "_checks", "_native", "_triton", "_workspace", "_files"}
+EVERYWHERE = {"", "_backends", "_checks", "_native", "_triton", "_workspace", "_files", "_lock"}
 
 
 def modules():
