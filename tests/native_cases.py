@@ -1,15 +1,13 @@
 """Small C++ sources, compilers that misbehave and a cache folder of their own, for the tests of the native build."""
 
-import os
-import subprocess
+import multiprocessing
+import shutil
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-import itm_fast
 from itm_fast import _native
 
 SOURCE = """
@@ -22,7 +20,8 @@ extern "C" const char* itm_scale(const double* from, double* to, int64_t n, doub
     return nullptr;
 }
 """
-REAL = next(name for name in ("c++", "g++", "clang++") if _native.shutil.which(name))
+KNOWS_ITS_FLAGS = 'case "$*" in *-fsyntax-only*) exit 0;; esac'  # the first thing a compiler is asked
+REAL = next(name for name in ("c++", "g++", "clang++") if shutil.which(name))
 
 
 @pytest.fixture
@@ -60,6 +59,29 @@ def cache(tmp_path):
     return tmp_path / "cache"
 
 
+@pytest.fixture
+def compiled(compiler, tmp_path):
+    """What the real compiler was made to compile or link since the last call: names of sources, or "library"."""
+    log = tmp_path / "compiled"
+    compiler(
+        f'for a; do case "$a" in *.cpp) echo "$(basename $a)" >> {log};; -shared) echo library >> {log};; esac; done\n'
+        'exec REAL "$@"'
+    )
+
+    def since():
+        names = log.read_text().split() if log.exists() else []
+        log.unlink(missing_ok=True)
+        return sorted(name for name in names if name != "probe.cpp")
+
+    return since
+
+
+def finished(cache):
+    """The one finished build in the cache folder."""
+    (home,) = cache.glob("generic-*")
+    return home
+
+
 def works():
     """The library is there and computes."""
     assert _native.why_not() is None
@@ -74,16 +96,16 @@ def fresh():
     _native._functions.clear()
 
 
-def in_a_process(csrc, **environment):
-    """The same build in a process of its own."""
-    code = (
-        "from pathlib import Path; from itm_fast import _native\n"
-        f"print(_native.build(Path({str(csrc)!r}), 'generic').path)"
-    )
-    environment = {**os.environ, "PYTHONPATH": str(Path(itm_fast.__file__).parents[1]), **environment}
-    return subprocess.Popen(
-        [sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+def in_a_process(csrc, said):
+    """The same build in a process of its own, which begins as a copy of this one; what it says goes to a file."""
+
+    def work():
+        sys.stderr = said.open("a", buffering=1)
+        _native.build(csrc, "generic")
+
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    return process
 
 
 def until(condition):

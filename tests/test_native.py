@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from native_cases import REAL, cache, compiler, csrc, fresh, until, works
+from native_cases import KNOWS_ITS_FLAGS, REAL, cache, compiler, csrc, finished, fresh, until, works
 
 import itm_fast
 from itm_fast import _native
@@ -21,7 +21,7 @@ __all__ = ["cache", "compiler", "csrc"]  # fixtures
 def test_it_is_built_once_and_says_so_once(csrc, cache, capfd):
     assert works()
     assert capfd.readouterr().err.count("compiling its CPU kernels") == 1
-    (home,) = cache.iterdir()
+    home = finished(cache)
     assert {p.name for p in home.iterdir()} == {"build.json", "itm_fast.so"}
     before = (home / "itm_fast.so").stat()
     fresh()
@@ -38,7 +38,7 @@ def test_changed_sources_are_built_anew(csrc, cache, file):
     path.write_text(path.read_text() + "\n// changed\n")
     fresh()
     assert works()
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.glob("generic-*"))) == 2
 
 
 def test_arguments_and_failures_cross_the_border(csrc):
@@ -119,13 +119,13 @@ def test_a_compiler_that_is_broken(csrc, compiler):
     assert re.search("fake-c\\+\\+ --version fails: lost its libraries", _native.why_not())
     compiler("exit 0").write_text("neither a script nor a program")
     fresh()
-    assert "the C++ compiler cannot be run: " in _native.why_not()
+    assert re.search("fake-c\\+\\+ cannot be run: .*Exec format error", _native.why_not())
 
 
 def test_a_compiler_that_does_not_know_the_processor(csrc, compiler, cache):
     compiler('for a; do [ "$a" = -mavx2 ] && { echo "error: what is $a?"; exit 1; }; done; exec REAL "$@"')
     assert _native.build(csrc, "avx2").level == "generic"
-    (home,) = cache.iterdir()
+    (home,) = cache.glob("avx2-*")
     assert home.name.startswith("avx2-")  # where the next process looks
     assert _native.build(csrc, "avx2").level == "generic"
 
@@ -134,7 +134,7 @@ def test_sources_that_do_not_compile(csrc, cache):
     (csrc / "cpu" / "wrong.cpp").write_text("int f() { return unheard_of; }")
     reason = _native.why_not()
     assert re.search(r"do not compile with .*: .*wrong\.cpp:1:18: error: .*unheard_of", reason)
-    (log,) = cache.iterdir()
+    (log,) = cache.glob("*.log")
     assert str(log) in reason
     assert "unheard_of" in log.read_text()
 
@@ -145,20 +145,20 @@ def test_a_linker_that_fails(csrc, compiler):
 
 
 def test_a_result_that_does_not_load(csrc, compiler, cache):
-    compiler('while [ "$1" != -o ]; do shift; done; echo text > "$2"')
+    compiler(f'{KNOWS_ITS_FLAGS}\nwhile [ "$1" != -o ]; do shift; done; echo text > "$2"')
     assert "compiled but do not load" in _native.why_not()
-    assert not list(cache.iterdir())
+    assert not list(cache.iterdir())  # nor objects, which may be what is wrong
 
 
 def test_a_compiler_that_hangs_is_stopped_with_its_children(csrc, compiler, cache, tmp_path, monkeypatch):
-    compiler(f"sleep 600 & echo $! > {tmp_path}/child; wait")
-    monkeypatch.setattr(_native, "SECONDS", 0.5)
+    compiler(f"{KNOWS_ITS_FLAGS}\nsleep 600 & echo $! > {tmp_path}/child; wait")
+    monkeypatch.setattr(_native.compiling, "SECONDS", 2)
     begun = time.monotonic()
     assert "did not finish in time and was stopped" in _native.why_not()
     assert time.monotonic() - begun < 20
     child = int((tmp_path / "child").read_text())
     until(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split())
-    assert not list(cache.iterdir())
+    assert [path.name.split("-")[0] for path in cache.iterdir()] == ["objects"]
 
 
 def test_one_failure_stops_the_other_compilers(csrc, compiler, tmp_path):

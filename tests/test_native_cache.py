@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from native_cases import cache, compiler, csrc, fresh, in_a_process, until, works
+from native_cases import cache, compiler, csrc, finished, fresh, works
 
 from itm_fast import _native
 
@@ -21,7 +21,7 @@ __all__ = ["cache", "compiler", "csrc"]  # fixtures
 def test_a_cache_folder_that_cannot_be_written(csrc, cache, tmp_path, monkeypatch):
     cache.write_text("a file where the folder should be")
     (tmp_path / "temporary").mkdir()
-    monkeypatch.setattr(_native.tempfile, "tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setattr(_native.cache.tempfile, "tempdir", str(tmp_path / "temporary"))
     with pytest.warns(UserWarning, match="anew in every process.*set ITM_FAST_CACHE_DIR"):
         assert works()
     assert _native.outcome().path is None
@@ -79,7 +79,7 @@ def test_no_home_folder(csrc, monkeypatch, tmp_path):
 
     monkeypatch.delenv("ITM_FAST_CACHE_DIR")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    monkeypatch.setattr(_native.Path, "home", homeless)
+    monkeypatch.setattr(_native.cache.Path, "home", homeless)
     with pytest.warns(UserWarning, match="Could not determine home"):
         assert works()
 
@@ -96,7 +96,7 @@ def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
 
 def test_no_folder_at_all(csrc, cache, monkeypatch, tmp_path):
     cache.write_text("")
-    monkeypatch.setattr(_native.tempfile, "tempdir", str(tmp_path / "nowhere"))
+    monkeypatch.setattr(_native.cache.tempfile, "tempdir", str(tmp_path / "nowhere"))
     assert "no folder to compile the CPU kernels in" in _native.why_not()
 
 
@@ -107,7 +107,7 @@ def test_a_read_only_cache_serves_what_it_holds(csrc, cache, monkeypatch):
     def refuse(*_, **__):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    for module, name in ((os, "mkdir"), (_native.tempfile, "mkdtemp"), (os, "rename")):
+    for module, name in ((os, "mkdir"), (_native.cache.tempfile, "mkdtemp"), (os, "rename")):
         monkeypatch.setattr(module, name, refuse)
     assert works()
 
@@ -124,57 +124,46 @@ def test_a_full_disk_under_python(csrc, cache, monkeypatch):
     def full(*_, **__):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "build.json")
 
-    monkeypatch.setattr(_native.json, "dumps", full)
-    assert "No space left on device" in _native.why_not()
-    assert not list(cache.iterdir())
+    monkeypatch.setattr(_native.cache.json, "dumps", full)
+    assert "no space left for compiling" in _native.why_not()
+    assert not list(cache.glob("generic-*"))
 
 
-def test_a_build_killed_half_way(csrc, compiler, cache, tmp_path):
-    (tmp_path / "slow").touch()
-    compiler(f'echo $$ > {tmp_path}/pid; [ -e {tmp_path}/slow ] && exec sleep 60; exec REAL "$@"')
-    process = in_a_process(csrc)
-    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
-    process.kill()
-    process.communicate(timeout=60)
-    os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
-    (rest,) = cache.iterdir()
-    assert rest.name.startswith("building-")
-
-    (tmp_path / "slow").unlink()
-    assert works()
-    assert rest.is_dir()  # it might belong to a build that runs
+def test_what_killed_builds_left_goes_after_an_hour(csrc, cache):
+    for name in ("building-now", "building-before", "generic-of-somebody"):
+        (cache / name).mkdir(parents=True)
     hours_ago = time.time() - 2 * 3600
-    os.utime(rest, (hours_ago, hours_ago))
+    os.utime(cache / "building-before", (hours_ago, hours_ago))
+    assert works()
+    assert {path.name for path in cache.glob("*-[a-z]*")} >= {"building-now", "generic-of-somebody"}
+    assert not (cache / "building-before").exists()
+
+
+def test_builds_and_objects_that_nobody_uses_go_after_a_month(csrc, cache):
+    assert works()
+    used, (objects,) = finished(cache), cache.glob("objects-*")
+    unused, foreign = cache / used.name.replace("generic", "avx2"), cache / "generic-of-somebody"
+    month_ago = time.time() - 31 * 86400
+    for folder in (unused, foreign, objects, used):
+        folder.mkdir(exist_ok=True)
+        os.utime(folder, (month_ago, month_ago))
+    fresh()
+    assert works()  # by which it is used
     (csrc / "cpu" / "twice.h").write_text("static double twice(double x) { return x + x; }")
     fresh()
     assert works()
-    assert not rest.exists()
-
-
-def test_two_processes_that_build_at_once(csrc, compiler, cache, tmp_path):
-    # No compiler goes on before both processes have started theirs.
-    begun = f"ls {tmp_path}/begun.* | wc -l"
-    compiler(
-        f"touch {tmp_path}/begun.$PPID\n"
-        f"for i in $(seq 500); do [ $({begun}) -ge 2 ] && break; sleep 0.02; done\n"
-        'exec REAL "$@"'
-    )
-    processes = [in_a_process(csrc) for _ in range(2)]
-    said = [p.communicate(timeout=60) for p in processes]
-    assert [p.returncode for p in processes] == [0, 0], said
-    assert len(list(tmp_path.glob("begun.*"))) == 2
-    (home,) = cache.iterdir()
-    assert {out.strip() for out, _ in said} == {str(home / "itm_fast.so")}
-    assert all("compiling" in error for _, error in said)
-    assert works()
+    assert used.exists()
+    assert foreign.exists()
+    assert not unused.exists()
+    assert objects.stat().st_mtime > month_ago + 1
 
 
 def test_a_sound_build_that_came_first_stays(csrc, cache, tmp_path):
     assert works()
-    (home,) = cache.iterdir()
+    home = finished(cache)
     second = Path(shutil.copytree(home, tmp_path / "result"))
     before = (home / "itm_fast.so").stat().st_ino
-    assert _native._publish(second, home) == home / "itm_fast.so"
+    assert _native.cache.publish(second, home) == home / "itm_fast.so"
     assert (home / "itm_fast.so").stat().st_ino == before
 
 
@@ -196,18 +185,19 @@ def _no_library(home):
     (home / "itm_fast.so").unlink()
     (home / "itm_fast.so").write_text("not a library")
     note = json.loads((home / "build.json").read_text())
-    (home / "build.json").write_text(json.dumps(note | {"sha256": _native._checksum(home)}))
+    (home / "build.json").write_text(json.dumps(note | {"sha256": _native.cache.checksum([home / "itm_fast.so"])}))
 
 
 @pytest.mark.parametrize("damage", [_truncated, _no_note, _strange_note, _no_library])
 def test_a_damaged_build_is_made_again(csrc, cache, damage, capfd):
     assert works()
-    (home,) = cache.iterdir()
+    home = finished(cache)
     damage(home)
     fresh()
     assert works()
     assert capfd.readouterr().err.count("compiling") == 2
-    assert list(cache.iterdir()) == [home]
+    assert finished(cache) == home
+    assert not list(cache.glob("building-*"))
     assert _native.outcome().path == home / "itm_fast.so"
     fresh()
     assert works()

@@ -1,0 +1,179 @@
+"""The native library: csrc/ is compiled once per machine, loaded once per process and called through ctypes.
+
+A build is named by a digest of all it is made of (`cache`), compiled by ninja from the objects of the last one
+(`compiling`), and by one process at a time.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import cache, compiling
+from .cache import LIBRARY, Build, Unavailable, cache_dir
+from .compiling import BACKWARD_FLAGS, FLAGS, LEVELS
+
+__all__ = ["LEVELS", "Build", "Unavailable", "build", "cache_dir", "call", "csrc_dir", "level", "outcome", "why_not"]
+
+_lock = threading.Lock()
+_outcome: Build | str | None = None
+_functions: dict[str, Callable[..., bytes | None]] = {}
+
+
+def _forked() -> None:
+    """A child of a process that builds in another thread has that thread's lock, and not the thread that frees it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
+def csrc_dir() -> Path:
+    """The folder of the C++ sources: inside the package once installed, beside it in a checkout."""
+    here = Path(__file__).resolve().parents[1]
+    for place in (here / "csrc", here.parent / "csrc"):
+        if (place / "cpu").is_dir():
+            return place
+    raise Unavailable("itm-fast was installed without its C++ sources; install it again")
+
+
+def level() -> str:
+    """The best of `LEVELS` that the processor reports; ATEN_CPU_CAPABILITY lowers it as it lowers torch's own."""
+    capability = torch.backends.cpu.get_cpu_capability()
+    if capability == "AVX512":
+        return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "avx512"
+    return "avx2" if capability == "AVX2" else "generic"
+
+
+def why_not() -> str | None:
+    """None when the library is loaded, built first where it must be; else one sentence. Decided once per process."""
+    built = outcome()
+    return built if isinstance(built, str) else None
+
+
+def outcome() -> Build | str:
+    """The library of this process, or the sentence that says why there is none."""
+    global _outcome
+    if _outcome is None:
+        with _lock:
+            if _outcome is None:
+                try:
+                    _outcome = build(csrc_dir(), level())
+                except Unavailable as error:
+                    _outcome = str(error)
+                except OSError as error:
+                    _outcome = f"the CPU kernels cannot be built: {error}"
+    return _outcome
+
+
+def call(name: str, *args: Tensor | float | None) -> None:
+    """Call an exported function, other Python threads running meanwhile.
+
+    Args:
+        name: the function, `const char *name(...)` of pointers, int64_t and double; it returns null or what failed.
+        args: contiguous CPU tensors or None for the pointers, int or bool for int64_t, float for double.
+
+    Raises:
+        RuntimeError: the library is not available, or the function failed.
+        MemoryError: the function ran out of memory.
+    """
+    function = _functions.get(name)
+    if function is None:
+        built = outcome()
+        if isinstance(built, str):
+            raise Unavailable(built)
+        function = getattr(built.library, name)
+        function.restype = ctypes.c_char_p  # type: ignore[attr-defined]
+        _functions[name] = function
+    failure = function(*map(_converted, args))
+    if failure is not None:
+        message = failure.decode()
+        raise (MemoryError if message.startswith("out of memory") else RuntimeError)(message)
+
+
+def _converted(value: Tensor | float | None) -> Any:
+    if isinstance(value, Tensor):
+        assert value.is_contiguous(), "a tensor handed to the native library must be contiguous"
+        assert value.device.type == "cpu", "a tensor handed to the native library must be in host memory"
+        return ctypes.c_void_p(value.data_ptr())
+    if value is None:
+        return ctypes.c_void_p(None)
+    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
+
+
+def build(csrc: Path, level: str) -> Build:
+    """Load the library of `csrc/cpu/*.cpp` from the cache folder, compiling it first when it is not there.
+
+    Args:
+        csrc: the folder that holds cpu/.
+        level: one of `LEVELS`. A compiler that does not know its flags builds the next lower level that it knows.
+
+    Raises:
+        Unavailable: there is no compiler, it fails or takes too long, or its result does not load.
+    """
+    files = sorted([*(csrc / "cpu").glob("*.cpp"), *csrc.rglob("*.h")])
+    sources = {file.relative_to(csrc).as_posix(): file.read_bytes() for file in files}
+    parts = hashlib.sha256(repr((FLAGS, BACKWARD_FLAGS, LEVELS[level])).encode())
+    for name, content in sources.items():
+        parts.update(repr((name, len(content))).encode() + content)
+    name = f"{level}-{parts.hexdigest()[:16]}"
+    try:
+        compiler = compiling.find_compiler()
+    except Unavailable:
+        # Nodes of a cluster share a home folder, and not all of them have a compiler.
+        if found := cache.find(f"{name}-*"):
+            return found
+        raise
+    compiled_by = hashlib.sha256(repr(tuple(compiler)).encode()).hexdigest()[:8]
+    name += f"-{compiled_by}"
+    if found := cache.find(name):
+        return found
+    with cache.scratch() as (scratch, kept):
+        deadline = time.monotonic() + compiling.SECONDS
+        built = compiling.best_level(compiler, level, scratch, deadline)
+        objects = scratch.parent / f"objects-{built}-{compiled_by}"
+        if not kept:
+            return _compiled(compiler, built, sources, scratch)
+        with cache.turn(objects):
+            if found := cache.find(name):  # made by the process that this one waited for
+                return found
+            cache.take_objects(objects, scratch / "objects")
+            try:
+                found = _compiled(compiler, built, sources, scratch)
+            except cache.BadObjects:
+                shutil.rmtree(scratch / "objects")
+                raise
+            finally:
+                cache.keep_objects(scratch / "objects", objects)
+            return found._replace(path=cache.publish(scratch / "result", scratch.parent / name))
+
+
+def _compiled(compiler: compiling.Compiler, level: str, sources: dict[str, bytes], scratch: Path) -> Build:
+    """Compile sources in scratch/objects, and load the library from scratch/result."""
+    notice = "itm-fast: compiling its CPU kernels, once for this machine (a minute or two) ..."
+    print(notice, file=sys.stderr, flush=True)
+    compiling.lay_out(sources, scratch / "objects")
+    library = compiling.compile_library(compiler, level, scratch / "objects", time.monotonic() + compiling.SECONDS)
+    result = scratch / "result"
+    result.mkdir(mode=0o700)  # what lies there is run
+    library.rename(result / LIBRARY)
+    cache.note(result, level, compiler.version)
+    try:
+        return cache.load(result)._replace(path=None)
+    except (OSError, ValueError) as error:
+        raise cache.BadObjects(
+            f"the CPU kernels were compiled but do not load: {error}; set CXX to a compiler that suits this Python"
+        ) from error

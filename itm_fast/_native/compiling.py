@@ -1,0 +1,298 @@
+"""Compiling: csrc/cpu/*.cpp become one library, by ninja, which compiles anew only what a change reaches.
+
+Ninja works in a folder of this build's own, on a copy of the sources and on the objects of the last build. Each of its
+compilers leaves what it says in a file `.log`, and its exit status, where it fails, in a file `.failed`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from .cache import LIBRARY, BadObjects, Unavailable, full
+
+FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread")
+BACKWARD_FLAGS = ("-O2",)  # as fast there, and compiled in little more than half the time
+_AVX2 = ("-mavx2", "-mfma", "-mf16c")
+_AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
+# Best first. The generic one leaves vectors to the compiler and runs on any processor.
+LEVELS: dict[str, tuple[str, ...]] = {
+    "avx512_bf16": (*_AVX512, "-mavx512bf16"),
+    "avx512": _AVX512,
+    "avx2": _AVX2,
+    "generic": (),
+}
+SECONDS = 600  # a build that takes longer is given up
+_PROBE = '#include <concepts>\n#include <thread>\nstatic_assert(__cplusplus >= 202002L, "this is not C++20");\n'
+_FULL = re.compile("no space left on device|disk quota exceeded", re.IGNORECASE)
+# What compilers say when a part of them is killed or gets no memory; not what may stand in a line of the sources.
+_MEMORY = re.compile(
+    "killed signal terminated|execute command: killed|out of memory allocating|LLVM ERROR: out of memory|"
+    "memory exhausted|cannot allocate memory|instance of 'std::bad_alloc'",
+    re.IGNORECASE,
+)
+_RULES = """\
+ninja_required_version = 1.5
+rule compile
+  command = {compile} $more -I. -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || {{ echo $$? > $out.failed; exit 1; }}
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {link} $in -o $out > $out.log 2>&1 || {{ echo $$? > $out.failed; exit 1; }}
+"""
+
+
+class Compiler(NamedTuple):
+    """The command of a C++ compiler, and its own words about its version."""
+
+    command: list[str]
+    version: str
+
+
+def find_compiler() -> Compiler:
+    """The compiler that CXX names, else the first on PATH.
+
+    Raises:
+        Unavailable: there is none, or it does not run.
+    """
+    try:
+        chosen = shlex.split(os.environ.get("CXX", ""))
+    except ValueError as error:
+        raise Unavailable(f"CXX is {os.environ['CXX']!r}, which is no command ({error})") from error
+    command = chosen or [next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), "")]
+    found = shutil.which(command[0])
+    if found is None:
+        if chosen:
+            raise Unavailable(
+                f"CXX names {command[0]!r}, which cannot be run; set it to g++ 11 or newer, or to clang++"
+            )
+        raise Unavailable("no C++ compiler on PATH; install g++ or clang++, or set CXX")
+    if os.path.dirname(command[0]):
+        command[0] = os.path.abspath(found)  # it runs in other folders than this one
+    status, said = _run([*command, "--version"], None, time.monotonic() + 60)
+    if status:
+        why = _stopped(status, said) or _useful(said) or f"it ends with status {status} and says nothing"
+        raise Unavailable(f"{shlex.join(command)} --version fails: {why}; set CXX to g++ or clang++")
+    return Compiler(command, said.strip().partition("\n")[0])
+
+
+def find_ninja() -> str:
+    """The ninja of its Python package, else the one on PATH.
+
+    Raises:
+        Unavailable: there is none.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        if importlib.util.find_spec("ninja"):
+            import ninja
+
+            if found := shutil.which("ninja", path=ninja.BIN_DIR):
+                return found
+    if found := shutil.which("ninja"):
+        return found
+    raise Unavailable("no ninja to compile the CPU kernels with; `pip install ninja`, or put it on PATH")
+
+
+def best_level(compiler: Compiler, level: str, folder: Path, deadline: float) -> str:
+    """The first of `LEVELS` from `level` on whose flags the compiler knows.
+
+    Raises:
+        Unavailable: it cannot compile three lines of C++20, or was stopped while it tried.
+    """
+    probe = folder / "probe.cpp"
+    probe.write_text(_PROBE)
+    names, said = list(LEVELS), ""
+    for lower in names[names.index(level) :]:
+        command = [*compiler.command, *FLAGS, *LEVELS[lower], "-fsyntax-only", str(probe)]
+        status, said = _run(command, folder, deadline)
+        if not status:
+            return lower
+        if _FULL.search(said):
+            raise full(folder.parent)
+        if why := _stopped(status, said):
+            raise Unavailable(f"{_named(compiler)} cannot compile the CPU kernels: {why}")
+    why = _useful(said) or f"it ends with status {status} and says nothing"
+    raise Unavailable(f"{_named(compiler)} cannot compile C++20 ({why}); install GCC 11 or newer, or set CXX")
+
+
+def lay_out(sources: Mapping[str, bytes], folder: Path) -> None:
+    """Make `folder` hold these sources and no others, and write only what differs: ninja goes by the times of files.
+
+    Args:
+        sources: content by path, the paths relative to csrc.
+        folder: with the sources and objects of the last build, or not there.
+    """
+    folder.mkdir(mode=0o700, exist_ok=True)
+    objects = {f"{Path(name).stem}.o" for name in sources if name.endswith(".cpp")}
+    wanted = {*sources, *objects, ".ninja_log", ".ninja_deps"}
+    for old in folder.rglob("*"):
+        if old.is_file() and old.relative_to(folder).as_posix() not in wanted:
+            old.unlink()
+    newest = max((file.stat().st_mtime_ns for file in folder.glob("*.o")), default=0)
+    for name, content in sources.items():
+        file = folder / name
+        if not file.exists() or file.read_bytes() != content:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(content)
+            if file.stat().st_mtime_ns <= newest:  # the clock was set back, or is too coarse
+                os.utime(file, ns=(newest + 1, newest + 1))
+
+
+def compile_library(compiler: Compiler, level: str, folder: Path, deadline: float) -> Path:
+    """Compile and link the sources that `lay_out` put into a folder.
+
+    Args:
+        compiler: what compiles.
+        level: one of `LEVELS`, whose flags it knows.
+        folder: where it happens; objects that are current are used.
+        deadline: of time.monotonic().
+
+    Returns:
+        The library.
+
+    Raises:
+        Unavailable: it does not compile; the message says why, and where the whole of what was said is.
+    """
+    sources = sorted((folder / "cpu").glob("*.cpp"), reverse=True)  # the pair scorers first: they take longest
+    rules = _RULES.format(
+        compile=_escaped([*compiler.command, *FLAGS, *LEVELS[level]]),
+        link=_escaped([*compiler.command, "-shared", "-pthread"]),
+    )
+    for source in sources:
+        rules += f"build {source.stem}.o: compile cpu/{source.name}\n"
+        if source.stem.endswith("_backward"):
+            rules += f"  more = {_escaped(BACKWARD_FLAGS)}\n"
+    rules += f"build {LIBRARY}: link {' '.join(f'{source.stem}.o' for source in sources)}\n"
+    (folder / "build.ninja").write_text(rules)
+    library = folder / LIBRARY
+    library.unlink(missing_ok=True)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    command = [find_ninja(), f"-j{cores}"]
+    ended = _run(command, folder, deadline, failed=lambda: any(folder.glob("*.failed")))
+    if ended[0] or not library.is_file():
+        raise _failure(compiler, folder, ended, [folder / f"{source.stem}.o" for source in sources])
+    return library
+
+
+def _escaped(command: list[str] | tuple[str, ...]) -> str:
+    return shlex.join(command).replace("$", "$$")
+
+
+def _named(compiler: Compiler) -> str:
+    return f"{shlex.join(compiler.command)} ({compiler.version})"
+
+
+def _failure(compiler: Compiler, folder: Path, ninja: tuple[int, str], objects: Sequence[Path]) -> Unavailable:
+    """Why there is no library: one sentence that can be acted on."""
+    failures = sorted(folder.glob("*.failed"), key=lambda file: file.stat().st_mtime_ns)
+    if failures:
+        what = failures[0].name.removesuffix(".failed")
+        status, log = int(failures[0].read_text() or 1), (folder / f"{what}.log").read_text(errors="replace")
+    else:
+        what, (status, log) = "ninja", ninja
+    if _FULL.search(log):
+        return full(folder.parents[1])
+    if why := _stopped(status, log):
+        return Unavailable(f"{_named(compiler)} cannot compile the CPU kernels, in {what}: {why}")
+    silent = [file.name for file in [*objects, folder / LIBRARY] if not file.is_file()]
+    if not status or (what == LIBRARY and silent[0] != LIBRARY):
+        return BadObjects(
+            f"{_named(compiler)} ends without an error and does not write {silent[0]}; set CXX to g++ or clang++"
+        )
+    why = _useful(log) or f"it ends with status {status} and says nothing"
+    kind = BadObjects if what == LIBRARY else Unavailable
+    return kind(f"the CPU kernels do not compile with {compiler.version}: {why}{_saved(log, folder)}")
+
+
+def _stopped(status: int, log: str) -> str | None:
+    """Why a compiler, or a part of it, was stopped by a signal; None when it ended by itself."""
+    number = -status if status < 0 else status - 128
+    if number == signal.SIGKILL or _MEMORY.search(log):
+        return (
+            "the compiler was killed or got no memory, of which a file takes up to a GiB; close other programs, or "
+            "compile one file at a time by `taskset -c 0` before the command"
+        )
+    if number <= 0:
+        return None
+    with contextlib.suppress(ValueError):
+        return f"the compiler was stopped by {signal.Signals(number).name}; try again, or set CXX to another compiler"
+    return None
+
+
+def _useful(log: str) -> str:
+    """The line of a compiler's output that says most: its first error, else the last line; "" when it says nothing."""
+    empty = ("collect2:", "ninja: build stopped")
+    lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith(empty)]
+    return next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")
+
+
+def _saved(log: str, folder: Path) -> str:
+    """Keep the whole output and say where, when that is possible."""
+    path = folder.parents[1] / "itm-fast-build.log"
+    try:
+        (folder / "said").write_text(log)
+        (folder / "said").replace(path)
+    except OSError:
+        return ""
+    return f" (all of it is in {path})"
+
+
+def _run(
+    command: list[str], folder: Path | None, deadline: float, failed: Callable[[], bool] = lambda: False
+) -> tuple[int, str]:
+    """Run a command and return its exit status and what it says.
+
+    Args:
+        command: what to run.
+        folder: where; temporary files go there too.
+        deadline: of time.monotonic().
+        failed: asked meanwhile; true stops the command.
+
+    Raises:
+        Unavailable: the deadline passed, or the command cannot be started.
+    """
+    environment = {**os.environ, "LC_ALL": "C"} | ({"TMPDIR": str(folder)} if folder else {})
+    try:
+        # In a session of its own: a compiler is several processes, to be ended as one.
+        process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        )  # fmt: skip
+    except OSError as error:
+        raise Unavailable(f"{command[0]} cannot be run: {error}") from error
+    with process:
+        try:
+            while True:
+                try:
+                    text, _ = process.communicate(timeout=0.05)
+                    return process.returncode, text
+                except subprocess.TimeoutExpired:
+                    if failed():
+                        break
+                    if time.monotonic() > deadline:
+                        raise Unavailable(
+                            f"{command[0]} did not finish in time and was stopped; what it has compiled is kept, so "
+                            "try again"
+                        ) from None
+        finally:
+            _end(process)
+        return process.returncode, ""
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    """End a command with what it started. Ninja ends its compilers, which are groups of their own, on SIGTERM."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        if process.poll() is None:
+            os.killpg(process.pid, number)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(5)
