@@ -1,12 +1,14 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and files that are read without waiting."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, BinaryIO
 
 
 @contextlib.contextmanager
@@ -41,3 +43,22 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
             message = f"{error.strerror} (not written; nothing was changed)"
             raise OSError(error.errno, message, str(path)) from error
         raise
+
+
+def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
+    """Open a file for reading bytes; what is no regular file is refused at once, where a FIFO would wait for a writer.
+
+    Raises:
+        OSError: it cannot be opened, or is a folder, a FIFO, a socket or a device.
+
+    >>> open_regular(os.curdir)
+    Traceback (most recent call last):
+    IsADirectoryError: [Errno 21] is a folder, and a file is needed: '.'
+    """
+    mode = os.stat(path).st_mode
+    if stat.S_ISDIR(mode):
+        raise IsADirectoryError(errno.EISDIR, "is a folder, and a file is needed", os.fspath(path))
+    if not stat.S_ISREG(mode):
+        kind = "a FIFO" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
+        raise OSError(errno.EINVAL, f"is {kind}, and a regular file is needed", os.fspath(path))
+    return open(path, "rb")

@@ -109,7 +109,7 @@ def test_optional_data_sets_may_be_missing(path):
         ("region_lengths", np.array([1, 2, 3, 4]), ValueError, r"must lie in 1\.\.3, got 4 for image 3"),
         ("captions", np.arange(4), ValueError, r"captions must be \[T\] UTF-8 strings, got int64 \[4\]"),
         ("captions", np.array([[b"a"]], "S1"), ValueError, r"captions must be \[T\] UTF-8 strings"),
-        ("captions", np.array([b"a", b"b", b"\xe9t\xe9", b"d"]), ValueError, "caption 2 is not UTF-8"),
+        ("captions", np.array([b"a", b"b", b"\xe9t\xe9", b"d"]), ValueError, r"test: captions\[2\] is not UTF-8"),
     ],
 )
 def test_wrong_data_sets_are_refused(path, key, data, error, words):

@@ -108,10 +108,30 @@ def test_build_counts_tokens():
     captions = ["The red cat"] * 3 + ["a red dog", "a Cat", "a dog", "a dog", "a dog"]
     vocabulary = Vocabulary.build(captions)
     assert vocabulary.idx2word == dict(enumerate(["<pad>", "<start>", "<end>", "<unk>", "red", "cat", "a", "dog"]))
-    assert len(Vocabulary.build(captions, min_count=100)) == 4
     assert vocabulary("the") == 3
     with pytest.raises(ValueError, match="min_count must be at least 1, got 0"):
         Vocabulary.build(captions, min_count=0)
+
+
+@pytest.mark.filterwarnings("ignore:NLTK's punkt")
+@pytest.mark.parametrize(
+    ("captions", "words"),
+    [
+        (
+            ["一只黑色的狗", "两个小女孩"] * 2,
+            r"no word appears 4 times in these 4 captions, which have 1\.0 words each",
+        ),
+        (
+            ["一只黑色的狗 .", "两个小女孩 .", "长椅 .", "男人 ."],
+            r"which have 2\.0 words each.*lower min_count \(--min-count\)",
+        ),
+        (["", ""], r"in these 2 captions, which have 0\.0 words each"),
+        ([], "in these 0 captions"),
+    ],
+)
+def test_a_vocabulary_that_knows_no_word_is_not_built(captions, words):
+    with pytest.raises(ValueError, match=words):
+        Vocabulary.build(captions)
 
 
 def test_saved_as_published(tmp_path):
@@ -151,7 +171,9 @@ GOOD = {
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"\x80\x04K\x01.", "is not a JSON file"),
+        (b"[" * 100_000, "vocab.json is not a JSON file"),
+        (b'{"caf\xe9": 1}', "vocab.json, line 1: not UTF-8"),
+        ('{"word2idx": {}}'.encode("utf-16"), "vocab.json, line 1: this is UTF-16"),
         (b"{", "is not a JSON file"),
         ([1], "is not a vocabulary"),
         ({"cat": 1}, "is not a vocabulary"),
@@ -176,6 +198,8 @@ def test_other_files_are_refused(tmp_path, content, words):
 
 def test_a_good_file_is_taken(tmp_path):
     (tmp_path / "vocab.json").write_text(json.dumps(GOOD))
+    assert Vocabulary.load(tmp_path / "vocab.json")("cat") == 4
+    (tmp_path / "vocab.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(GOOD).encode())
     assert Vocabulary.load(tmp_path / "vocab.json")("cat") == 4
     with pytest.raises(FileNotFoundError):
         Vocabulary.load(tmp_path / "other.json")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .captions import encode_caption
 from .split import Split
+from .texts import caption_texts
 from .vocabulary import SPECIAL, Vocabulary
 
 _UNKNOWN = SPECIAL.index("<unk>")  # the last of the special words: a higher id is a word of the vocabulary
@@ -140,6 +141,7 @@ def caption_batches(
     [([1, 0], [4, 3])]
     """
     _positive(batch_size)
+    captions = caption_texts(captions, "caption_batches: captions")
     words = [np.array(encode_caption(caption, vocabulary), np.int32) for caption in captions]
     order = sorted(range(len(words)), key=lambda t: len(words[t]), reverse=True)
     for start in range(0, len(order), batch_size):

@@ -7,6 +7,7 @@ import string
 import warnings
 from collections.abc import Callable
 
+from .texts import caption_text
 from .vocabulary import Vocabulary
 
 _LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
@@ -22,7 +23,7 @@ def tokenize(text: str) -> list[str]:
     >>> tokenize("A man's dog can't swim.")
     ['a', 'man', "'s", 'dog', 'ca', "n't", 'swim', '.']
     """
-    return _word_tokenizer()(text.translate(_LOWER))
+    return _word_tokenizer()(caption_text(text, "tokenize: text").translate(_LOWER))
 
 
 def encode_caption(text: str, vocabulary: Vocabulary) -> list[int]:

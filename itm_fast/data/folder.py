@@ -27,6 +27,8 @@ from pathlib import Path
 import numpy as np
 
 from .split import Rows, Split
+from .stored import StoredArray, open_npy
+from .texts import text_lines
 
 FILES = (
     "ims.npy",
@@ -61,13 +63,13 @@ def read(folder: Path, split: str, captions_per_image: int | None = None) -> Spl
     name = f"{folder}: {split}"
     path = {file: folder / f"{split}_{file}" for file in FILES}
     for file in ("ims.npy", "caps.txt"):
-        if not path[file].is_file():
+        if not path[file].exists():
             known = ", ".join(split_names(folder)) or "none"
             raise FileNotFoundError(f"{path[file]} does not exist; splits in this folder: {known}")
-    ims = _array(path["ims.npy"])
-    if ims.ndim != 3:
+    ims = StoredArray(path["ims.npy"], open_npy)
+    if len(ims.shape) != 3:
         raise ValueError(f"{path['ims.npy']} must be [I, R, F] (images, regions, feature size), got {list(ims.shape)}")
-    captions = _captions(path["caps.txt"])
+    captions = text_lines(path["caps.txt"])
     scale = _scale(path["ims_scale.npy"], ims)
     T = len(captions)
     every = 1
@@ -76,7 +78,7 @@ def read(folder: Path, split: str, captions_per_image: int | None = None) -> Spl
             raise ValueError(
                 f"{path['caption_to_image.npy']} says which image each caption belongs to; leave captions_per_image out"
             )
-        caption_to_image = np.array(_array(path["caption_to_image.npy"]))
+        caption_to_image = np.array(open_npy(path["caption_to_image.npy"]))
     else:
         per_image, every = _captions_per_image(path["ims.npy"], ims, T, captions_per_image)
         caption_to_image = np.arange(T) // per_image
@@ -84,8 +86,8 @@ def read(folder: Path, split: str, captions_per_image: int | None = None) -> Spl
         Rows(ims, every=every, scale=scale),
         captions,
         caption_to_image,
-        _array(path["region_lengths.npy"]) if path["region_lengths.npy"].exists() else None,
-        _array(path["boxes.npy"]) if path["boxes.npy"].exists() else None,
+        open_npy(path["region_lengths.npy"]) if path["region_lengths.npy"].exists() else None,
+        StoredArray(path["boxes.npy"], open_npy) if path["boxes.npy"].exists() else None,
         caption_ids=_ids(path["capids.txt"], (T,)),
         name=name,
     )
@@ -141,15 +143,7 @@ def write(folder: Path, name: str, split: Split, images_written: Callable[[int],
             images_written(len(rows))
 
 
-def _array(path: Path) -> np.ndarray:
-    try:
-        # open_memmap reads the .npy form only: np.load would also try zip archives and pickles.
-        return np.lib.format.open_memmap(path, mode="r")
-    except ValueError as error:
-        raise ValueError(f"{path} is not a whole .npy file of numbers: {error}") from error
-
-
-def _scale(path: Path, ims: np.ndarray) -> np.ndarray | None:
+def _scale(path: Path, ims: StoredArray) -> np.ndarray | None:
     if ims.dtype != np.int8:
         if ims.dtype.kind != "f":
             raise TypeError(f"{path.parent}: features must be float32, float16, float64 or int8, got {ims.dtype}")
@@ -158,26 +152,13 @@ def _scale(path: Path, ims: np.ndarray) -> np.ndarray | None:
         return None
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; int8 features need this scale, float32 [F]")
-    scale = _array(path)
+    scale = open_npy(path)
     if scale.shape != ims.shape[2:] or scale.dtype.kind != "f":
         raise ValueError(f"{path} must be float32 [{ims.shape[2]}], got {scale.dtype} {list(scale.shape)}")
     return np.array(scale, dtype=np.float32)
 
 
-def _captions(path: Path) -> list[str]:
-    captions = []
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                captions.append(line.decode("utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8"
-                ) from error
-    return captions
-
-
-def _captions_per_image(path: Path, ims: np.ndarray, T: int, given: int | None) -> tuple[int, int]:
+def _captions_per_image(path: Path, ims: StoredArray, T: int, given: int | None) -> tuple[int, int]:
     """Captions per image, and how many rows of `ims` stand for one image."""
     rows = ims.shape[0]
     counts = f"{path}: {rows} rows of features and {T} captions"
@@ -198,7 +179,7 @@ def _captions_per_image(path: Path, ims: np.ndarray, T: int, given: int | None) 
     return T // rows, 1
 
 
-def _one_image(ims: np.ndarray, row: int) -> bool:
+def _one_image(ims: StoredArray, row: int) -> bool:
     first = ims[row].tobytes()
     return all(ims[other].tobytes() == first for other in range(row + 1, row + 5))
 
@@ -220,7 +201,7 @@ def _ids(path: Path, counts: tuple[int, ...]) -> np.ndarray | None:
     if not path.exists():
         return None
     try:
-        ids = np.array([int(line) for line in path.read_bytes().split(b"\n") if line.strip()], dtype=np.int64)
+        ids = np.array([int(line) for line in text_lines(path) if line.strip()], dtype=np.int64)
     except (ValueError, OverflowError) as error:
         _ignored(path, f"it is not one whole number a line ({error})")
         return None

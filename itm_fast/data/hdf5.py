@@ -13,7 +13,8 @@ and may hold
 - `image_ids`: [I] int64;
 - `caption_ids`: [T] int64.
 
-A reader accepts any layout, compression and integer or float width that HDF5 has for these.
+A reader accepts any layout, compression and integer or float width that HDF5 has for these. Whatever may lead out
+of the file is refused: links other than hard ones, external storage, virtual data sets.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ from typing import Any
 
 import numpy as np
 
-from .split import Rows, Split
+from .._files import open_regular
+from .split import Split
+from .stored import StoredArray, damaged
 
 FORMAT = 1
 _INTEGERS = ("caption_to_image", "region_lengths", "image_ids", "caption_ids")
@@ -33,8 +36,7 @@ _REQUIRED = ("features", "captions", "caption_to_image")
 
 def split_names(path: Path) -> list[str]:
     """The splits in a file: its groups, sorted."""
-    with _open(path) as file:
-        return _groups(file)
+    return _groups(path, _open(path))
 
 
 def read(path: Path, split: str) -> Split:
@@ -46,35 +48,17 @@ def read(path: Path, split: str) -> Split:
 
     Raises:
         OSError: not an HDF5 file, or a damaged one.
-        ValueError: HDF5, but not of this form; the message names the data set.
+        ValueError: HDF5, but not of this form, or data outside the file; the message names the data set.
         FileNotFoundError: no such split in the file.
     """
-    import h5py
-
-    file = _open(path)
-    name = f"{path}: {split}"
-    if split not in _groups(file):
-        known = ", ".join(_groups(file)) or "none"
-        raise FileNotFoundError(f"{name}: no such split; splits in this file: {known}")
-    group = file[split]
-    found = {key: _dataset(name, group, key) for key in (*_REQUIRED, *_INTEGERS[1:], "boxes")}
-    if h5py.check_string_dtype(found["captions"].dtype) is None or found["captions"].ndim != 1:
-        raise ValueError(
-            f"{name}: captions must be [T] UTF-8 strings, got {found['captions'].dtype} {list(found['captions'].shape)}"
-        )
-    captions = []
-    for t, caption in enumerate(found["captions"][:]):
-        try:
-            captions.append(bytes(caption).decode("utf-8"))
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name}: caption {t} is not UTF-8 ({error.reason})") from error
-    arrays: dict[str, Any] = {key: found[key][()] for key in _INTEGERS if found[key] is not None}
+    found = {key: _dataset(path, split, key) for key in (*_REQUIRED, *_INTEGERS[1:], "boxes")}
+    with damaged(f"{path}: {split} is damaged", OSError):
+        captions = found["captions"][:]
+        arrays: dict[str, Any] = {key: found[key][()] for key in _INTEGERS if found[key] is not None}
     for key in ("features", "boxes"):
         if found[key] is not None:
-            if found[key].dtype.kind != "f" or not found[key].shape:
-                raise TypeError(f"{name}: {key} must be an array of floating-point numbers, got {found[key]}")
-            arrays[key] = Rows(found[key])
-    return Split(captions=captions, name=name, **arrays)
+            arrays[key] = StoredArray(path, _dataset, split, key)
+    return Split(captions=captions, name=f"{path}: {split}", **arrays)
 
 
 def check_writable(split: Split) -> None:
@@ -120,11 +104,10 @@ def create(path: Path) -> Any:
 def _open(path: Path) -> Any:
     import h5py
 
-    try:
+    open_regular(path).close()
+    with damaged(f"{path} is not an HDF5 file, or a damaged one", OSError):
         file = h5py.File(path, "r")
-    except OSError as error:
-        raise OSError(f"{path} is not an HDF5 file, or a damaged one: {error}") from error
-    version = file.attrs.get("itm_fast_format")
+        version = file.attrs.get("itm_fast_format")
     if version is None:
         raise ValueError(
             f"{path} is an HDF5 file without the attribute itm_fast_format; "
@@ -135,19 +118,71 @@ def _open(path: Path) -> Any:
     return file
 
 
-def _groups(file: Any) -> list[str]:
+def _groups(path: Path, file: Any) -> list[str]:
     import h5py
 
-    return sorted(name for name in file if file.get(name, getclass=True) is h5py.Group)
+    with damaged(f"{path} is damaged", OSError):
+        names = sorted(file)
+    return [name for name in names if isinstance(_member(f"{path}: {name}", file, name), h5py.Group)]
 
 
-def _dataset(name: str, group: Any, key: str) -> Any:
+def _group(path: Path, split: str) -> Any:
     import h5py
 
-    if key not in group:
+    file = _open(path)
+    group = _member(f"{path}: {split}", file, split)
+    if not isinstance(group, h5py.Group):
+        known = ", ".join(_groups(path, file)) or "none"
+        raise FileNotFoundError(f"{path}: {split}: no such split; splits in this file: {known}")
+    return group
+
+
+def _member(where: str, group: Any, key: str) -> Any:
+    """What a group holds under this name, None for nothing; only what lies in the file itself.
+
+    Raises:
+        OSError: the file is damaged here.
+        ValueError: a link, external storage or a virtual data set, any of which may lead to other files.
+    """
+    import h5py
+
+    with damaged(f"{where}: the file is damaged", OSError):
+        # Of the names alone: asking whether a name leads to anything opens the files that links name.
+        if key not in list(group):
+            return None
+        elsewhere = group.id.links.get_info(key.encode()).type != h5py.h5l.TYPE_HARD
+        if not elsewhere:
+            found = group[key]
+            if not isinstance(found, h5py.Dataset):
+                return found
+            made = found.id.get_create_plist()
+            elsewhere = made.get_layout() == h5py.h5d.VIRTUAL or made.get_external_count() > 0
+    if elsewhere:
+        raise ValueError(
+            f"{where} is a link, or data stored in other files (external or virtual), which are not followed; copy "
+            "the data themselves into the file, with h5copy or h5repack"
+        )
+    return found
+
+
+def _dataset(path: Path, split: str, key: str) -> Any:
+    """A data set of a split, None where an optional one is missing."""
+    import h5py
+
+    where = f"{path}: {split}"
+    found = _member(f"{where}: {key}", _group(path, split), key)
+    if found is None:
         if key in _REQUIRED:
-            raise ValueError(f"{name}: the data set {key} is missing; required are {', '.join(_REQUIRED)}")
+            raise ValueError(f"{where}: the data set {key} is missing; required are {', '.join(_REQUIRED)}")
         return None
-    if group.get(key, getclass=True) is not h5py.Dataset:
-        raise ValueError(f"{name}: {key} must be a data set, got a {type(group[key]).__name__}")
-    return group[key]
+    if not isinstance(found, h5py.Dataset):
+        raise ValueError(f"{where}: {key} must be a data set, got a {type(found).__name__}")
+    with damaged(f"{where}: {key} is damaged", OSError):
+        kind, shape, size = found.dtype, found.shape, found.id.get_storage_size()
+    if key in ("features", "boxes") and (kind.kind != "f" or not shape):
+        raise TypeError(f"{where}: {key} must be an array of floating-point numbers, got {kind} {list(shape or ())}")
+    if key == "captions" and (h5py.check_string_dtype(kind) is None or len(shape or ()) != 1):
+        raise ValueError(f"{where}: captions must be [T] UTF-8 strings, got {kind} {list(shape or ())}")
+    if shape and 0 not in shape and not size:
+        raise ValueError(f"{where}: {key} is declared as {list(shape)}, but was never written; write the file again")
+    return found

@@ -7,6 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from .stored import StoredArray
+from .texts import caption_texts
+
 # What bytes.strip() takes away: the published readers strip captions before decoding them.
 WHITE_SPACE = " \t\n\r\v\f"
 
@@ -15,7 +18,7 @@ class Rows:
     """An array [n, ...] on disk (or in memory), read row by row as float32.
 
     Args:
-        source: numpy array, memory map or HDF5 dataset of floating-point numbers, or int8 with `scale`.
+        source: numpy array, memory map or `StoredArray` of floating-point numbers, or int8 with `scale`.
         every: only each `every`-th row of `source` is a row here (1: all of them).
         scale: float32 factors of the last axis; a row is then `source * scale`.
         count: use the first `count` of those rows only; all when None.
@@ -72,8 +75,6 @@ class Rows:
         if rows.size and not (rows.min() >= 0 and rows.max() < len(self)):
             raise IndexError(f"row {rows.min()}..{rows.max()} asked of an array of {len(self)} rows")
         rows = rows.astype(np.int64) * self._every
-        if isinstance(self._source, np.ndarray):
-            return self._scaled(np.asarray(self._source[rows], dtype=np.float32))
         # One read per row: h5py's own list indexing is 30 times slower on chunked data.
         raw = [self._source[row] for row in rows.tolist()]
         stacked = np.stack(raw) if raw else np.empty((0, *self.shape[1:]))
@@ -96,7 +97,7 @@ class Split:
 
     Args:
         features: [I, R, F] region features, `Rows` or a floating-point numpy array.
-        captions: T strings.
+        captions: T texts, as str or UTF-8 bytes.
         caption_to_image: [T] integers 0..I-1, the image each caption belongs to.
         region_lengths: [I] integers 1..R; None when all R regions of every image count.
         boxes: [I, R, 4] region boxes, in whatever unit the data set uses.
@@ -112,7 +113,8 @@ class Split:
 
     Raises:
         ValueError: a wrong shape or value; the message names the array and both counts.
-        TypeError: features or boxes that are not floating-point, indices that are not integers.
+        TypeError: features or boxes that are not floating-point, indices that are not integers, captions that are
+            no texts.
 
     >>> import numpy as np
     >>> split = Split(np.zeros((2, 36, 8), np.float32), ["a cat", "a dog", "one dog"], [0, 1, 1])
@@ -122,11 +124,11 @@ class Split:
 
     def __init__(
         self,
-        features: Rows | np.ndarray,
+        features: Rows | StoredArray | np.ndarray,
         captions: Sequence[str],
         caption_to_image: np.ndarray | Sequence[int],
         region_lengths: np.ndarray | Sequence[int] | None = None,
-        boxes: Rows | np.ndarray | None = None,
+        boxes: Rows | StoredArray | np.ndarray | None = None,
         image_ids: np.ndarray | Sequence[int] | None = None,
         caption_ids: np.ndarray | Sequence[int] | None = None,
         *,
@@ -140,7 +142,7 @@ class Split:
                 f"got {list(self.features.shape)}"
             )
         I, R, _ = self.features.shape
-        self.captions = [caption.strip(WHITE_SPACE) for caption in captions]
+        self.captions = [caption.strip(WHITE_SPACE) for caption in caption_texts(captions, f"{name}: captions")]
         T = len(self.captions)
         if not T:
             raise ValueError(f"{name}: there are no captions")
@@ -194,13 +196,17 @@ class Split:
     def _rows(self, key: str, array: Any) -> Rows:
         if isinstance(array, Rows):
             return array
-        if not isinstance(array, np.ndarray) or array.dtype.kind != "f":
-            what = array.dtype if isinstance(array, np.ndarray) else type(array).__name__
+        known = isinstance(array, (np.ndarray, StoredArray))
+        if not known or array.dtype.kind != "f":
+            what = array.dtype if known else type(array).__name__
             raise TypeError(f"{self.name}: {key} must be a numpy array of floating-point numbers, got {what}")
         return Rows(array)
 
     def _integers(self, key: str, values: Any, n: int, per: str, bounds: tuple[int, int] | None = None) -> np.ndarray:
-        array = np.asarray(values)
+        try:
+            array = np.asarray(values)
+        except ValueError as error:  # lists of unequal lengths
+            raise TypeError(f"{self.name}: {key} must be integers: {error}") from error
         if array.dtype.kind not in "iu":
             raise TypeError(f"{self.name}: {key} must be integers, got {array.dtype}")
         if array.shape != (n,):

@@ -6,10 +6,10 @@ import json
 import os
 from collections import Counter
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 from .._files import atomic_write
+from .texts import caption_texts, text_lines
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
 
@@ -60,7 +60,8 @@ class Vocabulary:
             min_count: how often a word must appear, at least 1.
 
         Raises:
-            ValueError: min_count is less than 1.
+            ValueError: min_count is less than 1, or no word with a letter or digit appears that often.
+            TypeError: captions are not texts.
 
         >>> Vocabulary.build(["a cat", "a dog", "the cat"], min_count=2).idx2word
         {0: '<pad>', 1: '<start>', 2: '<end>', 3: '<unk>', 4: 'a', 5: 'cat'}
@@ -70,10 +71,17 @@ class Vocabulary:
         if min_count < 1:
             raise ValueError(f"min_count must be at least 1, got {min_count}")
         counts: Counter[str] = Counter()
+        captions = caption_texts(captions, "Vocabulary.build: captions")
         for caption in captions:
             counts.update(tokenize(caption))
-        seen = (word for word, count in counts.items() if count >= min_count and word not in SPECIAL)
-        return cls([*SPECIAL, *seen])
+        words = [word for word, count in counts.items() if count >= min_count and word not in SPECIAL]
+        if not any(character.isalnum() for word in words for character in word):
+            raise ValueError(
+                f"no word appears {min_count} times in these {len(captions)} captions, which have "
+                f"{counts.total() / max(len(captions), 1):.1f} words each, so every word would be unknown; lower "
+                "min_count (--min-count), and put spaces between the words where the language has none"
+            )
+        return cls([*SPECIAL, *words])
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Vocabulary:
@@ -86,9 +94,10 @@ class Vocabulary:
             FileNotFoundError: no such file.
             ValueError: not JSON, not a vocabulary, or its three parts disagree.
         """
+        lines = text_lines(path)
         try:
-            content = json.loads(Path(path).read_bytes())
-        except ValueError as error:
+            content = json.loads("".join(lines))
+        except (ValueError, RecursionError) as error:  # brackets nested too deeply
             raise ValueError(f"{path} is not a JSON file: {error}") from error
         kinds = (("word2idx", dict), ("idx2word", dict), ("idx", int))
         if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in kinds):

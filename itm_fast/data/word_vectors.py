@@ -11,6 +11,9 @@ from typing import BinaryIO, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from .._files import open_regular
+from .stored import open_npy
+from .texts import BOM
 from .vocabulary import Vocabulary
 
 Entries: TypeAlias = Iterator[tuple[bytes, Callable[[], NDArray[np.float32]]]]  # words, and their numbers when wanted
@@ -47,11 +50,15 @@ def load_word_vectors(
     ([1.5, 2.0], 1)
     """
     path = Path(path)
-    with open(path, "rb") as file:
+    with open_regular(path) as file:
         head = file.read(1 << 16)
-        file.seek(0)
         if head.startswith(b"\x93NUMPY"):
-            return _rows(path, file, vocabulary)
+            return _rows(path, vocabulary)
+        if head[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            raise ValueError(f"{path}, line 1: this is UTF-16 or UTF-32; convert the file to UTF-8")
+        mark = BOM.encode()
+        file.seek(len(mark) if head.startswith(mark) else 0)
+        head = head.removeprefix(mark)
         if not head.strip():
             raise ValueError(f"{path} is empty; {_WANTED}")
         first = head.split(b"\n", 1)[0].split()
@@ -76,8 +83,8 @@ def load_word_vectors(
     return _finite(path, vectors, vocabulary), found
 
 
-def _rows(path: Path, file: BinaryIO, vocabulary: Vocabulary) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    array = np.load(file, allow_pickle=False)
+def _rows(path: Path, vocabulary: Vocabulary) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+    array = open_npy(path)
     if array.ndim != 2 or len(array) != len(vocabulary) or not array.shape[1] or array.dtype.kind != "f":
         raise ValueError(
             f"{path} must hold numbers [words, E] with a row for each of the vocabulary's {len(vocabulary)} words, "

@@ -1,0 +1,104 @@
+"""Captions as users hand them over, and the lines of text files: what is read as text, and what is refused."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from .._files import open_regular
+
+BOM = "\ufeff"  # some editors write it before the first character; it belongs to no word
+
+
+def caption_texts(captions: Any, argument: str) -> list[str]:
+    """A list of str from any sequence of texts: list, tuple, numpy array, table column, generator.
+
+    bytes are decoded as UTF-8, and a byte-order mark before a caption is dropped.
+
+    Args:
+        captions: one text for each caption.
+        argument: what to call it in messages.
+
+    Raises:
+        TypeError: one text alone, something that is no sequence of one dimension, or an entry that is no text.
+        ValueError: bytes that are not UTF-8.
+
+    >>> caption_texts(("a cat", b"a dog"), "captions")
+    ['a cat', 'a dog']
+    >>> caption_texts("a cat", "captions")
+    Traceback (most recent call last):
+    TypeError: captions must be a list of texts, got the single text 'a cat'; write ['a cat'] for one caption
+    """
+    if isinstance(captions, (str, bytes)):
+        raise TypeError(
+            f"{argument} must be a list of texts, got the single text {_short(captions)}; "
+            f"write [{_short(captions)}] for one caption"
+        )
+    unordered = isinstance(captions, (Mapping, set, frozenset))
+    if unordered or not isinstance(captions, Iterable) or getattr(captions, "ndim", 1) != 1:
+        raise TypeError(f"{argument} must be a list of texts, one for each caption, got {_what(captions)}")
+    return [c if type(c) is str and c[:1] != BOM else caption_text(c, argument, t) for t, c in enumerate(captions)]
+
+
+def caption_text(text: Any, argument: str, row: int | None = None) -> str:
+    """One caption as str; see `caption_texts`.
+
+    Args:
+        text: str, or UTF-8 bytes.
+        argument: what to call it in messages.
+        row: its place in that argument, where it is one of a list.
+    """
+    if isinstance(text, str):
+        return str(text).removeprefix(BOM)
+    where = argument if row is None else f"{argument}[{row}]"
+    if isinstance(text, bytes):
+        try:
+            return text.decode("utf-8").removeprefix(BOM)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{where} is not UTF-8 ({error.reason}): {_short(text)}") from error
+    mend = "leave that caption out, or give an empty text"
+    if isinstance(text, Iterable):
+        mend = "give one flat list of texts; caption_to_image says which image each belongs to"
+    raise TypeError(f"{where} must be a text (str), got {_what(text)}; {mend}")
+
+
+def text_lines(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a UTF-8 file, with the line ends that they have; a byte-order mark before a line is dropped.
+
+    Raises:
+        OSError: the file cannot be opened, or is no regular file.
+        ValueError: UTF-16 or another encoding; the message names the line.
+    """
+    lines = []
+    with open_regular(path) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
+                raise ValueError(f"{path}, line 1: this is UTF-16 or UTF-32; convert the file to UTF-8")
+            try:
+                lines.append(line.decode("utf-8").removeprefix(BOM))
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8"
+                ) from error
+            if b"\0" in line:
+                raise ValueError(
+                    f"{path}, line {number}: holds a NUL character, as UTF-16 and damaged files do; "
+                    "convert the file to UTF-8"
+                )
+    return lines
+
+
+def _short(text: str | bytes) -> str:
+    return repr(text) if len(text) <= 60 else f"{text[:57]!r}..."
+
+
+def _what(value: Any) -> str:
+    name = type(value).__name__
+    if value is None:
+        return "None"
+    if isinstance(value, (int, float)):
+        return f"{name} {value!r}"
+    if hasattr(value, "shape"):
+        return f"{name} {list(value.shape)}"
+    return f"{name} of {len(value)}" if hasattr(value, "__len__") else name
