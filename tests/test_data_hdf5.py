@@ -1,5 +1,7 @@
 """The HDF5 form: what it holds and what it refuses."""
 
+import os
+
 import h5py
 import numpy as np
 import pytest
@@ -124,6 +126,128 @@ def test_a_group_in_place_of_a_data_set_is_refused(path):
         file.create_group("test/features")
     with pytest.raises(ValueError, match="features must be a data set, got a Group"):
         open_split(path, "test")
+
+
+def external(path, target):
+    with h5py.File(target, "w") as other:
+        other["x"] = np.zeros((4, 3, 5), np.float32)
+        other.create_group("test")
+    return h5py.ExternalLink(str(target), "/x")
+
+
+def virtual(path, target):
+    external(path, target)
+    layout = h5py.VirtualLayout((4, 3, 5), "f4")
+    layout[:] = h5py.VirtualSource(str(target), "x", (4, 3, 5))
+    return layout
+
+
+@pytest.mark.parametrize("key", ["features", "captions", "caption_to_image", "region_lengths", "boxes", "image_ids"])
+@pytest.mark.parametrize("kind", ["external", "dangling", "soft", "loop", "storage", "virtual", "FIFO"])
+def test_nothing_outside_the_file_is_read(path, tmp_path, key, kind):
+    target = tmp_path / "other.h5"
+    with h5py.File(path, "a") as file:
+        group = file["test"]
+        del group[key]
+        if kind == "external":
+            group[key] = external(path, target)
+        elif kind == "dangling":
+            group[key] = h5py.ExternalLink("nowhere.h5", "/x")
+        elif kind == "soft":
+            group[key] = h5py.SoftLink("/dev/features")
+        elif kind == "loop":
+            group[key] = h5py.SoftLink(f"/test/{key}")
+        elif kind == "FIFO":  # which whoever opens it would wait for
+            os.mkfifo(target)
+            group[key] = h5py.ExternalLink(str(target), "/x")
+        elif kind == "virtual":
+            group.create_virtual_dataset(key, virtual(path, target))
+        else:
+            target.write_bytes(bytes(240))
+            group.create_dataset(key, (4, 3, 5), "f4", external=[(str(target), 0, 240)])
+    with pytest.raises(
+        ValueError, match=f"set.h5: test: {key} is a link, or data stored in other files .* not followed"
+    ):
+        open_split(path, "test")
+    assert len(open_split(path, "dev").captions) == 4
+
+
+@pytest.mark.parametrize(
+    "link", [h5py.SoftLink("/dev"), h5py.SoftLink("/loop"), h5py.ExternalLink("other.h5", "/test")]
+)
+def test_a_linked_split_is_refused(path, tmp_path, link):
+    external(path, tmp_path / "other.h5")
+    with h5py.File(path, "a") as file:
+        file["loop"] = link
+    for read in (lambda: open_split(path, "loop"), lambda: split_names(path)):
+        with pytest.raises(ValueError, match=r"set.h5: loop is a link, or data stored in other files"):
+            read()
+    assert len(open_split(path, "dev").captions) == 4
+
+
+def test_a_second_name_in_the_file_is_fine(path):
+    with h5py.File(path, "a") as file:
+        file["testall"] = file["test"]
+    assert split_names(path) == ["dev", "test", "testall"]
+    assert np.array_equal(open_split(path, "testall").features[:], FEATURES)
+
+
+@pytest.mark.parametrize("chunks", [None, (1, 3, 5)])
+def test_data_that_were_never_written_are_refused(path, chunks):
+    """HDF5 gives zeros for them, terabytes if need be."""
+    edit(path, "features", shape=(4, 3, 5), dtype="f4", chunks=chunks)
+    with pytest.raises(ValueError, match=r"features is declared as \[4, 3, 5\], but not all of it was written"):
+        open_split(path, "test")
+    if chunks:
+        with h5py.File(path, "a") as file:
+            file["test/features"][:3] = 1
+        with pytest.raises(ValueError, match="not all of it was written"):
+            open_split(path, "test")
+    with h5py.File(path, "a") as file:
+        file["test/features"][:] = 1
+    assert open_split(path, "test").features[:].min() == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"compression": "gzip"}, {"chunks": (3, 2, 5), "shuffle": True}, {"maxshape": (None, 3, 5)}]
+)
+def test_any_layout_is_read(path, options):
+    edit(path, "features", data=FEATURES.astype(">f8"), **options)
+    assert np.array_equal(open_split(path, "test").features[[3, 0]], FEATURES[[3, 0]])
+
+
+def test_damage_is_a_sentence_with_the_name_of_the_file(path, tmp_path):
+    raw, random = path.read_bytes(), np.random.default_rng(0)
+    refused = []
+    # Not in the heaps of the texts: some damage there keeps HDF5 itself busy for ever.
+    heaps = [at for at in range(len(raw)) if raw.startswith(b"GCOL", at)]
+    places = [at for at in range(len(raw)) if raw[at] and not any(heap <= at < heap + 4096 for heap in heaps)]
+    for number, at in enumerate(random.choice(places, 60, replace=False).tolist()):
+        bad = tmp_path / f"bad{number}.h5"  # HDF5 would take a file of one name for the one that is open
+        changed = bytes([raw[at] ^ 255]) if number % 3 else b""
+        rest = raw[at + 1 :] if number % 3 == 1 else bytes(32) + raw[at + 33 :] if number % 3 else b""
+        bad.write_bytes(raw[:at] + changed + rest)
+        try:
+            split = open_split(bad, "test")
+            split.features[:], split.boxes[[0, 2]]
+        except (ValueError, TypeError, OSError) as error:
+            refused.append((bad, str(error)))
+    assert 25 < len(refused) < 60
+    assert [words for bad, words in refused if str(bad) not in words or "\n" in words] == []
+
+
+def test_damage_that_shows_when_rows_are_read(path):
+    edit(path, "features", data=FEATURES, chunks=(1, 3, 5), compression="gzip")
+    with h5py.File(path) as file:
+        at = file["test/features"].id.get_chunk_info(2).byte_offset
+    raw = bytearray(path.read_bytes())
+    raw[at : at + 8] = bytes(8)
+    path.write_bytes(raw)
+    split = open_split(path, "test")
+    assert np.array_equal(split.features[:2], FEATURES[:2])
+    for index in ([2], slice(None)):
+        with pytest.raises(OSError, match=r"set.h5: test: features cannot be read, the file is damaged: "):
+            split.features[index]
 
 
 def test_other_files_are_refused(path, tmp_path):

@@ -19,6 +19,7 @@ of the file is refused: links other than hard ones, external storage, virtual da
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,13 +52,14 @@ def read(path: Path, split: str) -> Split:
         ValueError: HDF5, but not of this form, or data outside the file; the message names the data set.
         FileNotFoundError: no such split in the file.
     """
-    found = {key: _dataset(path, split, key) for key in (*_REQUIRED, *_INTEGERS[1:], "boxes")}
+    group = _group(path, split)
+    found = {key: _dataset(path, split, group, key) for key in (*_REQUIRED, *_INTEGERS[1:], "boxes")}
     with damaged(f"{path}: {split} is damaged", OSError):
         captions = found["captions"][:]
         arrays: dict[str, Any] = {key: found[key][()] for key in _INTEGERS if found[key] is not None}
     for key in ("features", "boxes"):
         if found[key] is not None:
-            arrays[key] = StoredArray(path, _dataset, split, key)
+            arrays[key] = StoredArray(path, _rows, split, key)
     return Split(captions=captions, name=f"{path}: {split}", **arrays)
 
 
@@ -165,12 +167,16 @@ def _member(where: str, group: Any, key: str) -> Any:
     return found
 
 
-def _dataset(path: Path, split: str, key: str) -> Any:
+def _rows(path: Path, split: str, key: str) -> Any:
+    return _dataset(path, split, _group(path, split), key)
+
+
+def _dataset(path: Path, split: str, group: Any, key: str) -> Any:
     """A data set of a split, None where an optional one is missing."""
     import h5py
 
     where = f"{path}: {split}"
-    found = _member(f"{where}: {key}", _group(path, split), key)
+    found = _member(f"{where}: {key}", group, key)
     if found is None:
         if key in _REQUIRED:
             raise ValueError(f"{where}: the data set {key} is missing; required are {', '.join(_REQUIRED)}")
@@ -178,11 +184,21 @@ def _dataset(path: Path, split: str, key: str) -> Any:
     if not isinstance(found, h5py.Dataset):
         raise ValueError(f"{where}: {key} must be a data set, got a {type(found).__name__}")
     with damaged(f"{where}: {key} is damaged", OSError):
-        kind, shape, size = found.dtype, found.shape, found.id.get_storage_size()
+        kind, shape, whole = found.dtype, found.shape, _whole(found)
     if key in ("features", "boxes") and (kind.kind != "f" or not shape):
         raise TypeError(f"{where}: {key} must be an array of floating-point numbers, got {kind} {list(shape or ())}")
     if key == "captions" and (h5py.check_string_dtype(kind) is None or len(shape or ()) != 1):
         raise ValueError(f"{where}: captions must be [T] UTF-8 strings, got {kind} {list(shape or ())}")
-    if shape and 0 not in shape and not size:
-        raise ValueError(f"{where}: {key} is declared as {list(shape)}, but was never written; write the file again")
+    if not whole:  # HDF5 would give zeros, as many as are declared
+        raise ValueError(f"{where}: {key} is declared as {list(shape)}, but not all of it was written; write it again")
     return found
+
+
+def _whole(dataset: Any) -> bool:
+    """Whether every value that a data set declares is stored."""
+    if not dataset.shape or 0 in dataset.shape:
+        return True
+    if dataset.chunks is None:  # stored as one piece
+        return dataset.id.get_storage_size() > 0
+    counts = (-(-n // size) for n, size in zip(dataset.shape, dataset.chunks, strict=True))
+    return dataset.id.get_num_chunks() == math.prod(counts)
