@@ -1,4 +1,6 @@
-"""Forward and backward of all models at the papers' training shape: 128 images x 128 captions, training mode.
+"""Forward and backward of all pair scorers at the papers' training shape: 128 images x 128 captions, training mode.
+
+What comes before them and after in a training step, encoders, clipping and Adam, bench_whole_step.py has too.
 
     python benchmarks/bench_training_step.py --threads 2 --rounds 3 --write cpu
 
@@ -18,7 +20,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 import torch
@@ -116,12 +118,15 @@ def memory(model: str, contender: str, shapes: list[Shape], hardest: bool = True
     return [machine.peak_memory(step(model, contender, shape, device, hardest)) for shape in shapes]
 
 
-def difference(found: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-    """The largest deviation of the scores, or of a gradient as a share of the largest gradient of its kind.
+def difference(
+    found: dict[str, Tensor], exact: dict[str, Tensor], apart: Collection[str] = ("score", "image", "words")
+) -> float:
+    """The largest deviation of a tensor as a share of its largest value, or of the largest value of its kind.
 
-    A bias that shifts all keys alike has a gradient of rounding errors only, so parameters share one measure.
+    A bias that shifts all keys alike has a gradient of rounding errors only, so tensors that are not named in `apart`,
+    the gradients of parameters, share one measure.
     """
-    kinds = {name: name if name in ("score", "image", "words") else "parameter" for name in exact}
+    kinds = {name: name if name in apart else "parameter" for name in exact}
     largest = {kind: max(exact[n].abs().max().item() for n in exact if kinds[n] == kind) for kind in kinds.values()}
     return max(harness.largest_difference(found[n], exact[n]) / largest[kinds[n]] for n in exact)
 
@@ -138,11 +143,16 @@ def compare(model: str, names: list[str], shape: Shape, device: str) -> tuple[di
                 left_out[name] = str(why)
     for name in left_out:
         del off[name]
+    refuse_unlike(model, off)
+    return off, left_out
+
+
+def refuse_unlike(model: str, off: dict[str, float]) -> None:
+    """End the benchmark where a contender's results are not the loop's."""
     for name, value in off.items():
-        harness.progress(f"{model}: {name} is within {value:.1e} of the loop's scores and gradients")
+        harness.progress(f"{model}: {name} is within {value:.1e} of the loop's results")
         if not value < ALLOWED:
             raise SystemExit(f"{model}: {name} differs from the paper's loop by {value:.2g} of its values; not timed")
-    return off, left_out
 
 
 def measure(model: str, shape: Shape, device: str, args: argparse.Namespace) -> dict:

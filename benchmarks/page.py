@@ -2,7 +2,9 @@
 
     python benchmarks/page.py
 
-A table of the README stands between `<!-- NAME.json -->` and `<!-- end -->`.
+A table of the README stands between `<!-- NAME.json -->` and `<!-- end -->`; after `<!-- NAME.json in short -->` a
+narrow one of the ratios alone. The same benchmark on another make of processor is NAME_intel.json or NAME_amd.json
+beside NAME.json; the page sets them side by side.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from html import escape
 from pathlib import Path
 
 RESULTS = Path(__file__).resolve().parent / "results"
-KINDS = ("pair_scorers", "training_step", "maxsim")
+KINDS = ("pair_scorers", "whole_step", "training_step", "maxsim")
+MAKERS = ("AMD", "Intel")  # a result file's name may end in one, in small letters
+MISSING = "Not measured yet."
 BASES = ("paper's loop", "loop over captions")
 PLAIN = {"vectorised rewrite": "#7aa6c2", "compiled rewrite": "#3f7fa6", "one matrix product": "#7aa6c2"}
 BASE, PACKAGE, OURS = "#9aa0a6", "#3f7fa6", "#d1622b"
@@ -26,11 +30,15 @@ Each contender's results are compared with the loop's before it is timed.
 - of FMA peak: the operations that the result needs against a loop of fused multiply-adds with the processor's widest
   instructions, float32, or bfloat16 where products are bfloat16. A training step needs those of its scores, and twice
   as many for the pairs that the loss has a gradient for: by hardest negatives 3 of a row's 128, but all of SAF, whose
-  BatchNorm couples them.
+  BatchNorm couples them. A whole step also needs those of its encoders, forward and backward.
+- whole_step: a step as training does it, from features and word ids to new weights: encoders, scores, loss, backward,
+  clipping, Adam. training_step: its scores and loss alone, forward and backward, from random embeddings.
+- share of encoders: their forward and backward, of the seconds of the whole step.
 - of matmul peak: the same against a large float32 matrix product of PyTorch.
 - largest difference: of scores; of a training step also of gradients, as a share of the largest.
 - scratch: what a call reaches above its inputs and scores; beside it on a block of twice the images and captions.
-- memory: what a training step reaches above inputs and parameters.
+- memory: what a training step reaches above inputs and parameters, a whole step above its gradients and Adam's moments
+  too.
 - pairs alone: given what depends on one image or one caption alone, which an evaluation computes once.
 - all negatives: the loss summed over all pairs; the other rows take the hardest of every row and column.
 """
@@ -40,7 +48,7 @@ def table(kind: str, result: dict) -> str:
     """One Markdown row per model and contender, the losing ones too, and what was left out below them."""
     columns = {
         "pairs/s": lambda r, base: f"{r['pairs_per_second']:,.0f}",
-        "x loop": lambda r, base: f"{r['times_faster_than_loop']:.1f}",
+        "x loop": lambda r, base: times(r["times_faster_than_loop"]),
         "of FMA peak": lambda r, base: percent(r.get("fraction_of_peak")),
         "of matmul peak": lambda r, base: percent(r["fraction_of_matmul_peak"]),
         "largest difference": lambda r, base: f"{r['largest_difference']:.0e}",
@@ -48,7 +56,18 @@ def table(kind: str, result: dict) -> str:
     if kind == "pair_scorers":
         columns["scratch, MiB"] = lambda r, base: mebibytes(r.get("peak_bytes"))
         columns["of a larger block"] = lambda r, base: mebibytes(r.get("peak_bytes_of_larger_block"))
-    elif kind == "training_step":
+    if kind == "whole_step":
+        del columns["pairs/s"], columns["of matmul peak"]
+        columns = {
+            "x loop": columns.pop("x loop"),
+            "encoders, s": lambda r, base: f"{r['seconds_encoders']:.2f}",
+            "share of encoders": lambda r, base: percent(r["seconds_encoders"] / r["seconds_median"]),
+            "scores and loss, s": lambda r, base: f"{r['seconds_scores_and_loss']:.2f}",
+            "x loop, scores and loss": lambda r, base: times(r["scores_times_faster_than_loop"]),
+            "clipping and Adam, s": lambda r, base: f"{r['seconds_clipping_and_adam']:.2f}",
+            **columns,
+        }
+    if kind in ("training_step", "whole_step"):
         columns = {"seconds": lambda r, base: f"{r['seconds_median']:.2f}", **columns}
         columns["memory, MiB"] = lambda r, base: mebibytes(r.get("peak_bytes"))
         columns["of the loop's"] = lambda r, base: percent(_share(r.get("peak_bytes"), base.get("peak_bytes")))
@@ -57,12 +76,64 @@ def table(kind: str, result: dict) -> str:
         for r in one["rows"]:
             cells = " | ".join(cell(r, one["rows"][0]) for cell in columns.values())
             lines.append(f"| {one['model']} | {r['name']} | {cells} |")
-    reasons = [
-        f"Left out of {one['model']}: {name} ({why})."
-        for one in result["results"]
-        for name, why in one.get("left_out", {}).items()
-    ]
-    return "\n".join(lines) + "".join(f"\n\n{reason}" for reason in reasons)
+    return "\n".join([*lines, *_left_out(result)])
+
+
+def _left_out(result: dict) -> list[str]:
+    """Why contenders are missing, a paragraph for each contender and reason."""
+    models: dict[tuple[str, str], list[str]] = {}
+    for one in result["results"]:
+        for why in one.get("left_out", {}).items():
+            models.setdefault(why, []).append(one["model"])
+    return [f"\nLeft out of {', '.join(of)}: {name} ({why})." for (name, why), of in models.items()]
+
+
+def short(result: dict) -> str:
+    """A Markdown row per model and a column per contender: times faster than the loop, and percent of FMA peak."""
+    names = list(dict.fromkeys(r["name"] for one in result["results"] for r in one["rows"]))
+    lines = [f"| model | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
+    for one in result["results"]:
+        found = {r["name"]: ", ".join(_ratios(r)) for r in one["rows"]}
+        lines.append(f"| {one['model']} | {' | '.join(found.get(name, '') for name in names)} |")
+    return "\n".join(["Times faster than the loop, and percent of FMA peak.\n", *lines, *_left_out(result)])
+
+
+def side_by_side(results: dict[str, dict]) -> str:
+    """A Markdown row per model and contender, and for each processor the two ratios; empty where it has no such row."""
+    heads = [f"{maker}, {what}" for maker in results for what in ("x loop", "of FMA peak")]
+    lines = [f"| model | contender | {' | '.join(heads)} |", f"|---|---|{'---:|' * len(heads)}"]
+    found: dict[tuple[str, str], dict[str, dict]] = {}
+    for maker, result in results.items():
+        for one in result["results"]:
+            for r in one["rows"]:
+                found.setdefault((one["model"], r["name"]), {})[maker] = r
+    order = list(dict.fromkeys(model for model, _ in found))
+    for (model, name), of in sorted(found.items(), key=lambda item: order.index(item[0][0])):
+        cells = []
+        for maker in results:
+            cells += _ratios(of[maker]) if maker in of else ["", ""]
+        lines.append(f"| {model} | {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _ratios(r: dict) -> list[str]:
+    return [times(r["times_faster_than_loop"]), percent(r["fraction_of_peak"])]
+
+
+def times(ratio: float) -> str:
+    """A ratio; what is slower than the loop in hundredths, so that a loss is not rounded away."""
+    return f"{ratio:.1f}" if ratio >= 1 else f"{ratio:.2f}"
+
+
+def maker_of(result: dict) -> str:
+    """Who made the processor that a result was measured on."""
+    device = result["environment"]["device"]
+    return next((maker for maker in MAKERS if maker in device), device)
+
+
+def benchmark_of(stem: str) -> str:
+    """The benchmark of a result file: its name without the maker's."""
+    return re.sub(f"_({'|'.join(MAKERS).lower()})$", "", stem)
 
 
 def _share(part: float | None, whole: float | None) -> float | None:
@@ -170,8 +241,13 @@ def readme(text: str) -> str:
     """The README with its tables made anew."""
 
     def fill(match: re.Match) -> str:
-        result = json.loads((RESULTS / match[1]).read_text())
-        if "held_out" in result:
+        path = RESULTS / match[1]
+        result = json.loads(path.read_text()) if path.is_file() else {}
+        if not result:
+            made = MISSING
+        elif match[2]:
+            made = f"{caption(kind_of(match[1]), result)}\n\n{short(result)}"
+        elif "held_out" in result:
             made = recall(result)
         elif "emulated" in result:
             made = precision(result)
@@ -180,9 +256,9 @@ def readme(text: str) -> str:
         else:
             kind = kind_of(match[1])
             made = f"{caption(kind, result)}\n\n{table(kind, result)}"
-        return f"<!-- {match[1]} -->\n\n{made}\n\n<!-- end -->"
+        return f"<!-- {match[1]}{match[2]} -->\n\n{made}\n\n<!-- end -->"
 
-    return re.sub(r"<!-- (\w+\.json) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
+    return re.sub(r"<!-- (\w+\.json)( in short|) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
 
 
 def caption(kind: str, result: dict) -> str:
@@ -191,7 +267,7 @@ def caption(kind: str, result: dict) -> str:
     D = "" if kind == "maxsim" else ", D 1024, S 256"
     fma = result.get("fma_peak_gflops", {})
     peaks = "".join(f" {dtype} FMA {rate:.0f}," for dtype, rate in fma.items() if rate)
-    more = _extended(block) if kind == "training_step" else ""
+    more = _extended(block) if kind in ("training_step", "whole_step") else ""
     return (
         f"{e['device']}; {_threads(e)}; torch {e['torch']}; {e['date']}; commit {e['commit']}. "
         f"{block['images']} images x {block['captions']} captions of `{result['shape']}`, R 36{D}, "
@@ -230,6 +306,25 @@ def plot(result: dict) -> str:
     return f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{y}" {style}>\n{body}\n</svg>\n'
 
 
+def benchmark(kind: str, paths: list[Path]) -> str:
+    """The sections of one benchmark on each processor, and before them their ratios side by side.
+
+    Raises:
+        ValueError: a file's name gives another maker than its result does, or two are of one maker.
+    """
+    name, results = benchmark_of(paths[0].stem), {}
+    for path in paths:
+        result = json.loads(path.read_text())
+        maker, named = maker_of(result), path.stem.removeprefix(name).lstrip("_")
+        if maker in results or named not in ("", maker.lower()):
+            raise ValueError(f"{path.name} was measured on {maker}: name it {name}_{maker.lower()}.json, one for each")
+        results[maker] = result
+    parts = [section(kind, path) for path in paths]
+    if len(parts) > 1:
+        parts.insert(0, f"## {name} on {' and '.join(results)}\n\n{side_by_side(results)}\n")
+    return "\n".join(parts)
+
+
 def section(kind: str, path: Path) -> str:
     result, name = json.loads(path.read_text()), path.stem
     (RESULTS / f"{name}.svg").write_text(plot(result))
@@ -239,7 +334,11 @@ def section(kind: str, path: Path) -> str:
 
 
 def main() -> None:
-    parts = [section(kind, path) for kind in KINDS for path in sorted(RESULTS.glob(f"{kind}_*.json"))]
+    parts = []
+    for kind in KINDS:
+        paths = sorted(RESULTS.glob(f"{kind}_*.json"))
+        for name in dict.fromkeys(benchmark_of(path.stem) for path in paths):
+            parts.append(benchmark(kind, [path for path in paths if benchmark_of(path.stem) == name]))
     for pattern, made in (("precision_*.json", precision), ("trained_models.json", trained)):
         for path in sorted(RESULTS.glob(pattern)):
             raw = f"Raw numbers: [{path.name}]({path.name})."

@@ -20,14 +20,19 @@ GRAPHS, GRANULARITIES = 2, (1, 4, 16)  # HGAN's feature graphs and groups of cha
 
 
 def build(model: str, shape: Shape, device: str) -> tuple[GlobalVectors, Callable[..., Tensor]]:
-    """The scorer, and the loop over its weights as a function of image, padded captions and their lengths."""
+    """The scorer, and the loop over its weights."""
     whole = WORKLOADS[shape.workload]
     if model == "hgan":
         scorer: GlobalVectors = HierarchicalAlignment(whole.dim).to(device)
     else:
         scorer = TwoStreamReasoning(whole.dim, whole.similarity, CONTEXTS, STEPS).to(device)
+    return scorer, loop_of(model, scorer)
+
+
+def loop_of(model: str, scorer: GlobalVectors) -> Callable[..., Tensor]:
+    """The loop over a scorer's weights as a function of image, padded captions and their lengths."""
     state, loop = scorer.state_dict(keep_vars=True), hgan.loop if model == "hgan" else tshsr.loop
-    return scorer, lambda *args: loop(state, *args, training=scorer.training)
+    return lambda *args: loop(state, *args, training=scorer.training)
 
 
 def needed_flops(model: str, shape: Shape) -> float:

@@ -43,8 +43,13 @@ def sgraf(
     lengths: Tensor,
     image_global: Tensor,
     caption_global: Tensor,
+    *,
+    training: bool = False,
 ) -> Tensor:
-    """SGR or SAF in eval mode, by the keys of the published `EncoderSimilarity`'s state dict -> [I, T]."""
+    """SGR or SAF, by the keys of the published `EncoderSimilarity`'s state dict -> [I, T].
+
+    In training SAF's BatchNorm takes the statistics of each caption; it does not track them, a few numbers per caption.
+    """
     words = torch.arange(caption.shape[1], device=caption.device) < lengths[:, None]
     caption = caption * words[:, :, None]
     _, alpha = attention(image, caption, words.new_ones(image.shape[:2]), words, 9.0)
@@ -63,7 +68,12 @@ def sgraf(
         z = nodes[:, :, 0]
     else:
         a = _linear(weights, "SAF_module.attn_sim_w", nodes)[..., 0]
-        mean, var = weights["SAF_module.bn.running_mean"], weights["SAF_module.bn.running_var"]
+        if training:
+            count = len(image) * (lengths + 1)
+            mean = ((a * real).sum((0, 2)) / count)[:, None]
+            var = (((a - mean) * real).square().sum((0, 2)) / count)[:, None]
+        else:
+            mean, var = weights["SAF_module.bn.running_mean"], weights["SAF_module.bn.running_var"]
         a = (a - mean) * (var + 1e-5).rsqrt() * weights["SAF_module.bn.weight"] + weights["SAF_module.bn.bias"]
         gate = a.sigmoid() * real
         z = _l2(((gate / (gate.sum(-1, keepdim=True) + EPS))[..., None] * nodes).sum(2))

@@ -21,11 +21,16 @@ MODELS = {
 
 
 def build(model: str, shape: Shape, device: str) -> tuple[EncoderSimilarity, Callable[..., Tensor]]:
-    """The scorer, and the loop over its weights as a function of image, padded captions and their lengths."""
+    """The scorer, and the loop over its weights."""
     alignment, gate = MODELS[model]
     scorer = EncoderSimilarity(WORKLOADS[shape.workload].dim, alignment, gate=gate).to(device)
-    state = scorer.state_dict(keep_vars=True)
-    return scorer, lambda *args: shan.loop(state, *args, direction=ALIGNMENTS[alignment])
+    return scorer, loop_of(model, scorer)
+
+
+def loop_of(model: str, scorer: EncoderSimilarity) -> Callable[..., Tensor]:
+    """The loop over a scorer's weights as a function of image, padded captions and their lengths."""
+    state, direction = scorer.state_dict(keep_vars=True), ALIGNMENTS[MODELS[model][0]]
+    return lambda *args: shan.loop(state, *args, direction=direction)
 
 
 def needed_flops(model: str, shape: Shape) -> float:

@@ -4,20 +4,13 @@ import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from benchmark_cases import PEAK, ROOT, written
 
 import itm_fast
-
-ROOT = Path(__file__).resolve().parents[1]
-if not (ROOT / "benchmarks").is_dir():
-    pytest.skip("needs a checkout", allow_module_level=True)
-if str(ROOT) not in sys.path:
-    sys.path.insert(0, str(ROOT))
-
-from benchmarks import (  # noqa: E402
+from benchmarks import (
     bench_maxsim,
     bench_pair_scorers,
     bench_precision,
@@ -28,10 +21,9 @@ from benchmarks import (  # noqa: E402
     reconstructions,
     shan,
 )
-from benchmarks.shapes import SHAPES, Shape, needed_flops, state_flops  # noqa: E402
+from benchmarks.shapes import SHAPES, Shape, needed_flops, state_flops
 
 RESULTS = sorted(p for kind in page.KINDS for p in harness.RESULTS.glob(f"{kind}_*.json"))
-PEAK = {"matmul_float32": 2e9, "fma_float32": 5e9, "fma_bfloat16": 10e9}
 
 
 def run(*command):
@@ -39,16 +31,6 @@ def run(*command):
     done = subprocess.run([sys.executable, *command], cwd=ROOT, env=alone, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
-
-
-def written(script, name, monkeypatch, tmp_path, *arguments):
-    """The result file that a script writes, the machine's peaks given."""
-    for module in (harness, page):
-        monkeypatch.setattr(module, "RESULTS", tmp_path)
-    monkeypatch.setattr(machine, "peaks", lambda device: PEAK)
-    monkeypatch.setattr(sys, "argv", [name, *arguments, "--rounds", "1", "--write", "here"])
-    script.main()
-    return json.loads((tmp_path / f"{name}_here.json").read_text())
 
 
 def test_the_scripts_start_from_a_bare_checkout():

@@ -62,5 +62,5 @@ def test_tables_are_those_of_the_result_files(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
     from benchmarks import page
 
-    assert TEXT.count("<!-- end -->") == 6
+    assert TEXT.count("<!-- end -->") == 10
     assert page.readme(TEXT) == TEXT

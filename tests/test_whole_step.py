@@ -1,0 +1,147 @@
+"""A whole training step in the benchmarks: the published one and ours do the same work, and its seconds are parted."""
+
+import dataclasses
+import types
+
+import pytest
+import torch
+from benchmark_cases import written
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import bench_training_step, bench_whole_step, harness, machine, page, rewrites, whole_step
+from benchmarks.bench_training_step import LOOP
+from benchmarks.shapes import Shape
+from benchmarks.whole_step import PARTS, REWRITE, Step
+from itm_fast.evaluation.workloads import WORKLOADS
+
+SHAPE = Shape("coco-eval-5k", 4, 4)
+BASELINES = {"scan-t2i": [REWRITE], "scan-i2t": [REWRITE], "sgr": [REWRITE], "saf": [REWRITE], "hgan": [], "shan": []}
+
+
+@pytest.fixture(autouse=True)
+def small(monkeypatch):
+    """The workload in sizes that take no time."""
+    tiny = dataclasses.replace(WORKLOADS["coco-eval-5k"], features=24, dim=32, similarity=16)
+    monkeypatch.setitem(WORKLOADS, "coco-eval-5k", tiny)
+    monkeypatch.setattr(whole_step, "VOCABULARY", 50)
+
+
+@pytest.mark.parametrize("model,more", BASELINES.items(), ids=BASELINES)
+def test_a_row_for_each_contender_and_their_parts_add_up(model, more, monkeypatch, tmp_path):
+    arguments = ("--batch", "4", "--no-fresh", "--models", model)
+    result = written(bench_whole_step, "whole_step", monkeypatch, tmp_path, *arguments)
+    (one,) = result["results"]
+    names = [row["name"] for row in one["rows"]]
+    assert names == [LOOP, *more, *(f"itm-fast {name}" for name in harness.backends("cpu"))]
+    flops = bench_whole_step.encoder_flops(model, SHAPE) + bench_training_step.step_flops(model, SHAPE, True)
+    base = one["rows"][0]
+    for row in one["rows"]:
+        parts = [row[f"seconds_{part}"] for part in PARTS]
+        assert min(parts) > 0
+        assert sum(parts) <= row["seconds_median"]
+        assert row["needed_gflops_per_second"] * row["seconds_median"] * 1e9 == pytest.approx(flops)
+        ratio = base["seconds_scores_and_loss"] / row["seconds_scores_and_loss"]
+        assert row["scores_times_faster_than_loop"] == pytest.approx(ratio)
+        assert row["largest_difference"] < 1e-4
+        assert (row["largest_difference"] == 0) == (row["name"] == LOOP)
+    assert base["measured_captions"] == 4
+    text = page.readme("<!-- whole_step_here.json --><!-- end -->")
+    share = base["seconds_encoders"] / base["seconds_median"]
+    assert f"| {base['seconds_median']:.2f} | 1.0 | {base['seconds_encoders']:.2f} | {share:.0%} |" in text
+
+
+def test_a_loop_on_fewer_captions_is_extended_with_all_its_parts(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "in_fresh_process", lambda function, *args: function(*args))
+    monkeypatch.setattr(bench_whole_step, "extended", lambda few, many, *shapes: 1e9 + many)
+    arguments = ("--batch", "4", "--loop-captions", "3", "--models", "saf")
+    (one,) = written(bench_whole_step, "whole_step", monkeypatch, tmp_path, *arguments)["results"]
+    loop, *others = one["rows"]
+    assert (loop["name"], loop["measured_captions"], one["captions"]) == (LOOP, 3, 4)
+    assert min(loop["seconds_min"], *(loop[f"seconds_{part}"] for part in PARTS)) > 1e9
+    assert loop["peak_bytes"] is None or loop["peak_bytes"] >= 1e9
+    assert all(row["seconds_max"] < 1e9 and (row["peak_bytes"] or 0) < 1e9 for row in others)
+    text = page.readme("<!-- whole_step_here.json --><!-- end -->")
+    assert "The loop ran on 3 captions and on 2, and is extended to 4 on a straight line." in text
+
+
+@pytest.mark.parametrize("model", ["scan-t2i", "saf"])
+def test_steps_after_the_first_agree_too(model):
+    """So the baseline clips and moves its weights as ours does."""
+    steps = [Step(model, contender, SHAPE, "cpu") for contender in (LOOP, REWRITE, "torch")]
+    losses = torch.tensor([[step().item() for _ in range(4)] for step in steps])
+    assert (losses[0, 1:] < losses[0, :-1]).all()
+    torch.testing.assert_close(losses[1:], losses[:1].expand(2, -1), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("contender", [LOOP, REWRITE, "torch"])
+def test_gradients_are_clipped(contender):
+    step = Step("sgr", contender, SHAPE, "cpu")
+    step.matcher.grad_clip = 1e-3
+    found = step.result()
+    assert list(found) == ["loss", "img_enc", "txt_enc", "sim_enc"]
+    norm = torch.cat([x for name, x in found.items() if name != "loss"]).norm()
+    assert norm.item() == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_contender_with_other_results_is_not_timed(monkeypatch):
+    right = rewrites.scan
+    monkeypatch.setattr(rewrites, "scan", lambda *args, **more: 1.01 * right(*args, **more))
+    with pytest.raises(SystemExit, match=f"scan-t2i: {REWRITE} differs from the paper's loop by .*; not timed"):
+        bench_whole_step.compare("scan-t2i", [REWRITE], SHAPE, "cpu")
+
+
+class Passing(torch.autograd.Function):
+    """Moves a clock in forward and in backward."""
+
+    @staticmethod
+    def forward(ctx, x, clock, forward, backward):
+        ctx.clock, ctx.backward_seconds = clock, backward
+        clock.now += forward
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.clock.now += ctx.backward_seconds
+        return gradient, None, None, None
+
+
+@pytest.mark.parametrize("contender", [LOOP, REWRITE, "torch"])
+def test_seconds_go_to_the_part_that_took_them(contender, monkeypatch):
+    clock = types.SimpleNamespace(now=0.0)
+    clock.perf_counter = lambda: clock.now
+    monkeypatch.setattr(whole_step, "time", clock)
+    step = Step("sgr", contender, SHAPE, "cpu")
+
+    def spend(module, forward, backward):
+        module.register_forward_hook(lambda m, args, x: Passing.apply(x, clock, forward, backward))
+
+    matcher = step.matcher
+    spend(matcher.img_enc.fc, 1, 10)
+    spend(matcher.txt_enc.embed, 2, 20)
+    spend(matcher.scorer.v_global_w, 100, 1000)
+    if contender == LOOP:  # which takes the scorer's weights, not the module
+        score = step._score
+        step._score = lambda *args: Passing.apply(score(*args), clock, 100, 1000)
+    matcher.optimizer.register_step_pre_hook(lambda *_: setattr(clock, "now", clock.now + 10000))
+    step()
+    step()
+    assert step.parts == {"encoders": [33, 33], "scores_and_loss": [1100, 1100], "clipping_and_adam": [10000, 10000]}
+
+
+def test_operations_of_the_encoders_are_those_that_torch_counts():
+    """But for gradients of the GRU's first hidden states, zeros, which torch leaves out."""
+    shape = Shape("coco-eval-5k", 3, 5)
+    step = Step("scan-t2i", LOOP, shape, "cpu")
+    with FlopCounterMode(display=False) as counter:
+        image, caption, _ = whole_step.published_encoders(step.matcher, *step.batch)
+        (image.sum() + caption.sum()).backward()
+    counted = bench_whole_step.encoder_flops("scan-t2i", shape)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=2e-3)
+
+
+def test_the_batch_is_sorted_as_the_published_loaders_sort_it():
+    batch = whole_step.batch(Shape("coco-eval-5k", 3, 6), "cpu")
+    assert batch.lengths == sorted(batch.lengths, reverse=True)
+    assert len(set(batch.lengths)) > 1
+    assert batch.ids.shape == (6, batch.lengths[0])
+    assert batch.features.shape == (3, 36, 24)
