@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from benchmark_cases import PEAK, ROOT, written
+from benchmark_cases import PEAK, ROOT, shrink, written
 
 import itm_fast
 from benchmarks import (
@@ -38,6 +38,7 @@ def test_the_scripts_start_from_a_bare_checkout():
 
 
 def test_the_pair_scorer_benchmark_runs_and_its_rows_add_up(monkeypatch, tmp_path):
+    shrink(monkeypatch)
     arguments = ("--shape", "quick", "--no-compile", "--no-fresh", "--precision", "medium")
     result = written(bench_pair_scorers, "pair_scorers", monkeypatch, tmp_path, *arguments)
     shape = SHAPES["quick"]
@@ -55,6 +56,7 @@ def test_the_pair_scorer_benchmark_runs_and_its_rows_add_up(monkeypatch, tmp_pat
 
 
 def test_the_reconstructions_have_their_rows(monkeypatch, tmp_path):
+    shrink(monkeypatch)
     models = reconstructions.MODELS
     arguments = ("--shape", "quick", "--no-compile", "--no-fresh", "--models", *models)
     result = written(bench_pair_scorers, "pair_scorers", monkeypatch, tmp_path, *arguments)
@@ -73,6 +75,7 @@ def test_the_reconstructions_have_their_rows(monkeypatch, tmp_path):
 
 
 def test_shan_has_its_rows(monkeypatch, tmp_path):
+    shrink(monkeypatch)
     arguments = ("--shape", "quick", "--no-compile", "--no-fresh", "--models", *shan.MODELS)
     result = written(bench_pair_scorers, "pair_scorers", monkeypatch, tmp_path, *arguments)
     for one, model in zip(result["results"], shan.MODELS, strict=True):
@@ -103,6 +106,7 @@ def test_the_op_benchmarks_run():
 
 
 def test_a_training_step_is_compared_with_the_loop_extended_from_fewer_captions(monkeypatch, tmp_path):
+    shrink(monkeypatch)
     monkeypatch.setattr(machine, "in_fresh_process", lambda function, *args: function(*args))
     monkeypatch.setattr(bench_training_step, "extended", lambda few, many, *shapes: 1e9 + many)
     arguments = ("--batch", "4", "--loop-captions", "3", "--models", "scan-t2i", "saf")
@@ -170,7 +174,7 @@ def test_maxsim_is_the_limit_of_hard_attention(monkeypatch, tmp_path):
         assert [r["name"] for r in one["rows"]][:2] == ["loop over captions", "one matrix product"]
         assert all(row["largest_difference"] < 2e-6 for row in one["rows"])
     text = page.section("maxsim", tmp_path / "maxsim_here.json")
-    assert "Left out of maxsim-d128: pykeops (it is not installed)." in text
+    assert "Left out of maxsim-d128, attention-d1024: pykeops (it is not installed)." in text
 
 
 def test_a_process_of_its_own_has_as_many_threads_and_may_die():

@@ -1,18 +1,16 @@
 """A whole training step in the benchmarks: the published one and ours do the same work, and its seconds are parted."""
 
-import dataclasses
 import types
 
 import pytest
 import torch
-from benchmark_cases import written
+from benchmark_cases import shrink, written
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import bench_training_step, bench_whole_step, harness, machine, page, rewrites, whole_step
 from benchmarks.bench_training_step import LOOP
 from benchmarks.shapes import Shape
 from benchmarks.whole_step import PARTS, REWRITE, Step
-from itm_fast.evaluation.workloads import WORKLOADS
 
 SHAPE = Shape("coco-eval-5k", 4, 4)
 BASELINES = {"scan-t2i": [REWRITE], "scan-i2t": [REWRITE], "sgr": [REWRITE], "saf": [REWRITE], "hgan": [], "shan": []}
@@ -20,9 +18,7 @@ BASELINES = {"scan-t2i": [REWRITE], "scan-i2t": [REWRITE], "sgr": [REWRITE], "sa
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """The workload in sizes that take no time."""
-    tiny = dataclasses.replace(WORKLOADS["coco-eval-5k"], features=24, dim=32, similarity=16)
-    monkeypatch.setitem(WORKLOADS, "coco-eval-5k", tiny)
+    shrink(monkeypatch)
     monkeypatch.setattr(whole_step, "VOCABULARY", 50)
 
 
