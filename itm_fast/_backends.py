@@ -1,7 +1,8 @@
 """Which implementation runs: the only place that decides.
 
 `backend=` argument > `with use_backend(...)` > the environment variable ITM_FAST_BACKEND > "auto". A name given
-by the user is honoured or refused with the reason; only "auto" chooses, in the order in which the op offers.
+by the user is honoured or refused with the reason; only "auto" chooses, in the order in which the op offers. An op
+without kernels of its own, such as the loss, runs in torch beside the kernels that are chosen for all ops.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import torch
 from . import _native, _triton
 
 NAMES = ("triton", "cuda", "cpu", "torch", "reference")
+KERNELS = frozenset(("triton", "cuda", "cpu"))  # the backends that an op has only where kernels were written for it
 OFFERS: dict[str, tuple[str, ...]] = {}  # op -> the backends it has, best first; filled as each op is defined
 _told: set[str] = set()  # reasons that "auto" has warned of
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("itm_fast_backend", default=None)
@@ -25,6 +27,8 @@ _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("itm_fast_b
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
     """Make every op inside the `with` use one backend, and their backward passes wherever they run.
+
+    `hardest_negative_loss`, which has no kernels, runs in torch where kernels are chosen.
 
     A function that torch.compile has compiled keeps the backend it was compiled with.
 
@@ -100,7 +104,10 @@ def resolve(
     dtype: torch.dtype | None = None,
     too_large: str | None = None,
 ) -> str:
-    """Turn "auto" into one name. An explicit name is honoured or refused, never replaced.
+    """Turn "auto" into one name. An explicit name is honoured or refused.
+
+    One thing is replaced: where kernels are chosen for all ops, by `use_backend` or ITM_FAST_BACKEND, an op that has
+    no kernels of any kind runs in torch.
 
     Args:
         op: name of the op.
@@ -112,8 +119,10 @@ def resolve(
     Raises:
         NotImplementedError: with one sentence per backend that was considered.
     """
-    backend = requested(backend)
+    of_call, backend = backend, requested(backend)
     offered = OFFERS[op]
+    if not of_call and backend in KERNELS and KERNELS.isdisjoint(offered):
+        backend = "torch"
     reasons: dict[str, str] = {}
     for name in offered if backend == "auto" else (backend,):
         reason = why_not(name, device, dtype)

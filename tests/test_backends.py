@@ -1,3 +1,4 @@
+import contextlib
 import sys
 import warnings
 
@@ -74,6 +75,34 @@ def test_an_explicit_backend_runs_or_says_why_not(name):
         with pytest.raises(NotImplementedError) as refusal:
             score(name)
         assert reason in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda", "cpu"])
+@pytest.mark.parametrize("place", ["context", "environment"])
+def test_an_op_without_kernels_runs_in_torch_beside_kernels_chosen_for_all(name, place, monkeypatch):
+    def resolved():
+        return _backends.resolve("hardest_negative_loss", None, torch.device("cpu"))
+
+    def loss(backend=None):
+        return itm_fast.hardest_negative_loss(torch.tensor([[0.9, 0.1], [0.8, 0.5]]), backend=backend)
+
+    if place == "environment":
+        monkeypatch.setenv("ITM_FAST_BACKEND", name)
+    with itm_fast.use_backend(name) if place == "context" else contextlib.nullcontext():
+        assert (resolved(), loss().item()) == ("torch", pytest.approx(0.6))
+        with pytest.raises(NotImplementedError, match=name):
+            loss(name)
+        with itm_fast.use_backend("reference"):
+            assert resolved() == "reference"
+
+
+def test_an_op_with_kernels_of_another_kind_is_refused_where_kernels_are_chosen_for_all(monkeypatch):
+    monkeypatch.setitem(_backends.OFFERS, "cross_attention_score", ("triton", "torch", "reference"))
+    with (
+        itm_fast.use_backend("cpu"),
+        pytest.raises(NotImplementedError, match="cross_attention_score has no such backend; it offers triton, torch"),
+    ):
+        score()
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a CUDA device is there")

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from .._backends import OFFERS, requested
 from ..nn import PairScorer
 from ..packing import pack
 
@@ -87,12 +86,6 @@ def encode_text(
         half = caption.shape[2] // 2
         caption = (caption[:, :, :half] + caption[:, :, half:]) / 2
     return caption if no_txtnorm else l2norm(caption, dim=-1), lengths
-
-
-def beside(op: str) -> str:
-    """The backend for a small op beside large ones: the one asked for where this op has it, else "auto"."""
-    asked = requested()
-    return asked if asked in OFFERS[op] else "auto"
 
 
 class PaddedScorer(PairScorer):

@@ -30,7 +30,7 @@ from ..nn import PairScorer, State
 from ..ops import cross_attention_score, global_local_score
 from ..ops._torch._linear import linear
 from ..packing import bounds, spans
-from ._common import beside, l2norm, sums
+from ._common import l2norm, sums
 from ._self_attention import GlobalVectors
 from .sgraf import SGRAF
 
@@ -300,8 +300,7 @@ class HierarchicalAlignment(GlobalVectors):
         return total
 
     def _global_local(self, vector: Tensor, rows: Tensor, edge: Tensor) -> Tensor:
-        backend = beside("global_local_score")
-        return global_local_score(vector, rows, edge, scale=self.scale_global, backend=backend)
+        return global_local_score(vector, rows, edge, scale=self.scale_global)
 
 
 class HGAN(SGRAF):

@@ -30,7 +30,7 @@ from ..ops._attention import region_counts
 from ..ops._torch._blocks import Block
 from ..packing import bounds, spans
 from . import _pair_blocks
-from ._common import beside, l2norm
+from ._common import l2norm
 from ._self_attention import GlobalVectors
 from .sgraf import SGRAF
 
@@ -183,9 +183,7 @@ class TwoStreamReasoning(GlobalVectors):
                 if direction == "i2t":
                     local = local.view(b, c * n, -1)
                     edge = n * torch.arange(c + 1, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-                nodes = similarity_context(
-                    overall.to(local.dtype), local, edge, assignment, self.sizes, backend=beside("similarity_context")
-                )
+                nodes = similarity_context(overall.to(local.dtype), local, edge, assignment, self.sizes)
                 del local
                 edge = edge + more * torch.arange(c + 1, dtype=edge.dtype, device=edge.device)
                 z = similarity_graph(nodes, edge, *graph)

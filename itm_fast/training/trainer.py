@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from .._backends import use_backend
+from .._backends import requested, use_backend, why_not
 from . import checkpoint, resume
 from .interrupt import Stop, signals
 from .log import STEP, Log, dev_values, table
@@ -113,15 +113,15 @@ def train(
     output = Path(output)
     if not resuming:
         _refuse_existing(output)
-    run = _Run(opt, train_split, dev_split, vocabulary, output, device, progress, dict(arguments or {}), resuming)
-    if resuming:
-        run.restore()
-    else:
-        output.mkdir(parents=True, exist_ok=True)
-        vocabulary.save(run.vocabulary_file)
     with contextlib.ExitStack() as stack:
         if backend is not None:
             stack.enter_context(use_backend(backend))
+        run = _Run(opt, train_split, dev_split, vocabulary, output, device, progress, dict(arguments or {}), resuming)
+        if resuming:
+            run.restore()
+        else:
+            output.mkdir(parents=True, exist_ok=True)
+            vocabulary.save(run.vocabulary_file)
         validated = run.step < run.steps
         run.log = Log(output, run.iterations, validated=validated, tensorboard=tensorboard)
         stack.callback(run.log.close)
@@ -171,6 +171,10 @@ class _Run:
         self.opt = argparse.Namespace(**{**vars(opt), **set_here})
         self.vocabulary_file = output / f"{opt.data_name}_vocab.json"  # where the published code looks
         self.device = _usable(device)
+        asked = requested()
+        reason = None if asked == "auto" else why_not(asked, self.device)
+        if reason is not None:
+            raise NotImplementedError(f"the backend {asked} cannot run on {self.device}: {reason}")
         self.dev_split, self.vocabulary, self.output = dev_split, vocabulary, output
         self.progress, self.arguments = progress, arguments
         self.data = [len(train_split.captions), len(train_split.features)]
