@@ -68,7 +68,7 @@ def test_sgraf_options_and_changes():
         (("sgr",), {"batch_size": 1}, "batch_size must be at least 2: the negatives"),
         (("sgr",), {"lr_update": 0}, "lr_update must be at least 1, got 0"),
         (("sgr",), {"learning_rate": 0.0}, "learning_rate must be more than 0"),
-        (("sgr",), {"learning_rate": float("nan")}, "learning_rate must be more than 0, got nan"),
+        (("sgr",), {"learning_rate": float("nan")}, "learning_rate must be a finite number, got nan"),
         (("sgr",), {"margin": -0.1}, "margin must be at least 0"),
     ],
 )

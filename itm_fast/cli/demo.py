@@ -124,17 +124,10 @@ def _asked(queries: list[str] | None, split: Split) -> list[tuple[str, int | Non
 
 
 def _model(name: str) -> Any:
-    import torch
-
     from ..data.openclipart import CHECKPOINTS
-    from ..models import build
-    from ..training import checkpoint
+    from ..training import checkpoint, rebuild
 
-    loaded = checkpoint.load(CHECKPOINTS[name])
-    opt = argparse.Namespace(**vars(loaded.opt))
-    opt.device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build(opt)
-    model.load_state_dict(loaded.model)
+    model = rebuild(checkpoint.load(CHECKPOINTS[name]))
     model.val_start()
     return model
 

@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="model_best.pth.tar of SCAN, SGRAF or itm-fast train; give it again for each member of an ensemble",
+        help="model_best.pth.tar of SCAN, SGRAF or itm-fast train, or its folder; give it again for each member of an "
+        "ensemble; a file of two networks (model_A, model_B) is two members",
     )
     parser.add_argument("--data", metavar="DIR_OR_H5", help="SCAN's folder of .npy and .txt files, or an HDF5 file")
     parser.add_argument("--split", default="test", help="dev, test, testall, ... (default: test)")
@@ -152,17 +153,19 @@ def _check(args: argparse.Namespace) -> None:
 def _evaluate(args: argparse.Namespace) -> int:
     from ..data import caption_batches, open_split
     from ..evaluation import evaluate, memory_plan, write_trec
-    from ..training import checkpoint
+    from ..training import rebuild
 
-    loaded = [checkpoint.load(path) for path in args.checkpoint]
+    loaded = _members(args)
     split = open_split(
         args.data, args.split, limit_captions=args.limit_captions, captions_per_image=args.captions_per_image
     )
     vocab_path, vocab = _vocabulary(args, loaded[0].opt)
-    models = [_model(path, found, args.device) for path, found in zip(args.checkpoint, loaded, strict=True)]
-    for path, found in zip(args.checkpoint, loaded, strict=True):
-        _check_vocabulary(path, found, vocab_path, vocab)
-    names = _names(args.checkpoint, models, loaded)
+    device = _device(args.device)
+    models = [rebuild(found, device) for found in loaded]
+    for found in loaded:
+        _check_features(found, split, args)
+        _check_vocabulary(found, vocab_path, vocab)
+    names = _names(models, loaded)
     if args.dry_run:
         captions = list(caption_batches(split.captions, vocab, args.batch_size))
         for name, model in zip(names, models, strict=True):
@@ -213,14 +216,14 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _plan_workload(args: argparse.Namespace) -> int:
     from ..evaluation import WORKLOADS, plan
     from ..models import build
-    from ..training import checkpoint
+    from ..training import rebuild
 
     size = WORKLOADS[args.workload]
     device = _device(args.device)
     if args.checkpoint:
-        loaded = [checkpoint.load(path) for path in args.checkpoint]
-        models = [_model(path, found, args.device) for path, found in zip(args.checkpoint, loaded, strict=True)]
-        names, dims = _names(args.checkpoint, models, loaded), [found.opt.embed_size for found in loaded]
+        loaded = _members(args)
+        models: list[Any] = [rebuild(found, device) for found in loaded]
+        names, dims = _names(models, loaded), [found.opt.embed_size for found in loaded]
     else:
         models = [build(_published(name, size, device)) for name in _SYNTHETIC]
         names, dims = list(_SYNTHETIC), [size.dim] * len(models)
@@ -263,33 +266,34 @@ def _device(name: str | None) -> Any:
     return device
 
 
-def _model(path: str, found: Checkpoint, device: str | None) -> Any:
-    from ..models import build
+def _members(args: argparse.Namespace) -> list[Checkpoint]:
+    """Every network of every checkpoint; `args.checkpoint` becomes the file of each."""
+    from ..training import checkpoint
 
-    opt = Namespace(**vars(found.opt))
-    opt.device = str(_device(device))
-    opt.vocab_size = _words(path, found)
-    try:
-        model = build(opt)
-        model.load_state_dict(found.model)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(f"{path}: {error}") from error
-    return model
+    loaded = [found for path in args.checkpoint for found in checkpoint.load_all(path)]
+    args.checkpoint = [found.path for found in loaded]
+    return loaded
 
 
-def _words(path: str, found: Checkpoint) -> int:
-    for state in found.model:
-        if "embed.weight" in state:
-            return len(state["embed.weight"])
-    raise ValueError(f"{path}: no part of the model has word embeddings (embed.weight)")
-
-
-def _check_vocabulary(path: str, found: Checkpoint, vocab_path: Path, vocab: Vocabulary) -> None:
-    words = _words(path, found)
-    if len(vocab) != words:
+def _check_features(found: Checkpoint, split: Split, args: argparse.Namespace) -> None:
+    size = split.features.shape[2]
+    if size != found.opt.img_dim:
         raise ValueError(
-            f"{path} embeds {words:,} words, and {vocab_path} has {len(vocab):,}; give the vocabulary that it was "
-            "trained with: --vocab FILE.json"
+            f"{args.data}: the {args.split} split has {size:,} features per region, and {found.path} was trained on "
+            f"{found.opt.img_dim:,}; use the features that it was trained on"
+        )
+
+
+def _check_vocabulary(found: Checkpoint, vocab_path: Path, vocab: Vocabulary) -> None:
+    if len(vocab) != found.words:
+        raise ValueError(
+            f"{found.path} embeds {found.words:,} words, and {vocab_path} has {len(vocab):,}; give the vocabulary that "
+            "it was trained with: --vocab FILE.json"
+        )
+    if getattr(found.opt, "vocab_checksum", vocab.checksum()) != vocab.checksum():
+        raise ValueError(
+            f"{found.path} was trained with other words than the {len(vocab):,} of {vocab_path}; give the vocabulary "
+            "that it was trained with: --vocab FILE.json"
         )
 
 
@@ -305,7 +309,7 @@ def _vocabulary(args: argparse.Namespace, opt: Namespace) -> tuple[Path, Vocabul
     names = [*(f"{stem}_vocab.json" for stem in stems if stem), "vocab.json"]
     folders = [Path(args.checkpoint[0]).parent]
     if getattr(opt, "vocab_path", None):
-        folders.append(Path(opt.vocab_path))
+        folders.append(Path(str(opt.vocab_path)))
     # SCAN keeps data/f30k_precomp/ and vocab/ side by side.
     near = (beside, beside.parent, beside.parent.parent)
     folders += [beside, *(folder / "vocab" for folder in near), beside.parent]
@@ -320,21 +324,20 @@ def _vocabulary(args: argparse.Namespace, opt: Namespace) -> tuple[Path, Vocabul
     )
 
 
-def _names(paths: list[str], models: list[Any], loaded: list[Checkpoint]) -> list[str]:
+def _names(models: list[Any], loaded: list[Checkpoint]) -> list[str]:
     """SGR, SAF, SCAN t2i, ...; where two would be equal, with the shortest part of the path that tells them apart."""
     plain = []
     for model, found in zip(models, loaded, strict=True):
         kind = type(model).__name__
         suffix = "".join(f" {getattr(found.opt, x)}" for x in ("cross_attn", "alignment") if hasattr(found.opt, x))
-        plain.append(found.opt.module_name if kind == "SGRAF" else kind + suffix)
-    if len(set(plain)) == len(plain):
-        return plain
-    parts = [Path(path).absolute().parts for path in paths]
+        plain.append(f"{found.opt.module_name if kind == 'SGRAF' else kind + suffix} {found.name}".rstrip())
+    parts = [Path(found.path).absolute().parts for found in loaded]
+    names = plain
     for depth in range(1, max(map(len, parts)) + 1):
-        ends = ["/".join(part[-depth:]) for part in parts]
-        if len(set(ends)) == len(ends):
+        if len(set(names)) == len(names):
             break
-    return [f"{name} ({end})" for name, end in zip(plain, ends, strict=True)]
+        names = [f"{name} ({'/'.join(part[-depth:])})" for name, part in zip(plain, parts, strict=True)]
+    return names
 
 
 def _print_speed(report: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections import Counter
@@ -48,6 +49,14 @@ class Vocabulary:
 
     def __len__(self) -> int:
         return len(self.word2idx)
+
+    def checksum(self) -> str:
+        """Of the words in the order of their ids: equal for equal vocabularies, and for no others.
+
+        >>> Vocabulary.build(["a cat"], min_count=1).checksum()[:8]
+        'ff328185'
+        """
+        return hashlib.sha256(json.dumps(list(self.idx2word.values())).encode()).hexdigest()
 
     @classmethod
     def build(cls, captions: Iterable[str], min_count: int = 4) -> Vocabulary:

@@ -148,6 +148,11 @@ class Matcher:
         self.device = device_of(opt)
         self.Eiters = 0
 
+    @classmethod
+    def reads(cls) -> tuple[str, ...]:
+        """The options that the model cannot do without."""
+        raise NotImplementedError
+
     @property
     def modules(self) -> list[nn.Module]:
         """The modules in the order of the checkpoint's list."""

@@ -264,7 +264,7 @@ class SCAN(Matcher):
     parts = ("img_enc", "txt_enc")
 
     def __init__(self, opt: Namespace) -> None:
-        want(opt, "SCAN", OPTIONS)
+        want(opt, "SCAN", self.reads())
         super().__init__(opt)
         self.scorer = _scorer(opt.cross_attn, opt)
         self.img_enc = EncoderImage("", opt.img_dim, opt.embed_size, opt.precomp_enc_type, opt.no_imgnorm)
@@ -273,6 +273,10 @@ class SCAN(Matcher):
         )
         self.criterion = ContrastiveLoss(opt, opt.margin, opt.max_violation)
         self.optimise((self.txt_enc, self.img_enc), opt)
+
+    @classmethod
+    def reads(cls) -> tuple[str, ...]:
+        return OPTIONS
 
     def forward_emb(
         self, images: Tensor, captions: Tensor, lengths: Sequence[int] | Tensor, volatile: bool = False

@@ -249,13 +249,17 @@ class SGRAF(Matcher):
     sim_enc: PairScorer
 
     def __init__(self, opt: Namespace) -> None:
-        want(opt, type(self).__name__, (*OPTIONS, *self.options))
+        want(opt, type(self).__name__, self.reads())
         super().__init__(opt)
         self.img_enc = EncoderImage(opt.img_dim, opt.embed_size, opt.no_imgnorm)
         self.txt_enc = self.text(opt)
         self.sim_enc = self.similarity(opt)
         self.criterion = ContrastiveLoss(opt.margin, opt.max_violation)
         self.optimise((self.txt_enc, self.img_enc, self.sim_enc), opt)
+
+    @classmethod
+    def reads(cls) -> tuple[str, ...]:
+        return (*OPTIONS, *cls.options)
 
     def text(self, opt: Namespace) -> nn.Module:
         """Make the text encoder; models with another one make theirs."""

@@ -1,9 +1,8 @@
-"""The published checkpoint format, read without running anything the file brings along.
+"""The published checkpoint format.
 
 `model_best.pth.tar` of kuanghuei/SCAN and Paranioar/SGRAF is `torch.save` of a dict: epoch, model (a list of
-state dicts), best_rsum, opt (an `argparse.Namespace`), Eiters. Such a file is a pickle, and a pickle is a
-program. It is read with `weights_only=True` and an exact allow-list; the numpy scalars that old files hold
-are rebuilt by the two small stand-ins below, so that not even numpy's functions are called from a file.
+state dicts), best_rsum, opt (an `argparse.Namespace`), Eiters. Repositories built upon them save two networks as
+model_A and model_B, or leave out what only their training reads. To score, model and opt are enough.
 """
 
 from __future__ import annotations
@@ -14,12 +13,7 @@ import contextlib
 import io
 import math
 import os
-import pickle
-import re
-import struct
-import tarfile
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -29,31 +23,50 @@ from torch import Tensor
 
 from .._files import atomic_write
 from ..models import model_class
+from .torch_file import ALLOWED, describe, load_plain
 
 State: TypeAlias = collections.OrderedDict[str, Tensor]
-_KEYS = ("epoch", "model", "best_rsum", "opt", "Eiters")
-_WANTED = "a checkpoint is the model_best.pth.tar that SCAN, SGRAF or `itm-fast train` wrote: a dict of " + ", ".join(
-    _KEYS
+BEST, LAST = "model_best.pth.tar", "checkpoint.pth.tar"
+_WANTED = (
+    "a checkpoint is the model_best.pth.tar that SCAN, SGRAF or `itm-fast train` wrote: a dict with model (or model_A "
+    "and model_B), opt, epoch, best_rsum and Eiters"
 )
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a published checkpoint holds.
+    """One network of a published checkpoint.
 
     Attributes:
-        epoch: as the file has it; SGRAF counts finished epochs, SCAN writes the 0-based last one.
+        epoch: as the file has it; SGRAF counts finished epochs, SCAN writes the 0-based last one. None where the file
+            holds no such number.
         model: state dicts, CPU tensors: image encoder, text encoder and, for SGRAF, similarity encoder.
-        best_rsum: best sum of the six recalls on the dev split, in percent (at most 600).
+        best_rsum: best sum of the six recalls on the dev split, in percent (at most 600), or None.
         opt: the options of the training run, under their published names.
-        iterations: optimiser steps taken (`Eiters`).
+        iterations: optimiser steps taken (`Eiters`), or None.
+        path: the file.
+        name: of the network in a file of several: "A" for `model_A`; else empty.
     """
 
-    epoch: int
+    epoch: int | None
     model: list[State]
-    best_rsum: float
+    best_rsum: float | None
     opt: argparse.Namespace
-    iterations: int
+    iterations: int | None
+    path: str = ""
+    name: str = ""
+
+    @property
+    def words(self) -> int:
+        """How many words the text encoder embeds.
+
+        Raises:
+            ValueError: no part of the model has word embeddings.
+        """
+        for state in self.model:
+            if "embed.weight" in state and state["embed.weight"].dim() == 2:
+                return len(state["embed.weight"])
+        raise ValueError(f"{self.path}: no part of the model has word embeddings (embed.weight)")
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
@@ -63,14 +76,15 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     Tensors come to the CPU; a `module.` prefix left by DataParallel is dropped from the names.
 
     Args:
-        path: the file, for example `runs/f30k_SGR/checkpoint/model_best.pth.tar`.
+        path: the file, for example `runs/f30k_SGR/checkpoint/model_best.pth.tar`, or its folder.
 
     Returns:
         the content, checked key by key.
 
     Raises:
-        FileNotFoundError, IsADirectoryError, PermissionError: the file cannot be opened.
-        ValueError: it is no such checkpoint; the sentence names what was found and what was expected.
+        FileNotFoundError, PermissionError: the file cannot be opened.
+        ValueError: it is no such checkpoint, or one of several networks; the sentence names what was found and what
+            was expected.
 
     >>> import argparse, tempfile, torch
     >>> states = [torch.nn.Linear(2, 3).state_dict(), torch.nn.Linear(3, 4).state_dict()]
@@ -80,21 +94,46 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     >>> load(file).opt.cross_attn
     't2i'
     """
-    path = Path(path)
-    content, repair = load_plain(path, wanted=_WANTED, allowed=_ALLOWED)
+    found = load_all(path)
+    if len(found) > 1:
+        names = ", ".join(one.name for one in found)
+        raise ValueError(
+            f"{path}: holds {len(found)} networks ({names}), whose scores are averaged; `load_all` reads them, and "
+            "`itm-fast evaluate` takes them as members of an ensemble"
+        )
+    return found[0]
+
+
+def load_all(path: str | os.PathLike[str]) -> list[Checkpoint]:
+    """Read every network of a checkpoint: one, or two where the file holds `model_A` and `model_B`.
+
+    Args and Raises: as `load`.
+
+    Returns:
+        the networks in the order of their names.
+    """
+    path = _file(Path(path))
+    content, repair = load_plain(path, wanted=_WANTED, allowed=ALLOWED)
     if not isinstance(content, dict):
-        raise ValueError(f"{path}: holds {_describe(content)}; {_WANTED}")
-    missing = [key for key in _KEYS if key not in content]
+        raise ValueError(f"{path}: holds {describe(content)}; {_WANTED}")
+    networks = _networks(content)
+    missing = [key for key, there in (("model", networks), ("opt", "opt" in content)) if not there]
     if missing:
-        raise ValueError(f"{path}: holds {_describe(content)} without {', '.join(missing)}; {_WANTED}")
+        raise ValueError(f"{path}: holds {describe(content)} without {', '.join(missing)}; {_WANTED}")
     opt = _options(path, content["opt"], repair)
-    return Checkpoint(
-        epoch=int(_number(path, "epoch", content["epoch"])),
-        model=_state_dicts(path, content["model"], opt),
-        best_rsum=float(_number(path, "best_rsum", content["best_rsum"])),
-        opt=opt,
-        iterations=int(_number(path, "Eiters", content["Eiters"])),
-    )
+    epoch, best_rsum, iterations = (_number(content.get(key)) for key in ("epoch", "best_rsum", "Eiters"))
+    return [
+        Checkpoint(
+            epoch=None if epoch is None else int(epoch),
+            model=_state_dicts(path, key, content[key], opt),
+            best_rsum=None if best_rsum is None else float(best_rsum),
+            opt=opt,
+            iterations=None if iterations is None else int(iterations),
+            path=str(path),
+            name=name,
+        )
+        for name, key in networks.items()
+    ]
 
 
 def save(
@@ -136,142 +175,41 @@ def save(
         file.write(buffer.getbuffer())
 
 
-def load_plain(path: Path, *, wanted: str, allowed: Sequence[Any] = ()) -> tuple[Any, bool]:
-    """`torch.load(weights_only=True)` to the CPU, with exactly this allow-list and one sentence per failure.
-
-    Args:
-        path: the file.
-        wanted: half a sentence that ends the messages: what the file should have been.
-        allowed: what the file may name, as `torch.serialization.add_safe_globals` takes it.
-
-    Returns:
-        the content, and whether its text was read as latin1 (raw bytes of Python 2) and needs repair.
+def _file(path: Path) -> Path:
+    """The file meant by a path: in a folder, the best checkpoint.
 
     Raises:
-        OSError: the file cannot be opened.
-        ValueError: it is not a torch file, is damaged, or wants something that is not allowed.
+        FileNotFoundError: there is nothing.
+        ValueError: the folder has none; says what it holds.
     """
-    with open(path, "rb") as file:  # what cannot be opened ends here, with Python's own sentence
-        head = file.read(512)
-    reason: Exception | None = None
-    # Python 2's text is bytes: nearly all of it UTF-8, its numpy numbers raw bytes, which latin1 keeps.
-    for encoding in ("utf-8", "latin1"):
-        try:
-            with _exactly(allowed), warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                content = torch.load(path, map_location="cpu", weights_only=True, encoding=encoding)
-            return content, encoding == "latin1"
-        except (OSError, MemoryError):
-            raise
-        except Exception as error:  # the bytes decide what is raised: any type is possible
-            reason = error
-            if not isinstance(error, (UnicodeDecodeError, _BadNumber)):
-                break
-    raise ValueError(f"{path}: {_diagnosis(path, head, reason)}; {wanted}") from None
+    if not path.is_dir() or (path / BEST).is_file():
+        return path / BEST if path.is_dir() else path
+    names = sorted(entry.name for entry in path.iterdir())
+    held = ", ".join(names[:8] + ["..."] * (len(names) > 8)) or "nothing"
+    raise ValueError(f"{path}: is a folder without {BEST}; it holds {held}. Give the checkpoint file itself")
 
 
-@contextlib.contextmanager
-def _exactly(allowed: Sequence[Any]) -> Iterator[None]:
-    before = list(torch.serialization.get_safe_globals())
-    torch.serialization.clear_safe_globals()
-    torch.serialization.add_safe_globals(list(allowed))
-    try:
-        yield
-    finally:
-        torch.serialization.clear_safe_globals()
-        torch.serialization.add_safe_globals(before)
+def _networks(content: Mapping[str, Any]) -> dict[str, str]:
+    """Name of each network -> its key."""
+    for key in ("model", "state_dict"):
+        if key in content:
+            return {"": key}
+    prefix = "model_"
+    keys = sorted(str(key) for key in content if str(key).startswith(prefix))
+    return {key.removeprefix(prefix): key for key in keys if isinstance(content[key], (list, tuple, dict))}
 
 
-class _BadNumber(ValueError):
-    """A numpy scalar whose bytes do not fit its type under this text encoding."""
-
-
-class _Dtype:
-    """Stands in for `numpy.dtype`: remembers kind, width and byte order, builds nothing."""
-
-    def __init__(self, name: str, *_: object) -> None:
-        self.name, self.order = str(name), "<"
-
-    def __setstate__(self, state: tuple[Any, ...]) -> None:
-        self.order = ">" if state[1] == ">" else "<"
-
-
-_FORMATS = {
-    "f8": "d", "f4": "f", "f2": "e", "b1": "?",
-    "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I", "u2": "H", "u1": "B",
-}  # fmt: skip
-
-
-def _scalar(dtype: _Dtype, data: bytes | str) -> float | int | bool:
-    """Stands in for numpy's `scalar`: raw bytes of one number to a Python number."""
-    if not isinstance(dtype, _Dtype) or dtype.name not in _FORMATS:
-        raise pickle.UnpicklingError(f"a numpy scalar of type {getattr(dtype, 'name', dtype)!r}")
-    try:
-        raw = data.encode("latin1") if isinstance(data, str) else bytes(data)
-        return struct.unpack(dtype.order + _FORMATS[dtype.name], raw)[0]
-    except (UnicodeEncodeError, struct.error) as error:
-        raise _BadNumber(str(error)) from None
-
-
-_ALLOWED = (
-    argparse.Namespace,
-    collections.OrderedDict,
-    (_Dtype, "numpy.dtype"),
-    (_scalar, "numpy.core.multiarray.scalar"),
-    (_scalar, "numpy._core.multiarray.scalar"),
-)
-
-
-def _diagnosis(path: Path, head: bytes, reason: Exception | None) -> str:
-    message = str(reason)
-    unwanted = re.search(r"GLOBAL (\S+) was not an allowed|unsupported GLOBAL (\S+) whose module", message)
-    if unwanted:
-        name = unwanted.group(1) or unwanted.group(2)
-        return f"refused, because it would run or build {name!r}, which no such checkpoint needs"
-    if not head:
-        return "is an empty file"
-    if head.lstrip()[:1] == b"<":
-        return "is a web page, not the download itself (fetch the file again in a browser)"
-    if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer, not the file itself (run `git lfs pull`)"
-    if head.startswith(b"\x1f\x8b"):
-        return "is a gzip file (unpack it first)"
-    if tarfile.is_tarfile(path):
-        return "is a tar archive (unpack it first; the name .pth.tar of the published files means no archive)"
-    if "TorchScript" in message:
-        return "is a TorchScript archive"
-    kind = "zip" if head.startswith(b"PK") else "pickle"
-    detail = message.split("WeightsUnpickler error:")[-1].strip().splitlines()
-    return (
-        f"cannot be read as a torch file; it is damaged, cut short or something else "
-        f"({kind}: {type(reason).__name__} {detail[0] if detail else ''})".replace(" )", ")")
-    )
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, Mapping):
-        if value and all(isinstance(item, Tensor) for item in value.values()):
-            return f"a bare state dict of {len(value)} tensors (first {next(iter(value))!r})"
-        names = [str(key) for key in value][:9]
-        return "a dict of " + ", ".join(names[:8] + ["..."] * (len(names) > 8) or ["nothing"])
-    if isinstance(value, Tensor):
-        return f"one tensor {list(value.shape)}"
-    return f"a {type(value).__name__}"
-
-
-def _number(path: Path, key: str, value: object) -> float:
-    if isinstance(value, Tensor) and value.numel() == 1:
-        return float(value)
-    if isinstance(value, (int, float)) and math.isfinite(value):
-        return value
-    raise ValueError(f"{path}: {key} must be a finite number, holds {_describe(value)}; {_WANTED}")
+def _number(value: object) -> float | None:
+    if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta and not value.is_complex():
+        value = value.item()
+    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 
 def _options(path: Path, opt: object, repair: bool) -> argparse.Namespace:
-    if not isinstance(opt, argparse.Namespace):
-        raise ValueError(f"{path}: opt must be an argparse.Namespace, holds {_describe(opt)}; {_WANTED}")
-    values = vars(opt).items()
-    return argparse.Namespace(**{name: _utf8(value) if repair else value for name, value in values})
+    values = vars(opt) if isinstance(opt, argparse.Namespace) else opt
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        raise ValueError(f"{path}: opt must be an argparse.Namespace or a dict, holds {describe(opt)}; {_WANTED}")
+    return argparse.Namespace(**{name: _utf8(value) if repair else value for name, value in values.items()})
 
 
 def _utf8(value: object) -> object:
@@ -282,25 +220,61 @@ def _utf8(value: object) -> object:
     return value
 
 
-def _state_dicts(path: Path, model: object, opt: argparse.Namespace) -> list[State]:
+def _state_dicts(path: Path, key: str, model: object, opt: argparse.Namespace) -> list[State]:
+    option = next((name for name in ("system", "module_name", "cross_attn") if hasattr(opt, name)), None)
+    try:
+        kind = None if option is None else model_class(opt)
+    except (ValueError, TypeError) as error:  # an unhashable value is a TypeError
+        raise ValueError(f"{path}: {error}") from error
+    if isinstance(model, dict) and kind is not None:
+        model = _by_part(model, kind.parts) or model
     if not isinstance(model, (list, tuple)) or not model:
-        raise ValueError(f"{path}: model must be a list of state dicts, holds {_describe(model)}; {_WANTED}")
-    states = []
+        raise ValueError(f"{path}: {key} must be a list of state dicts, holds {describe(model)}; {_WANTED}")
     for position, state in enumerate(model):
         if not isinstance(state, dict) or not state or not all(isinstance(v, Tensor) for v in state.values()):
             raise ValueError(
-                f"{path}: model[{position}] must be a state dict (names to tensors), holds {_describe(state)}"
+                f"{path}: {key}[{position}] must be a state dict (names to tensors), holds {describe(state)}"
             )
-        states.append(_without_prefix(state))
-    option = next((name for name in ("system", "module_name", "cross_attn") if hasattr(opt, name)), None)
-    if option is not None:
-        kind = model_class(opt)
-        if len(states) != len(kind.parts):
-            raise ValueError(
-                f"{path}: opt.{option} says {kind.__name__}, whose model is {len(kind.parts)} state dicts, but the "
-                f"file holds {len(states)}"
-            )
-    return states
+        for name, value in state.items():
+            if odd := _not_plain(value):
+                where = f"{key}[{position}][{name!r}]"
+                raise ValueError(f"{path}: {where} is {odd}; only dense tensors of numbers can be read")
+    if kind is not None and len(model) != len(kind.parts):
+        raise ValueError(
+            f"{path}: opt.{option} says {kind.__name__}, whose model is {len(kind.parts)} state dicts, but the "
+            f"file holds {len(model)}"
+        )
+    return [_without_prefix(state) for state in model]
+
+
+def _by_part(model: dict[Any, Any], parts: Sequence[str]) -> list[Any] | None:
+    """A dict of state dicts, or one flat state dict whose names begin with the parts', as a list; None for others."""
+    if set(model) == set(parts):
+        return [model[part] for part in parts]
+    if not all(isinstance(name, str) for name in model):
+        return None
+    model = _without_prefix(model)
+    states: dict[str, State] = {part: collections.OrderedDict() for part in parts}
+    for name, value in model.items():
+        part, _, rest = name.partition(".")
+        if part not in states:
+            return None
+        states[part][rest] = value
+    return list(states.values())
+
+
+def _not_plain(value: Tensor) -> str | None:
+    if value.is_meta:
+        return "a tensor on the meta device, without values"
+    if value.layout != torch.strided or value.is_nested:
+        return "a sparse or nested tensor"
+    if value.is_quantized:
+        return "a quantised tensor"
+    if value.is_complex():
+        return "a complex tensor"
+    if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+        return f"a tensor of shape {list(value.shape)} of which the file holds a part"
+    return None
 
 
 def _without_prefix(state: dict[str, Tensor]) -> State:
@@ -334,5 +308,5 @@ def _plain(name: str, value: object) -> object:
         return os.fspath(value)
     if isinstance(value, (list, tuple)):
         return [_plain(name, item) for item in value]
-    got = _describe(value)
+    got = describe(value)
     raise TypeError(f"opt.{name} must be text, a number, a boolean, None or a list of them, got {got}")

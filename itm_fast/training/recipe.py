@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import math
+from collections.abc import Callable, Mapping
 from typing import Any
 
+# What training reads beside the model's own options.
+TRAINING = ("num_epochs", "lr_update", "batch_size", "seed", "exclude_same_image", "val_step", "data_name")
 MODELS = ("sgr", "saf", "scan", "shan", "hgan", "tshsr", "dual")
 RECIPES = ("f30k", "coco")
 
@@ -135,7 +139,7 @@ def options(model: str, *, recipe: str = "f30k", direction: str | None = None, *
     if unknown:
         raise ValueError(f"{model} has no option {', '.join(unknown)}; its options are {', '.join(sorted(chosen))}")
     chosen.update({name: value for name, value in changes.items() if value is not None})
-    _check(chosen)
+    check(chosen)
     return argparse.Namespace(**chosen)
 
 
@@ -153,20 +157,76 @@ def learning_rate(opt: argparse.Namespace, epoch: int) -> float:
     return opt.learning_rate * (0.1 ** (epoch // opt.lr_update))
 
 
-def _check(chosen: dict[str, Any]) -> None:
-    if chosen["batch_size"] < 2:
+def check(values: Mapping[str, Any], spell: Callable[[str], str] = str) -> None:
+    """Refuse options that no model can be built or trained with, before anything is built.
+
+    Args:
+        values: any options by their published names; those that no recipe has are left alone.
+        spell: how a message calls an option.
+
+    Raises:
+        ValueError: a value is of another type, not finite, or out of its range.
+
+    >>> check({"sim_dim": 0})
+    Traceback (most recent call last):
+    ValueError: sim_dim must be at least 1, got 0
+    """
+    for name, value in values.items():
+        wanted = _TYPES.get(name)
+        if wanted is not None and not _fits(value, wanted):
+            raise ValueError(f"{spell(name)} must be {_WORDS[type(wanted)]}, got {value!r}")
+        for low, high, names in _RANGES:
+            if name in names and not low <= value <= high:
+                allowed = f"at least {low}" if high == math.inf or value < low else f"at most {high}"
+                raise ValueError(f"{spell(name)} must be {allowed}, got {value}")
+        if name in _POSITIVE and not value > 0:
+            raise ValueError(f"{spell(name)} must be more than 0, got {value}")
+        if name in _LAYERS and len(value) > _DEEPEST:
+            raise ValueError(f"{spell(name)} must be at most {_DEEPEST} numbers, got {len(value)}")
+    if values.get("batch_size", 2) < 2:
         raise ValueError(
-            f"batch_size must be at least 2: the negatives come from the batch; got {chosen['batch_size']}"
+            f"{spell('batch_size')} must be at least 2: the negatives come from the batch; got {values['batch_size']}"
         )
-    for name in ("num_epochs", "lr_update", "img_dim", "word_dim", "embed_size", "num_layers", "sim_dim"):
-        if name in chosen and chosen[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {chosen[name]}")
-    for name in ("learning_rate", "lambda_softmax", "lambda_lse"):
-        if name in chosen and not chosen[name] > 0:
-            raise ValueError(f"{name} must be more than 0, got {chosen[name]}")
-    for name in ("mu1", "mu2"):
-        if name in chosen and not 0 <= chosen[name] <= 1:
-            raise ValueError(f"{name} must lie in 0..1, got {chosen[name]}")
-    for name in ("margin", "grad_clip", "val_step", "seed", "sgr_step"):
-        if name in chosen and not chosen[name] >= 0:
-            raise ValueError(f"{name} must be at least 0, got {chosen[name]}")
+
+
+def _fits(value: object, wanted: object) -> bool:
+    """Whether a value is of the type of an example; a whole number may stand for a float, 0 and 1 for a bool."""
+    if isinstance(wanted, bool):
+        return isinstance(value, int) and value in (0, 1)
+    if isinstance(wanted, list):
+        return isinstance(value, (list, tuple)) and all(_fits(item, wanted[0]) for item in value)
+    if isinstance(wanted, str):
+        return isinstance(value, str)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return isinstance(value, int) if isinstance(wanted, int) else math.isfinite(value)
+
+
+_DEEPEST = 100  # layers or steps: each is a module of its own, and the published models have up to 3
+_MOST = 2**63 - 1  # what torch takes as a size or a seed
+# Every option's type, by an example of it.
+_TYPES: dict[str, Any] = {
+    **_COMMON,
+    **{name: value for system in _SYSTEMS.values() for name, value in system.items() if value is not None},
+    **dict.fromkeys(("num_epochs", "lr_update", "sim_dim", "sgr_step", "num_region", "vocab_size"), 1),
+    **dict.fromkeys(("module_name", "cross_attn", "alignment", "agg_func", "raw_feature_norm"), ""),
+    **dict.fromkeys(("lambda_softmax", "lambda_lse"), 1.0),
+}
+_WORDS = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a finite number",
+    str: "text",
+    list: "a list of numbers",
+}
+# least, most, of which options
+_RANGES: tuple[tuple[float, float, tuple[str, ...]], ...] = (
+    (1, _MOST, ("num_epochs", "lr_update", "img_dim", "word_dim", "embed_size", "sim_dim", "num_region", "vocab_size")),
+    (1, _DEEPEST, ("num_layers",)),
+    (0, _DEEPEST, ("sgr_step", "graph_layers")),
+    (0, _MOST, ("val_step", "seed", "batch_size", "vector_dim")),
+    (0, math.inf, ("margin", "grad_clip")),
+    (0, 1, ("mu1", "mu2")),
+)
+_POSITIVE = ("learning_rate", "lambda_softmax", "lambda_lse")
+_LAYERS = ("granularities", "context_nodes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import io
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -11,10 +12,19 @@ import torch
 from torch import Tensor
 
 from .._files import atomic_write
-from .checkpoint import load_plain
+from ..models import model_class
+from .recipe import TRAINING
+from .torch_file import describe, load_plain
 
 NAME = "resume.pt"
 _FORMAT = "itm-fast resume 1"
+_KINDS: dict[str, Any] = {  # of what `Progress` holds
+    **dict.fromkeys(("options", "arguments", "optimizer", "rng"), dict),
+    **dict.fromkeys(("data", "model"), list),
+    **dict.fromkeys(("epoch", "step", "iterations"), int),
+    "best_rsum": (float, int, type(None)),
+    "best_epoch": (int, type(None)),
+}
 
 
 @dataclass
@@ -59,20 +69,44 @@ def save(folder: Path, progress: Progress) -> None:
         file.write(buffer.getbuffer())
 
 
+def require(folder: Path) -> Path:
+    """The path of `folder/resume.pt`.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    path = folder / NAME
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist, so there is no run to resume; leave --resume out to start one")
+    return path
+
+
 def load(folder: Path) -> Progress:
     """Read `folder/resume.pt` without running anything in it.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged or not such a file.
+        ValueError: it is damaged or not such a file; names what is missing or of another kind.
     """
-    path = folder / NAME
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist, so there is no run to resume; leave --resume out to start one")
+    path = require(folder)
     content, _ = load_plain(path, wanted="it should be the resume file that an interrupted training run wrote")
     if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
         raise ValueError(f"{path} is not a resume file of this version of itm-fast")
-    return Progress(**content)
+    odd = [
+        f"{name} of {describe(content[name])}" if name in content else f"no {name}"
+        for name, kind in _KINDS.items()
+        if not isinstance(content.get(name, _KINDS), kind)
+    ]
+    if not odd:
+        options = content["options"]
+        try:
+            wanted = (*model_class(argparse.Namespace(**options)).reads(), *TRAINING)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: its options are of no model: {error}") from error
+        odd = [f"no option {name}" for name in wanted if name not in options]
+    if odd:
+        raise ValueError(f"{path} is not a whole resume file: it holds {', '.join(odd)}; start in another folder")
+    return Progress(**{name: content[name] for name in _KINDS})
 
 
 def random_state() -> dict[str, Any]:

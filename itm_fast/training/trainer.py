@@ -13,25 +13,31 @@ from collections.abc import Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .._backends import requested, use_backend, why_not
-from . import checkpoint, resume
+from .._backends import use_backend
+from .._lock import Lock
+from ..models import build
+from . import checkpoint, recipe, resume
+from .building import affordable, fits
+from .checkpoint import BEST, LAST
 from .interrupt import Stop, signals
 from .log import STEP, Log, dev_values, table
 from .losses import batch_loss
 from .recipe import learning_rate
+from .setup import completed, usable
 from .vectors import word_vectors
 
 if TYPE_CHECKING:
     from ..data import Batch, Split, Vocabulary
 
-BEST, LAST = "model_best.pth.tar", "checkpoint.pth.tar"
 _SAVE_EVERY = 600.0  # seconds between resume files inside an epoch
-_MAY_DIFFER = ("num_epochs", "val_step", "data_path", "vocab_path", "model_name", "logger_name")  # on resuming
+LOCK = "train.lock"
+# on resuming; the vocabulary is compared on its own
+_MAY_DIFFER = ("num_epochs", "val_step", "data_path", "vocab_path", "model_name", "logger_name", "vocab_checksum")
 
 
 @dataclass(frozen=True)
@@ -111,17 +117,22 @@ def train(
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
     output = Path(output)
-    if not resuming:
-        _refuse_existing(output)
     with contextlib.ExitStack() as stack:
         if backend is not None:
             stack.enter_context(use_backend(backend))
-        run = _Run(opt, train_split, dev_split, vocabulary, output, device, progress, dict(arguments or {}), resuming)
+        chosen = usable(device)
+        recipe.check(vars(opt))
+        opt = completed(opt, train_split, dev_split, vocabulary, output)
         if resuming:
-            run.restore()
+            resume.require(output)
         else:
             output.mkdir(parents=True, exist_ok=True)
-            vocabulary.save(run.vocabulary_file)
+        lock = stack.enter_context(Lock(output / LOCK, str(output)))
+        if not resuming:
+            _refuse_existing(output)
+        found = resume.load(output) if resuming else None
+        run = _Run(opt, train_split, dev_split, vocabulary, output, chosen, progress, dict(arguments or {}), lock)
+        run.build(found)
         validated = run.step < run.steps
         run.log = Log(output, run.iterations, validated=validated, tensorboard=tensorboard)
         stack.callback(run.log.close)
@@ -131,6 +142,7 @@ def train(
 
 class _Run:
     log: Log
+    model: Any
     stop: Stop
 
     def __init__(
@@ -140,41 +152,15 @@ class _Run:
         dev_split: Split,
         vocabulary: Vocabulary,
         output: Path,
-        device: str | torch.device | None,
+        device: torch.device,
         progress: bool,
         arguments: dict[str, Any],
-        resuming: bool,
+        lock: Lock,
     ) -> None:
         from ..data import TrainingBatches
-        from ..models import build, model_class
 
-        for name, split in (("training", train_split), ("dev", dev_split)):
-            if split.features.shape[2] != opt.img_dim:
-                raise ValueError(
-                    f"img_dim is {opt.img_dim}, but the {name} split's features [I, R, F] are "
-                    f"{list(split.features.shape)}; set img_dim to F"
-                )
-        set_here: dict[str, Any] = dict.fromkeys(("vocab_path", "model_name", "logger_name"), str(output))
-        set_here["vocab_size"] = len(vocabulary)
-        if model_class(opt).weighs_regions:
-            regions, dev_regions = train_split.features.shape[1], dev_split.features.shape[1]
-            if regions != dev_regions:
-                raise ValueError(
-                    f"{model_class(opt).__name__} has one weight per region, so both splits must have as many: "
-                    f"training has {regions}, dev {dev_regions}; pad the features and give region_lengths"
-                )
-            if regions != 36:  # the published number, of which its code keeps no option
-                set_here["num_region"] = regions
-        vectors = None if resuming else word_vectors(opt, vocabulary, progress)
-        if vectors is not None:
-            set_here["vector_dim"] = vectors.shape[1]
-        self.opt = argparse.Namespace(**{**vars(opt), **set_here})
+        self.opt, self.device, self.lock = opt, device, lock
         self.vocabulary_file = output / f"{opt.data_name}_vocab.json"  # where the published code looks
-        self.device = _usable(device)
-        asked = requested()
-        reason = None if asked == "auto" else why_not(asked, self.device)
-        if reason is not None:
-            raise NotImplementedError(f"the backend {asked} cannot run on {self.device}: {reason}")
         self.dev_split, self.vocabulary, self.output = dev_split, vocabulary, output
         self.progress, self.arguments = progress, arguments
         self.data = [len(train_split.captions), len(train_split.features)]
@@ -183,19 +169,42 @@ class _Run:
         self.steps = len(self.batches) - (self.data[0] % opt.batch_size == 1)
         if self.steps < 1:
             raise ValueError(f"the training split must hold at least 2 captions, got {self.data[0]}")
-        torch.manual_seed(opt.seed)
-        self.model: Any = build(argparse.Namespace(**{**vars(self.opt), "device": str(self.device)}))
-        if vectors is not None:
-            cast(Any, self.model.txt_enc).set_vectors(vectors)
         self.epoch = self.step = self.iterations = 0
         self.best_rsum: float | None = None
         self.best_epoch: int | None = None
         self.saved: int | None = None  # iterations in the resume file
 
-    def restore(self) -> None:
+    def build(self, found: resume.Progress | None) -> None:
+        """Build the model: with new weights, or as an interrupted run left it."""
+        if found is not None:
+            self._refuse_another(found)
+        vectors = word_vectors(self.opt, self.vocabulary, self.progress) if found is None else None
+        if vectors is not None:
+            self.opt.vector_dim = vectors.shape[1]
+        if found is None:
+            affordable(self.opt, self.device)
+            self.vocabulary.save(self.vocabulary_file)
+        torch.manual_seed(self.opt.seed)
+        self.model = build(argparse.Namespace(**{**vars(self.opt), "device": str(self.device)}))
+        if vectors is not None:
+            self.model.txt_enc.set_vectors(vectors)
+        if found is None:
+            return
+        try:
+            self.model.load_state_dict(found.model)
+            self.model.optimizer.load_state_dict(found.optimizer)
+            resume.set_random_state(found.rng)
+        except (ValueError, RuntimeError, TypeError, KeyError, IndexError) as error:
+            path = self.output / resume.NAME
+            raise ValueError(f"{path} does not fit its own options: {' '.join(str(error).split())}") from error
+        self.epoch, self.step, self.iterations = found.epoch, found.step, found.iterations
+        self.best_rsum, self.best_epoch = found.best_rsum, found.best_epoch
+        self.saved = found.iterations
+
+    def _refuse_another(self, found: resume.Progress) -> None:
+        """Refuse to go on where options, data, words or weights are not those of the interrupted run."""
         from ..data import Vocabulary
 
-        found = resume.load(self.output)
         differing = [
             f"{name} {found.options.get(name)!r}, now {value!r}"
             for name, value in vars(self.opt).items()
@@ -203,19 +212,19 @@ class _Run:
         ]
         if found.data != self.data:
             differing.append(f"[captions, images] {found.data}, now {self.data}")
-        if not differing and Vocabulary.load(self.vocabulary_file).word2idx != self.vocabulary.word2idx:
+        checksum = found.options.get("vocab_checksum", self.opt.vocab_checksum)  # older runs kept none
+        if not differing and {checksum, Vocabulary.load(self.vocabulary_file).checksum()} != {self.opt.vocab_checksum}:
             differing.append(f"the words of {self.vocabulary_file}, now others")
+        path = self.output / resume.NAME
         if differing:
             raise ValueError(
-                f"{self.output / resume.NAME} belongs to a run with {'; '.join(differing)}. Resume with the "
-                "same options and data, or start afresh in another folder"
+                f"{path} belongs to a run with {'; '.join(differing)}. Resume with the same options and data, or start "
+                "afresh in another folder"
             )
-        self.model.load_state_dict(found.model)
-        self.model.optimizer.load_state_dict(found.optimizer)
-        resume.set_random_state(found.rng)
-        self.epoch, self.step, self.iterations = found.epoch, found.step, found.iterations
-        self.best_rsum, self.best_epoch = found.best_rsum, found.best_epoch
-        self.saved = found.iterations
+        try:
+            fits(self.opt, found.model)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def fit(self, max_steps: int | None) -> Result:
         try:
@@ -257,6 +266,7 @@ class _Run:
                 speed = len(batch.lengths) / (time.perf_counter() - start)
                 self.step += 1
                 self.iterations += 1
+                self.lock.check()
                 row = dict(zip(STEP, (loss, groups[0]["lr"], norm, speed), strict=True))
                 self.log.add(self.epoch + 1, self.iterations, row)
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
@@ -323,6 +333,7 @@ class _Run:
             print(table(title, found, best), file=sys.stderr)
 
     def _save_checkpoint(self, name: str) -> None:
+        self.lock.check()
         checkpoint.save(
             self.output / name,
             # As published: SGRAF counts finished epochs, SCAN names the last one from 0.
@@ -334,6 +345,7 @@ class _Run:
         )
 
     def _save_resume(self) -> None:
+        self.lock.check()
         resume.save(
             self.output,
             resume.Progress(
@@ -374,22 +386,13 @@ def _ahead(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
             yield batch
 
 
-def _usable(device: str | torch.device | None) -> torch.device:
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device must be such as cpu, cuda or cuda:1, got {device!r}") from error
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {chosen} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
-    return chosen
-
-
 def _first_bad_image(features: Tensor) -> int | None:
     bad = ~features.isfinite().flatten(1).all(1)
     return int(bad.nonzero()[0]) if bad.any() else None
 
 
 def _refuse_existing(output: Path) -> None:
+    """Refuse to overwrite a run."""
     for name, way_on in ((resume.NAME, "continue it with --resume, or "), (BEST, ""), (LAST, "")):
         if (output / name).exists():
             raise FileExistsError(f"{output} already holds a run ({name}); {way_on}give another folder")

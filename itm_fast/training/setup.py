@@ -1,0 +1,67 @@
+"""What a run settles before its first step: a device, a backend, and options that fit the data."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .._backends import requested, why_not
+from ..models import model_class
+from ..models._common import want
+from .recipe import TRAINING
+
+if TYPE_CHECKING:
+    from ..data import Split, Vocabulary
+
+
+def usable(device: str | torch.device | None) -> torch.device:
+    """The device of a run, on which the backend that was asked for can run.
+
+    Raises:
+        ValueError: there is no such device.
+        NotImplementedError: the backend cannot run there; says why.
+    """
+    try:
+        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError as error:
+        raise ValueError(f"device must be such as cpu, cuda or cuda:1, got {device!r}") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {chosen} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
+    asked = requested()
+    reason = None if asked == "auto" else why_not(asked, chosen)
+    if reason is not None:
+        raise NotImplementedError(f"the backend {asked} cannot run on {chosen}: {reason}")
+    return chosen
+
+
+def completed(
+    opt: argparse.Namespace, train_split: Split, dev_split: Split, vocabulary: Vocabulary, output: Path
+) -> argparse.Namespace:
+    """The options with what follows from the data.
+
+    Raises:
+        ValueError: an option is missing, the options do not fit the features, or the splits not each other.
+    """
+    known = [name for name in model_class(opt).reads() if name != "vocab_size"]
+    want(opt, "train", (*known, *TRAINING))
+    for name, split in (("training", train_split), ("dev", dev_split)):
+        if split.features.shape[2] != opt.img_dim:
+            raise ValueError(
+                f"img_dim is {opt.img_dim}, but the {name} split's features [I, R, F] are "
+                f"{list(split.features.shape)}; set img_dim to F"
+            )
+    set_here: dict[str, Any] = dict.fromkeys(("vocab_path", "model_name", "logger_name"), str(output))
+    set_here["vocab_size"], set_here["vocab_checksum"] = len(vocabulary), vocabulary.checksum()
+    if model_class(opt).weighs_regions:
+        regions, dev_regions = train_split.features.shape[1], dev_split.features.shape[1]
+        if regions != dev_regions:
+            raise ValueError(
+                f"{model_class(opt).__name__} has one weight per region, so both splits must have as many: "
+                f"training has {regions}, dev {dev_regions}; pad the features and give region_lengths"
+            )
+        if regions != 36:  # the published number, of which its code keeps no option
+            set_here["num_region"] = regions
+    return argparse.Namespace(**{**vars(opt), **set_here})

@@ -1,0 +1,163 @@
+"""A file of `torch.save`, read without running anything that it brings along.
+
+Such a file is a pickle, and a pickle is a program. It is read with `weights_only=True` and an exact allow-list; the
+numpy scalars that old files hold are rebuilt by the two small stand-ins below, so that not even numpy's functions are
+called from a file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import pickle
+import re
+import stat
+import struct
+import tarfile
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def load_plain(path: Path, *, wanted: str, allowed: Sequence[Any] = ()) -> tuple[Any, bool]:
+    """`torch.load(weights_only=True)` to the CPU, with exactly this allow-list and one sentence per failure.
+
+    Args:
+        path: the file.
+        wanted: half a sentence that ends the messages: what the file should have been.
+        allowed: what the file may name, as `torch.serialization.add_safe_globals` takes it.
+
+    Returns:
+        the content, and whether its text was read as latin1 (raw bytes of Python 2) and needs repair.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: it is not a torch file, is damaged, or wants something that is not allowed.
+    """
+    if special := _special(path):
+        raise ValueError(f"{path}: is a {special}, and only a file can be read; {wanted}")
+    with open(path, "rb") as file:  # what cannot be opened ends here, with Python's own sentence
+        head = file.read(512)
+    reason: Exception | None = None
+    # Python 2's text is bytes: nearly all of it UTF-8, its numpy numbers raw bytes, which latin1 keeps.
+    for encoding in ("utf-8", "latin1"):
+        try:
+            with _exactly(allowed), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                content = torch.load(path, map_location="cpu", weights_only=True, encoding=encoding)
+            return content, encoding == "latin1"
+        except (OSError, MemoryError):
+            raise
+        except Exception as error:  # the bytes decide what is raised: any type is possible
+            reason = error
+            if not isinstance(error, (UnicodeDecodeError, _BadNumber)):
+                break
+    raise ValueError(f"{path}: {_diagnosis(path, head, reason)}; {wanted}") from None
+
+
+@contextlib.contextmanager
+def _exactly(allowed: Sequence[Any]) -> Iterator[None]:
+    before = list(torch.serialization.get_safe_globals())
+    torch.serialization.clear_safe_globals()
+    torch.serialization.add_safe_globals(list(allowed))
+    try:
+        yield
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def _special(path: Path) -> str | None:
+    """What stands at a path in place of a file; to open a pipe would wait for its writer."""
+    mode = path.stat().st_mode
+    kinds = {
+        stat.S_IFDIR: "folder",
+        stat.S_IFIFO: "pipe",
+        stat.S_IFSOCK: "socket",
+        stat.S_IFCHR: "device",
+        stat.S_IFBLK: "device",
+    }
+    return kinds.get(stat.S_IFMT(mode))
+
+
+class _BadNumber(ValueError):
+    """A numpy scalar whose bytes do not fit its type under this text encoding."""
+
+
+class _Dtype:
+    """Stands in for `numpy.dtype`: remembers kind, width and byte order, builds nothing."""
+
+    def __init__(self, name: str, *_: object) -> None:
+        self.name, self.order = str(name), "<"
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self.order = ">" if state[1] == ">" else "<"
+
+
+_FORMATS = {
+    "f8": "d", "f4": "f", "f2": "e", "b1": "?",
+    "i8": "q", "i4": "i", "i2": "h", "i1": "b", "u8": "Q", "u4": "I", "u2": "H", "u1": "B",
+}  # fmt: skip
+
+
+def _scalar(dtype: _Dtype, data: bytes | str) -> float | int | bool:
+    """Stands in for numpy's `scalar`: raw bytes of one number to a Python number."""
+    if not isinstance(dtype, _Dtype) or dtype.name not in _FORMATS:
+        raise pickle.UnpicklingError(f"a numpy scalar of type {getattr(dtype, 'name', dtype)!r}")
+    try:
+        raw = data.encode("latin1") if isinstance(data, str) else bytes(data)
+        return struct.unpack(dtype.order + _FORMATS[dtype.name], raw)[0]
+    except (UnicodeEncodeError, struct.error) as error:
+        raise _BadNumber(str(error)) from None
+
+
+ALLOWED = (
+    argparse.Namespace,
+    collections.OrderedDict,
+    (_Dtype, "numpy.dtype"),
+    (_scalar, "numpy.core.multiarray.scalar"),
+    (_scalar, "numpy._core.multiarray.scalar"),
+)
+
+
+def _diagnosis(path: Path, head: bytes, reason: Exception | None) -> str:
+    message = str(reason)
+    unwanted = re.search(r"GLOBAL (\S+) was not an allowed|unsupported GLOBAL (\S+) whose module", message)
+    if unwanted:
+        name = unwanted.group(1) or unwanted.group(2)
+        return f"refused, because it would run or build {name!r}, which no such checkpoint needs"
+    if not head:
+        return "is an empty file"
+    if head.lstrip()[:1] == b"<":
+        return "is a web page, not the download itself (fetch the file again in a browser)"
+    if head.startswith(b"version https://git-lfs"):
+        return "is a Git LFS pointer, not the file itself (run `git lfs pull`)"
+    if head.startswith(b"\x1f\x8b"):
+        return "is a gzip file (unpack it first)"
+    if tarfile.is_tarfile(path):
+        return "is a tar archive (unpack it first; the name .pth.tar of the published files means no archive)"
+    if "TorchScript" in message:
+        return "is a TorchScript archive"
+    kind = "zip" if head.startswith(b"PK") else "pickle"
+    detail = message.split("WeightsUnpickler error:")[-1].strip().splitlines()
+    return (
+        f"cannot be read as a torch file; it is damaged, cut short or something else "
+        f"({kind}: {type(reason).__name__} {detail[0] if detail else ''})".replace(" )", ")")
+    )
+
+
+def describe(value: object) -> str:
+    """What a file was found to hold, for a sentence."""
+    if isinstance(value, Mapping):
+        if value and all(isinstance(item, Tensor) for item in value.values()):
+            return f"a bare state dict of {len(value)} tensors (first {next(iter(value))!r})"
+        names = [str(key) for key in value][:9]
+        return "a dict of " + ", ".join(names[:8] + ["..."] * (len(names) > 8) or ["nothing"])
+    if isinstance(value, Tensor):
+        return f"one tensor {list(value.shape)}"
+    return f"a {type(value).__name__}"
