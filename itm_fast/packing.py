@@ -6,6 +6,7 @@ however ragged the captions are, and what lies in one caption can never touch an
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
 
@@ -15,6 +16,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 Index = slice | Tensor
 Made = TypeVar("Made")
+READ_ANEW = ("cpu",)  # device types whose tensors are read in every call: reading them waits for nothing
+_VALUES = "values"
 _kept = WeakTensorKeyDictionary()  # tensor -> (its version, what was made of it)
 
 
@@ -78,27 +81,32 @@ def unpack(words: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def node_bounds(cu_seqlens: Tensor) -> Tensor:
-    """Bounds [T + 1] of the captions' nodes, one more than their words, of those of the words; kept like `bounds`.
+    """Bounds [T + 1] of the captions' nodes, one more than their words, of those of the words; see `kept`.
 
     >>> node_bounds(torch.tensor([0, 2, 3])).tolist()
     [0, 3, 5]
     """
 
-    def make() -> Tensor:
-        return cu_seqlens + torch.arange(len(cu_seqlens), dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+    def make(edge: Tensor) -> Tensor:
+        return edge + torch.arange(len(edge), dtype=edge.dtype, device=edge.device)
 
-    return make() if torch.compiler.is_compiling() else kept(cu_seqlens, "node_bounds", make)
+    if torch.compiler.is_compiling():
+        return make(cu_seqlens)
+    with torch.inference_mode(False):  # whose tensors do not tell when they are written to
+        found = kept(cu_seqlens, "node_bounds", make)
+        # `similarity_nodes` gives them to its caller, who may have written to them.
+        return make(checked(cu_seqlens)) if found._version else found
 
 
 def bounds(cu_seqlens: Tensor, rows: int, op: str) -> list[int]:
     """cu_seqlens as Python integers, checked against the number of packed rows; not to be changed.
 
-    They are kept as `kept` says: only the first call waits for the device.
+    On a CPU they are read and checked in every call; on a device only the first call waits for it, see `kept`.
 
     Raises:
         ValueError: it does not start at 0, end at `rows`, or give every caption at least one row.
     """
-    return kept(cu_seqlens, ("bounds", rows), lambda: _bounds(cu_seqlens, rows, op))
+    return kept(cu_seqlens, ("bounds", rows), lambda values: _bounds(values, rows, op))
 
 
 def _bounds(cu_seqlens: Tensor, rows: int, op: str) -> list[int]:
@@ -108,26 +116,40 @@ def _bounds(cu_seqlens: Tensor, rows: int, op: str) -> list[int]:
             f"{op}: cu_seqlens must start at 0 and end at the {rows} packed rows, "
             f"got {f'{edge[0]}..{edge[-1]}' if edge else 'no elements'}"
         )
-    for t, (start, stop) in enumerate(zip(edge, edge[1:], strict=False)):
-        if stop <= start:
-            raise ValueError(f"{op}: caption {t} is empty (cu_seqlens {start} then {stop}); every caption needs a word")
+    if any(map(operator.ge, edge, edge[1:])):  # in C, for this is done in every call
+        t = next(t for t in range(len(edge) - 1) if edge[t] >= edge[t + 1])
+        start, stop = edge[t : t + 2]
+        raise ValueError(f"{op}: caption {t} is empty (cu_seqlens {start} then {stop}); every caption needs a word")
     return edge
 
 
-def kept(tensor: Tensor, key: Hashable, make: Callable[[], Made]) -> Made:
-    """What `make` gives, made once for a tensor object and kept until it is written to or dies.
+def kept(tensor: Tensor, key: Hashable, make: Callable[[Tensor], Made]) -> Made:
+    """What `make` gives of a small tensor of lengths or bounds, without a wait for the device in every call.
 
-    Made anew in every call for tensors of inference mode, which do not tell when they are written to.
+    On a CPU it is made anew in every call, of the values that the tensor has then, however they got there.
+
+    Reading from another device waits until that has done all before, so there it is made once for a tensor object and
+    kept until the object dies or torch counts a write to it: an operation in place, `copy_`, an assignment to elements,
+    also through a view. Writes that torch does not count are not seen: through `tensor.data`, through memory shared
+    by DLPack or `__cuda_array_interface__`, by a kernel of somebody else's, or by a CUDA graph that is replayed. After
+    one of these hand over `tensor.clone()`. Until then everything is made of the copy of the values that was
+    checked, so an op gives the result of the former lengths and reads nothing out of bounds. Tensors of inference mode
+    count no writes: theirs are read in every call.
     """
-    if tensor.is_inference():
-        return make()
+    if tensor.device.type in READ_ANEW or tensor.is_inference():
+        return make(tensor)
     version, found = _kept.get(tensor, (None, {}))
     if version != tensor._version:
-        found = {}
+        found = {_VALUES: tensor.clone()}
         _kept[tensor] = tensor._version, found
     if key not in found:
-        found[key] = make()
+        found[key] = make(found[_VALUES])
     return found[key]
+
+
+def checked(tensor: Tensor) -> Tensor:
+    """The values that `kept` makes everything of: what kernels read in place of the tensor itself."""
+    return kept(tensor, _VALUES, lambda values: values)
 
 
 class Tiles(NamedTuple):
@@ -164,7 +186,7 @@ NODE_SLOTS = 16  # the least rows of a tile that a caption takes
 
 
 def node_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], window: int) -> NodePlan:
-    """Pack captions into tiles of `sizes` rows (powers of 2), each into the least that holds it; kept like `bounds`.
+    """Pack captions into tiles of `sizes` rows (powers of 2), each into the least that holds it; see `kept`.
 
     A caption takes a power of 2 of slots, 16 at the least, at a multiple of that number: so that what a reduction
     over a tile's rows adds up, and in which order, does not depend on what lies beside it.
@@ -180,11 +202,11 @@ def node_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], wind
         ValueError: as `bounds` does, or a caption has more nodes than the largest tile.
     """
     key = "nodes", rows, tuple(sizes), window
-    return kept(cu_seqlens, key, lambda: _node_plan(cu_seqlens, rows, op, sizes, window))
+    return kept(cu_seqlens, key, lambda values: _node_plan(values, rows, op, sizes, window))
 
 
-def _node_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], window: int) -> NodePlan:
-    edge = bounds(cu_seqlens, rows, op)
+def _node_plan(values: Tensor, rows: int, op: str, sizes: Sequence[int], window: int) -> NodePlan:
+    edge = _bounds(values, rows, op)
     row: list[int] = []
     owner: list[int] = []
     windows = []
@@ -211,7 +233,7 @@ def _node_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], win
             if members:
                 tiles.append(Tiles(size, first, (len(row) - first) // size))
         windows.append(Window(captions, slice(edge[captions.start], edge[captions.stop]), tuple(tiles)))
-    start, *tables = (torch.tensor(x, dtype=torch.int32).to(cu_seqlens.device) for x in (edge, row, owner))
+    start, *tables = (torch.tensor(x, dtype=torch.int32).to(values.device) for x in (edge, row, owner))
     return NodePlan(edge, start, tables[0], tables[1], windows)
 
 
@@ -246,7 +268,7 @@ class LengthPlan(NamedTuple):
 
 
 def length_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], window: int) -> LengthPlan:
-    """Group captions by the least of `sizes` that holds them; kept like `bounds`.
+    """Group captions by the least of `sizes` that holds them; see `kept`.
 
     Args:
         cu_seqlens: [T + 1].
@@ -259,11 +281,11 @@ def length_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], wi
         ValueError: as `bounds` does, or a caption has more words than the largest tile.
     """
     key = "lengths", rows, tuple(sizes), window
-    return kept(cu_seqlens, key, lambda: _length_plan(cu_seqlens, rows, op, sizes, window))
+    return kept(cu_seqlens, key, lambda values: _length_plan(values, rows, op, sizes, window))
 
 
-def _length_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], window: int) -> LengthPlan:
-    edge = bounds(cu_seqlens, rows, op)
+def _length_plan(values: Tensor, rows: int, op: str, sizes: Sequence[int], window: int) -> LengthPlan:
+    edge = _bounds(values, rows, op)
     order: list[int] = []
     windows = []
     for captions in stretches(edge, window):
@@ -278,7 +300,7 @@ def _length_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], w
                 groups.append(Group(size, len(order), len(found)))
                 order += found
         windows.append(Stretch(captions, slice(edge[captions.start], edge[captions.stop]), tuple(groups)))
-    return LengthPlan(torch.tensor(order, dtype=torch.int32).to(cu_seqlens.device), windows)
+    return LengthPlan(torch.tensor(order, dtype=torch.int32).to(values.device), windows)
 
 
 def stretches(edge: Sequence[int], rows: int) -> Iterator[slice]:

@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from itm_fast.packing import bounds, kept
+from itm_fast.packing import bounds, checked, kept
 
 REGIONS = 64  # of an image, and
 WORDS = 32  # of a caption that one tile holds: what COCO's have at most, but for one caption in ten thousand
@@ -99,8 +99,8 @@ def regions(op: str, image: Tensor, region_lengths: Tensor | None) -> Sets:
     if region_lengths is None:
         count = torch.full((I,), R, dtype=torch.int32, device=device)
     else:
-        kept(region_lengths, ("regions", R), lambda: _check_counts(op, region_lengths.tolist(), R))
-        count = aligned(region_lengths.to(torch.int32))
+        kept(region_lengths, ("regions", R), lambda values: _check_counts(op, values.tolist(), R))
+        count = aligned(checked(region_lengths).to(torch.int32))
     tile = min(REGIONS, power_of_two(R))
     owner = torch.arange(I * R, dtype=torch.int32, device=device).div_(R, rounding_mode="floor")
     return Sets(aligned(image).view(I * R, D), start, count, owner, list(range(0, I * R + 1, R)), R, tile, tile >= R)
@@ -113,8 +113,8 @@ def _check_counts(op: str, counts: list[int], R: int) -> None:
 
 
 def captions(words: Tensor, cu_seqlens: Tensor, edge: list[int]) -> Sets:
-    """Packed words [N, D] as sets of words; `edge` is cu_seqlens on the host."""
-    cut = aligned(cu_seqlens.to(torch.int32))
+    """Packed words [N, D] as sets of words; `edge` is cu_seqlens on the host, checked."""
+    cut = aligned(checked(cu_seqlens).to(torch.int32))
     count = cut.diff()
     index = torch.arange(len(count), dtype=torch.int32, device=words.device)
     owner = index.repeat_interleave(count, output_size=len(words))

@@ -46,7 +46,7 @@ class Maker:
         owner = self.words.owner.long()
         self.word_place = torch.arange(len(words), device=words.device) + owner + 1
         count = torch.arange(len(caption_global), device=words.device)
-        self.caption_place = cu_seqlens[:-1].long() + count
+        self.caption_place = self.words.start.long() + count
 
     def __call__(self, images: slice, captions: slice, out: Tensor, out_first: int, place_first: int) -> None:
         """Nodes into `out` [., rows, S]: these images from number `out_first` on, and row r at r - `place_first`."""

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from itm_fast._workspace import scratch_bytes
-from itm_fast.packing import bounds, spans, stretches
+from itm_fast.packing import bounds, checked, spans, stretches
 
 from . import _launch, _tiles
 from ._tl import NEVER
@@ -233,7 +233,7 @@ class Levels:
     def __init__(self, local: Tensor, assignment: Tensor, cu_seqlens: Tensor, sizes: list[int]) -> None:
         self.assignment, self.sizes, self.S = _launch.aligned(assignment), sizes, local.shape[2]
         self.first = [sum(sizes[:k]) for k in range(len(sizes))]
-        self.start = _launch.aligned(cu_seqlens.to(torch.int32))
+        self.start = _launch.aligned(checked(cu_seqlens).to(torch.int32))
         self.index = torch.arange(len(cu_seqlens) - 1, dtype=torch.int32, device=local.device)
         self.size = [self.start.diff(), *(torch.full_like(self.index, n) for n in sizes[:-1])]
         self.overall = self.start[:-1] + self.index * (1 + len(assignment))

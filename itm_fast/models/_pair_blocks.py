@@ -36,8 +36,8 @@ def score(cut: Cut, axes: str, tensors: Sequence[Tensor], cu_seqlens: Tensor, re
 class _Scored(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cut: Cut, axes: str, cu_seqlens: Tensor, region_lengths: Tensor | None, *tensors: Tensor):
-        ctx.cut, ctx.axes, ctx.cu_seqlens, ctx.region_lengths = cut, axes, cu_seqlens, region_lengths
-        ctx.save_for_backward(*tensors)
+        ctx.cut, ctx.axes = cut, axes
+        ctx.save_for_backward(*tensors, cu_seqlens, region_lengths)  # which refuses what is written to meanwhile
         ctx.chosen = requested(), current_gib()  # autograd may run backward where the context is not seen
         device = tensors[0].device.type
         ctx.autocast = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
@@ -47,13 +47,14 @@ class _Scored(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        tensors, (backend, gib), (enabled, dtype) = ctx.saved_tensors, ctx.chosen, ctx.autocast
+        (backend, gib), (enabled, dtype) = ctx.chosen, ctx.autocast
+        *tensors, cu_seqlens, region_lengths = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[4:])
 
         def dense(grad, needs, *args):
             return _blocks.backward(ctx.cut(True, *args), args[: len(tensors)], needs, grad)
 
         with use_backend(backend), workspace(gib), torch.autocast(grad.device.type, dtype, enabled=enabled):
-            args = *tensors, ctx.cu_seqlens, ctx.region_lengths
+            args = *tensors, cu_seqlens, region_lengths
             found = iter(_pairs.backward(dense, f"{ctx.axes}EI", grad, needs, args))
         return None, None, None, None, *(next(found).to(x.dtype) if n else None for x, n in zip(tensors, needs))
