@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
-from itm_fast.evaluation import ranking
-from itm_fast.evaluation.ranking import average, best_items, fold_metrics, metrics, ranks
+from itm_fast.evaluation import counting
+from itm_fast.evaluation.ranking import TIES, average, best_items, fold_metrics, metrics, ranks
 
 
 def published(score: np.ndarray, per_image: int = 5) -> tuple[np.ndarray, np.ndarray]:
     """The evaluators' definition, one sort per query: 0-based positions in the descending order."""
     i2t = []
     for image, row in enumerate(score):
-        order = np.argsort(row)[::-1]
+        order = np.argsort(row, kind="stable")[::-1]
         i2t.append(min(int(np.where(order == image * per_image + j)[0][0]) for j in range(per_image)))
-    t2i = [int(np.where(np.argsort(column)[::-1] == c // per_image)[0][0]) for c, column in enumerate(score.T)]
+    orders = [np.argsort(column, kind="stable")[::-1] for column in score.T]
+    t2i = [int(np.where(order == c // per_image)[0][0]) for c, order in enumerate(orders)]
     return np.array(i2t), np.array(t2i)
 
 
@@ -27,7 +30,7 @@ def distinct(images: int, captions: int, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("images", [1, 7, 64, 130])
-@pytest.mark.parametrize("ties", ["pessimistic", "optimistic"])
+@pytest.mark.parametrize("ties", ["pessimistic", "optimistic", "published"])
 def test_equal_to_published_sorting(images: int, ties: str):
     score = distinct(images, 5 * images)
     i2t, t2i = published(score)
@@ -67,19 +70,102 @@ def test_tensors_are_taken():
     assert ranks(torch.eye(3, dtype=torch.bfloat16), [0, 1, 2]).t2i.tolist() == [0, 0, 0]
 
 
-@pytest.mark.parametrize("ties", ["pessimistic", "optimistic"])
+# Images have two or three captions or none, and not in order.
+OWNER = np.array([3, 0, 1, 0, 3, 0, 1])
+
+
+def tied_ranks(score: np.ndarray, owner: np.ndarray, query: int, side: str, order: np.ndarray) -> np.ndarray:
+    """Rank of a query's best right item when equal scores stand in the order of `order` [..., items]."""
+    row = score[query] if side == "i2t" else score[:, query]
+    right = owner == query if side == "i2t" else np.arange(len(row)) == owner[query]
+    place = np.argsort(np.lexsort((order, np.broadcast_to(-row, order.shape))))
+    return place[..., right].min(-1)
+
+
+@pytest.mark.parametrize("ties", ["pessimistic", "optimistic", "published"])
+@pytest.mark.parametrize("seed", range(4))
+def test_each_rule_is_an_order_of_equal_scores(ties: str, seed: int):
+    score, owner = np.random.default_rng(seed).integers(0, 3, (5, 7)).astype(np.float32), OWNER
+    found = ranks(score, owner, ties)
+    assert found.images.tolist() == [0, 1, 3]
+    for side, ranked, queries in (("i2t", found.i2t, [0, 1, 3]), ("t2i", found.t2i, range(7))):
+        for query, rank in zip(queries, ranked, strict=True):
+            items = score.shape[side == "i2t"]
+            right = owner == query if side == "i2t" else np.arange(items) == owner[query]
+            order = {"pessimistic": right, "optimistic": ~right, "published": -np.arange(items)}[ties]
+            assert rank == tied_ranks(score, owner, query, side, order)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_expected_is_the_mean_over_all_orders_of_equal_scores(seed: int):
+    """Against every permutation of the items: the mean of each recall and rank, and the median of all the ranks."""
+    score = np.random.default_rng(seed).integers(0, 3, (5, 7)).astype(np.float32)
+    found = metrics(score, OWNER, ties="expected")
+    for side, queries, items in (("i2t", [0, 1, 3], 7), ("t2i", range(7), 5)):
+        orders = np.array(list(itertools.permutations(range(items))))
+        rank = np.array([tied_ranks(score, OWNER, query, side, orders) for query in queries])
+        one = getattr(found, side)
+        assert one.recalls == pytest.approx([100 * (rank < k).mean() for k in (1, 5, 10)], abs=1e-9)
+        assert one.meanr == pytest.approx(rank.mean() + 1, abs=1e-9)
+        assert one.medr == np.floor(np.median(rank)) + 1
+
+
+def test_expected_recall_is_not_the_recall_of_the_expected_rank():
+    """Image 0: two right captions and three wrong ones tie, mean rank 3 / 3. Image 1: three and two, 2 / 4."""
+    found = metrics(np.zeros((2, 5)), [0, 0, 1, 1, 1], ties="expected").i2t
+    assert found.r1 == pytest.approx((100 * 2 / 5 + 100 * 3 / 5) / 2)
+    assert found.meanr == pytest.approx((3 / 3 + 2 / 4) / 2 + 1)
+
+
+def test_without_ties_every_rule_gives_the_same():
+    found = metrics(distinct(30, 150), np.arange(150) // 5)
+    assert tuple(found.by_ties) == TIES
+    for other in found.others:
+        assert (other.i2t.medr, other.t2i.medr) == (found.i2t.medr, found.t2i.medr)
+        assert [*other.i2t.recalls, other.i2t.meanr, *other.t2i.recalls, other.t2i.meanr] == pytest.approx(
+            [*found.i2t.recalls, found.i2t.meanr, *found.t2i.recalls, found.t2i.meanr], abs=1e-9
+        )
+
+
+@pytest.mark.parametrize("ties", TIES)
+def test_metrics_carry_those_of_the_other_rules(ties: str):
+    owner = np.array([0, 0, 1, 2, 3, 3])
+    score = np.random.default_rng(2).integers(0, 2, (4, 6)).astype(np.float32)
+    found = metrics(score, owner, ties=ties)
+    assert found.ties == ties
+    assert {other.ties for other in found.others} == set(TIES) - {ties}
+    parts = fold_metrics(score, owner, 2, ties=ties)
+    mean = average(parts)
+    for rule in TIES:
+        alone = metrics(score, owner, ties=rule)
+        assert (found.by_ties[rule].i2t, found.by_ties[rule].t2i) == (alone.i2t, alone.t2i)
+        assert mean.by_ties[rule].ties == rule
+        folds = fold_metrics(score, owner, 2, ties=rule)
+        assert mean.by_ties[rule].rsum == pytest.approx(np.mean([part.rsum for part in folds]))
+        assert mean.by_ties[rule].t2i.meanr == pytest.approx(np.mean([part.t2i.meanr for part in folds]))
+    assert len({round(one.rsum, 6) for one in found.by_ties.values()}) == 4
+
+
 @pytest.mark.parametrize("passes", [1, 4, 100])
-def test_what_is_counted_on_a_device_is_counted_alike(passes, ties, monkeypatch):
+def test_what_is_counted_on_a_device_is_counted_alike(passes, monkeypatch):
     score = np.random.default_rng(0).integers(0, 9, (7, 11)).astype(np.float32)  # many ties
     owner = np.array([0, 0, 2, 2, 2, 5, 5, 6, 1, 1, 1])  # 3 and 4 have no caption
-    monkeypatch.setattr(ranking, "_COUNTED", 7 * 11 // passes)
-    expected, found = ranks(score, owner, ties), ranking._counted(torch.from_numpy(score), owner, ties)
+    monkeypatch.setattr(counting, "_COUNTED", 7 * 11 // passes)
+    expected, found = counting._on_host(score, owner), counting._on_device(torch.from_numpy(score), owner)
     for a, b in zip(found, expected, strict=True):
-        assert a.dtype == np.int64
+        assert a.dtype == b.dtype
         np.testing.assert_array_equal(a, b)
     score[4, 3] = np.nan
     with pytest.raises(ValueError, match="image 4 and caption 3 is NaN"):
-        ranking._counted(torch.from_numpy(score), owner, ties)
+        counting._on_device(torch.from_numpy(score), owner)
+
+
+def test_more_rows_than_one_byte_counts():
+    """Ties at and around the right image, in a matrix of several passes."""
+    score, owner = np.zeros((700, 701), np.float32), np.append(np.arange(700), 350)
+    found = ranks(score, owner, "published")
+    assert found.t2i.tolist() == [699 - image for image in owner]
+    assert found.i2t.tolist() == [700 - image if image != 350 else 0 for image in range(700)]
 
 
 def test_ragged_positives_and_images_without_captions():
@@ -143,10 +229,12 @@ def test_folds_do_not_need_captions_in_image_order():
 def test_chance_is_what_random_scores_reach():
     rng = np.random.default_rng(0)
     owner = np.sort(rng.integers(0, 30, 60))
-    drawn = [metrics(rng.random((30, 60)), owner) for _ in range(400)]
+    drawn = [ranks(rng.random((30, 60)), owner) for _ in range(400)]
+    found = metrics(rng.random((30, 60)), owner)
     for side in ("i2t", "t2i"):
-        reached = np.mean([getattr(one, side).recalls for one in drawn], axis=0)
-        np.testing.assert_allclose(reached, getattr(drawn[0], side).chance, atol=1.5)
+        rank = np.array([getattr(one, side) for one in drawn])
+        reached = [100 * np.mean(rank < k) for k in (1, 5, 10)]
+        np.testing.assert_allclose(reached, getattr(found, side).chance, atol=1.5)
     small = metrics(distinct(4, 8), np.arange(8) // 2)
     assert small.t2i.chance == (25.0, 100.0, 100.0)
     assert small.i2t.chance[0] == 25.0
@@ -170,7 +258,10 @@ def test_scores_that_are_no_numbers_are_refused_by_name(bad, word):
         (lambda: ranks(np.zeros((3, 4), np.int64), [0, 1, 2, 1]), TypeError, "must be floating point"),
         (lambda: ranks(np.zeros(3), [0]), ValueError, r"must be \[I, T\]"),
         (lambda: ranks(np.zeros((3, 0)), []), ValueError, "at least one pair"),
-        (lambda: ranks(np.zeros((1, 1)), [0], "mean"), ValueError, "ties must be one of"),
+        (lambda: ranks(np.zeros((1, 1)), [0], "mean"), ValueError, "ranks: ties must be one of"),
+        (lambda: ranks(np.zeros((1, 1)), [0], "expected"), ValueError, "no single rank"),
+        (lambda: metrics(np.zeros((1, 1)), [0], ties="mean"), ValueError, "metrics: ties must be one of"),
+        (lambda: fold_metrics(np.zeros((1, 1)), [0], 1, ties="mean"), ValueError, "fold_metrics: ties must be one of"),
         (lambda: fold_metrics(np.zeros((7, 7)), np.arange(7), 5), ValueError, "7 images do not divide into 5"),
         (lambda: fold_metrics(np.zeros((4, 2)), [0, 1], 2), ValueError, r"fold 1 \(2:4\)"),
     ],

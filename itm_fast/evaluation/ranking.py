@@ -1,28 +1,44 @@
-"""Ranks and recall metrics of a score matrix, counted block by block: no sort, no copy of the matrix.
+"""Ranks and recall metrics of a score matrix: no sort, no copy of the matrix.
 
-The rank of a query is the number of wrong items scored above its best right one; no permutation is needed for
-that. Recalls, medr and meanr are those of the published VSE++ / SCAN / SGRAF evaluators:
+The rank of a query is the number of wrong items above its best right one; no permutation is needed for that. Recalls,
+medr and meanr are those of the published VSE++ / SCAN / SGRAF evaluators:
 
     R@k = 100 mean(rank < k),   medr = floor(median(rank)) + 1,   meanr = mean(rank) + 1,   rsum = the six recalls.
 
 Two things differ on purpose. `argsort(...)[::-1]` puts NaN first, which raises recall: NaN and infinities are
-refused here. It breaks ties by position: here a tie with a wrong item counts against the query.
+refused here. And it breaks ties by position; here the rule for ties is chosen, and every result carries all of them.
+
+Ties. Let g wrong items have a higher score than the best right one, and b wrong ones exactly its score, as a of the
+right ones have (a = 1 for a caption, whose one right item is its image). Then
+
+    pessimistic   rank = g + b: every tied wrong item stands before the right ones.
+    optimistic    rank = g: every tied wrong item stands after them.
+    published     rank = g + the tied wrong items of a higher index than all a right ones: the stable sort, reversed,
+                  puts equal scores in descending order of index. numpy's default sort, which the published evaluators
+                  use, is not stable, and its order of equal scores depends on the processor.
+    expected      the mean over all orders of the a + b tied items, each as likely:
+
+        P(rank >= g + j) = C(b, j) / C(a + b, j) = prod_{i = 1..a} (b - j + i) / (b + i)                           (1)
+
+    as the first j of the a + b items must be wrong ones. R@k is 100 mean P(rank < k), which is no function of the mean
+    rank; meanr is the mean of g + b / (a + 1) + 1; medr, no mean over queries, is floor(median) + 1 of the ranks that
+    all queries have in all orders.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-TIES = ("pessimistic", "optimistic")
-_COUNTED = 64 << 20  # scores of one pass on a device
-_ROWS = 64  # rows of one pass; below 256, so that a column's count fits uint8
+from .counting import Counts, Standings, checked, count
+
+TIES = ("pessimistic", "optimistic", "expected", "published")
 
 
 class Ranks(NamedTuple):
@@ -72,17 +88,27 @@ class Metrics:
         i2t: image to text: the query is an image.
         t2i: text to image: the query is a caption.
         images, captions: size of the pool.
+        ties: the rule for ties, one of `TIES`.
+        others: the same pool under the other rules; empty inside these.
     """
 
     i2t: Direction
     t2i: Direction
     images: int
     captions: int
+    ties: str = TIES[0]
+    others: tuple[Metrics, ...] = ()
 
     @property
     def rsum(self) -> float:
         """Sum of the six recalls, at most 600."""
         return sum(self.i2t.recalls) + sum(self.t2i.recalls)
+
+    @property
+    def by_ties(self) -> dict[str, Metrics]:
+        """These metrics and `others` by their rule, in the order of `TIES`."""
+        known = {found.ties: found for found in (self, *self.others)}
+        return {rule: known[rule] for rule in TIES if rule in known}
 
 
 def ranks(
@@ -99,15 +125,16 @@ def ranks(
     Args:
         score: [I, T] of any floating dtype, higher is better.
         caption_to_image: [T] integers: the image that each caption describes; any number of captions per image.
-        ties: "pessimistic": a wrong item with exactly the score of the right one counts as above it;
-            "optimistic": as below it.
+        ties: where a wrong item with exactly the score of the right one stands; "pessimistic": above it;
+            "optimistic": below it; "published": above it if its index is higher, as a stable sort, reversed, has it.
 
     Returns:
         `Ranks`, 0-based.
 
     Raises:
         TypeError: a dtype is not as stated.
-        ValueError: shapes disagree, an index is out of range, or a score is NaN or infinite.
+        ValueError: shapes disagree, an index is out of range, a score is NaN or infinite, or `ties` is not one of
+            these three ("expected" gives a query no rank; `metrics` has it).
 
     >>> import numpy as np
     >>> score = np.array([[0.9, 0.1, 0.5], [0.2, 0.8, 0.5]], np.float32)   # captions 1 and 2 describe image 1
@@ -116,54 +143,14 @@ def ranks(
     >>> ranks(score, [0, 1, 1]).i2t
     array([0, 0])
     """
-    score, owner = _checked(score, caption_to_image, "ranks")
-    if ties not in TIES:
-        raise ValueError(f"ranks: ties must be one of {', '.join(TIES)}, got {ties!r}")
-    above = np.greater_equal if ties == "pessimistic" else np.greater
-    if isinstance(score, torch.Tensor):
-        return _counted(score, owner, ties)
-    images, captions = score.shape
-    right = np.asarray(score[owner, np.arange(captions)])  # [T]
-    best = np.full(images, -np.inf, right.dtype)
-    np.maximum.at(best, owner, right)
-    i2t = np.empty(images, np.int64)
-    t2i = np.zeros(captions, np.int64)
-    for start, block in _row_blocks(score):
-        require_finite(block, start)
-        for row, image in enumerate(range(start, start + len(block))):
-            i2t[image] = np.count_nonzero(above(block[row], best[image]))
-        t2i += above(block, right[None]).view(np.uint8).sum(axis=0, dtype=np.uint8)
-    if ties == "pessimistic":  # the right items themselves were counted
-        np.subtract.at(i2t, owner, (right >= best[owner]).astype(np.int64))
-        t2i -= 1
-    asking = np.unique(owner)
-    return Ranks(i2t[asking], t2i, asking)
-
-
-def _counted(score: torch.Tensor, owner: NDArray[np.int64], ties: str) -> Ranks:
-    """`ranks` of a tensor, counted where it lies; waits for the device once."""
-    images, captions = score.shape
-    above = torch.ge if ties == "pessimistic" else torch.gt
-    places = torch.from_numpy(owner).to(score.device)
-    right = score[places, torch.arange(captions, device=score.device)]
-    best = torch.full((images,), -math.inf, dtype=score.dtype, device=score.device)
-    best.scatter_reduce_(0, places, right, "amax")
-    i2t = torch.empty(images, dtype=torch.int64, device=score.device)
-    t2i = torch.zeros(captions, dtype=torch.int64, device=score.device)
-    finite = torch.ones((), dtype=torch.bool, device=score.device)
-    step = max(1, _COUNTED // captions)
-    for start in range(0, images, step):
-        block = score[start : start + step]
-        finite &= block.isfinite().all()
-        i2t[start : start + step] = above(block, best[start : start + step, None]).sum(1)
-        t2i += above(block, right).sum(0)
-    if ties == "pessimistic":  # the right items themselves were counted
-        i2t.index_add_(0, places, (right >= best[places]).long(), alpha=-1)
-        t2i -= 1
-    if not finite:
-        require_finite(score.float().cpu().numpy())
-    asking = np.unique(owner)
-    return Ranks(i2t.cpu().numpy()[asking], t2i.cpu().numpy(), asking)
+    _known(ties, "ranks")
+    if ties == "expected":
+        raise ValueError(
+            "ranks: over all orders of its ties a query has no single rank, and recalls of mean ranks would be wrong; "
+            'use metrics(..., ties="expected"), or another rule'
+        )
+    found = count(score, caption_to_image, "ranks")
+    return Ranks(_placed(found.i2t, ties), _placed(found.t2i, ties), found.asking)
 
 
 def metrics(
@@ -177,10 +164,10 @@ def metrics(
     Args:
         score: [I, T], as for `ranks`.
         caption_to_image: [T], as for `ranks`.
-        ties: as for `ranks`.
+        ties: as for `ranks`, or "expected": the mean over all orders of tied items.
 
     Returns:
-        `Metrics`.
+        `Metrics` under this rule; its `others` hold those under the other rules, counted in the same pass.
 
     Raises:
         TypeError, ValueError: as `ranks`.
@@ -190,16 +177,8 @@ def metrics(
     >>> found.i2t.r1, found.t2i.medr, found.rsum, found.t2i.chance
     (100.0, 1.0, 600.0, (5.0, 25.0, 50.0))
     """
-    score, owner = _checked(score, caption_to_image, "metrics")
-    found = ranks(score, owner, ties)
-    images, captions = score.shape
-    rights = np.bincount(owner, minlength=images)[found.images]
-    return Metrics(
-        _direction(found.i2t, rights, captions),
-        _direction(found.t2i, np.ones(captions, np.int64), images),
-        images,
-        captions,
-    )
+    _known(ties, "metrics")
+    return _metrics(count(score, caption_to_image, "metrics"), ties)
 
 
 def fold_metrics(
@@ -217,7 +196,7 @@ def fold_metrics(
         score: [I, T], as for `ranks`; I must be a multiple of `folds`.
         caption_to_image: [T], as for `ranks`.
         folds: how many parts.
-        ties: as for `ranks`.
+        ties: as for `metrics`.
 
     Returns:
         One `Metrics` per part, in order.
@@ -229,7 +208,8 @@ def fold_metrics(
     >>> [part.images for part in fold_metrics(np.eye(6, dtype=np.float32), np.arange(6), 3)]
     [2, 2, 2]
     """
-    score, owner = _checked(score, caption_to_image, "fold_metrics")
+    _known(ties, "fold_metrics")
+    score, owner = checked(score, caption_to_image, "fold_metrics")
     images = len(score)
     if folds < 1 or images % folds:
         raise ValueError(
@@ -257,8 +237,8 @@ def average(parts: Sequence[Metrics]) -> Metrics:
         parts: as `fold_metrics` returns them, at least one.
 
     Returns:
-        `Metrics` with the mean recalls, medr, meanr and chance; `images`, `captions` and `queries` are one fold's
-        (rounded mean when folds have different numbers of captions).
+        `Metrics` with the mean recalls, medr, meanr and chance, under every rule for ties; `images`, `captions` and
+        `queries` are one fold's (rounded mean when folds have different numbers of captions).
 
     >>> import numpy as np
     >>> average(fold_metrics(np.eye(6, dtype=np.float32), np.arange(6), 3)).rsum
@@ -285,6 +265,8 @@ def average(parts: Sequence[Metrics]) -> Metrics:
         direction([part.t2i for part in parts]),
         round(mean([part.images for part in parts])),
         round(mean([part.captions for part in parts])),
+        parts[0].ties,
+        tuple(average([part.by_ties[other.ties] for part in parts]) for other in parts[0].others),
     )
 
 
@@ -310,42 +292,65 @@ def best_items(row: NDArray[np.floating], k: int, last: Sequence[int] = ()) -> N
     return found[np.lexsort((found, np.isin(found, last), -row[found]))][:k]
 
 
-def require_finite(block: NDArray[np.floating], first_image: int = 0, captions: NDArray | None = None) -> None:
-    """Refuse a block of scores that holds NaN or an infinity, naming the first such pair.
-
-    Args:
-        block: [n, m] scores of images first_image, first_image + 1, ...
-        first_image: index of row 0.
-        captions: [m] index of each column; 0, 1, ... when None.
-
-    Raises:
-        ValueError: names the image and the caption.
-    """
-    finite = np.isfinite(block)
-    if finite.all():
-        return
-    row, column = np.argwhere(~finite)[0]
-    caption = int(column) if captions is None else int(captions[column])
-    value = "NaN" if np.isnan(block[row, column]) else "infinite"
-    raise ValueError(
-        f"the score of image {first_image + int(row)} and caption {caption} is {value} "
-        f"({np.count_nonzero(~finite)} such scores among the {block.size} looked at); a rank would mean nothing. "
-        "Check that image's features and the checkpoint's weights for NaN, and half precision for overflow"
-    )
+def _known(ties: str, caller: str) -> None:
+    if ties not in TIES:
+        raise ValueError(f"{caller}: ties must be one of {', '.join(TIES)}, got {ties!r}")
 
 
-def _direction(rank: NDArray[np.int64], rights: NDArray[np.int64], pool: int) -> Direction:
-    recall = [100.0 * int(np.count_nonzero(rank < k)) / len(rank) for k in (1, 5, 10)]
-    chance = [_chance(rights, pool, k) for k in (1, 5, 10)]
+def _metrics(found: Counts, ties: str) -> Metrics:
+    """Metrics under one rule, and in `others` under the rest."""
+    chances = [
+        tuple(_chance(side.rights, pool, k) for k in (1, 5, 10))
+        for side, pool in ((found.i2t, found.captions), (found.t2i, found.images))
+    ]
+    by_ties = {}
+    for rule in TIES:
+        i2t, t2i = (
+            _direction(side, rule, chance) for side, chance in zip((found.i2t, found.t2i), chances, strict=True)
+        )
+        by_ties[rule] = Metrics(i2t, t2i, found.images, found.captions, rule)
+    return replace(by_ties.pop(ties), others=tuple(by_ties.values()))
+
+
+def _direction(side: Standings, ties: str, chance: tuple[float, ...]) -> Direction:
+    queries = len(side.above)
+    if ties == "expected":
+        recall = [100.0 * float(_reached(side, k).mean()) for k in (1, 5, 10)]
+        median, mean = _median(side), float((side.above + side.tied / (side.level + 1)).mean())
+    else:
+        rank = _placed(side, ties)
+        recall = [100.0 * int(np.count_nonzero(rank < k)) / queries for k in (1, 5, 10)]
+        median, mean = float(np.floor(np.median(rank))), float(rank.mean())
     return Direction(
-        recall[0],
-        recall[1],
-        recall[2],
-        float(np.floor(np.median(rank)) + 1),
-        float(rank.mean() + 1),
-        len(rank),
-        (chance[0], chance[1], chance[2]),
+        recall[0], recall[1], recall[2], median + 1, mean + 1, queries, (chance[0], chance[1], chance[2])
     )
+
+
+def _placed(side: Standings, ties: str) -> NDArray[np.int64]:
+    """Ranks [queries] under a rule that gives each query one."""
+    before = {"pessimistic": side.tied, "published": side.ahead}
+    return side.above + before.get(ties, 0)
+
+
+def _reached(side: Standings, k: int) -> NDArray[np.float64]:
+    """P(rank < k) of each query over all orders of its ties, by (1) with j = k - g."""
+    j = k - side.above
+    missed = np.ones(len(j))
+    for i in range(1, int(side.level.max()) + 1):
+        factor = np.maximum(side.tied - j + i, 0) / (side.tied + i)
+        missed *= np.where(i <= side.level, factor, 1.0)
+    return np.where(j > 0, 1.0 - missed, 0.0)
+
+
+def _median(side: Standings) -> float:
+    """Median, rounded down, of the ranks of all queries in all orders: halfway between the least rank that half of them
+    do not exceed and the least that more than half do not."""
+    ranks = range(int((side.above + side.tied).max()))
+    lower, upper = (  # a half is met exactly where the counts say so: rounding of the sum is far below 1e-9
+        bisect.bisect_left(ranks, half, key=lambda rank: float(_reached(side, rank + 1).mean()))
+        for half in (0.5 - 1e-9, 0.5 + 1e-9)
+    )
+    return float((lower + upper) // 2)
 
 
 def _chance(rights: NDArray[np.int64], pool: int, k: int) -> float:
@@ -353,36 +358,3 @@ def _chance(rights: NDArray[np.int64], pool: int, k: int) -> float:
     drawn = np.arange(min(k, pool))
     missed = np.prod(np.clip(pool - rights[:, None] - drawn, 0, None) / (pool - drawn), axis=1)
     return round(float(100.0 * np.mean(1.0 - missed)), 10)
-
-
-def _checked(score, caption_to_image, caller: str) -> tuple[Any, NDArray[np.int64]]:
-    """The score as an array, or as a tensor where it lies on a device, and the images of its captions."""
-    if isinstance(score, torch.Tensor):
-        score = score.detach()
-        if score.device.type == "cpu":
-            score = (score.float() if score.dtype == torch.bfloat16 else score).numpy()
-    if not isinstance(score, torch.Tensor):
-        score = np.asanyarray(score)
-    owner = np.asarray(caption_to_image)
-    if score.ndim != 2 or 0 in score.shape:
-        raise ValueError(f"{caller}: score must be [I, T] with at least one pair, got {list(score.shape)}")
-    tensor = isinstance(score, torch.Tensor)
-    if not (score.is_floating_point() if tensor else np.issubdtype(score.dtype, np.floating)):
-        raise TypeError(f"{caller}: score must be floating point, got {score.dtype}")
-    if owner.shape != score.shape[1:]:
-        raise ValueError(
-            f"{caller}: caption_to_image must be [T] with T = {score.shape[1]} as in score {list(score.shape)}, "
-            f"got {list(owner.shape)}; a transposed score matrix looks like this"
-        )
-    if not np.issubdtype(owner.dtype, np.integer):
-        raise TypeError(f"{caller}: caption_to_image must hold integers, got {owner.dtype}")
-    if owner.min() < 0 or owner.max() >= len(score):
-        raise ValueError(
-            f"{caller}: caption_to_image must lie in 0 ... {len(score) - 1}, got {owner.min()} ... {owner.max()}"
-        )
-    return score, owner.astype(np.int64, copy=False)
-
-
-def _row_blocks(score: NDArray[np.floating]) -> Iterator[tuple[int, NDArray[np.floating]]]:
-    for start in range(0, len(score), _ROWS):
-        yield start, np.asarray(score[start : start + _ROWS])

@@ -14,9 +14,9 @@ from torch import Tensor
 from .._backends import requested
 from .._checks import matmul_precision
 from .._workspace import GIB, workspace
+from .counting import require_finite
 from .encoding import Encoded, evaluation_mode, weights_checksum, word_rows
 from .memory import CHUNK, MemoryPlan, plan
-from .ranking import require_finite
 from .score_file import STRIPE, ScoreFile, journal_block
 
 

@@ -1,0 +1,195 @@
+"""How the right items of every query stand among the wrong ones: counted in one pass, without a sort or a copy.
+
+A query's mark is the score of its best right item. Its rank under any rule for ties follows from three counts of wrong
+items: those above the mark, those at the mark, and those of the latter that stand first in the published order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+_COUNTED = 64 << 20  # scores of one pass on a device
+_ROWS = 64  # rows of one pass; below 256, so that a column's count fits uint8
+
+
+class Standings(NamedTuple):
+    """Counts of one direction, int64 [queries] each.
+
+    Attributes:
+        above: wrong items with a higher score than the best right one.
+        tied: wrong items with exactly the score of the best right one.
+        ahead: those of `tied` with a higher index than every right item of that score.
+        level: right items with the score of the best right one, at least 1.
+        rights: right items with any score.
+    """
+
+    above: NDArray[np.int64]
+    tied: NDArray[np.int64]
+    ahead: NDArray[np.int64]
+    level: NDArray[np.int64]
+    rights: NDArray[np.int64]
+
+
+class Counts(NamedTuple):
+    """Both directions of one score matrix.
+
+    Attributes:
+        i2t: one query per image that has a caption.
+        t2i: one query per caption.
+        asking: int64 [queries of i2t], the images that have a caption.
+        images, captions: size of the matrix.
+    """
+
+    i2t: Standings
+    t2i: Standings
+    asking: NDArray[np.int64]
+    images: int
+    captions: int
+
+
+def count(score: NDArray[np.floating] | torch.Tensor, caption_to_image: Any, caller: str) -> Counts:
+    """Count both directions; arguments, and what is refused, as for `ranks`.
+
+    A memory-mapped matrix is read once. A tensor on a device is counted there, and only counts come to the host.
+
+    Args:
+        score: [I, T].
+        caption_to_image: [T].
+        caller: name of the public function, for messages.
+    """
+    score, owner = checked(score, caption_to_image, caller)
+    images, captions = score.shape
+    first, second, right = _on_device(score, owner) if isinstance(score, torch.Tensor) else _on_host(score, owner)
+    rights = np.bincount(owner, minlength=images)
+    asking = np.flatnonzero(rights)
+    level = np.bincount(owner[right], minlength=images)
+    ones = np.ones(captions, np.int64)
+    i2t = Standings(first[0], first[1] - level, first[2], level, rights)
+    t2i = Standings(second[0], second[1] - ones, second[2], ones, ones)
+    return Counts(Standings(*(values[asking] for values in i2t)), t2i, asking, images, captions)
+
+
+_Found = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
+
+
+def _on_host(score: NDArray[np.floating], owner: NDArray[np.int64]) -> _Found:
+    """`above`, `tied` (right items included) and `ahead` of images [3, I] and of captions [3, T]; and which captions
+    have their image's best score [T]."""
+    images, captions = score.shape
+    right = np.asarray(score[owner, np.arange(captions)])
+    best = np.full(images, -np.inf, right.dtype)
+    np.maximum.at(best, owner, right)
+    level = right == best[owner]
+    last = np.full(images, -1)
+    np.maximum.at(last, owner[level], np.flatnonzero(level))
+    own = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner, minlength=images))[:-1])
+
+    i2t = np.empty((3, images), np.int64)
+    above, tied, up_to_own = t2i = np.zeros((3, captions), np.int64)
+    mask = np.empty(captions, np.bool_)
+    for start, block in _row_blocks(score):
+        block_above, block_tied = np.zeros((2, captions), np.uint8)
+        for image, row in enumerate(block, start):
+            if not np.isfinite(row, out=mask).all():
+                require_finite(block, start)
+            i2t[0, image] = np.count_nonzero(np.greater(row, best[image], out=mask))
+            i2t[1, image] = np.count_nonzero(np.equal(row, best[image], out=mask))
+            i2t[2, image] = np.count_nonzero(mask[last[image] + 1 :])
+            block_above += np.greater(row, right, out=mask).view(np.uint8)
+            block_tied += np.equal(row, right, out=mask).view(np.uint8)
+            up_to_own[own[image]] = tied[own[image]] + block_tied[own[image]]
+        above += block_above
+        tied += block_tied
+    np.subtract(tied, up_to_own, out=t2i[2])
+    return i2t, t2i, level
+
+
+def _on_device(score: torch.Tensor, owner: NDArray[np.int64]) -> _Found:
+    """`_on_host` of a tensor, counted where it lies; waits for the device once."""
+    images, captions = score.shape
+    places = torch.from_numpy(owner).to(score.device)
+    columns = torch.arange(captions, device=score.device)
+    rows = torch.arange(images, device=score.device)[:, None]
+    right = score[places, columns]
+    best = torch.full((images,), -math.inf, dtype=score.dtype, device=score.device)
+    best.scatter_reduce_(0, places, right, "amax")
+    level = right == best[places]
+    last = torch.full((images,), -1, device=score.device).scatter_reduce_(0, places, columns.where(level, -1), "amax")
+    i2t = torch.empty(3, images, dtype=torch.int64, device=score.device)
+    t2i = torch.zeros(3, captions, dtype=torch.int64, device=score.device)
+    finite = torch.ones((), dtype=torch.bool, device=score.device)
+    step = max(1, _COUNTED // captions)
+    for start in range(0, images, step):
+        part = slice(start, start + step)
+        block, mark = score[part], best[part, None]
+        finite &= block.isfinite().all()
+        equal = block == mark
+        i2t[:, part] = torch.stack([(block > mark).sum(1), equal.sum(1), (equal & (columns > last[part, None])).sum(1)])
+        equal = block == right
+        t2i += torch.stack([(block > right).sum(0), equal.sum(0), (equal & (rows[part] > places)).sum(0)])
+    if not finite:
+        require_finite(score.float().cpu().numpy())
+    return i2t.cpu().numpy(), t2i.cpu().numpy(), level.cpu().numpy()
+
+
+def require_finite(block: NDArray[np.floating], first_image: int = 0, captions: NDArray | None = None) -> None:
+    """Refuse a block of scores that holds NaN or an infinity, naming the first such pair.
+
+    Args:
+        block: [n, m] scores of images first_image, first_image + 1, ...
+        first_image: index of row 0.
+        captions: [m] index of each column; 0, 1, ... when None.
+
+    Raises:
+        ValueError: names the image and the caption.
+    """
+    finite = np.isfinite(block)
+    if finite.all():
+        return
+    row, column = np.argwhere(~finite)[0]
+    caption = int(column) if captions is None else int(captions[column])
+    value = "NaN" if np.isnan(block[row, column]) else "infinite"
+    raise ValueError(
+        f"the score of image {first_image + int(row)} and caption {caption} is {value} "
+        f"({np.count_nonzero(~finite)} such scores among the {block.size} looked at); a rank would mean nothing. "
+        "Check that image's features and the checkpoint's weights for NaN, and half precision for overflow"
+    )
+
+
+def checked(score: Any, caption_to_image: Any, caller: str) -> tuple[Any, NDArray[np.int64]]:
+    """The score as an array, or as a tensor where it lies on a device, and the images of its captions."""
+    if isinstance(score, torch.Tensor):
+        score = score.detach()
+        if score.device.type == "cpu":
+            score = (score.float() if score.dtype == torch.bfloat16 else score).numpy()
+    if not isinstance(score, torch.Tensor):
+        score = np.asanyarray(score)
+    owner = np.asarray(caption_to_image)
+    if score.ndim != 2 or 0 in score.shape:
+        raise ValueError(f"{caller}: score must be [I, T] with at least one pair, got {list(score.shape)}")
+    tensor = isinstance(score, torch.Tensor)
+    if not (score.is_floating_point() if tensor else np.issubdtype(score.dtype, np.floating)):
+        raise TypeError(f"{caller}: score must be floating point, got {score.dtype}")
+    if owner.shape != score.shape[1:]:
+        raise ValueError(
+            f"{caller}: caption_to_image must be [T] with T = {score.shape[1]} as in score {list(score.shape)}, "
+            f"got {list(owner.shape)}; a transposed score matrix looks like this"
+        )
+    if not np.issubdtype(owner.dtype, np.integer):
+        raise TypeError(f"{caller}: caption_to_image must hold integers, got {owner.dtype}")
+    if owner.min() < 0 or owner.max() >= len(score):
+        raise ValueError(
+            f"{caller}: caption_to_image must lie in 0 ... {len(score) - 1}, got {owner.min()} ... {owner.max()}"
+        )
+    return score, owner.astype(np.int64, copy=False)
+
+
+def _row_blocks(score: NDArray[np.floating]) -> Iterator[tuple[int, NDArray[np.floating]]]:
+    for start in range(0, len(score), _ROWS):
+        yield start, np.ascontiguousarray(score[start : start + _ROWS])
