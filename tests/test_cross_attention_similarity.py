@@ -8,7 +8,7 @@ import itm_fast
 from itm_fast import _native
 from itm_fast.ops._attention import DIRECTIONS, NORMS
 from itm_fast.ops._torch import _blocks
-from itm_fast.testing import inputs, op_checks
+from itm_fast.testing import assert_accurate, inputs, op_checks
 
 BACKENDS = op_checks.backends("cross_attention_similarity")
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -198,11 +198,13 @@ def test_float32_products_are_of_bfloat16_only_where_that_is_allowed():
         medium = call(*single, backend="cpu")
     finally:
         torch.set_float32_matmul_precision(before)
-    highest, exact = call(*single, backend="cpu"), call(*args, backend="cpu")
-    error, allowed = ((x.double() - exact).abs().max().item() for x in (highest, medium))
-    assert error < 1e-5
-    assert allowed < 3e-2
-    assert (allowed > 1e-4) == (_native.outcome().level == "avx512_bf16")
+    op_checks.check_forward(call, args, torch.float32, "cpu")
+
+    def reference(dtype):
+        return [call(*(a.to(dtype) for a in single), backend="reference")]
+
+    assert_accurate([medium], reference, torch.float32, products=torch.bfloat16)
+    assert torch.equal(medium, call(*single, backend="cpu")) == (_native.outcome().level != "avx512_bf16")
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -5,7 +5,7 @@ from cpu_cases import at_level, needs_cpu, scratch_of
 import itm_fast
 from itm_fast import _native
 from itm_fast.ops._torch import _blocks
-from itm_fast.testing import assert_accurate, inputs, op_checks, rounding
+from itm_fast.testing import assert_accurate, inputs, op_checks
 
 BACKENDS = op_checks.backends("global_local_score")
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -105,11 +105,7 @@ def test_a_pair_does_not_depend_on_its_block(backend, monkeypatch):
         monkeypatch.setattr(_blocks, "CPU_TILE", tile)
         monkeypatch.setattr(_blocks, "MIN_QUERIES", 1)
         torch.testing.assert_close(call(vector, words, backend=backend), whole, rtol=1e-12, atol=1e-12)
-        for a, b in zip(
-            op_checks.gradients(call, (vector, words), torch.float64, backend, torch.float64),
-            op_checks.gradients(call, (vector, words), torch.float64, "reference", torch.float64),
-        ):
-            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+        op_checks.check_gradients(call, (vector, words), torch.float64, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -122,15 +118,10 @@ def test_opposite_words_cancel_without_losing_the_score(backend):
     def call(vector, words, backend):
         return itm_fast.global_local_score(vector, words, torch.tensor([0, 2]), scale=1e-3, backend=backend)
 
-    # |t*| is a thousandth of |t| at the most, so float32's rounding of t is 1e-3 of it.
-    rounded = vector.float(), words.float()
-    exact = call(*(a.double() for a in rounded), "reference")
-    torch.testing.assert_close(call(*rounded, backend).double(), exact, rtol=0, atol=2e-3)
-    for dtype, share in ((torch.float64, 1e-9), (torch.float32, 1e-2)):
-        found = op_checks.gradients(call, rounded, dtype, backend, torch.float32)
-        want = op_checks.gradients(call, rounded, torch.float64, "reference", torch.float32)
-        for a, e in zip(found, want, strict=True):
-            torch.testing.assert_close(a.double(), e, rtol=0, atol=share * e.abs().max().item())
+    # |t*| is a thousandth of |t| at the most, so a rounding of t is a thousand of t*.
+    for dtype in (torch.float64, torch.float32):
+        op_checks.check_forward(call, (vector, words), dtype, backend)
+        op_checks.check_gradients(call, (vector, words), dtype, backend)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -208,7 +199,6 @@ def test_scratch_is_bounded_however_large_the_block(images, captions):
 def test_medium_precision_may_multiply_bfloat16_values():
     call, args = case(5, (13, 4, 7, 1, 4), 65)
     args = [a.float() for a in args]
-    exact, rounded = (call(*(a.to(d) for a in args), backend="reference") for d in (torch.float64, torch.bfloat16))
     before = call(*args, backend="cpu")
     try:
         torch.set_float32_matmul_precision("medium")
@@ -216,7 +206,11 @@ def test_medium_precision_may_multiply_bfloat16_values():
     finally:
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(result, before) == (_native.level() != "avx512_bf16")
-    assert_accurate(result, rounded, exact, term=rounding(torch.bfloat16, exact.abs().max().item()))
+
+    def reference(dtype):
+        return [call(*(a.to(dtype) for a in args), backend="reference")]
+
+    assert_accurate([result], reference, torch.float32, products=torch.bfloat16)
 
 
 def test_autocast_takes_its_dtype():

@@ -8,6 +8,7 @@ from pair_score_cases import edges
 from test_hierarchical_alignment_score import DIRECTIONS
 
 import itm_fast
+from itm_fast.testing import op_checks
 
 pytestmark = needs_cpu
 COUNTS = (5, 3, 6, 400, 10, 5, 2, *[12] * 60)  # one caption longer than a chunk, and several chunks
@@ -69,13 +70,11 @@ def test_a_pair_does_not_see_what_was_scored_before_it(gate):
 @pytest.mark.parametrize("level", ["avx2", "generic"])
 @pytest.mark.parametrize("gate", GATES)
 def test_lesser_processors(gate, level, monkeypatch):
-    double = [scored(gate, dtype=torch.float64, direction=d)[1] for d in DIRECTIONS]
-    single = scored(gate)[1]
     at_level(level, monkeypatch)
-    for exact, direction in zip(double, DIRECTIONS):
-        found = scored(gate, dtype=torch.float64, direction=direction)[1]
-        torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(scored(gate)[1], single, rtol=0, atol=1e-5)
+    for direction in DIRECTIONS:
+        call, args = test_hierarchical_alignment_score.case(1, COUNTS, D=20, gate=gate, direction=direction)
+        for dtype in (torch.float64, torch.float32):
+            op_checks.check_forward(call, args, dtype, "cpu")
 
 
 @pytest.mark.parametrize("gate", GATES)

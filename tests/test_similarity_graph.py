@@ -5,7 +5,7 @@ from cpu_cases import at_level, needs_cpu, scratch_of
 import itm_fast
 from itm_fast import _native
 from itm_fast.ops._torch import _blocks
-from itm_fast.testing import assert_accurate, op_checks, rounding
+from itm_fast.testing import assert_accurate, op_checks
 
 BACKENDS = op_checks.backends("similarity_graph")
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
@@ -143,10 +143,6 @@ def test_threads_change_no_bit(dtype):
 def test_medium_precision_may_multiply_bfloat16_values():
     call, args = case(5, (14, 2, 5, 5, 8), 64, 3)
     args = [a.float() for a in args]
-    exact, rounded = (call(*(a.to(d) for a in args), backend="reference") for d in (torch.float64, torch.bfloat16))
-    slopes, rounded_slopes = (
-        op_checks.gradients(call, args, d, "reference", torch.float32) for d in (torch.float64, torch.bfloat16)
-    )
     before, torch_precision = call(*args, backend="cpu"), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:
@@ -155,10 +151,12 @@ def test_medium_precision_may_multiply_bfloat16_values():
     finally:
         torch.set_float32_matmul_precision(torch_precision)
     assert torch.equal(result, before) == (_native.level() != "avx512_bf16")
-    assert_accurate(result, rounded, exact, term=rounding(torch.bfloat16, exact.abs().max().item()))
-    largest = max(e.abs().max().item() for e in slopes)
-    for a, r, e in zip(found, rounded_slopes, slopes, strict=True):
-        assert_accurate(a, r, e, term=rounding(torch.bfloat16, largest))
+
+    def reference(dtype):
+        slopes = op_checks.gradients(call, args, dtype, "reference", torch.float32)
+        return [call(*(a.to(dtype) for a in args), backend="reference"), *slopes]
+
+    assert_accurate([result, *found], reference, torch.float32, products=torch.bfloat16)
 
 
 @needs_cpu

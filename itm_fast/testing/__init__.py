@@ -8,6 +8,9 @@ import torch
 from torch import Tensor
 
 from ..packing import pack
+from .accuracy import assert_accurate, rounding
+
+__all__ = ["assert_accurate", "inputs", "rounding"]
 
 
 def inputs(
@@ -51,33 +54,3 @@ def inputs(
     image = torch.nn.functional.normalize(image, dim=-1).to(device=device, dtype=dtype)
     words = words.to(device=device, dtype=dtype)
     return image.requires_grad_(requires_grad), words.requires_grad_(requires_grad), cu_seqlens.to(device)
-
-
-def rounding(dtype: torch.dtype, largest: float) -> float:
-    """The accuracy rule's rounding term at a value of size `largest`: 8 units of the dtype's rounding, and 256 for
-    float64, where the reference cannot be the better judge."""
-    return (256 if dtype == torch.float64 else 8) * torch.finfo(dtype).eps * largest
-
-
-def assert_accurate(actual: Tensor, same_dtype: Tensor, exact: Tensor, *, term: float | None = None) -> None:
-    """The accuracy rule: error(actual) <= 2 x error(reference in the same dtype) + a rounding term.
-
-    Args:
-        actual: the result under test.
-        same_dtype: the reference's result in the same dtype.
-        exact: the reference's result in float64 on the same (rounded) inputs.
-        term: the added rounding term; by default `rounding(dtype, largest exact value)`.
-
-    Raises:
-        AssertionError: the shapes differ, a value is not finite, or the error is too large.
-    """
-    assert actual.shape == exact.shape, f"shape {list(actual.shape)}, want {list(exact.shape)}"
-    if actual.numel() == 0:
-        return
-    assert torch.isfinite(actual).all(), "a value is not finite"
-    exact = exact.double()
-    if term is None:
-        term = rounding(actual.dtype, exact.abs().max().item())
-    error = (actual.double() - exact).abs().max().item()
-    allowed = 2 * (same_dtype.double() - exact).abs().max().item() + term
-    assert error <= allowed, f"error {error:.3g} exceeds {allowed:.3g}"

@@ -1,0 +1,135 @@
+"""The accuracy rule: right programs pass however they sum, and mistakes do not, however ill conditioned the problem."""
+
+import pytest
+import test_cross_attention_score
+import test_cross_attention_similarity
+import torch
+
+from itm_fast.ops import _attention
+from itm_fast.testing import assert_accurate, op_checks, rounding
+
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+
+
+def score(norm="l1norm"):
+    """One caption has one word: a / |a| of its affinities, of which some are nearly zero, has next to no gradient."""
+    regions = torch.tensor([6, 1, 4])
+    return test_cross_attention_score.case(3, (4, 1, 3, 4), 6, 16, regions, affinity_norm=norm, pool="mean")
+
+
+def similarity():
+    return test_cross_attention_similarity.case(3, (4, 1, 3), 6, 16, 8)
+
+
+CASES = pytest.mark.parametrize("make", [score, similarity])
+OVER_DTYPES = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+def outcome(case, dtype, rounded):
+    """The reference's result and gradients."""
+    call, args = case
+    result = call(*(a.to(rounded).to(dtype) for a in args), backend="reference")
+    return [result, *op_checks.gradients(call, args, dtype, "reference", rounded)]
+
+
+def last(terms):
+    *_, found = terms
+    return found
+
+
+def one_by_one(a, b):
+    """A sum of products from first to last, each step rounded."""
+    total = a.new_zeros(())
+    for term in (a * b).unbind():
+        total = total + term
+    return total
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("n", [2, 64, 1024])
+def test_a_sum_may_go_in_any_order_even_where_it_cancels(n, dtype):
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        a, b = (torch.randn(n, generator=generator, dtype=dtype) for _ in range(2))
+        a, b = torch.cat([a, a]), torch.cat([b, b * (2.0**-12 - 1)])  # the sum is a 4096th of its terms
+        assert_accurate([one_by_one(a, b)], lambda kind, a=a, b=b: [a.to(kind) @ b.to(kind)], dtype)
+
+
+def drawn(a, b):
+    """What rounding may add to a product of float32 vectors."""
+    return last(rounding(lambda kind: [a.to(kind) @ b.to(kind)], [a.double() @ b.double()], torch.float32))[0]
+
+
+@pytest.mark.parametrize("n", [64, 4096])
+def test_the_term_follows_the_number_of_terms(n):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, generator=generator) for _ in range(2))
+    # Each of n terms is off by sqrt(n) units twice, once for each factor, at random.
+    typical = torch.finfo(torch.float32).eps / 2 * (2 * n) ** 0.5 * (a * b).norm().item()
+    assert 0.3 * typical < drawn(a, b) < 3 * typical
+
+
+def test_the_term_follows_the_condition():
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.rand(64, generator=generator) for _ in range(2))
+    twice, cancelling = torch.cat([a, a]), torch.cat([b, b * (2.0**-12 - 1)])
+    assert twice @ cancelling < 1e-3 * (a @ b)
+    assert 0.3 < drawn(twice, cancelling) / drawn(a, b) < 10  # that of the terms, not of the sum
+
+
+@CASES
+@OVER_DTYPES
+def test_the_reference_passes(make, dtype):
+    assert_accurate(outcome(make(), dtype, dtype), lambda kind: outcome(make(), kind, dtype), dtype)
+
+
+attend = _attention.attend
+
+
+def without_a_region(query, context, norm, scale):
+    return attend(query, context[:-1] if len(context) > 1 else context, norm, scale)
+
+
+def without_a_feature(query, context, norm, scale):
+    """One of the 16 terms of an affinity."""
+    affinity = context[:, 1:] @ query[:, 1:].t()
+    return (scale * _attention.affinity_norm(affinity, norm, 1)).softmax(0).t() @ context
+
+
+def another_scale(query, context, norm, scale):
+    return attend(query, context, norm, 1.01 * scale)
+
+
+MISTAKES = [(m, d) for m in (without_a_region, without_a_feature) for d in DTYPES]
+MISTAKES += [(another_scale, d) for d in DTYPES[:2]]  # half precision rounds by as much
+
+
+@CASES
+@pytest.mark.parametrize("mistake,dtype", MISTAKES)
+def test_a_mistake_is_seen(make, mistake, dtype, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(_attention, "attend", mistake)
+        found = outcome(make(), dtype, dtype)
+    for part in (slice(0, 1), slice(1, None)):  # the result alone shows it, and so do the gradients
+        with pytest.raises(AssertionError, match="exceeds"):
+            assert_accurate(found[part], lambda kind, part=part: outcome(make(), kind, dtype)[part], dtype)
+
+
+def test_eps_in_the_wrong_place_is_seen(monkeypatch):
+    def inside(x, dim=-1):
+        return x / (x.square().sum(dim, keepdim=True) + _attention.EPS).sqrt()
+
+    case = similarity()
+    with monkeypatch.context() as patch:
+        patch.setattr(_attention, "l2norm", inside)
+        found = outcome(case, torch.float64, torch.float64)
+    with pytest.raises(AssertionError, match="exceeds"):
+        assert_accurate(found, lambda kind: outcome(case, kind, torch.float64), torch.float64)
+
+
+def test_what_is_not_finite_or_of_another_shape_is_seen():
+    x = torch.ones(3)
+    with pytest.raises(AssertionError, match="not finite"):
+        assert_accurate([x * torch.nan], lambda kind: [x.to(kind)], torch.float32)
+    with pytest.raises(AssertionError, match=r"shape \[2\], want \[3\]"):
+        assert_accurate([x[:2]], lambda kind: [x.to(kind)], torch.float32)
