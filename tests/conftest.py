@@ -1,13 +1,27 @@
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from itm_fast import _native
+import itm_fast
+
+ROOT = Path(__file__).resolve().parents[1]
+# pytest's own `pythonpath` puts the checkout before what is installed; so it is for the processes that tests start.
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 if not torch.cuda.is_available():  # before anything imports the Triton kernels, which are then interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure():
+    found = Path(itm_fast.__file__).resolve().parents[1]
+    if found != ROOT:
+        raise pytest.UsageError(
+            f"these tests are of the checkout {ROOT}, but the itm_fast that Python imports lies in {found}: nothing "
+            f"was tested. Run pytest with the checkout's pyproject.toml, or with PYTHONPATH={ROOT}."
+        )
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -20,7 +34,7 @@ def one_thread():
 def kernels_compiled(pytestconfig):
     """Before any test looks at stderr or at the clock."""
     if pytestconfig.option.markexpr != "gpu":
-        _native.why_not()
+        itm_fast._native.why_not()
 
 
 @pytest.fixture(autouse=True)
