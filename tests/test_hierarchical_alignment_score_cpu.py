@@ -53,17 +53,22 @@ def test_the_same_bits_with_any_number_of_threads(gate):
     assert all(torch.equal(f, found[0]) for f in found)
 
 
+@pytest.mark.parametrize("level,dtype", [(None, torch.float32), (None, torch.float64), ("generic", torch.float64)])
 @pytest.mark.parametrize("gate", GATES)
-def test_a_pair_does_not_see_what_was_scored_before_it(gate):
-    """Images of fewer and fewer regions, NaN in one caption: its neighbours keep their scores."""
+def test_a_pair_does_not_see_what_was_scored_before_it(gate, level, dtype, monkeypatch):
+    """Images of fewer and fewer regions, NaN in two captions, a long one among them: their neighbours keep their
+    scores. With two float64 values to a vector, 10 words end between vectors and the steps of a product's rows."""
+    if level:
+        at_level(level, monkeypatch)
     regions = (6, 1, 4, 6, 2)
-    args, whole = scored(gate, regions=regions)
+    args, whole = scored(gate, regions=regions, dtype=dtype)
     call, _ = test_hierarchical_alignment_score.case(5, COUNTS, D=20, gate=gate, regions=regions)
     spoilt = [x.clone() for x in args]
     spoilt[3][5:8] = float("nan")  # caption 1
+    spoilt[3][14:414] = float("nan")  # caption 3
     found = call(*spoilt, backend="cpu")
-    assert found[:, 1].isnan().all()
-    rest = [t for t in range(len(COUNTS)) if t != 1]
+    assert found[:, [1, 3]].isnan().all()
+    rest = [t for t in range(len(COUNTS)) if t not in (1, 3)]
     assert torch.equal(found[:, rest], whole[:, rest])
 
 

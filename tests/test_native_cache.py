@@ -11,11 +11,11 @@ import warnings
 from pathlib import Path
 
 import pytest
-from native_cases import cache, compiler, csrc, finished, fresh, works
+from native_cases import cache, compiled, compiler, csrc, finished, fresh, works
 
 from itm_fast import _native
 
-__all__ = ["cache", "compiler", "csrc"]  # fixtures
+__all__ = ["cache", "compiled", "compiler", "csrc"]  # fixtures
 
 
 def test_a_cache_folder_that_cannot_be_written(csrc, cache, tmp_path, monkeypatch):
@@ -60,6 +60,50 @@ def test_nothing_is_loaded_that_another_user_put_in_a_shared_folder(csrc, cache,
     capfd.readouterr()
     assert works()
     assert "compiling its CPU kernels" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("mode", [0o770, 0o702])
+def test_nothing_is_loaded_from_a_folder_that_others_may_write_to(csrc, cache, mode):
+    assert works()
+    fresh()
+    cache.chmod(mode)
+    with pytest.warns(UserWarning, match=f"other users may write to {cache}.*`chmod go-w {cache}`"):
+        assert works()
+    assert _native.outcome().path is None
+    cache.chmod(0o755)
+    fresh()
+    assert works()
+    assert _native.outcome().path is not None
+
+
+def test_a_folder_where_others_may_only_add_serves(csrc, cache):
+    cache.mkdir()
+    cache.chmod(0o1777)
+    assert works()
+    assert _native.outcome().path is not None
+
+
+@pytest.mark.parametrize("kind", ["generic", "objects"])
+def test_what_others_may_have_changed_is_made_again(csrc, cache, compiled, kind):
+    assert works()
+    (folder,) = cache.glob(f"{kind}-*")
+    folder.chmod(0o777)
+    if kind == "objects":
+        (csrc / "cpu" / "more.cpp").write_text("")
+    fresh()
+    compiled()
+    assert works()
+    assert compiled() == {"generic": ["library"], "objects": ["library", "more.cpp", "scale.cpp"]}[kind]
+    assert {path.stat().st_mode & 0o777 for path in cache.iterdir()} == {0o700}
+
+
+def test_all_that_is_kept_is_the_users_own(csrc, cache):
+    before = os.umask(0)
+    try:
+        assert works()
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (cache, *cache.iterdir())} == {0o700}
 
 
 def test_a_process_forked_during_a_build_does_not_wait_for_it(csrc):

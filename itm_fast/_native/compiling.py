@@ -178,7 +178,7 @@ def compile_library(compiler: Compiler, level: str, folder: Path, deadline: floa
     library.unlink(missing_ok=True)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     command = [find_ninja(), f"-j{cores}"]
-    ended = _run(command, folder, deadline, failed=lambda: any(folder.glob("*.failed")))
+    ended = _run(command, folder, deadline, lambda: any(file.stat().st_size for file in folder.glob("*.failed")))
     if ended[0] or not library.is_file():
         raise _failure(compiler, folder, ended, [folder / f"{source.stem}.o" for source in sources])
     return library
