@@ -18,6 +18,7 @@ import torch
 
 import itm_fast
 from benchmarks.harness import progress, seconds
+from itm_fast import _native
 
 PEAKS = ("matmul_float32", "fma_float32", "fma_bfloat16")
 
@@ -58,10 +59,7 @@ def head(shape: str, rounds: int, peak: dict[str, float | None]) -> dict:
 
 
 def _cpu() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    name = names[0] if names else platform.processor()
+    name = _native.peaks.processor()["model name"]
     return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
@@ -82,16 +80,11 @@ def fma_peak(dtype: str = "float32") -> float:
     Raises:
         RuntimeError: the native library cannot be built, or the processor has no such instruction.
     """
-    try:
-        from itm_fast import _native
-    except ImportError as error:
-        raise RuntimeError(f"no native library: {error}") from error
-    code = ("float32", "float64", "bfloat16").index(dtype)
-    took, flops, best = torch.zeros(1).double(), torch.zeros(1).double(), 0.0
-    for _ in range(10):
-        _native.call("itm_peak", code, 5_000_000, torch.get_num_threads(), took, flops)
-        best = max(best, (flops / took).item())
-    return best
+    built = _native.outcome()
+    if isinstance(built, str):
+        raise RuntimeError(built)
+    threads = torch.get_num_threads()
+    return max(_native.peaks.peak(built.library, dtype, 5_000_000, threads) for _ in range(10))
 
 
 def peaks(device: str) -> dict[str, float | None]:

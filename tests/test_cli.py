@@ -215,6 +215,7 @@ def test_doctor_reports(capsys):
         "compiler": _native.outcome().compiler,
         "library": str(_native.outcome().path),
         "cache folder": str(_native.cache_dir()),
+        "bfloat16 products": doctor._bfloat16(),
     }
 
 

@@ -129,7 +129,8 @@ def test_a_compiler_without_memory(csrc, compiler, stage, end):
 
 def test_a_line_of_the_sources_about_memory_is_no_lack_of_it(csrc):
     (csrc / "cpu" / "wrong.cpp").write_text(
-        '#include <new>\nconst char* f() { try {} catch (const std::bad_alloc&) { return unheard_of, "out of memory"; } }'
+        "#include <new>\n"
+        'const char* f() { try {} catch (const std::bad_alloc&) { return unheard_of, "out of memory"; } }'
     )
     assert re.search("do not compile with .*: .*unheard_of", _native.why_not())
 

@@ -20,11 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cache, compiling
+from . import cache, compiling, peaks
 from .cache import LIBRARY, Build, Unavailable, cache_dir
 from .compiling import BACKWARD_FLAGS, FLAGS, LEVELS
 
-__all__ = ["LEVELS", "Build", "Unavailable", "build", "cache_dir", "call", "csrc_dir", "level", "outcome", "why_not"]
+__all__ = [
+    "LEVELS", "Build", "Unavailable", "bfloat16_products", "build", "cache_dir", "call", "csrc_dir", "level", "outcome",
+    "why_not",
+]  # fmt: skip
 
 _lock = threading.Lock()
 _outcome: Build | str | None = None
@@ -77,6 +80,26 @@ def outcome() -> Build | str:
                 except OSError as error:
                     _outcome = f"the CPU kernels cannot be built: {error}"
     return _outcome
+
+
+def bfloat16_products() -> tuple[bool, str]:
+    """Whether products of bfloat16 values are made where they are allowed, and why, in words.
+
+    They are made where they pay (`peaks`), or as ITM_FAST_BFLOAT16 says: 1 wherever the processor has them, 0 nowhere.
+
+    Raises:
+        ValueError: ITM_FAST_BFLOAT16 is something else.
+    """
+    built, chosen = outcome(), os.environ.get("ITM_FAST_BFLOAT16", "")
+    if chosen not in ("", "0", "1"):
+        raise ValueError(f"ITM_FAST_BFLOAT16 must be 0 or 1, got {chosen!r}")
+    if isinstance(built, str) or built.level != "avx512_bf16":
+        return False, "this processor has none"
+    if chosen:
+        return chosen == "1", f"ITM_FAST_BFLOAT16 is {chosen}"
+    found = peaks.measured(built.library, built.path and built.path.parent)
+    bfloat16, float32 = (f"{rate / 1e9:.0f} GFLOP/s" for rate in (found.bfloat16, found.float32))
+    return found.bfloat16_pays, f"a core multiplies bfloat16 values at {bfloat16} and float32 values at {float32}"
 
 
 def call(name: str, *args: Tensor | float | None) -> None:

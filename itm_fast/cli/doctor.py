@@ -34,6 +34,7 @@ _OPTIONAL = {
 }
 _VARIABLES = (
     "ITM_FAST_BACKEND",
+    "ITM_FAST_BFLOAT16",
     "ITM_FAST_CACHE_DIR",
     "ITM_FAST_DEBUG",
     "ATEN_CPU_CAPABILITY",
@@ -88,7 +89,7 @@ def examine() -> dict[str, Any]:
         "packages": packages,
         "optional": {name: _version(name) for name in _OPTIONAL},
         "cpu": {
-            "model": _cpu_model(),
+            "model": _native.peaks.processor()["model name"],
             "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
             "torch threads": torch.get_num_threads(),
             "instruction set": torch.backends.cpu.get_cpu_capability(),
@@ -110,7 +111,8 @@ def examine() -> dict[str, Any]:
 
 
 def _devices() -> dict[str, dict[str, Any]]:
-    devices: dict[str, dict[str, Any]] = {"cpu": {"name": _cpu_model(), "memory_gib": _host_memory()}}
+    processor = _native.peaks.processor()["model name"]
+    devices: dict[str, dict[str, Any]] = {"cpu": {"name": processor, "memory_gib": _host_memory()}}
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
@@ -134,7 +136,8 @@ def _kernels() -> dict[str, Any]:
         cache = f"none: {error}"
     built = _native.outcome()
     if isinstance(built, str):
-        return {"why not": built, "level": None, "compiler": None, "library": None, "cache folder": cache}
+        found: dict[str, Any] = {"why not": built, "level": None, "compiler": None, "library": None}
+        return {**found, "cache folder": cache, "bfloat16 products": None}
     library = built.path and str(built.path)
     return {
         "why not": None,
@@ -142,7 +145,17 @@ def _kernels() -> dict[str, Any]:
         "compiler": built.compiler,
         "library": library,
         "cache folder": cache,
+        "bfloat16 products": _bfloat16(),
     }
+
+
+def _bfloat16() -> str:
+    """Whether bfloat16 inputs, and float32 ones at medium precision, are multiplied as bfloat16 values, and why."""
+    try:
+        used, why = _native.bfloat16_products()
+    except ValueError as error:
+        return f"refused: {error}"
+    return f"used: {why}" if used else f"not used, float32 products run instead: {why}"
 
 
 def _host_memory() -> float | None:
@@ -157,15 +170,6 @@ def _host_memory() -> float | None:
         except (OSError, ValueError):
             continue
     return round(total / 2**30, 1)
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _version(name: str) -> str | None:
@@ -253,7 +257,12 @@ def _text(report: dict[str, Any]) -> str:
         "C++ kernels",
         {"cannot run": native["why not"], "cache folder": native["cache folder"]}
         if native["why not"]
-        else {"compiled for": native["level"], "compiler": native["compiler"], "library": kept},
+        else {
+            "compiled for": native["level"],
+            "compiler": native["compiler"],
+            "library": kept,
+            "bfloat16": native["bfloat16 products"],
+        },
     )
     section("Devices", {device: _device_line(found) for device, found in report["devices"].items()})
     for device, reasons in report["backends"].items():

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ... import _native
 from ..._checks import matmul_precision
 from ...packing import bounds
 from .. import _attention
@@ -11,9 +12,10 @@ DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 
 
 
 def bfloat16_products(dtype: torch.dtype) -> bool:
-    """Whether products may multiply bfloat16 values: bfloat16 inputs, or float32 ones where torch may do it too."""
-    medium = matmul_precision() == "medium"
-    return dtype == torch.bfloat16 or (dtype == torch.float32 and medium)
+    """Whether products multiply bfloat16 values: where that pays, those of bfloat16 inputs, and those of float32 ones
+    where torch may do it too."""
+    allowed = dtype == torch.bfloat16 or (dtype == torch.float32 and matmul_precision() == "medium")
+    return allowed and _native.bfloat16_products()[0]
 
 
 def lengths(
