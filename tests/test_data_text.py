@@ -4,14 +4,16 @@ import json
 import subprocess
 import sys
 import warnings
+import zipfile
 
 import nltk
+import numpy as np
 import pytest
 from nltk.tokenize import word_tokenize
 from nltk.tokenize.destructive import NLTKWordTokenizer
 
 from itm_fast.data import Vocabulary, encode_caption, tokenize
-from itm_fast.data.captions import _word_tokenizer
+from itm_fast.data.captions import _SEVERAL, _word_tokenizer
 
 TRICKY = [
     "A man's dog can't swim.",
@@ -74,20 +76,69 @@ def test_punkt_splits_sentences(punkt):
     assert tokenize("a mr. smith stands. he waves.") == ["a", "mr.", "smith", "stands", ".", "he", "waves", "."]
 
 
+@pytest.mark.filterwarnings("ignore:NLTK's punkt")
 @pytest.mark.parametrize("text", TRICKY)
 def test_without_punkt_tokens_follow_the_word_rules(no_punkt, text):
-    with pytest.warns(UserWarning, match="punkt"):
-        assert tokenize(text) == NLTKWordTokenizer().tokenize(lowered(text))
+    assert tokenize(text) == NLTKWordTokenizer().tokenize(lowered(text))
 
 
-def test_without_punkt_one_warning_says_so(no_punkt):
+def test_without_punkt_the_first_caption_of_several_sentences_is_warned_of(no_punkt):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
+        for plain in ("a cat sits.", "a cat ... sits", "3.5 cats, e.g.cats! they sit. ", "?!", "no. "):
+            tokenize(plain)
+        assert not caught
         assert tokenize("a cat. it sits.") == ["a", "cat.", "it", "sits", "."]
-        assert tokenize("another") == ["another"]
+        tokenize("a dog. it sits.")
     assert len(caught) == 1
-    assert "'cat.' where the published tokens are 'cat' and '.'" in str(caught[0].message)
+    assert str(caught[0].message).startswith("NLTK's punkt data are not installed: captions of several sentences")
+    assert "keep 'cat.' as one word, where the published tokens are 'cat' and '.'" in str(caught[0].message)
     assert caught[0].filename == __file__
+
+
+def test_where_nothing_is_warned_of_sentences_change_nothing(punkt):
+    """punkt knows one abbreviation here and splits wherever it can."""
+    random, said = np.random.default_rng(0), 0
+    parts = [*"abc", "mr", "3", "'s", *".,:;?!()[]-", "...", *[" "] * 12]
+    for _ in range(3000):
+        text = "".join(random.choice(parts, random.integers(3, 16))).strip()
+        differs = tokenize(text) != word_tokenize(text, preserve_line=True)
+        said += differs
+        assert _SEVERAL.search(text) or not differs, text
+    assert said > 100
+
+
+def damage_folder(tokenizers):
+    (tokenizers / "punkt_tab" / "english").mkdir(parents=True)
+    for name in ("collocations.tab", "sent_starters.txt", "ortho_context.tab", "abbrev_types.txt"):
+        (tokenizers / "punkt_tab" / "english" / name).write_bytes(b"\xff\x00one\ttwo\tthree\n")
+
+
+def damage_zip(tokenizers):
+    (tokenizers / "punkt_tab.zip").write_bytes(b"PK\x03\x04cut")
+
+
+def foreign_zip(tokenizers):
+    with zipfile.ZipFile(tokenizers / "punkt_tab.zip", "w") as archive:
+        archive.writestr("punkt_tab/german/abbrev_types.txt", "dr\n")
+
+
+def empty_folder(tokenizers):
+    (tokenizers / "punkt_tab" / "english").mkdir(parents=True)
+
+
+@pytest.mark.parametrize("damage", [damage_folder, damage_zip, foreign_zip, empty_folder])
+def test_damaged_punkt_data_are_named_and_not_used(monkeypatch, tmp_path, damage):
+    (tmp_path / "tokenizers").mkdir()
+    damage(tmp_path / "tokenizers")
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path / "nowhere"), str(tmp_path)])
+    for _ in cleared():
+        with pytest.warns(
+            UserWarning, match=f"^NLTK's punkt data in {tmp_path}/tokenizers/punkt_tab.* cannot be read "
+        ) as told:
+            assert tokenize("a cat. it sits.") == ["a", "cat.", "it", "sits", "."]
+        assert "`python -m nltk.downloader punkt_tab`" in str(told[0].message)
+        assert "\n" not in str(told[0].message)
 
 
 @pytest.mark.filterwarnings("ignore:NLTK's punkt")

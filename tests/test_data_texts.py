@@ -65,6 +65,11 @@ BAD = {
     "missing": (["a", float("nan")], TypeError, r"captions\[1\] must be a text \(str\), got float nan; leave that"),
     "nothing": (["a", None], TypeError, r"captions\[1\] must be a text \(str\), got None; leave that caption out"),
     "ids": (np.array([1, 2]), TypeError, r"captions\[0\] must be a text \(str\), got int64 \[\]"),
+    "no line breaks": (
+        ["a", "dog " * 50_000],
+        ValueError,
+        r"captions\[1\] has 200,000 characters, and a caption may have 10,000; is a line break missing\?",
+    ),
     "not UTF-8": (["a", b"\xe9t\xe9"], ValueError, r"captions\[1\] is not UTF-8 \(.*\): b'\\xe9t\\xe9'"),
 }
 
@@ -99,6 +104,12 @@ def test_other_captions_are_refused_by_argument_and_row(take, captions, error, w
     name = {by_split: "split: ", by_batches: "caption_batches: ", by_vocabulary: "Vocabulary.build: "}[take]
     with pytest.raises(error, match=f"^{name}captions.*{words.removeprefix('captions')}"):
         take(captions)
+
+
+def test_the_longest_caption():
+    assert len(tokenize("dog " * 2_500)) == 2_500
+    with pytest.raises(ValueError, match="tokenize: text has 10,001 characters"):
+        tokenize("dog " * 2_500 + ".")
 
 
 def test_captions_become_plain_str():

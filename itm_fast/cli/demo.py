@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,8 +69,6 @@ def run(args: argparse.Namespace) -> int:
     from ._comparison import compare, report
     from ._picture import draw
 
-    # The shipped captions are single sentences, so punkt's absence changes nothing here.
-    warnings.filterwarnings("ignore", message="NLTK's punkt data")
     split = open_split(FOLDER, "test")
     if args.images is not None:
         if not 2 <= args.images <= len(split.features):

@@ -9,6 +9,9 @@ from typing import Any
 from .._files import open_regular
 
 BOM = "\ufeff"  # some editors write it before the first character; it belongs to no word
+# The longest captions of data sets of long descriptions have a third of these. An encoder reads word after word and
+# pads a whole batch to its longest caption: a file whose line breaks are lost would take hours and all memory.
+MOST_CHARACTERS = 10_000
 
 
 def caption_texts(captions: Any, argument: str) -> list[str]:
@@ -22,7 +25,7 @@ def caption_texts(captions: Any, argument: str) -> list[str]:
 
     Raises:
         TypeError: one text alone, something that is no sequence of one dimension, or an entry that is no text.
-        ValueError: bytes that are not UTF-8.
+        ValueError: bytes that are not UTF-8, or a text of more than 10,000 characters.
 
     >>> caption_texts(("a cat", b"a dog"), "captions")
     ['a cat', 'a dog']
@@ -38,7 +41,7 @@ def caption_texts(captions: Any, argument: str) -> list[str]:
     unordered = isinstance(captions, (Mapping, set, frozenset))
     if unordered or not isinstance(captions, Iterable) or getattr(captions, "ndim", 1) != 1:
         raise TypeError(f"{argument} must be a list of texts, one for each caption, got {_what(captions)}")
-    return [c if type(c) is str and c[:1] != BOM else caption_text(c, argument, t) for t, c in enumerate(captions)]
+    return [caption_text(caption, argument, row) for row, caption in enumerate(captions)]
 
 
 def caption_text(text: Any, argument: str, row: int | None = None) -> str:
@@ -49,14 +52,19 @@ def caption_text(text: Any, argument: str, row: int | None = None) -> str:
         argument: what to call it in messages.
         row: its place in that argument, where it is one of a list.
     """
-    if isinstance(text, str):
-        return str(text).removeprefix(BOM)
     where = argument if row is None else f"{argument}[{row}]"
     if isinstance(text, bytes):
         try:
-            return text.decode("utf-8").removeprefix(BOM)
+            text = text.decode("utf-8")
         except UnicodeDecodeError as error:
             raise ValueError(f"{where} is not UTF-8 ({error.reason}): {_short(text)}") from error
+    if isinstance(text, str):
+        if len(text) > MOST_CHARACTERS:
+            raise ValueError(
+                f"{where} has {len(text):,} characters, and a caption may have {MOST_CHARACTERS:,}; is a line break "
+                f"missing? It begins {_short(text)}"
+            )
+        return str(text).removeprefix(BOM)
     mend = "leave that caption out, or give an empty text"
     if isinstance(text, Iterable):
         mend = "give one flat list of texts; caption_to_image says which image each belongs to"
