@@ -105,7 +105,7 @@ def test_where_nothing_is_warned_of_sentences_change_nothing(punkt):
         differs = tokenize(text) != word_tokenize(text, preserve_line=True)
         said += differs
         assert _SEVERAL.search(text) or not differs, text
-    assert said > 100
+    assert said > 30
 
 
 def damage_folder(tokenizers):
