@@ -1,4 +1,5 @@
 import contextlib
+import importlib
 import sys
 import warnings
 
@@ -8,7 +9,8 @@ import torch
 import itm_fast
 from itm_fast import _backends, _native
 from itm_fast._checks import matmul_precision
-from itm_fast.testing import inputs
+from itm_fast._workspace import current_gib
+from itm_fast.testing import examples, inputs, op_checks
 
 
 @pytest.fixture
@@ -159,6 +161,20 @@ def test_workspace_bounds_scratch_and_is_restored():
     assert scratch_bytes(torch.device("cpu")) == before
     with pytest.raises(ValueError, match="more than 0, got -1"), itm_fast.workspace(-1):
         pass
+
+
+@pytest.mark.parametrize("op", sorted(examples.EXAMPLES))
+def test_backward_has_the_workspace_and_the_backend_of_its_forward(op, monkeypatch):
+    portable, seen = importlib.import_module(f"itm_fast.ops._torch.{op}"), []
+    real = portable.backward
+    monkeypatch.setattr(portable, "backward", lambda *args, **kept: seen.append(current_gib()) or real(*args, **kept))
+    args = [a.requires_grad_() if a.is_floating_point() else a for a in examples.example(op) if torch.is_tensor(a)]
+    with itm_fast.workspace(0.125), itm_fast.use_backend("torch"):
+        more = [a for a in examples.example(op) if not torch.is_tensor(a)]
+        result = op_checks.first(getattr(itm_fast, op)(*args, *more))
+    with itm_fast.workspace(0.5), itm_fast.use_backend("reference"):
+        result.sum().backward()
+    assert set(seen) == {0.125}
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cuda.matmul, "fp32_precision"), reason="this torch has no such switches")

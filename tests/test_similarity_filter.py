@@ -109,9 +109,10 @@ def test_a_pair_does_not_depend_on_its_block(backend, training, monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("S", [8, 17], ids=["whole vectors of features", "a tail"])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_nan_stays_in_its_pair(backend):
-    call, args = case(3, (4, 2, 5), 8)
+def test_a_nan_stays_in_its_pair(backend, S):
+    call, args = case(3, (4, 2, 5), S)
     spoilt = [a.clone() for a in args]
     spoilt[0][1, 5] = torch.nan  # a node of image 1 and caption 1
     leaves = [[a.requires_grad_() for a in x] for x in (args, spoilt)]
@@ -124,6 +125,31 @@ def test_a_nan_stays_in_its_pair(backend):
     assert torch.equal(found[others], z[others])
     nodes = others.repeat_interleave(torch.tensor([4, 2, 5]), 1)
     torch.testing.assert_close(leaves[1][0].grad[nodes], leaves[0][0].grad[nodes], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_gates_that_are_all_closed(backend):
+    """What is added to the gates' sum decides then how long z is, and that it is 0 and not NaN."""
+    call, args = case(3, (4, 2, 5), 17)
+    args = [*args[:4], torch.full((1,), -40.0, dtype=torch.float64)]
+    assert 0.1 < call(*args, "reference")[0].norm(dim=-1).min() < 0.9
+    op_checks.check_forward(call, args, torch.float64, backend)
+    op_checks.check_gradients(call, args, torch.float64, backend)
+    args[4] -= 160  # a gate is 0 in float32
+    z, single = call(*(a.float() for a in args), backend)[0], torch.float32
+    assert all(x.abs().max() < 1e-15 for x in (z, *op_checks.gradients(call, args, single, backend, single)))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nodes_of_zeros(backend, training):
+    call, args = case(3, (4, 2, 5), 17, training)
+    args[0][:, 4:6] = 0
+    for dtype in (torch.float64, torch.float32):
+        op_checks.check_forward(call, args, dtype, backend)
+        found = op_checks.gradients(call, args, dtype, backend, dtype)
+        for part, exact in zip(found, op_checks.gradients(call, args, dtype, "reference", dtype), strict=True):
+            torch.testing.assert_close(part, exact)
 
 
 CHUNKS = (9, 30, 1, 14, 100, 120, 260, 7, 12, 224)  # of all sizes a chunk of 224 nodes can be cut into

@@ -1,6 +1,7 @@
 """When the Triton kernels run, what refuses them, and the check of their first use: no GPU is needed to test it."""
 
 import sys
+import threading
 import types
 import warnings
 
@@ -111,6 +112,25 @@ def test_an_op_that_fails_its_check_is_put_aside_with_one_warning(gpu, checks):
     assert len(checks.ran) == 1
     checks.finds = None
     assert resolve(dtype=torch.float16) == "triton"
+
+
+def test_threads_that_begin_together_check_once(gpu, checks, monkeypatch):
+    second, problem = threading.Event(), examples.problem
+
+    def slow(*args):
+        if checks.ran:
+            second.set()
+        found = problem(*args)
+        second.wait(0.3)  # while the other thread may begin a check of its own
+        return found
+
+    monkeypatch.setattr(examples, "problem", slow)
+    threads = [threading.Thread(target=resolve) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(checks.ran) == 1
 
 
 def test_no_memory_for_the_check_says_nothing_about_the_kernels(gpu, checks):
