@@ -113,6 +113,20 @@ def test_captions_per_image_reaches_the_reader(tmp_path, capsys):
     assert len(open_split(tmp_path / "set.h5", "test").features) == 20
 
 
+@pytest.mark.parametrize("source", ["folder", "set.h5"])
+def test_regions_of_zeros_become_region_counts(tmp_path, source):
+    features = FEATURES.copy()
+    features[1, 2:] = 0
+    save_splits(tmp_path / source, {"test": plain(features)})
+    destination = tmp_path / ("out.h5" if source == "folder" else "out")
+    assert main(["convert", str(tmp_path / source), str(destination)]) == 0
+    assert open_split(destination, "test").region_lengths is None
+    assert main(["convert", str(tmp_path / source), str(destination), "--force", "--mask-zero-regions"]) == 0
+    assert open_split(destination, "test").region_lengths.tolist() == [3, 2, 3, 3]
+    assert open_split(tmp_path / source, "test", mask_zero_regions=True).region_lengths.tolist() == [3, 2, 3, 3]
+    assert np.array_equal(open_split(destination, "test").features[:], features)
+
+
 def test_help_says_what_is_what(capsys):
     with pytest.raises(SystemExit) as exit:
         main(["convert", "--help"])

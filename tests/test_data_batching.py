@@ -1,5 +1,8 @@
 """Training and encoding batches."""
 
+import re
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -75,7 +78,7 @@ def test_a_resumed_epoch_continues_where_it_stopped():
 
 
 def test_without_region_lengths():
-    split = Split(FEATURES, CAPTIONS, SPLIT.caption_to_image)
+    split = Split(np.ones((6, 3, 5)), CAPTIONS, SPLIT.caption_to_image)
     assert next(TrainingBatches(split, VOCABULARY, 4).epoch(0)).region_lengths is None
     assert next(image_batches(split, 4))[1] is None
 
@@ -85,6 +88,44 @@ def test_image_batches():
     assert [len(features) for features, _ in batches] == [4, 2]
     assert np.array_equal(torch.cat([f for f, _ in batches]).numpy(), REAL)
     assert torch.cat([n for _, n in batches]).tolist() == COUNTS
+
+
+def padded(name="split"):
+    features = RNG.standard_normal((6, 3, 5)).astype(np.float32)
+    for row, n in enumerate([3, 1, 2, 3, 3, 0]):  # the last image has nothing but zeros
+        features[row, n:] = 0
+    features[0, 1] = 0  # a region of zeros inside is no padding
+    return Split(features, CAPTIONS, SPLIT.caption_to_image, name=name)
+
+
+@pytest.mark.parametrize("batches", [image_batches, lambda s, n: TrainingBatches(s, VOCABULARY, n).epoch(0)])
+def test_regions_of_zeros_are_warned_of_once(batches):
+    for size in (17, 1):
+        split = padded("here")
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            list(batches(split, size)), list(batches(split, size))
+        assert len(told) == 1
+        assert re.match("here: [0-9]+ of [0-9]+ images read end in regions of zeros", str(told[0].message))
+        assert "--mask-zero-regions" in str(told[0].message)
+    assert "here: 3 of 6 images" in str(told[0].message) or size == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        list(batches(padded().mask_zero_regions(), 4))
+        list(batches(SPLIT, 4))
+
+
+def test_regions_of_zeros_at_the_end_are_masked():
+    split = padded()
+    masked = split.mask_zero_regions()
+    assert split.region_lengths is None
+    assert masked.region_lengths.tolist() == [3, 1, 2, 3, 3, 1]
+    assert torch.cat([n for _, n in image_batches(masked, 4)]).tolist() == [3, 1, 2, 3, 3, 1]
+    assert np.array_equal(masked.features[:], split.features[:])
+    assert masked.captions == split.captions
+    assert SPLIT.mask_zero_regions() is SPLIT
+    many = Split(np.eye(300, dtype=np.float32)[:, :, None].cumsum(1)[:, ::-1], ["a"], [0])  # image i: its first 300 - i
+    assert many.mask_zero_regions().region_lengths.tolist() == [300 - i for i in range(300)]
 
 
 def test_caption_batches():

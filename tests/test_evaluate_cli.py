@@ -80,6 +80,27 @@ def test_both_forms_of_data_and_both_backends_agree(made, tmp_path, capsys):
     np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-6)
 
 
+def test_regions_of_zeros_are_masked_when_asked(made, tmp_path, capsys):
+    split, vocabulary = pets()
+    features = split.features[:]
+    lengths = 1 + np.arange(len(features)) % features.shape[1]
+    for row, n in enumerate(lengths):
+        features[row, n:] = 0
+    known = Split(features, split.captions, split.caption_to_image, lengths)
+    save_splits(tmp_path / "padded", {"test": Split(features, split.captions, split.caption_to_image)})
+    words = ["evaluate", "--checkpoint", f"{made}/SCAN.pth.tar", "--data", f"{tmp_path}/padded", "--no-progress"]
+    words += ["--vocab", f"{made}/pets_precomp/pets_precomp_vocab.json", "--device", "cpu", "--scores"]
+    assert main([*words, f"{tmp_path}/masked.npy", "--mask-zero-regions"]) == 0
+    with pytest.warns(UserWarning, match="end in regions of zeros.*--mask-zero-regions"):
+        assert main([*words, f"{tmp_path}/plain.npy"]) == 0
+    loaded = checkpoint.load(made / "SCAN.pth.tar")
+    model = build(loaded.opt)
+    model.load_state_dict(loaded.model)
+    score = score_all(model.scorer, encode(model, known, vocabulary, progress=False), progress=False)
+    np.testing.assert_array_equal(np.load(tmp_path / "masked.npy"), score)
+    assert not np.array_equal(np.load(tmp_path / "plain.npy"), score)
+
+
 def test_resume_takes_finished_scores(made, tmp_path, capsys):
     words = ["evaluate", "--checkpoint", f"{made}/SAF.pth.tar", "--data", f"{made}/pets_precomp", "--no-progress"]
     words += ["--scores", f"{tmp_path}/s.npy"]

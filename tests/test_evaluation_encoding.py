@@ -63,7 +63,7 @@ def test_encode_is_packed_in_the_split_order(batch_size):
     net = model(vocabulary)
     found = encode(net, data, vocabulary, batch_size=batch_size, progress=False)
     net.img_enc.eval()
-    torch.testing.assert_close(found.image, net.img_enc(torch.as_tensor(data.features[:])).detach())
+    torch.testing.assert_close(found.image, net.img_enc(torch.as_tensor(data.read(slice(None)))).detach())
     ids = [encode_caption(caption, vocabulary) for caption in data.captions]
     assert found.lengths.tolist() == [len(one) for one in ids]
     assert found.cu_seqlens.dtype == torch.int32

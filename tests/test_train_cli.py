@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from training_cases import DEV, TRAIN, F, assert_same_run, log_rows, tensors_of
 
 import itm_fast.evaluation
 from itm_fast.cli import main
-from itm_fast.data import Vocabulary, save_splits
+from itm_fast.data import Split, Vocabulary, save_splits
 from itm_fast.training import checkpoint, resume, trainer
 
 
@@ -116,6 +117,27 @@ def test_a_direction_is_for_scan(tmp_path, data, capsys):
     words = ["train", "--model", "sgr", "--direction", "i2t", "--data", str(data)]
     assert main([*words, "--output", f"{tmp_path}/r"]) == 2
     assert "--direction is for --model scan" in capsys.readouterr().err
+
+
+def test_regions_of_zeros_are_masked_when_asked(tmp_path, monkeypatch):
+    features = TRAIN.features[:]
+    features[:, 30:] = 0
+    save_splits(tmp_path / "tiny.h5", {"train": Split(features, TRAIN.captions, TRAIN.caption_to_image), "dev": DEV})
+    seen = []
+    monkeypatch.setattr(
+        "itm_fast.training.train",
+        lambda opt, *splits, **_: (
+            seen.append(splits) or SimpleNamespace(finished=True, iterations=0, best_rsum=0.0, best_epoch=0)
+        ),
+    )
+    words = _words(tmp_path / "tiny.h5", tmp_path / "run", "--model", "scan", "--quiet")
+    assert main(words) == main([*words, "--mask-zero-regions"]) == 0
+    assert seen[0][0].region_lengths is None
+    assert [seen[1][n].region_lengths.tolist() for n in (0, 1)] == [[30] * 14, [36] * 8]
+    more = ["--model", "scan", "--max-steps", 1, "--quiet"]
+    monkeypatch.undo()
+    assert main(_words(tmp_path / "tiny.h5", tmp_path / "run", *more, "--mask-zero-regions")) == 0
+    assert resume.load(tmp_path / "run").arguments["mask_zero_regions"] is True
 
 
 def test_a_built_vocabulary_counts_train_and_dev(tmp_path, data):

@@ -37,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "every row is an image of its own, 5 to take every fifth row as the published code does",
     )
     parser.add_argument(
+        "--mask-zero-regions",
+        action="store_true",
+        help="write region counts that leave out the all-zero regions at each image's end",
+    )
+    parser.add_argument(
         "--force",
         action="store_true",
         help="overwrite: a file is replaced whole; in a folder only splits of the same names are replaced",
@@ -56,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
             splits=args.split,
             force=args.force,
             captions_per_image=args.captions_per_image,
+            mask_zero_regions=args.mask_zero_regions,
             images_written=bar.update,
         )
     for name in args.split or split_names(args.destination):

@@ -75,6 +75,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="for folders where the counts do not tell; see `itm-fast convert --help`",
     )
+    parser.add_argument(
+        "--mask-zero-regions",
+        action="store_true",
+        help="where the data have no region counts, leave out the all-zero regions at each image's end; the published "
+        "code lets them take part in attention",
+    )
     parser.add_argument("--ties", choices=TIES, default=TIES[0], help="see Ties above (default: pessimistic)")
     compute = parser.add_argument_group("speed and memory")
     compute.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
@@ -157,7 +163,11 @@ def _evaluate(args: argparse.Namespace) -> int:
 
     loaded = _members(args)
     split = open_split(
-        args.data, args.split, limit_captions=args.limit_captions, captions_per_image=args.captions_per_image
+        args.data,
+        args.split,
+        limit_captions=args.limit_captions,
+        captions_per_image=args.captions_per_image,
+        mask_zero_regions=args.mask_zero_regions,
     )
     vocab_path, vocab = _vocabulary(args, loaded[0].opt)
     device = _device(args.device)

@@ -30,7 +30,10 @@ SHAN's paper gives 30 epochs, lambda, mu 1, mu 2 and the margin; the rest, unsta
 SCAN's own command-line defaults are all negatives and a one-way GRU; its authors' recommended commands, and
 the defaults here, are the hardest negative and the bidirectional GRU."""
 
-_PLACES = ("model", "direction", "recipe", "train_split", "dev_split", "dev_captions", "captions_per_image")
+_PLACES = (
+    *("model", "direction", "recipe", "train_split", "dev_split", "dev_captions", "captions_per_image"),
+    "mask_zero_regions",
+)
 _DEFAULTS = {"recipe": "f30k", "train_split": "train", "dev_split": "dev"}
 # flag -> published option
 _OPTIONS = {
@@ -118,6 +121,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     data.add_argument(
         "--captions-per-image", type=int, metavar="N", help="1 or 5, where a folder's features leave it open"
+    )
+
+    data.add_argument(
+        "--mask-zero-regions",
+        action="store_const",
+        const=True,
+        help="where the data have no region counts, leave out the all-zero regions at each image's end (published: "
+        "they take part in attention)",
     )
 
     recipe = parser.add_argument_group("recipe")
@@ -232,7 +243,10 @@ def run(args: argparse.Namespace) -> int:
         opt = options(places["model"], recipe=places["recipe"], direction=places.get("direction"), **changes)
 
     data = Path(places["data"])
-    shape = {"captions_per_image": places.get("captions_per_image")}
+    shape = {
+        "captions_per_image": places.get("captions_per_image"),
+        "mask_zero_regions": places.get("mask_zero_regions", False),
+    }
     train_split = open_split(data, places["train_split"], **shape)
     dev_split = open_split(data, places["dev_split"], limit_captions=places.get("dev_captions"), **shape)
     opt.img_dim = train_split.features.shape[2]

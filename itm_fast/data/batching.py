@@ -173,13 +173,8 @@ def unknown_share(batches: Iterable[tuple[Tensor, Tensor, list[int]]]) -> tuple[
 
 
 def _read(split: Split, images: slice | np.ndarray) -> tuple[Tensor, Tensor | None]:
-    """Features of some images, zero beyond each image's regions whatever the file holds there, and their counts."""
-    features = split.features[images]
-    if split.region_lengths is None:
-        return torch.from_numpy(features), None
-    lengths = split.region_lengths[images]
-    features[np.arange(features.shape[1]) >= lengths[:, None]] = 0.0
-    return torch.from_numpy(features), torch.from_numpy(lengths)
+    lengths = None if split.region_lengths is None else torch.from_numpy(split.region_lengths[images])
+    return torch.from_numpy(split.read(images)), lengths
 
 
 def _pad(words: list[np.ndarray]) -> tuple[Tensor, list[int]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -135,6 +136,7 @@ class Split:
         name: str = "split",
     ) -> None:
         self.name = name
+        self._warned = False  # of regions of zeros
         self.features = self._rows("features", features)
         if len(self.features.shape) != 3 or 0 in self.features.shape:
             raise ValueError(
@@ -190,6 +192,60 @@ class Split:
             None if self.boxes is None else self.boxes.first(I),
             None if self.image_ids is None else self.image_ids[:I],
             None if self.caption_ids is None else self.caption_ids[:captions],
+            name=self.name,
+        )
+
+    def read(self, images: slice | Sequence[int] | np.ndarray) -> np.ndarray:
+        """Features of some images, to be encoded: float32 [B, R, F], zero beyond `region_lengths`.
+
+        Without `region_lengths`, images whose last regions are all zero are warned of once: such padding takes part in
+        attention, in the published code too.
+
+        Args:
+            images: as for `Rows`.
+        """
+        features = self.features[images]
+        if self.region_lengths is not None:
+            features[np.arange(features.shape[1]) >= self.region_lengths[images][:, None]] = 0.0
+        elif not self._warned:
+            padded = int((~features[:, -1].any(axis=1)).sum())
+            if padded:
+                self._warned = True
+                warnings.warn(
+                    f"{self.name}: {padded} of {len(features)} images read end in regions of zeros, and there are no "
+                    "region_lengths, so these take part in attention as the published code has it; "
+                    "mask_zero_regions=True (--mask-zero-regions) leaves them out",
+                    stacklevel=3,
+                )
+        return features
+
+    def mask_zero_regions(self) -> Split:
+        """This split with `region_lengths` that leave out the all-zero regions at each image's end.
+
+        Reads all features once. A split that has `region_lengths` is returned as it is; an image of nothing but zeros
+        keeps one region.
+
+        >>> import numpy as np
+        >>> features = np.ones((2, 4, 8), np.float32)
+        >>> features[1, 3:] = 0
+        >>> Split(features, ["a cat", "a dog"], [0, 1]).mask_zero_regions().region_lengths.tolist()
+        [4, 3]
+        """
+        if self.region_lengths is not None:
+            return self
+        R = self.features.shape[1]
+        lengths = []
+        for start in range(0, len(self.features), 128):
+            real = np.any(self.features[start : start + 128], axis=2)[:, ::-1]
+            lengths.append(np.where(real.any(axis=1), R - real.argmax(axis=1), 1))
+        return Split(
+            self.features,
+            self.captions,
+            self.caption_to_image,
+            np.concatenate(lengths),
+            self.boxes,
+            self.image_ids,
+            self.caption_ids,
             name=self.name,
         )
 

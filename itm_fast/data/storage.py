@@ -21,6 +21,7 @@ def open_split(
     *,
     limit_captions: int | None = None,
     captions_per_image: int | None = None,
+    mask_zero_regions: bool = False,
 ) -> Split:
     """Open one split of a data set; features stay on disk until their rows are asked for.
 
@@ -32,6 +33,8 @@ def open_split(
             on `dev`; here nothing is cut unless asked.
         captions_per_image: for folders only, when counts alone do not tell: 1 or 5 where features have as
             many rows as there are captions.
+        mask_zero_regions: where the data have no region lengths, leave out the all-zero regions at each image's end;
+            reads all features once.
 
     Raises:
         FileNotFoundError: no such path or split; the message lists the splits there are.
@@ -56,7 +59,9 @@ def open_split(
         )
     else:
         opened = hdf5_form.read(path, split)
-    return opened if limit_captions is None else opened.first(limit_captions)
+    if limit_captions is not None:
+        opened = opened.first(limit_captions)
+    return opened.mask_zero_regions() if mask_zero_regions else opened
 
 
 def split_names(path: str | os.PathLike[str]) -> list[str]:
@@ -129,6 +134,7 @@ def convert(
     splits: Sequence[str] | None = None,
     force: bool = False,
     captions_per_image: int | None = None,
+    mask_zero_regions: bool = False,
     images_written: Callable[[int], object] = lambda images: None,
 ) -> None:
     """Turn a folder into an HDF5 file or an HDF5 file into a folder.
@@ -140,7 +146,7 @@ def convert(
         destination: a name ending in `.h5` or `.hdf5` for a folder source, any other name for a file.
         splits: which to convert; None converts all.
         force: as for `save_splits`.
-        captions_per_image: as for `open_split`.
+        captions_per_image, mask_zero_regions: as for `open_split`.
         images_written: as for `save_splits`.
 
     Raises:
@@ -156,7 +162,10 @@ def convert(
     names = split_names(source) if splits is None else list(dict.fromkeys(splits))
     if not names:
         raise ValueError(f"{source} holds no splits (files named SPLIT_ims.npy, or HDF5 groups)")
-    opened = {name: open_split(source, name, captions_per_image=captions_per_image) for name in names}
+    opened = {
+        name: open_split(source, name, captions_per_image=captions_per_image, mask_zero_regions=mask_zero_regions)
+        for name in names
+    }
     save_splits(destination, opened, force=force, images_written=images_written)
 
 

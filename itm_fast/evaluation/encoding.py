@@ -201,7 +201,7 @@ def _images(encoder: nn.Module, split: Split, batch_size: int, progress: bool) -
     checksum = ""
     with tqdm(total=count, desc="images", unit="image", disable=not progress) as bar:
         for start in range(0, count, batch_size):
-            features = split.features[start : start + batch_size]
+            features = split.read(slice(start, start + batch_size))
             checksum = _checksum(np.frombuffer(checksum.encode(), np.uint8), features)
             embedded = embed(encoder, features)
             if start == 0:
