@@ -33,19 +33,18 @@ def pack(caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tens
         `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
 
     Raises:
-        ValueError: one length per caption is missing, or a length lies outside 1..W.
-        TypeError: lengths are not integers.
+        ValueError: one length per caption is missing, a length lies outside 1..W, or a tensor is on the meta device.
+        TypeError: caption is no dense tensor, or lengths are not integers.
 
     >>> import torch, itm_fast
     >>> words, cu_seqlens = itm_fast.pack(torch.randn(2, 5, 8), [3, 5])
     >>> words.shape, cu_seqlens.tolist()
     (torch.Size([8, 8]), [0, 3, 8])
     """
+    _values("pack", "caption", caption)
     if caption.dim() < 2:
         raise ValueError(f"pack: caption must be [T, W, D], got {list(caption.shape)}")
-    length = torch.as_tensor(lengths).cpu()
-    if length.is_floating_point() and length.numel():
-        raise TypeError(f"pack: lengths must be integers, got {length.dtype}")
+    length = _integers("pack", "lengths", lengths)
     length = length.to(torch.int64)
     T, W = caption.shape[:2]
     if length.shape != (T,):
@@ -68,16 +67,48 @@ def unpack(words: Tensor, cu_seqlens: Tensor) -> Tensor:
     Returns:
         [T, W, D] with W the largest length.
 
+    Raises:
+        ValueError: cu_seqlens does not start at 0, end at N, or give every caption a word, or a tensor is on the meta
+            device.
+        TypeError: words is no dense tensor, or cu_seqlens are not integers.
+
     >>> import torch, itm_fast
     >>> itm_fast.unpack(torch.ones(8, 4), torch.tensor([0, 3, 8]))[0, :, 0].tolist()
     [1.0, 1.0, 1.0, 0.0, 0.0]
     """
-    length = cu_seqlens[1:] - cu_seqlens[:-1]
+    _values("unpack", "words", words)
+    edge = _integers("unpack", "cu_seqlens", cu_seqlens)
+    if not words.dim() or edge.dim() != 1:
+        raise ValueError(
+            f"unpack: words must be [N, D] and cu_seqlens [T + 1], got {list(words.shape)} and {list(edge.shape)}"
+        )
+    _bounds(edge, len(words), "unpack")
+    length = edge[1:] - edge[:-1]
     W = int(length.max()) if len(length) else 0
-    real = torch.arange(W, device=words.device)[None, :] < length.to(words.device)[:, None]
+    real = (torch.arange(W)[None, :] < length[:, None]).to(words.device)
     caption = words.new_zeros(len(length), W, *words.shape[1:])
     caption[real] = words
     return caption
+
+
+def _values(op: str, name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
+        what = f"a tensor of layout {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{op}: {name} must be a dense tensor, got {what}")
+    if tensor.is_meta:
+        raise ValueError(f"{op}: {name} must hold values, got a tensor on the meta device, which has none")
+
+
+def _integers(op: str, name: str, values: Sequence[int] | Tensor) -> Tensor:
+    """These integers in host memory; an empty list is as good as one of integers."""
+    try:
+        tensor = torch.as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        raise TypeError(f"{op}: {name} must be integers, got {values!r:.60}") from error
+    _values(op, name, tensor)
+    if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
+        raise TypeError(f"{op}: {name} must be integers, got {tensor.dtype}")
+    return tensor.detach().cpu()
 
 
 def node_bounds(cu_seqlens: Tensor) -> Tensor:

@@ -60,3 +60,62 @@ def test_bad_bounds(edge, message):
 def test_lengths_are_integers():
     with pytest.raises(TypeError, match=r"lengths must be integers, got torch\.float32"):
         itm_fast.pack(torch.zeros(2, 3, 4), [2.0, 1.5])
+
+
+SPARSE, META = torch.zeros(2, 3, 4).to_sparse(), torch.zeros(2, 3, 4, device="meta")
+WORDS = torch.arange(12.0).reshape(3, 4)
+
+
+@pytest.mark.parametrize(
+    "caption,lengths,error,message",
+    [
+        (SPARSE, [2, 1], TypeError, "pack: caption must be a dense tensor, got a tensor of layout torch.sparse_coo"),
+        ([[1.0]], [1], TypeError, "pack: caption must be a dense tensor, got list"),
+        (None, [1], TypeError, "pack: caption must be a dense tensor, got NoneType"),
+        (META, [2, 1], ValueError, "pack: caption must hold values, got a tensor on the meta device"),
+        (torch.zeros(2), [2, 1], ValueError, r"pack: caption must be \[T, W, D\], got \[2\]"),
+        (torch.zeros(2, 3, 4), None, TypeError, "pack: lengths must be integers, got None"),
+        (torch.zeros(2, 3, 4), ["2", "1"], TypeError, r"pack: lengths must be integers, got \['2', '1'\]"),
+        (torch.zeros(2, 3, 4), [[2], [1, 1]], TypeError, r"pack: lengths must be integers, got \[\[2\], \[1, 1\]\]"),
+        (torch.zeros(2, 3, 4), [True, True], TypeError, r"pack: lengths must be integers, got torch\.bool"),
+        (torch.zeros(2, 3, 4), [1 + 0j, 2], TypeError, r"pack: lengths must be integers, got torch\.complex64"),
+        (torch.zeros(2, 3, 4), torch.tensor([2, 1], device="meta"), ValueError, "pack: lengths must hold values"),
+        (torch.zeros(2, 3, 4), torch.tensor([2, 1]).to_sparse(), TypeError, "pack: lengths must be a dense tensor"),
+        (torch.zeros(2, 3, 4), 2, ValueError, r"pack: lengths must be \[T\] with T = 2 captions, got \[\]"),
+        (torch.zeros(2, 3, 4), [2, 1 << 70], TypeError, "pack: lengths must be integers, got"),
+    ],
+)
+def test_pack_refuses_by_argument(caption, lengths, error, message):
+    with pytest.raises(error, match=message):
+        itm_fast.pack(caption, lengths)
+
+
+@pytest.mark.parametrize(
+    "words,edge,error,message",
+    [
+        (WORDS, [0, 2, 4], ValueError, r"unpack: cu_seqlens must start at 0 and end at the 3 packed rows, got 0\.\.4"),
+        (WORDS, [0, 2], ValueError, r"got 0\.\.2"),
+        (WORDS, [1, 3], ValueError, r"got 1\.\.3"),
+        (WORDS, [0, 3, 3], ValueError, r"unpack: caption 1 is empty \(cu_seqlens 3 then 3\)"),
+        (WORDS, [0, 5, 3], ValueError, r"unpack: caption 1 is empty \(cu_seqlens 5 then 3\)"),
+        (WORDS, [], ValueError, "got no elements"),
+        (WORDS, [[0, 3]], ValueError, r"cu_seqlens \[T \+ 1\], got \[3, 4\] and \[1, 2\]"),
+        (torch.tensor(1.0), [0, 1], ValueError, r"words must be \[N, D\].*got \[\] and \[2\]"),
+        (WORDS, None, TypeError, "unpack: cu_seqlens must be integers, got None"),
+        (WORDS, [0.0, 3.0], TypeError, r"unpack: cu_seqlens must be integers, got torch\.float32"),
+        (WORDS.to_sparse(), [0, 3], TypeError, "unpack: words must be a dense tensor, got a tensor of layout"),
+        (WORDS.tolist(), [0, 3], TypeError, "unpack: words must be a dense tensor, got list"),
+        (WORDS.to("meta"), [0, 3], ValueError, "unpack: words must hold values"),
+        (WORDS, torch.tensor([0, 3], device="meta"), ValueError, "unpack: cu_seqlens must hold values"),
+    ],
+)
+def test_unpack_refuses_by_argument(words, edge, error, message):
+    with pytest.raises(error, match=message):
+        itm_fast.unpack(words, edge)
+
+
+def test_unpack_takes_any_integers():
+    want = itm_fast.unpack(WORDS, torch.tensor([0, 2, 3], dtype=torch.int32))
+    assert want[:, :, 0].tolist() == [[0, 4], [8, 0]]
+    for edge in ([0, 2, 3], torch.tensor([0, 2, 3]), torch.tensor([0, 2, 3], dtype=torch.uint8)):
+        assert torch.equal(itm_fast.unpack(WORDS, edge), want)
