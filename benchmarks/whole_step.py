@@ -125,9 +125,7 @@ class Step:
             if model not in OTHERS:
                 self._encode = partial(published_encoders, self.matcher)
         else:
-            # Where every op has it, the first backend is what "auto" takes; the loss has not all of them.
-            self._backend = "auto" if contender == harness.backends(device)[0] else contender
-            self._train = self._as_ours
+            self._backend, self._train = contender, self._as_ours
         self.matcher.forward_emb = self._encoded  # type: ignore[method-assign]
         for part in (self.matcher.img_enc, self.matcher.txt_enc):
             for parameter in part.parameters():

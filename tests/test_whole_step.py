@@ -1,6 +1,7 @@
 """A whole training step in the benchmarks: the published one and ours do the same work, and its seconds are parted."""
 
 import types
+from argparse import Namespace
 
 import pytest
 import torch
@@ -58,6 +59,38 @@ def test_a_loop_on_fewer_captions_is_extended_with_all_its_parts(monkeypatch, tm
     assert all(row["seconds_max"] < 1e9 and (row["peak_bytes"] or 0) < 1e9 for row in others)
     text = page.readme("<!-- whole_step_here.json --><!-- end -->")
     assert "The loop ran on 3 captions and on 2, and is extended to 4 on a straight line." in text
+
+
+def test_medians_leave_the_first_round_out(monkeypatch):
+    """It makes what later ones use, as Adam's moments."""
+
+    def alternate(steps, rounds):
+        seconds = [100.0] if rounds == 1 else [9.0, 1.0, 2.0]
+        for name, step in steps.items():
+            for k, part in enumerate(PARTS):
+                step.parts[part] += [(k + 1) * (2 if name == LOOP else 1) * s for s in seconds]
+        return {name: seconds if name != LOOP else [4 * s for s in seconds] for name in steps}
+
+    monkeypatch.setattr(harness, "alternate", alternate)
+    monkeypatch.setattr(bench_whole_step, "compare", lambda model, names, shape, device: ({"torch": 0.1}, {}))
+    args = Namespace(loop_captions=None, rounds=3, no_fresh=True)
+    loop, ours = bench_whole_step.measure("scan-t2i", SHAPE, "cpu", args)["rows"]
+    assert (loop["seconds_median"], ours["seconds_median"], ours["times_faster_than_loop"]) == (8, 2, 4)
+    assert [ours[f"seconds_{part}"] for part in PARTS] == [2, 4, 6]
+    assert (ours["scores_times_faster_than_loop"], ours["largest_difference"]) == (2, 0.1)
+
+
+def test_memory_is_taken_when_adam_has_its_moments(monkeypatch):
+    seen = []
+
+    def peak_memory(step):
+        seen.append((len(step.matcher.optimizer.state), len(step.batch.features), len(step.batch.lengths)))
+        return len(seen)
+
+    monkeypatch.setattr(machine, "peak_memory", peak_memory)
+    assert bench_whole_step.memory("scan-t2i", LOOP, [Shape("coco-eval-5k", 4, 2), SHAPE]) == [1, 2]
+    parameters = len(Step("scan-t2i", LOOP, SHAPE, "cpu").matcher.params)
+    assert seen == [(parameters, 4, 2), (parameters, 4, 4)]
 
 
 @pytest.mark.parametrize("model", ["scan-t2i", "saf"])
