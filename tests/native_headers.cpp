@@ -14,13 +14,15 @@ void copy_in(const T* from, int64_t rows, int64_t columns, T* to, int64_t ld) {
   for (int64_t i = 0; i < rows; ++i) std::copy_n(from + i * columns, columns, to + i * ld);
 }
 
-// C [M][N] = C + A^T B of A [K][M] and B [K][N]. `packed` reads A by panels; `next` is given a matrix to fetch.
+// C [M][N] = C + A^T B of A [K][M] and B [K][N]; false when something was written beyond row M. `packed` reads A by
+// panels, with a matrix to fetch for the next product.
 template <class T, class E>
-void product(int64_t M, int64_t N, int64_t K, const T* a, const T* b, T* c, bool packed) {
+bool product(int64_t M, int64_t N, int64_t K, const T* a, const T* b, T* c, bool packed) {
   const int64_t ld = padded<T>(N), rows = round_up(M, ROW_STEP);
   Buffer<T> columns(K * ld), sums(rows * ld);
   copy_in(b, K, N, (T*)columns, ld);
   copy_in(c, M, N, (T*)sums, ld);
+  std::fill(sums + M * ld, sums + rows * ld, T(7));
   Buffer<E> left(packed ? packed_size(M, depth<E>(K)) : depth<E>(K) * rows), right(depth<E>(K) * ld);
   if (packed) pack_rows(M, K, (E*)left, [&](int64_t i, int64_t k) { return a[k * M + i]; });
   if constexpr (IS_PAIR<E>) {
@@ -35,6 +37,7 @@ void product(int64_t M, int64_t N, int64_t K, const T* a, const T* b, T* c, bool
           [&](int64_t i, int64_t j) { return load(sums + i * ld + j); },
           [&](int64_t i, int64_t j, Vec<T> v) { store(sums + i * ld + j, v); });
   for (int64_t i = 0; i < M; ++i) std::copy_n(sums + i * ld, N, c + i * N);
+  return std::all_of(sums + M * ld, sums + rows * ld, [](T x) { return x == T(7); });
 }
 
 }  // namespace
@@ -75,20 +78,17 @@ bool paired(const float* even, const float* odd, int64_t n, uint32_t* soft, uint
 #endif
 }
 
-void product32(int64_t M, int64_t N, int64_t K, const float* a, const float* b, float* c, bool packed) {
-  product<float, float>(M, N, K, a, b, c, packed);
+bool product32(int64_t M, int64_t N, int64_t K, const float* a, const float* b, float* c, bool packed) {
+  return product<float, float>(M, N, K, a, b, c, packed);
 }
-void product64(int64_t M, int64_t N, int64_t K, const double* a, const double* b, double* c, bool packed) {
-  product<double, double>(M, N, K, a, b, c, packed);
+bool product64(int64_t M, int64_t N, int64_t K, const double* a, const double* b, double* c, bool packed) {
+  return product<double, double>(M, N, K, a, b, c, packed);
 }
-bool product16(int64_t M, int64_t N, int64_t K, const float* a, const float* b, float* c) {
 #if defined(__AVX512BF16__)
-  product<float, Pair>(M, N, K, a, b, c, true);
-  return true;
-#else
-  return false;
-#endif
+bool product16(int64_t M, int64_t N, int64_t K, const float* a, const float* b, float* c) {
+  return product<float, Pair>(M, N, K, a, b, c, true);
 }
+#endif
 
 // rows [count][K] of a float32 tensor turned: by squares, by single values, as columns, and both ways at once.
 void turned(const float* rows, int64_t count, int64_t K, float* squares, float* single, float* packed, float* both) {
