@@ -1,5 +1,7 @@
 import contextlib
 import importlib
+import os
+import shutil
 import sys
 import warnings
 
@@ -36,6 +38,17 @@ def automatic():
     """The first backend offered that can run on a CPU; Triton's, interpreted, only where it is asked for."""
     offered = _backends.OFFERS["cross_attention_score"]
     return next(n for n in offered if n != "triton" and _backends.why_not(n, "cpu") is None)
+
+
+def test_the_cpu_backend_runs_wherever_a_compiler_is():
+    # Tests of the kernels are skipped where they cannot run: that they can is said here.
+    compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), None)
+    reason = itm_fast.why_not("cpu")
+    if compiler is None:
+        assert "no C++ compiler on PATH" in reason
+    else:
+        assert reason is None
+        assert _native.outcome().level == _native.level()
 
 
 def test_auto_takes_the_first_backend_offered_that_can_run(asked):
