@@ -5,9 +5,16 @@
 >>> words, cu_seqlens = itm_fast.pack(torch.randn(3, 12, 64), [12, 7, 9])
 >>> itm_fast.cross_attention_score(image, words, cu_seqlens).shape  # [I, T]
 torch.Size([4, 3])
+
+torch is imported with the first of these names. A program that calls `torch.ops.itm_fast` and none of them, as one
+that was exported does, imports `itm_fast.ops`.
 """
 
+# ruff: noqa: F403, F405
+
+import sys
 from pathlib import Path as _Path
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
@@ -16,22 +23,10 @@ _here = _Path(__file__).resolve().parent
 if not (_here / "kernels").is_dir():
     __path__.append(str(_here.parent))
 
-from ._backends import use_backend, why_not  # noqa: E402
-from ._workspace import workspace  # noqa: E402
-from .ops import (  # noqa: E402
-    cross_attention_score,
-    cross_attention_similarity,
-    global_local_score,
-    hardest_negative_loss,
-    hierarchical_alignment_score,
-    similarity_context,
-    similarity_filter,
-    similarity_filter_score,
-    similarity_graph,
-    similarity_graph_score,
-    similarity_nodes,
-)
-from .packing import pack, unpack  # noqa: E402
+from ._lazy import lazy  # noqa: E402
+
+if TYPE_CHECKING or "torch" in sys.modules:  # then it costs nothing, and the ops are there for torch.ops
+    from ._public import *
 
 __all__ = [
     "cross_attention_score",
@@ -51,3 +46,5 @@ __all__ = [
     "why_not",
     "workspace",
 ]
+
+__getattr__ = lazy(__name__, __all__)

@@ -16,8 +16,8 @@ from collections.abc import Iterator
 import torch
 
 from . import _native, _triton
+from ._names import BACKENDS as NAMES
 
-NAMES = ("triton", "cuda", "cpu", "torch", "reference")
 KERNELS = frozenset(("triton", "cuda", "cpu"))  # the backends that an op has only where kernels were written for it
 OFFERS: dict[str, tuple[str, ...]] = {}  # op -> the backends it has, best first; filled as each op is defined
 _told: set[str] = set()  # reasons that "auto" has warned of

@@ -200,7 +200,6 @@ def test_two_checkpoints_of_one_kind_are_told_apart(made, tmp_path, capsys):
         (["--checkpoint", "SAF", "--data", "pets_precomp", "--split", "testall"], "splits in this folder: test"),
         (["--checkpoint", "SAF", "--data", "pets_precomp", "--folds", "4"], "10 images do not divide into 4"),
         (["--checkpoint", "SAF", "--data", "pets_precomp", "--backend", "cuda"], "cuda"),
-        (["--checkpoint", "SAF", "--data", "pets_precomp", "--backend", "fast"], "no backend is called 'fast'"),
     ],
 )
 def test_refusals_are_sentences(words, sentence, made, capsys):

@@ -24,7 +24,8 @@ ALLOWED = {
     "packing": set(),
     "kernels": {"kernels", "packing"},
 }
-EVERYWHERE = {"", "_backends", "_checks", "_native", "_triton", "_workspace", "_files", "_lock"}
+EVERYWHERE = {"", "_backends", "_checks", "_native", "_triton", "_workspace"}
+EVERYWHERE |= {"_files", "_lazy", "_lock", "_names", "_public"}
 
 
 def modules():

@@ -72,10 +72,10 @@ def test_command_options_reach_the_run(tmp_path, data, capsys):
     "more, sentence",
     [
         ("--quiet", "--model must be given, except with --resume"),
-        ("--model scan --sgr-steps 2", "scan has no option sgr_step"),
+        ("--model scan --sgr-steps 2", "scan has no option --sgr-steps; its options are --agg-func"),
         ("--model scan --train-split nope", "nope"),
         ("--model scan --vocab missing.json", "missing.json"),
-        ("--model scan --backend cuda --quiet", "cuda"),
+        ("--model scan --backend cuda --quiet", "the backend cuda cannot run on cpu: "),
         ("--model scan --resume", "there is no run to resume"),
     ],
 )

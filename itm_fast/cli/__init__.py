@@ -6,7 +6,6 @@ A command is a module `itm_fast/cli/<command>.py` with `HELP` (what `itm-fast <c
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import sys
@@ -14,23 +13,27 @@ import traceback
 import warnings
 from collections.abc import Sequence
 
+from .._lock import LockedError
+from ._parser import Parser
+
 _SUMMARIES = {
     "evaluate": "recall tables of one checkpoint or an ensemble on precomputed features",
-    "train": "train SGR, SAF or SCAN with the published recipe, or continue an interrupted run",
+    "train": "train a model with the published recipe, or continue an interrupted run",
     "demo": "evaluate the models and the real data inside the package; draws what a model attends to",
     "convert": "turn SCAN's .npy folder into HDF5, or back",
     "doctor": "versions, devices, and for every backend whether it can run here and why not",
 }
 COMMANDS = tuple(_SUMMARIES)
-_EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, ImportError)
+_EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, ImportError, LockedError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one `itm-fast` command.
 
-    Only the module of the chosen command is imported, so that `--help` is quick and `doctor` works where
-    another command's dependency is broken. Bad values, missing files, refused backends, missing packages and
-    exhausted memory become one sentence on standard error; `ITM_FAST_DEBUG=1` adds the traceback.
+    Only the module of the chosen command is imported, and torch only when it runs, so that `--help` and errors of
+    options are quick and `doctor` works where another command's dependency is broken. Bad values, missing files,
+    refused backends, missing packages and exhausted memory become one sentence on standard error;
+    `ITM_FAST_DEBUG=1` adds the traceback.
 
     Args:
         argv: the words after `itm-fast`; `sys.argv[1:]` when None.
@@ -70,15 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser(command: str | None) -> argparse.ArgumentParser:
+def _parser(command: str | None) -> Parser:
     from .. import __version__
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="itm-fast",
         description="Fast, exact image-text matching by region-word cross-attention.",
-        epilog="`itm-fast COMMAND --help` explains a command's options. ITM_FAST_BACKEND=name forces a "
+        epilog="`itm-fast COMMAND --help` explains a command's options. ITM_FAST_BACKEND=name forces a\n"
         "backend, ITM_FAST_DEBUG=1 shows the traceback of an error.",
-        allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"itm-fast {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
@@ -87,13 +89,7 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
             commands.add_parser(name, help=summary)
             continue
         module = importlib.import_module(f"{__name__}.{name}")
-        chosen = commands.add_parser(
-            name,
-            help=summary,
-            description=module.HELP,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+        chosen = commands.add_parser(name, help=summary, description=module.HELP)
         module.add_arguments(chosen)
         chosen.set_defaults(run=module.run)
     return parser
@@ -112,11 +108,9 @@ def _sentence(error: BaseException) -> str:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    import torch
-
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-    )
+    torch = sys.modules.get("torch")  # without it nothing can have raised its error
+    kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 
 
 def _one_line(message, category, filename, lineno, file=None, line=None) -> None:

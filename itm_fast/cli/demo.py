@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, print, draw and write; 1 when the two recall tables differ."""
-    from .._backends import why_not
+    from .. import why_not
     from .._files import atomic_write
     from ..data import Vocabulary, open_split
     from ..data.openclipart import FOLDER, VOCABULARY

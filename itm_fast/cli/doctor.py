@@ -13,13 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import itm_fast
-
-from .. import _backends, _native, _triton, testing
-from .._checks import matmul_precision
-from ..testing.examples import outcome
 
 HELP = """Show versions, devices, which backend each operation uses here and why the others cannot run, and
 check every backend that can run against the reference.
@@ -73,6 +67,12 @@ def examine() -> dict[str, Any]:
     >>> examine()["backends"]["cpu"]["torch"] is None
     True
     """
+    import torch
+
+    from .. import _backends, _native, ops
+    from .._checks import matmul_precision
+
+    assert ops.__all__  # once imported, the ops have said which backends they offer
     devices = _devices()
     packages = {name: _package(name, module) for name, module in _REQUIRED.items()}
     checks = [_check(op, backend, device) for device in devices for op, backend in _runnable(device)]
@@ -111,6 +111,10 @@ def examine() -> dict[str, Any]:
 
 
 def _devices() -> dict[str, dict[str, Any]]:
+    import torch
+
+    from .. import _native
+
     processor = _native.peaks.processor()["model name"]
     devices: dict[str, dict[str, Any]] = {"cpu": {"name": processor, "memory_gib": _host_memory()}}
     if torch.cuda.is_available():
@@ -130,6 +134,8 @@ def _devices() -> dict[str, dict[str, Any]]:
 
 def _kernels() -> dict[str, Any]:
     """The C++ kernels of this machine, compiled now when they have not been before."""
+    from .. import _native
+
     try:
         cache = str(_native.cache_dir())
     except RuntimeError as error:
@@ -151,6 +157,8 @@ def _kernels() -> dict[str, Any]:
 
 def _bfloat16() -> str:
     """Whether bfloat16 inputs, and float32 ones at medium precision, are multiplied as bfloat16 values, and why."""
+    from .. import _native
+
     try:
         used, why = _native.bfloat16_products()
     except ValueError as error:
@@ -199,6 +207,10 @@ def _punkt() -> bool:
 
 
 def _choice(op: str, device: str) -> str:
+    import torch
+
+    from .. import _backends
+
     try:
         with warnings.catch_warnings():  # the report says why
             warnings.simplefilter("ignore")
@@ -208,6 +220,8 @@ def _choice(op: str, device: str) -> str:
 
 
 def _runnable(device: str) -> Iterator[tuple[str, str]]:
+    from .. import _backends, _triton
+
     for op, offered in sorted(_backends.OFFERS.items()):
         for backend in offered:
             interpreted = backend == "triton" and _triton.interpreted()  # which says nothing about a GPU's kernels
@@ -217,6 +231,11 @@ def _runnable(device: str) -> Iterator[tuple[str, str]]:
 
 def _check(op: str, backend: str, device: str) -> dict[str, Any]:
     """One op on a few pairs, forward and backward, against the reference in float64."""
+    import torch
+
+    from .. import testing
+    from ..testing.examples import outcome
+
     result = {"operation": op, "backend": backend, "device": device, "ok": True, "problem": None}
     try:
         found = outcome(op, backend, device, torch.float32)

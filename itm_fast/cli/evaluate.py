@@ -10,6 +10,8 @@ from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._names import BACKENDS
+
 if TYPE_CHECKING:
     from ..data import Split, Vocabulary
     from ..training.checkpoint import Checkpoint
@@ -43,7 +45,7 @@ _SYNTHETIC = ("scan", "sgr", "saf", "shan", "hgan", "tshsr")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    from ..evaluation.ranking import TIES
+    from ..evaluation import TIES
     from ..evaluation.workloads import WORKLOADS
 
     parser.add_argument(
@@ -85,7 +87,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compute = parser.add_argument_group("speed and memory")
     compute.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
     compute.add_argument(
-        "--backend", default="auto", help="auto, torch, reference, ...; `itm-fast doctor` lists them (default: auto)"
+        "--backend",
+        choices=("auto", *BACKENDS),
+        default="auto",
+        metavar="NAME",
+        help="auto, torch, reference, ...; `itm-fast doctor` lists them (default: auto)",
     )
     compute.add_argument(
         "--memory-gb",
@@ -125,9 +131,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate, or print the plan; the tables go to standard output."""
+    _check(args)
     from .._backends import use_backend
 
-    _check(args)
     with use_backend(args.backend) if args.backend != "auto" else contextlib.nullcontext():
         if args.workload:
             return _plan_workload(args)

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..training.recipe import DIRECTIONS, MODELS, RECIPES
+from .._names import BACKENDS
+from ..training.recipe import DIRECTIONS, MODELS, RECIPES, check, options
 
 HELP = """Train SGR, SAF (the two halves of SGRAF), SCAN, SHAN, HGAN, TSHSR, or a plain dual encoder beside them.
 
@@ -85,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     switch = argparse.BooleanOptionalAction
 
     run = parser.add_argument_group("the run")
-    run.add_argument("--model", choices=MODELS, help="which model (needed unless --resume)")
+    run.add_argument("--model", type=_model, choices=MODELS, help="which model (needed unless --resume)")
     run.add_argument(
         "--direction",
         choices=("t2i", "i2t", "full"),
@@ -96,10 +97,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     run.add_argument("--output", metavar="DIR", required=True, help="folder of this run, made when absent")
     run.add_argument("--resume", action="store_true", help="continue the run in --output")
     run.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: CUDA where there is one)")
-    run.add_argument("--backend", help="force one backend for every operation; `itm-fast doctor` lists them")
+    run.add_argument(
+        "--backend",
+        choices=("auto", *BACKENDS),
+        metavar="NAME",
+        help="force one backend for every operation; `itm-fast doctor` lists them",
+    )
     run.add_argument(
         "--max-steps",
-        type=int,
+        type=_count,
         metavar="N",
         help="stop after N steps, for a trial run: the weights of that "
         "moment are validated and may be kept as the best",
@@ -112,15 +118,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vocab", metavar="JSON", help="vocabulary (default: built from the training and dev captions, as published)"
     )
     data.add_argument(
-        "--min-count", type=int, metavar="N", help="words a built vocabulary keeps: seen N times (default 4)"
+        "--min-count", type=_count, metavar="N", help="words a built vocabulary keeps: seen N times (default 4)"
     )
     data.add_argument("--train-split", metavar="NAME", help="default train")
     data.add_argument("--dev-split", metavar="NAME", help="default dev")
     data.add_argument(
-        "--dev-captions", type=int, metavar="N", help="validate on the first N captions (the published code: 5000)"
+        "--dev-captions", type=_count, metavar="N", help="validate on the first N captions (the published code: 5000)"
     )
     data.add_argument(
-        "--captions-per-image", type=int, metavar="N", help="1 or 5, where a folder's features leave it open"
+        "--captions-per-image", type=_count, metavar="N", help="1 or 5, where a folder's features leave it open"
     )
 
     data.add_argument(
@@ -211,15 +217,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _model(name: str) -> str:
+    if name.lower() == "sgraf":
+        raise argparse.ArgumentTypeError(
+            "sgraf is the mean of two models: train sgr and saf, each in a folder of its own, and give both checkpoints"
+            " to `itm-fast evaluate`"
+        )
+    return name
+
+
+def _count(text: str) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"wants a whole number, got {text!r}") from None
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
+    return value
+
+
 def run(args: argparse.Namespace) -> int:
     """Train, and say where the best checkpoint is."""
-    from ..data import open_split
-    from ..training import options, resume, train
-
     output = Path(args.output)
+    opt, places = _settled(args, output)
+    return _train(args, output, opt, places)
+
+
+def _settled(args: argparse.Namespace, output: Path) -> tuple[argparse.Namespace, dict[str, Any]]:
+    """Options of the run, and where its data are; what can be refused without torch is refused before its import."""
+    if args.vocab is not None and args.min_count is not None:
+        raise ValueError("--min-count is for a vocabulary built here; leave it out with --vocab")
     given = {name: getattr(args, name) for name in ("data", *_PLACES) if getattr(args, name) is not None}
     changes = _changes(args)
+    check(changes, _flag)
     if args.resume:
+        from ..training import resume
+
         found = resume.load(output)
         places = found.arguments
         for name in _PLACES:
@@ -229,7 +262,7 @@ def run(args: argparse.Namespace) -> int:
                     f"{places.get(name)!r}; resume it as it is, or start another one elsewhere"
                 )
         places = {**places, **given}
-        opt = argparse.Namespace(**{**found.options, **changes})
+        opt = argparse.Namespace(**found.options)
     else:
         missing = [f"--{name}" for name in ("model", "data") if name not in given]
         if missing:
@@ -240,7 +273,18 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--direction is for --model scan or shan; {places['model']} has no choice of it")
         if directions is not None:
             places.setdefault("direction", directions[0])
-        opt = options(places["model"], recipe=places["recipe"], direction=places.get("direction"), **changes)
+        opt = options(places["model"], recipe=places["recipe"], direction=places.get("direction"))
+    others = [_flag(name) for name in changes if not hasattr(opt, name)]
+    if others:
+        own = ", ".join(sorted(_flag(name) for name in _OPTIONS.values() if hasattr(opt, name)))
+        raise ValueError(f"{places['model']} has no option {', '.join(others)}; its options are {own}")
+    vars(opt).update(changes)
+    return opt, places
+
+
+def _train(args: argparse.Namespace, output: Path, opt: argparse.Namespace, places: dict[str, Any]) -> int:
+    from ..data import open_split
+    from ..training import train
 
     data = Path(places["data"])
     shape = {
@@ -249,7 +293,18 @@ def run(args: argparse.Namespace) -> int:
     }
     train_split = open_split(data, places["train_split"], **shape)
     dev_split = open_split(data, places["dev_split"], limit_captions=places.get("dev_captions"), **shape)
-    opt.img_dim = train_split.features.shape[2]
+    size, dev_size = (split.features.shape[2] for split in (train_split, dev_split))
+    if args.resume and size != opt.img_dim:
+        raise ValueError(
+            f"{data}: the {places['train_split']} split has {size:,} features per region, and the run in {output} was "
+            f"begun with {opt.img_dim:,}; give the data that it was begun with"
+        )
+    if dev_size != size:
+        raise ValueError(
+            f"{data}: the {places['train_split']} split has {size:,} features per region, and the "
+            f"{places['dev_split']} split {dev_size:,}; both must have the same"
+        )
+    opt.img_dim = size
     opt.data_path = str(data.parent)
     if not args.resume:
         opt.data_name = data.stem if data.is_file() else data.resolve().name
@@ -278,6 +333,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _flag(name: str) -> str:
+    """How the command line calls a published option."""
+    found = next((flag for flag, option in _OPTIONS.items() if option == name), name)
+    return f"--{found.replace('_', '-')}"
+
+
 def _changes(args: argparse.Namespace) -> dict[str, Any]:
     found = {_OPTIONS[flag]: getattr(args, flag) for flag in _OPTIONS if getattr(args, flag) is not None}
     for name in ("no_imgnorm", "no_txtnorm"):  # published as negatives
@@ -290,8 +351,6 @@ def _vocabulary(args: argparse.Namespace, saved: Path, captions: list[str]) -> A
     from ..data import Vocabulary
 
     if args.vocab is not None:
-        if args.min_count is not None:
-            raise ValueError("--min-count is for a vocabulary built here; leave it out with --vocab")
         return Vocabulary.load(args.vocab)
     if args.resume:
         return Vocabulary.load(saved)

@@ -1,14 +1,15 @@
 """From a split and a scorer to recall: encode once, score all pairs under a memory budget, rank, report."""
 
-from .encoding import Encoded, encode
-from .memory import MemoryPlan, plan
-from .pipeline import evaluate, memory_plan
-from .ranking import Direction, Metrics, Ranks, average, fold_metrics, metrics, ranks
-from .relevance import relevance_metrics, why_no_relevance
-from .report import Pool, Report, System
-from .scoring import plan_for, score_all
-from .trec import write_trec
-from .workloads import WORKLOADS, Workload
+# ruff: noqa: F403, F405
+
+from typing import TYPE_CHECKING
+
+from .._lazy import lazy
+
+if TYPE_CHECKING:
+    from ._public import *
+
+TIES = ("pessimistic", "optimistic", "expected", "published")  # the rules for ties; see `ranking`
 
 __all__ = [
     "WORKLOADS",
@@ -35,3 +36,5 @@ __all__ = [
     "why_no_relevance",
     "write_trec",
 ]
+
+__getattr__ = lazy(__name__, __all__)

@@ -36,9 +36,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from . import TIES
 from .counting import Counts, Standings, checked, count
-
-TIES = ("pessimistic", "optimistic", "expected", "published")
 
 
 class Ranks(NamedTuple):

@@ -11,10 +11,16 @@ import torch
 from .._backends import requested, why_not
 from ..models import model_class
 from ..models._common import want
+from . import resume
+from .building import fits
 from .recipe import TRAINING
 
 if TYPE_CHECKING:
     from ..data import Split, Vocabulary
+
+
+# Between a run and its resumption; the vocabulary is compared on its own.
+_MAY_DIFFER = ("num_epochs", "val_step", "data_path", "vocab_path", "model_name", "logger_name", "vocab_checksum")
 
 
 def usable(device: str | torch.device | None) -> torch.device:
@@ -65,3 +71,40 @@ def completed(
         if regions != 36:  # the published number, of which its code keeps no option
             set_here["num_region"] = regions
     return argparse.Namespace(**{**vars(opt), **set_here})
+
+
+def same_run(
+    found: resume.Progress,
+    output: Path,
+    opt: argparse.Namespace,
+    data: list[int],
+    vocabulary: Vocabulary,
+    vocabulary_file: Path,
+) -> None:
+    """Refuse to go on where options, data, words or weights are not those of the interrupted run.
+
+    Raises:
+        ValueError: says what differs.
+    """
+    from ..data import Vocabulary
+
+    differing = [
+        f"{name} {found.options.get(name)!r}, now {value!r}"
+        for name, value in vars(opt).items()
+        if name not in _MAY_DIFFER and found.options.get(name) != value
+    ]
+    if found.data != data:
+        differing.append(f"[captions, images] {found.data}, now {data}")
+    checksum = found.options.get("vocab_checksum", opt.vocab_checksum)  # older runs kept none
+    if not differing and {checksum, Vocabulary.load(vocabulary_file).checksum()} != {vocabulary.checksum()}:
+        differing.append(f"the words of {vocabulary_file}, now others")
+    path = output / resume.NAME
+    if differing:
+        raise ValueError(
+            f"{path} belongs to a run with {'; '.join(differing)}. Resume with the same options and data, or start "
+            "afresh in another folder"
+        )
+    try:
+        fits(opt, found.model)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

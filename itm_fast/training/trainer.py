@@ -22,13 +22,13 @@ from .._backends import use_backend
 from .._lock import Lock
 from ..models import build
 from . import checkpoint, recipe, resume
-from .building import affordable, fits
+from .building import affordable
 from .checkpoint import BEST, LAST
 from .interrupt import Stop, signals
 from .log import STEP, Log, dev_values, table
 from .losses import batch_loss
 from .recipe import learning_rate
-from .setup import completed, usable
+from .setup import completed, same_run, usable
 from .vectors import word_vectors
 
 if TYPE_CHECKING:
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
 _SAVE_EVERY = 600.0  # seconds between resume files inside an epoch
 LOCK = "train.lock"
-# on resuming; the vocabulary is compared on its own
-_MAY_DIFFER = ("num_epochs", "val_step", "data_path", "vocab_path", "model_name", "logger_name", "vocab_checksum")
+
 
 
 @dataclass(frozen=True)
@@ -177,7 +176,7 @@ class _Run:
     def build(self, found: resume.Progress | None) -> None:
         """Build the model: with new weights, or as an interrupted run left it."""
         if found is not None:
-            self._refuse_another(found)
+            same_run(found, self.output, self.opt, self.data, self.vocabulary, self.vocabulary_file)
         vectors = word_vectors(self.opt, self.vocabulary, self.progress) if found is None else None
         if vectors is not None:
             self.opt.vector_dim = vectors.shape[1]
@@ -200,31 +199,6 @@ class _Run:
         self.epoch, self.step, self.iterations = found.epoch, found.step, found.iterations
         self.best_rsum, self.best_epoch = found.best_rsum, found.best_epoch
         self.saved = found.iterations
-
-    def _refuse_another(self, found: resume.Progress) -> None:
-        """Refuse to go on where options, data, words or weights are not those of the interrupted run."""
-        from ..data import Vocabulary
-
-        differing = [
-            f"{name} {found.options.get(name)!r}, now {value!r}"
-            for name, value in vars(self.opt).items()
-            if name not in _MAY_DIFFER and found.options.get(name) != value
-        ]
-        if found.data != self.data:
-            differing.append(f"[captions, images] {found.data}, now {self.data}")
-        checksum = found.options.get("vocab_checksum", self.opt.vocab_checksum)  # older runs kept none
-        if not differing and {checksum, Vocabulary.load(self.vocabulary_file).checksum()} != {self.opt.vocab_checksum}:
-            differing.append(f"the words of {self.vocabulary_file}, now others")
-        path = self.output / resume.NAME
-        if differing:
-            raise ValueError(
-                f"{path} belongs to a run with {'; '.join(differing)}. Resume with the same options and data, or start "
-                "afresh in another folder"
-            )
-        try:
-            fits(self.opt, found.model)
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
 
     def fit(self, max_steps: int | None) -> Result:
         try:

@@ -1,0 +1,13 @@
+"""What `itm_fast.evaluation` offers."""
+
+# ruff: noqa: F401
+
+from .encoding import Encoded, encode
+from .memory import MemoryPlan, plan
+from .pipeline import evaluate, memory_plan
+from .ranking import Direction, Metrics, Ranks, average, fold_metrics, metrics, ranks
+from .relevance import relevance_metrics, why_no_relevance
+from .report import Pool, Report, System
+from .scoring import plan_for, score_all
+from .trec import write_trec
+from .workloads import WORKLOADS, Workload
