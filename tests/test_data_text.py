@@ -1,8 +1,10 @@
 """Tokens, word ids and vocabulary files."""
 
 import json
+import pickle
 import subprocess
 import sys
+import types
 import warnings
 import zipfile
 
@@ -254,6 +256,81 @@ def test_a_good_file_is_taken(tmp_path):
     assert Vocabulary.load(tmp_path / "vocab.json")("cat") == 4
     with pytest.raises(FileNotFoundError):
         Vocabulary.load(tmp_path / "other.json")
+
+
+PICKLED = Vocabulary([*GOOD["word2idx"]][:4] + ["caf\u00e9"])
+
+
+def python2_pickle():
+    """As Python 2 writes a new-style object of __main__: special words are its bytes, others its unicode."""
+    words = ["<pad>", "<start>", "<end>", "<unk>"]
+    lines = [
+        "ccopy_reg\n_reconstructor\n(c__main__\nVocabulary\nc__builtin__\nobject\nNtR(dS'idx'\nI5\nsS'idx2word'\n(d"
+    ]
+    lines += [f"I{i}\nS'{word}'\ns" for i, word in enumerate(words)] + ["I4\nVcaf\\u00e9\ns", "sS'word2idx'\n(d"]
+    lines += [f"S'{word}'\nI{i}\ns" for i, word in enumerate(words)] + ["Vcaf\\u00e9\nI4\ns", "ssb."]
+    return "".join(lines).encode()
+
+
+def python3_pickle(protocol, module="vocab"):
+    made = type("Vocabulary", (), {"__module__": module})()
+    made.word2idx, made.idx2word, made.idx = PICKLED.word2idx, PICKLED.idx2word, 5
+    holder = types.ModuleType(module)
+    holder.Vocabulary = type(made)
+    before = sys.modules.get(module)
+    sys.modules[module] = holder
+    try:
+        return pickle.dumps(made, protocol)
+    finally:
+        del sys.modules[module]
+        if before is not None:
+            sys.modules[module] = before
+
+
+def test_a_pickled_vocabulary_is_read(tmp_path):
+    raws = [python2_pickle(), *(python3_pickle(protocol) for protocol in range(6))]
+    raws += [python3_pickle(2, "__main__"), python3_pickle(4, "scan_vocab")]
+    raws += [pickle.dumps({"word2idx": PICKLED.word2idx, "idx2word": PICKLED.idx2word, "idx": 5})]
+    for raw in raws:
+        (tmp_path / "vocab.pkl").write_bytes(raw)
+        assert Vocabulary.load(tmp_path / "vocab.pkl").word2idx == PICKLED.word2idx
+        assert "vocab" not in sys.modules
+
+
+class Hostile:
+    def __init__(self, *call):
+        self.call = call
+
+    def __reduce__(self):
+        return self.call
+
+
+@pytest.mark.parametrize(
+    ("raw", "words"),
+    [
+        (pickle.dumps(Hostile(print, ("ran",))), "it names builtins.print, which no vocabulary needs"),
+        (pickle.dumps(Hostile(eval, ("print('ran')",)), 0), "it names __builtin__.eval|it names builtins.eval"),
+        (b"cos\nsystem\n(S'echo ran'\ntR.", "it names os.system"),
+        (b"(ios\nsystem\n(S'echo ran'\n.", "it names os.system"),
+        (b"c__main__\nVocabulary.__init__\n.", "it names __main__.Vocabulary.__init__"),
+        (b"\x80\x04\x82\x01.", "unregistered extension code 1"),
+        (b"\x80\x02P1\n.", "is no pickle of a published vocabulary; nothing in it was run: "),
+        (b"\x80\x04]\x94r\xff\xff\xff\x7f.", "is not a vocabulary: "),
+        (b"(" * 100_000, "is no pickle of a published vocabulary"),
+        (python3_pickle(4)[:-20], "is no pickle of a published vocabulary"),
+        (b"\x80", "is no pickle of a published vocabulary"),
+        (b"\x80\x04K\x01.", "is no pickle of a published vocabulary"),
+        (pickle.dumps([1, 2]), "is no pickle of a published vocabulary"),
+        (pickle.dumps({"cat": 1}), "is not a vocabulary: it must hold objects word2idx and idx2word"),
+        (pickle.dumps(GOOD | {"idx": 4}), "is not a consistent vocabulary: idx is 4"),
+    ],
+)
+def test_other_pickles_are_refused_and_not_run(tmp_path, capfd, raw, words):
+    (tmp_path / "vocab.pkl").write_bytes(raw)
+    with pytest.raises(ValueError, match=words) as refused:
+        Vocabulary.load(tmp_path / "vocab.pkl")
+    assert str(refused.value).startswith(f"{tmp_path / 'vocab.pkl'} is no")
+    assert "ran" not in capfd.readouterr().out
 
 
 def test_words_are_named_once():

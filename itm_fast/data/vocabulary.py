@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
-from .._files import atomic_write
+from .._files import atomic_write, open_regular
+from . import pickled_vocabulary
 from .texts import caption_texts, text_lines
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
@@ -97,17 +98,14 @@ class Vocabulary:
         """Read a vocabulary file such as the published `f30k_precomp_vocab.json`.
 
         Args:
-            path: JSON with `word2idx`, `idx2word` and `idx` (the number of words).
+            path: JSON with `word2idx`, `idx2word` and `idx` (the number of words), or the older pickle of an object
+                with these. Nothing that a pickle brings along is run.
 
         Raises:
-            FileNotFoundError: no such file.
-            ValueError: not JSON, not a vocabulary, or its three parts disagree.
+            OSError: no such file, or no regular file.
+            ValueError: neither JSON nor such a pickle, not a vocabulary, or its three parts disagree.
         """
-        lines = text_lines(path)
-        try:
-            content = json.loads("".join(lines))
-        except (ValueError, RecursionError) as error:  # brackets nested too deeply
-            raise ValueError(f"{path} is not a JSON file: {error}") from error
+        content = _content(path)
         kinds = (("word2idx", dict), ("idx2word", dict), ("idx", int))
         if not isinstance(content, dict) or not all(isinstance(content.get(key), kind) for key, kind in kinds):
             raise ValueError(
@@ -137,3 +135,15 @@ class Vocabulary:
         """
         with atomic_write(path) as file:
             json.dump({"word2idx": self.word2idx, "idx2word": self.idx2word, "idx": len(self)}, file)
+
+
+def _content(path: str | os.PathLike[str]) -> Any:
+    with open_regular(path) as file:
+        head = file.read(1)
+    if head in pickled_vocabulary.STARTS:
+        return pickled_vocabulary.read(path)
+    lines = text_lines(path)
+    try:
+        return json.loads("".join(lines))
+    except (ValueError, RecursionError) as error:  # brackets nested too deeply
+        raise ValueError(f"{path} is not a JSON file: {error}") from error
