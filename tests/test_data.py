@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from itm_fast.data import Rows, Split, open_split, save_splits, split_names
+from itm_fast.data import Rows, Split, convert, open_split, save_splits, split_names
 
 RNG = np.random.default_rng(0)
 FEATURES = RNG.standard_normal((4, 3, 5)).astype(np.float32)  # I 4, R 3, F 5
@@ -135,6 +135,33 @@ def test_captions_are_read_as_published(tmp_path):
     (tmp_path / "test_caps.txt").write_bytes(text)
     split = open_split(tmp_path, "test", captions_per_image=1)
     assert split.captions == ["two  words", "", "caf\u00e9 \u00a0", "last"]
+
+
+def test_blank_lines_are_named(tmp_path):
+    captions = [f"caption {t}" for t in range(20)]
+    write_folder(tmp_path, captions=[*captions[:6], " \t", *captions[6:]])  # one more than fits
+    for more in ({}, {"captions_per_image": 5}):
+        with pytest.raises(
+            ValueError, match=r"4 rows of features and 21 captions \(blank lines in .*test_caps.txt: 7\)"
+        ):
+            open_split(tmp_path, "test", **more)
+    np.save(tmp_path / "test_caption_to_image.npy", np.arange(20) // 5)
+    with pytest.raises(ValueError, match=r"image.npy is for 20 captions, not 21; blank lines in .*test_caps.txt: 7$"):
+        open_split(tmp_path, "test")
+    (tmp_path / "test_caption_to_image.npy").unlink()
+    write_folder(tmp_path, captions=[""] * 7 + captions[7:])
+    with pytest.warns(UserWarning, match=r"blank lines in .*caps.txt: 1, 2, 3, 4, 5, \.\.\.; as in the published code"):
+        assert open_split(tmp_path, "test").captions == [""] * 7 + captions[7:]
+
+
+def test_a_folder_of_one_array_an_image_says_the_way_on(tmp_path):
+    np.save(tmp_path / "1000092795.npy", FEATURES[0])
+    np.save(tmp_path / "10002456.npy", FEATURES[1])
+    words = r"It holds 2 other .npy files, such as 1000092795.npy: .* one array SPLIT_ims.npy.*--mask-zero-regions"
+    with pytest.raises(FileNotFoundError, match=f"test_ims.npy does not exist.*{words}"):
+        open_split(tmp_path, "test")
+    with pytest.raises(ValueError, match=f"holds no splits.*{words}"):
+        convert(tmp_path, tmp_path / "out.h5")
 
 
 def test_a_line_that_is_not_utf8_is_named(tmp_path):

@@ -268,7 +268,7 @@ def python2_pickle():
         "ccopy_reg\n_reconstructor\n(c__main__\nVocabulary\nc__builtin__\nobject\nNtR(dS'idx'\nI5\nsS'idx2word'\n(d"
     ]
     lines += [f"I{i}\nS'{word}'\ns" for i, word in enumerate(words)] + ["I4\nVcaf\\u00e9\ns", "sS'word2idx'\n(d"]
-    lines += [f"S'{word}'\nI{i}\ns" for i, word in enumerate(words)] + ["Vcaf\\u00e9\nI4\ns", "ssb."]
+    lines += [f"S'{word}'\nI{i}\ns" for i, word in enumerate(words)] + ["Vcaf\\u00e9\nI4\ns", "sb."]
     return "".join(lines).encode()
 
 

@@ -65,11 +65,12 @@ def read(folder: Path, split: str, captions_per_image: int | None = None) -> Spl
     for file in ("ims.npy", "caps.txt"):
         if not path[file].exists():
             known = ", ".join(split_names(folder)) or "none"
-            raise FileNotFoundError(f"{path[file]} does not exist; splits in this folder: {known}")
+            raise FileNotFoundError(f"{path[file]} does not exist; splits in this folder: {known}{one_each(folder)}")
     ims = StoredArray(path["ims.npy"], open_npy)
     if len(ims.shape) != 3:
         raise ValueError(f"{path['ims.npy']} must be [I, R, F] (images, regions, feature size), got {list(ims.shape)}")
     captions = text_lines(path["caps.txt"])
+    blank = _blank_lines(path["caps.txt"], captions)
     scale = _scale(path["ims_scale.npy"], ims)
     T = len(captions)
     every = 1
@@ -79,9 +80,15 @@ def read(folder: Path, split: str, captions_per_image: int | None = None) -> Spl
                 f"{path['caption_to_image.npy']} says which image each caption belongs to; leave captions_per_image out"
             )
         caption_to_image = np.array(open_npy(path["caption_to_image.npy"]))
+        if blank and len(caption_to_image) != T:
+            raise ValueError(
+                f"{path['caption_to_image.npy']} is for {len(caption_to_image)} captions, not {T}; {blank}"
+            )
     else:
-        per_image, every = _captions_per_image(path["ims.npy"], ims, T, captions_per_image)
+        per_image, every = _captions_per_image(path["ims.npy"], ims, T, captions_per_image, blank)
         caption_to_image = np.arange(T) // per_image
+    if blank:
+        warnings.warn(f"{blank}; as in the published code, each counts as a caption without words", stacklevel=3)
     opened = Split(
         Rows(ims, every=every, scale=scale),
         captions,
@@ -93,6 +100,19 @@ def read(folder: Path, split: str, captions_per_image: int | None = None) -> Spl
     )
     opened.image_ids = _image_ids(path["ids.txt"], len(opened.features), opened.caption_to_image)
     return opened
+
+
+def one_each(folder: Path) -> str:
+    """Half a sentence for a folder without the split asked for that holds other arrays, such as one for each image."""
+    named = tuple(f"_{file}" for file in FILES)
+    others = sorted(path.name for path in folder.glob("*.npy") if not path.name.endswith(named))
+    if not others:
+        return ""
+    return (
+        f". It holds {len(others)} other .npy files, such as {others[0]}: if each is an image, [regions, features], "
+        "stack them in the order of the captions into one array SPLIT_ims.npy (numpy.stack), shorter ones filled up "
+        "with zeros and read with mask_zero_regions=True (--mask-zero-regions)"
+    )
 
 
 def needs_map(split: Split) -> bool:
@@ -143,6 +163,15 @@ def write(folder: Path, name: str, split: Split, images_written: Callable[[int],
             images_written(len(rows))
 
 
+def _blank_lines(path: Path, captions: list[str]) -> str:
+    """Half a sentence that names the captions without words; nothing where there are none."""
+    blank = [number for number, caption in enumerate(captions, 1) if not caption.strip()]
+    if not blank:
+        return ""
+    shown = ", ".join(map(str, blank[:5])) + (", ..." if len(blank) > 5 else "")
+    return f"blank lines in {path}: {shown}"
+
+
 def _scale(path: Path, ims: StoredArray) -> np.ndarray | None:
     if ims.dtype != np.int8:
         if ims.dtype.kind != "f":
@@ -158,11 +187,13 @@ def _scale(path: Path, ims: StoredArray) -> np.ndarray | None:
     return np.array(scale, dtype=np.float32)
 
 
-def _captions_per_image(path: Path, ims: StoredArray, T: int, given: int | None) -> tuple[int, int]:
+def _captions_per_image(path: Path, ims: StoredArray, T: int, given: int | None, blank: str) -> tuple[int, int]:
     """Captions per image, and how many rows of `ims` stand for one image."""
     rows = ims.shape[0]
     counts = f"{path}: {rows} rows of features and {T} captions"
     mend = f"write the image of each caption to {path.name.replace('_ims', '_caption_to_image')}"
+    if blank:
+        counts, mend = f"{counts} ({blank})", f"take out blank lines that are no captions, or {mend}"
     if given is not None:
         if given < 1 or T not in (rows * given, rows) or T % given:
             raise ValueError(f"{counts} do not fit captions_per_image={given}")

@@ -161,7 +161,8 @@ def convert(
         )
     names = split_names(source) if splits is None else list(dict.fromkeys(splits))
     if not names:
-        raise ValueError(f"{source} holds no splits (files named SPLIT_ims.npy, or HDF5 groups)")
+        found = folder_form.one_each(source) if source.is_dir() else ""
+        raise ValueError(f"{source} holds no splits (files named SPLIT_ims.npy, or HDF5 groups){found}")
     opened = {
         name: open_split(source, name, captions_per_image=captions_per_image, mask_zero_regions=mask_zero_regions)
         for name in names

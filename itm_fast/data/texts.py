@@ -25,7 +25,7 @@ def caption_texts(captions: Any, argument: str) -> list[str]:
 
     Raises:
         TypeError: one text alone, something that is no sequence of one dimension, or an entry that is no text.
-        ValueError: bytes that are not UTF-8, or a text of more than 10,000 characters.
+        ValueError: bytes that are not UTF-8, half a surrogate pair, or a text of more than 10,000 characters.
 
     >>> caption_texts(("a cat", b"a dog"), "captions")
     ['a cat', 'a dog']
@@ -64,6 +64,12 @@ def caption_text(text: Any, argument: str, row: int | None = None) -> str:
                 f"{where} has {len(text):,} characters, and a caption may have {MOST_CHARACTERS:,}; is a line break "
                 f"missing? It begins {_short(text)}"
             )
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"{where} holds {text[error.start]!r}, half a character; mend how it was decoded"
+            ) from error
         return str(text).removeprefix(BOM)
     mend = "leave that caption out, or give an empty text"
     if isinstance(text, Iterable):
