@@ -1,10 +1,14 @@
 """SGRAF's evaluator and trainer objects as users of the published code call them, and what they refuse."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
 from sgraf_cases import HEADS, LENGTHS, D, R, S, features, options
 
+import itm_fast
+from itm_fast._workspace import current_gib
 from itm_fast.models import SGRAF, build, sgraf
 from itm_fast.testing.sgraf import loop
 
@@ -90,6 +94,37 @@ def test_autocast_runs_and_learns():
     assert (score - want).abs().max() < 0.02
     loss.backward()
     assert all(p.grad.isfinite().all() for p in model.params)
+
+
+def test_backward_scores_again_under_the_backend_and_the_bound_of_the_forward_pass(monkeypatch):
+    """Backward runs outside both contexts, in small blocks that were not kept."""
+    scorer = sgraf.EncoderSimilarity(D, S, "SAF", num_region=R).train()
+    image, caption = (x.float().requires_grad_() for x in features())
+    module, seen = sys.modules["itm_fast.ops.similarity_nodes"], []
+    real = module.resolve
+
+    def spy(op, *rest):
+        seen.append((real(op, *rest), current_gib()))
+        return seen[-1][0]
+
+    monkeypatch.setattr(module, "resolve", spy)
+    with itm_fast.use_backend("reference"), itm_fast.workspace(1e-5):
+        score = scorer(image, caption, LENGTHS)
+    blocks = len(seen)
+    assert blocks > 1
+    score.sum().backward()
+    assert len(seen) == 2 * blocks
+    assert set(seen) == {("reference", seen[0][1])}
+    assert seen[0][1] <= 1e-5
+
+
+def test_the_optimizer_holds_the_parameters_in_the_published_order():
+    """Text, image, similarity: a saved optimizer's moments are matched by position."""
+    model = SGRAF(options())
+    parts = (model.txt_enc, model.img_enc, model.sim_enc)
+    published = [p for part in parts for p in part.parameters()]
+    (group,) = model.optimizer.param_groups
+    assert [id(p) for p in group["params"]] == [id(p) for p in published] == [id(p) for p in model.params]
 
 
 def test_refusals():

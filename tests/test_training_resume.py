@@ -10,7 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from training_cases import TRAIN, WORDS, assert_same_run, run_tiny, tiny_options, tiny_split
+from training_cases import TRAIN, WORDS, assert_same_run, log_rows, run_tiny, tiny_options, tiny_split
 
 from itm_fast._lock import LockedError
 from itm_fast.cli import main
@@ -102,6 +102,7 @@ def test_a_run_whose_folder_is_no_longer_its_own_stops_and_can_be_resumed(tmp_pa
     with pytest.raises(LockedError, match=r"train\.lock was removed or replaced .* stopped before writing any"):
         run_tiny(output)
     assert resume.load(output).iterations == at - 1
+    assert len([row for row in log_rows(output) if row["loss"]]) == at - 1, "nothing is written after that"
     calls += [1] * 99
     run_tiny(output, resuming=True)
     assert_same_run(output, straight)
