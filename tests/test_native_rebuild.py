@@ -80,6 +80,15 @@ def test_a_clock_that_was_set_back(two, compiled, cache):
     assert build(two) == 4
 
 
+def test_backward_passes_are_compiled_with_less_effort(csrc, compiler, tmp_path):
+    (csrc / "cpu" / "scale_backward.cpp").write_text("")
+    compiler(f'echo "$*" >> {tmp_path}/commands; exec REAL "$@"')
+    _native.build(csrc, "generic")
+    lines = [line for line in (tmp_path / "commands").read_text().splitlines() if "-c cpu/" in line]
+    last = {line.split()[-3]: [flag for flag in line.split() if flag.startswith("-O")][-1] for line in lines}
+    assert last == {"cpu/scale.cpp": "-O3", "cpu/scale_backward.cpp": "-O2"}
+
+
 def test_sources_come_and_go(two, compiled):
     build(two)
     compiled()
