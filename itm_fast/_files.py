@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and files that are read without waiting."""
+"""Files that appear whole or not at all, that are read without waiting, and whose room is taken beforehand."""
 
 from __future__ import annotations
 
@@ -9,6 +9,10 @@ import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
+
+_PIECE = 1 << 30  # bytes reserved by one call, so that Ctrl-C is heard in between
+_NO_FALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}  # file systems, or a C library, that cannot reserve
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 @contextlib.contextmanager
@@ -62,3 +66,34 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
         kind = "a FIFO" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
         raise OSError(errno.EINVAL, f"is {kind}, and a regular file is needed", os.fspath(path))
     return open(path, "rb")
+
+
+def reserve(file: IO[bytes], size: int) -> None:
+    """Make a file at least `size` bytes long and take the room for them, so that a full disk is met now.
+
+    What the file holds stays; what is added reads as zeros.
+
+    Raises:
+        OSError: the disk, the user's quota or the file system's limit is too small.
+
+    >>> import tempfile
+    >>> with tempfile.TemporaryFile() as file:
+    ...     reserve(file, 5)
+    ...     file.read()
+    b'\\x00\\x00\\x00\\x00\\x00'
+    """
+    try:
+        for start in range(0, size, _PIECE):
+            os.posix_fallocate(file.fileno(), start, min(_PIECE, size - start))
+        return
+    except AttributeError:  # macOS
+        pass
+    except OSError as error:
+        if error.errno not in _NO_FALLOCATE:
+            raise
+    zeros = bytes(1 << 20)
+    file.seek(0, os.SEEK_END)
+    for start in range(file.tell(), size, len(zeros)):
+        file.write(zeros[: size - start])
+    file.flush()
+    file.seek(0)

@@ -110,7 +110,7 @@ def test_fingerprint_tells_inputs_apart_but_not_batches():
     data, vocabulary = split()
     net = model(vocabulary)
     first = encode(net, data, vocabulary, batch_size=128, progress=False).fingerprint
-    assert encode(net, data, vocabulary, batch_size=128, progress=False).fingerprint == first
+    assert encode(net, data, vocabulary, batch_size=3, progress=False).fingerprint == first
     with torch.no_grad():
         net.txt_enc.embed.weight[1, 1] += 1e-3
     assert encode(net, data, vocabulary, progress=False).fingerprint["encoders"] != first["encoders"]
@@ -123,6 +123,23 @@ def test_fingerprint_tells_inputs_apart_but_not_batches():
     changed = encode(net, other, vocabulary, progress=False).fingerprint
     assert changed["features"] != first["features"]
     assert changed["captions"] != first["captions"]
+
+
+def test_captions_of_the_same_ids_are_encoded_once():
+    data, vocabulary = split()
+    texts = [*data.captions[:5], "unheard of", "A " + data.captions[2], "heard unknown", data.captions[3].upper()]
+    owner = np.arange(len(texts)) % 7
+    net = model(vocabulary)
+    found = encode(net, Split(data.features, texts, owner), vocabulary, batch_size=2, progress=False)
+    assert found.first_of_equals is not None
+    assert found.first_of_equals.tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 3]
+    assert sum(map(len, net.txt_enc.lengths)) == 7
+    assert max(map(len, net.txt_enc.lengths)) == 2
+    rows = [found.words[a:b] for a, b in zip(found.cu_seqlens[:-1], found.cu_seqlens[1:], strict=True)]
+    assert torch.equal(rows[7], rows[5])
+    assert torch.equal(rows[8], rows[3])
+    alone = encode(net, Split(data.features, [texts[8]], np.array([0])), vocabulary, progress=False)
+    torch.testing.assert_close(alone.words, rows[8])
 
 
 def test_encode_refusals():

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
+import types
 
 import numpy as np
 import pytest
 import torch
 
-from itm_fast.evaluation import memory, score_all
+from itm_fast._files import reserve
+from itm_fast._lock import LockedError
+from itm_fast.evaluation import memory, score_all, score_claim
+from itm_fast.evaluation.pipeline import score_files
+from itm_fast.evaluation.score_claim import check_room
+from itm_fast.evaluation.score_file import ScoreFile
 
 from .test_evaluation_scoring import Scorer, random_encoded, small_blocks  # noqa: F401
 
@@ -81,6 +89,7 @@ def test_damaged_blocks_are_scored_again(damage, tmp_path):
         return
     if damage == "bytes":
         with open(partial, "r+b") as file:
+            file.seek(128)
             file.write(b"\x01\x02")
     else:
         os.truncate(journal, journal.stat().st_size - 3)
@@ -115,27 +124,200 @@ def test_a_continued_run_keeps_the_block_size_it_began_with(tmp_path, monkeypatc
     np.testing.assert_allclose(found, score_all(Scorer(), encoded, progress=False), rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.usefixtures("small_blocks")
-def test_a_full_disk_leaves_no_file_that_looks_whole(tmp_path, monkeypatch):
-    encoded, path = random_encoded(7, 23), tmp_path / "x.npy"
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        score_all(Scorer(), encoded, out=path, progress=False)
-    monkeypatch.undo()
-    assert "x.npy" not in os.listdir(tmp_path)
-    assert not [name for name in os.listdir(tmp_path) if name.endswith(".unfinished")]
-
-
 def test_score_file_refusals(tmp_path):
     encoded = random_encoded(2, 2)
     with pytest.raises(ValueError, match=r"is a \.npy file, got"):
         score_all(Scorer(), encoded, out=tmp_path / "x.h5", progress=False)
     with pytest.raises(FileNotFoundError, match="folder of the score file does not exist"):
         score_all(Scorer(), encoded, out=tmp_path / "no" / "x.npy", progress=False)
-    (tmp_path / "x.npy.journal").write_text("rubbish\n")
-    with pytest.raises(ValueError, match=r"x\.npy\.journal is damaged"):
-        score_all(Scorer(), encoded, out=tmp_path / "x.npy", resume=True, progress=False)
+
+
+# From here on ScoreFile alone: two rows of two blocks each, which hold the numbers 0 to 34 in their places.
+SHAPE, RANK, BLOCK = (5, 7), np.array([4, 0, 2, 1, 0, 3, 4]), (3, 3)
+RIGHT = np.take(np.arange(25, dtype=np.float32).reshape(5, 5), RANK, axis=1)
+
+
+def opened(path, resume=False, who="A") -> ScoreFile:
+    return ScoreFile(path, SHAPE, RANK, BLOCK, {"scorer": who}, resume)
+
+
+def fill(file: ScoreFile, numbers=range(4), add=0.0) -> None:
+    for number in numbers:
+        start, stop = file.rows(number)
+        first = number % 2 * 3
+        file.write(number, np.arange(25, dtype=np.float32).reshape(5, 5)[start:stop, first : first + 3] + add)
+
+
+def begun(folder, numbers=(0, 1, 2)):
+    with opened(folder / "x.npy") as file:
+        fill(file, numbers)
+    return folder / "x.npy"
+
+
+def finished(folder):
+    with opened(folder / "x.npy") as file:
+        fill(file)
+        file.finish()
+    return folder / "x.npy"
+
+
+def names(folder) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_matrix_is_put_together_in_the_captions_order(tmp_path):
+    path = finished(tmp_path)
+    np.testing.assert_array_equal(np.load(path), RIGHT)
+    assert names(tmp_path) == ["x.npy", "x.npy.json"]
+
+
+def test_the_disk_never_holds_the_matrix_twice(tmp_path, monkeypatch):
+    sizes = []
+
+    def measured(source, destination, replace=os.replace):
+        sizes.append(sum(file.stat().st_size for file in tmp_path.iterdir()))
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", measured)
+    with ScoreFile(tmp_path / "x.npy", (300, 300), np.arange(300), (100, 100), {}) as file:
+        for number in range(9):
+            file.write(number, np.ones((100, 100), np.float32))
+        file.finish()
+    assert 4 * 300 * 300 < max(sizes) < 1.02 * 4 * 300 * 300
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_a_second_run_is_refused_by_name_of_the_first(tmp_path):
+    encoded, path, refused = random_encoded(7, 23), tmp_path / "x.npy", []
+
+    class Slow(Scorer):
+        def score(self, *given):
+            if not refused:
+                for resume in (False, True):
+                    with pytest.raises(LockedError, match=rf"x\.npy: process {os.getpid()} on .* since 2") as refusal:
+                        score_all(Scorer(), encoded, out=path, resume=resume, progress=False)
+                    refused.append(str(refusal.value))
+            return super().score(*given)
+
+    found = score_all(Slow(), encoded, out=path, progress=False)
+    assert len(refused) == 2
+    assert not any("delete" in sentence for sentence in refused)
+    np.testing.assert_array_equal(found, score_all(Scorer(), encoded, progress=False))
+
+
+@pytest.mark.parametrize("gone", ["partial", "journal", "lock"])
+@pytest.mark.parametrize("last", ["write", "finish"])
+def test_a_run_stops_when_its_files_are_no_longer_its_own(tmp_path, gone, last):
+    first = opened(tmp_path / "x.npy")
+    fill(first, range(4) if last == "finish" else [0, 1])
+    for end in {gone, "partial", "journal", "lock"} if last == "write" else {gone}:
+        (tmp_path / f"x.npy.{end}").unlink()
+    if last == "write":
+        second = opened(tmp_path / "x.npy", who="B")
+        fill(second, [0], add=100)
+    with pytest.raises(LockedError, match=rf"x\.npy\.{'' if last == 'write' else gone}.*was removed or replaced"):
+        fill(first, [2]) if last == "write" else first.finish()
+    first.release()
+    assert not (tmp_path / "x.npy").exists()
+    if last == "write":
+        second.release()
+        with opened(tmp_path / "x.npy", resume=True, who="B") as again:
+            assert again.done == {0}
+            fill(again, [1, 2, 3], add=100)
+            again.finish()
+        np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), RIGHT + 100)
+
+
+@pytest.mark.parametrize("gone", ["partial", "journal"])
+def test_one_removed_file_is_noticed_with_the_lock_in_place(tmp_path, gone):
+    with opened(tmp_path / "x.npy") as first:
+        (tmp_path / f"x.npy.{gone}").unlink()
+        (tmp_path / f"x.npy.{gone}").write_bytes(b"another run's")
+        with pytest.raises(LockedError, match=rf"x\.npy\.{gone} was removed or replaced"):
+            fill(first, [0])
+    assert (tmp_path / f"x.npy.{gone}").read_bytes() == b"another run's"
+
+
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")])
+def test_a_finished_matrix_can_be_read_where_nothing_can_be_written(tmp_path, monkeypatch, error):
+    path = finished(tmp_path)
+
+    def refuse(*_):
+        raise error
+
+    monkeypatch.setattr(score_claim, "Lock", refuse)
+    with opened(path, resume=True) as file:
+        assert file.finished
+    with pytest.raises(OSError, match=error.strerror):
+        opened(path)
+    with pytest.raises(OSError, match=error.strerror):
+        opened(tmp_path / "y.npy", resume=True)
+
+
+def test_room_is_asked_for_all_files_less_what_is_there(tmp_path, monkeypatch):
+    shape, size = (1000, 5000), 4 * 1000 * 5000
+    free = types.SimpleNamespace(free=0)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
+    paths = score_files(tmp_path / "s.npy", 2)
+    for count, names_them in ((1, "a score file"), (3, "3 score files, 20 MB each")):
+        free.free = count * size
+        with pytest.raises(OSError, match=f"no room for {names_them}: .* are free; make room") as refusal:
+            check_room(paths[:count], shape)
+        assert refusal.value.errno == errno.ENOSPC
+        free.free = int(count * size * 1.01)
+        assert check_room(paths[:count], shape).startswith(names_them)
+    with open(tmp_path / "s-1.npy.partial", "wb") as file:
+        reserve(file, size)
+    (tmp_path / "s-2.npy").write_bytes(bytes(size))
+    with open(tmp_path / "s.npy.partial", "wb") as file:
+        file.truncate(size)  # a hole, which is no room
+    free.free = int(1.02 * size)
+    check_room(paths, shape)
+    free.free = int(0.9 * size)
+    with pytest.raises(OSError, match="no room"):
+        check_room(paths, shape)
+
+
+def test_a_full_disk_is_met_before_anything_is_scored(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    scorer = Scorer()
+    with pytest.raises(OSError, match="No space left on device; 1 MB are needed, and nothing was scored"):
+        score_all(scorer, random_encoded(7, 23), out=tmp_path / "x.npy", progress=False)
+    assert not scorer.calls["score"]
+    assert names(tmp_path) == []
+
+
+def test_room_is_taken_where_the_system_has_no_call_for_it(tmp_path, monkeypatch):
+    monkeypatch.delattr(os, "posix_fallocate")
+    np.testing.assert_array_equal(np.load(finished(tmp_path)), RIGHT)
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("where", ["journal", "end"])
+def test_a_disk_that_fills_up_keeps_blocks_and_says_how_to_go_on(tmp_path, monkeypatch, where):
+    encoded, path = random_encoded(7, 23), tmp_path / "x.npy"
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if where == "end":  # the journal's own first line is a small file, which still finds room
+        monkeypatch.setattr(os, "fsync", lambda file: full() if os.fstat(file).st_size > 700 else None)
+    else:
+        original = ScoreFile.write
+        monkeypatch.setattr(
+            ScoreFile, "write", lambda self, *given: full() if len(self.done) == 5 else original(self, *given)
+        )
+    kept = 18 if where == "end" else 5
+    sentence = rf"No space left on device; {kept} of 18 blocks are kept .*: free some space and resume \(--resume\)"
+    with pytest.raises(OSError, match=sentence) as refusal:
+        score_all(Scorer(), encoded, out=path, progress=False)
+    assert "nothing" not in str(refusal.value)
+    assert refusal.value.filename == str(path)
+    assert names(tmp_path) == ["x.npy.journal", "x.npy.partial"]
+    monkeypatch.undo()
+    scorer = Scorer()
+    score_all(scorer, encoded, out=path, resume=True, progress=False)
+    assert scorer.calls["score"] == 18 - kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -13,6 +14,8 @@ from torch import nn
 
 import itm_fast
 from itm_fast.evaluation import Encoded, memory, plan, plan_for, score_all, score_file, scoring
+from itm_fast.evaluation.distinct import columns, first_of_equals
+from itm_fast.models._common import score_arrays
 from itm_fast.nn import CrossAttentionScore
 
 
@@ -184,6 +187,109 @@ def test_scores_in_a_file_need_no_memory(tmp_path):
     assert "score matrix" not in plan_for(Scorer(), encoded, memory_gb=4, out=tmp_path / "x.npy").held
 
 
+def with_copies(copies: int = 3) -> Encoded:
+    """Captions 0 to 10, some of them several times, as nobody encoded them: equal bits are all that is known."""
+    plain = random_encoded(7, 11)
+    rows = [plain.words[a:b] for a, b in zip(plain.cu_seqlens[:-1], plain.cu_seqlens[1:], strict=True)]
+    chosen = [t for t in range(11) for _ in range(copies if t % 2 else 1)]
+    chosen = [chosen[at] for at in np.random.default_rng(0).permutation(len(chosen))]
+    lengths = torch.tensor([len(rows[t]) for t in chosen])
+    edges = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
+    words = torch.cat([rows[t] for t in chosen])
+    return dataclasses.replace(plain, words=words, cu_seqlens=edges, caption_to_image=np.arange(len(chosen)) % 7)
+
+
+class Noisy(Scorer):
+    """Never gives the same pair the same score twice."""
+
+    def score(self, *given):
+        found = super().score(*given)
+        return found + 1e-3 * torch.rand(found.shape)
+
+    def forward(self, image, words, cu_seqlens):
+        return self.score(self.image_state(image), words, cu_seqlens, self.caption_state(words, cu_seqlens))
+
+
+@pytest.mark.parametrize("in_file", [False, True])
+@pytest.mark.usefixtures("small_blocks")
+def test_equal_captions_are_scored_once_and_share_their_bits(in_file, tmp_path):
+    encoded, scorer = with_copies(), Noisy()
+    out = tmp_path / "x.npy" if in_file else None
+    found = score_all(scorer, encoded, out=out, progress=False)
+    assert found.shape == (7, 21)
+    assert scorer.calls == {"image": 7 + 2, "caption": 11 + 2, "score": 3 * 3}
+    np.testing.assert_allclose(found, whole(Scorer(), encoded), rtol=1e-5, atol=2e-3)
+    first = first_of_equals(encoded.words.numpy(), encoded.cu_seqlens.numpy())
+    assert len(set(first.tolist())) == 11
+    np.testing.assert_array_equal(found, found[:, first])
+    if in_file:
+        assert np.isfinite(score_all(scorer, encoded, out=out, resume=True, progress=False)).all()
+        assert scorer.calls["score"] == 3 * 3
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_an_interrupted_run_with_equal_captions_goes_on(tmp_path):
+    encoded, scorer = with_copies(), Scorer()
+    scorer.stop_after = 5
+    with pytest.raises(KeyboardInterrupt, match="5 of 9 blocks"):
+        score_all(scorer, encoded, out=tmp_path / "x.npy", progress=False)
+    scorer.stop_after = None
+    found = score_all(scorer, encoded, out=tmp_path / "x.npy", resume=True, progress=False)
+    assert scorer.calls["score"] == 9
+    np.testing.assert_array_equal(found, score_all(Scorer(), encoded, progress=False))
+
+
+def test_word_ids_and_not_bits_decide_where_they_are_known():
+    encoded = dataclasses.replace(random_encoded(2, 4), first_of_equals=np.array([0, 1, 1, 3]))
+    found = score_all(Scorer(), encoded, progress=False)
+    np.testing.assert_array_equal(found[:, 1], found[:, 2])
+    assert len(np.unique(found[0])) == 3
+    assert plan_for(Scorer(), encoded, memory_gb=4).distinct == 3
+
+
+def test_the_plan_says_how_many_captions_are_distinct():
+    encoded = with_copies()
+    found = plan_for(Scorer(), encoded, memory_gb=4)
+    assert (found.captions, found.distinct, found.pairs) == (21, 11, 77)
+    assert "7 images x 21 captions, 11 distinct (" in str(found)
+    assert "= 77 pairs on cpu" in str(found)
+    order, _ = columns(first_of_equals(encoded.words.numpy(), encoded.cu_seqlens.numpy()), encoded.lengths)
+    distinct = int(encoded.lengths[order].sum())
+    assert found.held["states computed once"] == 7 * 8 + 11 * 4 + distinct * 3 * 4
+    assert found.held["encoded captions"] == int(encoded.lengths.sum()) * 8 * 4
+    assert found.held["score matrix"] == 7 * 21 * 4
+    assert "distinct" not in str(plan_for(Scorer(), random_encoded(7, 23), memory_gb=4))
+
+
+def test_the_bar_counts_the_pairs_that_are_scored(capsys):
+    score_all(Scorer(), with_copies(), progress=True)
+    assert "77.0/77.0" in capsys.readouterr().err
+
+
+def test_published_evaluators_score_equal_captions_once():
+    rng = np.random.default_rng(0)
+    captions = rng.standard_normal((6, 4, 8)).astype(np.float32)
+    lengths = [4, 2, 4, 3, 2, 4]
+    captions[4, :2], captions[5] = captions[1, :2], captions[0]  # what lies beyond a caption's words does not count
+    images = rng.standard_normal((3, 5, 8)).astype(np.float32)
+    scorer = Noisy().eval()
+    found = score_arrays(scorer, images, captions, torch.tensor(lengths), torch.device("cpu"))
+    assert found.dtype == np.float64
+    np.testing.assert_array_equal(found, found[:, [0, 1, 2, 3, 1, 0]])
+    assert len(np.unique(found[0])) == 4
+
+
+@pytest.mark.parametrize("version", [0, 1])
+@pytest.mark.parametrize("limit, used, available", [("3000", "1000", 2000), ("3", "4", 0), ("max", "1000", 10**6)])
+def test_a_containers_limit_counts(tmp_path, monkeypatch, version, limit, used, available):
+    files = [(tmp_path / f"limit{n}", tmp_path / f"used{n}") for n in range(2)]
+    files[version][0].write_text(f"{limit}\n")
+    files[version][1].write_text(f"{used}\n")
+    monkeypatch.setattr(memory, "_CGROUPS", files)
+    monkeypatch.setattr(memory, "_meminfo", lambda: 10**6)
+    assert memory.available_bytes(torch.device("cpu")) == available
+
+
 def test_plan_without_a_budget_takes_a_share_of_what_is_there(monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda device: 10 * 10**9)
     monkeypatch.setattr(memory, "_process_bytes", lambda device: 10**9)
@@ -228,7 +334,7 @@ class Greedy(PairScorer):
 torch.set_num_threads(2)
 lengths = torch.arange(6000) % 12 + 3
 edges = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]).int()
-image, words = torch.full((2000, 36, 256), 0.1), torch.full((int(lengths.sum()), 256), 0.1)
+image, words = torch.full((2000, 36, 256), 0.1), torch.rand(int(lengths.sum()), 256)
 encoded = Encoded(image, None, words, edges, np.arange(6000) % 2000)
 scorer = Greedy()
 held = plan_for(scorer, encoded, memory_gb=64)

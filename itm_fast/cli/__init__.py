@@ -6,12 +6,14 @@ A command is a module `itm_fast/cli/<command>.py` with `HELP` (what `itm-fast <c
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from .._lock import LockedError
 from ._parser import Parser
@@ -27,6 +29,10 @@ COMMANDS = tuple(_SUMMARIES)
 _EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, ImportError, LockedError)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does but with a code of its own."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one `itm-fast` command.
 
@@ -40,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit code: the command's own (0 for success), 2 for something the user can mend, 130 when
-        interrupted, 1 when the reader of standard output went away.
+        interrupted, 143 when terminated, 1 when the reader of standard output went away.
 
     Raises:
         SystemExit: from argparse, for `--help`, `--version` (code 0) and unknown options (code 2).
@@ -55,12 +61,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in words if not word.startswith("-")), None)
     try:
-        args = _parser(command).parse_args(words)
-        return args.run(args)
+        with _sigterm_interrupts():
+            args = _parser(command).parse_args(words)
+            return args.run(args)
     except KeyboardInterrupt as interrupt:
         _trace()
         print(f"itm-fast {command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
-        return 130
+        return 143 if isinstance(interrupt, _Terminated) else 130
     except BrokenPipeError:
         # The interpreter flushes standard output once more on its way out; let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -71,6 +78,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         _trace()
         print(f"itm-fast {command}: {_sentence(error)}", file=sys.stderr)
         return 2
+
+
+@contextlib.contextmanager
+def _sigterm_interrupts() -> Iterator[None]:
+    def raise_it(*_: object) -> None:
+        raise _Terminated
+
+    try:
+        before = signal.signal(signal.SIGTERM, raise_it)
+    except ValueError:  # outside the main thread signals are somebody else's
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser(command: str | None) -> Parser:

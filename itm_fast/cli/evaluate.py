@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import tempfile
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._lock import Lock
 from .._names import BACKENDS
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     from .._backends import use_backend
 
-    with use_backend(args.backend) if args.backend != "auto" else contextlib.nullcontext():
+    with use_backend(args.backend) if args.backend != "auto" else contextlib.nullcontext(), _output(args):
         if args.workload:
             return _plan_workload(args)
         return _evaluate(args)
@@ -155,11 +155,15 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--trec wants how many items to write, at least 1, got {args.trec}")
     if args.folds is not None and args.folds < 1:
         raise ValueError(f"--folds wants at least 1 part, got {args.folds}")
-    if args.output and not args.dry_run:  # hours of scoring must not end at a folder that cannot be written
-        folder = Path(args.output)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+
+
+def _output(args: argparse.Namespace) -> contextlib.AbstractContextManager:
+    """Hold --output for this run: hours of scoring must not end at a folder that cannot be written, or is shared."""
+    if not args.output or args.dry_run:
+        return contextlib.nullcontext()
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    return Lock(folder / "results.lock", str(folder / "results.*"))
 
 
 def _evaluate(args: argparse.Namespace) -> int:
@@ -187,6 +191,8 @@ def _evaluate(args: argparse.Namespace) -> int:
         for name, model in zip(names, models, strict=True):
             in_file = args.scores is not None
             print(f"{name}: {memory_plan(model, split, captions, len(models), args.memory_gb, in_file)}")
+        if args.scores:
+            print(_room(args.scores, len(models), len(split.features), len(split.captions)))
         return 0
     report = evaluate(
         models,
@@ -211,6 +217,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     )
     print(report)
     print(f"vocabulary: {vocab_path}")
+    print(f"captions: {report.settings['captions']:,}, {report.settings['distinct_captions']:,} distinct")
     _print_speed(report)
     if report.relevance_missing and _has_ids(split):
         print(report.relevance_missing)
@@ -255,7 +262,16 @@ def _plan_workload(args: argparse.Namespace) -> int:
             device=device,
         )
         print(f"{args.workload}, {name}: {found}")
+    if args.scores:
+        print(_room(args.scores, max(len(args.checkpoint), 1), size.images, len(size.lengths)))
     return 0
+
+
+def _room(scores: str, models: int, images: int, captions: int) -> str:
+    from ..evaluation.pipeline import score_files
+    from ..evaluation.score_claim import check_room
+
+    return check_room(score_files(scores, models), (images, captions))
 
 
 def _published(name: str, size: Any, device: Any) -> Namespace:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..packing import pack
+from .distinct import columns, first_of_equals
 
 if TYPE_CHECKING:
     from ..data import Split, Vocabulary
@@ -37,6 +38,8 @@ class Encoded:
         fingerprint: checksums of the features, the captions' word ids and the encoders' weights; they tell two
             runs apart without being disturbed by rounding, as checksums of the embeddings would be.
         seconds: time the encoders took.
+        first_of_equals: int64 [T], for each caption the first one with the same word ids (itself when it is the
+            first); only that one is scored. None: captions are equal whose rows of `words` are, bit for bit.
     """
 
     image: Tensor
@@ -47,6 +50,7 @@ class Encoded:
     device: torch.device = torch.device("cpu")  # noqa: RUF009
     fingerprint: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
+    first_of_equals: NDArray[np.int64] | None = None
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -66,8 +70,9 @@ def encode(
 ) -> Encoded:
     """Encode all images and all captions of a split.
 
-    Every image is encoded once, however many captions it has; captions of similar length share a batch, and the
-    split's order is restored. The model runs in eval mode without gradients and keeps the mode that it had.
+    Every image is encoded once, however many captions it has, and so are captions with the same word ids. Captions
+    of similar length share a batch, and the split's order is restored. The model runs in eval mode without gradients
+    and keeps the mode that it had.
 
     Args:
         model: with `img_enc(features [B, R, F]) -> [B, R, D]` and
@@ -101,10 +106,11 @@ def encode(
     start = time.perf_counter()
     if captions is None:
         captions = list(caption_batches(split.captions, vocab, batch_size))
-    edges = caption_edges(captions, len(split.captions))
+    ids, edges = packed_ids(captions)
+    first = first_of_equals(ids, edges)
     with evaluation_mode(model.img_enc, model.txt_enc), torch.no_grad():
         image, features = _images(model.img_enc, split, batch_size, progress)
-        words = _captions(model.txt_enc, captions, edges, image, progress)
+        words = _captions(model.txt_enc, ids, edges, first, batch_size, image, progress)
     lengths = split.region_lengths
     return Encoded(
         image=image,
@@ -115,19 +121,28 @@ def encode(
         device=device_of(model.img_enc),
         fingerprint={
             "features": features,
-            "captions": _checksum(edges, *(part.numpy() for index, ids, _ in captions for part in (index, ids))),
+            "captions": _checksum(edges, ids),
             "encoders": weights_checksum(model.img_enc, model.txt_enc),
         },
         seconds=time.perf_counter() - start,
+        first_of_equals=first,
     )
 
 
-def caption_edges(captions: CaptionBatches, count: int) -> NDArray[np.int64]:
-    """First word of every caption in the packed words, and their number: [T + 1]."""
-    edges = np.zeros(count + 1, np.int64)
+def packed_ids(captions: CaptionBatches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Word ids [N], captions one after another in the split's order, and the bounds [T + 1] of the captions.
+
+    >>> packed_ids([(torch.tensor([1, 0]), torch.tensor([[1, 7, 2], [1, 2, 0]]), [3, 2])])
+    (array([1, 2, 1, 7, 2]), array([0, 2, 5]))
+    """
+    edges = np.zeros(sum(len(lengths) for _, _, lengths in captions) + 1, np.int64)
     for index, _, lengths in captions:
         edges[1:][index.numpy()] = lengths
-    return np.cumsum(edges)
+    edges = np.cumsum(edges)
+    packed = np.empty(edges[-1], np.int64)
+    for index, ids, lengths in captions:
+        packed[word_rows(edges, index.numpy())] = ids.numpy()[np.arange(ids.shape[1]) < np.array(lengths)[:, None]]
+    return packed, edges
 
 
 def word_rows(edges: NDArray[np.int64], captions: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -198,38 +213,53 @@ def _images(encoder: nn.Module, split: Split, batch_size: int, progress: bool) -
     from tqdm import tqdm
 
     count = len(split.features)
-    checksum = ""
+    checksum = 0
     with tqdm(total=count, desc="images", unit="image", disable=not progress) as bar:
         for start in range(0, count, batch_size):
             features = split.read(slice(start, start + batch_size))
-            checksum = _checksum(np.frombuffer(checksum.encode(), np.uint8), features)
+            checksum = zlib.crc32(np.ascontiguousarray(features), checksum)
             embedded = embed(encoder, features)
             if start == 0:
                 image = torch.empty(count, *embedded.shape[1:], dtype=embedded.dtype)
             image[start : start + len(embedded)] = embedded
             bar.update(len(embedded))
-    return image, checksum
+    return image, f"{zlib.crc32(repr((count, *features.shape[1:])).encode(), checksum):08x}"
 
 
 def _captions(
-    encoder: nn.Module, captions: CaptionBatches, edges: NDArray[np.int64], image: Tensor, progress: bool
+    encoder: nn.Module,
+    ids: NDArray[np.int64],
+    edges: NDArray[np.int64],
+    first: NDArray[np.int64],
+    batch_size: int,
+    image: Tensor,
+    progress: bool,
 ) -> Tensor:
     from tqdm import tqdm
 
     device = device_of(encoder)
-    words = image.new_empty(int(edges[-1]), image.shape[2])
+    words = image.new_empty(len(ids), image.shape[2])
     known = getattr(getattr(encoder, "embed", None), "num_embeddings", None)
-    with tqdm(total=len(edges) - 1, desc="captions", unit="caption", disable=not progress) as bar:
-        for index, ids, lengths in captions:
-            if known is not None and int(ids.max()) >= known:
-                raise ValueError(
-                    f"encode: word id {int(ids.max())} lies beyond the {known} words that the checkpoint embeds; use "
-                    "the vocabulary that it was trained with"
-                )
-            padded = encoder(ids.to(device), lengths)
+    if known is not None and len(ids) and ids.max() >= known:
+        raise ValueError(
+            f"encode: word id {ids.max()} lies beyond the {known} words that the checkpoint embeds; use "
+            "the vocabulary that it was trained with"
+        )
+    order, _ = columns(first, edges[1:] - edges[:-1])
+    with tqdm(total=len(order), desc="captions", unit="caption", disable=not progress) as bar:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            lengths, rows = edges[chosen + 1] - edges[chosen], word_rows(edges, chosen)
+            batch = np.zeros((len(chosen), lengths[0]), np.int64)
+            batch[np.arange(lengths[0]) < lengths[:, None]] = ids[rows]
+            padded = encoder(torch.from_numpy(batch).to(device), lengths.tolist())
             padded = padded if isinstance(padded, Tensor) else padded[0]  # SCAN's gives the lengths too, SGRAF's not
-            words[torch.from_numpy(word_rows(edges, index.numpy()))] = pack(padded, lengths)[0].cpu()
-            bar.update(len(lengths))
+            words[torch.from_numpy(rows)] = pack(padded, lengths.tolist())[0].cpu()
+            bar.update(len(chosen))
+    again = np.flatnonzero(first != np.arange(len(first)))
+    for start in range(0, len(again), batch_size):
+        chosen = again[start : start + batch_size]
+        words[torch.from_numpy(word_rows(edges, chosen))] = words[torch.from_numpy(word_rows(edges, first[chosen]))]
     return words
 
 

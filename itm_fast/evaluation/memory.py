@@ -27,6 +27,10 @@ ENCODING = 128 << 20  # what encoding in batches leaves with the allocator
 CHUNK = 256  # images, or captions, whose state is computed at once
 # Pairs in a block are progress and resume steps, not memory: the scorer cuts a block to its workspace.
 _BLOCK = {"cpu": (500, 256), "cuda": (2500, 512)}
+_CGROUPS = (  # a container's limit and what it uses: version 2, version 1
+    ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+    ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,17 +39,20 @@ class MemoryPlan:
 
     Attributes:
         images, captions, words: sizes of the split: I, T and N.
+        distinct: captions that are scored; identical ones are scored once.
         device: where the scores are computed.
         budget: bytes, and how it was chosen (`source`).
         held: what must be held, by name, in bytes.
         workspace: bytes of scratch that the scorer may take.
         resident: whether the encoded split stays on the device; when it does not fit, blocks travel there.
         image_block, caption_block: size of a block; `blocks` is their number.
+        pairs: images times distinct captions.
     """
 
     images: int
     captions: int
     words: int
+    distinct: int
     device: torch.device
     budget: int
     source: str
@@ -58,7 +65,12 @@ class MemoryPlan:
     @property
     def blocks(self) -> int:
         """Number of blocks."""
-        return -(-self.images // self.image_block) * -(-self.captions // self.caption_block)
+        return -(-self.images // self.image_block) * -(-self.distinct // self.caption_block)
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs that are scored."""
+        return self.images * self.distinct
 
     @property
     def total(self) -> int:
@@ -77,9 +89,9 @@ class MemoryPlan:
     def __str__(self) -> str:
         rows = self.rows()
         width = max(len(name) for name, _ in rows)
-        pairs = self.images * self.captions
-        size = f"{self.images:,} images x {self.captions:,} captions ({self.words:,} words)"
-        lines = [f"{size} = {pairs:,} pairs on {self.device}"]
+        distinct = "" if self.distinct == self.captions else f", {self.distinct:,} distinct"
+        size = f"{self.images:,} images x {self.captions:,} captions{distinct} ({self.words:,} words)"
+        lines = [f"{size} = {self.pairs:,} pairs on {self.device}"]
         lines += [f"  {name:<{width}}  {size / GB:8.3f} GB" for name, size in rows]
         lines.append(
             f"  {self.blocks:,} blocks of up to {self.image_block:,} images x {self.caption_block:,} captions"
@@ -95,6 +107,7 @@ def plan(
     regions: int,
     dim: int,
     lengths: NDArray[np.integer],
+    distinct: NDArray[np.integer] | None = None,
     memory_gb: float | None = None,
     dtype: torch.dtype = torch.float32,
     matrices: int = 1,
@@ -110,6 +123,7 @@ def plan(
         regions: R.
         dim: D.
         lengths: [T] words per caption.
+        distinct: [D] words per distinct caption, where captions are identical; `lengths` when None.
         memory_gb: the budget in GB; None takes 70 % of the memory now available to the process on the CPU (beyond
             what it already holds), 80 % of a CUDA device's.
         dtype: of the embeddings.
@@ -131,13 +145,13 @@ def plan(
     """
     device = device or device_of(scorer)
     cpu = device.type == "cpu"
-    lengths = np.sort(np.asarray(lengths, np.int64))[::-1]
-    captions, words, item = len(lengths), int(lengths.sum()), torch.finfo(dtype).bits // 8
-    image_block, caption_block = block or _blocks(images, captions, device)
+    captions, words, item = len(lengths), int(np.sum(lengths)), torch.finfo(dtype).bits // 8
+    lengths = np.sort(np.asarray(lengths if distinct is None else distinct, np.int64))[::-1]
+    image_block, caption_block = block or _blocks(images, len(lengths), device)
     image_state, caption_state, word_state = _state_bytes(scorer, regions, dim, lengths, dtype, device)
     longest = int(lengths[:caption_block].sum())
     embeddings = {"encoded images": images * regions * dim * item, "encoded captions": words * dim * item}
-    states = images * image_state + captions * caption_state + words * word_state
+    states = images * image_state + len(lengths) * caption_state + int(lengths.sum()) * word_state
     # A block's words are gathered by an int64 index; its scores exist on the device, on the host and permuted.
     one_block = longest * (dim * item + word_state + 8) + caption_block * (caption_state + image_block * 12)
     process = _process_bytes(device) - (sum(embeddings.values()) if encoded and cpu else 0)
@@ -173,6 +187,7 @@ def plan(
         images=images,
         captions=captions,
         words=words,
+        distinct=len(lengths),
         device=device,
         budget=budget,
         source=source,
@@ -189,10 +204,7 @@ def available_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = [_meminfo()]
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
-    ):
+    for limit, used in _CGROUPS:
         try:
             found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
         except (OSError, ValueError):  # no such limit: absent, or the word "max"

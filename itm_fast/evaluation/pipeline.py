@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import os
 import platform
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,14 +19,15 @@ from numpy.typing import NDArray
 from .. import __version__
 from .._backends import requested, resolve
 from .._checks import matmul_precision
-from .._files import atomic_write
-from .encoding import device_of, embed, encode, evaluation_mode
+from .distinct import columns, first_of_equals
+from .encoding import device_of, embed, encode, evaluation_mode, packed_ids
 from .memory import GB, MemoryPlan, plan
 from .ranking import average, fold_metrics, metrics
 from .relevance import relevance_metrics, why_no_relevance
 from .report import Pool, Report, System
-from .score_file import score_path
-from .scoring import score_all
+from .score_claim import Claim, check_room, score_path
+from .score_file import STRIPE, ScoreFile
+from .scoring import score_all, score_into
 
 if TYPE_CHECKING:
     from ..data import Split, Vocabulary
@@ -68,9 +72,9 @@ def evaluate(
         ValueError: images do not divide into the folds, the budget is too small, a score is NaN or infinite, features
             or vocabulary do not fit a model.
         FileExistsError: a score file is there and `resume` is false.
+        RuntimeError: another run writes to a score file; names its process and host.
+        OSError: there is no room for the score files, found out before anything is encoded.
     """
-    from ..data import caption_batches
-
     models = list(models) if isinstance(models, (list, tuple)) else [models]
     names = [f"model {number}" for number in range(1, len(models) + 1)] if names is None else list(names)
     if not models or len(names) != len(models):
@@ -81,9 +85,32 @@ def evaluate(
             f"{count} images do not divide into {folds} equal folds; recalls of unequal pools cannot be averaged. "
             "Choose a divisor, or leave the folds out"
         )
-    files = _score_files(scores, len(models), resume)
+    with contextlib.ExitStack() as stack:
+        claims: list[Claim] = []
+        if scores is not None:
+            files = score_files(scores, len(models))
+            claims = [stack.enter_context(Claim(file, resume)) for file in files]
+            check_room(files, (count, len(split.captions)))
+        return _evaluate(models, split, vocab, names, folds, ties, batch_size, memory_gb, claims, resume, progress)
+
+
+def _evaluate(
+    models: list[Any],
+    split: Split,
+    vocab: Vocabulary,
+    names: list[str],
+    folds: int | None,
+    ties: str,
+    batch_size: int,
+    memory_gb: float | None,
+    claims: list[Claim],
+    resume: bool,
+    progress: bool,
+) -> Report:
+    from ..data import caption_batches
+
     captions = list(caption_batches(split.captions, vocab, batch_size))
-    plans = [memory_plan(model, split, captions, len(models), memory_gb, scores is not None) for model in models]
+    plans = [memory_plan(model, split, captions, len(models), memory_gb, bool(claims)) for model in models]
     missing = why_no_relevance(split.image_ids, split.caption_ids)
 
     def system(name: str, score: NDArray[np.float32]) -> System:
@@ -100,25 +127,26 @@ def evaluate(
     for number, (name, model) in enumerate(zip(names, models, strict=True)):
         encoded = encode(model, split, vocab, batch_size=batch_size, progress=progress, captions=captions)
         start = time.perf_counter()
-        score = score_all(
-            model.scorer, encoded, memory_gb=memory_gb, out=files[number], resume=resume, progress=progress
-        )
+        if claims:
+            score = score_into(claims[number], model.scorer, encoded, memory_gb=memory_gb, progress=progress)
+        else:
+            score = score_all(model.scorer, encoded, memory_gb=memory_gb, progress=progress)
         seconds = {"encode": encoded.seconds, "score": time.perf_counter() - start}
         del encoded
         found = system(name, score)
-        speed = None if resume else score.size / seconds["score"]
+        speed = None if resume else plans[number].pairs / seconds["score"]
         systems.append(System(found.name, found.pools, found.relevance, seconds, speed))
-        if scores is None and total is not None:
+        if not claims and total is not None:
             total += score
         else:
             total = score
         del score
     assert total is not None
     if len(models) > 1:
-        if scores is None:
-            total /= len(models)
+        if claims:
+            total = _mean_file(claims[-1], claims[:-1])
         else:
-            total = _mean_file(score_path(scores), [Path(file) for file in files if file])
+            total /= len(models)
         systems.append(system("mean of the scores", total))
     return Report(tuple(systems), _settings(plans, folds, ties, batch_size, memory_gb), missing, total)
 
@@ -147,12 +175,16 @@ def memory_plan(
     device = device_of(model.img_enc)
     with evaluation_mode(model.img_enc), torch.no_grad():
         embedded = embed(model.img_enc, split.features[0:1])
+    ids, edges = packed_ids(captions)
+    lengths = edges[1:] - edges[:-1]
+    distinct, _ = columns(first_of_equals(ids, edges), lengths)
     return plan(
         model.scorer,
         images=len(split.features),
         regions=embedded.shape[1],
         dim=embedded.shape[2],
-        lengths=np.concatenate([lengths for _, _, lengths in captions]),
+        lengths=lengths,
+        distinct=lengths[distinct],
         memory_gb=memory_gb,
         dtype=embedded.dtype,
         matrices=0 if in_file else min(models, 2),
@@ -160,29 +192,33 @@ def memory_plan(
     )
 
 
-def _score_files(scores: str | os.PathLike[str] | None, models: int, resume: bool) -> list[Path | None]:
-    if scores is None:
-        return [None] * models
+def score_files(scores: str | os.PathLike[str], models: int) -> list[Path]:
+    """The score files of an evaluation: one, or one of each model and then that of their mean.
+
+    >>> [file.name for file in score_files("s.npy", 1)], [file.name for file in score_files("s.npy", 2)]
+    (['s.npy'], ['s-1.npy', 's-2.npy', 's.npy'])
+    """
     path = score_path(scores)
-    if models == 1:
-        return [path]
-    if path.exists() and not resume:
-        raise FileExistsError(f"{path} exists; give another name, delete it, or resume (--resume) to write it again")
-    return [path.with_name(f"{path.stem}-{number}.npy") for number in range(1, models + 1)]
+    members = [path.with_name(f"{path.stem}-{number}.npy") for number in range(1, models + 1)]
+    return [path] if models == 1 else [*members, path]
 
 
-def _mean_file(path: Path, files: list[Path]) -> NDArray[np.float32]:
-    scores = [np.load(file, mmap_mode="r", allow_pickle=False) for file in files]
-    with atomic_write(path, "wb") as file:
-        header = {"descr": "<f4", "fortran_order": False, "shape": scores[0].shape}
-        np.lib.format.write_array_header_1_0(file, header)
-        for start in range(0, len(scores[0]), 64):
-            total = np.array(scores[0][start : start + 64])
+def _mean_file(claim: Claim, members: list[Claim]) -> NDArray[np.float32]:
+    scores = [np.load(member.path, mmap_mode="r", allow_pickle=False) for member in members]
+    images, captions = scores[0].shape
+    checksums = [json.loads(member.about.read_bytes())["checksums"] for member in members]
+    identity = {"members": f"{zlib.crc32(json.dumps(checksums).encode()):08x}"}
+    with ScoreFile(claim, (images, captions), np.arange(captions), (STRIPE, captions), identity) as file:
+        for number in sorted(set(range(0 if file.finished else file.blocks)) - file.done):
+            start, stop = file.rows(number)
+            total = np.array(scores[0][start:stop])
             for score in scores[1:]:
-                total += score[start : start + 64]
+                total += score[start:stop]
             total /= len(scores)
-            file.write(total.data)
-    return np.load(path, mmap_mode="r", allow_pickle=False)
+            file.write(number, total)
+        if not file.finished:
+            file.finish()
+    return np.load(claim.path, mmap_mode="r", allow_pickle=False)
 
 
 def _settings(
@@ -202,6 +238,7 @@ def _settings(
         "float32_matmul_precision": matmul_precision(),
         "images": plans[0].images,
         "captions": plans[0].captions,
+        "distinct_captions": plans[0].distinct,
         "folds": folds,
         "ties": ties,
         "batch_size": batch_size,

@@ -57,7 +57,7 @@ class System:
         pools: folds first, when there are any, then the whole pool.
         relevance: CxC and ECCV Caption metrics in percent, `{metric: {"i2t": ..., "t2i": ...}}`, or None.
         seconds: time spent, by part ("encode", "score").
-        pairs_per_second: speed of scoring; None for an ensemble and for a resumed run.
+        pairs_per_second: pairs scored in a second, identical captions once; None for an ensemble and for a resumed run.
     """
 
     name: str

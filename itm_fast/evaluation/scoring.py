@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,11 +14,14 @@ from torch import Tensor
 
 from .._backends import requested
 from .._checks import matmul_precision
+from .._files import FULL
 from .._workspace import GIB, workspace
 from .counting import require_finite
+from .distinct import columns, first_of_equal_embeddings
 from .encoding import Encoded, evaluation_mode, weights_checksum, word_rows
 from .memory import CHUNK, MemoryPlan, plan
-from .score_file import STRIPE, ScoreFile, journal_block
+from .score_claim import Claim, kept_block
+from .score_file import STRIPE, ScoreFile
 
 
 def plan_for(
@@ -39,17 +43,19 @@ def plan_for(
         ValueError: as `score_all`.
     """
     images, regions, dim = encoded.image.shape
+    order, _ = _columns(encoded)
     return plan(
         scorer,
         images=images,
         regions=regions,
         dim=dim,
         lengths=encoded.lengths,
+        distinct=encoded.lengths[order],
         memory_gb=memory_gb,
         dtype=encoded.image.dtype,
         matrices=0 if out else 1,
         encoded=True,
-        block=journal_block(out) if out else None,
+        block=kept_block(out) if out else None,
         device=encoded.device,
     )
 
@@ -65,9 +71,9 @@ def score_all(
 ) -> NDArray[np.float32]:
     """Score every image against every caption.
 
-    What depends on one image or one caption alone is computed once. Captions are scored in order of length, longest
-    first, so that a block holds equal lengths and the largest demand for memory comes first; the split's order is
-    restored.
+    What depends on one image or one caption alone is computed once. Identical captions are scored once and share
+    their scores, bit for bit. Captions are scored in order of length, longest first, so that a block holds equal
+    lengths and the largest demand for memory comes first; the split's order is restored.
 
     Args:
         scorer: a pair scorer: `image_state`, `caption_state` and `score`, as `itm_fast.nn` has them.
@@ -75,8 +81,9 @@ def score_all(
         memory_gb: memory budget in GB (10^9 bytes); see `plan` for the default and for what it covers.
         out: a .npy file for the scores. Finished blocks are then kept while the run lasts, so that a run that was
             interrupted can be resumed, and the matrix needs no memory.
-        resume: continue an interrupted run into `out`, or take `out` as it is when it is finished. Refused when it
-            was begun with another checkpoint, data or precision.
+        resume: continue an interrupted run into `out`, or use `out` again when it is finished. Refused when it was
+            begun with another checkpoint, data or precision. Rows of a finished `out` that were damaged on the disk
+            are named in a warning and scored again.
         progress: show a bar with pairs/s and the time left on standard error.
 
     Returns:
@@ -86,6 +93,9 @@ def score_all(
         ValueError: the budget is too small (names the least that is enough), a score is NaN or infinite (names the
             pair), or `out` belongs to other inputs.
         FileExistsError: `out` is there and `resume` is false.
+        RuntimeError: another run writes to `out`; names its process and host. The run that is stopped by this keeps
+            to its own files.
+        OSError: `out` cannot be written, such as for lack of room, which is found out before anything is scored.
         KeyboardInterrupt: as ever; with `out`, its message tells what is kept.
 
     >>> from itm_fast.nn import CrossAttentionScore
@@ -94,94 +104,121 @@ def score_all(
     >>> score_all(CrossAttentionScore(), encoded, progress=False).shape
     (2, 2)
     """
-    plan = plan_for(scorer, encoded, memory_gb=memory_gb, out=out)
-    order = np.argsort(-encoded.lengths, kind="stable")
-    if out is None:
-        scores = np.empty((plan.images, plan.captions), np.float32)
-        for _, rows, columns, block in _blocks(scorer, encoded, plan, order, frozenset(), progress):
-            scores[rows, columns] = block
-        # Contiguous writes above and one gather per row here: scattering each block's columns is ten times slower.
-        place = np.argsort(order)
-        for start in range(0, plan.images, STRIPE):
-            scores[start : start + STRIPE] = np.take(scores[start : start + STRIPE], place, axis=1)
-        return scores
+    if encoded.first_of_equals is None:
+        equal = first_of_equal_embeddings(encoded.words, encoded.cu_seqlens)
+        encoded = dataclasses.replace(encoded, first_of_equals=equal)
+    if out is not None:
+        with Claim(out, resume) as claim:
+            return score_into(claim, scorer, encoded, memory_gb=memory_gb, progress=progress)
+    plan = plan_for(scorer, encoded, memory_gb=memory_gb)
+    order, rank = _columns(encoded)
+    scores = np.empty((plan.images, plan.captions), np.float32)
+    for _, rows, place, block in _blocks(scorer, encoded, plan, order, frozenset(), progress):
+        scores[rows, place] = block
+    # Contiguous writes above and one gather per row here: scattering each block's columns is ten times slower.
+    for start in range(0, plan.images, STRIPE):
+        scores[start : start + STRIPE] = np.take(scores[start : start + STRIPE, : len(order)], rank, axis=1)
+    return scores
+
+
+def score_into(
+    claim: Claim, scorer: Any, encoded: Encoded, *, memory_gb: float | None = None, progress: bool = True
+) -> NDArray[np.float32]:
+    """`score_all` into a score file whose name is held already; arguments, result and errors as there."""
+    plan = plan_for(scorer, encoded, memory_gb=memory_gb, out=claim.path)
+    order, rank = _columns(encoded)
     identity = {**encoded.fingerprint, "scorer": weights_checksum(scorer), **_settings(plan.device)}
-    file = ScoreFile(out, (plan.images, plan.captions), order, (plan.image_block, plan.caption_block), identity, resume)
-    if not file.finished:
-        try:
-            for number, _, _, block in _blocks(scorer, encoded, plan, order, file.done, progress):
-                file.write(number, block)
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"interrupted; {len(file.done)} of {plan.blocks} blocks are kept beside {file.path}: resume to go on"
-            ) from None
-        file.finish()
-    return np.load(file.path, mmap_mode="r", allow_pickle=False)
+    block = (plan.image_block, plan.caption_block)
+    with ScoreFile(claim, (plan.images, plan.captions), rank, block, identity) as file:
+        if not file.finished:
+            try:
+                for number, _, _, scores in _blocks(scorer, encoded, plan, order, file.done, progress):
+                    file.write(number, scores)
+                file.finish()
+            except KeyboardInterrupt as interrupt:
+                raise type(interrupt)(f"interrupted; {_kept(file)}: resume (--resume) to go on") from None
+            except OSError as error:
+                room = "free some space and " if error.errno in FULL else ""
+                message = f"{error.strerror or error}; {_kept(file)}: {room}resume (--resume) to go on"
+                raise OSError(error.errno or 0, message, str(file.path)) from error
+    return np.load(claim.path, mmap_mode="r", allow_pickle=False)
+
+
+def _kept(file: ScoreFile) -> str:
+    return f"{len(file.done)} of {file.blocks} blocks are kept beside {file.path}"
+
+
+def _columns(encoded: Encoded) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The captions to score, in this order, and where each caption finds its score."""
+    first = encoded.first_of_equals
+    if first is None:
+        first = first_of_equal_embeddings(encoded.words, encoded.cu_seqlens)
+    return columns(first, encoded.lengths)
 
 
 def _blocks(
-    scorer: Any, encoded: Encoded, plan: MemoryPlan, order: NDArray[np.int64], done: frozenset[int], progress: bool
+    scorer: Any, encoded: Encoded, plan: MemoryPlan, order: NDArray[np.int64], done: Collection[int], progress: bool
 ) -> Iterator[tuple[int, slice, slice, NDArray[np.float32]]]:
-    """Every block that is not done: its number, rows, columns (positions in `order`), scores."""
+    """Every block that is not done: its number, rows, columns (positions in `order`), scores.
+
+    All captions of some images come before the next images, so that a file is filled band by band.
+    """
     from tqdm import tqdm
 
-    image_starts = range(0, plan.images, plan.image_block)
     starts = encoded.cu_seqlens.numpy().astype(np.int64)
-    lengths, per_word = encoded.lengths, _per_word(scorer)
-    finished = sum(_pairs(plan, number) for number in done)
+    edges = np.concatenate([[0], np.cumsum(encoded.lengths[order])])  # of words, in the order of `order`
+    per_word = _per_word(scorer)
+    wide = -(-plan.distinct // plan.caption_block)
+    to_do = [number for number in range(plan.blocks) if number not in done]
     with (
         evaluation_mode(scorer),
         torch.no_grad(),
         workspace(plan.workspace / GIB),
         tqdm(
-            total=plan.images * plan.captions,
-            initial=finished,
+            total=plan.pairs,
+            initial=sum(_pairs(plan, number) for number in done),
             desc="scores",
             unit="pair",
             unit_scale=True,
             disable=not progress,
         ) as bar,
     ):
-        if len(done) < plan.blocks:
+        if to_do:
             home = plan.device if plan.resident else torch.device("cpu")
             image_state = _image_states(scorer, encoded, plan.device, home)
-            caption_state = _caption_states(scorer, encoded, plan.device, home)
+            caption_state = _caption_states(scorer, encoded, order, plan.device, home)
             words = encoded.words.to(home)
             region_lengths = None if encoded.region_lengths is None else encoded.region_lengths.to(plan.device)
         before: _Block | None = None  # comes to the host while the next one is computed
-        for column_number, first in enumerate(range(0, plan.captions, plan.caption_block)):
-            columns = slice(first, min(first + plan.caption_block, plan.captions))
-            numbers = range(column_number * len(image_starts), (column_number + 1) * len(image_starts))
-            captions = order[columns]
-            if not done.issuperset(numbers):
-                index = torch.from_numpy(word_rows(starts, captions)).to(home)
-                block_words = words[index].to(plan.device)
-                edges = np.concatenate([[0], np.cumsum(lengths[captions])]).astype(np.int32)
-                cu_seqlens = torch.from_numpy(edges).to(plan.device)
-                chosen = torch.from_numpy(captions).to(home)
-                block_captions = tuple(
-                    state[index if k < per_word else chosen].to(plan.device) for k, state in enumerate(caption_state)
-                )
-            for number, start in zip(numbers, image_starts, strict=True):
+        images = slice(0, 0)
+        for number in to_do:
+            start, first = number // wide * plan.image_block, number % wide * plan.caption_block
+            if images.stop <= start:
                 images = slice(start, min(start + plan.image_block, plan.images))
-                if number in done:
-                    continue
-                try:
-                    score = scorer.score(
-                        tuple(state[images].to(plan.device) for state in image_state),
-                        block_words,
-                        cu_seqlens,
-                        block_captions,
-                        None if region_lengths is None else region_lengths[images],
-                    )
-                except KeyboardInterrupt:  # what is scored is kept
-                    if before is not None:
-                        yield before.arrived(encoded, scorer, bar)
-                    raise
-                after = _Block(number, images, columns, captions, score)
+                block_images = tuple(state[images].to(plan.device) for state in image_state)
+            place = slice(first, min(first + plan.caption_block, plan.distinct))
+            captions = order[place]
+            rows = slice(int(edges[place.start]), int(edges[place.stop]))
+            index = torch.from_numpy(word_rows(starts, captions)).to(home)
+            cu_seqlens = torch.from_numpy((edges[place.start : place.stop + 1] - rows.start).astype(np.int32))
+            try:
+                score = scorer.score(
+                    block_images,
+                    words[index].to(plan.device),
+                    cu_seqlens.to(plan.device),
+                    tuple(
+                        state[rows if k < per_word else place].to(plan.device) for k, state in enumerate(caption_state)
+                    ),
+                    None if region_lengths is None else region_lengths[images],
+                )
+            except KeyboardInterrupt:  # what is scored is kept
                 if before is not None:
                     yield before.arrived(encoded, scorer, bar)
-                before = after
+                raise
+            after = _Block(number, images, place, captions, score)
+            if before is not None:
+                yield before.arrived(encoded, scorer, bar)
+            before = after
         if before is not None:
             yield before.arrived(encoded, scorer, bar)
 
@@ -211,9 +248,9 @@ class _Block:
 
 
 def _pairs(plan: MemoryPlan, number: int) -> int:
-    column, row = divmod(number, -(-plan.images // plan.image_block))
+    row, column = divmod(number, -(-plan.distinct // plan.caption_block))
     images = min(plan.image_block, plan.images - row * plan.image_block)
-    return images * min(plan.caption_block, plan.captions - column * plan.caption_block)
+    return images * min(plan.caption_block, plan.distinct - column * plan.caption_block)
 
 
 def _image_states(scorer: Any, encoded: Encoded, device: torch.device, home: torch.device) -> tuple[Tensor, ...]:
@@ -225,14 +262,18 @@ def _image_states(scorer: Any, encoded: Encoded, device: torch.device, home: tor
     return encoded.image.to(home), *_in_chunks(state, np.arange(len(encoded.image) + 1), 0, home)
 
 
-def _caption_states(scorer: Any, encoded: Encoded, device: torch.device, home: torch.device) -> tuple[Tensor, ...]:
-    edges = encoded.cu_seqlens
+def _caption_states(
+    scorer: Any, encoded: Encoded, order: NDArray[np.int64], device: torch.device, home: torch.device
+) -> tuple[Tensor, ...]:
+    starts = encoded.cu_seqlens.numpy().astype(np.int64)
+    edges = np.concatenate([[0], np.cumsum(encoded.lengths[order])])
 
     def state(start: int, stop: int) -> tuple[Tensor, ...]:
-        words = encoded.words[int(edges[start]) : int(edges[stop])].to(device)
-        return scorer.caption_state(words, (edges[start : stop + 1] - edges[start]).to(device))
+        words = encoded.words[torch.from_numpy(word_rows(starts, order[start:stop]))].to(device)
+        bounds = (edges[start : stop + 1] - edges[start]).astype(np.int32)
+        return scorer.caption_state(words, torch.from_numpy(bounds).to(device))
 
-    return _in_chunks(state, edges.numpy(), _per_word(scorer), home)
+    return _in_chunks(state, edges, _per_word(scorer), home)
 
 
 def _per_word(scorer: Any) -> int:

@@ -126,10 +126,18 @@ def score_arrays(
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> np.ndarray:
-    """Arrays [I, R, D] and [T, W, D] -> scores [I, T], float64 as the published evaluators return."""
+    """Arrays [I, R, D] and [T, W, D] -> scores [I, T], float64 as the published evaluators return.
+
+    Captions that are equal bit for bit are scored once.
+    """
+    from ..evaluation.distinct import first_of_equal_embeddings
+
     words, cu_seqlens = pack(torch.from_numpy(caption), lengths)
+    chosen, place = np.unique(first_of_equal_embeddings(words, cu_seqlens), return_inverse=True)
+    if len(chosen) < len(caption):
+        words, cu_seqlens = pack(torch.from_numpy(caption[chosen]), torch.as_tensor(lengths)[torch.from_numpy(chosen)])
     score = scorer(torch.from_numpy(image).to(device, dtype), words.to(device, dtype), cu_seqlens.to(device))
-    return score.double().cpu().numpy()
+    return np.take(score.double().cpu().numpy(), place, axis=1)
 
 
 class Matcher:

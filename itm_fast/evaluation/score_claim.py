@@ -1,0 +1,194 @@
+"""Who may write a score file, what lies at its name already, and whether the disk has room for it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .._files import open_regular
+from .._lock import Lock, LockedError
+
+
+class Claim:
+    """The name of a score file, held for one writer until `release`.
+
+    Args:
+        path: the .npy file.
+        resume: whether an interrupted run may be continued and a finished file used again.
+
+    Attributes:
+        path: the .npy file; beside it `partial`, `journal` and `about`.
+
+    Raises:
+        LockedError: another run writes there; names its process, host and since when.
+        FileExistsError: a finished or interrupted file is there and `resume` is false.
+        ValueError, FileNotFoundError: `path` does not end in .npy, or its folder does not exist.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], resume: bool = False) -> None:
+        self.path = score_path(path)
+        self.partial, self.journal, self.about = neighbours(self.path)
+        self._lock: Lock | None = None
+        try:
+            self._lock = Lock(self.path.with_name(self.path.name + ".lock"), str(self.path))
+        except OSError as error:
+            # Where nothing can be written, a finished matrix can be read all the same.
+            if not (resume and self.path.exists() and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)):
+                raise
+        if resume:
+            return
+        try:
+            if self.path.exists():
+                raise FileExistsError(
+                    f"{self.path} exists; give another name, delete it, or resume (--resume) to use it again"
+                )
+            if self.journal.exists():
+                raise FileExistsError(
+                    f"{self.path} was begun and interrupted ({self.journal.name} is there); resume (--resume) to "
+                    f"continue it, or delete {self.partial.name} and {self.journal.name}"
+                )
+        except BaseException:
+            self.release()
+            raise
+
+    def check(self, files: Mapping[Path, Any]) -> None:
+        """Refuse to go on unless the lock and these open files, by their names, are still what is on the disk.
+
+        Raises:
+            LockedError: one was removed or replaced, so that another run may be writing there.
+        """
+        if self._lock is not None:
+            self._lock.check()
+        for path, file in files.items():
+            try:
+                same = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+            except OSError:
+                same = False
+            if not same:
+                raise LockedError(
+                    f"{self.path}: {path.name} was removed or replaced while this process was writing it, so another "
+                    "run may have begun there; stopped before writing anything more"
+                )
+
+    def release(self) -> None:
+        """Let others write there. More than once does nothing."""
+        if self._lock is not None:
+            self._lock.release()
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def score_path(path: str | os.PathLike[str]) -> Path:
+    """`path`, refused unless it ends in .npy and its folder exists."""
+    path = Path(path)
+    if path.suffix != ".npy":
+        raise ValueError(f"a score file is a .npy file, got {path}")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"the folder of the score file does not exist: {path.parent}")
+    return path
+
+
+def neighbours(path: Path) -> tuple[Path, Path, Path]:
+    """The partial file, the journal and the description that belong to a score file."""
+    return tuple(path.with_name(path.name + end) for end in (".partial", ".journal", ".json"))  # type: ignore
+
+
+def read_about(source: Path, path: Path) -> dict[str, Any]:
+    """What the score file at `path` was computed from: `source` is its journal or its description.
+
+    Returns:
+        A dict with `identity` (strings by name), `shape` and `block` (two positive integers each), and what else is
+        in `source`.
+
+    Raises:
+        ValueError: it is not there, or damaged.
+    """
+    journal = source.suffix == ".journal"
+    try:
+        with open_regular(source) as file:
+            found = json.loads(file.readline() if journal else file.read())
+        whole = isinstance(found, dict) and isinstance(found["identity"], dict)
+        if not whole or not all(_two_sizes(found[key]) for key in ("shape", "block")):
+            raise ValueError("something else is written there")
+    except FileNotFoundError:
+        raise ValueError(
+            f"{path} has no {source.name} beside it that tells what it was computed from, so it cannot be used "
+            "again; give another name, or delete it and score again"
+        ) from None
+    except (ValueError, KeyError, RecursionError) as error:
+        why = f"no {error}" if isinstance(error, KeyError) else str(error)
+        other = neighbours(path)[0] if journal else path
+        raise ValueError(f"{source} is damaged ({why}); delete it and {other.name}, and score again") from error
+    return found
+
+
+def kept_block(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """The block size that a finished or interrupted run at `path` has fixed; None when there is none.
+
+    Raises:
+        ValueError: what tells it is damaged.
+    """
+    path = score_path(path)
+    _, journal, about = neighbours(path)
+    source = about if path.exists() else journal
+    if not source.exists():
+        return None
+    images, columns = read_about(source, path)["block"]
+    return images, columns
+
+
+def check_room(paths: Sequence[Path], shape: tuple[int, int]) -> str:
+    """Refuse score files that the disk has no room for.
+
+    Args:
+        paths: all the files that a run makes; what lies there already, finished or not, needs no more room.
+        shape: (I, T) of each.
+
+    Returns:
+        A sentence that says how much is needed.
+
+    Raises:
+        OSError: there is not enough room.
+    """
+    size = 4 * shape[0] * shape[1]
+    with_notes = size + size // 4096 + (1 << 16)  # journal and description
+    need = sum(max(with_notes - _taken(path), 0) for path in paths)
+    free = shutil.disk_usage(paths[0].parent).free
+    files = "a score file" if len(paths) == 1 else f"{len(paths)} score files, {megabytes(size)} each"
+    found = f"{files}: {megabytes(need)} are still to be written, {megabytes(free)} are free"
+    if need > free:
+        raise OSError(
+            errno.ENOSPC, f"no room for {found}; make room or name a file on another disk", str(paths[0].parent)
+        )
+    return found
+
+
+def megabytes(size: int) -> str:
+    """Bytes in MB, rounded up.
+
+    >>> megabytes(1), megabytes(2_000_000_000)
+    ('1 MB', '2,000 MB')
+    """
+    return f"{-(-size // 10**6):,} MB"
+
+
+def _taken(path: Path) -> int:
+    """Bytes that a score file has on the disk already."""
+    for file in (path, neighbours(path)[0]):
+        if file.exists():
+            found = file.stat()
+            return min(found.st_size, 512 * getattr(found, "st_blocks", found.st_size // 512))
+    return 0
+
+
+def _two_sizes(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)
