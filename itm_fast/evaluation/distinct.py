@@ -27,7 +27,7 @@ def first_of_equals(rows: NDArray, edges: NDArray[np.integer]) -> NDArray[np.int
     first = np.empty(len(edges) - 1, np.int64)
     for t, (start, stop) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
         # A digest and not the bytes: embeddings of all captions would be held twice.
-        first[t] = seen.setdefault(hashlib.blake2b(rows[start:stop], digest_size=16).digest(), t)
+        first[t] = seen.setdefault(hashlib.blake2b(rows[start:stop].data, digest_size=16).digest(), t)
     return first
 
 

@@ -217,7 +217,7 @@ def _images(encoder: nn.Module, split: Split, batch_size: int, progress: bool) -
     with tqdm(total=count, desc="images", unit="image", disable=not progress) as bar:
         for start in range(0, count, batch_size):
             features = split.read(slice(start, start + batch_size))
-            checksum = zlib.crc32(np.ascontiguousarray(features), checksum)
+            checksum = zlib.crc32(np.ascontiguousarray(features).data, checksum)
             embedded = embed(encoder, features)
             if start == 0:
                 image = torch.empty(count, *embedded.shape[1:], dtype=embedded.dtype)
