@@ -179,6 +179,7 @@ def test_a_block_that_was_changed_on_the_disk_is_noticed_before_the_end(tmp_path
             other.write(b"\x01")
         with pytest.raises(OSError, match=r"x\.npy\.partial: 1 blocks were changed on the disk"):
             file.finish()
+        assert len(file.done) == 3
     with opened(path, resume=True) as file:
         assert len(file.done) == 3
 
@@ -188,3 +189,12 @@ def test_missing_blocks_are_not_finished(tmp_path):
         fill(file, [0, 3])
         with pytest.raises(ValueError, match="2 of 4 blocks are missing"):
             file.finish()
+
+
+@pytest.mark.parametrize("name", ["x.npy", "x.npy.json"])
+def test_a_fifo_is_not_waited_for(tmp_path, name):
+    path = finished(tmp_path)
+    (tmp_path / name).unlink()
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(OSError, match="is a FIFO"):
+        opened(path, resume=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import pathlib
 import shutil
 import types
 
@@ -218,7 +220,7 @@ def test_a_run_stops_when_its_files_are_no_longer_its_own(tmp_path, gone, last):
     with pytest.raises(LockedError, match=rf"x\.npy\.{'' if last == 'write' else gone}.*was removed or replaced"):
         fill(first, [2]) if last == "write" else first.finish()
     first.release()
-    assert not (tmp_path / "x.npy").exists()
+    assert not {"x.npy", "x.npy.json"} & set(names(tmp_path))
     if last == "write":
         second.release()
         with opened(tmp_path / "x.npy", resume=True, who="B") as again:
@@ -236,6 +238,48 @@ def test_one_removed_file_is_noticed_with_the_lock_in_place(tmp_path, gone):
         with pytest.raises(LockedError, match=rf"x\.npy\.{gone} was removed or replaced"):
             fill(first, [0])
     assert (tmp_path / f"x.npy.{gone}").read_bytes() == b"another run's"
+
+
+@pytest.mark.parametrize("step", ["json", "rename", "journal"])
+def test_an_interruption_at_the_very_end_loses_nothing(tmp_path, monkeypatch, step):
+    replace = os.replace
+
+    def stop(*given, **_):
+        if step == "journal" or str(given[0]).endswith(".partial") == (step == "rename"):
+            raise KeyboardInterrupt
+        replace(*given)
+
+    path = begun(tmp_path, range(4))
+    with opened(path, resume=True) as file, monkeypatch.context() as patch:
+        if step == "journal":
+            patch.setattr(pathlib.Path, "unlink", stop)
+        else:
+            patch.setattr(os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            file.finish()
+    with opened(path, resume=True) as file:
+        assert file.finished == (step == "journal")
+        if not file.finished:
+            assert len(file.done) == 4
+            file.finish()
+    np.testing.assert_array_equal(np.load(path), RIGHT)
+    assert names(tmp_path) == ["x.npy", "x.npy.json"]
+
+
+def test_the_last_step_does_not_rename_another_runs_file(tmp_path, monkeypatch):
+    with opened(tmp_path / "x.npy") as file:
+        fill(file)
+        monkeypatch.setattr(json, "dump", lambda *_, **__: (tmp_path / "x.npy.lock").unlink())
+        with pytest.raises(LockedError, match="removed or replaced"):
+            file.finish()
+    assert not (tmp_path / "x.npy").exists()
+
+
+def test_a_run_that_is_dropped_lets_others_write(tmp_path):
+    file = opened(tmp_path / "x.npy")
+    del file
+    with opened(tmp_path / "x.npy", resume=True) as file:
+        assert not file.done
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")])
@@ -278,11 +322,12 @@ def test_room_is_asked_for_all_files_less_what_is_there(tmp_path, monkeypatch):
         check_room(paths, shape)
 
 
-def test_a_full_disk_is_met_before_anything_is_scored(tmp_path, monkeypatch):
+@pytest.mark.parametrize("call", ["posix_fallocate", "fsync"])  # for the matrix, for the journal
+def test_a_full_disk_is_met_before_anything_is_scored(tmp_path, monkeypatch, call):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", full)
+    monkeypatch.setattr(os, call, full)
     scorer = Scorer()
     with pytest.raises(OSError, match="No space left on device; 1 MB are needed, and nothing was scored"):
         score_all(scorer, random_encoded(7, 23), out=tmp_path / "x.npy", progress=False)
@@ -296,7 +341,7 @@ def test_room_is_taken_where_the_system_has_no_call_for_it(tmp_path, monkeypatch
 
 
 @pytest.mark.usefixtures("small_blocks")
-@pytest.mark.parametrize("where", ["journal", "end"])
+@pytest.mark.parametrize("where", ["middle", "end"])
 def test_a_disk_that_fills_up_keeps_blocks_and_says_how_to_go_on(tmp_path, monkeypatch, where):
     encoded, path = random_encoded(7, 23), tmp_path / "x.npy"
 

@@ -15,7 +15,7 @@ from .._lock import Lock, LockedError
 
 
 class Claim:
-    """The name of a score file, held for one writer until `release`.
+    """The name of a score file, held for one writer until `release`, or until the object is dropped.
 
     Args:
         path: the .npy file.
@@ -31,9 +31,9 @@ class Claim:
     """
 
     def __init__(self, path: str | os.PathLike[str], resume: bool = False) -> None:
+        self._lock: Lock | None = None
         self.path = score_path(path)
         self.partial, self.journal, self.about = neighbours(self.path)
-        self._lock: Lock | None = None
         try:
             self._lock = Lock(self.path.with_name(self.path.name + ".lock"), str(self.path))
         except OSError as error:
@@ -79,6 +79,9 @@ class Claim:
         """Let others write there. More than once does nothing."""
         if self._lock is not None:
             self._lock.release()
+
+    def __del__(self) -> None:
+        self.release()
 
     def __enter__(self) -> Claim:
         return self

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._files import atomic_write, open_regular, reserve
+from .._files import FULL, atomic_write, open_regular, reserve
 from .score_claim import Claim, megabytes, read_about
 
 STRIPE = 64  # rows handled at once
@@ -135,8 +135,9 @@ class ScoreFile:
         os.fsync(self._files[self.claim.partial].fileno())
         found = self._checksums(self._done)
         if found != self._done:
-            count = sum(found[number] != self._done[number] for number in found)
-            raise OSError(f"{self.claim.partial}: {count} blocks were changed on the disk after they were written")
+            self._done = {number: checksum for number, checksum in found.items() if self._done[number] == checksum}
+            changed = self.blocks - len(self._done)
+            raise OSError(f"{self.claim.partial}: {changed} blocks were changed on the disk after they were written")
         with atomic_write(self.claim.about) as about:
             json.dump({**self._about(), "checksums": self._bands(self._matrix)}, about, indent=1)
         self._require_own()
@@ -199,14 +200,14 @@ class ScoreFile:
         try:
             with open(self.claim.partial, "wb") as file:
                 reserve(file, self._size)
+            with atomic_write(self.claim.journal) as journal:
+                journal.write(json.dumps(self._about()) + "\n")
         except BaseException as error:
             self.claim.partial.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno:
-                message = f"{error.strerror}; {megabytes(self._size)} are needed, and nothing was scored"
+            if isinstance(error, OSError) and error.errno in FULL:
+                message = f"{os.strerror(error.errno)}; {megabytes(self._size)} are needed, and nothing was scored"
                 raise OSError(error.errno, message, str(self.path)) from error
             raise
-        with atomic_write(self.claim.journal) as file:
-            file.write(json.dumps(self._about()) + "\n")
         self._attach()
 
     def _reopen(self) -> None:
