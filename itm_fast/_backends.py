@@ -22,6 +22,7 @@ KERNELS = frozenset(("triton", "cuda", "cpu"))  # the backends that an op has on
 OFFERS: dict[str, tuple[str, ...]] = {}  # op -> the backends it has, best first; filled as each op is defined
 _told: set[str] = set()  # reasons that "auto" has warned of
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("itm_fast_backend", default=None)
+_ran: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("itm_fast_ran", default=None)
 
 
 @contextlib.contextmanager
@@ -49,6 +50,35 @@ def use_backend(name: str) -> Iterator[None]:
         yield
     finally:
         _chosen.reset(token)
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[dict[str, str]]:
+    """Note on which backend each op runs that is called inside the `with`, by this thread.
+
+    A function that torch.compile has compiled chooses while it is compiled, so a later call notes nothing.
+
+    Yields:
+        A dict, filled as ops are called: op -> backend; "triton, torch" where calls of one op ran on two.
+
+    >>> import torch, itm_fast
+    >>> with recorded() as ran:
+    ...     loss = itm_fast.hardest_negative_loss(torch.eye(3), backend="torch")
+    >>> ran
+    {'hardest_negative_loss': 'torch'}
+    """
+    ran: dict[str, str] = {}
+    token = _ran.set(ran)
+    try:
+        yield ran
+    finally:
+        _ran.reset(token)
+
+
+def _note(op: str, name: str) -> None:
+    ran = _ran.get()
+    if ran is not None and name not in (known := ran.get(op, "")).split(", "):
+        ran[op] = f"{known}, {name}".removeprefix(", ")
 
 
 def requested(backend: str | None = None) -> str:
@@ -139,6 +169,7 @@ def resolve(
             kernels = "cpu" if device.type == "cpu" else "triton"
             if kernels in reasons and not (kernels == "triton" and dtype == torch.float64):
                 _warn_once(kernels, reasons[kernels], name)
+            _note(op, name)
             return name
         reasons[name] = reason
     raise NotImplementedError(f"{op} cannot run on {device}: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))

@@ -36,7 +36,11 @@ def test_it_compares_draws_and_writes(tmp_path, capsys):
         assert math.isclose(row["ratio"], row["loop_seconds"] / row["itm_fast_seconds"])
     by_name = {system["name"]: system["pools"][0] for system in found["systems"]}
     assert by_name["SAF, itm-fast"]["images"] == 24
-    assert {"torch", "threads", "device", "backend"} <= found["settings"].keys()
+    assert {"torch", "threads", "device"} <= found["settings"].keys()
+    systems = {system["name"]: system for system in found["systems"]}
+    assert systems["SAF, papers' loop"]["backends"] == {}
+    assert systems["SGRAF, itm-fast"]["backends"].keys() == {"similarity_filter_score", "similarity_graph_score"}
+    assert systems["SCAN t2i, itm-fast"]["backends"] == {"cross_attention_score": found["settings"]["backend"]}
     with Image.open(tmp_path / "attention.png") as picture:
         assert picture.width == _picture.WIDTH
         assert picture.height > 600

@@ -1,11 +1,9 @@
-"""Reports, TREC files, CxC and ECCV metrics, and the whole evaluation of several models."""
+"""TREC files, CxC and ECCV metrics, and the whole evaluation of several models."""
 
 from __future__ import annotations
 
 import builtins
-import csv
 import importlib.util
-import json
 from argparse import Namespace
 
 import numpy as np
@@ -16,10 +14,6 @@ import itm_fast
 from itm_fast._files import atomic_write
 from itm_fast.data import Split, Vocabulary
 from itm_fast.evaluation import (
-    Pool,
-    Report,
-    System,
-    average,
     encode,
     evaluate,
     fold_metrics,
@@ -67,68 +61,6 @@ def models(vocabulary: Vocabulary, *kinds: str) -> list:
         torch.manual_seed(seed)
         made.append(build(options(kind, len(vocabulary))))
     return made
-
-
-def report(folds: bool = True) -> Report:
-    score = np.random.default_rng(0).random((20, 100)).astype(np.float32)
-    owner = np.arange(100) // 5
-    systems = []
-    for name in ("SGR_50%", "SAF"):
-        parts = tuple(fold_metrics(score, owner, 5))
-        pools = (Pool(average(parts), parts), Pool(metrics(score, owner)))
-        systems.append(System(name, pools if folds else pools[1:], None, {"encode": 1.0, "score": 2.0}, 1000.0))
-        score = 1 - score
-    return Report(tuple(systems), {"ties": "pessimistic"}, "no ids", score)
-
-
-def test_table_shows_both_pools_and_chance():
-    text = str(report())
-    assert "mean of 5 folds of 4 images, 20 captions" in text
-    assert "all 20 images, 100 captions" in text
-    lines = text.splitlines()
-    heads = [line for line in lines if "R@1" in line]
-    assert all(line.split() == ["R@1", "R@5", "R@10", "medr", "meanr"] * 2 + ["rsum"] for line in heads)
-    row = next(line for line in lines[6:] if line.startswith("SGR_50%")).split()
-    whole = report().systems[0].pools[1].metrics
-    assert row[1] == f"{whole.i2t.r1:.1f}"
-    assert row[4:6] == [f"{whole.i2t.medr:.1f}", f"{whole.i2t.meanr:.1f}"]
-    assert row[6:9] == [f"{value:.1f}" for value in whole.t2i.recalls]
-    assert row[11] == f"{whole.rsum:.1f}"
-    chance = [line for line in lines if line.startswith("chance")]
-    assert chance[1].split()[4:7] == ["5.0", "25.0", "50.0"]
-    assert len({line.rindex("rsum") + 4 for line in heads} | {len(line) for line in chance}) <= 2
-
-
-def test_json_holds_every_fold(tmp_path):
-    made = report()
-    made.save(tmp_path / "new" / "folder")
-    found = json.loads((tmp_path / "new" / "folder" / "results.json").read_text())
-    folds = found["systems"][1]["pools"][0]["folds"]
-    assert [fold["rsum"] for fold in folds] == [part.rsum for part in made.systems[1].pools[0].folds]
-    assert found["systems"][0]["pools"][1]["t2i"]["chance"] == {"r1": 5.0, "r5": 25.0, "r10": 50.0}
-    assert found["systems"][0]["pairs_per_second"] == 1000.0
-    assert found["relevance_missing"] == "no ids"
-
-
-def test_csv_has_a_row_per_system_pool_fold_and_direction():
-    rows = list(csv.DictReader(report().to_csv().splitlines()))
-    assert len(rows) == 2 * (1 + 5 + 1) * 2
-    mean = next(row for row in rows if row["system"] == "SAF" and row["fold"] == "mean" and row["direction"] == "t2i")
-    folds = [row for row in rows if row["system"] == "SAF" and row["fold"].isdigit() and row["direction"] == "t2i"]
-    assert float(mean["r5"]) == pytest.approx(np.mean([float(row["r5"]) for row in folds]))
-    assert float(mean["rsum"]) == pytest.approx(report().systems[1].pools[0].metrics.rsum)
-
-
-def test_latex_is_a_booktabs_table():
-    lines = report().to_latex().splitlines()
-    assert lines[0] == r"\begin{tabular}{lccccccc}"
-    row = next(line for line in lines if line.startswith("SGR"))
-    assert row.startswith(r"SGR\_50\% & ")
-    assert row.endswith(r" \\")
-    assert row.count("&") == 7
-    assert [line for line in lines if "rule" in line and "cmid" not in line] == [
-        r"\toprule", r"\midrule", r"\midrule", r"\bottomrule"
-    ]  # fmt: skip
 
 
 def test_files_are_whole_or_not_there(tmp_path):
@@ -314,15 +246,6 @@ def test_a_constant_scorer_has_no_relevance(coco):
     _, _, images, captions = coco
     found = relevance_metrics(np.broadcast_to(np.float32(0.5), (5000, 25000)), images, captions)
     assert all(value == 0 for sides in found.values() for value in sides.values())
-
-
-@needs_eccv
-def test_relevance_appears_in_the_table(coco):
-    score, owner, images, captions = coco
-    pools = (Pool(metrics(score, owner)),)
-    made = Report((System("SGR", pools, relevance_metrics(score, images, captions)),), {}, None, score)
-    assert "ECCV mAP@R" in str(made)
-    assert json.loads(json.dumps(made.to_dict()))["systems"][0]["relevance"]["eccv_map_at_r"]["i2t"] > 0
 
 
 def test_evaluation_needs_no_eccv_package(monkeypatch):

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .._backends import recorded
 from ..evaluation import Pool, Report, System, encode, metrics, ranks, score_all
 from ..packing import unpack
 from ..testing import scan, sgraf
@@ -95,25 +96,30 @@ def report(compared: list[Compared]) -> Report:
     systems = []
     for row in compared:
         systems.append(System(f"{row.name}, papers' loop", (row.loop,), seconds={"score": row.scores.loop_seconds}))
-        systems.append(System(f"{row.name}, itm-fast", (row.fast,), seconds={"score": row.scores.fast_seconds}))
+        seconds = {"score": row.scores.fast_seconds}
+        systems.append(
+            System(f"{row.name}, itm-fast", (row.fast,), seconds=seconds, backends=row.scores.backends)
+        )
     return Report(tuple(systems), {}, None, np.empty((0, 0), np.float32))
 
 
 @dataclass(frozen=True)
 class _Scores:
-    """Score matrices [I, T] of both ways, and the time they took."""
+    """Score matrices [I, T] of both ways, the time they took, and the backend that each op of ours ran on."""
 
     name: str
     loop: NDArray[np.float32]
     fast: NDArray[np.float32]
     loop_seconds: float
     fast_seconds: float
+    backends: dict[str, str]
 
     def compared(self, split: Split) -> Compared:
         owner = split.caption_to_image
         scores = [_lowered(score, owner) for score in (self.loop, self.fast)]
         first, second = (ranks(score, owner) for score in scores)
-        loop, fast = (Pool(metrics(score, owner)) for score in scores)
+        # The lowered scores decide every tie, so there is nothing that other rules for ties could tell.
+        loop, fast = (Pool(replace(metrics(score, owner), others=())) for score in scores)
         return Compared(
             self.name,
             loop,
@@ -131,7 +137,10 @@ def _both(name: str, model: Any, encoded: Encoded, progress: bool) -> _Scores:
     parts: dict[bool, list[NDArray[np.float32]]] = {True: [], False: []}
     seconds = {True: 0.0, False: 0.0}
     total = len(encoded.image) * len(encoded.lengths)
-    with tqdm(total=2 * total, desc=name, unit="pair", unit_scale=True, disable=not progress, leave=False) as bar:
+    with (
+        recorded() as ran,
+        tqdm(total=2 * total, desc=name, unit="pair", unit_scale=True, disable=not progress, leave=False) as bar,
+    ):
         for turn, start in enumerate(range(0, len(encoded.image), TURN)):
             part = replace(encoded, image=encoded.image[start : start + TURN])
             for fast in (turn % 2 == 0, turn % 2 == 1):
@@ -142,7 +151,8 @@ def _both(name: str, model: Any, encoded: Encoded, progress: bool) -> _Scores:
                 parts[fast].append(score)
                 if fast:
                     bar.update(score.size)
-    return _Scores(name, np.concatenate(parts[False]), np.concatenate(parts[True]), seconds[False], seconds[True])
+    slow, ours = (np.concatenate(parts[way]) for way in (False, True))
+    return _Scores(name, slow, ours, seconds[False], seconds[True], ran)
 
 
 def _mean(name: str, first: Compared, second: Compared) -> _Scores:
@@ -153,6 +163,7 @@ def _mean(name: str, first: Compared, second: Compared) -> _Scores:
         np.add(a.fast, b.fast) / np.float32(2),
         a.loop_seconds + b.loop_seconds,
         a.fast_seconds + b.fast_seconds,
+        a.backends | b.backends,
     )
 
 

@@ -137,12 +137,13 @@ def _plain(compared: list[Compared]) -> dict[str, Any]:
     import torch
 
     from .. import __version__
-    from .._backends import resolve
+    from ..evaluation.report import backend_names
     from ._comparison import report
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = report(compared)
     return {
-        **report(compared).to_dict(),
+        **found.to_dict(),
         "compared": [row.to_dict() for row in compared],
         "settings": {
             "itm_fast": __version__,
@@ -152,7 +153,7 @@ def _plain(compared: list[Compared]) -> dict[str, Any]:
             "system": f"{platform.system()} {platform.machine()}",
             "device": str(device),
             "threads": torch.get_num_threads(),
-            "backend": resolve("cross_attention_score", None, device),
+            "backend": backend_names(found.systems),
         },
     }
 

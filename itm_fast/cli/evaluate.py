@@ -33,8 +33,11 @@ Folds. --folds 5 also cuts the images into 5 equal, consecutive parts, ranks eac
 averages the metrics: on the 5,000 images of COCO's testall this is "COCO 1K", and the whole pool is "COCO 5K".
 
 Ties. A wrong item with exactly the score of the right one is ranked above it (--ties pessimistic), so that a model
-that gives every pair the same score earns nothing. The published evaluators sort and take ties as they fall. NaN and
-infinite scores are refused with the names of their image and caption.
+that gives every pair the same score earns nothing; below it (optimistic); in every possible order, of which the mean
+is reported (expected); or above it where its index is higher (published): the published evaluators sort and reverse,
+and so take ties, this being their order when the sort is stable. Where these differ, a line under the table says how
+far, and --output has all four. CxC and ECCV metrics follow the rule too; where it is "expected" they are pessimistic.
+NaN and infinite scores are refused with the names of their image and caption.
 
 Captions. Images may have any number. An image's rank is that of its best caption; an image without captions asks no
 query but stays in the pool as a wrong answer. COCO image and caption ids in the data add CxC and ECCV Caption metrics
@@ -169,6 +172,7 @@ def _output(args: argparse.Namespace) -> contextlib.AbstractContextManager:
 def _evaluate(args: argparse.Namespace) -> int:
     from ..data import caption_batches, open_split
     from ..evaluation import evaluate, memory_plan, write_trec
+    from ..evaluation.unknown_words import unknown_words, unknown_words_line
     from ..training import rebuild
 
     loaded = _members(args)
@@ -193,6 +197,8 @@ def _evaluate(args: argparse.Namespace) -> int:
             print(f"{name}: {memory_plan(model, split, captions, len(models), args.memory_gb, in_file)}")
         if args.scores:
             print(_room(args.scores, len(models), len(split.features), len(split.captions)))
+        if words := unknown_words_line(unknown_words(captions, vocab)):
+            print(words)
         return 0
     report = evaluate(
         models,
@@ -378,9 +384,18 @@ def _print_speed(report: Any) -> None:
             speed = "" if system.pairs_per_second is None else f" ({system.pairs_per_second:,.0f} pairs/s)"
             print(
                 f"{system.name}: encoded in {system.seconds['encode']:.1f} s, scored in "
-                f"{system.seconds['score']:.1f} s{speed} by the {report.settings['backend']} backend on "
-                f"{report.settings['device']}"
+                f"{system.seconds['score']:.1f} s{speed}{_backends(system)} on {report.settings['device']}"
             )
+
+
+def _backends(system: Any) -> str:
+    """Which backend ran: one name, or every op's where they differ; nothing of scores that were there already."""
+    names = set(system.backends.values())
+    if len(names) > 1:
+        return " by " + ", ".join(f"{op} in the {name} backend" for op, name in system.backends.items())
+    if not names:
+        return "" if system.pairs_per_second is None else " by torch's own operations"
+    return f" by the {names.pop()} backend"
 
 
 def _has_ids(split: Split) -> bool:

@@ -9,6 +9,7 @@ import platform
 import time
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,18 @@ import torch
 from numpy.typing import NDArray
 
 from .. import __version__
-from .._backends import requested, resolve
+from .._backends import recorded, requested
 from .._checks import matmul_precision
 from .distinct import columns, first_of_equals
 from .encoding import device_of, embed, encode, evaluation_mode, packed_ids
 from .memory import GB, MemoryPlan, plan
 from .ranking import average, fold_metrics, metrics
-from .relevance import relevance_metrics, why_no_relevance
-from .report import Pool, Report, System
+from .relevance import relevance_metrics, ties_of_relevance, why_no_relevance
+from .report import Pool, Report, System, backend_names
 from .score_claim import Claim, check_room, score_path
 from .score_file import STRIPE, ScoreFile
 from .scoring import score_all, score_into
+from .unknown_words import unknown_words
 
 if TYPE_CHECKING:
     from ..data import Split, Vocabulary
@@ -57,7 +59,7 @@ def evaluate(
         names: one row title per model; "model 1", "model 2", ... when None.
         folds: also average over this many equal, consecutive parts of the images (5 on COCO's 5,000 test images is
             "COCO 1K").
-        ties: as for `ranks`.
+        ties: as for `metrics`. CxC and ECCV metrics take the same rule, and "pessimistic" for "expected".
         batch_size: images, and captions, encoded at once.
         memory_gb: as for `score_all`.
         scores: keep the score matrix in this .npy file, resumable; with several models each has its own file
@@ -110,8 +112,10 @@ def _evaluate(
     from ..data import caption_batches
 
     captions = list(caption_batches(split.captions, vocab, batch_size))
+    unknown = unknown_words(captions, vocab)
     plans = [memory_plan(model, split, captions, len(models), memory_gb, bool(claims)) for model in models]
     missing = why_no_relevance(split.image_ids, split.caption_ids)
+    relevance_ties = ties_of_relevance(ties)
 
     def system(name: str, score: NDArray[np.float32]) -> System:
         found = [Pool(metrics(score, split.caption_to_image, ties=ties))]
@@ -119,7 +123,9 @@ def _evaluate(
             parts = fold_metrics(score, split.caption_to_image, folds, ties=ties)
             found.insert(0, Pool(average(parts), tuple(parts)))
         assert split.image_ids is not None or missing
-        relevance = None if missing else relevance_metrics(score, split.image_ids, split.caption_ids)  # type: ignore
+        relevance = None
+        if not missing:
+            relevance = relevance_metrics(score, split.image_ids, split.caption_ids, ties=relevance_ties)  # type: ignore
         return System(name, tuple(found), relevance)
 
     systems: list[System] = []
@@ -127,15 +133,16 @@ def _evaluate(
     for number, (name, model) in enumerate(zip(names, models, strict=True)):
         encoded = encode(model, split, vocab, batch_size=batch_size, progress=progress, captions=captions)
         start = time.perf_counter()
-        if claims:
-            score = score_into(claims[number], model.scorer, encoded, memory_gb=memory_gb, progress=progress)
-        else:
-            score = score_all(model.scorer, encoded, memory_gb=memory_gb, progress=progress)
+        with recorded() as ran:
+            if claims:
+                score = score_into(claims[number], model.scorer, encoded, memory_gb=memory_gb, progress=progress)
+            else:
+                score = score_all(model.scorer, encoded, memory_gb=memory_gb, progress=progress)
         seconds = {"encode": encoded.seconds, "score": time.perf_counter() - start}
         del encoded
         found = system(name, score)
         speed = None if resume else plans[number].pairs / seconds["score"]
-        systems.append(System(found.name, found.pools, found.relevance, seconds, speed))
+        systems.append(replace(found, seconds=seconds, pairs_per_second=speed, backends=ran))
         if not claims and total is not None:
             total += score
         else:
@@ -148,7 +155,12 @@ def _evaluate(
         else:
             total /= len(models)
         systems.append(system("mean of the scores", total))
-    return Report(tuple(systems), _settings(plans, folds, ties, batch_size, memory_gb), missing, total)
+    settings = _settings(plans, folds, ties, batch_size, memory_gb)
+    settings |= unknown
+    settings["backend"] = backend_names(systems) or (None if resume else "torch")  # a dual encoder's one product
+    if not missing:
+        settings["relevance_ties"] = relevance_ties
+    return Report(tuple(systems), settings, missing, total)
 
 
 def memory_plan(
@@ -234,7 +246,6 @@ def _settings(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
         "backend_asked": requested(),
-        "backend": resolve("cross_attention_score", None, device),
         "float32_matmul_precision": matmul_precision(),
         "images": plans[0].images,
         "captions": plans[0].captions,

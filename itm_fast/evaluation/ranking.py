@@ -269,14 +269,16 @@ def average(parts: Sequence[Metrics]) -> Metrics:
     )
 
 
-def best_items(row: NDArray[np.floating], k: int, last: Sequence[int] = ()) -> NDArray[np.int64]:
+def best_items(
+    row: NDArray[np.floating], k: int, last: Sequence[int] = (), first: Sequence[int] = ()
+) -> NDArray[np.int64]:
     """Indices of the k highest scores of one query, highest first.
 
     Args:
         row: [n] scores.
         k: how many, cut to n.
-        last: indices that lose every tie (the right items, to rank ties pessimistically); other ties go to the
-            lower index.
+        last: indices that lose every tie (the right items, to rank ties pessimistically).
+        first: indices that win every tie; other ties go to the lower index.
 
     Returns:
         int64 [min(k, n)].
@@ -288,7 +290,7 @@ def best_items(row: NDArray[np.floating], k: int, last: Sequence[int] = ()) -> N
     k = min(k, len(row))
     least = np.partition(row, len(row) - k)[len(row) - k]
     found = np.flatnonzero(row >= least)
-    return found[np.lexsort((found, np.isin(found, last), -row[found]))][:k]
+    return found[np.lexsort((found, ~np.isin(found, first), np.isin(found, last), -row[found]))][:k]
 
 
 def _known(ties: str, caller: str) -> None:

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from .ranking import best_items
 
 _COLUMNS = 256  # captions transposed at once
+_TIES = ("pessimistic", "optimistic", "published")
 
 
 def why_no_relevance(image_ids: NDArray[np.integer] | None, caption_ids: NDArray[np.integer] | None) -> str | None:
@@ -50,32 +51,46 @@ def why_no_relevance(image_ids: NDArray[np.integer] | None, caption_ids: NDArray
     return None
 
 
+def ties_of_relevance(ties: str) -> str:
+    """The rule for ties that CxC and ECCV metrics take where recall takes `ties`.
+
+    All but "expected", which is pessimistic here: there is no short formula for mAP@R over all orders.
+    """
+    return "pessimistic" if ties == "expected" else ties
+
+
 def relevance_metrics(
-    score: NDArray[np.floating], image_ids: NDArray[np.integer], caption_ids: NDArray[np.integer]
+    score: NDArray[np.floating],
+    image_ids: NDArray[np.integer],
+    caption_ids: NDArray[np.integer],
+    *,
+    ties: str = "pessimistic",
 ) -> dict[str, dict[str, float]]:
     """CxC R@1/5/10 and ECCV Caption mAP@R, R-Precision and R@1 in both directions, in percent.
-
-    Ties are ranked pessimistically under each set of labels: wrong items first.
 
     Args:
         score: [I, T], finite.
         image_ids: [I] COCO image ids of the 5K test set.
         caption_ids: [T] COCO caption ids of the 5K test set.
+        ties: where wrong items with exactly the score of a right one stand, under each set of labels: "pessimistic":
+            before it; "optimistic": after it; "published": all tied items by descending index.
 
     Returns:
         `{"cxc_r1": {"i2t": ..., "t2i": ...}, "cxc_r5", "cxc_r10", "eccv_map_at_r", "eccv_rprecision", "eccv_r1"}`.
 
     Raises:
-        ValueError: the reason that `why_no_relevance` gives.
+        ValueError: the reason that `why_no_relevance` gives, or another rule for ties.
     """
+    if ties not in _TIES:
+        raise ValueError(f"relevance_metrics: ties must be one of {', '.join(_TIES)}, got {ties!r}")
     reason = why_no_relevance(image_ids, caption_ids)
     if reason:
         raise ValueError(reason)
     labels = _labels()
-    cxc = _ranked(score, image_ids, caption_ids, labels.cxc_gts, 10)
+    cxc = _ranked(score, image_ids, caption_ids, labels.cxc_gts, 10, ties)
     found = {f"cxc_r{k}": labels.cxc_recalls(cxc, "all", K=k) for k in (1, 5, 10)}
     most = max(len(set(right)) for side in labels.eccv_gts.values() for right in side.values())
-    eccv = _ranked(score, image_ids, caption_ids, labels.eccv_gts, most)
+    eccv = _ranked(score, image_ids, caption_ids, labels.eccv_gts, most, ties)
     with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
         found |= labels.eccv_metrics(eccv, "all")
     return {name: {side: 100.0 * float(value) for side, value in sides.items()} for name, sides in found.items()}
@@ -94,6 +109,7 @@ def _ranked(
     caption_ids: NDArray[np.integer],
     right: Mapping[str, Mapping[int, Iterable[int]]],
     k: int,
+    ties: str = "pessimistic",
 ) -> dict[str, dict[int, list[int]]]:
     """For every labelled query the ids of its k best items, best first."""
     ranked: dict[str, dict[int, list[int]]] = {}
@@ -104,8 +120,14 @@ def _ranked(
             query = int(query_ids[index])
             if query in right[side]:
                 own = [position[item] for item in right[side][query] if item in position]
-                ranked[side][query] = np.asarray(item_ids)[best_items(row, k, own)].tolist()
+                ranked[side][query] = np.asarray(item_ids)[_best(row, k, own, ties)].tolist()
     return ranked
+
+
+def _best(row: NDArray[np.floating], k: int, right: list[int], ties: str) -> NDArray[np.int64]:
+    if ties == "published":  # of equal scores the higher index comes first
+        return len(row) - 1 - best_items(row[::-1], k)
+    return best_items(row, k, last=right) if ties == "pessimistic" else best_items(row, k, first=right)
 
 
 def query_rows(score: NDArray[np.floating], side: str) -> Iterator[tuple[int, NDArray[np.floating]]]:

@@ -6,7 +6,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._files import atomic_write
-from .ranking import Direction, Metrics
+from .ranking import TIES, Direction, Metrics
+from .unknown_words import unknown_words_line
 
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
 _HEAD = ("R@1", "R@5", "R@10", "medr", "meanr")
@@ -58,6 +59,8 @@ class System:
         relevance: CxC and ECCV Caption metrics in percent, `{metric: {"i2t": ..., "t2i": ...}}`, or None.
         seconds: time spent, by part ("encode", "score").
         pairs_per_second: pairs scored in a second, identical captions once; None for an ensemble and for a resumed run.
+        backends: the backend that each op of the scorer ran on; empty where none of our ops ran, as for an ensemble, a
+            dual encoder, or scores that were finished before.
     """
 
     name: str
@@ -65,6 +68,7 @@ class System:
     relevance: dict[str, dict[str, float]] | None = None
     seconds: dict[str, float] = field(default_factory=dict)
     pairs_per_second: float | None = None
+    backends: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +91,8 @@ class Report:
         parts = [self._recalls(number) for number in range(len(self.systems[0].pools))]
         if any(system.relevance for system in self.systems):
             parts.append(self._relevance())
+        if words := unknown_words_line(self.settings):
+            parts.append(words)
         return "\n\n".join(parts)
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,11 +104,11 @@ class Report:
         }
 
     def to_csv(self) -> str:
-        """One row per system, pool, fold and direction."""
+        """One row per system, pool, fold and direction; rsum also under every rule for ties."""
         text = io.StringIO()
         columns = [
             "system", "pool", "fold", "direction", "images", "captions", "queries", "r1", "r5", "r10", "medr",
-            "meanr", "rsum", "chance_r1", "chance_r5", "chance_r10",
+            "meanr", "rsum", "chance_r1", "chance_r5", "chance_r10", "ties", *(f"rsum_{rule}" for rule in TIES),
         ]  # fmt: skip
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns)
@@ -112,11 +118,12 @@ class Report:
                 rows = [("mean" if pool.folds else "", pool.metrics)]
                 rows += [(str(fold), metrics) for fold, metrics in enumerate(pool.folds)]
                 for fold, metrics in rows:
+                    by_ties = [metrics.by_ties[rule].rsum if rule in metrics.by_ties else "" for rule in TIES]
                     for name in DIRECTIONS:
                         side: Direction = getattr(metrics, name)
                         writer.writerow(
                             [system.name, title, fold, name, metrics.images, metrics.captions, side.queries,
-                             *side.recalls, side.medr, side.meanr, metrics.rsum, *side.chance]
+                             *side.recalls, side.medr, side.meanr, metrics.rsum, *side.chance, metrics.ties, *by_ties]
                         )  # fmt: skip
         return text.getvalue()
 
@@ -135,6 +142,7 @@ class Report:
                 metrics = system.pools[number].metrics
                 cells = [f"{value:.1f}" for value in (*metrics.i2t.recalls, *metrics.t2i.recalls, metrics.rsum)]
                 lines.append(" & ".join([_escape(system.name), *cells]) + r" \\")
+            lines += [rf"\multicolumn{{8}}{{l}}{{\footnotesize {_escape(line)}}} \\" for line in self._ties(number)]
         return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
@@ -169,14 +177,38 @@ class Report:
         by_chance = [[f"{value:.1f}" for value in side.chance] + ["", ""] for side in (metrics.i2t, metrics.t2i)]
         total = sum(metrics.i2t.chance) + sum(metrics.t2i.chance)
         rows.append(["chance", *by_chance[0], *by_chance[1], f"{total:.1f}"])
-        return _table(self.systems[0].pools[number].title, rows, (1, 6, 11))
+        return "\n".join([_table(self.systems[0].pools[number].title, rows, (1, 6, 11)), *self._ties(number)])
+
+    def _ties(self, number: int) -> list[str]:
+        """For each system whose rsum depends on the rule for ties, a line that tells how far."""
+        lines = []
+        for system in self.systems:
+            by_ties = system.pools[number].metrics.by_ties
+            rsums = {rule: metrics.rsum for rule, metrics in by_ties.items()}
+            if rsums.keys() < set(TIES) or abs(rsums["optimistic"] - rsums["pessimistic"]) < 1e-6:
+                continue
+            name = f"{system.name}, ties" if len(self.systems) > 1 else "ties"
+            low, high, published = (rsums[rule] for rule in ("pessimistic", "optimistic", "published"))
+            digits = 1 if f"{low:.1f}" != f"{high:.1f}" else 3  # one caption of 25,000 is 0.004
+            lines.append(
+                f"{name}: rsum {low:.{digits}f} to {high:.{digits}f}; {published:.{digits}f} by the published order"
+            )
+        return lines
 
     def _relevance(self) -> str:
         rows = [["", *_RELEVANCE.values(), *_RELEVANCE.values()]]
         for system in self.systems:
             found = system.relevance or {}
             rows.append([system.name, *(f"{found[key][side]:.1f}" for side in DIRECTIONS for key in _RELEVANCE)])
-        return _table("CxC and ECCV Caption relevance, %", rows, (1, 7, 13))
+        ties = self.settings.get("relevance_ties")
+        title = "CxC and ECCV Caption relevance, %" + (f", ties {ties}" if ties else "")
+        return _table(title, rows, (1, 7, 13))
+
+
+def backend_names(systems: Iterable[System]) -> str:
+    """Every backend that an op of the scorers ran on, such as "cpu" or "cpu, torch"; empty where no op of ours ran."""
+    names = [name for system in systems for ran in system.backends.values() for name in ran.split(", ")]
+    return ", ".join(dict.fromkeys(names))
 
 
 def _table(title: str, rows: Sequence[Sequence[str]], groups: tuple[int, int, int]) -> str:
@@ -212,23 +244,32 @@ def _system(system: System) -> dict[str, Any]:
         "relevance": system.relevance,
         "seconds": system.seconds,
         "pairs_per_second": system.pairs_per_second,
+        "backends": system.backends,
     }
 
 
 def _metrics(metrics: Metrics) -> dict[str, Any]:
-    sides: dict[str, Mapping[str, Any]] = {}
+    sides: dict[str, Any] = {}
     for name in DIRECTIONS:
         side: Direction = getattr(metrics, name)
-        sides[name] = {
-            "r1": side.r1,
-            "r5": side.r5,
-            "r10": side.r10,
-            "medr": side.medr,
-            "meanr": side.meanr,
-            "queries": side.queries,
-            "chance": dict(zip(("r1", "r5", "r10"), side.chance, strict=True)),
-        }
-    return {"images": metrics.images, "captions": metrics.captions, "rsum": metrics.rsum, **sides}
+        chance = dict(zip(("r1", "r5", "r10"), side.chance, strict=True))
+        sides[name] = {**_values(side), "queries": side.queries, "chance": chance}
+    by_ties = {
+        rule: {"rsum": found.rsum, **{name: _values(getattr(found, name)) for name in DIRECTIONS}}
+        for rule, found in metrics.by_ties.items()
+    }
+    return {
+        "images": metrics.images,
+        "captions": metrics.captions,
+        "rsum": metrics.rsum,
+        **sides,
+        "ties": metrics.ties,
+        "by_ties": by_ties,
+    }
+
+
+def _values(side: Direction) -> dict[str, float]:
+    return {"r1": side.r1, "r5": side.r5, "r10": side.r10, "medr": side.medr, "meanr": side.meanr}
 
 
 def _escape(text: str) -> str:
