@@ -150,17 +150,32 @@ def test_func_attention_is_the_loops_attention(norm):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_shards_are_the_loop_whatever_the_shard_size(direction, dtype):
+def test_shards_are_the_loop_in_the_dtype_of_models_whatever_the_shard_size(direction, dtype, default, monkeypatch):
+    """Published evaluators collect a float32 model's embeddings in float64 arrays, which no kernel on a GPU takes."""
     image, caption = features()
     opt = options(lambda_softmax=SCALE[direction])
+    want = loop(image, caption, LENGTHS, **names(opt, direction)).numpy()
     shard = {"t2i": scan.shard_xattn_t2i, "i2t": scan.shard_xattn_i2t}[direction]
-    for size in (2, 128):
-        found = shard(image.numpy().astype(dtype), caption.numpy().astype(dtype), LENGTHS, opt, shard_size=size)
-        assert isinstance(found, np.ndarray)
-        assert found.dtype == np.float64
-        want = loop(image, caption, LENGTHS, **names(opt, direction)).numpy()
-        np.testing.assert_allclose(found, want, rtol=0, atol=1e-6 if dtype == np.float32 else 1e-12)
+    seen = []
+    real = scan.CrossAttentionScore.score
+    monkeypatch.setattr(
+        scan.CrossAttentionScore,
+        "score",
+        lambda self, state, words, *more: seen.append((state[0].dtype, words.dtype)) or real(self, state, words, *more),
+    )
+    torch.set_default_dtype(default)
+    try:
+        for size in (2, 128):
+            found = shard(image.numpy().astype(dtype), caption.numpy().astype(dtype), LENGTHS, opt, shard_size=size)
+            assert isinstance(found, np.ndarray)
+            assert found.dtype == np.float64
+            scored = default if dtype == np.float64 else torch.float32
+            assert seen.pop() == (scored, scored)
+            np.testing.assert_allclose(found, want, rtol=0, atol=1e-6 if scored == torch.float32 else 1e-12)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_scorer_is_the_loop_of_its_options():

@@ -13,14 +13,22 @@ from itm_fast.models import SGRAF, build, sgraf
 from itm_fast.testing.sgraf import loop
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
 @pytest.mark.parametrize("head", HEADS)
-def test_shards_are_the_loop_whatever_the_shard_size(head):
+def test_shards_are_the_loop_in_the_models_dtype_whatever_the_shard_size(head, dtype, monkeypatch):
     model = SGRAF(options(module_name=head))
     model.val_start()
     image, caption = features()
     want = loop(model.sim_enc.state_dict(), image.float(), caption.float(), LENGTHS)
+    seen = []
+    real = model.sim_enc.score
+    monkeypatch.setattr(
+        model.sim_enc, "score", lambda state, words, *more: seen.append(words.dtype) or real(state, words, *more)
+    )
+    arrays = (image.numpy().astype(dtype), caption.numpy().astype(dtype))
     for size in (2, 100):
-        found = sgraf.shard_attn_scores(model, image.numpy(), caption.numpy(), LENGTHS, options(), shard_size=size)
+        found = sgraf.shard_attn_scores(model, *arrays, LENGTHS, options(), shard_size=size)
+        assert seen.pop() == torch.float32
         assert isinstance(found, np.ndarray)
         assert found.dtype == np.float64
         np.testing.assert_allclose(found, want.numpy(), rtol=0, atol=1e-6)

@@ -124,9 +124,9 @@ def score_arrays(
     caption: np.ndarray,
     lengths: Sequence[int] | Tensor,
     device: torch.device,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype,
 ) -> np.ndarray:
-    """Arrays [I, R, D] and [T, W, D] -> scores [I, T], float64 as the published evaluators return.
+    """Arrays [I, R, D] and [T, W, D] -> scores [I, T], computed in `dtype`, float64 as published evaluators return.
 
     Captions that are equal bit for bit are scored once.
     """

@@ -20,6 +20,7 @@ from ..ops import hardest_negative_loss
 from ..ops._attention import affinity_norm
 from ..packing import pack
 from ._common import Matcher, OwnKeys, choice, device_of, encode_text, l1norm, l2norm, score_arrays, want
+from ._recall import i2t, t2i
 
 NORMS = {
     name: {"no_norm": "none"}.get(name, name)
@@ -40,10 +41,12 @@ __all__ = [
     "EncoderImageWeightNormPrecomp",
     "EncoderText",
     "func_attention",
+    "i2t",
     "l1norm",
     "l2norm",
     "shard_xattn_i2t",
     "shard_xattn_t2i",
+    "t2i",
     "xattn_score_i2t",
     "xattn_score_t2i",
 ]
@@ -310,7 +313,9 @@ class SCAN(Matcher):
 
 
 def _shard(direction: str, images: np.ndarray, captions: np.ndarray, caplens, opt: Namespace) -> np.ndarray:
-    return score_arrays(_scorer(direction, opt), images, captions, caplens, device_of(opt))
+    # The published evaluators collect a model's float32 embeddings in float64 arrays, which kernels on a GPU refuse.
+    dtype = torch.get_default_dtype() if images.dtype == np.float64 else torch.from_numpy(images[:0]).dtype
+    return score_arrays(_scorer(direction, opt), images, captions, caplens, device_of(opt), dtype)
 
 
 def shard_xattn_t2i(
@@ -323,8 +328,9 @@ def shard_xattn_t2i(
     """Score all pairs of a split, words attending to regions.
 
     Args:
-        images: [I, R, D]; scored in its own dtype.
-        captions: [T, W, D], padded, same dtype.
+        images: [I, R, D]. float64, in which the published evaluators collect a model's embeddings, is scored in the
+            dtype in which torch makes models (`torch.get_default_dtype()`: float32); any other dtype in its own.
+        captions: [T, W, D], padded.
         caplens: [T] tokens per caption.
         opt: with raw_feature_norm, agg_func, lambda_softmax and lambda_lse.
         shard_size: not used: the memory bound is `itm_fast.workspace`.

@@ -29,6 +29,7 @@ from ..ops import (
 )
 from ..packing import bounds
 from ._common import Matcher, choice, encode_text, l1norm, l2norm, score_arrays, want
+from ._recall import i2t, t2i
 from ._self_attention import GlobalVectors, TextSA, VisualSA
 from .scan import EncoderImagePrecomp as EncoderImage
 
@@ -49,9 +50,11 @@ __all__ = [
     "GraphReasoning",
     "TextSA",
     "VisualSA",
+    "i2t",
     "l1norm",
     "l2norm",
     "shard_attn_scores",
+    "t2i",
 ]
 
 
