@@ -3,6 +3,7 @@ import importlib
 import os
 import shutil
 import sys
+import threading
 import warnings
 
 import pytest
@@ -70,6 +71,29 @@ def test_the_context_ends_with_the_block(asked):
         raise RuntimeError
     score()
     assert asked == [automatic()]
+
+
+def test_recorded_notes_the_backend_of_every_op_of_this_thread():
+    with _backends.recorded() as ran:
+        score()
+        itm_fast.hardest_negative_loss(torch.eye(3), backend="reference")
+        thread = threading.Thread(target=score, args=("reference",))
+        thread.start()
+        thread.join()
+        score()
+    score("reference")
+    assert ran == {"cross_attention_score": automatic(), "hardest_negative_loss": "reference"}
+    with _backends.recorded() as ran:
+        for name in ("torch", "reference", "torch"):
+            score(name)
+    assert ran == {"cross_attention_score": "torch, reference"}
+
+
+def test_recorded_notes_the_choice_of_a_compiled_function():
+    compiled = torch.compile(itm_fast.cross_attention_score, backend="eager", fullgraph=True)
+    with _backends.recorded() as ran:
+        compiled(*inputs(2, (3, 2), 4, 8), backend="torch")
+    assert ran == {"cross_attention_score": "torch"}
 
 
 def test_an_unknown_name_is_refused_with_the_list(monkeypatch):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,11 @@ import numpy as np
 import pytest
 import torch
 
+from itm_fast import evaluation
+from itm_fast.cli import evaluate as evaluate_command
 from itm_fast.cli import main
 from itm_fast.data import Split, Vocabulary, save_splits
-from itm_fast.evaluation import encode, metrics, score_all
+from itm_fast.evaluation import System, encode, metrics, score_all
 from itm_fast.models import build
 from itm_fast.training import checkpoint
 
@@ -67,6 +70,101 @@ def test_table_files_and_ensemble(made, tmp_path, capsys):
         *(f"results.{kind}" for kind in ("txt", "json", "csv", "tex")),
         *(f"{side}.{kind}" for side in ("i2t", "t2i") for kind in ("run", "qrels")),
     }
+
+
+def test_every_option_reaches_the_evaluation(made, tmp_path, monkeypatch):
+    """Each value differs from its default."""
+    asked, trec = [], []
+    real = evaluation.evaluate
+    monkeypatch.setattr(evaluation, "evaluate", lambda *given, **named: asked.append(named) or real(*given, **named))
+    monkeypatch.setattr(evaluation, "write_trec", lambda *given, **named: trec.append((given, named)) or [])
+    words = ["evaluate", "--checkpoint", f"{made}/SAF.pth.tar", "--data", f"{made}/pets_precomp", "--no-progress"]
+    words += ["--ties", "published", "--batch-size", "7", "--memory-gb", "9.5", "--folds", "2", "--trec", "3"]
+    words += ["--scores", f"{tmp_path}/s.npy", "--resume", "--limit-captions", "40", "--output", f"{tmp_path}/out"]
+    assert main(words) == 0
+    assert asked == [
+        {
+            "names": ["SAF"],
+            "folds": 2,
+            "ties": "published",
+            "batch_size": 7,
+            "memory_gb": 9.5,
+            "scores": f"{tmp_path}/s.npy",
+            "resume": True,
+            "progress": False,
+        }
+    ]
+    ((folder, score, owner), named) = trec[0]
+    assert (folder, score.shape, owner.tolist()) == (f"{tmp_path}/out", (8, 40), (np.arange(40) // 5).tolist())
+    assert named == {"top": 3, "image_ids": None, "caption_ids": None}
+    settings = json.loads((tmp_path / "out" / "results.json").read_text())["settings"]
+    assert {name: settings[name] for name in ("ties", "batch_size", "memory_gb", "folds", "limit_captions")} == {
+        "ties": "published", "batch_size": 7, "memory_gb": 9.5, "folds": 2, "limit_captions": 40,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("ties", ["pessimistic", "optimistic", "expected", "published"])
+def test_ties_change_the_table(made, tmp_path, capsys, ties):
+    """Captions that are all the same tie for every image."""
+    split, vocabulary = pets()
+    same = Split(split.features[:], ["old red cat"] * 50, split.caption_to_image)
+    save_splits(tmp_path / "same.h5", {"test": same})
+    words = ["evaluate", "--checkpoint", f"{made}/SCAN.pth.tar", "--data", f"{tmp_path}/same.h5", "--no-progress"]
+    words += ["--vocab", f"{made}/pets_precomp/pets_precomp_vocab.json", "--output", f"{tmp_path}/out"]
+    assert main([*words, "--ties", ties]) == 0
+    pool = json.loads((tmp_path / "out" / "results.json").read_text())["systems"][0]["pools"][0]
+    r1 = {"pessimistic": 0.0, "optimistic": 100.0, "expected": 10.0, "published": 10.0}[ties]
+    assert pool["i2t"]["r1"] == pytest.approx(r1)
+    assert pool["ties"] == ties
+    assert "\nties: rsum " in capsys.readouterr().out
+
+
+def test_trec_files_name_the_ids_of_the_data(made, tmp_path):
+    split, _ = pets()
+    ids = {"image_ids": np.arange(10) + 400, "caption_ids": np.arange(50) + 7000}
+    save_splits(tmp_path / "ids.h5", {"test": Split(split.features[:], split.captions, split.caption_to_image, **ids)})
+    words = ["evaluate", "--checkpoint", f"{made}/SAF.pth.tar", "--data", f"{tmp_path}/ids.h5", "--no-progress"]
+    words += ["--vocab", f"{made}/pets_precomp/pets_precomp_vocab.json", "--output", f"{tmp_path}/out", "--trec", "2"]
+    assert main(words) == 0
+    for side, queries, items in (("i2t", 400, 7000), ("t2i", 7000, 400)):
+        right = [line.split() for line in (tmp_path / "out" / f"{side}.qrels").read_text().splitlines()]
+        pairs = {(int(line[0]) - queries, int(line[2]) - items) for line in right}
+        assert pairs == {(c // 5, c) if side == "i2t" else (c, c // 5) for c in range(50)}
+        ran = [line.split() for line in (tmp_path / "out" / f"{side}.run").read_text().splitlines()]
+        assert {int(line[0]) - queries for line in ran} == set(range(10 if side == "i2t" else 50))
+        assert {int(line[2]) - items for line in ran} <= set(range(50 if side == "i2t" else 10))
+
+
+def test_unknown_words_are_told_and_warned_of(made, tmp_path, capsys):
+    words = Vocabulary.load(made / "pets_precomp" / "pets_precomp_vocab.json")
+    others = [*list(words.word2idx)[:4], *(word[::-1] + "q" for word in list(words.word2idx)[4:])]
+    Vocabulary(others).save(tmp_path / "other.json")
+    command = ["evaluate", "--checkpoint", f"{made}/SAF.pth.tar", "--data", f"{made}/pets_precomp", "--no-progress"]
+    command += ["--vocab", f"{tmp_path}/other.json"]
+    for more in ([], ["--dry-run"]):
+        with pytest.warns(UserWarning, match=r"the vocabulary lacks 100\.0 % of the captions' words"):
+            assert main([*command, *more]) == 0
+        line = "unknown words: 100.0 % of the words; 100.0 % of the captions have no known word"
+        assert line in capsys.readouterr().out.splitlines()
+
+
+def test_the_speed_line_names_the_backend_that_ran(made, tmp_path, capsys, monkeypatch):
+    opt = options("SAF", 12)
+    opt.system = "DualEncoder"
+    state = build(opt).state_dict()
+    checkpoint.save(tmp_path / "dual.pth.tar", epoch=1, model=state, best_rsum=1.0, opt=opt, iterations=1)
+    words = ["evaluate", "--data", f"{made}/pets_precomp", "--no-progress", "--checkpoint"]
+    vocabulary = ["--vocab", f"{made}/pets_precomp/pets_precomp_vocab.json"]
+    assert main([*words, f"{tmp_path}/dual.pth.tar", *vocabulary]) == 0
+    assert "pairs/s) by torch's own operations on cpu" in capsys.readouterr().out
+    scores = ["--scores", f"{tmp_path}/s.npy"]
+    assert main([*words, f"{made}/SAF.pth.tar", *scores]) == 0
+    assert f"pairs/s) by the {AUTO} backend on cpu" in capsys.readouterr().out
+    assert main([*words, f"{made}/SAF.pth.tar", *scores, "--resume"]) == 0
+    assert "scored in 0.0 s on cpu" in capsys.readouterr().out
+    ran = {"similarity_nodes": "cpu", "similarity_graph": "torch"}
+    text = evaluate_command._backends(System("x", (), pairs_per_second=1.0, backends=ran))
+    assert text == " by similarity_nodes in the cpu backend, similarity_graph in the torch backend"
 
 
 def test_both_forms_of_data_and_both_backends_agree(made, tmp_path, capsys):
@@ -144,6 +242,17 @@ def test_full_size_plan_without_data(capsys):
     assert text.count("0.737 GB") == text.count("1.360 GB") == text.count("0.500 GB") == 6
     assert main(["evaluate", "--workload", "coco-eval-5k", "--dry-run", "--memory-gb", "1"]) == 2
     assert "the least that can is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "members, scores, held",
+    [(1, [], ["score matrix", "0.020 GB"]), (3, [], ["2 score matrices", "0.040 GB"]), (3, ["--scores", "s.npy"], [])],
+)
+def test_the_plan_of_a_workload_counts_the_matrices_of_an_ensemble(made, capsys, members, scores, held):
+    words = ["evaluate", "--workload", "f30k-eval-1k", "--dry-run", *scores]
+    assert main([*words, *["--checkpoint", f"{made}/SAF.pth.tar"] * members]) == 0
+    rows = [line for line in capsys.readouterr().out.splitlines() if "score matri" in line]
+    assert [re.split(r"\s{2,}", row.strip()) for row in rows] == [held] * (members if held else 0)
 
 
 def test_plan_of_a_workload_for_a_checkpoint(made, capsys):

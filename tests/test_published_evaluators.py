@@ -35,8 +35,9 @@ def test_published_evaluators_with_ties(module, side):
 
 
 def test_published_evaluators_refuse_what_would_give_a_wrong_number():
-    with pytest.raises(ValueError, match=r"i2t: sims must be \[N, 5 N\] = \[2, 10\] for 2 images, got \[10, 2\]"):
-        scan.i2t(np.zeros((2, 1, 1)), None, None, np.zeros((10, 2)))
+    for shape in ((10, 2), (2, 8), (3, 10)):
+        with pytest.raises(ValueError, match=r"sims must be \[N, 5 N\] = \[2, 10\] for 2 images, got "):
+            scan.i2t(np.zeros((2, 1, 1)), None, None, np.zeros(shape))
     sims = np.zeros((2, 10))
     sims[1, 3] = np.nan
     with pytest.raises(ValueError, match="image 1 and caption 3 is NaN"):

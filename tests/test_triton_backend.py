@@ -133,6 +133,13 @@ def test_threads_that_begin_together_check_once(gpu, checks, monkeypatch):
     assert len(checks.ran) == 1
 
 
+def test_an_op_put_aside_on_its_first_use_is_recorded_as_what_ran_instead(gpu, checks):
+    checks.finds = "a result is off by 0.3 where 0.001 is allowed"
+    with pytest.warns(UserWarning, match="slower torch backend"), _backends.recorded() as ran:
+        resolve()
+    assert ran == {OP: "torch"}
+
+
 def test_no_memory_for_the_check_says_nothing_about_the_kernels(gpu, checks):
     checks.finds = torch.OutOfMemoryError("CUDA out of memory")
     assert resolve() == "triton"

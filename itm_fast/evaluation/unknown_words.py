@@ -42,9 +42,9 @@ def unknown_words(captions: CaptionBatches, vocabulary: Vocabulary) -> dict[str,
     found = {TOKENS: 100.0 * unknown / max(tokens, 1), CAPTIONS: 100.0 * lost / max(count, 1)}
     if max(found.values()) >= _SUSPICIOUS:
         warnings.warn(
-            f"the vocabulary does not know {_percent(found[TOKENS])} of the captions' words, and no word of "
-            f"{_percent(found[CAPTIONS])} of the captions: are these captions and this vocabulary (--vocab) those that "
-            "the model was trained for?",
+            f"the vocabulary lacks {_percent(found[TOKENS])} of the captions' words, and {_percent(found[CAPTIONS])} "
+            "of the captions have no word in it: are these captions and this vocabulary (--vocab) those that the model "
+            "was trained for?",
             stacklevel=3,
         )
     return found
