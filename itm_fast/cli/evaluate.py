@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 from .._lock import Lock
 from .._names import BACKENDS
+from ._checkpoints import check_features, check_vocabulary, find_vocabulary, member_names, members
 
 if TYPE_CHECKING:
-    from ..data import Split, Vocabulary
-    from ..training.checkpoint import Checkpoint
+    from ..data import Split
 
 HELP = """\
 Evaluate one checkpoint, or several and their ensemble, on precomputed region features.
@@ -175,7 +175,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     from ..evaluation.unknown_words import unknown_words, unknown_words_line
     from ..training import rebuild
 
-    loaded = _members(args)
+    loaded = members(args.checkpoint)
     split = open_split(
         args.data,
         args.split,
@@ -183,13 +183,13 @@ def _evaluate(args: argparse.Namespace) -> int:
         captions_per_image=args.captions_per_image,
         mask_zero_regions=args.mask_zero_regions,
     )
-    vocab_path, vocab = _vocabulary(args, loaded[0].opt)
+    vocab_path, vocab = find_vocabulary(args, loaded[0])
     device = _device(args.device)
     models = [rebuild(found, device) for found in loaded]
     for found in loaded:
-        _check_features(found, split, args)
-        _check_vocabulary(found, vocab_path, vocab)
-    names = _names(models, loaded)
+        check_features(found, split, args)
+        check_vocabulary(found, vocab_path, vocab)
+    names = member_names(models, loaded)
     if args.dry_run:
         captions = list(caption_batches(split.captions, vocab, args.batch_size))
         for name, model in zip(names, models, strict=True):
@@ -214,7 +214,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         progress=not args.no_progress,
     )
     report.settings.update(
-        checkpoints=[os.path.abspath(path) for path in args.checkpoint],
+        checkpoints=[os.path.abspath(found.path) for found in loaded],
         epochs=[found.epoch for found in loaded],
         data=os.path.abspath(args.data),
         split=args.split,
@@ -249,10 +249,10 @@ def _plan_workload(args: argparse.Namespace) -> int:
 
     size = WORKLOADS[args.workload]
     device = _device(args.device)
-    if args.checkpoint:
-        loaded = _members(args)
+    loaded = members(args.checkpoint)
+    if loaded:
         models: list[Any] = [rebuild(found, device) for found in loaded]
-        names, dims = _names(models, loaded), [found.opt.embed_size for found in loaded]
+        names, dims = member_names(models, loaded), [found.opt.embed_size for found in loaded]
     else:
         models = [build(_published(name, size, device)) for name in _SYNTHETIC]
         names, dims = list(_SYNTHETIC), [size.dim] * len(models)
@@ -264,12 +264,12 @@ def _plan_workload(args: argparse.Namespace) -> int:
             dim=dim,
             lengths=size.lengths,
             memory_gb=args.memory_gb,
-            matrices=0 if args.scores else min(max(len(args.checkpoint), 1), 2),
+            matrices=0 if args.scores else min(len(loaded) or 1, 2),
             device=device,
         )
         print(f"{args.workload}, {name}: {found}")
     if args.scores:
-        print(_room(args.scores, max(len(args.checkpoint), 1), size.images, len(size.lengths)))
+        print(_room(args.scores, len(loaded) or 1, size.images, len(size.lengths)))
     return 0
 
 
@@ -302,80 +302,6 @@ def _device(name: str | None) -> Any:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: no CUDA device is visible to torch; use cpu, or see `itm-fast doctor`")
     return device
-
-
-def _members(args: argparse.Namespace) -> list[Checkpoint]:
-    """Every network of every checkpoint; `args.checkpoint` becomes the file of each."""
-    from ..training import checkpoint
-
-    loaded = [found for path in args.checkpoint for found in checkpoint.load_all(path)]
-    args.checkpoint = [found.path for found in loaded]
-    return loaded
-
-
-def _check_features(found: Checkpoint, split: Split, args: argparse.Namespace) -> None:
-    size = split.features.shape[2]
-    if size != found.opt.img_dim:
-        raise ValueError(
-            f"{args.data}: the {args.split} split has {size:,} features per region, and {found.path} was trained on "
-            f"{found.opt.img_dim:,}; use the features that it was trained on"
-        )
-
-
-def _check_vocabulary(found: Checkpoint, vocab_path: Path, vocab: Vocabulary) -> None:
-    if len(vocab) != found.words:
-        raise ValueError(
-            f"{found.path} embeds {found.words:,} words, and {vocab_path} has {len(vocab):,}; give the vocabulary that "
-            "it was trained with: --vocab FILE.json"
-        )
-    if getattr(found.opt, "vocab_checksum", vocab.checksum()) != vocab.checksum():
-        raise ValueError(
-            f"{found.path} was trained with other words than the {len(vocab):,} of {vocab_path}; give the vocabulary "
-            "that it was trained with: --vocab FILE.json"
-        )
-
-
-def _vocabulary(args: argparse.Namespace, opt: Namespace) -> tuple[Path, Vocabulary]:
-    """The vocabulary named, or the first found: beside the first checkpoint, where it was trained, near the data."""
-    from ..data import Vocabulary
-
-    if args.vocab:
-        return Path(args.vocab), Vocabulary.load(args.vocab)
-    data = Path(args.data)
-    beside = data if data.is_dir() else data.parent
-    stems = dict.fromkeys([getattr(opt, "data_name", None), data.stem])
-    names = [*(f"{stem}_vocab.json" for stem in stems if stem), "vocab.json"]
-    folders = [Path(args.checkpoint[0]).parent]
-    if getattr(opt, "vocab_path", None):
-        folders.append(Path(str(opt.vocab_path)))
-    # SCAN keeps data/f30k_precomp/ and vocab/ side by side.
-    near = (beside, beside.parent, beside.parent.parent)
-    folders += [beside, *(folder / "vocab" for folder in near), beside.parent]
-    folders = list(dict.fromkeys(folders))
-    for folder in folders:
-        for name in names:
-            if (folder / name).is_file():
-                return folder / name, Vocabulary.load(folder / name)
-    raise FileNotFoundError(
-        f"no vocabulary found; give it with --vocab FILE.json. Looked for {', '.join(names[:-1])} and {names[-1]} in "
-        + ", ".join(map(str, folders))
-    )
-
-
-def _names(models: list[Any], loaded: list[Checkpoint]) -> list[str]:
-    """SGR, SAF, SCAN t2i, ...; where two would be equal, with the shortest part of the path that tells them apart."""
-    plain = []
-    for model, found in zip(models, loaded, strict=True):
-        kind = type(model).__name__
-        suffix = "".join(f" {getattr(found.opt, x)}" for x in ("cross_attn", "alignment") if hasattr(found.opt, x))
-        plain.append(f"{found.opt.module_name if kind == 'SGRAF' else kind + suffix} {found.name}".rstrip())
-    parts = [Path(found.path).absolute().parts for found in loaded]
-    names = plain
-    for depth in range(1, max(map(len, parts)) + 1):
-        if len(set(names)) == len(names):
-            break
-        names = [f"{name} ({'/'.join(part[-depth:])})" for name, part in zip(plain, parts, strict=True)]
-    return names
 
 
 def _print_speed(report: Any) -> None:
