@@ -12,7 +12,10 @@ from torch.overrides import TorchFunctionMode
 
 Reference = Callable[[torch.dtype], Sequence[Tensor]]
 
-DRAWS = 4
+DRAWS = 8
+# Hoeffding: rounding takes a number beyond six times the mean square's root with probability 2 exp(-6^2 / 2) = 3e-8 at
+# most, and the tests compare a few hundred thousand numbers.
+SIGMAS = 6
 PRODUCTS = {"matmul", "__matmul__", "mm", "bmm", "mv", "dot", "linear"}
 ALONG = {"softmax", "log_softmax", "normalize"}  # every result sums over one dimension of the argument
 REDUCED = {"sum", "mean", "var", "norm", "vector_norm", "linalg_vector_norm", "logsumexp"}
@@ -64,16 +67,18 @@ def rounding(
     Derivation. IEEE arithmetic rounds every operation: the computed v is (1 + d) times the exact one, |d| <= u, half
     the spacing of numbers at 1 (2^-53 in float64, 2^-24 in float32). A sum of n terms, in any order and in any
     blocks, is that of terms which are each off by a relative (n - 1) u at the most, and since roundings are as good as
-    independent by sqrt(n) u but with vanishing probability (Higham and Mary, 2019). To first order the results are
+    independent by sqrt(n) u but with vanishing probability (Higham and Mary, 2019). To first order a result is
     therefore off by sum_k d_k df/dv_k over all operations k of the program: how many terms are summed enters by d_k,
-    and how the problem is conditioned by df/dv_k.
+    and how the problem is conditioned by df/dv_k. By Hoeffding's inequality such a sum of independent d_k, at most u_k,
+    passes lambda s, s^2 = sum_k (u_k df/dv_k)^2, with probability 2 exp(-lambda^2 / 2) at most: see SIGMAS.
 
-    That sum is drawn: the reference runs in float64, and after every operation each value is multiplied by 1 + d or
-    1 - d at random (Monte Carlo arithmetic; Parker, 1997), d being u, and each term of a sum of n by 1 +- sqrt(n) u.
-    Its backward pass is drawn likewise and on its own: with C results to which an element contributes, its gradient is
-    a sum of C terms. That backward rounds independently is what shows where gradients cancel: for a caption of one
-    word, whose affinity a is normalised to a / |a|, d a is the difference of two equal terms of size 1 / |a|, which
-    rounding leaves apart by u / |a| although the exact difference is next to nothing.
+    s is measured, for it is the root of the mean square of what the results move by when each d_k is +u_k or -u_k at
+    random. So the reference runs in float64, and after every operation each value is multiplied by 1 + u or 1 - u at
+    random (Monte Carlo arithmetic; Parker, 1997), and each term of a sum of n before by 1 +- sqrt(n) u. The backward
+    pass is drawn likewise and on its own: with C results to which an element contributes, its gradient is a sum of C
+    terms. That backward rounds independently is what shows where gradients cancel: for a caption of one word, whose
+    affinity a is normalised to a / |a|, d a is the difference of two equal terms of size 1 / |a|, which rounding leaves
+    apart by u / |a| although the exact difference is next to nothing.
 
     All arithmetic in float16 and bfloat16 sums in float32 or better, so u is at most float32's there; the results
     themselves are stored in `dtype`, which the term's first part covers: u of `dtype` times the largest value.
@@ -88,19 +93,20 @@ def rounding(
         products: see `assert_accurate`; its u is added to that of the factors.
 
     Yields:
-        One number for each result: what storing it rounds, then that and the largest of those drawn so far, after each
-        of `DRAWS` draws. The random numbers are fixed.
+        One number for each result: what storing it rounds; then that and `SIGMAS` s, s of the element where it is
+        largest, after each of `DRAWS` draws. The random numbers are fixed.
     """
     unit = torch.finfo(dtype).eps / 2
     factors = 0.0 if products is None else torch.finfo(products).eps / 2
     stored = [unit * e.abs().max().item() if e.numel() else 0.0 for e in exact]
-    drawn = [0.0] * len(stored)
+    squares = [torch.zeros_like(e) for e in exact]
     yield stored
     for seed in range(DRAWS):
         with _Drawn(min(unit, FLOAT32 / 2), factors, seed):
             moved = reference(torch.float64)
-        drawn = [max(pair) for pair in zip(drawn, _distances(moved, exact), strict=True)]
-        yield [s + d for s, d in zip(stored, drawn, strict=True)]
+        squares = [q + (m.detach() - e).square() for q, m, e in zip(squares, moved, exact, strict=True)]
+        largest = [(q / (seed + 1)).max().sqrt().item() if q.numel() else 0.0 for q in squares]
+        yield [a + SIGMAS * b for a, b in zip(stored, largest, strict=True)]
 
 
 def _distances(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
