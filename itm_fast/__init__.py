@@ -7,7 +7,13 @@
 torch.Size([4, 3])
 
 torch is imported with the first of these names. A program that calls `torch.ops.itm_fast` and none of them, as one
-that was exported does, imports `itm_fast.ops`.
+that was exported does, imports `itm_fast.ops`. Parts of the package, imported when they are first used:
+
+    itm_fast.evaluation   recalls of models, `evaluate`, or of your own score matrix, `metrics(score, caption_to_image)`
+    itm_fast.models       SCAN, SGRAF and others under their published names; `build` makes one from its options
+    itm_fast.data         splits, vocabularies and batches of precomputed features
+    itm_fast.training     the published recipes (`options`, `train`) and checkpoints
+    itm_fast.nn           modules over the ops
 """
 
 # ruff: noqa: F403, F405
@@ -47,4 +53,10 @@ __all__ = [
     "workspace",
 ]
 
-__getattr__ = lazy(__name__, __all__)
+_PARTS = ("data", "evaluation", "models", "nn", "training")
+
+__getattr__ = lazy(__name__, __all__, _PARTS)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_PARTS})

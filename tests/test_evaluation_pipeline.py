@@ -190,3 +190,35 @@ def test_a_report_tells_what_the_vocabulary_does_not_know():
     whole = evaluate(models(vocabulary, "SAF"), split, vocabulary, progress=False)
     assert whole.settings["unknown_tokens_percent"] == 0.0
     assert "unknown" not in str(whole)
+
+
+@pytest.mark.parametrize("ties", ["pessimistic", "optimistic", "published"])
+def test_both_sets_of_labels_are_ranked_by_the_rule(ties: str, monkeypatch):
+    """Labels of two images and three captions, whose scores are all equal."""
+    ranked = {}
+
+    class Labels:
+        def __init__(self):
+            self.cxc_gts = self.eccv_gts = {"i2t": {7: [2, 1], 8: [3]}, "t2i": {1: [7], 2: [7], 3: [8]}}
+
+        def cxc_recalls(self, found, name, K):
+            ranked[f"cxc_r{K}"] = found
+            return {"i2t": K / 100, "t2i": K / 50}
+
+        def eccv_metrics(self, found, name):
+            ranked["eccv"] = found
+            return {"eccv_r1": {"i2t": 0.5, "t2i": 0.25}}
+
+    monkeypatch.setattr(relevance, "_labels", Labels)
+    monkeypatch.setattr(relevance, "why_no_relevance", lambda *_: None)
+    found = relevance.relevance_metrics(np.zeros((2, 3)), np.array([7, 8]), np.array([1, 2, 3]), ties=ties)
+    assert found["eccv_r1"] == {"i2t": 50.0, "t2i": 25.0}
+    assert found["cxc_r5"] == {"i2t": 5.0, "t2i": 10.0}
+    whole = {
+        "pessimistic": {"i2t": {7: [3, 1, 2], 8: [1, 2, 3]}, "t2i": {1: [8, 7], 2: [8, 7], 3: [7, 8]}},
+        "optimistic": {"i2t": {7: [1, 2, 3], 8: [3, 1, 2]}, "t2i": {1: [7, 8], 2: [7, 8], 3: [8, 7]}},
+        "published": {"i2t": {7: [3, 2, 1], 8: [3, 2, 1]}, "t2i": {1: [8, 7], 2: [8, 7], 3: [8, 7]}},
+    }[ties]
+    assert ranked["cxc_r1"] == ranked["cxc_r5"] == ranked["cxc_r10"] == whole
+    # Of ECCV Caption's labels only as many are ranked as a query has right answers at most.
+    assert ranked["eccv"] == {side: {q: items[:2] for q, items in sides.items()} for side, sides in whole.items()}

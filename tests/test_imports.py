@@ -87,6 +87,22 @@ def test_importing_the_package_needs_torch_alone():
     assert run(code).strip() == "[]"
 
 
+def test_parts_of_the_package_are_attributes_loaded_when_first_used():
+    code = (
+        "import sys, itm_fast\n"
+        "parts = ['data', 'evaluation', 'models', 'nn', 'training']\n"
+        "print([part for part in parts if f'itm_fast.{part}' in sys.modules], set(parts) <= set(dir(itm_fast)))\n"
+        "print(*(getattr(itm_fast, part).__name__ for part in parts))\n"
+        "print(itm_fast.evaluation.metrics.__name__, hasattr(itm_fast, 'evaluations'))\n"
+    )
+    assert run(code).splitlines() == [
+        "[] True",
+        "itm_fast.data itm_fast.evaluation itm_fast.models itm_fast.nn itm_fast.training",
+        "metrics False",
+    ]
+    assert all(f"itm_fast.{part} " in itm_fast.__doc__ for part in ("data", "evaluation", "models", "nn", "training"))
+
+
 def test_top_level_kernels_is_refused():
     # `kernels` is also the name of a package on PyPI; ours answers to itm_fast.kernels only.
     code = (
