@@ -2,6 +2,7 @@
 and the order."""
 
 import copy
+import sys
 
 import pytest
 import torch
@@ -9,6 +10,8 @@ from model_cases import MODELS, PUBLISHED, of_hgan, of_tshsr, over, over_backend
 from sgraf_cases import LENGTHS, D, R, copied, dropout, features
 
 import itm_fast
+from itm_fast import ops
+from itm_fast._workspace import current_gib
 from itm_fast.testing import assert_accurate
 
 
@@ -50,6 +53,31 @@ def test_gradcheck(model, parts):
         return torch.func.functional_call(module, dict(zip(chosen, values)), arguments)
 
     assert torch.autograd.gradcheck(score, tuple(p.detach().clone().requires_grad_() for p in chosen.values()))
+
+
+@over("SAF", "TSHSR")
+def test_backward_scores_again_under_the_backend_and_the_bound_of_the_forward_pass(model, monkeypatch):
+    """Backward runs outside both contexts; the blocks' own ops run there once more."""
+    seen = []
+
+    def spy(real):
+        def resolve(op, *rest):
+            seen.append((op, real(op, *rest), current_gib()))
+            return seen[-1][1]
+
+        return resolve
+
+    for op in ops.__all__:
+        module = sys.modules[f"itm_fast.ops.{op}"]
+        monkeypatch.setattr(module, "resolve", spy(module.resolve))
+    image, caption = (x.requires_grad_() for x in features())
+    with itm_fast.use_backend("reference"), itm_fast.workspace(1e-5):
+        score = model.scorer().train()(image, caption, LENGTHS)
+    before = len(seen)
+    score.sum().backward()
+    assert len(seen) > before
+    assert {backend for _, backend, _ in seen} == {"reference"}
+    assert max(gib for *_, gib in seen) <= 1e-5
 
 
 @pytest.mark.parametrize("p", [0.0, 0.4])

@@ -1,15 +1,11 @@
 """SGRAF's evaluator and trainer objects as users of the published code call them, and what they refuse."""
 
-import sys
-
 import numpy as np
 import pytest
 import torch
 from sgraf_cases import HEADS, LENGTHS, D, R, S, features, options
 
-import itm_fast
-from itm_fast._workspace import current_gib
-from itm_fast.models import SGRAF, build, sgraf
+from itm_fast.models import SCAN, SGRAF, build, sgraf
 from itm_fast.testing.sgraf import loop
 
 
@@ -104,33 +100,12 @@ def test_autocast_runs_and_learns():
     assert all(p.grad.isfinite().all() for p in model.params)
 
 
-def test_backward_scores_again_under_the_backend_and_the_bound_of_the_forward_pass(monkeypatch):
-    """Backward runs outside both contexts, in small blocks that were not kept."""
-    scorer = sgraf.EncoderSimilarity(D, S, "SAF", num_region=R).train()
-    image, caption = (x.float().requires_grad_() for x in features())
-    module, seen = sys.modules["itm_fast.ops.similarity_nodes"], []
-    real = module.resolve
-
-    def spy(op, *rest):
-        seen.append((real(op, *rest), current_gib()))
-        return seen[-1][0]
-
-    monkeypatch.setattr(module, "resolve", spy)
-    with itm_fast.use_backend("reference"), itm_fast.workspace(1e-5):
-        score = scorer(image, caption, LENGTHS)
-    blocks = len(seen)
-    assert blocks > 1
-    score.sum().backward()
-    assert len(seen) == 2 * blocks
-    assert set(seen) == {("reference", seen[0][1])}
-    assert seen[0][1] <= 1e-5
-
-
-def test_the_optimizer_holds_the_parameters_in_the_published_order():
-    """Text, image, similarity: a saved optimizer's moments are matched by position."""
-    model = SGRAF(options())
-    parts = (model.txt_enc, model.img_enc, model.sim_enc)
-    published = [p for part in parts for p in part.parameters()]
+@pytest.mark.parametrize("kind, parts", [(SGRAF, ("txt_enc", "img_enc", "sim_enc")), (SCAN, ("txt_enc", "img_enc"))])
+def test_the_optimizer_holds_the_parameters_in_the_published_order(kind, parts):
+    """A saved optimizer's moments are matched by position."""
+    scan = {"cross_attn": "t2i", "raw_feature_norm": "l2norm", "agg_func": "Mean", "precomp_enc_type": "basic"}
+    model = kind(options(lambda_softmax=9.0, lambda_lse=6.0, **scan))
+    published = [p for part in parts for p in getattr(model, part).parameters()]
     (group,) = model.optimizer.param_groups
     assert [id(p) for p in group["params"]] == [id(p) for p in published] == [id(p) for p in model.params]
 
