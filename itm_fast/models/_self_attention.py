@@ -14,13 +14,15 @@ from torch import Tensor, nn
 
 from .._workspace import scratch_bytes
 from ..nn import State, xavier_
-from ..ops._torch._linear import linear
 from ..packing import bounds, spans
 from ._common import PaddedScorer, l2norm, sums
+from ._rows import linear
+
+LEAST = 16  # logits of a caption that are padded: torch's softmax over fewer than a vector of them rounds otherwise
 
 
 class _Linear(nn.Linear):
-    """torch.nn.Linear by the faster library."""
+    """torch.nn.Linear by `_rows.linear`."""
 
     def forward(self, input: Tensor) -> Tensor:
         return linear(input, self.weight, self.bias)
@@ -38,7 +40,7 @@ class _SelfAttention(nn.Module):
         super().__init__()
         self.embedding_local = _embedding(embed_dim, local_channels, dropout_rate)
         self.embedding_global = _embedding(embed_dim, global_channels, dropout_rate)
-        self.embedding_common = nn.Sequential(nn.Linear(embed_dim, 1))
+        self.embedding_common = nn.Sequential(_Linear(embed_dim, 1))
         for embedding in (self.embedding_local, self.embedding_global, self.embedding_common):
             xavier_(cast(nn.Linear, embedding[0]))
 
@@ -48,7 +50,7 @@ class _SelfAttention(nn.Module):
         if valid is not None:
             weights = weights.masked_fill(~valid, float("-inf"))
         weights = weights.softmax(1).to(local.dtype)
-        return l2norm(torch.matmul(weights.unsqueeze(1), local).squeeze(1), dim=-1)
+        return l2norm((weights.unsqueeze(2) * local).sum(1), dim=-1)
 
 
 class VisualSA(_SelfAttention):
@@ -142,7 +144,8 @@ class TextSA(_SelfAttention):
         if self.training:
             l_emb, g_emb = self._dropped(l_emb, g_emb, lengths.tolist())
         logits = self.embedding_common(l_emb * g_emb[owner]).squeeze(1)  # [N]
-        real = torch.arange(int(lengths.max()), device=words.device) < lengths[:, None]  # [T, W]
+        longest = max(LEAST, int(lengths.max()))
+        real = torch.arange(longest, device=words.device) < lengths[:, None]  # [T, W]
         padded = logits.new_full(real.shape, float("-inf"))
         padded[real] = logits
         weights = padded.softmax(1)[real]

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..nn import PairScorer, State
 from ._common import PaddedScorer, l2norm, sums
+from ._rows import linear
 from .sgraf import SGRAF
 
 
@@ -42,7 +43,7 @@ class MeanCosine(PaddedScorer):
         caption_state: State,
         region_lengths: Tensor | None = None,
     ) -> Tensor:
-        return image_state[1] @ caption_state[0].t()
+        return linear(image_state[1], caption_state[0])
 
 
 class DualEncoder(SGRAF):

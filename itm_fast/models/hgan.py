@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from .._workspace import scratch_bytes
 from ..nn import PairScorer, State
 from ..ops import cross_attention_score, global_local_score
-from ..ops._torch._linear import linear
 from ..packing import bounds, spans
 from ._common import l2norm, sums
+from ._rows import apart, linear
 from ._self_attention import GlobalVectors
 from .sgraf import SGRAF
 
@@ -77,13 +77,30 @@ class FeatureGraph(nn.Module):
         """Rows [N, D] of a layout [B, L], and which of its rows are neighbours, bool [B, L, L] -> [N, D]."""
         # x Wq (x Wk)^T = (x M) x^T: one product of the rows gives what is asked and what is summed.
         D = rows.shape[1]
-        product = torch.cat([self.key.weight.t() @ self.query.weight, self.value.weight])
-        asked, value = linear(rows, product, rows.new_zeros(2 * D)).split(D, 1)
+        product = torch.cat([linear(self.key.weight.t(), self.query.weight.t()), self.value.weight])
+        asked, value = linear(rows, product).split(D, 1)
+        if apart(rows, product):
+            return l2norm(rows + _each(rows, asked, value, layout, adjacency).relu())
         logits = torch.bmm(layout.pad(asked), layout.pad(rows).transpose(1, 2)) / math.sqrt(D)
         near = layout.real[:, None, :] if adjacency is None else adjacency & layout.real[:, None, :]
         # A row without neighbours gets nothing: its softmax is made over all rows, and masked.
         edge = logits.masked_fill(~near & near.any(2, keepdim=True), float("-inf")).softmax(2) * near
         return l2norm(rows + layout.rows(torch.bmm(edge, layout.pad(value))).relu())
+
+
+def _each(rows: Tensor, asked: Tensor, value: Tensor, layout: Layout, adjacency: Tensor | None) -> Tensor:
+    """What each row of an item is given by its neighbours, item by item."""
+    found, start = [], 0
+    for k, n in enumerate(layout.lengths.tolist()):
+        at, start = slice(start, start + n), start + n
+        logits = linear(asked[at], rows[at]) / math.sqrt(rows.shape[1])
+        if adjacency is None:
+            edge = logits.softmax(1)
+        else:
+            near = adjacency[k, :n, :n]
+            edge = logits.masked_fill(~near & near.any(1, keepdim=True), float("-inf")).softmax(1) * near
+        found.append(linear(edge, value[at].t()))
+    return torch.cat(found)
 
 
 class Rearrangement(nn.Module):
@@ -120,8 +137,10 @@ class Rearrangement(nn.Module):
 def _grouped(x: Tensor, weight: Tensor) -> Tensor:
     """Each of c groups of channels by its own matrix: x [n, D], weight [c, D / c, D / c] -> [n, D]."""
     if len(weight) == 1:
-        return linear(x, weight[0], x.new_zeros(x.shape[1]))
+        return linear(x, weight[0])
     groups = x.view(len(x), len(weight), -1).transpose(0, 1)
+    if apart(x, weight):
+        return torch.cat([linear(group, of_group) for group, of_group in zip(groups, weight, strict=True)], 1)
     return torch.bmm(groups, weight.transpose(1, 2)).transpose(0, 1).reshape(len(x), -1)
 
 
@@ -295,7 +314,7 @@ class HierarchicalAlignment(GlobalVectors):
         if overall:
             lengths = (torch.linalg.vector_norm(x, dim=1) for x in (image_global, caption_global))
             both = torch.outer(*lengths).clamp_min(1e-8)
-            total = total + overall * (image_global @ caption_global.t() / both)
+            total = total + overall * (linear(image_global, caption_global) / both)
         assert isinstance(total, Tensor)
         return total
 

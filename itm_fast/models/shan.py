@@ -22,12 +22,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..nn import PairScorer, State
 from ..ops import hierarchical_alignment_score
 from ._common import PaddedScorer, choice, encode_text, l2norm
+from ._rows import linear
 from .sgraf import SGRAF, EncoderImage
 
 ALIGNMENTS = {"full": "both", "t2i": "t2i", "i2t": "i2t"}  # the paper's three models -> the op's direction
@@ -163,11 +163,11 @@ class EncoderSimilarity(PaddedScorer):
             if alignment == "t2i" or not gate_sharing:
                 self.caption_gate = nn.Linear(2 * embed_size, self.width)
             self.caption_pool = nn.Linear(embed_size, 1, bias=False)
-        for linear in self.children():
-            assert isinstance(linear, nn.Linear)
-            nn.init.xavier_uniform_(linear.weight)
-            if linear.bias is not None:
-                nn.init.zeros_(linear.bias)
+        for part in self.children():
+            assert isinstance(part, nn.Linear)
+            nn.init.xavier_uniform_(part.weight)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in (self.options | {"affinity": self.affinity}).items())
@@ -196,16 +196,16 @@ class EncoderSimilarity(PaddedScorer):
         """What a vector adds to its own gate, the bias included."""
         if gate is None:
             return x.new_zeros(*x.shape[:-1], self.width)
-        return F.linear(x, gate.weight[:, : x.shape[-1]], gate.bias)
+        return linear(x, gate.weight[:, : x.shape[-1]], gate.bias)
 
     def _attended(self, gate: nn.Linear | None, x: Tensor) -> Tensor:
         """What a vector adds to the gates of those that attend to it."""
         if gate is None:
             return x.new_zeros(*x.shape[:-1], self.width)
-        return F.linear(x, gate.weight[:, x.shape[-1] :])
+        return linear(x, gate.weight[:, x.shape[-1] :])
 
     def _key(self, projection: nn.Linear, x: Tensor) -> Tensor:
-        key = projection(x)
+        key = linear(x, projection.weight, projection.bias)
         return l2norm(key) if self.affinity == "cosine" else key
 
     def score(

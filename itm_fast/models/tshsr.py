@@ -31,6 +31,7 @@ from ..ops._torch._blocks import Block
 from ..packing import bounds, spans
 from . import _pair_blocks
 from ._common import l2norm
+from ._rows import linear, sigmoid
 from ._self_attention import GlobalVectors
 from .sgraf import SGRAF
 
@@ -57,8 +58,8 @@ class Stream(nn.Module):
         self.context = nn.ModuleList(nn.Linear(sim_dim, c, bias=False) for c in context_nodes)
         self.graph = SimilarityGraph(sim_dim, steps)
         self.sim_eval_w = nn.Linear(sim_dim, 1)
-        for linear in (self.sim_tranloc_w, self.sim_eval_w):
-            xavier_(linear)
+        for part in (self.sim_tranloc_w, self.sim_eval_w):
+            xavier_(part)
         for level in self.context:
             nn.init.xavier_uniform_(level.weight)  # type: ignore[arg-type]
 
@@ -170,7 +171,7 @@ class TwoStreamReasoning(GlobalVectors):
         (b, n, _), c = image.shape, len(caption_global)
         more = 1 + sum(self.sizes)
         with workspace(gib):
-            overall = nn.functional.linear((image_global[:, None] - caption_global).square(), weight, bias)
+            overall = linear((image_global[:, None] - caption_global).square(), weight, bias)
             overall = l2norm(overall)  # [b, c, S]
             total = overall.new_zeros(b, c)
             for direction, scale in zip(DIRECTIONS, (self.scale_t2i, self.scale_i2t)):
@@ -187,7 +188,8 @@ class TwoStreamReasoning(GlobalVectors):
                 del local
                 edge = edge + more * torch.arange(c + 1, dtype=edge.dtype, device=edge.device)
                 z = similarity_graph(nodes, edge, *graph)
-                total = total + (z @ final_weight.to(z.dtype) + final_bias.to(z.dtype)).sigmoid() / 2
+                final = linear(z, final_weight.to(z.dtype)[None], final_bias.to(z.dtype))
+                total = total + sigmoid(final.squeeze(2)) / 2
         return total
 
 

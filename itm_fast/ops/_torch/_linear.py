@@ -13,7 +13,7 @@ from ..._checks import matmul_precision
 WIDE = 512
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Rows [..., K], weight [S, K] and bias [S] -> [..., S], as torch.nn.functional.linear."""
     if not _onednn(x):
         return F.linear(x, weight, bias)
@@ -28,7 +28,7 @@ class _Linear(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    def forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return _convolution(x, weight, bias)
 
     @staticmethod

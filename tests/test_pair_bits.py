@@ -1,0 +1,110 @@
+"""A pair's score by a whole scorer has the same bits whatever block, order or number of threads it is scored with."""
+
+import pytest
+import torch
+from cpu_cases import needs_cpu
+from model_cases import MODELS, Model
+from torch.nn.functional import normalize
+
+import itm_fast
+from itm_fast.models._rows import linear
+from itm_fast.models.dual_encoder import MeanCosine
+from itm_fast.nn import CrossAttentionScore
+from itm_fast.testing import assert_accurate, rounding
+
+pytestmark = needs_cpu
+LENGTHS = [5, 4, 10, 7, 17, 4, 9, 6, 40, 12, 5, 8, 11, 3]
+EVERY = range(len(LENGTHS))
+R = 6
+
+
+def without_weights(make):
+    return Model("cross_attention_score", lambda D, S: make(), {}, lambda module: None)
+
+
+SCORERS = {
+    **MODELS,
+    "SCAN-t2i": without_weights(CrossAttentionScore),
+    "SCAN-i2t": without_weights(lambda: CrossAttentionScore("i2t", pool="mean")),
+    "dual encoder": without_weights(MeanCosine),
+}
+
+
+class Problem:
+    """Unit features, and the scores of some images with some captions in that order."""
+
+    def __init__(self, model, D, S, dtype=torch.float32, regions=None):
+        generator = torch.Generator().manual_seed(1)
+        self.module = model.scorer(dtype, D, S)
+        self.image = normalize(torch.randn(5, R, D, generator=generator), dim=-1).to(dtype)
+        words = normalize(torch.randn(sum(LENGTHS), D, generator=generator), dim=-1).to(dtype)
+        self.captions, self.regions = words.split(LENGTHS), regions
+
+    @torch.no_grad()
+    def score(self, images=range(5), captions=EVERY, threads=1):
+        edge = torch.tensor([0, *(LENGTHS[t] for t in captions)]).cumsum(0)
+        regions = None if self.regions is None else self.regions[list(images)]
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        try:
+            with itm_fast.use_backend("cpu"):
+                words = torch.cat([self.captions[t] for t in captions])
+                return self.module(self.image[list(images)], words, edge, regions)
+        finally:
+            torch.set_num_threads(before)
+
+
+def check(problem):
+    whole = problem.score()
+    assert whole.isfinite().all()
+    for threads in (2, 3):
+        assert torch.equal(problem.score(threads=threads), whole)
+    order, turned = torch.randperm(len(LENGTHS), generator=torch.Generator().manual_seed(2)).tolist(), [3, 0, 4, 1, 2]
+    assert torch.equal(problem.score(turned, order), whole[turned][:, order])
+    for t in EVERY:
+        assert torch.equal(problem.score(captions=[t]), whole[:, t : t + 1])
+    for i in (0, 4):
+        assert torch.equal(problem.score(images=[i]), whole[i : i + 1])
+    with itm_fast.workspace(2e-5):
+        assert torch.equal(problem.score(), whole)
+
+
+@pytest.mark.parametrize("D,S", [(32, 8), (80, 24)])
+@pytest.mark.parametrize("name", SCORERS)
+def test_any_block_order_and_number_of_threads(name, D, S):
+    check(Problem(SCORERS[name], D, S))
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_images_of_fewer_regions(name):
+    check(Problem(SCORERS[name], 32, 8, regions=torch.tensor([6, 1, 3, 6, 5])))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
+@pytest.mark.parametrize("name", ["SGR", "SAF", "SHAN-full", "TSHSR", "HGAN"])
+def test_other_dtypes(name, dtype):
+    check(Problem(SCORERS[name], 32, 8, dtype))
+
+
+@pytest.mark.parametrize("name", ["SGR", "SAF"])
+def test_published_sizes(name):
+    problem = Problem(SCORERS[name], 1024, 256)
+    whole = problem.score(threads=2)
+    assert torch.equal(problem.score(captions=[4, 9]), whole[:, [4, 9]])
+    assert torch.equal(problem.score(images=[2], captions=[0]), whole[2:3, :1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("N,K,S", [(1, 1, 1), (97, 33, 65), (200, 700, 16), (0, 4, 4), (3, 4, 0)])
+def test_a_row_of_a_product_does_not_depend_on_the_rows_beside_it(N, K, S, dtype):
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(n, generator=generator).to(dtype) for n in ((N, K), (S, K), (S,)))
+    for added in (bias, None):
+        with itm_fast.use_backend("cpu"):
+            whole, strided = linear(x, weight, added), linear(x.t().contiguous().t(), weight, added)
+            parts = [linear(part, weight, added) for part in x.split([1, 5, 12, N - 18])] if N > 18 else [whole]
+        assert torch.equal(torch.cat(parts), whole)
+        assert torch.equal(strided, whole)
+        exact = torch.nn.functional.linear(x.double(), weight.double(), None if added is None else added.double())
+        same = torch.nn.functional.linear(x, weight, added)
+        assert_accurate(whole, same, exact, term=rounding(dtype, exact.abs().max().item() if exact.numel() else 0.0))
