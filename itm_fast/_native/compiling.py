@@ -219,8 +219,8 @@ def _stopped(status: int, log: str) -> str | None:
     number = -status if status < 0 else status - 128
     if number == signal.SIGKILL or _MEMORY.search(log):
         return (
-            "the compiler was killed or got no memory, of which a file takes up to a GiB; close other programs, or "
-            "compile one file at a time by `taskset -c 0` before the command"
+            "the compiler was killed or got no memory, of which a file takes up to half a GiB; close other programs, "
+            "or compile one file at a time by `taskset -c 0` before the command"
         )
     if number <= 0:
         return None
