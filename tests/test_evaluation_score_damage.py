@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,6 +70,7 @@ def swapped(old, new):
         (lambda path: path.with_name("x.npy.json").write_text("{}"), "x.npy.json is damaged"),
         (lambda path: path.with_name("x.npy.json").write_text("[" * 100_000), "x.npy.json is damaged"),
         (lambda path: path.with_name("x.npy.json").write_bytes(b"\xff"), "x.npy.json is damaged"),
+        (swapped('"checksums": [', '"checksums": [0,'), "x.npy.json is damaged"),
         (swapped("checksums", "sums"), "x.npy.json is damaged"),
         (swapped("identity", "entity"), "x.npy.json is damaged"),
         (swapped('"A"', '["A"]'), "computed with other scorer"),
@@ -182,6 +184,22 @@ def test_a_block_that_was_changed_on_the_disk_is_noticed_before_the_end(tmp_path
         assert len(file.done) == 3
     with opened(path, resume=True) as file:
         assert len(file.done) == 3
+
+
+def test_a_line_that_a_full_disk_cuts_short_is_no_finished_block(tmp_path):
+    path = tmp_path / "x.npy"
+    with opened(path) as file:
+        journal = file._files[file.claim.journal]
+        file._files[file.claim.journal] = SimpleNamespace(
+            write=lambda line: journal.write(line[:2]), fileno=journal.fileno
+        )
+        with pytest.raises(OSError, match="No space left"):
+            fill(file, [0])
+        assert not file.done
+    with opened(path, resume=True) as file:
+        fill(file)
+        file.finish()
+    np.testing.assert_array_equal(np.load(path), RIGHT)
 
 
 def test_missing_blocks_are_not_finished(tmp_path):

@@ -335,6 +335,20 @@ def test_a_full_disk_is_met_before_anything_is_scored(tmp_path, monkeypatch, cal
     assert names(tmp_path) == []
 
 
+def test_a_partial_file_with_holes_takes_its_room_when_it_is_continued(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    path = begun(tmp_path)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="1 MB are needed: free some space and resume") as refusal:
+        opened(path, resume=True)
+    assert refusal.value.filename == str(path)
+    monkeypatch.undo()
+    with opened(path, resume=True) as file:
+        assert len(file.done) == 3
+
+
 def test_room_is_taken_where_the_system_has_no_call_for_it(tmp_path, monkeypatch):
     monkeypatch.delattr(os, "posix_fallocate")
     np.testing.assert_array_equal(np.load(finished(tmp_path)), RIGHT)

@@ -231,7 +231,11 @@ class ScoreFile:
             self._files[path] = self._open.enter_context(open(path, mode, buffering=0))  # noqa: SIM115
         file = self._files[self.claim.partial]
         # A write into a hole of a mapped file ends the process when the disk is full; a copied file may have holes.
-        reserve(file, self._size)
+        try:
+            reserve(file, self._size)
+        except OSError as error:
+            message = f"{error.strerror}; {megabytes(self._size)} are needed: free some space and resume (--resume)"
+            raise OSError(error.errno or 0, message, str(self.path)) from error
         file.write(self._header)
         self._matrix = np.memmap(file, "<f4", "r+", len(self._header), self.shape)
 
