@@ -12,6 +12,7 @@ import pytest
 
 from itm_fast.evaluation import Direction, Metrics, Pool, Report, System
 from itm_fast.evaluation.ranking import TIES
+from itm_fast.evaluation.report import speed_line
 
 SIDES = ("i2t", "t2i")
 RELEVANCE = ("eccv_map_at_r", "eccv_rprecision", "eccv_r1", "cxc_r1", "cxc_r5", "cxc_r10")
@@ -209,3 +210,18 @@ def test_unknown_words_stand_under_the_table_where_there_are_any():
     line = "unknown words: 12.3 % of the words; under 0.1 % of the captions have no known word"
     assert str(report(**shares)).split("\n\n")[-1] == line
     assert "unknown words" not in str(report(**dict.fromkeys(shares, 0.0)))
+
+
+@pytest.mark.parametrize(
+    "speed, backends, text",
+    [
+        (1234.0, {"a": "cpu", "b": "cpu"}, " (1,234 pairs/s) by the cpu backend"),
+        (1234.0, {"a": "cpu", "b": "torch"}, " (1,234 pairs/s) by a in the cpu backend, b in the torch backend"),
+        (1234.0, {}, " (1,234 pairs/s) by torch's own operations"),
+        (None, {}, ""),
+    ],
+)
+def test_the_speed_line_names_what_ran(speed, backends, text):
+    system = System("SAF", (), None, {"encode": 1.23, "score": 4.56}, speed, backends)
+    assert speed_line(system, "NVIDIA X") == f"SAF: encoded in 1.2 s, scored in 4.6 s{text} on NVIDIA X"
+    assert speed_line(System("mean", ()), "cpu") == ""

@@ -172,6 +172,7 @@ def _output(args: argparse.Namespace) -> contextlib.AbstractContextManager:
 def _evaluate(args: argparse.Namespace) -> int:
     from ..data import caption_batches, open_split
     from ..evaluation import evaluate, memory_plan, write_trec
+    from ..evaluation.report import speed_line
     from ..evaluation.unknown_words import unknown_words, unknown_words_line
     from ..training import rebuild
 
@@ -224,7 +225,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     print(report)
     print(f"vocabulary: {vocab_path}")
     print(f"captions: {report.settings['captions']:,}, {report.settings['distinct_captions']:,} distinct")
-    _print_speed(report)
+    for system in report.systems:
+        if line := speed_line(system, report.settings["device"]):
+            print(line)
     if report.relevance_missing and _has_ids(split):
         print(report.relevance_missing)
     if args.output:
@@ -302,26 +305,6 @@ def _device(name: str | None) -> Any:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"--device {name}: no CUDA device is visible to torch; use cpu, or see `itm-fast doctor`")
     return device
-
-
-def _print_speed(report: Any) -> None:
-    for system in report.systems:
-        if system.seconds:
-            speed = "" if system.pairs_per_second is None else f" ({system.pairs_per_second:,.0f} pairs/s)"
-            print(
-                f"{system.name}: encoded in {system.seconds['encode']:.1f} s, scored in "
-                f"{system.seconds['score']:.1f} s{speed}{_backends(system)} on {report.settings['device']}"
-            )
-
-
-def _backends(system: Any) -> str:
-    """Which backend ran: one name, or every op's where they differ; nothing of scores that were there already."""
-    names = set(system.backends.values())
-    if len(names) > 1:
-        return " by " + ", ".join(f"{op} in the {name} backend" for op, name in system.backends.items())
-    if not names:
-        return "" if system.pairs_per_second is None else " by torch's own operations"
-    return f" by the {names.pop()} backend"
 
 
 def _has_ids(split: Split) -> bool:

@@ -211,6 +211,25 @@ def backend_names(systems: Iterable[System]) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
+def speed_line(system: System, device: str) -> str:
+    """How long a system took, and what ran; empty of an ensemble, which is scored by its members."""
+    if not system.seconds:
+        return ""
+    speed = "" if system.pairs_per_second is None else f" ({system.pairs_per_second:,.0f} pairs/s)"
+    took = f"encoded in {system.seconds['encode']:.1f} s, scored in {system.seconds['score']:.1f} s{speed}"
+    return f"{system.name}: {took}{_by(system)} on {device}"
+
+
+def _by(system: System) -> str:
+    """Which backend ran: one name, or every op's where they differ; nothing of scores that were there already."""
+    names = set(system.backends.values())
+    if len(names) > 1:
+        return " by " + ", ".join(f"{op} in the {name} backend" for op, name in system.backends.items())
+    if not names:
+        return "" if system.pairs_per_second is None else " by torch's own operations"
+    return f" by the {names.pop()} backend"
+
+
 def _table(title: str, rows: Sequence[Sequence[str]], groups: tuple[int, int, int]) -> str:
     """Right-aligned columns under the two directions' names; `groups` are the first columns of the three groups."""
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
