@@ -70,7 +70,7 @@ def caption_text(text: Any, argument: str, row: int | None = None) -> str:
             raise ValueError(
                 f"{where} holds {text[error.start]!r}, half a character; mend how it was decoded"
             ) from error
-        return str(text).removeprefix(BOM)
+        return text.removeprefix(BOM)
     mend = "leave that caption out, or give an empty text"
     if isinstance(text, Iterable):
         mend = "give one flat list of texts; caption_to_image says which image each belongs to"
