@@ -12,6 +12,11 @@ from itm_fast import _native
 needs_cpu = pytest.mark.skipif(itm_fast.why_not("cpu") is not None, reason=str(itm_fast.why_not("cpu")))
 
 
+over_lesser_processors = pytest.mark.parametrize(
+    "level", [pytest.param(level, marks=pytest.mark.slow) for level in ("avx2", "generic")]
+)
+
+
 def at_level(level, monkeypatch):
     """Run the kernels of a lesser processor until the test ends."""
     monkeypatch.setattr(_native, "_outcome", _native.build(_native.csrc_dir(), level))

@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 import torch
-from cpu_cases import at_level, needs_cpu, scratch_of
+from cpu_cases import at_level, needs_cpu, over_lesser_processors, scratch_of
 
 import itm_fast
 from itm_fast import _native
@@ -222,7 +222,7 @@ def test_attended_vectors_that_cancel(backend, direction):
 
 @needs_cpu
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("level", ["avx2", "generic"])
+@over_lesser_processors
 def test_lesser_processors(level, direction, monkeypatch):
     at_level(level, monkeypatch)
     for I, lengths, R, D, S in ((5, (13, 4, 7, 1, 4), 36, 64, 32), (2, (230, 1, 3), 5, 37, 9), (2, (4, 2), 231, 21, 5)):

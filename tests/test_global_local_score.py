@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cpu_cases import at_level, needs_cpu, scratch_of
+from cpu_cases import at_level, needs_cpu, over_lesser_processors, scratch_of
 
 import itm_fast
 from itm_fast import _native
@@ -171,7 +171,7 @@ def test_a_pair_has_the_same_bits_in_any_block_and_order(dtype):
 
 
 @needs_cpu
-@pytest.mark.parametrize("level", ["avx2", "generic"])
+@over_lesser_processors
 def test_lesser_processors(level, monkeypatch):
     at_level(level, monkeypatch)
     for shape in SHAPES.values():

@@ -3,7 +3,7 @@
 import pytest
 import test_hierarchical_alignment_score
 import torch
-from cpu_cases import at_level, needs_cpu, scratch_of
+from cpu_cases import at_level, needs_cpu, over_lesser_processors, scratch_of
 from pair_score_cases import edges
 from test_hierarchical_alignment_score import DIRECTIONS
 
@@ -72,7 +72,7 @@ def test_a_pair_does_not_see_what_was_scored_before_it(gate, level, dtype, monke
     assert torch.equal(found[:, rest], whole[:, rest])
 
 
-@pytest.mark.parametrize("level", ["avx2", "generic"])
+@over_lesser_processors
 @pytest.mark.parametrize("gate", GATES)
 def test_lesser_processors(gate, level, monkeypatch):
     at_level(level, monkeypatch)

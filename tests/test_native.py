@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from cpu_cases import over_lesser_processors
 from native_cases import cache, csrc, finished, fresh, works
 
 import itm_fast
@@ -98,7 +99,7 @@ def test_the_kernels_are_plain_cpp():
     assert not [f.name for f in files if re.search(r"#\s*include\s*[<\"](torch|ATen|c10|pybind|Python)", f.read_text())]
 
 
-@pytest.mark.parametrize("level", ["avx2", "generic"])
+@over_lesser_processors
 def test_the_kernels_compile_for_lesser_processors(level):
     built = _native.build(_native.csrc_dir(), level)
     assert built.level == level or os.uname().machine not in ("x86_64", "AMD64")

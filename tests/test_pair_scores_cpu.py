@@ -4,7 +4,7 @@ import pytest
 import test_similarity_filter_score
 import test_similarity_graph_score
 import torch
-from cpu_cases import at_level, needs_cpu, scratch_of
+from cpu_cases import at_level, needs_cpu, over_lesser_processors, scratch_of
 from pair_score_cases import edges
 
 from itm_fast import _native
@@ -81,7 +81,7 @@ def test_products_of_bfloat16_only_where_they_are_allowed(head):
     assert (rounded - exact).abs().max() < 0.1
 
 
-@pytest.mark.parametrize("level", ["avx2", "generic"])
+@over_lesser_processors
 @pytest.mark.parametrize("head", HEADS)
 def test_lesser_processors(head, level, monkeypatch):
     call, args = HEADS[head].case(1, COUNTS, D=20, S=9)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cpu_cases import at_level, needs_cpu, scratch_of
+from cpu_cases import at_level, needs_cpu, over_lesser_processors, scratch_of
 
 import itm_fast
 from itm_fast import _native
@@ -160,7 +160,7 @@ def test_medium_precision_may_multiply_bfloat16_values():
 
 
 @needs_cpu
-@pytest.mark.parametrize("level", ["avx2", "generic"])
+@over_lesser_processors
 def test_lesser_processors(level, monkeypatch):
     at_level(level, monkeypatch)
     for shape in SHAPES.values():

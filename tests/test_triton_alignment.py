@@ -14,6 +14,7 @@ DTYPES = [torch.float32, torch.float16]
 GATES = ["scalar", "vector"]
 over_gates = pytest.mark.parametrize("gate", GATES)
 over_directions = pytest.mark.parametrize("direction", DIRECTIONS)
+pytestmark = pytest.mark.slow
 interpreted = unless("triton", "cpu")
 COUNTS = (13, 17, 5, 33, 16, 32, 3, 70, 9)  # all classes of length
 

@@ -12,6 +12,7 @@ import pytest
 import itm_fast
 
 pytest.importorskip("triton", reason="triton is not installed")
+pytestmark = pytest.mark.slow
 
 HERE = Path(__file__).resolve().parent
 KERNELS = Path(itm_fast.__file__).resolve().parent.parent / "kernels"

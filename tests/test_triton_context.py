@@ -8,7 +8,7 @@ from triton_cases import Scratch, check_blocks, unless
 import itm_fast
 from itm_fast.testing import op_checks
 
-pytestmark = unless("triton", "cpu")
+pytestmark = [pytest.mark.slow, unless("triton", "cpu")]
 DTYPES = [torch.float32, torch.float16]
 # Captions of more words than a program takes at a time, more contexts than 16, more columns than a step takes.
 SHAPES = {

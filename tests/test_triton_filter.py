@@ -8,7 +8,7 @@ from triton_cases import unless
 import itm_fast
 from itm_fast.testing import op_checks
 
-pytestmark = unless("triton", "cpu")
+pytestmark = [pytest.mark.slow, unless("triton", "cpu")]
 # images, nodes per caption, S
 SHAPES = {
     "I1-T1-M1-S1": (1, (1,), 1),

@@ -8,7 +8,7 @@ from triton_cases import Scratch, check_blocks, unless
 import itm_fast
 from itm_fast.testing import op_checks
 
-pytestmark = unless("triton", "cpu")
+pytestmark = [pytest.mark.slow, unless("triton", "cpu")]
 DTYPES = [torch.float32, torch.float16]
 # Captions of more words than a tile holds, vectors in more than one tile.
 SHAPES = {"I2-T3-N104-D20": (2, (2, 101, 1), 20), "I70-T3-N12-D17": (70, (5, 3, 4), 17)}

@@ -10,7 +10,7 @@ from triton_cases import Scratch, check_blocks, unless
 import itm_fast
 from itm_fast.testing import op_checks
 
-pytestmark = unless("triton", "cpu")
+pytestmark = [pytest.mark.slow, unless("triton", "cpu")]
 DTYPES = [torch.float32, torch.float16]
 # images, nodes per caption, S, steps: one node alone, all widths of a caption in a tile, more than one window
 SHAPES = {

@@ -20,7 +20,7 @@ def unless(backend, device):
     return pytest.mark.skipif(reason is not None, reason=str(reason))
 
 
-INTERPRETED = pytest.param("cpu", "triton", marks=unless("triton", "cpu"), id="interpreted")
+INTERPRETED = pytest.param("cpu", "triton", marks=[pytest.mark.slow, unless("triton", "cpu")], id="interpreted")
 ON_GPU = pytest.param("cuda", "triton", marks=[pytest.mark.gpu, unless("triton", "cuda")], id="cuda-triton")
 PORTABLE = pytest.param("cuda", "torch", marks=[pytest.mark.gpu, unless("torch", "cuda")], id="cuda-torch")
 EVERYWHERE = pytest.mark.parametrize("device,backend", [INTERPRETED, ON_GPU, PORTABLE])
