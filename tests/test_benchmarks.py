@@ -250,6 +250,12 @@ def test_the_higher_of_two_peaks_counts():
     assert machine.higher(busy, PEAK) == {"matmul_float32": 2e9, "fma_float32": 6e9, "fma_bfloat16": None}
 
 
+def test_the_peak_of_matrix_products_is_the_best_of_several(monkeypatch):
+    took = iter([4.0, 2.0, 3.0, 5.0, 6.0])
+    monkeypatch.setattr(machine, "seconds", lambda call: next(took))
+    assert machine.matmul_peak() == 2 * 2048**3 / 2.0
+
+
 def test_peak_memory_is_what_a_call_reaches_above_what_was_held():
     held = torch.ones(8 << 20)
 
