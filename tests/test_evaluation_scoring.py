@@ -273,7 +273,7 @@ def test_published_evaluators_score_equal_captions_once():
     captions[4, :2], captions[5] = captions[1, :2], captions[0]  # what lies beyond a caption's words does not count
     images = rng.standard_normal((3, 5, 8)).astype(np.float32)
     scorer = Noisy().eval()
-    found = score_arrays(scorer, images, captions, torch.tensor(lengths), torch.device("cpu"))
+    found = score_arrays(scorer, images, captions, torch.tensor(lengths), torch.device("cpu"), torch.float32)
     assert found.dtype == np.float64
     np.testing.assert_array_equal(found, found[:, [0, 1, 2, 3, 1, 0]])
     assert len(np.unique(found[0])) == 4
