@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import re
@@ -10,10 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from itm_fast.evaluation import score_all
 from itm_fast.evaluation.score_claim import kept_block
 from itm_fast.evaluation.score_file import ScoreFile
 
 from .test_evaluation_score_file import BLOCK, RANK, RIGHT, SHAPE, begun, fill, finished, names, opened
+from .test_evaluation_scoring import Scorer, random_encoded
 
 
 @pytest.mark.parametrize("what", ["zeros", "NaN"])
@@ -216,3 +219,12 @@ def test_a_fifo_is_not_waited_for(tmp_path, name):
     os.mkfifo(tmp_path / name)
     with pytest.raises(OSError, match="is a FIFO"):
         opened(path, resume=True)
+
+
+def test_only_a_full_disk_is_told_to_be_freed(tmp_path, monkeypatch):
+    def broken(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(ScoreFile, "write", broken)
+    with pytest.raises(OSError, match=r"Input/output error; 0 of 1 blocks are kept .*x\.npy: resume \(--resume\)"):
+        score_all(Scorer(), random_encoded(2, 2), out=tmp_path / "x.npy", progress=False)
