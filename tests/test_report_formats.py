@@ -210,6 +210,8 @@ def test_unknown_words_stand_under_the_table_where_there_are_any():
     line = "unknown words: 12.3 % of the words; under 0.1 % of the captions have no known word"
     assert str(report(**shares)).split("\n\n")[-1] == line
     assert "unknown words" not in str(report(**dict.fromkeys(shares, 0.0)))
+    empty = {**shares, "unknown_tokens_percent": 0.0}  # captions of no words at all
+    assert "unknown words: 0.0 % of the words; under 0.1 % of the captions" in str(report(**empty))
 
 
 @pytest.mark.parametrize(
