@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from argparse import Namespace
 
 import pytest
 import torch
@@ -96,6 +97,24 @@ def test_scratch_is_above_inputs_and_scores():
         pytest.skip("the resident set cannot be reset here")
     assert 0 <= small < 64 << 20
     assert 0 < large < 64 << 20
+
+
+def test_scratch_leaves_the_scores_out(monkeypatch):
+    monkeypatch.setattr(machine, "peak_memory", lambda call: 10**6)
+    assert bench_pair_scorers.scratch("scan-t2i", [SHAPES["quick"]], "torch") == [10**6 - 4 * 8 * 12]
+
+
+@pytest.mark.parametrize("script", [bench_pair_scorers, bench_training_step], ids=lambda s: s.__name__)
+def test_ratios_are_of_medians(script, monkeypatch):
+    shrink(monkeypatch)
+    seconds = {True: [9.0, 1.0, 6.0], False: [1.0, 7.0, 2.0]}  # of the loop, of others
+    by_name = lambda calls, rounds: {name: seconds[name == "paper's loop"] for name in calls}  # noqa: E731
+    monkeypatch.setattr(harness, "alternate", by_name)
+    args = Namespace(no_compile=True, no_fresh=True, rounds=3, loop_captions=None)
+    medium = [False] if script is bench_pair_scorers else []
+    rows = script.measure("scan-t2i", Shape("coco-eval-5k", 3, 3), "cpu", *medium, args)["rows"]
+    assert [row["times_faster_than_loop"] for row in rows] == [1.0] + [3.0] * (len(rows) - 1)
+    assert len(rows) > 1
 
 
 def test_the_op_benchmarks_run():
