@@ -196,8 +196,9 @@ def test_workspace_bounds_scratch_and_is_restored():
     with itm_fast.workspace(0.5):
         assert scratch_bytes(torch.device("cpu")) == 1 << 29
     assert scratch_bytes(torch.device("cpu")) == before
-    with pytest.raises(ValueError, match="more than 0, got -1"), itm_fast.workspace(-1):
-        pass
+    for gib in (-1, 0, float("nan")):
+        with pytest.raises(ValueError, match=f"more than 0, got {gib}"), itm_fast.workspace(gib):
+            pass
 
 
 @pytest.mark.parametrize("op", sorted(examples.EXAMPLES))

@@ -72,9 +72,10 @@ def test_counts_of_regions_that_have_changed_are_read_anew(op, backend):
     after = called(op, args, backend, region_lengths=counts)
     assert torch.equal(after, called(op, args, backend, region_lengths=counts.clone()))
     assert not torch.equal(after[0], before[0])
-    by_numpy(counts, 0, 8)
-    with pytest.raises(ValueError, match=r"region_lengths must lie in 1\.\.7 \(R\), got 8 for image 0"):
-        called(op, args, backend, region_lengths=counts)
+    for count in (8, 0):
+        by_numpy(counts, 0, count)
+        with pytest.raises(ValueError, match=rf"region_lengths must lie in 1\.\.7 \(R\), got {count} for image 0"):
+            called(op, args, backend, region_lengths=counts)
 
 
 PLANS = {

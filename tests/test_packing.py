@@ -2,7 +2,7 @@ import pytest
 import torch
 
 import itm_fast
-from itm_fast.packing import bounds
+from itm_fast.packing import bounds, runs
 
 
 def test_round_trip_and_gradient():
@@ -119,3 +119,12 @@ def test_unpack_takes_any_integers():
     assert want[:, :, 0].tolist() == [[0, 4], [8, 0]]
     for edge in ([0, 2, 3], torch.tensor([0, 2, 3]), torch.tensor([0, 2, 3], dtype=torch.uint8)):
         assert torch.equal(itm_fast.unpack(WORDS, edge), want)
+
+
+def test_runs_take_captions_of_one_length_up_to_a_number_of_rows():
+    edge = [0, 2, 4, 7, 9, 11, 13]  # lengths 2 2 3 2 2 2
+    found = [(run.length, run.size, run.captions) for run in runs(edge, torch.device("cpu"), 6)]
+    assert [f[:2] for f in found] == [(2, 3), (2, 2), (3, 1)]
+    assert found[0][2].tolist() == [0, 1, 3]  # no neighbours
+    assert found[1][2] == slice(4, 6)
+    assert [run.size for run in runs(edge, torch.device("cpu"), 1)] == [1] * 6
