@@ -11,7 +11,7 @@ import warnings
 from pathlib import Path
 
 import pytest
-from native_cases import cache, compiled, compiler, csrc, finished, fresh, works
+from native_cases import KNOWS_ITS_FLAGS, cache, compiled, compiler, csrc, finished, fresh, works
 
 from itm_fast import _native
 
@@ -156,12 +156,13 @@ def test_a_read_only_cache_serves_what_it_holds(csrc, cache, monkeypatch):
     assert works()
 
 
+@pytest.mark.parametrize("stage", ["", KNOWS_ITS_FLAGS])
 @pytest.mark.parametrize("message", ["No space left on device", "Disk quota exceeded"])
-def test_a_full_disk_under_the_compiler(csrc, compiler, cache, message):
-    compiler(f'echo "fatal error: error writing to scale.o: {message}"; exit 1')
-    assert "no space left for compiling" in _native.why_not()
+def test_a_full_disk_under_the_compiler(csrc, compiler, cache, message, stage):
+    compiler(f'{stage}\necho "fatal error: error writing to scale.o: {message}"; exit 1')
+    assert f"no space left for compiling the CPU kernels in {cache};" in _native.why_not()
     assert "set ITM_FAST_CACHE_DIR" in _native.why_not()
-    assert not list(cache.iterdir())
+    assert not list(cache.glob("*.log"))
 
 
 def test_a_full_disk_under_python(csrc, cache, monkeypatch):
