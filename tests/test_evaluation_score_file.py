@@ -294,6 +294,10 @@ def test_a_finished_matrix_can_be_read_where_nothing_can_be_written(tmp_path, mo
         assert file.finished
     with pytest.raises(OSError, match=error.strerror):
         opened(path)
+    monkeypatch.setattr(score_claim, "Lock", lambda *_: os.stat(tmp_path / "gone"))  # any other error is one
+    with pytest.raises(FileNotFoundError):
+        opened(path, resume=True)
+    monkeypatch.setattr(score_claim, "Lock", refuse)
     with pytest.raises(OSError, match=error.strerror):
         opened(tmp_path / "y.npy", resume=True)
 

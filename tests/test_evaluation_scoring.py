@@ -266,6 +266,33 @@ def test_the_bar_counts_the_pairs_that_are_scored(capsys):
     assert "77.0/77.0" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("small_blocks")
+def test_the_bar_of_a_resumed_run_begins_with_what_is_kept(tmp_path, capsys):
+    scorer = Scorer()
+    scorer.stop_after = 5
+    with pytest.raises(KeyboardInterrupt):
+        score_all(scorer, random_encoded(7, 23), out=tmp_path / "x.npy", progress=False)
+    score_all(Scorer(), random_encoded(7, 23), out=tmp_path / "x.npy", resume=True, progress=True)
+    bar = capsys.readouterr().err
+    assert "60.0/161" in bar  # five blocks of 3 x 4
+    assert "161/161" in bar
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_captions_are_scored_longest_first():
+    seen = []
+
+    class Watching(Scorer):
+        def score(self, image_state, words, cu_seqlens, *more):
+            seen.append(cu_seqlens.diff().tolist())
+            return super().score(image_state, words, cu_seqlens, *more)
+
+    score_all(Watching(), random_encoded(3, 23), progress=False)
+    lengths = [length for block in seen for length in block]
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(set(lengths)) > 3
+
+
 def test_published_evaluators_score_equal_captions_once():
     rng = np.random.default_rng(0)
     captions = rng.standard_normal((6, 4, 8)).astype(np.float32)
