@@ -46,12 +46,13 @@ def test_interruption_keeps_blocks_and_resuming_skips_them(tmp_path):
 
 
 @pytest.mark.usefixtures("small_blocks")
-def test_a_finished_file_is_used_again_or_refused(tmp_path):
+def test_a_finished_file_is_used_again_or_refused(tmp_path, monkeypatch):
     encoded, path = random_encoded(7, 23), tmp_path / "x.npy"
     first = score_all(Scorer(), encoded, out=path, progress=False)
     with pytest.raises(FileExistsError, match="exists; give another name"):
         score_all(Scorer(), encoded, out=path, progress=False)
     scorer = Scorer()
+    monkeypatch.setitem(memory._BLOCK, "cpu", (500, 256))  # the file keeps the blocks that it was made in
     again = score_all(scorer, encoded, out=path, resume=True, progress=False)
     assert scorer.calls["score"] == 0
     np.testing.assert_array_equal(again, first)
