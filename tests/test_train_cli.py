@@ -140,6 +140,12 @@ def test_regions_of_zeros_are_masked_when_asked(tmp_path, monkeypatch):
     assert resume.load(tmp_path / "run").arguments["mask_zero_regions"] is True
 
 
+def test_the_default_direction_may_be_named_on_resuming(tmp_path, data):
+    assert main(_words(data, tmp_path / "run", "--model", "scan", "--quiet", "--max-steps", 1)) == 0
+    words = ["train", "--output", f"{tmp_path}/run", "--resume", "--direction", "t2i", "--max-steps", "2"]
+    assert main([*words, "--quiet", "--device", "cpu"]) == 0
+
+
 def test_a_built_vocabulary_counts_train_and_dev(tmp_path, data):
     words = ["train", "--model", "scan", "--data", str(data), "--output", f"{tmp_path}/r", "--max-steps", "1"]
     assert main([*words, "--min-count", "1", "--embed-size", "8", "--word-dim", "4", "--quiet"]) == 0
