@@ -104,7 +104,11 @@ def test_an_interrupted_ensemble_goes_on_and_its_mean_is_never_another_file(made
         (tmp_path / gone).unlink()
         assert main([*words, "--resume"]) == 0
         np.testing.assert_array_equal(np.load(tmp_path / "s.npy"), first)
+    for gone in ("s-1.npy", "s-2.npy"):
+        (tmp_path / gone).unlink()
     capsys.readouterr()
+    assert main([*command(made, "SAF", "SCAN", scores=tmp_path / "s.npy"), "--resume"]) == 2
+    assert "s.npy.json it was computed with other members" in capsys.readouterr().err
     assert main([*command(made, "SGR", scores=tmp_path / "s.npy"), "--resume"]) == 2
     assert "s.npy cannot be continued or used again" in capsys.readouterr().err
     assert main(command(made, "SGR", scores=tmp_path / "t.npy")) == 0

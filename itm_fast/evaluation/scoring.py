@@ -117,7 +117,7 @@ def score_all(
         scores[rows, place] = block
     # Contiguous writes above and one gather per row here: scattering each block's columns is ten times slower.
     for start in range(0, plan.images, STRIPE):
-        scores[start : start + STRIPE] = np.take(scores[start : start + STRIPE, : len(order)], rank, axis=1)
+        scores[start : start + STRIPE] = np.take(scores[start : start + STRIPE], rank, axis=1)
     return scores
 
 
