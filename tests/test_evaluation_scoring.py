@@ -296,13 +296,16 @@ def test_captions_are_scored_longest_first():
 def test_published_evaluators_score_equal_captions_once():
     rng = np.random.default_rng(0)
     captions = rng.standard_normal((6, 4, 8)).astype(np.float32)
-    lengths = [4, 2, 4, 3, 2, 4]
-    captions[4, :2], captions[5] = captions[1, :2], captions[0]  # what lies beyond a caption's words does not count
+    lengths = [4, 2, 2, 3, 4, 4]
+    captions[2, :2], captions[4] = captions[1, :2], captions[0]  # what lies beyond a caption's words does not count
     images = rng.standard_normal((3, 5, 8)).astype(np.float32)
     scorer = Noisy().eval()
     found = score_arrays(scorer, images, captions, torch.tensor(lengths), torch.device("cpu"), torch.float32)
     assert found.dtype == np.float64
-    np.testing.assert_array_equal(found, found[:, [0, 1, 2, 3, 1, 0]])
+    words, cu_seqlens = itm_fast.pack(torch.from_numpy(captions), lengths)
+    encoded = Encoded(torch.from_numpy(images), None, words, cu_seqlens, np.arange(6) % 3)
+    np.testing.assert_allclose(found, whole(Scorer(), encoded), rtol=1e-5, atol=2e-3)
+    np.testing.assert_array_equal(found, found[:, [0, 1, 1, 3, 0, 5]])
     assert len(np.unique(found[0])) == 4
 
 
