@@ -283,6 +283,19 @@ def test_a_run_that_is_dropped_lets_others_write(tmp_path):
         assert not file.done
 
 
+def test_an_attempt_that_was_given_up_does_not_hold_up_the_next_one_of_its_process(tmp_path):
+    before = opened(tmp_path / "x.npy")
+    fill(before, [0])
+    for other in (dict(who="B", resume=True), dict(resume=False)):  # these scores are somebody else's, or begin anew
+        with pytest.raises(LockedError, match=f"process {os.getpid()} "):
+            opened(tmp_path / "x.npy", **other)
+    with opened(tmp_path / "x.npy", resume=True) as again:
+        assert again.done == {0}
+        with pytest.raises(LockedError, match="removed or replaced"):
+            fill(before, [1])
+        fill(again, [1])
+
+
 @pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(30, "Read-only file system")])
 def test_a_finished_matrix_can_be_read_where_nothing_can_be_written(tmp_path, monkeypatch, error):
     path = finished(tmp_path)

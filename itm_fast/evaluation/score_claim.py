@@ -6,12 +6,15 @@ import errno
 import json
 import os
 import shutil
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from .._files import open_regular
 from .._lock import Lock, LockedError
+
+_claims: weakref.WeakValueDictionary[Path, Claim] = weakref.WeakValueDictionary()  # of this process
 
 
 class Claim:
@@ -20,6 +23,8 @@ class Claim:
     Args:
         path: the .npy file.
         resume: whether an interrupted run may be continued and a finished file used again.
+        identity: what the scores are computed from. On `resume`, an older claim of this process on the same scores
+            ends: it belongs to an attempt that was given up, and a traceback may keep it alive.
 
     Attributes:
         path: the .npy file; beside it `partial`, `journal` and `about`.
@@ -30,16 +35,23 @@ class Claim:
         ValueError, FileNotFoundError: `path` does not end in .npy, or its folder does not exist.
     """
 
-    def __init__(self, path: str | os.PathLike[str], resume: bool = False) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], resume: bool = False, identity: Mapping[str, str] | None = None
+    ) -> None:
         self._lock: Lock | None = None
         self.path = score_path(path)
         self.partial, self.journal, self.about = neighbours(self.path)
+        self._identity = identity
+        older = _claims.get(self.path.absolute())
+        if older is not None and resume and identity is not None and identity == older._identity:
+            older.release()
         try:
             self._lock = Lock(self.path.with_name(self.path.name + ".lock"), str(self.path))
         except OSError as error:
             # Where nothing can be written, a finished matrix can be read all the same.
             if not (resume and self.path.exists() and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)):
                 raise
+        _claims[self.path.absolute()] = self
         if resume:
             return
         try:

@@ -62,7 +62,7 @@ class ScoreFile:
         resume: bool = False,
     ) -> None:
         self._claimed_here = not isinstance(path, Claim)
-        self.claim = path if isinstance(path, Claim) else Claim(path, resume)
+        self.claim = path if isinstance(path, Claim) else Claim(path, resume, identity)
         self.path = self.claim.path
         self.shape, self.block, self.identity = (int(shape[0]), int(shape[1])), tuple(block), dict(identity)
         self._captions = np.argsort(rank, kind="stable")  # [T] by column
