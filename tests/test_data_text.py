@@ -289,6 +289,7 @@ def python3_pickle(protocol, module="vocab"):
 
 def test_a_pickled_vocabulary_is_read(tmp_path):
     raws = [python2_pickle(), *(python3_pickle(protocol) for protocol in range(6))]
+    raws += [raws[0].replace(b"Vcaf\\u00e9", b"S'caf\\xc3\\xa9'")]  # captions that nobody decoded
     raws += [python3_pickle(2, "__main__"), python3_pickle(4, "scan_vocab")]
     raws += [pickle.dumps({"word2idx": PICKLED.word2idx, "idx2word": PICKLED.idx2word, "idx": 5})]
     for raw in raws:
