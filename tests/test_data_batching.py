@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from itm_fast.data import (
+    Rows,
     Split,
     TrainingBatches,
     Vocabulary,
@@ -117,7 +118,11 @@ def test_regions_of_zeros_are_warned_of_once(batches):
 
 def test_regions_of_zeros_at_the_end_are_masked():
     split = padded()
+    split.boxes, split.image_ids, split.caption_ids = Rows(np.ones((6, 3, 4))), np.arange(6), np.arange(17)
     masked = split.mask_zero_regions()
+    for kept in ("boxes", "image_ids", "caption_ids", "caption_to_image"):
+        assert getattr(masked, kept) is getattr(split, kept)
+    assert masked.region_lengths.dtype == np.int32
     assert split.region_lengths is None
     assert masked.region_lengths.tolist() == [3, 1, 2, 3, 3, 1]
     assert torch.cat([n for _, n in image_batches(masked, 4)]).tolist() == [3, 1, 2, 3, 3, 1]

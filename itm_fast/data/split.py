@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -238,16 +239,9 @@ class Split:
         for start in range(0, len(self.features), 128):
             real = np.any(self.features[start : start + 128], axis=2)[:, ::-1]
             lengths.append(np.where(real.any(axis=1), R - real.argmax(axis=1), 1))
-        return Split(
-            self.features,
-            self.captions,
-            self.caption_to_image,
-            np.concatenate(lengths),
-            self.boxes,
-            self.image_ids,
-            self.caption_ids,
-            name=self.name,
-        )
+        masked = copy.copy(self)
+        masked.region_lengths = np.concatenate(lengths).astype(np.int32)
+        return masked
 
     def _rows(self, key: str, array: Any) -> Rows:
         if isinstance(array, Rows):
