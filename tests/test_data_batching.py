@@ -161,8 +161,15 @@ def test_bad_sizes_are_refused():
 
 def test_share_of_unknown_words():
     vocabulary = Vocabulary.build(["red dog"], min_count=1)
-    captions = ["red zebra dog", "zebra", "", "the big zebra", "red"]  # 5 of 8 tokens are unknown, 3 captions are
+    captions = [
+        "red zebra dog",
+        "zebra",
+        "",
+        "the big zebra",
+        "red",
+        "red the",
+    ]  # 6 of 10 tokens are unknown, 3 captions are
     for size in (1, 2, 5):  # whatever is padded
-        assert unknown_share(caption_batches(captions, vocabulary, size)) == (5 / 8, 3 / 5)
+        assert unknown_share(caption_batches(captions, vocabulary, size)) == (6 / 10, 3 / 6)
     assert unknown_share(caption_batches(["red"], vocabulary)) == (0, 0)
     assert unknown_share([]) == (0, 0)

@@ -163,6 +163,12 @@ def test_other_encodings_are_named_with_file_and_line(tmp_path, content, words):
         Vocabulary.load(tmp_path / "vocab.json")
 
 
+def test_word_vectors_in_utf16_are_refused(tmp_path):
+    (tmp_path / "vectors.txt").write_bytes("dog 1 2\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"vectors.txt, line 1: this is UTF-16 or UTF-32; convert the file to UTF-8"):
+        load_word_vectors(tmp_path / "vectors.txt", VOCABULARY)
+
+
 def place(kind, path):
     path.unlink(missing_ok=True)
     if kind == "folder":
