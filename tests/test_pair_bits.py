@@ -7,7 +7,7 @@ from model_cases import MODELS, Model
 from torch.nn.functional import normalize
 
 import itm_fast
-from itm_fast.models._rows import linear
+from itm_fast.models._rows import apart, linear, sigmoid
 from itm_fast.models.dual_encoder import MeanCosine
 from itm_fast.nn import CrossAttentionScore
 from itm_fast.testing import assert_accurate
@@ -110,3 +110,42 @@ def test_a_row_of_a_product_does_not_depend_on_the_rows_beside_it(N, K, S, dtype
             return [torch.nn.functional.linear(x.to(kind), weight.to(kind), None if added is None else added.to(kind))]
 
         assert_accurate([whole], product, dtype)
+
+
+@pytest.mark.parametrize("x,weight,bias", [((2, 8), (3, 4), None), ((2, 8), (3, 8), (1,)), ((8,), (3,), None)])
+def test_sizes_that_do_not_fit_are_refused(x, weight, bias):
+    with pytest.raises(ValueError, match="features of 8 numbers cannot be multiplied by weights"):
+        linear(torch.zeros(x), torch.zeros(weight), None if bias is None else torch.zeros(bias))
+
+
+def test_image_and_words_of_other_sizes_are_refused():
+    with torch.no_grad(), pytest.raises(ValueError, match="features of 16 numbers"):
+        MeanCosine()(torch.ones(2, 3, 16), torch.ones(4, 8), torch.tensor([0, 2, 4]))
+
+
+@pytest.mark.parametrize("trained", range(3), ids=["rows", "weight", "bias"])
+def test_any_argument_alone_gets_its_gradient(trained):
+    tensors = [torch.randn(shape) for shape in ((4, 6), (3, 6), (3,))]
+    tensors[trained].requires_grad_()
+    linear(*tensors).sum().backward()
+    assert tensors[trained].grad is not None
+
+
+def test_torchs_transforms_do_not_come_to_the_kernel():
+    def noted(x):
+        found.append(apart(x))
+        return x
+
+    found, x = [], torch.randn(4, 6)
+    torch.func.jvp(noted, (x,), (x,))
+    torch.func.vmap(noted)(x)
+    noted(x)
+    assert found == [False, False, True]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_a_sigmoid_is_rounded_once(dtype):
+    x = torch.linspace(-14, 14, 1001).to(dtype)
+    found, exact = sigmoid(x), x.double().sigmoid()
+    spacing = exact * torch.finfo(dtype).eps + torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    assert ((found.double() - exact).abs() <= (2 if dtype.itemsize > 2 else 1) * spacing).all()

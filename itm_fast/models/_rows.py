@@ -9,28 +9,39 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import _native
-from .._backends import requested, why_not
-from .._checks import FLOATS
+from .._backends import requested
+from .._checks import FLOATS, work_dtype
 from ..ops._cpu import DTYPES
 from ..ops._torch._linear import linear as by_torch
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Rows [..., K], weight [S, K] and bias [S] -> [..., S], as torch.nn.functional.linear."""
-    if not apart(x, weight):
+    """Rows [..., K], weight [S, K] and bias [S] -> [..., S], as torch.nn.functional.linear.
+
+    Raises:
+        ValueError: the sizes do not fit.
+    """
+    K, S = x.shape[-1], len(weight)
+    if weight.shape != (S, K) or (bias is not None and bias.shape != (S,)):
+        sizes = " and ".join(str(list(t.shape)) for t in (weight, bias) if t is not None)
+        raise ValueError(
+            f"features of {K} numbers cannot be multiplied by weights {sizes}; image, words and model must agree in "
+            "their sizes"
+        )
+    if not apart(x, weight, *(() if bias is None else (bias,))):
         return by_torch(x, weight, bias)
-    rows, K = x.reshape(-1, x.shape[-1]).contiguous(), x.shape[-1]
-    result = x.new_empty(*x.shape[:-1], len(weight))
+    rows, result = x.reshape(-1, K).contiguous(), x.new_empty(*x.shape[:-1], S)
     tensors = rows, weight.contiguous(), None if bias is None else bias.contiguous()
-    _native.call("linear", *tensors, DTYPES[x.dtype], len(rows), K, len(weight), result, torch.get_num_threads())
+    _native.call("linear", *tensors, DTYPES[x.dtype], len(rows), K, S, result, torch.get_num_threads())
     return result
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + e^-x); torch's own rounds otherwise at the end of a tensor than within."""
-    return 1 / (1 + (-x).exp()) if apart(x) else x.sigmoid()
+    """1 / (1 + e^-x), in float32 or better; torch's own rounds otherwise at the end of a tensor than within."""
+    return (1 / (1 + (-x.to(work_dtype(x))).exp())).to(x.dtype) if apart(x) else x.sigmoid()
 
 
 def apart(*tensors: Tensor) -> bool:
@@ -40,6 +51,8 @@ def apart(*tensors: Tensor) -> bool:
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))
         and not torch.is_autocast_enabled("cpu")
         and all(x.device.type == "cpu" and x.dtype == tensors[0].dtype in FLOATS for x in tensors)
+        and forward_ad._current_level < 0
+        and not any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)  # torch.func's transforms
         and requested() in ("auto", "cpu")
-        and why_not("cpu") is None
+        and _native.why_not() is None
     )
