@@ -133,3 +133,17 @@ def test_what_is_not_finite_or_of_another_shape_is_seen():
         assert_accurate([x * torch.nan], lambda kind: [x.to(kind)], torch.float32)
     with pytest.raises(AssertionError, match=r"shape \[2\], want \[3\]"):
         assert_accurate([x[:2]], lambda kind: [x.to(kind)], torch.float32)
+
+
+def test_a_gradient_that_cancels_in_a_softmax_has_a_term():
+    # A bias of all of a softmax's arguments changes nothing: its exact gradient is 0, and the computed one a sum of
+    # differences of terms of size 1000 / 30.
+    x = torch.randn(40, 30, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def slope(kind):
+        bias = torch.zeros((), dtype=kind, requires_grad=True)
+        return torch.autograd.grad(((x.to(kind) + bias).softmax(1) * (x.to(kind) + 1000)).sum(), bias)
+
+    unit = torch.finfo(torch.float32).eps / 2
+    assert last(rounding(slope, slope(torch.float64), torch.float32))[0] > 1000 * unit
+    assert_accurate(slope(torch.float32), slope, torch.float32)

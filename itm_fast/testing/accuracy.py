@@ -17,7 +17,6 @@ DRAWS = 8
 # most, and the tests compare a few hundred thousand numbers.
 SIGMAS = 6
 PRODUCTS = {"matmul", "__matmul__", "mm", "bmm", "mv", "dot", "linear"}
-ALONG = {"softmax", "log_softmax", "normalize"}  # every result sums over one dimension of the argument
 REDUCED = {"sum", "mean", "var", "norm", "vector_norm", "linalg_vector_norm", "logsumexp"}
 COPIES = {"clone", "contiguous", "to", "double", "__getitem__"}  # round nothing
 FLOAT32 = torch.finfo(torch.float32).eps
@@ -114,6 +113,19 @@ def _distances(found: Sequence[Tensor], exact: Sequence[Tensor]) -> list[float]:
     return [(f.detach().double() - e.double()).abs().max().item() if e.numel() else 0.0 for f, e in pairs]
 
 
+def _softmax(x: Tensor, dim: int, **_: Any) -> Tensor:
+    weights = (x - x.detach().amax(dim, keepdim=True)).exp()
+    return weights / weights.sum(dim, keepdim=True)
+
+
+def _normalize(x: Tensor, dim: int = 1, eps: float = 1e-12, **_: Any) -> Tensor:
+    return x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(eps)
+
+
+# Several operations in one, whose gradient is a difference: it cancels exactly unless each of them rounds.
+COMPOSED = {"softmax": _softmax, "normalize": _normalize}
+
+
 class _Drawn(TorchFunctionMode):
     """Every operation of torch rounds at random by `unit`, forward and backward, and the factors of a product by
     `factors` before; see `rounding`."""
@@ -129,6 +141,9 @@ class _Drawn(TorchFunctionMode):
             op = importlib.import_module(f"itm_fast.ops.{func._schema.name.split('::')[1]}")
             with self:
                 return op.reference(*args[:-1])
+        if name in COMPOSED:
+            with self:
+                return COMPOSED[name](*args, **kwargs)
         result = func(*args, **kwargs)
         tensors = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
         if not tensors or name in COPIES or not isinstance(result, Tensor) or not result.is_floating_point():
@@ -138,8 +153,6 @@ class _Drawn(TorchFunctionMode):
         terms, factors = 1, 0.0
         if name in PRODUCTS:
             terms, factors = tensors[0].shape[-1], self.factors
-        elif name in ALONG:
-            terms = tensors[0].shape[kwargs.get("dim", args[1] if len(args) > 1 else -1)]
         elif name in REDUCED:
             terms = tensors[0].numel() // max(result.numel(), 1)
         if terms > 1 or factors:
