@@ -36,7 +36,8 @@ class Encoded:
         caption_to_image: int64 [T].
         device: where the encoders ran and the scores are to be computed.
         fingerprint: checksums of the features, the captions' word ids and the encoders' weights; they tell two
-            runs apart without being disturbed by rounding, as checksums of the embeddings would be.
+            runs apart without being disturbed by rounding, as checksums of the embeddings would be. Where it is
+            empty, `identity` takes those of the embeddings.
         seconds: time the encoders took.
         first_of_equals: int64 [T], for each caption the first one with the same word ids (itself when it is the
             first); only that one is scored. None: captions are equal whose rows of `words` are, bit for bit.
@@ -57,6 +58,22 @@ class Encoded:
         """Words per caption, [T]."""
         edges = self.cu_seqlens.numpy().astype(np.int64)
         return edges[1:] - edges[:-1]
+
+    def identity(self) -> dict[str, str]:
+        """Checksums that tell these inputs of a scorer from any others.
+
+        >>> image, bounds = torch.ones(1, 2, 3), torch.tensor([0, 1], dtype=torch.int32)
+        >>> sorted(Encoded(image, torch.tensor([1]), torch.ones(1, 3), bounds, np.array([0])).identity())
+        ['captions', 'images', 'region counts']
+        """
+        found = dict(self.fingerprint)
+        if not found:
+            first = () if self.first_of_equals is None else (self.first_of_equals,)
+            captions = (_raw(self.words), _raw(self.cu_seqlens), *first)
+            found = {"images": _checksum(_raw(self.image)), "captions": _checksum(*captions)}
+        if self.region_lengths is not None:
+            found["region counts"] = _checksum(_raw(self.region_lengths))
+        return found
 
 
 def encode(
@@ -87,8 +104,9 @@ def encode(
         `Encoded`, in the dtype of the model's parameters.
 
     Raises:
-        ValueError: the features do not fit the image encoder, a word id lies beyond the embedding, or batch_size is
-            less than 1.
+        ValueError: the features do not fit the image encoder, the vocabulary is not the one that the model was
+            trained with (as far as the model tells), a word id lies beyond the embedding, or batch_size is less
+            than 1.
 
     >>> from types import SimpleNamespace
     >>> from itm_fast.data import Split, Vocabulary
@@ -103,6 +121,7 @@ def encode(
 
     if batch_size < 1:
         raise ValueError(f"encode: batch_size must be at least 1, got {batch_size}")
+    require_vocabulary(model, vocab)
     start = time.perf_counter()
     if captions is None:
         captions = list(caption_batches(split.captions, vocab, batch_size))
@@ -127,6 +146,15 @@ def encode(
         seconds=time.perf_counter() - start,
         first_of_equals=first,
     )
+
+
+def require_vocabulary(model: Any, vocab: Vocabulary) -> None:
+    """Refuse other words than those that the model was trained with, where it has their `vocab_checksum`."""
+    if getattr(model, "vocab_checksum", None) not in (None, vocab.checksum()):
+        raise ValueError(
+            f"the {type(model).__name__} model was trained with other words than the {len(vocab):,} of this "
+            "vocabulary, so the captions would get wrong word ids; give the vocabulary that it was trained with"
+        )
 
 
 def packed_ids(captions: CaptionBatches) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -180,8 +208,12 @@ def device_of(*modules: nn.Module) -> torch.device:
 def weights_checksum(*modules: nn.Module) -> str:
     """Checksum of all parameters and buffers, and of the modules' configuration as `repr` shows it."""
     tensors = [tensor for module in modules for tensor in module.state_dict().values()]
-    raw = [tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy() for tensor in tensors]
-    return _checksum(*raw, np.frombuffer("".join(map(repr, modules)).encode(), np.uint8))
+    return _checksum(*map(_raw, tensors), np.frombuffer("".join(map(repr, modules)).encode(), np.uint8))
+
+
+def _raw(tensor: Tensor) -> NDArray[np.uint8]:
+    """The bytes of a tensor of any dtype."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
 
 
 def _checksum(*arrays: NDArray) -> str:

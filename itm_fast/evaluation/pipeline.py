@@ -21,7 +21,7 @@ from .. import __version__
 from .._backends import recorded, requested
 from .._checks import matmul_precision
 from .distinct import columns, first_of_equals
-from .encoding import device_of, embed, encode, evaluation_mode, packed_ids
+from .encoding import device_of, embed, encode, evaluation_mode, packed_ids, require_vocabulary
 from .memory import GB, MemoryPlan, plan
 from .ranking import average, fold_metrics, metrics
 from .relevance import relevance_metrics, ties_of_relevance, why_no_relevance
@@ -87,6 +87,8 @@ def evaluate(
             f"{count} images do not divide into {folds} equal folds; recalls of unequal pools cannot be averaged. "
             "Choose a divisor, or leave the folds out"
         )
+    for model in models:
+        require_vocabulary(model, vocab)
     with contextlib.ExitStack() as stack:
         claims: list[Claim] = []
         if scores is not None:

@@ -281,7 +281,8 @@ class ScoreFile:
         return found
 
     def _compare(self, source: Path, theirs: Mapping[str, Any]) -> None:
-        differing = [key for key in self.identity if theirs["identity"].get(key) != self.identity[key]]
+        keys = dict.fromkeys([*self.identity, *theirs["identity"]])
+        differing = [key for key in keys if theirs["identity"].get(key) != self.identity.get(key)]
         if differing:
             raise ValueError(
                 f"{self.path} cannot be continued or used again: according to {source.name} it was computed with other "

@@ -127,7 +127,7 @@ def score_into(
     """`score_all` into a score file whose name is held already; arguments, result and errors as there."""
     plan = plan_for(scorer, encoded, memory_gb=memory_gb, out=claim.path)
     order, rank = _columns(encoded)
-    identity = {**encoded.fingerprint, "scorer": weights_checksum(scorer), **_settings(plan.device)}
+    identity = {**encoded.identity(), "scorer": weights_checksum(scorer), **_settings(plan.device)}
     block = (plan.image_block, plan.caption_block)
     with ScoreFile(claim, (plan.images, plan.captions), rank, block, identity) as file:
         if not file.finished:

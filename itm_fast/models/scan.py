@@ -86,6 +86,10 @@ class EncoderImagePrecomp(OwnKeys):
         self.fc = nn.Linear(img_dim, embed_size)
         xavier_(self.fc)
 
+    def extra_repr(self) -> str:
+        """What changes the result and shows in no weight: an evaluation that is resumed compares it."""
+        return f"no_imgnorm={self.no_imgnorm}"
+
     def forward(self, images: Tensor) -> Tensor:
         """Embed features [B, R, F] -> [B, R, D], unit rows unless `no_imgnorm`."""
         features = self.fc(images)
@@ -115,6 +119,10 @@ class EncoderImageWeightNormPrecomp(OwnKeys):
         self.no_imgnorm = no_imgnorm
         self.fc = _WeightNormLinear(img_dim, embed_size)
 
+    def extra_repr(self) -> str:
+        """What changes the result and shows in no weight: an evaluation that is resumed compares it."""
+        return f"no_imgnorm={self.no_imgnorm}"
+
     def forward(self, images: Tensor) -> Tensor:
         """Embed features [B, R, F] -> [B, R, D], unit rows unless `no_imgnorm`."""
         features = self.fc(images)
@@ -140,6 +148,10 @@ class EncoderText(nn.Module):
         self.use_bi_gru = use_bi_gru
         self.rnn = nn.GRU(word_dim, embed_size, num_layers, batch_first=True, bidirectional=use_bi_gru)
         nn.init.uniform_(self.embed.weight, -0.1, 0.1)
+
+    def extra_repr(self) -> str:
+        """What changes the result and shows in no weight: an evaluation that is resumed compares it."""
+        return f"no_txtnorm={self.no_txtnorm}"
 
     def forward(self, x: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Word ids [B, W] int64 -> caption [B, longest, D], zeros beyond each length, and the lengths [B]."""

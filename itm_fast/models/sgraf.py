@@ -79,6 +79,10 @@ class EncoderText(nn.Module):
         self.cap_rnn = nn.GRU(word_dim, embed_size, num_layers, batch_first=True, bidirectional=use_bi_gru)
         nn.init.uniform_(self.embed.weight, -0.1, 0.1)
 
+    def extra_repr(self) -> str:
+        """What changes the result and shows in no weight: an evaluation that is resumed compares it."""
+        return f"no_txtnorm={self.no_txtnorm}"
+
     def forward(self, captions: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
         """Word ids [B, W] int64 -> caption [B, longest, D], zeros beyond each length."""
         return encode_text(self.dropout(self.embed(captions)), lengths, self.cap_rnn, self.no_txtnorm)[0]

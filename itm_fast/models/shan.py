@@ -94,6 +94,10 @@ class EncoderText(nn.Module):
             )
         self.vectors.copy_(vectors)
 
+    def extra_repr(self) -> str:
+        """What changes the result and shows in no weight: an evaluation that is resumed compares it."""
+        return f"no_txtnorm={self.no_txtnorm}"
+
     def forward(self, captions: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
         """Word ids [B, W] int64 -> caption [B, longest, D], zeros beyond each length."""
         embedded = self.embed(captions)
