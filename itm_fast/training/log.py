@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .._files import atomic_write
+from .._files import atomic_write, open_regular
 
 if TYPE_CHECKING:
     from ..evaluation import Metrics
@@ -19,6 +19,7 @@ DEV = (
     *(f"t2i_{name}" for name in ("r1", "r5", "r10", "medr", "meanr")),
     "rsum",
 )
+NAME = "log.csv"
 COLUMNS = ("epoch", "iteration", *STEP, *DEV)
 
 
@@ -33,7 +34,8 @@ class Log:
 
     Raises:
         ImportError: TensorBoard was asked for and is not installed.
-        OSError: the file cannot be written.
+        OSError: the file cannot be read or written.
+        ValueError: the file that is there is damaged, or no log of a run.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -46,16 +48,15 @@ class Log:
 
     def __init__(self, folder: Path, iterations: int, *, validated: bool = True, tensorboard: bool = False) -> None:
         self._writer = _tensorboard(folder / "tensorboard", iterations) if tensorboard else None
-        path = folder / "log.csv"
+        path = folder / NAME
         text = io.StringIO()
         rows = csv.DictWriter(text, COLUMNS, lineterminator="\n")
         rows.writeheader()
         if path.exists():
-            with open(path, newline="", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    at = int(row["iteration"]) if (row["iteration"] or "").isdigit() else iterations + 1
-                    if at < iterations or (at == iterations and (validated or not row["rsum"])):
-                        rows.writerow(row)
+            for row in _rows(path):
+                at = int(row["iteration"]) if (row["iteration"] or "").isdecimal() else iterations + 1
+                if at < iterations or (at == iterations and (validated or not row["rsum"])):
+                    rows.writerow(row)
         with atomic_write(path) as file:
             file.write(text.getvalue())
         self._file = open(path, "a", newline="", encoding="utf-8", buffering=1)  # noqa: SIM115
@@ -79,6 +80,23 @@ class Log:
         self._file.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a log; values that a cut-off row lacks are None."""
+    try:
+        with open_regular(path) as binary, io.TextIOWrapper(binary, encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file, strict=True)
+            if tuple(reader.fieldnames or ()) != COLUMNS:
+                raise ValueError(f"its columns are not {', '.join(COLUMNS[:3])}, ...")
+            rows = list(reader)
+            if any(None in row for row in rows):
+                raise ValueError("a row has more values than there are columns")
+    except (ValueError, csv.Error) as error:
+        raise ValueError(
+            f"{path} is damaged, or no log of a run: {error}; move it away, and the run goes on with a new one"
+        ) from error
+    return rows
 
 
 def dev_values(found: Metrics) -> dict[str, float]:

@@ -34,7 +34,8 @@ class Progress:
     Attributes:
         options: the run's options, by their published names.
         arguments: what else the caller wants back, plain values (the command's paths and splits).
-        data: captions and images of the training split, to notice another one.
+        data: captions and images of the training split, its `setup.identity` and the dev split's, to notice others;
+            runs from before have the two counts alone.
         epoch: finished epochs.
         step: batches done in the epoch at hand; all of them when its validation is still due.
         iterations: optimiser steps so far.
@@ -45,7 +46,7 @@ class Progress:
 
     options: dict[str, Any]
     arguments: dict[str, Any]
-    data: list[int]
+    data: list[Any]
     epoch: int
     step: int
     iterations: int

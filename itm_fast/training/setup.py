@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from .._backends import requested, why_not
@@ -13,12 +17,15 @@ from ..models import model_class
 from ..models._common import want
 from . import resume
 from .building import fits
+from .checkpoint import BEST, LAST
+from .log import NAME as LOG
 from .recipe import TRAINING
 
 if TYPE_CHECKING:
     from ..data import Split, Vocabulary
 
-
+_HOPELESS = 90.0  # percent of the training captions without any known word
+_SOME_IMAGES = 8
 # Between a run and its resumption; the vocabulary is compared on its own.
 _MAY_DIFFER = ("num_epochs", "val_step", "data_path", "vocab_path", "model_name", "logger_name", "vocab_checksum")
 
@@ -73,11 +80,78 @@ def completed(
     return argparse.Namespace(**{**vars(opt), **set_here})
 
 
+def refuse_existing(output: Path, vocabulary_file: Path, vocabulary: Vocabulary) -> None:
+    """Refuse to start where a file that the run writes is there already; equal words may be.
+
+    Raises:
+        FileExistsError: names the file.
+        OSError: the vocabulary's name is that of a folder or another thing that is no file.
+    """
+    for name, way_on in ((resume.NAME, "continue it with --resume, or "), (BEST, ""), (LAST, "")):
+        if (output / name).exists():
+            raise FileExistsError(f"{output} already holds a run ({name}); {way_on}give another folder")
+    if (output / LOG).exists():
+        raise FileExistsError(
+            f"{output / LOG} is there already, and a new run does not touch it; move it away, or give another folder"
+        )
+    if vocabulary_file.exists() and not _holds(vocabulary_file, vocabulary):
+        raise FileExistsError(
+            f"{vocabulary_file} is there already and holds other words than this run's, and a run does not overwrite a "
+            f"vocabulary; give another folder, or train with its words: --vocab {vocabulary_file}"
+        )
+
+
+def _holds(path: Path, vocabulary: Vocabulary) -> bool:
+    from ..data import Vocabulary
+
+    try:
+        return Vocabulary.load(path).checksum() == vocabulary.checksum()
+    except ValueError:  # no vocabulary at all
+        return False
+
+
+def enough_known_words(train_split: Split, dev_split: Split, vocabulary: Vocabulary) -> None:
+    """Warn of a split of whose captions the vocabulary lacks much, and refuse one that teaches no words.
+
+    Raises:
+        ValueError: at least 90 % of the training captions have no word in the vocabulary.
+    """
+    from ..data import caption_batches
+    from ..evaluation.unknown_words import CAPTIONS, unknown_words, unknown_words_line
+
+    cause = (
+        "is the vocabulary (--vocab, --min-count) one for these captions, and are their words separated by spaces?"
+    )
+    for name, split in (("training", train_split), ("dev", dev_split)):
+        with warnings.catch_warnings(record=True) as suspicious:
+            warnings.simplefilter("always")
+            found = unknown_words(list(caption_batches(split.captions, vocabulary)), vocabulary)
+        told = f"{split.name}: the {name} split's {unknown_words_line(found)}; {cause}"
+        if split is train_split and found[CAPTIONS] >= _HOPELESS:
+            raise ValueError(told)
+        if suspicious:
+            warnings.warn(told, stacklevel=3)
+
+
+def identity(split: Split) -> str:
+    """A checksum of a split's captions, of whose they are, of its region counts, and of the features of some images.
+
+    Rewritten files with the same content have the same; reading all features would take minutes.
+    """
+    images, regions, _ = split.features.shape
+    some = np.unique(np.linspace(0, images - 1, _SOME_IMAGES).astype(np.int64))
+    lengths = np.full(images, regions, np.int32) if split.region_lengths is None else split.region_lengths
+    found = hashlib.sha256(json.dumps(split.captions).encode())
+    for array in (split.caption_to_image, lengths, split.features[some]):
+        found.update(np.ascontiguousarray(array).tobytes())
+    return found.hexdigest()
+
+
 def same_run(
     found: resume.Progress,
     output: Path,
     opt: argparse.Namespace,
-    data: list[int],
+    data: list[Any],
     vocabulary: Vocabulary,
     vocabulary_file: Path,
 ) -> None:
@@ -93,8 +167,12 @@ def same_run(
         for name, value in vars(opt).items()
         if name not in _MAY_DIFFER and found.options.get(name) != value
     ]
-    if found.data != data:
-        differing.append(f"[captions, images] {found.data}, now {data}")
+    if found.data[:2] != data[:2]:
+        differing.append(f"[captions, images] {found.data[:2]}, now {data[:2]}")
+    # Older runs kept the two counts alone.
+    for name, before, now in zip(("training", "dev"), found.data[2:], data[2:], strict=False):
+        if before != now:
+            differing.append(f"other captions or features in its {name} split")
     checksum = found.options.get("vocab_checksum", opt.vocab_checksum)  # older runs kept none
     if not differing and {checksum, Vocabulary.load(vocabulary_file).checksum()} != {vocabulary.checksum()}:
         differing.append(f"the words of {vocabulary_file}, now others")

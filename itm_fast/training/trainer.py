@@ -28,7 +28,7 @@ from .interrupt import Stop, signals
 from .log import STEP, Log, dev_values, table
 from .losses import batch_loss
 from .recipe import learning_rate
-from .setup import completed, same_run, usable
+from .setup import completed, enough_known_words, identity, refuse_existing, same_run, usable
 from .vectors import word_vectors
 
 if TYPE_CHECKING:
@@ -36,7 +36,6 @@ if TYPE_CHECKING:
 
 _SAVE_EVERY = 600.0  # seconds between resume files inside an epoch
 LOCK = "train.lock"
-
 
 
 @dataclass(frozen=True)
@@ -97,9 +96,11 @@ def train(
         how the run ended.
 
     Raises:
-        FileExistsError: `output` holds a run and `resuming` is false.
+        FileExistsError: `resuming` is false, and `output` holds a run, a `log.csv`, or other words under the
+            vocabulary's name.
         FileNotFoundError: `resuming` and there is none.
-        ValueError: options that do not fit the data or the interrupted run, or a loss that is not finite.
+        ValueError: options that do not fit the data or the interrupted run, data other than the interrupted run's,
+            captions of which the vocabulary knows next to nothing, or a loss that is not finite.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once `resume.pt` is written; says how to go on.
 
     >>> import tempfile
@@ -127,14 +128,17 @@ def train(
         else:
             output.mkdir(parents=True, exist_ok=True)
         lock = stack.enter_context(Lock(output / LOCK, str(output)))
-        if not resuming:
-            _refuse_existing(output)
         found = resume.load(output) if resuming else None
         run = _Run(opt, train_split, dev_split, vocabulary, output, chosen, progress, dict(arguments or {}), lock)
+        if not resuming:
+            refuse_existing(output, run.vocabulary_file, vocabulary)
+            enough_known_words(train_split, dev_split, vocabulary)
         run.build(found)
         validated = run.step < run.steps
         run.log = Log(output, run.iterations, validated=validated, tensorboard=tensorboard)
         stack.callback(run.log.close)
+        if not run.vocabulary_file.exists():
+            vocabulary.save(run.vocabulary_file)
         run.stop = stack.enter_context(signals())
         return run.fit(max_steps)
 
@@ -162,7 +166,7 @@ class _Run:
         self.vocabulary_file = output / f"{opt.data_name}_vocab.json"  # where the published code looks
         self.dev_split, self.vocabulary, self.output = dev_split, vocabulary, output
         self.progress, self.arguments = progress, arguments
-        self.data = [len(train_split.captions), len(train_split.features)]
+        self.data = [len(train_split.captions), len(train_split.features), *map(identity, (train_split, dev_split))]
         self.batches = TrainingBatches(train_split, vocabulary, opt.batch_size, seed=opt.seed)
         # A lone caption at the end of an epoch has no negatives and no batch statistics.
         self.steps = len(self.batches) - (self.data[0] % opt.batch_size == 1)
@@ -182,7 +186,6 @@ class _Run:
             self.opt.vector_dim = vectors.shape[1]
         if found is None:
             affordable(self.opt, self.device)
-            self.vocabulary.save(self.vocabulary_file)
         torch.manual_seed(self.opt.seed)
         self.model = build(argparse.Namespace(**{**vars(self.opt), "device": str(self.device)}))
         if vectors is not None:
@@ -363,10 +366,3 @@ def _ahead(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
 def _first_bad_image(features: Tensor) -> int | None:
     bad = ~features.isfinite().flatten(1).all(1)
     return int(bad.nonzero()[0]) if bad.any() else None
-
-
-def _refuse_existing(output: Path) -> None:
-    """Refuse to overwrite a run."""
-    for name, way_on in ((resume.NAME, "continue it with --resume, or "), (BEST, ""), (LAST, "")):
-        if (output / name).exists():
-            raise FileExistsError(f"{output} already holds a run ({name}); {way_on}give another folder")
