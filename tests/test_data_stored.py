@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import pickle
 
+import h5py
 import numpy as np
 import pytest
 
@@ -62,6 +63,29 @@ def test_a_damaged_npy_is_one_sentence_with_its_name(tmp_path, content, recwarn)
         with pytest.raises(ValueError, match=r"vectors is not a whole .npy file of numbers: "):
             load_word_vectors(tmp_path / "vectors", Vocabulary.build(["a dog"], min_count=1))
     assert not recwarn.list
+
+
+class Exhausted:
+    """Stands for an open file: reading from it needs more memory than there is."""
+
+    def __getattr__(self, name):
+        raise MemoryError("Unable to allocate 3 TiB")
+
+    def __getitem__(self, index):
+        raise MemoryError("Unable to allocate 3 TiB")
+
+
+@pytest.mark.parametrize("form", ["set.h5", "folder"])
+def test_too_little_memory_is_not_called_damage(tmp_path, monkeypatch, form):
+    save_splits(tmp_path / form, {"test": Split(FEATURES, ["a"] * 40, range(40), boxes=BOXES)})
+    split = open_split(tmp_path / form, "test")
+    monkeypatch.setattr(split.features._source, "_array", Exhausted())
+    with pytest.raises(MemoryError, match="Unable to allocate 3 TiB"):
+        split.features[:]
+    monkeypatch.setattr(h5py, "File", lambda *_: Exhausted())
+    monkeypatch.setattr(np.lib.format, "open_memmap", lambda *_, **__: Exhausted())
+    with pytest.raises(MemoryError, match="Unable to allocate 3 TiB"):
+        open_split(tmp_path / form, "test")
 
 
 def test_any_byte_order_and_layout_is_read(tmp_path):

@@ -143,6 +143,17 @@ def test_damaged_punkt_data_are_named_and_not_used(monkeypatch, tmp_path, damage
         assert "\n" not in str(told[0].message)
 
 
+def test_too_little_memory_is_not_called_damaged_punkt_data(monkeypatch, punkt):
+    def exhausted(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("nltk.tokenize.word_tokenize", exhausted)
+    with pytest.raises(MemoryError):
+        tokenize("a cat. it sits.")
+    monkeypatch.undo()
+    assert tokenize("a cat") == ["a", "cat"]
+
+
 @pytest.mark.filterwarnings("ignore:NLTK's punkt")
 def test_only_ascii_letters_are_lowered():
     assert tokenize("\u00c9cole \u0130stanbul ABC") == ["\u00c9cole", "\u0130stanbul", "abc"]

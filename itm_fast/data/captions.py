@@ -47,6 +47,8 @@ def _word_tokenizer() -> Callable[[str], list[str]]:
     try:
         word_tokenize("one. two.")
         return word_tokenize
+    except MemoryError:
+        raise
     except Exception as error:  # LookupError without the data; a damaged file decides what is raised
         reason = _why_no_punkt(error)
     tell = functools.cache(lambda: warnings.warn(reason, stacklevel=4))

@@ -17,7 +17,8 @@ from .._files import open_regular
 def damaged(sentence: str, kind: type[Exception] = ValueError) -> Iterator[None]:
     """Turn whatever a library raises on a damaged file into `kind` with one sentence.
 
-    The bytes decide what h5py and numpy raise: any exception is possible.
+    The bytes decide what h5py and numpy raise: any exception is possible. Too little memory says nothing of the file
+    and stays a MemoryError.
 
     >>> with damaged("x.h5 is damaged"):
     ...     raise KeyError("no such object")
@@ -26,6 +27,8 @@ def damaged(sentence: str, kind: type[Exception] = ValueError) -> Iterator[None]
     """
     try:
         yield
+    except MemoryError:
+        raise
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
             raise  # says what is wrong with which file already: permission denied, a FIFO
