@@ -131,6 +131,18 @@ def folder(path, captions):
     return path
 
 
+@pytest.mark.parametrize("before", [" \ufeff", "\ufeff\ufeff", "\ufeff \ufeff", "\u3000\t\ufeff  "])
+def test_byte_order_marks_after_white_space_or_in_a_row_belong_to_no_word(tmp_path, before):
+    text = f"{before}dog"
+    assert tokenize(text) == tokenize(text.encode()) == ["dog"]
+    assert encode_caption(text, VOCABULARY) == encode_caption("dog", VOCABULARY)
+    assert Vocabulary.build([text], min_count=1).idx2word[4] == "dog"
+    assert Split(FEATURES, [text, "a"], [0, 1]).captions == ["dog", "a"]
+    assert open_split(folder(tmp_path, f"{text}\na\n".encode()), "test", captions_per_image=1).captions == ["dog", "a"]
+    (tmp_path / "test_ids.txt").write_text(f"{before}7\n8\n", encoding="utf-8")
+    assert open_split(tmp_path, "test", captions_per_image=1).image_ids.tolist() == [7, 8]
+
+
 def test_a_byte_order_mark_belongs_to_no_word(tmp_path):
     # The second one: two files put together.
     split = open_split(folder(tmp_path, b"\xef\xbb\xbfdog runs\n\xef\xbb\xbfcat\n"), "test", captions_per_image=1)

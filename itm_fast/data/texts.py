@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,12 +13,13 @@ BOM = "\ufeff"  # some editors write it before the first character; it belongs t
 # The longest captions of data sets of long descriptions have a third of these. An encoder reads word after word and
 # pads a whole batch to its longest caption: a file whose line breaks are lost would take hours and all memory.
 MOST_CHARACTERS = 10_000
+_MARKS = re.compile(rf"\A[\s{BOM}]*{BOM}")
 
 
 def caption_texts(captions: Any, argument: str) -> list[str]:
     """A list of str from any sequence of texts: list, tuple, numpy array, table column, generator.
 
-    bytes are decoded as UTF-8, and a byte-order mark before a caption is dropped.
+    bytes are decoded as UTF-8, and byte-order marks before a caption are dropped.
 
     Args:
         captions: one text for each caption.
@@ -70,15 +72,24 @@ def caption_text(text: Any, argument: str, row: int | None = None) -> str:
             raise ValueError(
                 f"{where} holds {text[error.start]!r}, half a character; mend how it was decoded"
             ) from error
-        return text.removeprefix(BOM)
+        return without_marks(text)
     mend = "leave that caption out, or give an empty text"
     if isinstance(text, Iterable):
         mend = "give one flat list of texts; caption_to_image says which image each belongs to"
     raise TypeError(f"{where} must be a text (str), got {_what(text)}; {mend}")
 
 
+def without_marks(text: str) -> str:
+    """The text without byte-order marks before its first character, and without white space before such a mark.
+
+    >>> without_marks("\\ufeff \\ufeffdog"), without_marks(" dog")
+    ('dog', ' dog')
+    """
+    return _MARKS.sub("", text)
+
+
 def text_lines(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a UTF-8 file, with the line ends that they have; a byte-order mark before a line is dropped.
+    """The lines of a UTF-8 file, with the line ends that they have; byte-order marks before a line are dropped.
 
     Raises:
         OSError: the file cannot be opened, or is no regular file.
@@ -90,7 +101,7 @@ def text_lines(path: str | os.PathLike[str]) -> list[str]:
             if number == 1 and line[:2] in (b"\xff\xfe", b"\xfe\xff"):
                 raise ValueError(f"{path}, line 1: this is UTF-16 or UTF-32; convert the file to UTF-8")
             try:
-                lines.append(line.decode("utf-8").removeprefix(BOM))
+                lines.append(without_marks(line.decode("utf-8")))
             except UnicodeDecodeError as error:
                 raise ValueError(
                     f"{path}, line {number}: not UTF-8 ({error.reason}); convert the file to UTF-8"
