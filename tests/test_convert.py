@@ -1,12 +1,13 @@
 """`itm-fast convert` in both directions, interrupted, refused and forced."""
 
+import os
 import shutil
 
 import numpy as np
 import pytest
 
 from itm_fast.cli import main
-from itm_fast.data import Split, convert, open_split, save_splits, split_names
+from itm_fast.data import Split, convert, open_split, save_splits, split_names, storage
 from itm_fast.data.split import Rows
 
 RNG = np.random.default_rng(0)
@@ -178,20 +179,96 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path, name):
     assert_same(open_split(tmp_path / "folder", "test"), plain())
 
 
-def test_replacing_takes_the_features_away_first_and_puts_them_last(tmp_path, monkeypatch):
-    save_splits(tmp_path / "folder", {"test": rich()})
-    moved = []
+def content(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
-    def replace(source, target):
-        moved.append(target.name)
-        assert not (tmp_path / "folder" / "test_ims.npy").exists()
-        raise OSError("power cut")
 
-    monkeypatch.setattr("itm_fast.data.storage.os.replace", replace)
-    with pytest.raises(OSError, match="power cut"):
+@pytest.mark.parametrize("after", [False, True], ids=["before a move", "after a move"])
+def test_replacing_that_stops_anywhere_leaves_the_old_splits(tmp_path, monkeypatch, after):
+    """Splits of more files by ones of fewer; features leave first and arrive last."""
+    folder, old, new = tmp_path / "folder", {"test": rich(), "dev": plain()}, {"test": plain(), "dev": rich()}
+    save_splits(folder, old)
+    before, at, replace = content(folder), {"move": 0}, os.replace
+    last = 2 * len(before)
+
+    def stopping(source, target):
+        at["move"] += 1
+        if at["move"] == at["stop"] and not after:
+            raise KeyboardInterrupt
+        replace(source, target)
+        if at["move"] < at["stop"]:
+            assert split_names(folder) == (["dev"] if at["move"] in (1, last - 1) else [])
+        if at["move"] == at["stop"]:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("itm_fast.data.storage.os.replace", stopping)
+    for stop in range(1, last + 1):
+        at.update(move=0, stop=stop)
+        with pytest.raises(KeyboardInterrupt):
+            save_splits(folder, new, force=True)
+        assert content(folder) == before
+    at.update(stop=0)
+    save_splits(folder, new, force=True)
+    for name, split in new.items():
+        assert_same(open_split(folder, name), split)
+    assert len(list(folder.iterdir())) == len(before)
+
+
+def test_a_second_interrupt_loses_nothing(tmp_path, monkeypatch):
+    save_splits(tmp_path / "folder", {"test": plain()})
+    before, replace = content(tmp_path / "folder"), os.replace
+
+    def stopping(source, target):
+        if ".replaced" not in str(target):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    monkeypatch.setattr("itm_fast.data.storage.os.replace", stopping)
+    with pytest.raises(KeyboardInterrupt):
         save_splits(tmp_path / "folder", {"test": rich()}, force=True)
-    assert moved != ["test_ims.npy"]
-    assert split_names(tmp_path / "folder") == []
+    (kept,) = (tmp_path / "folder").iterdir()
+    assert content(kept) == before
+
+
+@pytest.mark.parametrize("name", ["set.h5", "new", "folder"])
+@pytest.mark.parametrize("force", [False, True])
+def test_two_conversions_to_one_place_are_one_after_the_other(tmp_path, name, force, capsys):
+    """The second one begins while the first one writes."""
+    save_splits(tmp_path / "folder", {"dev": plain()})
+    save_splits(tmp_path / "source.h5", {"test": rich()})
+    source = "folder" if name == "set.h5" else "source.h5"
+    words = ["convert", str(tmp_path / source), str(tmp_path / name), *(["--force"] if force else [])]
+    codes = []
+    save_splits(tmp_path / name, {"test": plain()}, images_written=lambda images: codes.append(main(words)))
+    said = capsys.readouterr().err
+    assert set(codes) == {2}
+    assert f"itm-fast convert: {tmp_path / name}: process {os.getpid()} on " in said
+    assert_same(open_split(tmp_path / name, "test"), plain())
+    assert main([*words, "--force"]) == 0
+    assert not list(tmp_path.rglob("*.lock"))
+
+
+def test_a_folder_that_another_conversion_has_just_made_is_filled(tmp_path, monkeypatch):
+    lock = storage.Lock
+
+    def late(path, what):
+        if not (tmp_path / "new").exists():
+            (tmp_path / "new").mkdir()
+            (tmp_path / "new" / "notes.txt").write_text("mine")
+        return lock(path, what)
+
+    monkeypatch.setattr(storage, "Lock", late)
+    save_splits(tmp_path / "new", {"test": plain()})
+    assert_same(open_split(tmp_path / "new", "test"), plain())
+    assert (tmp_path / "new" / "notes.txt").read_text() == "mine"
+
+
+def test_a_folder_in_the_place_of_a_file_is_left_alone(tmp_path):
+    save_splits(tmp_path / "folder", {"test": plain()})
+    (tmp_path / "folder" / "test_boxes.npy").mkdir()
+    with pytest.raises(IsADirectoryError, match=r"test_boxes.npy"):
+        save_splits(tmp_path / "folder", {"test": rich()}, force=True)
+    assert (tmp_path / "folder" / "test_boxes.npy").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ for each image, SPLIT_caption_to_image.npy says which image each belongs to. Reg
 are carried over. float16 features stay float16, int8 ones become float32, and an image that a folder repeats
 for each of its captions is written once.
 
-DST is complete or not there: an interrupted conversion leaves no file under its name. Room on the disk is
-checked before anything is written."""
+DST is complete or not there: an interrupted conversion leaves no file under its name, and with --force the old
+files. One conversion at a time writes to DST. Room on the disk is checked before anything is written."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

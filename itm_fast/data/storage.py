@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from .._lock import Lock
 from . import folder as folder_form
 from . import hdf5 as hdf5_form
 from .split import Split
@@ -85,8 +88,8 @@ def save_splits(
 ) -> None:
     """Write splits as one HDF5 file (`.h5`, `.hdf5`) or as files of a folder (any other name).
 
-    Everything is written under another name and renamed when whole. float16 features stay float16; every
-    other kind becomes float32, which is what reading gives.
+    Everything is written under another name and renamed when whole; what is replaced comes back when that is
+    interrupted. float16 features stay float16; every other kind becomes float32, which is what reading gives.
 
     Args:
         path: the file or folder to write. An existing folder keeps its other splits; an existing file is
@@ -98,6 +101,7 @@ def save_splits(
     Raises:
         FileExistsError: without force, the file or a split is there already.
         FileNotFoundError: the folder that is to hold the result does not exist.
+        RuntimeError: another process is writing there.
         ValueError: no splits, or a caption that the form cannot hold.
         OSError: not enough room on the disk (found out before writing), or a failing disk.
 
@@ -202,39 +206,81 @@ def _partial(path: Path) -> Path:
 
 
 def _save_file(path: Path, splits: Mapping[str, Split], force: bool, images_written: Callable[[int], object]) -> None:
-    if path.exists() and not force:
-        raise FileExistsError(f"{path} exists; force (--force) replaces the whole file")
     partial = _partial(path)
-    try:
-        with hdf5_form.create(partial) as file:
-            for name, split in splits.items():
-                hdf5_form.write(file, name, split, images_written, _block(split))
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with Lock(path.with_name(f".{path.name}.lock"), str(path)):
+        if path.exists() and not force:
+            raise FileExistsError(f"{path} exists; force (--force) replaces the whole file")
+        try:
+            with hdf5_form.create(partial) as file:
+                for name, split in splits.items():
+                    hdf5_form.write(file, name, split, images_written, _block(split))
+            os.replace(partial, path)
+        finally:
+            partial.unlink(missing_ok=True)
 
 
 def _save_folder(path: Path, splits: Mapping[str, Split], force: bool, images_written: Callable[[int], object]) -> None:
-    old = {name: [path / f"{name}_{file}" for file in folder_form.FILES] for name in splits}
-    there = [name for name, files in old.items() if any(file.exists() for file in files)]
-    if there and not force:
-        raise FileExistsError(f"{path} has files of {', '.join(there)} already; force (--force) replaces them")
-    # Inside an existing folder, which may be a mount of its own: a rename cannot leave its file system.
-    partial = _partial(path / "split" if path.exists() else path)
+    if not path.exists():
+        with Lock(path.with_name(f".{path.name}.lock"), str(path)):
+            if not path.exists():  # another process may have made it meanwhile
+                with _written(_partial(path), splits, images_written) as partial:
+                    os.rename(partial, path)
+                return
+    with Lock(path / ".convert.lock", str(path)):
+        old = [[path / f"{name}_{file}" for name in splits] for file in folder_form.FILES]
+        there = [name for name, *files in zip(splits, *old, strict=True) if any(file.exists() for file in files)]
+        if there and not force:
+            raise FileExistsError(f"{path} has files of {', '.join(there)} already; force (--force) replaces them")
+        files = [file for row in old for file in row]
+        for file in files:
+            if file.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "is a folder, which is not replaced by a file", str(file))
+        # Inside the folder, which may be a mount of its own: a rename cannot leave its file system.
+        with _written(_partial(path / "split"), splits, images_written) as partial:
+            _exchange(files, partial)
+
+
+@contextlib.contextmanager
+def _written(partial: Path, splits: Mapping[str, Split], images_written: Callable[[int], object]) -> Iterator[Path]:
+    """A folder of the files of these splits, removed in the end."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
         for name, split in splits.items():
             folder_form.write(partial, name, split, images_written, _block(split))
-        if not path.exists():
-            os.rename(partial, path)
-            return
-        for files in old.values():
-            # The features make the split: they leave first and arrive last.
-            for file in files:
-                file.unlink(missing_ok=True)
-            for file in reversed(files):
-                if (partial / file.name).exists():
-                    os.replace(partial / file.name, file)
+        yield partial
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def _exchange(files: list[Path], partial: Path) -> None:
+    """Put the new files of `partial` in the place of these: all of them, or after an exception none.
+
+    The first files leave first and arrive last, so that no split can be read meanwhile: its features come first.
+
+    Args:
+        files: what is to be replaced, or removed where there is no new file.
+        partial: a folder of the same file system with new files of the same names.
+    """
+    new = {file for file in files if (partial / file.name).exists()}
+    # Beside `partial`, which is removed whatever happens: a second interrupt must not lose what was to come back.
+    kept = partial.with_name(f"{partial.name}.replaced")
+    kept.mkdir()
+    try:
+        for file in files:
+            if os.path.lexists(file):
+                os.replace(file, kept / file.name)
+        for file in reversed(files):
+            if file in new:
+                os.replace(partial / file.name, file)
+    except BaseException:
+        # What has moved is read from the disk: an interrupt may come between a move and a note of it.
+        for file in files:
+            if file in new and not (partial / file.name).exists():
+                file.unlink(missing_ok=True)
+        for file in reversed(files):
+            if os.path.lexists(kept / file.name):
+                os.replace(kept / file.name, file)
+        kept.rmdir()
+        raise
+    shutil.rmtree(kept)
