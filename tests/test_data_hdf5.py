@@ -1,6 +1,8 @@
 """The HDF5 form: what it holds and what it refuses."""
 
 import os
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -179,10 +181,23 @@ def test_a_linked_split_is_refused(path, tmp_path, link):
     external(path, tmp_path / "other.h5")
     with h5py.File(path, "a") as file:
         file["loop"] = link
-    for read in (lambda: open_split(path, "loop"), lambda: split_names(path)):
-        with pytest.raises(ValueError, match=r"set.h5: loop is a link, or data stored in other files"):
-            read()
+    with pytest.raises(ValueError, match=r"set.h5: loop is a link, or data stored in other files"):
+        open_split(path, "loop")
     assert len(open_split(path, "dev").captions) == 4
+
+
+@pytest.mark.parametrize("kind", ["soft", "dangling", "external", "virtual"])
+def test_links_do_not_hide_the_splits_beside_them(path, tmp_path, kind):
+    external(path, tmp_path / "other.h5")
+    with h5py.File(path, "a") as file:
+        if kind == "virtual":
+            file.create_virtual_dataset("a", virtual(path, tmp_path / "other.h5"))
+        else:
+            links = {"soft": h5py.SoftLink("/dev"), "dangling": h5py.SoftLink("/x")}
+            file["a"] = links.get(kind, h5py.ExternalLink("other.h5", "/test"))
+    assert split_names(path) == ["dev", "test"]
+    with pytest.raises(FileNotFoundError, match=r"set.h5: tst: no such split; splits in this file: dev, test$"):
+        open_split(path, "tst")
 
 
 def test_a_second_name_in_the_file_is_fine(path):
@@ -267,6 +282,21 @@ def test_other_files_are_refused(path, tmp_path):
         file.attrs["itm_fast_format"] = 2
     with pytest.raises(ValueError, match="has itm_fast_format 2; this version of itm-fast reads 1"):
         open_split(path, "test")
+
+
+@pytest.mark.parametrize("ended", [False, True], ids=["open", "left open"])
+def test_a_file_that_is_open_for_writing_is_not_called_damaged(tmp_path, ended):
+    path = tmp_path / "set.h5"
+    code = f"import h5py, os; file = h5py.File({str(path)!r}, 'w', libver='latest'); file.attrs['itm_fast_format'] = 1;"
+    code += "file.flush(); os._exit(0)" if ended else "print(flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        for read in (lambda: open_split(path, "test"), lambda: split_names(path)):
+            with pytest.raises(OSError, match=r"is open for writing in another process, or .* without closing") as told:
+                read()
+            assert (told.value.filename, "damaged" in str(told.value)) == (str(path), False)
+    if not ended:
+        assert split_names(path) == []
 
 
 def test_a_missing_split_names_those_there_are(path):

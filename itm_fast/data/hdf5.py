@@ -19,6 +19,8 @@ of the file is refused: links other than hard ones, external storage, virtual da
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -36,7 +38,7 @@ _REQUIRED = ("features", "captions", "caption_to_image")
 
 
 def split_names(path: Path) -> list[str]:
-    """The splits in a file: its groups, sorted."""
+    """The splits in a file: its groups, sorted; links, which are not followed, are left out."""
     return _groups(path, _open(path))
 
 
@@ -48,7 +50,7 @@ def read(path: Path, split: str) -> Split:
         split: the group's name.
 
     Raises:
-        OSError: not an HDF5 file, or a damaged one.
+        OSError: not an HDF5 file, a damaged one, or one that is open for writing.
         ValueError: HDF5, but not of this form, or data outside the file; the message names the data set.
         FileNotFoundError: no such split in the file.
     """
@@ -108,7 +110,16 @@ def _open(path: Path) -> Any:
 
     open_regular(path).close()
     with damaged(f"{path} is not an HDF5 file, or a damaged one", OSError):
-        file = h5py.File(path, "r")
+        try:
+            file = h5py.File(path, "r")
+        except OSError as error:
+            if error.errno != errno.EAGAIN and "already open for write" not in str(error):
+                raise
+            message = (
+                "is open for writing in another process, or a program that wrote it ended without closing it; wait "
+                "until it is closed, or write it again"
+            )
+            raise OSError(errno.EAGAIN, message, str(path)) from error
         version = file.attrs.get("itm_fast_format")
     if version is None:
         raise ValueError(
@@ -125,7 +136,12 @@ def _groups(path: Path, file: Any) -> list[str]:
 
     with damaged(f"{path} is damaged", OSError):
         names = sorted(file)
-    return [name for name in names if isinstance(_member(f"{path}: {name}", file, name), h5py.Group)]
+    groups = []
+    for name in names:
+        with contextlib.suppress(ValueError):  # of a link; who asks for that name is told
+            if isinstance(_member(f"{path}: {name}", file, name), h5py.Group):
+                groups.append(name)
+    return groups
 
 
 def _group(path: Path, split: str) -> Any:

@@ -43,7 +43,7 @@ def open_split(
         FileNotFoundError: no such path or split; the message lists the splits there are.
         ValueError: a damaged file or one of another form, shapes or counts that do not fit.
         TypeError: numbers of the wrong kind.
-        OSError: not an HDF5 file, or a damaged one.
+        OSError: not an HDF5 file, a damaged one, or one that is open for writing.
 
     >>> import tempfile
     >>> import numpy as np
@@ -72,7 +72,7 @@ def split_names(path: str | os.PathLike[str]) -> list[str]:
 
     Raises:
         FileNotFoundError: no such path.
-        OSError: not an HDF5 file, or a damaged one.
+        OSError: not an HDF5 file, a damaged one, or one that is open for writing.
         ValueError: an HDF5 file of another form.
     """
     path = _existing(path)
