@@ -15,7 +15,6 @@ from itm_fast.data import (
     caption_batches,
     encode_caption,
     image_batches,
-    unknown_share,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore:NLTK's punkt")
@@ -157,19 +156,3 @@ def test_bad_sizes_are_refused():
             make()
     with pytest.raises(ValueError, match="seed must be at least 0, got -1"):
         TrainingBatches(SPLIT, VOCABULARY, seed=-1)
-
-
-def test_share_of_unknown_words():
-    vocabulary = Vocabulary.build(["red dog"], min_count=1)
-    captions = [
-        "red zebra dog",
-        "zebra",
-        "",
-        "the big zebra",
-        "red",
-        "red the",
-    ]  # 6 of 10 tokens are unknown, 3 captions are
-    for size in (1, 2, 5):  # whatever is padded
-        assert unknown_share(caption_batches(captions, vocabulary, size)) == (6 / 10, 3 / 6)
-    assert unknown_share(caption_batches(["red"], vocabulary)) == (0, 0)
-    assert unknown_share([]) == (0, 0)

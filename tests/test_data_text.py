@@ -165,6 +165,7 @@ def test_ids():
     assert encode_caption("A cat sits", vocabulary) == [1, 4, 5, 3, 2]
     assert encode_caption("", vocabulary) == [1, 2]
     assert encode_caption("<pad>", vocabulary) == [1, 3, 3, 3, 2]
+    assert vocabulary("zebra") == vocabulary("<unk>") == 3
 
 
 @pytest.mark.filterwarnings("ignore:NLTK's punkt")

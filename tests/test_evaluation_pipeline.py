@@ -161,6 +161,10 @@ def test_unknown_words_are_counted_without_start_and_end():
     texts = ["a b c d", "a x", "", "a b c d e f x", "a b c a b c"]
     assert shares(texts, ["a b c d e f"]) == [100 * 2 / 19, 100 * 1 / 5]
     assert shares(["", ""], ["a"]) == [0.0, 100.0]
+    assert shares([], ["a"]) == [0.0, 0.0]
+    some = ["red zebra dog", "zebra", "", "the big zebra", "red", "red the"]
+    for batch in (1, 2, 5):  # whatever is padded
+        assert shares(some, ["red dog"], batch) == [60.0, 50.0]
 
 
 @pytest.mark.filterwarnings("error")

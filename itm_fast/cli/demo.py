@@ -29,7 +29,6 @@ model, and where in the best-matching picture it looks."""
 _TITLES = {"sgr": "SGR", "saf": "SAF", "scan": "SCAN t2i"}
 DRAWN = 4  # default queries
 FEWEST, MOST = 3, 10  # words and commas of a default query
-UNKNOWN_ID = 3
 RESULTS = 7
 UNKNOWN = " (unknown)"
 SUBTITLE = "Orange: how much a word counts. Red: where in the first result it looks."
@@ -191,7 +190,7 @@ def _drawn(score: NDArray[np.float32], split: Split, vocabulary: Vocabulary, see
     suited = []
     for t in np.random.default_rng(seed).permutation(len(split.captions)).tolist():
         words = tokenize(split.captions[t])
-        if FEWEST <= len(words) <= MOST and all(vocabulary(word) != UNKNOWN_ID for word in words):
+        if FEWEST <= len(words) <= MOST and all(word in vocabulary.word2idx for word in words):
             suited.append(t)
     return sorted(suited, key=lambda t: rank[t] > 0)[:DRAWN]
 
@@ -206,7 +205,7 @@ def _query(model: Any, image_state: Any, vocabulary: Vocabulary, text: str, righ
     from ._picture import Query
 
     ids = torch.tensor([encode_caption(text, vocabulary)], device=image_state[0].device)
-    known = [word if vocabulary(word) != UNKNOWN_ID else word + UNKNOWN for word in tokenize(text)]
+    known = [word if word in vocabulary.word2idx else word + UNKNOWN for word in tokenize(text)]
     with torch.no_grad():
         words = model.txt_enc(ids, [ids.shape[1]])[0]
         bounds = torch.tensor([0, len(words)], dtype=torch.int32, device=words.device)

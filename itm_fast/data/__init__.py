@@ -13,7 +13,7 @@ and one HDF5 file (`itm_fast.data.hdf5`). `save_splits` writes either; `convert`
 ['a cat', 'a dog', 'one dog']
 """
 
-from .batching import Batch, TrainingBatches, caption_batches, image_batches, unknown_share
+from .batching import Batch, TrainingBatches, caption_batches, image_batches
 from .captions import encode_caption, tokenize
 from .split import Rows, Split
 from .storage import convert, open_split, save_splits, split_names
@@ -35,5 +35,4 @@ __all__ = [
     "save_splits",
     "split_names",
     "tokenize",
-    "unknown_share",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,9 +12,7 @@ from torch import Tensor
 from .captions import encode_caption
 from .split import Split
 from .texts import caption_texts
-from .vocabulary import SPECIAL, Vocabulary
-
-_UNKNOWN = SPECIAL.index("<unk>")  # the last of the special words: a higher id is a word of the vocabulary
+from .vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
@@ -147,29 +145,6 @@ def caption_batches(
     for start in range(0, len(order), batch_size):
         index = order[start : start + batch_size]
         yield (torch.tensor(index), *_pad([words[t] for t in index]))
-
-
-def unknown_share(batches: Iterable[tuple[Tensor, Tensor, list[int]]]) -> tuple[float, float]:
-    """How much of some captions the vocabulary does not know.
-
-    Args:
-        batches: as `caption_batches` yields them.
-
-    Returns:
-        the share of the captions' tokens that are `<unk>`, and the share of captions without a known word, both
-        0..1; `<start>`, `<end>` and padding are no tokens here. Of nothing at all the share is 0.
-
-    >>> vocabulary = Vocabulary.build(["a cat"], min_count=1)
-    >>> unknown_share(caption_batches(["a dog", "zebra", "a cat"], vocabulary))
-    (0.4, 0.3333333333333333)
-    """
-    tokens = unknown = captions = strange = 0
-    for _, ids, _ in batches:
-        tokens += int((ids >= _UNKNOWN).sum())
-        unknown += int((ids == _UNKNOWN).sum())
-        captions += len(ids)
-        strange += int((ids <= _UNKNOWN).all(1).sum())
-    return unknown / max(tokens, 1), strange / max(captions, 1)
 
 
 def _read(split: Split, images: slice | np.ndarray) -> tuple[Tensor, Tensor | None]:

@@ -14,6 +14,7 @@ from . import pickled_vocabulary
 from .texts import caption_texts, text_lines
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
+_UNKNOWN = SPECIAL.index("<unk>")
 
 
 class Vocabulary:
@@ -46,7 +47,7 @@ class Vocabulary:
 
     def __call__(self, word: str) -> int:
         """The word's id, or that of `<unk>`."""
-        return self.word2idx.get(word, 3)
+        return self.word2idx.get(word, _UNKNOWN)
 
     def __len__(self) -> int:
         return len(self.word2idx)
