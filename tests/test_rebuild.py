@@ -74,6 +74,7 @@ def test_scoring_names_what_it_lacks(model, name):
         ("scan", {"num_layers": None}, "num_layers must be a whole number, got None"),
         ("saf", {"num_region": 0}, "num_region must be at least 1, got 0"),
         ("scan", {"lambda_softmax": math.nan}, "lambda_softmax must be a finite number, got nan"),
+        ("scan", {"lambda_softmax": 10**400}, "lambda_softmax must be a finite number, got 10"),
         ("scan", {"lambda_lse": -math.inf}, "lambda_lse must be a finite number, got -inf"),
         ("scan", {"bi_gru": "False"}, "bi_gru must be true or false, got 'False'"),
         ("scan", {"cross_attn": 3}, "cross_attn must be text, got 3"),
@@ -135,3 +136,8 @@ def test_a_model_must_fit_the_memory_that_is_free(monkeypatch):
     monkeypatch.setattr("itm_fast.training.building.available_bytes", lambda device: bytes_needed - 1)
     with pytest.raises(ValueError, match=r"takes 0\.0 GB to train, and 0\.0 GB are free on cpu; choose smaller sizes"):
         affordable(opt, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("told", [{"vocab_checksum": "ab12"}, {}])
+def test_the_model_knows_the_checksum_of_its_words(told):
+    assert rebuild(found("dual", **told)).vocab_checksum == told.get("vocab_checksum")

@@ -146,6 +146,7 @@ class Matcher:
     parts: tuple[str, ...]  # attribute names of the modules, in the order of the checkpoint's list
     weighs_regions = False  # whether it has weights for every region, so that R is fixed
     logger: Any = None  # the training scripts assign one with `update(name, value, n)`
+    vocab_checksum: str | None = None  # of the words it was trained with, where that is known
     img_enc: nn.Module
     txt_enc: nn.Module
     optimizer: torch.optim.Optimizer

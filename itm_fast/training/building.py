@@ -25,7 +25,8 @@ def rebuild(found: Checkpoint, device: str | torch.device | None = None) -> Matc
         device: where the model goes; CUDA where there is one when None.
 
     Returns:
-        the model, in training mode as a new one is; `val_start()` makes it ready to score.
+        the model, in training mode as a new one is; `val_start()` makes it ready to score. Its `vocab_checksum` is that
+        of the words it was trained with (`Vocabulary.checksum`), None where the file tells none.
 
     Raises:
         ValueError: the options lack one that scoring needs, describe a model that cannot be built, or another than
@@ -56,6 +57,7 @@ def rebuild(found: Checkpoint, device: str | torch.device | None = None) -> Matc
         model.load_state_dict(found.model)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{found.path}: {' '.join(str(error).split())}") from error
+    model.vocab_checksum = getattr(found.opt, "vocab_checksum", None)
     return model
 
 

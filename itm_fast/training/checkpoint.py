@@ -11,7 +11,6 @@ import argparse
 import collections
 import contextlib
 import io
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from .._files import atomic_write
 from ..models import model_class
+from .recipe import finite
 from .torch_file import ALLOWED, describe, load_plain
 
 State: TypeAlias = collections.OrderedDict[str, Tensor]
@@ -82,7 +82,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         the content, checked key by key.
 
     Raises:
-        FileNotFoundError, PermissionError: the file cannot be opened.
+        OSError: the file cannot be opened, or is a FIFO, a socket or a device.
         ValueError: it is no such checkpoint, or one of several networks; the sentence names what was found and what
             was expected.
 
@@ -202,7 +202,7 @@ def _networks(content: Mapping[str, Any]) -> dict[str, str]:
 def _number(value: object) -> float | None:
     if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta and not value.is_complex():
         value = value.item()
-    return value if isinstance(value, (int, float)) and math.isfinite(value) else None
+    return value if isinstance(value, (int, float)) and finite(value) else None
 
 
 def _options(path: Path, opt: object, repair: bool) -> argparse.Namespace:

@@ -199,7 +199,19 @@ def _fits(value: object, wanted: object) -> bool:
         return isinstance(value, str)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return False
-    return isinstance(value, int) if isinstance(wanted, int) else math.isfinite(value)
+    return isinstance(value, int) if isinstance(wanted, int) else finite(value)
+
+
+def finite(value: float) -> bool:
+    """Whether a number is finite as a float: no infinity, no NaN, and no whole number beyond all floats.
+
+    >>> finite(2), finite(10**400)
+    (True, False)
+    """
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
 
 
 _DEEPEST = 100  # layers or steps: each is a module of its own, and the published models have up to 3

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._files import atomic_write
 from ..models import model_class
-from .recipe import TRAINING
+from .recipe import TRAINING, finite
 from .torch_file import describe, load_plain
 
 NAME = "resume.pt"
@@ -105,6 +105,9 @@ def load(folder: Path) -> Progress:
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: its options are of no model: {error}") from error
         odd = [f"no option {name}" for name in wanted if name not in options]
+    best = content.get("best_rsum")
+    if not odd and best is not None and not finite(best):
+        odd = ["a best_rsum that is no finite number"]
     if odd:
         raise ValueError(f"{path} is not a whole resume file: it holds {', '.join(odd)}; start in another folder")
     return Progress(**{name: content[name] for name in _KINDS})

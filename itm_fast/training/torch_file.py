@@ -12,7 +12,6 @@ import collections
 import contextlib
 import pickle
 import re
-import stat
 import struct
 import tarfile
 import warnings
@@ -22,6 +21,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .._files import open_regular
 
 
 def load_plain(path: Path, *, wanted: str, allowed: Sequence[Any] = ()) -> tuple[Any, bool]:
@@ -36,12 +37,10 @@ def load_plain(path: Path, *, wanted: str, allowed: Sequence[Any] = ()) -> tuple
         the content, and whether its text was read as latin1 (raw bytes of Python 2) and needs repair.
 
     Raises:
-        OSError: the file cannot be opened.
+        OSError: the file cannot be opened, or is a folder, a FIFO, a socket or a device.
         ValueError: it is not a torch file, is damaged, or wants something that is not allowed.
     """
-    if special := _special(path):
-        raise ValueError(f"{path}: is a {special}, and only a file can be read; {wanted}")
-    with open(path, "rb") as file:  # what cannot be opened ends here, with Python's own sentence
+    with open_regular(path) as file:
         head = file.read(512)
     reason: Exception | None = None
     # Python 2's text is bytes: nearly all of it UTF-8, its numpy numbers raw bytes, which latin1 keeps.
@@ -70,19 +69,6 @@ def _exactly(allowed: Sequence[Any]) -> Iterator[None]:
     finally:
         torch.serialization.clear_safe_globals()
         torch.serialization.add_safe_globals(before)
-
-
-def _special(path: Path) -> str | None:
-    """What stands at a path in place of a file; to open a pipe would wait for its writer."""
-    mode = path.stat().st_mode
-    kinds = {
-        stat.S_IFDIR: "folder",
-        stat.S_IFIFO: "pipe",
-        stat.S_IFSOCK: "socket",
-        stat.S_IFCHR: "device",
-        stat.S_IFBLK: "device",
-    }
-    return kinds.get(stat.S_IFMT(mode))
 
 
 class _BadNumber(ValueError):
