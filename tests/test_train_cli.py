@@ -113,6 +113,22 @@ def test_ctrl_c_in_a_terminal(tmp_path, data):
     assert log_rows(output) == log_rows(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize("when", ["step", "validation", "twice"])
+def test_exit_code_tells_the_signal(tmp_path, data, monkeypatch, capsys, number, code, when):
+    name = "_validate" if when == "validation" else "_update"
+    real = getattr(trainer._Run, name)
+
+    def with_signal(self, *args, **options):
+        for _ in range(2 if when == "twice" else 1):
+            os.kill(os.getpid(), number)
+        return real(self, *args, **options)
+
+    monkeypatch.setattr(trainer._Run, name, with_signal)
+    assert main(_words(data, tmp_path / "run", "--model", "dual", "--quiet")) == code
+    assert "itm-fast train: interrupted in epoch 1 after" in capsys.readouterr().err
+
+
 def test_a_direction_is_for_scan(tmp_path, data, capsys):
     words = ["train", "--model", "sgr", "--direction", "i2t", "--data", str(data)]
     assert main([*words, "--output", f"{tmp_path}/r"]) == 2

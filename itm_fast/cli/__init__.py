@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 
 from .._lock import LockedError
+from ..training.interrupt import Terminated
 from ._parser import Parser
 
 _SUMMARIES = {
@@ -27,10 +28,6 @@ _SUMMARIES = {
 }
 COMMANDS = tuple(_SUMMARIES)
 _EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, ImportError, LockedError)
-
-
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does but with a code of its own."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -67,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt as interrupt:
         _trace()
         print(f"itm-fast {command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
-        return 143 if isinstance(interrupt, _Terminated) else 130
+        return 143 if isinstance(interrupt, Terminated) else 130
     except BrokenPipeError:
         # The interpreter flushes standard output once more on its way out; let that go nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -83,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
     def raise_it(*_: object) -> None:
-        raise _Terminated
+        raise Terminated
 
     try:
         before = signal.signal(signal.SIGTERM, raise_it)

@@ -215,7 +215,7 @@ class _Run:
                 if self.step >= self.steps:
                     self.epoch, self.step = self.epoch + 1, 0
                 self._save_resume()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as interrupt:
             kept = "nothing was saved yet"
             if self.saved is not None:
                 kept = (
@@ -223,7 +223,7 @@ class _Run:
                     "goes on from there"
                 )
             done = f"interrupted in epoch {self.epoch + 1} after {self.iterations} steps"
-            raise KeyboardInterrupt(f"{done}; {kept}") from None
+            raise type(interrupt)(f"{done}; {kept}") from None
         return Result(self.best_rsum, self.best_epoch, self.iterations, finished=self.epoch >= self.opt.num_epochs)
 
     def _train_epoch(self, max_steps: int | None) -> bool:
@@ -250,7 +250,7 @@ class _Run:
                 bar.update()
                 if self.stop.asked:
                     self._save_resume()
-                    raise KeyboardInterrupt
+                    raise self.stop.asked
                 if time.monotonic() - saved > _SAVE_EVERY:
                     self._save_resume()
                     saved = time.monotonic()
