@@ -29,6 +29,10 @@ def refused(capsys, *words: str) -> list[str]:
         (["tidy"], "itm-fast: there is no command 'tidy'; the commands are evaluate, train, demo, convert, doctor"),
         (["--verbose", "doctor"], "itm-fast: there is no option --verbose; `itm-fast --help` lists them"),
         (["doctor", "--jso"], "itm-fast doctor: there is no option --jso; did you mean --json?"),
+        (["evaluate", "--thread", "4"], "there is no option --thread; `itm-fast evaluate --help` lists them"),
+        (["evaluate", "--no-progress=yes"], "itm-fast evaluate: --no-progress takes no value, got 'yes'"),
+        (["train", "--output", "x", "--no-bi-gru=1"], "itm-fast train: --no-bi-gru takes no value, got '1'"),
+        (["doctor", "--json="], "itm-fast doctor: --json takes no value, got ''"),
         (["doctor", "--qqq", "5"], "itm-fast doctor: there is no option --qqq; `itm-fast doctor --help` lists them"),
         (["doctor", "now"], "itm-fast doctor: 'now' belongs to no option"),
         (["evaluate", "--chekpoint", "x"], "there is no option --chekpoint; did you mean --checkpoint?"),
@@ -68,6 +72,13 @@ def test_all_mistakes_are_named_at_once(capsys):
         "itm-fast train: --epochs wants a whole number, got 'ten'",
         "itm-fast train: --model must be one of sgr, saf, scan, shan, hgan, tshsr, dual, got 'sgf'; did you mean sgr?",
         "itm-fast train: --lr wants a number, got 'fast'",
+    ]
+
+
+def test_a_misspelt_switch_with_a_value_is_told_in_plain_words(capsys):
+    assert refused(capsys, "evaluate", "--data", "x", "--checkpoint", "y", "--no-progres=yes") == [
+        "itm-fast evaluate: there is no option --no-progres; did you mean --no-progress?",
+        "itm-fast evaluate: --no-progress takes no value, got 'yes'",
     ]
 
 

@@ -47,14 +47,21 @@ class Parser(argparse.ArgumentParser):
             if word == "--" or (self._subparsers is not None and not word.startswith("-")):
                 return [*found, *words[at:]], left_out  # what follows are no options, or those of a command
             name, equals, value = word.partition("=")
-            if not word.startswith("-") or re.match(r"-(\.?\d|$)", word) or name in self._option_string_actions:
+            if not word.startswith("-") or re.match(r"-(\.?\d|$)", word):
                 found.append(word)
                 continue
-            near = nearest(name, self._option_string_actions)
-            hint = f"did you mean {near}?" if near else f"`{self.prog} --help` lists them"
-            self._problems.append(f"there is no option {name}; {hint}")
-            left_out = left_out or near is None
-            found += [f"{near}{equals}{value}"] if near else []
+            near: str | None = name
+            if name not in self._option_string_actions:
+                near = nearest(name, self._option_string_actions)
+                hint = f"did you mean {near}?" if near else f"`{self.prog} --help` lists them"
+                self._problems.append(f"there is no option {name}; {hint}")
+            if near is None:
+                left_out = True
+            elif equals and self._option_string_actions[near].nargs == 0:
+                self._problems.append(f"{near} takes no value, got {value!r}")
+                found.append(near)
+            else:
+                found.append(f"{near}{equals}{value}")
         return found, left_out
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
@@ -87,13 +94,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that looks most like this one, whatever its case; None when none does.
+    """The known name that looks most like this one, whatever its case; None when none looks like it.
 
     >>> nearest("--Chekpoint", ["--data", "--checkpoint"])
     '--checkpoint'
     """
     plain = {each.lower().lstrip("-"): each for each in known}
-    found = difflib.get_close_matches(name.lower().lstrip("-").replace("_", "-"), plain, n=1)
+    found = difflib.get_close_matches(name.lower().lstrip("-").replace("_", "-"), plain, n=1, cutoff=0.65)
     return plain[found[0]] if found else None
 
 
