@@ -59,13 +59,22 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     Traceback (most recent call last):
     IsADirectoryError: [Errno 21] is a folder, and a file is needed: '.'
     """
+    require_regular(path)
+    return open(path, "rb")
+
+
+def require_regular(path: str | os.PathLike[str]) -> None:
+    """Refuse what is no regular file, by name and kind.
+
+    Raises:
+        OSError: it is not there, or is a folder, a FIFO, a socket or a device.
+    """
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
         raise IsADirectoryError(errno.EISDIR, "is a folder, and a file is needed", os.fspath(path))
     if not stat.S_ISREG(mode):
         kind = "a FIFO" if stat.S_ISFIFO(mode) else "a socket" if stat.S_ISSOCK(mode) else "a device"
         raise OSError(errno.EINVAL, f"is {kind}, and a regular file is needed", os.fspath(path))
-    return open(path, "rb")
 
 
 def reserve(file: IO[bytes], size: int) -> None:

@@ -154,7 +154,7 @@ def test_lines_of_a_journal_that_cannot_be_read_are_skipped(tmp_path, junk, lost
 def test_a_damaged_header_of_a_journal_is_refused_with_the_remedy(tmp_path, header):
     path = begun(tmp_path)
     (tmp_path / "x.npy.journal").write_text(header + "\n0 1\n")
-    for refused in (lambda: opened(path, resume=True), lambda: kept_block(path)):
+    for refused in (lambda: opened(path, resume=True), lambda: kept_block(path, SHAPE)):
         with pytest.raises(ValueError, match=r"x\.npy\.journal is damaged .*; delete it and x\.npy\.partial") as found:
             refused()
         assert len(str(found.value).splitlines()) == 1

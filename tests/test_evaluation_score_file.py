@@ -347,7 +347,7 @@ def test_a_full_disk_is_met_before_anything_is_scored(tmp_path, monkeypatch, cal
 
     monkeypatch.setattr(os, call, full)
     scorer = Scorer()
-    with pytest.raises(OSError, match="No space left on device; 1 MB are needed, and nothing was scored"):
+    with pytest.raises(OSError, match="No space left on device; 1 MB are needed, and none of it was scored"):
         score_all(scorer, random_encoded(7, 23), out=tmp_path / "x.npy", progress=False)
     assert not scorer.calls["score"]
     assert names(tmp_path) == []

@@ -241,8 +241,8 @@ def _budget(
     memory_gb: float | None, device: torch.device, process: int, held: dict[str, int], encoded: bool
 ) -> tuple[int, str]:
     if memory_gb is not None:
-        if not memory_gb > 0:
-            raise ValueError(f"the memory budget must be more than 0 GB, got {memory_gb}")
+        if not 0 < memory_gb <= GB:  # 10^9 GB: infinity is no number of bytes, and neither is what overflows
+            raise ValueError(f"the memory budget must be more than 0 GB and at most {GB:,} GB, got {memory_gb}")
         return round(memory_gb * GB), "as asked"
     available = available_bytes(device)
     share = SHARE.get(device.type, SHARE["cpu"])

@@ -8,7 +8,7 @@ import os
 import platform
 import time
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from .. import __version__
 from .._backends import recorded, requested
 from .._checks import matmul_precision
+from .._files import FULL
 from .distinct import columns, first_of_equals
 from .encoding import device_of, embed, encode, evaluation_mode, packed_ids, require_vocabulary
 from .memory import GB, MemoryPlan, plan
@@ -95,6 +96,7 @@ def evaluate(
             files = score_files(scores, len(models))
             claims = [stack.enter_context(Claim(file, resume)) for file in files]
             check_room(files, (count, len(split.captions)))
+            stack.enter_context(_says_what_is_kept(claims))
         return _evaluate(models, split, vocab, names, folds, ties, batch_size, memory_gb, claims, resume, progress)
 
 
@@ -217,21 +219,46 @@ def score_files(scores: str | os.PathLike[str], models: int) -> list[Path]:
     return [path] if models == 1 else [*members, path]
 
 
+@contextlib.contextmanager
+def _says_what_is_kept(claims: list[Claim]) -> Iterator[None]:
+    """Let an interruption and a full disk name the files that are kept, also while none is written, as in encoding."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        kept = _kept(claims)
+        if str(interrupt) or not kept:
+            raise
+        raise type(interrupt)(f"interrupted; {kept}: resume (--resume) to go on") from None
+    except OSError as error:
+        kept = _kept(claims)
+        if error.errno not in FULL or not kept or "--resume" in str(error):
+            raise
+        message = f"{error.strerror}; {kept}: free some space and resume (--resume) to go on"
+        raise OSError(error.errno, message, error.filename) from error
+
+
+def _kept(claims: list[Claim]) -> str:
+    found = [f"{claim.path} is finished" for claim in claims if claim.path.exists()]
+    found += [f"{claim.path} is begun" for claim in claims if claim.journal.exists()]
+    return f"{', '.join(found)} and kept" if found else ""
+
+
 def _mean_file(claim: Claim, members: list[Claim]) -> NDArray[np.float32]:
     scores = [np.load(member.path, mmap_mode="r", allow_pickle=False) for member in members]
     images, captions = scores[0].shape
     checksums = [json.loads(member.about.read_bytes())["checksums"] for member in members]
     identity = {"members": f"{zlib.crc32(json.dumps(checksums).encode()):08x}"}
     with ScoreFile(claim, (images, captions), np.arange(captions), (STRIPE, captions), identity) as file:
-        for number in sorted(set(range(0 if file.finished else file.blocks)) - file.done):
-            start, stop = file.rows(number)
-            total = np.array(scores[0][start:stop])
-            for score in scores[1:]:
-                total += score[start:stop]
-            total /= len(scores)
-            file.write(number, total)
         if not file.finished:
-            file.finish()
+            with file.says_what_is_kept():
+                for number in sorted(set(range(file.blocks)) - file.done):
+                    start, stop = file.rows(number)
+                    total = np.array(scores[0][start:stop])
+                    for score in scores[1:]:
+                        total += score[start:stop]
+                    total /= len(scores)
+                    file.write(number, total)
+                file.finish()
     return np.load(claim.path, mmap_mode="r", allow_pickle=False)
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .._files import open_regular
+from .._files import open_regular, require_regular
 from .._lock import Lock, LockedError
 
 _claims: weakref.WeakValueDictionary[Path, Claim] = weakref.WeakValueDictionary()  # of this process
@@ -32,7 +32,7 @@ class Claim:
     Raises:
         LockedError: another run writes there; names its process, host and since when.
         FileExistsError: a finished or interrupted file is there and `resume` is false.
-        ValueError, FileNotFoundError: `path` does not end in .npy, or its folder does not exist.
+        ValueError, OSError: `path` does not end in .npy, its folder does not exist, or it is no regular file.
     """
 
     def __init__(
@@ -103,12 +103,14 @@ class Claim:
 
 
 def score_path(path: str | os.PathLike[str]) -> Path:
-    """`path`, refused unless it ends in .npy and its folder exists."""
+    """`path`, refused unless it ends in .npy and its folder exists, or where a folder or a FIFO has this name."""
     path = Path(path)
     if path.suffix != ".npy":
         raise ValueError(f"a score file is a .npy file, got {path}")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"the folder of the score file does not exist: {path.parent}")
+    if path.exists():
+        require_regular(path)
     return path
 
 
@@ -146,8 +148,12 @@ def read_about(source: Path, path: Path) -> dict[str, Any]:
     return found
 
 
-def kept_block(path: str | os.PathLike[str]) -> tuple[int, int] | None:
-    """The block size that a finished or interrupted run at `path` has fixed; None when there is none.
+def kept_block(path: str | os.PathLike[str], shape: tuple[int, int]) -> tuple[int, int] | None:
+    """The block size that a finished or interrupted run at `path` has fixed.
+
+    Returns:
+        (images, columns); None when there is no such run, or none of `shape` in blocks that fit into it: `ScoreFile`
+        refuses that one, with the names of what differs.
 
     Raises:
         ValueError: what tells it is damaged.
@@ -157,8 +163,10 @@ def kept_block(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     source = about if path.exists() else journal
     if not source.exists():
         return None
-    images, columns = read_about(source, path)["block"]
-    return images, columns
+    found = read_about(source, path)
+    images, columns = found["block"]
+    fits = found["shape"] == list(shape) and images <= shape[0] and columns <= shape[1]
+    return (images, columns) if fits else None
 
 
 def check_room(paths: Sequence[Path], shape: tuple[int, int]) -> str:

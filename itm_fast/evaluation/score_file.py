@@ -17,7 +17,7 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,24 @@ class ScoreFile:
         self.finished = True
         self._close()
 
+    @contextlib.contextmanager
+    def says_what_is_kept(self) -> Iterator[None]:
+        """Let an interruption, or a disk that cannot be written, end in a sentence with the blocks that are kept."""
+        try:
+            yield
+        except KeyboardInterrupt as interrupt:
+            raise type(interrupt)(f"interrupted; {self._kept()}: resume (--resume) to go on") from None
+        except OSError as error:
+            room = "free some space and " if error.errno in FULL else ""
+            why = os.strerror(error.errno) if error.errno else str(error)  # without what is said of the file alone
+            message = f"{why}; {self._kept()}: {room}resume (--resume) to go on"
+            raise OSError(error.errno or 0, message, str(self.path)) from error
+
+    def _kept(self) -> str:
+        if self.finished:
+            return f"{self.path} is finished and kept"
+        return f"{len(self.done)} of {self.blocks} blocks are kept beside {self.path}"
+
     def release(self) -> None:
         """Close the files, and let others write unless the `Claim` came from outside. More than once does nothing."""
         self._close()
@@ -205,7 +223,7 @@ class ScoreFile:
         except BaseException as error:
             self.claim.partial.unlink(missing_ok=True)
             if isinstance(error, OSError) and error.errno in FULL:
-                message = f"{os.strerror(error.errno)}; {megabytes(self._size)} are needed, and nothing was scored"
+                message = f"{os.strerror(error.errno)}; {megabytes(self._size)} are needed, and none of it was scored"
                 raise OSError(error.errno, message, str(self.path)) from error
             raise
         self._attach()
@@ -281,18 +299,20 @@ class ScoreFile:
         return found
 
     def _compare(self, source: Path, theirs: Mapping[str, Any]) -> None:
+        matrix = self.path if source == self.claim.about else self.claim.partial
+        remedy = f"give another name, or delete {matrix.name} and {source.name}"
         keys = dict.fromkeys([*self.identity, *theirs["identity"]])
         differing = [key for key in keys if theirs["identity"].get(key) != self.identity.get(key)]
         if differing:
             raise ValueError(
                 f"{self.path} cannot be continued or used again: according to {source.name} it was computed with other "
-                f"{', '.join(differing)}; give another name or delete it"
+                f"{', '.join(differing)}; {remedy}"
             )
         mine = self._about()
         if any(theirs[key] != mine[key] for key in ("shape", "block")):
             raise ValueError(
                 f"{source} is of {theirs['shape']} scores in blocks of {theirs['block']}, not of {mine['shape']} in "
-                f"blocks of {mine['block']}; give another name or delete it"
+                f"blocks of {mine['block']}; {remedy}"
             )
 
 

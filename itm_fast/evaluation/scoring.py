@@ -14,7 +14,6 @@ from torch import Tensor
 
 from .._backends import requested
 from .._checks import matmul_precision
-from .._files import FULL
 from .._workspace import GIB, workspace
 from .counting import require_finite
 from .distinct import columns, first_of_equal_embeddings
@@ -55,7 +54,7 @@ def plan_for(
         dtype=encoded.image.dtype,
         matrices=0 if out else 1,
         encoded=True,
-        block=kept_block(out) if out else None,
+        block=kept_block(out, (images, len(encoded.lengths))) if out else None,
         device=encoded.device,
     )
 
@@ -131,21 +130,11 @@ def score_into(
     block = (plan.image_block, plan.caption_block)
     with ScoreFile(claim, (plan.images, plan.captions), rank, block, identity) as file:
         if not file.finished:
-            try:
+            with file.says_what_is_kept():
                 for number, _, _, scores in _blocks(scorer, encoded, plan, order, file.done, progress):
                     file.write(number, scores)
                 file.finish()
-            except KeyboardInterrupt as interrupt:
-                raise type(interrupt)(f"interrupted; {_kept(file)}: resume (--resume) to go on") from None
-            except OSError as error:
-                room = "free some space and " if error.errno in FULL else ""
-                message = f"{error.strerror or error}; {_kept(file)}: {room}resume (--resume) to go on"
-                raise OSError(error.errno or 0, message, str(file.path)) from error
     return np.load(claim.path, mmap_mode="r", allow_pickle=False)
-
-
-def _kept(file: ScoreFile) -> str:
-    return f"{len(file.done)} of {file.blocks} blocks are kept beside {file.path}"
 
 
 def _columns(encoded: Encoded) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
