@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from itm_fast.evaluation import ranking
+from itm_fast.evaluation.counting import count
 from itm_fast.models import scan, sgraf
 
 
@@ -42,3 +44,11 @@ def test_published_evaluators_refuse_what_would_give_a_wrong_number():
     sims[1, 3] = np.nan
     with pytest.raises(ValueError, match="image 1 and caption 3 is NaN"):
         scan.t2i(np.zeros((2, 1, 1)), None, None, sims)
+
+
+@pytest.mark.parametrize("side", ["i2t", "t2i"])
+def test_scores_are_counted_once(monkeypatch, side):
+    counted = []
+    monkeypatch.setattr(ranking, "count", lambda *given: counted.append(given) or count(*given))
+    getattr(sgraf, side)(np.zeros((4, 2, 3)), None, None, np.eye(20)[:4], return_ranks=True)
+    assert len(counted) == 1

@@ -314,17 +314,23 @@ def _metrics(found: Counts, ties: str) -> Metrics:
 
 
 def _direction(side: Standings, ties: str, chance: tuple[float, ...]) -> Direction:
-    queries = len(side.above)
     if ties == "expected":
         recall = [100.0 * float(_reached(side, k).mean()) for k in (1, 5, 10)]
-        median, mean = _median(side), float((side.above + side.tied / (side.level + 1)).mean())
+        mean = float((side.above + side.tied / (side.level + 1)).mean())
+        found = recall[0], recall[1], recall[2], _median(side) + 1, mean + 1
     else:
-        rank = _placed(side, ties)
-        recall = [100.0 * int(np.count_nonzero(rank < k)) / queries for k in (1, 5, 10)]
-        median, mean = float(np.floor(np.median(rank))), float(rank.mean())
-    return Direction(
-        recall[0], recall[1], recall[2], median + 1, mean + 1, queries, (chance[0], chance[1], chance[2])
-    )
+        found = summary(_placed(side, ties))
+    return Direction(*found, len(side.above), (chance[0], chance[1], chance[2]))
+
+
+def summary(rank: NDArray[np.int64]) -> tuple[float, float, float, float, float]:
+    """R@1, R@5, R@10 in percent, and median (rounded down) and mean rank counted from 1, of 0-based ranks.
+
+    >>> summary(np.array([0, 2, 7, 30]))
+    (25.0, 50.0, 75.0, 5.0, 10.75)
+    """
+    r1, r5, r10 = (100.0 * int(np.count_nonzero(rank < k)) / len(rank) for k in (1, 5, 10))
+    return r1, r5, r10, float(np.floor(np.median(rank))) + 1, float(rank.mean()) + 1
 
 
 def _placed(side: Standings, ties: str) -> NDArray[np.int64]:

@@ -72,7 +72,8 @@ def t2i(
 
 
 def _recall(side: str, images: Sequence[Any], sims: Any, return_ranks: bool) -> Any:
-    from ..evaluation import metrics, ranks
+    from ..evaluation import ranks
+    from ..evaluation.ranking import summary
 
     count, sims = len(images), np.asarray(sims)
     if sims.shape != (count, PER_IMAGE * count):
@@ -81,11 +82,9 @@ def _recall(side: str, images: Sequence[Any], sims: Any, return_ranks: bool) -> 
             f"{list(sims.shape)}; itm_fast.evaluation.metrics(score, caption_to_image) takes other numbers of captions"
         )
     owner = np.arange(PER_IMAGE * count) // PER_IMAGE
-    found = getattr(metrics(sims, owner, ties="published"), side)
-    summary = (*found.recalls, found.medr, found.meanr)
-    if not return_ranks:
-        return summary
     rank = getattr(ranks(sims, owner, "published"), side)
+    if not return_ranks:
+        return summary(rank)
     table = sims if side == "i2t" else sims.T
     top = table.shape[1] - 1 - np.argmax(table[:, ::-1], axis=1)
-    return summary, (rank.astype(np.float64), top.astype(np.float64))
+    return summary(rank), (rank.astype(np.float64), top.astype(np.float64))
