@@ -138,7 +138,7 @@ def test_scores_that_name_no_regular_file_are_refused(made, tmp_path, capsys, ma
     assert os.listdir(tmp_path) == ["s.npy"]
 
 
-@pytest.mark.parametrize("budget", [float("inf"), 1e308, 10**400, float("nan"), -1.0, 0])
+@pytest.mark.parametrize("budget", [float("inf"), 1e308, pytest.param(10**400, id="10**400"), float("nan"), -1.0, 0])
 def test_a_budget_that_is_no_number_of_bytes_is_refused(budget):
     with pytest.raises(ValueError, match="must be more than 0 GB and at most 1,000,000,000 GB, got"):
         plan(CrossAttentionScore(), images=2, regions=3, dim=4, lengths=np.array([3]), memory_gb=budget)
