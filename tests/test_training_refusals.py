@@ -8,7 +8,7 @@ import warnings
 import numpy as np
 import pytest
 import torch
-from training_cases import DEV, TRAIN, WORDS, run_tiny, tiny_options
+from training_cases import DEV, TRAIN, WORDS, log_rows, run_tiny, tiny_options
 
 from itm_fast.cli import main
 from itm_fast.data import Split, Vocabulary, save_splits
@@ -79,13 +79,26 @@ def test_a_run_whose_log_cannot_be_written_writes_no_vocabulary(tmp_path, monkey
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("text", ["a,b\n1,2\n", "iteration,mine\n1,2\n", ",".join(COLUMNS) + "\n", ""])
+HEADER = ",".join(COLUMNS) + "\n"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a,b\n1,2\n", "iteration,mine\n1,2\n", HEADER + "1,6" + "," * 15 + "99\n", HEADER + "," * 99 + "\n", ""],
+    ids=["another table", "another one with iterations", "a whole epoch", "damaged", "empty"],
+)
 def test_a_new_run_does_not_touch_a_log_that_is_there(tmp_path, text):
     (tmp_path / "log.csv").write_text(text)
     with pytest.raises(FileExistsError, match=r"log\.csv is there already, and a new run does not touch it"):
         run_tiny(tmp_path)
     assert (tmp_path / "log.csv").read_text() == text
     assert not (tmp_path / "data_vocab.json").exists()
+
+
+def test_a_log_of_a_run_that_saved_nothing_is_begun_anew(tmp_path):
+    (tmp_path / "log.csv").write_text(HEADER + "1,1,0.5" + "," * 14 + "\n")
+    run_tiny(tmp_path, max_steps=1)
+    assert [row["iteration"] for row in log_rows(tmp_path)] == ["1", "1"]
 
 
 @pytest.mark.parametrize(

@@ -99,6 +99,14 @@ def _rows(path: Path) -> list[dict[str, str]]:
     return rows
 
 
+def never_validated(path: Path) -> bool:
+    """Whether a file is the log of a run that ended before its first validation, and not another file."""
+    try:
+        return not any(row["rsum"] for row in _rows(path))
+    except ValueError:
+        return False
+
+
 def dev_values(found: Metrics) -> dict[str, float]:
     """The dev columns of one validation."""
     ways = (found.i2t, found.t2i)

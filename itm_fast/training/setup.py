@@ -19,6 +19,7 @@ from . import resume
 from .building import fits
 from .checkpoint import BEST, LAST
 from .log import NAME as LOG
+from .log import never_validated
 from .recipe import TRAINING
 
 if TYPE_CHECKING:
@@ -81,7 +82,9 @@ def completed(
 
 
 def refuse_existing(output: Path, vocabulary_file: Path, vocabulary: Vocabulary) -> None:
-    """Refuse to start where a file that the run writes is there already; equal words may be.
+    """Refuse to start where a file that the run writes is there already.
+
+    Equal words may be, and the log of a run that failed before it saved anything.
 
     Raises:
         FileExistsError: names the file.
@@ -90,7 +93,7 @@ def refuse_existing(output: Path, vocabulary_file: Path, vocabulary: Vocabulary)
     for name, way_on in ((resume.NAME, "continue it with --resume, or "), (BEST, ""), (LAST, "")):
         if (output / name).exists():
             raise FileExistsError(f"{output} already holds a run ({name}); {way_on}give another folder")
-    if (output / LOG).exists():
+    if (output / LOG).exists() and not never_validated(output / LOG):
         raise FileExistsError(
             f"{output / LOG} is there already, and a new run does not touch it; move it away, or give another folder"
         )

@@ -96,8 +96,8 @@ def train(
         how the run ended.
 
     Raises:
-        FileExistsError: `resuming` is false, and `output` holds a run, a `log.csv`, or other words under the
-            vocabulary's name.
+        FileExistsError: `resuming` is false, and `output` holds a run, a `log.csv` (but that of a run without a
+            validation may be there), or other words under the vocabulary's name.
         FileNotFoundError: `resuming` and there is none.
         ValueError: options that do not fit the data or the interrupted run, data other than the interrupted run's,
             captions of which the vocabulary knows next to nothing, or a loss that is not finite.
