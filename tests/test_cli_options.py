@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from itm_fast.cli import COMMANDS, _parser, main
+from itm_fast.cli import COMMANDS, build_parser, main
 from itm_fast.cli.train import _OPTIONS, _flag
 
 
@@ -83,9 +83,9 @@ def test_a_misspelt_switch_with_a_value_is_told_in_plain_words(capsys):
 
 
 def test_what_looks_like_an_option_and_is_none():
-    demo = _parser("demo").parse_args(["demo", "--images", "-5", "--queries", "-", "-.5", "a - b"])
+    demo = build_parser("demo").parse_args(["demo", "--images", "-5", "--queries", "-", "-.5", "a - b"])
     assert (demo.images, demo.queries) == (-5, ["-", "-.5", "a - b"])
-    convert = _parser("convert").parse_args(["convert", "--", "--source", "-d"])
+    convert = build_parser("convert").parse_args(["convert", "--", "--source", "-d"])
     assert (convert.source, convert.destination) == ("--source", "-d")
 
 
@@ -114,7 +114,7 @@ def test_values_and_options_of_other_models_are_refused_by_their_flags(capsys, t
 
 
 def test_every_flag_of_a_published_option_exists():
-    known = _parser("train").parse_args(["train", "--output", "x"])
+    known = build_parser("train").parse_args(["train", "--output", "x"])
     for flag, option in _OPTIONS.items():
         assert hasattr(known, flag)
         assert _flag(option) == f"--{flag.replace('_', '-')}"
@@ -123,9 +123,9 @@ def test_every_flag_of_a_published_option_exists():
 def test_nothing_heavy_is_imported_for_help_and_mistakes():
     code = """if True:
         import contextlib, io, sys
-        from itm_fast.cli import COMMANDS, _parser, main
+        from itm_fast.cli import COMMANDS, build_parser, main
         for command in (None, *COMMANDS):
-            _parser(command).format_help()
+            build_parser(command).format_help()
         wrong = [[], ["trian"], *([name, "--qqq"] for name in COMMANDS)]
         wrong += [["--help"], *([name, "--help"] for name in COMMANDS)]
         wrong += [["train", "--output", "x", "--model", "sgr", "--data", "y", *more.split()]

@@ -36,7 +36,7 @@ def test_python_examples_run(code):
 def test_commands_are_understood(command):
     words = shlex.split(command)[1:]
     assert words[0] in cli.COMMANDS
-    assert cli._parser(words[0]).parse_args(words).run
+    assert cli.build_parser(words[0]).parse_args(words).run
 
 
 def test_the_dry_run_prints_its_plan():

@@ -15,7 +15,7 @@ if str(ROOT) not in sys.path:
     sys.path.insert(0, str(ROOT))
 
 from benchmarks import harness, page, train_models  # noqa: E402
-from itm_fast.cli import _parser  # noqa: E402
+from itm_fast.cli import build_parser  # noqa: E402
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def data(tmp_path):
 
 def test_every_recipe_is_understood():
     for options in train_models.MODELS.values():
-        _parser("train").parse_args(["train", "--output", "x", *options, *train_models.RECIPE])
+        build_parser("train").parse_args(["train", "--output", "x", *options, *train_models.RECIPE])
 
 
 def test_runs_are_kept_and_reported(data, tmp_path, monkeypatch, capsys):

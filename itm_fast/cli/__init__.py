@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command = next((word for word in words if not word.startswith("-")), None)
     try:
         with _sigterm_interrupts():
-            args = _parser(command).parse_args(words)
+            args = build_parser(command).parse_args(words)
             return args.run(args)
     except KeyboardInterrupt as interrupt:
         _trace()
@@ -93,7 +93,7 @@ def _sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _parser(command: str | None) -> Parser:
+def build_parser(command: str | None) -> Parser:
     from .. import __version__
 
     parser = Parser(
