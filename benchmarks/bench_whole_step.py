@@ -83,10 +83,11 @@ def measure(model: str, shape: Shape, device: str, args: argparse.Namespace) -> 
     }
     if cut != shape:
         few = times.pop(f"{LOOP}, {least.captions} captions")
-        times[LOOP] = {
-            part: [extended(x, y, least, cut, shape) for x, y in zip(few[part], many)]
-            for part, many in times[LOOP].items()
-        }
+        loop = times[LOOP]
+        for part in ("encoders", "scores_and_loss"):  # what is left of a step does not depend on the words
+            longer = [extended(x, y, least, cut, shape) for x, y in zip(few[part], loop[part])]
+            loop["whole"] = [w + x - y for w, x, y in zip(loop["whole"], longer, loop[part])]
+            loop[part] = longer
     rows, flops = [], encoder_flops(model, shape) + step_flops(model, shape, hardest=True)
     median = {name: {part: statistics.median(x) for part, x in t.items()} for name, t in times.items()}
     base = median[LOOP]

@@ -55,6 +55,49 @@ def test_a_sum_may_go_in_any_order_even_where_it_cancels(n, dtype):
         assert_accurate([one_by_one(a, b)], lambda kind, a=a, b=b: [a.to(kind) @ b.to(kind)], dtype)
 
 
+def total(x):
+    return [x.sum(0)]
+
+
+def product(x):
+    return [x.t() @ x.new_ones(len(x))]
+
+
+def gradient_of_a_factor(x):
+    """The factor is one row, so its gradient is the sum over all rows."""
+    factor = x.new_ones(x.shape[1], requires_grad=True)
+    return torch.autograd.grad((x * factor).sum(), factor)
+
+
+def one_after_another(x):
+    found = torch.zeros_like(x[0])
+    for row in x:
+        found = found + row
+    return found
+
+
+@pytest.mark.parametrize("reference", [total, product, gradient_of_a_factor])
+@pytest.mark.parametrize("n", [64, 4096])
+def test_a_sum_of_positive_terms_may_go_from_first_to_last_or_in_blocks(n, reference):
+    x = torch.rand(n, 16, generator=torch.Generator().manual_seed(0))
+    blocks = torch.stack([one_after_another(block) for block in x.split(32)])
+    for found in (one_after_another(x), one_after_another(blocks)):
+        assert_accurate([found], lambda kind: reference(x.to(kind)), torch.float32)
+
+
+def test_a_sum_may_take_all_positive_terms_first():
+    x = torch.rand(4096, 16, generator=torch.Generator().manual_seed(0))
+    x = torch.cat([x, -x])
+    assert_accurate([one_after_another(x)], lambda kind: total(x.to(kind)), torch.float32)
+
+
+@pytest.mark.parametrize("reference", [total, product, gradient_of_a_factor])
+def test_a_term_left_out_of_a_long_sum_is_seen(reference):
+    x = torch.rand(4096, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(AssertionError, match="exceeds"):
+        assert_accurate([one_after_another(x[1:])], lambda kind: reference(x.to(kind)), torch.float32)
+
+
 def drawn(a, b):
     """What rounding may add to a product of float32 vectors."""
     return last(rounding(lambda kind: [a.to(kind) @ b.to(kind)], [a.double() @ b.double()], torch.float32))[0]
@@ -64,8 +107,8 @@ def drawn(a, b):
 def test_the_term_follows_the_number_of_terms(n):
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, generator=generator) for _ in range(2))
-    # Each of n terms is off by sqrt(n) units twice, once for each factor, at random.
-    one = torch.finfo(torch.float32).eps / 2 * (2 * n) ** 0.5 * (a * b).norm().item()
+    # Each of n additions is off by a unit of all the terms at most.
+    one = torch.finfo(torch.float32).eps / 2 * n**0.5 * (a * b).abs().sum().item()
     assert 0.5 < drawn(a, b) / (accuracy.SIGMAS * one) < 2
 
 

@@ -16,14 +16,21 @@ DRAWS = 8
 # Hoeffding: rounding takes a number beyond six times the mean square's root with probability 2 exp(-6^2 / 2) = 3e-8 at
 # most, and the tests compare a few hundred thousand numbers.
 SIGMAS = 6
+CHAIN = 16  # operations of the longest backward pass, SAF's, from where its terms part to the weights that they meet in
 PRODUCTS = {"matmul", "__matmul__", "mm", "bmm", "mv", "dot", "linear"}
 REDUCED = {"sum", "mean", "var", "norm", "vector_norm", "linalg_vector_norm", "logsumexp"}
+LINEAR = {*PRODUCTS, "sum", "mean"}  # of absolute values they give the sum of the absolute terms
 COPIES = {"clone", "contiguous", "to", "double", "__getitem__"}  # round nothing
 FLOAT32 = torch.finfo(torch.float32).eps
 
 
 def assert_accurate(
-    actual: Sequence[Tensor], reference: Reference, dtype: torch.dtype, *, products: torch.dtype | None = None
+    actual: Sequence[Tensor],
+    reference: Reference,
+    dtype: torch.dtype,
+    *,
+    products: torch.dtype | None = None,
+    gradients: bool = False,
 ) -> None:
     """Assert the accuracy rule, error(actual) <= 2 x error(reference in `dtype`) + `rounding`, for every result.
 
@@ -35,6 +42,7 @@ def assert_accurate(
             `itm_fast.ops` on inputs that were rounded to `dtype` before.
         dtype: that of the inputs, in which the reference is compared.
         products: the dtype that factors of matrix products may be rounded to before, where that is another.
+        gradients: whether the results are the gradients of one loss; see `rounding`.
 
     Raises:
         AssertionError: shapes differ, a value is not finite, or an error is too large.
@@ -50,7 +58,9 @@ def assert_accurate(
         assert torch.isfinite(a).all(), "a value is not finite"
     plain = _distances(reference(dtype), exact)
     errors = _distances(actual, exact)
-    for term in rounding(reference, exact, dtype, products):  # drawn only until the errors are within what was drawn
+    for term in rounding(
+        reference, exact, dtype, products, gradients
+    ):  # the first to allow the errors decides as the last
         allowed = [2 * p + t for p, t in zip(plain, term, strict=True)]
         if all(error <= most for error, most in zip(errors, allowed, strict=True)):
             return
@@ -59,52 +69,78 @@ def assert_accurate(
 
 
 def rounding(
-    reference: Reference, exact: Sequence[Tensor], dtype: torch.dtype, products: torch.dtype | None = None
+    reference: Reference,
+    exact: Sequence[Tensor],
+    dtype: torch.dtype,
+    products: torch.dtype | None = None,
+    gradients: bool = False,
 ) -> Iterator[list[float]]:
     """How far rounding alone may take a right program from the exact results: the accuracy rule's rounding term.
 
     Derivation. IEEE arithmetic rounds every operation: the computed v is (1 + d) times the exact one, |d| <= u, half
-    the spacing of numbers at 1 (2^-53 in float64, 2^-24 in float32). A sum of n terms, in any order and in any
-    blocks, is that of terms which are each off by a relative (n - 1) u at the most, and since roundings are as good as
-    independent by sqrt(n) u but with vanishing probability (Higham and Mary, 2019). To first order a result is
-    therefore off by sum_k d_k df/dv_k over all operations k of the program: how many terms are summed enters by d_k,
-    and how the problem is conditioned by df/dv_k. By Hoeffding's inequality such a sum of independent d_k, at most u_k,
-    passes lambda s, s^2 = sum_k (u_k df/dv_k)^2, with probability 2 exp(-lambda^2 / 2) at most: see SIGMAS.
+    the spacing of numbers at 1 (2^-53 in float64, 2^-24 in float32). To first order a result is therefore off by
+    sum_k d_k df/dv_k over all operations k of the program. Roundings are as good as independent with mean zero (Higham
+    and Mary, 2019), so by Hoeffding's inequality it passes lambda s, s^2 = sum_k (u df/dv_k)^2, with probability
+    2 exp(-lambda^2 / 2) at most: see SIGMAS.
+
+    A sum S of n terms x_i makes n - 1 partial sums T, one at each addition, and is off by sum_T d_T T. No partial sum
+    is above A = sum_i |x_i|, in whatever order, in whatever blocks and of whatever signs the terms are, so s <=
+    sqrt(n) u A. One by one, terms of one sign are off by nearly that much (sqrt(n / 3) u A where they are alike), for
+    the first terms share the roundings of all later additions: n independent errors of the terms would not show it.
 
     s is measured, for it is the root of the mean square of what the results move by when each d_k is +u_k or -u_k at
     random. So the reference runs in float64, and after every operation each value is multiplied by 1 + u or 1 - u at
-    random (Monte Carlo arithmetic; Parker, 1997), and each term of a sum of n before by 1 +- sqrt(n) u. The backward
-    pass is drawn likewise and on its own: with C results to which an element contributes, its gradient is a sum of C
-    terms. That backward rounds independently is what shows where gradients cancel: for a caption of one word, whose
-    affinity a is normalised to a / |a|, d a is the difference of two equal terms of size 1 / |a|, which rounding leaves
-    apart by u / |a| although the exact difference is next to nothing.
+    random (Monte Carlo arithmetic; Parker, 1997), each term of a sum before likewise, and to a sum of n is added
+    +- sqrt(n) u A. A is the same operation on absolute values; it is the sum itself within a norm and a
+    variance.
+
+    The backward pass is drawn likewise and on its own. With C results to which an element contributes, its gradient
+    is a sum of C terms, but autograd hands over that sum S, not A. Take a partial sum T of m of the C terms, chosen at
+    random: its mean square is at most (m / C) sum_i x_i^2 + (m / C)^2 S^2 (sampling without replacement). That is no
+    more than sum_i x_i^2 + S^2, so s^2 <= C u^2 (sum_i x_i^2 + S^2) in any blocks, provided that the order of the
+    terms has nothing to do with their signs; for terms of one sign |T| <= |S| in any order. So each term is multiplied
+    by 1 +- sqrt(C) u, and so is their sum. That backward rounds independently is what shows where gradients cancel: for
+    a caption of one word, whose affinity a is normalised to a / |a|, d a is the difference of two equal terms of size
+    1 / |a|, which rounding leaves apart by u / |a| although the exact difference is next to nothing.
 
     All arithmetic in float16 and bfloat16 sums in float32 or better, so u is at most float32's there; the results
     themselves are stored in `dtype`, which the term's first part covers: u of `dtype` times the largest value.
 
-    A wrong program does not hide here: a dropped term, or eps inside the root, is off by a share of the value that has
-    nothing to do with u.
+    Gradients share what the backward pass makes on its way to them, and a right program may make it by another
+    formula: sum beta d beta of SAF's weights is m . d m as well. Where one argument's gradient is a difference of such
+    terms that cancel, autograd's own formula may cancel exactly, and then no draw shows what another leaves: up to the
+    rounding of the terms over the chain of operations from there to the argument, CHAIN u of their size. The largest
+    gradient of any argument stands for that size.
+
+    A result is one tensor and has one allowance, that of its worst conditioned element. A mistake shows if it moves
+    some element of the tensor by more: a dropped term, or eps inside the root, is off by a share of the value that has
+    nothing to do with u. Where one element is so ill conditioned that its allowance exceeds that share of all the
+    others, the mistake does not show: compare such elements apart, or choose inputs without them.
 
     Args:
         reference: see `assert_accurate`.
         exact: its results in float64.
         dtype: that of the inputs.
         products: see `assert_accurate`; its u is added to that of the factors.
+        gradients: whether the results are the gradients of one loss.
 
     Yields:
-        One number for each result: what storing it rounds; then that and `SIGMAS` s, s of the element where it is
-        largest, after each of `DRAWS` draws. The random numbers are fixed.
+        One number for each result: what storing it rounds; then, after each of `DRAWS` draws, that and `SIGMAS` s, s
+        of the element where it is largest. The draws still to come count as zero in s: the numbers grow up to the
+        last ones, which are the bound, and errors within earlier ones are within it. The random numbers are fixed.
     """
     unit = torch.finfo(dtype).eps / 2
     factors = 0.0 if products is None else torch.finfo(products).eps / 2
     stored = [unit * e.abs().max().item() if e.numel() else 0.0 for e in exact]
+    if gradients:
+        stored = [x + CHAIN * max(stored) for x in stored]
     squares = [torch.zeros_like(e) for e in exact]
     yield stored
     for seed in range(DRAWS):
         with _Drawn(min(unit, FLOAT32 / 2), factors, seed):
             moved = reference(torch.float64)
         squares = [q + (m.detach() - e).square() for q, m, e in zip(squares, moved, exact, strict=True)]
-        largest = [(q / (seed + 1)).max().sqrt().item() if q.numel() else 0.0 for q in squares]
+        largest = [(q / DRAWS).max().sqrt().item() if q.numel() else 0.0 for q in squares]
         yield [a + SIGMAS * b for a, b in zip(stored, largest, strict=True)]
 
 
@@ -122,8 +158,17 @@ def _normalize(x: Tensor, dim: int = 1, eps: float = 1e-12, **_: Any) -> Tensor:
     return x / torch.linalg.vector_norm(x, dim=dim, keepdim=True).clamp_min(eps)
 
 
-# Several operations in one, whose gradient is a difference: it cancels exactly unless each of them rounds.
-COMPOSED = {"softmax": _softmax, "normalize": _normalize}
+def _quotient(x: Any, y: Any) -> Any:
+    return x * (y.reciprocal() if isinstance(y, Tensor) else 1 / y)
+
+
+# Several operations in one, whose gradient is a difference: it cancels exactly unless each of them rounds. (Where there
+# is one x, the gradients of both sides of x / sum(x) cancel.)
+COMPOSED: dict[str, Callable[..., Tensor]] = {
+    "softmax": _softmax,
+    "normalize": _normalize,
+    **dict.fromkeys(("__truediv__", "div", "true_divide", "divide"), _quotient),
+}
 
 
 class _Drawn(TorchFunctionMode):
@@ -148,23 +193,47 @@ class _Drawn(TorchFunctionMode):
         tensors = [a for a in args if isinstance(a, Tensor) and a.is_floating_point()]
         if not tensors or name in COPIES or not isinstance(result, Tensor) or not result.is_floating_point():
             return result
-        if any(result.untyped_storage().data_ptr() == a.untyped_storage().data_ptr() for a in tensors):
-            return result  # a view
-        terms, factors = 1, 0.0
+        if any(_is_view(result, a) for a in tensors):
+            return result
+        terms = 1
+        factors = self.factors if name in PRODUCTS else 0.0
         if name in PRODUCTS:
-            terms, factors = tensors[0].shape[-1], self.factors
+            terms = tensors[0].shape[-1]
         elif name in REDUCED:
             terms = tensors[0].numel() // max(result.numel(), 1)
-        if terms > 1 or factors:
-            off = terms**0.5 * self.unit + factors
-            args = [self._moved(a, off, self.unit) if any(a is t for t in tensors) else a for a in args]
-            result = func(*args, **kwargs)
         # Of how many results an element's gradient is the sum.
-        uses = max(terms * result.numel() / max(a.numel(), 1) for a in tensors)
-        return self._moved(result, self.unit, max(uses, 1.0) ** 0.5 * self.unit + factors)
+        uses = [terms * result.numel() / max(a.numel(), 1) for a in tensors]
+        most = max(1.0, *uses)
+        if terms > 1 or factors or most > 1:
+            off = factors + (self.unit if terms > 1 else 0.0)
+            backward = [max(n, 1.0) ** 0.5 * self.unit for n in uses]
+            moved = [self._moved(a, off, by) for a, by in zip(tensors, backward, strict=True)]
+            result = func(*_replaced(args, tensors, moved), **kwargs)
+        if terms > 1:
+            result = result + terms**0.5 * self.unit * self._sizes(func, name, args, kwargs, result)
+        return self._moved(result, self.unit, most**0.5 * self.unit + factors)
+
+    @torch.no_grad()
+    def _sizes(self, func: Any, name: str, args: Any, kwargs: Any, result: Tensor) -> Tensor:
+        """The sum of the absolute terms of every sum, with a random sign."""
+        if name in LINEAR:
+            sizes = func(*[a.abs() if isinstance(a, Tensor) else a for a in args], **kwargs)
+        else:
+            sizes = torch.ones_like(result) if name == "logsumexp" else result  # a logarithm's error is absolute
+        return sizes * _signs(sizes, self.generator)
 
     def _moved(self, x: Tensor, forward: float, backward: float) -> Tensor:
         return _Moved.apply(x, forward, backward, self.generator)
+
+
+def _is_view(result: Tensor, a: Tensor) -> bool:
+    """Whether the result is part of `a`; an expanded `a` is not, for its gradient is a sum."""
+    return result.untyped_storage().data_ptr() == a.untyped_storage().data_ptr() and result.numel() <= a.numel()
+
+
+def _replaced(args: Any, tensors: Sequence[Tensor], moved: Sequence[Tensor]) -> list[Any]:
+    left = iter(moved)
+    return [next(left) if any(a is t for t in tensors) else a for a in args]
 
 
 class _Moved(torch.autograd.Function):
@@ -181,5 +250,8 @@ class _Moved(torch.autograd.Function):
 
 
 def _at_random(x: Tensor, by: float, generator: torch.Generator) -> Tensor:
-    signs = torch.randint(0, 2, x.shape, generator=generator).to(x.device, x.dtype)
-    return x * signs.mul_(2 * by).add_(1 - by)
+    return x * _signs(x, generator).mul_(by).add_(1)
+
+
+def _signs(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, like.shape, generator=generator).to(like.device, like.dtype).mul_(2).sub_(1)

@@ -125,9 +125,7 @@ def problem(op: str, backend: str, device: torch.device, dtype: torch.dtype, bac
     return next((line for line in found if line), None)
 
 
-def _problem(
-    op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool, kind: int
-) -> str | None:
+def _problem(op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool, kind: int) -> str | None:
     size = PUBLISHED if device.type == "cuda" else SMALL
     try:
         found = outcome(op, backend, device, dtype, size=size, backward=backward, kind=kind)

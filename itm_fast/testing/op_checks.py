@@ -70,7 +70,7 @@ def check_gradients(call: Call, args: Sequence[Tensor], dtype: torch.dtype, back
     """Every gradient by the accuracy rule."""
     actual = gradients(call, args, dtype, backend, dtype)
     assert all(a.dtype == dtype for a in actual)
-    assert_accurate(actual, lambda kind: gradients(call, args, kind, "reference", dtype), dtype)
+    assert_accurate(actual, lambda kind: gradients(call, args, kind, "reference", dtype), dtype, gradients=True)
 
 
 def check_needs(call: Call, args: Sequence[Tensor], backend: str, dtype: torch.dtype = torch.float64) -> None:
@@ -82,7 +82,7 @@ def check_needs(call: Call, args: Sequence[Tensor], backend: str, dtype: torch.d
         result.backward(upstream(result))
         assert [x.grad is not None for x in inputs] == [n == k for n in range(len(args))]
         found += [x.grad for x in inputs if x.grad is not None]
-    assert_accurate(found, lambda kind: gradients(call, args, kind, "reference", dtype), dtype)
+    assert_accurate(found, lambda kind: gradients(call, args, kind, "reference", dtype), dtype, gradients=True)
     assert not first(call(*leaves(args, dtype, [False] * len(args)), backend=backend)).requires_grad
 
 
@@ -92,9 +92,7 @@ def check_gradcheck(call: Call, args: Sequence[Tensor], backend: str) -> None:
     assert torch.autograd.gradcheck(lambda *a: first(call(*a, backend=backend)), inputs)
 
 
-def check_compile(
-    call: Call, args: Sequence[Tensor], backend: str | None, dtype: torch.dtype = torch.float64
-) -> None:
+def check_compile(call: Call, args: Sequence[Tensor], backend: str | None, dtype: torch.dtype = torch.float64) -> None:
     """The same result and gradients inside one compiled graph."""
     torch.compiler.reset()
     compiled = torch.compile(lambda *a: first(call(*a, backend=backend)), fullgraph=True, backend="aot_eager")
