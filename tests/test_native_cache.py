@@ -97,12 +97,50 @@ def test_what_others_may_have_changed_is_made_again(csrc, cache, compiled, kind)
     assert {path.stat().st_mode & 0o777 for path in cache.iterdir()} == {0o700}
 
 
-def test_all_that_is_kept_is_the_users_own(csrc, cache):
-    before = os.umask(0)
+@pytest.mark.parametrize("kind", ["generic", "objects"])
+@pytest.mark.parametrize("change", ["link", "sticky", "file", "inner link"])
+def test_what_others_may_have_put_in_a_shared_folder_is_made_again(csrc, cache, compiled, tmp_path, kind, change):
+    cache.mkdir()
+    cache.chmod(0o1777)
+    assert works()
+    (folder,) = cache.glob(f"{kind}-*")
+    file = folder / {"generic": "itm_fast.so", "objects": "scale.o"}[kind]
+    if change == "link":  # to a folder that others may add to, like /tmp
+        folder.rename(tmp_path / "theirs")
+        folder.symlink_to(tmp_path / "theirs")
+        (tmp_path / "theirs").chmod(0o1777)
+    elif change == "sticky":
+        folder.chmod(0o1777)
+    elif change == "file":
+        file.chmod(0o666)
+    else:
+        file.rename(tmp_path / "theirs")
+        file.symlink_to(tmp_path / "theirs")
+    if kind == "objects":
+        (csrc / "cpu" / "more.cpp").write_text("")
+    fresh()
+    compiled()
+    assert works()
+    assert compiled() == {"generic": ["library"], "objects": ["library", "more.cpp", "scale.cpp"]}[kind]
+    fresh()
+    assert works()
+    assert compiled() == []
+    assert not any(path.is_symlink() for path in cache.rglob("*"))
+
+
+@pytest.mark.parametrize("umask", [0, 0o002])
+def test_all_that_is_kept_is_the_users_own(csrc, cache, compiled, umask):
+    before = os.umask(umask)
     try:
+        assert works()
+        (csrc / "cpu" / "more.cpp").write_text("")
+        fresh()
+        compiled()
         assert works()
     finally:
         os.umask(before)
+    assert compiled() == ["library", "more.cpp"]
+    assert not any(path.stat().st_mode & 0o022 for path in (cache, *cache.rglob("*")))
     assert {path.stat().st_mode & 0o777 for path in (cache, *cache.iterdir())} == {0o700}
 
 

@@ -64,26 +64,46 @@ def cache_dir() -> Path:
 def find(pattern: str) -> Build | None:
     """Load the first sound build of that name, whatever else lies in the cache folder."""
     with contextlib.suppress(OSError, RuntimeError):
-        _trust(cache_dir())
+        _trust(cache_dir(), shared=True)
         for home in sorted(cache_dir().glob(pattern)):
             with contextlib.suppress(OSError, ValueError):
-                _trust(home)
+                _trust_all(home)
                 return load(home)
     return None
 
 
-def _trust(folder: Path) -> None:
-    """Raise an OSError where another user than root can change what lies in a folder, as that is run."""
-    found = folder.stat()
+def _trust(path: Path, shared: bool = False) -> None:
+    """Raise an OSError where another user than root can change what a path names, as that is run.
+
+    Args:
+        path: a folder or a file. A link is refused: whoever made it chose what it names.
+        shared: whether this is the cache folder itself, which the user chose. It may be a link, and a folder like
+            /tmp, with the sticky bit: others can only add what is theirs, and that is not run.
+    """
+    found = path.stat() if shared else path.lstat()
+    if not (stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)):
+        raise PermissionError(f"{path} is neither a folder nor a file, and what it names would be run")
     if found.st_uid and found.st_uid != os.geteuid():
         raise PermissionError(
-            f"{folder} belongs to another user, number {found.st_uid}, and what lies there would be run"
+            f"{path} belongs to another user, number {found.st_uid}, and what lies there would be run"
         )
-    # In a folder like /tmp, with the sticky bit, others can only add what is theirs, and that is not run.
-    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not found.st_mode & stat.S_ISVTX:
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH) and not (shared and found.st_mode & stat.S_ISVTX):
         raise PermissionError(
-            f"other users may write to {folder}, and what lies there would be run: `chmod go-w {folder}` ends that"
+            f"other users may write to {path}, and what lies there would be run: `chmod go-w {path}` ends that"
         )
+
+
+def _trust_all(folder: Path) -> None:
+    """Raise an OSError where another user than root can change a folder or anything in it."""
+    _trust(folder)
+    for path in folder.rglob("*"):
+        _trust(path)
+
+
+def _protect(folder: Path) -> None:
+    """Let only the user write to a folder and to all that is in it, whatever the umask is: see `_trust_all`."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(path.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
 
 
 def load(folder: Path) -> Build:
@@ -121,7 +141,7 @@ def scratch() -> Iterator[tuple[Path, bool]]:
     try:
         root = cache_dir()
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        _trust(root)
+        _trust(root, shared=True)
         _tidy(root)
         folder, kept = Path(tempfile.mkdtemp(prefix="building-", dir=root)), True
     except (OSError, RuntimeError) as error:
@@ -171,7 +191,7 @@ def turn(objects: Path) -> contextlib.AbstractContextManager[object]:
 def take_objects(objects: Path, folder: Path) -> None:
     """Copy the objects of the last build, times included; nothing when there are none or they are damaged."""
     with contextlib.suppress(OSError, shutil.Error):
-        _trust(objects)
+        _trust_all(objects)
         shutil.copytree(objects, folder)
         if (folder / "checksum").read_text() == checksum(folder.glob("*.o")):
             return
@@ -181,14 +201,16 @@ def take_objects(objects: Path, folder: Path) -> None:
 def keep_objects(folder: Path, objects: Path) -> None:
     """Put the objects of this build, or none when there is no such folder, in place of the last one's."""
     with contextlib.suppress(OSError):
-        if objects.exists():
+        if os.path.lexists(objects):
             objects.rename(folder.with_name("old"))
         (folder / "checksum").write_text(checksum(folder.glob("*.o")))
+        _protect(folder)
         folder.rename(objects)
 
 
 def publish(result: Path, home: Path) -> Path | None:
     """Put a build in its place in one step; a sound one that is there already stays, a damaged one goes."""
+    _protect(result)
     for _ in range(2):
         try:
             result.rename(home)
