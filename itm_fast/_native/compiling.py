@@ -42,7 +42,7 @@ _MEMORY = re.compile(
     re.IGNORECASE,
 )
 _RULES = """\
-ninja_required_version = 1.5
+ninja_required_version = 1.11
 rule compile
   command = {compile} $more -I. -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || {{ echo $$? > $out.failed; exit 1; }}
   depfile = $out.d
@@ -144,8 +144,10 @@ def lay_out(sources: Mapping[str, bytes], folder: Path) -> None:
         if not file.exists() or file.read_bytes() != content:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
-            if file.stat().st_mtime_ns <= newest:  # the clock was set back, or is too coarse
-                os.utime(file, ns=(newest + 1, newest + 1))
+            # The clock was set back, or is too coarse; some file systems keep whole seconds, or even ones.
+            for later in (newest + step for step in (1, 10**9, 2 * 10**9)):
+                if file.stat().st_mtime_ns <= newest:
+                    os.utime(file, ns=(later, later))
 
 
 def compile_library(compiler: Compiler, level: str, folder: Path, deadline: float) -> Path:
@@ -205,7 +207,7 @@ def _failure(compiler: Compiler, folder: Path, ninja: tuple[int, str], objects: 
     if why := _stopped(status, log):
         return Unavailable(f"{_named(compiler)} cannot compile the CPU kernels, in {what}: {why}")
     silent = [file.name for file in [*objects, folder / LIBRARY] if not file.is_file()]
-    if not status or (what == LIBRARY and silent[0] != LIBRARY):
+    if silent and (not status or (what == LIBRARY and silent[0] != LIBRARY)):
         return BadObjects(
             f"{_named(compiler)} ends without an error and does not write {silent[0]}; set CXX to g++ or clang++"
         )
