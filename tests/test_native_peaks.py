@@ -53,7 +53,13 @@ def library(monkeypatch, tmp_path):
 def test_they_run_where_they_pay(library, monkeypatch, float32, bfloat16, pays):
     Rates(monkeypatch, float32, bfloat16)
     wanted = f"a core multiplies bfloat16 values at {bfloat16} GFLOP/s and float32 values at {float32} GFLOP/s"
-    assert _native.bfloat16_products() == (pays, wanted)
+    assert tuple(map(str, _native.bfloat16_products())) == (str(pays), wanted)
+
+
+def test_ops_that_ask_make_no_words(library, monkeypatch):
+    Rates(monkeypatch, 100, 200)
+    monkeypatch.setattr(peaks.Peaks, "__str__", None)
+    assert _native.bfloat16_products()[0]
 
 
 @pytest.mark.parametrize("float32,bfloat16,pays", [(352, 172, False), (456, 912, True)])
@@ -71,6 +77,7 @@ def test_it_is_measured_once_on_a_processor_model(library, monkeypatch, tmp_path
     assert _native.bfloat16_products()[0]
     assert rates.asked == asked
     (note,) = tmp_path.iterdir()
+    assert note.stat().st_mode & 0o777 == 0o644
     assert json.loads(note.read_text()) == {"processor": peaks.processor(), "float32": 1e11, "bfloat16": 2e11}
     monkeypatch.setattr(peaks, "processor", lambda: {"model name": "another node's"})
     rates.true["bfloat16"] = 50
@@ -145,7 +152,8 @@ def test_the_processors_peaks():
     rate = max(peaks.peak(built.library, "float32", 50_000, 1) for _ in range(5))
     assert rate > 1e9
     if built.level == "avx512_bf16":
-        assert 0.25 < peaks.measured(built.library, None).bfloat16 / rate < 4
+        found = peaks.measured(built.library, None)  # in turns: a busy moment meets both
+        assert 0.25 < found.bfloat16 / found.float32 < 4
     else:
         with pytest.raises(RuntimeError, match="no dot product of this dtype"):
             peaks.peak(built.library, "bfloat16", 1000, 1)

@@ -36,6 +36,10 @@ class Peaks(NamedTuple):
         """Whether products of bfloat16 values are faster than those of float32 values."""
         return self.bfloat16 > FACTOR * self.float32
 
+    def __str__(self) -> str:
+        bfloat16, float32 = (f"{rate / 1e9:.0f} GFLOP/s" for rate in (self.bfloat16, self.float32))
+        return f"a core multiplies bfloat16 values at {bfloat16} and float32 values at {float32}"
+
 
 def processor() -> dict[str, str]:
     """What names the model of the processor, `model name` among it."""
@@ -69,15 +73,15 @@ def peak(library: ctypes.CDLL, dtype: str, steps: int, threads: int) -> float:
 
 
 @functools.cache
-def measured(library: ctypes.CDLL, folder: Path | None) -> Peaks:
-    """The peaks of this processor: those kept in the folder, else measured and kept there where that can be done.
+def measured(library: ctypes.CDLL, kept: Path | None) -> Peaks:
+    """The peaks of this processor: those kept beside the library, else measured and kept there where that can be done.
 
     Args:
         library: a library compiled for bfloat16 products.
-        folder: of the library; None where it is not kept.
+        kept: its file; None where it is not kept.
     """
     model = json.dumps(processor())
-    path = folder and folder / f"peaks-{hashlib.sha256(model.encode()).hexdigest()[:16]}.json"
+    path = kept and kept.with_name(f"peaks-{hashlib.sha256(model.encode()).hexdigest()[:16]}.json")
     if path:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             note = json.loads(path.read_text())
@@ -90,5 +94,6 @@ def measured(library: ctypes.CDLL, folder: Path | None) -> Peaks:
             handle, name = tempfile.mkstemp(dir=path.parent)
             with os.fdopen(handle, "w") as file:
                 json.dump({"processor": processor(), **found._asdict()}, file)
+            os.chmod(name, 0o644)  # as the library: other users may read it
             os.replace(name, path)
     return found
