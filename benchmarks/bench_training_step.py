@@ -198,15 +198,16 @@ def extended(few: float, many: float, least: Shape, cut: Shape, shape: Shape) ->
     return few + (many - few) * (c - a) / (b - a)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(doc=__doc__, measure=measure, stem="training_step", what="a training step") -> None:
+    """The command line of a benchmark of steps: `measure` gives the rows of a model, `stem` names the result files."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=(*MODELS, *OTHERS), default=MODELS)
     parser.add_argument("--batch", type=int, default=128, help="images, and captions (default: 128)")
     parser.add_argument("--loop-captions", type=int, metavar="N", help="captions of the loop's steps (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds (default: 3)")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     parser.add_argument("--no-fresh", action="store_true", help="leave peak memory out")
-    parser.add_argument("--write", metavar="NAME", help="save benchmarks/results/training_step_NAME.json")
+    parser.add_argument("--write", metavar="NAME", help=f"save benchmarks/results/{stem}_NAME.json")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -216,11 +217,11 @@ def main() -> None:
         results.append(measure(model, shape, device, args))
         peak = machine.higher(peak, machine.peaks(device))
         harness.hold_against(peak, results)
-        title = f"{model}: a training step of {shape.images} images x {shape.captions} captions"
+        title = f"{model}: {what} of {shape.images} images x {shape.captions} captions"
         harness.show(title, results[-1]["rows"], results[-1]["left_out"])
     if args.write:
         head = machine.head(f"coco-train-b{args.batch}", args.rounds, peak)
-        print(harness.write(f"training_step_{args.write}", {**head, "results": results}))
+        print(harness.write(f"{stem}_{args.write}", {**head, "results": results}))
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ import torch
 if __name__ == "__main__":  # from a bare checkout, `benchmarks` and `itm_fast` lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import harness, machine
-from benchmarks.bench_training_step import LOOP, MODELS, OTHERS, difference, extended, refuse_unlike, step_flops
+from benchmarks import bench_training_step, harness, machine
+from benchmarks.bench_training_step import LOOP, OTHERS, difference, extended, refuse_unlike, step_flops
 from benchmarks.shapes import Shape
 from benchmarks.whole_step import PARTS, REWRITE, Step, batch, options_of
 from itm_fast.evaluation.workloads import WORKLOADS
@@ -110,28 +110,7 @@ def measure(model: str, shape: Shape, device: str, args: argparse.Namespace) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=(*MODELS, *OTHERS), default=MODELS)
-    parser.add_argument("--batch", type=int, default=128, help="images, and captions (default: 128)")
-    parser.add_argument("--loop-captions", type=int, metavar="N", help="captions of the loop's steps (default: all)")
-    parser.add_argument("--rounds", type=int, default=3, help="alternating rounds (default: 3)")
-    parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
-    parser.add_argument("--no-fresh", action="store_true", help="leave peak memory out")
-    parser.add_argument("--write", metavar="NAME", help="save benchmarks/results/whole_step_NAME.json")
-    args = parser.parse_args()
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    shape, peak, results = Shape("coco-eval-5k", args.batch, args.batch), machine.peaks(device), []
-    for model in args.models:
-        results.append(measure(model, shape, device, args))
-        peak = machine.higher(peak, machine.peaks(device))
-        harness.hold_against(peak, results)
-        title = f"{model}: a whole training step of {shape.images} images x {shape.captions} captions"
-        harness.show(title, results[-1]["rows"], results[-1]["left_out"])
-    if args.write:
-        head = machine.head(f"coco-train-b{args.batch}", args.rounds, peak)
-        print(harness.write(f"whole_step_{args.write}", {**head, "results": results}))
+    bench_training_step.main(__doc__, measure, "whole_step", "a whole training step")
 
 
 if __name__ == "__main__":
