@@ -232,27 +232,17 @@ def test_an_option_that_is_missing_is_named(tmp_path):
         run_tiny(tmp_path / "run", opt=opt)
 
 
+def command(output, batch_size, steps):
+    """The words of a short `train` command into `output`: those of any run, and those of a new one."""
+    sizes = f"--embed-size 8 --word-dim 4 --batch-size {batch_size} --epochs 1 --min-count 1 --max-steps {steps}"
+    return ["train", "--output", str(output), "--quiet", "--device", "cpu"], ["--model", "dual", *sizes.split()]
+
+
 def test_resumption_takes_the_data_from_where_it_is_told(tmp_path, capsys):
     """The data were moved; what is recorded is the new place."""
     old, new = tmp_path / "old.h5", tmp_path / "moved" / "new.h5"
     save_splits(old, {"train": TRAIN, "dev": tiny_split(100, 8)})
-    words = ["train", "--output", f"{tmp_path}/run", "--quiet", "--device", "cpu"]
-    small = [
-        "--model",
-        "dual",
-        "--embed-size",
-        "8",
-        "--word-dim",
-        "4",
-        "--batch-size",
-        "8",
-        "--epochs",
-        "1",
-        "--min-count",
-        "1",
-        "--max-steps",
-        "2",
-    ]
+    words, small = command(tmp_path / "run", batch_size=8, steps=2)
     assert main([*words, "--data", str(old), *small]) == 0
     new.parent.mkdir()
     old.rename(new)
@@ -268,23 +258,7 @@ def test_features_of_another_size_are_named_with_the_file(tmp_path, capsys):
 
     save_splits(tmp_path / "a.h5", {"train": of_size(6, 8), "dev": of_size(6, 4)})
     save_splits(tmp_path / "b.h5", {"train": of_size(5, 8), "dev": of_size(6, 4)})
-    words = ["train", "--output", f"{tmp_path}/run", "--quiet", "--device", "cpu"]
-    small = [
-        "--model",
-        "dual",
-        "--embed-size",
-        "8",
-        "--word-dim",
-        "4",
-        "--batch-size",
-        "4",
-        "--epochs",
-        "1",
-        "--min-count",
-        "1",
-        "--max-steps",
-        "1",
-    ]
+    words, small = command(tmp_path / "run", batch_size=4, steps=1)
     assert main([*words, *small, "--data", f"{tmp_path}/b.h5"]) == 2
     expected = f"{tmp_path}/b.h5: the train split has 5 features per region, and the dev split 6; both must have"
     assert expected in capsys.readouterr().err
