@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import itm_fast
+import itm_fast.ops  # each op declares its backends in _backends.OFFERS
 from benchmarks.harness import backends, synchronise
 from benchmarks.shapes import SHAPES
 from itm_fast import _backends
