@@ -1,4 +1,6 @@
+import importlib.util
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -13,12 +15,18 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.g
 
 if not torch.cuda.is_available():  # before anything imports the Triton kernels, which are then interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    if importlib.util.find_spec("triton"):
+        import quick_interpreter
+
+        quick_interpreter.install()
 
 # The same products on every processor that has them, whether they pay there or not.
 os.environ.setdefault("ITM_FAST_BFLOAT16", "1")
 
 
 def pytest_configure():
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as where a shell starts pytest in the background
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     found = Path(itm_fast.__file__).resolve().parents[1]
     if found != ROOT:
         raise pytest.UsageError(
