@@ -147,6 +147,7 @@ MISTAKES = [(m, d) for m in (without_a_region, without_a_feature) for d in DTYPE
 MISTAKES += [(another_scale, d) for d in DTYPES[:2]]  # half precision rounds by as much
 
 
+@pytest.mark.slow
 @CASES
 @pytest.mark.parametrize("mistake,dtype", MISTAKES)
 def test_a_mistake_is_seen(make, mistake, dtype, monkeypatch):

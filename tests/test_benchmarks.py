@@ -117,6 +117,7 @@ def test_ratios_are_of_medians(script, monkeypatch):
     assert len(rows) > 1
 
 
+@pytest.mark.slow
 def test_the_op_benchmarks_run():
     files = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "benchmarks").glob("bench_*.py"))
     out = run("-m", "pytest", "-q", "-k", "quick", *files)
@@ -196,6 +197,7 @@ def test_maxsim_is_the_limit_of_hard_attention(monkeypatch, tmp_path):
     assert "Left out of maxsim-d128, attention-d1024: pykeops (it is not installed)." in text
 
 
+@pytest.mark.slow
 def test_a_process_of_its_own_has_as_many_threads_and_may_die():
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)

@@ -10,6 +10,8 @@ import pytest
 import itm_fast
 from itm_fast import _native, kernels
 
+pytestmark = pytest.mark.slow  # starts pytest in other checkouts
+
 ROOT = Path(__file__).resolve().parents[1]
 
 

@@ -160,6 +160,7 @@ def test_warnings_are_one_line_each():
     assert (found.returncode, found.stderr) == (0, "itm-fast: the last caption is empty\n")
 
 
+@pytest.mark.slow
 def test_doctor_works_where_a_package_is_broken(tmp_path):
     (tmp_path / "nltk.py").write_text("raise RuntimeError('built for another Python')")
     root = Path(itm_fast.__file__).parents[1]
@@ -170,6 +171,7 @@ def test_doctor_works_where_a_package_is_broken(tmp_path):
     assert "similarity_graph torch cpu" in found.stdout
 
 
+@pytest.mark.slow
 def test_python_m_and_a_reader_that_goes_away():
     environment = {**os.environ, "PYTHONPATH": str(Path(itm_fast.__file__).parents[1])}
     process = subprocess.Popen(
@@ -252,6 +254,7 @@ def test_doctor_knows_an_example_of_every_operation():
     assert set(examples.EXAMPLES) == set(_backends.OFFERS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("op", sorted(_backends.OFFERS))
 @pytest.mark.parametrize("fault", ["value", "gradient", "crash"])
 def test_doctor_finds_a_broken_operation(op, fault, capsys, monkeypatch):

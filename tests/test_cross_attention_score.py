@@ -80,6 +80,7 @@ def test_gradcheck(backend, norm, direction):
     op_checks.check_gradcheck(call, args, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_torch_contracts(backend):
     call, args = case(3, (4, 2, 4), 5, 8)
@@ -216,6 +217,7 @@ def alone(code, **environment):
     return done.stdout
 
 
+@pytest.mark.slow
 @needs_cpu
 @pytest.mark.parametrize("capability", ["avx2", "default"])
 def test_the_kernels_of_lesser_processors(capability):
@@ -238,6 +240,7 @@ def test_the_kernels_of_lesser_processors(capability):
     assert level == {"avx2": "avx2", "default": "generic"}[capability] or level == "generic"
 
 
+@pytest.mark.slow
 @needs_cpu
 @pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("direction", DIRECTIONS)

@@ -65,6 +65,7 @@ def test_gradcheck(backend, direction):
     op_checks.check_gradcheck(call, args, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_torch_contracts(backend, direction):
@@ -232,6 +233,7 @@ def test_lesser_processors(level, direction, monkeypatch):
             op_checks.check_gradients(call, args, dtype, "cpu")
 
 
+@pytest.mark.slow
 @needs_cpu
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_scratch_is_bounded_however_large_the_block(direction):

@@ -47,6 +47,7 @@ def test_it_compares_draws_and_writes(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["attention.png", "demo.json"]
 
 
+@pytest.mark.slow
 def test_one_model_and_the_same_seed_draws_the_same(tmp_path, capsys):
     pictures = []
     for folder, seed in (("a", "1"), ("b", "1"), ("c", "2")):

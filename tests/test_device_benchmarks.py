@@ -22,6 +22,7 @@ if str(ROOT) not in sys.path:
 from benchmarks import gpu_suite, machine, tune  # noqa: E402
 
 
+@pytest.mark.slow
 def test_the_suite_runs_end_to_end(tmp_path):
     out = tmp_path / "gpu.json"
     systems = ["evaluate-systems", "systems-against-loop", "systems-tests"]
@@ -49,6 +50,7 @@ def test_the_suite_runs_end_to_end(tmp_path):
     assert "flash_maxsim" in results["maxsim"]["maxsim-d128"]["rows"]["flash-maxsim"]["error"]
 
 
+@pytest.mark.slow
 def test_a_step_that_fails_or_hangs_loses_no_others(tmp_path, monkeypatch):
     programs = {
         "good": "import json, sys; json.dump({'row': 1}, open(sys.argv[2], 'w'))",

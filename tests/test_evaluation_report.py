@@ -199,6 +199,7 @@ def coco() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     return score, owner, images, captions
 
 
+@pytest.mark.slow
 @needs_eccv
 def test_recalls_equal_the_eccv_package_on_coco_5k(coco):
     score, owner, images, captions = coco
@@ -213,6 +214,7 @@ def test_recalls_equal_the_eccv_package_on_coco_5k(coco):
     assert 0.5 < found.t2i.r1 < 99.5
 
 
+@pytest.mark.slow
 @needs_eccv
 def test_cxc_and_eccv_metrics_equal_their_definitions(coco):
     """Against sorts written here, over a part of the queries in every direction."""
@@ -241,6 +243,7 @@ def test_cxc_and_eccv_metrics_equal_their_definitions(coco):
     assert set(found) == {"cxc_r1", "cxc_r5", "cxc_r10", "eccv_map_at_r", "eccv_rprecision", "eccv_r1"}
 
 
+@pytest.mark.slow
 @needs_eccv
 def test_a_constant_scorer_has_no_relevance(coco):
     _, _, images, captions = coco

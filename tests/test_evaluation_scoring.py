@@ -374,6 +374,7 @@ print(json.dumps({"peak": scorer.peak, "budget": budget * 1e9, "plan": str(held)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_peak_memory_stays_within_the_budget():
     """A whole process that scores under hardly more than the least budget, with a scorer that uses all it may."""

@@ -181,6 +181,7 @@ def test_lesser_processors(level, monkeypatch):
             op_checks.check_gradients(call, args, dtype, "cpu")
 
 
+@pytest.mark.slow
 @needs_cpu
 @pytest.mark.parametrize("images,captions", [(20_000, 200), (200, 2_000)])
 def test_scratch_is_bounded_however_large_the_block(images, captions):

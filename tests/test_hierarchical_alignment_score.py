@@ -59,6 +59,7 @@ def test_options(backend, options):
     op_checks.check_gradients(call, args, torch.float64, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["scalar", "vector"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
@@ -67,6 +68,7 @@ def test_gradcheck(backend, direction, gate):
     op_checks.check_gradcheck(call, args, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["scalar", "vector"])
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_torch_contracts(backend, gate):

@@ -82,6 +82,7 @@ def test_lesser_processors(gate, level, monkeypatch):
             op_checks.check_forward(call, args, dtype, "cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", GATES)
 def test_scratch_is_bounded(gate):
     setup = [

@@ -72,6 +72,7 @@ def run(code):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_importing_the_package_needs_torch_alone():
     heavy = ["h5py", "nltk", "tqdm", "PIL", "eccv_caption", "triton", "matplotlib"]
     code = (

@@ -134,6 +134,7 @@ def test_on_a_device_node_bounds_that_their_owner_changed_are_made_anew(device):
         edge.add_(0)
 
 
+@pytest.mark.slow
 @unless("triton", "cpu")
 @pytest.mark.parametrize("op", [op for op in OPS if "triton" in _backends.OFFERS[op]])
 def test_on_a_device_kernels_read_the_values_that_were_checked(op, device):

@@ -32,6 +32,7 @@ def test_it_is_built_once_and_says_so_once(csrc, cache, capfd):
     assert _native.outcome().path == home / "itm_fast.so"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["scale.cpp", "twice.h"])
 def test_changed_sources_are_built_anew(csrc, cache, file):
     assert works()
@@ -84,6 +85,7 @@ def test_the_level_is_what_torch_sees(monkeypatch, capability, bf16, expected):
     assert _native.level() == expected
 
 
+@pytest.mark.slow
 def test_nothing_is_built_by_importing(tmp_path):
     code = "import itm_fast, itm_fast.models; from itm_fast import _native; print(_native._outcome)"
     environment = {**os.environ, "PYTHONPATH": str(Path(itm_fast.__file__).parents[1])}

@@ -12,6 +12,8 @@ from native_cases import KNOWS_ITS_FLAGS, REAL, cache, compiler, csrc, fresh, un
 
 from itm_fast import _native
 
+pytestmark = pytest.mark.slow  # compiles, or starts processes that do
+
 __all__ = ["cache", "compiler", "csrc"]  # fixtures
 
 

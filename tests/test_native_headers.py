@@ -53,6 +53,7 @@ def bits(values):
     return torch.where(values.isnan(), torch.full_like(values, torch.nan), values).view(kinds[values.element_size()])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 def test_all_values_of_16_bits_are_read_exactly(library, dtype):
     values = all_values(dtype)

@@ -10,6 +10,8 @@ from native_cases import KNOWS_ITS_FLAGS, cache, compiled, compiler, csrc, finis
 
 from itm_fast import _native
 
+pytestmark = pytest.mark.slow  # compiles, or starts processes that do
+
 __all__ = ["cache", "compiled", "compiler", "csrc"]  # fixtures
 ALL = ["library", "other.cpp", "scale.cpp"]
 

@@ -90,6 +90,7 @@ def test_lesser_processors(head, level, monkeypatch):
         op_checks.check_forward(call, args, dtype, "cpu")
 
 
+@pytest.mark.slow
 def test_scratch_is_bounded():
     setup = [
         "I, R, D, S, T, L, K = 8, 36, 1024, 256, 2000, 12, 3",

@@ -39,6 +39,7 @@ def test_commands_are_understood(command):
     assert cli.build_parser(words[0]).parse_args(words).run
 
 
+@pytest.mark.slow
 def test_the_dry_run_prints_its_plan():
     command = next(c for c in commands() if "--dry-run" in c)
     done = subprocess.run([sys.executable, "-m", *command.replace("itm-fast", "itm_fast", 1).split()],

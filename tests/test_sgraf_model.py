@@ -38,6 +38,7 @@ class Logger:
         self.seen.setdefault(name, []).append((value, n))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", HEADS)
 def test_train_emb_learns_a_batch(head):
     torch.manual_seed(0)

@@ -160,6 +160,7 @@ def test_a_nan_stays_in_its_pair(backend):
         assert b[0, :own].isnan().any() or own == 1
 
 
+@pytest.mark.slow
 @needs_cpu
 def test_scratch_is_bounded_however_large_the_block():
     setup = [

@@ -52,6 +52,7 @@ def test_gradcheck(backend, training):
     op_checks.check_gradcheck(call, args, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_torch_contracts(backend, training):
@@ -210,6 +211,7 @@ def test_statistics_far_from_zero_keep_their_digits(training):
     op_checks.check_forward(call, [nodes + 100, weight.abs(), *rest], torch.float32, "cpu")
 
 
+@pytest.mark.slow
 @needs_cpu
 def test_scratch_is_bounded_however_large_the_block():
     setup = [

@@ -170,6 +170,7 @@ def test_lesser_processors(level, monkeypatch):
             op_checks.check_gradients(call, args, dtype, "cpu")
 
 
+@pytest.mark.slow
 @needs_cpu
 def test_scratch_is_bounded_however_large_the_block():
     setup = [

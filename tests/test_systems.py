@@ -20,6 +20,7 @@ def small(name, **changes):
     return options(name, **{**SMALL, **({"sim_dim": 8} if name == "tshsr" else {}), **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_run_learns_and_its_checkpoint_is_evaluated(name, tmp_path, capsys):
     opt = small(name, num_epochs=6, learning_rate=5e-3)

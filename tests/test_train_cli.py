@@ -88,6 +88,7 @@ def test_command_refuses_in_one_sentence(tmp_path, data, capsys, monkeypatch, mo
     assert sentence in err
 
 
+@pytest.mark.slow
 def test_ctrl_c_in_a_terminal(tmp_path, data):
     """The whole program: signal, exit code 130, the sentence, and the same weights after --resume."""
     command = [sys.executable, "-m", "itm_fast"]

@@ -56,6 +56,7 @@ def test_a_step_is_the_published_one(tmp_path, model, changes):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("stops", [(4,), (6,), (1, 7)], ids=["in an epoch", "at its end", "twice"])
 def test_interrupted_runs_end_as_the_uninterrupted_one(tmp_path, straight, model, stops):
@@ -157,6 +158,7 @@ def test_the_seed_decides_the_order(tmp_path, monkeypatch):
     assert sorted(caption for batch in seen[:6] for caption in batch) == list(range(42))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_it_learns(tmp_path, model):
     # All negatives: a model this small does not leave the hardest ones' plateau within seconds.

@@ -68,6 +68,7 @@ def test_every_model_trains_with_the_compiled_kernels(tmp_path, monkeypatch, ran
     assert len(ran) > 1 or model == "dual"
 
 
+@pytest.mark.slow
 @unless("triton", "cpu")
 @pytest.mark.parametrize("model", EVERY_MODEL)
 def test_every_model_steps_with_the_triton_kernels(ran, model):

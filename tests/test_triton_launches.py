@@ -54,6 +54,7 @@ def run(op, args, gib=1.0):
         result.backward(op_checks.upstream(result))
 
 
+@pytest.mark.slow
 @unless("triton", "cpu")
 @pytest.mark.parametrize("op", OPS)
 def test_no_count_or_length_is_compiled_in(op, launched):
@@ -66,6 +67,7 @@ def test_no_count_or_length_is_compiled_in(op, launched):
     assert launched - known == set()
 
 
+@pytest.mark.slow
 @unless("triton", "cpu")
 @pytest.mark.parametrize("op", OPS)
 def test_the_host_is_asked_for_the_bounds_once(op, monkeypatch):

@@ -60,6 +60,7 @@ def test_autocast_scores_and_differentiates():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 
 
+@pytest.mark.slow
 def test_scratch_is_bounded_however_many_pairs():
     setup = [
         "from itm_fast.models.tshsr import TwoStreamReasoning",

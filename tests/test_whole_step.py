@@ -23,6 +23,7 @@ def small(monkeypatch):
     monkeypatch.setattr(whole_step, "VOCABULARY", 50)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model,more", BASELINES.items(), ids=BASELINES)
 def test_a_row_for_each_contender_and_their_parts_add_up(model, more, monkeypatch, tmp_path):
     arguments = ("--batch", "4", "--no-fresh", "--models", model)
