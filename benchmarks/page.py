@@ -1,9 +1,9 @@
-"""Turn benchmarks/results/*.json into a page of tables and plots, and into the README's tables.
+"""Turn benchmarks/results/*.json into a page of tables and plots, and into the README's table.
 
     python benchmarks/page.py
 
-A table of the README stands between `<!-- NAME.json -->` and `<!-- end -->`; after `<!-- NAME.json in short -->` a
-narrow one of the ratios alone. The same benchmark on another make of processor is NAME_intel.json or NAME_amd.json
+The README's table, the backend `cpu` against the papers' loops, stands between `<!-- headline -->` and `<!-- end -->`.
+The same benchmark on another make of processor is NAME_intel.json or NAME_amd.json
 beside NAME.json; the page sets them side by side.
 """
 
@@ -18,7 +18,6 @@ from pathlib import Path
 RESULTS = Path(__file__).resolve().parent / "results"
 KINDS = ("pair_scorers", "whole_step", "training_step", "maxsim")
 MAKERS = ("AMD", "Intel")  # a result file's name may end in one, in small letters
-MISSING = "Not measured yet."
 BASES = ("paper's loop", "loop over captions")
 PLAIN = {"vectorised rewrite": "#7aa6c2", "compiled rewrite": "#3f7fa6", "one matrix product": "#7aa6c2"}
 BASE, PACKAGE, OURS = "#9aa0a6", "#3f7fa6", "#d1622b"
@@ -88,14 +87,33 @@ def _left_out(result: dict) -> list[str]:
     return [f"\nLeft out of {', '.join(of)}: {name} ({why})." for (name, why), of in models.items()]
 
 
-def short(result: dict) -> str:
-    """A Markdown row per model and a column per contender: times faster than the loop, and percent of FMA peak."""
-    names = list(dict.fromkeys(r["name"] for one in result["results"] for r in one["rows"]))
-    lines = [f"| model | {' | '.join(names)} |", f"|---|{'---:|' * len(names)}"]
-    for one in result["results"]:
-        found = {r["name"]: ", ".join(_ratios(r)) for r in one["rows"]}
-        lines.append(f"| {one['model']} | {' | '.join(found.get(name, '') for name in names)} |")
-    return "\n".join(["Times faster than the loop, and percent of FMA peak.\n", *lines, *_left_out(result)])
+def headline() -> str:
+    """A Markdown row per processor and model: scores and whole training steps of the paper's loop and of ours."""
+    lines = [
+        "| processor, 2 threads, float32 | model | scores: paper's loop, pairs/s | itm-fast, pairs/s | times | "
+        "training step: paper's loop, s | itm-fast, s | times |",
+        f"|---|---|{'---:|' * 6}",
+    ]
+    for maker in MAKERS:
+        scores, steps = (_pairs_of_rows(f"{kind}_cpu", maker) for kind in ("pair_scorers", "whole_step"))
+        for model in dict.fromkeys([*scores, *steps]):
+            cells = []
+            for found, key, form in ((scores, "pairs_per_second", ",.0f"), (steps, "seconds_median", ".2f")):
+                loop, ours = found.get(model, ({}, {}))
+                cells += [format(r[key], form) if r else "" for r in (loop, ours)]
+                cells.append(times(ours["times_faster_than_loop"]) if ours else "")
+            lines.append(f"| {maker} | {model} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _pairs_of_rows(benchmark: str, maker: str) -> dict[str, tuple[dict, dict]]:
+    """A benchmark's rows of the loop and of the backend `cpu`, by model, where it was run on this make of processor."""
+    for path in sorted(RESULTS.glob(f"{benchmark}*.json")):
+        result = json.loads(path.read_text())
+        if benchmark_of(path.stem) == benchmark and maker_of(result) == maker:
+            rows = {one["model"]: {r["name"]: r for r in one["rows"]} for one in result["results"]}
+            return {model: (of[BASES[0]], of["itm-fast cpu"]) for model, of in rows.items()}
+    return {}
 
 
 def side_by_side(results: dict[str, dict]) -> str:
@@ -156,6 +174,7 @@ def kind_of(name: str) -> str:
 def recall(result: dict) -> str:
     """Held-out recall of the demo's models, chance and the control beside it."""
     lines = [
+        "Recall of the package's models on its held-out pictures, and of one trained on shuffled captions.\n",
         "| model | i2t R@1 | R@5 | R@10 | t2i R@1 | R@5 | R@10 | rsum |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -238,27 +257,9 @@ def _threads(environment: dict) -> str:
 
 
 def readme(text: str) -> str:
-    """The README with its tables made anew."""
-
-    def fill(match: re.Match) -> str:
-        path = RESULTS / match[1]
-        result = json.loads(path.read_text()) if path.is_file() else {}
-        if not result:
-            made = MISSING
-        elif match[2]:
-            made = f"{caption(kind_of(match[1]), result)}\n\n{short(result)}"
-        elif "held_out" in result:
-            made = recall(result)
-        elif "emulated" in result:
-            made = precision(result)
-        elif "recipe" in result:
-            made = trained(result)
-        else:
-            kind = kind_of(match[1])
-            made = f"{caption(kind, result)}\n\n{table(kind, result)}"
-        return f"<!-- {match[1]}{match[2]} -->\n\n{made}\n\n<!-- end -->"
-
-    return re.sub(r"<!-- (\w+\.json)( in short|) -->.*?<!-- end -->", fill, text, flags=re.DOTALL)
+    """The README with its table made anew."""
+    table = f"<!-- headline -->\n\n{headline()}\n\n<!-- end -->"
+    return re.sub(r"<!-- headline -->.*?<!-- end -->", lambda _: table, text, flags=re.DOTALL)
 
 
 def caption(kind: str, result: dict) -> str:
@@ -339,7 +340,8 @@ def main() -> None:
         paths = sorted(RESULTS.glob(f"{kind}_*.json"))
         for name in dict.fromkeys(benchmark_of(path.stem) for path in paths):
             parts.append(benchmark(kind, [path for path in paths if benchmark_of(path.stem) == name]))
-    for pattern, made in (("precision_*.json", precision), ("trained_models.json", trained)):
+    tables = ("demo_recall.json", recall), ("precision_*.json", precision), ("trained_models.json", trained)
+    for pattern, made in tables:
         for path in sorted(RESULTS.glob(pattern)):
             raw = f"Raw numbers: [{path.name}]({path.name})."
             parts.append(f"## {path.stem}\n\n{raw} {made(json.loads(path.read_text()))}\n")

@@ -42,7 +42,7 @@ def folder(monkeypatch, tmp_path):
     intel = result("Intel(R) Xeon(R), 2 cores", loop=1.72, cpu=0.4, torch=2.0, medium=0.8)
     (results / "training_step_cpu.json").write_text(json.dumps(amd))
     (results / "training_step_cpu_intel.json").write_text(json.dumps(intel))
-    (tmp_path / "README.md").write_text("<!-- training_step_cpu_intel.json in short -->\nold\n<!-- end -->\n")
+    (tmp_path / "README.md").write_text("<!-- headline -->\nold\n<!-- end -->\n")
     return results
 
 
@@ -65,21 +65,17 @@ def test_two_makers_stand_side_by_side_and_losses_stay(folder):
     assert (folder / "training_step_cpu_intel.svg").read_text().count("<rect") == 1 + 4
 
 
-def test_the_readme_has_the_other_makers_ratios_in_short(folder):
+def test_the_readme_holds_ours_against_the_loop_on_each_processor(folder):
+    for kind, name, seconds in (("pair_scorers_cpu", "AMD EPYC", 0.5), ("whole_step_cpu_intel", "Intel(R)", 2.5)):
+        (folder / f"{kind}.json").write_text(json.dumps(result(name, loop=2.0, cpu=seconds, torch=0.1)))
+    (folder / "pair_scorers_hgan.json").write_text(json.dumps(result("Intel(R)", loop=3.0, cpu=0.1)))
     page.main()
     text = (folder.parents[1] / "README.md").read_text()
     assert "old" not in text
-    assert "Intel(R) Xeon(R), 2 cores; 2 threads; torch 2.0; 2026-01-01; commit abc. 4 images x 4 captions" in text
-    assert "| model | paper's loop | itm-fast cpu | itm-fast torch | itm-fast cpu, bfloat16 |" in text
-    assert "| saf | 1.0, 12% | 4.3, 50% | 0.86, 10% | 2.1, 25% |" in text
-    again = page.readme(text)
-    assert again == text
-
-
-def test_a_table_without_its_file_says_so(folder):
-    (folder / "training_step_cpu_intel.json").unlink()
-    filled = page.readme("<!-- training_step_cpu_intel.json in short -->\n1.0\n<!-- end -->")
-    assert filled == f"<!-- training_step_cpu_intel.json in short -->\n\n{page.MISSING}\n\n<!-- end -->"
+    assert text.count("|\n| ") == 2
+    assert "| AMD | saf | 8 | 32 | 4.0 |  |  |  |" in text
+    assert "| Intel | saf |  |  |  | 2.00 | 2.50 | 0.80 |" in text
+    assert page.readme(text) == text
 
 
 def test_what_is_left_out_is_said_once_for_all_models():
@@ -88,9 +84,9 @@ def test_what_is_left_out_is_said_once_for_all_models():
     made["results"].append(other)
     made["results"][0]["left_out"] = {"a": "too slow", "b": "absent"}
     other["left_out"] = {"a": "too slow"}
-    for text in (page.table("training_step", made), page.short(made)):
-        assert text.endswith("\n\nLeft out of saf, sgr: a (too slow).\n\nLeft out of saf: b (absent).")
-        assert text.count("Left out") == 2
+    text = page.table("training_step", made)
+    assert text.endswith("\n\nLeft out of saf, sgr: a (too slow).\n\nLeft out of saf: b (absent).")
+    assert text.count("Left out") == 2
 
 
 @pytest.mark.parametrize("device, name", [("AMD EPYC", "whole_step_cpu_intel"), ("Intel(R)", "training_step_cpu_amd")])

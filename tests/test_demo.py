@@ -73,6 +73,7 @@ def test_a_difference_is_said_and_changes_the_exit_code(tmp_path, capsys, monkey
         (("--queries", "99999"), "caption 99999"),
         (("--queries", " "), "an empty query"),
         (("--images", "1"), "--images must be 2 to"),
+        (("--full",), "--full uses all pictures, and --images some"),
     ],
 )
 def test_bad_options_are_a_sentence(tmp_path, capsys, options, sentence):

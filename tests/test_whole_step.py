@@ -43,7 +43,7 @@ def test_a_row_for_each_contender_and_their_parts_add_up(model, more, monkeypatc
         assert row["largest_difference"] < 1e-4
     assert base["largest_difference"] == 0
     assert base["measured_captions"] == 4
-    text = page.readme("<!-- whole_step_here.json --><!-- end -->")
+    text = page.section("whole_step", page.RESULTS / "whole_step_here.json")
     share = base["seconds_encoders"] / base["seconds_median"]
     assert f"| {base['seconds_median']:.2f} | 1.0 | {base['seconds_encoders']:.2f} | {share:.0%} |" in text
 
@@ -60,7 +60,7 @@ def test_a_loop_on_fewer_captions_is_extended_with_the_parts_that_depend_on_word
     assert loop["seconds_min"] >= 2e9  # the parts of a step are extended and the step with them
     assert loop["peak_bytes"] is None or loop["peak_bytes"] >= 1e9
     assert all(row["seconds_max"] < 1e9 and (row["peak_bytes"] or 0) < 1e9 for row in others)
-    text = page.readme("<!-- whole_step_here.json --><!-- end -->")
+    text = page.section("whole_step", page.RESULTS / "whole_step_here.json")
     assert "The loop ran on 3 captions and on 2, and is extended to 4 on a straight line." in text
 
 
