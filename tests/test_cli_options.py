@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from itm_fast.cli import COMMANDS, build_parser, main
-from itm_fast.cli.train import _OPTIONS, _flag
+from itm_fast.models._catalogue import CATALOGUE
+from itm_fast.models._options import ENCODERS, TRAINING
 
 
 def refused(capsys, *words: str) -> list[str]:
@@ -113,11 +114,21 @@ def test_values_and_options_of_other_models_are_refused_by_their_flags(capsys, t
     assert "sgr_step" not in line
 
 
-def test_every_flag_of_a_published_option_exists():
-    known = build_parser("train").parse_args(["train", "--output", "x"])
-    for flag, option in _OPTIONS.items():
-        assert hasattr(known, flag)
-        assert _flag(option) == f"--{flag.replace('_', '-')}"
+def test_every_published_option_has_its_flag():
+    found = set()
+    for known in (TRAINING, ENCODERS, *(row.options for row in CATALOGUE.values())):
+        for name, option in known.items():
+            if option.help is None:
+                continue
+            values = option.default if isinstance(option.default, list) else [option.default]
+            given = [] if isinstance(option.default, bool) else [str(value) for value in values]
+            flag = f"--{(option.flag or name).replace('_', '-')}"
+            parsed = build_parser("train").parse_args(["train", "--output", "x", flag, *given])
+            wanted = "None" if option.default is None else True if not given else option.default
+            assert getattr(parsed, name) == wanted, flag
+            found.add(flag)
+    assert len(found) == 40
+    assert {"--lr", "--epochs", "--imgnorm", "--sgr-steps", "--levels", "--gate-sharing", "--word-vectors"} <= found
 
 
 def test_nothing_heavy_is_imported_for_help_and_mistakes():

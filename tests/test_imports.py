@@ -15,8 +15,8 @@ PACKAGE = Path(itm_fast.__file__).parent
 ALLOWED = {
     "cli": {"cli", "evaluation", "training", "models", "data", "testing", "nn", "ops", "packing"},
     "training": {"training", "evaluation", "models", "data", "nn", "ops", "packing"},
-    "evaluation": {"evaluation", "training", "models", "data", "nn", "ops", "packing"},
-    "models": {"models", "evaluation", "nn", "ops", "packing"},
+    "evaluation": {"evaluation", "data", "nn", "ops", "packing"},
+    "models": {"models", "evaluation", "data", "nn", "ops", "packing"},
     "data": {"data"},
     "nn": {"nn", "ops", "packing"},
     "testing": {"testing", "ops", "packing"},

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from itm_fast.models import build
+from itm_fast.models._building import outline
 from itm_fast.training import checkpoint, options, rebuild
-from itm_fast.training.building import affordable, outline
+from itm_fast.training.building import affordable
 
 SIZES = {"img_dim": 6, "embed_size": 8, "word_dim": 4}
 OPTIONS = {

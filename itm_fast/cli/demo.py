@@ -28,7 +28,7 @@ three captions each; none of them, and no near copy, was used for training. Chan
 OUTPUT gets demo.json (all numbers) and attention.png: for a few captions, how much each word counts to the SAF
 model, and where in the best-matching picture it looks."""
 
-_TITLES = {"sgr": "SGR", "saf": "SAF", "scan": "SCAN t2i"}
+_SHOWN = ("sgr", "saf", "scan")
 IMAGES = 500  # the papers' loop then takes half a minute on two cores
 DRAWN = 4  # default queries
 FEWEST, MOST = 3, 10  # words and commas of a default query
@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--model",
-        choices=(*_TITLES, "all"),
+        choices=(*_SHOWN, "all"),
         default="all",
         help="all (default): SGR, SAF, their mean SGRAF, and SCAN",
     )
@@ -71,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     from .. import why_not
     from .._files import atomic_write
     from ..data import Vocabulary, open_split
-    from ..data.openclipart import FOLDER, VOCABULARY
+    from ..data.openclipart import CHECKPOINTS, FOLDER, VOCABULARY
+    from ..models import load
     from ._comparison import compare, report
     from ._picture import draw
 
@@ -86,21 +87,21 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
     vocabulary = Vocabulary.load(VOCABULARY)
-    names = tuple(_TITLES) if args.model == "all" else (args.model,)
-    models = {name: _model(name) for name in dict.fromkeys((*names, "saf"))}
+    names = _SHOWN if args.model == "all" else (args.model,)
+    loaded = {name: load(CHECKPOINTS[name]) for name in dict.fromkeys((*names, "saf"))}
     print(
         f"Scoring {len(split.captions):,} captions with {len(split.features):,} pictures that no model was trained "
         "on: by the papers' loop, and by itm-fast. A wrong answer within 1e-5 of the right one counts as better."
     )
     why_not("cpu")  # compiles the kernels where that is still to be done: no part of the time of a scoring
-    compared = compare({_TITLES[name]: models[name] for name in names}, split, vocabulary)
+    compared = compare({loaded[name].name: loaded[name].model for name in names}, split, vocabulary)
     print(f"\n{report(compared)}\n")
     width = max(len(row.name) for row in compared)
     for row in compared:
         print(f"{row.name:<{width}}  {row}")
 
     scores = {row.name: row.scores.fast for row in compared}
-    rows = _rows(models["saf"], split, vocabulary, asked, args.seed, scores.get("SAF"))
+    rows = _rows(loaded["saf"].model, split, vocabulary, asked, args.seed, scores.get("SAF"))
     chosen = DRAWN_TITLE if asked is None else ""
     picture = draw("What SAF attends to", SUBTITLE + chosen, rows)
     with atomic_write(output / "attention.png", "wb") as file:
@@ -126,15 +127,6 @@ def _asked(queries: list[str] | None, split: Split) -> list[tuple[str, int | Non
         else:
             found.append((split.captions[int(query)], int(split.caption_to_image[int(query)])))
     return found
-
-
-def _model(name: str) -> Any:
-    from ..data.openclipart import CHECKPOINTS
-    from ..training import checkpoint, rebuild
-
-    model = rebuild(checkpoint.load(CHECKPOINTS[name]))
-    model.val_start()
-    return model
 
 
 def _plain(compared: list[Compared]) -> dict[str, Any]:
@@ -210,7 +202,7 @@ def _query(model: Any, image_state: Any, vocabulary: Vocabulary, text: str, righ
 
     from ..data import encode_caption, tokenize
     from ..data.openclipart import thumbnails
-    from ._attention import saf_attention
+    from ..models._saf_attention import saf_attention
     from ._picture import Query
 
     ids = torch.tensor([encode_caption(text, vocabulary)], device=image_state[0].device)

@@ -43,8 +43,6 @@ Captions. Images may have any number. An image's rank is that of its best captio
 query but stays in the pool as a wrong answer. COCO image and caption ids in the data add CxC and ECCV Caption metrics
 (pip install 'itm-fast[eccv]')."""
 
-_SYNTHETIC = ("scan", "sgr", "saf", "shan", "hgan", "tshsr")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
@@ -174,7 +172,8 @@ def _evaluate(args: argparse.Namespace) -> int:
     from ..evaluation import evaluate, memory_plan, write_trec
     from ..evaluation.report import speed_line
     from ..evaluation.unknown_words import unknown_words, unknown_words_line
-    from ..training import rebuild
+    from ..models._building import rebuild
+    from ..models._common import usable_device
 
     loaded = members(args.checkpoint)
     split = open_split(
@@ -185,12 +184,12 @@ def _evaluate(args: argparse.Namespace) -> int:
         mask_zero_regions=args.mask_zero_regions,
     )
     vocab_path, vocab = find_vocabulary(args, loaded[0])
-    device = _device(args.device)
+    device = usable_device(args.device)
     models = [rebuild(found, device) for found in loaded]
     for found in loaded:
         check_features(found, split, args)
         check_vocabulary(found, vocab_path, vocab)
-    names = member_names(models, loaded)
+    names = member_names(loaded)
     if args.dry_run:
         captions = list(caption_batches(split.captions, vocab, args.batch_size))
         for name, model in zip(names, models, strict=True):
@@ -248,17 +247,19 @@ def _evaluate(args: argparse.Namespace) -> int:
 def _plan_workload(args: argparse.Namespace) -> int:
     from ..evaluation import WORKLOADS, plan
     from ..models import build
-    from ..training import rebuild
+    from ..models._building import rebuild
+    from ..models._catalogue import CATALOGUE
+    from ..models._common import usable_device
 
     size = WORKLOADS[args.workload]
-    device = _device(args.device)
+    device = usable_device(args.device)
     loaded = members(args.checkpoint)
     if loaded:
         models: list[Any] = [rebuild(found, device) for found in loaded]
-        names, dims = member_names(models, loaded), [found.opt.embed_size for found in loaded]
+        names, dims = member_names(loaded), [found.opt.embed_size for found in loaded]
     else:
-        models = [build(_published(name, size, device)) for name in _SYNTHETIC]
-        names, dims = list(_SYNTHETIC), [size.dim] * len(models)
+        models = [build(_published(name, size, device)) for name in CATALOGUE]
+        names, dims = list(CATALOGUE), [size.dim] * len(models)
     for name, model, dim in zip(names, models, dims, strict=True):
         found = plan(
             model.scorer,
@@ -285,26 +286,13 @@ def _room(scores: str, models: int, images: int, captions: int) -> str:
 
 def _published(name: str, size: Any, device: Any) -> Namespace:
     """Options of the published models at this size; the vocabulary does not matter to scoring."""
+    from ..models._catalogue import CATALOGUE
     from ..training import options
 
     changes = {"img_dim": size.features, "embed_size": size.dim}
-    if name in ("sgr", "saf", "tshsr"):
+    if "sim_dim" in CATALOGUE[name].options:
         changes["sim_dim"] = size.similarity
     return Namespace(**vars(options(name, **changes)), vocab_size=4, device=str(device))
-
-
-def _device(name: str | None) -> Any:
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"--device: no device is called {name!r}; use cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {name}: no CUDA device is visible to torch; use cpu, or see `itm-fast doctor`")
-    return device
 
 
 def _has_ids(split: Split) -> bool:

@@ -8,11 +8,41 @@ from pathlib import Path
 from typing import Any
 
 from .._names import BACKENDS
-from ..training.recipe import DIRECTIONS, MODELS, RECIPES, check, options
+from ..models._catalogue import CATALOGUE, RECIPES, Entry, check, title
+from ..models._options import ENCODERS, TRAINING, Option
+from ..training.recipe import options
 
-HELP = """Train SGR, SAF (the two halves of SGRAF), SCAN, SHAN, HGAN, TSHSR, or a plain dual encoder beside them.
 
-HGAN and TSHSR are reconstructed from the abstract: the equations are not public to us. Their schedules are SGRAF's.
+def _models() -> str:
+    """A line for each model: its paper, and what is known of it."""
+    lines = [
+        (row.name, row.known if row.paper == "none" else f"{row.paper}: {row.known}") for row in CATALOGUE.values()
+    ]
+    return "\n".join(f"  {name:<6} {text}" for name, text in lines)
+
+
+def _schedules() -> str:
+    """A line for each recipe: the models' epochs and cuts of the learning rate, and learning rates other than most."""
+    lines = []
+    for recipe, usual in RECIPES.items():
+        schedules: dict[str, list[str]] = {}
+        rates: dict[str, list[str]] = {}
+        for row in CATALOGUE.values():
+            found = row.published(recipe, None)
+            if any(found[name] != value for name, value in usual.items()):
+                schedules.setdefault(f"{found['num_epochs']}/{found['lr_update']}", []).append(row.name)
+            if found["learning_rate"] != TRAINING["learning_rate"].default:
+                rates.setdefault(f"{found['learning_rate']:g}", []).append(row.name)
+        groups = [f"{', '.join(names)} {schedule}" for schedule, names in schedules.items()]
+        groups.append(f"all others {usual['num_epochs']}/{usual['lr_update']}")
+        groups += [f"{', '.join(names)} with learning rate {rate}" for rate, names in rates.items()]
+        lines.append(f"  {recipe:<6} {'; '.join(groups)}")
+    return "\n".join(lines)
+
+
+HELP = f"""Train one model on precomputed features with its published recipe.
+
+{_models()}
 
   itm-fast train --model sgr --data data/f30k_precomp --output runs/f30k_sgr
   itm-fast train --model scan --direction i2t --recipe coco --data data/coco_precomp --output runs/coco_i2t
@@ -24,10 +54,11 @@ checkpoint.pth.tar (last epoch), which the published code reads too, the vocabul
 Ctrl-C finishes the step at hand and saves; the same command with --resume goes on as if never interrupted.
 
 Every option left out is the published one of the chosen recipe (Adam, learning rate 2e-4, hardest
-negatives, margin 0.2, batch 128, gradient norm clipped at 2, bidirectional GRU):
-  f30k   sgr, tshsr 40 epochs, a tenth of the learning rate after 30; scan, shan 30/15; all others 30/20
-  coco   shan 30/15, all others 20/10; scan and shan with learning rate 5e-4
-SHAN's paper gives 30 epochs, lambda, mu 1, mu 2 and the margin; the rest, unstated there, is SCAN's.
+negatives, margin 0.2, batch 128, gradient norm clipped at 2, bidirectional GRU). Epochs, and after how many
+of them the learning rate is cut to a tenth:
+{_schedules()}
+SHAN's paper gives 30 epochs, lambda, mu 1, mu 2 and the margin; the rest, unstated there, is SCAN's. The schedules of
+HGAN and TSHSR, which are reconstructed, are SGRAF's.
 SCAN's own command-line defaults are all negatives and a one-way GRU; its authors' recommended commands, and
 the defaults here, are the hardest negative and the bidirectional GRU."""
 
@@ -36,61 +67,31 @@ _PLACES = (
     "mask_zero_regions",
 )
 _DEFAULTS = {"recipe": "f30k", "train_split": "train", "dev_split": "dev"}
-# flag -> published option
-_OPTIONS = {
-    "epochs": "num_epochs",
-    "lr_update": "lr_update",
-    "lr": "learning_rate",
-    "batch_size": "batch_size",
-    "margin": "margin",
-    "max_violation": "max_violation",
-    "exclude_same_image": "exclude_same_image",
-    "grad_clip": "grad_clip",
-    "val_step": "val_step",
-    "seed": "seed",
-    "embed_size": "embed_size",
-    "word_dim": "word_dim",
-    "num_layers": "num_layers",
-    "bi_gru": "bi_gru",
-    "imgnorm": "no_imgnorm",
-    "txtnorm": "no_txtnorm",
-    "sim_dim": "sim_dim",
-    "sgr_steps": "sgr_step",
-    "agg_func": "agg_func",
-    "raw_feature_norm": "raw_feature_norm",
-    "lambda_softmax": "lambda_softmax",
-    "lambda_lse": "lambda_lse",
-    "precomp_enc_type": "precomp_enc_type",
-    "graph_layers": "graph_layers",
-    "granularities": "granularities",
-    "levels": "levels",
-    "lambda_t2i": "lambda_t2i",
-    "lambda_i2t": "lambda_i2t",
-    "lambda_global": "lambda_global",
-    "share_local": "share_local",
-    "share_global": "share_global",
-    "context_nodes": "context_nodes",
-    "word_vectors": "word_vectors",
-    "gate": "gate",
-    "gate_sharing": "gate_sharing",
-    "affinity": "affinity",
-    "pooling": "pooling",
-    "projection_bias": "projection_bias",
-    "mu1": "mu1",
-    "mu2": "mu2",
-}
+_DIRECTED = [row for row in CATALOGUE.values() if row.directions]
+
+
+def _offered() -> dict[str, Option]:
+    """Every option that the command line has, by its published name."""
+    found: dict[str, Option] = {}
+    for known in (TRAINING, ENCODERS, *(row.options for row in CATALOGUE.values())):
+        for name, option in known.items():
+            if option.help is not None:
+                found.setdefault(name, option)
+    return found
+
+
+_OFFERED = _offered()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `itm-fast train`. None means: as the recipe, or the interrupted run, has it."""
-    switch = argparse.BooleanOptionalAction
-
     run = parser.add_argument_group("the run")
-    run.add_argument("--model", type=_model, choices=MODELS, help="which model (needed unless --resume)")
+    run.add_argument("--model", type=_model, choices=tuple(CATALOGUE), help="which model (needed unless --resume)")
     run.add_argument(
         "--direction",
-        choices=("t2i", "i2t", "full"),
-        help="scan, shan: who attends; t2i: words to regions (scan's default); i2t; full: shan, both (its default)",
+        choices=tuple(dict.fromkeys(direction for row in _DIRECTED for direction in row.directions)),
+        help="who attends, words to regions (t2i), regions to words (i2t), or both (full); default first, "
+        + "; ".join(f"{row.name}: {', '.join(row.directions)}" for row in _DIRECTED),
     )
     run.add_argument("--recipe", choices=RECIPES, help="published schedule to follow (default f30k)")
     run.add_argument("--data", metavar="PATH", help="folder or .h5 file (needed unless --resume)")
@@ -137,84 +138,51 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "they take part in attention)",
     )
 
-    recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--epochs", type=int, metavar="N")
-    recipe.add_argument(
-        "--lr-update", type=int, metavar="N", help="epochs between cuts of the learning rate to a tenth"
-    )
-    recipe.add_argument("--lr", type=float, help="learning rate of the first epoch")
-    recipe.add_argument("--batch-size", type=int, metavar="N", help="captions, each with its image")
-    recipe.add_argument("--margin", type=float, help="of the ranking loss")
-    recipe.add_argument("--max-violation", action=switch, help="the hardest negative counts alone (default), or all do")
-    recipe.add_argument(
-        "--exclude-same-image",
-        action=switch,
-        help="other captions of an image are no negatives to it (published, and default: they are)",
-    )
-    recipe.add_argument("--grad-clip", type=float, metavar="NORM", help="0 switches clipping off")
-    recipe.add_argument("--val-step", type=int, metavar="N", help="also validate every N steps, for the log alone")
-    recipe.add_argument("--seed", type=int, help="of weights, dropout and data order (default 0)")
+    recipe, model = parser.add_argument_group("recipe"), parser.add_argument_group("model")
+    for name in _OFFERED:
+        _add(recipe if name in TRAINING else model, name)
 
-    model = parser.add_argument_group("model")
-    model.add_argument("--embed-size", type=int, metavar="D", help="joint embedding (1024)")
-    model.add_argument("--word-dim", type=int, metavar="N", help="word embedding (300)")
-    model.add_argument("--num-layers", type=int, metavar="N", help="of the GRU (1)")
-    model.add_argument("--bi-gru", action=switch, help="bidirectional GRU (default) or one-way")
-    model.add_argument("--imgnorm", action=switch, help="unit-length regions (default) or as they come")
-    model.add_argument("--txtnorm", action=switch, help="unit-length words (default) or as they come")
-    model.add_argument("--sim-dim", type=int, metavar="S", help="sgr, saf, tshsr: similarity vector (256)")
-    model.add_argument("--sgr-steps", type=int, metavar="K", help="sgr, tshsr: reasoning steps (3)")
-    model.add_argument("--agg-func", choices=("LogSumExp", "Mean", "Max", "Sum"), help="scan (LogSumExp)")
-    model.add_argument(
-        "--raw-feature-norm",
-        choices=("clipped_l2norm", "l2norm", "clipped_l1norm", "l1norm", "clipped", "softmax", "no_norm"),
-        help="scan: norm of the affinities (clipped_l2norm)",
-    )
-    model.add_argument("--lambda-softmax", type=float, metavar="X", help="scan (9 for t2i, 4 for i2t), shan (15)")
-    model.add_argument("--lambda-lse", type=float, metavar="X", help="scan (6 for t2i; i2t: 5 on f30k, 20 on coco)")
-    model.add_argument("--precomp-enc-type", choices=("basic", "weight_norm"), help="scan (basic)")
-    model.add_argument("--graph-layers", type=int, metavar="N", help="hgan: layers of the feature graphs (2)")
-    model.add_argument(
-        "--granularities", type=int, nargs="+", metavar="C", help="hgan: numbers of channel groups (1 4 16)"
-    )
-    model.add_argument(
-        "--levels",
-        type=float,
-        nargs=3,
-        metavar="X",
-        help="hgan: weights of the local-local, global-local and global-global similarity (1 1 1)",
-    )
-    model.add_argument("--lambda-t2i", type=float, metavar="X", help="hgan, tshsr: words attending to regions (9)")
-    model.add_argument("--lambda-i2t", type=float, metavar="X", help="hgan, tshsr: regions attending to words (4)")
-    model.add_argument("--lambda-global", type=float, metavar="X", help="hgan: global vectors attending to locals (1)")
-    model.add_argument("--share-local", type=float, metavar="X", help="hgan: of t2i in the local-local term (0.5)")
-    model.add_argument(
-        "--share-global", type=float, metavar="X", help="hgan: of the image in the global-local term (0.5)"
-    )
-    model.add_argument(
-        "--context-nodes", type=int, nargs="+", metavar="C", help="tshsr: context nodes of each level (4 1)"
-    )
-    model.add_argument(
-        "--word-vectors",
-        metavar="FILE",
-        help="shan: fixed vectors beside the learned ones of --word-dim; GloVe or word2vec text, word2vec binary, or a "
-        ".npy array with a row for every word of the vocabulary (none: words are learned alone)",
-    )
-    model.add_argument(
-        "--gate", choices=("scalar", "vector"), help="shan: one number or one for every dimension (scalar)"
-    )
-    model.add_argument("--gate-sharing", action=switch, help="shan: one gate for both modalities (each has its own)")
-    model.add_argument(
-        "--affinity",
-        choices=("cosine", "dot"),
-        help="shan: of the projected vectors; dot is the paper's letter (cosine)",
-    )
-    model.add_argument("--pooling", choices=("mean", "sum"), help="shan: of the local cosines (mean)")
-    model.add_argument("--projection-bias", action=switch, help="shan: biases in the affinity's projections (none)")
-    model.add_argument("--mu1", type=float, metavar="X", help="shan: share of the regions in the local term (0.3)")
-    model.add_argument(
-        "--mu2", type=float, metavar="X", help="shan: share of the image in the global-to-local term (0.5)"
-    )
+
+def _add(group: Any, name: str) -> None:
+    """Add one option; what the argument parser stores it as is its published name."""
+    option = _OFFERED[name]
+    settings: dict[str, Any] = {"dest": name, "help": _help(name, option)}
+    if isinstance(option.default, bool):
+        settings["action"] = argparse.BooleanOptionalAction
+    else:
+        example = option.default[0] if isinstance(option.default, list) else option.default
+        settings |= {"type": str if example is None else type(example), "metavar": option.metavar}
+        if option.choices:
+            settings["choices"] = option.choices
+        if isinstance(option.default, list):
+            settings["nargs"] = option.count or "+"
+    group.add_argument(_flag(name), **settings)
+
+
+def _help(name: str, option: Option) -> str:
+    """What an option is for; of the encoders' and the models' own also the default, and of the latter the models."""
+    if name in TRAINING:
+        return str(option.help)
+    if name in ENCODERS:
+        return f"{option.help}{_shown(option.default)}"
+    found: dict[str, list[str]] = {}
+    for row in CATALOGUE.values():
+        own = row.options.get(name)
+        if own is not None and own.help is not None:
+            found.setdefault(f"{own.help}{_shown(own.default, name, row)}", []).append(row.name)
+    return "; ".join(f"{', '.join(names)}: {text}" for text, names in found.items())
+
+
+def _shown(default: Any, name: str = "", row: Entry | None = None) -> str:
+    """The default in brackets, and where it differs with the recipe or direction; nothing of a switch or of none."""
+    if default is None or isinstance(default, bool):
+        return ""
+
+    def text(value: Any) -> str:
+        return " ".join(map(text, value)) if isinstance(value, list) else f"{value:g}" if value != str(value) else value
+
+    others = [] if row is None else [f"{key}: {text(x[name])}" for key, x in row.differs.items() if name in x]
+    return f" ({'; '.join([text(default), *others])})"
 
 
 def _model(name: str) -> str:
@@ -268,15 +236,16 @@ def _settled(args: argparse.Namespace, output: Path) -> tuple[argparse.Namespace
         if missing:
             raise ValueError(f"{' and '.join(missing)} must be given, except with --resume")
         places = {**_DEFAULTS, **given}
-        directions = DIRECTIONS.get(places["model"])
-        if "direction" in given and directions is None:
-            raise ValueError(f"--direction is for --model scan or shan; {places['model']} has no choice of it")
-        if directions is not None:
+        directions = CATALOGUE[places["model"]].directions
+        if "direction" in given and not directions:
+            names = " or ".join(row.name for row in _DIRECTED)
+            raise ValueError(f"--direction is for --model {names}; {places['model']} has no choice of it")
+        if directions:
             places.setdefault("direction", directions[0])
         opt = options(places["model"], recipe=places["recipe"], direction=places.get("direction"))
     others = [_flag(name) for name in changes if not hasattr(opt, name)]
     if others:
-        own = ", ".join(sorted(_flag(name) for name in _OPTIONS.values() if hasattr(opt, name)))
+        own = ", ".join(sorted(_flag(name) for name in _OFFERED if hasattr(opt, name)))
         raise ValueError(f"{places['model']} has no option {', '.join(others)}; its options are {own}")
     vars(opt).update(changes)
     return opt, places
@@ -335,12 +304,12 @@ def _train(args: argparse.Namespace, output: Path, opt: argparse.Namespace, plac
 
 def _flag(name: str) -> str:
     """How the command line calls a published option."""
-    found = next((flag for flag, option in _OPTIONS.items() if option == name), name)
-    return f"--{found.replace('_', '-')}"
+    option = _OFFERED.get(name)
+    return f"--{(name if option is None or option.flag is None else option.flag).replace('_', '-')}"
 
 
 def _changes(args: argparse.Namespace) -> dict[str, Any]:
-    found = {_OPTIONS[flag]: getattr(args, flag) for flag in _OPTIONS if getattr(args, flag) is not None}
+    found = {name: getattr(args, name) for name in _OFFERED if getattr(args, name) is not None}
     for name in ("no_imgnorm", "no_txtnorm"):  # published as negatives
         if name in found:
             found[name] = not found[name]
@@ -358,11 +327,9 @@ def _vocabulary(args: argparse.Namespace, saved: Path, captions: list[str]) -> A
 
 
 def _summary(opt: argparse.Namespace, train_split: Any, dev_split: Any, words: int) -> str:
-    name = f"SCAN {opt.cross_attn}" if hasattr(opt, "cross_attn") else getattr(opt, "system", None) or opt.module_name
-    name += f" {opt.alignment}" if hasattr(opt, "alignment") else ""
     I, R, F = train_split.features.shape
     return (
-        f"{name}: {len(train_split.captions)} captions of {I} images ({R} regions x {F}), {words} words; "
+        f"{title(opt)}: {len(train_split.captions)} captions of {I} images ({R} regions x {F}), {words} words; "
         f"dev {len(dev_split.captions)} captions of {len(dev_split.features)} images; "
         f"{opt.num_epochs} epochs, learning rate {opt.learning_rate:g}, a tenth every {opt.lr_update}"
     )

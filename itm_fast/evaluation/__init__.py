@@ -32,6 +32,7 @@ __all__ = [
     "plan_for",
     "ranks",
     "relevance_metrics",
+    "score",
     "score_all",
     "why_no_relevance",
     "write_trec",

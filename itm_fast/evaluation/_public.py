@@ -8,6 +8,6 @@ from .pipeline import evaluate, memory_plan
 from .ranking import Direction, Metrics, Ranks, average, fold_metrics, metrics, ranks
 from .relevance import relevance_metrics, why_no_relevance
 from .report import Pool, Report, System
-from .scoring import plan_for, score_all
+from .scoring import plan_for, score, score_all
 from .trec import write_trec
 from .workloads import WORKLOADS, Workload

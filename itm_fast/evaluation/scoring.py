@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Collection, Iterator
-from typing import Any
+from collections.abc import Collection, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,10 +17,60 @@ from .._checks import matmul_precision
 from .._workspace import GIB, workspace
 from .counting import require_finite
 from .distinct import columns, first_of_equal_embeddings
-from .encoding import Encoded, evaluation_mode, weights_checksum, word_rows
+from .encoding import Encoded, encode, evaluation_mode, weights_checksum, word_rows
 from .memory import CHUNK, MemoryPlan, plan
 from .score_claim import Claim, kept_block
 from .score_file import STRIPE, ScoreFile
+
+if TYPE_CHECKING:
+    from ..data import Vocabulary
+
+
+def score(
+    model: Any,
+    features: NDArray[np.floating],
+    captions: Sequence[str],
+    vocab: Vocabulary,
+    *,
+    region_lengths: NDArray[np.integer] | Sequence[int] | None = None,
+    memory_gb: float | None = None,
+    progress: bool = False,
+) -> NDArray[np.float32]:
+    """Score images, given as region features, against captions, given as texts.
+
+    Args:
+        model: as `itm_fast.models.load` gives it.
+        features: [I, R, F], float16, float32 or float64; F as the model was trained with.
+        captions: T texts.
+        vocab: the words that the model was trained with.
+        region_lengths: [I] regions of each image; None means R for all.
+        memory_gb: as for `score_all`.
+        progress: show bars on standard error.
+
+    Returns:
+        float32 [I, T].
+
+    Raises:
+        ValueError: features, captions and model do not fit each other, `vocab` is None, or a score is not finite.
+        TypeError: a caption is no text.
+
+    >>> from itm_fast.data.openclipart import CHECKPOINTS
+    >>> from itm_fast.models import load
+    >>> loaded = load(CHECKPOINTS["sgr"])
+    >>> features = np.ones((2, 36, 128), np.float32)
+    >>> score(loaded.model, features, ["a red apple", "a black cat", "two trees"], loaded.vocab).shape
+    (2, 3)
+    """
+    from ..data import Split
+
+    if vocab is None:
+        raise ValueError(
+            "score: vocab is None; captions become word ids by the vocabulary that the model was trained with, so load "
+            "the model with it: itm_fast.models.load(path, vocab=FILE)"
+        )
+    split = Split(features, captions, np.zeros(len(captions), np.int64), region_lengths)
+    encoded = encode(model, split, vocab, progress=progress)
+    return score_all(model.scorer, encoded, memory_gb=memory_gb, progress=progress)
 
 
 def plan_for(

@@ -60,6 +60,21 @@ def device_of(opt: Namespace) -> torch.device:
     return torch.device(getattr(opt, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
+def usable_device(device: str | torch.device | None) -> torch.device:
+    """The device of that name, or CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    try:
+        chosen = device_of(Namespace(device=device))
+    except RuntimeError as error:
+        raise ValueError(f"device must be such as cpu, cuda or cuda:1, got {device!r}") from error
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device {chosen} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
+    return chosen
+
+
 class OwnKeys(nn.Module):
     """Loads its own keys out of a larger state_dict, as the published image encoders do."""
 

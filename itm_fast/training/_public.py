@@ -2,7 +2,7 @@
 
 # ruff: noqa: F401
 
-from .building import rebuild
-from .checkpoint import Checkpoint
+from ..models._building import rebuild
+from ..models.checkpoint import Checkpoint
 from .recipe import learning_rate, options
 from .trainer import Result, train

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from .._files import atomic_write
 from ..models import model_class
-from .recipe import TRAINING, finite
-from .torch_file import describe, load_plain
+from ..models._options import finite
+from ..models.torch_file import describe, load_plain
+from .recipe import TRAINING
 
 NAME = "resume.pt"
 _FORMAT = "itm-fast resume 1"

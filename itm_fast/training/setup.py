@@ -14,9 +14,9 @@ import torch
 
 from .._backends import requested, why_not
 from ..models import model_class
-from ..models._common import want
+from ..models._building import fits
+from ..models._common import usable_device, want
 from . import resume
-from .building import fits
 from .checkpoint import BEST, LAST
 from .log import NAME as LOG
 from .log import never_validated
@@ -38,12 +38,7 @@ def usable(device: str | torch.device | None) -> torch.device:
         ValueError: there is no such device.
         NotImplementedError: the backend cannot run there; says why.
     """
-    try:
-        chosen = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError as error:
-        raise ValueError(f"device must be such as cpu, cuda or cuda:1, got {device!r}") from error
-    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device {chosen} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
+    chosen = usable_device(device)
     asked = requested()
     reason = None if asked == "auto" else why_not(asked, chosen)
     if reason is not None:

@@ -21,7 +21,8 @@ from torch import Tensor
 from .._backends import use_backend
 from .._lock import Lock
 from ..models import build
-from . import checkpoint, recipe, resume
+from ..models._catalogue import check
+from . import checkpoint, resume
 from .building import affordable
 from .checkpoint import BEST, LAST
 from .interrupt import Stop, signals
@@ -121,7 +122,7 @@ def train(
         if backend is not None:
             stack.enter_context(use_backend(backend))
         chosen = usable(device)
-        recipe.check(vars(opt))
+        check(vars(opt))
         opt = completed(opt, train_split, dev_split, vocabulary, output)
         if resuming:
             resume.require(output)

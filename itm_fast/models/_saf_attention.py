@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.sgraf import SMOOTH, EncoderSimilarity
 from ..ops._attention import affinity_norm, l2norm
+from .sgraf import SMOOTH, EncoderSimilarity
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,126 @@
+"""From options, or a checkpoint, to a model."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ._catalogue import CATALOGUE, check, recognised
+from ._common import Matcher
+from ._options import TRAINING
+from .checkpoint import Checkpoint
+
+# What only training reads: any value scores alike, and the file's own may be missing or odd.
+_UNUSED = ("grad_clip", "margin", "max_violation", "learning_rate")
+
+
+def model_class(opt: argparse.Namespace) -> type[Matcher]:
+    """The class of the model that these options describe.
+
+    Args:
+        opt: SGRAF's options have `module_name`, SCAN's have `cross_attn`, those of other models `system`.
+
+    Raises:
+        ValueError: they have none of these, or `system` is unknown.
+
+    >>> model_class(argparse.Namespace(system="DualEncoder")).__name__
+    'DualEncoder'
+    """
+    return recognised(opt).model()
+
+
+def build(opt: argparse.Namespace) -> Matcher:
+    """Build the model that the options of a checkpoint describe.
+
+    Args:
+        opt: as for `model_class`, with what the model reads.
+
+    Raises:
+        ValueError: no model fits the options, they lack one, or one has an unknown value.
+
+    >>> opt = argparse.Namespace(
+    ...     grad_clip=2.0, img_dim=6, embed_size=8, no_imgnorm=False, vocab_size=9, word_dim=5, num_layers=1,
+    ...     bi_gru=True, no_txtnorm=False, sim_dim=4, module_name="SAF", sgr_step=3, margin=0.2,
+    ...     max_violation=True, learning_rate=2e-4)
+    >>> type(build(opt)).__name__
+    'SGRAF'
+    """
+    return model_class(opt)(opt)
+
+
+def rebuild(found: Checkpoint, device: str | torch.device | None = None) -> Matcher:
+    """Build the model of a checkpoint with its weights; what only training reads is neither asked for nor kept.
+
+    Args:
+        found: one network.
+        device: where the model goes; CUDA where there is one when None.
+
+    Returns:
+        the model, in training mode as a new one is; `val_start()` makes it ready to score. Its `vocab_checksum` is that
+        of the words it was trained with (`Vocabulary.checksum`), None where the file tells none.
+
+    Raises:
+        ValueError: the options lack one that scoring needs, describe a model that cannot be built, or another than
+            the one whose weights the file holds. Nothing has been built then.
+
+    >>> from itm_fast.models import checkpoint
+    >>> from itm_fast.data.openclipart import CHECKPOINTS
+    >>> type(rebuild(checkpoint.load(CHECKPOINTS["saf"]))).__name__
+    'SGRAF'
+    """
+    opt = argparse.Namespace(**vars(found.opt))
+    for name in _UNUSED:
+        setattr(opt, name, TRAINING[name].default)
+    if getattr(opt, "module_name", None) == "SAF" and not hasattr(opt, "sgr_step"):
+        opt.sgr_step = 0  # of the other head
+    if getattr(opt, "agg_func", None) in ("Mean", "Max", "Sum") and not hasattr(opt, "lambda_lse"):
+        opt.lambda_lse = CATALOGUE["scan"].options["lambda_lse"].default  # of the other aggregation
+    opt.vocab_size = found.words
+    opt.device = None if device is None else str(device)
+    try:
+        fits(opt, found.model)
+        model = build(opt)
+        model.load_state_dict(found.model)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{found.path}: {' '.join(str(error).split())}") from error
+    model.vocab_checksum = getattr(found.opt, "vocab_checksum", None)
+    return model
+
+
+def fits(opt: argparse.Namespace, states: Sequence[Mapping[str, Tensor]]) -> None:
+    """Refuse options that describe another model than the one whose weights are given, without building either.
+
+    Raises:
+        ValueError: says which weight differs.
+    """
+    read = (*model_class(opt).reads(), "num_region")
+    check({name: value for name, value in vars(opt).items() if name in read})
+    model = outline(opt)
+    for part, mine, theirs in zip(model.parts, model.state_dict(), states, strict=False):
+        for name, value in mine.items():
+            if name in theirs and theirs[name].shape != value.shape:
+                raise ValueError(
+                    f"opt describes a model whose {part}.{name} is {list(value.shape)}, and the weights given are "
+                    f"{list(theirs[name].shape)}; they belong to another model"
+                )
+            if name not in theirs and not name.endswith("num_batches_tracked"):  # torch 0.4 had none
+                raise ValueError(
+                    f"opt describes a model with {part}.{name} {list(value.shape)}, which the weights given lack; they "
+                    "belong to another model"
+                )
+
+
+def outline(opt: argparse.Namespace) -> Matcher:
+    """The model that options describe, its tensors without memory: shapes alone.
+
+    Raises:
+        ValueError: as `build`, or a size is beyond what torch can count.
+    """
+    try:
+        with torch.device("meta"):
+            return build(argparse.Namespace(**{**vars(opt), "device": "meta"}))
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"no model can be built with these options: {' '.join(str(error).split())}") from error

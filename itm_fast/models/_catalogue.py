@@ -1,0 +1,279 @@
+"""The catalogue of models: one row for each, which every command, table and test reads.
+
+A model is one file, with its class and mathematics, and one row here. The row does not stand in the model's file
+because that file imports torch, and `itm-fast train --help` answers without it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from ._options import COMMON, DEEPEST, MARKS, MOST, Option, size
+
+if TYPE_CHECKING:
+    from ._common import Matcher
+
+# What every model takes from a recipe; the rows say where a model's own paper differs.
+RECIPES: dict[str, dict[str, Any]] = {
+    "f30k": {"num_epochs": 30, "lr_update": 20},
+    "coco": {"num_epochs": 20, "lr_update": 10},
+}
+RECONSTRUCTED = "reconstructed from the abstract: the equations are not public to us"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What is to be known of a model without importing it.
+
+    Attributes:
+        name: what `itm-fast train --model` calls it.
+        title: what tables call it.
+        home: its module in `itm_fast.models` and its class there, as "scan:SCAN".
+        paper: its name, where and when it appeared.
+        known: what of the paper and its code is public.
+        mark: the option by which its checkpoints are recognised, and that option's value; None stands for any.
+        options: its own options beside the common ones.
+        direction: the option that says who attends to whom, empty where there is no choice.
+        directions: values of that option, the default first.
+        differs: options that a recipe, a direction, or "recipe direction" changes.
+    """
+
+    name: str
+    title: str
+    home: str
+    paper: str
+    known: str
+    mark: tuple[str, str | None]
+    options: Mapping[str, Option] = field(default_factory=dict)
+    direction: str = ""
+    directions: tuple[str, ...] = ()
+    differs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+    def model(self) -> type[Matcher]:
+        """The class, imported now."""
+        module, name = self.home.split(":")
+        return getattr(importlib.import_module(f"{__package__}.{module}"), name)
+
+    def published(self, recipe: str, direction: str | None) -> dict[str, Any]:
+        """All options as published, by name.
+
+        >>> found = CATALOGUE["scan"].published("coco", "i2t")
+        >>> found["lambda_softmax"], found["lambda_lse"], found["learning_rate"]
+        (4.0, 20.0, 0.0005)
+        """
+        chosen = {name: option.default for name, option in {**COMMON, **self.options}.items()}
+        option, value = self.mark
+        chosen |= {**RECIPES[recipe], option: value}
+        if self.direction:
+            chosen[self.direction] = direction
+        for key in (recipe, direction, f"{recipe} {direction}"):
+            chosen |= self.differs.get(str(key), {})
+        # A list of the catalogue must not change with the list of a run.
+        return {name: list(value) if isinstance(value, list) else value for name, value in chosen.items()}
+
+
+_SIM_DIM = size(256, "similarity vector", "S")
+_STEPS = Option(3, "reasoning steps", "K", flag="sgr_steps", least=0, most=DEEPEST)
+_T2I = Option(9.0, "inverse temperature of words attending to regions", "X")
+_I2T = Option(4.0, "inverse temperature of regions attending to words", "X")
+_LONG = {"num_epochs": 40, "lr_update": 30}
+
+_ROWS = (
+    Entry(
+        "sgr",
+        "SGR",
+        "sgraf:SGRAF",
+        "SGRAF, AAAI 2021",
+        "paper and published code",
+        ("module_name", "SGR"),
+        {"sim_dim": _SIM_DIM, "sgr_step": _STEPS},
+        differs={"f30k": _LONG},
+    ),
+    Entry(
+        "saf",
+        "SAF",
+        "sgraf:SGRAF",
+        "SGRAF, AAAI 2021",
+        "paper and published code",
+        ("module_name", "SAF"),
+        {"sim_dim": _SIM_DIM, "sgr_step": replace(_STEPS, help=None)},  # which the published code reads for SAF too
+    ),
+    Entry(
+        "scan",
+        "SCAN",
+        "scan:SCAN",
+        "SCAN, ECCV 2018",
+        "paper and published code",
+        ("cross_attn", None),
+        {
+            "raw_feature_norm": Option(
+                "clipped_l2norm",
+                "norm of the affinities",
+                choices=("clipped_l2norm", "l2norm", "clipped_l1norm", "l1norm", "clipped", "softmax", "no_norm"),
+            ),
+            "agg_func": Option("LogSumExp", "pooling of the cosines", choices=("LogSumExp", "Mean", "Max", "Sum")),
+            "lambda_softmax": Option(9.0, "inverse temperature of the attention", "X", above=0),
+            "lambda_lse": Option(6.0, "inverse temperature of LogSumExp", "X", above=0),
+            "precomp_enc_type": Option("basic", "image encoder", choices=("basic", "weight_norm")),
+        },
+        "cross_attn",
+        ("t2i", "i2t"),
+        differs={
+            "f30k": {"lr_update": 15},
+            "coco": {"learning_rate": 5e-4},
+            "i2t": {"lambda_softmax": 4.0, "lambda_lse": 5.0},
+            "coco i2t": {"lambda_lse": 20.0},
+        },
+    ),
+    Entry(
+        "shan",
+        "SHAN",
+        "shan:SHAN",
+        "SHAN, IJCAI 2021",
+        "the paper's 17 equations; what they leave open is an option, each with a stated default",
+        ("system", "SHAN"),
+        {
+            "gate": Option("scalar", "one number or one for every dimension", choices=("scalar", "vector")),
+            "gate_sharing": Option(False, "one gate for both modalities (each has its own)"),
+            "affinity": Option(
+                "cosine", "of the projected vectors; dot is the paper's letter", choices=("cosine", "dot")
+            ),
+            "pooling": Option("mean", "of the local cosines", choices=("mean", "sum")),
+            "lambda_softmax": Option(15.0, "inverse temperature of the attention", "X", above=0),
+            "mu1": Option(0.3, "share of the regions in the local term", "X", least=0, most=1),
+            "mu2": Option(0.5, "share of the image in the global-to-local term", "X", least=0, most=1),
+            "projection_bias": Option(False, "biases in the affinity's projections (none)"),
+            "word_vectors": Option(
+                None,
+                "fixed vectors beside the learned ones of --word-dim; GloVe or word2vec text, word2vec binary, or a "
+                ".npy array with a row for every word of the vocabulary (none: words are learned alone)",
+                "FILE",
+            ),
+            "vector_dim": Option(0, least=0, most=MOST),
+        },
+        "alignment",
+        ("full", "t2i", "i2t"),
+        differs={"f30k": {"lr_update": 15}, "coco": {"num_epochs": 30, "lr_update": 15, "learning_rate": 5e-4}},
+    ),
+    Entry(
+        "hgan",
+        "HGAN",
+        "hgan:HGAN",
+        "HGAN, IEEE TMM 2023",
+        RECONSTRUCTED,
+        ("system", "HGAN"),
+        {
+            "graph_layers": Option(2, "layers of the feature graphs", "N", least=0, most=DEEPEST),
+            "granularities": Option([1, 4, 16], "numbers of channel groups", "C"),
+            "levels": Option(
+                [1.0, 1.0, 1.0],
+                "weights of the local-local, global-local and global-global similarity",
+                "X",
+                count=3,
+            ),
+            "lambda_t2i": _T2I,
+            "lambda_i2t": _I2T,
+            "lambda_global": Option(1.0, "inverse temperature of global vectors attending to locals", "X"),
+            "share_local": Option(0.5, "of t2i in the local-local term", "X"),
+            "share_global": Option(0.5, "of the image in the global-local term", "X"),
+        },
+    ),
+    Entry(
+        "tshsr",
+        "TSHSR",
+        "tshsr:TSHSR",
+        "TSHSR, 2022",
+        RECONSTRUCTED,
+        ("system", "TSHSR"),
+        {
+            "sim_dim": _SIM_DIM,
+            "context_nodes": Option([4, 1], "context nodes of each level", "C"),
+            "sgr_step": _STEPS,
+            "lambda_t2i": _T2I,
+            "lambda_i2t": _I2T,
+        },
+        differs={"f30k": _LONG},
+    ),
+    Entry(
+        "dual",
+        "DualEncoder",
+        "dual_encoder:DualEncoder",
+        "none",
+        "the cosine of the mean region and the mean word, to hold the others against",
+        ("system", "DualEncoder"),
+    ),
+)
+CATALOGUE = {row.name: row for row in _ROWS}
+
+
+def recognised(opt: Namespace) -> Entry:
+    """The row of the model that the options of a checkpoint describe.
+
+    Args:
+        opt: SGRAF's options have `module_name`, SCAN's have `cross_attn`, those of other models `system`.
+
+    Raises:
+        ValueError: they have none of these, or `system` is unknown.
+
+    >>> recognised(Namespace(cross_attn="i2t")).title
+    'SCAN'
+    """
+    mark = marked(opt)
+    if mark is None:
+        raise ValueError(
+            "build: opt has neither module_name (SGRAF) nor cross_attn (SCAN) nor system (the others), so no model "
+            "fits it"
+        )
+    rows = [row for row in CATALOGUE.values() if row.mark[0] == mark]
+    for row in rows:
+        if row.mark[1] in (None, getattr(opt, mark)):
+            return row
+    if mark == "system":
+        known = ", ".join(sorted(str(row.mark[1]) for row in rows))
+        raise ValueError(f"build: opt.system must be one of {known}, got {opt.system!r}")
+    return rows[0]  # whose class refuses the value
+
+
+def marked(opt: Namespace) -> str | None:
+    """The option by which the model is recognised, None where there is none of them."""
+    return next((name for name in ("system", "module_name", "cross_attn") if hasattr(opt, name)), None)
+
+
+def title(opt: Namespace) -> str:
+    """What tables call the model of these options.
+
+    >>> title(Namespace(cross_attn="t2i")), title(Namespace(module_name="SAF"))
+    ('SCAN t2i', 'SAF')
+    """
+    row = recognised(opt)
+    return f"{row.title} {getattr(opt, row.direction)}" if row.direction else row.title
+
+
+def check(values: Mapping[str, Any], spell: Callable[[str], str] = str) -> None:
+    """Refuse options that no model can be built or trained with, before anything is built.
+
+    Args:
+        values: any options by their published names; those that no model has are left alone.
+        spell: how a message calls an option.
+
+    Raises:
+        ValueError: a value is of another type, not finite, or out of its range.
+
+    >>> check({"sim_dim": 0})
+    Traceback (most recent call last):
+    ValueError: sim_dim must be at least 1, got 0
+    """
+    for name, value in values.items():
+        if name in _KNOWN:
+            _KNOWN[name].check(spell(name), value)
+    if values.get("batch_size", 2) < 2:
+        raise ValueError(
+            f"{spell('batch_size')} must be at least 2: the negatives come from the batch; got {values['batch_size']}"
+        )
+
+
+_KNOWN = {**MARKS, **COMMON, **{name: option for row in _ROWS for name, option in row.options.items()}}

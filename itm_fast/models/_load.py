@@ -1,0 +1,112 @@
+"""From the file of a checkpoint to a model that is ready to score, with its words and its name."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from . import checkpoint
+from ._building import rebuild
+from ._catalogue import title
+from ._common import Matcher, usable_device
+from ._vocabulary import files, why_another
+
+if TYPE_CHECKING:
+    from ..data import Vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A trained model.
+
+    Attributes:
+        model: in evaluation mode, with its weights.
+        vocab: the words that it was trained with; None where they were not found.
+        name: "SGR", "SCAN t2i", ...; with "A" or "B" behind it where the file holds two networks.
+    """
+
+    model: Matcher
+    vocab: Vocabulary | None
+    name: str
+
+
+def load(
+    path: str | os.PathLike[str],
+    device: str | torch.device | None = None,
+    *,
+    network: str | None = None,
+    vocab: str | os.PathLike[str] | None = None,
+) -> Loaded:
+    """Load a trained model from a published checkpoint, ready to score.
+
+    Nothing in the file is executed; see `itm_fast.models.checkpoint`. The vocabulary is looked for beside the
+    checkpoint and then where the model was trained, as DATA_vocab.json and vocab.json; a file of other words, as far as
+    the checkpoint tells, is passed over.
+
+    Args:
+        path: `model_best.pth.tar` of SCAN, SGRAF or `itm-fast train`, or its folder.
+        device: where the model goes: "cpu", "cuda", "cuda:1", ...; CUDA where there is one when None.
+        network: which network of a file of several: "A" of one with `model_A` and `model_B`.
+        vocab: the vocabulary's file, where it lies elsewhere.
+
+    Returns:
+        the model, its vocabulary or None, and its name.
+
+    Raises:
+        OSError: a file is missing or cannot be read.
+        ValueError: the file is no such checkpoint, is damaged, holds several networks of which none is chosen or does
+            not hold the one chosen; there is no such device; or `vocab` has other words.
+
+    >>> from itm_fast.data.openclipart import CHECKPOINTS, FOLDER
+    >>> loaded = load(CHECKPOINTS["saf"], "cpu")
+    >>> loaded.name, len(loaded.vocab), loaded.model.sim_enc.training
+    ('SAF', 875, False)
+
+    Features [I, R, F] and captions to scores [I, T]:
+
+    >>> import numpy as np
+    >>> from itm_fast.evaluation import score
+    >>> features = np.random.rand(2, 36, 128).astype(np.float32)
+    >>> score(loaded.model, features, ["a red apple", "a black cat", "two trees"], loaded.vocab).shape
+    (2, 3)
+    """
+    chosen = usable_device(device)
+    found = _network(checkpoint.load_all(path), network)
+    words = _words(found, vocab)
+    model = rebuild(found, chosen)
+    model.val_start()
+    return Loaded(model, words, f"{title(found.opt)} {found.name}".rstrip())
+
+
+def _network(networks: list[checkpoint.Checkpoint], name: str | None) -> checkpoint.Checkpoint:
+    if name is None and len(networks) == 1:
+        return networks[0]
+    path, names = networks[0].path, [found.name for found in networks]
+    if name is None:
+        raise ValueError(
+            f"{path}: holds {len(names)} networks ({', '.join(names)}); choose one, such as network={names[0]!r}. "
+            "Their scores are averaged: `itm-fast evaluate` takes them as members of an ensemble"
+        )
+    if name not in names:
+        held = f"holds the networks {', '.join(names)}" if len(names) > 1 else "holds one network; leave `network` out"
+        raise ValueError(f"{path}: has no network {name!r}; it {held}")
+    return networks[names.index(name)]
+
+
+def _words(found: checkpoint.Checkpoint, named: str | os.PathLike[str] | None) -> Vocabulary | None:
+    from ..data import Vocabulary
+
+    if named is not None:
+        vocab = Vocabulary.load(named)
+        if other := why_another(found, Path(named), vocab):
+            raise ValueError(other)
+        return vocab
+    for path in files(found):
+        vocab = Vocabulary.load(path)
+        if why_another(found, path, vocab) is None:
+            return vocab
+    return None

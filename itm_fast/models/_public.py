@@ -1,0 +1,13 @@
+"""What `itm_fast.models` offers."""
+
+# ruff: noqa: F401
+
+from ._building import build, model_class
+from ._common import Matcher
+from ._load import Loaded, load
+from .dual_encoder import DualEncoder
+from .hgan import HGAN
+from .scan import SCAN
+from .sgraf import SGRAF
+from .shan import SHAN
+from .tshsr import TSHSR

@@ -1,0 +1,49 @@
+"""The vocabulary of a checkpoint: where it may lie, and whether one is that with which the model was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from ..data import Vocabulary
+
+
+def places(found: Checkpoint, data: Path | None = None) -> tuple[list[Path], list[str]]:
+    """Folders, and names of the file in each, in the order in which they are looked through.
+
+    Args:
+        found: the checkpoint: its folder comes first, then where it was trained.
+        data: the folder or file of the data that is to be scored, near which it may lie as well.
+    """
+    stems = [getattr(found.opt, "data_name", None)]
+    folders = [Path(found.path).parent]
+    if getattr(found.opt, "vocab_path", None):
+        folders.append(Path(str(found.opt.vocab_path)))
+    if data is not None:
+        stems.append(data.stem)
+        beside = data if data.is_dir() else data.parent
+        # SCAN keeps data/f30k_precomp/ and vocab/ side by side.
+        near = (beside, beside.parent, beside.parent.parent)
+        folders += [beside, *(folder / "vocab" for folder in near), beside.parent]
+    names = [*(f"{stem}_vocab.json" for stem in dict.fromkeys(stems) if stem), "vocab.json"]
+    return list(dict.fromkeys(folders)), names
+
+
+def files(found: Checkpoint, data: Path | None = None) -> Iterator[Path]:
+    """The files that are at one of these places, in the same order."""
+    folders, names = places(found, data)
+    return (folder / name for folder in folders for name in names if (folder / name).is_file())
+
+
+def why_another(found: Checkpoint, path: Path, vocab: Vocabulary) -> str | None:
+    """Why a vocabulary is not that of the checkpoint, as far as its file tells; None where it may be."""
+    wanted = "give the vocabulary that it was trained with"
+    if len(vocab) != found.words:
+        return f"{found.path} embeds {found.words:,} words, and {path} has {len(vocab):,}; {wanted}"
+    if getattr(found.opt, "vocab_checksum", vocab.checksum()) != vocab.checksum():
+        return f"{found.path} was trained with other words than the {len(vocab):,} of {path}; {wanted}"
+    return None
