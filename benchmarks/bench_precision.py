@@ -82,7 +82,7 @@ class Emulated(TorchDispatchMode):
         name = func._schema.name.split("::")
         if name[0] == "itm_fast":
             with self:
-                return sys.modules[f"itm_fast.ops.{name[1]}"]._implementation("torch").forward(*args[:-1])
+                return sys.modules[f"itm_fast.ops.{name[1]}"]._op.implementation("torch").forward(*args[:-1])
         if name[1] in _PRODUCTS and args[-1] is not None:
             first = 1 if name[1] in ("addmm", "baddbmm") else 0  # the summand comes first
             factors = [cut(x, self.products) for x in args[first : first + 2]]

@@ -171,7 +171,7 @@ def best_of(call: Callable[[], Tensor]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ops", nargs="+", choices=sorted(examples.EXAMPLES), default=list(OPS))
+    parser.add_argument("--ops", nargs="+", choices=examples.OPS, default=list(OPS))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--matmul", default="high", choices=("highest", "high"), help="of float32 (default: high)")
     parser.add_argument("--images", type=int, default=500)

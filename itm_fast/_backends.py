@@ -188,7 +188,7 @@ def _warn_once(kernels: str, reason: str, instead: str) -> None:
         warnings.warn(
             f"itm-fast runs its slower {instead} backend, as its {kind} kernels cannot run: {reason}. "
             f"Setting ITM_FAST_BACKEND={instead} silences this.",
-            stacklevel=4,
+            stacklevel=5,
         )
 
 

@@ -22,58 +22,88 @@ def matmul_precision() -> str:
         return "high" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "highest"
 
 
+class Shape:
+    """A tensor's shape in letters, "I R D"; a letter means one size in all tensors of a call.
+
+    "T+1" is one more than T, "2" is a size of 2, and "K=1|D" a K that must be 1 or D.
+    """
+
+    def __init__(self, letters: str) -> None:
+        parts = [part.partition("=") for part in letters.split()]
+        self.labels = tuple(label for label, _, _ in parts)
+        # Of each dimension, the letter and how much more than its size the dimension is.
+        self.dims = tuple((label.removesuffix("+1"), int(label.endswith("+1"))) for label in self.labels)
+        self.allowed = {label: allowed.split("|") for label, _, allowed in parts if allowed}
+
+    def __str__(self) -> str:
+        return f"[{', '.join(self.labels)}]"
+
+
 class Arguments:
-    """Checks an op's tensors against letters such as "I R D"; a letter must mean one size throughout.
+    """Checks an op's tensors against their shapes in letters, and against each other.
 
     >>> check = Arguments("cross_attention_score")
-    >>> check.floats(image=(torch.zeros(2, 3, 8), "I R D"), words=(torch.zeros(5, 9), "N D"))
+    >>> check.floats("image", torch.zeros(2, 3, 8), Shape("I R D"))
+    >>> check.floats("words", torch.zeros(5, 9), Shape("N D"))
     Traceback (most recent call last):
     ValueError: cross_attention_score: words must be [N, D] with D = 8 as in image, got [5, 9]
     """
 
     def __init__(self, op: str) -> None:
         self.op = op
-        self.size: dict[str, tuple[int, str]] = {}
-        self.first: tuple[str, Tensor] | None = None
+        self.size: dict[str, int] = {}  # by letter
+        self.seen: dict[str, str] = {}  # letter -> the first tensor that has it
+        self.first: tuple[str, torch.dtype, torch.device] | None = None
 
-    def shape(self, name: str, tensor: Tensor, letters: str) -> None:
-        want = letters.split()
+    def shape(self, name: str, tensor: Tensor, shape: Shape) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{self.op}: {name} must be a tensor, got {type(tensor).__name__}")
-        if tensor.dim() != len(want):
-            raise ValueError(f"{self.op}: {name} must be [{', '.join(want)}], got {list(tensor.shape)}")
-        for letter, n in zip(want, tensor.shape, strict=True):
-            known = int(letter) if letter.isdigit() else self.size[letter][0] if letter in self.size else None
-            if known is not None and n != known:
-                where = f" with {letter} = {known} as in {self.size[letter][1]}" if letter in self.size else ""
-                raise ValueError(f"{self.op}: {name} must be [{', '.join(want)}]{where}, got {list(tensor.shape)}")
-            if known is None:
-                self.size[letter] = (n, name)
-            if n == 0 and letter in ("R", "D", "S", "T+1"):
-                raise ValueError(
-                    f"{self.op}: {name} must be [{', '.join(want)}] with {letter} > 0, got {list(tensor.shape)}"
-                )
+        sizes, known = tensor.shape, self.size
+        if len(sizes) != len(shape.dims):
+            raise self._wrong(name, sizes, shape)
+        for (letter, more), n in zip(shape.dims, sizes):
+            if letter not in known:
+                self._meet(letter, n - more, name, sizes, shape)
+            elif n != known[letter] + more:
+                raise self._wrong(name, sizes, shape, f" with {letter} = {known[letter]} as in {self.seen[letter]}")
 
-    def floats(self, **tensors: tuple[Tensor, str]) -> None:
-        """Floating-point tensors, all of one dtype and on one device."""
-        for name, (tensor, letters) in tensors.items():
-            self.shape(name, tensor, letters)
-            if tensor.dtype not in FLOATS:
-                raise TypeError(f"{self.op}: {name} must be float64, float32, float16 or bfloat16, got {tensor.dtype}")
-            if self.first is None:
-                self.first = (name, tensor)
-            first_name, first = self.first
-            if not _autocast_unites(tensor, first):
-                raise TypeError(
-                    f"{self.op}: {name} and {first_name} must have one dtype, got {tensor.dtype} and {first.dtype}"
-                )
-            self._same_device(name, tensor)
+    def _meet(self, letter: str, size: int, name: str, sizes: torch.Size, shape: Shape) -> None:
+        """Note the size of a letter that no tensor before had."""
+        if letter.isdigit():
+            if size != int(letter):
+                raise self._wrong(name, sizes, shape)
+            return
+        self.size[letter], self.seen[letter] = size, name
+        if (size == 0 and letter in "RDS") or size < 0:
+            raise self._wrong(name, sizes, shape, f" with {letter}{'+1' if size < 0 else ''} > 0")
+        if letter in shape.allowed:
+            values = {x: int(x) if x.isdigit() else self.size[x] for x in shape.allowed[letter]}
+            if all(size != n for n in values.values()):
+                words = [x if x.isdigit() else f"{x} = {n}" for x, n in values.items()]
+                raise self._wrong(name, sizes, shape, f" with {letter} = {' or '.join(words)}")
 
-    def integers(self, name: str, tensor: Tensor, letters: str) -> None:
-        self.shape(name, tensor, letters)
+    def _wrong(self, name: str, sizes: torch.Size, shape: Shape, why: str = "") -> ValueError:
+        return ValueError(f"{self.op}: {name} must be {shape}{why}, got {list(sizes)}")
+
+    def floats(self, name: str, tensor: Tensor, shape: Shape) -> None:
+        """A floating-point tensor, of the dtype and on the device of the ones before."""
+        self.shape(name, tensor, shape)
+        dtype, device = tensor.dtype, tensor.device
+        if dtype not in FLOATS:
+            raise TypeError(f"{self.op}: {name} must be float64, float32, float16 or bfloat16, got {dtype}")
+        if self.first is None:
+            self.first = name, dtype, device
+            return
+        first, of_first, _ = self.first
+        if dtype != of_first and not _autocast_unites(dtype, of_first, device):
+            raise TypeError(f"{self.op}: {name} and {first} must have one dtype, got {dtype} and {of_first}")
+        self._same_device(name, device)
+
+    def integers(self, name: str, tensor: Tensor, shape: Shape) -> None:
+        self.shape(name, tensor, shape)
         if tensor.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{self.op}: {name} must be int32 or int64, got {tensor.dtype}")
-        self._same_device(name, tensor)
+        self._same_device(name, tensor.device)
 
     def choice(self, name: str, value: str, known: Sequence[str]) -> None:
         if value not in known:
@@ -83,18 +113,20 @@ class Arguments:
         if not 0 < value < float("inf"):
             raise ValueError(f"{self.op}: {name} must be more than 0 and finite, got {value}")
 
-    def _same_device(self, name: str, tensor: Tensor) -> None:
-        if self.first is not None and tensor.device != self.first[1].device:
+    def share(self, name: str, value: float) -> None:
+        if not 0 <= value <= 1:
+            raise ValueError(f"{self.op}: {name} must lie in 0..1, got {value}")
+
+    def _same_device(self, name: str, device: torch.device) -> None:
+        if self.first is not None and device != self.first[2]:
             raise ValueError(
-                f"{self.op}: {name} and {self.first[0]} must be on one device, "
-                f"got {tensor.device} and {self.first[1].device}"
+                f"{self.op}: {name} and {self.first[0]} must be on one device, got {device} and {self.first[2]}"
             )
 
 
-def _autocast_unites(a: Tensor, b: Tensor) -> bool:
-    """One dtype already, or two that `autocast` makes one."""
-    narrowed = torch.float64 not in (a.dtype, b.dtype) and torch.is_autocast_enabled(a.device.type)
-    return a.dtype == b.dtype or narrowed
+def _autocast_unites(a: torch.dtype, b: torch.dtype, device: torch.device) -> bool:
+    """Whether `autocast` makes tensors of two dtypes one dtype."""
+    return torch.float64 not in (a, b) and torch.is_autocast_enabled(device.type)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

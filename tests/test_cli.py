@@ -251,7 +251,7 @@ def test_doctor_names_a_backend_setting_that_cannot_run(capsys, monkeypatch):
 
 
 def test_doctor_knows_an_example_of_every_operation():
-    assert set(examples.EXAMPLES) == set(_backends.OFFERS)
+    assert all(examples.kinds(op) for op in _backends.OFFERS)
 
 
 @pytest.mark.slow

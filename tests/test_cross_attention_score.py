@@ -10,9 +10,8 @@ import torch
 import itm_fast
 from itm_fast import _native
 from itm_fast.ops import cross_attention_score as op
-from itm_fast.ops._attention import DIRECTIONS, NORMS
+from itm_fast.ops._attention import DIRECTIONS, NORMS, POOLS
 from itm_fast.ops._torch import _blocks
-from itm_fast.ops.cross_attention_score import POOLS
 from itm_fast.testing import assert_accurate, inputs, op_checks
 
 BACKENDS = op_checks.backends("cross_attention_score")

@@ -23,7 +23,7 @@ from itm_fast.testing.scan import loop as scan_loop
 from itm_fast.testing.sgraf import loop as sgraf_loop
 
 pytestmark = [gpu, needs_triton]
-OPS = [op for op in sorted(examples.EXAMPLES) if "triton" in _backends.OFFERS[op]]
+OPS = [op for op in examples.OPS if "triton" in _backends.OFFERS[op]]
 over_ops = pytest.mark.parametrize("op", OPS)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 GIB = 1 << 30

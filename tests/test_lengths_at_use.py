@@ -11,7 +11,7 @@ from itm_fast import _backends, packing
 from itm_fast.packing import bounds, kept, length_plan, node_bounds, node_plan
 from itm_fast.testing import examples, op_checks
 
-OPS = [op for op in sorted(examples.EXAMPLES) if op != "hardest_negative_loss"]
+OPS = [op for op in examples.OPS if op != "hardest_negative_loss"]
 RAGGED = [op for op in OPS if "region_lengths" in inspect.signature(getattr(itm_fast, op)).parameters]
 
 

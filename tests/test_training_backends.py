@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from argparse import Namespace
 from contextlib import nullcontext
 
@@ -12,9 +11,9 @@ from training_cases import SMALL, run_tiny, tiny_split
 from triton_cases import unless
 
 import itm_fast
-from itm_fast import ops
 from itm_fast._backends import KERNELS, OFFERS
 from itm_fast.models import build
+from itm_fast.ops import _register
 from itm_fast.training import options
 
 TINY = {**SMALL, "embed_size": 8, "batch_size": 4, "num_epochs": 1}
@@ -33,19 +32,14 @@ EVERY_MODEL = {
 @pytest.fixture
 def ran(monkeypatch):
     """(op, backend) of every op that runs."""
-    seen = set()
+    seen, real = set(), _register.resolve
 
-    def spy(real):
-        def resolve(op, *args):
-            name = real(op, *args)
-            seen.add((op, name))
-            return name
+    def resolve(op, *args):
+        name = real(op, *args)
+        seen.add((op, name))
+        return name
 
-        return resolve
-
-    for op in ops.__all__:
-        module = sys.modules[f"itm_fast.ops.{op}"]
-        monkeypatch.setattr(module, "resolve", spy(module.resolve))
+    monkeypatch.setattr(_register, "resolve", resolve)
     return seen
 
 

@@ -7,8 +7,7 @@ import torch
 from triton_cases import TRITON, placed
 
 import itm_fast
-from itm_fast.ops._attention import DIRECTIONS
-from itm_fast.ops.cross_attention_score import POOLS
+from itm_fast.ops._attention import DIRECTIONS, POOLS
 from itm_fast.testing import inputs, op_checks
 
 # Regions of three tiles, a caption of two and one of a word; S beyond a tile.

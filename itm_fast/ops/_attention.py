@@ -16,6 +16,7 @@ from torch import Tensor
 
 DIRECTIONS = ("t2i", "i2t")
 NORMS = ("softmax", "l2norm", "clipped_l2norm", "l1norm", "clipped_l1norm", "clipped", "none")
+POOLS = ("lse", "max", "sum", "mean")
 SLOPE = 0.1  # the papers write ReLU; the published code clips with this slope
 EPS = 1e-8
 
@@ -43,6 +44,15 @@ def attend(query: Tensor, context: Tensor, norm: str, scale: float) -> Tensor:
     affinity = context @ query.t()
     alpha = (scale * affinity_norm(affinity, norm, dim=1)).softmax(dim=0)
     return alpha.t() @ context
+
+
+def pooled(r: Tensor, pool: str, pool_scale: float, dim: int) -> Tensor:
+    """Make one score of the cosines r of the queries, which lie along `dim`."""
+    if pool == "lse":
+        return (pool_scale * r).logsumexp(dim) / pool_scale
+    if pool == "max":
+        return r.max(dim).values
+    return r.sum(dim) if pool == "sum" else r.mean(dim)
 
 
 def pairs(image: Tensor, words: Tensor, edge: list[int], region_lengths: Tensor | None, op: str):

@@ -12,54 +12,30 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .._checks import Arguments, work_dtype
+from .._checks import work_dtype
 from .._workspace import current_gib, scratch_bytes, workspace
 from ..packing import node_bounds, spans
+from ._declare import Floats, Integers, Positive
 
 NORM = "clipped_l2norm"
 INPUTS = (
-    "Tensor image, Tensor image_global, Tensor words, Tensor caption_global, Tensor local_weight, Tensor local_bias, "
-    "Tensor global_weight, Tensor global_bias"
+    Floats("image", "I R D"),
+    Floats("image_global", "I D"),
+    Floats("words", "N D"),
+    Floats("caption_global", "T D"),
+    Floats("local_weight", "S D"),
+    Floats("local_bias", "S"),
+    Floats("global_weight", "S D"),
+    Floats("global_bias", "S"),
 )
-SCORE = "Tensor score_weight, Tensor score_bias"
-REST = "Tensor cu_seqlens, Tensor? region_lengths, float scale"
+SCORE = Floats("score_weight", "S"), Floats("score_bias", "1")
+REST = Integers("cu_seqlens", "T+1"), Integers("region_lengths", "I", optional=True), Positive("scale")
 CPU_NODES = 256 << 20  # bytes of the nodes and of their gradients, of the images that the `cpu` backend takes at a time
-
-
-def check(
-    op: str,
-    inputs: dict[str, Tensor],
-    head: dict[str, tuple[Tensor, str]],
-    score: dict[str, Tensor],
-    cu_seqlens: Tensor,
-    region_lengths: Tensor | None,
-    scale: float,
-) -> Arguments:
-    """Check what the scorers and `similarity_nodes` take, in the order of their arguments."""
-    check = Arguments(op)
-    letters = ("I R D", "I D", "N D", "T D", "S D", "S", "S D", "S")
-    check.floats(**{name: (x, shape) for (name, x), shape in zip(inputs.items(), letters, strict=True)})
-    check.floats(**head)
-    check.floats(**{name: (x, shape) for (name, x), shape in zip(score.items(), ("S", "1"))})
-    check.integers("cu_seqlens", cu_seqlens, "T+1")
-    T = check.size["T"][0]
-    if cu_seqlens.shape[0] != T + 1:
-        raise ValueError(
-            f"{op}: cu_seqlens must be [T+1] with T = {T} as in caption_global, got {list(cu_seqlens.shape)}"
-        )
-    if region_lengths is not None:
-        check.integers("region_lengths", region_lengths, "I")
-    check.positive("scale", scale)
-    return check
 
 
 def score(z: Tensor, score_weight: Tensor, score_bias: Tensor) -> Tensor:
     """sigmoid(w_e . z + b_e) of z [I, T, S] -> [I, T]."""
     return (z @ score_weight + score_bias).sigmoid()
-
-
-def fake(image: Tensor, image_global: Tensor, words: Tensor, caption_global: Tensor, *_) -> Tensor:
-    return image.new_empty(image.shape[0], caption_global.shape[0])
 
 
 def backward(

@@ -36,23 +36,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._backends import resolve
-from .._checks import Arguments, autocast
 from ..packing import bounds
-from . import _attention
-from ._op import Op, by_autograd
+from . import _attention, _draws
+from ._declare import Choice, Floats, Integers, Positive, Result
+from ._register import Op
 
 OFFERED = ("triton", "cpu", "torch", "reference")
-POOLS = ("lse", "max", "sum", "mean")
-
-
-def pooled(r: Tensor, pool: str, pool_scale: float, dim: int) -> Tensor:
-    """(2): pool the cosines of the queries, which lie along `dim`."""
-    if pool == "lse":
-        return (pool_scale * r).logsumexp(dim) / pool_scale
-    if pool == "max":
-        return r.max(dim).values
-    return r.sum(dim) if pool == "sum" else r.mean(dim)
 
 
 def reference(
@@ -76,37 +65,28 @@ def reference(
             P = _attention.attend(query, context, affinity_norm, scale)
             length = torch.linalg.vector_norm(query, dim=1) * torch.linalg.vector_norm(P, dim=1)
             r = (query * P).sum(1) / length.clamp_min(_attention.EPS)
-            rows.append(pooled(r, pool, pool_scale, dim=0))
+            rows.append(_attention.pooled(r, pool, pool_scale, dim=0))
     shape = image.shape[0], len(edge) - 1
     return torch.stack(rows).view(shape) if rows else (image.sum() + words.sum()) * image.new_zeros(shape)
 
 
-def _implementation(backend: str):
-    if backend == "reference":
-        return by_autograd(reference)
-    if backend == "triton":
-        from ..kernels import cross_attention_score as kernels
-
-        return kernels
-    if backend == "cpu":
-        from ._cpu import cross_attention_score as native
-
-        return native
-    from ._torch import cross_attention_score as portable
-
-    return portable
-
-
 _op = Op(
     "cross_attention_score",
-    "Tensor image, Tensor words, Tensor cu_seqlens, Tensor? region_lengths, str direction, str affinity_norm, "
-    "float scale, str pool, float pool_scale",
-    "Tensor",
+    [
+        Floats("image", "I R D"),
+        Floats("words", "N D"),
+        Integers("cu_seqlens", "T+1"),
+        Integers("region_lengths", "I", optional=True),
+        Choice("direction", _attention.DIRECTIONS, "Direction"),
+        Choice("affinity_norm", _attention.NORMS, "Norm"),
+        Positive("scale"),
+        Choice("pool", _attention.POOLS, "Pool"),
+        Positive("pool_scale", when=("pool", "lse")),
+    ],
+    [Result("score", "I T")],
     offered=OFFERED,
-    differentiable=2,
-    implementation=_implementation,
-    fake=lambda image, words, cu_seqlens, *_: image.new_empty(image.shape[0], cu_seqlens.shape[0] - 1),
-    pairs="INEI.....",
+    reference=reference,
+    examples=[_draws.attention],
 )
 
 
@@ -125,6 +105,8 @@ def cross_attention_score(
 ) -> Tensor:
     """Score every image with every caption: SCAN's pair score.
 
+    `scale` and `pool_scale` are SCAN's lambda 1 and lambda 2.
+
     Args:
         image: [I, R, D] region features, float64, float32, float16 or bfloat16.
         words: [N, D] packed word features, same dtype and device; see `itm_fast.pack`.
@@ -132,9 +114,9 @@ def cross_attention_score(
         direction: "t2i" (words attend to regions) or "i2t" (regions attend to words).
         affinity_norm: how affinities are normalised over the queries: softmax, l2norm, clipped_l2norm, l1norm,
             clipped_l1norm, clipped or none ("clipped" is LeakyReLU with slope 0.1).
-        scale: inverse temperature of the attention's softmax (SCAN's lambda 1).
+        scale: inverse temperature of the attention's softmax.
         pool: how the queries' cosines become one score: lse, max, sum or mean.
-        pool_scale: inverse temperature of lse (SCAN's lambda 2); the other pools do not read it.
+        pool_scale: inverse temperature of lse; the other pools do not read it.
         region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
         backend: one of `OFFERED`, or None to let itm_fast choose.
 
@@ -152,19 +134,7 @@ def cross_attention_score(
     >>> itm_fast.cross_attention_score(image, words, cu_seqlens, direction="i2t", scale=4.0, pool="mean").shape
     torch.Size([2, 3])
     """
-    check = Arguments("cross_attention_score")
-    check.floats(image=(image, "I R D"), words=(words, "N D"))
-    check.integers("cu_seqlens", cu_seqlens, "T+1")
-    if region_lengths is not None:
-        check.integers("region_lengths", region_lengths, "I")
-    check.choice("direction", direction, _attention.DIRECTIONS)
-    check.choice("affinity_norm", affinity_norm, _attention.NORMS)
-    check.choice("pool", pool, POOLS)
-    check.positive("scale", scale)
-    if pool == "lse":
-        check.positive("pool_scale", pool_scale)
-    name = resolve(check.op, backend, image.device, image.dtype)
-    image, words = autocast(image, words)
     return _op(
-        image, words, cu_seqlens, region_lengths, direction, affinity_norm, float(scale), pool, float(pool_scale), name
-    )
+        image=image, words=words, cu_seqlens=cu_seqlens, region_lengths=region_lengths, direction=direction,
+        affinity_norm=affinity_norm, scale=scale, pool=pool, pool_scale=pool_scale, backend=backend,
+    )  # fmt: skip

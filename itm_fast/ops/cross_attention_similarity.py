@@ -29,11 +29,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._backends import resolve
-from .._checks import Arguments, autocast
 from ..packing import bounds
-from . import _attention
-from ._op import Op, by_autograd
+from . import _attention, _draws
+from ._declare import Choice, Floats, Given, Integers, Positive, Result, empty
+from ._register import Op
 
 OFFERED = ("triton", "cpu", "torch", "reference")
 
@@ -65,40 +64,31 @@ def reference(
             rows.append(torch.cat(similar) if direction == "t2i" else torch.stack(similar))
     if rows:
         return torch.stack(rows)
-    empty = _fake(image, words, weight, bias, cu_seqlens, region_lengths, direction)
-    return (image.sum() + words.sum() + weight.sum() + bias.sum()) * torch.zeros_like(empty)
+    none = empty(op, image, words, weight, bias, cu_seqlens, region_lengths, direction)
+    return (image.sum() + words.sum() + weight.sum() + bias.sum()) * torch.zeros_like(none)
 
 
-def _fake(image, words, weight, bias, cu_seqlens, region_lengths, direction, *_):
-    (I, R), T, N, S = image.shape[:2], cu_seqlens.shape[0] - 1, words.shape[0], weight.shape[0]
-    return image.new_empty((I, N, S) if direction == "t2i" else (I, T, R, S))
-
-
-def _implementation(backend: str):
-    if backend == "reference":
-        return by_autograd(reference)
-    if backend == "triton":
-        from ..kernels import cross_attention_similarity as kernels
-
-        return kernels
-    if backend == "cpu":
-        from ._cpu import cross_attention_similarity as native
-
-        return native
-    from ._torch import cross_attention_similarity as portable
-
-    return portable
+def _shape(size: dict[str, int], given: Given) -> tuple[int, ...]:
+    return tuple(size[letter] for letter in ("INS" if given["direction"] == "t2i" else "ITRS"))
 
 
 _op = Op(
     "cross_attention_similarity",
-    "Tensor image, Tensor words, Tensor weight, Tensor bias, Tensor cu_seqlens, Tensor? region_lengths, "
-    "str direction, str affinity_norm, float scale",
-    "Tensor",
+    [
+        Floats("image", "I R D"),
+        Floats("words", "N D"),
+        Floats("weight", "S D"),
+        Floats("bias", "S"),
+        Integers("cu_seqlens", "T+1"),
+        Integers("region_lengths", "I", optional=True),
+        Choice("direction", _attention.DIRECTIONS, "Direction"),
+        Choice("affinity_norm", _attention.NORMS, "Norm"),
+        Positive("scale"),
+    ],
+    [Result("similarity", _shape)],
     offered=OFFERED,
-    differentiable=4,
-    implementation=_implementation,
-    fake=_fake,
+    reference=reference,
+    examples=[lambda size, draw: [*_draws.attention(size, draw), *_draws.linear(size, draw)]],
 )
 
 
@@ -126,7 +116,8 @@ def cross_attention_similarity(
         weight: [S, D] of the similarity's projection.
         bias: [S].
         direction: "t2i" (words attend to regions) or "i2t" (regions attend to words).
-        affinity_norm: softmax, l2norm, clipped_l2norm, l1norm, clipped_l1norm, clipped or none, over the queries.
+        affinity_norm: how affinities are normalised over the queries: softmax, l2norm, clipped_l2norm, l1norm,
+            clipped_l1norm, clipped or none ("clipped" is LeakyReLU with slope 0.1).
         scale: inverse temperature of the attention's softmax.
         region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
         backend: one of `OFFERED`, or None to let itm_fast choose.
@@ -146,14 +137,7 @@ def cross_attention_similarity(
     ...     torch.randn(2, 36, 64), words, cu_seqlens, torch.randn(16, 64), torch.zeros(16)).shape
     torch.Size([2, 25, 16])
     """
-    check = Arguments("cross_attention_similarity")
-    check.floats(image=(image, "I R D"), words=(words, "N D"), weight=(weight, "S D"), bias=(bias, "S"))
-    check.integers("cu_seqlens", cu_seqlens, "T+1")
-    if region_lengths is not None:
-        check.integers("region_lengths", region_lengths, "I")
-    check.choice("direction", direction, _attention.DIRECTIONS)
-    check.choice("affinity_norm", affinity_norm, _attention.NORMS)
-    check.positive("scale", scale)
-    name = resolve(check.op, backend, image.device, image.dtype)
-    image, words, weight, bias = autocast(image, words, weight, bias)
-    return _op(image, words, weight, bias, cu_seqlens, region_lengths, direction, affinity_norm, float(scale), name)
+    return _op(
+        image=image, words=words, weight=weight, bias=bias, cu_seqlens=cu_seqlens, region_lengths=region_lengths,
+        direction=direction, affinity_norm=affinity_norm, scale=scale, backend=backend,
+    )  # fmt: skip

@@ -34,11 +34,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._backends import resolve
-from .._checks import Arguments, autocast
 from ..packing import bounds
-from . import _attention
-from ._op import Op, by_autograd
+from . import _attention, _draws
+from ._declare import Floats, Integers, Positive, Result
+from ._register import Op
 
 OFFERED = ("triton", "cpu", "torch", "reference")
 
@@ -59,31 +58,18 @@ def reference(vector: Tensor, words: Tensor, cu_seqlens: Tensor, scale: float) -
     return (vector.sum() + words.sum()) * vector.new_zeros(len(vector), 0)
 
 
-def _implementation(backend: str):
-    if backend == "reference":
-        return by_autograd(reference)
-    if backend == "triton":
-        from ..kernels import global_local_score as kernels
-
-        return kernels
-    if backend == "cpu":
-        from ._cpu import global_local_score as native
-
-        return native
-    from ._torch import global_local_score
-
-    return global_local_score
-
-
 _op = Op(
     "global_local_score",
-    "Tensor vector, Tensor words, Tensor cu_seqlens, float scale",
-    "Tensor",
+    [
+        Floats("vector", "I D"),
+        Floats("words", "N D"),
+        Integers("cu_seqlens", "T+1"),
+        Positive("scale"),
+    ],
+    [Result("score", "I T")],
     offered=OFFERED,
-    differentiable=2,
-    implementation=_implementation,
-    fake=lambda vector, words, cu_seqlens, *_: vector.new_empty(vector.shape[0], cu_seqlens.shape[0] - 1),
-    pairs="INE.",
+    reference=reference,
+    examples=[lambda size, draw: [_draws.global_vectors(size, draw)[0], *_draws.attention(size, draw)[1:]]],
 )
 
 
@@ -92,10 +78,11 @@ def global_local_score(
 ) -> Tensor:
     """Cosine of every vector with what it attends to in every caption: a global-to-local score.
 
+    With caption vectors in place of the images', the words are the regions of the images, one image after another.
+
     Args:
         vector: [I, D] one vector an image, float64, float32, float16 or bfloat16.
-        words: [N, D] packed word features, same dtype and device; see `itm_fast.pack`. Or, with caption vectors, the
-            regions of the images one after another.
+        words: [N, D] packed word features, same dtype and device; see `itm_fast.pack`.
         cu_seqlens: [T + 1] int32 or int64: caption t is `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
         scale: inverse temperature of the attention's softmax.
         backend: one of `OFFERED`, or None to let itm_fast choose.
@@ -113,10 +100,4 @@ def global_local_score(
     >>> itm_fast.global_local_score(torch.randn(2, 64), words, cu_seqlens).shape
     torch.Size([2, 3])
     """
-    check = Arguments("global_local_score")
-    check.floats(vector=(vector, "I D"), words=(words, "N D"))
-    check.integers("cu_seqlens", cu_seqlens, "T+1")
-    check.positive("scale", scale)
-    name = resolve(check.op, backend, vector.device, vector.dtype)
-    vector, words = autocast(vector, words)
-    return _op(vector, words, cu_seqlens, float(scale), name)
+    return _op(vector=vector, words=words, cu_seqlens=cu_seqlens, scale=scale, backend=backend)

@@ -21,21 +21,13 @@ Saved for backward: the scores.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from .._backends import resolve
-from .._checks import Arguments, work_dtype
-from ._op import Op, by_autograd
+from ._declare import Flag, Floats, Integers, Number, Result
+from ._negatives import positives
+from ._register import Op
 
 OFFERED = ("torch", "reference")
-
-
-def positives(score: Tensor, image_ids: Tensor | None) -> Tensor:
-    """[B, B] mask of the entries that are no negatives: the diagonal, or all pairs of one image."""
-    if image_ids is None:
-        return torch.eye(len(score), dtype=torch.bool, device=score.device)
-    return image_ids[:, None] == image_ids[None, :]
 
 
 def reference(score: Tensor, image_ids: Tensor | None, margin: float, hardest: bool) -> Tensor:
@@ -49,22 +41,19 @@ def reference(score: Tensor, image_ids: Tensor | None, margin: float, hardest: b
     return cost_t.sum() + cost_v.sum()
 
 
-def _implementation(backend: str):
-    if backend == "reference":
-        return by_autograd(reference)
-    from ._torch import hardest_negative_loss
-
-    return hardest_negative_loss
-
-
 _op = Op(
     "hardest_negative_loss",
-    "Tensor score, Tensor? image_ids, float margin, bool hardest",
-    "Tensor",
+    [
+        Floats("score", "B B"),
+        Integers("image_ids", "B", optional=True),
+        Number("margin"),
+        Flag("hardest"),
+    ],
+    [Result("loss", "")],
     offered=OFFERED,
-    differentiable=1,
-    implementation=_implementation,
-    fake=lambda score, *_: score.new_empty(()),
+    reference=reference,
+    examples=[lambda size, draw: [draw(5, 5)]],
+    widens=True,
 )
 
 
@@ -98,11 +87,4 @@ def hardest_negative_loss(
     >>> itm_fast.hardest_negative_loss(torch.tensor([[0.9, 0.1], [0.8, 0.5]]))
     tensor(0.6000)
     """
-    check = Arguments("hardest_negative_loss")
-    check.floats(score=(score, "B B"))
-    if image_ids is not None:
-        check.integers("image_ids", image_ids, "B")
-    name = resolve(check.op, backend, score.device)
-    if torch.is_autocast_enabled(score.device.type):
-        score = score.to(work_dtype(score))
-    return _op(score, image_ids, float(margin), hardest, name)
+    return _op(score=score, image_ids=image_ids, margin=margin, hardest=hardest, backend=backend)

@@ -44,21 +44,16 @@ Saved for backward: the inputs. Everything per pair is computed again, block by 
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor
 
-from .._backends import resolve
-from .._checks import Arguments, autocast
 from .._triton import REGIONS
 from ..packing import bounds
-from . import _attention
-from ._op import Op, by_autograd
+from . import _attention, _draws
+from ._declare import Choice, Floats, Integers, Positive, Result, Share
+from ._register import Op
 
 OFFERED = ("triton", "cpu", "torch", "reference")
-DIRECTIONS = ("t2i", "i2t", "both")
-POOLS = ("mean", "sum")
 
 
 def _cosine(x: Tensor, y: Tensor) -> Tensor:
@@ -129,33 +124,47 @@ def reference(
     return torch.stack(rows).view(shape) if rows else sum(x.sum() for x in inputs) * image.new_zeros(shape)
 
 
-def _implementation(backend: str):
-    if backend == "reference":
-        return by_autograd(reference)
-    if backend == "cpu":
-        from ._cpu import hierarchical_alignment_score as native
+def _example(size: _draws.Size, draw: _draws.Draw, gates: int = 1) -> list[Tensor]:
+    image, words, cu_seqlens = _draws.attention(size, draw)
+    rows = [[_draws.unit(draw, *n, size.dim), draw(*n, 2, gates)] for n in (image.shape[:2], words.shape[:1])]
+    return [image, *rows[0], words, *rows[1], cu_seqlens, 3 * draw(size.dim), 3 * draw(size.dim)]
 
-        return native
-    from ._torch import hierarchical_alignment_score as portable
 
-    if backend == "triton":
-        from ..kernels import hierarchical_alignment_score as kernels
+def _example_of_vectors(size: _draws.Size, draw: _draws.Draw) -> list[Tensor]:
+    """Gates of D numbers, and a caption of more words than one that is aligned by its products alone."""
+    return _example(size._replace(lengths=(*size.lengths, 40)), draw, size.dim)
 
-        return SimpleNamespace(forward=kernels.forward, backward=portable.backward)
-    return portable
+
+def _too_large(size: dict[str, int]) -> str | None:
+    R = size["R"]
+    return f"image has {R} regions, and its kernels take at most {REGIONS}" if R > REGIONS else None
 
 
 _op = Op(
     "hierarchical_alignment_score",
-    "Tensor image, Tensor image_key, Tensor image_gate, Tensor words, Tensor word_key, Tensor word_gate, "
-    "Tensor image_pool, Tensor caption_pool, Tensor cu_seqlens, Tensor? region_lengths, str direction, float scale, "
-    "str pool, float local_mix, float global_mix",
-    "Tensor",
+    [
+        Floats("image", "I R D"),
+        Floats("image_key", "I R P"),
+        Floats("image_gate", "I R 2 K=1|D"),
+        Floats("words", "N D"),
+        Floats("word_key", "N P"),
+        Floats("word_gate", "N 2 K"),
+        Floats("image_pool", "D"),
+        Floats("caption_pool", "D"),
+        Integers("cu_seqlens", "T+1"),
+        Integers("region_lengths", "I", optional=True),
+        Choice("direction", (*_attention.DIRECTIONS, "both"), "Direction"),
+        Positive("scale"),
+        Choice("pool", ("mean", "sum"), "Pool"),
+        Share("local_mix"),
+        Share("global_mix"),
+    ],
+    [Result("score", "I T")],
     offered=OFFERED,
-    differentiable=8,
-    implementation=_implementation,
-    fake=lambda *args: args[0].new_empty(args[0].shape[0], args[8].shape[0] - 1),
-    pairs="IIINNN..EI.....",
+    reference=reference,
+    examples=[_example, _example_of_vectors],
+    too_large=_too_large,
+    backward="torch",
 )
 
 
@@ -186,7 +195,7 @@ def hierarchical_alignment_score(
             device as all tensors of floats.
         image_gate: [I, R, 2, K] what a region adds to a gate before its sigmoid, K 1 (a scalar gate) or D (a vector
             gate): first, with the bias, to its own, then to those of the words that attend to it.
-        words: [N, D] packed word features; see `itm_fast.pack`.
+        words: [N, D] packed word features, same dtype and device; see `itm_fast.pack`.
         word_key: [N, P].
         word_gate: [N, 2, K] what a word adds to a gate: first to those of the regions that attend to it, then, with
             the bias, to its own.
@@ -194,7 +203,7 @@ def hierarchical_alignment_score(
         image_pool: [D] weights by which a pair's fused regions are pooled to its image's context vector.
         caption_pool: [D] the same for the words; directions that pool one side do not read the other's.
         direction: "t2i" (words attend to regions; SHAN-T2I), "i2t" (SHAN-I2T) or "both" (SHAN-full).
-        scale: inverse temperature of the local attention's softmax.
+        scale: inverse temperature of the attention's softmax.
         pool: "mean" or "sum" of the local cosines.
         local_mix: share of the regions in the local term, from 0 to 1, for direction "both".
         global_mix: share of the image in the global-to-local term, from 0 to 1, for direction "both".
@@ -217,37 +226,8 @@ def hierarchical_alignment_score(
     ...     words, torch.randn(25, P), torch.randn(25, 2, 1), cu_seqlens, torch.randn(D), torch.randn(D)).shape
     torch.Size([2, 3])
     """
-    check = Arguments("hierarchical_alignment_score")
-    check.floats(
-        image=(image, "I R D"),
-        image_key=(image_key, "I R P"),
-        image_gate=(image_gate, "I R 2 K"),
-    )
-    _, R, D = image.shape
-    if image_gate.shape[3] not in (1, D):
-        raise ValueError(
-            f"{check.op}: image_gate must be [I, R, 2, K] with K = 1 or D = {D}, "
-            f"got {list(image_gate.shape)}"
-        )
-    check.floats(
-        words=(words, "N D"),
-        word_key=(word_key, "N P"),
-        word_gate=(word_gate, "N 2 K"),
-        image_pool=(image_pool, "D"),
-        caption_pool=(caption_pool, "D"),
-    )
-    check.integers("cu_seqlens", cu_seqlens, "T+1")
-    if region_lengths is not None:
-        check.integers("region_lengths", region_lengths, "I")
-    check.choice("direction", direction, DIRECTIONS)
-    check.choice("pool", pool, POOLS)
-    check.positive("scale", scale)
-    for name, mix in (("local_mix", local_mix), ("global_mix", global_mix)):
-        if not 0 <= mix <= 1:
-            raise ValueError(f"{check.op}: {name} must lie in 0..1, got {mix}")
-    too_large = f"image has {R} regions, and its kernels take at most {REGIONS}" if R > REGIONS else None
-    name = resolve(check.op, backend, image.device, image.dtype, too_large)
-    args = autocast(image, image_key, image_gate, words, word_key, word_gate, image_pool, caption_pool)
     return _op(
-        *args, cu_seqlens, region_lengths, direction, float(scale), pool, float(local_mix), float(global_mix), name
-    )
+        image=image, image_key=image_key, image_gate=image_gate, words=words, word_key=word_key, word_gate=word_gate,
+        image_pool=image_pool, caption_pool=caption_pool, cu_seqlens=cu_seqlens, region_lengths=region_lengths,
+        direction=direction, scale=scale, pool=pool, local_mix=local_mix, global_mix=global_mix, backend=backend,
+    )  # fmt: skip

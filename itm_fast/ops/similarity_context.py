@@ -25,14 +25,15 @@ Saved for backward: the inputs. Everything per pair is computed again.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._backends import resolve
-from .._checks import Arguments, autocast
 from ..packing import bounds
-from ._op import Op, by_autograd
+from . import _draws
+from ._declare import Counts, Floats, Given, Integers, Result, empty
+from ._register import Op
 
 OFFERED = ("triton", "cpu", "torch", "reference")
 
@@ -52,39 +53,38 @@ def reference(overall: Tensor, local: Tensor, assignment: Tensor, cu_seqlens: Te
         rows.append(torch.cat(row))
     if rows and len(edge) > 1:
         return torch.stack(rows)
-    empty = _fake(overall, local, assignment, cu_seqlens, sizes)
-    return (overall.sum() + local.sum() + assignment.sum()) * torch.zeros_like(empty)
+    none = empty("similarity_context", overall, local, assignment, cu_seqlens, sizes)
+    return (overall.sum() + local.sum() + assignment.sum()) * torch.zeros_like(none)
 
 
-def _fake(overall, local, assignment, *_):
-    (I, T, S), N = overall.shape, local.shape[1]
-    return local.new_empty(I, N + T * (1 + assignment.shape[0]), S)
+def _refuse(size: dict[str, int], given: Given) -> str | None:
+    sizes = [int(n) for n in given["sizes"]]
+    if sum(sizes) == size["C"] and min(sizes, default=0) >= 1:
+        return None
+    return f"sizes must be positive and add up to the {size['C']} rows of assignment, got {sizes}"
 
 
-def _implementation(backend: str):
-    if backend == "reference":
-        return by_autograd(reference)
-    if backend == "triton":
-        from ..kernels import similarity_context as kernels
-
-        return kernels
-    if backend == "cpu":
-        from ._cpu import similarity_context as native
-
-        return native
-    from ._torch import similarity_context
-
-    return similarity_context
+def _example(size: _draws.Size, draw: _draws.Draw) -> list[Any]:
+    T, N = len(size.lengths), sum(size.lengths)
+    overall, local = (_draws.unit(draw, size.images, n, size.similarity) for n in (T, N))
+    bounds = torch.tensor([0, *size.lengths]).cumsum(0).int()
+    return [overall, local, bounds, 3 * draw(5, size.similarity), (4, 1)]
 
 
 _op = Op(
     "similarity_context",
-    "Tensor overall, Tensor local, Tensor assignment, Tensor cu_seqlens, int[] sizes",
-    "Tensor",
+    [
+        Floats("overall", "I T S"),
+        Floats("local", "I N S"),
+        Floats("assignment", "C S"),
+        Integers("cu_seqlens", "T+1"),
+        Counts("sizes"),
+    ],
+    [Result("nodes", "I N+T+T*C S")],
     offered=OFFERED,
-    differentiable=3,
-    implementation=_implementation,
-    fake=_fake,
+    reference=reference,
+    examples=[_example],
+    refuse=_refuse,
 )
 
 
@@ -124,18 +124,6 @@ def similarity_context(
     >>> itm_fast.similarity_context(overall, local, cu_seqlens, torch.randn(5, 16), (4, 1)).shape
     torch.Size([4, 23, 16])
     """
-    check = Arguments("similarity_context")
-    check.floats(overall=(overall, "I T S"), local=(local, "I N S"), assignment=(assignment, "C S"))
-    check.integers("cu_seqlens", cu_seqlens, "T+1")
-    T, sizes = overall.shape[1], [int(n) for n in sizes]
-    if cu_seqlens.shape[0] != T + 1:
-        raise ValueError(
-            f"similarity_context: cu_seqlens must be [T+1] with T = {T} as in overall, got {list(cu_seqlens.shape)}"
-        )
-    if sum(sizes) != assignment.shape[0] or min(sizes, default=0) < 1:
-        raise ValueError(
-            f"similarity_context: sizes must be positive and add up to the {assignment.shape[0]} rows of assignment, "
-            f"got {sizes}"
-        )
-    name = resolve(check.op, backend, local.device, local.dtype)
-    return _op(*autocast(overall, local, assignment), cu_seqlens, sizes, name)
+    return _op(
+        overall=overall, local=local, assignment=assignment, cu_seqlens=cu_seqlens, sizes=sizes, backend=backend
+    )

@@ -32,11 +32,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._backends import resolve
-from .._checks import Arguments, autocast, work_dtype
+from .._checks import work_dtype
 from ..packing import bounds
-from . import _attention
-from ._op import Op, by_autograd
+from . import _attention, _draws
+from ._declare import Flag, Floats, Given, Integers, Positive, Result
+from ._register import Op
 
 OFFERED = ("triton", "cpu", "torch", "reference")
 
@@ -75,39 +75,35 @@ def _no_captions(nodes: Tensor, *parameters: Tensor) -> Tensor:
     return (nodes.sum() + sum(p.sum() for p in parameters)) * nodes.new_zeros(nodes.shape[0], 0, nodes.shape[2])
 
 
-def _implementation(backend: str):
-    if backend == "reference":
-        return by_autograd(reference)
-    if backend == "triton":
-        from ..kernels import similarity_filter as kernels
-
-        return kernels
-    if backend == "cpu":
-        from ._cpu import similarity_filter as native
-
-        return native
-    from ._torch import similarity_filter
-
-    return similarity_filter
+def _refuse(size: dict[str, int], given: Given) -> str | None:
+    if given["training"] and not size["I"]:
+        return "statistics in training need at least one image, got nodes with I = 0"
+    return None
 
 
-def _fake(nodes, weight, bias, norm_weight, norm_bias, running_mean, running_var, cu_seqlens, training, eps):
-    T = cu_seqlens.shape[0] - 1
-    statistics = T if training else 0
-    z = nodes.new_empty(nodes.shape[0], T, nodes.shape[2])
-    mean = nodes.new_empty(statistics, dtype=work_dtype(nodes))
-    return z, mean, torch.empty_like(mean)
+def _of_captions(size: dict[str, int], given: Given) -> tuple[int, ...]:
+    return (size["T"] if given["training"] else 0,)
 
 
 _op = Op(
     "similarity_filter",
-    "Tensor nodes, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, Tensor running_mean, "
-    "Tensor running_var, Tensor cu_seqlens, bool training, float eps",
-    "(Tensor, Tensor, Tensor)",
+    [
+        Floats("nodes", "I M S"),
+        Floats("weight", "S"),
+        Floats("bias", "1"),
+        Floats("norm_weight", "1"),
+        Floats("norm_bias", "1"),
+        Floats("running_mean", "1", fixed=True),
+        Floats("running_var", "1", fixed=True),
+        Integers("cu_seqlens", "T+1"),
+        Flag("training"),
+        Positive("eps"),
+    ],
+    [Result("z", "I T S"), Result("mean", _of_captions, wide=True), Result("var", _of_captions, wide=True)],
     offered=OFFERED,
-    differentiable=5,
-    implementation=_implementation,
-    fake=_fake,
+    reference=reference,
+    examples=[lambda size, draw: [*_draws.nodes(size, draw), *_draws.filter_weights(size, draw)]],
+    refuse=_refuse,
 )
 
 
@@ -159,20 +155,7 @@ def similarity_filter(
     >>> z.shape, mean.shape
     (torch.Size([4, 2, 16]), torch.Size([2]))
     """
-    check = Arguments("similarity_filter")
-    check.floats(
-        nodes=(nodes, "I M S"),
-        weight=(weight, "S"),
-        bias=(bias, "1"),
-        norm_weight=(norm_weight, "1"),
-        norm_bias=(norm_bias, "1"),
-        running_mean=(running_mean, "1"),
-        running_var=(running_var, "1"),
-    )
-    check.integers("cu_seqlens", cu_seqlens, "T+1")
-    check.positive("eps", eps)
-    if training and not nodes.shape[0]:
-        raise ValueError("similarity_filter: statistics in training need at least one image, got nodes with I = 0")
-    name = resolve(check.op, backend, nodes.device, nodes.dtype)
-    args = autocast(nodes, weight, bias, norm_weight, norm_bias)
-    return _op(*args, running_mean, running_var, cu_seqlens, training, float(eps), name)
+    return _op(
+        nodes=nodes, weight=weight, bias=bias, norm_weight=norm_weight, norm_bias=norm_bias, running_mean=running_mean,
+        running_var=running_var, cu_seqlens=cu_seqlens, training=training, eps=eps, backend=backend,
+    )  # fmt: skip

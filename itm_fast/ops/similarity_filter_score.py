@@ -30,17 +30,13 @@ Saved for backward: the inputs. Everything per pair is computed again.
 
 from __future__ import annotations
 
-from functools import partial
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor
 
-from .._backends import resolve
-from .._checks import autocast
 from ..packing import node_bounds
-from . import _pair_score
-from ._op import Op, by_autograd
+from . import _draws, _pair_score
+from ._declare import Floats, Positive, Result
+from ._register import Op
 from .similarity_filter import reference as filtered
 from .similarity_nodes import reference as make_nodes
 
@@ -81,20 +77,6 @@ def reference(
     return _pair_score.score(z, score_weight, score_bias)
 
 
-def _implementation(backend: str):
-    if backend == "reference":
-        return by_autograd(reference)
-    if backend == "torch":
-        from ._torch import similarity_filter_score
-
-        return similarity_filter_score
-    if backend == "triton":
-        from ..kernels.similarity_filter_score import forward
-    else:
-        from ._cpu.similarity_filter_score import forward
-    return SimpleNamespace(forward=forward, backward=partial(_backward, backend))
-
-
 def _backward(backend: str, grad: Tensor, needs: list[bool], *args) -> list[Tensor]:
     """(3) to (5)."""
     running_mean, running_var, *rest, eps = args[14:]
@@ -107,16 +89,30 @@ def _backward(backend: str, grad: Tensor, needs: list[bool], *args) -> list[Tens
     return _pair_score.backward(backend, head, grad, needs, args[:14], *rest)
 
 
+def _example(size: _draws.Size, draw: _draws.Draw) -> list[Tensor]:
+    parts = _draws.node_inputs, _draws.filter_weights, _draws.score_weights
+    return [x for part in parts for x in part(size, draw)]
+
+
 _op = Op(
     "similarity_filter_score",
-    f"{_pair_score.INPUTS}, Tensor filter_weight, Tensor filter_bias, Tensor norm_weight, Tensor norm_bias, "
-    f"{_pair_score.SCORE}, Tensor running_mean, Tensor running_var, {_pair_score.REST}, float eps",
-    "Tensor",
+    [
+        *_pair_score.INPUTS,
+        Floats("filter_weight", "S"),
+        Floats("filter_bias", "1"),
+        Floats("norm_weight", "1"),
+        Floats("norm_bias", "1"),
+        *_pair_score.SCORE,
+        Floats("running_mean", "1", fixed=True),
+        Floats("running_var", "1", fixed=True),
+        *_pair_score.REST,
+        Positive("eps"),
+    ],
+    [Result("score", "I T")],
     offered=OFFERED,
-    differentiable=14,
-    implementation=_implementation,
-    fake=_pair_score.fake,
-    pairs="IINT............EI..",
+    reference=reference,
+    examples=[_example],
+    backward=_backward,
 )
 
 
@@ -149,7 +145,7 @@ def similarity_filter_score(
     Args:
         image: [I, R, D] region features, float64, float32, float16 or bfloat16.
         image_global: [I, D] one vector an image, same dtype and device as all tensors of floats.
-        words: [N, D] packed word features; see `itm_fast.pack`.
+        words: [N, D] packed word features, same dtype and device; see `itm_fast.pack`.
         caption_global: [T, D] one vector a caption.
         cu_seqlens: [T + 1] int32 or int64: caption t is `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
         local_weight: [S, D] of the similarity of words and what they attend to.
@@ -161,8 +157,8 @@ def similarity_filter_score(
         filter_bias: [1].
         norm_weight: [1] BatchNorm's scale.
         norm_bias: [1] BatchNorm's shift.
-        running_mean: [1].
-        running_var: [1].
+        running_mean: [1], used in evaluation.
+        running_var: [1], used in evaluation.
         score_weight: [S] of the projection to the score.
         score_bias: [1].
         scale: inverse temperature of the attention's softmax.
@@ -188,23 +184,10 @@ def similarity_filter_score(
     ...     *similarity, *filtration, torch.randn(S), 0 * one).shape
     torch.Size([2, 3])
     """
-    inputs = {
-        "image": image, "image_global": image_global, "words": words, "caption_global": caption_global,
-        "local_weight": local_weight, "local_bias": local_bias, "global_weight": global_weight,
-        "global_bias": global_bias,
-    }  # fmt: skip
-    head = {
-        "filter_weight": (filter_weight, "S"),
-        "filter_bias": (filter_bias, "1"),
-        "norm_weight": (norm_weight, "1"),
-        "norm_bias": (norm_bias, "1"),
-    }
-    running = {"running_mean": (running_mean, "1"), "running_var": (running_var, "1")}
-    score = {"score_weight": score_weight, "score_bias": score_bias}
-    check = _pair_score.check(
-        "similarity_filter_score", inputs, head | running, score, cu_seqlens, region_lengths, scale
-    )
-    check.positive("eps", eps)
-    name = resolve(check.op, backend, image.device, image.dtype)
-    args = autocast(*inputs.values(), *(x for x, _ in head.values()), *score.values())
-    return _op(*args, running_mean, running_var, cu_seqlens, region_lengths, float(scale), float(eps), name)
+    return _op(
+        image=image, image_global=image_global, words=words, caption_global=caption_global, local_weight=local_weight,
+        local_bias=local_bias, global_weight=global_weight, global_bias=global_bias, filter_weight=filter_weight,
+        filter_bias=filter_bias, norm_weight=norm_weight, norm_bias=norm_bias, running_mean=running_mean,
+        running_var=running_var, score_weight=score_weight, score_bias=score_bias, cu_seqlens=cu_seqlens,
+        region_lengths=region_lengths, scale=scale, eps=eps, backend=backend,
+    )  # fmt: skip

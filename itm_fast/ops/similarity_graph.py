@@ -31,10 +31,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._backends import resolve
-from .._checks import Arguments, autocast
 from ..packing import bounds
-from ._op import Op, by_autograd
+from . import _draws
+from ._declare import Floats, Given, Integers, Result
+from ._register import Op
 
 OFFERED = ("triton", "cpu", "torch", "reference")
 
@@ -66,35 +66,28 @@ def reference(
     return sum(w.sum() for w in (nodes, *(w for step in steps for w in step))) * nodes.new_zeros(shape)
 
 
-def _implementation(backend: str):
-    if backend == "reference":
-        return by_autograd(reference)
-    if backend == "triton":
-        from ..kernels import similarity_graph as kernels
-
-        return kernels
-    if backend == "cpu":
-        from ._cpu import similarity_graph as native
-
-        return native
-    from ._torch import similarity_graph
-
-    return similarity_graph
+PARAMETERS = (
+    Floats("query_weight", "K S S"),
+    Floats("query_bias", "K S"),
+    Floats("key_weight", "K S S"),
+    Floats("key_bias", "K S"),
+    Floats("value_weight", "K S S"),
+    Floats("value_bias", "K S"),
+)
 
 
-def _fake(nodes, *args):
-    return nodes.new_empty(nodes.shape[0], args[-1].shape[0] - 1, nodes.shape[2])
+def refuse(size: dict[str, int], given: Given) -> str | None:
+    return None if size["K"] else "the number of steps K must be more than 0 and finite, got 0"
 
 
 _op = Op(
     "similarity_graph",
-    "Tensor nodes, Tensor query_weight, Tensor query_bias, Tensor key_weight, Tensor key_bias, "
-    "Tensor value_weight, Tensor value_bias, Tensor cu_seqlens",
-    "Tensor",
+    [Floats("nodes", "I M S"), *PARAMETERS, Integers("cu_seqlens", "T+1")],
+    [Result("z", "I T S")],
     offered=OFFERED,
-    differentiable=7,
-    implementation=_implementation,
-    fake=_fake,
+    reference=reference,
+    examples=[lambda size, draw: [*_draws.nodes(size, draw), *_draws.graph_weights(size, draw)]],
+    refuse=refuse,
 )
 
 
@@ -112,11 +105,13 @@ def similarity_graph(
 ) -> Tensor:
     """Reason over each pair's graph of similarity vectors and read the global node: SGRAF's SGR.
 
+    The global node is the first of a pair's nodes.
+
     Args:
-        nodes: [I, M, S] packed nodes: those of image i and caption t are `nodes[i, cu_seqlens[t]:cu_seqlens[t + 1]]`,
-            the global one first. float64, float32, float16 or bfloat16.
+        nodes: [I, M, S] packed nodes: those of image i and caption t are `nodes[i, cu_seqlens[t]:cu_seqlens[t + 1]]`.
+            float64, float32, float16 or bfloat16.
         cu_seqlens: [T + 1] int32 or int64 bounds of the captions' nodes, the last one M.
-        query_weight: [K, S, S], one matrix a step, as all other parameters.
+        query_weight: [K, S, S], one matrix a step, as the five that follow.
         query_bias: [K, S].
         key_weight: [K, S, S].
         key_bias: [K, S]. It has no effect on the result, and its gradient is zero.
@@ -140,18 +135,7 @@ def similarity_graph(
     >>> itm_fast.similarity_graph(nodes, cu_seqlens, W[0], b[0], W[1], b[1], W[2], b[2]).shape
     torch.Size([4, 2, 16])
     """
-    check = Arguments("similarity_graph")
-    check.floats(
-        nodes=(nodes, "I M S"),
-        query_weight=(query_weight, "K S S"),
-        query_bias=(query_bias, "K S"),
-        key_weight=(key_weight, "K S S"),
-        key_bias=(key_bias, "K S"),
-        value_weight=(value_weight, "K S S"),
-        value_bias=(value_bias, "K S"),
-    )
-    check.integers("cu_seqlens", cu_seqlens, "T+1")
-    check.positive("the number of steps K", query_weight.shape[0])
-    name = resolve(check.op, backend, nodes.device, nodes.dtype)
-    args = autocast(nodes, query_weight, query_bias, key_weight, key_bias, value_weight, value_bias)
-    return _op(*args, cu_seqlens, name)
+    return _op(
+        nodes=nodes, query_weight=query_weight, query_bias=query_bias, key_weight=key_weight, key_bias=key_bias,
+        value_weight=value_weight, value_bias=value_bias, cu_seqlens=cu_seqlens, backend=backend,
+    )  # fmt: skip

@@ -29,17 +29,14 @@ Saved for backward: the inputs. Everything per pair is computed again.
 
 from __future__ import annotations
 
-from functools import partial
-from types import SimpleNamespace
-
 import torch
 from torch import Tensor
 
-from .._backends import resolve
-from .._checks import autocast
 from ..packing import node_bounds
-from . import _pair_score
-from ._op import Op, by_autograd
+from . import _draws, _pair_score
+from ._declare import Result
+from ._register import Op
+from .similarity_graph import PARAMETERS, refuse
 from .similarity_graph import reference as graph
 from .similarity_nodes import reference as make_nodes
 
@@ -76,20 +73,6 @@ def reference(
     return _pair_score.score(z, score_weight, score_bias)
 
 
-def _implementation(backend: str):
-    if backend == "reference":
-        return by_autograd(reference)
-    if backend == "torch":
-        from ._torch import similarity_graph_score
-
-        return similarity_graph_score
-    if backend == "triton":
-        from ..kernels.similarity_graph_score import forward
-    else:
-        from ._cpu.similarity_graph_score import forward
-    return SimpleNamespace(forward=forward, backward=partial(_backward, backend))
-
-
 def _backward(backend: str, grad: Tensor, needs: list[bool], *args) -> list[Tensor]:
     """(4) to (8)."""
 
@@ -99,16 +82,20 @@ def _backward(backend: str, grad: Tensor, needs: list[bool], *args) -> list[Tens
     return _pair_score.backward(backend, head, grad, needs, args[:16], *args[16:])
 
 
+def _example(size: _draws.Size, draw: _draws.Draw) -> list[Tensor]:
+    parts = _draws.node_inputs, _draws.graph_weights, _draws.score_weights
+    return [x for part in parts for x in part(size, draw)]
+
+
 _op = Op(
     "similarity_graph_score",
-    f"{_pair_score.INPUTS}, Tensor query_weight, Tensor query_bias, Tensor key_weight, Tensor key_bias, "
-    f"Tensor value_weight, Tensor value_bias, {_pair_score.SCORE}, {_pair_score.REST}",
-    "Tensor",
+    [*_pair_score.INPUTS, *PARAMETERS, *_pair_score.SCORE, *_pair_score.REST],
+    [Result("score", "I T")],
     offered=OFFERED,
-    differentiable=16,
-    implementation=_implementation,
-    fake=_pair_score.fake,
-    pairs="IINT............EI.",
+    reference=reference,
+    examples=[_example],
+    refuse=refuse,
+    backward=_backward,
 )
 
 
@@ -137,17 +124,19 @@ def similarity_graph_score(
 ) -> Tensor:
     """Score all pairs as SGRAF with its graph reasoning does (SGR), from encoded images and captions.
 
+    The parameters of the graph are those of `itm_fast.similarity_graph`.
+
     Args:
         image: [I, R, D] region features, float64, float32, float16 or bfloat16.
         image_global: [I, D] one vector an image, same dtype and device as all tensors of floats.
-        words: [N, D] packed word features; see `itm_fast.pack`.
+        words: [N, D] packed word features, same dtype and device; see `itm_fast.pack`.
         caption_global: [T, D] one vector a caption.
         cu_seqlens: [T + 1] int32 or int64: caption t is `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
         local_weight: [S, D] of the similarity of words and what they attend to.
         local_bias: [S].
         global_weight: [S, D] of the similarity of the global vectors.
         global_bias: [S].
-        query_weight: [K, S, S], one matrix a step, as the five that follow; see `itm_fast.similarity_graph`.
+        query_weight: [K, S, S], one matrix a step, as the five that follow.
         query_bias: [K, S].
         key_weight: [K, S, S].
         key_bias: [K, S]. It has no effect on the result, and its gradient is zero.
@@ -177,22 +166,10 @@ def similarity_graph_score(
     ...     *similarity, *graph, torch.randn(S), torch.zeros(1)).shape
     torch.Size([2, 3])
     """
-    inputs = {
-        "image": image, "image_global": image_global, "words": words, "caption_global": caption_global,
-        "local_weight": local_weight, "local_bias": local_bias, "global_weight": global_weight,
-        "global_bias": global_bias,
-    }  # fmt: skip
-    head = {
-        "query_weight": (query_weight, "K S S"),
-        "query_bias": (query_bias, "K S"),
-        "key_weight": (key_weight, "K S S"),
-        "key_bias": (key_bias, "K S"),
-        "value_weight": (value_weight, "K S S"),
-        "value_bias": (value_bias, "K S"),
-    }
-    score = {"score_weight": score_weight, "score_bias": score_bias}
-    check = _pair_score.check("similarity_graph_score", inputs, head, score, cu_seqlens, region_lengths, scale)
-    check.positive("the number of steps K", query_weight.shape[0])
-    name = resolve(check.op, backend, image.device, image.dtype)
-    args = autocast(*inputs.values(), *(x for x, _ in head.values()), *score.values())
-    return _op(*args, cu_seqlens, region_lengths, float(scale), name)
+    return _op(
+        image=image, image_global=image_global, words=words, caption_global=caption_global, local_weight=local_weight,
+        local_bias=local_bias, global_weight=global_weight, global_bias=global_bias, query_weight=query_weight,
+        query_bias=query_bias, key_weight=key_weight, key_bias=key_bias, value_weight=value_weight,
+        value_bias=value_bias, score_weight=score_weight, score_bias=score_bias, cu_seqlens=cu_seqlens,
+        region_lengths=region_lengths, scale=scale, backend=backend,
+    )  # fmt: skip

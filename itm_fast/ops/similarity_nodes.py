@@ -23,11 +23,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._backends import resolve
-from .._checks import autocast, work_dtype
 from ..packing import bounds, node_bounds
-from . import _attention, _pair_score
-from ._op import Op, by_autograd
+from . import _attention, _draws, _pair_score
+from ._declare import Given, Result
+from ._register import Op
 from .cross_attention_similarity import reference as similarity
 
 OFFERED = ("triton", "cpu", "torch", "reference")
@@ -59,36 +58,17 @@ def reference(
     return nodes, image.new_empty(0)
 
 
-def _fake(image: Tensor, image_global: Tensor, words: Tensor, caption_global: Tensor, local_weight: Tensor, *rest):
-    I, M = image.shape[0], words.shape[0] + caption_global.shape[0]
-    kept = (I, M) if rest[-1] == "cpu" else (0,)
-    return image.new_empty(I, M, local_weight.shape[0]), image.new_empty(kept, dtype=work_dtype(image))
-
-
-def _implementation(backend: str):
-    if backend == "reference":
-        return by_autograd(reference)
-    if backend == "triton":
-        from ..kernels import similarity_nodes as kernels
-
-        return kernels
-    if backend == "cpu":
-        from ._cpu import similarity_nodes as native
-
-        return native
-    from ._torch import similarity_nodes as portable
-
-    return portable
+def _kept(size: dict[str, int], given: Given) -> tuple[int, ...]:
+    return (size["I"], size["N"] + size["T"]) if given["backend"] == "cpu" else (0,)
 
 
 _op = Op(
     "similarity_nodes",
-    f"{_pair_score.INPUTS}, {_pair_score.REST}",
-    "(Tensor, Tensor)",
+    [*_pair_score.INPUTS, *_pair_score.REST],
+    [Result("nodes", "I N+T S"), Result("inverse", _kept, wide=True)],
     offered=OFFERED,
-    differentiable=8,
-    implementation=_implementation,
-    fake=_fake,
+    reference=reference,
+    examples=[_draws.node_inputs],
     keeps=True,
 )
 
@@ -116,7 +96,7 @@ def similarity_nodes(
     Args:
         image: [I, R, D] region features, float64, float32, float16 or bfloat16.
         image_global: [I, D] one vector an image, same dtype and device as all tensors of floats.
-        words: [N, D] packed word features; see `itm_fast.pack`.
+        words: [N, D] packed word features, same dtype and device; see `itm_fast.pack`.
         caption_global: [T, D] one vector a caption.
         cu_seqlens: [T + 1] int32 or int64: caption t is `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
         local_weight: [S, D] of the similarity of words and what they attend to.
@@ -145,12 +125,9 @@ def similarity_nodes(
     >>> nodes.shape, bounds.tolist()
     (torch.Size([2, 28, 16]), [0, 13, 19, 28])
     """
-    inputs = {
-        "image": image, "image_global": image_global, "words": words, "caption_global": caption_global,
-        "local_weight": local_weight, "local_bias": local_bias, "global_weight": global_weight,
-        "global_bias": global_bias,
-    }  # fmt: skip
-    check = _pair_score.check("similarity_nodes", inputs, {}, {}, cu_seqlens, region_lengths, scale)
-    name = resolve(check.op, backend, image.device, image.dtype)
-    nodes, _ = _op(*autocast(*inputs.values()), cu_seqlens, region_lengths, float(scale), name)
+    nodes, _ = _op(
+        image=image, image_global=image_global, words=words, caption_global=caption_global, local_weight=local_weight,
+        local_bias=local_bias, global_weight=global_weight, global_bias=global_bias, cu_seqlens=cu_seqlens,
+        region_lengths=region_lengths, scale=scale, backend=backend,
+    )  # fmt: skip
     return nodes, node_bounds(cu_seqlens)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,25 +12,12 @@ import itm_fast
 
 from .. import ops
 from .._checks import matmul_precision
-from . import inputs
+from ..ops._declare import DECLARED, Floats
+from ..ops._draws import Size
 
-
-class Size(NamedTuple):
-    """Sizes of a problem: images, words of each caption, regions, D, S and K."""
-
-    images: int
-    lengths: tuple[int, ...]
-    regions: int
-    dim: int
-    similarity: int
-    steps: int
-
-
+OPS = tuple(sorted(ops.__all__))
 SMALL = Size(3, (5, 2), 7, 16, 8, 3)
 PUBLISHED = Size(3, (13, 2), 36, 1024, 256, 3)  # whose kernels an evaluation of the published models needs anyhow
-FIXED = ("running_mean", "running_var")  # arguments of floats that carry no gradient
-
-
 TF32 = 2.0**-10
 UNITS = {torch.float32: 2.0**-16, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # float32 by three TF32 products
 
@@ -44,13 +30,13 @@ def example(op: str, size: Size = SMALL, kind: int = 0) -> list[Any]:
     [[3, 7, 16], [7, 16], [3]]
     """
     generator = torch.Generator().manual_seed(0)
-    make = (EXAMPLES[op], *FURTHER.get(op, ()))[kind]
+    make = DECLARED[op].examples[kind]
     return make(size, lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64))
 
 
 def kinds(op: str) -> range:
     """The examples of an op: one, and one more for kernels that it does not reach."""
-    return range(1 + len(FURTHER.get(op, ())))
+    return range(len(DECLARED[op].examples))
 
 
 def outcome(
@@ -81,6 +67,7 @@ def outcome(
     """
     arguments = example(op, size, kind)
     names = list(inspect.signature(getattr(ops, op)).parameters)
+    fixed = {a.name for a in DECLARED[op].arguments if isinstance(a, Floats) and a.fixed}
     leaves = []
     for k, (name, argument) in enumerate(zip(names, arguments)):
         if not isinstance(argument, Tensor):
@@ -88,7 +75,7 @@ def outcome(
         arguments[k] = argument.to(device)
         if argument.is_floating_point():
             arguments[k] = argument.to(rounded or dtype).to(device, dtype)
-            if backward and name not in FIXED:
+            if backward and name not in fixed:
                 leaves.append(arguments[k].requires_grad_())
     with torch.set_grad_enabled(backward):
         results = getattr(itm_fast, op)(*arguments, backend=backend)
@@ -150,84 +137,3 @@ def _problem(op: str, backend: str, device: torch.device, dtype: torch.dtype, ba
         if not off <= allowed:
             return f"a {'gradient' if k else 'result'} is off by {off:.2g} where {allowed:.2g} is allowed"
     return None
-
-
-def _attention(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
-    return list(inputs(size.images, size.lengths, size.regions, size.dim, dtype=torch.float64))
-
-
-def _linear(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
-    # Squares of differences of unit vectors are about 1 / D.
-    return [size.dim**0.5 * draw(size.similarity, size.dim), draw(size.similarity)]
-
-
-def _similarity(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
-    return [*_attention(size, draw), *_linear(size, draw)]
-
-
-def _nodes(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
-    bounds = torch.tensor([0, *(n + 1 for n in size.lengths)]).cumsum(0).int()
-    nodes = draw(size.images, int(bounds[-1]), size.similarity)
-    return [torch.nn.functional.normalize(nodes, dim=-1), bounds]
-
-
-def _graph_weights(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
-    # Enlarged query and key weights: with small ones every node becomes the mean, and nothing shows the edges.
-    K, S = size.steps, size.similarity
-    scaled = [(scale * draw(K, S, S) / S**0.5, draw(K, S) / S**0.5) for scale in (4.0, 4.0, 1.0)]
-    return [x for pair in scaled for x in pair]
-
-
-def _filter_weights(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
-    one = torch.ones(1, dtype=torch.float64)
-    return [3 * draw(size.similarity), 0.1 * one, 2 * one, 0.3 * one, 0.2 * one, 0.5 * one]
-
-
-def _context(size: Size, draw: Callable[..., Tensor]) -> list[Any]:
-    T, N, S = len(size.lengths), sum(size.lengths), size.similarity
-    unit = torch.nn.functional.normalize
-    vectors = [unit(draw(size.images, n, S), dim=-1) for n in (T, N)]
-    bounds = torch.tensor([0, *size.lengths]).cumsum(0).int()
-    return [*vectors, bounds, 3 * draw(5, S), (4, 1)]
-
-
-def _globals(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
-    return [torch.nn.functional.normalize(draw(n, size.dim), dim=-1) for n in (size.images, len(size.lengths))]
-
-
-def _node_arguments(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
-    (image, words, cu_seqlens), overall = _attention(size, draw), _globals(size, draw)
-    return [image, overall[0], words, overall[1], cu_seqlens, *_linear(size, draw), *_linear(size, draw)]
-
-
-def _scored(head: Callable[..., list[Tensor]], size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
-    return [*_node_arguments(size, draw), *head(size, draw), draw(size.similarity), draw(1)]
-
-
-def _alignment(size: Size, draw: Callable[..., Tensor], gates: int = 1) -> list[Tensor]:
-    image, words, cu_seqlens = _attention(size, draw)
-    key, gate = lambda *n: torch.nn.functional.normalize(draw(*n, size.dim), dim=-1), lambda *n: draw(*n, 2, gates)
-    rows = (key(*image.shape[:2]), gate(*image.shape[:2])), (key(len(words)), gate(len(words)))
-    return [image, *rows[0], words, *rows[1], cu_seqlens, 3 * draw(size.dim), 3 * draw(size.dim)]
-
-
-def _alignment_of_vectors(size: Size, draw: Callable[..., Tensor]) -> list[Tensor]:
-    """Gates of D numbers, and a caption of more words than one that is aligned by its products alone."""
-    return _alignment(size._replace(lengths=(*size.lengths, 40)), draw, size.dim)
-
-
-Example = Callable[[Size, Callable[..., Tensor]], list[Any]]
-EXAMPLES: dict[str, Example] = {
-    "cross_attention_score": _attention,
-    "cross_attention_similarity": _similarity,
-    "global_local_score": lambda size, draw: [_globals(size, draw)[0], *_attention(size, draw)[1:]],
-    "similarity_nodes": _node_arguments,
-    "similarity_context": _context,
-    "similarity_graph": lambda size, draw: [*_nodes(size, draw), *_graph_weights(size, draw)],
-    "similarity_filter": lambda size, draw: [*_nodes(size, draw), *_filter_weights(size, draw)],
-    "similarity_graph_score": lambda size, draw: _scored(_graph_weights, size, draw),
-    "similarity_filter_score": lambda size, draw: _scored(_filter_weights, size, draw),
-    "hierarchical_alignment_score": _alignment,
-    "hardest_negative_loss": lambda size, draw: [draw(5, 5)],
-}
-FURTHER: dict[str, tuple[Example, ...]] = {"hierarchical_alignment_score": (_alignment_of_vectors,)}

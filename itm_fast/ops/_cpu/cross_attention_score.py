@@ -8,7 +8,6 @@ from torch import Tensor
 from ... import _native
 from ..._checks import work_dtype
 from .. import _attention
-from ..cross_attention_score import POOLS
 from . import DTYPES, bfloat16_products, lengths
 
 
@@ -47,6 +46,6 @@ def _arguments(image, words, cu_seqlens, region_lengths, direction, affinity_nor
         direction == "t2i",
         _attention.NORMS.index(affinity_norm),
         scale,
-        POOLS.index(pool),
+        _attention.POOLS.index(pool),
         pool_scale,
     )

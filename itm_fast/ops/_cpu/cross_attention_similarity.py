@@ -8,13 +8,13 @@ from torch import Tensor
 from ... import _native
 from ..._checks import work_dtype
 from .. import _attention
-from ..cross_attention_similarity import _fake
+from .._declare import empty
 from . import DTYPES, bfloat16_products, lengths
 
 
 def forward(image: Tensor, words: Tensor, weight: Tensor, bias: Tensor, *rest) -> Tensor:
     args = image, words, weight, bias, *rest
-    result = _fake(*args)
+    result = empty("cross_attention_similarity", *args)
     pairs = bfloat16_products(image.dtype)
     _native.call("cross_attention_similarity", *_arguments(*args), result, pairs, torch.get_num_threads())
     return result

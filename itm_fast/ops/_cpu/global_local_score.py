@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ... import _native
 from ..._checks import work_dtype
-from ..cross_attention_score import POOLS
+from .._attention import POOLS
 from . import DTYPES, bfloat16_products, lengths
 
 OP = "global_local_score"

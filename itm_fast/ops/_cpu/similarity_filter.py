@@ -7,12 +7,12 @@ from torch import Tensor
 
 from ... import _native
 from ...packing import bounds
-from ..similarity_filter import _fake
+from .._declare import empty
 from . import DTYPES
 
 
 def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
-    z, mean, var = _fake(*args)
+    z, mean, var = empty("similarity_filter", *args)
     _native.call("similarity_filter", *_arguments(*args), z, mean, var, torch.get_num_threads())
     return z, mean, var
 

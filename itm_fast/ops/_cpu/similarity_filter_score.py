@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import _native
-from .._pair_score import fake
+from .._declare import empty
 from . import bfloat16_products, lengths, shape
 
 OP = "similarity_filter_score"
@@ -15,7 +15,7 @@ OP = "similarity_filter_score"
 def forward(*args) -> Tensor:
     tensors, (cu_seqlens, region_lengths, scale, eps) = [a.contiguous() for a in args[:16]], args[16:]
     image, _, words, caption_global, weight = tensors[:5]
-    score = fake(*tensors)
+    score = empty(OP, *args)
     running = [x.to(torch.float64) for x in tensors[14:]]
     _native.call(
         OP,

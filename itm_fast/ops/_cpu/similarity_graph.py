@@ -8,12 +8,12 @@ from torch import Tensor
 from ... import _native
 from ..._checks import work_dtype
 from ...packing import bounds
-from ..similarity_graph import _fake
+from .._declare import empty
 from . import DTYPES, bfloat16_products
 
 
 def forward(nodes: Tensor, *rest: Tensor) -> Tensor:
-    result = _fake(nodes, *rest)
+    result = empty("similarity_graph", nodes, *rest)
     _native.call("similarity_graph", *_arguments(nodes, *rest), result, torch.get_num_threads())
     return result
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from ... import _native
 from ..._checks import work_dtype
-from ..similarity_nodes import _fake
+from .._declare import empty
 from . import bfloat16_products, lengths, shape
 
 
 def forward(*args) -> tuple[Tensor, Tensor]:
-    nodes, inverse = _fake(*args, "cpu")
+    nodes, inverse = empty("similarity_nodes", *args, backend="cpu")
     pairs = bfloat16_products(nodes.dtype)
     _native.call("similarity_nodes", *_arguments(*args), nodes, inverse, pairs, torch.get_num_threads())
     return nodes, inverse

@@ -12,7 +12,7 @@ from ..._checks import work_dtype
 from ..._workspace import scratch_bytes
 from ...packing import bounds, runs, spans
 from .. import _attention
-from ..cross_attention_score import pooled
+from .._declare import empty
 from . import _blocks
 from ._attention import attended_norm, attention, valid
 
@@ -20,7 +20,7 @@ COPIES = 6  # [R, L] temporaries of a pair alive at once, forward
 
 
 def forward(image: Tensor, words: Tensor, *rest) -> Tensor:
-    score = image.new_empty(image.shape[0], rest[0].shape[0] - 1)
+    score = empty("cross_attention_score", image, words, *rest)
     for images, args, blocks in _image_spans(False, image, words, *rest):
         _blocks.forward(blocks, args, score[images])
     return score
@@ -95,5 +95,5 @@ def _score(direction, norm, scale, pool, pool_scale, length, region_lengths, ima
         if pool == "mean":
             return (r.sum(-1) / mask.sum(-1)).t()
         r = r.masked_fill(~mask, 0.0 if pool == "sum" else float("-inf"))
-    score = pooled(r, pool, pool_scale, dim=-1)
+    score = _attention.pooled(r, pool, pool_scale, dim=-1)
     return score if t2i else score.t()

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..._checks import work_dtype
 from ...packing import bounds, runs, spans
 from .. import _attention
-from ..cross_attention_similarity import _fake
+from .._declare import empty
 from . import _blocks
 from ._attention import attended_norm, attention, valid
 from ._linear import linear
@@ -18,7 +18,7 @@ from ._linear import linear
 
 def forward(image: Tensor, words: Tensor, weight: Tensor, bias: Tensor, *rest) -> Tensor:
     args = image, words, weight, bias
-    return _blocks.forward(_cut(False, *args, *rest), args, _fake(*args, *rest))
+    return _blocks.forward(_cut(False, *args, *rest), args, empty("cross_attention_similarity", *args, *rest))
 
 
 def backward(grad: Tensor, needs: list[bool], image: Tensor, words: Tensor, weight: Tensor, bias: Tensor, *rest):

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..._checks import work_dtype
 from ...packing import bounds, runs, spans
 from .. import _attention
+from .._declare import empty
 from . import _blocks
 from ._attention import attended_norm
 
@@ -18,7 +19,7 @@ COPIES = 5  # [C, L, b] temporaries of a block alive at once, forward
 
 
 def forward(vector: Tensor, words: Tensor, *rest) -> Tensor:
-    score = vector.new_empty(vector.shape[0], rest[0].shape[0] - 1)
+    score = empty("global_local_score", vector, words, *rest)
     return _blocks.forward(_cut(False, vector, words, *rest), (vector, words), score)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..._checks import work_dtype
-from .._op import by_autograd
-from ..hardest_negative_loss import positives
+from .._autograd import by_autograd
+from .._negatives import positives
 
 
 def _loss(score: Tensor, image_ids: Tensor | None, margin: float, hardest: bool) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..._checks import work_dtype
 from ...packing import bounds, runs, spans
 from .. import _attention
+from .._declare import empty
 from . import _blocks
 from ._attention import valid
 
@@ -44,8 +45,7 @@ class Options(NamedTuple):
 
 
 def forward(image: Tensor, *args) -> Tensor:
-    cu_seqlens = args[7]
-    score = image.new_empty(len(image), len(cu_seqlens) - 1)
+    score = empty("hierarchical_alignment_score", image, *args)
     return _blocks.forward(_cut(False, image, *args), (image, *args[:7]), score)
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._checks import work_dtype
 from ...packing import Index, Run, bounds, runs, spans
-from ..similarity_context import _fake
+from .._declare import empty
 from . import _blocks
 
 COPIES = 2  # [L, S] temporaries of a pair alive at once, forward
@@ -18,7 +18,7 @@ COPIES = 2  # [L, S] temporaries of a pair alive at once, forward
 
 def forward(overall: Tensor, local: Tensor, assignment: Tensor, *rest) -> Tensor:
     args = overall, local, assignment
-    return _blocks.forward(_cut(False, *args, *rest), args, _fake(*args, *rest))
+    return _blocks.forward(_cut(False, *args, *rest), args, empty("similarity_context", *args, *rest))
 
 
 def backward(grad: Tensor, needs: list[bool], overall: Tensor, local: Tensor, assignment: Tensor, *rest):

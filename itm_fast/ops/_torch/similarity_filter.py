@@ -10,14 +10,14 @@ from torch import Tensor
 from ..._checks import work_dtype
 from ...packing import bounds, runs, spans
 from .. import _attention
-from ..similarity_filter import _fake
+from .._declare import empty
 from . import _blocks
 
 COPIES = 3  # [L + 1, S] temporaries of a pair alive at once, forward
 
 
 def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
-    z, mean, var = _fake(*args)
+    z, mean, var = empty("similarity_filter", *args)
     for part in _parts(False, *args):
         result, means, variances = part.function(*(a[at] for a, at in zip(args, part.inputs, strict=False)))
         z[part.result] = result.to(z.dtype)

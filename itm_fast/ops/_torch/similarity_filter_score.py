@@ -6,13 +6,13 @@ from functools import partial
 
 from torch import Tensor
 
-from .._pair_score import fake
+from .._declare import empty
 from . import _blocks, _pair_score
 from .similarity_filter import COPIES, filtered
 
 
 def forward(*args) -> Tensor:
-    return _blocks.forward(_cut(False, *args), args[:14], fake(*args))
+    return _blocks.forward(_cut(False, *args), args[:14], empty("similarity_filter_score", *args))
 
 
 def backward(grad: Tensor, needs: list[bool], *args) -> list[Tensor]:

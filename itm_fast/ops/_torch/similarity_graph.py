@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._checks import work_dtype
 from ...packing import bounds, runs, spans
-from ..similarity_graph import _fake
+from .._declare import empty
 from . import _blocks
 from ._linear import linear
 
@@ -48,7 +48,7 @@ def _fold(Wq: Tensor, bq: Tensor, Wk: Tensor, bk: Tensor, Wr: Tensor, br: Tensor
 def forward(nodes: Tensor, *rest: Tensor) -> Tensor:
     *weights, cu_seqlens = rest
     args = (nodes, *Folded(weights).values)
-    return _blocks.forward(_cut(False, nodes, cu_seqlens), args, _fake(nodes, *rest))
+    return _blocks.forward(_cut(False, nodes, cu_seqlens), args, empty("similarity_graph", nodes, *rest))
 
 
 def backward(grad: Tensor, needs: list[bool], nodes: Tensor, *rest: Tensor) -> list[Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._pair_score import fake
+from .._declare import empty
 from . import _blocks, _pair_score
 from .similarity_graph import COPIES, Folded, reason
 
@@ -12,7 +12,7 @@ from .similarity_graph import COPIES, Folded, reason
 def forward(*args) -> Tensor:
     folded = Folded(args[8:14])
     tensors = (*args[:8], *folded.values, *args[14:16])
-    return _blocks.forward(_cut(False, tensors, args[16:]), tensors, fake(*args))
+    return _blocks.forward(_cut(False, tensors, args[16:]), tensors, empty("similarity_graph_score", *args))
 
 
 def backward(grad: Tensor, needs: list[bool], *args) -> list[Tensor]:

@@ -11,14 +11,14 @@ from torch import Tensor
 from ..._checks import work_dtype
 from ...packing import Index, bounds, runs, spans
 from .. import _attention
-from ..similarity_nodes import _fake
+from .._declare import empty
 from . import _blocks
 from ._pair_score import nodes
 
 
 def forward(*args) -> tuple[Tensor, Tensor]:
-    result, empty = _fake(*args, "torch")
-    return _blocks.forward(_cut(False, *args), args[:8], result), empty
+    result, kept = empty("similarity_nodes", *args)
+    return _blocks.forward(_cut(False, *args), args[:8], result), kept
 
 
 def backward(grad: Tensor, needs: list[bool], *args, results: Sequence[Tensor]) -> list[Tensor]:

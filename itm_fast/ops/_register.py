@@ -1,56 +1,39 @@
-"""What every op shares: its schema, its fake, its autograd rule and the call of the chosen backend.
+"""Registration of an op with torch: its schema, its fake, its autograd rule and the call of the chosen backend.
 
 An implementation offers `forward(*args) -> Tensor | tuple` and `backward(grad, needs, *args) -> list[Tensor]`, one
-gradient for each differentiable argument that `needs` marks, in the dtype it was summed in. It is imported only when
-it runs.
+gradient for each differentiable argument that `needs` marks, in the dtype it was summed in. It is the module of the
+op's name in its backend's package, imported only when it runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from functools import partial
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._backends import OFFERS
+from .._backends import KERNELS, OFFERS, resolve
 from .._workspace import current_gib, workspace
 from . import _pairs
+from ._autograd import by_autograd
+from ._declare import Declaration
+
+PACKAGES = {"triton": "itm_fast.kernels", "cpu": "itm_fast.ops._cpu", "torch": "itm_fast.ops._torch"}
 
 
-class Op:
-    """One op of `torch.ops.itm_fast`, differentiable in its first arguments.
+class Op(Declaration):
+    """A declared op, registered as one of `torch.ops.itm_fast`; a call checks its arguments and chooses the backend."""
 
-    Args:
-        name: the op's stem.
-        schema: its arguments in torch's schema language, the differentiable ones first; `backend` is added.
-        returns: its results. Only the first one carries gradients.
-        offered: the backends that exist, best first.
-        differentiable: how many of the first arguments may need a gradient.
-        implementation: backend -> object with forward and backward.
-        fake: the arguments -> empty results of the right shapes.
-        pairs: for an op whose result is the score of every pair, its arguments' first dimensions; see `_pairs`.
-        keeps: backward is also given the results, as `results=`, which are kept until then; `fake` is told the
-            backend, for what a backend keeps for itself is its own affair.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        schema: str,
-        returns: str,
-        *,
-        offered: tuple[str, ...],
-        differentiable: int,
-        implementation: Callable[[str], Any],
-        fake: Callable[..., Any],
-        pairs: str | None = None,
-        keeps: bool = False,
-    ) -> None:
-        OFFERS[name] = offered
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        name, schema, keeps = self.name, self.schema, self.keeps
+        differentiable, pairs = self.differentiable, self.pairs
+        OFFERS[name] = self.offered
         forward, backward = f"itm_fast::{name}", f"itm_fast::{name}_backward"
-        torch.library.define(forward, f"({schema}, str backend) -> {returns}")
+        torch.library.define(forward, f"({schema}, str backend) -> {self.returns}")
         kept = ", Tensor[] results" if keeps else ""
         torch.library.define(backward, f"(Tensor grad, bool[] needs, {schema}{kept}, str backend) -> Tensor[]")
 
@@ -58,12 +41,12 @@ class Op:
         def _forward(*args):
             # Autocast has chosen the inputs' dtype by now; what is computed from them keeps the op's own precision.
             with torch.autocast(args[0].device.type, enabled=False):
-                return implementation(args[-1]).forward(*args[:-1])
+                return self.implementation(args[-1]).forward(*args[:-1])
 
         @torch.library.impl(backward, "CompositeExplicitAutograd")
         def _backward(grad, needs, *args):
             with torch.autocast(args[0].device.type, enabled=False):
-                dense = implementation(args[-1]).backward
+                dense = self.implementation(args[-1]).backward
                 if keeps:
                     found = dense(grad, needs, *args[:-2], results=args[-2])
                 elif pairs is None:
@@ -75,7 +58,7 @@ class Op:
 
         @torch.library.register_fake(forward)
         def _fake(*args):
-            return fake(*args) if keeps else fake(*args[:-1])
+            return self.empty(args[:-1], args[-1])
 
         @torch.library.register_fake(backward)
         def _fake_backward(grad, needs, *args):
@@ -107,22 +90,29 @@ class Op:
 
         torch.library.register_autograd(forward, differentiate, setup_context=setup_context)
         self.call = getattr(torch.ops.itm_fast, name).default
+        self.has_kernels = not KERNELS.isdisjoint(self.offered)
 
-    def __call__(self, *args: Any) -> Any:
-        return self.call(*args)
+    def __call__(self, *, backend: str | None, **given: Any) -> Any:
+        """Run the op on arguments that are given by name.
 
+        Raises:
+            ValueError: a shape, a device or an option is wrong.
+            TypeError: a dtype is wrong.
+            NotImplementedError: the backend asked for cannot run here; the message says why.
+        """
+        first, size = given[self.arguments[0].name], self.check(given)
+        dtype = first.dtype if self.has_kernels else None  # PyTorch takes all dtypes
+        too_large = None if self.too_large is None else self.too_large(size)
+        name = resolve(self.name, backend, first.device, dtype, too_large)
+        return self.call(*self.convert(given), name)
 
-def by_autograd(function: Callable[..., Any]) -> SimpleNamespace:
-    """An implementation whose backward is torch's own: the function is run again and differentiated."""
-
-    def backward(grad: Tensor, needs: Sequence[bool], *args: Any, results: Sequence[Tensor] = ()) -> list[Tensor]:
-        with torch.enable_grad():
-            args = tuple(a.detach().requires_grad_(needs[k]) if k < len(needs) else a for k, a in enumerate(args))
-            result = function(*args)
-            result = result if isinstance(result, Tensor) else result[0]
-            wanted = [a for a, n in zip(args, needs, strict=False) if n]
-            if not result.requires_grad:  # the options leave out all that needs a gradient
-                return [torch.zeros_like(a) for a in wanted]
-            return list(torch.autograd.grad(result, wanted, grad, materialize_grads=True))
-
-    return SimpleNamespace(forward=function, backward=backward)
+    def implementation(self, backend: str) -> Any:
+        """What has the op's forward and backward pass in a backend."""
+        if backend == "reference":
+            return by_autograd(self.reference)
+        found = import_module(f"{PACKAGES[backend]}.{self.name}")
+        if backend not in KERNELS or self.backward is None:
+            return found
+        if isinstance(self.backward, str):
+            return SimpleNamespace(forward=found.forward, backward=self.implementation(self.backward).backward)
+        return SimpleNamespace(forward=found.forward, backward=partial(self.backward, backend))

@@ -1,0 +1,125 @@
+"""Random arguments: what the ops' examples are made of, tensors of floats in float64.
+
+An example is a function of a `Size` and of `draw(*shape)`, which gives normally distributed numbers. It makes an op's
+arguments in the order of its public function.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..packing import pack
+
+
+class Size(NamedTuple):
+    """Sizes of a problem: images, words of each caption, regions, D, S and K."""
+
+    images: int
+    lengths: tuple[int, ...]
+    regions: int
+    dim: int
+    similarity: int
+    steps: int
+
+
+Draw = Callable[..., Tensor]
+Example = Callable[[Size, Draw], list[Any]]
+
+
+def inputs(
+    I: int,
+    lengths: Sequence[int],
+    R: int,
+    D: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    requires_grad: bool = False,
+    seed: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Random unit-length features as the encoders give them.
+
+    Args:
+        I: images.
+        lengths: words of each caption.
+        R: regions.
+        D: embedding.
+        dtype: of the features; they are drawn in float64 and rounded, so all dtypes see the same data.
+        device: where they lie.
+        requires_grad: of image and words.
+        seed: of the random numbers.
+
+    Returns:
+        image [I, R, D], words [N, D], cu_seqlens [T + 1] int32.
+
+    >>> from itm_fast.testing import inputs
+    >>> [list(x.shape) for x in inputs(2, [3, 5], 4, 8)]
+    [[2, 4, 8], [8, 8], [3]]
+    """
+    generator = torch.Generator().manual_seed(seed)
+    # A part common to all of an item's rows keeps affinities away from zero, as trained encoders do.
+    image = torch.randn(I, R, D, generator=generator, dtype=torch.float64) + torch.randn(
+        1, 1, D, generator=generator, dtype=torch.float64
+    )
+    caption = torch.randn(len(lengths), max(lengths, default=1), D, generator=generator, dtype=torch.float64)
+    caption = caption + torch.randn(1, 1, D, generator=generator, dtype=torch.float64)
+    words, cu_seqlens = pack(torch.nn.functional.normalize(caption, dim=-1), lengths)
+    image = torch.nn.functional.normalize(image, dim=-1).to(device=device, dtype=dtype)
+    words = words.to(device=device, dtype=dtype)
+    return image.requires_grad_(requires_grad), words.requires_grad_(requires_grad), cu_seqlens.to(device)
+
+
+def attention(size: Size, draw: Draw) -> list[Tensor]:
+    """image, words and cu_seqlens."""
+    return list(inputs(size.images, size.lengths, size.regions, size.dim, dtype=torch.float64))
+
+
+def linear(size: Size, draw: Draw) -> list[Tensor]:
+    """weight [S, D] and bias [S] of a similarity."""
+    # Squares of differences of unit vectors are about 1 / D.
+    return [size.dim**0.5 * draw(size.similarity, size.dim), draw(size.similarity)]
+
+
+def unit(draw: Draw, *shape: int) -> Tensor:
+    """Vectors of length 1 along the last dimension."""
+    return torch.nn.functional.normalize(draw(*shape), dim=-1)
+
+
+def global_vectors(size: Size, draw: Draw) -> list[Tensor]:
+    """image_global and caption_global."""
+    return [unit(draw, n, size.dim) for n in (size.images, len(size.lengths))]
+
+
+def node_inputs(size: Size, draw: Draw) -> list[Tensor]:
+    """The arguments of `similarity_nodes`."""
+    (image, words, cu_seqlens), overall = attention(size, draw), global_vectors(size, draw)
+    return [image, overall[0], words, overall[1], cu_seqlens, *linear(size, draw), *linear(size, draw)]
+
+
+def nodes(size: Size, draw: Draw) -> list[Tensor]:
+    """Nodes of all pairs, and their bounds."""
+    bounds = torch.tensor([0, *(n + 1 for n in size.lengths)]).cumsum(0).int()
+    return [unit(draw, size.images, int(bounds[-1]), size.similarity), bounds]
+
+
+def graph_weights(size: Size, draw: Draw) -> list[Tensor]:
+    """The weights and biases of `similarity_graph`."""
+    # Enlarged query and key weights: with small ones every node becomes the mean, and nothing shows the edges.
+    K, S = size.steps, size.similarity
+    scaled = [(scale * draw(K, S, S) / S**0.5, draw(K, S) / S**0.5) for scale in (4.0, 4.0, 1.0)]
+    return [x for pair in scaled for x in pair]
+
+
+def filter_weights(size: Size, draw: Draw) -> list[Tensor]:
+    """The parameters and statistics of `similarity_filter`."""
+    one = torch.ones(1, dtype=torch.float64)
+    return [3 * draw(size.similarity), 0.1 * one, 2 * one, 0.3 * one, 0.2 * one, 0.5 * one]
+
+
+def score_weights(size: Size, draw: Draw) -> list[Tensor]:
+    """score_weight and score_bias."""
+    return [draw(size.similarity), draw(1)]

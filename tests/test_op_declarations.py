@@ -1,0 +1,166 @@
+"""What follows from an op's declaration: its schema, its gradients, its pairs, and what its docstring says."""
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import itm_fast
+from itm_fast import ops
+from itm_fast.ops._declare import DECLARED, Choice, Floats, Integers, Result
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = Path(itm_fast.__file__).parent
+over_ops = pytest.mark.parametrize("op", sorted(ops.__all__))
+
+SIMILARITY = (
+    "Tensor image, Tensor image_global, Tensor words, Tensor caption_global, Tensor local_weight, Tensor local_bias, "
+    "Tensor global_weight, Tensor global_bias, "
+)
+GRAPH = (
+    "Tensor query_weight, Tensor query_bias, Tensor key_weight, Tensor key_bias, Tensor value_weight, "
+    "Tensor value_bias, "
+)
+REST = "Tensor cu_seqlens, Tensor? region_lengths, "
+# op -> its arguments in torch's schema language, its results, how many arguments have a gradient, and `pairs`
+KNOWN = {
+    "cross_attention_score": (
+        f"Tensor image, Tensor words, {REST}str direction, str affinity_norm, float scale, str pool, float pool_scale",
+        "Tensor",
+        2,
+        "INEI.....",
+    ),
+    "cross_attention_similarity": (
+        f"Tensor image, Tensor words, Tensor weight, Tensor bias, {REST}str direction, str affinity_norm, float scale",
+        "Tensor",
+        4,
+        None,
+    ),
+    "global_local_score": ("Tensor vector, Tensor words, Tensor cu_seqlens, float scale", "Tensor", 2, "INE."),
+    "hardest_negative_loss": ("Tensor score, Tensor? image_ids, float margin, bool hardest", "Tensor", 1, None),
+    "hierarchical_alignment_score": (
+        "Tensor image, Tensor image_key, Tensor image_gate, Tensor words, Tensor word_key, Tensor word_gate, "
+        f"Tensor image_pool, Tensor caption_pool, {REST}str direction, float scale, str pool, float local_mix, "
+        "float global_mix",
+        "Tensor",
+        8,
+        "IIINNN..EI.....",
+    ),
+    "similarity_context": (
+        "Tensor overall, Tensor local, Tensor assignment, Tensor cu_seqlens, int[] sizes",
+        "Tensor",
+        3,
+        None,
+    ),
+    "similarity_filter": (
+        "Tensor nodes, Tensor weight, Tensor bias, Tensor norm_weight, Tensor norm_bias, Tensor running_mean, "
+        "Tensor running_var, Tensor cu_seqlens, bool training, float eps",
+        "(Tensor, Tensor, Tensor)",
+        5,
+        None,
+    ),
+    "similarity_filter_score": (
+        f"{SIMILARITY}Tensor filter_weight, Tensor filter_bias, Tensor norm_weight, Tensor norm_bias, "
+        f"Tensor score_weight, Tensor score_bias, Tensor running_mean, Tensor running_var, {REST}float scale, "
+        "float eps",
+        "Tensor",
+        14,
+        "IINT............EI..",
+    ),
+    "similarity_graph": (f"Tensor nodes, {GRAPH}Tensor cu_seqlens", "Tensor", 7, None),
+    "similarity_graph_score": (
+        f"{SIMILARITY}{GRAPH}Tensor score_weight, Tensor score_bias, {REST}float scale",
+        "Tensor",
+        16,
+        "IINT............EI.",
+    ),
+    "similarity_nodes": (f"{SIMILARITY}{REST}float scale", "(Tensor, Tensor)", 8, None),
+}
+
+
+def test_every_op_is_declared():
+    assert set(KNOWN) == set(ops.__all__) <= set(DECLARED)
+
+
+@over_ops
+def test_the_schemas_are_those_that_saved_graphs_hold(op):
+    arguments, results, _, _ = KNOWN[op]
+    kept = ", Tensor[] results" if op == "similarity_nodes" else ""
+    for name, schema in (
+        (op, f"({arguments}, str backend) -> {results}"),
+        (f"{op}_backward", f"(Tensor grad, bool[] needs, {arguments}{kept}, str backend) -> Tensor[]"),
+    ):
+        assert str(getattr(torch.ops.itm_fast, name).default._schema) == f"itm_fast::{name}{schema}"
+
+
+@over_ops
+def test_gradients_and_pairs_follow_from_the_arguments(op):
+    assert (DECLARED[op].differentiable, DECLARED[op].pairs) == KNOWN[op][2:]
+
+
+@over_ops
+def test_the_public_function_takes_the_declared_arguments(op):
+    names = DECLARED[op].names
+    assert sorted(inspect.signature(getattr(itm_fast, op)).parameters) == sorted([*names, "backend"])
+    assert list(inspect.signature(DECLARED[op].reference).parameters) == names
+
+
+def test_shapes_of_results_add_and_multiply():
+    size = {"I": 2, "N": 7, "T": 3, "C": 4}
+    assert list(Result("nodes", "I N+T+T*C N").sizes(size, {})) == [2, 22, 7]
+    assert list(Result("loss", "").sizes(size, {})) == []
+    assert Result("mean", lambda size, given: (size["T"] + given["more"],)).sizes(size, {"more": 1}) == (4,)
+
+
+def implementations():
+    files = [*(PACKAGE / "ops" / "_torch").glob("*.py"), *(PACKAGE / "ops").glob("_cpu*.py")]
+    return [*files, *(PACKAGE / "ops" / "_cpu").glob("*.py"), *(ROOT / "kernels").glob("*.py")]
+
+
+@pytest.mark.parametrize("path", implementations(), ids=lambda p: f"{p.parent.name}/{p.stem}")
+def test_no_implementation_imports_an_op(path):
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level == 2:  # of the package of the ops
+            assert not {node.module, *(a.name for a in node.names)} & set(ops.__all__), ast.unparse(node)
+
+
+def documented(op):
+    """What the docstring says of each argument, and of each error."""
+    text = inspect.getdoc(getattr(itm_fast, op))
+    found = {}
+    for section in ("Args", "Raises"):
+        lines = re.search(rf"^{section}:\n((?:    .*\n|\n)+)", text + "\n", re.M)[1]
+        for name, line in re.findall(r"^    (\w+): (.*(?:\n        .*)*)", lines, re.M):
+            found[name] = " ".join(line.split())
+    return found
+
+
+@over_ops
+def test_the_docstring_gives_the_declared_shapes_and_choices(op):
+    said = documented(op)
+    for argument in DECLARED[op].arguments:
+        line = said.pop(argument.name)
+        if isinstance(argument, Floats | Integers):
+            assert line.replace("T + 1", "T+1").startswith(str(argument.shape)), line
+        if isinstance(argument, Integers) and argument.name != "cu_seqlens":
+            assert "int32 or int64" in line
+        if isinstance(argument, Choice):
+            assert all(re.search(rf"\b{choice}\b", line) for choice in argument.choices), line
+    assert set(said) == {"backend", "ValueError", "TypeError", "NotImplementedError"}
+
+
+def test_an_argument_has_one_line_in_all_docstrings():
+    said = {}
+    for op in ops.__all__:
+        lines = documented(op)
+        packed = next((name for name in ("words", "nodes", "local") if name in lines), None)  # what has bounds
+        for argument in DECLARED[op].arguments:
+            alike = repr(argument), packed if argument.name == "cu_seqlens" else None
+            said.setdefault(alike, set()).add(lines[argument.name])
+        for name in ("backend", "TypeError", "NotImplementedError"):
+            said.setdefault(name, set()).add(lines[name])
+    assert not {alike: lines for alike, lines in said.items() if len(lines) > 1}
