@@ -31,7 +31,7 @@ from itm_fast import _backends
 from itm_fast.evaluation.ranking import ranks
 from itm_fast.evaluation.workloads import WORKLOADS
 from itm_fast.nn import PairScorer
-from itm_fast.testing import examples
+from itm_fast.ops import _examples as examples
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS = "triton" if DEVICE == "cuda" else "auto"

@@ -30,7 +30,8 @@ if __name__ == "__main__":  # from a bare checkout, `benchmarks` and `itm_fast` 
 import itm_fast
 from benchmarks import harness
 from benchmarks.shapes import Shape
-from itm_fast.testing import examples
+from itm_fast.ops import _examples as examples
+from itm_fast.ops._declare import DECLARED
 
 OPS = (
     "similarity_graph_score", "similarity_filter_score", "cross_attention_score", "cross_attention_similarity",
@@ -171,7 +172,7 @@ def best_of(call: Callable[[], Tensor]) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ops", nargs="+", choices=examples.OPS, default=list(OPS))
+    parser.add_argument("--ops", nargs="+", choices=sorted(DECLARED), default=list(OPS))
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16", "float16"])
     parser.add_argument("--matmul", default="high", choices=("highest", "high"), help="of float32 (default: high)")
     parser.add_argument("--images", type=int, default=500)

@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -133,6 +133,7 @@ def resolve(
     device: torch.device,
     dtype: torch.dtype | None = None,
     too_large: str | None = None,
+    put_aside: Callable[[str, torch.device, torch.dtype], str | None] | None = None,
 ) -> str:
     """Turn "auto" into one name. An explicit name is honoured or refused.
 
@@ -145,6 +146,7 @@ def resolve(
         device: where its tensors are.
         dtype: of its tensors of floats, before autocast; None where every backend takes all dtypes.
         too_large: why the Triton kernels cannot take tensors of these shapes.
+        put_aside: tells why an op's Triton kernels are not to be used on a device in a dtype; it may check them first.
 
     Raises:
         NotImplementedError: with one sentence per backend that was considered.
@@ -163,8 +165,8 @@ def resolve(
                 reason = "Triton interprets its kernels here (TRITON_INTERPRET), which only an explicit request wants"
             elif too_large:
                 reason = too_large
-            elif dtype is not None:
-                reason = _triton.put_aside(op, device, _computed(dtype, device))
+            elif dtype is not None and put_aside is not None:
+                reason = put_aside(op, device, _computed(dtype, device))
         if reason is None:
             kernels = "cpu" if device.type == "cpu" else "triton"
             if kernels in reasons and not (kernels == "triton" and dtype == torch.float64):

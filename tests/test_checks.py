@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import itm_fast
-from itm_fast.testing import examples
+from itm_fast.ops import _examples as examples
+from itm_fast.ops._declare import DECLARED
 
 
 def tensors(op):
@@ -18,7 +19,7 @@ def tensors(op):
     return given, names[1:]
 
 
-EACH = [(op, name) for op in examples.OPS for name in tensors(op)[1]]
+EACH = [(op, name) for op in sorted(DECLARED) for name in tensors(op)[1]]
 
 
 @pytest.mark.parametrize("op,name", EACH)

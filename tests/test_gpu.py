@@ -13,17 +13,19 @@ from sgraf_cases import HEADS, golden, under
 from triton_cases import gpu, needs_triton
 
 import itm_fast
-from itm_fast import _backends, _triton
+from itm_fast import _backends
 from itm_fast.evaluation.ranking import ranks
 from itm_fast.models import sgraf
 from itm_fast.models.sgraf import EncoderSimilarity
 from itm_fast.nn import CrossAttentionScore
-from itm_fast.testing import examples, inputs, op_checks
+from itm_fast.ops import _examples as examples
+from itm_fast.ops import _first_use
+from itm_fast.testing import inputs, op_checks
 from itm_fast.testing.scan import loop as scan_loop
 from itm_fast.testing.sgraf import loop as sgraf_loop
 
 pytestmark = [gpu, needs_triton]
-OPS = [op for op in examples.OPS if "triton" in _backends.OFFERS[op]]
+OPS = [op for op in sorted(_backends.OFFERS) if "triton" in _backends.OFFERS[op]]
 over_ops = pytest.mark.parametrize("op", OPS)
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 GIB = 1 << 30
@@ -65,7 +67,7 @@ def test_the_check_of_first_use_passes(op, dtype):
             assert examples.problem(op, "triton", torch.device("cuda", 0), dtype, True) is None
         finally:
             torch.set_float32_matmul_precision("highest")
-    assert _triton.put_aside(op, torch.device("cuda", 0), dtype) is None
+    assert _first_use.put_aside(op, torch.device("cuda", 0), dtype) is None
     assert _backends.resolve(op, None, torch.device("cuda", 0), dtype) == "triton"
 
 

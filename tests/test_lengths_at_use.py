@@ -8,10 +8,11 @@ from triton_cases import unless
 
 import itm_fast
 from itm_fast import _backends, packing
+from itm_fast.ops import _examples as examples
 from itm_fast.packing import bounds, kept, length_plan, node_bounds, node_plan
-from itm_fast.testing import examples, op_checks
+from itm_fast.testing import op_checks
 
-OPS = [op for op in examples.OPS if op != "hardest_negative_loss"]
+OPS = [op for op in sorted(_backends.OFFERS) if op != "hardest_negative_loss"]
 RAGGED = [op for op in OPS if "region_lengths" in inspect.signature(getattr(itm_fast, op)).parameters]
 
 

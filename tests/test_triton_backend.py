@@ -1,5 +1,6 @@
 """When the Triton kernels run, what refuses them, and the check of their first use: no GPU is needed to test it."""
 
+import functools
 import sys
 import threading
 import types
@@ -11,7 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 import itm_fast
 from itm_fast import _backends, _triton
-from itm_fast.testing import examples
+from itm_fast.ops import _examples as examples
+from itm_fast.ops import _first_use
+from itm_fast.ops._declare import DECLARED
 
 CUDA = torch.device("cuda", 0)
 OP = "similarity_graph"
@@ -26,7 +29,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: seen.capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: seen.capturing)
-    monkeypatch.setattr(_triton, "_version", lambda: "9.9.9")
+    monkeypatch.setattr(_first_use, "_version", lambda: "9.9.9")
     return seen
 
 
@@ -34,7 +37,7 @@ def _offer(monkeypatch):
     """One op with Triton kernels, as in a process that has not used them."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setitem(_backends.OFFERS, OP, ("triton", "cpu", "torch", "reference"))
-    monkeypatch.setattr(_triton, "_verdicts", {})
+    monkeypatch.setattr(_first_use, "_verdicts", {})
     monkeypatch.setattr(_triton, "_unusable", lambda: None)
     monkeypatch.setattr(_backends, "_told", set())
 
@@ -55,7 +58,7 @@ def checks(monkeypatch):
 
 
 def resolve(backend=None, dtype=torch.float32, device=CUDA, op=OP):
-    return _backends.resolve(op, backend, device, dtype)
+    return _backends.resolve(op, backend, device, dtype, put_aside=_first_use.put_aside)
 
 
 def test_auto_takes_triton_on_a_gpu_and_checks_it_once(gpu, checks):
@@ -254,7 +257,7 @@ def test_the_first_use_may_lie_in_a_compiled_graph(on_cpu):
     call = torch.compile(lambda *a: itm_fast.similarity_graph(*a), fullgraph=True, backend="aot_eager")
     want = itm_fast.similarity_graph(*arguments(), backend="torch")
     torch.testing.assert_close(call(*arguments()), want)
-    assert list(_triton._verdicts.values()) == [None]
+    assert list(_first_use._verdicts.values()) == [None]
 
 
 def test_a_backward_pass_that_recomputes_does_not_check(on_cpu, checks):
@@ -275,13 +278,14 @@ def test_the_first_use_may_lie_under_fake_tensors(on_cpu):
     with torch._subclasses.FakeTensorMode() as mode:
         fakes = [mode.from_tensor(a) for a in real]
         assert itm_fast.similarity_graph(*fakes).shape == (3, 2, 8)
-    assert list(_triton._verdicts.values()) == [None]
+    assert list(_first_use._verdicts.values()) == [None]
 
 
 @pytest.mark.parametrize("fault", ["value", "gradient", "nan", "crash"])
 def test_the_check_finds(fault, monkeypatch):
     real = itm_fast.similarity_graph
 
+    @functools.wraps(real)
     def broken(nodes, *args, backend):
         result = real(nodes, *args, backend=backend)
         if backend == "reference":
@@ -292,7 +296,7 @@ def test_the_check_finds(fault, monkeypatch):
             return result + 0.1 * (nodes.sum() - nodes.sum().detach())
         return result * (1.01 if fault == "value" else float("nan"))
 
-    monkeypatch.setattr(itm_fast, OP, broken)
+    monkeypatch.setattr(DECLARED[OP], "function", broken)
     found = examples.problem(OP, "torch", torch.device("cpu"), torch.float32, True)
     expected = {
         "crash": "RuntimeError: out of resource: shared memory", "gradient": "a gradient is off by",
@@ -304,7 +308,7 @@ def test_the_check_finds(fault, monkeypatch):
 
 
 @pytest.mark.parametrize("size", [examples.SMALL, examples.PUBLISHED], ids=["small", "published"])
-@pytest.mark.parametrize("op, kind", [(op, kind) for op in examples.OPS for kind in examples.kinds(op)])
+@pytest.mark.parametrize("op, kind", [(op, kind) for op in sorted(_backends.OFFERS) for kind in examples.kinds(op)])
 def test_the_examples_show_what_they_should(op, kind, size):
     # Saturated scores or gradients of nothing would hide a broken kernel.
     results = examples.outcome(op, "reference", "cpu", torch.float64, size=size, kind=kind)

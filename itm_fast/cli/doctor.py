@@ -234,7 +234,7 @@ def _check(op: str, backend: str, device: str) -> dict[str, Any]:
     import torch
 
     from .. import testing
-    from ..testing.examples import outcome
+    from ..ops._examples import outcome
 
     result = {"operation": op, "backend": backend, "device": device, "ok": True, "problem": None}
     try:

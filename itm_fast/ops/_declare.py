@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .._checks import Arguments, Shape, autocast, work_dtype
 from ._draws import Example
 
 DECLARED: dict[str, Declaration] = {}
+F = TypeVar("F", bound=Callable[..., Any])
 Given = Mapping[str, Any]  # the arguments of a call by name
 
 
@@ -206,6 +207,11 @@ class Declaration:
                     if not letter.isdigit():
                         self.places.setdefault(letter, (k, dim, more))
         DECLARED[name] = self
+
+    def public(self, function: F) -> F:
+        """Note the op's public function, which this decorates, for the checks that call it."""
+        self.function = function
+        return function
 
     @property
     def pairs(self) -> str | None:

@@ -20,6 +20,7 @@ from .._workspace import current_gib, workspace
 from . import _pairs
 from ._autograd import by_autograd
 from ._declare import Declaration
+from ._first_use import put_aside
 
 PACKAGES = {"triton": "itm_fast.kernels", "cpu": "itm_fast.ops._cpu", "torch": "itm_fast.ops._torch"}
 
@@ -103,7 +104,7 @@ class Op(Declaration):
         first, size = given[self.arguments[0].name], self.check(given)
         dtype = first.dtype if self.has_kernels else None  # PyTorch takes all dtypes
         too_large = None if self.too_large is None else self.too_large(size)
-        name = resolve(self.name, backend, first.device, dtype, too_large)
+        name = resolve(self.name, backend, first.device, dtype, too_large, put_aside)
         return self.call(*self.convert(given), name)
 
     def implementation(self, backend: str) -> Any:

@@ -90,6 +90,7 @@ _op = Op(
 )
 
 
+@_op.public
 def cross_attention_score(
     image: Tensor,
     words: Tensor,

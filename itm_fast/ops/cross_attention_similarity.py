@@ -92,6 +92,7 @@ _op = Op(
 )
 
 
+@_op.public
 def cross_attention_similarity(
     image: Tensor,
     words: Tensor,

@@ -73,6 +73,7 @@ _op = Op(
 )
 
 
+@_op.public
 def global_local_score(
     vector: Tensor, words: Tensor, cu_seqlens: Tensor, *, scale: float = 1.0, backend: str | None = None
 ) -> Tensor:

@@ -57,6 +57,7 @@ _op = Op(
 )
 
 
+@_op.public
 def hardest_negative_loss(
     score: Tensor,
     *,

@@ -168,6 +168,7 @@ _op = Op(
 )
 
 
+@_op.public
 def hierarchical_alignment_score(
     image: Tensor,
     image_key: Tensor,

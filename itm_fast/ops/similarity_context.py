@@ -88,6 +88,7 @@ _op = Op(
 )
 
 
+@_op.public
 def similarity_context(
     overall: Tensor,
     local: Tensor,

@@ -107,6 +107,7 @@ _op = Op(
 )
 
 
+@_op.public
 def similarity_filter(
     nodes: Tensor,
     cu_seqlens: Tensor,

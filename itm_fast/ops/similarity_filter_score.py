@@ -116,6 +116,7 @@ _op = Op(
 )
 
 
+@_op.public
 def similarity_filter_score(
     image: Tensor,
     image_global: Tensor,

@@ -91,6 +91,7 @@ _op = Op(
 )
 
 
+@_op.public
 def similarity_graph(
     nodes: Tensor,
     cu_seqlens: Tensor,

@@ -99,6 +99,7 @@ _op = Op(
 )
 
 
+@_op.public
 def similarity_graph_score(
     image: Tensor,
     image_global: Tensor,

@@ -73,6 +73,7 @@ _op = Op(
 )
 
 
+@_op.public
 def similarity_nodes(
     image: Tensor,
     image_global: Tensor,

@@ -8,14 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import itm_fast
-
-from .. import ops
 from .._checks import matmul_precision
-from ..ops._declare import DECLARED, Floats
-from ..ops._draws import Size
+from ._declare import DECLARED, Floats
+from ._draws import Size
 
-OPS = tuple(sorted(ops.__all__))
 SMALL = Size(3, (5, 2), 7, 16, 8, 3)
 PUBLISHED = Size(3, (13, 2), 36, 1024, 256, 3)  # whose kernels an evaluation of the published models needs anyhow
 TF32 = 2.0**-10
@@ -25,7 +21,7 @@ UNITS = {torch.float32: 2.0**-16, torch.float16: 2.0**-10, torch.bfloat16: 2.0**
 def example(op: str, size: Size = SMALL, kind: int = 0) -> list[Any]:
     """Arguments of an op in the order of its public function, tensors of floats in float64; of a kind in `kinds(op)`.
 
-    >>> from itm_fast.testing.examples import example
+    >>> from itm_fast.ops._examples import example
     >>> [list(x.shape) for x in example("cross_attention_score")]
     [[3, 7, 16], [7, 16], [3]]
     """
@@ -66,7 +62,7 @@ def outcome(
         Tensors on the CPU.
     """
     arguments = example(op, size, kind)
-    names = list(inspect.signature(getattr(ops, op)).parameters)
+    names = list(inspect.signature(DECLARED[op].function).parameters)
     fixed = {a.name for a in DECLARED[op].arguments if isinstance(a, Floats) and a.fixed}
     leaves = []
     for k, (name, argument) in enumerate(zip(names, arguments)):
@@ -78,7 +74,7 @@ def outcome(
             if backward and name not in fixed:
                 leaves.append(arguments[k].requires_grad_())
     with torch.set_grad_enabled(backward):
-        results = getattr(itm_fast, op)(*arguments, backend=backend)
+        results = DECLARED[op].function(*arguments, backend=backend)
         results = results if isinstance(results, tuple) else (results,)
         results = tuple(x for x in results if x.is_floating_point())  # and not the bounds that some give
         # Unequal weights: the plain sum of squares of unit vectors has no gradient.
@@ -104,7 +100,7 @@ def problem(op: str, backend: str, device: torch.device, dtype: torch.dtype, bac
         None, or one line: what was raised, or how far off what is.
 
     >>> import torch
-    >>> from itm_fast.testing.examples import problem
+    >>> from itm_fast.ops._examples import problem
     >>> problem("similarity_graph", "torch", torch.device("cpu"), torch.float32, backward=True) is None
     True
     """
