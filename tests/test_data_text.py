@@ -15,7 +15,7 @@ from nltk.tokenize import word_tokenize
 from nltk.tokenize.destructive import NLTKWordTokenizer
 
 from itm_fast.data import Vocabulary, encode_caption, tokenize
-from itm_fast.data.captions import _SEVERAL, _word_tokenizer
+from itm_fast.data.tokens import _SEVERAL, _word_tokenizer
 
 TRICKY = [
     "A man's dog can't swim.",

@@ -14,9 +14,10 @@ and one HDF5 file (`itm_fast.data.hdf5`). `save_splits` writes either; `convert`
 """
 
 from .batching import Batch, TrainingBatches, caption_batches, image_batches
-from .captions import encode_caption, tokenize
+from .captions import encode_caption
 from .split import Rows, Split
 from .storage import convert, open_split, save_splits, split_names
+from .tokens import tokenize
 from .vocabulary import Vocabulary
 from .word_vectors import load_word_vectors
 

@@ -12,6 +12,7 @@ from typing import Any
 from .._files import atomic_write, open_regular
 from . import pickled_vocabulary
 from .texts import caption_texts, text_lines
+from .tokens import tokenize
 
 SPECIAL = ("<pad>", "<start>", "<end>", "<unk>")
 _UNKNOWN = SPECIAL.index("<unk>")
@@ -77,8 +78,6 @@ class Vocabulary:
         >>> Vocabulary.build(["a cat", "a dog", "the cat"], min_count=2).idx2word
         {0: '<pad>', 1: '<start>', 2: '<end>', 3: '<unk>', 4: 'a', 5: 'cat'}
         """
-        from .captions import tokenize
-
         if min_count < 1:
             raise ValueError(f"min_count must be at least 1, got {min_count}")
         counts: Counter[str] = Counter()
