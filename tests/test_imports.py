@@ -1,6 +1,8 @@
 """Who may import whom, and what `import itm_fast` may cost."""
 
 import ast
+import functools
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,21 +13,17 @@ import itm_fast
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = Path(itm_fast.__file__).parent
-# layer -> what of itm_fast it may import; the arrow of the design, downwards only
-ALLOWED = {
-    "cli": {"cli", "evaluation", "training", "models", "data", "testing", "nn", "ops", "packing"},
-    "training": {"training", "evaluation", "models", "data", "nn", "ops", "packing"},
-    "evaluation": {"evaluation", "data", "nn", "ops", "packing"},
-    "models": {"models", "evaluation", "data", "nn", "ops", "packing"},
-    "data": {"data"},
-    "nn": {"nn", "ops", "packing"},
-    "testing": {"testing", "ops", "packing"},
-    "ops": {"ops", "packing", "kernels"},
-    "packing": set(),
-    "kernels": {"kernels", "packing"},
-}
-EVERYWHERE = {"", "_backends", "_checks", "_native", "_triton", "_workspace"}
-EVERYWHERE |= {"_files", "_lazy", "_lock", "_names", "_public"}
+GUIDE = ROOT / ".github" / "CONTRIBUTING.md"
+
+
+def drawn():
+    """The arrows of the contributors' guide: part -> what of itm_fast it may import."""
+    block = re.search(r"```arrows\n(.*?)```", GUIDE.read_text(), re.DOTALL)[1] if GUIDE.is_file() else ""
+    rows = (line.split(" -> ") for line in block.splitlines())
+    return {part: set(others.split()) for parts, others in rows for part in parts.split()}
+
+
+ARROWS = drawn()
 
 
 def modules():
@@ -34,9 +32,18 @@ def modules():
         yield path, top.removesuffix(".py")
 
 
-def imported(path, package):
-    """Modules of itm_fast that a file imports, as dotted names without `itm_fast.`."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def imported(path, package, within=()):
+    """Modules of itm_fast that a file imports when it runs, as dotted names without `itm_fast.`.
+
+    Args:
+        path: the file.
+        package: the names of its package, "itm_fast" first.
+        within: names of all modules, where a module named in `from package import module` is to be told from a name.
+    """
+    tree = ast.parse(path.read_text())
+    for test in [n for n in ast.walk(tree) if isinstance(n, ast.If) and "TYPE_CHECKING" in ast.dump(n.test)]:
+        test.body = [] if ast.dump(test.test).startswith("Name") else test.body
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (a.name.removeprefix("itm_fast.") for a in node.names if a.name.startswith("itm_fast."))
         elif isinstance(node, ast.ImportFrom):
@@ -46,24 +53,64 @@ def imported(path, package):
                 continue
             name = name[1:]
             if name:
-                yield ".".join(name)
+                module = ".".join(name)
+                inner = [f"{module}.{a.name}" for a in node.names if f"itm_fast.{module}.{a.name}" in within]
+                yield from inner or [module]
             else:
                 yield from (a.name for a in node.names)
 
 
-@pytest.mark.parametrize("path,top", [pytest.param(p, t, id=str(p.name)) for p, t in modules() if t in ALLOWED])
-def test_imports_point_downwards(path, top):
-    root = PACKAGE if PACKAGE in path.parents else ROOT
-    package = ("itm_fast", *path.relative_to(root).parent.parts)
-    for name in imported(path, package):
-        layer = name.split(".")[0]
-        known = (PACKAGE / layer).exists() or (PACKAGE / f"{layer}.py").exists()
-        assert not known or layer in ALLOWED[top] | EVERYWHERE, f"{path.name} ({top}) imports {name}"
+@functools.cache
+def arrows():
+    """Every arrow between two parts of the package, and a file that has it; imports inside functions too."""
+    found = {}
+    for path, top in modules():
+        root = PACKAGE if PACKAGE in path.parents else ROOT
+        package = ("itm_fast", *path.relative_to(root).parent.parts)
+        for name in imported(path, package):
+            part = name.split(".")[0]
+            if part != top and ((PACKAGE / part).exists() or (PACKAGE / f"{part}.py").exists()):
+                found.setdefault((top, part), path.name)
+    return found
 
 
-def test_every_layer_is_under_the_rule():
-    layers = {t for _, t in modules()}
-    assert layers <= set(ALLOWED) | EVERYWHERE | {"__init__", "__main__"}
+needs_guide = pytest.mark.skipif(not ARROWS, reason="needs a checkout")
+
+
+@needs_guide
+@pytest.mark.parametrize("part", sorted({top for _, top in modules()} - {"__init__", "__main__"}))
+def test_a_part_imports_what_the_guide_draws_and_all_of_that(part):
+    found = {other: file for (top, other), file in arrows().items() if top == part}
+    base = set() if part.startswith("_") else ARROWS["all"]
+    allowed = ARROWS.get(part, set())
+    assert not {other: file for other, file in found.items() if other not in allowed | base}
+    assert allowed <= set(found), "the guide draws arrows that nothing uses"
+
+
+@needs_guide
+def test_the_arrows_point_one_way():
+    later = {part: set(others) for part, others in ARROWS.items() if part != "all"}
+    while later:
+        leaves = {part for part, others in later.items() if not others & set(later)}
+        assert leaves, f"a circle among {sorted(later)}"
+        later = {part: others for part, others in later.items() if part not in leaves}
+
+
+def test_no_module_imports_itself_through_others():
+    """Not by an import inside a function either, as those of one part may."""
+    names = {}
+    for path, _ in modules():
+        root = PACKAGE if PACKAGE in path.parents else ROOT
+        parts = ("itm_fast", *path.relative_to(root).with_suffix("").parts)
+        names[".".join(parts).removesuffix(".__init__")] = path, parts[:-1]
+    later = {}
+    for name, (path, package) in names.items():
+        known = (f"itm_fast.{other}" for other in imported(path, package, within=names))
+        later[name] = {other for other in known if other in names and other != name}
+    while later:
+        leaves = {name for name, others in later.items() if not others & set(later)}
+        assert leaves, f"a circle among {sorted(later)}"
+        later = {name: others for name, others in later.items() if name not in leaves}
 
 
 def run(code):
