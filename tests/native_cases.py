@@ -1,5 +1,6 @@
 """Small C++ sources, compilers that misbehave and a cache folder of their own, for the tests of the native build."""
 
+import ctypes
 import multiprocessing
 import shutil
 import sys
@@ -13,15 +14,34 @@ from itm_fast import _native
 SOURCE = """
 #include <cstdint>
 #include "twice.h"
-extern "C" const char* itm_scale(const double* from, double* to, int64_t n, double factor, const double* shift) {
-    if (n < 0) return "n is negative";
-    if (n > 1000) return "out of memory: too many";
-    for (int64_t k = 0; k < n; ++k) to[k] = twice(from[k]) * factor + (shift ? *shift : 0.0);
+struct Scale {
+    const double* from;
+    double* to;
+    int64_t n;
+    double factor;
+    const double* shift;
+};
+extern "C" const char* itm_scale(const Scale& call) {
+    if (call.n < 0) return "n is negative";
+    if (call.n > 1000) return "out of memory: too many";
+    const double shift = call.shift ? *call.shift : 0.0;
+    for (int64_t k = 0; k < call.n; ++k) call.to[k] = twice(call.from[k]) * call.factor + shift;
     return nullptr;
 }
 """
 KNOWS_ITS_FLAGS = 'case "$*" in *-fsyntax-only*) exit 0;; esac'  # the first thing a compiler is asked
 REAL = next(name for name in ("c++", "g++", "clang++") if shutil.which(name))
+
+
+class Scale(ctypes.Structure):
+    _fields_ = [("from_", ctypes.c_void_p), ("to", ctypes.c_void_p), ("n", ctypes.c_int64)]
+    _fields_ += [("factor", ctypes.c_double), ("shift", ctypes.c_void_p)]
+
+
+def scale(source, result, n, factor, shift=None):
+    """to = 2 from factor + shift, by the library."""
+    pointers = [x if x is None else x.data_ptr() for x in (source, result, shift)]
+    _native.call("itm_scale", ctypes.byref(Scale(*pointers[:2], n, factor, pointers[2])))
 
 
 @pytest.fixture
@@ -86,7 +106,7 @@ def works():
     """The library is there and computes."""
     assert _native.why_not() is None
     source, result = torch.arange(4.0, dtype=torch.float64), torch.empty(4, dtype=torch.float64)
-    _native.call("itm_scale", source, result, 4, 3.0, None)
+    scale(source, result, 4, 3.0)
     return result.tolist() == [0, 6, 12, 18]
 
 

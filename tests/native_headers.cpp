@@ -54,17 +54,17 @@ const char* widened(const void* bits, int64_t dtype, int64_t offset, int64_t n, 
   return guarded([&] {
     Buffer<float> room(n);
     Buffer<double> wide(n);
-    std::copy_n(read<float>({bits, dtype}, offset, n, (float*)room), n, single);
-    std::copy_n(read<double>({bits, dtype}, offset, n, (double*)wide), n, exact);
+    std::copy_n(read<float>({bits, Dtype(dtype)}, offset, n, (float*)room), n, single);
+    std::copy_n(read<double>({bits, Dtype(dtype)}, offset, n, (double*)wide), n, exact);
   });
 }
 
 // The values in a dtype, from float and from double.
 void narrowed(const float* values, int64_t n, int64_t dtype, void* from_float, void* from_double) {
-  write<float>(from_float, dtype, 0, n, values, 1.0f);
+  write<float>(from_float, Dtype(dtype), 0, n, values, 1.0f);
   Buffer<double> wide(n);
   std::copy_n(values, n, (double*)wide);
-  write<double>(from_double, dtype, 0, n, wide, 1.0);
+  write<double>(from_double, Dtype(dtype), 0, n, wide, 1.0);
 }
 
 // Neighbours in pairs, as the compiler's arithmetic and as the processor's instruction rounds them; false without it.
@@ -97,9 +97,9 @@ bool product16(int64_t M, int64_t N, int64_t K, const float* a, const float* b, 
 void turned(const float* rows, int64_t count, int64_t K, float* squares, float* single, float* packed, float* both) {
   transpose_by_squares(rows, K, count, K, squares, count);
   transpose(rows, K, count, K, single, count);
-  pack_columns<float>({rows, FLOAT32}, 0, count, K, packed, count);
+  pack_columns<float>({rows, Dtype::FLOAT32}, 0, count, K, packed, count);
   Buffer<float> row(count * K);
-  read_both<float>({rows, FLOAT32}, 0, count, K, (float*)row, K, both, count);
+  read_both<float>({rows, Dtype::FLOAT32}, 0, count, K, (float*)row, K, both, count);
 }
 void turned64(const double* rows, int64_t count, int64_t K, double* squares) {
   transpose_by_squares(rows, K, count, K, squares, count);

@@ -21,7 +21,7 @@ def test_no_compiler(csrc, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert _native.why_not() == "no C++ compiler on PATH; install g++ or clang++, or set CXX"
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler on PATH"):
-        _native.call("itm_scale")
+        _native.call("itm_scale", None)
 
 
 def test_a_build_serves_where_no_compiler_is(csrc, monkeypatch, tmp_path):

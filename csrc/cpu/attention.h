@@ -7,13 +7,13 @@
 
 namespace itm_fast {
 
-// NORMS of ops/_attention.py; and COSINE, of global_local_score: each affinity over both rows' own lengths.
-enum Norm : int64_t { SOFTMAX, L2NORM, CLIPPED_L2NORM, L1NORM, CLIPPED_L1NORM, CLIPPED, NONE, COSINE };
 constexpr double SLOPE = 0.1, EPS = 1e-8;
 
-inline bool clips(int64_t norm) { return norm == CLIPPED_L2NORM || norm == CLIPPED_L1NORM || norm == CLIPPED; }
-inline bool squares(int64_t norm) { return norm == L2NORM || norm == CLIPPED_L2NORM; }
-inline bool over_queries(int64_t norm) { return norm != CLIPPED && norm != NONE; }
+inline bool clips(Norm norm) {
+  return norm == Norm::CLIPPED_L2NORM || norm == Norm::CLIPPED_L1NORM || norm == Norm::CLIPPED;
+}
+inline bool squares(Norm norm) { return norm == Norm::L2NORM || norm == Norm::CLIPPED_L2NORM; }
+inline bool over_queries(Norm norm) { return norm != Norm::CLIPPED && norm != Norm::NONE; }
 
 template <class T>
 inline Vec<T> clip(Vec<T> x) {
@@ -23,14 +23,14 @@ inline Vec<T> clip(Vec<T> x) {
 // logit = scale * affinity norm of s, for n contexts and sets of queries with column bounds edge[0 .. sets]. Sets are
 // read from their own first column on, so that their sums do not depend on where they lie. `factor` holds n values.
 template <class T>
-inline void logits(int64_t norm, T scale, int64_t n, const int64_t* edge, int64_t sets, const T* s, T* logit,
+inline void logits(Norm norm, T scale, int64_t n, const int64_t* edge, int64_t sets, const T* s, T* logit,
                    int64_t ld, T* factor) {
   const int64_t origin = edge[0];
   if (!over_queries(norm)) {
     for (int64_t x = 0; x < n; ++x)
       for (int64_t j = 0; j < edge[sets] - origin; j += LANES<T>) {
         const Vec<T> a = load(s + x * ld + j);
-        store(logit + x * ld + j, (norm == CLIPPED ? clip<T>(a) : a) * scale);
+        store(logit + x * ld + j, (norm == Norm::CLIPPED ? clip<T>(a) : a) * scale);
       }
     return;
   }
@@ -38,7 +38,7 @@ inline void logits(int64_t norm, T scale, int64_t n, const int64_t* edge, int64_
     const int64_t begin = edge[set] - origin, length = edge[set + 1] - edge[set];
     const T* from = s + begin;
     T* to = logit + begin;  // the last vector may pass the set's end: the next set is written later
-    if (norm == SOFTMAX) {
+    if (norm == Norm::SOFTMAX) {
       for (int64_t x = 0; x < n; ++x, from += ld, to += ld) {
         Vec<T> top = splat(-INFINITY + T(0)), total{};
         for (int64_t j = 0; j < length; j += LANES<T>)
@@ -79,7 +79,7 @@ inline void logits(int64_t norm, T scale, int64_t n, const int64_t* edge, int64_
 
 // The gradient of logits(): s becomes d s, given d = d logit, plus add(x, j) for what else depends on s.
 template <class T, class Add>
-inline void logits_backward(int64_t norm, T scale, int64_t n, const int64_t* edge, int64_t sets, T* s, const T* d,
+inline void logits_backward(Norm norm, T scale, int64_t n, const int64_t* edge, int64_t sets, T* s, const T* d,
                             int64_t ld, Add add) {
   const bool cut = clips(norm), square = squares(norm);
   const int64_t origin = edge[0];
@@ -90,15 +90,15 @@ inline void logits_backward(int64_t norm, T scale, int64_t n, const int64_t* edg
       const T* const slope = d + x * ld;
       Vec<T> size{}, along{};
       T top = 0;
-      if (norm == SOFTMAX) {
+      if (norm == Norm::SOFTMAX) {
         Vec<T> highest = splat(-INFINITY + T(0));
         for (int64_t j = begin; j < end; j += LANES<T>)
           highest = max<T>(highest, select<T>(inside<T>(j, begin, end), load(at + j), highest));
         top = max<T>(highest);
       }
       for (int64_t j = begin; over_queries(norm) && j < end; j += LANES<T>) {
-        const Vec<T> a = load(at + j), u = norm == SOFTMAX ? exp<T>(a - top) : cut ? clip<T>(a) : a;
-        const Vec<T> part = norm == SOFTMAX ? u : square ? u * u : (u > 0 ? u : -u), product = u * load(slope + j);
+        const Vec<T> a = load(at + j), u = norm == Norm::SOFTMAX ? exp<T>(a - top) : cut ? clip<T>(a) : a;
+        const Vec<T> part = norm == Norm::SOFTMAX ? u : square ? u * u : (u > 0 ? u : -u), product = u * load(slope + j);
         const Vec<Int<T>> real = inside<T>(j, begin, end);
         size += select<T>(real, part, Vec<T>{});
         along += select<T>(real, product, Vec<T>{});
@@ -107,14 +107,14 @@ inline void logits_backward(int64_t norm, T scale, int64_t n, const int64_t* edg
       T factor = scale, back = 0;
       if (over_queries(norm)) {
         const T total = sum<T>(size), length = square ? std::sqrt(total) : total;
-        factor = scale / (norm == SOFTMAX ? total : length + T(EPS));
-        if (norm == SOFTMAX) back = -sum<T>(along) / total;
+        factor = scale / (norm == Norm::SOFTMAX ? total : length + T(EPS));
+        if (norm == Norm::SOFTMAX) back = -sum<T>(along) / total;
         else if (length > 0) back = -sum<T>(along) * factor / (length + T(EPS)) / (square ? length : T(1));
       }
       for (int64_t j = begin; j < end; j += LANES<T>) {
         const Vec<T> a = load(at + j), g = load(slope + j);
         Vec<T> change;
-        if (norm == SOFTMAX) {
+        if (norm == Norm::SOFTMAX) {
           change = exp<T>(a - top) * factor * (g + back);
         } else {
           change = g * factor;

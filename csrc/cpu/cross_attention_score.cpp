@@ -47,20 +47,14 @@ void scores(const Problem& problem, void* score, int64_t threads) {
 }  // namespace
 }  // namespace itm_fast
 
-// bfloat16: affinities may be products of bfloat16 values, where the processor has them.
-extern "C" const char* cross_attention_score(const void* image, const void* words, int64_t dtype, int64_t I, int64_t R,
-                                             int64_t D, int64_t T, const int64_t* cu_seqlens,
-                                             const int64_t* region_lengths, int64_t t2i, int64_t norm, double scale,
-                                             int64_t pool, double pool_scale, void* score,
-                                             [[maybe_unused]] int64_t bfloat16, int64_t threads) {
+extern "C" const char* cross_attention_score(const itm_fast::CrossAttentionScoreCall& call) {
   using namespace itm_fast;
   return guarded([&] {
-    const Problem problem(image, words, dtype, I, R, D, T, cu_seqlens, region_lengths, t2i, norm, scale, pool,
-                          pool_scale);
-    if (dtype == FLOAT64) return scores<double>(problem, score, threads);
+    const Problem problem(call);
+    if (call.dtype == Dtype::FLOAT64) return scores<double>(problem, call.score, call.threads);
 #if defined(__AVX512BF16__)
-    if (bfloat16) return scores<float, Pair>(problem, score, threads);
+    if (call.bfloat16) return scores<float, Pair>(problem, call.score, call.threads);
 #endif
-    scores<float>(problem, score, threads);
+    scores<float>(problem, call.score, call.threads);
   });
 }

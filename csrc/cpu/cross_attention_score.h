@@ -11,25 +11,27 @@
 
 namespace itm_fast {
 
-enum Pool : int64_t { LSE, MAX, SUM, MEAN };  // POOLS of ops/cross_attention_score.py
-
 // Sizes that keep a block of contexts (<= 0.6 MB) and the affinities of a chunk (<= 0.3 MB) in a core's second cache.
 constexpr int64_t BLOCK_BYTES = 144 * 4096, BLOCK_ROWS = 144, CHUNK_BYTES = 448 * 4, PARTS = 48;
 
 // What the caller asked for. score[c * context_step + q * query_step] belongs to context set c and query set q.
 struct Problem {
   RowSets context, query;
-  int64_t norm, pool;
+  Norm norm;
+  Pool pool;
   double scale, pool_scale;
   int64_t context_step, query_step;
 
-  Problem(const void* image, const void* words, int64_t dtype, int64_t I, int64_t R, int64_t D, int64_t T,
-          const int64_t* cu_seqlens, const int64_t* region_lengths, bool t2i, int64_t norm, double scale, int64_t pool,
-          double pool_scale)
-      : context(t2i ? regions({image, dtype}, I, R, D, region_lengths) : captions({words, dtype}, T, D, cu_seqlens)),
-        query(t2i ? captions({words, dtype}, T, D, cu_seqlens) : regions({image, dtype}, I, R, D, region_lengths)),
-        norm(norm), pool(pool), scale(scale), pool_scale(pool_scale), context_step(t2i ? T : 1),
-        query_step(t2i ? 1 : T) {}
+  explicit Problem(const CrossAttentionScoreCall& call)
+      : Problem(call, regions({call.image, call.dtype}, call.I, call.R, call.D, call.region_lengths),
+                captions({call.words, call.dtype}, call.T, call.D, call.cu_seqlens)) {}
+
+ private:
+  Problem(const CrossAttentionScoreCall& call, const RowSets& images, const RowSets& captions)
+      : context(call.direction == Direction::T2I ? images : captions),
+        query(call.direction == Direction::T2I ? captions : images), norm(call.affinity_norm), pool(call.pool),
+        scale(call.scale), pool_scale(call.pool_scale), context_step(call.direction == Direction::T2I ? call.T : 1),
+        query_step(call.direction == Direction::T2I ? 1 : call.T) {}
 };
 
 // The rows of a run of sets as T: the tensor's own memory where its dtype is T, else a widened copy.
@@ -37,7 +39,7 @@ template <class T>
 class Rows {
  public:
   Rows(const RowSets& sets, int64_t most)
-      : sets_(sets), room_(sets.source.dtype == (sizeof(T) == 4 ? FLOAT32 : FLOAT64) ? 0 : most * sets.D) {}
+      : sets_(sets), room_(sets.source.dtype == DTYPE<T> ? 0 : most * sets.D) {}
 
   void take(const Chunk& run) {
     rows_.clear();
@@ -286,7 +288,7 @@ struct Cosines {
     const int64_t columns = chunk.rows, k = set - block.run.first;
     const T *a = s + at * ld, *gram = block.grams + block.gram_at[size_t(k)];
     const T *length = window.length + window.column[c], scale = T(problem.scale);
-    if (problem.norm == COSINE) {
+    if (problem.norm == Norm::COSINE) {
       for (int64_t x = 0; x < n; ++x) {
         const T own = std::sqrt(gram[x * round_up(n, ROW_STEP) + x]);
         for (int64_t j = 0; j < columns; j += LANES<T>)
@@ -346,10 +348,10 @@ struct Cosines {
       all += select<T>(real, a, Vec<T>{});
       top = max<T>(select<T>(real, a, top), top);
     }
-    if (problem.pool == SUM) return sum<T>(all);
-    if (problem.pool == MEAN) return sum<T>(all) / T(n);
+    if (problem.pool == Pool::SUM) return sum<T>(all);
+    if (problem.pool == Pool::MEAN) return sum<T>(all) / T(n);
     const T highest = max<T>(top), scale = T(problem.pool_scale);
-    if (problem.pool == MAX) return sum<T>(all) == sum<T>(all) ? highest : sum<T>(all);  // NaN stays NaN
+    if (problem.pool == Pool::MAX) return sum<T>(all) == sum<T>(all) ? highest : sum<T>(all);  // NaN stays NaN
     all = Vec<T>{};
     for (int64_t j = 0; j < n; j += LANES<T>)
       all += select<T>(inside<T>(j, 0, n), exp<T>((load(from + j) - highest) * scale), Vec<T>{});

@@ -168,12 +168,12 @@ struct Backward {
   void pool_backward(Work& work, int64_t begin, int64_t n, T g) const {
     const T *r = work.r + begin, scale = T(problem.pool_scale);
     T* d_r = work.d_r + begin;
-    const T score = problem.pool == LSE || problem.pool == MAX ? work.pooled(begin, n) : T(0);
+    const T score = problem.pool == Pool::LSE || problem.pool == Pool::MAX ? work.pooled(begin, n) : T(0);
     for (int64_t j = 0; j < n; j += LANES<T>) {
-      if (problem.pool == LSE) store(d_r + j, exp<T>((load(r + j) - score) * scale) * g);
-      else store(d_r + j, splat(problem.pool == MAX ? T(0) : problem.pool == SUM ? g : g / T(n)));
+      if (problem.pool == Pool::LSE) store(d_r + j, exp<T>((load(r + j) - score) * scale) * g);
+      else store(d_r + j, splat(problem.pool == Pool::MAX ? T(0) : problem.pool == Pool::SUM ? g : g / T(n)));
     }
-    if (problem.pool == MAX) d_r[std::find(r, r + n - 1, score) - r] = g;
+    if (problem.pool == Pool::MAX) d_r[std::find(r, r + n - 1, score) - r] = g;
   }
 
   // (8): what a column's weights, affinities and |q| get, from d r.
@@ -238,7 +238,7 @@ struct Backward {
       }
     }
     const auto direct = [&](int64_t x, int64_t j) { return load(work.direct + j) * load(weight + x * ld + j); };
-    const bool cosine = problem.norm == COSINE;
+    const bool cosine = problem.norm == Norm::COSINE;
     if (cosine) cosine_backward(work, n, gram, gram_ld, length, chunk.rows, s, direct);
     else
       logits_backward<T>(problem.norm, T(problem.scale), n, query.edge.data() + chunk.first, chunk.last - chunk.first,
@@ -364,20 +364,18 @@ struct Backward {
 }  // namespace
 }  // namespace itm_fast
 
-extern "C" const char* cross_attention_score_backward(const void* image, const void* words, int64_t dtype, int64_t I,
-                                                      int64_t R, int64_t D, int64_t T, const int64_t* cu_seqlens,
-                                                      const int64_t* region_lengths, int64_t t2i, int64_t norm,
-                                                      double scale, int64_t pool, double pool_scale, const void* grad,
-                                                      void* d_image, void* d_words, int64_t threads) {
+// grad and the gradients are float, or double where the tensors are; the gradients hold zeros.
+extern "C" const char* cross_attention_score_backward(const itm_fast::CrossAttentionScoreCall& call) {
   using namespace itm_fast;
   return guarded([&] {
-    const Problem problem(image, words, dtype, I, R, D, T, cu_seqlens, region_lengths, t2i, norm, scale, pool,
-                          pool_scale);
+    const Problem problem(call);
+    const bool t2i = call.direction == Direction::T2I;
     const auto run = [&]<class F>(const F* grad) {
-      F *first = static_cast<F*>(t2i ? d_image : d_words), *second = static_cast<F*>(t2i ? d_words : d_image);
-      Backward<F>{problem, grad, first, second, threads}.run();
+      F *first = static_cast<F*>(t2i ? call.d_image : call.d_words),
+        *second = static_cast<F*>(t2i ? call.d_words : call.d_image);
+      Backward<F>{problem, grad, first, second, call.threads}.run();
     };
-    if (dtype == FLOAT64) run(static_cast<const double*>(grad));
-    else run(static_cast<const float*>(grad));
+    if (call.dtype == Dtype::FLOAT64) run(static_cast<const double*>(call.grad));
+    else run(static_cast<const float*>(call.grad));
   });
 }

@@ -18,7 +18,7 @@ struct Result {
 
 // Columns 0 .. count of a tile become the rows that row(j, room) tells; `room` then holds y.
 template <class T, class E, class Row>
-void write_columns(const SimilarityTile<T, E>& tile, int64_t count, int64_t S, int64_t dtype, T* room, Result result,
+void write_columns(const SimilarityTile<T, E>& tile, int64_t count, int64_t S, Dtype dtype, T* room, Result result,
                    Row row) {
   constexpr int64_t WIDE = TILE_COLUMNS<T>;
   for (int64_t j = 0; j < count; ++j) {
@@ -96,8 +96,8 @@ void forward(const SimilarityProblem& p, Result result, int64_t threads) {
   });
 }
 
-void run(const SimilarityProblem& p, Result result, [[maybe_unused]] bool bfloat16, int64_t threads) {
-  if (p.weight.dtype == FLOAT64) return forward<double>(p, result, threads);
+void run(const SimilarityProblem& p, Result result, [[maybe_unused]] int64_t bfloat16, int64_t threads) {
+  if (p.weight.dtype == Dtype::FLOAT64) return forward<double>(p, result, threads);
 #if defined(__AVX512BF16__)
   if (bfloat16) return forward<float, Pair>(p, result, threads);
 #endif
@@ -107,34 +107,17 @@ void run(const SimilarityProblem& p, Result result, [[maybe_unused]] bool bfloat
 }  // namespace
 }  // namespace itm_fast
 
-// result: [I, N, S], or [I, T, R, S] if not t2i. bfloat16: products of bfloat16 values may be used, where the processor
-// has them.
-extern "C" const char* cross_attention_similarity(const void* image, const void* words, const void* weight,
-                                                  const void* bias, int64_t dtype, int64_t I, int64_t R, int64_t D,
-                                                  int64_t T, int64_t S, const int64_t* cu_seqlens,
-                                                  const int64_t* region_lengths, int64_t t2i, int64_t norm,
-                                                  double scale, void* result, int64_t bfloat16, int64_t threads) {
+// similarity: [I, N, S], or [I, T, R, S] for i2t.
+extern "C" const char* cross_attention_similarity(const itm_fast::CrossAttentionSimilarityCall& call) {
   using namespace itm_fast;
-  return guarded([&] {
-    const SimilarityProblem p(image, words, weight, bias, dtype, I, R, D, T, S, cu_seqlens, region_lengths, t2i != 0,
-                              norm, scale);
-    run(p, {result, nullptr}, bfloat16, threads);
-  });
+  return guarded([&] { run(SimilarityProblem(call), {call.similarity, nullptr}, call.bfloat16, call.threads); });
 }
 
-// result: [I, N + T, S]; inverse: [I, N + T], 1 / (|y| + eps) in float (double, where the tensors are).
-extern "C" const char* similarity_nodes(const void* image, const void* image_global, const void* words,
-                                        const void* caption_global, const void* weight, const void* bias,
-                                        const void* global_weight, const void* global_bias, int64_t dtype, int64_t I,
-                                        int64_t R, int64_t T, int64_t D, int64_t S, const int64_t* cu_seqlens,
-                                        const int64_t* region_lengths, double scale, void* result, void* inverse,
-                                        int64_t bfloat16, int64_t threads) {
+// inverse: [I, N + T], 1 / (|y| + eps) in float (double, where the tensors are).
+extern "C" const char* similarity_nodes(const itm_fast::SimilarityNodesCall& call) {
   using namespace itm_fast;
   return guarded([&] {
-    SimilarityProblem p(image, words, weight, bias, dtype, I, R, D, T, S, cu_seqlens, region_lengths, true,
-                        CLIPPED_L2NORM, scale);
-    const Globals globals{{image_global, dtype}, {caption_global, dtype}, {global_weight, dtype}, {global_bias, dtype}};
-    p.globals = &globals;
-    run(p, {result, inverse}, bfloat16, threads);
+    const Globals globals(call);
+    run(SimilarityProblem(call, globals), {call.nodes, call.inverse}, call.bfloat16, call.threads);
   });
 }

@@ -8,6 +8,10 @@ namespace itm_fast {
 // The global vectors of images [I, D] and captions [T, D], with their own weight [S, D] and bias [S].
 struct Globals {
   Source image, caption, weight, bias;
+
+  explicit Globals(const SimilarityNodesCall& call)
+      : image{call.image_global, call.dtype}, caption{call.caption_global, call.dtype},
+        weight{call.global_weight, call.dtype}, bias{call.global_bias, call.dtype} {}
 };
 
 // Tensors of one dtype: image [I, R, D], words [cu_seqlens[T], D], weight [S, D], bias [S].
@@ -16,16 +20,22 @@ struct SimilarityProblem {
   Source weight, bias;
   int64_t R, D, S;
   bool t2i;
-  int64_t norm;
+  Norm norm;
   double scale;
   const Globals* globals = nullptr;  // t2i: a caption's rows begin with the similarity vector of the global ones
 
-  SimilarityProblem(const void* image, const void* words, const void* weight, const void* bias, int64_t dtype,
-                    int64_t I, int64_t R, int64_t D, int64_t T, int64_t S, const int64_t* cu_seqlens,
-                    const int64_t* region_lengths, bool t2i, int64_t norm, double scale)
-      : images(regions({image, dtype}, I, R, D, region_lengths)),
-        captions(itm_fast::captions({words, dtype}, T, D, cu_seqlens)), weight{weight, dtype}, bias{bias, dtype}, R(R),
-        D(D), S(S), t2i(t2i), norm(norm), scale(scale) {}
+  explicit SimilarityProblem(const CrossAttentionSimilarityCall& call)
+      : images(regions({call.image, call.dtype}, call.I, call.R, call.D, call.region_lengths)),
+        captions(itm_fast::captions({call.words, call.dtype}, call.T, call.D, call.cu_seqlens)),
+        weight{call.weight, call.dtype}, bias{call.bias, call.dtype}, R(call.R), D(call.D), S(call.S),
+        t2i(call.direction == Direction::T2I), norm(call.affinity_norm), scale(call.scale) {}
+
+  // The local similarity vectors of similarity_nodes; `globals` must outlive this.
+  SimilarityProblem(const SimilarityNodesCall& call, const Globals& globals)
+      : images(regions({call.image, call.dtype}, call.I, call.R, call.D, call.region_lengths)),
+        captions(itm_fast::captions({call.words, call.dtype}, call.T, call.D, call.cu_seqlens)),
+        weight{call.local_weight, call.dtype}, bias{call.local_bias, call.dtype}, R(call.R), D(call.D), S(call.S),
+        t2i(true), norm(Norm::CLIPPED_L2NORM), scale(call.scale), globals(&globals) {}
 
   const RowSets& contexts() const { return t2i ? images : captions; }
   const RowSets& queries() const { return t2i ? captions : images; }

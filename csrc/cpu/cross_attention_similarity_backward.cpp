@@ -194,39 +194,30 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
 
 // grad has the shape and dtype of the result; gradients have the shape of their tensor, in float (in double, where the
 // tensors are), hold zeros, and are null where they are not wanted.
-extern "C" const char* cross_attention_similarity_backward(
-    const void* image, const void* words, const void* weight, const void* bias, int64_t dtype, int64_t I, int64_t R,
-    int64_t D, int64_t T, int64_t S, const int64_t* cu_seqlens, const int64_t* region_lengths, int64_t t2i,
-    int64_t norm, double scale, const void* grad, void* d_image, void* d_words, void* d_weight, void* d_bias,
-    int64_t threads) {
+extern "C" const char* cross_attention_similarity_backward(const itm_fast::CrossAttentionSimilarityCall& call) {
   using namespace itm_fast;
   return guarded([&] {
-    const SimilarityProblem p(image, words, weight, bias, dtype, I, R, D, T, S, cu_seqlens, region_lengths, t2i != 0,
-                              norm, scale);
-    const Gradients wanted{t2i ? d_image : d_words, t2i ? d_words : d_image, d_weight, d_bias};
-    if (dtype == FLOAT64) backward<double>(p, {grad, dtype}, {}, wanted, {}, threads);
-    else backward<float>(p, {grad, dtype}, {}, wanted, {}, threads);
+    const SimilarityProblem p(call);
+    const Gradients wanted{p.t2i ? call.d_image : call.d_words, p.t2i ? call.d_words : call.d_image, call.d_weight,
+                           call.d_bias};
+    const Source grad{call.grad, call.dtype};
+    if (call.dtype == Dtype::FLOAT64) backward<double>(p, grad, {}, wanted, {}, call.threads);
+    else backward<float>(p, grad, {}, wanted, {}, call.threads);
   });
 }
 
 // nodes and inverse are what the forward pass made; the rest as above.
-extern "C" const char* similarity_nodes_backward(
-    const void* image, const void* image_global, const void* words, const void* caption_global, const void* weight,
-    const void* bias, const void* global_weight, const void* global_bias, int64_t dtype, int64_t I, int64_t R,
-    int64_t T, int64_t D, int64_t S, const int64_t* cu_seqlens, const int64_t* region_lengths, double scale,
-    const void* nodes, const void* inverse, const void* grad, void* d_image, void* d_image_global, void* d_words,
-    void* d_caption_global, void* d_weight, void* d_bias, void* d_global_weight, void* d_global_bias,
-    int64_t threads) {
+extern "C" const char* similarity_nodes_backward(const itm_fast::SimilarityNodesCall& call) {
   using namespace itm_fast;
   return guarded([&] {
-    SimilarityProblem p(image, words, weight, bias, dtype, I, R, D, T, S, cu_seqlens, region_lengths, true,
-                        CLIPPED_L2NORM, scale);
-    const Globals globals{{image_global, dtype}, {caption_global, dtype}, {global_weight, dtype}, {global_bias, dtype}};
-    p.globals = &globals;
-    const Known known{{nodes, dtype}, inverse};
-    const Gradients wanted{d_image, d_words, d_weight, d_bias};
-    const Gradients globals_wanted{d_image_global, d_caption_global, d_global_weight, d_global_bias};
-    if (dtype == FLOAT64) backward<double>(p, {grad, dtype}, known, wanted, globals_wanted, threads);
-    else backward<float>(p, {grad, dtype}, known, wanted, globals_wanted, threads);
+    const Globals globals(call);
+    const SimilarityProblem p(call, globals);
+    const Source grad{call.grad, call.dtype};
+    const Known known{{call.nodes, call.dtype}, call.inverse};
+    const Gradients wanted{call.d_image, call.d_words, call.d_local_weight, call.d_local_bias};
+    const Gradients globals_wanted{call.d_image_global, call.d_caption_global, call.d_global_weight,
+                                   call.d_global_bias};
+    if (call.dtype == Dtype::FLOAT64) backward<double>(p, grad, known, wanted, globals_wanted, call.threads);
+    else backward<float>(p, grad, known, wanted, globals_wanted, call.threads);
   });
 }

@@ -30,6 +30,12 @@ struct GraphWeights {
   Buffer<E> pairs;  // of `value`'s rows, all steps but the last, when E is Pair
   Buffer<T> bias;   // [steps][ld] br
 
+  // Of the call of similarity_graph or similarity_graph_score.
+  template <class Call>
+  explicit GraphWeights(const Call& c)
+      : GraphWeights(c.S, c.K, {c.query_weight, c.dtype}, {c.query_bias, c.dtype}, {c.key_weight, c.dtype},
+                     {c.value_weight, c.dtype}, {c.value_bias, c.dtype}) {}
+
   GraphWeights(int64_t S, int64_t steps, Source query_weight, Source query_bias, Source key_weight,
                Source value_weight, Source value_bias)
       : S(S), steps(steps), ld(padded<T>(S)), M(steps * S * ld), ask((steps - 1) * packed_size(S, depth<E>(S))),

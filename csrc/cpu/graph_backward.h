@@ -20,6 +20,14 @@ struct GraphGradient {
   void* d_nodes;
   void *d_query_weight, *d_query_bias, *d_key_weight, *d_value_weight, *d_value_bias;  // in the work dtype
   int64_t threads;
+
+  explicit GraphGradient(const SimilarityGraphCall& c)
+      : nodes{c.nodes, c.dtype}, query_weight{c.query_weight, c.dtype}, query_bias{c.query_bias, c.dtype},
+        key_weight{c.key_weight, c.dtype}, value_weight{c.value_weight, c.dtype}, value_bias{c.value_bias, c.dtype},
+        grad{c.grad, c.dtype}, I(c.I), M(c.M), S(c.S), steps(c.K), T(c.T), cu_seqlens(c.cu_seqlens),
+        d_nodes(c.d_nodes), d_query_weight(c.d_query_weight), d_query_bias(c.d_query_bias),
+        d_key_weight(c.d_key_weight), d_value_weight(c.d_value_weight), d_value_bias(c.d_value_bias),
+        threads(c.threads) {}
 };
 
 // Where a product starts and goes.

@@ -25,6 +25,15 @@ struct Call {
   void* score;
   int64_t threads;
 
+  explicit Call(const HierarchicalAlignmentScoreCall& c)
+      : image{c.image, c.dtype}, image_key{c.image_key, c.dtype}, image_gate{c.image_gate, c.dtype},
+        words{c.words, c.dtype}, word_key{c.word_key, c.dtype}, word_gate{c.word_gate, c.dtype},
+        image_pool{c.image_pool, c.dtype}, caption_pool{c.caption_pool, c.dtype}, I(c.I), R(c.R), D(c.D), P(c.P),
+        K(c.K), T(c.T), cu_seqlens(c.cu_seqlens), region_lengths(c.region_lengths),
+        problem{c.direction != Direction::T2I, c.direction != Direction::I2T, c.pool == Pool::MEAN, c.scale,
+                c.local_mix, c.global_mix},
+        score(c.score), threads(c.threads) {}
+
   bool vector() const { return K > 1; }
   int64_t regions(int64_t i) const { return region_lengths ? region_lengths[i] : R; }
 };
@@ -242,19 +251,10 @@ void scores(const Call& call) {
 }  // namespace
 }  // namespace itm_fast
 
-extern "C" const char* hierarchical_alignment_score(
-    const void* image, const void* image_key, const void* image_gate, const void* words, const void* word_key,
-    const void* word_gate, const void* image_pool, const void* caption_pool, int64_t dtype, int64_t I, int64_t R,
-    int64_t D, int64_t P, int64_t K, int64_t T, const int64_t* cu_seqlens, const int64_t* region_lengths,
-    int64_t image_side, int64_t caption_side, double scale, int64_t mean, double local_mix, double global_mix,
-    void* score, int64_t threads) {
+extern "C" const char* hierarchical_alignment_score(const itm_fast::HierarchicalAlignmentScoreCall& call) {
   using namespace itm_fast;
   return guarded([&] {
-    const Alignment problem{bool(image_side), bool(caption_side), bool(mean), scale, local_mix, global_mix};
-    const Call call{{image, dtype}, {image_key, dtype}, {image_gate, dtype}, {words, dtype}, {word_key, dtype},
-                    {word_gate, dtype}, {image_pool, dtype}, {caption_pool, dtype}, I, R, D, P, K, T, cu_seqlens,
-                    region_lengths, problem, score, threads};
-    if (dtype == FLOAT64) scores<double>(call);
-    else scores<float>(call);
+    if (call.dtype == Dtype::FLOAT64) scores<double>(Call(call));
+    else scores<float>(Call(call));
   });
 }

@@ -42,13 +42,12 @@ void multiply(Source x, Source weight, Source bias, int64_t N, int64_t K, int64_
 }  // namespace
 }  // namespace itm_fast
 
-// x [N, K], weight [S, K], bias [S], which may be null, and result [N, S], all of one dtype.
-extern "C" const char* linear(const void* x, const void* weight, const void* bias, int64_t dtype, int64_t N, int64_t K,
-                              int64_t S, void* result, int64_t threads) {
+extern "C" const char* linear(const itm_fast::LinearCall& call) {
   using namespace itm_fast;
   return guarded([&] {
-    const Source of_x{x, dtype}, of_weight{weight, dtype}, of_bias{bias, dtype};
-    if (dtype == FLOAT64) multiply<double>(of_x, of_weight, of_bias, N, K, S, result, threads);
-    else multiply<float>(of_x, of_weight, of_bias, N, K, S, result, threads);
+    const Source x{call.x, call.dtype}, weight{call.weight, call.dtype}, bias{call.bias, call.dtype};
+    if (call.dtype == Dtype::FLOAT64)
+      multiply<double>(x, weight, bias, call.N, call.K, call.S, call.product, call.threads);
+    else multiply<float>(x, weight, bias, call.N, call.K, call.S, call.product, call.threads);
   });
 }

@@ -3,16 +3,18 @@
 #include <algorithm>
 #include <stdexcept>
 
+#include "calls.h"
 #include "threads.h"
 
 namespace itm_fast {
 
-enum Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
+template <class T>
+constexpr Dtype DTYPE = sizeof(T) == 4 ? Dtype::FLOAT32 : Dtype::FLOAT64;
 
 // A contiguous tensor as it came.
 struct Source {
   const void* data;
-  int64_t dtype;
+  Dtype dtype;
 };
 
 inline float widen_bfloat16(uint16_t bits) {
@@ -37,15 +39,15 @@ inline float widen_float16(uint16_t bits) {
 // n values from `offset` on: the tensor's own memory where its dtype is T, else widened into `room`.
 template <class T>
 inline const T* read(Source s, int64_t offset, int64_t n, T* room) {
-  if (s.dtype == (sizeof(T) == 4 ? FLOAT32 : FLOAT64)) return static_cast<const T*>(s.data) + offset;
+  if (s.dtype == DTYPE<T>) return static_cast<const T*>(s.data) + offset;
   const auto copy = [&](auto* from, auto widen) {
     for (int64_t i = 0; i < n; ++i) room[i] = T(widen(from[offset + i]));
   };
   const auto same = [](auto x) { return x; };
-  if (s.dtype == FLOAT32) copy(static_cast<const float*>(s.data), same);
-  else if (s.dtype == FLOAT64) copy(static_cast<const double*>(s.data), same);
-  else if (s.dtype == BFLOAT16) copy(static_cast<const uint16_t*>(s.data), widen_bfloat16);
-  else if (s.dtype == FLOAT16) copy(static_cast<const uint16_t*>(s.data), widen_float16);
+  if (s.dtype == Dtype::FLOAT32) copy(static_cast<const float*>(s.data), same);
+  else if (s.dtype == Dtype::FLOAT64) copy(static_cast<const double*>(s.data), same);
+  else if (s.dtype == Dtype::BFLOAT16) copy(static_cast<const uint16_t*>(s.data), widen_bfloat16);
+  else if (s.dtype == Dtype::FLOAT16) copy(static_cast<const uint16_t*>(s.data), widen_float16);
   else throw std::invalid_argument("a CPU kernel got a dtype it does not know");
   return room;
 }

@@ -20,6 +20,16 @@ struct PairScore {
   int64_t I, R, T, D, S;
   double scale;
   int64_t threads;
+
+  // Of the call of similarity_graph_score or similarity_filter_score.
+  template <class Call>
+  explicit PairScore(const Call& c)
+      : image{c.image, c.dtype}, image_global{c.image_global, c.dtype}, words{c.words, c.dtype},
+        caption_global{c.caption_global, c.dtype}, local_weight{c.local_weight, c.dtype},
+        local_bias{c.local_bias, c.dtype}, global_weight{c.global_weight, c.dtype},
+        global_bias{c.global_bias, c.dtype}, score_weight{c.score_weight, c.dtype}, score_bias{c.score_bias, c.dtype},
+        cu_seqlens(c.cu_seqlens), region_lengths(c.region_lengths), score(c.score), I(c.I), R(c.R), T(c.T), D(c.D),
+        S(c.S), scale(c.scale), threads(c.threads) {}
 };
 
 // Head: T* nodes(), int64_t stride(), run(edge, first, last, z, ldz), made by head(nodes, longest) for each thread.
@@ -75,7 +85,7 @@ void score_pairs(const PairScore& p, MakeHead head) {
           const Chunk& chunk = window.chunks[c];
           const int64_t sets = chunk.last - chunk.first, ldz = padded<T>(p.S);
           const int64_t* edge = edges[c].data();
-          tile.attend(x, CLIPPED_L2NORM, T(p.scale), &p.cu_seqlens[chunk.first], sets, window.panels[c]);
+          tile.attend(x, Norm::CLIPPED_L2NORM, T(p.scale), &p.cu_seqlens[chunk.first], sets, window.panels[c]);
           tile.project(x, local, chunk.rows, window.panels[c]);
           T* const nodes = reason.nodes();
           tile.place(&p.cu_seqlens[chunk.first], sets, p.S, nodes, reason.stride(), [&](int64_t k) { return edge[k] + 1; });

@@ -110,7 +110,7 @@ struct SimilarityTile {
 
   // Attention of the queries of sets with bounds edge[0 .. sets]: affinity, total, length, and `weight`,
   // already divided by total and by |P| + eps.
-  void attend(const Contexts<T, E>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets, const Panels<T>& query) {
+  void attend(const Contexts<T, E>& x, Norm norm, T scale, const int64_t* edge, int64_t sets, const Panels<T>& query) {
     multiply(x, edge[sets] - edge[0], query);
     weigh(x, affinity, norm, scale, edge, sets);
   }
@@ -125,7 +125,7 @@ struct SimilarityTile {
 
   // What attend() makes of the affinities [n][ld] of one set x.
   template <class X>
-  void weigh(const X& x, const T* affinity, int64_t norm, T scale, const int64_t* edge, int64_t sets) {
+  void weigh(const X& x, const T* affinity, Norm norm, T scale, const int64_t* edge, int64_t sets) {
     const int64_t columns = edge[sets] - edge[0], n = x.n;
     logits<T>(norm, scale, n, edge, sets, affinity, weight, ld, factor);
     exponentials<T>(n, columns, weight, ld, total);

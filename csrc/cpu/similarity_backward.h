@@ -83,7 +83,7 @@ struct SimilarityGradient {
   // writes S values: the gradient of the similarity vector of set k and column j. known(k, j), unless null, is that
   // vector; there is no use for `projection` then.
   template <class Upstream, class Known>
-  void run(const HeldContexts<T>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets,
+  void run(const HeldContexts<T>& x, Norm norm, T scale, const int64_t* edge, int64_t sets,
            const Projection<T>* projection, const FeaturePanels<T>& w, const Panels<T>& query,
            const FeaturePanels<T>& query_rows, Upstream upstream, Known known, SimilaritySums<T>& sums,
            FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
@@ -270,7 +270,7 @@ struct SimilarityGradient {
   }
 
   // (6) and (7) of one set, from g on: `affinity` becomes its own gradient.
-  void attention(const HeldSet<T>& x, int64_t norm, T scale, const int64_t* edge, int64_t sets, T* affinity,
+  void attention(const HeldSet<T>& x, Norm norm, T scale, const int64_t* edge, int64_t sets, T* affinity,
                  bool needs_context) {
     const int64_t columns = edge[sets] - edge[0], n = x.n;
     gemm<T>(n, columns, n, {x.gram, x.ld}, {tile.weight, ld}, fresh(), to(gram_weight, ld));

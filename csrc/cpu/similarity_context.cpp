@@ -21,8 +21,12 @@ struct Problem {
   const int64_t *cu_seqlens, *sizes;  // sizes: of the levels, C altogether
   int64_t threads;
 
+  explicit Problem(const SimilarityContextCall& c)
+      : overall{c.overall, c.dtype}, local{c.local, c.dtype}, assignment{c.assignment, c.dtype}, I(c.I), N(c.N),
+        S(c.S), C(c.C), T(c.T), cu_seqlens(c.cu_seqlens), sizes(c.sizes), threads(c.threads) {}
+
   int64_t ld(int64_t lanes) const { return round_up(S, lanes); }
-  int64_t element() const { return local.dtype == FLOAT64 ? 8 : local.dtype == FLOAT32 ? 4 : 2; }
+  int64_t element() const { return local.dtype == Dtype::FLOAT64 ? 8 : local.dtype == Dtype::FLOAT32 ? 4 : 2; }
   int64_t length(int64_t t) const { return cu_seqlens[t + 1] - cu_seqlens[t]; }
   // The row of the result that a pair's nodes begin with.
   int64_t place(int64_t image, int64_t t) const { return image * (N + T * (1 + C)) + cu_seqlens[t] + t * (1 + C); }
@@ -45,7 +49,7 @@ class Context {
  public:
   Context(const Problem& p, int64_t longest, bool slopes)
       : p(p), S(p.S), ld(p.ld(LANES<T>)), wide(round_up(std::max(longest, p.C), LANES<T>)),
-        direct(ld == S && p.local.dtype == (sizeof(T) == 4 ? FLOAT32 : FLOAT64)), own(direct ? 0 : longest * ld),
+        direct(ld == S && p.local.dtype == DTYPE<T>), own(direct ? 0 : longest * ld),
         room(direct ? p.C * S : std::max(longest + p.C + 1, p.C) * S), weight((p.C + AT_ONCE) * ld),
         context(p.C * ld), share((p.C + AT_ONCE) * wide), slope(slopes ? (p.C + AT_ONCE) * wide : 0),
         d_context(slopes ? (p.C + AT_ONCE) * ld : 0), d_local(slopes ? longest * ld : 0) {
@@ -206,38 +210,28 @@ void backward(const Problem& p, const void* grad, void* d_overall, void* d_local
       }
     };
   });
-  for (int64_t k = 0; k < groups * size; ++k) d_assignment[k % size] += sums[size_t(k)];
+  for (int64_t k = 0; d_assignment && k < groups * size; ++k) d_assignment[k % size] += sums[size_t(k)];
 }
 
 }  // namespace
 }  // namespace itm_fast
 
-// overall [I, T, S], local [I, N, S] and assignment [C, S] of one dtype, sizes of the levels; result
-// [I, N + T (1 + C), S] as these.
-extern "C" const char* similarity_context(const void* overall, const void* local, const void* assignment, int64_t dtype,
-                                          int64_t I, int64_t N, int64_t S, int64_t C, int64_t T,
-                                          const int64_t* cu_seqlens, const int64_t* sizes, void* result,
-                                          int64_t threads) {
+extern "C" const char* similarity_context(const itm_fast::SimilarityContextCall& call) {
   using namespace itm_fast;
   return guarded([&] {
-    const auto s = [&](const void* data) { return Source{data, dtype}; };
-    const Problem p{s(overall), s(local), s(assignment), I, N, S, C, T, cu_seqlens, sizes, threads};
-    if (dtype == FLOAT64) forward<double>(p, result);
-    else forward<float>(p, result);
+    const Problem p(call);
+    if (call.dtype == Dtype::FLOAT64) forward<double>(p, call.nodes);
+    else forward<float>(p, call.nodes);
   });
 }
 
-// grad as the result; d_overall and d_local, which may be null, as theirs; d_assignment [C, S] zeros of float64.
-extern "C" const char* similarity_context_backward(const void* overall, const void* local, const void* assignment,
-                                                   int64_t dtype, int64_t I, int64_t N, int64_t S, int64_t C,
-                                                   int64_t T, const int64_t* cu_seqlens, const int64_t* sizes,
-                                                   const void* grad, void* d_overall, void* d_local,
-                                                   double* d_assignment, int64_t threads) {
+// d_overall and d_local have the tensors' dtype; d_assignment is double and holds zeros.
+extern "C" const char* similarity_context_backward(const itm_fast::SimilarityContextCall& call) {
   using namespace itm_fast;
   return guarded([&] {
-    const auto s = [&](const void* data) { return Source{data, dtype}; };
-    const Problem p{s(overall), s(local), s(assignment), I, N, S, C, T, cu_seqlens, sizes, threads};
-    if (dtype == FLOAT64) backward<double>(p, grad, d_overall, d_local, d_assignment);
-    else backward<float>(p, grad, d_overall, d_local, d_assignment);
+    const Problem p(call);
+    const auto d_assignment = static_cast<double*>(call.d_assignment);
+    if (call.dtype == Dtype::FLOAT64) backward<double>(p, call.grad, call.d_overall, call.d_local, d_assignment);
+    else backward<float>(p, call.grad, call.d_overall, call.d_local, d_assignment);
   });
 }

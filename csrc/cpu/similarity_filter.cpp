@@ -25,6 +25,12 @@ struct Problem {
   Source grad;
   int64_t threads;
 
+  explicit Problem(const SimilarityFilterCall& c)
+      : nodes{c.nodes, c.dtype}, weight{c.weight, c.dtype}, bias{c.bias, c.dtype}, norm_weight{c.norm_weight, c.dtype},
+        norm_bias{c.norm_bias, c.dtype}, mean{c.running_mean, Dtype::FLOAT64}, var{c.running_var, Dtype::FLOAT64},
+        I(c.I), M(c.M), S(c.S), T(c.T), cu_seqlens(c.cu_seqlens), training(c.training != 0), eps(c.eps),
+        grad{c.grad, c.dtype}, threads(c.threads) {}
+
   int64_t length(int64_t t) const { return cu_seqlens[t + 1] - cu_seqlens[t]; }
   int64_t longest() const {
     int64_t most = 0;
@@ -52,7 +58,7 @@ class Nodes {
  public:
   Nodes(const Problem& p, int64_t longest)
       : p(p), S(p.S), ld(round_up(p.S, LANES<T>)),
-        direct(ld == S && p.nodes.dtype == (sizeof(T) == 4 ? FLOAT32 : FLOAT64)), own(direct ? 0 : longest * ld),
+        direct(ld == S && p.nodes.dtype == DTYPE<T>), own(direct ? 0 : longest * ld),
         room(direct ? S : longest * S), weight(ld), m(ld), d_m(ld), d_weight(ld), row(ld), gate(longest),
         gamma(T(value(p.norm_weight))), delta(T(value(p.norm_bias))) {
     std::copy_n(read<T>(p.weight, 0, S, room), S, weight + 0);
@@ -221,7 +227,7 @@ void forward(const Problem& p, void* result, T* means, T* variances) {
 }
 
 template <class T>
-void backward(const Problem& p, void* d_nodes, double* d_parameters) {
+void backward(const Problem& p, const SimilarityFilterCall& call) {
   const int64_t longest = p.longest(), units = p.training ? p.T : p.I * p.T, groups = least(units, GROUPS);
   std::vector<Sums> sums(size_t(std::max<int64_t>(1, groups)), Sums(p.S));
   parallel(groups, p.threads, [&] {
@@ -241,7 +247,7 @@ void backward(const Problem& p, void* d_nodes, double* d_parameters) {
           pair.project(a);
           narrow(i, t, a);
           pair.slopes(a, d_h, total.scale, total.shift);
-          pair.finish(i, t, a, d_h, T(0), T(0), d_nodes, total);
+          pair.finish(i, t, a, d_h, T(0), T(0), call.d_nodes, total);
           continue;
         }
         const int64_t n = p.length(unit);
@@ -256,7 +262,7 @@ void backward(const Problem& p, void* d_nodes, double* d_parameters) {
         const T mean = T(shift / double(p.I * n)), mean_slope = T(slope / double(p.I * n));
         for (int64_t i = 0; i < p.I; ++i) {
           narrow(i, unit, statistics.a + i * n);
-          pair.finish(i, unit, statistics.a + i * n, d_h + i * n, mean, mean_slope, d_nodes, total);
+          pair.finish(i, unit, statistics.a + i * n, d_h + i * n, mean, mean_slope, call.d_nodes, total);
         }
       }
     };
@@ -267,49 +273,35 @@ void backward(const Problem& p, void* d_nodes, double* d_parameters) {
     sums[0].scale += sums[size_t(g)].scale;
     sums[0].shift += sums[size_t(g)].shift;
   }
-  std::copy(sums[0].weight.begin(), sums[0].weight.end(), d_parameters);
-  d_parameters[p.S] = sums[0].bias;
-  d_parameters[p.S + 1] = sums[0].scale;
-  d_parameters[p.S + 2] = sums[0].shift;
+  const auto put = [](void* to, const double* from, int64_t n) {
+    if (to) std::copy_n(from, n, static_cast<double*>(to));
+  };
+  put(call.d_weight, sums[0].weight.data(), p.S);
+  put(call.d_bias, &sums[0].bias, 1);
+  put(call.d_norm_weight, &sums[0].scale, 1);
+  put(call.d_norm_bias, &sums[0].shift, 1);
 }
 
 }  // namespace
 }  // namespace itm_fast
 
-// nodes [I, M, S], weight [S], bias, norm_weight and norm_bias [1] of one dtype, running_mean and
-// running_var [1] of float64; result [I, T, S] as nodes; in training batch_mean and batch_var [T], float64 where nodes
-// are, else float32.
-extern "C" const char* similarity_filter(const void* nodes, const void* weight, const void* bias,
-                                         const void* norm_weight, const void* norm_bias, const void* running_mean,
-                                         const void* running_var, int64_t dtype, int64_t I, int64_t M,
-                                         int64_t S, int64_t T, const int64_t* cu_seqlens, int64_t training, double eps,
-                                         void* result, void* batch_mean, void* batch_var, int64_t threads) {
+// In training mean and var are float, or double where the nodes are.
+extern "C" const char* similarity_filter(const itm_fast::SimilarityFilterCall& call) {
   using namespace itm_fast;
   return guarded([&] {
-    const auto s = [&](const void* data) { return Source{data, dtype}; };
-    const Problem p{s(nodes), s(weight), s(bias), s(norm_weight), s(norm_bias), {running_mean, FLOAT64},
-                    {running_var, FLOAT64}, I, M, S, T, cu_seqlens, training != 0, eps, {nullptr, dtype}, threads};
-    const auto run = [&]<class Work>(Work*) {
-      forward<Work>(p, result, static_cast<Work*>(batch_mean), static_cast<Work*>(batch_var));
-    };
-    if (dtype == FLOAT64) run(static_cast<double*>(nullptr));
-    else run(static_cast<float*>(nullptr));
+    const Problem p(call);
+    if (call.dtype == Dtype::FLOAT64)
+      forward(p, call.z, static_cast<double*>(call.mean), static_cast<double*>(call.var));
+    else forward(p, call.z, static_cast<float*>(call.mean), static_cast<float*>(call.var));
   });
 }
 
-// grad [I, T, S] and d_nodes [I, M, S], which may be null, of the same dtype; d_parameters [S + 3] float64: of weight,
-// bias, norm_weight and norm_bias.
-extern "C" const char* similarity_filter_backward(
-    const void* nodes, const void* weight, const void* bias, const void* norm_weight, const void* norm_bias,
-    const void* running_mean, const void* running_var, int64_t dtype, int64_t I, int64_t M, int64_t S, int64_t T,
-    const int64_t* cu_seqlens, int64_t training, double eps, const void* grad, void* d_nodes, double* d_parameters,
-    int64_t threads) {
+// d_nodes has the nodes' dtype, the other gradients are double.
+extern "C" const char* similarity_filter_backward(const itm_fast::SimilarityFilterCall& call) {
   using namespace itm_fast;
   return guarded([&] {
-    const auto s = [&](const void* data) { return Source{data, dtype}; };
-    const Problem p{s(nodes), s(weight), s(bias), s(norm_weight), s(norm_bias), {running_mean, FLOAT64},
-                    {running_var, FLOAT64}, I, M, S, T, cu_seqlens, training != 0, eps, s(grad), threads};
-    if (dtype == FLOAT64) backward<double>(p, d_nodes, d_parameters);
-    else backward<float>(p, d_nodes, d_parameters);
+    const Problem p(call);
+    if (call.dtype == Dtype::FLOAT64) backward<double>(p, call);
+    else backward<float>(p, call);
   });
 }

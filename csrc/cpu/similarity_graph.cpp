@@ -8,17 +8,9 @@
 namespace itm_fast {
 namespace {
 
-struct Problem {
-  Source nodes;
-  int64_t I, M, S, steps, T;
-  const int64_t* cu_seqlens;
-  void* result;
-  int64_t threads;
-};
-
 template <class T, class E = T>
-void forward(const Problem& p, const Source (&parameter)[5]) {
-  const GraphWeights<T, E> weights(p.S, p.steps, parameter[0], parameter[1], parameter[2], parameter[3], parameter[4]);
+void forward(const SimilarityGraphCall& p) {
+  const GraphWeights<T, E> weights(p);
   const std::vector<Chunk> pieces = chunks(p.cu_seqlens, p.T, GRAPH_NODES);
   int64_t most = 0, longest = 0, captions = 0;
   for (const Chunk& c : pieces) most = std::max(most, c.rows), captions = std::max(captions, c.last - c.first);
@@ -29,10 +21,10 @@ void forward(const Problem& p, const Source (&parameter)[5]) {
             z = Buffer<T>(captions * p.S)](int64_t part) mutable {
       const int64_t i = part / count;
       const Chunk& c = pieces[part % count];
-      const T* rows = read<T>(p.nodes, (i * p.M + c.begin) * p.S, c.rows * p.S, room);
+      const T* rows = read<T>({p.nodes, p.dtype}, (i * p.M + c.begin) * p.S, c.rows * p.S, room);
       transpose_by_squares<T>(rows, p.S, c.rows, p.S, graph.nodes(), graph.stride());
       graph.run(p.cu_seqlens, c.first, c.last, z, p.S);
-      write<T>(p.result, p.nodes.dtype, (i * p.T + c.first) * p.S, (c.last - c.first) * p.S, z, T(1));
+      write<T>(p.z, p.dtype, (i * p.T + c.first) * p.S, (c.last - c.first) * p.S, z, T(1));
     };
   });
 }
@@ -40,23 +32,13 @@ void forward(const Problem& p, const Source (&parameter)[5]) {
 }  // namespace
 }  // namespace itm_fast
 
-// Tensors of one dtype: nodes [I, M, S], weights [K, S, S], biases [K, S]; result [I, T, S]. bfloat16: products
-// of bfloat16 values may be used, where the processor has them.
-extern "C" const char* similarity_graph(const void* nodes, const void* query_weight, const void* query_bias,
-                                        const void* key_weight, const void* value_weight, const void* value_bias,
-                                        int64_t dtype, int64_t I, int64_t M, int64_t S, int64_t K, int64_t T,
-                                        const int64_t* cu_seqlens, [[maybe_unused]] int64_t bfloat16, void* result,
-                                        int64_t threads) {
+extern "C" const char* similarity_graph(const itm_fast::SimilarityGraphCall& call) {
   using namespace itm_fast;
   return guarded([&] {
-    const auto source = [&](const void* data) { return Source{data, dtype}; };
-    const Problem p{source(nodes), I, M, S, K, T, cu_seqlens, result, threads};
-    const Source parameter[5] = {source(query_weight), source(query_bias), source(key_weight), source(value_weight),
-                                 source(value_bias)};
-    if (dtype == FLOAT64) return forward<double>(p, parameter);
+    if (call.dtype == Dtype::FLOAT64) return forward<double>(call);
 #if defined(__AVX512BF16__)
-    if (bfloat16) return forward<float, Pair>(p, parameter);
+    if (call.bfloat16) return forward<float, Pair>(call);
 #endif
-    forward<float>(p, parameter);
+    forward<float>(call);
   });
 }

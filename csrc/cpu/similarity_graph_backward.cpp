@@ -65,24 +65,15 @@ void backward(const GraphGradient& p) {
 }  // namespace
 }  // namespace itm_fast
 
-// Tensors of one dtype as in similarity_graph, grad [I, T, S] too. d_nodes [I, M, S] of the same dtype, or null; the
-// gradients of the parameters in float64 where that is the dtype, else float32, zeros at first, or all five null.
-// bfloat16 as there.
-extern "C" const char* similarity_graph_backward(
-    const void* nodes, const void* query_weight, const void* query_bias, const void* key_weight,
-    const void* value_weight, const void* value_bias, int64_t dtype, int64_t I, int64_t M, int64_t S, int64_t K,
-    int64_t T, const int64_t* cu_seqlens, [[maybe_unused]] int64_t bfloat16, const void* grad, void* d_nodes,
-    void* d_query_weight, void* d_query_bias, void* d_key_weight, void* d_value_weight, void* d_value_bias,
-    int64_t threads) {
+// d_nodes has the nodes' dtype; the gradients of the parameters are float, or double where the nodes are, and hold zeros
+// or are all null. The key bias has none.
+extern "C" const char* similarity_graph_backward(const itm_fast::SimilarityGraphCall& call) {
   using namespace itm_fast;
   return guarded([&] {
-    const auto source = [&](const void* data) { return Source{data, dtype}; };
-    const GraphGradient p{source(nodes), source(query_weight), source(query_bias), source(key_weight),
-                          source(value_weight), source(value_bias), source(grad), I, M, S, K, T, cu_seqlens, d_nodes,
-                          d_query_weight, d_query_bias, d_key_weight, d_value_weight, d_value_bias, threads};
-    if (dtype == FLOAT64) return backward<double>(p);
+    const GraphGradient p(call);
+    if (call.dtype == Dtype::FLOAT64) return backward<double>(p);
 #if defined(__AVX512BF16__)
-    if (bfloat16) return backward<float, Pair>(p);
+    if (call.bfloat16) return backward<float, Pair>(p);
 #endif
     backward<float>(p);
   });

@@ -21,14 +21,14 @@ inline uint16_t narrow_float16(float x) {
 
 // n values times `factor`, as values offset .. offset + n of a contiguous tensor.
 template <class T>
-inline void write(void* tensor, int64_t dtype, int64_t offset, int64_t n, const T* values, T factor) {
+inline void write(void* tensor, Dtype dtype, int64_t offset, int64_t n, const T* values, T factor) {
   const auto copy = [&](auto* to, auto narrow) {
     for (int64_t i = 0; i < n; ++i) to[offset + i] = narrow(values[i] * factor);
   };
   const auto same = [](T x) { return x; };
-  if (dtype == FLOAT32) copy(static_cast<float*>(tensor), same);
-  else if (dtype == FLOAT64) copy(static_cast<double*>(tensor), same);
-  else if (dtype == BFLOAT16)
+  if (dtype == Dtype::FLOAT32) copy(static_cast<float*>(tensor), same);
+  else if (dtype == Dtype::FLOAT64) copy(static_cast<double*>(tensor), same);
+  else if (dtype == Dtype::BFLOAT16)
     copy(static_cast<uint16_t*>(tensor), [](T x) { return uint16_t(x == x ? narrow_bfloat16(float(x)) : 0x7fc0); });
   else copy(static_cast<uint16_t*>(tensor), [](T x) { return narrow_float16(float(x)); });
 }

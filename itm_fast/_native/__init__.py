@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from . import cache, compiling, peaks
 from .cache import LIBRARY, Build, Unavailable, cache_dir
@@ -101,12 +100,12 @@ def bfloat16_products() -> tuple[bool, object]:
     return found.bfloat16_pays, found  # every op asks: words are made of it where they are read
 
 
-def call(name: str, *args: Tensor | float | None) -> None:
+def call(name: str, argument: Any) -> None:
     """Call an exported function, other Python threads running meanwhile.
 
     Args:
-        name: the function, `const char *name(...)` of pointers, int64_t and double; it returns null or what failed.
-        args: contiguous CPU tensors or None for the pointers, int or bool for int64_t, float for double.
+        name: the function, `const char *name(const Call&)`; it returns null or what failed.
+        argument: what ctypes passes, as `ctypes.byref` of a struct.
 
     Raises:
         RuntimeError: the library is not available, or the function failed.
@@ -120,20 +119,10 @@ def call(name: str, *args: Tensor | float | None) -> None:
         function = getattr(built.library, name)
         function.restype = ctypes.c_char_p  # type: ignore[attr-defined]
         _functions[name] = function
-    failure = function(*map(_converted, args))
+    failure = function(argument)
     if failure is not None:
         message = failure.decode()
         raise (MemoryError if message.startswith("out of memory") else RuntimeError)(message)
-
-
-def _converted(value: Tensor | float | None) -> Any:
-    if isinstance(value, Tensor):
-        assert value.is_contiguous(), "a tensor handed to the native library must be contiguous"
-        assert value.device.type == "cpu", "a tensor handed to the native library must be in host memory"
-        return ctypes.c_void_p(value.data_ptr())
-    if value is None:
-        return ctypes.c_void_p(None)
-    return ctypes.c_double(value) if isinstance(value, float) else ctypes.c_int64(value)
 
 
 def build(csrc: Path, level: str) -> Build:

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from .. import _native
 from .._backends import requested
 from .._checks import FLOATS, work_dtype
-from ..ops._cpu import DTYPES
+from ..ops import _cpu_calls
 from ..ops._torch._linear import linear as by_torch
 
 
@@ -33,10 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         )
     if not apart(x, weight, *(() if bias is None else (bias,))):
         return by_torch(x, weight, bias)
-    rows, result = x.reshape(-1, K).contiguous(), x.new_empty(*x.shape[:-1], S)
-    tensors = rows, weight.contiguous(), None if bias is None else bias.contiguous()
-    _native.call("linear", *tensors, DTYPES[x.dtype], len(rows), K, S, result, torch.get_num_threads())
-    return result
+    return _cpu_calls.linear(x.reshape(-1, K), weight, bias).view(*x.shape[:-1], S)
 
 
 def sigmoid(x: Tensor) -> Tensor:

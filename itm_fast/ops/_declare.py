@@ -199,6 +199,8 @@ class Declaration:
         self.differentiable = sum(isinstance(a, Floats) and not a.fixed for a in self.arguments)
         self.schema = ", ".join(f"{a.type} {a.name}" for a in self.arguments)
         self.returns = "Tensor" if len(self.results) == 1 else f"({', '.join(['Tensor'] * len(self.results))})"
+        self.depends = any(callable(r.shape) for r in self.results)  # some shape depends on more than sizes
+        self.converted = [(k, a) for k, a in enumerate(self.arguments) if type(a).convert is not Argument.convert]
         # Where each size is read: the place of a tensor, its dimension, and how much more than the size that is.
         self.places: dict[str, tuple[int, int, int]] = {}
         for k, argument in enumerate(self.arguments):
@@ -206,21 +208,17 @@ class Declaration:
                 for dim, (letter, more) in enumerate(argument.shape.dims):
                     if not letter.isdigit():
                         self.places.setdefault(letter, (k, dim, more))
+        # For an op whose result is the score of every pair, what `_pairs.backward` asks about its arguments.
+        axes = {"I": "I", "T": "T", "N": "N", "T+1": "E"}
+        first = [a.shape.labels[0] if isinstance(a, TensorArgument) else "" for a in self.arguments]
+        scores = [r.shape for r in self.results] == ["I T"]
+        self.pairs = "".join(axes.get(label, ".") for label in first) if scores else None
         DECLARED[name] = self
 
     def public(self, function: F) -> F:
         """Note the op's public function, which this decorates, for the checks that call it."""
         self.function = function
         return function
-
-    @property
-    def pairs(self) -> str | None:
-        """For an op whose result is the score of every pair, what `_pairs.backward` asks about its arguments."""
-        if [r.shape for r in self.results] != ["I T"]:
-            return None
-        axes = {"I": "I", "T": "T", "N": "N", "T+1": "E"}
-        first = [a.shape.labels[0] if isinstance(a, TensorArgument) else "" for a in self.arguments]
-        return "".join(axes.get(label, ".") for label in first)
 
     def check(self, given: Given) -> dict[str, int]:
         """Check the arguments of a call and return the sizes by letter.
@@ -238,7 +236,9 @@ class Declaration:
 
     def convert(self, given: Given) -> list[Any]:
         """The arguments of a call in the registered op's order, tensors in the dtype that autocast wants."""
-        values = [a.convert(given[a.name]) for a in self.arguments]
+        values = [given[name] for name in self.names]
+        for k, argument in self.converted:
+            values[k] = argument.convert(values[k])
         n = self.differentiable
         if torch.is_autocast_enabled(values[0].device.type):
             values[:n] = [x.to(work_dtype(x)) for x in values[:n]] if self.widens else autocast(*values[:n])
@@ -248,10 +248,12 @@ class Declaration:
         """The sizes by letter of arguments in the registered op's order, which have been checked."""
         return {letter: args[k].shape[dim] - more for letter, (k, dim, more) in self.places.items()}
 
-    def empty(self, args: Sequence[Any], backend: str) -> Tensor | tuple[Tensor, ...]:
+    def empty(
+        self, args: Sequence[Any], backend: str, size: dict[str, int] | None = None
+    ) -> Tensor | tuple[Tensor, ...]:
         """Results without values, of the right shapes and dtypes, for arguments in the registered op's order."""
-        size, first = self.size(args), args[0]
-        given = dict(zip(self.names, args), backend=backend)
+        size, first = size or self.size(args), args[0]
+        given = dict(zip(self.names, args), backend=backend) if self.depends else {}
         shapes = [r.sizes(size, given) for r in self.results]
         if len(shapes) == 1:
             return first.new_empty(shapes[0])

@@ -2,7 +2,7 @@
 
 An implementation offers `forward(*args) -> Tensor | tuple` and `backward(grad, needs, *args) -> list[Tensor]`, one
 gradient for each differentiable argument that `needs` marks, in the dtype it was summed in. It is the module of the
-op's name in its backend's package, imported only when it runs.
+op's name in its backend's package, or for C++ made by `_cpu_calls`, and imported only when it runs.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from ._autograd import by_autograd
 from ._declare import Declaration
 from ._first_use import put_aside
 
-PACKAGES = {"triton": "itm_fast.kernels", "cpu": "itm_fast.ops._cpu", "torch": "itm_fast.ops._torch"}
+PACKAGES = {"triton": "itm_fast.kernels", "torch": "itm_fast.ops._torch"}
 
 
 class Op(Declaration):
@@ -111,7 +111,12 @@ class Op(Declaration):
         """What has the op's forward and backward pass in a backend."""
         if backend == "reference":
             return by_autograd(self.reference)
-        found = import_module(f"{PACKAGES[backend]}.{self.name}")
+        if backend == "cpu":
+            from ._cpu_calls import implementation
+
+            found = implementation(self.name)
+        else:
+            found = import_module(f"{PACKAGES[backend]}.{self.name}")
         if backend not in KERNELS or self.backward is None:
             return found
         if isinstance(self.backward, str):

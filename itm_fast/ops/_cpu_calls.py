@@ -1,0 +1,163 @@
+"""The `cpu` backend: an op's tensors, sizes and options go to the C++ kernels of csrc/cpu in one struct (`_calls`).
+
+Tensors are made contiguous, bounds of captions and counts of regions are checked: C++ reads wherever they point.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _native
+from .._checks import matmul_precision, work_dtype
+from ..packing import bounds
+from . import _attention, _calls
+from ._declare import DECLARED, Choice, Counts, Declaration, Floats
+
+DTYPES = {getattr(torch, name): code for code, name in enumerate(_calls.ENUMS["Dtype"])}
+BFLOAT16 = {  # ops whose products may multiply bfloat16 values
+    "cross_attention_score", "cross_attention_similarity", "similarity_filter_score", "similarity_graph",
+    "similarity_graph_score", "similarity_nodes",
+}  # fmt: skip
+# Gradients that C++ writes whole, in the dtype of the tensor. To the others it adds, so they begin as zeros.
+WRITTEN = {
+    "similarity_context": ("overall", "local"),
+    "similarity_filter": ("nodes",),
+    "similarity_graph": ("nodes",),
+}
+IN_FLOAT64 = {"similarity_context", "similarity_filter"}  # where C++ adds gradients in float64, else as `work_dtype`
+TOGETHER = {"similarity_graph"}  # where C++ adds all of these gradients or none
+
+
+def bfloat16_products(dtype: torch.dtype) -> bool:
+    """Whether products multiply bfloat16 values: where that pays, those of bfloat16 inputs, and those of float32 ones
+    where torch may do it too."""
+    allowed = dtype == torch.bfloat16 or (dtype == torch.float32 and matmul_precision() == "medium")
+    return allowed and _native.bfloat16_products()[0]
+
+
+class Calls:
+    """The calls of an op's two C++ functions, `<op>` and `<op>_backward`.
+
+    Args:
+        op: its declaration.
+        said: the op that messages name, where it is another one.
+    """
+
+    def __init__(self, op: Declaration, said: str | None = None) -> None:
+        self.op, self.said, self.struct = op, said or op.name, _calls.struct(op.name)
+        self.bfloat16 = op.name in BFLOAT16
+        self.sizes = [letter for letter in _calls.SIZES if letter in op.places]
+        self.packed = next((letter for letter in "NM" if letter in op.places), "")  # the rows that cu_seqlens divides
+        # Places of the arguments that are handed over as something else than they are.
+        rows = list(enumerate(op.arguments))
+        self.floats = [k for k, a in rows if isinstance(a, Floats)]
+        self.fixed = [k for k, a in rows if isinstance(a, Floats) and a.fixed]
+        self.bounds = [k for k, a in rows if a.name == "cu_seqlens"]
+        self.regions = [k for k, a in rows if a.name == "region_lengths"]
+        self.counts = [k for k, a in rows if isinstance(a, Counts)]
+        self.codes = [
+            (k, {value: code for code, value in enumerate(_calls.ENUMS[a.enum])})
+            for k, a in rows
+            if isinstance(a, Choice)
+        ]
+
+    def forward(self, *args: Any) -> Any:
+        size = self.op.size(args)
+        results = self.op.empty(args, "cpu", size)
+        self._call(self.op.name, args, size, [results] if isinstance(results, Tensor) else results)
+        return results
+
+    def backward(
+        self, grad: Tensor, needs: Sequence[bool], *args: Any, results: Sequence[Tensor] | None = None
+    ) -> list[Tensor]:
+        op, work = self.op, work_dtype(args[0])
+        written, sums = WRITTEN.get(op.name, ()), torch.float64 if op.name in IN_FLOAT64 else work
+        whole = [name in written for name in op.names[: op.differentiable]]
+        wanted = needs
+        if op.name in TOGETHER and any(need and not w for need, w in zip(needs, whole)):
+            wanted = [need or not w for need, w in zip(needs, whole)]
+        gradients = [
+            None if not want else x.new_empty(x.shape) if w else torch.zeros(x.shape, dtype=sums)
+            for x, want, w in zip(args, wanted, whole)
+        ]
+        grad = (grad.to(work) if op.pairs else grad).contiguous()
+        results = results or [None] * len(op.results)  # type: ignore[list-item]
+        self._call(f"{op.name}_backward", args, op.size(args), results, [grad, *gradients])
+        return [d for d, need in zip(gradients, needs) if need]  # type: ignore[misc]
+
+    def _call(
+        self,
+        function: str,
+        args: Sequence[Any],
+        size: dict[str, int],
+        results: Sequence[Tensor | None],
+        gradients: Sequence[Tensor | None] = (),
+    ) -> None:
+        op, values = self.op, list(args)
+        for k in self.floats:
+            if values[k] is not None:
+                assert values[k].is_cpu, f"{self.said}: {op.names[k]} must be in host memory"
+                values[k] = values[k].contiguous()
+        for k in self.fixed:
+            values[k] = values[k].to(torch.float64)
+        for k in self.bounds:
+            values[k] = torch.tensor(bounds(args[k], size[self.packed], self.said), dtype=torch.int64)
+        for k in self.regions:
+            if args[k] is not None:
+                values[k] = torch.tensor(_attention.region_counts(args[k], args[0], self.said), dtype=torch.int64)
+        for k in self.counts:
+            values[k] = torch.tensor(args[k], dtype=torch.int64)
+        for k, codes in self.codes:
+            values[k] = codes[args[k]]
+        if not gradients and op.backward is None:
+            gradients = [None] * (1 + op.differentiable)
+        _same_structs()
+        values += [*results, *gradients]  # which live until C++ has returned
+        call = self.struct(
+            *[x.data_ptr() if isinstance(x, Tensor) else x for x in values],
+            DTYPES[args[0].dtype],
+            *[size[letter] for letter in self.sizes],
+            self.bfloat16 and bfloat16_products(args[0].dtype),
+            torch.get_num_threads(),
+        )
+        _native.call(function, ctypes.byref(call))
+
+
+@functools.cache
+def _same_structs() -> None:
+    """Raise a RuntimeError where the library was compiled with other structs than these."""
+    _native.call("itm_calls", ctypes.c_char_p(_calls.digest().encode()))
+
+
+@functools.cache
+def implementation(name: str) -> Any:
+    """An op's forward and backward pass in C++."""
+    if name != "global_local_score":
+        return Calls(DECLARED[name])
+    # A caption's words, the contexts, scored with an image of one region; the logits are cosines.
+    calls = Calls(DECLARED["cross_attention_score"], said=name)
+
+    def arguments(vector: Tensor, words: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Any, ...]:
+        return vector[:, None], words, cu_seqlens, None, "i2t", "cosine", scale, "sum", 1.0
+
+    def backward(grad: Tensor, needs: Sequence[bool], vector: Tensor, *rest: Any) -> list[Tensor]:
+        found = calls.backward(grad, needs, *arguments(vector, *rest))
+        return [found[0].view(vector.shape), *found[1:]] if needs[0] else found
+
+    return SimpleNamespace(forward=lambda *args: calls.forward(*arguments(*args)), backward=backward)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x [N, K], weight [S, K] and bias [S] -> x W^T + b [N, S]: a row's bits depend on neither the rows beside it nor
+    the number of threads."""
+    return _LINEAR.forward(x, weight, bias)
+
+
+_LINEAR = Calls(_calls.LINEAR)

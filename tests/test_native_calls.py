@@ -1,0 +1,80 @@
+"""The structs that C++ is called with: both sides have the same ones, and a library with others is refused."""
+
+import ctypes
+
+import pytest
+import torch
+from cpu_cases import needs_cpu
+
+import itm_fast
+from itm_fast import _native, ops
+from itm_fast.ops import _calls, _cpu_calls
+from itm_fast.ops._declare import DECLARED, Choice
+from itm_fast.testing import inputs
+
+COMMAND = r"`python -m itm_fast\.ops\._calls`"
+CALLED = [op.name for op in _calls.called()]
+
+
+def test_the_header_is_what_the_declarations_give():
+    path = _native.csrc_dir() / "cpu" / "calls.h"
+    assert path.read_text() == _calls.header(), "run `python -m itm_fast.ops._calls`"
+
+
+def test_every_op_with_kernels_has_a_struct():
+    offered = {op for op in ops.__all__ if "cpu" in DECLARED[op].offered}
+    assert set(CALLED) == offered - {"global_local_score"} | {"linear"}
+    assert set(_cpu_calls.BFLOAT16) | set(_cpu_calls.WRITTEN) <= set(CALLED)
+    assert set(_cpu_calls.IN_FLOAT64) | set(_cpu_calls.TOGETHER) <= set(CALLED)
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_fields_lie_eight_bytes_apart(name):
+    struct = _calls.struct(name)
+    fields = [field for field, _ in struct._fields_]
+    assert [getattr(struct, field).offset for field in fields] == [8 * k for k in range(len(fields))]
+    assert ctypes.sizeof(struct) == 8 * len(fields)
+    assert len(set(fields)) == len(fields)
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_enumerations_have_every_choice(name):
+    for argument in DECLARED[name].arguments:
+        if isinstance(argument, Choice):
+            assert set(argument.choices) <= set(_calls.ENUMS[argument.enum])
+
+
+@needs_cpu
+def test_a_library_with_other_structs_is_refused(monkeypatch):
+    features = inputs(2, (3, 2), 4, 8)
+    itm_fast.cross_attention_score(*features, backend="cpu")
+    monkeypatch.setattr(_calls, "digest", lambda: "0" * 16)
+    _cpu_calls._same_structs.cache_clear()
+    try:
+        with pytest.raises(RuntimeError, match=f"does not follow the ops' declarations: run {COMMAND}"):
+            itm_fast.cross_attention_score(*features, backend="cpu")
+    finally:
+        _cpu_calls._same_structs.cache_clear()
+
+
+@needs_cpu
+def test_tensors_elsewhere_are_not_handed_over():
+    image, words, cu_seqlens = inputs(2, (3, 2), 4, 8)
+    call = _cpu_calls.implementation("global_local_score")
+    with pytest.raises(AssertionError, match=r"^global_local_score: words must be in host memory$"):
+        call.forward(image[:, 0], words.to("meta"), cu_seqlens, 1.0)
+
+
+@needs_cpu
+@pytest.mark.parametrize("wanted", range(7))
+def test_the_graphs_gradients_are_the_same_alone_as_together(wanted):
+    """C++ makes those of the weights all together; the key bias, whose gradient is zero, gets none of its own."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = [(2, 5, 4), *[(2, 4, 4), (2, 4)] * 3]
+    args = [torch.randn(shape, generator=generator) for shape in shapes]
+    bounds, grad = torch.tensor([0, 3, 5]), torch.ones(2, 2, 4)
+    call = _cpu_calls.implementation("similarity_graph")
+    every = call.backward(grad, [True] * 7, *args, bounds)
+    (alone,) = call.backward(grad, [k == wanted for k in range(7)], *args, bounds)
+    assert torch.equal(alone, every[wanted])
+    assert torch.equal(every[4], torch.zeros(2, 4))
