@@ -56,6 +56,8 @@ class Calls:
         self.sizes = [letter for letter in _calls.SIZES if letter in op.places]
         self.packed = next((letter for letter in "NM" if letter in op.places), "")  # the rows that cu_seqlens divides
         # Places of the arguments that are handed over as something else than they are.
+        self.no_results = [None] * len(op.results)
+        self.written = [name in WRITTEN.get(op.name, ()) for name in op.names[: op.differentiable]]
         rows = list(enumerate(op.arguments))
         self.floats = [k for k, a in rows if isinstance(a, Floats)]
         self.fixed = [k for k, a in rows if isinstance(a, Floats) and a.fixed]
@@ -78,18 +80,16 @@ class Calls:
         self, grad: Tensor, needs: Sequence[bool], *args: Any, results: Sequence[Tensor] | None = None
     ) -> list[Tensor]:
         op, work = self.op, work_dtype(args[0])
-        written, sums = WRITTEN.get(op.name, ()), torch.float64 if op.name in IN_FLOAT64 else work
-        whole = [name in written for name in op.names[: op.differentiable]]
-        wanted = needs
-        if op.name in TOGETHER and any(need and not w for need, w in zip(needs, whole)):
-            wanted = [need or not w for need, w in zip(needs, whole)]
+        sums = torch.float64 if op.name in IN_FLOAT64 else work
+        made = needs
+        if op.name in TOGETHER and any(need and not written for need, written in zip(needs, self.written)):
+            made = [need or not written for need, written in zip(needs, self.written)]
         gradients = [
-            None if not want else x.new_empty(x.shape) if w else torch.zeros(x.shape, dtype=sums)
-            for x, want, w in zip(args, wanted, whole)
+            None if not make else x.new_empty(x.shape) if written else torch.zeros(x.shape, dtype=sums)
+            for x, make, written in zip(args, made, self.written)
         ]
         grad = (grad.to(work) if op.pairs else grad).contiguous()
-        results = results or [None] * len(op.results)  # type: ignore[list-item]
-        self._call(f"{op.name}_backward", args, op.size(args), results, [grad, *gradients])
+        self._call(f"{op.name}_backward", args, op.size(args), results or self.no_results, [grad, *gradients])
         return [d for d, need in zip(gradients, needs) if need]  # type: ignore[misc]
 
     def _call(
