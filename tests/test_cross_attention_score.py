@@ -9,9 +9,9 @@ import torch
 
 import itm_fast
 from itm_fast import _native
+from itm_fast.ops import _recompute
 from itm_fast.ops import cross_attention_score as op
 from itm_fast.ops._attention import DIRECTIONS, NORMS, POOLS
-from itm_fast.ops._torch import _blocks
 from itm_fast.testing import assert_accurate, inputs, op_checks
 
 BACKENDS = op_checks.backends("cross_attention_score")
@@ -159,8 +159,8 @@ def test_a_score_does_not_depend_on_its_block(backend, direction, monkeypatch):
         one = run(image[2:3], words[edge[t] : edge[t + 1]], torch.tensor([0, edge[t + 1] - edge[t]]))
         torch.testing.assert_close(one[0, 0], whole[2, t], rtol=0, atol=1e-14)
     for tile in (1, 1 << 14):
-        monkeypatch.setattr(_blocks, "CPU_TILE", tile)
-        monkeypatch.setattr(_blocks, "MIN_QUERIES", 1)
+        monkeypatch.setattr(_recompute, "CPU_TILE", tile)
+        monkeypatch.setattr(_recompute, "MIN_QUERIES", 1)
         torch.testing.assert_close(run(image, words, cu_seqlens), whole, rtol=0, atol=1e-14)
 
 

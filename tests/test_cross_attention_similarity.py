@@ -6,8 +6,8 @@ from cpu_cases import at_level, needs_cpu, over_lesser_processors, scratch_of
 
 import itm_fast
 from itm_fast import _native
+from itm_fast.ops import _recompute
 from itm_fast.ops._attention import DIRECTIONS, NORMS
-from itm_fast.ops._torch import _blocks
 from itm_fast.testing import assert_accurate, inputs, op_checks
 
 BACKENDS = op_checks.backends("cross_attention_similarity")
@@ -136,8 +136,8 @@ def test_a_similarity_does_not_depend_on_its_block(backend, direction, monkeypat
         want = whole[2:3, start:stop] if direction == "t2i" else whole[2:3, t : t + 1]
         torch.testing.assert_close(one, want, rtol=0, atol=1e-13)
     for tile in (1, 1 << 14):
-        monkeypatch.setattr(_blocks, "CPU_TILE", tile)
-        monkeypatch.setattr(_blocks, "MIN_QUERIES", 1)
+        monkeypatch.setattr(_recompute, "CPU_TILE", tile)
+        monkeypatch.setattr(_recompute, "MIN_QUERIES", 1)
         torch.testing.assert_close(call(*args, backend), whole, rtol=0, atol=1e-13)
 
 

@@ -3,7 +3,7 @@ import torch
 from pair_score_cases import DTYPES, drawer, edges, lengths
 
 import itm_fast
-from itm_fast.ops._torch import _blocks
+from itm_fast.ops import _recompute
 from itm_fast.testing import op_checks
 
 OP = "hierarchical_alignment_score"
@@ -131,8 +131,8 @@ def test_a_pair_does_not_depend_on_its_block(backend, gate, monkeypatch):
         torch.testing.assert_close(one[0, 0], whole[2, t], rtol=1e-12, atol=1e-12)
     grads = op_checks.gradients(call, args, torch.float64, backend, torch.float64)
     for tile in (1, 1 << 15):
-        monkeypatch.setattr(_blocks, "CPU_TILE", tile)
-        monkeypatch.setattr(_blocks, "MIN_QUERIES", 1)
+        monkeypatch.setattr(_recompute, "CPU_TILE", tile)
+        monkeypatch.setattr(_recompute, "MIN_QUERIES", 1)
         torch.testing.assert_close(call(*args, backend=backend), whole, rtol=1e-12, atol=1e-12)
         again = op_checks.gradients(call, args, torch.float64, backend, torch.float64)
         for a, b in zip(again, grads, strict=True):

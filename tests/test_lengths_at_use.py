@@ -9,6 +9,7 @@ from triton_cases import unless
 import itm_fast
 from itm_fast import _backends, packing
 from itm_fast.ops import _examples as examples
+from itm_fast.ops import _recompute
 from itm_fast.packing import bounds, kept, length_plan, node_bounds, node_plan
 from itm_fast.testing import op_checks
 
@@ -152,14 +153,11 @@ def test_on_a_device_kernels_read_the_values_that_were_checked(op, device):
 
 @pytest.mark.parametrize("number", [0, 1], ids=["bounds", "regions"])
 def test_blocks_scored_again_in_backward_refuse_lengths_that_were_written_to(number):
-    from itm_fast.models._pair_blocks import score
-    from itm_fast.ops._torch._blocks import Block
-
     def cut(backward, image, cu_seqlens, region_lengths):
-        yield Block(((slice(None),),), (slice(None), slice(None)), lambda x: x)
+        yield _recompute.Block(((slice(None),),), (slice(None), slice(None)), lambda x: x)
 
     image, lengths = torch.ones(2, 2, requires_grad=True), (torch.tensor([0, 1, 2]), torch.tensor([1, 1]))
-    result = score(cut, "I", [image], *lengths)
+    result = _recompute.score(cut, "I", [image], *lengths)
     lengths[number][0] = 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         result.sum().backward()

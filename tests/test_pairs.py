@@ -6,7 +6,7 @@ import test_similarity_graph_score
 import torch
 
 import itm_fast
-from itm_fast.ops import _pairs
+from itm_fast.ops import _recompute
 from itm_fast.testing import op_checks
 
 COUNTS = (5, 2, 7, 3, 5, 1, 4, 6, 2, 3, 8, 4)
@@ -47,9 +47,9 @@ def test_gradients_of_few_pairs(op, monkeypatch):
     for n, (i, t) in enumerate(PAIRS):
         grad[i, t] = n - 1.5
     with monkeypatch.context() as patch:
-        patch.setattr(_pairs, "SPARSE", 1 << 40)  # all pairs at once: what does not go through the rule under test
+        patch.setattr(_recompute, "SPARSE", 1 << 40)  # all pairs at once: what does not go through the rule under test
         want = gradients(op, "reference", grad)
-    pairs, rule = [], _pairs.backward
+    pairs, rule = [], _recompute.of_pairs
 
     def counted(dense, axes, grad, needs, args):
         def count(part, *rest):
@@ -58,7 +58,7 @@ def test_gradients_of_few_pairs(op, monkeypatch):
 
         return rule(count, axes, grad, needs, args)
 
-    monkeypatch.setattr(_pairs, "backward", counted)
+    monkeypatch.setattr(_recompute, "of_pairs", counted)
     for backend in [*op_checks.backends(op), "reference"]:
         pairs.clear()
         for found, exact in zip(gradients(op, backend, grad), want, strict=True):

@@ -3,7 +3,7 @@ import torch
 from cpu_cases import at_level, needs_cpu, over_lesser_processors, scratch_of
 
 import itm_fast
-from itm_fast.ops._torch import _blocks
+from itm_fast.ops import _recompute
 from itm_fast.testing import op_checks
 
 BACKENDS = op_checks.backends("similarity_context")
@@ -96,8 +96,8 @@ def test_a_pair_does_not_depend_on_its_block(backend, monkeypatch):
         )
         torch.testing.assert_close(one[0], whole[2, start + 6 * t : stop + 6 * t + 6], rtol=1e-12, atol=1e-12)
     for tile in (1, 1 << 14):
-        monkeypatch.setattr(_blocks, "CPU_TILE", tile)
-        monkeypatch.setattr(_blocks, "MIN_QUERIES", 1)
+        monkeypatch.setattr(_recompute, "CPU_TILE", tile)
+        monkeypatch.setattr(_recompute, "MIN_QUERIES", 1)
         torch.testing.assert_close(call(*args, backend=backend), whole, rtol=1e-12, atol=1e-12)
         op_checks.check_gradients(call, args, torch.float64, backend)
 

@@ -4,7 +4,7 @@ from cpu_cases import at_level, needs_cpu, over_lesser_processors, scratch_of
 
 import itm_fast
 from itm_fast.nn import SimilarityFilter
-from itm_fast.ops._torch import _blocks
+from itm_fast.ops import _recompute
 from itm_fast.testing import op_checks
 
 BACKENDS = op_checks.backends("similarity_filter")
@@ -104,8 +104,8 @@ def test_a_pair_does_not_depend_on_its_block(backend, training, monkeypatch):
     call, args = case(7, counts, 16, training)
     whole = call(*args, backend)
     for tile in (1, 1 << 12):
-        monkeypatch.setattr(_blocks, "CPU_TILE", tile)
-        monkeypatch.setattr(_blocks, "MIN_QUERIES", 1)
+        monkeypatch.setattr(_recompute, "CPU_TILE", tile)
+        monkeypatch.setattr(_recompute, "MIN_QUERIES", 1)
         for a, b in zip(call(*args, backend), whole):
             torch.testing.assert_close(a, b, rtol=1e-13, atol=1e-13)
 

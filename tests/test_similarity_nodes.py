@@ -3,7 +3,7 @@ import torch
 from pair_score_cases import DTYPES, INPUTS, drawer, edges, inputs, lengths
 
 import itm_fast
-from itm_fast.ops._torch import _blocks
+from itm_fast.ops import _recompute
 from itm_fast.testing import op_checks
 
 BACKENDS = op_checks.backends("similarity_nodes")
@@ -108,8 +108,8 @@ def test_a_pair_does_not_depend_on_its_block(backend, monkeypatch):
     call = nodes_only(call)
     grads = op_checks.gradients(call, args, torch.float64, backend, torch.float64)
     for tile in (1, 1 << 15):
-        monkeypatch.setattr(_blocks, "CPU_TILE", tile)
-        monkeypatch.setattr(_blocks, "MIN_QUERIES", 1)
+        monkeypatch.setattr(_recompute, "CPU_TILE", tile)
+        monkeypatch.setattr(_recompute, "MIN_QUERIES", 1)
         for a, b in zip(op_checks.gradients(call, args, torch.float64, backend, torch.float64), grads):
             torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 

@@ -7,21 +7,20 @@ from model_cases import MODELS
 from sgraf_cases import LENGTHS, D, S, features
 
 import itm_fast
-from itm_fast.models import _pair_blocks
 from itm_fast.models.tshsr import TwoStreamReasoning
-from itm_fast.ops import _pairs
+from itm_fast.ops import _recompute
 
 
 def test_small_blocks_and_few_pairs_give_the_same_gradients(monkeypatch):
     model, (image, caption) = MODELS["TSHSR"].scorer(), features(I=9)
     few = torch.zeros(9, 7, dtype=torch.float64)
     few[torch.tensor([0, 0, 5, 8]), torch.tensor([2, 3, 3, 6])] = torch.tensor([1.0, -2, 0.5, 3]).double()
-    taken, rule = [], _pairs.backward
+    taken, rule = [], _recompute.of_pairs
 
     def counted(dense, axes, grad, needs, args):
         return rule(lambda part, *rest: taken.append(part.numel()) or dense(part, *rest), axes, grad, needs, args)
 
-    monkeypatch.setattr(_pair_blocks._pairs, "backward", counted)
+    monkeypatch.setattr(_recompute, "of_pairs", counted)
     for upstream in (few, torch.linspace(-1, 1, 63, dtype=torch.float64).view(9, 7)):
         found = []
         for gib in (1.0, 1e-7):

@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from argparse import Namespace
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from .._backends import requested, use_backend
-from .._workspace import GIB, current_gib, scratch_bytes, workspace
+from .._workspace import GIB, scratch_bytes, workspace
 from ..nn import GraphReasoning, PairScorer, SimilarityFilter, SimilarityGraph, State, xavier_
 from ..ops import (
     hardest_negative_loss,
@@ -27,6 +25,7 @@ from ..ops import (
     similarity_graph_score,
     similarity_nodes,
 )
+from ..ops._recompute import again
 from ..packing import bounds
 from ._common import Matcher, choice, encode_text, l1norm, l2norm, score_arrays, want
 from ._recall import i2t, t2i
@@ -178,8 +177,7 @@ class EncoderSimilarity(GlobalVectors):
         row = 2 * max(I, 1) * self.sim_eval_w.in_features * words.element_size()
         most, run_block = limit // row, self._block
         if torch.is_grad_enabled() and most < N + T:
-            again = partial(_as_chosen, requested(), current_gib(), self._block)
-            run_block = partial(checkpoint, again, use_reentrant=False, preserve_rng_state=False)
+            run_block = again(self._block, words.device.type)
         edge, blocks, start = bounds(cu_seqlens, N, NAME), [], 0
         nodes = [stop + t for t, stop in enumerate(edge)]  # bounds of the captions' nodes
         while start < T:
@@ -209,12 +207,6 @@ class EncoderSimilarity(GlobalVectors):
         else:
             z, mean, var = self.SAF_module.filtered(nodes, node_edge)
         return self.sim_eval_w(z).squeeze(2).sigmoid().to(words.dtype), mean, var
-
-
-def _as_chosen(backend: str, gib: float, function: Callable[..., Any], *args: Any) -> Any:
-    """Run a function under a backend and a bound chosen earlier, wherever autograd runs it again."""
-    with use_backend(backend), workspace(gib):
-        return function(*args)
 
 
 class ContrastiveLoss(nn.Module):

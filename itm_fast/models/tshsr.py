@@ -25,11 +25,9 @@ from torch import Tensor, nn
 
 from .._workspace import GIB, scratch_bytes, workspace
 from ..nn import PairScorer, SimilarityGraph, State, xavier_
-from ..ops import cross_attention_similarity, similarity_context, similarity_graph
+from ..ops import _recompute, cross_attention_similarity, similarity_context, similarity_graph
 from ..ops._attention import region_counts
-from ..ops._torch._blocks import Block
 from ..packing import bounds, spans
-from . import _pair_blocks
 from ._common import l2norm
 from ._rows import linear, sigmoid
 from ._self_attention import GlobalVectors
@@ -135,9 +133,9 @@ class TwoStreamReasoning(GlobalVectors):
             *self.i2t.tensors(),
         ]  # fmt: skip
         axes = "IINT" + "." * (len(tensors) - 4)
-        return _pair_blocks.score(self._cut, axes, tensors, cu_seqlens, region_lengths)
+        return _recompute.score(self._cut, axes, tensors, cu_seqlens, region_lengths)
 
-    def _cut(self, backward: bool, *args) -> Iterator[Block]:
+    def _cut(self, backward: bool, *args) -> Iterator[_recompute.Block]:
         """Images of equal numbers of regions with some captions."""
         (image, _, words, _), weights, (cu_seqlens, region_lengths) = args[:4], args[4:-2], args[-2:]
         I, S, item = len(image), len(weights[0]), max(4, image.element_size())
@@ -163,7 +161,7 @@ class TwoStreamReasoning(GlobalVectors):
                 for at in spans(len(mine), max(1, most // nodes)):
                     images = at if len(mine) == I else chosen[at]
                     inputs = (images, slice(0, n)), (images,), (rows,), (captions,), *[()] * len(weights)
-                    yield Block(inputs, (images, captions), run)
+                    yield _recompute.Block(inputs, (images, captions), run)
                 first = stop
 
     def _block(self, gib, cu_seqlens, image, image_global, words, caption_global, weight, bias, *streams) -> Tensor:

@@ -2,7 +2,8 @@
 
 A row gives a name, a kind, and the shape in letters, the choices or the bounds. From the rows follow the op's schema in
 torch's language, the checks of its public function, the shapes of its results, what autocast narrows, which arguments
-have a gradient, how a block of pairs is cut out (`_pairs`), and the struct that C++ is called with (`_calls`).
+have a gradient, how pairs are cut out of them (`_recompute.of_pairs`), and the struct that C++ is called with
+(`_calls`).
 
 Shapes are written in letters as `_checks.Shape` says; those of results may add and multiply: "N+T*C".
 """

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._backends import KERNELS, OFFERS, resolve
 from .._workspace import current_gib, workspace
-from . import _pairs
+from . import _recompute
 from ._autograd import by_autograd
 from ._declare import Declaration
 from ._first_use import put_aside
@@ -53,7 +53,7 @@ class Op(Declaration):
                 elif pairs is None:
                     found = dense(grad, needs, *args[:-1])
                 else:
-                    found = _pairs.backward(dense, pairs, grad, needs, args[:-1])
+                    found = _recompute.of_pairs(dense, pairs, grad, needs, args[:-1])
             wanted = [a for a, n in zip(args, needs, strict=False) if n]
             return [g.to(a.dtype).contiguous() for g, a in zip(found, wanted, strict=True)]
 

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from ..._checks import work_dtype
 from ...packing import bounds, runs, spans
-from .. import _attention
+from .. import _attention, _recompute
 from .._pair_score import NORM
-from . import _blocks
 from ._linear import linear
 from .cross_attention_similarity import similarity
 
@@ -32,7 +31,7 @@ def cut(
     cu_seqlens: Tensor,
     region_lengths: Tensor | None,
     scale: float,
-) -> Iterator[_blocks.Block]:
+) -> Iterator[_recompute.Block]:
     """Blocks over `tensors`: the first eight arguments of the op, the head's parameters, and those of the score.
 
     `copies` is how many [L + 1, S] temporaries of a pair the head holds at once, forward.
@@ -41,12 +40,12 @@ def cut(
     (I, _, D), S, work = image.shape, len(weight), work_dtype(image)
     edge = bounds(cu_seqlens, len(words), op)
     _attention.region_counts(region_lengths, image, op)
-    limit = _blocks.tile_bytes(image.device, backward, 1 if backward else TILES) // work.itemsize
-    for run in runs(edge, image.device, _blocks.MIN_QUERIES):
+    limit = _recompute.tile_bytes(image.device, backward, 1 if backward else TILES) // work.itemsize
+    for run in runs(edge, image.device, _recompute.MIN_QUERIES):
         pair = max(2 * run.length * D, (copies + 1) * (run.length + 1) * S) + 2 * D
         for images in spans(I, max(1, limit // (run.size * pair))):
             lengths = None if region_lengths is None else region_lengths[images]
-            yield _blocks.Block(
+            yield _recompute.Block(
                 ((images,), (images,), (run.rows,), (run.captions,), (), *[()] * len(parameters)),
                 (images, run.captions),
                 partial(_score, head, run.length, lengths, scale),

@@ -11,9 +11,8 @@ from torch import Tensor
 from ..._checks import work_dtype
 from ..._workspace import scratch_bytes
 from ...packing import bounds, runs, spans
-from .. import _attention
+from .. import _attention, _recompute
 from .._declare import empty
-from . import _blocks
 from ._attention import attended_norm, attention, valid
 
 COPIES = 6  # [R, L] temporaries of a pair alive at once, forward
@@ -22,7 +21,7 @@ COPIES = 6  # [R, L] temporaries of a pair alive at once, forward
 def forward(image: Tensor, words: Tensor, *rest) -> Tensor:
     score = empty("cross_attention_score", image, words, *rest)
     for images, args, blocks in _image_spans(False, image, words, *rest):
-        _blocks.forward(blocks, args, score[images])
+        _recompute.forward(blocks, args, score[images])
     return score
 
 
@@ -32,7 +31,8 @@ def backward(grad: Tensor, needs: list[bool], image: Tensor, words: Tensor, *res
     d_words = torch.zeros_like(words, dtype=work) if needs[1] else None
     for images, args, blocks in _image_spans(True, image, words, *rest):
         wanted = [*needs, needs[0]][: len(args)]
-        found = dict(zip([k for k, n in enumerate(wanted) if n], _blocks.backward(blocks, args, wanted, grad[images])))
+        places = [k for k, n in enumerate(wanted) if n]
+        found = dict(zip(places, _recompute.backward(blocks, args, wanted, grad[images])))
         if d_image is not None:
             d_image[images] = found[0]
             if 2 in found:  # of G = x x^T
@@ -53,7 +53,7 @@ def _image_spans(backward, image, words, cu_seqlens, region_lengths, direction, 
     edge = bounds(cu_seqlens, words.shape[0], op)
     _attention.region_counts(region_lengths, image, op)
     work, device = work_dtype(image), image.device
-    entries = _blocks.tile_bytes(device, backward) // (COPIES * work.itemsize)
+    entries = _recompute.tile_bytes(device, backward) // (COPIES * work.itemsize)
     function = partial(_score, direction, affinity_norm, scale, pool, pool_scale)
     each = work.itemsize * R * (R + D)  # an image's Gram matrix, and its copy where it is masked or widened
     for images in spans(I, max(1, scratch_bytes(device) // (4 * each))):
@@ -66,11 +66,11 @@ def _image_spans(backward, image, words, cu_seqlens, region_lengths, direction, 
         yield images, args, _rectangles(len(part), R, edge, device, entries, lengths, function, len(args))
 
 
-def _rectangles(I, R, edge, device, entries, region_lengths, function, arguments) -> Iterator[_blocks.Block]:
-    for run in runs(edge, device, max(_blocks.MIN_QUERIES, entries // (8 * R))):
+def _rectangles(I, R, edge, device, entries, region_lengths, function, arguments) -> Iterator[_recompute.Block]:
+    for run in runs(edge, device, max(_recompute.MIN_QUERIES, entries // (8 * R))):
         for images in spans(I, max(1, entries // (R * run.length * run.size))):
             lengths = None if region_lengths is None else region_lengths[images]
-            yield _blocks.Block(
+            yield _recompute.Block(
                 ((images,), (run.rows,), (images,))[:arguments],
                 (images, run.captions),
                 partial(function, run.length, lengths),

@@ -9,21 +9,20 @@ from torch import Tensor
 
 from ..._checks import work_dtype
 from ...packing import bounds, runs, spans
-from .. import _attention
+from .. import _attention, _recompute
 from .._declare import empty
-from . import _blocks
 from ._attention import attended_norm, attention, valid
 from ._linear import linear
 
 
 def forward(image: Tensor, words: Tensor, weight: Tensor, bias: Tensor, *rest) -> Tensor:
     args = image, words, weight, bias
-    return _blocks.forward(_cut(False, *args, *rest), args, empty("cross_attention_similarity", *args, *rest))
+    return _recompute.forward(_cut(False, *args, *rest), args, empty("cross_attention_similarity", *args, *rest))
 
 
 def backward(grad: Tensor, needs: list[bool], image: Tensor, words: Tensor, weight: Tensor, bias: Tensor, *rest):
     args = image, words, weight, bias
-    return _blocks.backward(_cut(True, *args, *rest), args, needs, grad)
+    return _recompute.backward(_cut(True, *args, *rest), args, needs, grad)
 
 
 def _cut(backward, image, words, weight, bias, cu_seqlens, region_lengths, direction, affinity_norm, scale):
@@ -31,12 +30,12 @@ def _cut(backward, image, words, weight, bias, cu_seqlens, region_lengths, direc
     edge = bounds(cu_seqlens, words.shape[0], op)
     _attention.region_counts(region_lengths, image, op)
     row = 2 * D * work_dtype(image).itemsize  # a query's difference
-    queries = _blocks.tile_bytes(image.device, backward) // row
-    for run in runs(edge, image.device, _blocks.MIN_QUERIES):
+    queries = _recompute.tile_bytes(image.device, backward) // row
+    for run in runs(edge, image.device, _recompute.MIN_QUERIES):
         pair = run.size * (run.length if direction == "t2i" else R)
         for images in spans(I, max(1, queries // pair)):
             lengths = None if region_lengths is None else region_lengths[images]
-            yield _blocks.Block(
+            yield _recompute.Block(
                 ((images,), (run.rows,), (), ()),
                 (images, run.rows if direction == "t2i" else run.captions),
                 partial(similarity, direction, affinity_norm, scale, run.length, lengths),

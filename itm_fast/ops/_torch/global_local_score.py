@@ -10,9 +10,8 @@ from torch import Tensor
 
 from ..._checks import work_dtype
 from ...packing import bounds, runs, spans
-from .. import _attention
+from .. import _attention, _recompute
 from .._declare import empty
-from . import _blocks
 from ._attention import attended_norm
 
 COPIES = 5  # [C, L, b] temporaries of a block alive at once, forward
@@ -20,19 +19,19 @@ COPIES = 5  # [C, L, b] temporaries of a block alive at once, forward
 
 def forward(vector: Tensor, words: Tensor, *rest) -> Tensor:
     score = empty("global_local_score", vector, words, *rest)
-    return _blocks.forward(_cut(False, vector, words, *rest), (vector, words), score)
+    return _recompute.forward(_cut(False, vector, words, *rest), (vector, words), score)
 
 
 def backward(grad: Tensor, needs: list[bool], vector: Tensor, words: Tensor, *rest) -> list[Tensor]:
-    return _blocks.backward(_cut(True, vector, words, *rest), (vector, words), needs, grad)
+    return _recompute.backward(_cut(True, vector, words, *rest), (vector, words), needs, grad)
 
 
-def _cut(backward: bool, vector: Tensor, words: Tensor, cu_seqlens: Tensor, scale: float) -> Iterator[_blocks.Block]:
+def _cut(backward: bool, vector: Tensor, words: Tensor, cu_seqlens: Tensor, scale: float) -> Iterator[_recompute.Block]:
     edge = bounds(cu_seqlens, words.shape[0], "global_local_score")
-    entries = _blocks.tile_bytes(vector.device, backward) // (COPIES * work_dtype(vector).itemsize)
-    for run in runs(edge, vector.device, _blocks.MIN_QUERIES):
+    entries = _recompute.tile_bytes(vector.device, backward) // (COPIES * work_dtype(vector).itemsize)
+    for run in runs(edge, vector.device, _recompute.MIN_QUERIES):
         for images in spans(len(vector), max(1, entries // (run.length * run.size))):
-            yield _blocks.Block(((images,), (run.rows,)), (images, run.captions), partial(_score, run.length, scale))
+            yield _recompute.Block(((images,), (run.rows,)), (images, run.captions), partial(_score, run.length, scale))
 
 
 def _score(length: int, scale: float, vector: Tensor, words: Tensor) -> Tensor:

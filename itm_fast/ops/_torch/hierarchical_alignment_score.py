@@ -16,9 +16,8 @@ from torch import Tensor
 
 from ..._checks import work_dtype
 from ...packing import bounds, runs, spans
-from .. import _attention
+from .. import _attention, _recompute
 from .._declare import empty
-from . import _blocks
 from ._attention import valid
 
 COPIES = 8  # [R, L] temporaries of a pair alive at once, forward
@@ -46,29 +45,29 @@ class Options(NamedTuple):
 
 def forward(image: Tensor, *args) -> Tensor:
     score = empty("hierarchical_alignment_score", image, *args)
-    return _blocks.forward(_cut(False, image, *args), (image, *args[:7]), score)
+    return _recompute.forward(_cut(False, image, *args), (image, *args[:7]), score)
 
 
 def backward(grad: Tensor, needs: list[bool], *args) -> list[Tensor]:
-    return _blocks.backward(_cut(True, *args), args[:8], needs, grad)
+    return _recompute.backward(_cut(True, *args), args[:8], needs, grad)
 
 
-def _cut(backward, image, image_key, image_gate, words, *rest) -> Iterator[_blocks.Block]:
+def _cut(backward, image, image_key, image_gate, words, *rest) -> Iterator[_recompute.Block]:
     *_, cu_seqlens, region_lengths, direction, scale, pool, local_mix, global_mix = rest
     (I, R, D), op = image.shape, "hierarchical_alignment_score"
     edge = bounds(cu_seqlens, len(words), op)
     _attention.region_counts(region_lengths, image, op)
     options = Options(direction, scale, pool, local_mix, global_mix)
     vector = image_gate.shape[3] > 1
-    limit = _blocks.tile_bytes(image.device, backward, 1 if backward else TILES) // work_dtype(image).itemsize
-    for run in runs(edge, image.device, _blocks.MIN_QUERIES):
+    limit = _recompute.tile_bytes(image.device, backward, 1 if backward else TILES) // work_dtype(image).itemsize
+    for run in runs(edge, image.device, _recompute.MIN_QUERIES):
         pair = COPIES * R * run.length
         if vector:
             pair += ROWS * D * (R * (direction != "t2i") + run.length * (direction != "i2t"))
         each = run.size * pair + R * (R + 2 * D)
         for images in spans(I, max(1, limit // each)):
             lengths = None if region_lengths is None else region_lengths[images]
-            yield _blocks.Block(
+            yield _recompute.Block(
                 ((images,), (images,), (images,), (run.rows,), (run.rows,), (run.rows,), (), ()),
                 (images, run.captions),
                 partial(_score, options, run.length, lengths),

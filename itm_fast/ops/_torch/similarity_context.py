@@ -10,30 +10,30 @@ from torch import Tensor
 
 from ..._checks import work_dtype
 from ...packing import Index, Run, bounds, runs, spans
+from .. import _recompute
 from .._declare import empty
-from . import _blocks
 
 COPIES = 2  # [L, S] temporaries of a pair alive at once, forward
 
 
 def forward(overall: Tensor, local: Tensor, assignment: Tensor, *rest) -> Tensor:
     args = overall, local, assignment
-    return _blocks.forward(_cut(False, *args, *rest), args, empty("similarity_context", *args, *rest))
+    return _recompute.forward(_cut(False, *args, *rest), args, empty("similarity_context", *args, *rest))
 
 
 def backward(grad: Tensor, needs: list[bool], overall: Tensor, local: Tensor, assignment: Tensor, *rest):
     args = overall, local, assignment
-    return _blocks.backward(_cut(True, *args, *rest), args, needs, grad)
+    return _recompute.backward(_cut(True, *args, *rest), args, needs, grad)
 
 
-def _cut(backward, overall, local, assignment, cu_seqlens, sizes) -> Iterator[_blocks.Block]:
+def _cut(backward, overall, local, assignment, cu_seqlens, sizes) -> Iterator[_recompute.Block]:
     (I, N, S), more = local.shape, 1 + len(assignment)
     edge = bounds(cu_seqlens, N, "similarity_context")
-    rows = _blocks.tile_bytes(local.device, backward) // (COPIES * S * work_dtype(local).itemsize)
-    for run in runs(edge, local.device, _blocks.MIN_QUERIES):
+    rows = _recompute.tile_bytes(local.device, backward) // (COPIES * S * work_dtype(local).itemsize)
+    for run in runs(edge, local.device, _recompute.MIN_QUERIES):
         for images in spans(I, max(1, rows // ((run.length + more) * run.size))):
             inputs = ((images, run.captions), (images, run.rows), ())
-            yield _blocks.Block(inputs, (images, _places(run, edge, more)), partial(joined, run.length, sizes))
+            yield _recompute.Block(inputs, (images, _places(run, edge, more)), partial(joined, run.length, sizes))
 
 
 def _places(run: Run, edge: list[int], more: int) -> Index:

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ..._checks import work_dtype
 from ...packing import bounds, runs, spans
-from .. import _attention
+from .. import _attention, _recompute
 from .._declare import empty
-from . import _blocks
 
 COPIES = 3  # [L + 1, S] temporaries of a pair alive at once, forward
 
@@ -28,18 +27,18 @@ def forward(*args) -> tuple[Tensor, Tensor, Tensor]:
 
 def backward(grad: Tensor, needs: list[bool], *args) -> list[Tensor]:
     parts = (p._replace(function=lambda *a, f=p.function: f(*a)[0]) for p in _parts(True, *args))
-    return _blocks.backward(parts, args[:5], needs, grad)
+    return _recompute.backward(parts, args[:5], needs, grad)
 
 
 def _parts(backward, nodes, weight, bias, norm_weight, norm_bias, running_mean, running_var, cu_seqlens, training, eps):
     (I, M, S), op = nodes.shape, "similarity_filter"
     edge = bounds(cu_seqlens, M, op)
-    rows = _blocks.tile_bytes(nodes.device, backward) // (COPIES * S * work_dtype(nodes).itemsize)
+    rows = _recompute.tile_bytes(nodes.device, backward) // (COPIES * S * work_dtype(nodes).itemsize)
     function = partial(filtered, running_mean, running_var, training, eps)
-    for run in runs(edge, nodes.device, max(1, rows // max(I, 1)) if training else _blocks.MIN_QUERIES):
+    for run in runs(edge, nodes.device, max(1, rows // max(I, 1)) if training else _recompute.MIN_QUERIES):
         # A caption's statistics are over all images, so in training no block may split them.
         for images in spans(I, I if training else max(1, rows // (run.length * run.size))):
-            yield _blocks.Block(
+            yield _recompute.Block(
                 ((images, run.rows), (), (), (), ()), (images, run.captions), partial(function, run.length)
             )
 

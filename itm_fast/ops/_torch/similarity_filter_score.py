@@ -6,17 +6,18 @@ from functools import partial
 
 from torch import Tensor
 
+from .. import _recompute
 from .._declare import empty
-from . import _blocks, _pair_score
+from . import _pair_score
 from .similarity_filter import COPIES, filtered
 
 
 def forward(*args) -> Tensor:
-    return _blocks.forward(_cut(False, *args), args[:14], empty("similarity_filter_score", *args))
+    return _recompute.forward(_cut(False, *args), args[:14], empty("similarity_filter_score", *args))
 
 
 def backward(grad: Tensor, needs: list[bool], *args) -> list[Tensor]:
-    return _blocks.backward(_cut(True, *args), args[:14], needs, grad)
+    return _recompute.backward(_cut(True, *args), args[:14], needs, grad)
 
 
 def _cut(backward, *args):

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ..._checks import work_dtype
 from ...packing import bounds, runs, spans
+from .. import _recompute
 from .._declare import empty
-from . import _blocks
 from ._linear import linear
 
 COPIES = 6  # [L + 1, S] temporaries of a pair alive at once, forward
@@ -48,26 +48,26 @@ def _fold(Wq: Tensor, bq: Tensor, Wk: Tensor, bk: Tensor, Wr: Tensor, br: Tensor
 def forward(nodes: Tensor, *rest: Tensor) -> Tensor:
     *weights, cu_seqlens = rest
     args = (nodes, *Folded(weights).values)
-    return _blocks.forward(_cut(False, nodes, cu_seqlens), args, empty("similarity_graph", nodes, *rest))
+    return _recompute.forward(_cut(False, nodes, cu_seqlens), args, empty("similarity_graph", nodes, *rest))
 
 
 def backward(grad: Tensor, needs: list[bool], nodes: Tensor, *rest: Tensor) -> list[Tensor]:
     *weights, cu_seqlens = rest
     folded = Folded(weights, needs[1:])
     args = (nodes, *folded.values)
-    found = _blocks.backward(_cut(True, nodes, cu_seqlens), args, [needs[0], *folded.needs], grad)
+    found = _recompute.backward(_cut(True, nodes, cu_seqlens), args, [needs[0], *folded.needs], grad)
     mine = int(needs[0])
     return [*found[:mine], *folded.gradients(found[mine:])]
 
 
-def _cut(backward: bool, nodes: Tensor, cu_seqlens: Tensor) -> Iterator[_blocks.Block]:
+def _cut(backward: bool, nodes: Tensor, cu_seqlens: Tensor) -> Iterator[_recompute.Block]:
     (I, M, S), op = nodes.shape, "similarity_graph"
     edge = bounds(cu_seqlens, M, op)
-    rows = _blocks.tile_bytes(nodes.device, backward) // (COPIES * S * work_dtype(nodes).itemsize)
-    for run in runs(edge, nodes.device, _blocks.MIN_QUERIES):
+    rows = _recompute.tile_bytes(nodes.device, backward) // (COPIES * S * work_dtype(nodes).itemsize)
+    for run in runs(edge, nodes.device, _recompute.MIN_QUERIES):
         for images in spans(I, max(1, rows // (run.length * run.size))):
             inputs = ((images, run.rows), (), (), ())
-            yield _blocks.Block(inputs, (images, run.captions), partial(reason, run.length))
+            yield _recompute.Block(inputs, (images, run.captions), partial(reason, run.length))
 
 
 def reason(length: int, nodes: Tensor, product: Tensor, shift: Tensor, br: Tensor) -> Tensor:

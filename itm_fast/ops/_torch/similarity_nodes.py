@@ -10,28 +10,27 @@ from torch import Tensor
 
 from ..._checks import work_dtype
 from ...packing import Index, bounds, runs, spans
-from .. import _attention
+from .. import _attention, _recompute
 from .._declare import empty
-from . import _blocks
 from ._pair_score import nodes
 
 
 def forward(*args) -> tuple[Tensor, Tensor]:
     result, kept = empty("similarity_nodes", *args)
-    return _blocks.forward(_cut(False, *args), args[:8], result), kept
+    return _recompute.forward(_cut(False, *args), args[:8], result), kept
 
 
 def backward(grad: Tensor, needs: list[bool], *args, results: Sequence[Tensor]) -> list[Tensor]:
-    return _blocks.backward(_cut(True, *args), args[:8], needs, grad)
+    return _recompute.backward(_cut(True, *args), args[:8], needs, grad)
 
 
-def _cut(backward: bool, *args) -> Iterator[_blocks.Block]:
+def _cut(backward: bool, *args) -> Iterator[_recompute.Block]:
     image, _, words, _, weight, *_, cu_seqlens, region_lengths, scale = args
     (I, _, D), S, work = image.shape, len(weight), work_dtype(image)
     edge = bounds(cu_seqlens, len(words), "similarity_nodes")
     _attention.region_counts(region_lengths, image, "similarity_nodes")
-    limit = _blocks.tile_bytes(image.device, backward) // work.itemsize
-    for run in runs([start + t for t, start in enumerate(edge)], image.device, _blocks.MIN_QUERIES):
+    limit = _recompute.tile_bytes(image.device, backward) // work.itemsize
+    for run in runs([start + t for t, start in enumerate(edge)], image.device, _recompute.MIN_QUERIES):
         length = run.length - 1
         at = run.captions
         if isinstance(at, slice):
@@ -42,7 +41,7 @@ def _cut(backward: bool, *args) -> Iterator[_blocks.Block]:
         pair = run.length * (2 * D + S)
         for images in spans(I, max(1, limit // (run.size * pair))):
             lengths = None if region_lengths is None else region_lengths[images]
-            yield _blocks.Block(
+            yield _recompute.Block(
                 ((images,), (images,), (words_at,), (at,), (), (), (), ()),
                 (images, run.rows),
                 partial(nodes, length, lengths, scale),
