@@ -160,3 +160,15 @@ def test_top_level_kernels_is_refused():
         "except ImportError as e: print(e)"
     )
     assert "import itm_fast.kernels, not kernels" in run(code)
+
+
+def test_einops_comes_with_the_models_and_not_with_the_ops():
+    code = (
+        "import sys, torch, itm_fast, itm_fast.ops, itm_fast.nn, itm_fast.evaluation, itm_fast.data\n"
+        "from itm_fast.testing import inputs\n"
+        "itm_fast.cross_attention_score(*inputs(2, [3, 2], 4, 8))\n"
+        "print('einops' in sys.modules)\n"
+        "import itm_fast.models.scan\n"
+        "print('einops' in sys.modules)"
+    )
+    assert run(code).split() == ["False", "True"]

@@ -49,7 +49,7 @@ def test_the_whole_model_has_the_loops_gradients(variant):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("gate", shan.GATES)
+@pytest.mark.parametrize("gate", shan.OPTIONS["gate"].choices)
 def test_gradcheck_of_the_scorer(gate, backend):
     torch.manual_seed(0)
     made = shan.EncoderSimilarity(4, gate=gate).double()

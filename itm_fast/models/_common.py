@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
@@ -36,6 +37,27 @@ def sums(x: Tensor, lengths: Tensor) -> Tensor:
     owner = torch.repeat_interleave(lengths, output_size=len(x))
     work = torch.promote_types(x.dtype, torch.float32)
     return x.new_zeros(len(lengths), x.shape[1], dtype=work).index_add(0, owner, x.to(work))
+
+
+def real_rows(lengths: Tensor, most: int) -> Tensor:
+    """Which rows of padded items are theirs: lengths [B] -> bool [B, most]."""
+    return torch.arange(most, device=lengths.device) < rearrange(lengths, "b -> b 1")
+
+
+def without_padding(image: Tensor, region_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """Regions with zeros for what lies beyond each image's number of them, a NaN as well.
+
+    A NaN there would reach the gradients of weights as 0 x NaN.
+
+    Args:
+        image: [I, R, D].
+        region_lengths: [I].
+
+    Returns:
+        [I, R, D], and which rows are regions, bool [I, R].
+    """
+    valid = real_rows(region_lengths, image.shape[1])
+    return image.masked_fill(~rearrange(valid, "i r -> i r 1"), 0.0), valid
 
 
 def want(opt: Namespace, model: str, names: Sequence[str]) -> None:
@@ -98,8 +120,8 @@ def encode_text(
     packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
     caption, lengths = pad_packed_sequence(rnn(packed)[0], batch_first=True)
     if rnn.bidirectional:
-        half = caption.shape[2] // 2
-        caption = (caption[:, :, :half] + caption[:, :, half:]) / 2
+        onwards, backwards = rearrange(caption, "b w (two d) -> two b w d", two=2)
+        caption = (onwards + backwards) / 2
     return caption if no_txtnorm else l2norm(caption, dim=-1), lengths
 
 
@@ -252,9 +274,8 @@ class Matcher:
         self.log("Eit", self.Eiters)
         self.log("lr", self.optimizer.param_groups[0]["lr"])
         self.optimizer.zero_grad()
-        if region_lengths is not None:  # a NaN in the padding would reach the encoder's weight gradient as 0 x NaN
-            padding = torch.arange(images.shape[1]) >= region_lengths.cpu()[:, None]
-            images = images.masked_fill(padding.to(images.device).unsqueeze(2), 0.0)
+        if region_lengths is not None:
+            images, _ = without_padding(images, region_lengths.to(images.device))
             region_lengths = region_lengths.to(self.device)
         loss = self.batch_loss(images, captions, lengths, region_lengths)
         loss.backward()

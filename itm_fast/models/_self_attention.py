@@ -10,12 +10,13 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from .._workspace import scratch_bytes
 from ..nn import State, xavier_
 from ..packing import bounds, spans
-from ._common import PaddedScorer, l2norm, sums
+from ._common import PaddedScorer, l2norm, real_rows, sums, without_padding
 from ._rows import linear
 
 LEAST = 16  # logits of a caption that are padded: torch's softmax over fewer than a vector of them rounds otherwise
@@ -46,11 +47,12 @@ class _SelfAttention(nn.Module):
 
     def pooled(self, local: Tensor, l_emb: Tensor, g_emb: Tensor, valid: Tensor | None = None) -> Tensor:
         """l2norm of the weighted sum of `local` [B, L, D]; rows not `valid` [B, L] have no weight."""
-        weights = self.embedding_common(l_emb * g_emb.unsqueeze(1)).squeeze(2)
+        logits = self.embedding_common(l_emb * rearrange(g_emb, "b d -> b 1 d"))
+        weights = rearrange(logits, "b l 1 -> b l")
         if valid is not None:
             weights = weights.masked_fill(~valid, float("-inf"))
         weights = weights.softmax(1).to(local.dtype)
-        return l2norm((weights.unsqueeze(2) * local).sum(1), dim=-1)
+        return l2norm(reduce(rearrange(weights, "b l -> b l 1") * local, "b l d -> b d", "sum"))
 
 
 class VisualSA(_SelfAttention):
@@ -94,18 +96,19 @@ def _masked_batch_norm(norm: nn.BatchNorm1d, x: Tensor, valid: Tensor) -> Tensor
 
     The running statistics of a channel without a valid row stay as they are.
     """
-    real = valid.unsqueeze(2)
+    real = rearrange(valid, "b r -> b r 1")
     count = (valid.sum(0) * x.shape[2]).to(x.dtype)  # [R]
-    mean = x.masked_fill(~real, 0.0).sum((0, 2)) / count.clamp_min(1)
-    centred = (x - mean[:, None]).masked_fill(~real, 0.0)
-    var = centred.square().sum((0, 2)) / count.clamp_min(1)
+    mean = reduce(x.masked_fill(~real, 0.0), "b r d -> r", "sum") / count.clamp_min(1)
+    centred = (x - rearrange(mean, "r -> r 1")).masked_fill(~real, 0.0)
+    var = reduce(centred.square(), "b r d -> r", "sum") / count.clamp_min(1)
     with torch.no_grad():
         unbiased = var * (count / (count - 1).clamp_min(1))
         for name, new in (("running_mean", mean), ("running_var", unbiased)):
             running = norm.get_buffer(name)
             running.lerp_(new.to(running), cast(float, norm.momentum) * (count > 0).to(running))
         norm.get_buffer("num_batches_tracked").add_(1)
-    return centred * (norm.weight * (var + norm.eps).rsqrt())[:, None] + norm.bias[:, None]
+    scale = norm.weight * (var + norm.eps).rsqrt()
+    return centred * rearrange(scale, "r -> r 1") + rearrange(norm.bias, "r -> r 1")
 
 
 class TextSA(_SelfAttention):
@@ -143,13 +146,13 @@ class TextSA(_SelfAttention):
         g_emb = tanh(linear((sums(words, lengths) / lengths[:, None]).to(words.dtype)))
         if self.training:
             l_emb, g_emb = self._dropped(l_emb, g_emb, lengths.tolist())
-        logits = self.embedding_common(l_emb * g_emb[owner]).squeeze(1)  # [N]
+        logits = rearrange(self.embedding_common(l_emb * g_emb[owner]), "n 1 -> n")
         longest = max(LEAST, int(lengths.max()))
-        real = torch.arange(longest, device=words.device) < lengths[:, None]  # [T, W]
+        real = real_rows(lengths, longest)  # [T, W]
         padded = logits.new_full(real.shape, float("-inf"))
         padded[real] = logits
         weights = padded.softmax(1)[real]
-        return l2norm(sums(weights[:, None] * words, lengths).to(words.dtype), dim=-1)
+        return l2norm(sums(rearrange(weights, "n -> n 1") * words, lengths).to(words.dtype), dim=-1)
 
     def _dropped(self, l_emb: Tensor, g_emb: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
         """Both embeddings after their dropouts, drawn in the shapes and order of the published loop."""
@@ -198,8 +201,7 @@ class GlobalVectors(PaddedScorer):
     def _image_global(self, image: Tensor, region_lengths: Tensor | None) -> Tensor:
         if region_lengths is None:
             return self.v_global_w(image, image.mean(1))
-        valid = torch.arange(image.shape[1], device=image.device) < region_lengths[:, None]
-        image = image.masked_fill(~valid.unsqueeze(2), 0.0)
+        image, valid = without_padding(image, region_lengths)
         return self.v_global_w(image, image.sum(1) / region_lengths[:, None], valid)
 
     def caption_state(self, words: Tensor, cu_seqlens: Tensor) -> State:

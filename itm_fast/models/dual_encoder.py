@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from argparse import Namespace
 
-import torch
 from torch import Tensor
 
 from ..nn import PairScorer, State
-from ._common import PaddedScorer, l2norm, sums
+from ._common import PaddedScorer, l2norm, sums, without_padding
 from ._rows import linear
 from .sgraf import SGRAF
 
@@ -27,8 +26,8 @@ class MeanCosine(PaddedScorer):
         """The image and the unit vector along its mean region: [I, R, D], [I, D]."""
         if region_lengths is None:
             return image, l2norm(image.mean(1))
-        valid = torch.arange(image.shape[1], device=image.device) < region_lengths[:, None]
-        return image, l2norm(image.masked_fill(~valid.unsqueeze(2), 0.0).sum(1) / region_lengths[:, None])
+        regions, _ = without_padding(image, region_lengths)
+        return image, l2norm(regions.sum(1) / region_lengths[:, None])
 
     def caption_state(self, words: Tensor, cu_seqlens: Tensor) -> State:
         """The unit vectors along the captions' mean words: [T, D]."""

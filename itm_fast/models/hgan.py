@@ -23,13 +23,14 @@ from argparse import Namespace
 from collections.abc import Callable, Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from .._workspace import scratch_bytes
 from ..nn import PairScorer, State
 from ..ops import cross_attention_score, global_local_score
 from ..packing import bounds, spans
-from ._common import l2norm, sums
+from ._common import l2norm, real_rows, sums
 from ._rows import apart, linear
 from ._self_attention import GlobalVectors
 from .sgraf import SGRAF
@@ -43,21 +44,21 @@ class Layout:
 
     def __init__(self, lengths: Tensor, longest: int) -> None:
         self.lengths = lengths
-        self.real = torch.arange(longest, device=lengths.device) < lengths[:, None]
+        self.real = real_rows(lengths, longest)
         self.owner = torch.repeat_interleave(lengths)  # [N], the item of each row
         self._full = len(self.owner) == self.real.numel()
 
     def pad(self, rows: Tensor) -> Tensor:
         """[N, D] -> [B, L, D] with zeros beyond each item's rows."""
         if self._full:
-            return rows.reshape(*self.real.shape, -1)
+            return rearrange(rows, "(b l) d -> b l d", b=len(self.real))
         padded = rows.new_zeros(*self.real.shape, rows.shape[1])
         padded[self.real] = rows
         return padded
 
     def rows(self, padded: Tensor) -> Tensor:
         """[B, L, D] -> [N, D]."""
-        return padded.flatten(0, 1) if self._full else padded[self.real]
+        return rearrange(padded, "b l d -> (b l) d") if self._full else padded[self.real]
 
 
 class FeatureGraph(nn.Module):
@@ -81,7 +82,7 @@ class FeatureGraph(nn.Module):
         asked, value = linear(rows, product).split(D, 1)
         if apart(rows, product):
             return l2norm(rows + _each(rows, asked, value, layout, adjacency).relu())
-        logits = torch.bmm(layout.pad(asked), layout.pad(rows).transpose(1, 2)) / math.sqrt(D)
+        logits = torch.bmm(layout.pad(asked), rearrange(layout.pad(rows), "b l d -> b d l")) / math.sqrt(D)
         near = layout.real[:, None, :] if adjacency is None else adjacency & layout.real[:, None, :]
         # A row without neighbours gets nothing: its softmax is made over all rows, and masked.
         edge = logits.masked_fill(~near & near.any(2, keepdim=True), float("-inf")).softmax(2) * near
@@ -138,17 +139,15 @@ def _grouped(x: Tensor, weight: Tensor) -> Tensor:
     """Each of c groups of channels by its own matrix: x [n, D], weight [c, D / c, D / c] -> [n, D]."""
     if len(weight) == 1:
         return linear(x, weight[0])
-    groups = x.view(len(x), len(weight), -1).transpose(0, 1)
+    groups = rearrange(x, "n (c d) -> c n d", c=len(weight))
     if apart(x, weight):
         return torch.cat([linear(group, of_group) for group, of_group in zip(groups, weight, strict=True)], 1)
-    return torch.bmm(groups, weight.transpose(1, 2)).transpose(0, 1).reshape(len(x), -1)
+    mapped = torch.bmm(groups, rearrange(weight, "c out d -> c d out"))
+    return rearrange(mapped, "c n out -> n (c out)")
 
 
 class HierarchicalAlignment(GlobalVectors):
     """HGAN's pair scorer, reconstructed from the abstract: the equations are not public to us. See the module.
-
-    Where an operation is asked for by a backend that it does not have (the global-to-local scores have `torch` and
-    `reference`), what "auto" chooses computes it; the attention, which is most of the work, never is replaced.
 
     Args:
         embed_size: D.
@@ -304,11 +303,11 @@ class HierarchicalAlignment(GlobalVectors):
                         region_lengths=region_lengths,
                     )  # fmt: skip
         if between:
-            I, R, D = regions.shape
+            I, R, _ = regions.shape
             of_image = self._global_local(image_global, words, cu_seqlens)
             # Rows beyond an image's regions are zero: they take equal shares of every weight, and a cosine does not
             # know how long what is attended to is.
-            rows, region_bounds = regions.reshape(I * R, D), R * torch.arange(I + 1, device=regions.device)
+            rows, region_bounds = rearrange(regions, "i r d -> (i r) d"), R * torch.arange(I + 1, device=regions.device)
             of_caption = self._global_local(caption_global, rows, region_bounds).t()
             total = total + between * (self.share_global * of_image + (1 - self.share_global) * of_caption)
         if overall:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from ..nn import CrossAttentionScore, xavier_
@@ -76,15 +77,14 @@ def EncoderImage(
     return EncoderImageWeightNormPrecomp(img_dim, embed_size, no_imgnorm)
 
 
-class EncoderImagePrecomp(OwnKeys):
-    """Linear and l2norm: features [B, R, F] -> [B, R, D]."""
+class _EncoderImage(OwnKeys):
+    """The linear map `fc` and l2norm."""
 
-    def __init__(self, img_dim: int, embed_size: int, no_imgnorm: bool = False) -> None:
+    def __init__(self, fc: nn.Module, embed_size: int, no_imgnorm: bool) -> None:
         super().__init__()
         self.embed_size = embed_size
         self.no_imgnorm = no_imgnorm
-        self.fc = nn.Linear(img_dim, embed_size)
-        xavier_(self.fc)
+        self.fc = fc
 
     def extra_repr(self) -> str:
         """What changes the result and shows in no weight: an evaluation that is resumed compares it."""
@@ -94,6 +94,15 @@ class EncoderImagePrecomp(OwnKeys):
         """Embed features [B, R, F] -> [B, R, D], unit rows unless `no_imgnorm`."""
         features = self.fc(images)
         return features if self.no_imgnorm else l2norm(features, dim=-1)
+
+
+class EncoderImagePrecomp(_EncoderImage):
+    """Linear and l2norm: features [B, R, F] -> [B, R, D]."""
+
+    def __init__(self, img_dim: int, embed_size: int, no_imgnorm: bool = False) -> None:
+        linear = nn.Linear(img_dim, embed_size)
+        xavier_(linear)
+        super().__init__(linear, embed_size, no_imgnorm)
 
 
 class _WeightNormLinear(nn.Module):
@@ -110,23 +119,11 @@ class _WeightNormLinear(nn.Module):
         return nn.functional.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm()), self.bias)
 
 
-class EncoderImageWeightNormPrecomp(OwnKeys):
+class EncoderImageWeightNormPrecomp(_EncoderImage):
     """Weight-normalised Linear and l2norm: features [B, R, F] -> [B, R, D]."""
 
     def __init__(self, img_dim: int, embed_size: int, no_imgnorm: bool = False) -> None:
-        super().__init__()
-        self.embed_size = embed_size
-        self.no_imgnorm = no_imgnorm
-        self.fc = _WeightNormLinear(img_dim, embed_size)
-
-    def extra_repr(self) -> str:
-        """What changes the result and shows in no weight: an evaluation that is resumed compares it."""
-        return f"no_imgnorm={self.no_imgnorm}"
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Embed features [B, R, F] -> [B, R, D], unit rows unless `no_imgnorm`."""
-        features = self.fc(images)
-        return features if self.no_imgnorm else l2norm(features, dim=-1)
+        super().__init__(_WeightNormLinear(img_dim, embed_size), embed_size, no_imgnorm)
 
 
 class EncoderText(nn.Module):
@@ -174,9 +171,9 @@ def func_attention(
         Attended vectors [B, Q, D] and attention [B, C, Q].
     """
     choice("func_attention", "raw_feature_norm", opt.raw_feature_norm, tuple(NORMS))
-    affinity = torch.bmm(context, query.transpose(1, 2))
+    affinity = torch.bmm(context, rearrange(query, "b q d -> b d q"))
     attention = (smooth * affinity_norm(affinity, NORMS[opt.raw_feature_norm], dim=2)).softmax(1)
-    return torch.bmm(attention.transpose(1, 2), context), attention
+    return torch.bmm(rearrange(attention, "b c q -> b q c"), context), attention
 
 
 def _scorer(direction: str, opt: Namespace) -> CrossAttentionScore:

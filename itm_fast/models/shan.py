@@ -26,14 +26,13 @@ from torch import Tensor, nn
 
 from ..nn import PairScorer, State
 from ..ops import hierarchical_alignment_score
-from ._common import PaddedScorer, choice, encode_text, l2norm
+from ._catalogue import CATALOGUE
+from ._common import PaddedScorer, choice, encode_text, l2norm, without_padding
 from ._rows import linear
 from .sgraf import SGRAF, EncoderImage
 
 ALIGNMENTS = {"full": "both", "t2i": "t2i", "i2t": "i2t"}  # the paper's three models -> the op's direction
-GATES = ("scalar", "vector")
-AFFINITIES = ("cosine", "dot")
-POOLINGS = ("mean", "sum")
+OPTIONS = CATALOGUE["shan"].options
 
 __all__ = ["SHAN", "EncoderImage", "EncoderSimilarity", "EncoderText"]
 
@@ -147,9 +146,8 @@ class EncoderSimilarity(PaddedScorer):
     ) -> None:
         super().__init__()
         choice("SHAN", "alignment", alignment, tuple(ALIGNMENTS))
-        choice("SHAN", "gate", gate, GATES)
-        choice("SHAN", "affinity", affinity, AFFINITIES)
-        choice("SHAN", "pooling", pooling, POOLINGS)
+        for name, value in (("gate", gate), ("affinity", affinity), ("pooling", pooling)):
+            choice("SHAN", name, value, OPTIONS[name].choices)
         self.affinity, self.width = affinity, 1 if gate == "scalar" else embed_size
         self.options: dict[str, Any] = {
             "direction": ALIGNMENTS[alignment],
@@ -179,9 +177,8 @@ class EncoderSimilarity(PaddedScorer):
     def image_state(self, image: Tensor, region_lengths: Tensor | None = None) -> State:
         """The image, its keys and its parts of the gates: [I, R, D] -> [I, R, D], [I, R, D], [I, R, 2, K]."""
         local = image
-        if region_lengths is not None:  # a NaN in the padding would reach the weights' gradients as 0 x NaN
-            valid = torch.arange(image.shape[1], device=image.device) < region_lengths[:, None]
-            local = image.masked_fill(~valid.unsqueeze(2), 0.0)
+        if region_lengths is not None:
+            local, _ = without_padding(image, region_lengths)
         gates = self._own(self._gate("image"), local), self._attended(self._gate("caption"), local)
         return image, self._key(self.region_projection, local), torch.stack(gates, -2)
 

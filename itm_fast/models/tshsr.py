@@ -21,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from .._workspace import GIB, scratch_bytes, workspace
@@ -70,9 +71,6 @@ class Stream(nn.Module):
 
 class TwoStreamReasoning(GlobalVectors):
     """TSHSR's pair scorer, reconstructed from the abstract: the equations are not public to us. See the module.
-
-    Where the context nodes are asked for by a backend that they do not have, what "auto" chooses computes them;
-    similarities and graphs, which are most of the work, are never replaced.
 
     Args:
         embed_size: D.
@@ -169,7 +167,7 @@ class TwoStreamReasoning(GlobalVectors):
         (b, n, _), c = image.shape, len(caption_global)
         more = 1 + sum(self.sizes)
         with workspace(gib):
-            overall = linear((image_global[:, None] - caption_global).square(), weight, bias)
+            overall = linear((rearrange(image_global, "b d -> b 1 d") - caption_global).square(), weight, bias)
             overall = l2norm(overall)  # [b, c, S]
             total = overall.new_zeros(b, c)
             for direction, scale in zip(DIRECTIONS, (self.scale_t2i, self.scale_i2t)):
@@ -180,14 +178,14 @@ class TwoStreamReasoning(GlobalVectors):
                 )
                 edge = cu_seqlens
                 if direction == "i2t":
-                    local = local.view(b, c * n, -1)
+                    local = rearrange(local, "b c n s -> b (c n) s")
                     edge = n * torch.arange(c + 1, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
                 nodes = similarity_context(overall.to(local.dtype), local, edge, assignment, self.sizes)
                 del local
                 edge = edge + more * torch.arange(c + 1, dtype=edge.dtype, device=edge.device)
                 z = similarity_graph(nodes, edge, *graph)
                 final = linear(z, final_weight.to(z.dtype)[None], final_bias.to(z.dtype))
-                total = total + sigmoid(final.squeeze(2)) / 2
+                total = total + sigmoid(rearrange(final, "b c 1 -> b c")) / 2
         return total
 
 

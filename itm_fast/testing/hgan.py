@@ -11,6 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .scan import attend, cosine, l2norm
@@ -24,7 +25,7 @@ def graph(state: State, name: str, x: Tensor, adjacency: Tensor | None = None) -
     layers = len({key.split(".")[1] for key in state if key.startswith(f"{name}.")})
     for k in range(layers):
         query, key, value = (state[f"{name}.{k}.{part}.weight"] for part in ("query", "key", "value"))
-        logits = torch.bmm(x @ query.t(), (x @ key.t()).transpose(1, 2)) / math.sqrt(x.shape[2])
+        logits = torch.bmm(x @ query.t(), rearrange(x @ key.t(), "b l d -> b d l")) / math.sqrt(x.shape[2])
         edge = torch.exp(logits - logits.max(2, keepdim=True)[0])
         if adjacency is not None:
             edge = edge * adjacency
@@ -34,16 +35,14 @@ def graph(state: State, name: str, x: Tensor, adjacency: Tensor | None = None) -
     return x
 
 
-def rearrange(state: State, x: Tensor, other: Tensor) -> Tensor:
+def mfar(state: State, x: Tensor, other: Tensor) -> Tensor:
     """MFAR of x [B, L, D], each row with its `other` [B, L, D]: aggregate, rearrange, and add what comes out."""
-    B, L, D = x.shape
     joined = torch.cat([x, other], 2)
     total = torch.zeros_like(x)
     for k in range(sum(key.startswith("mfar.weight.") for key in state)):
         weight, bias = state[f"mfar.weight.{k}"], state[f"mfar.bias.{k}"]
-        c = weight.shape[0]
-        groups = joined.view(B, L, 2, c, D // c).transpose(2, 3).reshape(B, L, c, 2 * D // c)
-        mapped = [groups[:, :, i] @ weight[i].t() for i in range(c)]
+        groups = rearrange(joined, "b l (two c d) -> c b l (two d)", two=2, c=len(weight))
+        mapped = [group @ of_group.t() for group, of_group in zip(groups, weight)]
         total = total + torch.relu(torch.cat(mapped, 2) + bias)
     return l2norm(x + total, 2)
 
@@ -53,16 +52,16 @@ def refine(
 ) -> tuple[Tensor, Tensor]:
     """Locals [B, L, D] of the side "v" or "t" -> refined locals [B, L, D] and global vectors [B, D]."""
     x = graph(state, f"{side}_graph", x, adjacency)
-    overall = self_attention(state, f"{side}_global_w", x, training, dropout).unsqueeze(1)
-    refined = rearrange(state, x, overall.repeat(1, x.shape[1], 1))
-    return refined, rearrange(state, overall, x.mean(1, keepdim=True)).squeeze(1)
+    overall = rearrange(self_attention(state, f"{side}_global_w", x, training, dropout), "b d -> b 1 d")
+    refined = mfar(state, x, overall.repeat(1, x.shape[1], 1))
+    return refined, rearrange(mfar(state, overall, x.mean(1, keepdim=True)), "b 1 d -> b d")
 
 
 def global_to_local(vector: Tensor, rows: Tensor, scale: float) -> Tensor:
     """Cosine of vectors [I, D] with what they attend to in rows [I, L, D] -> [I]."""
-    similarity = cosine(vector.unsqueeze(1), rows, 2)
+    similarity = cosine(rearrange(vector, "i d -> i 1 d"), rows, 2)
     weight = torch.softmax(scale * similarity, 1)
-    return cosine(vector, (weight.unsqueeze(2) * rows).sum(1), 1)
+    return cosine(vector, (rearrange(weight, "i l -> i l 1") * rows).sum(1), 1)
 
 
 def loop(

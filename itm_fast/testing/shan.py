@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from .scan import cosine, l2norm
@@ -32,8 +33,9 @@ def _context(state: State, gate: str, pool: str, local: Tensor, attended: Tensor
 
 def _global_to_local(context: Tensor, local: Tensor) -> Tensor:
     """Equations 10 and 11: what a context vector [I, D] attends to among locals [I, n, D], by cosine."""
-    similarity = cosine(context.unsqueeze(1), local, 2)
-    return torch.sum(F.softmax(similarity, dim=1).unsqueeze(2) * local, dim=1)
+    similarity = cosine(rearrange(context, "i d -> i 1 d"), local, 2)
+    weight = F.softmax(similarity, dim=1)
+    return torch.sum(rearrange(weight, "i n -> i n 1") * local, dim=1)
 
 
 def loop(
@@ -80,11 +82,11 @@ def loop(
     if affinity == "cosine":
         image_key = l2norm(image_key, 2)
     for t in range(caption.size(0)):
-        words = caption[t, : int(lengths[t]), :].unsqueeze(0).repeat(images, 1, 1)
+        words = rearrange(caption[t, : int(lengths[t])], "w d -> 1 w d").repeat(images, 1, 1)
         word_key = _linear(state, "word_projection", words)
         if affinity == "cosine":
             word_key = l2norm(word_key, 2)
-        logits = scale * torch.bmm(image_key, word_key.transpose(1, 2))  # [I, R, W]
+        logits = scale * torch.bmm(image_key, rearrange(word_key, "i w d -> i d w"))  # [I, R, W]
 
         if direction != "t2i":
             attended = torch.bmm(F.softmax(logits, dim=2), words)  # [I, R, D]
@@ -96,7 +98,7 @@ def loop(
         else:
             image_global = image.mean(dim=1)
         if direction != "i2t":
-            attended = torch.bmm(F.softmax(logits, dim=1).transpose(1, 2), image)  # [I, W, D]
+            attended = torch.bmm(rearrange(F.softmax(logits, dim=1), "i r w -> i w r"), image)  # [I, W, D]
             local_t = pooled(cosine(words, attended, 2), dim=1)
             context = _context(state, caption_gate, "caption_pool", words, attended)
             found = _global_to_local(context, image)

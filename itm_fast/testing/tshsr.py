@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from .scan import attend, l2norm
@@ -21,15 +22,15 @@ State = Mapping[str, Tensor]
 def stream(state: State, name: str, overall: Tensor, local: Tensor) -> Tensor:
     """Hierarchical similarity reasoning of one stream: global nodes [I, S], local nodes [I, n, S] -> scores [I]."""
     own = {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
-    nodes, level = [overall.unsqueeze(1), local], local
+    nodes, level = [rearrange(overall, "i s -> i 1 s"), local], local
     for k in range(sum(key.startswith("context.") for key in own)):
         assignment = torch.softmax(level @ own[f"context.{k}.weight"].t(), 1)  # [I, n, c]
-        level = torch.bmm(assignment.transpose(1, 2), level)
+        level = torch.bmm(rearrange(assignment, "i n c -> i c n"), level)
         nodes.append(level)
     joint = torch.cat(nodes, 1)
     for k in range(len({key.split(".")[1] for key in own if key.startswith("graph.")})):
         joint = reason(own, f"graph.{k}", joint)
-    return torch.sigmoid(linear(own, "sim_eval_w", joint[:, 0, :])).squeeze(1)
+    return rearrange(torch.sigmoid(linear(own, "sim_eval_w", joint[:, 0, :])), "i 1 -> i")
 
 
 def loop(
@@ -68,7 +69,7 @@ def loop(
     image_global = self_attention(state, "v_global_w", image, training, dropout)
     scores = []
     for t in range(caption.size(0)):
-        words = caption[t, : int(lengths[t]), :].unsqueeze(0)
+        words = rearrange(caption[t, : int(lengths[t])], "w d -> 1 w d")
         caption_global = self_attention(state, "t_global_w", words, training, dropout)
         words = words.repeat(images, 1, 1)
         overall = l2norm(linear(state, "sim_tranglo_w", torch.pow(image_global - caption_global, 2)), 1)
