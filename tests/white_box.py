@@ -1,0 +1,122 @@
+"""The module of white_box.cpp, which offers the building blocks of csrc/cpu one by one, built once per level.
+
+It is compiled as the library is: by the same compiler, with the same flags, into the same cache folder.
+"""
+
+import functools
+import importlib.machinery
+import importlib.util
+import shlex
+import shutil
+import sysconfig
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from itm_fast import _native
+from itm_fast._native import compiling
+
+NAME = "white_box_module"
+DTYPES = ["float32", "float64"]
+NATIVE = "native"
+
+
+@functools.cache
+def load(level):
+    """The module for one of `_native.LEVELS`; or why there is none, a sentence."""
+    try:
+        import pybind11
+    except ImportError:
+        return "no pybind11 to build the white-box module with; `pip install pybind11`"
+    try:
+        compiler = compiling.find_compiler()
+        compiling.find_ninja()
+    except _native.Unavailable as error:
+        return str(error)
+    levels = list(_native.LEVELS)
+    if levels.index(level) < levels.index(_native.level()):
+        return f"this processor has no {level} instructions"
+    headers = [sysconfig.get_path("include"), pybind11.get_include()]
+    command = [*compiler.command, *(part for folder in headers for part in ("-isystem", folder))]
+    with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
+        folder = Path(scratch)
+        shutil.copytree(_native.csrc_dir() / "cpu", folder / "cpu", ignore=shutil.ignore_patterns("*.cpp"))
+        for file in Path(__file__).parent.glob("white_box*.*"):
+            if file.suffix in (".h", ".cpp"):
+                shutil.copy(file, folder / "cpu")
+        patch.setenv("CXX", shlex.join(command))
+        built = _native.build(folder, level)
+    loader = importlib.machinery.ExtensionFileLoader(NAME, str(built.path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(NAME, loader))
+    loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(
+    scope="module",
+    params=[NATIVE, *(pytest.param(level, marks=pytest.mark.slow) for level in ("avx2", "generic"))],
+)
+def box(request):
+    """The building blocks as compiled for this processor's best level, and for lesser ones."""
+    module = load(_native.level() if request.param == NATIVE else request.param)
+    if isinstance(module, str):
+        pytest.skip(module)
+    return module
+
+
+@pytest.fixture(params=DTYPES)
+def blocks(box, request):
+    """Those of one type of sums, whose name is `dtype`."""
+    part = getattr(box, request.param)
+    part.dtype = request.param
+    return part
+
+
+def corner(blocks, rows, columns, fill=np.nan):
+    """A matrix with what gemm.h wants beyond it, rows up to a multiple of 4 and columns up to a whole tile: all `fill`.
+
+    The distance between rows is odd, so that no row but the first begins on a vector's boundary. `.base` is all of it.
+    """
+    wide = -(-max(columns, 1) // blocks.TILE_COLUMNS) * blocks.TILE_COLUMNS + blocks.LANES
+    return np.full((rows + 4, wide + 1 - wide % 2), fill, blocks.dtype)[:rows, :columns]
+
+
+def filled(blocks, values):
+    """The values as a `corner`, NaN beyond them."""
+    matrix = corner(blocks, *values.shape)
+    matrix[:] = values
+    return matrix
+
+
+def whole_numbers(*shape):
+    """Numbers so small that every sum of their products is exact, whatever its order."""
+    return np.random.default_rng(sum(shape)).integers(-8, 9, shape).astype(np.float64)
+
+
+def draws(blocks, *shape, seed=0):
+    """Normal numbers of the blocks' type."""
+    return np.random.default_rng([seed, *shape]).standard_normal(shape).astype(blocks.dtype)
+
+
+def tensors(*arrays):
+    """numpy's arrays, copied, as torch's."""
+    return [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+
+
+def all_values(dtype):
+    """Every value of a dtype of 16 bits, as a tensor."""
+    return torch.arange(1 << 16, dtype=torch.int32).to(torch.int16).view(dtype)
+
+
+def in_numpy(values):
+    """A tensor as numpy's array; bfloat16, which numpy lacks, as integers of 16 bits."""
+    return (values.view(torch.int16) if values.dtype == torch.bfloat16 else values).numpy()
+
+
+def bits(values):
+    """Bits of a tensor's values, all NaN alike."""
+    kinds = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return torch.where(values.isnan(), torch.full_like(values, torch.nan), values).view(kinds[values.element_size()])
