@@ -34,8 +34,8 @@ py::array_t<T> array(const std::vector<T>& values, int64_t rows, int64_t columns
 
 // A contiguous tensor; bfloat16 values come as integers of 16 bits.
 Source source(const py::array& a) {
-  if (a.dtype().kind() != 'f') return {a.data(), BFLOAT16};
-  return {a.data(), a.itemsize() == 2 ? FLOAT16 : a.itemsize() == 4 ? FLOAT32 : FLOAT64};
+  if (a.dtype().kind() != 'f') return {a.data(), Dtype::BFLOAT16};
+  return {a.data(), a.itemsize() == 2 ? Dtype::FLOAT16 : a.itemsize() == 4 ? Dtype::FLOAT32 : Dtype::FLOAT64};
 }
 
 // C = A^T B, or C + A^T B, of A [K, M] and B [K, N]. `packed` reads A by panels, with a matrix to fetch ahead.
@@ -169,7 +169,7 @@ void define(py::module_ m) {
   });
   m.def("read_unknown_dtype", [] {
     T room;
-    read<T>({nullptr, 9}, 0, 1, &room);
+    read<T>({nullptr, Dtype(9)}, 0, 1, &room);
   });
   m.def("write", [](py::array to, int64_t offset, const Array& values, T factor) {
     const Source s = source(to);

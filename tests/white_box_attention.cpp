@@ -10,14 +10,15 @@ namespace white_box {
 template <class T>
 void logits(int64_t norm, double scale, const std::vector<int64_t>& edge, Matrix<T> s, Matrix<T> logit) {
   Buffer<T> factor(round_up(s.rows, LANES<T>));
-  itm_fast::logits<T>(norm, T(scale), s.rows, edge.data(), int64_t(edge.size()) - 1, s.data, logit.data, s.ld, factor);
+  itm_fast::logits<T>(Norm(norm), T(scale), s.rows, edge.data(), int64_t(edge.size()) - 1, s.data, logit.data, s.ld,
+                      factor);
 }
 
 template <class T>
 void logits_backward(int64_t norm, double scale, const std::vector<int64_t>& edge, Matrix<T> s, Matrix<T> d_logit,
                      Matrix<T> more) {
-  itm_fast::logits_backward<T>(norm, T(scale), s.rows, edge.data(), int64_t(edge.size()) - 1, s.data, d_logit.data,
-                               s.ld, [=](int64_t x, int64_t j) { return load(more.row(x) + j); });
+  itm_fast::logits_backward<T>(Norm(norm), T(scale), s.rows, edge.data(), int64_t(edge.size()) - 1, s.data,
+                               d_logit.data, s.ld, [=](int64_t x, int64_t j) { return load(more.row(x) + j); });
 }
 
 template <class T>
@@ -37,7 +38,7 @@ Attended<T> attend(Source context, int64_t n, Source query, int64_t D, int64_t n
   panels.read(query, 0, columns, D, 0);
   const Projection<T> projection(weight, bias, S, D);
   SimilarityTile<T> tile(n, columns, D, S);
-  tile.attend(x, norm, T(scale), edge.data(), sets, panels);
+  tile.attend(x, Norm(norm), T(scale), edge.data(), sets, panels);
   tile.project(x, projection, columns, panels);
   Buffer<T> out(S * ld);
   tile.place(edge.data(), sets, S, out + 0, ld, [&](int64_t k) { return edge[size_t(k)] - edge.front(); });
