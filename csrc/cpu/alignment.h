@@ -1,8 +1,10 @@
 // One pair of hierarchical_alignment_score: equations of itm_fast/ops/hierarchical_alignment_score.py.
 //
-// With scalar gates a pair is its affinities A and products C (regions along rows, words along padded lanes), the Gram
-// matrices G and H, and a few numbers a row; vectors are their coefficients, (8) and (9). With vector gates, and where
-// a vector is but what cancelling has left of its terms, what is attended to is formed (`Explicit`).
+// With scalar gates no vector of D features is formed (`Coefficients`): each is a sum of the pair's rows, held as its
+// coefficients, (8) and (9), and its products follow from the affinities A, the products C of the rows (both with
+// regions along rows and words along lanes), the Gram matrices G and H, and a few numbers for each row. With vector
+// gates the vectors themselves are formed (`Explicit`); so they are where the terms of a squared length cancel so far
+// that cancellation error dominates what is left. One thread works on one pair.
 #pragma once
 #include <limits>
 
@@ -11,11 +13,12 @@
 
 namespace itm_fast {
 
+// The op's options.
 struct Alignment {
   bool image_side, caption_side, mean;  // directions i2t and both; t2i and both; pool
   double scale, local_mix, global_mix;
 
-  // (7) of the terms of either side and the last one.
+  // (7): the score from both sides' local terms, both sides' terms `whole`, and the term `both` of the global vectors.
   template <class T>
   T total(const T* local, const T* whole, T both) const {
     const auto mixed = [&](const T* x, double mix) {
@@ -25,13 +28,14 @@ struct Alignment {
   }
 };
 
+// The cosine of two vectors from their product and their squared lengths.
 template <class T>
 inline T cosine(T dot, T square_a, T square_b) {
   const T least_square = std::numeric_limits<T>::min();
   return dot / std::max(std::sqrt(std::max(square_a, least_square)) * std::sqrt(std::max(square_b, least_square)), T(EPS));
 }
 
-// Products with the lanes along the columns; n columns are zeros beyond the real ones up to whole vectors.
+// x . y of n numbers, where both have zeros beyond them up to a whole vector.
 template <class T>
 inline T inner(const T* x, const T* y, int64_t n) {
   Vec<T> all{};
@@ -96,7 +100,8 @@ struct Item {
   T* pool_other() const { return numbers + 4 * ld; }
 };
 
-// A thread's arrays for one pair with scalar gates.
+// What one thread needs to score a pair with scalar gates: scratch for images of up to R regions and captions of up to
+// L words.
 template <class T>
 struct Coefficients {
   static constexpr T POOR = T(1e-3);
@@ -255,7 +260,8 @@ T Coefficients<T>::score(const T* A, const T* C, const Item<T>& image, const Ite
   return problem.total(local, whole, cosine(both, square_v, square_t));
 }
 
-// A thread's arrays for one pair whose vectors are formed: gates of width 1 or of all `wide` features.
+// What one thread needs to score a pair whose vectors are formed: scratch for images of up to R regions, captions of up
+// to L words, gates of width 1 or of all `wide` features.
 template <class T>
 struct Explicit {
   const Alignment& problem;

@@ -1,9 +1,9 @@
 // Scores of all pairs: (1), (2) and (3) of itm_fast/ops/cross_attention_score.py.
 //
-// A thread takes a block of context sets, about 144 rows packed once and kept in its second cache with their Gram
-// matrices, past the chunks of a window of queries (shared, packed once per call). For a chunk: all the block's
-// affinities by one product over D; then set by set, in the first caches, logits, exponentials, the Gram form and the
-// pooled cosines. Only scores leave.
+// A thread owns one block of context sets with some of a window's chunks of queries at a time. It packs the block,
+// about 144 rows, once, and keeps it with the sets' Gram matrices in its second cache; the window's queries are packed
+// once per call and shared. For each chunk it computes all the block's affinities by one product over D; then set by
+// set, in the first caches, logits, exponentials, |P|^2 by the Gram matrix, and the pooled cosines. Only scores leave.
 //
 // Scratch beyond inputs and scores: a window (32 MiB) and 1 MiB a thread, more only where one set alone is larger.
 #include "cross_attention_score.h"

@@ -1,7 +1,7 @@
 // What the forward and the backward pass of cross_attention_score share: the sets of rows on either side, blocks of
 // contexts, windows of queries, and the cosines of one context set with the queries of a chunk.
 //
-// Both directions are one program. A context set (t2i: an image's regions, i2t: a caption's words) gives the rows of
+// Both directions run the same code. A context set (t2i: an image's regions, i2t: a caption's words) gives the rows of
 // the affinities, query sets (t2i: captions, i2t: images) their columns.
 #pragma once
 #include <limits>
@@ -247,14 +247,15 @@ void windows(const RowSets& sets, int64_t columns, int64_t bytes, int64_t thread
   }
 }
 
-// Blocks of context sets whose packed rows stay in the second cache, a set at the least.
+// Cuts context sets into blocks whose packed rows stay in the second cache; a block has one set at the least.
 template <class T>
 std::vector<Chunk> context_blocks(const RowSets& sets) {
   const int64_t rows = std::max<int64_t>(1, BLOCK_BYTES / (sets.D * int64_t(sizeof(T))));
   return chunks(sets.edge.data(), sets.count(), least(rows, BLOCK_ROWS));
 }
 
-// One thread's arrays for a block of contexts and a chunk of queries, and what it makes of them.
+// One thread's scratch for a block of contexts with a chunk of queries, and the functions that fill it, from affinities
+// to cosines and pooled scores.
 template <class T>
 struct Cosines {
   const Problem& problem;

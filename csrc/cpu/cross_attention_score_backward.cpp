@@ -1,10 +1,11 @@
 // Gradients of cross_attention_score: (8) to (11) of itm_fast/ops/cross_attention_score.py.
 //
-// Windows of query sets pass windows of context sets. For two windows, first a thread takes a chunk of queries past all
-// blocks of contexts: it makes affinities and weights again as the forward pass does, turns the affinities into their
-// gradients in place, adds what they give to the chunk's queries, which are its own, and leaves them, transposed, and
-// the gradient of each set's Gram matrix. Then a thread takes a block of contexts and some of the features and adds
-// what all the chunks left, in their order. So every sum has one owner and one order, whatever the threads.
+// Queries and contexts are both passed through in windows. Each pair of windows takes two rounds. In the first a thread
+// owns one chunk of queries: it computes the affinities and weights with all blocks of contexts again as the forward
+// pass does, turns the affinities into their gradients in place, adds the gradient of its queries, and stores the
+// transposed affinity gradients and each set's Gram matrix gradient. In the second a thread owns one block of contexts
+// and some of the features: it adds the gradient of these contexts from what all chunks stored, chunk by chunk in
+// order. So every sum has one owner and one order, whatever the number of threads.
 //
 // Scratch beyond inputs and gradients: 48 MiB and 2 MiB a thread, more only where one set alone is larger.
 #include <deque>
@@ -192,8 +193,8 @@ struct Backward {
     }
   }
 
-  // The same as logits_backward for the norm by lengths. What the queries' lengths get goes to d_length; to factor, what
-  // multiplies a context x in its own gradient: d|x| / |x|.
+  // The same as logits_backward for the norm by lengths. What the queries' lengths get goes to d_length; to factor,
+  // what multiplies a context x in its own gradient: d|x| / |x|.
   template <class Add>
   void cosine_backward(Work& work, int64_t n, const T* gram, int64_t gram_ld, const T* length, int64_t columns, T* s,
                        Add add) const {

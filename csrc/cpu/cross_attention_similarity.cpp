@@ -1,9 +1,9 @@
-// Forward of cross_attention_similarity: (1) to (3) of itm_fast/ops/cross_attention_similarity.py; and of
-// similarity_nodes, where the global vectors' similarity comes before each caption's own.
+// Forward of cross_attention_similarity, (1) to (3) of itm_fast/ops/cross_attention_similarity.py, and of
+// similarity_nodes, which writes the similarity vector of the global vectors before each caption's own.
 //
-// A window of chunks of queries is packed once for all threads; a thread then owns one set of contexts at a time and
-// passes through some of the window's chunks with it. Tile and caches: similarity.h. Scratch: the window, 16 MiB (one
-// chunk if that is more), W, and per thread one tile, 1.1 MiB at R 36, D 1024 and S 256.
+// A window of chunks of queries is packed once for all threads; then a thread owns one set of contexts with some of the
+// window's chunks at a time, and the rows of the result that belong to them. Tile and caches: similarity.h. Scratch:
+// the window, 16 MiB (one chunk if that is more), W, and per thread one tile, 1.1 MiB at R 36, D 1024 and S 256.
 #include "cross_attention_similarity.h"
 #include "write.h"
 

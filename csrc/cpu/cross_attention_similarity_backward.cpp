@@ -1,15 +1,17 @@
 // Backward of cross_attention_similarity and of similarity_nodes: (4) to (7) of
 // itm_fast/ops/cross_attention_similarity.py, which the global similarity vectors share from (5) on.
 //
-// Slots, as many as fit SLOT_BYTES, at most 16, hold a chunk of queries each and what it sums: d W and d b of all tiles
-// it saw, d q of its queries, d x of a few sets of contexts. A thread takes a slot through these contexts; then the
-// slots' d x are added in their order, and the next contexts come; d W and d b are added at the end. Which tiles a
-// slot sees depends on the shapes alone, so the gradients' bits do not depend on the threads. A slot's captions' global
-// vectors are to their W_g what the words are to W, and the global vectors of the images held are the contexts.
+// A slot holds one chunk of queries and its part of the gradients: d W and d b, summed over all contexts that met the
+// slot; d q of its queries; d x of the few context sets that are held in memory at a time. There are as many slots as
+// fit into SLOT_BYTES, at most 16. A thread owns one slot at a time and computes its gradients with all contexts held;
+// then the slots' d x are added in the slots' order and the next contexts are read. d W and d b are added at the end.
+// Which tiles meet in a slot depends on the shapes alone, so the gradients' bits do not depend on the number of
+// threads. Where global vectors have gradients too, they go through slots likewise: the captions' global vectors as
+// queries, those of the images held as contexts, W_g in place of W.
 //
 // Scratch: 48 MiB of slots (one slot, if that is more), W in two layouts, 2 MiB at D 1024 and S 256, the contexts held,
-// 1.3 MiB, and per thread one tile, 1.9 MiB at R 36; with global vectors 1 MiB more a slot and for W_g, and 1.3 MiB more
-// a thread.
+// 1.3 MiB, and per thread one tile, 1.9 MiB at R 36; with global vectors 1 MiB more a slot and for W_g, and 1.3 MiB
+// more a thread.
 #include <memory>
 
 #include "cross_attention_similarity.h"

@@ -1,14 +1,15 @@
 // Attention filtration over a chunk's nodes in evaluation: equations (1) to (4) of itm_fast/ops/similarity_filter.py.
 //
-// X is [S][nodes], a caption's nodes side by side. Significances are per column; the sums over a caption's nodes run
-// along the lanes from the caption's own first column on, for LANES features at once. X is read twice, from L2.
+// X is [S][nodes], a caption's nodes side by side. A node's gate is computed in its column; the sums over a caption's
+// nodes run along the lanes from the caption's own first column on, for LANES features at once. X is read twice, from
+// the second cache. Each thread has a Filter of its own; the weights are shared.
 #pragma once
 #include "attention.h"
 #include "shuffle.h"
 
 namespace itm_fast {
 
-// (1) and (2) folded: gate = sigmoid(scale w.x + shift).
+// (1) and (2) in one: the projection's bias and BatchNorm's statistics fold into gate = sigmoid(scale w.x + shift).
 template <class T>
 struct FilterWeights {
   int64_t S;

@@ -1,8 +1,10 @@
-// The one matrix product: C = A B + what is there, with C's columns along the lanes.
+// The matrix product of all CPU kernels: C[i][j] = begin(i, j) + sum over k of A[k][i] B[k][j], C's columns along the
+// lanes of vectors.
 //
-// A is read a value at a time and B a row of vectors at a time, so both are k-major: A[k][row], B[k][column]. What a
-// tile starts from and where it goes are the caller's functions, so that products fuse with what surrounds them.
-// Every element is one chain of fused multiply-adds over k, so its bits depend on neither its place nor its tile.
+// A is read a value at a time and B a row of vectors at a time, so both are stored k-major: A[k][i], B[k][j]. What a
+// sum starts from and where it goes are functions of the caller, so that a product fuses with what comes before and
+// after it. Every element is one chain of fused multiply-adds over k, so its bits depend on neither its place nor its
+// tile. One thread runs a product; callers share products out to threads (threads.h).
 #pragma once
 #include "simd.h"
 
@@ -21,17 +23,18 @@ constexpr int TILE_COLUMNS = TILE_VECTORS * LANES<T>;
 constexpr int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 constexpr int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 
-// Two bfloat16 values of neighbouring k in one word: what AVX-512's dot product takes from A and from B.
+// Two bfloat16 values, of k and k + 1 for an even k, in one word: what AVX-512's dot product takes from A and from B.
 struct Pair {
   uint32_t bits;
 };
 
+// E is the type of A's and B's elements: float, double or Pair. Sums of pairs are in float32.
 template <class E>
 constexpr bool IS_PAIR = std::is_same_v<E, Pair>;
 template <class E>
 using Sum = std::conditional_t<IS_PAIR<E>, float, E>;
 
-// Rows of A and B that a product over K values has: half as many when each holds two.
+// Rows of A and B in a product over K values: half as many when each row holds two.
 template <class E>
 constexpr int64_t depth(int64_t K) {
   return IS_PAIR<E> ? (K + 1) / 2 : K;
@@ -45,8 +48,9 @@ struct Left {
   int64_t ld;
 };
 
-// `next`, where given, is a matrix of the same size that a later product reads. It comes into the second cache a line
-// at a time while this product runs; without that the first rows of A would wait for all of it.
+// B as a k-major array whose rows lie ld apart. `next`, where given, is a matrix of the same size that a later product
+// reads: it is prefetched into the second cache a line at a time while this product runs, else the later product's
+// first rows of A would wait for all of it.
 template <class E>
 struct Right {
   const E* data;
@@ -54,6 +58,7 @@ struct Right {
   const E* next = nullptr;
 };
 
+// c += a b, for each lane.
 template <class E>
 inline void multiply_add(Vec<Sum<E>>& c, const E* a, Vec<Sum<E>> b) {
 #if defined(__AVX512BF16__)
@@ -65,6 +70,8 @@ inline void multiply_add(Vec<Sum<E>>& c, const E* a, Vec<Sum<E>> b) {
     c += b * *(const Sum<E>*)a;
 }
 
+// One tile of C: ROWS rows by VECTORS vectors, whose sums stay in registers over all k. `ahead` is prefetched, `step`
+// bytes further at every k.
 template <class E, int ROWS, int VECTORS, class Begin, class End>
 inline void tile(int64_t K, const E* a, int64_t lda, const E* b, int64_t ldb, const char* ahead, int64_t step,
                  Begin begin, End end) {
@@ -90,6 +97,7 @@ inline void tile(int64_t K, const E* a, int64_t lda, const E* b, int64_t ldb, co
     for (int v = 0; v < VECTORS; ++v) end(r, v, c[r][v]);
 }
 
+// The tile of C whose first element is (i, j), cut at M rows and at the vectors that begin before column N.
 template <class E, int ROWS, class Begin, class End>
 inline void tile_row(int64_t M, int64_t N, int64_t K, Left<E> a, Right<E> b, int64_t i, int64_t j, Begin begin,
                      End end) {

@@ -19,7 +19,7 @@ namespace itm_fast {
 
 constexpr int64_t GRAPH_NODES = 224;  // of a chunk, and asked at a time in captions longer than that
 
-// What the steps take from the parameters, made once per call.
+// What the K steps need of the parameters, made once per call and shared by all threads.
 template <class T, class E = T>
 struct GraphWeights {
   int64_t S, steps, ld;
@@ -73,6 +73,7 @@ struct GraphWeights {
   }
 };
 
+// One thread's scratch for graph reasoning over a chunk of captions' nodes, and the reasoning itself.
 template <class T, class E = T>
 class Graph {
  public:

@@ -1,10 +1,11 @@
-// One image with one chunk of captions, back through graph reasoning: (4) to (6) of
+// The backward pass of graph reasoning for one image with one chunk of captions: (4) to (6) of
 // itm_fast/ops/similarity_graph.py.
 //
-// The steps are made again, keeping of each the nodes X, what they ask Y = M^T X + u (both with nodes as rows) and the
-// softmax weights, then walked back. Products over the nodes of a caption or of the chunk take them as rows, products
-// over features as columns; a matrix that both need is transposed by squares, which costs a twentieth of a product.
-// What one product reads stays in L2; the sums that gradients of the weights are added to come from L3 a tile ahead.
+// The forward steps are computed again, and the nodes X, the queries Y = M^T X + u (both with nodes as rows) and the
+// softmax weights of each step are kept; then the steps are gone through in reverse. Products over the nodes of a
+// caption or of the chunk take them as rows, products over features as columns; a matrix that both need is transposed
+// by squares, which costs a twentieth of a product. What one product reads stays in the second cache; the sums of the
+// weights' gradients come from the third, prefetched a tile ahead.
 //
 // E is what the products of whole chunks multiply: T, or pairs of bfloat16 values with sums in float32.
 #pragma once
@@ -13,6 +14,7 @@
 
 namespace itm_fast {
 
+// What the caller asked for; similarity_graph_backward.cpp says the shapes.
 struct GraphGradient {
   Source nodes, query_weight, query_bias, key_weight, value_weight, value_bias, grad;
   int64_t I, M, S, steps, T;
@@ -30,7 +32,7 @@ struct GraphGradient {
         threads(c.threads) {}
 };
 
-// Where a product starts and goes.
+// What a product of gemm.h starts from and where it goes: from zeros, into c, added to what is in c.
 template <class T>
 constexpr auto nothing = [](int64_t, int64_t) { return Vec<T>{}; };
 
@@ -44,7 +46,7 @@ auto there(const T* c, int64_t ld) {
   return [=](int64_t i, int64_t j) { return load(c + i * ld + j); };
 }
 
-// The same for a sum that lies in a farther cache: the next tile's rows are asked for while this one is made.
+// As there(), for a sum in a farther cache: the next tile's rows are prefetched while this one is computed.
 template <class T>
 auto fetched(const T* c, int64_t ld) {
   return [=](int64_t i, int64_t j) {
@@ -53,7 +55,8 @@ auto fetched(const T* c, int64_t ld) {
   };
 }
 
-// The weights as the backward products read them, features along the lanes.
+// The weights as the backward products read them, with features along the lanes: made once per call, shared by all
+// threads.
 template <class T, class E>
 struct Turned {
   GraphWeights<T, E> forward;
@@ -89,7 +92,7 @@ struct Turned {
   }
 };
 
-// A group's sums over its parts.
+// The gradients of M, Wr, u and br, summed over the parts of one group.
 template <class T>
 struct Sums {
   Buffer<T> M, value, shift, bias;  // [steps][S][ld] twice, with rows for tiles that pass the last; [steps][ld] twice
@@ -103,6 +106,7 @@ struct Sums {
   }
 };
 
+// One thread's scratch for one part, and the way forth and back through its steps.
 template <class T, class E>
 class Walk {
  public:
@@ -114,6 +118,7 @@ class Walk {
         left(IS_PAIR<E> ? std::max(depth<E>(S) * ld, depth<E>(nodes) * ldS) : 0),
         right(IS_PAIR<E> ? depth<E>(nodes) * ldS : 0) {}
 
+  // Writes d nodes of an image and a chunk, unless null, and adds to the sums, unless null.
   void run(int64_t image, const Chunk& c, Sums<T>* sums) {
     chunk = &c;
     const T* from = read<T>(p.nodes, (image * p.M + c.begin) * S, c.rows * S, room);

@@ -1,10 +1,12 @@
-// Contexts of the backward pass: some sets at a time, whose products with all queries of a chunk are made together.
+// Context sets of the backward pass, some of them in memory at a time: one product multiplies all of them with a chunk
+// of queries.
 #pragma once
 #include "pack.h"
 
 namespace itm_fast {
 
-// One set of contexts among those held: what weigh() and project() ask for.
+// One of the sets held: its n rows, its columns and its Gram matrix, which point into HeldContexts. It has the members
+// that SimilarityTile's weigh() and project() ask for.
 template <class T>
 struct HeldSet {
   const T *row, *column, *gram;
@@ -14,14 +16,15 @@ struct HeldSet {
   Left<T> features(int64_t d) const { return {row + d, row_ld}; }
 };
 
-// Some sets of contexts, one under the other, so that what all of them multiply passes by once.
+// Some sets, one under the other in three arrays. Use: clear(), add() for every set, then read_set() for each, and when
+// all are read multiply_set() for each; threads may share out the sets k of either step.
 template <class T>
 struct HeldContexts {
   int64_t n = 0, D, row_ld, ld, gram_ld;
   Buffer<T> row, column, gram;  // [n][row_ld], [D][ld], [n][gram_ld]
   std::vector<HeldSet<T>> sets;
 
-  // Room for `rows` rows, in sets of at most `most`.
+  // Room for `rows` rows of all sets together, and for sets of at most `most` rows; clear() makes room again.
   HeldContexts(int64_t rows, int64_t most, int64_t D)
       : D(D), row_ld(padded<T>(D)), ld(padded<T>(rows)), gram_ld(padded<T>(most)), row(rows * row_ld), column(D * ld),
         gram(rows * gram_ld) {}
@@ -30,22 +33,25 @@ struct HeldContexts {
     n = 0;
     sets.clear();
   }
-  // Makes place for a set of `count` rows, which read_set() then fills.
+  // Gives the next set its place, `count` rows, which read_set() fills.
   void add(int64_t count) {
     sets.push_back({row + n * row_ld, column + n, gram + n * gram_ld, n, count, D, row_ld, ld, gram_ld, T(0)});
     n += count;
   }
+  // Fills set k from the rows of a tensor that begin with row `first`.
   void read_set(int64_t k, Source s, int64_t first) {
     const HeldSet<T>& set = sets[k];
     read_both<T>(s, first, set.n, D, row + set.first * row_ld, row_ld, column + set.first, ld);
   }
-  // Once all sets are read: their Gram matrices.
+  // Set k's Gram matrix and the largest |row|^2. All sets must be read: a product reads some columns beyond a set's
+  // own.
   void multiply_set(int64_t k) {
     HeldSet<T>& set = sets[k];
     T* to = gram + set.first * gram_ld;
     set.largest = multiply_with_each_other<T>(set.n, D, set.column, ld, to, gram_ld);
   }
 
+  // All sets' rows as the left side of one product.
   Left<T> contexts() const { return {column, ld}; }
 };
 

@@ -1,9 +1,10 @@
 // Scores of all pairs: (1) to (9) of itm_fast/ops/hierarchical_alignment_score.py.
 //
-// A window of captions is made once for all threads: panels of their keys and, with scalar gates, of their features,
-// and each caption's Gram matrix and numbers (alignment.h); with vector gates their rows and gates. A thread owns some
-// images at a time, packed in its second cache, and goes through the window's chunks: affinities of all the images by
-// one product, products of features by another, then pair by pair in the first caches. Only scores leave.
+// A window of captions is prepared once for all threads: their keys and, with scalar gates, their features as the right
+// side of products, and each caption's Gram matrix and numbers (alignment.h); with vector gates their rows and gates. A
+// thread owns some images with some of the window's chunks at a time and keeps the images packed in its second cache.
+// For each chunk it computes the affinities with all its images by one product, the products of features by another,
+// and the scores pair by pair in the first caches. Only scores leave.
 //
 // Scratch beyond inputs and scores: a window (32 MiB) and 2 to 3 MiB a thread, more only where one caption alone is
 // larger.

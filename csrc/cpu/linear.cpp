@@ -1,8 +1,9 @@
-// x W^T + b, for what depends on one image or one caption alone. An element is one chain of multiply-adds over the
-// features, so its bits depend on neither the rows beside it nor the number of threads, as they do in BLAS.
+// x W^T + b, for projections of one image's or one caption's own vectors. Each element of the result is one chain of
+// multiply-adds over the features, so that, unlike in BLAS, its bits depend on neither the rows beside it nor the
+// number of threads.
 //
-// W is packed once, in panels of TILE_COLUMNS columns that stay in L2 while they are multiplied; a thread owns ROWS rows
-// of x, packed too (384 KB at K 1024 in float32).
+// W is packed once, in panels of TILE_COLUMNS columns that stay in the second cache while they are multiplied; a thread
+// owns ROWS rows of x and of the result at a time, and packs the former too (384 KB at K 1024 in float32).
 #include "similarity.h"
 #include "write.h"
 

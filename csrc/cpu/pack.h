@@ -1,4 +1,4 @@
-// Reading tensors of any dtype into the layouts of gemm.h.
+// Tensors of any dtype are read here, as numbers of the type T that sums have, into the layouts that gemm.h multiplies.
 #pragma once
 #include <algorithm>
 #include <stdexcept>
@@ -11,7 +11,7 @@ namespace itm_fast {
 template <class T>
 constexpr Dtype DTYPE = sizeof(T) == 4 ? Dtype::FLOAT32 : Dtype::FLOAT64;
 
-// A contiguous tensor as it came.
+// A contiguous tensor in the caller's memory, in the caller's dtype.
 struct Source {
   const void* data;
   Dtype dtype;
@@ -62,7 +62,8 @@ inline void transpose(const T* rows, int64_t step, int64_t count, int64_t K, T* 
         for (int64_t rr = r; rr < least(r + SIDE, count); ++rr) out[kk * ld + rr] = rows[rr * step + kk];
 }
 
-// B of a product over features: `count` rows of the tensor, each K values, become columns; out is [K][ld].
+// Rows first .. first + count of a tensor with K columns become the columns of B for a product over these K values: out
+// is [K][ld].
 template <class T>
 inline void pack_columns(Source s, int64_t first, int64_t count, int64_t K, T* out, int64_t ld) {
   constexpr int64_t SIDE = 16;
@@ -73,7 +74,7 @@ inline void pack_columns(Source s, int64_t first, int64_t count, int64_t K, T* o
   }
 }
 
-// `count` rows of D values of the tensor, as rows [count][row_ld] and as columns [D][ld].
+// Rows first .. first + count of a tensor with D columns, both as rows [count][row_ld] and as columns [D][ld].
 template <class T>
 inline void read_both(Source s, int64_t first, int64_t count, int64_t D, T* row, int64_t row_ld, T* column,
                       int64_t ld) {
@@ -85,7 +86,7 @@ inline void read_both(Source s, int64_t first, int64_t count, int64_t D, T* row,
   transpose<T>(row, row_ld, count, D, column, ld);
 }
 
-// Products of n columns [D][ld] with each other, [n][gram_ld]; returns the largest |column|^2.
+// The Gram matrix [n][gram_ld] of n columns [D][ld]: their products with each other. Returns the largest |column|^2.
 template <class T>
 inline T multiply_with_each_other(int64_t n, int64_t D, const T* column, int64_t ld, T* gram, int64_t gram_ld) {
   gemm<T>(n, n, D, {column, ld}, {column, ld}, [](int64_t, int64_t) { return Vec<T>{}; },
@@ -95,7 +96,7 @@ inline T multiply_with_each_other(int64_t n, int64_t D, const T* column, int64_t
   return largest;
 }
 
-// Values that pack_rows writes for M rows of K values.
+// How many values pack_rows() writes for M rows of K values.
 constexpr int64_t packed_size(int64_t M, int64_t K) { return round_up(M, ROW_STEP) * K; }
 
 // A of a product, packed as gemm.h's Left wants: panels of TILE_ROWS rows, k-major; out must hold packed_size(M, K)
@@ -109,6 +110,7 @@ inline void pack_rows(int64_t M, int64_t K, T* out, Value value) {
   }
 }
 
+// The bits of x rounded to bfloat16, to nearest, ties to even.
 inline uint32_t narrow_bfloat16(float x) {
   if (x != x) return 0x7fc0;
   uint32_t bits;
@@ -137,7 +139,8 @@ inline void pair_rows(int64_t K, int64_t columns, const float* b, int64_t ld, Pa
 }
 #endif
 
-// Consecutive sets of rows (captions' words, images' regions) whose rows become the columns of one block.
+// Consecutive sets of rows (captions' words, images' regions) that are worked on together: their rows become the
+// columns of one matrix.
 struct Chunk {
   int64_t first, last;  // sets
   int64_t begin, rows;  // of the packed tensor

@@ -12,6 +12,7 @@
 
 namespace itm_fast {
 
+// What the caller asked for; see the exported functions for shapes.
 struct PairScore {
   Source image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias, score_weight,
       score_bias;
@@ -32,7 +33,10 @@ struct PairScore {
         S(c.S), scale(c.scale), threads(c.threads) {}
 };
 
-// Head: T* nodes(), int64_t stride(), run(edge, first, last, z, ldz), made by head(nodes, longest) for each thread.
+// Scores of all pairs. T is the type of sums, E what the large products multiply. head(nodes, longest) makes a thread's
+// head, for chunks of at most `nodes` nodes and captions of at most `longest`: it has nodes(), the matrix [S][stride()]
+// that this function fills with a chunk's similarity vectors, and run(edge, first, last, z, ldz), which turns them into
+// one vector z [S] per caption. The score is sigmoid(score_weight . z + score_bias).
 template <class T, class E, class MakeHead>
 void score_pairs(const PairScore& p, MakeHead head) {
   const RowSets images = regions(p.image, p.I, p.R, p.D, p.region_lengths),

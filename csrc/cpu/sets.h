@@ -1,9 +1,11 @@
-// Images' regions or captions' words: sets of rows that become contexts or columns.
+// Sets of rows of a tensor: a set is an image's regions or a caption's words. Attention goes from the rows of one set,
+// its contexts, to those of another, its queries.
 #pragma once
 #include "pack.h"
 
 namespace itm_fast {
 
+// All images' or all captions' sets. It owns the bounds; the rows stay in the caller's tensor.
 struct RowSets {
   Source source;
   int64_t D;                   // values of a row

@@ -1,4 +1,5 @@
-// Lanes exchanged between vectors: sums along the lanes of many vectors at once, and a transpose of whole vectors.
+// Functions that move values between lanes: sums along the lanes of many vectors at once, and a transpose of squares of
+// LANES x LANES values.
 #pragma once
 #include <utility>
 
@@ -20,6 +21,7 @@ inline Vec<T> interleave(Vec<T> a, Vec<T> b, std::index_sequence<lane...>) {
 #endif
 }
 
+// a0 b0 a1 b1 ... of the lower halves, and below of the upper halves.
 template <class T>
 inline Vec<T> lower(Vec<T> a, Vec<T> b) {
   return interleave<T, 0>(a, b, std::make_index_sequence<LANES<T>>());
@@ -41,7 +43,8 @@ inline Vec<T> sums(Vec<T> (&v)[LANES<T>]) {
   return v[0];
 }
 
-// Rows become columns of a square of LANES rows. Each round interleaves rows half a square apart.
+// Transposes LANES rows of LANES values, `step` apart, into rows `ld` apart. Each round interleaves rows half a square
+// apart.
 template <class T>
 inline void transpose_square(const T* from, int64_t step, T* to, int64_t ld) {
   Vec<T> v[LANES<T>], w[LANES<T>];
@@ -61,7 +64,7 @@ inline void transpose_square(const T* from, int64_t step, T* to, int64_t ld) {
   for (int r = 0; r < LANES<T>; ++r) store(to + r * ld, v[r]);
 }
 
-// transpose() of pack.h by squares, the rest by single values.
+// The same result as transpose() of pack.h, faster: squares of LANES x LANES values, then the rest value by value.
 template <class T>
 inline void transpose_by_squares(const T* rows, int64_t step, int64_t count, int64_t K, T* out, int64_t ld) {
   const int64_t whole_rows = count / LANES<T> * LANES<T>, whole = K / LANES<T> * LANES<T>;

@@ -16,7 +16,8 @@ namespace itm_fast {
 
 constexpr int64_t FEATURES = 256;  // of one block: D is passed through in blocks of this many
 
-// W and b, shared by all threads: W [S, D] packed for the product with a block of features, block after block.
+// The projection y = W v + b, shared by all threads: W [S, D] is packed for the products with blocks of FEATURES
+// features, block after block.
 template <class T, class E = T>
 struct Projection {
   int64_t S, D;
@@ -36,7 +37,7 @@ struct Projection {
   Left<E> block(int64_t d) const { return {weight + packed_size(S, depth<E>(d)), 0}; }
 };
 
-// A set of contexts: its rows, its columns and its Gram matrix, each as the A of a product.
+// A set of contexts, as one thread holds it: its rows, its columns and its Gram matrix, each as the A of a product.
 template <class T, class E = T>
 struct Contexts {
   int64_t n = 0, D, row_ld, ld;
@@ -92,7 +93,8 @@ struct Panels {
   }
 };
 
-// What one thread works in: for at most `most` contexts and `columns` queries.
+// One thread's scratch for a set of at most `most` contexts with at most `columns` queries, and the functions that fill
+// it: attend() or multiply() and weigh(), then project(), then place().
 template <class T, class E = T>
 struct SimilarityTile {
   static constexpr int64_t WIDE = TILE_COLUMNS<T>;

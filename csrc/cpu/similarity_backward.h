@@ -1,9 +1,9 @@
 // The gradient of one tile of vector similarities: (4) to (7) of itm_fast/ops/cross_attention_similarity.py.
 //
-// The forward tile is run again, but for the product with W where the similarity vectors are known. Then features lie
-// along the lanes, WIDE of them at a time, and queries are rows: the difference u - q is made anew in that layout, for
-// there all four products that follow find their operands as they lie, and only dy and du are transposed. With u = sum
-// of a x, du reaches the attention through g_x = x . du alone:
+// The forward tile is computed again, without the product with W where the similarity vectors are known. From then on
+// features lie along the lanes, WIDE of them at a time, and queries are rows: the difference u - q is computed again in
+// that layout, in which all four products that follow can read their operands as they are, and only dy and du must be
+// transposed. With u = sum of a x, du reaches the attention through g_x = x . du alone:
 //
 //     t = sum of a g,   c = t (p + eps) / p,   d logit_x = a_x (g_x - c (G a)_x - t' (p + eps))
 //     t' = sum of a (g - c G a),   d x = a du^T - (a c a^T) x + d A q^T,   d q = -du + d A^T x
@@ -17,7 +17,7 @@
 
 namespace itm_fast {
 
-// Rows of `D` features, along the lanes: panels [rows][WIDE] for WIDE features each.
+// Rows of D features with the features along the lanes: panels [rows][WIDE], each of WIDE features.
 template <class T>
 struct FeaturePanels : Panels<T> {
   using Panels<T>::WIDE, Panels<T>::at;
@@ -43,7 +43,7 @@ struct FeaturePanels : Panels<T> {
   }
 };
 
-// Which gradients are wanted, and those that all tiles add to.
+// Which gradients are wanted; and the gradients of W and b, to which every tile of one slot adds.
 template <class T>
 struct SimilaritySums {
   bool needs_context, needs_query, needs_weight, needs_bias;
@@ -51,13 +51,15 @@ struct SimilaritySums {
   Buffer<T> bias;           // [S], whole vectors
 };
 
-// s, zeros up to whole vectors, and 1 / (|y| + eps).
+// A similarity vector s = y / (|y| + eps), with zeros up to whole vectors, and its 1 / (|y| + eps).
 template <class T>
 struct SimilarityVector {
   const T* s;
   T inverse;
 };
 
+// One thread's scratch for the gradients of one chunk of queries with the contexts held, and the functions that fill
+// it.
 template <class T>
 struct SimilarityGradient {
   static constexpr int64_t WIDE = TILE_COLUMNS<T>, BLOCK = round_up(FEATURES, WIDE);
@@ -180,7 +182,7 @@ struct SimilarityGradient {
     };
   }
 
-  // (4): d, the gradient of a similarity vector, becomes that of its y.
+  // (4): d [S], the gradient of a similarity vector, becomes the gradient of its y.
   static void backward_of_norm(T* d, int64_t S, SimilarityVector<T> known) {
     std::fill(d + S, d + round_up(S, LANES<T>), T(0));
     Vec<T> product{};

@@ -1,12 +1,13 @@
 // similarity_context, forward and backward: (1) to (4) of itm_fast/ops/similarity_context.py.
 //
-// Bound by memory, so a pair's nodes are read as they lie, features along the lanes, and stay in the first caches while
-// all that is made of them is made (36 KB for 36 nodes at S 256); a part is one image with one chunk of captions.
-// Context nodes are made four at a time, so that every node is loaded once for all of them.
+// The op is bound by memory, so a pair's nodes are read as they lie, features along the lanes, and stay in the first
+// caches (36 KB for 36 nodes at S 256) until all that depends on them is done. Context nodes are computed four at a
+// time, so that every node is loaded once for the four. Forward, a thread owns one image with one chunk of captions at
+// a time; backward, it owns a group of consecutive pairs.
 //
-// Scratch: per thread some values a node of the longest caption and context node, and its nodes once where they must be
-// widened; in backward also their gradients, and at most 64 groups' sums of the assignment's gradient, in double, which
-// are added in order.
+// Scratch: per thread a few values for each node of the longest caption and each context node, and the nodes themselves
+// where they must be widened; in backward also their gradients, and the sums of the assignment's gradient, in double,
+// of at most 64 groups, which are added in order so that the number of threads changes no bit.
 #include "pack.h"
 #include "write.h"
 
@@ -43,7 +44,8 @@ struct Problem {
   }
 };
 
-// The nodes of one pair and its contexts. Rows of S features are zero up to a whole number of lanes.
+// One thread's scratch for one pair: its nodes, its context nodes and, in backward, their gradients. Rows of S features
+// are zero up to whole vectors.
 template <class T>
 class Context {
  public:
@@ -57,6 +59,7 @@ class Context {
     for (int64_t c = 0; c < p.C; ++c) std::copy_n(from + c * S, S, weight + c * ld);
   }
 
+  // (1): reads the nodes of a pair and computes its context nodes, level by level.
   void take(int64_t image, int64_t t) {
     n = p.length(t);
     const T* from = read<T>(p.local, (image * p.N + p.cu_seqlens[t]) * S, n * S, room);
@@ -75,6 +78,7 @@ class Context {
     }
   }
 
+  // (2): writes the pair's rows of the result: the global node, the nodes as they came, the context nodes.
   void give(void* result, int64_t image, int64_t t) const {
     const int64_t at = p.place(image, t);
     p.copy(result, at, p.overall.data, image * p.T + t, 1);
@@ -83,7 +87,8 @@ class Context {
       write<T>(result, p.local.dtype, (at + 1 + n + c) * S, S, context + c * ld, T(1));
   }
 
-  // (3) and (4) from the gradient of the pair's result, after take(); adds to d_weight [C][S].
+  // (3) and (4), after take(), from the gradient of the pair's rows of the result: writes d_rows, unless null, and adds
+  // to d_weight [C][S].
   void back(const void* grad, int64_t image, int64_t t, void* d_rows, double* d_weight) {
     const T* from = read<T>({grad, p.local.dtype}, (p.place(image, t) + 1) * S, (n + p.C) * S, room);
     spread(from, n, d_local);

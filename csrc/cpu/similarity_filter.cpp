@@ -1,13 +1,15 @@
 // similarity_filter, forward and backward: (1) to (10) of itm_fast/ops/similarity_filter.py.
 //
-// Everything is bound by memory, so a pair's nodes are read as they lie, features along the lanes, and stay in the
-// first cache (13 KB at S 256) while all that is made of them is made. In evaluation one such pass does it. In
-// training a thread owns a caption: one pass over its nodes of all images for the statistics, one for z, and in
-// backward one more, for what the statistics take part in; the caption's nodes (1.7 MB at 128 images) come from L3.
+// The op is bound by memory, so a pair's nodes are read as they lie, features along the lanes, and stay in the first
+// cache (13 KB at S 256) until all that depends on them is done. In evaluation one such pass over the nodes is enough,
+// and a thread owns one image with one chunk of captions at a time (backward: a group of consecutive pairs). In
+// training BatchNorm's statistics are taken over each caption's nodes in all images, so a thread owns a caption: one
+// pass over these nodes for the statistics, one for z, and in backward one more for the gradient through the
+// statistics; the nodes (1.7 MB at 128 images) come from the third cache.
 //
-// Scratch: per thread two values a node of the longest caption (in training, times the images) and its nodes once
-// where they must be widened; in backward at most 64 groups' sums of the parameters' gradients, in double, which are
-// added in order.
+// Scratch: per thread two values for each node of the longest caption (in training, times the images), and the nodes
+// themselves where they must be widened; in backward the sums of the parameters' gradients, in double, of at most 64
+// groups, which are added in order so that the number of threads changes no bit.
 #include "filter.h"
 #include "write.h"
 
@@ -52,7 +54,8 @@ double value(Source s) {
   return *read<double>(s, 0, 1, &room);
 }
 
-// The nodes of one pair and what is made of them. Vectors of S features are zero up to a whole number of lanes.
+// One thread's scratch for one pair: its nodes and what is computed from them. Vectors of S features are zero up to
+// whole vectors.
 template <class T>
 class Nodes {
  public:

@@ -1,7 +1,8 @@
 // Forward of similarity_graph: (1) to (3) of itm_fast/ops/similarity_graph.py.
 //
-// A part is one image with one chunk of captions: its nodes are turned into columns, and the tile of graph.h does the
-// rest in the second cache. Scratch: the weights (4 MiB at S 256 and 3 steps) and a tile per thread (1.5 MiB).
+// A thread owns one image with one chunk of captions at a time: it transposes their nodes into columns, and its Graph
+// (graph.h) does the rest in the second cache. Scratch: the weights (4 MiB at S 256 and 3 steps), shared, and a Graph
+// per thread (1.5 MiB).
 #include "graph.h"
 #include "write.h"
 

@@ -1,9 +1,10 @@
 // Backward of similarity_graph: (4) to (7) of itm_fast/ops/similarity_graph.py.
 //
-// A part is one image with one chunk of captions; d nodes of it are its own. Gradients of the weights are summed over
-// the parts of a group, of which there are at most 16, and then over the groups in order: the number of threads changes
-// nothing. Scratch: 2 (S + 1) S values a step and group, at most 40 MiB in all unless four groups need more; 2 MiB +
-// 0.7 MiB a step and thread (S 256), and n^2 values a step and thread for the longest caption.
+// A part is one image with one chunk of captions, and its rows of d nodes belong to it alone. A thread owns one group
+// of parts at a time. Where gradients of the weights are wanted there are at most 16 groups: the gradients are summed
+// over the parts of a group, and then over the groups in order, so that the number of threads changes no bit. Scratch:
+// 2 (S + 1) S values a step and group, at most 40 MiB in all unless four groups need more; 2 MiB + 0.7 MiB a step and
+// thread (S 256), and n^2 values a step and thread for the longest caption.
 #include "graph_backward.h"
 
 namespace itm_fast {

@@ -1,4 +1,5 @@
-// Windows of query sets, packed as columns.
+// Queries that do not fit into memory packed are passed through in windows: some chunks of query sets, packed as
+// columns once for all threads.
 #pragma once
 #include "sets.h"
 #include "similarity.h"
@@ -7,7 +8,8 @@ namespace itm_fast {
 
 constexpr int64_t WINDOW_BYTES = int64_t(16) << 20, CHUNK_BYTES = 224 * 4;  // of all chunks; of a chunk's one feature
 
-// Some chunks of sets, packed as columns for all threads.
+// One window: its chunks of sets, and each chunk's rows as columns, in `panels` of the same index. Threads only read
+// it.
 template <class T>
 struct QueryWindow {
   std::vector<Chunk> chunks;
@@ -17,7 +19,8 @@ struct QueryWindow {
   int64_t count() const { return int64_t(chunks.size()); }
 };
 
-// Runs body(window) for windows that follow each other: of `bytes_at_most`, one chunk at the least.
+// Cuts the sets into chunks of at most `columns` rows, and the chunks into windows of at most `bytes_at_most` (one
+// chunk at the least); packs one window after the other, on all threads, and runs body(window) on this thread.
 template <class T, class Body>
 void for_windows(const RowSets& queries, int64_t threads, Body body, int64_t bytes_at_most = WINDOW_BYTES,
                  int64_t columns = CHUNK_BYTES / int64_t(sizeof(T))) {
