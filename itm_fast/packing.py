@@ -6,6 +6,7 @@ however ragged the captions are, and what lies in one caption can never touch an
 
 from __future__ import annotations
 
+import bisect
 import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import NamedTuple, TypeVar
@@ -335,12 +336,12 @@ def _length_plan(values: Tensor, rows: int, op: str, sizes: Sequence[int], windo
 
 
 def stretches(edge: Sequence[int], rows: int) -> Iterator[slice]:
-    """Cut captions into neighbours of at most `rows` rows together, one caption at the least."""
+    """Cut sets of rows into neighbours of at most `rows` rows together, one set at the least."""
     start = 0
-    for t in range(1, len(edge)):
-        if t == len(edge) - 1 or edge[t + 1] - edge[start] > rows:
-            yield slice(start, t)
-            start = t
+    while start < len(edge) - 1:
+        stop = max(start + 1, bisect.bisect_right(edge, edge[start] + rows) - 1)
+        yield slice(start, stop)
+        start = stop
 
 
 class Run(NamedTuple):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from . import _launch, _tiles
 from ._affinity import affinity, gram, leading
-from ._tl import EPS, NEVER, leaky, normalised
+from ._tl import CANCELLED, EPS, NEVER, leaky, normalised
 
 
 @triton.jit(do_not_specialize=["set_first", "sets", "row_first", "contexts", "ld16"])
@@ -107,8 +107,8 @@ def _context_tile(context, x, d, size, D: tl.constexpr):
 
 @triton.jit
 def _poor(square, z, largest, real):
-    """Where terms of size max |x|^2 have cancelled to less than a thousandth: three of float32's digits are gone."""
-    return (square < 1e-3 * largest * z * z) & real
+    """Where terms of size max |x|^2 have cancelled."""
+    return (square < CANCELLED * largest * z * z) & real
 
 
 @triton.jit

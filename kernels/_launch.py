@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 import contextlib
 import math
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from itm_fast.packing import bounds, checked, kept
+from itm_fast.packing import bounds, checked, kept, stretches
 
 REGIONS = 64  # of an image, and
 WORDS = 32  # of a caption that one tile holds: what COCO's have at most, but for one caption in ten thousand
@@ -138,16 +137,6 @@ def sets(
     return (texts, images) if direction == "t2i" else (images, texts)
 
 
-def spans(edge: list[int], rows: int) -> list[slice]:
-    """Cut sets into runs of at most `rows` rows, one set at the least."""
-    cut, first, sets = [], 0, len(edge) - 1
-    while first < sets:
-        last = max(first + 1, bisect.bisect_right(edge, edge[first] + rows) - 1)
-        cut.append(slice(first, last))
-        first = last
-    return cut
-
-
 def pieces(
     query: Sets, context: Sets, each_row: int, each_set: int, limit: int, piece: int
 ) -> Iterator[Piece]:
@@ -164,7 +153,7 @@ def pieces(
     wide = max(1, min(area // max(1, tall), limit // (16 * (context.longest + 16))))
     wide = max(1, min(wide, context.edge[-1]))
     tall = area // wide
-    for contexts in spans(context.edge, wide):
-        for queries in spans(query.edge, tall):
+    for contexts in stretches(context.edge, wide):
+        for queries in stretches(query.edge, tall):
             x, q = (slice(s.edge[c.start], s.edge[c.stop]) for s, c in ((context, contexts), (query, queries)))
             yield Piece(contexts, queries, x, q)

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-8)  # as published; stands outside the root
+CANCELLED = tl.constexpr(1e-3)  # of `ops/_attention.py`, which says why
 SLOPE = tl.constexpr(0.1)  # of the LeakyReLU that the published code clips with
 NEVER = tl.constexpr(float("-inf"))  # logit of what takes no part
 

@@ -7,9 +7,9 @@
 #include <chrono>
 #include <optional>
 
-#include "filter.h"
 #include "held_contexts.h"
 #include "sets.h"
+#include "shuffle.h"
 #include "white_box.h"
 #include "write.h"
 

@@ -75,11 +75,6 @@ inline void softmax(T* x, int64_t n) {
   for (int64_t j = 0; j < n; j += LANES<T>) store(x + j, load(x + j) * inverse);
 }
 
-template <class T>
-inline Vec<T> sigmoid(Vec<T> x) {
-  return T(1) / (T(1) + exp<T>(-x));
-}
-
 // An image or a caption. ld is n in whole vectors, and all arrays of a row's numbers are zeros beyond n.
 template <class T>
 struct Item {
@@ -104,7 +99,6 @@ struct Item {
 // L words.
 template <class T>
 struct Coefficients {
-  static constexpr T POOR = T(1e-3);
   const Alignment& problem;
   int64_t size;
   Buffer<T> weight, numbers;
@@ -115,7 +109,7 @@ struct Coefficients {
 
   T* array(int64_t k) { return numbers + k * size; }
   T watched(T square, T highest) {
-    poor |= square < POOR * highest;
+    poor |= square < T(CANCELLED) * highest;
     return square;
   }
   // The cosines (2) of n rows, pooled.
@@ -123,7 +117,7 @@ struct Coefficients {
     Vec<T> all{};
     for (int64_t i = 0; i < side.n; i += LANES<T>) {
       const Vec<T> s = load(square + i), real = max<T>(s, splat(std::numeric_limits<T>::min()));
-      const Vec<Int<T>> in = inside<T>(i, 0, side.n), low = (s < POOR * others.highest) & in;
+      const Vec<Int<T>> in = inside<T>(i, 0, side.n), low = (s < T(CANCELLED) * others.highest) & in;
       for (int k = 0; k < LANES<T>; ++k) poor |= low[k] != 0;
       all += select<T>(in, load(dot + i) / max<T>(load(side.norm() + i) * root(real), splat(T(EPS))), Vec<T>{});
     }

@@ -20,6 +20,10 @@ inline Vec<T> clip(Vec<T> x) {
   return x > 0 ? x : x * T(SLOPE);
 }
 
+// A squared length below this share of its largest term is dominated by cancellation error, and is computed another
+// way: CANCELLED of itm_fast/ops/_attention.py, which says why.
+constexpr double CANCELLED = 1e-3;
+
 // logit = scale * affinity norm of s, for n contexts and sets of queries with column bounds edge[0 .. sets]. Sets are
 // read from their own first column on, so that their sums do not depend on where they lie. `factor` holds n values.
 template <class T>

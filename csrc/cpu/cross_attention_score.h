@@ -319,7 +319,7 @@ struct Cosines {
               store(square + j, load(square + j) + v * load(weight + x * ld + j));
             });
     exact.clear();
-    const T least_square = T(1e-3) * block.highest[size_t(k)];
+    const T least_square = T(CANCELLED) * block.highest[size_t(k)];
     for (int64_t j = 0; j < columns; j += LANES<T>) {
       const Vec<T> inverse = T(1) / load(total + j);
       Vec<T> p = load(square + j) * inverse * inverse;
@@ -332,7 +332,7 @@ struct Cosines {
     }
   }
 
-  // |P_j|^2 from P itself, where the terms of the Gram form cancel to less than a thousandth of the largest |x|^2.
+  // |P_j|^2 from P itself, where the terms of the Gram form cancel.
   T exact_square(const T* const* row, int64_t n, int64_t j) {
     exact.push_back(j);
     const int64_t D = problem.context.D;

@@ -25,11 +25,6 @@ struct FilterWeights {
 };
 
 template <class T>
-inline Vec<T> sigmoid(Vec<T> x) {
-  return 1 / (1 + exp<T>(-x));
-}
-
-template <class T>
 class Filter {
  public:
   // Scratch for chunks of at most `nodes` nodes.

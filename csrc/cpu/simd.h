@@ -132,6 +132,11 @@ inline Vec<T> exp(Vec<T> x) {
   return vanishes ? Vec<T>{} : p * (Vec<T>)power;
 }
 
+template <class T>
+inline Vec<T> sigmoid(Vec<T> x) {
+  return T(1) / (T(1) + exp<T>(-x));
+}
+
 #if defined(__AVX512BF16__)
 // Lane i holds even[i] in its low half and odd[i] in its high half, both rounded to bfloat16.
 inline Vec<float> in_pairs(Vec<float> even, Vec<float> odd) {

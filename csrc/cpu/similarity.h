@@ -139,8 +139,7 @@ struct SimilarityTile {
     for (int64_t j = 0; j < columns; j += LANES<T>) {
       const Vec<T> all = load(total + j);
       Vec<T> square = load(length + j) / (all * all);
-      // Terms of size max |x|^2 have cancelled to less than a thousandth: three of float32's seven digits are gone.
-      const Vec<Int<T>> poor = square < T(1e-3) * x.largest;
+      const Vec<Int<T>> poor = square < T(CANCELLED) * x.largest;
       bool cancels = false;
       for (int l = 0; l < LANES<T>; ++l) cancels |= poor[l] != 0;
       if (cancels) square = select<T>(poor, summed(x, j) / (all * all), square);

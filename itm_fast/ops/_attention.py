@@ -19,6 +19,10 @@ NORMS = ("softmax", "l2norm", "clipped_l2norm", "l1norm", "clipped_l1norm", "cli
 POOLS = ("lse", "max", "sum", "mean")
 SLOPE = 0.1  # the papers write ReLU; the published code clips with this slope
 EPS = 1e-8
+# A squared length |P|^2 or |v|^2 that is computed as a sum of terms, not from the vector, is off by the rounding of its
+# largest term M: 2^-24 M in float32. Below CANCELLED M that is more than 6e-5 of the result, three of its seven digits,
+# so the backends compute it another way. The kernels (`_tl.py`, `attention.h`) have the same constant.
+CANCELLED = 1e-3
 
 
 def l2norm(x: Tensor, dim: int = -1) -> Tensor:

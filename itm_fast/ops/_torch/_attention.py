@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._attention import EPS, SLOPE
+from .._attention import CANCELLED, EPS, SLOPE
 
 
 def valid(lengths: Tensor, n: int) -> Tensor:
@@ -54,8 +54,7 @@ def attention(
 def attended_norm(alpha: Tensor, gram: Tensor, context: Tensor) -> Tensor:
     """|P| [B, C * Q] from alpha^T G alpha, or from P itself where that cancels; |P| = 0 has gradient zero."""
     square = (torch.bmm(gram, alpha) * alpha).sum(1)
-    # Terms of size max |x|^2 have cancelled to less than a thousandth: three of float32's seven digits are gone.
-    poor = square < 1e-3 * gram.diagonal(dim1=1, dim2=2).amax(1)[:, None]
+    poor = square < CANCELLED * gram.diagonal(dim1=1, dim2=2).amax(1)[:, None]
     if poor.any():
         rows = list(square.unbind(0))
         for b in poor.any(1).nonzero().flatten().tolist():

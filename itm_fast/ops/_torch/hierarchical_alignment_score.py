@@ -22,7 +22,6 @@ from ._attention import valid
 
 COPIES = 8  # [R, L] temporaries of a pair alive at once, forward
 ROWS = 4  # [D] temporaries of a region, or word, of a pair, with vector gates
-POOR = 1e-3  # of the largest |row|^2: below it, three of float32's seven digits have cancelled
 TILES = 2
 
 
@@ -188,12 +187,13 @@ class _Scalar(_Pairs):
         self.gram_v = image @ image.transpose(1, 2)  # [B, R, R]
         self.gram_t = (caption @ caption.transpose(1, 2))[:, None]  # [C, 1, L, L]
         largest_v, largest_t = self.image_norm.square().amax(1), self.word_norm.square().amax((1, 2))[:, None]
-        self.least = POOR * largest_v, POOR * largest_t, POOR * torch.maximum(largest_v, largest_t)
+        largest = (largest_v, largest_t, torch.maximum(largest_v, largest_t))
+        self.least = tuple(_attention.CANCELLED * x for x in largest)
         self.poor = torch.zeros_like(self.least[2], dtype=torch.bool)  # [C, B]
 
     def watched(self, square: Tensor, of: int) -> Tensor:
         """Note the pairs of which a square [C, B] or [C, B, n] of a combination of regions (0), words (1) or both (2)
-        is but what cancelling has left."""
+        is dominated by cancellation error."""
         low = square if square.dim() == 2 else square.amin(2)
         self.poor |= low.detach() < self.least[of].detach()
         return square
