@@ -209,7 +209,7 @@ class Declaration:
                 for dim, (letter, more) in enumerate(argument.shape.dims):
                     if not letter.isdigit():
                         self.places.setdefault(letter, (k, dim, more))
-        # For an op whose result is the score of every pair, what `_pairs.backward` asks about its arguments.
+        # For an op whose result is the score of every pair, what `_recompute.of_pairs` asks about its arguments.
         axes = {"I": "I", "T": "T", "N": "N", "T+1": "E"}
         first = [a.shape.labels[0] if isinstance(a, TensorArgument) else "" for a in self.arguments]
         scores = [r.shape for r in self.results] == ["I T"]
