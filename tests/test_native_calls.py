@@ -13,7 +13,7 @@ from itm_fast.ops._declare import DECLARED, Choice
 from itm_fast.testing import inputs
 
 COMMAND = r"`python -m itm_fast\.ops\._calls`"
-CALLED = [op.name for op in _calls.called()]
+CALLED = {op.name: op for op in _calls.called()}
 
 
 def test_the_header_is_what_the_declarations_give():
@@ -30,16 +30,17 @@ def test_every_op_with_kernels_has_a_struct():
 
 @pytest.mark.parametrize("name", CALLED)
 def test_fields_lie_eight_bytes_apart(name):
-    struct = _calls.struct(name)
+    struct = _calls.struct(CALLED[name])
     fields = [field for field, _ in struct._fields_]
     assert [getattr(struct, field).offset for field in fields] == [8 * k for k in range(len(fields))]
     assert ctypes.sizeof(struct) == 8 * len(fields)
     assert len(set(fields)) == len(fields)
+    assert set(CALLED[name].places) <= set(fields)
 
 
 @pytest.mark.parametrize("name", CALLED)
 def test_enumerations_have_every_choice(name):
-    for argument in DECLARED[name].arguments:
+    for argument in CALLED[name].arguments:
         if isinstance(argument, Choice):
             assert set(argument.choices) <= set(_calls.ENUMS[argument.enum])
 

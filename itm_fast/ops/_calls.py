@@ -53,8 +53,8 @@ LINEAR = Declaration(
 
 def called() -> list[Declaration]:
     """The declarations that have a struct. C++ scores `global_local_score` as a case of `cross_attention_score`."""
-    found = (op for op in DECLARED.values() if "cpu" in op.offered and op.name != "global_local_score")
-    return sorted(found, key=lambda op: op.name)
+    ops = (op for op in DECLARED.values() if "cpu" in op.offered and op.name != "global_local_score")
+    return sorted([*ops, LINEAR], key=lambda op: op.name)
 
 
 def fields(op: Declaration) -> Iterator[Field]:
@@ -90,9 +90,9 @@ def fields(op: Declaration) -> Iterator[Field]:
 
 
 @functools.cache
-def struct(name: str) -> type[ctypes.Structure]:
+def struct(op: Declaration) -> type[ctypes.Structure]:
     """The struct of an op for Python."""
-    return type(_title(name), (ctypes.Structure,), {"_fields_": [(f.name, f.python) for f in fields(DECLARED[name])]})
+    return type(_title(op.name), (ctypes.Structure,), {"_fields_": [(f.name, f.python) for f in fields(op)]})
 
 
 def _title(name: str) -> str:
@@ -139,8 +139,8 @@ constexpr char CALLS[] = "{digest()}";  // what the structs are compared by when
 
 
 if __name__ == "__main__":
-    from .. import _native, ops  # all declarations
+    from .._native import csrc_dir
 
-    path = _native.csrc_dir() / "cpu" / "calls.h"
+    path = csrc_dir() / "cpu" / "calls.h"
     path.write_text(header())
-    print(f"{path}: structs of {len(called())} calls; {len(ops.__all__)} ops are declared")
+    print(f"{path}: structs of {', '.join(op.name for op in called())}")

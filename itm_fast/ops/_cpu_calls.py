@@ -51,7 +51,7 @@ class Calls:
     """
 
     def __init__(self, op: Declaration, said: str | None = None) -> None:
-        self.op, self.said, self.struct = op, said or op.name, _calls.struct(op.name)
+        self.op, self.said, self.struct = op, said or op.name, _calls.struct(op)
         self.bfloat16 = op.name in BFLOAT16
         self.sizes = [letter for letter in _calls.SIZES if letter in op.places]
         self.packed = next((letter for letter in "NM" if letter in op.places), "")  # the rows that cu_seqlens divides

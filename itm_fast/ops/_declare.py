@@ -21,7 +21,7 @@ from torch import Tensor
 from .._checks import Arguments, Shape, autocast, work_dtype
 from ._draws import Example
 
-DECLARED: dict[str, Declaration] = {}
+DECLARED: dict[str, Declaration] = {}  # the ops by name, filled as each is registered
 F = TypeVar("F", bound=Callable[..., Any])
 Given = Mapping[str, Any]  # the arguments of a call by name
 
@@ -214,7 +214,6 @@ class Declaration:
         first = [a.shape.labels[0] if isinstance(a, TensorArgument) else "" for a in self.arguments]
         scores = [r.shape for r in self.results] == ["I T"]
         self.pairs = "".join(axes.get(label, ".") for label in first) if scores else None
-        DECLARED[name] = self
 
     def public(self, function: F) -> F:
         """Note the op's public function, which this decorates, for the checks that call it."""

@@ -19,7 +19,7 @@ from .._backends import KERNELS, OFFERS, resolve
 from .._workspace import current_gib, workspace
 from . import _recompute
 from ._autograd import by_autograd
-from ._declare import Declaration
+from ._declare import DECLARED, Declaration
 from ._first_use import put_aside
 
 PACKAGES = {"triton": "itm_fast.kernels", "torch": "itm_fast.ops._torch"}
@@ -32,7 +32,7 @@ class Op(Declaration):
         super().__init__(*args, **options)
         name, schema, keeps = self.name, self.schema, self.keeps
         differentiable, pairs = self.differentiable, self.pairs
-        OFFERS[name] = self.offered
+        DECLARED[name], OFFERS[name] = self, self.offered
         forward, backward = f"itm_fast::{name}", f"itm_fast::{name}_backward"
         torch.library.define(forward, f"({schema}, str backend) -> {self.returns}")
         kept = ", Tensor[] results" if keeps else ""
