@@ -219,9 +219,17 @@ def _raw(tensor: Tensor) -> NDArray[np.uint8]:
 def _checksum(*arrays: NDArray) -> str:
     value = 0
     for array in arrays:
-        value = zlib.crc32(repr(array.shape).encode(), value)
-        value = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data, value)
+        value = _crc(array, _crc_of_shape(array.shape, value))
     return f"{value:08x}"
+
+
+def _crc(array: NDArray, value: int) -> int:
+    """`value`, the CRC-32 of what came before, carried on over an array's bytes."""
+    return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data, value)
+
+
+def _crc_of_shape(shape: tuple[int, ...], value: int) -> int:
+    return zlib.crc32(repr(shape).encode(), value)
 
 
 def embed(encoder: nn.Module, features: NDArray[np.float32]) -> Tensor:
@@ -249,13 +257,13 @@ def _images(encoder: nn.Module, split: Split, batch_size: int, progress: bool) -
     with tqdm(total=count, desc="images", unit="image", disable=not progress) as bar:
         for start in range(0, count, batch_size):
             features = split.read(slice(start, start + batch_size))
-            checksum = zlib.crc32(np.ascontiguousarray(features).data, checksum)
+            checksum = _crc(features, checksum)
             embedded = embed(encoder, features)
             if start == 0:
                 image = torch.empty(count, *embedded.shape[1:], dtype=embedded.dtype)
             image[start : start + len(embedded)] = embedded
             bar.update(len(embedded))
-    return image, f"{zlib.crc32(repr((count, *features.shape[1:])).encode(), checksum):08x}"
+    return image, f"{_crc_of_shape((count, *features.shape[1:]), checksum):08x}"
 
 
 def _captions(
