@@ -35,8 +35,6 @@ from itm_fast.data import Vocabulary, open_split
 from itm_fast.data.captions import encode_caption
 from itm_fast.data.openclipart import CHECKPOINTS, FOLDER, VOCABULARY
 from itm_fast.evaluation import encode, metrics
-from itm_fast.models import build
-from itm_fast.training import checkpoint
 
 MODELS = {"SGR": ("sgr",), "SAF": ("saf",), "SGRAF": ("sgr", "saf"), "SCAN t2i": ("scan",)}
 QUERIES = 100  # of each direction, for Kendall's tau, which takes all pairs of a query's items
@@ -160,12 +158,7 @@ def compared(name: str, score: Tensor, exact: Tensor, caption_to_image: np.ndarr
 
 def load(name: str, device: str) -> Any:
     """One of the package's models, in evaluation mode."""
-    loaded = checkpoint.load(CHECKPOINTS[name])
-    loaded.opt.device = device
-    model = build(loaded.opt)
-    model.load_state_dict(loaded.model)
-    model.val_start()
-    return model
+    return itm_fast.models.load(CHECKPOINTS[name], device).model
 
 
 def scores_of(name: str, split: Any, vocabulary: Any, device: str) -> dict[str, Tensor]:

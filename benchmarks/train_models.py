@@ -39,10 +39,11 @@ import torch
 from benchmarks import harness, machine, page
 from itm_fast._files import atomic_write
 from itm_fast.cli import main as itm_fast
-from itm_fast.data import Vocabulary, open_split
+from itm_fast.data import open_split
 from itm_fast.evaluation import evaluate
-from itm_fast.models import build
-from itm_fast.training import checkpoint, resume
+from itm_fast.models import load
+from itm_fast.models._catalogue import CATALOGUE
+from itm_fast.training import resume
 
 VOCABULARY = "openclipart_vocab.json"
 RECIPE = [
@@ -51,18 +52,17 @@ RECIPE = [
 ]  # fmt: skip
 SIMILARITY = ["--sim-dim", "64"]
 BASELINE = "dual"
-# name -> what of it differs from the recipe
+POOLING = ["--agg-func", "Mean"]
+# name -> what of it differs from the recipe; the baseline first
 MODELS = {
-    BASELINE: ["--model", "dual"],
-    "scan-t2i": ["--model", "scan", "--direction", "t2i", "--agg-func", "Mean"],
-    "scan-i2t": ["--model", "scan", "--direction", "i2t", "--agg-func", "Mean"],
-    "sgr": ["--model", "sgr", *SIMILARITY],
-    "saf": ["--model", "saf", *SIMILARITY],
-    "shan-t2i": ["--model", "shan", "--direction", "t2i"],
-    "shan-i2t": ["--model", "shan", "--direction", "i2t"],
-    "shan-full": ["--model", "shan", "--direction", "full"],
-    "hgan": ["--model", "hgan"],
-    "tshsr": ["--model", "tshsr", *SIMILARITY],
+    f"{row.name}-{direction}" if direction else row.name: [
+        *("--model", row.name),
+        *(["--direction", direction] if direction else []),
+        *(POOLING if "agg_func" in row.options else []),
+        *(SIMILARITY if "sim_dim" in row.options else []),
+    ]
+    for row in sorted(CATALOGUE.values(), key=lambda row: row.name != BASELINE)
+    for direction in row.directions or [None]
 }
 RESULT = "trained_models"
 
@@ -132,13 +132,11 @@ def job(data: Path, output: Path, model: str, seed: int, control: bool, changes:
 
 def held_out(data: Path, file: Path) -> dict[str, Any]:
     """Recalls on the test split, and those of chance."""
-    found = checkpoint.load(file)
-    model = build(argparse.Namespace(**{**vars(found.opt), "device": "cpu"}))
-    model.load_state_dict(found.model)
-    model.val_start()
-    report = evaluate([model], open_split(data, "test"), Vocabulary.load(data / VOCABULARY), progress=False)
+    loaded = load(file, "cpu", vocab=data / VOCABULARY)
+    assert loaded.vocab is not None
+    report = evaluate([loaded.model], open_split(data, "test"), loaded.vocab, progress=False)
     (system,) = report.to_dict()["systems"]
-    parameters = sum(p.numel() for part in model.modules for p in part.parameters())
+    parameters = sum(p.numel() for part in loaded.model.modules for p in part.parameters())
     return {"held_out": system["pools"][0], "parameters": parameters}
 
 

@@ -31,7 +31,7 @@ from benchmarks.machine import environment
 from itm_fast.cli import main as itm_fast
 from itm_fast.data import Vocabulary, open_split
 from itm_fast.evaluation import Report, evaluate
-from itm_fast.models import build
+from itm_fast.models import load
 from itm_fast.training import checkpoint
 
 VOCABULARY = "openclipart_vocab.json"
@@ -124,13 +124,7 @@ def _halve(source: Path, target: Path) -> None:
 def _evaluate(data: Path, files: dict[str, Path]) -> Report | None:
     if not files:
         return None
-    models = []
-    for file in files.values():
-        found = checkpoint.load(file)
-        model = build(argparse.Namespace(**{**vars(found.opt), "device": "cpu"}))
-        model.load_state_dict(found.model)
-        model.val_start()
-        models.append(model)
+    models = [load(file, "cpu").model for file in files.values()]
     vocabulary = Vocabulary.load(data / VOCABULARY)
     names = [name if " " in name else name.upper() for name in files]
     return evaluate(models, open_split(data, "test"), vocabulary, names=names, progress=False)
