@@ -117,26 +117,34 @@ def test_the_plans_of_an_ensemble_count_its_members(monkeypatch):
 def test_cxc_and_eccv_take_the_rule_for_ties_and_say_which(ties: str, monkeypatch):
     split, vocabulary = pets(2, 1)
     split = Split(split.features, split.captions, split.caption_to_image, image_ids=[7, 8], caption_ids=[1, 2])
-    values = {key: {"i2t": 1.0, "t2i": 2.0} for key in ("eccv_map_at_r", "eccv_rprecision", "eccv_r1")}
-    values |= {f"cxc_r{k}": {"i2t": 1.0, "t2i": 2.0} for k in (1, 5, 10)}
+    metrics = ["eccv_map_at_r", "eccv_rprecision", "eccv_r1", "cxc_r1", "cxc_r5", "cxc_r10"]
+    rules = {"pessimistic": 1.0, "optimistic": 7.0, "published": 3.0}
+    values = {rule: {key: {"i2t": x, "t2i": x + 1} for key in metrics} for rule, x in rules.items()}
     asked = []
     monkeypatch.setattr(pipeline, "why_no_relevance", lambda *_: None)
-    monkeypatch.setattr(pipeline, "relevance_metrics", lambda *ids, ties: asked.append((*ids[1:], ties)) or values)
+    monkeypatch.setattr(pipeline, "relevance_by_ties", lambda *ids: asked.append(ids[1:]) or values)
     found = evaluate(models(vocabulary, "SAF"), split, vocabulary, ties=ties, progress=False)
     rule = "pessimistic" if ties == "expected" else ties
-    ((images, captions, asked_for),) = asked
-    assert (images.tolist(), captions.tolist(), asked_for) == ([7, 8], [1, 2], rule)
+    ((images, captions),) = asked
+    assert (images.tolist(), captions.tolist()) == ([7, 8], [1, 2])
+    assert found.systems[0].relevance == values[rule]
+    assert found.systems[0].relevance_by_ties == values
     assert found.settings["relevance_ties"] == rule
-    assert f"CxC and ECCV Caption relevance, %, ties {rule}" in str(found)
+    table = str(found).split("\n\n")[1].splitlines()
+    assert table[0] == f"CxC and ECCV Caption relevance, %, ties {rule}"
+    assert table[-2].split() == ["ties", *["1.0-7.0"] * 6, *["2.0-8.0"] * 6]
 
 
-@pytest.mark.parametrize("ties", ["pessimistic", "optimistic", "published"])
+RULES = ["pessimistic", "optimistic", "published"]
+
+
+@pytest.mark.parametrize("ties", RULES)
 def test_relevance_orders_equal_scores_by_the_rule(ties: str):
     """Every item of every labelled query, against one sort written here."""
     score = np.random.default_rng(0).integers(0, 3, (4, 9)).astype(np.float32)
     images, captions = np.arange(4) + 100, np.arange(9) + 900
     right = {"i2t": {100: [900, 903, 908], 103: [902]}, "t2i": {901: [100, 102], 908: [103], 904: []}}
-    found = relevance._ranked(score, images, captions, right, 9, ties)
+    found = relevance._ranked(score, images, captions, right, 9, RULES)[ties]
     for side, table, queries, items in (("i2t", score, 100, captions), ("t2i", score.T, 900, images)):
         assert found[side].keys() == right[side].keys()
         for query, own in right[side].items():
@@ -196,26 +204,29 @@ def test_a_report_tells_what_the_vocabulary_does_not_know():
     assert "unknown" not in str(whole)
 
 
-@pytest.mark.parametrize("ties", ["pessimistic", "optimistic", "published"])
+@pytest.mark.parametrize("ties", RULES)
 def test_both_sets_of_labels_are_ranked_by_the_rule(ties: str, monkeypatch):
     """Labels of two images and three captions, whose scores are all equal."""
-    ranked = {}
+    ranked = {"cxc_r1": [], "cxc_r5": [], "cxc_r10": [], "eccv": []}  # under one rule after another
 
     class Labels:
         def __init__(self):
             self.cxc_gts = self.eccv_gts = {"i2t": {7: [2, 1], 8: [3]}, "t2i": {1: [7], 2: [7], 3: [8]}}
 
         def cxc_recalls(self, found, name, K):
-            ranked[f"cxc_r{K}"] = found
+            ranked[f"cxc_r{K}"].append(found)
             return {"i2t": K / 100, "t2i": K / 50}
 
         def eccv_metrics(self, found, name):
-            ranked["eccv"] = found
+            ranked["eccv"].append(found)
             return {"eccv_r1": {"i2t": 0.5, "t2i": 0.25}}
 
     monkeypatch.setattr(relevance, "_labels", Labels)
     monkeypatch.setattr(relevance, "why_no_relevance", lambda *_: None)
-    found = relevance.relevance_metrics(np.zeros((2, 3)), np.array([7, 8]), np.array([1, 2, 3]), ties=ties)
+    data = np.zeros((2, 3)), np.array([7, 8]), np.array([1, 2, 3])
+    by_ties = relevance.relevance_by_ties(*data)
+    assert list(by_ties) == RULES
+    found = by_ties[ties]
     assert found["eccv_r1"] == {"i2t": 50.0, "t2i": 25.0}
     assert found["cxc_r5"] == {"i2t": 5.0, "t2i": 10.0}
     whole = {
@@ -223,6 +234,11 @@ def test_both_sets_of_labels_are_ranked_by_the_rule(ties: str, monkeypatch):
         "optimistic": {"i2t": {7: [1, 2, 3], 8: [3, 1, 2]}, "t2i": {1: [7, 8], 2: [7, 8], 3: [8, 7]}},
         "published": {"i2t": {7: [3, 2, 1], 8: [3, 2, 1]}, "t2i": {1: [8, 7], 2: [8, 7], 3: [8, 7]}},
     }[ties]
-    assert ranked["cxc_r1"] == ranked["cxc_r5"] == ranked["cxc_r10"] == whole
+    at = RULES.index(ties)
+    assert ranked["cxc_r1"][at] == ranked["cxc_r5"][at] == ranked["cxc_r10"][at] == whole
     # Of ECCV Caption's labels only as many are ranked as a query has right answers at most.
-    assert ranked["eccv"] == {side: {q: items[:2] for q, items in sides.items()} for side, sides in whole.items()}
+    best = {side: {q: items[:2] for q, items in sides.items()} for side, sides in whole.items()}
+    assert ranked["eccv"][at] == best
+    assert relevance.relevance_metrics(*data, ties=ties) == found  # one rule alone
+    assert [ranked["cxc_r1"][-1], ranked["eccv"][-1]] == [whole, best]
+    assert len(ranked["eccv"]) == len(RULES) + 1

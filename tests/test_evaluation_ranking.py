@@ -278,4 +278,3 @@ def test_best_items_orders_and_breaks_ties():
     np.testing.assert_array_equal(best_items(row, 900), np.argsort(row)[::-1])
     tied = np.zeros(50, np.float32)
     assert best_items(tied, 3).tolist() == [0, 1, 2]
-    assert best_items(tied, 3, last=[0, 2]).tolist() == [1, 3, 4]

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,9 +37,11 @@ def report(folds: int = 3, ties: str = "published", **settings) -> Report:
     def system(name: str) -> System:
         parts = tuple(whole() for _ in range(folds))
         pools = (Pool(whole(), parts), Pool(whole())) if folds else (Pool(whole()),)
-        relevance = {key: {side: next(values) for side in SIDES} for key in RELEVANCE}
+        least, published, most = ({key: {side: next(values) for side in SIDES} for key in RELEVANCE} for _ in range(3))
+        by_ties = {"pessimistic": least, "optimistic": most, "published": published}
         seconds = {"encode": next(values), "score": next(values)}
-        return System(name, pools, relevance, seconds, next(values), {"cross_attention_score": "cpu"})
+        backends = {"cross_attention_score": "cpu"}
+        return System(name, pools, published, seconds, next(values), backends, by_ties)
 
     return Report((system("SGR_50%"), system("SAF")), settings, "no ids", np.zeros((2, 2), np.float32))
 
@@ -108,6 +111,7 @@ def test_json_holds_every_fold_and_number(tmp_path):
                 "name": system.name,
                 "pools": pools,
                 "relevance": system.relevance,
+                "relevance_by_ties": system.relevance_by_ties,
                 "seconds": system.seconds,
                 "pairs_per_second": system.pairs_per_second,
                 "backends": {"cross_attention_score": "cpu"},
@@ -131,13 +135,29 @@ def test_csv_has_a_row_per_system_pool_fold_and_direction_with_every_number():
                 size = {"images": metrics.images, "captions": metrics.captions, "queries": side.queries}
                 cells = {**size, **plain(side), "rsum": metrics.rsum, **chance, "ties": "published", **rsums}
                 first = {"system": system.name, "pool": pool, "fold": fold, "direction": name}
-                expected.append({**first, **{key: str(value) for key, value in cells.items()}})
+                relevance = {
+                    f"{key}_{rule}": system.relevance_by_ties[rule][key][name] if pool == "all" else ""
+                    for rule in ("pessimistic", "optimistic", "published")
+                    for key in RELEVANCE
+                }
+                expected.append({**first, **{key: str(value) for key, value in {**cells, **relevance}.items()}})
     assert rows == expected
+
+
+def test_csv_has_columns_of_cxc_and_eccv_only_where_there_are_numbers():
+    made = report()
+    bare = [replace(system, relevance=None, relevance_by_ties={}) for system in made.systems]
+    columns = Report(tuple(bare), {}, "no ids", made.score).to_csv().splitlines()[0].split(",")
+    assert columns[-1] == "rsum_published"
+    some = Report((bare[0], made.systems[1]), {}, None, made.score).to_csv()
+    first, *_, last = csv.DictReader(some.splitlines())
+    assert first["cxc_r1_optimistic"] == ""
+    assert last["cxc_r1_optimistic"] == str(made.systems[1].relevance_by_ties["optimistic"]["cxc_r1"]["t2i"])
 
 
 def test_latex_is_a_booktabs_table_with_every_number_under_its_direction():
     made = report()
-    lines = made.to_latex().splitlines()
+    lines = made.to_latex().split("\n\n")[0].splitlines()
     assert lines[:5] == [
         r"\begin{tabular}{lccccccc}",
         r"\toprule",
@@ -200,9 +220,63 @@ def test_relevance_stands_in_the_table_under_its_direction():
     heads = ["ECCV mAP@R", "ECCV R-P", "ECCV R@1", "CxC R@1", "CxC R@5", "CxC R@10"]
     assert re.split(r"\s{2,}", lines[1].strip()) == ["image to text", "text to image"]
     assert lines[2].split() == [word for head in heads * 2 for word in head.split()]
-    for line, system in zip(lines[3:], made.systems, strict=True):
-        values = [system.relevance[key][side] for side in SIDES for key in RELEVANCE]
-        assert line.split() == [system.name, *one_digit(*values)]
+    for line, system in zip(lines[3:5], made.systems, strict=True):
+        assert line.split() == [system.name, *one_digit(*in_columns(system.relevance))]
+    expected = [cells for system in made.systems for cells in relevance_ties(system, "-")]
+    assert [re.split(r"\s{2,}| (?=\d)", line) for line in lines[5:]] == expected
+    assert len({len(line) for line in lines[2:]}) == 1
+
+
+def in_columns(relevance: dict) -> list[float]:
+    return [relevance[key][side] for side in SIDES for key in RELEVANCE]
+
+
+def relevance_ties(system: System, to: str) -> list[list[str]]:
+    """The two rows beneath the table that tell how far ties move the metrics of a system."""
+    by_rule = {rule: one_digit(*in_columns(found)) for rule, found in system.relevance_by_ties.items()}
+    ends = zip(by_rule["pessimistic"], by_rule["optimistic"], strict=True)
+    return [
+        [f"{system.name}, ties", *(f"{low}{to}{high}" for low, high in ends)],
+        [f"{system.name}, published order", *by_rule["published"]],
+    ]
+
+
+def test_latex_has_a_second_table_of_cxc_and_eccv_metrics_and_how_far_ties_move_them():
+    made = report(relevance_ties="published")
+    lines = made.to_latex().split("\n\n")[1].splitlines()
+    heads = ["ECCV mAP@R", "ECCV R-P", "ECCV R@1", "CxC R@1", "CxC R@5", "CxC R@10"]
+    rows = [[system.name, *one_digit(*in_columns(system.relevance))] for system in made.systems]
+    rows += [cells for system in made.systems for cells in relevance_ties(system, "--")]
+    assert lines == [
+        r"\begin{tabular}{lcccccccccccc}",
+        r"\toprule",
+        r" & \multicolumn{6}{c}{Image to text} & \multicolumn{6}{c}{Text to image} \\",
+        r"\cmidrule(lr){2-7}\cmidrule(lr){8-13}",
+        " & ".join(["Model", *heads, *heads]) + r" \\",
+        r"\midrule",
+        r"\multicolumn{13}{l}{CxC and ECCV Caption relevance, \%, ties published} \\",
+        *(" & ".join(row).replace("SGR_50%", r"SGR\_50\%") + r" \\" for row in rows),
+        r"\bottomrule",
+        r"\end{tabular}",
+    ]
+
+
+def test_ranges_of_cxc_and_eccv_stand_only_where_the_rules_differ_and_show_small_differences():
+    def table(optimistic: float) -> list[list[str]]:
+        rules = {"pessimistic": 50.0, "optimistic": optimistic, "published": 50.0}
+        by_ties = {rule: {key: dict.fromkeys(SIDES, 50.0) for key in RELEVANCE} for rule in rules}
+        by_ties["optimistic"]["cxc_r1"]["t2i"] = optimistic
+        (first, _) = report().systems
+        system = replace(first, relevance=by_ties["pessimistic"], relevance_by_ties=by_ties)
+        lines = str(Report((system,), {}, None, np.zeros((1, 1)))).split("\n\n")[2].splitlines()
+        return [line.split() for line in lines[4:]]
+
+    at = len(RELEVANCE) + RELEVANCE.index("cxc_r1")
+    for optimistic, ends, published in ((50.004, "50.000-50.004", "50.000"), (62.5, "50.0-62.5", "50.0")):
+        ties, order = (["50.0"] * 12 for _ in range(2))
+        ties[at], order[at] = ends, published
+        assert table(optimistic) == [["ties", *ties], ["published", "order", *order]]
+    assert table(50.0) == []
 
 
 def test_unknown_words_stand_under_the_table_where_there_are_any():

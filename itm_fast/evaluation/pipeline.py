@@ -25,7 +25,7 @@ from .distinct import columns, first_of_equals
 from .encoding import device_of, embed, encode, evaluation_mode, packed_ids, require_vocabulary
 from .memory import GB, MemoryPlan, plan
 from .ranking import average, fold_metrics, metrics
-from .relevance import relevance_metrics, ties_of_relevance, why_no_relevance
+from .relevance import relevance_by_ties, ties_of_relevance, why_no_relevance
 from .report import Pool, Report, System, backend_names
 from .score_claim import Claim, check_room, score_path
 from .score_file import STRIPE, ScoreFile
@@ -127,10 +127,10 @@ def _evaluate(
             parts = fold_metrics(score, split.caption_to_image, folds, ties=ties)
             found.insert(0, Pool(average(parts), tuple(parts)))
         assert split.image_ids is not None or missing
-        relevance = None
-        if not missing:
-            relevance = relevance_metrics(score, split.image_ids, split.caption_ids, ties=relevance_ties)  # type: ignore
-        return System(name, tuple(found), relevance)
+        if missing:
+            return System(name, tuple(found))
+        by_ties = relevance_by_ties(score, split.image_ids, split.caption_ids)  # type: ignore
+        return System(name, tuple(found), by_ties[relevance_ties], relevance_by_ties=by_ties)
 
     systems: list[System] = []
     total: NDArray[np.float32] | None = None

@@ -269,28 +269,33 @@ def average(parts: Sequence[Metrics]) -> Metrics:
     )
 
 
-def best_items(
-    row: NDArray[np.floating], k: int, last: Sequence[int] = (), first: Sequence[int] = ()
-) -> NDArray[np.int64]:
-    """Indices of the k highest scores of one query, highest first.
+def best_items(row: NDArray[np.floating], k: int) -> NDArray[np.int64]:
+    """Indices of the k highest scores of one query, highest first; ties go to the lower index.
 
     Args:
         row: [n] scores.
         k: how many, cut to n.
-        last: indices that lose every tie (the right items, to rank ties pessimistically).
-        first: indices that win every tie; other ties go to the lower index.
 
     Returns:
         int64 [min(k, n)].
 
     >>> import numpy as np
-    >>> best_items(np.array([0.5, 0.9, 0.5, 0.1]), 2), best_items(np.array([0.5, 0.9, 0.5, 0.1]), 2, last=[0])
-    (array([1, 0]), array([1, 2]))
+    >>> best_items(np.array([0.5, 0.9, 0.5, 0.1]), 2)
+    array([1, 0])
+    """
+    found = contenders(row, k)
+    return found[np.lexsort((found, -row[found]))][:k]
+
+
+def contenders(row: NDArray[np.floating], k: int) -> NDArray[np.int64]:
+    """Indices, ascending, of the items that can be among the k best under some order of equal scores.
+
+    >>> import numpy as np
+    >>> contenders(np.array([0.5, 0.9, 0.5, 0.1]), 2)
+    array([0, 1, 2])
     """
     k = min(k, len(row))
-    least = np.partition(row, len(row) - k)[len(row) - k]
-    found = np.flatnonzero(row >= least)
-    return found[np.lexsort((found, ~np.isin(found, first), np.isin(found, last), -row[found]))][:k]
+    return np.flatnonzero(row >= np.partition(row, len(row) - k)[len(row) - k])
 
 
 def _known(ties: str, caller: str) -> None:

@@ -10,13 +10,13 @@ import contextlib
 import importlib.util
 import io
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .ranking import best_items
+from .ranking import contenders
 
 _COLUMNS = 256  # captions transposed at once
 _TIES = ("pessimistic", "optimistic", "published")
@@ -83,17 +83,32 @@ def relevance_metrics(
     """
     if ties not in _TIES:
         raise ValueError(f"relevance_metrics: ties must be one of {', '.join(_TIES)}, got {ties!r}")
+    return relevance_by_ties(score, image_ids, caption_ids, (ties,))[ties]
+
+
+def relevance_by_ties(
+    score: NDArray[np.floating],
+    image_ids: NDArray[np.integer],
+    caption_ids: NDArray[np.integer],
+    rules: Sequence[str] = _TIES,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """`relevance_metrics` under each of the rules for ties, all in one pass over the scores."""
     reason = why_no_relevance(image_ids, caption_ids)
     if reason:
         raise ValueError(reason)
     labels = _labels()
-    cxc = _ranked(score, image_ids, caption_ids, labels.cxc_gts, 10, ties)
-    found = {f"cxc_r{k}": labels.cxc_recalls(cxc, "all", K=k) for k in (1, 5, 10)}
+    cxc = _ranked(score, image_ids, caption_ids, labels.cxc_gts, 10, rules)
     most = max(len(set(right)) for side in labels.eccv_gts.values() for right in side.values())
-    eccv = _ranked(score, image_ids, caption_ids, labels.eccv_gts, most, ties)
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
-        found |= labels.eccv_metrics(eccv, "all")
-    return {name: {side: 100.0 * float(value) for side, value in sides.items()} for name, sides in found.items()}
+    eccv = _ranked(score, image_ids, caption_ids, labels.eccv_gts, most, rules)
+    by_ties = {}
+    for rule in rules:
+        found = {f"cxc_r{k}": labels.cxc_recalls(cxc[rule], "all", K=k) for k in (1, 5, 10)}
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+            found |= labels.eccv_metrics(eccv[rule], "all")
+        by_ties[rule] = {
+            name: {side: 100.0 * float(value) for side, value in sides.items()} for name, sides in found.items()
+        }
+    return by_ties
 
 
 def _labels() -> Any:
@@ -109,25 +124,30 @@ def _ranked(
     caption_ids: NDArray[np.integer],
     right: Mapping[str, Mapping[int, Iterable[int]]],
     k: int,
-    ties: str = "pessimistic",
-) -> dict[str, dict[int, list[int]]]:
-    """For every labelled query the ids of its k best items, best first."""
-    ranked: dict[str, dict[int, list[int]]] = {}
+    rules: Sequence[str],
+) -> dict[str, dict[str, dict[int, list[int]]]]:
+    """Under each rule, for every labelled query the ids of its k best items, best first."""
+    ranked: dict[str, dict[str, dict[int, list[int]]]] = {rule: {"i2t": {}, "t2i": {}} for rule in rules}
     for side, query_ids, item_ids in (("i2t", image_ids, caption_ids), ("t2i", caption_ids, image_ids)):
+        items = np.asarray(item_ids)
         position = {int(item): index for index, item in enumerate(item_ids)}
-        ranked[side] = {}
         for index, row in query_rows(score, side):
             query = int(query_ids[index])
             if query in right[side]:
                 own = [position[item] for item in right[side][query] if item in position]
-                ranked[side][query] = np.asarray(item_ids)[_best(row, k, own, ties)].tolist()
+                for rule, best in _best(row, k, own, rules):
+                    ranked[rule][side][query] = items[best].tolist()
     return ranked
 
 
-def _best(row: NDArray[np.floating], k: int, right: list[int], ties: str) -> NDArray[np.int64]:
-    if ties == "published":  # of equal scores the higher index comes first
-        return len(row) - 1 - best_items(row[::-1], k)
-    return best_items(row, k, last=right) if ties == "pessimistic" else best_items(row, k, first=right)
+def _best(
+    row: NDArray[np.floating], k: int, right: list[int], rules: Sequence[str]
+) -> Iterator[tuple[str, NDArray[np.int64]]]:
+    found = contenders(row, k)
+    is_right = np.isin(found, right)
+    among_equals = {"pessimistic": (found, is_right), "optimistic": (found, ~is_right), "published": (-found,)}
+    for rule in rules:
+        yield rule, found[np.lexsort((*among_equals[rule], -row[found]))][:k]
 
 
 def query_rows(score: NDArray[np.floating], side: str) -> Iterator[tuple[int, NDArray[np.floating]]]:

@@ -28,6 +28,7 @@ _RELEVANCE = {
     "cxc_r5": "CxC R@5",
     "cxc_r10": "CxC R@10",
 }
+_RANGE = ("pessimistic", "optimistic", "published")  # the least, the most, and what stands between
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class System:
         pairs_per_second: pairs scored in a second, identical captions once; None for an ensemble and for a resumed run.
         backends: the backend that each op of the scorer ran on; empty where none of our ops ran, as for an ensemble, a
             dual encoder, or scores that were finished before.
+        relevance_by_ties: `relevance` under every rule for ties that it has; empty without `relevance`.
     """
 
     name: str
@@ -69,6 +71,7 @@ class System:
     seconds: dict[str, float] = field(default_factory=dict)
     pairs_per_second: float | None = None
     backends: dict[str, str] = field(default_factory=dict)
+    relevance_by_ties: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,7 +93,8 @@ class Report:
     def __str__(self) -> str:
         parts = [self._recalls(number) for number in range(len(self.systems[0].pools))]
         if any(system.relevance for system in self.systems):
-            parts.append(self._relevance())
+            head = ["", *_RELEVANCE.values(), *_RELEVANCE.values()]
+            parts.append(_table(self._relevance_title(), [head, *self._relevance()], (1, 7, 13)))
         if words := unknown_words_line(self.settings):
             parts.append(words)
         return "\n\n".join(parts)
@@ -104,12 +108,14 @@ class Report:
         }
 
     def to_csv(self) -> str:
-        """One row per system, pool, fold and direction; rsum also under every rule for ties."""
+        """One row per system, pool, fold and direction; rsum, and CxC and ECCV metrics, under every rule for ties."""
         text = io.StringIO()
         columns = [
             "system", "pool", "fold", "direction", "images", "captions", "queries", "r1", "r5", "r10", "medr",
             "meanr", "rsum", "chance_r1", "chance_r5", "chance_r10", "ties", *(f"rsum_{rule}" for rule in TIES),
         ]  # fmt: skip
+        rules = list(dict.fromkeys(rule for system in self.systems for rule in system.relevance_by_ties))
+        columns += [f"{key}_{rule}" for key in _RELEVANCE for rule in rules]
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns)
         for system in self.systems:
@@ -121,14 +127,20 @@ class Report:
                     by_ties = [metrics.by_ties[rule].rsum if rule in metrics.by_ties else "" for rule in TIES]
                     for name in DIRECTIONS:
                         side: Direction = getattr(metrics, name)
+                        found = {} if pool.folds else system.relevance_by_ties
+                        relevance = [found[rule][key][name] if found else "" for key in _RELEVANCE for rule in rules]
                         writer.writerow(
                             [system.name, title, fold, name, metrics.images, metrics.captions, side.queries,
-                             *side.recalls, side.medr, side.meanr, metrics.rsum, *side.chance, metrics.ties, *by_ties]
+                             *side.recalls, side.medr, side.meanr, metrics.rsum, *side.chance, metrics.ties, *by_ties,
+                             *relevance]
                         )  # fmt: skip
         return text.getvalue()
 
     def to_latex(self) -> str:
-        r"""A `tabular` for the booktabs package (`\usepackage{booktabs}`): one row per system, grouped by pool."""
+        r"""A `tabular` for the booktabs package (`\usepackage{booktabs}`): one row per system, grouped by pool.
+
+        A second one holds CxC and ECCV Caption metrics, where there are any.
+        """
         lines = [
             r"\begin{tabular}{lccccccc}",
             r"\toprule",
@@ -143,7 +155,22 @@ class Report:
                 cells = [f"{value:.1f}" for value in (*metrics.i2t.recalls, *metrics.t2i.recalls, metrics.rsum)]
                 lines.append(" & ".join([_escape(system.name), *cells]) + r" \\")
             lines += [rf"\multicolumn{{8}}{{l}}{{\footnotesize {_escape(line)}}} \\" for line in self._ties(number)]
-        return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", ""])
+        lines += [r"\bottomrule", r"\end{tabular}", ""]
+        if any(system.relevance for system in self.systems):
+            lines += [
+                r"\begin{tabular}{lcccccccccccc}",
+                r"\toprule",
+                r" & \multicolumn{6}{c}{Image to text} & \multicolumn{6}{c}{Text to image} \\",
+                r"\cmidrule(lr){2-7}\cmidrule(lr){8-13}",
+                " & ".join(["Model", *_RELEVANCE.values(), *_RELEVANCE.values()]) + r" \\",
+                r"\midrule",
+                rf"\multicolumn{{13}}{{l}}{{{_escape(self._relevance_title())}}} \\",
+                *(" & ".join([_escape(name), *cells]) + r" \\" for name, *cells in self._relevance("--")),
+                r"\bottomrule",
+                r"\end{tabular}",
+                "",
+            ]
+        return "\n".join(lines)
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write `results.txt`, `.json`, `.csv` and `.tex` into a folder, made if absent; each appears whole.
@@ -187,22 +214,50 @@ class Report:
             rsums = {rule: metrics.rsum for rule, metrics in by_ties.items()}
             if rsums.keys() < set(TIES) or abs(rsums["optimistic"] - rsums["pessimistic"]) < 1e-6:
                 continue
-            name = f"{system.name}, ties" if len(self.systems) > 1 else "ties"
-            low, high, published = (rsums[rule] for rule in ("pessimistic", "optimistic", "published"))
-            digits = 1 if f"{low:.1f}" != f"{high:.1f}" else 3  # one caption of 25,000 is 0.004
-            lines.append(
-                f"{name}: rsum {low:.{digits}f} to {high:.{digits}f}; {published:.{digits}f} by the published order"
-            )
+            low, high, published = (rsums[rule] for rule in _RANGE)
+            d = _digits(low, high)
+            found = f"rsum {low:.{d}f} to {high:.{d}f}; {published:.{d}f} by the published order"
+            lines.append(f"{self._of(system)}ties: {found}")
         return lines
 
-    def _relevance(self) -> str:
-        rows = [["", *_RELEVANCE.values(), *_RELEVANCE.values()]]
-        for system in self.systems:
-            found = system.relevance or {}
-            rows.append([system.name, *(f"{found[key][side]:.1f}" for side in DIRECTIONS for key in _RELEVANCE)])
+    def _relevance_title(self) -> str:
         ties = self.settings.get("relevance_ties")
-        title = "CxC and ECCV Caption relevance, %" + (f", ties {ties}" if ties else "")
-        return _table(title, rows, (1, 7, 13))
+        return "CxC and ECCV Caption relevance, %" + (f", ties {ties}" if ties else "")
+
+    def _relevance(self, to: str = "-") -> list[list[str]]:
+        """A row per system, and beneath them, for each system that the rule for ties changes, how far it does."""
+        rows = []
+        for system in self.systems:
+            rows.append([system.name, *(f"{value:.1f}" for value in _in_columns(system.relevance or {}))])
+        for system in self.systems:
+            if not system.relevance_by_ties:
+                continue
+            rules = [_in_columns(system.relevance_by_ties[rule]) for rule in _RANGE]
+            cells = [_cells(low, high, published, to) for low, high, published in zip(*rules, strict=True)]
+            if any(to in ends for ends, _ in cells):
+                rows.append([f"{self._of(system)}ties", *(ends for ends, _ in cells)])
+                rows.append([f"{self._of(system)}published order", *(published for _, published in cells)])
+        return rows
+
+    def _of(self, system: System) -> str:
+        """What names a system beneath a table, where there are several."""
+        return f"{system.name}, " if len(self.systems) > 1 else ""
+
+
+def _in_columns(relevance: dict[str, dict[str, float]]) -> list[float]:
+    return [relevance[key][side] for side in DIRECTIONS for key in _RELEVANCE]
+
+
+def _digits(low: float, high: float) -> int:
+    """Decimals that tell the ends of a range apart: one caption of 25,000 is 0.004."""
+    return 1 if high - low < 1e-6 or f"{low:.1f}" != f"{high:.1f}" else 3
+
+
+def _cells(low: float, high: float, published: float, to: str) -> tuple[str, str]:
+    """A range, one number where its ends are equal, and the number of the published order."""
+    digits = _digits(low, high)
+    ends = [f"{low:.{digits}f}", f"{high:.{digits}f}"]
+    return to.join(dict.fromkeys(ends)), f"{published:.{digits}f}"
 
 
 def backend_names(systems: Iterable[System]) -> str:
@@ -261,6 +316,7 @@ def _system(system: System) -> dict[str, Any]:
             for pool in system.pools
         ],
         "relevance": system.relevance,
+        "relevance_by_ties": system.relevance_by_ties,
         "seconds": system.seconds,
         "pairs_per_second": system.pairs_per_second,
         "backends": system.backends,
