@@ -86,6 +86,41 @@ def test_columns_are_multiplied_with_each_other(blocks, n, D):
     assert largest == np.square(columns).sum(0).max()
 
 
+ROWS = [(1, 1), (2, 3), (4, 16), (5, 17), (36, 64), (13, 257)]
+
+
+@pytest.mark.parametrize("n,K", ROWS)
+def test_rows_are_multiplied_with_each_other(blocks, n, K):
+    rows, weight = draws(blocks, n, K), draws(blocks, K)
+    plain, weighted = corner(blocks, n, n, fill=7), corner(blocks, n, n, fill=7)
+    blocks.gram_matrix(filled(blocks, rows), None, plain)
+    blocks.gram_matrix(filled(blocks, rows), weight, weighted)
+    X, W = tensors(rows, weight)
+
+    def reference(d):
+        return [X.to(d) @ X.to(d).T, X.to(d) @ (X.to(d) * W.to(d)).T]
+
+    assert_accurate(tensors(plain, weighted), reference, X.dtype)
+    for gram in (plain, weighted):
+        assert np.array_equal(gram, gram.T)
+        assert (gram.base[:, n:] == 7).all()
+        assert (gram.base[n:] == 7).all()
+
+
+@pytest.mark.parametrize("n,D", ROWS)
+def test_rows_are_summed_with_weights_some_features_at_a_time(blocks, n, D):
+    rows, weight, out = draws(blocks, n, D), draws(blocks, n), corner(blocks, 1, D)
+    half = D // 2 // blocks.LANES * blocks.LANES  # the first and the last features, from a whole vector on
+    parts = [blocks.weighted_sum(filled(blocks, rows), weight, *part, out) for part in ((0, half), (half, D))]
+    X, W = tensors(rows, weight)
+
+    def reference(d):
+        P = W.to(d) @ X.to(d)
+        return [P[None], P[:half].square().sum(), P[half:].square().sum()]
+
+    assert_accurate([*tensors(out), *(torch.tensor(part, dtype=X.dtype) for part in parts)], reference, X.dtype)
+
+
 @pytest.fixture
 def of_pairs(box):
     if not hasattr(box, "product_of_pairs"):

@@ -224,6 +224,12 @@ void define(py::module_ m) {
     return py::make_tuple(array(found.weight, n, columns), array(found.total, 1, columns),
                           array(found.length, 1, columns), array(found.similar, S, columns));
   });
+  m.def("gram_matrix", [](const Array& rows, const std::optional<Array>& weight, Array gram) {
+    white_box::gram_matrix(matrix(rows), weight ? weight->data() : nullptr, matrix(gram));
+  });
+  m.def("weighted_sum", [](const Array& rows, const Array& weight, int64_t first, int64_t last, Array out) {
+    return white_box::weighted_sum(matrix(rows), weight.data(), first, last, matrix(out).data);
+  });
   m.def("windows", [](const py::array& rows, const Edge& edge, int64_t bytes, int64_t columns, int64_t threads) {
     return white_box::windows<T>(source(rows), rows.shape(1), edge, bytes, columns, threads);
   });

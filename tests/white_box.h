@@ -1,5 +1,5 @@
-// What white_box.cpp and white_box_attention.cpp share: matrices in numpy's memory, and the second file's functions,
-// which are compiled apart so that only one file waits for pybind11.
+// What white_box.cpp shares with white_box_attention.cpp and white_box_score.cpp: matrices in numpy's memory, and the
+// latter two's functions, which are compiled apart so that only one file waits for pybind11.
 #pragma once
 #include <tuple>
 
@@ -46,5 +46,15 @@ using Windows = std::vector<std::vector<std::tuple<int64_t, int64_t, std::vector
 template <class T>
 Windows<T> windows(itm_fast::Source rows, int64_t D, const std::vector<int64_t>& edge, int64_t bytes, int64_t columns,
                    int64_t threads);
+
+// gram_matrix() of cross_attention_score.h: products of rows [n, K] with each other, each term times weight [K], unless
+// that is null.
+template <class T>
+void gram_matrix(Matrix<T> rows, const T* weight, Matrix<T> gram);
+
+// attend() of cross_attention_score.h: out[first .. last] = sum over rows x of weight[x] times row x; returns the sum's
+// squared length over these features.
+template <class T>
+T weighted_sum(Matrix<T> rows, const T* weight, int64_t first, int64_t last, T* out);
 
 }  // namespace white_box
