@@ -1,11 +1,11 @@
-"""Products of features: affinities of all rows, Gram matrices of sets, lengths of rows.
+"""Products of feature rows: affinities, Gram matrices of sets, lengths.
 
     A[q, x] = row q of the queries . row x of the contexts                                      `affinity`
-    G[x, x'] = row x . row x' of one set                                                        `gram`
-    |x|                                                                                         `lengths`
+    G[x, x'] = row x . row x', both of one set                                                  `gram`
+    |x|      = length of row x                                                                  `lengths`
 
-Rows of all sets are multiplied densely: 36 regions or 12 words are not padded, so a tile of M x N rows is all real work
-but at the end of the block. An element's bits do not depend on where its rows lie in a tile.
+Affinities multiply the packed rows of all sets densely. Sets of 36 regions or 12 words are not padded, so only tiles at
+the end of the matrix do work that is thrown away. An element has the same bits wherever its rows lie in a tile.
 """
 
 from __future__ import annotations
@@ -27,11 +27,15 @@ def _affinity(
     D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
 ):  # fmt: skip
-    """One program: a tile [BLOCK_M queries, BLOCK_N contexts]. Grid: all tiles."""
+    """out [queries, stride] = query[query_first:] [queries, D] @ context[context_first:] [contexts, D]^T.
+
+    One program: a tile [BLOCK_M queries, BLOCK_N contexts]. Grid: all tiles, in the order of `swizzled`.
+    """
     m, n = swizzled(tl.program_id(0), tl.cdiv(queries, BLOCK_M), tl.cdiv(contexts, BLOCK_N), GROUP)
     row, col, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
-    rows, cols = queries - m * BLOCK_M, contexts - n * BLOCK_N  # what is left of them
-    # Offsets within a tile fit 32 bits. Rows past the end read the last one and are not stored: no mask in the loop.
+    rows, cols = queries - m * BLOCK_M, contexts - n * BLOCK_N  # from this tile's corner to the end
+    # Offsets within a tile fit 32 bits. Rows past the end load the last row instead and are not stored, so the loop
+    # needs no row mask.
     query = query_ptr + (query_first + m * BLOCK_M).to(tl.int64) * D
     query += tl.minimum(row, rows - 1)[:, None] * D + k[None, :]
     context = context_ptr + (context_first + n * BLOCK_N).to(tl.int64) * D
@@ -56,7 +60,11 @@ def _gram(
     row_ptr, start_ptr, count_ptr, out_ptr, set_first, row_first, ld16, chunks,
     D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: [BLOCK_X, BLOCK_X] of one set's Gram matrix. Grid: sets x chunks x chunks."""
+    """out [rows, stride]: row x of a set holds G[x, :], its products with all rows of the same set.
+
+    One program: [BLOCK_X, BLOCK_X] of one set's G. Grid: sets x chunks x chunks, where `chunks` blocks cover the
+    longest set. `row_first`: the first row of set `set_first`, which is row 0 of out.
+    """
     pid = tl.program_id(0)
     set_ = set_first + pid // (chunks * chunks)
     i, j = (pid // chunks) % chunks, pid % chunks
@@ -66,7 +74,7 @@ def _gram(
         x = i * BLOCK_X + tl.arange(0, BLOCK_X)
         y = j * BLOCK_X + tl.arange(0, BLOCK_X)
         k = tl.arange(0, BLOCK_K)
-        # Past the set's end lie other sets' rows, or padding: the last real row is read in their place.
+        # Past the set's end lie another set's rows or padding: load the set's last row instead.
         left = row_ptr + (start + tl.minimum(x, count - 1))[:, None] * D + k[None, :]
         right = row_ptr + (start + tl.minimum(y, count - 1))[:, None] * D + k[None, :]
         acc = tl.zeros((BLOCK_X, BLOCK_X), tl.float32)
@@ -83,7 +91,7 @@ def _gram(
 
 @triton.jit(do_not_specialize=["rows"])
 def _lengths(row_ptr, out_ptr, rows, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """One program: |x| of BLOCK_M rows. Grid: all rows."""
+    """out [rows] = |x| of rows [rows, D]. One program: BLOCK_M rows. Grid: blocks of rows."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -95,12 +103,12 @@ def _lengths(row_ptr, out_ptr, rows, D: tl.constexpr, BLOCK_M: tl.constexpr, BLO
 
 
 def leading(columns: int) -> int:
-    """Floats from one row of a workspace to the next: a multiple of 16, so that rows are aligned."""
+    """Row stride in floats of a workspace with `columns` columns: a multiple of 16, so that rows are aligned."""
     return 16 * _launch.blocks(columns, 16)
 
 
 def affinity(query: Tensor, context: Tensor, q: slice, x: slice, out: Tensor, precision: str) -> None:
-    """out [rows of q, leading(rows of x)] = query[q] @ context[x].T; the padding columns are left as they are."""
+    """out [rows of q, leading(rows of x)] = query[q] @ context[x].T; padding columns are not written."""
     queries, contexts, D = q.stop - q.start, x.stop - x.start, query.shape[1]
     tile = _tiles.affinity(query.dtype, _launch.arch(query.device), precision)
     grid = (_launch.blocks(queries, tile["BLOCK_M"]) * _launch.blocks(contexts, tile["BLOCK_N"]),)
@@ -111,7 +119,7 @@ def affinity(query: Tensor, context: Tensor, q: slice, x: slice, out: Tensor, pr
 
 
 def gram(sets: _launch.Sets, first: int, last: int, out: Tensor) -> None:
-    """Gram matrices of sets first..last into out [their rows, leading(longest)]."""
+    """Write the Gram matrices of sets first..last into out [rows of these sets, leading(longest)]."""
     rows = sets.rows
     tile = _tiles.gram(rows.dtype, _launch.arch(rows.device))
     chunks = _launch.blocks(sets.longest, tile["BLOCK_X"])

@@ -1,15 +1,15 @@
-"""Alignment of pairs with scalar gates: (1) to (9) of `ops/hierarchical_alignment_score.py` by coefficients.
+"""Scores of pairs with scalar gates, (1) to (9) of `ops/hierarchical_alignment_score.py`, from coefficients alone.
 
     |x|, m . x, n . x of every row x of regions and words                                       `_numbers`
-    the scores of pairs, from A, C, G, H and a few numbers a row; no vector [D] exists          `_align`
+    scores of pairs from A, C, G, H and these numbers; no vector [D] of a pair is formed        `_align`
 
-`_align`: one program owns an image and CAPTIONS captions of one class of lengths, WORDS words at most: matrices
-[BLOCK_R, CAPTIONS * WORDS] in registers, of which 36 regions and COCO's captions fill 43 %. Grid: images x groups.
-Products with Gram matrices are matrix products: the captions' stand along the diagonal of one, so that what is no
-number in one caption must not enter it; G times single vectors is taken for all captions at once, one column each.
+`_align` keeps matrices [BLOCK_R, CAPTIONS * WORDS] in registers; 36 regions and COCO's captions fill 43 % of them.
+Products with H are one matrix product: the H of all captions of a program form a block diagonal matrix. A NaN in one
+caption would spread to the others there, so `finite` removes it. Products of G with single vectors are one matrix
+product too, with a column for each caption.
 
-Where a vector is so much shorter than its terms that its coefficients have lost its digits, the pair is marked, and
-`_alignment_vectors` scores it again.
+If a vector is much shorter than the terms it is summed from, its length is dominated by cancellation error. `_align`
+then marks the pair as poor, and `_alignment_vectors` scores it again.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from itm_fast.packing import Group, Stretch, bounds
 from . import _launch, _tiles
 from ._tl import CANCELLED, EPS, NEVER, finite
 
-TINY = tl.constexpr(1.1754944e-38)
-NUMBERS = tl.constexpr(4)  # floats from one row's numbers to the next's; three are used
+TINY = tl.constexpr(1.1754944e-38)  # float32's smallest normal number: keeps a root and its reciprocal finite
+NUMBERS = tl.constexpr(4)  # row stride of the numbers |x|, m . x, n . x; the fourth is unused and aligns rows
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -36,7 +36,10 @@ def _numbers(
     row_ptr, image_pool_ptr, caption_pool_ptr, out_ptr, rows,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: |x|, m . x and n . x of BLOCK_M rows. Grid: all rows."""
+    """out [rows, NUMBERS] = |x|, m . x, n . x of rows [rows, D]; the pools m and n are [D].
+
+    One program: BLOCK_M rows. Grid: blocks of rows.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     square = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
@@ -56,22 +59,26 @@ def _numbers(
 
 @triton.jit
 def softmax(x, AXIS: tl.constexpr):
+    """Softmax over an axis of a tile in registers."""
     e = tl.exp(x - tl.max(x, AXIS, keep_dims=True))
     return e / tl.sum(e, AXIS, keep_dims=True)
 
 
 @triton.jit
 def root(square):
+    """Square root, never 0."""
     return tl.sqrt(tl.maximum(square, TINY))
 
 
 @triton.jit
 def cosine(dot, length_a, length_b):
+    """dot / max(|a| |b|, eps)."""
     return dot / tl.maximum(length_a * length_b, EPS)
 
 
 @triton.jit
 def _any(flags, AXIS: tl.constexpr):
+    """1 where any flag along the axis is set, else 0."""
     return tl.max(flags.to(tl.int32), AXIS)
 
 
@@ -89,6 +96,13 @@ def _align(
     IMAGE_SIDE: tl.constexpr, CAPTION_SIDE: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_R: tl.constexpr, WORDS: tl.constexpr, CAPTIONS: tl.constexpr,
 ):  # fmt: skip
+    """score [images, captions], and poor [images, captions of the window] int8: 1 where digits were lost.
+
+    `affinity_ptr` A and `cross_ptr` C: [regions of the block, words of the window]. `gram_v_ptr` G and `gram_t_ptr` H:
+    one row per region and word. `region_ptr`, `word_ptr`: `_numbers` of all rows. Gates [all rows, 2]: column 0 serves
+    the image side (3, g_i), column 1 the caption side (g_j). `order_ptr`[first : first + number]: the captions.
+    One program: an image with CAPTIONS captions of at most WORDS words. Grid: images x groups of CAPTIONS.
+    """
     COLUMNS: tl.constexpr = CAPTIONS * WORDS
     groups = tl.cdiv(number, CAPTIONS)
     b, group = tl.program_id(0) // groups, tl.program_id(0) % groups
@@ -97,7 +111,7 @@ def _align(
     v_count = tl.load(count_ptr + image_first + b)
     v_real = r < v_count
     place = group * CAPTIONS + tl.arange(0, CAPTIONS)
-    t = tl.load(order_ptr + first + tl.minimum(place, number - 1))  # past the end the last one, and not stored
+    t = tl.load(order_ptr + first + tl.minimum(place, number - 1))  # past the end: the last one, not stored
     t_start, t_count = tl.load(start_ptr + t), tl.load(size_ptr + t)
     t_real = w[None, :] < t_count[:, None]  # [CAPTIONS, WORDS]
     inside = v_real[:, None, None] & t_real[None]  # [BLOCK_R, CAPTIONS, WORDS]
@@ -110,7 +124,7 @@ def _align(
     v_norm = tl.load(region_ptr + region * NUMBERS, mask=v_real, other=0.0)
     word = t_start.to(tl.int64)[:, None] + w[None, :]
     t_norm = tl.load(word_ptr + word * NUMBERS, mask=t_real, other=0.0)
-    # The captions' Gram matrices along the diagonal.
+    # H of each caption, as a block diagonal matrix [COLUMNS, COLUMNS].
     n = tl.arange(0, COLUMNS)
     owner = tl.load(order_ptr + first + tl.minimum(group * CAPTIONS + n // WORDS, number - 1))
     n_real = n % WORDS < tl.load(size_ptr + owner)
@@ -119,7 +133,7 @@ def _align(
     gram = row[:, None] * (gram_t16 * 16) + (n % WORDS)[None, :]
     gram_t = tl.load(gram_t_ptr + gram, mask=same & n_real[:, None] & n_real[None, :], other=0.0)
 
-    # (10), captions at a time, from here on: [CAPTIONS]
+    # From here on, one number for each caption: [CAPTIONS].
     v_highest, t_highest = tl.max(v_norm * v_norm, 0), tl.max(t_norm * t_norm, 1)
     highest = tl.maximum(v_highest, t_highest)
     v_size, t_size = v_count.to(tl.float32), t_count.to(tl.float32)
@@ -143,9 +157,9 @@ def _align(
         p = gamma * gate  # v_c = V^T p + T^T q
         rest = gamma - p
         q = tl.sum(rest[:, :, None] * alpha, 0)  # [CAPTIONS, WORDS]
-        vc_v = tl.sum(cross * q[None], 2)  # v_c . v_i, but for G p
+        vc_v = tl.sum(cross * q[None], 2)  # v_c . v_i without its term (G p)_i, which is added below
         vc_t = tl.sum(p[:, :, None] * cross + rest[:, :, None] * product, 0)  # v_c . t_j
-    if IMAGE_SIDE and CAPTION_SIDE:  # read again rather than kept: registers are what there is least of
+    if IMAGE_SIDE and CAPTION_SIDE:  # load again instead of keeping them: registers are scarce
         tl.debug_barrier()
         affinity = tl.load(affinity_ptr + corner + at, mask=inside, other=0.0) * scale
         cross = tl.load(cross_ptr + corner + at, mask=inside, other=0.0)
@@ -175,7 +189,7 @@ def _align(
         poor = poor | (tc_square < CANCELLED * highest)
         back = cosine(tc_v, v_norm[:, None], root(tc_square)[None, :])
         back = softmax(tl.where(v_real[:, None], back, NEVER), 0)  # v*_c = V^T back
-    # What G is to multiply: p and v*_c, a column of each caption.
+    # G p and G back in one product: column 0 of a caption holds p, column 1 holds back.
     columns = tl.zeros((BLOCK_R, CAPTIONS, WORDS), tl.float32)
     if IMAGE_SIDE:
         columns = tl.where(w == 0, p[:, :, None], columns)
@@ -225,7 +239,7 @@ def _align(
 def _by_image(
     x, gram, count, BLOCK_R: tl.constexpr, CAPTIONS: tl.constexpr, WORDS: tl.constexpr, PRECISION: tl.constexpr
 ):
-    """G x [BLOCK_R, CAPTIONS, WORDS] by two products of half the terms, whose operands take half the registers."""
+    """G x [BLOCK_R, CAPTIONS, WORDS] as a sum of two products over half the regions: operands of half the size."""
     HALF: tl.constexpr = BLOCK_R // 2
     r, half = tl.arange(0, BLOCK_R), tl.arange(0, HALF)
     low, high = tl.split(x.reshape(2, HALF, CAPTIONS * WORDS).permute(1, 2, 0))
@@ -238,7 +252,7 @@ def _by_image(
 
 @triton.jit
 def _by_captions(x, gram_t, CAPTIONS: tl.constexpr, WORDS: tl.constexpr):
-    """H x [CAPTIONS, WORDS], the matrices along the diagonal of `gram_t`."""
+    """H x [CAPTIONS, WORDS] for every caption; `gram_t` is block diagonal."""
     x = finite(x).reshape(CAPTIONS * WORDS)
     return tl.sum(x[:, None] * gram_t, 0).reshape(CAPTIONS, WORDS)
 
@@ -255,7 +269,7 @@ def numbers(rows: Tensor, image_pool: Tensor, caption_pool: Tensor) -> Tensor:
 
 
 class Problem(NamedTuple):
-    """What all pairs share. `region_numbers`, `word_numbers`: as `numbers` gives them."""
+    """An op call's arguments, laid out for the kernels. `region_numbers`, `word_numbers`: results of `numbers`."""
 
     images: _launch.Sets
     captions: _launch.Sets
@@ -277,7 +291,7 @@ class Problem(NamedTuple):
 
     @property
     def vector(self) -> bool:
-        """Whether gates are of D numbers."""
+        """Whether a gate has D numbers instead of one."""
         return self.image_gate.shape[-1] > 1
 
     @property
@@ -286,7 +300,7 @@ class Problem(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Images taken together with a window of captions, whose order by length is of the whole plan."""
+    """Images and a window of captions that are scored together. `order`: all captions by length (`LengthPlan`)."""
 
     images: slice
     window: Stretch
@@ -304,7 +318,7 @@ def problem(
         ValueError: a count or a bound is wrong.
     """
     I, R, _ = image.shape
-    tile = _launch.power_of_two(R, least=32)  # its halves are factors of matrix products
+    tile = _launch.power_of_two(R, least=32)  # `_by_image` multiplies halves of 16 rows or more
     images = _launch.regions(op, image, region_lengths)
     captions = _launch.captions(words, cu_seqlens, bounds(cu_seqlens, len(words), op))
     pools = _launch.aligned(image_pool), _launch.aligned(caption_pool)
@@ -317,7 +331,7 @@ def problem(
 
 
 def too_large(given: Problem, group: Group) -> bool:
-    """Whether a group's pairs are scored by `_alignment_vectors` alone."""
+    """Whether `_alignment_vectors` scores a group's pairs: vector gates, or a tile that does not fit `_align`."""
     dtype, arch = given.images.rows.dtype, _launch.arch(given.images.rows.device)
     regions, words = _tiles.coefficients(dtype, arch)
     return given.vector or given.tile > regions or group.size > words
@@ -327,8 +341,10 @@ def align(
     given: Problem, block: Block, affinities: Tensor, cross: Tensor, gram_v: Tensor, gram_t: Tensor, score: Tensor,
     poor: Tensor,
 ) -> None:  # fmt: skip
-    """Scores of a block's pairs, and in `poor` [images, captions] which of them `_alignment_vectors` is to score
-    again; but for those that are too large."""
+    """Write the scores of a block's pairs, and into `poor` [images, captions] which ones must be scored again.
+
+    Groups that are `too_large` are left to `align_vectors`.
+    """
     images, words, dtype = block.images, block.window.rows, given.images.rows.dtype
     for group in block.window.groups:
         if too_large(given, group):
@@ -351,7 +367,7 @@ def compilations(arch: int) -> Iterator[_tiles.Compilation]:
             _numbers, f"*{t} *{t} *{t} *fp32 i32", dict(D=1024), _tiles.alignment_numbers(dtype, arch)
         )
         largest, most = _tiles.coefficients(dtype, arch)
-        # (regions of a tile, words of a caption, of the image's side, of the captions')
+        # (regions of a tile, words of a caption, IMAGE_SIDE, CAPTION_SIDE)
         ways = [(largest, words, True, True) for words in _tiles.CAPTION_TILES if words <= most]
         if dtype == torch.float32:
             ways += [(32, 16, True, True), (largest, most, True, False), (largest, most, False, True)]

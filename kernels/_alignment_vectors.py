@@ -1,10 +1,10 @@
-"""Alignment of pairs whose vectors are formed: (1) to (7) of `ops/hierarchical_alignment_score.py`, for gates of D
-numbers, and for pairs with scalar gates whose coefficients have lost their digits.
+"""Scores of pairs by forming their vectors, (1) to (7) of `ops/hierarchical_alignment_score.py`.
 
-`_align_vectors`: one program owns an image and, one after the other, CAPTIONS captions of one class of lengths. Small
-tiles' weights stay in registers, [BLOCK_R, WORDS]; others are made anew in every step. D passes in steps of BLOCK_D,
-twice for each side: for what each row attends to, its cosine, gate and weight in the pool; and for the context vector,
-which a workspace of the program keeps. It passes once more for what the context vectors find. Grid: images x groups.
+For vector gates, for pairs too large for `_alignment`, and for pairs that `_alignment` marked as poor.
+
+A program passes over D in steps of BLOCK_D columns, twice for each side: first for each row's attended vector, its
+cosine, gate and pooling logit; then for the context vector, which goes to a workspace. A last pass computes (5) to (7).
+Attention weights [BLOCK_R, WORDS] of small tiles stay in registers; larger ones are computed again in every step.
 """
 
 from __future__ import annotations
@@ -23,17 +23,19 @@ from . import _launch, _tiles
 from ._alignment import NUMBERS, Block, Problem, cosine, root, softmax, too_large
 from ._tl import NEVER
 
-EACH = 8  # captions that a program takes, one after the other, and its workspace serves
+EACH = 8  # captions that one program scores, one after the other: they share its workspace of two vectors [D]
 
 
 @triton.jit
 def _tile(pointer, row, real, d, D: tl.constexpr):
+    """Columns d of rows that begin at offsets `row`, in float32; 0 where not `real` or beyond D."""
     inside = real[:, None] & (d < D)[None, :]
     return tl.load(pointer + row[:, None] + d[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _logits(logits, stride, scale, my_real, x, size):
+    """scale * A of my rows with the other side's rows x; -inf beyond the other side's `size`."""
     a = tl.load(logits + x[None, :] * stride, mask=my_real[:, None] & (x < size)[None, :], other=0.0)
     return tl.where((x < size)[None, :], scale * a, NEVER)
 
@@ -44,7 +46,8 @@ def _weighted(
     ROW: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr,
     BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_D columns of what my rows attend to among the others, rows of ROW numbers from `first` on."""
+    """BLOCK_D columns of my rows' attended vectors: weighted sums of the rows of `others` from `first` on, whose row
+    stride is ROW. CHUNK 0: `weight` holds all weights; else they are computed from logits, CHUNK rows at a time."""
     if CHUNK == 0:
         x = tl.arange(0, BLOCK_X)
         return tl.dot(weight, _tile(others, (first + x) * ROW, x < size, d, D), input_precision=PRECISION)
@@ -64,7 +67,7 @@ def _fused(
     VECTOR: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr,
     BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_D columns of my rows, of what they attend to, and of what is fused of both."""
+    """BLOCK_D columns of my rows, of their attended vectors, and of the gated mixture of both: (2) to (4)."""
     x = _tile(mine, my_row * D, my_real, d, D)
     attended = _weighted(
         weight, logits, stride, top, inverse, scale, others, first, size, my_real, d,
@@ -88,8 +91,9 @@ def _side(
     VECTOR: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Of one side, whose rows attend to the other's: the sum of its cosines, what its context vector finds among the
-    others [BLOCK_X], and that vector's square. The vector itself goes to `context_ptr`."""
+    """One side of (2) to (5), whose rows ("my") attend to the other side's ("others"). Stores the context vector [D]
+    (v_c or t_c) at `context_ptr`. Returns the sum of local cosines, the context vector's softmax weights over the
+    other side's rows [BLOCK_X], and its squared length."""
     m, x = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_X)
     my_real, real, my_row, row = m < my_size, x < size, my_first + m, first + x
     logits += m[:, None] * my_stride
@@ -164,7 +168,12 @@ def _align_vectors(
     D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, WORDS: tl.constexpr, CAPTIONS: tl.constexpr,
     BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """All pairs, or those that `poor_ptr` marks. CHUNK: rows whose weights each step makes anew; 0: all are held."""
+    """score [images, captions]: of all pairs with ALL, else of those that `poor_ptr` [images, window's captions] marks.
+
+    Arguments as in `_align`; gates [all rows, 2 K], K = D with VECTOR, else 1: the image side's, then the caption
+    side's. `context_ptr` [programs, 2, D] float32: workspace. CHUNK: see `_weighted`.
+    One program: an image with up to CAPTIONS captions, in turn. Grid: images x groups of CAPTIONS.
+    """
     K: tl.constexpr = D if VECTOR else 1
     groups = tl.cdiv(number, CAPTIONS)
     b, group = tl.program_id(0) // groups, tl.program_id(0) % groups
@@ -188,7 +197,7 @@ def _align_vectors(
             word = start + w
             t_norm = tl.load(word_ptr + word * NUMBERS, mask=t_real, other=0.0)
             corner = affinity_ptr + b * regions * (ld16 * 16) + start - word_first
-            tl.debug_barrier()  # the caption before has been read
+            tl.debug_barrier()  # the workspace of the previous caption has been read
             if IMAGE_SIDE:
                 v_local, found, vc_square = _side(
                     corner, ld16 * 16, 1, scale, image_ptr, words_ptr, region_gate_ptr, word_gate_ptr,
@@ -251,16 +260,16 @@ def _align_vectors(
 
 
 def programs(images: int, window: Stretch) -> int:
-    """The most programs that score images with one group of a window's captions."""
+    """The most programs that one launch for `images` and a group of the window has."""
     captions = max((group.captions for group in window.groups), default=0)
     return images * _launch.blocks(captions, EACH)
 
 
 def align_vectors(given: Problem, block: Block, affinities: Tensor, score: Tensor, poor: Tensor) -> None:
-    """Scores of a block's pairs; with scalar gates, of those that `poor` [images, captions] marks."""
+    """Write the scores of a block's pairs; of groups that `align` has scored, only those that `poor` marks."""
     images, dtype = block.images, given.images.rows.dtype
     D = given.images.rows.shape[1]
-    precision = (_tiles.products if given.vector else _tiles.exact)(dtype)  # what is scored again, for its digits
+    precision = (_tiles.products if given.vector else _tiles.exact)(dtype)  # poor pairs need all digits
     count = programs(images.stop - images.start, block.window)
     contexts = torch.empty(count, 2 * D, dtype=torch.float32, device=score.device)
     for group in block.window.groups:
@@ -279,7 +288,7 @@ def align_vectors(given: Problem, block: Block, affinities: Tensor, score: Tenso
 
 
 def compilations(arch: int) -> Iterator[_tiles.Compilation]:
-    # (regions of a tile, words of a caption, of the image's side, of the captions', whether gates are of D numbers)
+    # (regions of a tile, words of a caption, IMAGE_SIDE, CAPTION_SIDE, VECTOR)
     published, scalar = (64, 16, True, True, True), (64, 16, True, True, False)
     long = [(128, 128, True, True, True)]
     more = [(64, 128, True, True, True), (128, 128, True, True, False)]

@@ -1,13 +1,14 @@
 """Attention of packed queries over sets of contexts: `ops/_attention.py`, and (1) to (3) of `cross_attention_score`.
 
-    norm[c, x]  = the norm of the affinities of context row x with the queries of set c         `_query_norms`
+    norm[c, x]  = norm over the queries of set c of their affinities with context row x         `_query_norms`
     alpha[q, x] = softmax over the rows x of set b of scale * A'[q, x]                          `_attend`
     t[q, b]     = alpha_q . A_q,    |P|^2 [q, b] = alpha_q^T G_b alpha_q                        `_attend`
     r[q, b]     = t / max(|q| |P|, 1e-8)                                                        `_attend`
 
-The affinities A [queries, context rows] lie in a workspace. `_attend` takes rows of queries as they lie packed, so its
-tiles are full in that direction; of 64 context rows, 36 regions fill 56 %. Only `_query_norms` looks at whole sets of
-queries, 4 of them in steps of 16, of which COCO's captions fill 60 %; it is a pass over memory.
+A' are the normalised affinities and G_b the Gram matrix of set b. A [queries, context rows] is a workspace. `_attend`
+tiles the packed queries without regard to their sets, so its tiles are full in that direction; 36 regions fill 56 % of
+a tile's 64 context rows. Only `_query_norms` works on whole sets of queries: 4 sets per program, 16 queries of each at
+a time. COCO's captions fill 60 % of that, which costs little as the kernel is bound by memory.
 """
 
 from __future__ import annotations
@@ -31,7 +32,10 @@ def _query_norms(
     NORM: tl.constexpr, CLIP: tl.constexpr, INVERSE: tl.constexpr,
     SETS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
-    """One program: SETS sets of queries with BLOCK_X context rows. Grid: groups of sets x blocks of context rows."""
+    """out [sets, contexts]: norm[c, x] from the affinities `logits_ptr` [queries, contexts]; INVERSE: 1 / (norm + eps).
+
+    One program: SETS sets of queries with BLOCK_X context rows. Grid: groups of sets x blocks of context rows.
+    """
     chunks = tl.cdiv(contexts, BLOCK_X)
     group, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     lane = tl.arange(0, SETS * BLOCK_Q)
@@ -75,7 +79,7 @@ def _query_norms(
 def _affinities(
     logits, norms, length, x, size, scale, NORM: tl.constexpr, CLIP: tl.constexpr, INVERSE: tl.constexpr
 ):
-    """A and the attention's logits of a tile; rows of contexts beyond the set give 0 and never."""
+    """A and the logits scale * A' of a tile; context rows beyond the set have A = 0 and logit -inf."""
     inside = (x < size)[None, :]
     s = tl.load(logits + x[None, :], mask=inside, other=0.0)
     norm = 0.0
@@ -88,26 +92,29 @@ def _affinities(
 
 @triton.jit
 def _weights(logits, norms, length, x, size, scale, m, NORM: tl.constexpr, CLIP: tl.constexpr, INVERSE: tl.constexpr):
-    """e of a tile, from the maximum m of its logits."""
+    """e = exp(logit - m) of a tile, where m is the maximum over the whole set."""
     _, a = _affinities(logits, norms, length, x, size, scale, NORM, CLIP, INVERSE)
     return tl.exp(a - m[:, None])
 
 
 @triton.jit
 def _gram_tile(gram, x, y, size, ld):
+    """G[x, y] of one set, 0 beyond its end."""
     inside = (x < size)[:, None] & (y < size)[None, :]
     return tl.load(gram + x[:, None] * ld + y[None, :], mask=inside, other=0.0)
 
 
 @triton.jit
 def _context_tile(context, x, d, size, D: tl.constexpr):
+    """Columns d of context rows x in float32, 0 beyond the set."""
     inside = (x < size)[:, None] & (d < D)[None, :]
     return tl.load(context + x[:, None] * D + d[None, :], mask=inside, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def _poor(square, z, largest, real):
-    """Where terms of size max |x|^2 have cancelled."""
+    """Where z^2 |P|^2 (`square`) is dominated by cancellation error: below a share CANCELLED of its terms too few of
+    float32's digits are left. `largest` is max |x|^2 of the set."""
     return (square < CANCELLED * largest * z * z) & real
 
 
@@ -116,7 +123,10 @@ def _attend_tile(
     logits, norms, length, gram, ld, context, x, size, real, scale, NORM: tl.constexpr, CLIP: tl.constexpr,
     INVERSE: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A set that fits a tile: e, G e [BLOCK_Q, BLOCK_X], z, z t and z^2 |P|^2, with alpha = e / z."""
+    """For a set that fits one tile: e and G e [BLOCK_Q, BLOCK_X], z, z t and z^2 |P|^2, where alpha = e / z.
+
+    Where the Gram form of |P|^2 cancels, |P|^2 is computed again from P itself.
+    """
     s, a = _affinities(logits, norms, length, x, size, scale, NORM, CLIP, INVERSE)
     e = tl.exp(a - tl.max(a, 1)[:, None])
     z = tl.sum(e, 1)
@@ -139,7 +149,7 @@ def _attend_tiles(
     NORM: tl.constexpr, CLIP: tl.constexpr, INVERSE: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A larger set: z, z t and z^2 |P|^2; what the mode wants of e, alpha and G alpha is stored."""
+    """For a set of several tiles: z, z t and z^2 |P|^2; also stores e, or alpha and G alpha, as MODE needs."""
     m = tl.full((BLOCK_Q,), NEVER, tl.float32)
     z = tl.zeros((BLOCK_Q,), tl.float32)
     dot = tl.zeros((BLOCK_Q,), tl.float32)
@@ -195,10 +205,11 @@ def _attend(
     MODE: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr, WHOLE: tl.constexpr, D: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_Q packed queries with one set of contexts. Grid: blocks of queries x sets.
+    """Attention of every query over every set of contexts. `logits_ptr`: A; results [queries, sets] go to `out_ptr`.
 
-    MODE "score" gives r, "backward" alpha, G alpha, t and |P|^2, and "weights" e = z alpha, which is exp(0) at its
-    largest (in place of the affinities), and 1 / (z (|P| + eps)).
+    MODE "score": r. "backward": |P|^2, t in `dot_ptr`, and alpha and G alpha, laid out like A. "weights":
+    1 / (z (|P| + eps)), and e = z alpha (at most 1) which overwrites A.
+    One program: BLOCK_Q packed queries with one set. Grid: blocks of queries x sets.
     """
     INVERSE: tl.constexpr = MODE != "backward"
     tile, b = tl.program_id(0) // sets, tl.program_id(0) % sets
@@ -206,7 +217,7 @@ def _attend(
     q = tl.minimum(tl.arange(0, BLOCK_Q), queries - first - 1)
     real = tl.arange(0, BLOCK_Q) < queries - first
     start, size = tl.load(start_ptr + set_first + b), tl.load(size_ptr + set_first + b)
-    # Scalars of 64 bits to the tile, 32 bits within it.
+    # 64-bit scalar offsets to the tile, 32-bit offsets within it.
     ld, column = ld16 * 16, start - context_first
     corner, within = first.to(tl.int64) * ld + column, q[:, None] * ld
     owner = tl.load(owner_ptr + query_first + first + q)
@@ -252,15 +263,15 @@ def _attend(
         tl.store(out_ptr + out, square / (z * z), mask=real)
 
 
-# Floats that a query row takes with a row of contexts (its affinity, at worst as many norms), and with a set of them.
+# Scratch floats, forward: per query row and context row (an affinity, at worst a norm), and per query row and set.
 EACH_ROW, EACH_SET = 2, 1
 
 
 class Norm(NamedTuple):
-    """How affinities become the attention's logits."""
+    """How affinities become the attention's logits: the kernels' constants of an `affinity_norm`."""
 
-    NORM: str  # softmax, l2norm, l1norm or none, over the queries; or cosine, by both rows' own lengths
-    CLIP: bool
+    NORM: str  # softmax, l2norm, l1norm or none, over the queries of a set; or cosine, by both rows' lengths
+    CLIP: bool  # whether LeakyReLU is applied first
 
 
 COSINE = Norm("cosine", False)
@@ -272,14 +283,14 @@ def norm_of(affinity_norm: str) -> Norm:
 
 
 class Attended(NamedTuple):
-    """What `attend` leaves of a piece, all float32.
+    """Results of `attend` for a piece, all float32.
 
     Attributes:
-        logits: [queries, leading(context rows)] affinities; e in mode "weights".
-        norms: [query sets, leading(context rows)]; for cosines all contexts' lengths; or logits.
-        out: [queries, leading(context sets)] r, 1 / (z (|P| + eps)) or |P|^2.
-        alpha, product: alpha and G alpha, like logits; "backward" only.
-        dot: t, like out; "backward" only.
+        logits: [queries, leading(context rows)] affinities A; e in mode "weights".
+        norms: [query sets, leading(context rows)]; for cosines all contexts' lengths; unused (logits) without a norm.
+        out: [queries, leading(context sets)] r, 1 / (z (|P| + eps)) or |P|^2, by mode.
+        alpha, product: alpha and G alpha, shaped like logits; meaningful in mode "backward" only.
+        dot: t, shaped like out; meaningful in mode "backward" only.
     """
 
     logits: Tensor
@@ -301,13 +312,13 @@ def attend(
     scale: float,
     context_lengths: Tensor | None = None,
 ) -> Attended:
-    """Affinities of a piece and all that `_attend` makes of them.
+    """Compute the affinities of a piece, their norms over the queries, and attention.
 
     Args:
         mode: as in `_attend`.
-        gram: of the piece's context sets.
-        lengths: of all queries; for mode "score" and for cosines.
-        context_lengths: of all rows of contexts; for cosines.
+        gram: Gram matrices of the piece's context sets.
+        lengths: lengths of all queries; needed for mode "score" and for cosines.
+        context_lengths: lengths of all context rows; needed for cosines.
     """
     rows, device = query.rows, query.rows.device
     arch = _launch.arch(device)
@@ -354,7 +365,7 @@ def grams(context: _launch.Sets, piece: _launch.Piece) -> Tensor:
 
 
 def with_grams(context: _launch.Sets, pieces: Iterable[_launch.Piece]) -> Iterator[tuple[_launch.Piece, Tensor]]:
-    """Every piece with the Gram matrices of its contexts, made once for neighbours that share them."""
+    """Every piece with its contexts' Gram matrices, computed once for consecutive pieces that share contexts."""
     done = None
     for piece in pieces:
         if done != piece.contexts:

@@ -1,14 +1,14 @@
 """Backward of attention over sets of contexts, without the attended vectors P: (8) to (11) of `cross_attention_score`.
 
-Both cross-attention ops reach it with three numbers for each query q and set b, so that
+Both cross-attention ops first compute three numbers w0, w1, w2 for each query q and set b of contexts, such that
 
     d alpha_x = w1 F_x + w2 (G alpha)_x,    sum_x alpha_x d alpha_x = w0
-    d A'      = scale alpha (d alpha - w0);  d A through the norm over the queries              `_logit_gradient`
+    d A'      = scale alpha (d alpha - w0),  then d A through the norm over the queries         `_logit_gradient`
     M         = sum_q w2 alpha alpha^T                                                          `_gram_gradient`
     d x      += M x                                                                             `_apply`
 
-For the score, F is A, w1 = d t, w2 = 2 d(p^2), and d A += w1 alpha, as t depends on A itself too (`_pooling`).
-For the similarity, F = x . d u, and w1, w2 make of d u the gradient of P.
+For the score (`_pooling`), F = A, w1 = d t, w2 = 2 d(p^2), and d A += w1 alpha because t also depends on A directly.
+For the similarity (`_projection_backward`), F = x . d u, and w1 and w2 turn d u into d P.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def tile_gradient(
     logit_ptr, norm, alpha_ptr, product_ptr, f_ptr, w0_ptr, w1_ptr, w2_ptr, at, at_b, inside, scale,
     NORM: tl.constexpr, CLIP: tl.constexpr, DIRECT: tl.constexpr,
 ):  # fmt: skip
-    """A, A', d A' of a tile, and what reaches A directly."""
+    """A, A' and d A' of a tile, and the part of d A that does not pass through A' (w1 alpha when DIRECT, else 0)."""
     s = tl.load(logit_ptr + at, mask=inside, other=0.0)
     alpha = tl.load(alpha_ptr + at, mask=inside, other=0.0)
     f = s
@@ -56,7 +56,11 @@ def _logit_gradient(
     NORM: tl.constexpr, CLIP: tl.constexpr, DIRECT: tl.constexpr,
     SETS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
-    """One program: d A of SETS sets of queries with BLOCK_X context rows. Grid: groups of sets x blocks of rows."""
+    """out [queries, contexts] = d A. `logit_ptr`, `alpha_ptr`, `product_ptr` (G alpha) and `f_ptr` are laid out alike.
+
+    `norm_ptr` [sets, contexts]; w0, w1, w2 [queries, context sets]. DIRECT: F is A, and d A += w1 alpha.
+    One program: SETS sets of queries with BLOCK_X context rows. Grid: groups of sets x blocks of context rows.
+    """
     chunks = tl.cdiv(contexts, BLOCK_X)
     group, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     lane = tl.arange(0, SETS * BLOCK_Q)
@@ -117,7 +121,10 @@ def _gram_gradient(
     alpha_ptr, w2_ptr, start_ptr, size_ptr, out_ptr, set_first, context_first, queries, chunks, ld16, in16, gram16,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
-    """One program: adds to [BLOCK_X, BLOCK_X] of one set's M. Grid: sets x chunks x chunks."""
+    """out [context rows, stride] += M = sum_q w2 alpha alpha^T of each set, laid out like its Gram matrix.
+
+    One program: [BLOCK_X, BLOCK_X] of one set's M. Grid: sets x chunks x chunks, for the longest set.
+    """
     pid = tl.program_id(0)
     b, i, j = pid // (chunks * chunks), (pid // chunks) % chunks, pid % chunks
     start = tl.load(start_ptr + set_first + b) - context_first
@@ -143,7 +150,10 @@ def _apply(
     m_ptr, row_ptr, start_ptr, size_ptr, out_ptr, set_first, context_first, chunks, gram16,
     D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: adds BLOCK_X rows and BLOCK_K columns of M x. Grid: sets x chunks of rows x chunks of columns."""
+    """out [all context rows, D] += M x of each set, from M (`m_ptr`) and the features x (`row_ptr`).
+
+    One program: BLOCK_X rows and BLOCK_K columns of one set. Grid: sets x chunks of rows x chunks of columns.
+    """
     columns: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0)
     b, i, d = pid // (chunks * columns), (pid // columns) % chunks, pid % columns
@@ -164,16 +174,16 @@ def _apply(
         tl.store(out, tl.load(out, mask=inside, other=0.0) + acc, mask=inside)
 
 
-# Floats that a query row takes with a row of contexts (A, alpha, G alpha, d A and at worst as many norms), and with a
-# set of them (t, |P|^2, w0, w1, w2, wq).
+# Scratch floats, backward: per query row and context row (A, alpha, G alpha, d A, at worst a norm), and per query row
+# and set of contexts (t, |P|^2, w0, w1, w2, wq).
 EACH_ROW, EACH_SET = 5, 6
 
 
 class Gradients:
-    """Gradients [rows, D] float32 of queries and contexts, summed over pieces.
+    """Sums over pieces of the gradients of queries and contexts.
 
     Attributes:
-        query, context: what has been summed, or None where it is not needed.
+        query, context: [rows, D] float32 sums so far, or None for a side that needs no gradient.
     """
 
     def __init__(self, query: _launch.Sets, context: _launch.Sets, needs: tuple[bool, bool]) -> None:
@@ -184,7 +194,7 @@ class Gradients:
         )
 
     def add(self, piece: _launch.Piece, logits: Tensor) -> None:
-        """What reaches both sides through d A [queries, contexts] of a piece."""
+        """Add both sides' gradients through the affinities of a piece, given d A (`logits`) [queries, contexts]."""
         query, context = self.sets
         logits = logits[:, : piece.x.stop - piece.x.start]
         if self.query is not None:
@@ -193,7 +203,7 @@ class Gradients:
             self.context[piece.x].addmm_(logits.t(), query.rows[piece.q].float())
 
     def with_grams(self, pieces: Iterable[_launch.Piece]) -> Iterator[tuple[_launch.Piece, Tensor, Tensor]]:
-        """Every piece with its contexts' Gram matrices and M, which is applied after the last piece that shares it."""
+        """Every piece with its contexts' Gram matrices and M; M is applied after the last piece that adds to it."""
         done, m = slice(0, 0), torch.empty(0)
         for piece, gram in with_grams(self.sets[1], pieces):
             if done != piece.contexts:
@@ -203,7 +213,7 @@ class Gradients:
         self.apply(done, m)
 
     def apply(self, contexts: slice, m: Tensor) -> None:
-        """What reaches the contexts through their Gram matrices."""
+        """Add the contexts' gradient through their Gram matrices: M x."""
         context = self.sets[1]
         if self.context is None or contexts.stop == contexts.start:
             return
@@ -217,7 +227,7 @@ class Gradients:
 
 
 def coefficients(like: Tensor, n: int) -> tuple[Tensor, ...]:
-    """n zeroed [queries, leading(context sets)], for the rows that no set counts."""
+    """n tensors shaped like `Attended.out`, zero because kernels do not write the rows of padding regions."""
     return torch.zeros(n, *like.shape, dtype=torch.float32, device=like.device).unbind(0)
 
 
@@ -231,7 +241,7 @@ def logit_gradient(
     norm: Norm,
     scale: float,
 ) -> Tensor:
-    """d A of a piece, like its affinities; f is F, or None where it is A."""
+    """d A of a piece, shaped like its affinities; f is F, or None when F is A."""
     out = torch.zeros_like(attended.logits)
     sets, contexts = piece.queries.stop - piece.queries.start, piece.x.stop - piece.x.start
     tile = _tiles.logit_gradient(query.rows.dtype, _launch.arch(out.device))
@@ -245,7 +255,7 @@ def logit_gradient(
 
 
 def gram_gradient(context: _launch.Sets, piece: _launch.Piece, attended: Attended, w2: Tensor, m: Tensor) -> None:
-    """Add a piece's part of M, of its sets of contexts, to m."""
+    """Add a piece's part of M to m, which has the layout of the Gram matrices of its context sets."""
     tile = _tiles.gram_gradient(context.rows.dtype, _launch.arch(m.device))
     chunks = _launch.blocks(context.longest, tile["BLOCK_X"])
     _gram_gradient[((piece.contexts.stop - piece.contexts.start) * chunks * chunks,)](

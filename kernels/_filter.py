@@ -1,15 +1,12 @@
-"""Attention filtration of nodes: equations in `ops/similarity_filter.py`.
+"""Attention filtration of nodes: (1) to (10) of `ops/similarity_filter.py`.
 
-`_filter`: one program owns CAPTIONS captions and an image; grid (images * groups). It goes over a caption's nodes once,
-chunk by chunk, with the sums of g and of g x; z, or the score, is what is left of them. No matrices are multiplied:
-reading the nodes is all its time. With COCO's lengths 83 % of the rows of its chunks of 8 are nodes.
+    z, or the pair's score, from the nodes of a caption, which are read once                    `_filter`
+    a of all nodes, in training only                                                            `_significances`
+    a caption's statistics over all images: mean and variance, or the means of (9)              `_moments`
+    gradients of the nodes and of the parameters                                                `_filter_back`
 
-In training the statistics of a caption go over all images: `_significances` makes a of BLOCK_R nodes of an image, grid
-(images * blocks), and `_moments` the mean of one or two such numbers over BLOCK_I images at a time of one caption, or
-their variance; grid (captions).
-
-`_filter_back`: one program owns CAPTIONS captions and an image; grid (images * groups). It makes d x of their nodes and
-its part of the parameters' gradients; in training it runs once before for d h alone, whose means (9) needs.
+There is no matrix product: the time is that of reading the nodes. 83 % of the rows of chunks of 8 are nodes with COCO's
+lengths. In training `_filter_back` runs twice: first for d h only, whose means (9) needs, then for the gradients.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ from ._tl import EPS
 
 @triton.jit
 def _gate(bias_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, t, eps, TRAINING: tl.constexpr):
-    """Of caption t: gamma / sqrt(var + eps), that alone without gamma, and what is added to a: b - mean; and delta."""
+    """Return (gamma * inv_std, inv_std, b - mean, delta) for caption t, inv_std = 1 / sqrt(var + eps)."""
     at = t if TRAINING else 0
     inverse = 1.0 / tl.sqrt(tl.load(var_ptr + at) + eps)
     offset = tl.load(bias_ptr) - tl.load(mean_ptr + at)
@@ -38,7 +35,7 @@ def _gate(bias_ptr, norm_weight_ptr, norm_bias_ptr, mean_ptr, var_ptr, t, eps, T
 
 @triton.jit
 def _gather(x_ptr, weight, start, stop, x_origin, scale, offset, delta, s, S: tl.constexpr, BLOCK_R: tl.constexpr):
-    """The sums of g and of g x [PADDED] over the nodes of a caption."""
+    """Sums of g and of g x [PADDED] over the nodes start..stop of a caption: (1), (2) and the sums in (3), (4)."""
     total = tl.sum(tl.zeros_like(weight), 0)
     m = tl.zeros_like(weight)
     for at in range(start, stop, BLOCK_R):
@@ -62,6 +59,12 @@ def _filter(
     S: tl.constexpr, CAPTIONS: tl.constexpr, BLOCK_R: tl.constexpr, PADDED: tl.constexpr, TRAINING: tl.constexpr,
     SCORE: tl.constexpr,
 ):  # fmt: skip
+    """(1) to (4): z of every pair into y as rows of S; with SCORE, sigmoid(w_e . z + b_e) as single values.
+
+    `x_ptr`: nodes; (x_first, x_image, x_origin) and (y_...) are the fields of `Rows`. mean, var: [1], or per caption of
+    the window when TRAINING. `start_ptr` [T + 1]. One program: an image with captions first + CAPTIONS * group, ...,
+    below `last`. Grid: images x groups.
+    """
     program = tl.program_id(0).to(tl.int64)
     image, group = program // groups, program % groups
     s = tl.arange(0, PADDED)
@@ -90,6 +93,10 @@ def _significances(
     x_ptr, weight_ptr, bias_ptr, a_ptr, blocks, rows, x_image, x_origin,
     S: tl.constexpr, BLOCK_R: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
+    """(1): a [images, rows] = w . x + b of nodes x_origin, ... of each image, which has x_image nodes.
+
+    One program: BLOCK_R nodes of an image. Grid: images x blocks.
+    """
     program = tl.program_id(0).to(tl.int64)
     image, block = program // blocks, program % blocks
     s = tl.arange(0, PADDED)
@@ -105,7 +112,10 @@ def _moments(
     a_ptr, h_ptr, start_ptr, mean_ptr, var_ptr, one_ptr, two_ptr, first, images, rows, origin, eps,
     BLOCK_I: tl.constexpr, BLOCK_R: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """The mean and the variance of a; or, backward, the means of d h and of a^ d h."""
+    """Per caption, over all images and nodes: mean and biased variance of a; BACKWARD: means of d h and of a^ d h.
+
+    `a_ptr`, `h_ptr` (d h): [images, rows], row 0 is packed node `origin`. Results [captions]. One program: a caption.
+    """
     t = tl.program_id(0)
     start, stop = tl.load(start_ptr + first + t) - origin, tl.load(start_ptr + first + t + 1) - origin
     count = images.to(tl.float32) * (stop - start).to(tl.float32)
@@ -149,6 +159,12 @@ def _filter_back(
     S: tl.constexpr, CAPTIONS: tl.constexpr, BLOCK_R: tl.constexpr, PADDED: tl.constexpr, TRAINING: tl.constexpr,
     SUMS: tl.constexpr,
 ):  # fmt: skip
+    """(5) to (10): d x (`dx_ptr`), and the program's sums of d w, d b, d gamma, d delta: part [programs, S + 3].
+
+    SUMS: only d h of the nodes, into `h_ptr` [images, h_rows], whose row 0 is packed node `h_origin`. `mean_h_ptr` and
+    `mean_ah_ptr` [captions of the window]: the means of (9), read when TRAINING. `dz_ptr` [I, captions, S].
+    One program: an image with up to CAPTIONS captions. Grid: images x groups.
+    """
     program = tl.program_id(0).to(tl.int64)
     image, group = program // groups, program % groups
     s = tl.arange(0, PADDED)
@@ -175,7 +191,7 @@ def _filter_back(
         dz = tl.load(dz_ptr + (image * captions + t) * S + s, mask=s < S, other=0.0).to(tl.float32)
         along = tl.where(length > 0, tl.sum(dz * z, 0) / length, 0.0)
         dm = dz / (length + EPS) - along * z
-        middle = tl.sum(dm * m, 0)  # sum of beta d beta
+        middle = tl.sum(dm * m, 0)  # sum_p beta_p d beta_p of (6)
         if TRAINING and not SUMS:
             mean_h, mean_ah = tl.load(mean_h_ptr + t - first), tl.load(mean_ah_ptr + t - first)
         for at in range(start, stop, BLOCK_R):
@@ -183,7 +199,7 @@ def _filter_back(
             place = row.to(tl.int64)[:, None] * S + s
             mask = (row < stop)[:, None] & (s < S)
             x = tl.load(x_ptr + place, mask=mask, other=0.0).to(tl.float32)
-            a = tl.sum(x * weight[None, :], 1) + offset  # less the mean
+            a = tl.sum(x * weight[None, :], 1) + offset  # a - mean
             g = tl.where(row < stop, tl.sigmoid(a * scale + delta), 0.0)
             h = g * (1 - g) * (tl.sum(x * dm[None, :], 1) - middle) * share
             if SUMS:
@@ -208,7 +224,7 @@ def _filter_back(
 
 
 class Parameters(NamedTuple):
-    """All in float32: w [S], b, gamma and delta [1]; mean and var [1], or [captions] of a window in training."""
+    """w [S], b, gamma and delta [1], mean and var [1] (in training [captions of a window]); all float32."""
 
     weight: Tensor
     bias: Tensor
@@ -226,7 +242,7 @@ def filtered(
     given: Parameters, x: Rows, to: Rows, start: Tensor, images: int, captions: slice, training: bool, eps: float,
     score: tuple[Tensor, Tensor] | None = None,
 ) -> None:  # fmt: skip
-    """z of captions, whose nodes begin at `start`, into rows of S; or, with (w_e, b_e), scores into single values."""
+    """Write z of every pair into rows of S or, given `score` = (w_e, b_e), its final score into single values."""
     S = len(given.weight)
     tile = _tiles.filtered(x.data.dtype, _launch.arch(x.data.device))
     groups = _launch.blocks(captions.stop - captions.start, tile["CAPTIONS"])
@@ -238,7 +254,7 @@ def filtered(
 
 
 def significances(given: Parameters, nodes: Tensor, rows: slice) -> Tensor:
-    """a [I, rows] float32 of nodes [I, M, S]."""
+    """a [I, rows] float32 of some rows of nodes [I, M, S]."""
     (I, M, S), count = nodes.shape, rows.stop - rows.start
     tile = _tiles.filter_significances(nodes.dtype, _launch.arch(nodes.device))
     a = torch.empty(I, count, dtype=torch.float32, device=nodes.device)
@@ -253,7 +269,10 @@ def moments(
     a: Tensor, start: Tensor, captions: slice, origin: int, eps: float,
     h: Tensor | None = None, mean: Tensor | None = None, var: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Of captions whose rows of all images are a [I, rows]: mean and variance of a, or means of d h and a^ d h."""
+    """Mean and biased variance per caption of a [I, rows]; given `h` = d h, the means of d h and of a^ d h.
+
+    `origin`: the packed node that is row 0 of a.
+    """
     tile = _tiles.filter_moments(a.dtype, _launch.arch(a.device))
     one, two = (torch.empty(captions.stop - captions.start, dtype=torch.float32, device=a.device) for _ in range(2))
     _moments[(len(one),)](
@@ -269,14 +288,14 @@ def _groups(nodes: Tensor, captions: slice) -> tuple[int, _tiles.Tile]:
 
 
 def images_at_once(nodes: Tensor, captions: slice, most: int) -> int:
-    """Images of which the parts of the parameters' gradients fit `most` bytes."""
+    """How many images to take at a time, so that the programs' partial gradients fit `most` bytes."""
     return max(1, most // (_groups(nodes, captions)[0] * 4 * (nodes.shape[2] + 3)))
 
 
 def d_arguments(
     given: Parameters, nodes: Tensor, grad: Tensor, start: Tensor, captions: slice, origin: int, eps: float, h: Tensor
 ) -> None:
-    """d h of captions and all images, into h [I, rows], whose rows begin at `origin`; in training."""
+    """Training: write d h of all images into h [I, rows], whose row 0 is packed node `origin`."""
     (I, M, S), (groups, tile) = nodes.shape, _groups(nodes, captions)
     none = given.bias
     _filter_back[(I * groups,)](
@@ -290,7 +309,7 @@ def backward(
     given: Parameters, nodes: Tensor, grad: Tensor, start: Tensor, captions: slice, images: slice, training: bool,
     eps: float, means: tuple[Tensor, Tensor], d_nodes: Tensor,
 ) -> Tensor:  # fmt: skip
-    """Of captions of some images: fills their part of d_nodes, and gives the parameters' gradients [S + 3], float64."""
+    """Write these images' and captions' part of d_nodes; return d w, d b, d gamma, d delta: [S + 3] float64."""
     (_, M, S), (groups, tile) = nodes.shape, _groups(nodes, captions)
     programs = (images.stop - images.start) * groups
     part = torch.empty(programs, S + 3, dtype=torch.float32, device=nodes.device)

@@ -1,25 +1,14 @@
-"""One step of graph reasoning at all nodes, and what a caption's global node reads: equations in
-`ops/similarity_graph.py`.
+"""Graph reasoning, (1) to (3) of `ops/similarity_graph.py`, on tiles of nodes X [BLOCK_N, S] that hold whole captions.
 
-A step, (1) to (3) there, with the captions' nodes X in tiles [BLOCK_N, S]:
-
-    Y  = X M + u,   E = softmax over a caption's nodes of Y X^T,   X' = relu((E X) Wr^T + br)
-
-`_step`: one program owns BLOCK_Q rows of a tile of whole captions, and an image; grid (images * tiles * parts). M and
-Wr stream through it once. E is [BLOCK_Q, BLOCK_N] with what does not lie in one caption masked.
-
-`_read`: one program owns CAPTIONS captions and an image; grid (images * groups). It goes over a caption's nodes
-chunk by chunk, so captions of any length are read.
-
-`_dense`: one program owns BLOCK_P pairs; grid (pairs / BLOCK_P). One product with features or the captions' first nodes
-as rows, and what follows it: the bias, relu, the score.
+    Y = X M + u,   E = softmax over a caption's nodes of Y X^T,   X' = relu((E X) Wr^T + br)    `_step`
+    the last step, at the global nodes only: Y, then E X, then X' or the score           `_dense`, `_read`, `_dense`
 
 A caption takes 16, 32, 64 or 128 rows of a tile (`packing.node_plan`), so that its results do not depend on its
-neighbours: packed without gaps, its sums would fall into the steps of the matrix units in another order in another
-place. With COCO's lengths (14.3 nodes a caption, <start>, <end> and the global one among them) 78 % of the rows are
-nodes, in tiles of 64 rows and of 128 alike; without gaps it would be 89 and 95 %. The products with E take a fifth of a
-step's operations in tiles of 64 rows and a third in tiles of 128, and 18 or 9 % of E lie inside captions: so tiles have
-64 rows, and 128 where a caption does not fit.
+neighbours: packed without gaps, its sums would reach the matrix units in an order that depends on its position. COCO's
+captions have 14.3 nodes (<start>, <end> and the global node included) and fill 78 % of the rows, in tiles of 64 and of
+128 rows; without gaps 89 and 95 %. The products with E are a fifth of a step's operations in tiles of 64 rows
+and a third in tiles of 128, of which 18 and 9 % lie inside captions. So tiles have 64 rows, and 128 only for captions
+that need them.
 """
 
 from __future__ import annotations
@@ -38,7 +27,7 @@ from itm_fast.packing import NodePlan, Window, node_plan, spans
 from . import _launch, _tiles
 from ._tl import NEVER, finite, relu
 
-WINDOW = 1 << 14  # nodes of an image that are taken at a time, at the most
+WINDOW = 1 << 14  # the most nodes of one image in a block; a power of two
 
 
 @triton.jit
@@ -47,7 +36,7 @@ def _sum_up(
     S: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, PADDED: tl.constexpr,
     PRECISION: tl.constexpr, SPOILED: tl.constexpr,
 ):  # fmt: skip
-    """(2): X' of the queries."""
+    """(2): store X' of the queries. SPOILED: NaN and infinite keys count as 0."""
     dtype = edges.dtype
     for o in range(0, PADDED, BLOCK_O):
         outs = o + tl.arange(0, BLOCK_O)
@@ -71,6 +60,11 @@ def _step(
     S: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_O: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """One step: X' of all nodes into y. `ask_ptr` M^T, `value_ptr` Wr [S, S]; `shift_ptr` u, `bias_ptr` br [S].
+
+    (x_first, x_image, x_origin), (y_...): fields of `Rows`. `row_ptr`, `owner_ptr`: slots of `NodePlan` from `slot` on.
+    One program: BLOCK_Q rows of a tile of an image. Grid: images x tiles x parts.
+    """
     program, parts = tl.program_id(0).to(tl.int64), BLOCK_N // BLOCK_Q
     image, tile, part = program // parts // tiles, program // parts % tiles, program % parts
     key_slot = slot + tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -81,7 +75,7 @@ def _step(
     keys, queries = x_ptr + key[:, None] * S, x_ptr + query[:, None] * S
     dtype = x_ptr.dtype.element_ty
 
-    # Y X^T, some columns of Y at a time.
+    # Y X^T, BLOCK_C columns of Y at a time.
     logits = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
     for c in range(0, PADDED, BLOCK_C):
         cols = c + tl.arange(0, BLOCK_C)
@@ -95,9 +89,10 @@ def _step(
         x = tl.load(keys + cols, mask=key_real & (cols < S), other=0.0)  # [BLOCK_N, BLOCK_C]
         logits = tl.dot(asked.to(dtype), tl.trans(x), logits, input_precision=PRECISION)
 
-    # A caption that holds no number keeps that to itself: where there is one, its nodes count as 0 in other sums.
+    # Captions share a tile, and 0 * NaN is NaN: if a logit is not finite, `_sum_up` reads bad values as 0. The caption
+    # that holds them still gets NaN, through its own softmax weights.
     spoiled = tl.sum(logits - logits) != 0
-    # Slots without a node are one caption of zeros, so no row is without keys.
+    # Empty slots form a caption of zeros, so every row has a key.
     inside = tl.load(owner_ptr + query_slot)[:, None] == tl.load(owner_ptr + key_slot)[None, :]
     logits = tl.where(inside, logits, NEVER)
     weights = tl.exp(logits - tl.max(logits, 1)[:, None])
@@ -121,6 +116,10 @@ def _read(
     x_ptr, asked_ptr, start_ptr, z_ptr, groups, first, last, x_first, x_image, x_origin,
     S: tl.constexpr, CAPTIONS: tl.constexpr, BLOCK_R: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
+    """E X at the global nodes: z [images, captions, S] from x and their Y, `asked_ptr` [images, captions, S] float32.
+
+    Captions of any length. One program: an image with CAPTIONS captions. Grid: images x groups.
+    """
     program = tl.program_id(0).to(tl.int64)
     image, group = program // groups, program % groups
     s = tl.arange(0, PADDED)
@@ -158,6 +157,10 @@ def _dense(
     S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, PADDED: tl.constexpr,
     FIRST_NODES: tl.constexpr, RELU: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """y = x W^T + b per pair, then relu with RELU, then sigmoid(w_e . y + b_e) with SCORE, as single values.
+
+    x: a row per pair or, with FIRST_NODES, the pairs' global nodes. One program: BLOCK_P pairs. Grid: blocks of pairs.
+    """
     pair = tl.program_id(0).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
     real = pair < pairs
     image, caption = pair // captions, first + pair % captions
@@ -188,7 +191,7 @@ def _dense(
 
 
 class Rows(NamedTuple):
-    """Rows of S values, or single values: row r of image i is number `(first + i) * rows + r - origin` of `data`."""
+    """Where rows of S values, or single values, lie: row r of image i is row `(first + i) * rows + r - origin`."""
 
     data: Tensor
     first: int
@@ -197,7 +200,7 @@ class Rows(NamedTuple):
 
 
 class Folded(NamedTuple):
-    """Of all steps: M^T and Wr [K, S, S] in the nodes' dtype, u and br [K, S] in float32."""
+    """Weights of K steps: M^T, u, Wr, br. Matrices [K, S, S] in the nodes' dtype, vectors [K, S] in float32."""
 
     ask: Tensor
     shift: Tensor
@@ -206,7 +209,7 @@ class Folded(NamedTuple):
 
 
 def fold(query_weight, query_bias, key_weight, value_weight, value_bias) -> Folded:
-    """In float64, which costs nothing at this size: folding then adds no error of its own."""
+    """Fold query and key weights into M and u, (3), in float64 so that folding adds no rounding error."""
     Wq, bq, Wk = (x.double() for x in (query_weight, query_bias, key_weight))
     ask = (Wk.transpose(1, 2) @ Wq).to(query_weight.dtype)
     shift = (bq[:, None] @ Wk).squeeze(1).float()
@@ -214,7 +217,7 @@ def fold(query_weight, query_bias, key_weight, value_weight, value_bias) -> Fold
 
 
 class Block(NamedTuple):
-    """Images taken together with a window of captions, and all captions' plan."""
+    """A number of images, and the window of captions of `plan` that they are computed with."""
 
     images: int
     window: Window
@@ -236,8 +239,10 @@ class Block(NamedTuple):
 def blocks(
     images: int, cu_seqlens: Tensor, rows: int, op: str, sizes: tuple[int, ...], node_bytes: int, each: int = 0
 ) -> Iterator[tuple[int, Block]]:
-    """Cut images x captions such that a block, at `node_bytes` of scratch a node and `each` an image, fits; with each
-    its first image."""
+    """Cut images x captions into blocks that fit the scratch memory, at `node_bytes` a node and `each` an image.
+
+    Yields the number of the block's first image, and the block.
+    """
     fits = max(1, (scratch_bytes(cu_seqlens.device) - each) // node_bytes)
     window = min(WINDOW, 1 << (fits.bit_length() - 1))
     plan = node_plan(cu_seqlens, rows, op, sizes, window)
@@ -248,12 +253,12 @@ def blocks(
 
 
 def sizes(weights: Folded) -> tuple[int, ...]:
-    """Of the tiles that all steps but the last take."""
+    """Tile sizes of `_step`; none if there is only the last step, which uses no tiles."""
     return _tiles.node_tiles(weights.ask.dtype, _launch.arch(weights.ask.device)) if len(weights.ask) > 1 else ()
 
 
 def step(k: int, weights: Folded, x: Rows, y: Rows, block: Block) -> None:
-    """Step k at all nodes, from x to y, which starts at image 0."""
+    """Compute step k at all nodes, from x into y, whose image 0 is the block's first."""
     S, dtype, plan = weights.ask.shape[2], x.data.dtype, block.plan
     padded = _launch.power_of_two(S)
     for tiles in block.window.tiles:
@@ -267,7 +272,7 @@ def step(k: int, weights: Folded, x: Rows, y: Rows, block: Block) -> None:
 
 
 def ask(weights: Folded, x: Rows, block: Block) -> Tensor:
-    """What the first nodes ask in the last step: [images, captions, S] float32."""
+    """Y = x M + u at the global nodes, for the last step: [images, captions, S] float32."""
     y = torch.empty(block.images, block.captions, weights.ask.shape[2], dtype=torch.float32, device=x.data.device)
     to = Rows(y, 0, block.captions, block.window.captions.start)
     dense(x, weights.ask[-1], weights.shift[-1], to, block, FIRST_NODES=True)
@@ -275,7 +280,7 @@ def ask(weights: Folded, x: Rows, block: Block) -> Tensor:
 
 
 def read(asked: Tensor, x: Rows, block: Block) -> Tensor:
-    """What the first nodes sum up in the last step: [images, captions, S] in the nodes' dtype."""
+    """E X at the global nodes, for the last step: [images, captions, S] in the nodes' dtype."""
     S, captions = asked.shape[2], block.window.captions
     tile = _tiles.graph_read(x.data.dtype, _launch.arch(x.data.device))
     z = torch.empty(asked.shape, dtype=x.data.dtype, device=asked.device)
@@ -288,7 +293,7 @@ def read(asked: Tensor, x: Rows, block: Block) -> Tensor:
 
 
 def answer(weights: Folded, z: Tensor, to: Rows, block: Block, score: tuple[Tensor, Tensor] | None = None) -> None:
-    """relu(z Wr^T + br) of the last step into rows of S; or, with (w_e, b_e), the scores into single values."""
+    """Write relu(z Wr^T + br) of the last step into rows of S or, given (w_e, b_e), the scores into single values."""
     x = Rows(z, 0, block.captions, block.window.captions.start)
     dense(x, weights.value[-1], weights.bias[-1], to, block, score, RELU=True)
 
@@ -297,7 +302,7 @@ def dense(
     x: Rows, weight: Tensor, bias: Tensor, to: Rows, block: Block, score: tuple[Tensor, Tensor] | None = None,
     *, FIRST_NODES: bool = False, RELU: bool = False,
 ) -> None:  # fmt: skip
-    """`_dense` over a block's captions."""
+    """Launch `_dense` for all pairs of a block."""
     S, dtype, captions = len(weight), x.data.dtype, block.window.captions
     padded, pairs = _launch.power_of_two(S), block.images * block.captions
     tile = within(_tiles.graph_dense(dtype, _launch.arch(x.data.device)), padded)
@@ -311,12 +316,12 @@ def dense(
 
 
 def within(tile: _tiles.Tile, padded: int) -> _tiles.Tile:
-    """A row of constants, with the blocks along S no longer than S is."""
+    """The tile with its blocks along S no longer than S, padded to a power of two."""
     return tile | {name: min(tile[name], padded) for name in ("BLOCK_C", "BLOCK_K", "BLOCK_O") if name in tile}
 
 
 def reason(weights: Folded, x: Rows, to: Rows, block: Block, score: tuple[Tensor, Tensor] | None = None) -> None:
-    """All steps: from the nodes x to what the first ones have become, or their scores. x is not written to."""
+    """All steps: write the global nodes' result, or the scores given `score`, into `to`. x is not overwritten."""
     K, S = len(weights.ask), weights.ask.shape[2]
     shape, room = (block.images, block.nodes, S), []
     for k in range(K - 1):
@@ -329,7 +334,7 @@ def reason(weights: Folded, x: Rows, to: Rows, block: Block, score: tuple[Tensor
 
 
 def node_bytes(S: int, dtype: torch.dtype, buffers: int) -> int:
-    """Scratch that a node takes: `buffers` rows of S, and at most a caption's two, one of them in float32."""
+    """Scratch bytes per node: `buffers` rows of S, and (at most) its caption's E X and, in float32, Y."""
     return S * ((buffers + 1) * dtype.itemsize + 4)
 
 

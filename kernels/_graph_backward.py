@@ -1,20 +1,13 @@
-"""Back through one step of graph reasoning: the sums over a caption's nodes, (5) and (6) of `ops/similarity_graph.py`.
+"""Backward of one step of graph reasoning: (5) and (6) of `ops/similarity_graph.py`.
 
-From a step's nodes X, what they ask Y and the gradient dZ of what they sum up, all [BLOCK_N, S] in a tile of whole
-captions, the softmax weights E are made again and
+From a step's nodes X, their Y = X M + u and dZ, all [BLOCK_N, S] in a tile of whole captions, E is computed again and
 
-    Z = E X,   dL = E (dZ X^T - sum over columns of E dZ X^T),   dY = dL X,   dX = E^T dZ + dL^T Y
+    Z = E X,   dL = E (dZ X^T - sum over columns of E dZ X^T),   dY = dL X                      `_step_back_queries`
+    dX = E^T dZ + dL^T Y, from the statistics of each row that the kernel above stores          `_step_back_keys`
+    the same for the last step, where only the global node has a Y                              `_read_back`
 
-`_step_back_queries`: one program owns BLOCK_M rows of a tile, and an image; grid (images * tiles * parts). It makes Z,
-dY, and of each row the largest logit and the sum in E, and the mean that dL takes off.
-
-`_step_back_keys`: the same of columns, as soon as these are known; it makes dX. Twice the small products of one
-kernel for both, but no more than [BLOCK_M, BLOCK_N] of E at once: in float32 a tile of 128 rows fits no register file.
-
-`_read_back`: the same where only a caption's first node asks; one program owns CAPTIONS captions and an image; grid
-(images * groups). Captions of any length.
-
-What is left of a step is products of whole blocks of nodes with the weights: `similarity_graph.backward`.
+Two kernels compute the small products with E twice, but each holds only [BLOCK_M, BLOCK_N] of E at once: a whole E of
+128 rows in float32 does not fit the registers. The products with the weights, (4) and (6), are torch's (`Walk`).
 """
 
 from __future__ import annotations
@@ -33,7 +26,7 @@ from ._tl import NEVER
 
 @triton.jit
 def _places(row_ptr, owner_ptr, tiles, slot, image_rows, origin, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Of the program's BLOCK_M rows of a tile, and of all of its rows: number, whether it is a node, and caption."""
+    """(row, whether it is a node, caption), first for the program's BLOCK_M slots of a tile, then for all BLOCK_N."""
     program, parts = tl.program_id(0).to(tl.int64), BLOCK_N // BLOCK_M
     image, tile, part = program // parts // tiles, program // parts % tiles, program % parts
     others = slot + tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -50,6 +43,11 @@ def _step_back_queries(
     S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """Z, dY, and per row the largest logit, the softmax's sum, and sum E dE. All rows: [images * image_rows, S].
+
+    `row_ptr`, `owner_ptr`: slots of `NodePlan` from `slot` on; packed node `origin` is row 0 of an image.
+    One program: BLOCK_M rows (queries) of a tile of an image. Grid: images x tiles x parts.
+    """
     query, query_real, asking, key, key_real, asked = _places(
         row_ptr, owner_ptr, tiles, slot, image_rows, origin, BLOCK_M, BLOCK_N
     )
@@ -63,7 +61,7 @@ def _step_back_queries(
         mask = query_real[:, None] & (cols < S)
         logits = tl.dot(tl.load(y_ptr + queries + cols, mask=mask, other=0.0), x, logits, input_precision=PRECISION)
         d_edges = tl.dot(tl.load(dz_ptr + queries + cols, mask=mask, other=0.0), x, d_edges, input_precision=PRECISION)
-    # Slots without a node are one caption of zeros, so no row is without keys.
+    # Empty slots form a caption of zeros, so every row has a key.
     logits = tl.where(asking[:, None] == asked[None, :], logits, NEVER)
     top = tl.max(logits, 1)
     weights = tl.exp(logits - top[:, None])
@@ -89,6 +87,10 @@ def _step_back_keys(
     S: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """dX without dY M^T, from the row statistics of `_step_back_queries`. Arguments and grid as there.
+
+    One program: BLOCK_M columns (keys) of a tile of an image.
+    """
     key, key_real, asked, query, query_real, asking = _places(
         row_ptr, owner_ptr, tiles, slot, image_rows, origin, BLOCK_M, BLOCK_N
     )
@@ -126,6 +128,11 @@ def _read_back(
     x_ptr, asked_ptr, dz_ptr, start_ptr, d_asked_ptr, dx_ptr, groups, first, last, image_rows, origin,
     S: tl.constexpr, CAPTIONS: tl.constexpr, BLOCK_R: tl.constexpr, PADDED: tl.constexpr,
 ):  # fmt: skip
+    """Last step: dX [images, image_rows, S] without dY M^T, and dY (`d_asked_ptr`), from Y (`asked_ptr`) and dZ.
+
+    Y, dY, dZ: [images, captions, S]. Captions of any length. One program: an image with CAPTIONS captions. Grid:
+    images x groups.
+    """
     program = tl.program_id(0).to(tl.int64)
     image, group = program // groups, program % groups
     s = tl.arange(0, PADDED)
@@ -139,7 +146,7 @@ def _read_back(
         start, stop = tl.load(start_ptr + t), tl.load(start_ptr + t + 1)
         top = tl.full([], float("-inf"), tl.float32)
         total = tl.zeros([], tl.float32)
-        mean = tl.zeros([], tl.float32)  # of the weights' gradients, weighed
+        mean = tl.zeros([], tl.float32)  # sum over the nodes of E dE
         for chunk in range(start, stop, BLOCK_R):
             row = chunk + tl.arange(0, BLOCK_R)
             offset = (row - origin).to(tl.int64)[:, None] * S + s
@@ -168,19 +175,19 @@ def _read_back(
 
 
 def _precision(precision: str, nodes: int) -> str:
-    """Three TF32 products of a tile of 128 nodes pass the registers; captions that long are rare."""
+    """"ieee" in place of "tf32x3" for tiles of 128 nodes, where tf32x3 spills registers; such captions are rare."""
     return "ieee" if precision == "tf32x3" and nodes > 64 else precision
 
 
 class Walk:
-    """Backward of blocks, one after the other, and the sums of the folded weights' gradients over them."""
+    """Backward of blocks, one after the other; sums the folded weights' gradients over them when `sums`."""
 
     def __init__(self, weights: Folded, sums: bool) -> None:
         self.weights = weights
         self.found = Folded(*(torch.zeros_like(w, dtype=torch.float32) for w in weights)) if sums else None
 
     def __call__(self, nodes: Tensor, grad: Tensor, block: Block) -> Tensor:
-        """d_nodes [images, nodes, S] of a block's nodes and the gradient [images, captions, S] of its result."""
+        """d_nodes [images, nodes, S] of a block, from its nodes and its result's gradient [images, captions, S]."""
         weights, K = self.weights, len(self.weights.ask)
         x = [_launch.aligned(nodes)]
         for k in range(K - 1):
@@ -230,7 +237,7 @@ class Walk:
         return dx.addmm_(dy, weights.ask[k]).view(x.shape)
 
     def _add(self, k: int, x: Tensor, dy: Tensor, dh: Tensor, z: Tensor) -> None:
-        """The sums of (4) and (6) over a block's rows."""
+        """Add a block's part of d Wr, d br, d M and d u: (4) and (6)."""
         if self.found is not None:
             x, dy, dh, z = (a.reshape(-1, a.shape[-1]) for a in (x, dy, dh, z))
             self.found.ask[k] += dy.t() @ x
@@ -239,7 +246,7 @@ class Walk:
             self.found.bias[k] += dh.sum(0, dtype=torch.float32)
 
     def unfold(self, query_weight: Tensor, query_bias: Tensor, key_weight: Tensor) -> list[Tensor | None]:
-        """(7): the gradients of the six parameters in the op's order, in float32."""
+        """(7): float32 gradients of the op's six parameters, in its order; Nones when they were not summed."""
         if self.found is None:
             return [None] * 6
         Wq, bq, Wk, ask, shift = (x.double() for x in (query_weight, query_bias, key_weight, *self.found[:2]))

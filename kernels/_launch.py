@@ -1,4 +1,16 @@
-"""What every launcher shares: the device, aligned inputs, and sets of rows."""
+"""What every launcher shares: the device, aligned inputs, and sets of rows.
+
+Conventions of all kernels in this folder:
+
+- A grid has one axis. "Grid: a x b" means that program number i * b + j owns part i of a and part j of b.
+- Tensors are contiguous. Features are in the inputs' dtype; workspaces, sums and statistics are float32.
+- `start_ptr`, `size_ptr` [sets] and `owner_ptr` [rows], all int32, are those of `Sets`.
+- `set_first`, `query_first`, `context_first`, ...: where the piece of pairs that is computed begins among all sets or
+  rows. A workspace holds this piece only, so its rows and columns are counted from there.
+- `ld16`, `in16`, `out16`, `gram16`: row strides divided by 16. The kernel multiplies by 16 again, which tells the
+  compiler that rows are aligned although the argument itself is not specialised.
+- Numbers that differ from call to call are not specialised, so each kernel is compiled once for a model.
+"""
 
 from __future__ import annotations
 
@@ -13,12 +25,13 @@ from torch import Tensor
 
 from itm_fast.packing import bounds, checked, kept, stretches
 
-REGIONS = 64  # of an image, and
-WORDS = 32  # of a caption that one tile holds: what COCO's have at most, but for one caption in ten thousand
+# The most context rows that `_attend` and `_project` hold in one tile; they pass over larger sets tile by tile.
+REGIONS = 64  # regions of an image: the papers have 36
+WORDS = 32  # words of a caption: one COCO caption in ten thousand has more
 
 
 def arch(device: torch.device) -> int:
-    """The row of `_tiles` for a device: 80, 90 or 100; the interpreter has those of 90."""
+    """The architecture that `_tiles` is asked for: 80, 90 or 100. Triton's interpreter uses the block sizes of 90."""
     if device.type != "cuda":
         return 90
     major, _ = torch.cuda.get_device_capability(device)
@@ -26,23 +39,26 @@ def arch(device: torch.device) -> int:
 
 
 def on(device: torch.device) -> contextlib.AbstractContextManager:
-    """Launch on `device`: Triton takes the current one."""
+    """Make `device` the current one, as Triton launches kernels there."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Contiguous and starting at a multiple of 16 bytes: a kernel is then compiled once, and copies in 16 bytes."""
+    """The tensor, copied unless it is contiguous and starts at a multiple of 16 bytes.
+
+    Kernels are then compiled for one alignment only and load 16 bytes at a time.
+    """
     tensor = tensor.contiguous()
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def blocks(n: int, size: int) -> int:
-    """Blocks of `size` that cover `n`."""
+    """How many blocks of `size` cover `n`."""
     return triton.cdiv(n, size)
 
 
 def power_of_two(n: int, least: int = 16) -> int:
-    """The smallest tile dimension that holds `n`; a matrix product wants 16 at least."""
+    """The smallest power of two that holds `n`, and at least `least`: tl.dot needs 16 in every dimension."""
     return max(least, triton.next_power_of_2(n))
 
 
@@ -51,12 +67,12 @@ class Sets(NamedTuple):
 
     Attributes:
         rows: [n, D] features, aligned.
-        start, count: [sets] int32: the first row of each set, and its rows.
+        start, size: [sets] int32: the first row of each set, and its number of rows.
         owner: [n] int32: the set of each row.
         edge: sets + 1 Python integers: where sets begin.
-        longest: no set has more rows.
-        tile: rows of a set that a tile holds; larger sets take several.
-        whole: whether no set is larger than a tile, whatever it holds.
+        longest: no set has more rows than this.
+        tile: rows of a set that one tile holds; a larger set takes several tiles.
+        whole: whether every set is known to fit one tile, from the shapes and not from the lengths.
     """
 
     rows: Tensor
@@ -70,7 +86,12 @@ class Sets(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """A rectangle of pairs: sets first..last of either side, and their rows."""
+    """A rectangle of pairs that is computed at a time: slices of both sides' sets, and of their rows.
+
+    Attributes:
+        contexts, queries: which sets.
+        x, q: which rows of contexts and of queries.
+    """
 
     contexts: slice
     queries: slice
@@ -78,8 +99,11 @@ class Piece(NamedTuple):
     q: slice
 
 
-def emptied(image: Tensor, region_lengths: Tensor | None) -> Tensor:
-    """Images with zeros for the regions beyond their counts, which may hold anything, for products that read all."""
+def zero_padding(image: Tensor, region_lengths: Tensor | None) -> Tensor:
+    """Images with padding regions set to zero, for matrix products that read all regions.
+
+    Padding may hold NaN, which a zero weight does not remove.
+    """
     if region_lengths is None:
         return image
     beyond = torch.arange(image.shape[1], device=image.device)[None, :] >= region_lengths[:, None]
@@ -112,7 +136,7 @@ def _check_counts(op: str, counts: list[int], R: int) -> None:
 
 
 def captions(words: Tensor, cu_seqlens: Tensor, edge: list[int]) -> Sets:
-    """Packed words [N, D] as sets of words; `edge` is cu_seqlens on the host, checked."""
+    """Packed words [N, D] as sets of words; `edge` is what `packing.bounds` gives for cu_seqlens."""
     cut = aligned(checked(cu_seqlens).to(torch.int32))
     count = cut.diff()
     index = torch.arange(len(count), dtype=torch.int32, device=words.device)
@@ -122,7 +146,7 @@ def captions(words: Tensor, cu_seqlens: Tensor, edge: list[int]) -> Sets:
 
 
 def singles(rows: Tensor) -> Sets:
-    """Rows [n, D] as sets of one."""
+    """Rows [n, D] as sets of one row each."""
     index = torch.arange(len(rows), dtype=torch.int32, device=rows.device)
     edge = list(range(len(rows) + 1))
     return Sets(aligned(rows), index, torch.ones_like(index), index, edge, 1, power_of_two(1), True)
@@ -140,12 +164,13 @@ def sets(
 def pieces(
     query: Sets, context: Sets, each_row: int, each_set: int, limit: int, piece: int
 ) -> Iterator[Piece]:
-    """Cut all pairs into pieces whose scratch fits `limit` bytes; a single pair is never cut.
+    """Cut all pairs into pieces whose scratch memory fits `limit` bytes; a single pair is never cut.
 
     Args:
-        each_row, each_set: floats that a query row takes with a row of contexts, and with a set of contexts.
-        limit: bytes; half of them may go to what is kept for each context row.
-        piece: elements of a piece beyond which it is not faster.
+        each_row: floats of scratch for each query row and context row.
+        each_set: floats of scratch for each query row and set of contexts.
+        limit: bytes; at most half of them hold affinities, the rest what is kept per context row (Gram matrices).
+        piece: affinities (query rows x context rows) beyond which a larger piece is no faster.
     """
     shortest = min((b - a for a, b in zip(context.edge, context.edge[1:])), default=1)
     area = max(1, min(piece, limit // (8 * (each_row + blocks(each_set, shortest)))))

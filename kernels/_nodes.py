@@ -1,7 +1,7 @@
-"""The nodes of pairs: equations (1) and (2) of `ops/similarity_nodes.py`, by `_attention` and `_projection`.
+"""The nodes of pairs, (1) and (2) of `ops/similarity_nodes.py`, by the kernels of `_attention` and `_projection`.
 
-Some images and some neighbouring captions at a time: the words' rows by the one pass over D of `_projection`, and the
-global ones by the same pass with the images' global vectors for what is attended to.
+A block of images and neighbouring captions at a time. One pass of `_projection` makes the words' nodes, another one the
+global nodes, with the images' global vectors in place of attended vectors.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NORM = "clipped_l2norm"
 
 
 class Maker:
-    """Makes nodes of the inputs that `similarity_nodes` and the pair scorers take first, in their order."""
+    """Makes the nodes of pairs. Arguments: those of `similarity_nodes`, which the pair scorers begin with too."""
 
     def __init__(
         self,
@@ -49,7 +49,12 @@ class Maker:
         self.caption_place = self.words.start.long() + count
 
     def __call__(self, images: slice, captions: slice, out: Tensor, out_first: int, place_first: int) -> None:
-        """Nodes into `out` [., rows, S]: these images from number `out_first` on, and row r at r - `place_first`."""
+        """Write the nodes of some images and captions into `out` [images, rows, S].
+
+        Args:
+            out_first: index in `out` of the first of these images.
+            place_first: packed node that is row 0 of `out`.
+        """
         R = self.regions.edge[1] if len(self.regions.edge) > 1 else 0
         x = slice(images.start * R, images.stop * R)
         piece = _launch.Piece(images, captions, x, slice(self.edge[captions.start], self.edge[captions.stop]))
@@ -70,17 +75,17 @@ class Maker:
         )  # fmt: skip
 
     def block(self, first: int, block: Block) -> Rows:
-        """Nodes of a block in a buffer of their own."""
+        """Nodes of a block in a new buffer; its first image has number `first`."""
         out = self.regions.rows.new_empty(block.images, block.nodes, len(self.local[0]))
         self(slice(first, first + block.images), block.window.captions, out, 0, block.window.rows.start)
         return block.scratch(out)
 
 
 def word_bytes(regions: int) -> int:
-    """Scratch that a word with an image takes: the affinities, at worst as many norms, and 1 / |P|."""
+    """Scratch bytes per word and image, at most: its affinities, their norms, and 1 / (z (|P| + eps))."""
     return 4 * (3 * (regions + 16) + 16)
 
 
 def image_bytes(regions: int) -> int:
-    """Scratch that an image takes with any captions: its Gram matrix."""
+    """Scratch bytes per image, whatever the captions: its Gram matrix."""
     return 4 * regions * (regions + 16)

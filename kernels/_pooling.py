@@ -1,8 +1,9 @@
-"""Cosines of queries pooled to scores, and back: (2) and (4) of `ops/cross_attention_score.py`.
+"""Pooling of the queries' cosines to scores, and its backward: (2), (4), (8) of `ops/cross_attention_score.py`.
 
     score[b, c] = pool over the queries q of set c of r[q, b]                                   `_pool`
 
-Whole sets of queries, 8 at a time in steps of 16: a pass over [queries, context sets], a fraction of the affinities.
+A program takes 8 whole sets of queries, 16 queries of each at a time. It reads [queries, context sets], which is small
+beside the affinities.
 """
 
 from __future__ import annotations
@@ -22,13 +23,16 @@ from ._tl import EPS, NEVER
 
 @triton.jit(
     do_not_specialize=["set_first", "sets", "row_first", "columns", "in16", "stride_b", "stride_c"],
-    do_not_specialize_on_alignment=["out_ptr"],  # a part of all scores begins anywhere
+    do_not_specialize_on_alignment=["out_ptr"],  # points to the piece's first score, at any alignment
 )
 def _pool(
     r_ptr, start_ptr, size_ptr, out_ptr, set_first, sets, row_first, columns, in16, stride_b, stride_c, pool_scale,
     POOL: tl.constexpr, SETS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """One program: the scores of SETS sets of queries with BLOCK_B sets of contexts. Grid: groups x blocks."""
+    """out[b, c], by its strides, = pool over the queries q of set c of r [queries, columns context sets].
+
+    One program: SETS sets of queries with BLOCK_B sets of contexts. Grid: groups of SETS x blocks of context sets.
+    """
     chunks = tl.cdiv(columns, BLOCK_B)
     group, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
     lane = tl.arange(0, SETS * BLOCK_Q)
@@ -53,7 +57,7 @@ def _pool(
                 e = tl.exp(r.reshape(SETS, BLOCK_Q, BLOCK_B) - base[:, None, :])
                 total = total * tl.exp(m - base) + tl.sum(e, 1)
             else:
-                # max passes over NaN, a sum does not
+                # tl.max drops NaN, so NaNs are summed apart and added at the end
                 total += tl.sum(tl.where(r != r, r, 0.0).reshape(SETS, BLOCK_Q, BLOCK_B), 1)
             m = larger
         else:
@@ -72,7 +76,7 @@ def _pool(
 
 @triton.jit
 def _cosine(dot_ptr, square_ptr, at, inside, length):
-    """t, |P|^2, c = |q| |P| and r of a tile; r is never where nothing lies inside."""
+    """t, |P|^2, c = |q| |P| and r of a tile; r is -inf outside."""
     dot = tl.load(dot_ptr + at, mask=inside, other=0.0)
     square = tl.load(square_ptr + at, mask=inside, other=0.0)
     c = length[:, None] * tl.sqrt(square)
@@ -81,16 +85,17 @@ def _cosine(dot_ptr, square_ptr, at, inside, length):
 
 @triton.jit(
     do_not_specialize=["set_first", "sets", "row_first", "columns", "in16", "stride_b", "stride_c"],
-    do_not_specialize_on_alignment=["grad_ptr"],  # a part of all scores begins anywhere
+    do_not_specialize_on_alignment=["grad_ptr"],  # points to the piece's first score, at any alignment
 )
 def _pool_backward(
     dot_ptr, square_ptr, length_ptr, start_ptr, size_ptr, grad_ptr, w0_ptr, w1_ptr, w2_ptr, wq_ptr,
     set_first, sets, row_first, columns, in16, stride_b, stride_c, pool_scale,
     POOL: tl.constexpr, SETS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_B: tl.constexpr,
 ):  # fmt: skip
-    """One program: SETS sets of queries with BLOCK_B sets of contexts. Grid: groups x blocks.
+    """w0, w1, w2 (see `_attention_backward`) and wq, where d q += wq q, from the scores' gradient `grad_ptr`.
 
-    From the score's gradient w0, w1, w2 and wq, so that d q += wq q.
+    `dot_ptr`, `square_ptr` (|P|^2) and the results: [queries, columns context sets]. `length_ptr`: |q| of all queries.
+    One program: SETS sets of queries with BLOCK_B sets of contexts. Grid: groups of SETS x blocks of context sets.
     """
     chunks = tl.cdiv(columns, BLOCK_B)
     group, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
@@ -154,7 +159,7 @@ def _pool_backward(
 
 
 def pooled(r: Tensor, query: _launch.Sets, piece: _launch.Piece, out: Tensor, how: str, pool_scale: float) -> None:
-    """Scores of a piece from r into out, a view [context sets, query sets] of all scores."""
+    """Write the scores of a piece, pooled from r, into out: a view [context sets, query sets] of all scores."""
     tile = _tiles.pool(query.rows.dtype, _launch.arch(r.device))
     sets, columns = piece.queries.stop - piece.queries.start, piece.contexts.stop - piece.contexts.start
     part = out[piece.contexts, piece.queries]

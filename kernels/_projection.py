@@ -2,10 +2,10 @@
 
     u = alpha x / (|P| + eps),    y = W (u - q)^2 + b,    s = y / (|y| + eps)                   `project`
 
-One pass over D: u, the difference, its square and the product with W of a tile never leave the processor. z alpha and
-1 / (z (|P| + eps)) come from `_attention`. Queries lie packed, so a tile's rows are all real work; of the 64 rows of
-contexts that the first, five times smaller product takes, 36 regions fill 56 %. The global rows of SGRAF, where one
-vector stands for all that is attended to, are the same pass with that vector for u.
+One pass over D: u, the difference, its square and the product with W of a tile stay in registers and shared memory.
+z alpha and 1 / (z (|P| + eps)) come from `_attention`. Queries are packed, so all rows of a tile are real work. In the
+product alpha x, 36 regions fill 56 % of a tile's 64 context rows, but it has a fifth of the operations of the product
+with W. SGRAF's global similarity vector comes from the same pass, with the image's global vector for u (GLOBAL).
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def _attended(
     alphas, alpha, context, size, x, column, D: tl.constexpr, WHOLE: tl.constexpr, GLOBAL: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """alpha x [BLOCK_Q, BLOCK_K] for the columns of a step over D."""
+    """alpha x [BLOCK_Q, BLOCK_K], for BLOCK_K columns of D; GLOBAL: the one context row, for all queries."""
     dtype: tl.constexpr = context.dtype.element_ty
     if GLOBAL:
         v = tl.load(context + column, mask=column < D, other=0.0).to(tl.float32)
         return tl.broadcast_to(v[None, :], (BLOCK_Q, BLOCK_K))
     elif WHOLE:
-        # Rows past the set read its last one, with weight 0.
+        # Rows past the set load its last row, whose weight is 0 there.
         v = rows_of(context, tl.minimum(x, size - 1), column, D, BLOCK_K)
         return tl.dot(alpha, v, input_precision=PRECISION)
     else:
@@ -51,7 +51,7 @@ def _products(
     D: tl.constexpr, S: tl.constexpr, WHOLE: tl.constexpr, GLOBAL: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """y [BLOCK_Q, BLOCK_S]: a tile's products with the rows of W from first_s on."""
+    """y = W (u - q)^2 + b [BLOCK_Q, BLOCK_S] of a tile of queries, for the rows of W from first_s on."""
     s = first_s + tl.arange(0, BLOCK_S)
     x, k = tl.arange(0, BLOCK_X), tl.arange(0, BLOCK_K)
     acc = tl.zeros((BLOCK_Q, BLOCK_S), tl.float32)
@@ -84,13 +84,17 @@ def _project(
     PRECISION: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_Q packed queries with one set of contexts. Grid: blocks of queries x sets.
+    """s = y / (|y| + eps) of every query with every set of contexts, into out [sets, out_rows, S].
 
-    Row `place` of set b's `out_rows` rows of the result. BACKWARD gives dy [queries, sets, S] for the gradient there.
+    `alpha_ptr`: e, and `inverse_ptr`: 1 / (z (|P| + eps)), as mode "weights" of `_attend` leaves them. Query q's row in
+    a set's part of out is place[q] - place_first; set 0 of the piece has part `out_first`. Padding regions give zeros.
+    BACKWARD: `out_ptr` holds d s and d y goes to `gradient_ptr` [queries, sets, S] float32; `alpha_ptr` is alpha and
+    `inverse_ptr` |P|^2.
+    One program: BLOCK_Q packed queries with one set. Grid: blocks of queries x sets.
     """
     tile, b = tl.program_id(0) // sets, tl.program_id(0) % sets
     first = tile * BLOCK_Q
-    q = tl.minimum(tl.arange(0, BLOCK_Q), queries - first - 1)  # rows past the end are the last one, and not stored
+    q = tl.minimum(tl.arange(0, BLOCK_Q), queries - first - 1)  # past the end: the last row, not stored
     start = tl.load(start_ptr + set_first + b)
     size = tl.load(size_ptr + set_first + b)
     query = query_ptr + (query_first + first).to(tl.int64) * D
@@ -100,7 +104,7 @@ def _project(
     inverse = 1.0
     if not GLOBAL:
         inverse = tl.load(inverse_ptr + first.to(tl.int64) * (in16 * 16) + b + q * (in16 * 16))[:, None]
-        if BACKWARD:  # |P|^2 lies there
+        if BACKWARD:  # `inverse` is |P|^2
             inverse = 1 / (tl.sqrt(inverse) + EPS)
     if WHOLE and not GLOBAL:
         x = tl.arange(0, BLOCK_X)
@@ -109,7 +113,7 @@ def _project(
     gradients = gradient_ptr + (first.to(tl.int64) * sets + b) * S
     square = tl.zeros((BLOCK_Q,), tl.float32)
     along = tl.zeros((BLOCK_Q,), tl.float32)
-    # Where S is too wide for one tile, a first sweep for the lengths.
+    # If S is too wide for one tile, a first sweep computes the lengths |y|.
     for sweep in tl.static_range(0 if S > BLOCK_S else 1, 2):
         for first_s in range(0, S, BLOCK_S):
             y = _products(
@@ -131,7 +135,7 @@ def _project(
             if sweep == 1:
                 length = tl.sqrt(square)
                 if BACKWARD:
-                    # The gradient of y, where that of y / (|y| + eps) is g and g . y is `along`.
+                    # d y of y / (|y| + eps), where g = d s and `along` = g . y: (4) of the op.
                     share = tl.where(length > 0, along / (length * (length + EPS)), 0.0)
                     dy = tl.where(counted[:, None], (g - share[:, None] * y) / (length + EPS)[:, None], 0.0)
                     tl.store(gradients + (q * sets)[:, None] * S + s[None, :], dy, mask=inside)
@@ -154,15 +158,17 @@ def project(
     place_first: int = 0,
     gradient: Tensor | None = None,
 ) -> None:
-    """Similarity vectors of a piece into out [sets, rows of a set, S].
+    """Write the similarity vectors of a piece into out [sets, rows of a set, S]; or, given `gradient`, write d y there.
 
     Args:
-        attended: of mode "weights"; None where each set of contexts is the one row that is attended to, whole.
+        attended: results of mode "weights", or of "backward" with `gradient`; None when each set of contexts is one
+            global vector, which takes the place of u.
         weight, bias: [S, D] and [S], aligned.
-        place: [all queries] int64: their rows in a set's part of `out`.
-        out: the result; or, with `gradient`, the result's gradient, with `attended` of mode "backward".
-        out_first, place_first: where the piece's first set lies in `out`, and what to take from `place`.
-        gradient: [queries, sets, S] float32, filled with the gradient of y.
+        place: [all queries] int64: each query's row in a set's part of `out`.
+        out: the result; with `gradient`, the gradient of the result, which is read.
+        out_first: index in `out` of the piece's first set.
+        place_first: subtracted from `place`.
+        gradient: [queries, sets, S] float32, filled with d y.
     """
     rows = query.rows
     S, D = weight.shape
@@ -187,7 +193,7 @@ def project(
 
 
 def _constants(dtype, arch, precision, backward, overall, S, whole, rows):
-    """The tile, and the constants that follow from it."""
+    """The block sizes of `_project`, and its other constants."""
     tile = _tiles.project(dtype, arch, precision, backward, overall, S)
     chunk = tile.pop("CHUNK")
     tile["BLOCK_S"] = min(tile["BLOCK_S"], _launch.power_of_two(S))
@@ -205,7 +211,7 @@ def compilations(arch: int) -> Iterator[_tiles.Compilation]:
             if dtype == torch.float16:
                 ways.append((True, False, False, 512))
             for images, overall, backward, S in ways:
-                # Where there is no attention, its arguments are stood in for by the result.
+                # A global vector needs no attention: `project` then passes the result for its arguments.
                 alpha = f"*{t}" if overall else "*fp32"
                 types = f"{alpha} {alpha} *{t} *{t} *{t} *{t} *i32 *i32 *i32 *i32 *i32 *i64 *{t} "
                 types += ("*fp32" if backward else f"*{t}") + " i32" * 10

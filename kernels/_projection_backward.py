@@ -4,9 +4,9 @@
     F_x = x . d u,    k = d u . u = sum_x alpha_x F_x / (|P| + eps)                             `_context_products`
     d x += sum_q alpha_x d u / (|P| + eps)                                                      `_weighted_sum`
 
-d u and the squares of a piece [queries, sets, D] lie in the workspace. With p = |P|, the gradient of P is
-d u / (p + eps) - k P / (p (p + eps)), so `_attention_backward` goes on from w1 = 1 / (p + eps), w2 = -k / (p (p + eps))
-and w0 = P . d P = k eps / (p + eps).
+d u and (u - q)^2 [queries, sets, D] of a piece are workspaces. With p = |P|,
+d P = d u / (p + eps) - k P / (p (p + eps)), so `_attention_backward` is given w1 = 1 / (p + eps),
+w2 = -k / (p (p + eps)) and w0 = P . d P = k eps / (p + eps).
 """
 
 from __future__ import annotations
@@ -31,12 +31,16 @@ def _difference_gradient(
     D: tl.constexpr, S: tl.constexpr, WHOLE: tl.constexpr, PRECISION: tl.constexpr, BLOCK_X: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_Q queries with one set, BLOCK_K columns. Grid: blocks of queries x sets x those of columns."""
+    """du = 2 (u - q) W^T d y and squares = (u - q)^2, both [queries, sets, D] float32, from d y [queries, sets, S].
+
+    `alpha_ptr` and `square_ptr` (|P|^2): as mode "backward" of `_attend` leaves them.
+    One program: BLOCK_Q queries with one set, BLOCK_K columns. Grid: blocks of queries x sets x blocks of columns.
+    """
     columns: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0)
     tile, b, d = pid // (sets * columns), (pid // columns) % sets, pid % columns
     first = tile * BLOCK_Q
-    q = tl.minimum(tl.arange(0, BLOCK_Q), queries - first - 1)  # rows past the end are the last one, and not stored
+    q = tl.minimum(tl.arange(0, BLOCK_Q), queries - first - 1)  # past the end: the last row, not stored
     start = tl.load(start_ptr + set_first + b)
     size = tl.load(size_ptr + set_first + b)
     column = d * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -70,7 +74,10 @@ def _context_products(
     set_first, sets, context_first, queries, ld16, in16,
     D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: F of BLOCK_Q queries with one set, and their w0, w1 and w2. Grid: blocks of queries x sets."""
+    """F = x . d u [queries, context rows], laid out like alpha, and w0, w1, w2 [queries, sets], from du.
+
+    One program: BLOCK_Q queries with one set of contexts. Grid: blocks of queries x sets.
+    """
     tile, b = tl.program_id(0) // sets, tl.program_id(0) % sets
     first = tile * BLOCK_Q
     q = tl.minimum(tl.arange(0, BLOCK_Q), queries - first - 1)
@@ -108,7 +115,10 @@ def _weighted_sum(
     set_first, sets, context_first, queries, chunks, ld16, in16,
     D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program: adds BLOCK_X rows and BLOCK_K columns of one set. Grid: sets x chunks of rows x those of columns."""
+    """out [all context rows, D] += sum_q alpha_x w1 d u: the gradient of x through the sum u.
+
+    One program: BLOCK_X rows and BLOCK_K columns of one set. Grid: sets x chunks of rows x chunks of columns.
+    """
     columns: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
     pid = tl.program_id(0)
     b, i, d = pid // (chunks * columns), (pid // columns) % chunks, pid % columns
@@ -154,7 +164,7 @@ def difference_gradient(
 def context_products(
     context: _launch.Sets, piece: _launch.Piece, attended: Attended, du: Tensor, w: tuple[Tensor, ...]
 ) -> Tensor:
-    """F of a piece, like its affinities; w0, w1 and w2 are filled."""
+    """Return F of a piece, shaped like its affinities, and write w0, w1 and w2 into w."""
     queries, sets, D = du.shape
     f = torch.empty_like(attended.alpha)
     dtype = context.rows.dtype

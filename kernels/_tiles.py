@@ -1,7 +1,8 @@
-"""Every block size: plain Python, by dtype and architecture (80, 90, 100).
+"""The block sizes of all kernels, by dtype and architecture (80, 90, 100).
 
-A function names the kernel it serves and returns its constants, `num_warps` and `num_stages` among them. Beside each
-row stand the GPU and the date it was tuned on; "untuned" rows compile without spills and within shared memory.
+Each function serves the kernel that its docstring names and returns block sizes, `num_warps` and `num_stages`. The
+comment after each row is the GPU and the date it was tuned on. "untuned": it has only been compiled, without register
+spills and within shared memory.
 """
 
 from __future__ import annotations
@@ -13,21 +14,21 @@ import torch
 
 from itm_fast._checks import matmul_precision
 
-Tile = dict[str, int]  # a kernel's constants and Triton's options
+Tile = dict[str, int]  # a kernel's block sizes and Triton's launch options
 
-# dtype -> Triton's name of it. float64 has no tensor-core path and is left to the other backends.
+# dtype -> Triton's name for it. float64 is left to other backends: the kernels multiply on tensor cores in float32.
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
 class Compilation(NamedTuple):
-    """One way a kernel is compiled; `kernels/<file>.py: compilations(arch)` yields those that can occur.
+    """One specialisation of a kernel; `compilations(arch)` of each file yields those that tests compile.
 
     Attributes:
         kernel: the jit function.
         types: Triton types of its run-time arguments in their order, as in "*fp16 *fp32 i32 fp32".
         constants: its constexpr arguments.
         tile: the row of this file that it runs with: further constexpr arguments, num_warps and num_stages.
-        products: whether its time is matrix products, so that on sm_90 it must hold wgmma instructions.
+        products: whether matrix products dominate its time, so that its sm_90 code must contain wgmma.
     """
 
     kernel: Callable[..., Any]
@@ -48,20 +49,20 @@ def products(dtype: torch.dtype) -> str:
 
 
 def exact(dtype: torch.dtype) -> str:
-    """Triton's input_precision where a product cancels: never less than the inputs' own precision."""
+    """Triton's input_precision for products whose terms cancel: no less than the inputs' own precision."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
 
 
 def precisions(dtype: torch.dtype) -> tuple[str, ...]:
-    """All that `products` may answer for `dtype`."""
+    """All values that `products` may return for `dtype`."""
     return ("tf32", "tf32x3") if dtype == torch.float32 else ("tf32",)
 
 
-MAXNREG = 255  # where a kernel needs a few registers more than 128, ptxas spills them unless it is told to take more
+MAXNREG = 255  # registers per thread, the hardware's most: without it ptxas stops at 128 and spills the rest
 
 
 def _row(num_warps: int, num_stages: int, **constants: int) -> Tile:
-    # Triton 3.9 warns where fusion of a product and a sum is left to its default, which 3.10 changes.
+    # enable_fp_fusion is stated because Triton 3.9 warns if it is not: 3.10 changes its default.
     return dict(constants, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True)
 
 
@@ -92,7 +93,7 @@ def query_norms(dtype: torch.dtype, arch: int) -> Tile:
 
 
 def attend(dtype: torch.dtype, arch: int, backward: bool, whole: bool, cosine: bool) -> Tile:
-    """kernels/_attention.py: _attend. whole: whether every set of contexts fits a tile; cosine: whether the norm is."""
+    """kernels/_attention.py: _attend. whole: every context set fits a tile; cosine: the norm is "cosine"."""
     if arch == 80 and dtype != torch.float32 and cosine:
         return _row(4, 1, BLOCK_Q=32, BLOCK_D=16)  # untuned
     if dtype == torch.float32 and backward and not whole:
@@ -107,11 +108,11 @@ def pool(dtype: torch.dtype, arch: int) -> Tile:
     return _row(4, 1, SETS=8, BLOCK_Q=16, BLOCK_B=16)  # untuned
 
 
-PIECE = 32 << 20  # pairs of rows whose affinities lie in the workspace at a time; untuned
+PIECE = 32 << 20  # the most affinities (query rows x context rows) computed at a time; untuned
 
 
 def project(dtype: torch.dtype, arch: int, precision: str, backward: bool, overall: bool, S: int) -> Tile:
-    """kernels/_projection.py: _project. CHUNK: rows of contexts whose weights each step reads; 0: all are held."""
+    """kernels/_projection.py: _project. CHUNK: context rows whose weights a step loads; 0: all are kept."""
     if backward:
         return _row(8, 2, BLOCK_Q=32, BLOCK_K=32, BLOCK_S=256, CHUNK=0)  # untuned
     if precision == "tf32x3":
@@ -124,7 +125,7 @@ def project(dtype: torch.dtype, arch: int, precision: str, backward: bool, overa
 
 
 def node_tiles(dtype: torch.dtype, arch: int) -> tuple[int, ...]:
-    """Rows of a tile of nodes, ascending: the first holds most captions, the others those that do not fit."""
+    """Rows of tiles of nodes, ascending; a caption goes into the smallest tile that holds it."""
     return 64, 128
 
 
@@ -135,7 +136,7 @@ def graph_step(dtype: torch.dtype, arch: int, nodes: int) -> Tile:
         return _row(warps, 3, BLOCK_Q=64, BLOCK_N=nodes, BLOCK_C=32, BLOCK_K=64, BLOCK_O=256)  # untuned
     if nodes == 64:
         return _row(8, 2, BLOCK_Q=64, BLOCK_N=64, BLOCK_C=16, BLOCK_K=32, BLOCK_O=128)  # untuned
-    # Captions of more than 63 words are rare: 64 queries, which wgmma takes, spill with Triton 3.6.
+    # wgmma needs BLOCK_Q = 64, which spills here with Triton 3.6. Captions of more than 63 words are rare.
     return _row(8, 1, BLOCK_Q=32, BLOCK_N=nodes, BLOCK_C=16, BLOCK_K=32, BLOCK_O=64)  # untuned
 
 
@@ -237,11 +238,11 @@ def alignment_numbers(dtype: torch.dtype, arch: int) -> Tile:
     return _row(4, 2, BLOCK_M=16, BLOCK_K=128)  # untuned
 
 
-CAPTION_TILES = 16, 32, 64, 128  # words of a caption that a tile of kernels/_alignment_vectors.py holds; ascending
+CAPTION_TILES = 16, 32, 64, 128  # words that a caption's tile in kernels/_alignment*.py may hold, ascending
 
 
 def coefficients(dtype: torch.dtype, arch: int) -> tuple[int, int]:
-    """Regions and words of the largest pairs that kernels/_alignment.py takes; others have their vectors formed."""
+    """The most regions and words that kernels/_alignment.py takes; larger pairs go to kernels/_alignment_vectors.py."""
     return 64, 16 if dtype == torch.float32 and arch == 80 else 32  # 32 words spill there with Triton 3.6
 
 

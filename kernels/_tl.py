@@ -1,12 +1,12 @@
-"""Jit mathematics that two kernels share."""
+"""Small @triton.jit functions that several kernels share."""
 
 import triton
 import triton.language as tl
 
-EPS = tl.constexpr(1e-8)  # as published; stands outside the root
-CANCELLED = tl.constexpr(1e-3)  # of `ops/_attention.py`, which says why
-SLOPE = tl.constexpr(0.1)  # of the LeakyReLU that the published code clips with
-NEVER = tl.constexpr(float("-inf"))  # logit of what takes no part
+EPS = tl.constexpr(1e-8)  # SCAN's and SGRAF's; added to a length, not to its square: x / (|x| + eps)
+CANCELLED = tl.constexpr(1e-3)  # of `itm_fast/ops/_attention.py`, which says why
+SLOPE = tl.constexpr(0.1)  # of the LeakyReLU in SCAN's clipped norms
+NEVER = tl.constexpr(float("-inf"))  # logit of a masked element: its softmax weight is 0
 
 
 @triton.jit
@@ -17,13 +17,13 @@ def leaky(x):
 
 @triton.jit
 def leaky_slope(x):
-    """Derivative of `leaky`, at 0 as in PyTorch."""
+    """Derivative of `leaky`; the slope at 0, as in PyTorch."""
     return tl.where(x > 0, 1.0, SLOPE)
 
 
 @triton.jit
 def swizzled(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Tile (m, n) of program `pid`: GROUP tiles of m walk along n together, so that both operands stay in L2."""
+    """Tile (m, n) of program `pid`: GROUP rows of tiles advance along n together, so both operands stay in L2."""
     wide = GROUP * tiles_n
     first = (pid // wide) * GROUP
     height = tl.minimum(tiles_m - first, GROUP)
@@ -32,8 +32,11 @@ def swizzled(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
 
 @triton.jit
 def normalised(s, norm, NORM: tl.constexpr, CLIP: tl.constexpr, INVERSE: tl.constexpr):
-    """The affinity norm of s; `norm` is its norm over the queries (INVERSE: 1 / (norm + eps)), or their logsumexp; or
-    the product of both rows' lengths."""
+    """A', the affinities s after the norm NORM.
+
+    `norm` is, for "l1norm" and "l2norm", the norm over the queries of a set, or 1 / (norm + eps) when INVERSE; for
+    "softmax", the logsumexp over them; for "cosine", the product of both rows' lengths.
+    """
     if NORM == "softmax":
         return tl.exp(s - norm)
     if NORM == "cosine":
@@ -49,7 +52,7 @@ def normalised(s, norm, NORM: tl.constexpr, CLIP: tl.constexpr, INVERSE: tl.cons
 
 @triton.jit
 def rows_of(pointer, row, column, COLUMNS: tl.constexpr, STEP: tl.constexpr):
-    """[rows, columns] of a matrix with COLUMNS columns that is read STEP columns at a time."""
+    """Load rows `row` and columns `column` of a matrix with COLUMNS columns, which is read STEP columns at a time."""
     at = pointer + row[:, None] * COLUMNS + column[None, :]
     if COLUMNS % STEP == 0:
         return tl.load(at)
@@ -58,11 +61,11 @@ def rows_of(pointer, row, column, COLUMNS: tl.constexpr, STEP: tl.constexpr):
 
 @triton.jit
 def relu(x):
-    """As in PyTorch: what is no number stays so, which tl.maximum would not do."""
+    """ReLU that keeps NaN, as PyTorch's does and tl.maximum does not."""
     return tl.where(x < 0, 0.0, x)
 
 
 @triton.jit
 def finite(x):
-    """0 in place of what is no number or infinite."""
+    """x with 0 in place of NaN and infinities."""
     return tl.where(x - x == 0, x, 0.0).to(x.dtype)

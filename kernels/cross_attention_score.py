@@ -1,7 +1,7 @@
 """`cross_attention_score`: equations (1) to (3) of `ops/cross_attention_score.py`, and its backward (8) to (11).
 
-A piece of all pairs at a time: affinities by `_affinity`, the cosines r by `_attention`, scores by `_pooling`.
-The queries are the words and the contexts the regions (t2i), or the other way round.
+For each piece of all pairs, `_affinity` computes the affinities, `_attention` the cosines r, `_pooling` the scores.
+Queries are words and contexts are regions (t2i), or the other way round (i2t).
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def backward(
     pool: str,
     pool_scale: float,
 ) -> list[Tensor]:
-    """Gradients of those of image and words that `needs` marks, in float32."""
+    """Float32 gradients of image and words, those that `needs` marks."""
     with _launch.on(image.device):
-        image = _launch.emptied(image, region_lengths)
+        image = _launch.zero_padding(image, region_lengths)
         query, context = _launch.sets(OP, image, words, cu_seqlens, region_lengths, direction)
         length, norm = lengths(query.rows), _attention.norm_of(affinity_norm)
         t2i = direction == "t2i"

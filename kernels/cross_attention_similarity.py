@@ -1,7 +1,7 @@
 """`cross_attention_similarity`: equations (1) to (7) of `ops/cross_attention_similarity.py`.
 
-A piece of all pairs at a time: alpha by `_attention`, then everything over D in the one pass of `_projection`.
-The queries are the words and the contexts the regions (t2i), or the other way round.
+For each piece of all pairs, `_attention` computes alpha, and one pass of `_projection` over D computes the rest.
+Queries are words and contexts are regions (t2i), or the other way round (i2t).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def forward(
     affinity_norm: str,
     scale: float,
 ) -> Tensor:
-    """Similarity vectors [I, N, S], or i2t [I, T, R, S]."""
+    """Similarity vectors: [I, N, S] for t2i, [I, T, R, S] for i2t."""
     (I, R, _), S, N, T = image.shape, len(weight), len(words), len(cu_seqlens) - 1
     result = image.new_empty((I, N, S) if direction == "t2i" else (I, T, R, S))
     with _launch.on(image.device):
@@ -46,7 +46,7 @@ def forward(
 
 
 def places(result: Tensor, direction: str) -> tuple[Tensor, Tensor]:
-    """The row of each query in a set of contexts' rows of the result, and the result as [sets, their rows, S]."""
+    """Each query's row in a context set's part of the result, and the result as [context sets, rows of a part, S]."""
     if direction == "t2i":
         return torch.arange(result.shape[1], device=result.device), result
     I, T, R, S = result.shape
@@ -67,10 +67,10 @@ def backward(
     affinity_norm: str,
     scale: float,
 ) -> list[Tensor]:
-    """Gradients of those of image, words, weight and bias that `needs` marks, in float32."""
+    """Float32 gradients of image, words, weight and bias, those that `needs` marks."""
     S, D = weight.shape
     with _launch.on(image.device):
-        image = _launch.emptied(image, region_lengths)
+        image = _launch.zero_padding(image, region_lengths)
         query, context = _launch.sets(OP, image, words, cu_seqlens, region_lengths, direction)
         weight, bias, norm = _launch.aligned(weight), _launch.aligned(bias), _attention.norm_of(affinity_norm)
         place, grad = places(_launch.aligned(grad), direction)
@@ -78,7 +78,7 @@ def backward(
         sums = Gradients(query, context, (needs[1], needs[0]) if t2i else (needs[0], needs[1]))
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[2] else None
         d_bias = torch.zeros_like(bias, dtype=torch.float32) if needs[3] else None
-        # Beside what attention takes: F, and d y, d u and the squares.
+        # Scratch in addition to attention's: F per context row; d y, d u and (u - q)^2 per set.
         limit, each = scratch_bytes(image.device), (EACH_ROW + 1, EACH_SET + S + 2 * D)
         for piece, gram, m in sums.with_grams(_launch.pieces(query, context, *each, limit, _tiles.PIECE)):
             attended = _attention.attend("backward", query, context, piece, gram, None, norm, scale)

@@ -1,8 +1,8 @@
 """`global_local_score` in Triton: equations in `ops/global_local_score.py`.
 
-The queries are the vectors, each a set of its own, and the contexts the words of captions: products of all by
-`_affinity`, the Gram form (4) by `_attention` with cosines for its norm, which is the score. Backward (5) by
-`_pooling`, (6) and (7) by `_product_gradient`, (8) and (9) by `_attention_backward`.
+Each vector is a set of one query; the contexts are the captions' words. The products s come from `_affinity`; the
+score is r of `_attention`, by (4) and with the norm "cosine". Backward: (5) by `_pooling`, (6) and (7) by
+`_product_gradient`, (8) and (9) by `_attention_backward`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from ._pooling import pool_backward
 from ._tl import EPS
 
 OP = "global_local_score"
-# Floats that a vector takes with a word: forward s; backward alpha and G alpha too. And with a caption: the score;
-# backward t . P, |P|^2, w0, w1, w2 and wq.
+# Scratch floats per vector and word (forward s; backward also alpha and G alpha), and per vector and caption (forward
+# the score; backward g . t*, |t*|^2, w0, w1, w2 and wq).
 FORWARD, BACKWARD = (1, 1), (3, 6)
-TINY = 1e-30  # in place of a length of 0, where nothing is divided
+TINY = 1e-30  # least length that is divided by: rows of length 0 have a gradient of 0 there, and 0 / TINY is 0
 
 
 @triton.jit(do_not_specialize=["query_first", "queries", "context_first", "contexts", "b_first", "ld16", "in16"])
@@ -37,8 +37,11 @@ def _product_gradient(
     query_first, queries, context_first, contexts, b_first, ld16, in16, scale,
     BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
-    """One program: d s of BLOCK_Q vectors with BLOCK_X words in place of G alpha, and d c c, where a cosine depends on
-    the lengths, in place of s. Grid: blocks of vectors x blocks of words."""
+    """(6) and (7): d s overwrites G alpha (`product_ptr`), and d c c, for d |g| and d n, overwrites s (`logit_ptr`).
+
+    These and alpha: [vectors, words]; w0, w1, w2 [vectors, captions]. d c c is 0 where the lengths are clamped.
+    One program: BLOCK_Q vectors with BLOCK_X words. Grid: blocks of vectors x blocks of words.
+    """
     chunks = tl.cdiv(contexts, BLOCK_X)
     q = tl.program_id(0) // chunks * BLOCK_Q + tl.arange(0, BLOCK_Q)
     x = tl.program_id(0) % chunks * BLOCK_X + tl.arange(0, BLOCK_X)
@@ -52,7 +55,7 @@ def _product_gradient(
         logit_ptr, both, alpha_ptr, product_ptr, logit_ptr, w0_ptr, w1_ptr, w2_ptr, at, at_b, inside, scale,
         "cosine", False, True,
     )  # fmt: skip
-    tl.debug_barrier()  # all has been read
+    tl.debug_barrier()  # both have been read before they are overwritten
     tl.store(product_ptr + at, d_c / tl.maximum(both, EPS) + direct, mask=inside)
     tl.store(logit_ptr + at, tl.where(both >= EPS, d_c * c, 0.0), mask=inside)
 
@@ -87,7 +90,7 @@ def backward(
             attended = _attention.attend("backward", query, context, piece, gram, length, COSINE, scale, others)
             w = pool_backward(query, piece, attended, length, grad.t(), "sum", 1.0)
             gram_gradient(context, piece, attended, w[2], m)
-            through_lengths = product_gradient(query, context, piece, attended, w, length, others, scale)
+            through_lengths = gradients_in_place(query, context, piece, attended, w, length, others, scale)
             sums.add(piece, attended.product)
             if sums.query is not None:
                 own = length[piece.q].clamp_min(TINY)
@@ -100,11 +103,11 @@ def backward(
     return [d for d in (sums.query, sums.context) if d is not None]
 
 
-def product_gradient(
+def gradients_in_place(
     query: _launch.Sets, context: _launch.Sets, piece: _launch.Piece, attended: Attended, w: tuple[Tensor, ...],
     length: Tensor, others: Tensor, scale: float,
 ) -> Tensor:  # fmt: skip
-    """d s of a piece in place of its G alpha; returns d c c [queries, context rows], in place of its products."""
+    """Overwrite `attended.product` with d s and `attended.logits` with d c c [vectors, words]; return the latter."""
     queries, contexts = piece.q.stop - piece.q.start, piece.x.stop - piece.x.start
     tile = _tiles.product_gradient(query.rows.dtype, _launch.arch(length.device))
     _product_gradient[(_launch.blocks(queries, tile["BLOCK_Q"]) * _launch.blocks(contexts, tile["BLOCK_X"]),)](

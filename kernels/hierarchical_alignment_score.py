@@ -1,7 +1,7 @@
 """`hierarchical_alignment_score` in Triton: equations in `ops/hierarchical_alignment_score.py`.
 
-Blocks of images x windows of captions: affinities A, and with scalar gates products C and the Gram matrices of both
-sides, by `_affinity`; then the pairs' scores by `_alignment`, from these alone, or by `_alignment_vectors`.
+For each block of images and captions, `_affinity` computes A and, with scalar gates, C and the Gram matrices G and H.
+From these `_alignment` computes the scores. `_alignment_vectors` computes those that need the pairs' vectors.
 """
 
 from __future__ import annotations
@@ -18,18 +18,22 @@ from ._alignment import Block, Problem, align, problem
 from ._alignment_vectors import EACH, align_vectors, programs
 
 OP = "hierarchical_alignment_score"
-WINDOW = 1 << 14  # words that are taken at a time, at the most
+WINDOW = 1 << 14  # the most words in a window of captions; a power of two
 
 
-def forward(image: Tensor, *args) -> Tensor:
-    """Scores [I, T]."""
-    words, cu_seqlens = args[2], args[7]
+def forward(
+    image: Tensor, image_key: Tensor, image_gate: Tensor, words: Tensor, word_key: Tensor, word_gate: Tensor,
+    image_pool: Tensor, caption_pool: Tensor, cu_seqlens: Tensor, *options,
+) -> Tensor:  # fmt: skip
+    """Scores [I, T]. `options`: the last arguments of `problem`, from region_lengths on."""
     score = image.new_empty(len(image), len(cu_seqlens) - 1)
     if not score.numel():
         bounds(cu_seqlens, len(words), OP)
         return score
     with _launch.on(image.device):
-        given = problem(OP, image, *args)
+        given = problem(
+            OP, image, image_key, image_gate, words, word_key, word_gate, image_pool, caption_pool, cu_seqlens, *options
+        )  # fmt: skip
         limit = scratch_bytes(image.device)
         plan = length_plan(cu_seqlens, len(words), OP, _tiles.CAPTION_TILES, _window(given, limit))
         for window in plan.windows:
@@ -67,9 +71,9 @@ def _block(given: Problem, block: Block, gram_t: Tensor, score: Tensor) -> None:
 
 
 def _window(given: Problem, limit: int) -> int:
-    """Words whose scratch with one image fits `limit` bytes: a power of 2."""
+    """How many words' scratch, with that of one image, fits `limit` bytes: a power of two, WINDOW at most."""
     R, D = given.regions, given.images.rows.shape[1]
-    # A caption has a word at the least; a window is a multiple of 16 wide.
+    # At worst each caption has one word. Row strides are rounded up to a multiple of 16: `leading(R) + 32` below.
     word = 4 * R * (1 if given.vector else 2) + 1 + 8 * D // EACH
     word += 0 if given.vector else 4 * leading(given.captions.longest)
     image = 8 * D + 4 * R * (leading(R) + 32)
@@ -77,7 +81,7 @@ def _window(given: Problem, limit: int) -> int:
 
 
 def _images(given: Problem, window: Stretch, room: int) -> int:
-    """Images whose scratch with a window fits `room` bytes, one at the least."""
+    """How many images' scratch with a window fits `room` bytes; at least one."""
     R, D, columns = given.regions, given.images.rows.shape[1], leading(window.rows.stop - window.rows.start)
     each = 4 * R * columns * (1 if given.vector else 2) + (0 if given.vector else 4 * R * leading(R))
     each += programs(1, window) * 8 * D + window.captions.stop - window.captions.start

@@ -1,17 +1,14 @@
 """`similarity_context` in Triton: equations in `ops/similarity_context.py`.
 
-`_level`: one program makes a level's context nodes, (1), of CAPTIONS captions and an image; grid (images * groups). It
-goes over the nodes that they are made of BLOCK_R at a time, so captions of any length are taken, and over S some
-columns at a time. The first level also copies the global and the local nodes to where they belong in the result (2).
+    X^l = A^l^T X^{l-1}, (1); the first level also copies global and local nodes to the result  `_level`
+    d Z and d X^{l-1}, (3) and the first sum of (4); d W_l = d Z^T X^{l-1} is torch's           `_level_back`
 
-`_level_back`: the same for (3) and the first sum of (4). It also writes d Z, whose products with the nodes, the second
-sum of (4), are torch's: bounded by memory like all else here.
+Both pass over the nodes X^{l-1} BLOCK_R at a time, so captions have any length, and over S BLOCK_S columns at a time.
+A level's context nodes are padded to a power of two, at least 16, for tl.dot. COCO's captions have 13.3 words with
+<start> and <end>, 91 % of them 16 at most, and fill 76 % of blocks of 16 nodes, 41 % of 32. The products still take
+less time than reading the nodes.
 
-A level's contexts are padded to a power of 2, 16 at the least, which the matrix units want. BLOCK_R is 16 or 32, of
-which COCO's captions with <start> and <end> (13.3 words, in 91 % 16 at the most) fill 76 or 41 %: the products take
-less time than reading the nodes does.
-
-Backward, blocks of images x windows of captions: the contexts of all levels but the last are made again.
+Backward takes blocks of images x captions, and computes the context nodes of all levels but the last again.
 """
 
 from __future__ import annotations
@@ -35,6 +32,7 @@ OP = "similarity_context"
 
 @triton.jit
 def _rows(ptr, row, rows, cols, S: tl.constexpr):
+    """Columns `cols` of rows `row` of a matrix [rows, S], 0 outside it."""
     return tl.load(ptr + row[:, None] * S + cols[None, :], mask=(row < rows)[:, None] & (cols < S)[None, :], other=0.0)
 
 
@@ -44,7 +42,7 @@ def _logits(
     S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X W^T [BLOCK_R, BLOCK_C] of some of a caption's nodes; never beyond the last one."""
+    """X W^T [BLOCK_R, BLOCK_C] of some of a caption's nodes; -inf beyond its last one."""
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for s in range(0, PADDED, BLOCK_S):
         cols = s + tl.arange(0, BLOCK_S)
@@ -65,6 +63,11 @@ def _level(
     S: tl.constexpr, CAPTIONS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     PADDED: tl.constexpr, COPY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """(1): a level's context nodes into y, from the nodes x of the level below; COPY: (2) for the first level too.
+
+    x, y: as `Nodes` describes. `size_ptr` [T]: nodes of each caption in x. `weight_ptr` [C, S]: the assignment, from
+    row weight_first on; `overall_ptr` [I, T, S]. One program: an image with CAPTIONS captions. Grid: images x groups.
+    """
     program = tl.program_id(0).to(tl.int64)
     image, group = program // groups, program % groups
     r, context = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
@@ -93,7 +96,7 @@ def _level(
             cols = s + tl.arange(0, BLOCK_S)
             part = _rows(x, r, size, cols, S)
             if COPY:
-                # The caption's rows of the result are its global node, its local ones and these contexts.
+                # A caption's rows of the result: its global node, its local nodes, then these context nodes.
                 inside = (r < size)[:, None] & (cols < S)[None, :]
                 tl.store(y + (r - size)[:, None] * S + cols[None, :], part, mask=inside)
                 node = tl.load(overall_ptr + (image * captions + t) * S + cols, mask=cols < S, other=0.0)
@@ -114,12 +117,12 @@ def _level(
 
 
 @triton.jit
-def _both(
+def _logits_and_gradient(
     x_ptr, d_ptr, row, size, weight_ptr, context, contexts,
     S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The logits, as `_logits`, and d A [BLOCK_R, BLOCK_C] of some of a caption's nodes."""
+    """The logits, as by `_logits`, and d A [BLOCK_R, BLOCK_C] of some of a caption's nodes."""
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     d_shares = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for s in range(0, PADDED, BLOCK_S):
@@ -133,11 +136,11 @@ def _both(
 
 
 @triton.jit
-def _give(
+def _node_gradients(
     logits, d_shares, top, total, mean, row, size, context, contexts, weight_ptr, d_ptr, g_ptr, dx_ptr, dz_ptr,
     S: tl.constexpr, BLOCK_S: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(3) and d X of some of a caption's nodes."""
+    """Store d Z, (3), and d X, (4), of some of a caption's nodes."""
     dtype = dx_ptr.dtype.element_ty
     shares = tl.exp(logits - top[None, :]) / total[None, :]
     d_logits = (shares * (d_shares - mean[None, :])).to(dtype)
@@ -166,6 +169,11 @@ def _level_back(
     S: tl.constexpr, CAPTIONS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """d X^{l-1} (`dx_ptr`, laid out like x) and d Z [images, z_rows, contexts], from d X^l (`d_ptr`).
+
+    `g_ptr`: what the result's own gradient adds to d X^{l-1}. x, d, g: as `Nodes` describes.
+    One program: an image with CAPTIONS captions. Grid: images x groups.
+    """
     program = tl.program_id(0).to(tl.int64)
     image, group = program // groups, program % groups
     r, context = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
@@ -178,15 +186,15 @@ def _level_back(
         d = d_ptr + ((d_first + image) * d_rows + tl.load(d_begin_ptr + t) + d_offset) * S
         g = g_ptr + ((g_first + image) * g_rows + tl.load(g_begin_ptr + t) + g_offset) * S
         dz = dz_ptr + (image * z_rows + x_begin + z_offset) * contexts
-        logits, d_shares = _both(
+        logits, d_shares = _logits_and_gradient(
             x, d, r, size, weight, context, contexts, S, BLOCK_R, BLOCK_C, BLOCK_S, PADDED, PRECISION
         )  # fmt: skip
         top = tl.max(logits, 0)
         weights = tl.exp(logits - top[None, :])
         total = tl.sum(weights, 0)
-        mean = tl.sum(weights * d_shares, 0)  # of d A, weighed
+        mean = tl.sum(weights * d_shares, 0)  # sum over the nodes of A d A, for (3)
         for at in range(BLOCK_R, size, BLOCK_R):
-            more, d_more = _both(
+            more, d_more = _logits_and_gradient(
                 x, d, at + r, size, weight, context, contexts, S, BLOCK_R, BLOCK_C, BLOCK_S, PADDED, PRECISION
             )  # fmt: skip
             higher = tl.maximum(top, tl.max(more, 0))
@@ -196,22 +204,22 @@ def _level_back(
             mean = mean * shrunk + tl.sum(weights * d_more, 0)
             top = higher
         mean = mean / total
-        _give(
+        _node_gradients(
             logits, d_shares, top, total, mean, r, size, context, contexts, weight, d, g, dx, dz,
             S, BLOCK_S, PADDED, PRECISION,
         )  # fmt: skip
         for at in range(BLOCK_R, size, BLOCK_R):
-            more, d_more = _both(
+            more, d_more = _logits_and_gradient(
                 x, d, at + r, size, weight, context, contexts, S, BLOCK_R, BLOCK_C, BLOCK_S, PADDED, PRECISION
             )  # fmt: skip
-            _give(
+            _node_gradients(
                 more, d_more, top, total, mean, at + r, size, context, contexts, weight, d, g, dx, dz,
                 S, BLOCK_S, PADDED, PRECISION,
             )  # fmt: skip
 
 
 class Nodes(NamedTuple):
-    """Nodes of S values: node j of caption t and image i is row `(first + i) * rows + begin[t] + offset + j`."""
+    """Where nodes of S values lie: node j of caption t, image i is row `(first + i) * rows + begin[t] + offset + j`."""
 
     data: Tensor
     begin: Tensor  # [T] int32
@@ -221,13 +229,13 @@ class Nodes(NamedTuple):
 
 
 class Levels:
-    """What the levels of one call share.
+    """The levels of one call, and the layout of its result.
 
     Attributes:
-        first: of each level, its first row of the assignment.
+        first: per level, its first row of the assignment.
         start: [T + 1] int32, where captions' local nodes begin.
-        size: [T] int32 of each level, how many nodes a caption gives it to begin with.
-        overall, local, contexts: [T] int32, the rows of the result where those of a caption begin.
+        size: per level, [T] int32: how many nodes each caption has in the level below.
+        overall, local, contexts: [T] int32, the result's row of a caption's global, first local, first context node.
     """
 
     def __init__(self, local: Tensor, assignment: Tensor, cu_seqlens: Tensor, sizes: list[int]) -> None:
@@ -241,11 +249,11 @@ class Levels:
         self.contexts = self.local + self.size[0]
 
     def in_result(self, data: Tensor, first: int, level: int) -> Nodes:
-        """The contexts of a level."""
+        """A level's context nodes inside the result."""
         return Nodes(data, self.contexts, first, data.shape[1], self.first[level])
 
-    def alone(self, images: int, captions: slice, level: int) -> Nodes:
-        """Room for a level's contexts of a block."""
+    def buffer(self, images: int, captions: slice, level: int) -> Nodes:
+        """A new buffer for the context nodes of a level and a block."""
         n = self.sizes[level]
         rows = n * (captions.stop - captions.start)
         data = self.assignment.new_empty(images, rows, self.S)
@@ -263,7 +271,7 @@ class Levels:
     def make(
         self, level: int, x: Nodes, y: Nodes, images: int, captions: slice, overall: Tensor | None = None
     ) -> None:
-        """A level's contexts y of the nodes x; with the global nodes, what the result begins with too."""
+        """Write a level's context nodes y from the nodes x; given `overall`, also copy the global nodes and x."""
         tile = self.tile(_tiles.context, level)
         groups = _launch.blocks(captions.stop - captions.start, tile["CAPTIONS"])
         _level[(images * groups,)](
@@ -276,7 +284,7 @@ class Levels:
         self, level: int, x: Nodes, d: Nodes, grad: Nodes, dx: Tensor, z_rows: int, z_offset: int, images: int,
         captions: slice,
     ) -> Tensor:  # fmt: skip
-        """d X, what the result gives X added, into dx, which lies like x; and d Z [images, z_rows, contexts]."""
+        """Write d X^{l-1}, which includes `grad`, into dx (laid out like x); return d Z [images, z_rows, contexts]."""
         tile = self.tile(_tiles.context_back, level)
         groups = _launch.blocks(captions.stop - captions.start, tile["CAPTIONS"])
         dz = dx.new_empty(images, z_rows, self.sizes[level])
@@ -321,12 +329,12 @@ def backward(
 
 
 def _blocks(edge: list[int], I: int, S: int, sizes: list[int], local: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Images and captions that are taken at a time. Of a caption the contexts but the last level's, their gradients,
-    and every level's d Z are held, but for the first one's d Z they do not grow with its nodes."""
+    """Blocks of images and captions that fit the scratch memory: per caption, the context nodes of all levels but the
+    last, their gradients, and d Z of every level. Only d Z of the first level grows with the caption's length."""
     limit, item = scratch_bytes(local.device), local.element_size()
     each = item * (2 * S * sum(sizes[:-1]) + sum(a * b for a, b in zip(sizes, sizes[1:])))
     taken = [each * t + item * sizes[0] * e for t, e in enumerate(edge)]
-    products = item * S * max(sizes)  # of an image's d Z with its nodes
+    products = item * S * max(sizes)  # d Z^T X of an image
     for captions in stretches(taken, limit):
         size = max(1, limit // (taken[captions.stop] - taken[captions.start] + products))
         for images in spans(I, size):
@@ -340,7 +348,7 @@ def _block(
     count, first, last = images.stop - images.start, edge[captions.start], edge[captions.stop]
     nodes = [Nodes(local, levels.start, images.start, local.shape[1], 0)]
     for level in range(len(levels.sizes) - 1):
-        y = levels.alone(count, captions, level)
+        y = levels.buffer(count, captions, level)
         levels.make(level, nodes[-1], y, count, captions)
         nodes.append(y)
     d = levels.in_result(grad, images.start, len(levels.sizes) - 1)

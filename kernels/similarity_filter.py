@@ -1,8 +1,8 @@
 """`similarity_filter` in Triton: equations in `ops/similarity_filter.py`, kernels in `_filter`.
 
-In evaluation one kernel forward and one backward, which take no scratch but the parameters' gradients of groups of
-captions. In training the statistics of a caption want all images: windows of captions are taken such that a float a
-node or, backward, two fit the scratch memory.
+Evaluation takes one kernel forward and one backward; the only scratch is the backward programs' partial gradients of
+the parameters. In training a caption's statistics need all images, so windows of captions are as large as their
+per-node floats of all images fit the scratch memory.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OP = "similarity_filter"
 
 
 def _plan(nodes: Tensor, cu_seqlens: Tensor, floats: int):
-    """One window of captions, or such that `floats` a node of all images fit."""
+    """Windows of captions such that `floats` per node and image fit the scratch memory; with 0, one window."""
     I, M, _ = nodes.shape
     window = max(1, M)
     if floats:
@@ -58,7 +58,7 @@ def forward(
 
 
 def _statistics(given, nodes, plan, window, eps):
-    """a of a window's nodes, and the mean and variance of its captions'."""
+    """a of a window's nodes, and its mean and variance for each caption."""
     a = _filter.significances(given, nodes, window.rows)
     return a, _filter.moments(a, plan.start, window.captions, window.rows.start, eps)
 

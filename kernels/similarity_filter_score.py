@@ -1,7 +1,7 @@
 """`similarity_filter_score` in Triton: equations in `ops/similarity_filter_score.py`.
 
-Forward: blocks of images x windows of captions; their nodes by `_nodes`, the scores by `_filter`. One copy of a block's
-nodes and its attention are all it holds.
+For each block of images and captions, `_nodes` computes the nodes and `_filter` the scores. Scratch: one copy of a
+block's nodes, and its attention.
 """
 
 from __future__ import annotations
@@ -16,16 +16,24 @@ from ._nodes import Maker, image_bytes, word_bytes
 OP = "similarity_filter_score"
 
 
-def forward(*args) -> Tensor:
-    image, _, words, caption_global, weight = args[:5]
-    cu_seqlens, eps = args[16], args[19]
-    (I, R, _), T, S = image.shape, len(caption_global), len(weight)
+def forward(
+    image: Tensor, image_global: Tensor, words: Tensor, caption_global: Tensor,
+    local_weight: Tensor, local_bias: Tensor, global_weight: Tensor, global_bias: Tensor,
+    weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, score_weight: Tensor, score_bias: Tensor,
+    running_mean: Tensor, running_var: Tensor,
+    cu_seqlens: Tensor, region_lengths: Tensor | None, scale: float, eps: float,
+) -> Tensor:  # fmt: skip
+    """Scores [I, T]."""
+    (I, R, _), T, S = image.shape, len(caption_global), len(local_weight)
     score = image.new_empty(I, T)
     with _launch.on(image.device):
-        make = Maker(OP, *args[:8], *args[16:19])
-        given = _filter.parameters(*args[8:12], *args[14:16])
+        make = Maker(
+            OP, image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias,
+            cu_seqlens, region_lengths, scale,
+        )  # fmt: skip
+        given = _filter.parameters(weight, bias, norm_weight, norm_bias, running_mean, running_var)
         room = S * image.dtype.itemsize + word_bytes(R)
-        edge, ends = node_bounds(cu_seqlens), (_launch.aligned(args[12]), _launch.aligned(args[13]))
+        edge, ends = node_bounds(cu_seqlens), (_launch.aligned(score_weight), _launch.aligned(score_bias))
         for first, block in _graph.blocks(I, edge, len(words) + T, OP, (), room, image_bytes(R)):
             x, to = make.block(first, block), _graph.Rows(score, first, T, 0)
             start, captions = block.plan.start, block.window.captions

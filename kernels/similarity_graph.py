@@ -1,11 +1,11 @@
 """`similarity_graph` in Triton: equations in `ops/similarity_graph.py`.
 
-Forward: blocks of images x windows of captions; every step at all nodes but the last (`_graph._step`), and the last at
-the global ones (`_graph._dense`, `_graph._read`, `_graph._dense`). Two copies of a block's nodes are all it holds.
+Forward, for each block of images and captions: every step but the last at all nodes (`_graph._step`), the last step at
+the global nodes (`_graph._dense`, `_read`, `_dense`). Scratch: two copies of a block's nodes.
 
-Backward: the nodes of all steps are made again, then walked back: what concerns one caption's nodes in
-`_graph_backward`, (5) and (6); the products of all of a block's nodes with the weights, (4) and (6), and the sums that
-give the weights' gradients by torch, in float32 between blocks.
+Backward computes the nodes of all steps again, then goes through the steps in reverse. `_graph_backward` computes (5)
+and (6) within captions; torch computes the products of all nodes with the weights, (4) and (6), and the weights'
+gradients, which are summed over blocks in float32.
 """
 
 from __future__ import annotations

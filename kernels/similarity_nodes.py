@@ -1,6 +1,7 @@
 """`similarity_nodes` in Triton: equations in `ops/similarity_nodes.py`, kernels in `_attention` and `_projection`.
 
-Backward, some images at a time: the words' rows by that of `cross_attention_similarity`, the global ones by torch.
+Backward, some images at a time: the words' nodes by the backward of `cross_attention_similarity`, the global nodes by
+torch.
 """
 
 from __future__ import annotations
@@ -20,12 +21,19 @@ OP = "similarity_nodes"
 EPS = 1e-8
 
 
-def forward(*args) -> tuple[Tensor, Tensor]:
-    image, _, words, caption_global, weight, *_, cu_seqlens, _, _ = args
+def forward(
+    image: Tensor, image_global: Tensor, words: Tensor, caption_global: Tensor,
+    local_weight: Tensor, local_bias: Tensor, global_weight: Tensor, global_bias: Tensor,
+    cu_seqlens: Tensor, region_lengths: Tensor | None, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Nodes [I, M, S], and an empty tensor: this backend saves no statistics for backward."""
     (I, R, _), M = image.shape, len(words) + len(caption_global)
-    nodes = image.new_empty(I, M, len(weight))
+    nodes = image.new_empty(I, M, len(local_weight))
     with _launch.on(image.device):
-        make = Maker(OP, *args)
+        make = Maker(
+            OP, image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias,
+            cu_seqlens, region_lengths, scale,
+        )  # fmt: skip
         edge = node_bounds(cu_seqlens)
         for first, block in _graph.blocks(I, edge, M, OP, (), word_bytes(R), image_bytes(R)):
             make(slice(first, first + block.images), block.window.captions, nodes, first, 0)
@@ -37,7 +45,7 @@ def backward(grad: Tensor, needs: list[bool], *args, results: Sequence[Tensor] =
     image, image_global, words, caption_global, *_ = tensors
     (I, _, D), T, N, S = image.shape, len(caption_global), len(words), grad.shape[2]
     total = [torch.zeros_like(x, dtype=torch.float32) if n else None for x, n in zip(tensors, needs)]
-    # One half of the scratch is for a block's own rows, the other for the op that takes the words' ones.
+    # Half of the scratch is for this function, the other half for the backward of the words' nodes.
     limit = scratch_bytes(grad.device) // 2
     with _launch.on(image.device), workspace(current_gib() / 2):
         edge = node_bounds(cu_seqlens)
@@ -66,7 +74,7 @@ def backward(grad: Tensor, needs: list[bool], *args, results: Sequence[Tensor] =
 def _overall(
     grad: Tensor, total: Sequence[Tensor | None], image: Tensor, caption: Tensor, weight: Tensor, bias: Tensor
 ) -> None:
-    """Adds the gradients of global vectors, W_g and b_g; all in float32."""
+    """Add the gradients of (image_global, caption_global, W_g, b_g) to those of `total` that are not None."""
     if all(x is None for x in total):
         return
     grad, image, caption, weight, bias = (x.float() for x in (grad, image, caption, weight, bias))
