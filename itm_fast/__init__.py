@@ -6,10 +6,10 @@
 >>> itm_fast.cross_attention_score(image, words, cu_seqlens).shape  # [I, T]
 torch.Size([4, 3])
 
-torch is imported with the first of these names. A program that calls `torch.ops.itm_fast` and none of them, as one
-that was exported does, imports `itm_fast.ops`. Parts of the package, imported when they are first used:
+The first use of one of these names imports torch. A program that calls only `torch.ops.itm_fast`, such as an exported
+model, must import `itm_fast.ops` itself. These parts of the package are imported on first use:
 
-    itm_fast.evaluation   recalls of models, `evaluate`, or of your own score matrix, `metrics(score, caption_to_image)`
+    itm_fast.evaluation   recalls of models (`evaluate`) or of your own scores (`metrics(score, caption_to_image)`)
     itm_fast.models       SCAN, SGRAF and others under their published names; `build` makes one from its options
     itm_fast.data         splits, vocabularies and batches of precomputed features
     itm_fast.training     the published recipes (`options`, `train`) and checkpoints
@@ -31,7 +31,7 @@ if not (_here / "kernels").is_dir():
 
 from ._lazy import lazy  # noqa: E402
 
-if TYPE_CHECKING or "torch" in sys.modules:  # then it costs nothing, and the ops are there for torch.ops
+if TYPE_CHECKING or "torch" in sys.modules:  # torch is loaded already: register the ops for torch.ops now
     from ._public import *
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""Which implementation runs: the only place that decides.
+"""The choice of the backend that runs an op; nothing else decides it.
 
-`backend=` argument > `with use_backend(...)` > the environment variable ITM_FAST_BACKEND > "auto". A name given
-by the user is honoured or refused with the reason; only "auto" chooses, in the order in which the op offers. An op
-without kernels of its own, such as the loss, runs in torch beside the kernels that are chosen for all ops.
+The `backend=` argument comes first, then `with use_backend(...)`, the environment variable ITM_FAST_BACKEND, "auto".
+A backend named by the user runs or raises with the reason; "auto" takes the first of the op's backends that can run.
+One exception: an op that has no kernels, such as the loss, runs in torch when kernels are chosen for all ops.
 """
 
 from __future__ import annotations
@@ -18,26 +18,25 @@ import torch
 from . import _native, _triton
 from ._names import BACKENDS as NAMES
 
-KERNELS = frozenset(("triton", "cuda", "cpu"))  # the backends that an op has only where kernels were written for it
+KERNELS = frozenset(("triton", "cuda", "cpu"))  # backends that only some ops have
 OFFERS: dict[str, tuple[str, ...]] = {}  # op -> the backends it has, best first; filled as each op is defined
-_told: set[str] = set()  # reasons that "auto" has warned of
+_told: set[str] = set()  # reasons that "auto" has already warned of
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("itm_fast_backend", default=None)
 _ran: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("itm_fast_ran", default=None)
 
 
 @contextlib.contextmanager
 def use_backend(name: str) -> Iterator[None]:
-    """Make every op inside the `with` use one backend, and their backward passes wherever they run.
+    """Make every op called inside the `with`, and its backward pass at any later time, use one backend.
 
-    `hardest_negative_loss`, which has no kernels, runs in torch where kernels are chosen.
-
-    A function that torch.compile has compiled keeps the backend it was compiled with.
+    `hardest_negative_loss` has no kernels and runs in torch when "triton", "cuda" or "cpu" is chosen. A function
+    compiled by torch.compile keeps the backend that it was compiled with.
 
     Args:
         name: "auto" or one of `NAMES`.
 
     Raises:
-        ValueError: the name is none of these.
+        ValueError: no backend has this name.
 
     >>> import torch, itm_fast
     >>> image, words, cu_seqlens = torch.randn(2, 3, 8), torch.randn(5, 8), torch.tensor([0, 2, 5])
@@ -54,12 +53,12 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[dict[str, str]]:
-    """Note on which backend each op runs that is called inside the `with`, by this thread.
+    """Record the backend of every op that this thread calls inside the `with`.
 
-    A function that torch.compile has compiled chooses while it is compiled, so a later call notes nothing.
+    A function compiled by torch.compile chooses its backend when it is compiled; calling it again records nothing.
 
     Yields:
-        A dict, filled as ops are called: op -> backend; "triton, torch" where calls of one op ran on two.
+        A dict, filled as ops are called: op -> backend, or "triton, torch" if calls of one op ran on both.
 
     >>> import torch, itm_fast
     >>> with recorded() as ran:
@@ -82,7 +81,7 @@ def _note(op: str, name: str) -> None:
 
 
 def requested(backend: str | None = None) -> str:
-    """The name asked for, before any choice: argument, context, environment, "auto"."""
+    """The backend that the user asked for, perhaps "auto": argument, else context, else environment."""
     return _known(backend or _chosen.get() or os.environ.get("ITM_FAST_BACKEND") or "auto", "backend")
 
 
@@ -93,18 +92,18 @@ def _known(name: str, source: str) -> str:
 
 
 def why_not(name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> str | None:
-    """Tell why a backend cannot run on a device.
+    """Say why a backend cannot run on a device.
 
-    For "cpu" this compiles the C++ kernels when no process of this user has done so yet. For "triton" it compiles
-    nothing: an op whose kernels fail the check of their first use is refused then, with that reason.
+    For "cpu" this compiles the C++ kernels unless a process of this user has done so before. For "triton" it compiles
+    nothing; each op's Triton kernels are checked when the op is first used, and may be refused then.
 
     Args:
         name: one of `NAMES`.
-        device: where the tensors are.
-        dtype: of the tensors of floats; None asks whether it can run in any.
+        device: device of the tensors.
+        dtype: dtype of the floating-point tensors; None asks whether any dtype can run.
 
     Returns:
-        None when it can run, else one sentence a user can act on.
+        None if the backend can run, else one sentence that says what is missing.
 
     >>> import itm_fast
     >>> itm_fast.why_not("torch", "cpu") is None
@@ -135,21 +134,20 @@ def resolve(
     too_large: str | None = None,
     put_aside: Callable[[str, torch.device, torch.dtype], str | None] | None = None,
 ) -> str:
-    """Turn "auto" into one name. An explicit name is honoured or refused.
+    """Choose the backend of one call: turn "auto" into a name, and check a name given by the user.
 
-    One thing is replaced: where kernels are chosen for all ops, by `use_backend` or ITM_FAST_BACKEND, an op that has
-    no kernels of any kind runs in torch.
+    When `use_backend` or ITM_FAST_BACKEND chooses kernels, an op that has none at all runs in torch.
 
     Args:
         op: name of the op.
-        backend: the argument of the call.
-        device: where its tensors are.
-        dtype: of its tensors of floats, before autocast; None where every backend takes all dtypes.
-        too_large: why the Triton kernels cannot take tensors of these shapes.
+        backend: the call's `backend` argument.
+        device: device of the call's tensors.
+        dtype: dtype of its floating-point tensors, before autocast; None if every backend takes all dtypes.
+        too_large: why the Triton kernels cannot take these shapes; None if they can.
         put_aside: tells why an op's Triton kernels are not to be used on a device in a dtype; it may check them first.
 
     Raises:
-        NotImplementedError: with one sentence per backend that was considered.
+        NotImplementedError: no backend can run; the message has a sentence for each one considered.
     """
     of_call, backend = backend, requested(backend)
     offered = OFFERS[op]
@@ -178,7 +176,7 @@ def resolve(
 
 
 def _computed(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What an op computes in: autocast's dtype where it holds and the tensors are narrowed by it."""
+    """The dtype that the op's tensors have after autocast."""
     autocast = torch.is_autocast_enabled(device.type) and dtype != torch.float64
     return torch.get_autocast_dtype(device.type) if autocast else dtype
 

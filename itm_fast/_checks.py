@@ -1,4 +1,4 @@
-"""Shape, dtype and device checks with one message format, traceable by torch.compile."""
+"""Checks of shapes, dtypes and devices, which torch.compile can trace, with one format for all messages."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def matmul_precision() -> str:
-    """What float32 matrix products may be made of, in torch's words: "highest", "high" (TF32) or "medium" (bfloat16).
+    """torch.get_float32_matmul_precision(): "highest", "high" (TF32 allowed) or "medium" (bfloat16 allowed).
 
-    torch refuses to tell once its newer switches, torch.backends.*.fp32_precision, have been set; TF32 is then what the
-    one for CUDA's matrix products says.
+    torch raises once its newer switches, torch.backends.*.fp32_precision, have been set. Then the switch for CUDA's
+    matrix products decides between "highest" and "high".
     """
     try:
         return torch.get_float32_matmul_precision()
@@ -130,7 +130,7 @@ def _autocast_unites(a: torch.dtype, b: torch.dtype, device: torch.device) -> bo
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under torch.autocast, float tensors in its dtype; outside it, as they came. float64 is never narrowed."""
+    """Cast floating-point tensors to torch.autocast's dtype where it is enabled. float64 is never cast."""
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return tensors
@@ -139,5 +139,5 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def work_dtype(tensor: Tensor) -> torch.dtype:
-    """What sums over a tensor are kept in: float32, or float64 where the tensor is; half precision never is."""
+    """The dtype for sums over a tensor: float64 for float64, else float32."""
     return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, that are read without waiting, and whose room is taken beforehand."""
+"""Write files atomically, open only regular files, and reserve disk space before writing."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any, BinaryIO
 
-_PIECE = 1 << 30  # bytes reserved by one call, so that Ctrl-C is heard in between
-_NO_FALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}  # file systems, or a C library, that cannot reserve
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_PIECE = 1 << 30  # bytes reserved by one call; Python handles Ctrl-C between calls only
+_NO_FALLOCATE = {errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS}  # the file system or C library cannot reserve space
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # the disk, the quota or the largest file size is reached
 
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[Any]]:
-    """Open a hidden neighbour of `path` for writing and rename it to `path` when the block ends well.
+    """Open a hidden file beside `path` for writing, and rename it to `path` when the block ends without an exception.
 
-    After an exception nothing is left behind and an older file at `path` is as it was.
+    After an exception the hidden file is removed, and an older file at `path` is unchanged.
 
     Raises:
-        OSError: it cannot be written: no such folder, no permission, a full disk.
+        OSError: the file cannot be written, for example for lack of a folder, of permission or of disk space.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -50,10 +50,10 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
 
 
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
-    """Open a file for reading bytes; what is no regular file is refused at once, where a FIFO would wait for a writer.
+    """Open a regular file for reading bytes. Anything else is refused, as opening a FIFO would wait for a writer.
 
     Raises:
-        OSError: it cannot be opened, or is a folder, a FIFO, a socket or a device.
+        OSError: the file cannot be opened, or is a folder, a FIFO, a socket or a device.
 
     >>> open_regular(os.curdir)
     Traceback (most recent call last):
@@ -64,10 +64,10 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 
 
 def require_regular(path: str | os.PathLike[str]) -> None:
-    """Refuse what is no regular file, by name and kind.
+    """Raise unless `path` is a regular file; the message names the path and what it is.
 
     Raises:
-        OSError: it is not there, or is a folder, a FIFO, a socket or a device.
+        OSError: the file does not exist, or is a folder, a FIFO, a socket or a device.
     """
     mode = os.stat(path).st_mode
     if stat.S_ISDIR(mode):
@@ -78,9 +78,9 @@ def require_regular(path: str | os.PathLike[str]) -> None:
 
 
 def reserve(file: IO[bytes], size: int) -> None:
-    """Make a file at least `size` bytes long and take the room for them, so that a full disk is met now.
+    """Make a file at least `size` bytes long and reserve the disk space, so that a full disk is noticed now.
 
-    What the file holds stays; what is added reads as zeros.
+    The file's content stays; the added bytes are zeros.
 
     Raises:
         OSError: the disk, the user's quota or the file system's limit is too small.

@@ -1,4 +1,4 @@
-"""Packages that import what they offer when a name is first asked for: `itm-fast --help` need not wait for torch."""
+"""Packages that import their public names on first use, so that `itm-fast --help` does not wait for torch."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 
 def lazy(package: str, names: Collection[str], parts: Collection[str] = ()) -> Callable[[str], Any]:
-    """The `__getattr__` of a package whose module `_public` holds these names; the first one imports it.
+    """Make a package's `__getattr__`, which imports the package's module `_public` when a name is first used.
 
     Args:
-        package: its name.
-        names: what `_public` holds.
-        parts: modules and packages inside it, imported when they are asked for.
+        package: the package's name.
+        names: the names that `_public` defines.
+        parts: modules and packages inside the package, each imported on first use.
     """
 
     def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""One writer at a time: a lock that its process holds by an open file and cannot outlive."""
+"""A lock file for one writer at a time. The operating system releases it when the process ends."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # Windows has none: nothing is locked there
+except ImportError:  # Windows: every lock succeeds
     fcntl = None  # type: ignore[assignment]
 
-_UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # some network file systems
-_BEGINS = b'{"process": '  # a note, or what a full disk has left of it
-_POLL = 0.05  # seconds
+_UNSUPPORTED = {errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}  # the file system cannot lock
+_BEGINS = b'{"process": '  # how a lock file's note begins; a full disk may have cut it shorter
+_POLL = 0.05  # seconds between attempts while another process holds the lock
 _FLAGS = os.O_CREAT | os.O_RDWR | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
 
 
 class LockedError(RuntimeError):
-    """Another process, or another object of this one, holds the lock; the message names it."""
+    """Another process, or another `Lock` of this process, holds the lock; the message names the process."""
 
 
 class Lock:
-    """The exclusive lock of an open file, taken at once or refused.
+    """An exclusive lock (flock) on an open file.
 
-    The operating system drops it when the process ends, however that happens: a file that was left behind locks
-    nothing and need not be removed. A program that the process starts does not inherit it. A forked child does, and
-    holds it as long as it lives; releasing it there has no effect on the parent.
+    The operating system releases it when the process ends in any way, so a file left behind locks nothing and need not
+    be removed. A program that the process starts does not inherit the lock. A forked child does, and holds it while it
+    lives; releasing it there has no effect on the parent.
 
     Args:
-        path: the lock file, made when it is not there; its folder must exist.
-        what: what the lock protects, as the message of a refusal names it.
-        wait: seconds to wait for the holder; 0 refuses at once.
+        path: the lock file, created if it does not exist; its folder must exist.
+        what: what the lock protects, for the message of a `LockedError`.
+        wait: seconds to wait for the holder; 0 raises at once.
 
     Raises:
-        LockedError: somebody holds it; says process, host and since when.
-        FileExistsError: a file that is no lock has this name.
-        OSError: the file cannot be made.
+        LockedError: the lock is held; the message has the holder's process, host and starting time.
+        FileExistsError: `path` is a file that is not a lock file.
+        OSError: the file cannot be created.
 
     >>> import tempfile
     >>> folder = tempfile.TemporaryDirectory()
@@ -64,12 +64,12 @@ class Lock:
                 time.sleep(_POLL)
             elif self.mine() and (ours or not self._removed()):
                 break
-            else:  # it is not at `path` any more: try the one that is there now
+            else:  # the locked file is no longer the one at `path`: try again with that one
                 os.close(self._file)
         self._write_note()
 
     def _opened(self) -> tuple[int, bool]:
-        """The open file, and whether it is ours to write. A lock that another user left can be taken all the same."""
+        """Open the lock file; say whether we may write to it. A file that another user left can be locked too."""
         ours = True
         try:
             file = os.open(self.path, _FLAGS, 0o666)
@@ -86,7 +86,7 @@ class Lock:
         return file, ours
 
     def _removed(self) -> bool:
-        """Remove the file of another user, whose name it would tell; false where that is not allowed."""
+        """Remove a file that another user left, as its note would name that user's process; False if not allowed."""
         try:
             self.path.unlink()
         except OSError:
@@ -99,22 +99,22 @@ class Lock:
 
     def _write_note(self) -> None:
         note = {"process": os.getpid(), "host": platform.node(), "since": time.strftime("%Y-%m-%d %H:%M:%S")}
-        with contextlib.suppress(OSError):  # not ours to write, or no room: it is the open file that locks
+        with contextlib.suppress(OSError):  # no permission or a full disk: the note is not needed to lock
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, json.dumps(note).encode(), 0)
 
     def mine(self) -> bool:
-        """Whether the file at `path` is still the one that was locked: false once it was removed or replaced."""
+        """Whether the file at `path` is still the locked one, not removed or replaced."""
         try:
             return os.path.samestat(os.fstat(self._file), os.stat(self.path, follow_symlinks=False))
         except OSError:
             return False
 
     def check(self) -> None:
-        """Refuse to go on where somebody has removed or replaced the lock file.
+        """Raise if the lock file was removed or replaced, since another process may then hold a new one.
 
         Raises:
-            LockedError: as said.
+            LockedError: the lock file was removed or replaced.
         """
         if not self.mine():
             raise LockedError(
@@ -123,11 +123,11 @@ class Lock:
             )
 
     def release(self) -> None:
-        """Give the lock back and remove its file. Once is enough; more does nothing."""
+        """Release the lock and remove its file; further calls do nothing."""
         if self._file < 0:
             return
         if self._process == os.getpid() and self.mine():
-            with contextlib.suppress(OSError):  # in a folder where we may not remove it
+            with contextlib.suppress(OSError):  # no permission to remove files from the folder
                 self.path.unlink()
         os.close(self._file)
         self._file = -1
@@ -158,5 +158,5 @@ def _holder(file: int) -> str:
     try:
         note = json.loads(os.pread(file, 1000, 0))
         return f"process {note['process']} on {note['host']} is writing there since {note['since']}"
-    except (ValueError, KeyError, TypeError):  # it is being written, or could not be
+    except (ValueError, KeyError, TypeError):  # the note is being written, or could not be written
         return "another process is writing there"

@@ -1,3 +1,3 @@
-"""Names that the command line lists, and that need nothing imported."""
+"""Names that the command line lists without importing torch."""
 
 BACKENDS = ("triton", "cuda", "cpu", "torch", "reference")

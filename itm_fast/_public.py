@@ -1,4 +1,4 @@
-"""What `import itm_fast` offers; importing this imports torch and registers the ops."""
+"""The public names of `itm_fast`. Importing this module imports torch and registers the ops."""
 
 # ruff: noqa: F401
 

@@ -8,18 +8,18 @@ import os
 
 import torch
 
-REGIONS = 128  # of an image, that hierarchical_alignment_score takes at most
-LEAST = (8, 0)  # compute capability: bfloat16 and TF32 products, asynchronous copies
-_TRUE = ("1", "true", "yes", "on", "y")  # as Triton reads its own switches
+REGIONS = 128  # the most regions of an image in hierarchical_alignment_score: its largest tile
+LEAST = (8, 0)  # least compute capability: it brought bfloat16 and TF32 products and asynchronous copies
+_TRUE = ("1", "true", "yes", "on", "y")  # values that Triton reads as true in its environment variables
 
 
 def interpreted() -> bool:
-    """Whether Triton interprets its kernels, on any device and far more slowly than it runs them."""
+    """Whether Triton interprets its kernels: on any device, but far more slowly than compiled ones."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in _TRUE
 
 
 def why_not(device: torch.device, dtype: torch.dtype | None) -> str | None:
-    """None when Triton can run here, else one sentence a user can act on."""
+    """None if Triton can run on the device in this dtype, else one sentence that says what is missing."""
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"needs CUDA tensors, got {device.type}"
     if dtype == torch.float64:

@@ -1,4 +1,4 @@
-"""How much scratch memory an op or a pair scorer may take beyond its inputs and its result."""
+"""The bound on the scratch memory of ops and pair scorers: all memory beyond inputs and results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 
 GIB = 1 << 30
-DEFAULT_GIB = 1.0
+DEFAULT_GIB = 1.0  # the bound, in GiB, outside any `workspace`
 _limit: contextvars.ContextVar[float] = contextvars.ContextVar("itm_fast_workspace", default=DEFAULT_GIB)
 
 
@@ -17,11 +17,11 @@ _limit: contextvars.ContextVar[float] = contextvars.ContextVar("itm_fast_workspa
 def workspace(gib: float) -> Iterator[None]:
     """Bound the scratch memory of every op and pair scorer inside the `with`.
 
-    Inputs and results are the caller's and do not count; gradients are results, summed in float32 or better. The
-    backward pass keeps the bound that its forward pass had. Scores do not depend on the bound.
+    Inputs and results do not count, and gradients are results. A backward pass has the bound of its forward pass.
+    Scores do not depend on the bound.
 
     Args:
-        gib: bound in GiB, more than 0. The default outside any `with` is 1.
+        gib: the bound in GiB, more than 0. Outside any `with` it is 1.
 
     Raises:
         ValueError: the bound is not a positive number.
@@ -42,10 +42,10 @@ def workspace(gib: float) -> Iterator[None]:
 
 
 def current_gib() -> float:
-    """The bound in GiB that holds now, to be entered again elsewhere."""
+    """The current bound in GiB, for a later `workspace(...)` to restore."""
     return _limit.get()
 
 
 def scratch_bytes(device: torch.device) -> int:
-    """The bound in bytes that holds on `device` now."""
+    """The current bound in bytes; the same for every device."""
     return int(_limit.get() * GIB)

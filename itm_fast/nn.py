@@ -1,10 +1,10 @@
-"""Modules over the ops: parameters and a call of one op each, and the protocol that evaluation and training score by.
+"""Modules over the ops, and `PairScorer`, the interface through which evaluation and training score pairs.
 
-A pair scorer computes what depends on one image or one caption alone once, and the rest block by block:
+A pair scorer computes once what depends on a single image or caption (its state), and the scores block by block:
 
     state = scorer.image_state(image, region_lengths)             # tensors [I, ...], the first one `image`
     caption_state = scorer.caption_state(words, cu_seqlens)       # `per_word` tensors [N, ...], then others [T, ...]
-    score = scorer.score(state, words, cu_seqlens, caption_state, region_lengths)     # [I, T], any block of either
+    score = scorer.score(state, words, cu_seqlens, caption_state, region_lengths)     # [I, T], for any block of both
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ State = tuple[Tensor, ...]
 
 
 def xavier_(linear: nn.Linear) -> None:
-    """Fill a Linear as the papers do: uniform in +- sqrt(6 / (in + out)), bias zero."""
+    """Initialise a Linear as the papers do: weight uniform in +- sqrt(6 / (in + out)), bias zero."""
     bound = math.sqrt(6.0) / math.sqrt(linear.in_features + linear.out_features)
     nn.init.uniform_(linear.weight, -bound, bound)
     nn.init.zeros_(linear.bias)
 
 
 class PairScorer(nn.Module):
-    """Scores every image against every caption. Subclasses give `score`, and the states where they have any."""
+    """Scores every image with every caption. Subclasses define `score` and, if they need them, the two states."""
 
-    per_word = 0  # how many tensors of `caption_state`, the first ones, have a row for every word
+    per_word = 0  # the first `per_word` tensors of `caption_state` have a row per word, the others a row per caption
 
     def image_state(self, image: Tensor, region_lengths: Tensor | None = None) -> State:
-        """What depends on an image alone: image [I, R, D] -> tensors [I, ...], the first one `image` itself."""
+        """Compute what depends on single images: image [I, R, D] -> tensors [I, ...], the first one `image` itself."""
         return (image,)
 
     def caption_state(self, words: Tensor, cu_seqlens: Tensor) -> State:
-        """What depends on a caption alone: words [N, D], cu_seqlens [T + 1] -> `per_word` tensors [N, ...], then
-        others [T, ...]."""
+        """Compute what depends on single captions: words [N, D], cu_seqlens [T + 1] -> `per_word` tensors [N, ...],
+        then others [T, ...]."""
         return ()
 
     def score(
@@ -129,11 +129,11 @@ class GraphReasoning(nn.Module):
 
 
 class SimilarityGraph(nn.ModuleList):
-    """SGR: steps of graph reasoning with their own weights, read out at the global node.
+    """SGR: K steps of graph reasoning, each with its own weights; the result is the global node.
 
     Args:
         sim_dim: S.
-        steps: K; with 0 the global node is returned as it came.
+        steps: K; with 0 the result is the global node, unchanged.
 
     >>> import torch
     >>> from itm_fast.nn import SimilarityGraph
@@ -145,7 +145,7 @@ class SimilarityGraph(nn.ModuleList):
         super().__init__(GraphReasoning(sim_dim) for _ in range(steps))
 
     def stacked(self) -> list[Tensor]:
-        """The op's parameters: [K, S, S] and [K, S] of query, key and value."""
+        """The parameters of `similarity_graph`: weight [K, S, S] and bias [K, S] of query, key and value."""
         parameters: list[Tensor] = []
         for name in ("graph_query_w", "graph_key_w", "sim_graph_w"):
             linears = [getattr(step, name) for step in self]
@@ -162,8 +162,8 @@ class SimilarityGraph(nn.ModuleList):
 class SimilarityFilter(nn.Module):
     """SAF: nodes weighted by a learned gate (SGRAF, equations 8 and 9).
 
-    Its BatchNorm takes statistics over the nodes of one caption and all images, so in training the running
-    statistics move once per caption, in the captions' order.
+    Its BatchNorm takes statistics over the nodes of one caption with all images, as the published loop over captions
+    does. So in training the running statistics are updated once per caption, in the captions' order.
 
     Args:
         sim_dim: S.
@@ -181,28 +181,31 @@ class SimilarityFilter(nn.Module):
         xavier_(self.attn_sim_w)
 
     def arguments(self) -> list[Tensor]:
-        """The op's weight [S], bias, norm weight and bias, running mean and variance, each [1]."""
+        """The parameters of `similarity_filter`: weight [S]; bias, norm weight and bias, running mean and var, [1]."""
         bn, gate = self.bn, self.attn_sim_w
         running = bn.get_buffer("running_mean"), bn.get_buffer("running_var")
         return [gate.weight[0], gate.bias, bn.weight, bn.bias, *running]
 
     def filtered(self, nodes: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z [I, T, S] and, in training, the mean and biased variance of each caption [T]; moves no buffer."""
+        """z [I, T, S] and, in training, each caption's mean and biased variance [T]; updates no running statistics."""
         bn, (weight, bias, norm_weight, norm_bias, mean, var) = self.bn, self.arguments()
         if bn.training:
-            mean, var = mean.clone(), var.clone()  # kept for backward, and `track` moves the buffers before it
+            mean, var = mean.clone(), var.clone()  # backward needs them, and `track` changes the buffers before
         return similarity_filter(
             nodes, cu_seqlens, weight, bias, norm_weight, norm_bias, mean, var, training=bn.training, eps=bn.eps
         )
 
     @torch.no_grad()
     def track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        """Move the running statistics by one caption after the other.
+        """Update the running statistics as by one BatchNorm call per caption.
 
         Args:
             mean: [T], in the captions' order.
             var: [T], biased.
-            count: [T], how many nodes each was taken over.
+            count: [T], the number of nodes in each mean.
+
+        Raises:
+            ValueError: a caption has one node over all images, so it has no unbiased variance.
         """
         if (count < 2).any():
             raise ValueError("SimilarityFilter: in training a caption needs more than one node over all images")

@@ -1,7 +1,7 @@
-"""Padded captions to packed words and back, and captions of one length together.
+"""Packed captions: packing and unpacking, checked bounds, and plans that group captions by length or into tiles.
 
-Packed is the form every op takes. Captions of one length need no padding and no mask, so a block of them is dense
-however ragged the captions are, and what lies in one caption can never touch another.
+Every op takes packed captions. Captions of equal length form a dense block without padding or masks, so no value of one
+caption can affect another.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 Index = slice | Tensor
 Made = TypeVar("Made")
-READ_ANEW = ("cpu",)  # device types whose tensors are read in every call: reading them waits for nothing
-_VALUES = "values"
-_kept = WeakTensorKeyDictionary()  # tensor -> (its version, what was made of it)
+READ_ANEW = ("cpu",)  # device types whose tensors `kept` reads in every call, as reading them does not synchronise
+_VALUES = "values"  # the key of a tensor's copy in `_kept`
+_kept = WeakTensorKeyDictionary()  # tensor -> (its version counter, {key: what `make` returned})
 
 
 def pack(caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
     """Drop the padding of a batch of captions.
 
     Args:
-        caption: [T, W, D] (or [T, W]), whatever lies beyond a caption's length is never read.
+        caption: [T, W, D] (or [T, W]); values beyond a caption's length are not used.
         lengths: [T] words per caption, each from 1 to W.
 
     Returns:
@@ -34,8 +34,8 @@ def pack(caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tens
         `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
 
     Raises:
-        ValueError: one length per caption is missing, a length lies outside 1..W, or a tensor is on the meta device.
-        TypeError: caption is no dense tensor, or lengths are not integers.
+        ValueError: lengths is not [T], a length lies outside 1..W, or a tensor is on the meta device.
+        TypeError: caption is not a dense tensor, or lengths are not integers.
 
     >>> import torch, itm_fast
     >>> words, cu_seqlens = itm_fast.pack(torch.randn(2, 5, 8), [3, 5])
@@ -71,7 +71,7 @@ def unpack(words: Tensor, cu_seqlens: Tensor) -> Tensor:
     Raises:
         ValueError: cu_seqlens does not start at 0, end at N, or give every caption a word, or a tensor is on the meta
             device.
-        TypeError: words is no dense tensor, or cu_seqlens are not integers.
+        TypeError: words is not a dense tensor, or cu_seqlens are not integers.
 
     >>> import torch, itm_fast
     >>> itm_fast.unpack(torch.ones(8, 4), torch.tensor([0, 3, 8]))[0, :, 0].tolist()
@@ -93,6 +93,7 @@ def unpack(words: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 
 def _values(op: str, name: str, tensor: Tensor) -> None:
+    """Raise unless `tensor` is a dense tensor that holds values."""
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
         what = f"a tensor of layout {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{op}: {name} must be a dense tensor, got {what}")
@@ -101,7 +102,7 @@ def _values(op: str, name: str, tensor: Tensor) -> None:
 
 
 def _integers(op: str, name: str, values: Sequence[int] | Tensor) -> Tensor:
-    """These integers in host memory; an empty list is as good as one of integers."""
+    """The integers as a CPU tensor; an empty list counts as integers."""
     try:
         tensor = torch.as_tensor(values)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -113,7 +114,7 @@ def _integers(op: str, name: str, values: Sequence[int] | Tensor) -> Tensor:
 
 
 def node_bounds(cu_seqlens: Tensor) -> Tensor:
-    """Bounds [T + 1] of the captions' nodes, one more than their words, of those of the words; see `kept`.
+    """Bounds [T + 1] of the captions' nodes (one more than words in each caption), from the words' bounds; see `kept`.
 
     >>> node_bounds(torch.tensor([0, 2, 3])).tolist()
     [0, 3, 5]
@@ -124,19 +125,19 @@ def node_bounds(cu_seqlens: Tensor) -> Tensor:
 
     if torch.compiler.is_compiling():
         return make(cu_seqlens)
-    with torch.inference_mode(False):  # whose tensors do not tell when they are written to
+    with torch.inference_mode(False):  # tensors of inference mode have no version counter
         found = kept(cu_seqlens, "node_bounds", make)
-        # `similarity_nodes` gives them to its caller, who may have written to them.
+        # `similarity_nodes` returns this tensor. If its caller has written to it, compute it again.
         return make(checked(cu_seqlens)) if found._version else found
 
 
 def bounds(cu_seqlens: Tensor, rows: int, op: str) -> list[int]:
-    """cu_seqlens as Python integers, checked against the number of packed rows; not to be changed.
+    """cu_seqlens as Python integers, checked against the number of packed rows. Callers must not change the list.
 
-    On a CPU they are read and checked in every call; on a device only the first call waits for it, see `kept`.
+    CPU tensors are read and checked in every call; for a GPU tensor only the first call synchronises, see `kept`.
 
     Raises:
-        ValueError: it does not start at 0, end at `rows`, or give every caption at least one row.
+        ValueError: cu_seqlens does not start at 0, end at `rows`, or give every caption at least one row.
     """
     return kept(cu_seqlens, ("bounds", rows), lambda values: _bounds(values, rows, op))
 
@@ -148,7 +149,7 @@ def _bounds(cu_seqlens: Tensor, rows: int, op: str) -> list[int]:
             f"{op}: cu_seqlens must start at 0 and end at the {rows} packed rows, "
             f"got {f'{edge[0]}..{edge[-1]}' if edge else 'no elements'}"
         )
-    if any(map(operator.ge, edge, edge[1:])):  # in C, for this is done in every call
+    if any(map(operator.ge, edge, edge[1:])):  # a loop in C, as every call runs it
         t = next(t for t in range(len(edge) - 1) if edge[t] >= edge[t + 1])
         start, stop = edge[t : t + 2]
         raise ValueError(f"{op}: caption {t} is empty (cu_seqlens {start} then {stop}); every caption needs a word")
@@ -156,17 +157,17 @@ def _bounds(cu_seqlens: Tensor, rows: int, op: str) -> list[int]:
 
 
 def kept(tensor: Tensor, key: Hashable, make: Callable[[Tensor], Made]) -> Made:
-    """What `make` gives of a small tensor of lengths or bounds, without a wait for the device in every call.
+    """Return make(tensor) for a small tensor of lengths or bounds; cached for a GPU tensor, to avoid synchronising.
 
-    On a CPU it is made anew in every call, of the values that the tensor has then, however they got there.
+    For a CPU tensor `make` runs in every call, on the current values.
 
-    Reading from another device waits until that has done all before, so there it is made once for a tensor object and
-    kept until the object dies or torch counts a write to it: an operation in place, `copy_`, an assignment to elements,
-    also through a view. Writes that torch does not count are not seen: through `tensor.data`, through memory shared
-    by DLPack or `__cuda_array_interface__`, by a kernel of somebody else's, or by a CUDA graph that is replayed. After
-    one of these hand over `tensor.clone()`. Until then everything is made of the copy of the values that was
-    checked, so an op gives the result of the former lengths and reads nothing out of bounds. Tensors of inference mode
-    count no writes: theirs are read in every call.
+    Reading a GPU tensor waits for all earlier work of the device. So the result is computed once per tensor object and
+    kept until the object dies or torch's version counter says that it was written to: by an in-place operation, `copy_`
+    or an assignment, also through a view. Some writes do not change the counter: through `tensor.data`, DLPack,
+    `__cuda_array_interface__`, a custom kernel, or the replay of a CUDA graph. After one of these, pass
+    `tensor.clone()`; otherwise ops go on using a copy of the values that were checked, so their results are those of
+    the old lengths, and they read nothing out of bounds. Tensors of inference mode have no counter and are read in
+    every call.
     """
     if tensor.device.type in READ_ANEW or tensor.is_inference():
         return make(tensor)
@@ -180,12 +181,12 @@ def kept(tensor: Tensor, key: Hashable, make: Callable[[Tensor], Made]) -> Made:
 
 
 def checked(tensor: Tensor) -> Tensor:
-    """The values that `kept` makes everything of: what kernels read in place of the tensor itself."""
+    """The copy of the values that `kept` passes to `make`. Kernels read it instead of the tensor itself."""
     return kept(tensor, _VALUES, lambda values: values)
 
 
 class Tiles(NamedTuple):
-    """`number` tiles of `size` slots, from slot `first` of a plan's tables on."""
+    """`number` tiles of `size` slots each; the first begins at slot `first` of `NodePlan`'s tables."""
 
     size: int
     first: int
@@ -193,7 +194,7 @@ class Tiles(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Neighbouring captions, their nodes, and the tiles that these are packed in."""
+    """Neighbouring captions, their nodes (packed rows), and the tiles that hold these nodes."""
 
     captions: slice
     rows: slice
@@ -201,10 +202,10 @@ class Window(NamedTuple):
 
 
 class NodePlan(NamedTuple):
-    """The nodes of whole captions packed in tiles.
+    """How the nodes of whole captions are packed into tiles.
 
-    `row` and `owner` [slots] int32: the packed row that lies in a slot, and its caption; both -1 where none does.
-    `start` [T + 1] int32: `edge` on the device.
+    `edge`: the nodes' bounds as Python integers; `start` [T + 1] int32: the same on the device.
+    `row` and `owner` [slots] int32: the packed row in each slot, and its caption; both -1 for an empty slot.
     """
 
     edge: list[int]
@@ -214,21 +215,21 @@ class NodePlan(NamedTuple):
     windows: list[Window]
 
 
-NODE_SLOTS = 16  # the least rows of a tile that a caption takes
+NODE_SLOTS = 16  # the fewest slots that a caption takes in a tile: the least dimension of tl.dot
 
 
 def node_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], window: int) -> NodePlan:
-    """Pack captions into tiles of `sizes` rows (powers of 2), each into the least that holds it; see `kept`.
+    """Pack each caption into a tile of the smallest of `sizes` that holds it; see `kept`.
 
-    A caption takes a power of 2 of slots, 16 at the least, at a multiple of that number: so that what a reduction
-    over a tile's rows adds up, and in which order, does not depend on what lies beside it.
+    A caption takes a power of two of slots, at least 16, beginning at a multiple of that number. So a reduction over a
+    tile's rows adds a caption's values in an order that does not depend on the captions beside it.
 
     Args:
         cu_seqlens: [T + 1] bounds of the captions' nodes.
-        rows: how many nodes there are.
-        op: for messages.
-        sizes: of tiles, ascending; the first one takes most captions. None: no tiles are made.
-        window: nodes in a window, which holds one caption at the least.
+        rows: number of nodes.
+        op: name for messages.
+        sizes: tile sizes, ascending powers of two. Empty: no tiles are made.
+        window: the most nodes in a window; a larger caption has a window to itself.
 
     Raises:
         ValueError: as `bounds` does, or a caption has more nodes than the largest tile.
@@ -254,7 +255,7 @@ def _node_plan(values: Tensor, rows: int, op: str, sizes: Sequence[int], window:
         tiles = []
         for size, members in places.items():
             first = len(row)
-            # The largest first: then every caption lies at a multiple of its slots.
+            # Largest captions first: then each begins at a multiple of its number of slots.
             for slots, t in sorted(members, key=lambda m: (-m[0], m[1])):
                 n = edge[t + 1] - edge[t]
                 row += [*range(edge[t], edge[t + 1]), *[-1] * (slots - n)]
@@ -277,7 +278,7 @@ def _fits(op: str, caption: int, n: int, rows: str, most: int) -> None:
 
 
 class Group(NamedTuple):
-    """`captions` captions of at most `size` words, from place `first` of a plan's order on."""
+    """`captions` captions of at most `size` words: places `first`, ... of `LengthPlan.order`."""
 
     size: int
     first: int
@@ -285,7 +286,7 @@ class Group(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Neighbouring captions, their words, and the groups by length that they fall in."""
+    """Neighbouring captions, their words (packed rows), and their groups by length."""
 
     captions: slice
     rows: slice
@@ -293,21 +294,21 @@ class Stretch(NamedTuple):
 
 
 class LengthPlan(NamedTuple):
-    """Captions by classes of length. `order` [T] int32: the captions, group by group."""
+    """Captions grouped by length. `order` [T] int32: all captions, group by group."""
 
     order: Tensor
     windows: list[Stretch]
 
 
 def length_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], window: int) -> LengthPlan:
-    """Group captions by the least of `sizes` that holds them; see `kept`.
+    """Group captions by the smallest of `sizes` that holds them; see `kept`.
 
     Args:
         cu_seqlens: [T + 1].
-        rows: how many words there are.
-        op: for messages.
-        sizes: words that a tile takes of a caption, ascending.
-        window: words in a window, which holds one caption at the least.
+        rows: number of words.
+        op: name for messages.
+        sizes: the most words of a caption in each group, ascending.
+        window: the most words in a window; a longer caption has a window to itself.
 
     Raises:
         ValueError: as `bounds` does, or a caption has more words than the largest tile.
@@ -345,7 +346,7 @@ def stretches(edge: Sequence[int], rows: int) -> Iterator[slice]:
 
 
 class Run(NamedTuple):
-    """`size` captions of one length: `length` rows each; `captions` and `rows` index [T] and [N]."""
+    """`size` captions of `length` rows each. `captions` indexes a tensor [T, ...], `rows` a packed one [N, ...]."""
 
     length: int
     captions: Index
@@ -354,9 +355,9 @@ class Run(NamedTuple):
 
 
 def runs(edge: Sequence[int], device: torch.device, most: int) -> Iterator[Run]:
-    """Group captions by length, at most `most` rows a run (one caption at the least).
+    """Group captions of equal length, at most `most` rows (but at least one caption) per run.
 
-    Neighbours of equal length are indexed by slices, so captions sorted by length are never copied.
+    Neighbouring captions are indexed by slices, so captions that are sorted by length are not copied.
     """
     length = [b - a for a, b in zip(edge, edge[1:], strict=False)]
     order = sorted(range(len(length)), key=length.__getitem__)
@@ -378,6 +379,6 @@ def runs(edge: Sequence[int], device: torch.device, most: int) -> Iterator[Run]:
 
 
 def spans(total: int, size: int) -> Iterator[slice]:
-    """Cut 0..total into slices of `size`."""
+    """Cut range(total) into slices of `size`; the last may be shorter."""
     for start in range(0, total, size):
         yield slice(start, min(start + size, total))

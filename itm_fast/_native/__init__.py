@@ -1,7 +1,7 @@
-"""The native library: csrc/ is compiled once per machine, loaded once per process and called through ctypes.
+"""The C++ library: csrc/ is compiled once per machine, loaded once per process and called through ctypes.
 
-A build is named by a digest of all it is made of (`cache`), compiled by ninja from the objects of the last one
-(`compiling`), and by one process at a time.
+A build is named by a digest of its sources, flags and compiler (`cache`). Ninja compiles it, starting from the last
+build's object files (`compiling`), in one process at a time.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _functions: dict[str, Callable[..., bytes | None]] = {}
 
 
 def _forked() -> None:
-    """A child of a process that builds in another thread has that thread's lock, and not the thread that frees it."""
+    """Replace the lock in a forked child: another thread of the parent may hold it, and does not exist in the child."""
     global _lock
     _lock = threading.Lock()
 
@@ -53,7 +53,7 @@ def csrc_dir() -> Path:
 
 
 def level() -> str:
-    """The best of `LEVELS` that the processor reports; ATEN_CPU_CAPABILITY lowers it as it lowers torch's own."""
+    """The best of `LEVELS` that the processor supports; ATEN_CPU_CAPABILITY limits it as it limits torch's kernels."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512":
         return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "avx512"
@@ -61,13 +61,13 @@ def level() -> str:
 
 
 def why_not() -> str | None:
-    """None when the library is loaded, built first where it must be; else one sentence. Decided once per process."""
+    """None if the library is loaded (after building it if needed), else one sentence. Decided once per process."""
     built = outcome()
     return built if isinstance(built, str) else None
 
 
 def outcome() -> Build | str:
-    """The library of this process, or the sentence that says why there is none."""
+    """The loaded library, or a sentence that says why there is none."""
     global _outcome
     if _outcome is None:
         with _lock:
@@ -82,12 +82,13 @@ def outcome() -> Build | str:
 
 
 def bfloat16_products() -> tuple[bool, object]:
-    """Whether products of bfloat16 values are made where they are allowed, and what says why by its str().
+    """Whether bfloat16 products are used when torch's matmul precision allows them, and an object whose str() says why.
 
-    They are made where they pay (`peaks`), or as ITM_FAST_BFLOAT16 says: 1 wherever the processor has them, 0 nowhere.
+    They are used if they are faster on this processor (`peaks`). ITM_FAST_BFLOAT16 overrides this: 1 uses them on every
+    processor that has them, 0 never.
 
     Raises:
-        ValueError: ITM_FAST_BFLOAT16 is something else.
+        ValueError: ITM_FAST_BFLOAT16 is neither 0 nor 1.
     """
     built, chosen = outcome(), os.environ.get("ITM_FAST_BFLOAT16", "")
     if chosen not in ("", "0", "1"):
@@ -97,14 +98,14 @@ def bfloat16_products() -> tuple[bool, object]:
     if chosen:
         return chosen == "1", f"ITM_FAST_BFLOAT16 is {chosen}"
     found = peaks.measured(built.library, built.path)
-    return found.bfloat16_pays, found  # every op asks: words are made of it where they are read
+    return found.bfloat16_pays, found  # not str(found): every op calls this, and few callers read the text
 
 
 def call(name: str, argument: Any) -> None:
-    """Call an exported function, other Python threads running meanwhile.
+    """Call an exported C function without holding the GIL.
 
     Args:
-        name: the function, `const char *name(const Call&)`; it returns null or what failed.
+        name: the function, `const char *name(const Call&)`; it returns null or an error message.
         argument: what ctypes passes, as `ctypes.byref` of a struct.
 
     Raises:
@@ -126,14 +127,14 @@ def call(name: str, argument: Any) -> None:
 
 
 def build(csrc: Path, level: str) -> Build:
-    """Load the library of `csrc/cpu/*.cpp` from the cache folder, compiling it first when it is not there.
+    """Load the library of `csrc/cpu/*.cpp` from the cache folder, after compiling it if it is not there.
 
     Args:
-        csrc: the folder that holds cpu/.
-        level: one of `LEVELS`. A compiler that does not know its flags builds the next lower level that it knows.
+        csrc: the folder that contains cpu/.
+        level: one of `LEVELS`. If the compiler does not know its flags, the next lower level is built.
 
     Raises:
-        Unavailable: there is no compiler, it fails or takes too long, or its result does not load.
+        Unavailable: there is no compiler, it fails or takes too long, or the library does not load.
     """
     files = sorted([*(csrc / "cpu").glob("*.cpp"), *csrc.rglob("*.h")])
     sources = {file.relative_to(csrc).as_posix(): file.read_bytes() for file in files}
@@ -144,7 +145,7 @@ def build(csrc: Path, level: str) -> Build:
     try:
         compiler = compiling.find_compiler()
     except Unavailable:
-        # Nodes of a cluster share a home folder, and not all of them have a compiler.
+        # On a cluster, another node that shares this home folder may have a compiler and have built the library.
         if found := cache.find(f"{name}-*"):
             return found
         raise
@@ -159,7 +160,7 @@ def build(csrc: Path, level: str) -> Build:
         if not kept:
             return _compiled(compiler, built, sources, scratch)
         with cache.turn(objects):
-            if found := cache.find(name):  # made by the process that this one waited for
+            if found := cache.find(name):  # built by the process that held the lock
                 return found
             cache.take_objects(objects, scratch / "objects")
             try:
@@ -173,13 +174,13 @@ def build(csrc: Path, level: str) -> Build:
 
 
 def _compiled(compiler: compiling.Compiler, level: str, sources: dict[str, bytes], scratch: Path) -> Build:
-    """Compile sources in scratch/objects, and load the library from scratch/result."""
+    """Compile the sources in scratch/objects, move the library to scratch/result, and load it from there."""
     notice = "itm-fast: compiling its CPU kernels, once for this machine (a minute or two) ..."
     print(notice, file=sys.stderr, flush=True)
     compiling.lay_out(sources, scratch / "objects")
     library = compiling.compile_library(compiler, level, scratch / "objects", time.monotonic() + compiling.SECONDS)
     result = scratch / "result"
-    result.mkdir(mode=0o755)  # what root has built serves all users, who cannot change it
+    result.mkdir(mode=0o755)  # all users may use a library that root built, but not change it
     library.rename(result / LIBRARY)
     cache.note(result, level, compiler.version)
     try:

@@ -1,8 +1,8 @@
-"""The cache folder: finished libraries under the digest of all they are made of, and the objects that the next build
-starts from.
+"""The cache folder: finished libraries, named by a digest of their sources, flags and compiler, and the object files
+that the next build reuses.
 
-Everything appears there by one rename, beside its own checksum: what is there is whole and current, or it is made
-again. What lies there is run, so the folder must be writable by its user alone.
+An entry appears by one rename and has a checksum, so it is complete or it is built again. The libraries are executed,
+so only the user may be able to write to the folder.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from typing import NamedTuple
 from .._lock import Lock, LockedError
 
 LIBRARY = "itm_fast.so"
-WAIT = 600  # seconds that a process waits for another that compiles, before it compiles on its own
-DAYS = 30  # builds and objects that nobody used for so long are removed
+WAIT = 600  # seconds that a process waits for another one's build before it compiles too: as `compiling.SECONDS`
+DAYS = 30  # builds and object files that were not used for so many days are removed
 _OURS = re.compile(r"(objects-)?(avx512_bf16|avx512|avx2|generic)(-[0-9a-f]{16})?-[0-9a-f]{8}")
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 
 class Unavailable(RuntimeError):
-    """The library cannot be built or loaded here; the message is a sentence for the user."""
+    """The library cannot be built or loaded here; the message tells the user why, and what to do."""
 
 
 class BadObjects(Unavailable):
-    """What was compiled makes no library that loads: none of it is worth keeping."""
+    """The compiled object files do not make a library that loads, so they must not be reused."""
 
 
 class Build(NamedTuple):
-    """A loaded library, the level of its instructions, what compiled it, and where it is kept."""
+    """A loaded library, its instruction level, its compiler's version, and its file (None if it is not kept)."""
 
     library: ctypes.CDLL
     level: str
@@ -51,7 +51,7 @@ class Build(NamedTuple):
 
 
 def cache_dir() -> Path:
-    """Where builds are kept: ITM_FAST_CACHE_DIR, else itm_fast in XDG_CACHE_HOME or in ~/.cache.
+    """The cache folder: ITM_FAST_CACHE_DIR, else itm_fast in XDG_CACHE_HOME or in ~/.cache.
 
     Raises:
         RuntimeError: the user has no home folder.
@@ -62,7 +62,8 @@ def cache_dir() -> Path:
 
 
 def find(pattern: str) -> Build | None:
-    """Load the first sound build of that name, whatever else lies in the cache folder."""
+    """Load the first build in the cache folder whose name matches and that is complete and safe; None if there is none.
+    """
     with contextlib.suppress(OSError, RuntimeError):
         _trust(cache_dir(), shared=True)
         for home in sorted(cache_dir().glob(pattern)):
@@ -73,12 +74,13 @@ def find(pattern: str) -> Build | None:
 
 
 def _trust(path: Path, shared: bool = False) -> None:
-    """Raise an OSError where another user than root can change what a path names, as that is run.
+    """Raise an OSError if another user than root can change a file or folder, as its content is executed.
 
     Args:
-        path: a folder or a file. A link is refused: whoever made it chose what it names.
-        shared: whether this is the cache folder itself, which the user chose. It may be a link, and a folder like
-            /tmp, with the sticky bit: others can only add what is theirs, and that is not run.
+        path: a folder or a file. Symbolic links are refused, as their creator chose the target.
+        shared: whether `path` is the cache folder itself, which the user chose. It may be a link. It may also be
+            writable by all if it has the sticky bit, like /tmp: others can then only add files of their own, which are
+            refused because of their owner.
     """
     found = path.stat() if shared else path.lstat()
     if not (stat.S_ISDIR(found.st_mode) or stat.S_ISREG(found.st_mode)):
@@ -94,35 +96,35 @@ def _trust(path: Path, shared: bool = False) -> None:
 
 
 def _trust_all(folder: Path) -> None:
-    """Raise an OSError where another user than root can change a folder or anything in it."""
+    """Raise an OSError if another user than root can change a folder or anything in it."""
     _trust(folder)
     for path in folder.rglob("*"):
         _trust(path)
 
 
 def _protect(folder: Path) -> None:
-    """Let only the user write to a folder and to all that is in it, whatever the umask is: see `_trust_all`."""
+    """Remove other users' write permission from a folder and all it contains, as `_trust_all` requires."""
     for path in (folder, *folder.rglob("*")):
         path.chmod(path.stat().st_mode & ~(stat.S_IWGRP | stat.S_IWOTH))
 
 
 def load(folder: Path) -> Build:
-    """Load a finished build. The checksum comes first: a library cut short can kill the process that loads it.
+    """Load a finished build, after comparing its checksum: loading a truncated library can crash the process.
 
     Raises:
-        OSError, ValueError: it is not whole, or not for this machine.
+        OSError, ValueError: the library is damaged, or not for this machine.
     """
     note = json.loads((folder / "build.json").read_text())
     if not isinstance(note, dict) or note.get("sha256") != checksum([folder / LIBRARY]):
         raise ValueError(f"{folder} is damaged")
-    with contextlib.suppress(OSError):  # in a folder that can only be read
-        os.utime(folder)  # used today: see `_tidy`
+    with contextlib.suppress(OSError):  # the folder is read-only
+        os.utime(folder)  # mark it as used today, for `_tidy`
     level, compiler = str(note.get("level")), str(note.get("compiler"))
     return Build(ctypes.CDLL(str(folder / LIBRARY)), level, compiler, folder / LIBRARY)
 
 
 def checksum(files: Iterable[Path]) -> str:
-    """SHA-256 of the contents of files, one after the other by name."""
+    """SHA-256 of the contents of the files, in the order of their names."""
     parts = hashlib.sha256()
     for file in sorted(files):
         parts.update(file.read_bytes())
@@ -130,14 +132,14 @@ def checksum(files: Iterable[Path]) -> str:
 
 
 def note(folder: Path, level: str, compiler: str) -> None:
-    """Write beside a new library what `load` reads."""
+    """Write build.json beside a new library: level, compiler and checksum, which `load` reads."""
     text = json.dumps({"level": level, "compiler": compiler, "sha256": checksum([folder / LIBRARY])})
     (folder / "build.json").write_text(text)
 
 
 @contextlib.contextmanager
 def scratch() -> Iterator[tuple[Path, bool]]:
-    """A folder to build in, and whether it lies in the cache folder."""
+    """Make a temporary folder to build in; yield it, and whether it is inside the cache folder."""
     try:
         root = cache_dir()
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -167,15 +169,15 @@ def scratch() -> Iterator[tuple[Path, bool]]:
 
 
 def full(folder: Path) -> Unavailable:
-    """The refusal where a disk or a quota is full."""
+    """The error for a full disk or quota."""
     return Unavailable(f"no space left for compiling the CPU kernels in {folder}; free some, or set ITM_FAST_CACHE_DIR")
 
 
 def turn(objects: Path) -> contextlib.AbstractContextManager[object]:
-    """Wait until no other process compiles for these objects: what it compiles may be what this one needs.
+    """Lock these object files; wait while another process compiles them, as it may build the same library.
 
-    A process that is stopped, and not dead, would be waited for in vain: after `WAIT` seconds this one compiles too.
-    That wastes time and breaks nothing, as each process compiles in a folder of its own.
+    That process may be suspended, so after `WAIT` seconds this one compiles without the lock. That is safe, as each
+    process compiles in its own folder.
     """
     path, what = objects.with_name(f"{objects.name}.lock"), "the CPU kernels"
     try:
@@ -189,7 +191,7 @@ def turn(objects: Path) -> contextlib.AbstractContextManager[object]:
 
 
 def take_objects(objects: Path, folder: Path) -> None:
-    """Copy the objects of the last build, times included; nothing when there are none or they are damaged."""
+    """Copy the last build's object files with their times; copy nothing if there are none or they are damaged."""
     with contextlib.suppress(OSError, shutil.Error):
         _trust_all(objects)
         shutil.copytree(objects, folder)
@@ -199,7 +201,7 @@ def take_objects(objects: Path, folder: Path) -> None:
 
 
 def keep_objects(folder: Path, objects: Path) -> None:
-    """Put the objects of this build, or none when there is no such folder, in place of the last one's."""
+    """Replace the last build's object files by this build's; if `folder` does not exist, only remove the old ones."""
     with contextlib.suppress(OSError):
         if os.path.lexists(objects):
             objects.rename(folder.with_name("old"))
@@ -209,7 +211,7 @@ def keep_objects(folder: Path, objects: Path) -> None:
 
 
 def publish(result: Path, home: Path) -> Path | None:
-    """Put a build in its place in one step; a sound one that is there already stays, a damaged one goes."""
+    """Rename a build to its final place. If one is there already, keep it unless it is damaged."""
     _protect(result)
     for _ in range(2):
         try:
@@ -224,7 +226,7 @@ def publish(result: Path, home: Path) -> Path | None:
 
 
 def _tidy(root: Path) -> None:
-    """Remove what killed processes left an hour ago, and builds that nobody used for `DAYS`."""
+    """Remove build folders that killed processes left over an hour ago, and entries not used for `DAYS` days."""
     for old in root.iterdir():
         building = old.name.startswith("building-")
         if building or _OURS.fullmatch(old.name):

@@ -1,7 +1,7 @@
-"""Compiling: csrc/cpu/*.cpp become one library, by ninja, which compiles anew only what a change reaches.
+"""Compile csrc/cpu/*.cpp into one library with ninja, which compiles only what has changed since the last build.
 
-Ninja works in a folder of this build's own, on a copy of the sources and on the objects of the last build. Each of its
-compilers leaves what it says in a file `.log`, and its exit status, where it fails, in a file `.failed`.
+Ninja runs in a temporary folder with a copy of the sources and the last build's object files. Each compiler writes its
+output to a file `.log` and, if it fails, its exit status to a file `.failed`.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from typing import NamedTuple
 from .cache import LIBRARY, BadObjects, Unavailable, full
 
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread")
-BACKWARD_FLAGS = ("-O2",)  # as fast there, and compiled in little more than half the time
+BACKWARD_FLAGS = ("-O2",)  # for *_backward.cpp: as fast as with -O3, and compiled in little more than half the time
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
-# Best first. The generic one leaves vectors to the compiler and runs on any processor.
+# Instruction levels and their compiler flags, best first. "generic" runs on any processor.
 LEVELS: dict[str, tuple[str, ...]] = {
     "avx512_bf16": (*_AVX512, "-mavx512bf16"),
     "avx512": _AVX512,
     "avx2": _AVX2,
     "generic": (),
 }
-SECONDS = 600  # a build that takes longer is given up
+SECONDS = 600  # the longest time for a build; it takes one or two minutes on two cores
 _PROBE = '#include <concepts>\n#include <thread>\nstatic_assert(__cplusplus >= 202002L, "this is not C++20");\n'
 _FULL = re.compile("no space left on device|disk quota exceeded", re.IGNORECASE)
-# What compilers say when a part of them is killed or gets no memory; not what may stand in a line of the sources.
+# Messages of compilers that were killed or ran out of memory. None of them may occur in a line of our sources.
 _MEMORY = re.compile(
     "killed signal terminated|execute command: killed|out of memory allocating|LLVM ERROR: out of memory|"
     "memory exhausted|cannot allocate memory|instance of 'std::bad_alloc'",
@@ -53,7 +53,7 @@ rule link
 
 
 class Compiler(NamedTuple):
-    """The command of a C++ compiler, and its own words about its version."""
+    """The command of a C++ compiler, and the first line of its --version."""
 
     command: list[str]
     version: str
@@ -78,7 +78,7 @@ def find_compiler() -> Compiler:
             )
         raise Unavailable("no C++ compiler on PATH; install g++ or clang++, or set CXX")
     if os.path.dirname(command[0]):
-        command[0] = os.path.abspath(found)  # it runs in other folders than this one
+        command[0] = os.path.abspath(found)  # absolute, as it runs in other folders
     status, said = _run([*command, "--version"], None, time.monotonic() + 60)
     if status:
         why = _stopped(status, said) or _useful(said) or f"it ends with status {status} and says nothing"
@@ -87,7 +87,7 @@ def find_compiler() -> Compiler:
 
 
 def find_ninja() -> str:
-    """The ninja of its Python package, else the one on PATH.
+    """The ninja program: of the Python package if it is installed, else from PATH.
 
     Raises:
         Unavailable: there is none.
@@ -104,10 +104,10 @@ def find_ninja() -> str:
 
 
 def best_level(compiler: Compiler, level: str, folder: Path, deadline: float) -> str:
-    """The first of `LEVELS` from `level` on whose flags the compiler knows.
+    """`level`, or the best lower one of `LEVELS` whose flags the compiler knows.
 
     Raises:
-        Unavailable: it cannot compile three lines of C++20, or was stopped while it tried.
+        Unavailable: the compiler cannot compile three lines of C++20, or was stopped by a signal.
     """
     probe = folder / "probe.cpp"
     probe.write_text(_PROBE)
@@ -126,11 +126,11 @@ def best_level(compiler: Compiler, level: str, folder: Path, deadline: float) ->
 
 
 def lay_out(sources: Mapping[str, bytes], folder: Path) -> None:
-    """Make `folder` hold these sources and no others, and write only what differs: ninja goes by the times of files.
+    """Make `folder` contain these sources and no others. Only changed files are written, as ninja compares file times.
 
     Args:
-        sources: content by path, the paths relative to csrc.
-        folder: with the sources and objects of the last build, or not there.
+        sources: path relative to csrc -> content.
+        folder: contains the sources and object files of the last build, or does not exist.
     """
     folder.mkdir(mode=0o700, exist_ok=True)
     objects = {f"{Path(name).stem}.o" for name in sources if name.endswith(".cpp")}
@@ -144,7 +144,8 @@ def lay_out(sources: Mapping[str, bytes], folder: Path) -> None:
         if not file.exists() or file.read_bytes() != content:
             file.parent.mkdir(parents=True, exist_ok=True)
             file.write_bytes(content)
-            # The clock was set back, or is too coarse; some file systems keep whole seconds, or even ones.
+            # A changed source must be newer than every object file, even if the clock was set back or the file system
+            # keeps times in steps of one or two seconds.
             for later in (newest + step for step in (1, 10**9, 2 * 10**9)):
                 if file.stat().st_mtime_ns <= newest:
                     os.utime(file, ns=(later, later))
@@ -154,18 +155,18 @@ def compile_library(compiler: Compiler, level: str, folder: Path, deadline: floa
     """Compile and link the sources that `lay_out` put into a folder.
 
     Args:
-        compiler: what compiles.
-        level: one of `LEVELS`, whose flags it knows.
-        folder: where it happens; objects that are current are used.
-        deadline: of time.monotonic().
+        compiler: the compiler.
+        level: one of `LEVELS` whose flags the compiler knows.
+        folder: the build folder; object files that are up to date are reused.
+        deadline: in seconds of time.monotonic().
 
     Returns:
-        The library.
+        The path of the library.
 
     Raises:
-        Unavailable: it does not compile; the message says why, and where the whole of what was said is.
+        Unavailable: compiling failed; the message says why, and where the whole output is.
     """
-    sources = sorted((folder / "cpu").glob("*.cpp"), reverse=True)  # the pair scorers first: they take longest
+    sources = sorted((folder / "cpu").glob("*.cpp"), reverse=True)  # pair scorers first: they take longest
     rules = _RULES.format(
         compile=_escaped([*compiler.command, *FLAGS, *LEVELS[level]]),
         link=_escaped([*compiler.command, "-shared", "-pthread"]),
@@ -195,7 +196,7 @@ def _named(compiler: Compiler) -> str:
 
 
 def _failure(compiler: Compiler, folder: Path, ninja: tuple[int, str], objects: Sequence[Path]) -> Unavailable:
-    """Why there is no library: one sentence that can be acted on."""
+    """The error for a failed build: one sentence that says why, and what to do."""
     failures = sorted(folder.glob("*.failed"), key=lambda file: file.stat().st_mtime_ns)
     if failures:
         what = failures[0].name.removesuffix(".failed")
@@ -217,7 +218,7 @@ def _failure(compiler: Compiler, folder: Path, ninja: tuple[int, str], objects: 
 
 
 def _stopped(status: int, log: str) -> str | None:
-    """Why a compiler, or a part of it, was stopped by a signal; None when it ended by itself."""
+    """Why a compiler or one of its processes was stopped by a signal; None if none was."""
     number = -status if status < 0 else status - 128
     if number == signal.SIGKILL or _MEMORY.search(log):
         return (
@@ -232,14 +233,14 @@ def _stopped(status: int, log: str) -> str | None:
 
 
 def _useful(log: str) -> str:
-    """The line of a compiler's output that says most: its first error, else the last line; "" when it says nothing."""
+    """The most useful line of a compiler's output: its first error, else its last line, else ""."""
     empty = ("collect2:", "ninja: build stopped")
     lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith(empty)]
     return next((line for line in lines if "error" in line.lower()), lines[-1] if lines else "")
 
 
 def _saved(log: str, folder: Path) -> str:
-    """Keep the whole output and say where, when that is possible."""
+    """Save the whole output; return the words that say where, or "" if it cannot be saved."""
     path = folder.parents[1] / "itm-fast-build.log"
     try:
         (folder / "said").write_text(log)
@@ -252,20 +253,20 @@ def _saved(log: str, folder: Path) -> str:
 def _run(
     command: list[str], folder: Path | None, deadline: float, failed: Callable[[], bool] = lambda: False
 ) -> tuple[int, str]:
-    """Run a command and return its exit status and what it says.
+    """Run a command; return its exit status and its output.
 
     Args:
-        command: what to run.
-        folder: where; temporary files go there too.
-        deadline: of time.monotonic().
-        failed: asked meanwhile; true stops the command.
+        command: the program and its arguments.
+        folder: working folder, also for temporary files; None for the current one.
+        deadline: in seconds of time.monotonic().
+        failed: called repeatedly meanwhile; if it returns True, the command is stopped and the output is "".
 
     Raises:
         Unavailable: the deadline passed, or the command cannot be started.
     """
     environment = {**os.environ, "LC_ALL": "C"} | ({"TMPDIR": str(folder)} if folder else {})
     try:
-        # In a session of its own: a compiler is several processes, to be ended as one.
+        # A new session, so that `_end` can stop all processes of a compiler together.
         process = subprocess.Popen(
             command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
@@ -292,7 +293,7 @@ def _run(
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """End a command with what it started. Ninja ends its compilers, which are groups of their own, on SIGTERM."""
+    """Stop a command and its children. On SIGTERM, ninja stops its compilers, which have their own process groups."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         if process.poll() is None:
             os.killpg(process.pid, number)

@@ -1,7 +1,7 @@
-"""Whether products of bfloat16 values pay: some processors multiply them at twice float32's rate, others at half.
+"""Whether bfloat16 products are faster than float32 ones: processors have twice the rate, or half.
 
-Both rates are measured when they are first asked for, and kept beside the library under the processor's model: nodes of
-a cluster may share the folder.
+Both rates are measured on first use and saved beside the library, in one file for each processor model, as nodes of a
+cluster may share the folder.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
-DTYPES = ("float32", "float64", "bfloat16")  # by their numbers in csrc/cpu/peak.cpp
-# They must be faster by this factor, which packing values in pairs costs and noise does not reach: processors known
-# have 0.5 or 2.
+DTYPES = ("float32", "float64", "bfloat16")  # a dtype's index is its number in csrc/cpu/peak.cpp
+# bfloat16 products must have this many times float32's rate to be used: packing values in pairs costs about as much.
+# It is far from noise, as known processors have 0.5 or 2.
 FACTOR = 1.25
-_ROUNDS, _STEPS = 30, 50_000  # rounds of half a millisecond: on a busy machine some are not interrupted
-_MODEL = ("vendor_id", "cpu family", "model", "model name", "stepping")
+_ROUNDS, _STEPS = 30, 50_000  # measurements, and loop steps in each (0.5 ms): on a busy machine some run undisturbed
+_MODEL = ("vendor_id", "cpu family", "model", "model name", "stepping")  # fields of /proc/cpuinfo
 
 
 class Peaks(NamedTuple):
-    """Multiply-adds of one thread in flops per second, sums in float32."""
+    """Rates of one thread's multiply-adds, summed in float32, in flops per second."""
 
     float32: float
     bfloat16: float
@@ -42,7 +42,7 @@ class Peaks(NamedTuple):
 
 
 def processor() -> dict[str, str]:
-    """What names the model of the processor, `model name` among it."""
+    """The processor's model: those of `_MODEL`'s fields that are known, always with "model name"."""
     lines: list[str] = []
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()
@@ -56,9 +56,9 @@ def peak(library: ctypes.CDLL, dtype: str, steps: int, threads: int) -> float:
 
     Args:
         library: the native library.
-        dtype: one of `DTYPES`; bfloat16 are dot products summed in float32.
-        steps: of the loop that is timed; a million take some milliseconds.
-        threads: that run it side by side.
+        dtype: one of `DTYPES`; bfloat16 means dot products summed in float32.
+        steps: steps of the timed loop; a million take some milliseconds.
+        threads: number of threads that run the loop at the same time.
 
     Raises:
         RuntimeError: the processor has no such instruction, or a thread does not start.
@@ -74,11 +74,11 @@ def peak(library: ctypes.CDLL, dtype: str, steps: int, threads: int) -> float:
 
 @functools.cache
 def measured(library: ctypes.CDLL, kept: Path | None) -> Peaks:
-    """The peaks of this processor: those kept beside the library, else measured and kept there where that can be done.
+    """The rates of this processor: read from the file beside the library, or measured and, if possible, saved there.
 
     Args:
-        library: a library compiled for bfloat16 products.
-        kept: its file; None where it is not kept.
+        library: a library compiled with bfloat16 products.
+        kept: the library's file; None if it is not kept.
     """
     model = json.dumps(processor())
     path = kept and kept.with_name(f"peaks-{hashlib.sha256(model.encode()).hexdigest()[:16]}.json")
@@ -86,7 +86,7 @@ def measured(library: ctypes.CDLL, kept: Path | None) -> Peaks:
         with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
             note = json.loads(path.read_text())
             return Peaks(float(note["float32"]), float(note["bfloat16"]))
-    # In turns: a busy moment lowers both. Nothing raises a rate, so the best round is the nearest to the truth.
+    # Alternate dtypes, so that a busy moment affects both. Noise only lowers a rate: the highest is the best estimate.
     rounds = [[peak(library, dtype, _STEPS, 1) for dtype in Peaks._fields] for _ in range(_ROUNDS)]
     found = Peaks(*map(max, zip(*rounds)))
     if path:
@@ -94,6 +94,6 @@ def measured(library: ctypes.CDLL, kept: Path | None) -> Peaks:
             handle, name = tempfile.mkstemp(dir=path.parent)
             with os.fdopen(handle, "w") as file:
                 json.dump({"processor": processor(), **found._asdict()}, file)
-            os.chmod(name, 0o644)  # as the library: other users may read it
+            os.chmod(name, 0o644)  # other users may read it, as they may read the library
             os.replace(name, path)
     return found

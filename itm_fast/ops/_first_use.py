@@ -1,8 +1,8 @@
 """The check of an op's Triton kernels when it first runs on a device.
 
-Some versions of Triton compile some kernels wrongly for some GPUs. So the first time that an op would run on a device
-in a precision, a problem of two captions goes through it and through the reference. An op that fails is put aside for
-the life of the process; the others keep their kernels.
+Some versions of Triton compile some kernels wrongly for some GPUs. So before an op first runs on a device in a
+precision, its result for two captions is compared with the reference. If it fails, the process does not use the Triton
+kernels of this op again ("put aside"); other ops keep theirs.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from .. import _triton
 from .._checks import matmul_precision
 from . import _examples
 
-_verdicts: dict[tuple, str | None] = {}
+_verdicts: dict[tuple, str | None] = {}  # (op, device, precision, with backward) -> why it is put aside, or None
 _lock = threading.Lock()
-_thread = threading.local()  # .checks: the check itself runs there, and is not to be checked
+_thread = threading.local()  # .checks is True in a thread that runs a check, whose ops are not checked themselves
 
 
 def put_aside(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Check an op's kernels on a device where that is still to be done.
+    """Check an op's kernels on a device, unless this has been done.
 
-    Backward kernels are checked when gradients are recorded, so that an evaluation compiles none. Nothing is checked
-    while a CUDA graph is captured, which allows no other work on the device, and nothing under the interpreter.
+    Backward kernels are checked only when gradients are recorded, so an evaluation does not compile them. Nothing is
+    checked while a CUDA graph is captured, as that allows no other work on the device, nor under the interpreter.
 
     Returns:
-        None when the op may run, else why its kernels are put aside.
+        None if the op may run, else why its kernels are put aside.
     """
     if getattr(_thread, "checks", False) or _triton.interpreted() or _capturing(device):
         return None
@@ -41,7 +41,7 @@ def put_aside(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         if known in _verdicts:
             return _verdicts[known]
     if torch._C._current_graph_task_id() != -1:
-        return None  # a backward pass recomputes: the check's own would wait for the thread that it holds up here
+        return None  # inside a backward pass, which would wait for the check's own backward pass: a deadlock
     with _lock:
         for known in (whole, key):
             if known in _verdicts:
@@ -49,7 +49,7 @@ def put_aside(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
         try:
             problem = _alone(op, torch.device(device.type, index), dtype, backward)
         except (torch.OutOfMemoryError, MemoryError):
-            return None  # says nothing about the kernels
+            return None  # too little memory for the check: it says nothing about the kernels
         _verdicts[key] = problem
         return problem
 
@@ -59,8 +59,8 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _alone(op: str, device: torch.device, dtype: torch.dtype, backward: bool) -> str | None:
-    """Check in a thread of its own, which has none of the caller's modes: autocast, inference, fake tensors, tracing,
-    the default device, the backend in use."""
+    """Run the check in a new thread, free of the caller's modes: autocast, inference mode, fake tensors, tracing,
+    default device, `use_backend`."""
     found: list[str | None] = []
     raised: list[BaseException] = []
 
