@@ -18,6 +18,7 @@ from .sgraf import SGRAF
 class MeanCosine(PaddedScorer):
     """Cosines of the means of regions and words: a pair scorer without parameters.
 
+    >>> import torch
     >>> MeanCosine()(torch.randn(2, 36, 8), torch.randn(3, 5, 8), [5, 2, 4]).shape
     torch.Size([2, 3])
     """
