@@ -55,6 +55,23 @@ def test_a_sum_may_go_in_any_order_even_where_it_cancels(n, dtype):
         assert_accurate([one_by_one(a, b)], lambda kind, a=a, b=b: [a.to(kind) @ b.to(kind)], dtype)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_factors_of_products_may_be_rounded_to_half_precision(dtype):
+    """The computed factors y nearly cancel in the result, so rounding them moves it by more than storing it does."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(64, 64, generator=generator).to(dtype), torch.randn(64, generator=generator).to(dtype)
+    a[32:] = a[:32]
+    a[32:, 0] *= 1.0625
+    signs = torch.tensor([1.0, -1.0]).repeat_interleave(32)
+
+    def reference(kind):
+        wide = torch.promote_types(kind, torch.float32)
+        return [(signs.to(wide) @ (a.to(wide) @ b.to(wide))).to(kind)]
+
+    y = (a.float() @ b.float()).to(dtype)
+    assert_accurate([(signs @ y.float()).to(dtype)], reference, dtype)
+
+
 def total(x):
     return [x.sum(0)]
 
