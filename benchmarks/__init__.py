@@ -1,1 +1,1 @@
-"""Benchmarks against the papers' loops and the best plain PyTorch; results/ holds what was measured, and where."""
+"""Benchmarks against the papers' loops and the best plain PyTorch; results/ holds the measurements of each machine."""

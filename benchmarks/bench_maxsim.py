@@ -2,16 +2,16 @@
 
     python benchmarks/bench_maxsim.py --threads 2 --rounds 3 --write cpu
 
-maxsim: sum over words of the largest word-region product. No op here is made for it. cross_attention_score with
-t2i, affinity_norm "none", pool "sum" and unit rows has it as its limit: at scale 1e10 the softmax is 1 at the largest
-product, and the cosine with the region that is left is that product. So its row does the work of an attention for a
-result that needs none, and "needed" counts the products alone. D 128 is ColBERT's; D 1024 is this library's.
+maxsim: sum over words of the largest word-region product. No op of itm-fast is made for it, but cross_attention_score
+(t2i, affinity_norm "none", pool "sum", unit rows) approaches it: at scale 1e10 the softmax is 1 at the largest product,
+and the cosine with that region is the product. So itm-fast computes a whole attention here for a result that needs
+none, and "needed" counts the products only. D 128 is ColBERT's; D 1024 is this library's.
 
 attention: mean over words of the cosine with the softmax-weighted regions (scale 9), which is cross_attention_score
 with affinity_norm "none" and pool "mean"; in KeOps it is one `sumsoftmaxweight`.
 
-The packages are optional: pip install maxsim-cpu pykeops. One that is missing, or that crashes when it is tried in a
-process of its own, is left out with the reason in the result.
+The packages are optional: pip install maxsim-cpu pykeops. Each is tried in a new process first. If it is missing or
+crashes, it is left out, and the result says why.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ PACKAGES = {"maxsim-cpu": maxsim_cpu, "pykeops": pykeops}
 
 
 def tried(package: str, task: str, images: int, captions: int) -> str | None:
-    """Why a package cannot take part, found out where a crash does no harm; for a fresh process."""
+    """Why a package cannot take part, or None. Must run in a new process, which the package may crash."""
     try:
         PACKAGES[package](Block(images, captions, TASKS[task], "cpu"), task)()
     except Exception as why:  # whatever another package raises

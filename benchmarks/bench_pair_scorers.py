@@ -5,8 +5,8 @@
 Results are compared with the loop's before anything is timed; a contender that differs by more than 1e-4 (2e-2 with
 bfloat16 products) stops the benchmark. `--write NAME` saves benchmarks/results/pair_scorers_NAME.json.
 
-A row "pairs alone" is given what depends on one image or one caption alone, which an evaluation computes once. The
-scratch of the backends is measured in a fresh process each, for the block and for one of twice the images and captions.
+A row "pairs alone" leaves out what depends on a single image or caption, which an evaluation computes once. Scratch
+memory is measured in a new process per backend, for the block and for twice its images and captions.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ from itm_fast.testing import scan, sgraf
 MODELS = ("scan-t2i", "scan-i2t", "sgr", "saf")
 OTHERS: dict[str, Any] = {model: part for part in (shan, reconstructions) for model in part.MODELS}  # run by name
 SCALE = {"t2i": 9.0, "i2t": 4.0}
-CHUNK = 32 << 20  # bytes of the largest temporary that the rewrites may hold at once
-ALLOWED = {"float32": 1e-4, "bfloat16": 2e-2}  # a bfloat16 has 8 bits, a score is about 1
+CHUNK = 32 << 20  # the most bytes of a temporary of the rewrites
+ALLOWED = {"float32": 1e-4, "bfloat16": 2e-2}  # of a score, which is about 1; a bfloat16 has 8 bits
 BFLOAT16 = ", bfloat16 products"
-LARGER = 2  # times the images and the captions, for scratch that must not grow
+LARGER = 2  # factor of images and captions in the second measurement of scratch memory, which must not grow
 
 
 @dataclass
 class Contender:
-    """Something to time, what it needs at least, and the dtype of the factors of its products."""
+    """A function to time, the operations it needs at least, and the dtype of the factors of its matrix products."""
 
     call: Callable[[], Tensor]
     flops: float
@@ -101,7 +101,7 @@ def chunked(
 
 
 def scored(backend: str, products: str, call: Callable[..., Tensor], *args: object) -> Tensor:
-    """A call under a backend, with float32 matrix products as they are or by bfloat16."""
+    """`call` with a backend, whose float32 matrix products are exact or use bfloat16 factors."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium" if products == "bfloat16" else "highest")
     try:
@@ -112,7 +112,7 @@ def scored(backend: str, products: str, call: Callable[..., Tensor], *args: obje
 
 
 def contenders(model: str, shape: Shape, device: str, compile_too: bool, medium: bool) -> dict[str, Contender]:
-    """All that score the block, the paper's loop first."""
+    """All contenders that score the block, the paper's loop first."""
     image, words, cu_seqlens = shape.features(device)
     caption, lengths = itm_fast.unpack(words, cu_seqlens), cu_seqlens.diff().long()
     scorer, loop, rewrite = build(model, shape, device)
@@ -145,7 +145,7 @@ def contenders(model: str, shape: Shape, device: str, compile_too: bool, medium:
 
 
 def scratch(model: str, shapes: list[Shape], backend: str) -> list[int | None]:
-    """Bytes above inputs and scores that scoring each block takes; for a fresh process."""
+    """Scratch bytes, beyond inputs and scores, of scoring each block; must run in a new process."""
     device, found = "cuda" if torch.cuda.is_available() else "cpu", []
     for shape in shapes:
         image, words, cu_seqlens = shape.features(device)

@@ -1,15 +1,15 @@
-"""What each precision does to the ranking: the package's trained models on their held-out pictures.
+"""How each precision changes the ranking, for the package's trained models on their held-out pictures.
 
     python benchmarks/bench_precision.py --threads 2 --write cpu
 
-Scores in float64 are the judge. On a CUDA device the kernels run in each precision. Without one it is emulated: the
+Scores in float64 are the reference. On a CUDA device the kernels run in each precision. Without one it is emulated: the
 factors of every matrix product are cut to what the tensor cores read (TF32: 10 bits of mantissa, the rest cut off, as
 they do with float32 values), everything else stays in float32, as in the kernels. Half-precision features make
 half-precision scores, which tie often; a tie counts against the query, so those rows are given twice, with the scores
 rounded and with the same scores before that rounding.
 
-Equal pictures and captions of equal words are taken once: they tie by right, and which of them comes first is no
-question of precision. `--write NAME` saves benchmarks/results/precision_NAME.json.
+Equal pictures and captions of equal words are used once: they tie in any precision. `--write NAME` saves
+benchmarks/results/precision_NAME.json.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ _PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "mkldnn_convolution")
 
 
 def cut(x: Tensor, products: str) -> Tensor:
-    """float32 values as the tensor cores read them."""
+    """Cut float32 values to the bits that tensor cores read."""
     if products == "tf32":
         return (x.contiguous().view(torch.int32) & ~0x1FFF).view(torch.float32)
     return x.to(getattr(torch, products)).float()
@@ -89,7 +89,7 @@ class Emulated(TorchDispatchMode):
 
 
 def rounded(scorer: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
-    """A copy whose weights and statistics are of a dtype."""
+    """A copy of the scorer with weights and statistics in `dtype`."""
     return copy.deepcopy(scorer).to(dtype)
 
 

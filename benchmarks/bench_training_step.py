@@ -1,6 +1,6 @@
 """Forward and backward of all pair scorers at the papers' training shape: 128 images x 128 captions, training mode.
 
-What comes before them and after in a training step, encoders, clipping and Adam, bench_whole_step.py has too.
+bench_whole_step.py measures the whole training step: encoders, clipping and Adam too.
 
     python benchmarks/bench_training_step.py --threads 2 --rounds 3 --write cpu
 
@@ -60,7 +60,7 @@ def ranking_loss(score: Tensor, hardest: bool) -> Tensor:
 
 
 def build(model: str, contender: str, shape: Shape, device: str) -> tuple[Score, dict[str, Tensor]]:
-    """What scores image, words and cu_seqlens, and its parameters; the same random numbers for every contender."""
+    """(function of image, words and cu_seqlens, its parameters); every contender gets the same random numbers."""
     whole = WORKLOADS[shape.workload]
     torch.manual_seed(0)
     if model.startswith("scan"):
@@ -148,7 +148,7 @@ def compare(model: str, names: list[str], shape: Shape, device: str) -> tuple[di
 
 
 def refuse_unlike(model: str, off: dict[str, float]) -> None:
-    """End the benchmark where a contender's results are not the loop's."""
+    """Stop the benchmark if a contender's results differ from the loop's."""
     for name, value in off.items():
         harness.progress(f"{model}: {name} is within {value:.1e} of the loop's results")
         if not value < ALLOWED:

@@ -1,6 +1,6 @@
 """The steps of `gpu_suite.py`, each run in a process of its own: `gpu_steps.py NAME FILE [--smoke]`.
 
-A step writes what it has found after every row, so that one that is stopped or crashes keeps its earlier rows.
+A step writes its results after every row, so a step that is stopped or crashes keeps its earlier rows.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 OURS = "triton" if DEVICE == "cuda" else "auto"
 COCO = "coco-eval-5k"
 GIB = 1 << 30
-TEMPORARIES = 4 * GIB  # that the rewrite may hold at once
+TEMPORARIES = 4 * GIB  # the most bytes of the rewrite's temporaries
 
 
 class Precision(NamedTuple):
@@ -77,7 +77,7 @@ class Sizes(NamedTuple):
     train: Shape
     large: Shape  # a training batch whose memory is measured
     maxsim: tuple[int, int]
-    product: int  # of square matrices whose product gives the peak
+    product: int  # size of the square matrices whose product measures the peak rate
 
 
 REAL = Sizes(
@@ -188,7 +188,7 @@ def evaluated(model: str, name: str, sizes: Sizes) -> dict:
         owner = np.arange(shape.captions) % shape.images
         scorers = {part: bench_pair_scorers.build(part, shape, DEVICE)[0].to(dtype) for part in parts}
         start = time.perf_counter()
-        for scorer in scorers.values():  # what is to be compiled, compiles
+        for scorer in scorers.values():  # first call: compile the kernels
             scored(scorer, image[:9], words[: int(cu_seqlens[7])], cu_seqlens[:8])
         harness.synchronise()
         warm = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""All that needs a GPU, in one command of at most nine minutes: checks and tests of the kernels, then what they reach.
+"""Everything that needs a GPU, in one command of at most nine minutes: checks and tests of kernels, then benchmarks.
 
     python benchmarks/gpu_suite.py --out gpu.json
     python benchmarks/gpu_suite.py --out smoke.json --smoke        # tiny sizes, without a GPU too
@@ -76,7 +76,7 @@ def step(name: str, folder: Path, smoke: bool) -> Running:
 
 
 def result(name: str, folder: Path) -> dict[str, Any]:
-    """What a step has written."""
+    """The result that a step has written."""
     path = folder / f"{name}.json"
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -189,7 +189,7 @@ def problems(found: dict[str, Any]) -> list[str]:
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
-    """Whole or not at all."""
+    """Write the file atomically."""
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(found, indent=1) + "\n")
     os.replace(partial, path)

@@ -1,4 +1,4 @@
-"""Timing that can be believed on a noisy machine: alternating runs in one process, medians, results checked first."""
+"""Timing that is reliable on a noisy machine: alternating runs in one process, medians, results checked first."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def alternate(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, 
 
 
 def progress(line: str) -> None:
-    """One line of what goes on, on standard error."""
+    """Print a line of progress on standard error."""
     print(f"  {line}", file=sys.stderr, flush=True)
 
 
@@ -122,7 +122,7 @@ def mebibytes(count: float | None) -> str:
 
 
 def write(name: str, result: dict) -> Path:
-    """Write one result file, whole or not at all."""
+    """Write one result file atomically."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
     with atomic_write(path) as file:

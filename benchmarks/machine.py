@@ -1,4 +1,4 @@
-"""The machine under the benchmarks: what it is, its peaks, and how much memory a call takes of it."""
+"""The machine that runs the benchmarks: its description, its peak rates, and the memory that a call takes."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def environment() -> dict:
 
 
 def head(shape: str, rounds: int, peak: dict[str, float | None]) -> dict:
-    """What every result file begins with."""
+    """The first fields of every result file."""
     giga = {name: rate and rate / 1e9 for name, rate in peak.items()}
     matmul = giga.pop("matmul_float32")
     fma = {name.removeprefix("fma_"): rate for name, rate in giga.items()}

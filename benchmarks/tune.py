@@ -3,10 +3,10 @@
     python benchmarks/tune.py --minutes 8
     python benchmarks/tune.py --ops similarity_graph_score --dtypes bfloat16 --backward
 
-Every row that a call uses is varied one number at a time: a block halved and doubled, another number of warps or of
-stages; what is faster by 2 % is kept, until nothing is or the time is over. A variant that does not compile, does not
-fit or changes the result beyond rounding is passed over. Which row is the better one may depend on the others, so the
-calls that matter most come first. The lines that it prints go into kernels/_tiles.py by hand.
+Every row that a call uses is varied one number at a time: a block size halved or doubled, another number of warps or
+stages. A variant that is 2 % faster is kept, until there is none or the time is over. Variants that do not compile, do
+not fit or change the result beyond rounding are skipped. The best row may depend on the other rows, so the most
+important calls come first. Copy the printed lines into kernels/_tiles.py by hand.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ OPS = (
     "similarity_graph_score", "similarity_filter_score", "cross_attention_score", "cross_attention_similarity",
     "global_local_score", "similarity_context",
 )  # fmt: skip
-GAIN = 0.98  # of the time, that a change must come to
+GAIN = 0.98  # a variant is kept if it takes at most this share of the time
 WARPS, STAGES = (4, 8), (1, 2, 3, 4)
-LEAST, MOST = 16, 512  # of a block
+LEAST, MOST = 16, 512  # range of block sizes to try
 Row = dict[str, Any]
 Key = tuple[str, tuple]  # a function of _tiles and its arguments
 

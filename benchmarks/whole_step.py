@@ -168,7 +168,7 @@ class Step:
         return found
 
     def _reached(self, gradient: Tensor) -> None:
-        """Backward has come to what one of the encoders gave; the first of them counts."""
+        """Note the time when backward first reaches an encoder's output."""
         if "encoders' backward" not in self._marks:
             self._mark("encoders' backward")
 
