@@ -1,4 +1,4 @@
-import importlib.util
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -15,7 +15,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.g
 
 if not torch.cuda.is_available():  # before anything imports the Triton kernels, which are then interpreted
     os.environ.setdefault("TRITON_INTERPRET", "1")
-    if importlib.util.find_spec("triton"):
+    with contextlib.suppress(Exception):  # no Triton, a broken one, or one whose interpreter is another
         import quick_interpreter
 
         quick_interpreter.install()
@@ -24,15 +24,21 @@ if not torch.cuda.is_available():  # before anything imports the Triton kernels,
 os.environ.setdefault("ITM_FAST_BFLOAT16", "1")
 
 
-def pytest_configure():
+def pytest_configure(config):
     if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as where a shell starts pytest in the background
         signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.option.loadscopereorder = False  # pytest-xdist then begins with the files that come first here
     found = Path(itm_fast.__file__).resolve().parents[1]
     if found != ROOT:
         raise pytest.UsageError(
             f"these tests are of the checkout {ROOT}, but the itm_fast that Python imports lies in {found}: nothing "
             f"was tested. Run pytest with the checkout's pyproject.toml, or with PYTHONPATH={ROOT}."
         )
+
+
+def pytest_collection_modifyitems(items):
+    """The files that take longest come first, so that two processes end together."""
+    items.sort(key=lambda item: not item.path.name.startswith("test_triton"))
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -41,8 +41,10 @@ def _dtype(kind, look_up=interpreter._get_np_dtype):
 def _check_overflow(self, lhs, rhs, binary_op):
     """Fail where an integer sum, difference or product does not fit its type; Triton computes this and drops it."""
     kind = lhs.type.scalar
-    if kind.int_bitwidth >= 64:
+    if kind.int_bitwidth >= 64 or not self.builder.options.sanitize_overflow:
         return
+    assert kind == rhs.type.scalar, f"expected matching operand types, got {kind} and {rhs.type.scalar}"
+    assert kind.is_int(), f"expected integer type, got {kind}"
     wide = NUMPY[binary_op.__name__](lhs.handle.data.astype(np.int64), rhs.handle.data.astype(np.int64))
     if wide.size and (wide.max() > kind.get_int_max_value() or wide.min() < kind.get_int_min_value()):
         raise OverflowError(f"{binary_op.__name__} of {kind} overflows")

@@ -69,7 +69,10 @@ def test_factors_of_products_may_be_rounded_to_half_precision(dtype):
         return [(signs.to(wide) @ (a.to(wide) @ b.to(wide))).to(kind)]
 
     y = (a.float() @ b.float()).to(dtype)
-    assert_accurate([(signs @ y.float()).to(dtype)], reference, dtype)
+    found = [(signs @ y.float()).to(dtype)]
+    assert_accurate(found, reference, dtype, products=dtype)
+    with pytest.raises(AssertionError, match="exceeds"):  # where products are of float32 it would be a mistake
+        assert_accurate(found, reference, dtype)
 
 
 def total(x):

@@ -62,8 +62,46 @@ def test_a_library_with_other_structs_is_refused(monkeypatch):
 def test_tensors_elsewhere_are_not_handed_over():
     image, words, cu_seqlens = inputs(2, (3, 2), 4, 8)
     call = _cpu_calls.implementation("global_local_score")
-    with pytest.raises(AssertionError, match=r"^global_local_score: words must be in host memory$"):
+    with pytest.raises(AssertionError, match=r"^global_local_score: tensors must be in host memory$"):
         call.forward(image[:, 0], words.to("meta"), cu_seqlens, 1.0)
+
+
+@needs_cpu
+def test_what_is_kept_for_backward_may_be_strided():
+    """As a hook of saved tensors may give it back."""
+    call = _cpu_calls.implementation("similarity_nodes")
+    image, words, cu_seqlens = inputs(2, (3, 2), 4, 8)
+    args = [image, image[:, 0], words, words[:2], torch.randn(4, 8), torch.zeros(4), torch.randn(4, 8), torch.zeros(4)]
+    args = [*args, cu_seqlens, None, 9.0]
+    results = call.forward(*args)
+    grad = torch.ones_like(results[0])
+    strided = [torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0] for x in results]
+    expected, found = (call.backward(grad, [True] * 8, *args, results=kept) for kept in (results, strided))
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@needs_cpu
+def test_bounds_and_options_are_checked_where_the_public_function_is_passed_by():
+    context = torch.ops.itm_fast.similarity_context.default
+    overall, local, assignment = torch.rand(2, 3, 4), torch.rand(2, 5, 4), torch.rand(2, 4)
+    with pytest.raises(ValueError, match=r"cu_seqlens must be \[T\+1\] with T = 3, got \[3\]"):
+        context(overall, local, assignment, torch.tensor([0, 3, 5]), [2], "cpu")
+    image, words, cu_seqlens = inputs(2, (3, 2), 4, 8)
+    score = torch.ops.itm_fast.cross_attention_score.default
+    with pytest.raises(ValueError, match=r"affinity_norm must be one of softmax, .*, got 'cosine'"):
+        score(image, words, cu_seqlens, None, "t2i", "cosine", 9.0, "lse", 6.0, "cpu")
+
+
+@needs_cpu
+def test_a_default_device_changes_nothing():
+    features = inputs(2, (3, 2), 4, 8)
+    call = _cpu_calls.implementation("cross_attention_score")
+    options = None, "t2i", "clipped_l2norm", 9.0, "lse", 6.0
+    with torch.device("meta"):
+        score = call.forward(*features, *options)
+        gradients = call.backward(torch.ones(2, 2, device="cpu"), [True, True], *features, *options)
+    assert torch.equal(score, call.forward(*features, *options))
+    assert all(x.is_cpu for x in gradients)
 
 
 @needs_cpu

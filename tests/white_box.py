@@ -49,6 +49,8 @@ def load(level):
                 shutil.copy(file, folder / "cpu")
         patch.setenv("CXX", shlex.join(command))
         built = _native.build(folder, level)
+    if built.path is None:
+        return "the cache folder cannot keep the module"
     loader = importlib.machinery.ExtensionFileLoader(NAME, str(built.path))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader(NAME, loader))
     loader.exec_module(module)
@@ -57,10 +59,10 @@ def load(level):
 
 @pytest.fixture(
     scope="module",
-    params=[NATIVE, *(pytest.param(level, marks=pytest.mark.slow) for level in ("avx2", "generic"))],
+    params=[NATIVE, pytest.param("generic", marks=pytest.mark.slow)],
 )
 def box(request):
-    """The building blocks as compiled for this processor's best level, and for lesser ones."""
+    """The building blocks as compiled for this processor's best level, and in plain C++."""
     module = load(_native.level() if request.param == NATIVE else request.param)
     if isinstance(module, str):
         pytest.skip(module)

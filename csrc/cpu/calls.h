@@ -6,7 +6,7 @@
 
 namespace itm_fast {
 
-constexpr char CALLS[] = "b395caa3c9ae59c7";  // what the structs are compared by when the library is loaded
+constexpr char CALLS[] = "b395caa3c9ae59c7";  // what the structs are compared by at the first call
 
 enum class Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum class Direction : int64_t { T2I, I2T, BOTH };

@@ -4,7 +4,7 @@ They follow from the ops' declarations. C++ includes them as csrc/cpu/calls.h, w
 
     python -m itm_fast.ops._calls
 
-and has to be written again when a declaration changes: a library whose structs are others is refused when it is loaded.
+and has to be written again when a declaration changes: a library whose structs are others refuses every call.
 All fields have eight bytes, so no compiler leaves gaps between them.
 """
 
@@ -130,7 +130,7 @@ def header() -> str:
 
 namespace itm_fast {{
 
-constexpr char CALLS[] = "{digest()}";  // what the structs are compared by when the library is loaded
+constexpr char CALLS[] = "{digest()}";  // what the structs are compared by at the first call
 
 {_structs()}
 

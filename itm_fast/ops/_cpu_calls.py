@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
-from types import SimpleNamespace
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -48,9 +48,12 @@ class Calls:
     Args:
         op: its declaration.
         said: the op that messages name, where it is another one.
+        more: option -> what C++ also has beside the choices that the op declares.
     """
 
-    def __init__(self, op: Declaration, said: str | None = None) -> None:
+    def __init__(
+        self, op: Declaration, said: str | None = None, more: Mapping[str, tuple[str, ...]] = MappingProxyType({})
+    ) -> None:
         self.op, self.said, self.struct = op, said or op.name, _calls.struct(op)
         self.bfloat16 = op.name in BFLOAT16
         self.sizes = [letter for letter in _calls.SIZES if letter in op.places]
@@ -65,7 +68,7 @@ class Calls:
         self.regions = [k for k, a in rows if a.name == "region_lengths"]
         self.counts = [k for k, a in rows if isinstance(a, Counts)]
         self.codes = [
-            (k, {value: code for code, value in enumerate(_calls.ENUMS[a.enum])})
+            (k, {value: _calls.ENUMS[a.enum].index(value) for value in (*a.choices, *more.get(a.name, ()))})
             for k, a in rows
             if isinstance(a, Choice)
         ]
@@ -85,7 +88,7 @@ class Calls:
         if op.name in TOGETHER and any(need and not written for need, written in zip(needs, self.written)):
             made = [need or not written for need, written in zip(needs, self.written)]
         gradients = [
-            None if not make else x.new_empty(x.shape) if written else torch.zeros(x.shape, dtype=sums)
+            None if not make else x.new_empty(x.shape) if written else torch.zeros(x.shape, dtype=sums, device="cpu")
             for x, make, written in zip(args, made, self.written)
         ]
         grad = (grad.to(work) if op.pairs else grad).contiguous()
@@ -103,23 +106,29 @@ class Calls:
         op, values = self.op, list(args)
         for k in self.floats:
             if values[k] is not None:
-                assert values[k].is_cpu, f"{self.said}: {op.names[k]} must be in host memory"
                 values[k] = values[k].contiguous()
         for k in self.fixed:
             values[k] = values[k].to(torch.float64)
         for k in self.bounds:
-            values[k] = torch.tensor(bounds(args[k], size[self.packed], self.said), dtype=torch.int64)
+            values[k] = _integers(bounds(args[k], size[self.packed], self.said))
+            if len(values[k]) != size["T"] + 1:
+                raise ValueError(f"{self.said}: cu_seqlens must be [T+1] with T = {size['T']}, got [{len(values[k])}]")
         for k in self.regions:
             if args[k] is not None:
-                values[k] = torch.tensor(_attention.region_counts(args[k], args[0], self.said), dtype=torch.int64)
+                values[k] = _integers(_attention.region_counts(args[k], args[0], self.said))
         for k in self.counts:
-            values[k] = torch.tensor(args[k], dtype=torch.int64)
+            values[k] = _integers(args[k])
         for k, codes in self.codes:
+            if args[k] not in codes:
+                raise ValueError(f"{self.said}: {op.names[k]} must be one of {', '.join(codes)}, got {args[k]!r}")
             values[k] = codes[args[k]]
         if not gradients and op.backward is None:
             gradients = [None] * (1 + op.differentiable)
         _same_structs()
-        values += [*results, *gradients]  # which live until C++ has returned
+        values += [None if x is None else x.contiguous() for x in (*results, *gradients)]
+        # All of them live until C++ has returned, which reads and writes wherever they point.
+        given = [x for x in values if isinstance(x, Tensor)]
+        assert all(x.is_cpu and x.is_contiguous() for x in given), f"{self.said}: tensors must be in host memory"
         call = self.struct(
             *[x.data_ptr() if isinstance(x, Tensor) else x for x in values],
             DTYPES[args[0].dtype],
@@ -128,6 +137,10 @@ class Calls:
             torch.get_num_threads(),
         )
         _native.call(function, ctypes.byref(call))
+
+
+def _integers(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64, device="cpu")
 
 
 @functools.cache
@@ -142,7 +155,7 @@ def implementation(name: str) -> Any:
     if name != "global_local_score":
         return Calls(DECLARED[name])
     # A caption's words, the contexts, scored with an image of one region; the logits are cosines.
-    calls = Calls(DECLARED["cross_attention_score"], said=name)
+    calls = Calls(DECLARED["cross_attention_score"], said=name, more={"affinity_norm": ("cosine",)})
 
     def arguments(vector: Tensor, words: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Any, ...]:
         return vector[:, None], words, cu_seqlens, None, "i2t", "cosine", scale, "sum", 1.0

@@ -105,8 +105,6 @@ def rounding(
 
     All arithmetic in float16 and bfloat16 sums in float32 or better, so u is at most float32's there; the results
     themselves are stored in `dtype`, which the term's first part covers: u of `dtype` times the largest value.
-    The factors of its products are in `dtype` too, as matrix units take them, also those that a program computed; u of
-    `dtype` is added to that of the factors.
 
     Gradients share what the backward pass makes on its way to them, and a right program may make it by another
     formula: sum beta d beta of SAF's weights is m . d m as well. Where one argument's gradient is a difference of such
@@ -132,8 +130,6 @@ def rounding(
         last ones, which are the bound, and errors within earlier ones are within it. The random numbers are fixed.
     """
     unit = torch.finfo(dtype).eps / 2
-    if products is None and torch.finfo(dtype).bits < 32:
-        products = dtype
     factors = 0.0 if products is None else torch.finfo(products).eps / 2
     stored = [unit * e.abs().max().item() if e.numel() else 0.0 for e in exact]
     if gradients:

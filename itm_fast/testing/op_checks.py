@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from .. import _backends, ops
+from .. import _backends, _native, ops
 from . import assert_accurate
 
 Call = Callable[..., Tensor | tuple[Tensor, ...]]
@@ -52,6 +52,14 @@ def gradients(
     return list(torch.autograd.grad(result, inputs, grad, materialize_grads=True))
 
 
+def factors(backend: str, dtype: torch.dtype) -> torch.dtype | None:
+    """The half precision in which a backend multiplies what it computed, where it does: matrix units take no other."""
+    halves = {"triton": (torch.float16, torch.bfloat16), "cpu": (torch.bfloat16,)}
+    if backend == "cpu" and not _native.bfloat16_products()[0]:
+        return None
+    return dtype if dtype in halves.get(backend, ()) else None
+
+
 def check_forward(call: Call, args: Sequence[Tensor], dtype: torch.dtype, backend: str) -> None:
     """Every result by the accuracy rule; the first one in the inputs' dtype."""
     rounded = [a.detach().to(dtype) for a in args]
@@ -63,14 +71,20 @@ def check_forward(call: Call, args: Sequence[Tensor], dtype: torch.dtype, backen
     actual = run(dtype, backend)
     assert actual[0].dtype == dtype
     assert [a.dtype for a in actual] == [s.dtype for s in run(dtype)]
-    assert_accurate(actual, run, dtype)
+    assert_accurate(actual, run, dtype, products=factors(backend, dtype))
 
 
 def check_gradients(call: Call, args: Sequence[Tensor], dtype: torch.dtype, backend: str) -> None:
     """Every gradient by the accuracy rule."""
     actual = gradients(call, args, dtype, backend, dtype)
     assert all(a.dtype == dtype for a in actual)
-    assert_accurate(actual, lambda kind: gradients(call, args, kind, "reference", dtype), dtype, gradients=True)
+    assert_accurate(
+        actual,
+        lambda kind: gradients(call, args, kind, "reference", dtype),
+        dtype,
+        products=factors(backend, dtype),
+        gradients=True,
+    )
 
 
 def check_needs(call: Call, args: Sequence[Tensor], backend: str, dtype: torch.dtype = torch.float64) -> None:
@@ -82,7 +96,13 @@ def check_needs(call: Call, args: Sequence[Tensor], backend: str, dtype: torch.d
         result.backward(upstream(result))
         assert [x.grad is not None for x in inputs] == [n == k for n in range(len(args))]
         found += [x.grad for x in inputs if x.grad is not None]
-    assert_accurate(found, lambda kind: gradients(call, args, kind, "reference", dtype), dtype, gradients=True)
+    assert_accurate(
+        found,
+        lambda kind: gradients(call, args, kind, "reference", dtype),
+        dtype,
+        products=factors(backend, dtype),
+        gradients=True,
+    )
     assert not first(call(*leaves(args, dtype, [False] * len(args)), backend=backend)).requires_grad
 
 
