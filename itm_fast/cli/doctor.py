@@ -20,7 +20,9 @@ check every backend that can run against the reference.
 
 Exits with 1 when a check fails or a required package does not import, so that scripts can test for it."""
 
-_REQUIRED = {"numpy": "numpy", "h5py": "h5py", "nltk": "nltk", "pillow": "PIL", "tqdm": "tqdm"}
+_REQUIRED = {
+    name: {"pillow": "PIL"}.get(name, name) for name in ("numpy", "h5py", "einops", "ninja", "nltk", "pillow", "tqdm")
+}  # distribution -> module
 _OPTIONAL = {
     "eccv-caption": "`evaluate` with CxC and ECCV metrics",
     "tensorboard": "`train --tensorboard`",

@@ -110,20 +110,20 @@ TRAINING = {
     "lr_update": size(20, "epochs between cuts of the learning rate to a tenth", "N"),
     "learning_rate": Option(2e-4, "learning rate of the first epoch", "LR", "lr", above=0),
     "batch_size": Option(128, "captions, each with its image", "N", least=0, most=MOST),
-    "margin": Option(0.2, "of the ranking loss", least=0),
+    "margin": Option(0.2, "margin of the ranking loss", least=0),
     "max_violation": Option(True, "the hardest negative counts alone (default), or all do"),
     "exclude_same_image": Option(
         False, "other captions of an image are no negatives to it (published, and default: they are)"
     ),
-    "grad_clip": Option(2.0, "0 switches clipping off", "NORM", least=0),
+    "grad_clip": Option(2.0, "gradients of a larger norm are scaled down to this one; 0: none is", "NORM", least=0),
     "val_step": Option(0, "also validate every N steps, for the log alone", "N", least=0, most=MOST),
-    "seed": Option(0, "of weights, dropout and data order (default 0)", least=0, most=MOST),
+    "seed": Option(0, "random seed of weights, dropout and data order (default 0)", least=0, most=MOST),
 }
 # What the encoders of every model read.
 ENCODERS = {
     "embed_size": size(1024, "joint embedding", "D"),
     "word_dim": size(300, "word embedding", "N"),
-    "num_layers": Option(1, "of the GRU", "N", least=1, most=DEEPEST),
+    "num_layers": Option(1, "layers of the GRU", "N", least=1, most=DEEPEST),
     "bi_gru": Option(True, "bidirectional GRU (default) or one-way"),
     "no_imgnorm": Option(False, "unit-length regions (default) or as they come", flag="imgnorm"),
     "no_txtnorm": Option(False, "unit-length words (default) or as they come", flag="txtnorm"),

@@ -27,8 +27,8 @@ from .torch_file import ALLOWED, describe, load_plain
 State: TypeAlias = collections.OrderedDict[str, Tensor]
 BEST = "model_best.pth.tar"
 _WANTED = (
-    "a checkpoint is the model_best.pth.tar that SCAN, SGRAF or `itm-fast train` wrote: a dict with model (or model_A "
-    "and model_B), opt, epoch, best_rsum and Eiters"
+    "a checkpoint is the model_best.pth.tar that SCAN, SGRAF or `itm-fast train` wrote: a dict with opt and model (or "
+    "state_dict, or model_A and model_B)"
 )
 
 
@@ -106,7 +106,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 def load_all(path: str | os.PathLike[str]) -> list[Checkpoint]:
     """Read every network of a checkpoint: one, or two where the file holds `model_A` and `model_B`.
 
-    Args and Raises: as `load`.
+    Args and Raises: as `load`, but several networks are no error.
 
     Returns:
         the networks in the order of their names.

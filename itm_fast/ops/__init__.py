@@ -1,4 +1,4 @@
-"""The ops: one file each, holding the formula, the reference, the registration and the public function."""
+"""The ops: one file each, with its equations, declaration, reference and public function."""
 
 from .cross_attention_score import cross_attention_score
 from .cross_attention_similarity import cross_attention_similarity

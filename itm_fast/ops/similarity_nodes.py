@@ -3,7 +3,7 @@
 For one pair it equals this program:
 
     P     = l2norm(((scale * l2norm(leaky_relu(regions @ words.T, 0.1), dim=1)).softmax(0)).T @ regions)
-    nodes = l2norm(cat([(v - t).square() @ W_g.T + b_g, (P - words).square() @ W_l.T + b_l]))
+    nodes = l2norm(cat([((v - t).square() @ W_g.T + b_g)[None], (P - words).square() @ W_l.T + b_l]))
 
 Forward, with the global vectors v of the image and t of the caption, and the local similarity vectors s_j of
 `cross_attention_similarity` (t2i, affinity norm "clipped_l2norm"):
@@ -14,8 +14,8 @@ Forward, with the global vectors v of the image and t of the caption, and the lo
 Backward: (4) to (7) of `cross_attention_similarity` for s_j. For s_g (4) and (5) hold with u = v and q = t, and
 d v = d u.
 
-Saved for backward: the inputs, the nodes, and in the cpu backend 1 / (|y| + 1e-8) of each, which with the node gives y
-back: the largest product need not be made again.
+Saved for backward: the inputs, the nodes, and in the cpu backend 1 / (|y| + 1e-8) of each: y = node (|y| + 1e-8),
+so that backward does not compute the largest product again.
 """
 
 from __future__ import annotations
