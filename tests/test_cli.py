@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import importlib
 import importlib.metadata
@@ -250,6 +251,15 @@ def test_doctor_names_a_backend_setting_that_cannot_run(capsys, monkeypatch):
     assert main(["doctor", "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert "no backend is called 'fastest'" in report["operations"]["similarity_graph"]["auto"]["cpu"]
+
+
+def test_doctor_looks_at_every_package_that_is_required():
+    project = Path(__file__).resolve().parents[1] / "pyproject.toml"
+    if not project.is_file():
+        pytest.skip("needs a checkout")
+    (line,) = re.findall(r"^dependencies = (\[.*\])$", project.read_text(), re.MULTILINE)
+    required = {re.match(r"[\w-]+", name)[0] for name in ast.literal_eval(line)}
+    assert set(doctor._REQUIRED) == required - {"torch"}
 
 
 def test_doctor_knows_an_example_of_every_operation():

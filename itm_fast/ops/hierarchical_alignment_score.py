@@ -21,8 +21,9 @@ Forward, with regions v_i, words t_j, their keys k_i and k_j, and cos(a, b) = a 
             + nu cos(v_c, t*_c) + (1 - nu) cos(t_c, v*_c) + cos(v_g, t_g)                                    (7)
 
 with direction "both", m = image_pool, n = caption_pool, mu = local_mix, nu = global_mix, gamma_i = softmax_i(m . v^_i).
-With "t2i" only r_j and t_c exist, with weight 1, and v_g is the mean of the regions; with "i2t" the other way round. The gate's linear map W [x; y] + b is given by halves: a_i and b_j (with the bias) of the
-vector itself, a_j and b_i of what it attends to, for W (sum_j alpha_ij t_j) = sum_j alpha_ij (W t_j).
+With "t2i" only r_j and t_c exist, with weight 1, and v_g is the mean of the regions; with "i2t" the other way round.
+The gate's linear map W [x; y] + b is given by halves: a_i and b_j (with the bias) of the vector itself, a_j and b_i of
+what it attends to, for W (sum_j alpha_ij t_j) = sum_j alpha_ij (W t_j).
 
 With a scalar gate every vector above is a combination of rows of V and T, x = V^T p + T^T q, and
 
