@@ -10,7 +10,7 @@ The first use of one of these names imports torch. A program that calls only `to
 model, must import `itm_fast.ops` itself. These parts of the package are imported on first use:
 
     itm_fast.evaluation   recalls of models (`evaluate`) or of your own scores (`metrics(score, caption_to_image)`)
-    itm_fast.models       SCAN, SGRAF and others under their published names; `load` reads a trained one, `build` makes one
+    itm_fast.models       SCAN, SGRAF and others by their published names; `load` reads a trained one, `build` makes one
     itm_fast.data         splits, vocabularies and batches of precomputed features
     itm_fast.training     the published recipes (`options`, `train`) and checkpoints
     itm_fast.nn           modules over the ops
