@@ -28,6 +28,7 @@ def check(op, backend, image, words, counts, **options):
     return found[backend]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["clipped", "clipped_l2norm"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @each(*OPS)

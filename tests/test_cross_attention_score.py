@@ -59,6 +59,7 @@ def test_forward_and_gradients(backend, dtype, shape, direction):
     op_checks.check_gradients(call, args, dtype, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("norm,pool", OPTIONS)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -71,6 +72,7 @@ def test_every_norm_and_pool(backend, norm, pool, direction):
         op_checks.check_gradients(call, args, torch.float64, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])

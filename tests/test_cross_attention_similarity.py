@@ -47,6 +47,7 @@ def test_forward_and_gradients(backend, dtype, shape, direction):
     op_checks.check_gradients(call, args, dtype, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -58,6 +59,7 @@ def test_every_norm_with_and_without_region_lengths(backend, norm, direction):
         op_checks.check_gradients(call, args, torch.float64, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_gradcheck(backend, direction):
@@ -189,6 +191,7 @@ def test_the_kernels_give_the_same_bits_for_any_number_of_threads(dtype, directi
         assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
 
 
+@pytest.mark.slow
 @needs_cpu
 def test_float32_products_are_of_bfloat16_only_where_that_is_allowed():
     call, args = case(*MANY)

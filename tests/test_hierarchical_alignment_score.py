@@ -38,6 +38,7 @@ def case(I, counts, R=6, D=16, regions=None, gate="scalar", **options):
     return call, args
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gate", ["scalar", "vector"])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)

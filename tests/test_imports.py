@@ -135,6 +135,7 @@ def test_importing_the_package_needs_torch_alone():
     assert run(code).strip() == "[]"
 
 
+@pytest.mark.slow
 def test_parts_of_the_package_are_attributes_loaded_when_first_used():
     code = (
         "import sys, itm_fast\n"

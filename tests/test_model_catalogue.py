@@ -80,6 +80,7 @@ def test_options_of_no_model_are_refused():
         build(Namespace(**{**vars(small(CATALOGUE["sgr"])), "module_name": "AVE"}))
 
 
+@pytest.mark.slow
 def test_submodules_are_attributes():
     code = "import itm_fast; print(itm_fast.models.scan.SCAN.__name__, itm_fast.models.dual_encoder.__name__)"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -36,6 +36,7 @@ def test_scores_and_gradients_are_the_loops(model, backend):
         torch.testing.assert_close(module(image, caption, LENGTHS), want, rtol=0, atol=1e-12)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "model,parts",
     [(of_hgan(granularities=(1, 2), scale_global=3.0), ("mfar", "v_graph")), (of_tshsr(), ("context", "tranlo"))],

@@ -69,17 +69,20 @@ def check(problem):
         assert torch.equal(problem.score(), whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("D,S", [(32, 8), (80, 24)])
 @pytest.mark.parametrize("name", SCORERS)
 def test_any_block_order_and_number_of_threads(name, D, S):
     check(Problem(SCORERS[name], D, S))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCORERS)
 def test_images_of_fewer_regions(name):
     check(Problem(SCORERS[name], 32, 8, regions=torch.tensor([6, 1, 3, 6, 5])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=["float64", "bfloat16"])
 @pytest.mark.parametrize("name", ["SGR", "SAF", "SHAN-full", "TSHSR", "HGAN"])
 def test_other_dtypes(name, dtype):

@@ -48,6 +48,7 @@ def test_the_whole_model_has_the_loops_gradients(variant):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("gate", shan.OPTIONS["gate"].choices)
 def test_gradcheck_of_the_scorer(gate, backend):
@@ -98,6 +99,7 @@ def test_every_option_reaches_the_scorer():
     assert SHAN(model_options(alignment="i2t", gate="vector")).sim_enc.width == SMALL["embed_size"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("alignment", shan.ALIGNMENTS)
 def test_it_learns_a_batch_and_its_state_comes_back(alignment):
     torch.manual_seed(0)

@@ -41,6 +41,7 @@ def test_gradcheck(backend):
     op_checks.check_gradcheck(call, args, backend)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_torch_contracts(backend):
     counts = (4, 2, 4)

@@ -30,6 +30,7 @@ def nodes_only(call):
     return lambda *args, backend: call(*args, backend=backend)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 @pytest.mark.parametrize("backend", BACKENDS)

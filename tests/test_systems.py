@@ -45,6 +45,7 @@ def test_a_run_learns_and_its_checkpoint_is_evaluated(name, tmp_path, capsys):
     assert "states computed once" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_a_run_resumes_bit_for_bit(name, tmp_path):
     for folder, steps in (("whole", None), ("parts", 4)):
