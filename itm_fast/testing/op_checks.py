@@ -74,17 +74,20 @@ def check_forward(call: Call, args: Sequence[Tensor], dtype: torch.dtype, backen
     assert_accurate(actual, run, dtype, products=factors(backend, dtype))
 
 
+def _accurate_gradients(
+    actual: list[Tensor], call: Call, args: Sequence[Tensor], dtype: torch.dtype, backend: str
+) -> None:
+    def reference(kind: torch.dtype) -> list[Tensor]:
+        return gradients(call, args, kind, "reference", dtype)
+
+    assert_accurate(actual, reference, dtype, products=factors(backend, dtype), gradients=True)
+
+
 def check_gradients(call: Call, args: Sequence[Tensor], dtype: torch.dtype, backend: str) -> None:
     """Every gradient by the accuracy rule."""
     actual = gradients(call, args, dtype, backend, dtype)
     assert all(a.dtype == dtype for a in actual)
-    assert_accurate(
-        actual,
-        lambda kind: gradients(call, args, kind, "reference", dtype),
-        dtype,
-        products=factors(backend, dtype),
-        gradients=True,
-    )
+    _accurate_gradients(actual, call, args, dtype, backend)
 
 
 def check_needs(call: Call, args: Sequence[Tensor], backend: str, dtype: torch.dtype = torch.float64) -> None:
@@ -96,13 +99,7 @@ def check_needs(call: Call, args: Sequence[Tensor], backend: str, dtype: torch.d
         result.backward(upstream(result))
         assert [x.grad is not None for x in inputs] == [n == k for n in range(len(args))]
         found += [x.grad for x in inputs if x.grad is not None]
-    assert_accurate(
-        found,
-        lambda kind: gradients(call, args, kind, "reference", dtype),
-        dtype,
-        products=factors(backend, dtype),
-        gradients=True,
-    )
+    _accurate_gradients(found, call, args, dtype, backend)
     assert not first(call(*leaves(args, dtype, [False] * len(args)), backend=backend)).requires_grad
 
 
