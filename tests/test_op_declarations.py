@@ -150,6 +150,7 @@ def test_the_docstring_gives_the_declared_shapes_and_choices(op):
             assert "int32 or int64" in line
         if isinstance(argument, Choice):
             assert all(re.search(rf"\b{choice}\b", line) for choice in argument.choices), line
+    assert tuple(re.findall(r'"(\w+)"', said["backend"])) == DECLARED[op].offered
     assert set(said) == {"backend", "ValueError", "TypeError", "NotImplementedError"}
 
 
@@ -161,6 +162,7 @@ def test_an_argument_has_one_line_in_all_docstrings():
         for argument in DECLARED[op].arguments:
             alike = repr(argument), packed if argument.name == "cu_seqlens" else None
             said.setdefault(alike, set()).add(lines[argument.name])
-        for name in ("backend", "TypeError", "NotImplementedError"):
+        said.setdefault(DECLARED[op].offered, set()).add(lines["backend"])
+        for name in ("TypeError", "NotImplementedError"):
             said.setdefault(name, set()).add(lines[name])
     assert not {alike: lines for alike, lines in said.items() if len(lines) > 1}

@@ -121,7 +121,7 @@ def cross_attention_similarity(
             clipped_l1norm, clipped or none ("clipped" is LeakyReLU with slope 0.1).
         scale: inverse temperature of the attention's softmax.
         region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
-        backend: one of `OFFERED`, or None to let itm_fast choose.
+        backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
         t2i: [I, N, S], one vector per image and word. i2t: [I, T, R, S], one per region; rows beyond an image's

@@ -86,7 +86,7 @@ def global_local_score(
         words: [N, D] packed word features, same dtype and device; see `itm_fast.pack`.
         cu_seqlens: [T + 1] int32 or int64: caption t is `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
         scale: inverse temperature of the attention's softmax.
-        backend: one of `OFFERED`, or None to let itm_fast choose.
+        backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
         score [I, T], dtype of `vector` (under autocast, autocast's).

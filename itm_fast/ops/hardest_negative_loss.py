@@ -74,7 +74,7 @@ def hardest_negative_loss(
         hardest: the worst negative of each row and column, or else the sum over all (published `max_violation`).
         image_ids: [B] int32 or int64; pairs with equal ids are no negatives. None, as published: only the diagonal
             is spared, so another caption of the same image counts as a negative.
-        backend: one of `OFFERED`, or None to let itm_fast choose.
+        backend: "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
         A scalar, summed over the batch.

@@ -210,7 +210,7 @@ def hierarchical_alignment_score(
         local_mix: share of the regions in the local term, from 0 to 1, for direction "both".
         global_mix: share of the image in the global-to-local term, from 0 to 1, for direction "both".
         region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
-        backend: one of `OFFERED`, or None to let itm_fast choose.
+        backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
         score [I, T], dtype of `image` (under autocast, autocast's).

@@ -109,7 +109,7 @@ def similarity_context(
         cu_seqlens: [T + 1] int32 or int64 bounds of the captions' local nodes, the last one N.
         assignment: [C, S], one row for every context node: the first level's, then the second's, ...
         sizes: context nodes of each level; their sum is C.
-        backend: one of `OFFERED`, or None to let itm_fast choose.
+        backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
         [I, N + T (1 + C), S], for every caption its global node, its local nodes and its context nodes level by level:

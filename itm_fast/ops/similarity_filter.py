@@ -138,7 +138,7 @@ def similarity_filter(
         running_var: [1], used in evaluation.
         training: take the statistics of one caption at a time, over all images and its nodes.
         eps: BatchNorm's.
-        backend: one of `OFFERED`, or None to let itm_fast choose.
+        backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
         z [I, T, S] in the dtype of `nodes` (under autocast, autocast's), and in training the mean [T] and biased

@@ -165,7 +165,7 @@ def similarity_filter_score(
         scale: inverse temperature of the attention's softmax.
         eps: BatchNorm's.
         region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
-        backend: one of `OFFERED`, or None to let itm_fast choose.
+        backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
         Scores in (0, 1), [I, T]; dtype of `image` (under autocast, autocast's).

@@ -118,7 +118,7 @@ def similarity_graph(
         key_bias: [K, S]. It has no effect on the result, and its gradient is zero.
         value_weight: [K, S, S].
         value_bias: [K, S].
-        backend: one of `OFFERED`, or None to let itm_fast choose.
+        backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
         [I, T, S], node 0 of each pair after K steps; dtype of `nodes` (under autocast, autocast's).

@@ -106,7 +106,7 @@ def similarity_nodes(
         global_bias: [S].
         scale: inverse temperature of the attention's softmax.
         region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
-        backend: one of `OFFERED`, or None to let itm_fast choose.
+        backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
         Nodes [I, N + T, S], dtype of `image` (under autocast, autocast's), and their bounds [T + 1] in the dtype of
