@@ -17,8 +17,9 @@ import numpy
 import pytest
 import torch
 
+from itm_fast.models.checkpoint import load
 from itm_fast.training import checkpoint
-from itm_fast.training.checkpoint import load, save
+from itm_fast.training.checkpoint import save
 
 OPT = argparse.Namespace(
     module_name="SGR", embed_size=8, learning_rate=2e-4, bi_gru=True, data_path="/données/f30k", resume=None

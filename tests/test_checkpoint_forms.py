@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from itm_fast.models import build
+from itm_fast.models.checkpoint import load, load_all
 from itm_fast.training import options
-from itm_fast.training.checkpoint import load, load_all
 
 OPT = options("saf", img_dim=6, embed_size=8, word_dim=4, sim_dim=4)
 

@@ -7,9 +7,9 @@ from training_cases import DEV, SMALL, TRAIN, WORDS
 
 import itm_fast
 from itm_fast.data import save_splits
-from itm_fast.models import DualEncoder, build
+from itm_fast.models import DualEncoder, build, checkpoint
 from itm_fast.models.dual_encoder import MeanCosine
-from itm_fast.training import checkpoint, options, train, trainer
+from itm_fast.training import options, train, trainer
 
 
 def cosines(image, caption, regions=None):

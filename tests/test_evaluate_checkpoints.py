@@ -13,6 +13,7 @@ import torch
 from itm_fast.cli import main
 from itm_fast.data import Split, Vocabulary, save_splits
 from itm_fast.models import build
+from itm_fast.models.checkpoint import load
 from itm_fast.training import checkpoint
 
 from .test_evaluation_report import options, pets
@@ -85,7 +86,7 @@ def test_the_vocabulary_beside_a_checkpoint_is_found_from_its_folder(made, capsy
 
 def test_another_vocabulary_of_the_same_size_is_refused(made, tmp_path, capsys):
     right = Vocabulary.load(made / "vocab.json")
-    found = checkpoint.load(made / "A.pth.tar")
+    found = load(made / "A.pth.tar")
     opt = argparse.Namespace(**vars(found.opt), vocab_checksum=right.checksum())
     path = made / "signed.pth.tar"
     checkpoint.save(path, epoch=3, model=found.model, best_rsum=1.0, opt=opt, iterations=7)

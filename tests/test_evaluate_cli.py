@@ -17,6 +17,7 @@ from itm_fast.data import Split, Vocabulary, save_splits
 from itm_fast.evaluation import encode, metrics, score_all
 from itm_fast.models import build
 from itm_fast.models._catalogue import CATALOGUE
+from itm_fast.models.checkpoint import load
 from itm_fast.training import checkpoint
 
 from .test_evaluation_report import AUTO, options, pets
@@ -51,7 +52,7 @@ def test_table_files_and_ensemble(made, tmp_path, capsys):
     split, vocabulary = pets()
     scores = []
     for kind in ("SGR", "SAF"):
-        loaded = checkpoint.load(made / f"{kind}.pth.tar")
+        loaded = load(made / f"{kind}.pth.tar")
         model = build(loaded.opt)
         model.load_state_dict(loaded.model)
         scores.append(score_all(model.scorer, encode(model, split, vocabulary, progress=False), progress=False))
@@ -188,7 +189,7 @@ def test_regions_of_zeros_are_masked_when_asked(made, tmp_path, capsys):
     assert main([*words, f"{tmp_path}/masked.npy", "--mask-zero-regions"]) == 0
     with pytest.warns(UserWarning, match="end in regions of zeros.*--mask-zero-regions"):
         assert main([*words, f"{tmp_path}/plain.npy"]) == 0
-    loaded = checkpoint.load(made / "SCAN.pth.tar")
+    loaded = load(made / "SCAN.pth.tar")
     model = build(loaded.opt)
     model.load_state_dict(loaded.model)
     score = score_all(model.scorer, encode(model, known, vocabulary, progress=False), progress=False)
@@ -299,7 +300,12 @@ def test_two_checkpoints_of_one_kind_are_told_apart(made, tmp_path, capsys):
         ([], "give --checkpoint"),
         (["--checkpoint", "SAF", "--data", "pets_precomp", "--resume"], "name it with --scores"),
         (["--checkpoint", "SAF", "--data", "pets_precomp", "--trec", "5"], "--trec writes its files to --output"),
-        (["--workload", "coco-eval-5k"], "use it with --dry-run"),
+        (["--workload", "coco-eval-5k"], "give --dry-run"),
+        (["--workload", "coco-eval-5k", "--dry-run", "--data", "pets_precomp"], "not --data"),
+        (["--workload", "coco-eval-5k", "--dry-run", "--folds", "5"], "not --folds"),
+        (["--workload", "coco-eval-5k", "--dry-run", "--output", "x", "--trec", "9"], "not --output, --trec"),
+        (["--workload", "coco-eval-5k", "--dry-run", "--scores", "x.npy", "--resume"], "not --resume"),
+        (["--workload", "coco-eval-5k", "--dry-run", "--split", "dev", "--ties", "expected"], "not --split, --ties"),
         (["--workload", "coco-eval-5k", "--dry-run", "--device", "x"], "device must be such as cpu, cuda or"),
         (["--checkpoint", "SAF", "--data", "nowhere"], "nowhere does not exist"),
         (["--checkpoint", "nothing", "--data", "pets_precomp"], "nothing.pth.tar: No such file"),

@@ -175,7 +175,7 @@ def test_why_no_relevance_says_what_is_missing(monkeypatch):
     assert "no image ids" in why_no_relevance(None, ids)
     assert "no caption ids" in why_no_relevance(ids, None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert "pip install 'itm-fast[eccv]'" in why_no_relevance(ids, ids)
+    assert "pip install '.[eccv]'" in why_no_relevance(ids, ids)
     with pytest.raises(ValueError, match="pip install"):
         relevance_metrics(np.zeros((3, 3), np.float32), ids, ids)
 

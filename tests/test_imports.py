@@ -120,7 +120,7 @@ def run(code):
 
 
 @pytest.mark.slow
-def test_importing_the_package_needs_torch_alone():
+def test_importing_the_package_and_its_models_needs_only_torch_and_einops():
     heavy = ["h5py", "nltk", "tqdm", "PIL", "eccv_caption", "triton", "matplotlib"]
     code = (
         "import sys, torch, torch._dynamo\n"

@@ -83,11 +83,14 @@ def test_the_folder_of_a_run_stands_for_its_best_checkpoint(alone, tmp_path):
     assert load(alone).vocab is None
 
 
-def test_a_vocabulary_beside_the_checkpoint_is_found_and_others_are_passed_over(alone, tmp_path):
-    Vocabulary.build(["a cat"], min_count=1).save(tmp_path / "run" / "openclipart_vocab.json")
-    assert load(alone).vocab is None
+def test_the_first_vocabulary_beside_the_checkpoint_must_be_the_models(alone, tmp_path):
     shutil.copy(VOCABULARY, tmp_path / "run" / "vocab.json")
     assert len(load(alone).vocab) == len(Vocabulary.load(VOCABULARY))
+    other = tmp_path / "run" / "openclipart_vocab.json"  # looked for before vocab.json
+    Vocabulary.build(["a cat"], min_count=1).save(other)
+    with pytest.raises(ValueError, match=r"embeds 875 words, and .*openclipart_vocab\.json has 6; .*: vocab=FILE"):
+        load(alone)
+    assert len(load(alone, vocab=tmp_path / "run" / "vocab.json").vocab) == 875
 
 
 def test_a_vocabulary_that_is_named_must_be_the_models(alone, tmp_path):
@@ -108,10 +111,11 @@ def test_words_of_equal_number_are_told_apart_by_their_checksum(tmp_path):
     file = tmp_path / "x.pth.tar"
     writing.save(file, epoch=1, model=states, best_rsum=1.0, opt=opt, iterations=1)
     words.save(tmp_path / "vocab.json")
-    Vocabulary.build(["a dog"], min_count=1).save(tmp_path / "data_vocab.json")  # the first place
     assert load(file).vocab.checksum() == words.checksum()
-    with pytest.raises(ValueError, match="was trained with other words than the 6 of"):
-        load(file, vocab=tmp_path / "data_vocab.json")
+    Vocabulary.build(["a dog"], min_count=1).save(tmp_path / "data_vocab.json")  # looked for before vocab.json
+    for named in (None, tmp_path / "data_vocab.json"):
+        with pytest.raises(ValueError, match="was trained with other words than the 6 of"):
+            load(file, vocab=named)
 
 
 def test_of_two_networks_one_is_chosen(two):

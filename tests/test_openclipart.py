@@ -10,7 +10,7 @@ import pytest
 
 from itm_fast.data import Vocabulary, open_split
 from itm_fast.data.openclipart import CHECKPOINTS, FOLDER, THUMBNAIL, VOCABULARY, thumbnails
-from itm_fast.training import checkpoint
+from itm_fast.models import checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "benchmarks" / "demo"

@@ -9,10 +9,10 @@ import time
 import pytest
 import torch
 
-from itm_fast.models import build
+from itm_fast.models import build, checkpoint
 from itm_fast.models._building import outline
-from itm_fast.training import checkpoint, options, rebuild
-from itm_fast.training.building import affordable
+from itm_fast.training import options, rebuild
+from itm_fast.training.setup import affordable
 
 SIZES = {"img_dim": 6, "embed_size": 8, "word_dim": 4}
 OPTIONS = {
@@ -132,9 +132,9 @@ def test_an_outline_takes_no_memory():
 def test_a_model_must_fit_the_memory_that_is_free(monkeypatch):
     opt = argparse.Namespace(**vars(OPTIONS["dual"]), vocab_size=9)
     bytes_needed = 16 * sum(p.numel() for p in build(opt).params)
-    monkeypatch.setattr("itm_fast.training.building.available_bytes", lambda device: bytes_needed)
+    monkeypatch.setattr("itm_fast.training.setup.available_bytes", lambda device: bytes_needed)
     affordable(opt, torch.device("cpu"))
-    monkeypatch.setattr("itm_fast.training.building.available_bytes", lambda device: bytes_needed - 1)
+    monkeypatch.setattr("itm_fast.training.setup.available_bytes", lambda device: bytes_needed - 1)
     with pytest.raises(ValueError, match=r"takes 0\.0 GB to train, and 0\.0 GB are free on cpu; choose smaller sizes"):
         affordable(opt, torch.device("cpu"))
 

@@ -11,10 +11,10 @@ from training_cases import DEV, SMALL, TRAIN, WORDS, assert_same_run
 import itm_fast
 from itm_fast.cli import main
 from itm_fast.data import save_splits
-from itm_fast.models import SHAN, build, shan
+from itm_fast.models import SHAN, build, checkpoint, shan
 from itm_fast.testing import op_checks
 from itm_fast.testing.shan import loop
-from itm_fast.training import checkpoint, options, resume, train, trainer
+from itm_fast.training import options, resume, train, trainer
 
 BACKENDS = [*op_checks.backends("hierarchical_alignment_score"), "reference"]
 

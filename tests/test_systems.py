@@ -10,6 +10,7 @@ from itm_fast.cli import main
 from itm_fast.data import save_splits
 from itm_fast.evaluation import encode, metrics, score_all
 from itm_fast.models import build, model_class
+from itm_fast.models.checkpoint import load
 from itm_fast.training import checkpoint, options, resume, train, trainer
 
 SYSTEMS = {"hgan": "HGAN", "tshsr": "TSHSR"}
@@ -25,7 +26,7 @@ def small(name, **changes):
 def test_a_run_learns_and_its_checkpoint_is_evaluated(name, tmp_path, capsys):
     opt = small(name, num_epochs=6, learning_rate=5e-3)
     train(opt, TRAIN, DEV, WORDS, tmp_path / "run", progress=False, device="cpu")
-    found = checkpoint.load(tmp_path / "run" / trainer.BEST)
+    found = load(tmp_path / "run" / trainer.BEST)
     assert len(found.model) == PARTS[name]
     model = build(Namespace(**vars(found.opt), device="cpu"))
     assert type(model).__name__ == SYSTEMS[name] == model_class(found.opt).__name__
@@ -65,7 +66,7 @@ def test_every_option_reaches_the_model(tmp_path, capsys):
     for name, more in (("hgan", of_hgan), ("tshsr", of_tshsr)):
         words = ["train", "--model", name, "--data", str(tmp_path / "tiny.h5"), "--output", str(tmp_path / name)]
         assert main([*words, *common.split(), *more.split()]) == 0, capsys.readouterr().err
-    hgan, tshsr = (build(checkpoint.load(tmp_path / name / trainer.BEST).opt).scorer for name in ("hgan", "tshsr"))
+    hgan, tshsr = (build(load(tmp_path / name / trainer.BEST).opt).scorer for name in ("hgan", "tshsr"))
     assert (len(hgan.v_graph), [len(w) for w in hgan.mfar.weight], hgan.levels) == (1, [2, 8], (1.0, 0.5, 2.0))
     assert (hgan.scale_t2i, hgan.scale_i2t, hgan.scale_global) == (5.0, 6.0, 3.0)
     assert (hgan.share_local, hgan.share_global) == (0.3, 0.8)
@@ -90,4 +91,4 @@ def test_refusals(name, tmp_path):
         tmp_path / "x.pth.tar", epoch=0, model=states, best_rsum=1.0, opt=Namespace(system=SYSTEMS[name]), iterations=1
     )
     with pytest.raises(ValueError, match=rf"opt\.system says {SYSTEMS[name]}, whose model is 3 state dicts"):
-        checkpoint.load(tmp_path / "x.pth.tar")
+        load(tmp_path / "x.pth.tar")

@@ -17,7 +17,8 @@ from training_cases import DEV, TRAIN, F, assert_same_run, log_rows, tensors_of
 import itm_fast.evaluation
 from itm_fast.cli import main
 from itm_fast.data import Split, Vocabulary, save_splits
-from itm_fast.training import checkpoint, resume, trainer
+from itm_fast.models import checkpoint
+from itm_fast.training import resume, trainer
 
 
 @pytest.fixture
@@ -59,7 +60,7 @@ def test_command_trains_and_resumes(tmp_path, data, capsys):
 
 def test_command_options_reach_the_run(tmp_path, data, capsys):
     more = "--model saf --sim-dim 8 --no-bi-gru --no-max-violation --no-imgnorm --exclude-same-image --seed 3 "
-    more += "--margin 0.1 --grad-clip 1 --lr-update 5 --recipe coco --max-steps 1 --dev-captions 9"
+    more += "--margin 0.1 --grad-clip 1 --lr-update 5 --recipe coco --max-steps 1 --limit-dev-captions 9"
     assert main(_words(data, tmp_path / "run", *more.split())) == 0
     assert "dev 9 captions of 3 images" in capsys.readouterr().err
     opt = checkpoint.load(tmp_path / "run" / trainer.LAST).opt
@@ -68,11 +69,31 @@ def test_command_options_reach_the_run(tmp_path, data, capsys):
     assert (opt.grad_clip, opt.lr_update, opt.num_epochs, opt.learning_rate) == (1.0, 5, 2, 0.002)
 
 
+def test_sgr_without_reasoning_steps_trains_on_the_global_similarity(tmp_path, data):
+    assert main(_words(data, tmp_path / "run", "--model", "sgr", "--sgr-steps", 0, "--max-steps", 2, "--quiet")) == 0
+    found = checkpoint.load(tmp_path / "run" / trainer.LAST)
+    assert found.opt.sgr_step == 0
+    assert not any(name.startswith("SGR_module.") for name in found.model[2])
+
+
+def test_a_run_from_before_an_option_was_renamed_resumes(tmp_path, data, capsys):
+    words = _words(data, tmp_path / "run", "--model", "scan", "--limit-dev-captions", 9, "--max-steps", 1, "--quiet")
+    assert main(words) == 0
+    found = resume.load(tmp_path / "run")
+    found.arguments["dev_captions"] = found.arguments.pop("limit_dev_captions")
+    resume.save(tmp_path / "run", found)
+    again = ["train", "--output", f"{tmp_path}/run", "--resume", "--quiet", "--device", "cpu", "--max-steps", "2"]
+    assert main([*again, "--limit-dev-captions", "8"]) == 2
+    assert "--limit-dev-captions is 8, but the run in" in capsys.readouterr().err
+    assert main(again) == 0
+
+
 @pytest.mark.parametrize(
     "more, sentence",
     [
         ("--quiet", "--model must be given, except with --resume"),
         ("--model scan --sgr-steps 2", "scan has no option --sgr-steps; its options are --agg-func"),
+        ("--model tshsr --sgr-steps 0", "--sgr-steps must be at least 1, got 0"),
         ("--model scan --train-split nope", "nope"),
         ("--model scan --vocab missing.json", "missing.json"),
         ("--model scan --backend cuda --quiet", "the backend cuda cannot run on cpu: "),

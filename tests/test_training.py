@@ -27,6 +27,7 @@ import itm_fast.evaluation
 from itm_fast.data import Split, TrainingBatches, Vocabulary
 from itm_fast.evaluation import encode, metrics, score_all
 from itm_fast.models import build
+from itm_fast.models.checkpoint import load
 from itm_fast.training import checkpoint, resume, train, trainer
 
 
@@ -51,7 +52,7 @@ def test_a_step_is_the_published_one(tmp_path, model, changes):
     for _, batch in zip(range(3), TrainingBatches(TRAIN, WORDS, 8).epoch(0), strict=False):
         published.train_start()
         published.train_emb(batch.features, batch.ids, batch.lengths)
-    mine = checkpoint.load(tmp_path / "run" / trainer.LAST).model
+    mine = load(tmp_path / "run" / trainer.LAST).model
     for one, other in zip(tensors_of(mine), tensors_of(published.state_dict()), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
@@ -178,7 +179,7 @@ def test_checkpoints_rebuild_the_model(straight, model):
     epochs = [row for row in log_rows(folder / model) if row["rsum"]]
     assert [row["epoch"] for row in epochs] == ["1", "2"]
     for name, rsum in ((trainer.BEST, results[model].best_rsum), (trainer.LAST, float(epochs[-1]["rsum"]))):
-        found = checkpoint.load(folder / model / name)
+        found = load(folder / model / name)
         rebuilt = build(argparse.Namespace(**{**vars(found.opt), "device": "cpu"}))
         rebuilt.load_state_dict(found.model)
         words = Vocabulary.load(Path(found.opt.vocab_path) / f"{found.opt.data_name}_vocab.json")
@@ -205,7 +206,7 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch, stop):
     if stop:
         result = run_tiny(tmp_path / "run", opt=opt, resuming=True)
     assert (result.best_rsum, result.best_epoch) == (30.0, 2)
-    best, last = (checkpoint.load(tmp_path / "run" / name) for name in (trainer.BEST, trainer.LAST))
+    best, last = (load(tmp_path / "run" / name) for name in (trainer.BEST, trainer.LAST))
     assert (best.epoch, best.best_rsum, best.iterations) == (1, 30.0, 12)
     assert (last.epoch, last.best_rsum, last.iterations) == (3, 30.0, 24)
 
@@ -279,7 +280,7 @@ def test_sgraf_takes_any_number_of_regions(tmp_path):
     few = [Split(s.features[:][:, :5], s.captions, s.caption_to_image) for s in (TRAIN, DEV)]
     arguments = {"progress": False, "device": "cpu", "max_steps": 1}
     train(tiny_options("saf"), *few, WORDS, tmp_path / "run", **arguments)
-    assert checkpoint.load(tmp_path / "run" / trainer.LAST).opt.num_region == 5
+    assert load(tmp_path / "run" / trainer.LAST).opt.num_region == 5
     with pytest.raises(ValueError, match="training has 5, dev 36; pad"):
         train(tiny_options("saf"), few[0], DEV, WORDS, tmp_path / "other", **arguments)
 

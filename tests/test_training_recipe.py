@@ -65,7 +65,7 @@ def test_sgraf_options_and_changes():
         (("sgr",), {"recipe": "vg"}, "recipe must be one of f30k, coco, got 'vg'"),
         (("scan",), {"direction": "both"}, "direction must be one of t2i, i2t"),
         (("scan",), {"sim_dim": 8}, "scan has no option sim_dim; its options are agg_func"),
-        (("sgr",), {"batch_size": 1}, "batch_size must be at least 2: the negatives"),
+        (("sgr",), {"batch_size": 1}, "batch_size must be at least 2, got 1"),
         (("sgr",), {"lr_update": 0}, "lr_update must be at least 1, got 0"),
         (("sgr",), {"learning_rate": 0.0}, "learning_rate must be more than 0"),
         (("sgr",), {"learning_rate": float("nan")}, "learning_rate must be a finite number, got nan"),

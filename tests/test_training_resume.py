@@ -15,7 +15,8 @@ from training_cases import TRAIN, WORDS, assert_same_run, log_rows, run_tiny, ti
 from itm_fast._lock import LockedError
 from itm_fast.cli import main
 from itm_fast.data import Split, Vocabulary, save_splits
-from itm_fast.training import checkpoint, resume, trainer
+from itm_fast.models import checkpoint
+from itm_fast.training import resume, trainer
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from itm_fast.data import Split, Vocabulary
-from itm_fast.training import checkpoint, options, resume, train, trainer
+from itm_fast.models import checkpoint
+from itm_fast.training import options, resume, train, trainer
 
 COLOURS = ("red", "blue", "green", "black", "white", "brown")
 THINGS = ("dog", "cat", "car", "tree", "boat", "house")

@@ -32,6 +32,7 @@ from itm_fast.cli import main as itm_fast
 from itm_fast.data import Vocabulary, open_split
 from itm_fast.evaluation import Report, evaluate
 from itm_fast.models import load
+from itm_fast.models.checkpoint import load as load_checkpoint
 from itm_fast.training import checkpoint
 
 VOCABULARY = "openclipart_vocab.json"
@@ -108,7 +109,7 @@ def _train(name: str, data: Path, output: Path) -> dict[str, Any]:
 
 def _halve(source: Path, target: Path) -> None:
     """The checkpoint with float16 weights, and without the folders of the machine that trained it."""
-    found = checkpoint.load(source)
+    found = load_checkpoint(source)
     opt = argparse.Namespace(**vars(found.opt))
     opt.data_path = opt.vocab_path = opt.model_name = opt.logger_name = "."
     opt.data_name = "openclipart"

@@ -41,7 +41,11 @@ NaN and infinite scores are refused with the names of their image and caption.
 
 Captions. Images may have any number. An image's rank is that of its best caption; an image without captions asks no
 query but stays in the pool as a wrong answer. COCO image and caption ids in the data add CxC and ECCV Caption metrics
-(pip install 'itm-fast[eccv]')."""
+(pip install '.[eccv]' in the source folder of itm-fast)."""
+
+
+# What the plan of a workload reads; --no-progress changes nothing there.
+_PLANNED = ("workload", "dry_run", "checkpoint", "scores", "memory_gb", "device", "backend", "no_progress")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -143,8 +147,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     if args.workload:
-        if not args.dry_run or args.data:
-            raise ValueError("--workload names a size without data; use it with --dry-run and without --data")
+        if not args.dry_run:
+            raise ValueError("--workload has sizes but no data, so there is only its plan to print: give --dry-run")
+        if unread := [name for name in _given(args) if name not in _PLANNED]:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
+            raise ValueError(f"the plan of a --workload reads sizes alone, not {flags}; leave that out")
         return
     if not args.checkpoint or not args.data:
         raise ValueError("give --checkpoint (a model_best.pth.tar) and --data (a folder or an HDF5 file)")
@@ -156,6 +163,13 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--trec wants how many items to write, at least 1, got {args.trec}")
     if args.folds is not None and args.folds < 1:
         raise ValueError(f"--folds wants at least 1 part, got {args.folds}")
+
+
+def _given(args: argparse.Namespace) -> list[str]:
+    """The options whose values are not their defaults, in the order of --help."""
+    defaults = argparse.ArgumentParser(add_help=False)
+    add_arguments(defaults)
+    return [name for name, value in vars(defaults.parse_args([])).items() if getattr(args, name) != value]
 
 
 def _output(args: argparse.Namespace) -> contextlib.AbstractContextManager:

@@ -63,7 +63,7 @@ SCAN's own command-line defaults are all negatives and a one-way GRU; its author
 the defaults here, are the hardest negative and the bidirectional GRU."""
 
 _PLACES = (
-    *("model", "direction", "recipe", "train_split", "dev_split", "dev_captions", "captions_per_image"),
+    *("model", "direction", "recipe", "train_split", "dev_split", "limit_dev_captions", "captions_per_image"),
     "mask_zero_regions",
 )
 _DEFAULTS = {"recipe": "f30k", "train_split": "train", "dev_split": "dev"}
@@ -124,7 +124,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--train-split", metavar="NAME", help="default train")
     data.add_argument("--dev-split", metavar="NAME", help="default dev")
     data.add_argument(
-        "--dev-captions", type=_count, metavar="N", help="validate on the first N captions (the published code: 5000)"
+        "--limit-dev-captions",
+        type=_count,
+        metavar="N",
+        help="validate on the first N captions and their images; the published code uses 5000",
     )
     data.add_argument(
         "--captions-per-image", type=_count, metavar="N", help="1 or 5, where a folder's features leave it open"
@@ -217,12 +220,13 @@ def _settled(args: argparse.Namespace, output: Path) -> tuple[argparse.Namespace
         raise ValueError("--min-count is for a vocabulary built here; leave it out with --vocab")
     given = {name: getattr(args, name) for name in ("data", *_PLACES) if getattr(args, name) is not None}
     changes = _changes(args)
-    check(changes, _flag)
     if args.resume:
         from ..training import resume
 
         found = resume.load(output)
         places = found.arguments
+        if "dev_captions" in places:  # the option's former name
+            places["limit_dev_captions"] = places.pop("dev_captions")
         for name in _PLACES:
             if name in given and given[name] != places.get(name):
                 raise ValueError(
@@ -248,6 +252,7 @@ def _settled(args: argparse.Namespace, output: Path) -> tuple[argparse.Namespace
         own = ", ".join(sorted(_flag(name) for name in _OFFERED if hasattr(opt, name)))
         raise ValueError(f"{places['model']} has no option {', '.join(others)}; its options are {own}")
     vars(opt).update(changes)
+    check(vars(opt), _flag)
     return opt, places
 
 
@@ -261,7 +266,7 @@ def _train(args: argparse.Namespace, output: Path, opt: argparse.Namespace, plac
         "mask_zero_regions": places.get("mask_zero_regions", False),
     }
     train_split = open_split(data, places["train_split"], **shape)
-    dev_split = open_split(data, places["dev_split"], limit_captions=places.get("dev_captions"), **shape)
+    dev_split = open_split(data, places["dev_split"], limit_captions=places.get("limit_dev_captions"), **shape)
     size, dev_size = (split.features.shape[2] for split in (train_split, dev_split))
     if args.resume and size != opt.img_dim:
         raise ValueError(

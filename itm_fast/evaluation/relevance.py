@@ -37,7 +37,9 @@ def why_no_relevance(image_ids: NDArray[np.integer] | None, caption_ids: NDArray
         have = "neither" if len(missing) == 2 else f"no {missing[0]} ids"
         return f"CxC and ECCV metrics need COCO image and caption ids, and this data has {have}"
     if importlib.util.find_spec("eccv_caption") is None:
-        return "CxC and ECCV metrics need the eccv-caption package: pip install 'itm-fast[eccv]'"
+        return (
+            "CxC and ECCV metrics need the package eccv-caption: pip install '.[eccv]' in the source folder of itm-fast"
+        )
     labels = _labels()
     for what, ids, side in (("image", image_ids, "i2t"), ("caption", caption_ids, "t2i")):
         known = set(np.asarray(ids).tolist())

@@ -78,7 +78,7 @@ def rebuild(found: Checkpoint, device: str | torch.device | None = None) -> Matc
         opt.sgr_step = 0  # of the other head
     if getattr(opt, "agg_func", None) in ("Mean", "Max", "Sum") and not hasattr(opt, "lambda_lse"):
         opt.lambda_lse = CATALOGUE["scan"].options["lambda_lse"].default  # of the other aggregation
-    opt.vocab_size = found.words
+    opt.vocab_size = found.vocab_size
     opt.device = None if device is None else str(device)
     try:
         fits(opt, found.model)

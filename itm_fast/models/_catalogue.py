@@ -77,7 +77,8 @@ class Entry:
 
 
 _SIM_DIM = size(256, "similarity vector", "S")
-_STEPS = Option(3, "reasoning steps", "K", flag="sgr_steps", least=0, most=DEEPEST)
+_STEPS = Option(3, "reasoning steps", "K", flag="sgr_steps", least=1, most=DEEPEST)
+_SGR_STEPS = replace(_STEPS, help="reasoning steps; 0 scores the global similarity vector alone", least=0)
 _T2I = Option(9.0, "inverse temperature of words attending to regions", "X")
 _I2T = Option(4.0, "inverse temperature of regions attending to words", "X")
 _LONG = {"num_epochs": 40, "lr_update": 30}
@@ -90,7 +91,7 @@ _ROWS = (
         "SGRAF, AAAI 2021",
         "paper and published code",
         ("module_name", "SGR"),
-        {"sim_dim": _SIM_DIM, "sgr_step": _STEPS},
+        {"sim_dim": _SIM_DIM, "sgr_step": _SGR_STEPS},
         differs={"f30k": _LONG},
     ),
     Entry(
@@ -100,7 +101,7 @@ _ROWS = (
         "SGRAF, AAAI 2021",
         "paper and published code",
         ("module_name", "SAF"),
-        {"sim_dim": _SIM_DIM, "sgr_step": replace(_STEPS, help=None)},  # which the published code reads for SAF too
+        {"sim_dim": _SIM_DIM, "sgr_step": replace(_SGR_STEPS, help=None)},  # the published code reads it for SAF too
     ),
     Entry(
         "scan",
@@ -257,8 +258,9 @@ def check(values: Mapping[str, Any], spell: Callable[[str], str] = str) -> None:
     """Refuse options that no model can be built or trained with, before anything is built.
 
     Args:
-        values: any options by their published names; those that no model has are left alone.
-        spell: how a message calls an option.
+        values: options by their published names. Where they say which model it is, its own ranges hold. Options that
+            no model has are not looked at.
+        spell: returns the name that a message uses for an option.
 
     Raises:
         ValueError: a value is of another type, not finite, or out of its range.
@@ -267,13 +269,11 @@ def check(values: Mapping[str, Any], spell: Callable[[str], str] = str) -> None:
     Traceback (most recent call last):
     ValueError: sim_dim must be at least 1, got 0
     """
+    opt = Namespace(**values)
+    known = _KNOWN if marked(opt) is None else {**_KNOWN, **recognised(opt).options}
     for name, value in values.items():
-        if name in _KNOWN:
-            _KNOWN[name].check(spell(name), value)
-    if values.get("batch_size", 2) < 2:
-        raise ValueError(
-            f"{spell('batch_size')} must be at least 2: the negatives come from the batch; got {values['batch_size']}"
-        )
+        if name in known:
+            known[name].check(spell(name), value)
 
 
 _KNOWN = {**MARKS, **COMMON, **{name: option for row in _ROWS for name, option in row.options.items()}}

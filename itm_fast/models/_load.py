@@ -43,23 +43,24 @@ def load(
 ) -> Loaded:
     """Load a trained model from a published checkpoint, ready to score.
 
-    Nothing in the file is executed; see `itm_fast.models.checkpoint`. The vocabulary is looked for beside the
-    checkpoint and then where the model was trained, as DATA_vocab.json and vocab.json; a file of other words, as far as
-    the checkpoint tells, is passed over.
+    Nothing in the file is executed; see `itm_fast.models.checkpoint`. Without `vocab` the vocabulary is the first file
+    called `{data_name}_vocab.json` (such as `f30k_precomp_vocab.json`) or `vocab.json` in the checkpoint's folder, then
+    in the folder where the model was trained.
 
     Args:
         path: `model_best.pth.tar` of SCAN, SGRAF or `itm-fast train`, or its folder.
-        device: where the model goes: "cpu", "cuda", "cuda:1", ...; CUDA where there is one when None.
-        network: which network of a file of several: "A" of one with `model_A` and `model_B`.
-        vocab: the vocabulary's file, where it lies elsewhere.
+        device: the model's device: "cpu", "cuda", "cuda:1", ...; None: CUDA if there is a GPU, else the CPU.
+        network: which network to load from a file that holds two, `model_A` and `model_B`: "A" or "B".
+        vocab: the file of the vocabulary that the model was trained with.
 
     Returns:
         the model, its vocabulary or None, and its name.
 
     Raises:
         OSError: a file is missing or cannot be read.
-        ValueError: the file is no such checkpoint, is damaged, holds several networks of which none is chosen or does
-            not hold the one chosen; there is no such device; or `vocab` has other words.
+        ValueError: the file is not such a checkpoint or is damaged; it holds two networks and `network` is None, or it
+            does not hold `network`; the device does not exist; or the vocabulary has other words than the one that the
+            model was trained with (its size, and where the checkpoint has it its checksum, are compared).
 
     >>> from itm_fast.data.openclipart import CHECKPOINTS, FOLDER
     >>> loaded = load(CHECKPOINTS["saf"], "cpu")
@@ -100,13 +101,10 @@ def _network(networks: list[checkpoint.Checkpoint], name: str | None) -> checkpo
 def _words(found: checkpoint.Checkpoint, named: str | os.PathLike[str] | None) -> Vocabulary | None:
     from ..data import Vocabulary
 
-    if named is not None:
-        vocab = Vocabulary.load(named)
-        if other := why_another(found, Path(named), vocab):
-            raise ValueError(other)
-        return vocab
-    for path in files(found):
-        vocab = Vocabulary.load(path)
-        if why_another(found, path, vocab) is None:
-            return vocab
-    return None
+    path = next(files(found), None) if named is None else Path(named)
+    if path is None:
+        return None
+    vocab = Vocabulary.load(path)
+    if reason := why_another(found, path, vocab):
+        raise ValueError(f"{reason}: vocab=FILE")
+    return vocab

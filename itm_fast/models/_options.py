@@ -109,7 +109,9 @@ TRAINING = {
     "num_epochs": size(30, "", "N", flag="epochs"),
     "lr_update": size(20, "epochs between cuts of the learning rate to a tenth", "N"),
     "learning_rate": Option(2e-4, "learning rate of the first epoch", "LR", "lr", above=0),
-    "batch_size": Option(128, "captions, each with its image", "N", least=0, most=MOST),
+    "batch_size": Option(
+        128, "captions per batch, each with its image; 2 or more: negatives are in the batch", "N", least=2, most=MOST
+    ),
     "margin": Option(0.2, "margin of the ranking loss", least=0),
     "max_violation": Option(True, "the hardest negative counts alone (default), or all do"),
     "exclude_same_image": Option(

@@ -42,8 +42,8 @@ def files(found: Checkpoint, data: Path | None = None) -> Iterator[Path]:
 def why_another(found: Checkpoint, path: Path, vocab: Vocabulary) -> str | None:
     """Why a vocabulary is not that of the checkpoint, as far as its file tells; None where it may be."""
     wanted = "give the vocabulary that it was trained with"
-    if len(vocab) != found.words:
-        return f"{found.path} embeds {found.words:,} words, and {path} has {len(vocab):,}; {wanted}"
+    if len(vocab) != found.vocab_size:
+        return f"{found.path} embeds {found.vocab_size:,} words, and {path} has {len(vocab):,}; {wanted}"
     if getattr(found.opt, "vocab_checksum", vocab.checksum()) != vocab.checksum():
         return f"{found.path} was trained with other words than the {len(vocab):,} of {path}; {wanted}"
     return None

@@ -56,8 +56,8 @@ class Checkpoint:
     name: str = ""
 
     @property
-    def words(self) -> int:
-        """How many words the text encoder embeds.
+    def vocab_size(self) -> int:
+        """Number of words that the text encoder embeds.
 
         Raises:
             ValueError: no part of the model has word embeddings.

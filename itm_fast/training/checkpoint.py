@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from .._files import atomic_write
-from ..models.checkpoint import BEST, Checkpoint, State, load, load_all
+from ..models.checkpoint import State
 from ..models.torch_file import describe
 
 LAST = "checkpoint.pth.tar"
-
-__all__ = ["BEST", "LAST", "Checkpoint", "load", "load_all", "save"]
 
 
 def save(

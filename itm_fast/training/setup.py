@@ -13,11 +13,13 @@ import numpy as np
 import torch
 
 from .._backends import requested, why_not
+from ..evaluation.memory import GB, available_bytes
 from ..models import model_class
-from ..models._building import fits
+from ..models._building import fits, outline
 from ..models._common import usable_device, want
+from ..models.checkpoint import BEST
 from . import resume
-from .checkpoint import BEST, LAST
+from .checkpoint import LAST
 from .log import NAME as LOG
 from .log import never_validated
 from .recipe import TRAINING
@@ -74,6 +76,21 @@ def completed(
         if regions != 36:  # the published number, of which its code keeps no option
             set_here["num_region"] = regions
     return argparse.Namespace(**{**vars(opt), **set_here})
+
+
+def affordable(opt: argparse.Namespace, device: torch.device) -> None:
+    """Refuse options whose model needs more memory to train than is free; nothing is built.
+
+    Raises:
+        ValueError: names the memory needed and the memory free; or as `outline`.
+    """
+    weights = sum(p.numel() * p.element_size() for p in outline(opt).params)
+    needed, free = 4 * weights, available_bytes(device)  # weights, gradients, and the two moments of Adam
+    if needed > free:
+        raise ValueError(
+            f"these options describe a model that takes {needed / GB:,.1f} GB to train, and {free / GB:,.1f} GB are "
+            f"free on {device}; choose smaller sizes"
+        )
 
 
 def refuse_existing(output: Path, vocabulary_file: Path, vocabulary: Vocabulary) -> None:

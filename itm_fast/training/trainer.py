@@ -22,14 +22,14 @@ from .._backends import use_backend
 from .._lock import Lock
 from ..models import build
 from ..models._catalogue import check
+from ..models.checkpoint import BEST
 from . import checkpoint, resume
-from .building import affordable
-from .checkpoint import BEST, LAST
+from .checkpoint import LAST
 from .interrupt import Stop, signals
 from .log import STEP, Log, dev_values, table
 from .losses import batch_loss
 from .recipe import learning_rate
-from .setup import completed, enough_known_words, identity, refuse_existing, same_run, usable
+from .setup import affordable, completed, enough_known_words, identity, refuse_existing, same_run, usable
 from .vectors import word_vectors
 
 if TYPE_CHECKING:
