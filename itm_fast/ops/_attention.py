@@ -19,9 +19,10 @@ NORMS = ("softmax", "l2norm", "clipped_l2norm", "l1norm", "clipped_l1norm", "cli
 POOLS = ("lse", "max", "sum", "mean")
 SLOPE = 0.1  # the papers write ReLU; the published code clips with this slope
 EPS = 1e-8
-# A squared length |P|^2 or |v|^2 that is computed as a sum of terms, not from the vector, is off by the rounding of its
-# largest term M: 2^-24 M in float32. Below CANCELLED M that is more than 6e-5 of the result, three of its seven digits,
-# so the backends compute it another way. The kernels (`_tl.py`, `attention.h`) have the same constant.
+# A squared length |P|^2 or |v|^2 that is summed from terms such as alpha^T G alpha, not computed from the vector, has
+# the rounding error of its largest term M: 2^-24 M in float32. Where the sum is below CANCELLED * M, that error exceeds
+# 6e-5 of the result, three of its seven digits. There the backends compute it from the vector itself. The kernels
+# (`_tl.py`, `attention.h`) have the same constant.
 CANCELLED = 1e-3
 
 
@@ -44,14 +45,14 @@ def affinity_norm(affinity: Tensor, norm: str, dim: int) -> Tensor:
 
 
 def attend(query: Tensor, context: Tensor, norm: str, scale: float) -> Tensor:
-    """The attended vectors P [Q, D] of queries [Q, D] over contexts [X, D]."""
+    """The attended vectors P [Q, D]: for each query [Q, D] its weighted sum of the contexts [X, D]."""
     affinity = context @ query.t()
     alpha = (scale * affinity_norm(affinity, norm, dim=1)).softmax(dim=0)
     return alpha.t() @ context
 
 
 def pooled(r: Tensor, pool: str, pool_scale: float, dim: int) -> Tensor:
-    """Make one score of the cosines r of the queries, which lie along `dim`."""
+    """Pool the cosines r of the queries, which lie along `dim`, into one score."""
     if pool == "lse":
         return (pool_scale * r).logsumexp(dim) / pool_scale
     if pool == "max":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def by_autograd(function: Callable[..., Any]) -> SimpleNamespace:
-    """Make an implementation of a function: its backward runs the function again and differentiates it."""
+    """Make an implementation from a function alone: its backward runs the function again under autograd."""
 
     def backward(grad: Tensor, needs: Sequence[bool], *args: Any, results: Sequence[Tensor] = ()) -> list[Tensor]:
         with torch.enable_grad():
@@ -19,7 +19,7 @@ def by_autograd(function: Callable[..., Any]) -> SimpleNamespace:
             result = function(*args)
             result = result if isinstance(result, Tensor) else result[0]
             wanted = [a for a, n in zip(args, needs, strict=False) if n]
-            if not result.requires_grad:  # the options leave out all that needs a gradient
+            if not result.requires_grad:  # with these options the result does not depend on what needs a gradient
                 return [torch.zeros_like(a) for a in wanted]
             return list(torch.autograd.grad(result, wanted, grad, materialize_grads=True))
 

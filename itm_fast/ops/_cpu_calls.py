@@ -1,6 +1,7 @@
-"""The `cpu` backend: an op's tensors, sizes and options go to the C++ kernels of csrc/cpu in one struct (`_calls`).
+"""The `cpu` backend: calls the C++ kernels of csrc/cpu with an op's tensors and options in one struct (`_calls`).
 
-Tensors are made contiguous, bounds of captions and counts of regions are checked: C++ reads wherever they point.
+C++ reads and writes wherever the struct points. So tensors are made contiguous here, and cu_seqlens and region_lengths
+are checked in every call.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ BFLOAT16 = {  # ops whose products may multiply bfloat16 values
     "cross_attention_score", "cross_attention_similarity", "similarity_filter_score", "similarity_graph",
     "similarity_graph_score", "similarity_nodes",
 }  # fmt: skip
-# Gradients that C++ writes whole, in the dtype of the tensor. To the others it adds, so they begin as zeros.
+# Gradients that C++ overwrites, in the dtype of the tensor. To all others it adds, so they begin as zeros.
 WRITTEN = {
     "similarity_context": ("overall", "local"),
     "similarity_filter": ("nodes",),
     "similarity_graph": ("nodes",),
 }
-IN_FLOAT64 = {"similarity_context", "similarity_filter"}  # where C++ adds gradients in float64, else as `work_dtype`
-TOGETHER = {"similarity_graph"}  # where C++ adds all of these gradients or none
+IN_FLOAT64 = {"similarity_context", "similarity_filter"}  # ops that sum gradients in float64; others in `work_dtype`
+TOGETHER = {"similarity_graph"}  # ops that sum the gradients of all parameters, or of none
 
 
 def bfloat16_products(dtype: torch.dtype) -> bool:
-    """Whether products multiply bfloat16 values: where that pays, those of bfloat16 inputs, and those of float32 ones
-    where torch may do it too."""
+    """Whether C++ converts factors of products to bfloat16: for bfloat16 inputs, and for float32 inputs when torch's
+    matmul precision is "medium", if the processor has instructions that make this faster."""
     allowed = dtype == torch.bfloat16 or (dtype == torch.float32 and matmul_precision() == "medium")
     return allowed and _native.bfloat16_products()[0]
 
@@ -47,8 +48,8 @@ class Calls:
 
     Args:
         op: its declaration.
-        said: the op that messages name, where it is another one.
-        more: option -> what C++ also has beside the choices that the op declares.
+        said: the op's name in messages, if it is not `op.name`.
+        more: option -> values that C++ takes in addition to the declared choices.
     """
 
     def __init__(
@@ -57,8 +58,8 @@ class Calls:
         self.op, self.said, self.struct = op, said or op.name, _calls.struct(op)
         self.bfloat16 = op.name in BFLOAT16
         self.sizes = [letter for letter in _calls.SIZES if letter in op.places]
-        self.packed = next((letter for letter in "NM" if letter in op.places), "")  # the rows that cu_seqlens divides
-        # Places of the arguments that are handed over as something else than they are.
+        self.packed = next((letter for letter in "NM" if letter in op.places), "")  # the rows that cu_seqlens bounds
+        # Positions of the arguments that are converted before the call.
         self.no_results = [None] * len(op.results)
         self.written = [name in WRITTEN.get(op.name, ()) for name in op.names[: op.differentiable]]
         rows = list(enumerate(op.arguments))
@@ -126,7 +127,7 @@ class Calls:
             gradients = [None] * (1 + op.differentiable)
         _same_structs()
         values += [None if x is None else x.contiguous() for x in (*results, *gradients)]
-        # All of them live until C++ has returned, which reads and writes wherever they point.
+        # Keeps the tensors alive until C++ has returned.
         given = [x for x in values if isinstance(x, Tensor)]
         assert all(x.is_cpu and x.is_contiguous() for x in given), f"{self.said}: tensors must be in host memory"
         call = self.struct(
@@ -154,7 +155,7 @@ def implementation(name: str) -> Any:
     """An op's forward and backward pass in C++."""
     if name != "global_local_score":
         return Calls(DECLARED[name])
-    # A caption's words, the contexts, scored with an image of one region; the logits are cosines.
+    # Direction i2t with images of one region, the vector, which attends to words; affinities are cosines.
     calls = Calls(DECLARED["cross_attention_score"], said=name, more={"affinity_norm": ("cosine",)})
 
     def arguments(vector: Tensor, words: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Any, ...]:

@@ -1,11 +1,11 @@
 """The declaration of an op: one row for each argument and each result.
 
-A row gives a name, a kind, and the shape in letters, the choices or the bounds. From the rows follow the op's schema in
-torch's language, the checks of its public function, the shapes of its results, what autocast narrows, which arguments
-have a gradient, how pairs are cut out of them (`_recompute.of_pairs`), and the struct that C++ is called with
-(`_calls`).
+A row gives a name, a kind (the classes below), and the shape in letters, the choices or the bounds. From the rows
+follow the op's torch.library schema, the checks of its public function, the shapes of its results, which arguments
+autocast converts, which have a gradient, how a block of pairs is cut out of them (`_recompute.of_pairs`), and the
+struct that C++ is called with (`_calls`).
 
-Shapes are written in letters as `_checks.Shape` says; those of results may add and multiply: "N+T*C".
+`_checks.Shape` explains shapes in letters; those of results may add and multiply sizes: "N+T*C".
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Argument:
     """One argument of an op. The kinds below say what its values are."""
 
     name: str
-    type: ClassVar[str]  # in torch's schema language
+    type: ClassVar[str]  # in a torch.library schema
 
     def check(self, check: Arguments, given: Given) -> None:
         """Raise a ValueError or TypeError where the argument's value is not allowed."""
@@ -43,7 +43,7 @@ class Argument:
 
 @dataclass
 class TensorArgument(Argument):
-    """A tensor, and its shape in letters; if `optional`, it may be None."""
+    """A tensor of the shape `letters`; if `optional`, it may be None."""
 
     letters: str
     optional: bool = False
@@ -58,9 +58,9 @@ class TensorArgument(Argument):
 
 @dataclass
 class Floats(TensorArgument):
-    """A tensor of floats, of one dtype and device with the others.
+    """A floating-point tensor; all of an op's have one dtype and device.
 
-    It may need a gradient and autocast narrows it, unless it is `fixed`.
+    It may need a gradient, and autocast converts it, unless it is `fixed`.
     """
 
     fixed: bool = False
@@ -102,7 +102,7 @@ class Number(Argument):
 
 @dataclass
 class Positive(Number):
-    """A finite number more than 0; with `when`, only where another argument has a value: (its name, the value)."""
+    """A finite number more than 0; with `when` = (argument, value), checked only if that argument has that value."""
 
     when: tuple[str, Any] | None = None
 
@@ -140,8 +140,7 @@ class Counts(Argument):
 class Result:
     """One result of an op, in the dtype of the first argument, or, if `wide`, in float32 or better.
 
-    Its shape is given in letters, or by a function of the sizes by letter and of the arguments by name, `backend` among
-    them.
+    `shape` is in letters, or a function (sizes by letter, arguments and `backend` by name) -> shape.
     """
 
     name: str
@@ -149,7 +148,7 @@ class Result:
     wide: bool = False
 
     def sizes(self, size: dict[str, int], given: Given) -> Sequence[int]:
-        """Its sizes, from those by letter and the arguments by name."""
+        """Its shape, given the sizes by letter and the arguments by name."""
         if callable(self.shape):
             return self.shape(size, given)
         return [size[d] if d in size else _sum(d, size) for d in self.shape.split()]
@@ -163,18 +162,18 @@ class Declaration:
     """An op as its file declares it.
 
     Args:
-        name: the op's stem.
+        name: the op's name, also that of its files.
         arguments: in the order of the registered op: those with a gradient first, then all other tensors.
         results: only the first one carries gradients.
-        offered: the backends that exist, best first.
+        offered: the backends that implement it, best first.
         reference: the equations in plain PyTorch, with the arguments in this order.
-        examples: the op's arguments in the order of its public function, for the checks of a backend.
-        refuse: the sizes by letter and the arguments by name -> what else is wrong with them, or None.
-        too_large: the sizes by letter -> why Triton's kernels cannot take them, or None.
-        backward: for an op whose kernels have only the forward pass, the backend whose backward pass they take, or a
-            function of the backend and of what a backward pass takes.
-        keeps: the results are kept for backward, which takes them as `results=`.
-        widens: autocast makes the tensors float32 instead of its own dtype.
+        examples: functions that make arguments in the order of the public function, for the checks of a backend.
+        refuse: (sizes by letter, arguments by name) -> what is wrong that the rows do not check, or None.
+        too_large: sizes by letter -> why the Triton kernels cannot take them, or None.
+        backward: for an op whose kernels (C++, Triton) have a forward pass only: the backend whose backward they use,
+            or a function that is called as an implementation's `backward` with the backend in front.
+        keeps: the results are saved for backward, which gets them as `results=`.
+        widens: autocast converts the tensors to float32 instead of its own dtype.
     """
 
     def __init__(
@@ -202,7 +201,7 @@ class Declaration:
         self.returns = "Tensor" if len(self.results) == 1 else f"({', '.join(['Tensor'] * len(self.results))})"
         self.depends = any(callable(r.shape) for r in self.results)  # some shape depends on more than sizes
         self.converted = [(k, a) for k, a in enumerate(self.arguments) if type(a).convert is not Argument.convert]
-        # Where each size is read: the place of a tensor, its dimension, and how much more than the size that is.
+        # letter -> where its size is read: (position of a tensor, its dimension, how much longer that is: 1 for "T+1").
         self.places: dict[str, tuple[int, int, int]] = {}
         for k, argument in enumerate(self.arguments):
             if isinstance(argument, TensorArgument) and not argument.optional:
@@ -216,7 +215,7 @@ class Declaration:
         self.pairs = "".join(axes.get(label, ".") for label in first) if scores else None
 
     def public(self, function: F) -> F:
-        """Note the op's public function, which this decorates, for the checks that call it."""
+        """Decorator: register the op's public function, so that the checks of a backend can call it."""
         self.function = function
         return function
 
@@ -235,7 +234,7 @@ class Declaration:
         return check.size
 
     def convert(self, given: Given) -> list[Any]:
-        """The arguments of a call in the registered op's order, tensors in the dtype that autocast wants."""
+        """The arguments of a call in the registered op's order, tensors converted as autocast asks."""
         values = [given[name] for name in self.names]
         for k, argument in self.converted:
             values[k] = argument.convert(values[k])
@@ -245,13 +244,13 @@ class Declaration:
         return values
 
     def size(self, args: Sequence[Any]) -> dict[str, int]:
-        """The sizes by letter of arguments in the registered op's order, which have been checked."""
+        """The sizes by letter; `args` are in the registered op's order and have been checked."""
         return {letter: args[k].shape[dim] - more for letter, (k, dim, more) in self.places.items()}
 
     def empty(
         self, args: Sequence[Any], backend: str, size: dict[str, int] | None = None
     ) -> Tensor | tuple[Tensor, ...]:
-        """Results without values, of the right shapes and dtypes, for arguments in the registered op's order."""
+        """Uninitialised results of the right shapes and dtypes; `args` are in the registered op's order."""
         size, first = size or self.size(args), args[0]
         given = dict(zip(self.names, args), backend=backend) if self.depends else {}
         shapes = [r.sizes(size, given) for r in self.results]
@@ -264,5 +263,5 @@ class Declaration:
 
 
 def empty(op: str, *args: Any, backend: str = "torch") -> Any:
-    """Results of an op without values, for an implementation to fill; see `Declaration.empty`."""
+    """Uninitialised results of an op, for an implementation to fill; see `Declaration.empty`."""
     return DECLARED[op].empty(args, backend)

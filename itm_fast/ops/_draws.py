@@ -1,7 +1,7 @@
-"""Random arguments: what the ops' examples are made of, tensors of floats in float64.
+"""Random arguments for the ops' examples, in float64.
 
-An example is a function of a `Size` and of `draw(*shape)`, which gives normally distributed numbers. It makes an op's
-arguments in the order of its public function.
+An example is a function of a `Size` and of `draw(*shape)`, which returns normally distributed numbers. It returns an
+op's arguments in the order of its public function.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..packing import pack
 
 
 class Size(NamedTuple):
-    """Sizes of a problem: images, words of each caption, regions, D, S and K."""
+    """Sizes of an example: images, words of each caption, regions, D, S and K."""
 
     images: int
     lengths: tuple[int, ...]
@@ -41,7 +41,7 @@ def inputs(
     requires_grad: bool = False,
     seed: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Random unit-length features as the encoders give them.
+    """Random features of unit length, as the encoders return them.
 
     Args:
         I: images.
@@ -51,7 +51,7 @@ def inputs(
         dtype: of the features; they are drawn in float64 and rounded, so all dtypes see the same data.
         device: where they lie.
         requires_grad: of image and words.
-        seed: of the random numbers.
+        seed: of the random generator.
 
     Returns:
         image [I, R, D], words [N, D], cu_seqlens [T + 1] int32.
@@ -61,7 +61,7 @@ def inputs(
     [[2, 4, 8], [8, 8], [3]]
     """
     generator = torch.Generator().manual_seed(seed)
-    # A part common to all of an item's rows keeps affinities away from zero, as trained encoders do.
+    # Vectors that all rows share keep affinities away from zero, as in trained models.
     image = torch.randn(I, R, D, generator=generator, dtype=torch.float64) + torch.randn(
         1, 1, D, generator=generator, dtype=torch.float64
     )
@@ -79,8 +79,8 @@ def attention(size: Size, draw: Draw) -> list[Tensor]:
 
 
 def linear(size: Size, draw: Draw) -> list[Tensor]:
-    """weight [S, D] and bias [S] of a similarity."""
-    # Squares of differences of unit vectors are about 1 / D.
+    """weight [S, D] and bias [S] of a similarity projection."""
+    # Its inputs, squared differences of unit vectors, are about 1 / D.
     return [size.dim**0.5 * draw(size.similarity, size.dim), draw(size.similarity)]
 
 
@@ -108,7 +108,7 @@ def nodes(size: Size, draw: Draw) -> list[Tensor]:
 
 def graph_weights(size: Size, draw: Draw) -> list[Tensor]:
     """The weights and biases of `similarity_graph`."""
-    # Enlarged query and key weights: with small ones every node becomes the mean, and nothing shows the edges.
+    # Large query and key weights: with small ones the attention is uniform, and mistakes in it would not show.
     K, S = size.steps, size.similarity
     scaled = [(scale * draw(K, S, S) / S**0.5, draw(K, S) / S**0.5) for scale in (4.0, 4.0, 1.0)]
     return [x for pair in scaled for x in pair]

@@ -1,4 +1,4 @@
-"""A problem of a few pairs for every op, and how far a backend is from the reference on it."""
+"""A small example for every op, and the comparison of a backend with the reference on it."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ._declare import DECLARED, Floats
 from ._draws import Size
 
 SMALL = Size(3, (5, 2), 7, 16, 8, 3)
-PUBLISHED = Size(3, (13, 2), 36, 1024, 256, 3)  # whose kernels an evaluation of the published models needs anyhow
+PUBLISHED = Size(3, (13, 2), 36, 1024, 256, 3)  # the models' sizes, so these compiled kernels are used again afterwards
 TF32 = 2.0**-10
 UNITS = {torch.float32: 2.0**-16, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # float32 by three TF32 products
 
 
 def example(op: str, size: Size = SMALL, kind: int = 0) -> list[Any]:
-    """Arguments of an op in the order of its public function, tensors of floats in float64; of a kind in `kinds(op)`.
+    """Arguments of an op in the order of its public function, in float64; `kind` is one of `kinds(op)`.
 
     >>> from itm_fast.ops._examples import example
     >>> [list(x.shape) for x in example("cross_attention_score")]
@@ -31,7 +31,7 @@ def example(op: str, size: Size = SMALL, kind: int = 0) -> list[Any]:
 
 
 def kinds(op: str) -> range:
-    """The examples of an op: one, and one more for kernels that it does not reach."""
+    """Numbers of an op's examples: more than one if no single example reaches all of its kernels."""
     return range(len(DECLARED[op].examples))
 
 
@@ -46,17 +46,17 @@ def outcome(
     backward: bool = True,
     kind: int = 0,
 ) -> list[Tensor]:
-    """An op's results on its example, and the gradients of the first one.
+    """An op's results on an example, and the gradients of the first result.
 
     Args:
         op: name of the op.
-        backend: the one asked for.
-        device: where it runs.
-        dtype: in which it runs.
-        rounded: dtype that the example is rounded to before; None means `dtype`.
+        backend: the backend to run.
+        device: the device to run on.
+        dtype: the dtype to run in.
+        rounded: dtype that the example is rounded to first; None means `dtype`.
         size: of the example.
-        backward: whether gradients are wanted, or only results.
-        kind: of the example.
+        backward: whether to compute gradients too.
+        kind: number of the example.
 
     Returns:
         Tensors on the CPU.
@@ -76,7 +76,7 @@ def outcome(
     with torch.set_grad_enabled(backward):
         results = DECLARED[op].function(*arguments, backend=backend)
         results = results if isinstance(results, tuple) else (results,)
-        results = tuple(x for x in results if x.is_floating_point())  # and not the bounds that some give
+        results = tuple(x for x in results if x.is_floating_point())  # without the bounds that some ops return
         # Unequal weights: the plain sum of squares of unit vectors has no gradient.
         weights = torch.arange(results[0].numel(), device=device).cos().to(dtype).view_as(results[0])
         found = torch.autograd.grad((weights * results[0]).sum(), leaves) if backward else ()
@@ -86,18 +86,18 @@ def outcome(
 def problem(op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool) -> str | None:
     """Tell what is wrong with an op's backend on a device, if anything.
 
-    Looks for kernels that are broken, not for rounding: results and gradients may be off by eight times what the
-    reference is off in the same dtype, and by 16 units of rounding of its own largest value.
+    Meant to find broken kernels, so the tolerance is wide: each result and gradient may have eight times the error of
+    the reference in the same dtype, plus 16 units of rounding of its largest value.
 
     Args:
         op: name of the op.
-        backend: to be looked at.
-        device: where it runs.
-        dtype: in which it runs; float32 with the products that `torch.get_float32_matmul_precision` allows.
-        backward: whether gradients are looked at too.
+        backend: the backend to check.
+        device: the device to run on.
+        dtype: the dtype to run in; float32 with the products that `torch.get_float32_matmul_precision` allows.
+        backward: whether to check gradients too.
 
     Returns:
-        None, or one line: what was raised, or how far off what is.
+        None, or one line: the exception that was raised, or what is wrong by how much.
 
     >>> import torch
     >>> from itm_fast.ops._examples import problem
@@ -127,7 +127,7 @@ def _problem(op: str, backend: str, device: torch.device, dtype: torch.dtype, ba
         if not true.numel():
             continue
         off = (mine.double() - true).abs().max().item()
-        # A gradient that cancels to nothing, as a key bias's, is what rounding leaves of the others.
+        # A gradient that is exactly zero, as a key bias's, comes out as rounding error of the size of the other ones.
         scale = max(size_of[k], 1e-4 * max(size_of[1:])) if k else size_of[0]
         allowed = 8 * (plain.double() - true).abs().max().item() + 16 * unit * scale
         if not off <= allowed:

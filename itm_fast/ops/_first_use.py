@@ -18,17 +18,17 @@ from . import _examples
 
 _verdicts: dict[tuple, str | None] = {}  # (op, device, precision, with backward) -> why it is put aside, or None
 _lock = threading.Lock()
-_thread = threading.local()  # .checks is True in a thread that runs a check, whose ops are not checked themselves
+_thread = threading.local()  # .checks is True in a thread that runs a check: ops that run there are not checked
 
 
 def put_aside(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Check an op's kernels on a device, unless this has been done.
+    """Check an op's kernels on a device, unless they have been checked before.
 
     Backward kernels are checked only when gradients are recorded, so an evaluation does not compile them. Nothing is
     checked while a CUDA graph is captured, as that allows no other work on the device, nor under the interpreter.
 
     Returns:
-        None if the op may run, else why its kernels are put aside.
+        None if the op may use its kernels, else the reason why not.
     """
     if getattr(_thread, "checks", False) or _triton.interpreted() or _capturing(device):
         return None
@@ -59,8 +59,8 @@ def _capturing(device: torch.device) -> bool:
 
 
 def _alone(op: str, device: torch.device, dtype: torch.dtype, backward: bool) -> str | None:
-    """Run the check in a new thread, free of the caller's modes: autocast, inference mode, fake tensors, tracing,
-    default device, `use_backend`."""
+    """Run the check in a new thread, where none of the caller's modes is active: autocast, inference mode, fake
+    tensors, tracing, default device, `use_backend`."""
     found: list[str | None] = []
     raised: list[BaseException] = []
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def positives(score: Tensor, image_ids: Tensor | None) -> Tensor:
-    """[B, B] mask of the entries that are no negatives: the diagonal, or all pairs of one image."""
+    """[B, B] mask of the entries that are not negatives: the diagonal or, given ids, all pairs with equal ids."""
     if image_ids is None:
         return torch.eye(len(score), dtype=torch.bool, device=score.device)
     return image_ids[:, None] == image_ids[None, :]

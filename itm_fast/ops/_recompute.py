@@ -1,9 +1,9 @@
-"""Scores block by block, and their backward pass, which computes each block anew: nothing of a block is kept for it.
+"""Compute a result block by block; the backward pass recomputes each block, so no block's intermediates are saved.
 
-An op of batched PyTorch, or a model that scores by several ops, names its blocks; `forward` fills the result from them,
-and `backward` runs each again and differentiates it. Of the score of every pair, `of_pairs` takes the blocks of pairs
-that have a gradient: the hardest-negative loss gives one to about three pairs of a row of the score matrix. The others
-would add exact zeros.
+An op in batched PyTorch, or a model that scores with several ops, yields its blocks. `forward` fills the result from
+them; `backward` runs each again under autograd. For scores [I, T] of all pairs, `of_pairs` computes gradients only for
+pairs whose score has one, because the others would add exact zeros: the hardest-negative loss gives a gradient to about
+three pairs in a row of the score matrix.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from .._checks import work_dtype
 from .._workspace import current_gib, scratch_bytes, workspace
 from ..packing import Index, spans
 
-CPU_TILE = 8 << 20  # bytes: a block and its temporaries then stay in the last caches of a core
-MIN_QUERIES = 384  # words in a block below which matrix products run far from their peak
-IMAGES = 4  # that `of_pairs` takes at a time: of more, more pairs without a gradient come along; fewer cost more calls
+CPU_TILE = 8 << 20  # bytes of a block with its temporaries that stay in the last caches of a core
+MIN_QUERIES = 384  # with fewer words in a block, matrix products run far from their peak
+IMAGES = 4  # `of_pairs` takes so many at a time: more images bring more pairs without a gradient, fewer need more calls
 GPU_IMAGES = 64  # the same on a GPU, where a call costs more than pairs without a gradient; untuned
-SPARSE = 8  # at most one pair in so many has a gradient, or `of_pairs` takes all at once
+SPARSE = 8  # if more than one pair in 8 has a gradient, `of_pairs` takes all pairs at once
 
 
 class Block(NamedTuple):
-    """One call: where its inputs lie in the differentiable arguments, and its result in the whole result."""
+    """One call: the index of its inputs in each differentiable argument, and of its result in the whole result."""
 
     inputs: tuple[tuple[Index, ...], ...]
     result: tuple[Index, ...]
@@ -40,9 +40,9 @@ Blocks = Callable[..., Iterator[Block]]  # (backward, *tensors, cu_seqlens, regi
 
 
 def tile_bytes(device: torch.device, backward: bool, tiles: int = 1) -> int:
-    """Scratch that one block's forward temporaries may take; backward keeps several of each.
+    """Bytes that one block's forward temporaries may take; backward, which keeps several of each, is given fewer.
 
-    `tiles` is how many of CPU_TILE an op with many steps a block is fastest with.
+    `tiles`: how many times CPU_TILE; ops with many steps in a block are fastest with more than 1.
     """
     limit = scratch_bytes(device) // (6 if backward else 2)
     return min(tiles * CPU_TILE, limit) if device.type == "cpu" else limit
@@ -57,7 +57,7 @@ def forward(blocks: Iterator[Block], args: Sequence[Tensor], result: Tensor) -> 
 
 
 def backward(blocks: Iterator[Block], args: Sequence[Tensor], needs: Sequence[bool], grad: Tensor) -> list[Tensor]:
-    """Run each block again, differentiate it, and add up, in float32 or better: one gradient for each of `needs`."""
+    """Recompute and differentiate each block; return the sums, in float32 or better, of the gradients `needs` marks."""
     work = work_dtype(grad)
     total = [torch.zeros_like(a, dtype=work) if n else None for a, n in zip(args, needs, strict=True)]
     for block in blocks:
@@ -66,7 +66,7 @@ def backward(blocks: Iterator[Block], args: Sequence[Tensor], needs: Sequence[bo
                 a[at].detach().to(work).requires_grad_(n) for a, at, n in zip(args, block.inputs, needs, strict=True)
             ]
             value = block.function(*inputs)
-        if not value.requires_grad:  # the options leave out all that needs a gradient
+        if not value.requires_grad:  # with these options the block does not depend on what needs a gradient
             continue
         wanted = [x for x, n in zip(inputs, needs, strict=True) if n]
         found = iter(torch.autograd.grad(value, wanted, grad[block.result].to(value.dtype), materialize_grads=True))
@@ -79,16 +79,15 @@ def backward(blocks: Iterator[Block], args: Sequence[Tensor], needs: Sequence[bo
 def of_pairs(
     dense: Callable[..., list[Tensor]], axes: str, grad: Tensor, needs: Sequence[bool], args: Sequence[Any]
 ) -> list[Tensor]:
-    """Gradients as `dense(grad, needs, *args)` gives them, from the pairs where `grad` [I, T] is not zero.
+    """The gradients of `dense(grad, needs, *args)`, computed only from pairs where `grad` [I, T] is not zero.
 
-    Some images are taken at a time, with the captions that any of them needs.
+    Takes some images at a time, with the captions that have a non-zero gradient with any of them.
 
     Args:
-        dense: an implementation's backward.
-        axes: what lies along the first dimension of each argument: I images, T captions, N packed words, E the
-            captions' bounds in them, and . none of these.
+        dense: an implementation's `backward`, over all pairs that it is given.
+        axes: the first dimension of each argument: I images, T captions, N packed words, E cu_seqlens, . none of these.
         grad: the scores' gradient, [I, T].
-        needs: which of the differentiable arguments, the first ones, want a gradient.
+        needs: which of the differentiable arguments, which come first, need a gradient.
         args: the op's arguments.
     """
     gpu = grad.device.type == "cuda"
@@ -119,12 +118,12 @@ def of_pairs(
 def score(
     cut: Blocks, axes: str, tensors: Sequence[Tensor], cu_seqlens: Tensor, region_lengths: Tensor | None
 ) -> Tensor:
-    """Scores [I, T] that several ops make together, differentiable.
+    """Differentiable scores [I, T] that are computed block by block, by one or several ops.
 
     Args:
-        cut: the blocks of a call; their inputs index `tensors`, their results [I, T].
-        axes: what lies along the first dimension of each of `tensors`, as in `of_pairs`; I of the first.
-        tensors: what may need a gradient.
+        cut: makes the blocks; their inputs index `tensors`, their results index the scores.
+        axes: the first dimension of each of `tensors`, as in `of_pairs`; the first one's is I.
+        tensors: the tensors that may need a gradient.
         cu_seqlens: [T + 1].
         region_lengths: [I] or None.
     """
@@ -135,7 +134,7 @@ class _Scored(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, cut: Blocks, axes: str, cu_seqlens: Tensor, region_lengths: Tensor | None, *tensors: Tensor):
         ctx.cut, ctx.axes, ctx.as_now = cut, axes, as_now(tensors[0].device.type)
-        ctx.save_for_backward(*tensors, cu_seqlens, region_lengths)  # which refuses what is written to meanwhile
+        ctx.save_for_backward(*tensors, cu_seqlens, region_lengths)  # autograd refuses tensors changed before backward
         score = tensors[0].new_empty(len(tensors[0]), len(cu_seqlens) - 1)
         return forward(cut(False, *tensors, cu_seqlens, region_lengths), tensors, score)
 
@@ -154,14 +153,14 @@ class _Scored(torch.autograd.Function):
 
 
 def again(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """Make a function of which autograd keeps the inputs, and runs it anew in backward, as it ran now."""
+    """Wrap a function in torch's checkpoint: autograd saves its inputs only and runs it again in backward, `as_now`."""
     return partial(checkpoint, partial(as_now(device), function), use_reentrant=False, preserve_rng_state=False)
 
 
 def as_now(device: str) -> Callable[..., Any]:
-    """Make a caller `run(function, *args)` that keeps the backend, the scratch and the autocast of now.
+    """Return run(function, *args), which calls the function with the current backend, scratch limit and autocast.
 
-    Autograd may run a backward pass on a thread that does not see the context of the forward pass.
+    Autograd may run a backward pass on a thread where these contexts of the forward pass are not set.
     """
     backend, gib = requested(), current_gib()
     enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)

@@ -1,8 +1,9 @@
-"""Registration of an op with torch: its schema, its fake, its autograd rule and the call of the chosen backend.
+"""Registration of an op with torch.library: schema, fake implementation, autograd, and the call of the chosen backend.
 
-An implementation offers `forward(*args) -> Tensor | tuple` and `backward(grad, needs, *args) -> list[Tensor]`, one
-gradient for each differentiable argument that `needs` marks, in the dtype it was summed in. It is the module of the
-op's name in its backend's package, or for C++ made by `_cpu_calls`, and imported only when it runs.
+An implementation has `forward(*args) -> Tensor | tuple` and `backward(grad, needs, *args) -> list[Tensor]`: one
+gradient for each differentiable argument that `needs` marks, in the dtype it was summed in. `args` are those of the
+declaration. It is the module of the op's name in its backend's package or, for C++, made by `_cpu_calls`; either is
+imported only when it runs.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class Op(Declaration):
 
         @torch.library.impl(forward, "CompositeExplicitAutograd")
         def _forward(*args):
-            # Autocast has chosen the inputs' dtype by now; what is computed from them keeps the op's own precision.
+            # The inputs are already in autocast's dtype; inside, the op decides on its precision.
             with torch.autocast(args[0].device.type, enabled=False):
                 return self.implementation(args[-1]).forward(*args[:-1])
 
@@ -70,7 +71,7 @@ class Op(Declaration):
         def setup_context(ctx, inputs, output):
             if not isinstance(output, Tensor):
                 ctx.mark_non_differentiable(*output[1:])
-            ctx.scratch = current_gib()  # autograd may run backward on a thread that does not see the context
+            ctx.scratch = current_gib()  # autograd may run backward on a thread that does not see `workspace(...)`
             ctx.is_tensor = [isinstance(a, Tensor) for a in inputs]
             ctx.save_for_backward(*(a for a in inputs if isinstance(a, Tensor)), *(output if keeps else ()))
             ctx.rest = [a for a in inputs if not isinstance(a, Tensor)]
@@ -108,7 +109,7 @@ class Op(Declaration):
         return self.call(*self.convert(given), name)
 
     def implementation(self, backend: str) -> Any:
-        """What has the op's forward and backward pass in a backend."""
+        """The op's `forward` and `backward` in a backend."""
         if backend == "reference":
             return by_autograd(self.reference)
         if backend == "cpu":

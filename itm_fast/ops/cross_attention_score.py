@@ -5,23 +5,25 @@ For one pair it equals this program (t2i; for i2t swap `regions` and `words`):
     P = ((scale * affinity_norm(regions @ words.T, dim=1)).softmax(0)).T @ regions
     score = pool(cosine_similarity(words, P))
 
-Forward, with queries q and contexts x, alpha and P as in `ops/_attention.py`:
+Forward, with Q queries q_j, contexts x, alpha and P as in `ops/_attention.py`, and lambda = pool_scale:
 
     r_j   = q_j . P_j / max(|q_j| |P_j|, 1e-8)                                                  (1)
-    score = log(sum_j exp(lambda r_j)) / lambda | max_j r_j | sum_j r_j | mean_j r_j            (2)
+    score = log(sum_j exp(lambda r_j)) / lambda     for pool "lse"                              (2)
+            max_j r_j,  sum_j r_j,  mean_j r_j      for pool "max", "sum", "mean"
 
-Neither q_j . P_j nor |P_j| needs P: with s_j = x q_j and the Gram matrix G = x x^T of the contexts,
+Neither q_j . P_j nor |P_j| needs P: with the affinities s_j = x q_j and the contexts' Gram matrix G = x x^T,
 
     q_j . P_j = alpha_j . s_j,     |P_j|^2 = alpha_j^T G alpha_j                                (3)
 
 Backward, with c_j = |q_j| |P_j| and g the gradient of a pair's score:
 
-    d r_j   = g exp(lambda (r_j - score)) | g at the argmax | g | g / Q                         (4)
+    d r_j   = g exp(lambda (r_j - score))           for pool "lse"                              (4)
+            = g at the largest r_j, else 0;  g;  g / Q      for pool "max", "sum", "mean"
     d P_j   = d r_j (q_j / c_j - r_j P_j / |P_j|^2),   d q_j += d r_j (P_j / c_j - r_j q_j / |q_j|^2)   (5)
-    d alpha = x dP^T;  d A' = scale * alpha (d alpha - sum_x alpha d alpha);  d A through the norm      (6)
+    d alpha = x dP^T;  d A' = scale * alpha (d alpha - sum_x alpha d alpha);  d A = d A' through the norm   (6)
     d x += alpha dP + dA q,    d q += dA^T x                                                    (7)
 
-The same from (3), without P, with p_j = |P_j| and 0 for d c_j where c_j is below 1e-8:
+The same from (3), without forming P; p_j = |P_j|, and d c_j = 0 where c_j < 1e-8:
 
     d (alpha . s)_j = d r_j / max(c_j, 1e-8),   d c_j = -d r_j r_j / c_j,   d (p^2)_j = d c_j |q_j| / (2 p_j)   (8)
     d alpha_j = d (alpha . s)_j s_j + 2 d (p^2)_j G alpha_j,   d s_j = d (alpha . s)_j alpha_j + d A by (6)     (9)
@@ -117,7 +119,7 @@ def cross_attention_score(
             clipped_l1norm, clipped or none ("clipped" is LeakyReLU with slope 0.1).
         scale: inverse temperature of the attention's softmax.
         pool: how the queries' cosines become one score: lse, max, sum or mean.
-        pool_scale: inverse temperature of lse; the other pools do not read it.
+        pool_scale: inverse temperature of "lse"; not used by the other pools.
         region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
         backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
 

@@ -1,4 +1,4 @@
-"""Vector similarity of every query with what it attends to, for every image and caption (SGRAF, section 3.2).
+"""The similarity vector of every query and its attended vector, for every image and caption (SGRAF, section 3.2).
 
 For one pair it equals this program (t2i; for i2t swap `regions` and `words`):
 
@@ -11,8 +11,9 @@ Forward, with alpha and P as in `ops/_attention.py`:
     y_j = W (u_j - q_j)^2 + b                                                                   (2)
     s_j = y_j / (|y_j| + 1e-8)                                                                  (3)
 
-|P_j|^2 = alpha_j^T G alpha_j with the contexts' Gram matrix G = x x^T, so alpha can be divided by |P_j| + 1e-8
-before the sum: u, the difference, the square and the product with W are then one pass over D.
+|P_j|^2 = alpha_j^T G alpha_j with the contexts' Gram matrix G = x x^T, so |P_j| is known before P_j is formed, and
+alpha can be divided by |P_j| + 1e-8 first. Then u, the difference, the square and the product with W take one pass over
+D.
 
 Backward, with n = |y_j| and p = |P_j|:
 
@@ -48,7 +49,7 @@ def reference(
     affinity_norm: str,
     scale: float,
 ) -> Tensor:
-    """(1) to (3), pair by pair; regions beyond an image's count give rows of zeros."""
+    """(1) to (3), pair by pair; padding regions give rows of zeros."""
     op = "cross_attention_similarity"
     edge = bounds(cu_seqlens, words.shape[0], op)
     R = image.shape[1]
@@ -108,14 +109,14 @@ def cross_attention_similarity(
 ) -> Tensor:
     """Similarity vectors of every query and its attended vector: SGRAF's local alignments.
 
-    The result holds I x N x S numbers: score large sets by blocks.
+    The result has I x N x S elements, so take large sets block by block.
 
     Args:
         image: [I, R, D] region features, float64, float32, float16 or bfloat16.
         words: [N, D] packed word features, same dtype and device; see `itm_fast.pack`.
         cu_seqlens: [T + 1] int32 or int64: caption t is `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
-        weight: [S, D] of the similarity's projection.
-        bias: [S].
+        weight: [S, D] of the linear layer W of (2), the similarity's projection.
+        bias: [S] of this layer.
         direction: "t2i" (words attend to regions) or "i2t" (regions attend to words).
         affinity_norm: how affinities are normalised over the queries: softmax, l2norm, clipped_l2norm, l1norm,
             clipped_l1norm, clipped or none ("clipped" is LeakyReLU with slope 0.1).
@@ -124,7 +125,7 @@ def cross_attention_similarity(
         backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
-        t2i: [I, N, S], one vector per image and word. i2t: [I, T, R, S], one per region; rows beyond an image's
+        t2i: [I, N, S], one vector per image and word. i2t: [I, T, R, S], one per caption and region; those of padding
         regions are zero. Dtype of `image` (under autocast, autocast's).
 
     Raises:

@@ -1,7 +1,7 @@
-"""Score every vector with every caption whose words it attends to (SHAN, equations 10 to 12, with context vectors that
-depend on one side only).
+"""Score every global vector with every caption: its cosine with what it attends to among the caption's words.
 
-For one vector and one caption it equals this program:
+These are SHAN's equations 10 to 12 for vectors that depend on one side only (an image's vector, not a pair's); HGAN
+uses them. For one vector and one caption it equals this program:
 
     alpha = (scale * cosine_similarity(vector, words)).softmax(0)
     score = cosine_similarity(vector, alpha @ words)
@@ -12,13 +12,14 @@ Forward, with a vector g and a caption's words t_j:
     t*    = sum_j alpha_j t_j                                                                       (2)
     score = g . t* / max(|g| |t*|, 1e-8)                                                            (3)
 
-No t* is formed: with s_j = g . t_j from one dense product and the caption's Gram matrix G = t t^T,
+t* need not be formed: with s_j = g . t_j from one dense product and the caption's Gram matrix G = t t^T,
 
     g . t* = alpha . s,     |t*|^2 = alpha^T G alpha                                                (4)
 
-The regions of images are captions of R words: so the same op scores caption vectors with images.
+To score caption vectors with images, pass the regions as `words`: an image is a caption of R words.
 
-Backward, with p = |t*|, n_j = |t_j|, f the gradient of the score, and terms at a clamped length left out:
+Backward, with p = |t*|, n_j = |t_j| and f the gradient of the score; where max(., 1e-8) takes the 1e-8, the gradient
+through these lengths is zero:
 
     d (alpha . s) = f / (|g| p),   d p = - f score / p,   d |g| = - f score / |g|                   (5)
     d alpha = d (alpha . s) s + (d p / p) G alpha;   d c = scale * alpha (d alpha - alpha . d alpha)    (6)
@@ -79,10 +80,10 @@ def global_local_score(
 ) -> Tensor:
     """Cosine of every vector with what it attends to in every caption: a global-to-local score.
 
-    With caption vectors in place of the images', the words are the regions of the images, one image after another.
+    To score caption vectors with images, pass the images' regions, one image after another, as `words`.
 
     Args:
-        vector: [I, D] one vector an image, float64, float32, float16 or bfloat16.
+        vector: [I, D] one global vector per image, float64, float32, float16 or bfloat16.
         words: [N, D] packed word features, same dtype and device; see `itm_fast.pack`.
         cu_seqlens: [T + 1] int32 or int64: caption t is `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
         scale: inverse temperature of the attention's softmax.

@@ -10,11 +10,13 @@ Forward, over the negatives c != i (and, with image ids, captions c whose image 
 
     loss = sum_i max_c [m + S_ic - S_ii]_+  +  sum_c max_i [m + S_ic - S_cc]_+                  (1)
 
-or, without `hardest`, both sums over all negatives. It is a sum over the batch, not a mean, as published.
+or, without `hardest`, with sums over all negatives in place of both maxima. It is a sum over the batch, not a mean, as
+published.
 
-Backward: with h a hardest (or any) negative whose cost is positive and g the loss's gradient,
+Backward, for each row i and its hardest negative h (without `hardest`: each of its negatives h) whose cost is positive,
+with g the loss's gradient, and the same for each column:
 
-    d S_ih += g,   d S_ii -= g     for each row, and the same for each column                   (2)
+    d S_ih += g,   d S_ii -= g                                                                  (2)
 
 Saved for backward: the scores.
 """
@@ -69,11 +71,12 @@ def hardest_negative_loss(
     """Triplet ranking loss of a batch, with its hardest negatives.
 
     Args:
-        score: [B, B], image i with caption c; matching pairs on the diagonal. Under autocast it is taken in float32.
+        score: [B, B], image i with caption c; matching pairs on the diagonal. Autocast converts it to float32.
         margin: by how much a match must beat its negatives.
-        hardest: the worst negative of each row and column, or else the sum over all (published `max_violation`).
-        image_ids: [B] int32 or int64; pairs with equal ids are no negatives. None, as published: only the diagonal
-            is spared, so another caption of the same image counts as a negative.
+        hardest: True: only the hardest negative of each row and column counts, as with the published code's
+            `max_violation`. False: all negatives count.
+        image_ids: [B] int32 or int64; pairs with equal ids are not negatives. None, as published: every pair off the
+            diagonal is a negative, even another caption of the same image.
         backend: "torch" or "reference"; None lets itm_fast choose.
 
     Returns:

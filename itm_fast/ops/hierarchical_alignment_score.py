@@ -1,6 +1,6 @@
-"""Score every image with every caption by alignment step by step: local, global to local, global (SHAN, section 3).
+"""Score every image with every caption by alignment in three steps: local, global to local, global (SHAN, section 3).
 
-For one pair, words attending to regions alone (direction "t2i"), it equals this program:
+For one pair and direction "t2i" (only words attend, to regions) it equals this program:
 
     beta = (scale * region_keys @ word_keys.T).softmax(0).T;  attended = beta @ regions
     g = (word_gate[:, 1] + beta @ region_gate[:, 1]).sigmoid();  fused = g * words + (1 - g) * attended
@@ -20,21 +20,27 @@ Forward, with regions v_i, words t_j, their keys k_i and k_j, and cos(a, b) = a 
     score = mu (mean or sum) r_i + (1 - mu) (mean or sum) r_j
             + nu cos(v_c, t*_c) + (1 - nu) cos(t_c, v*_c) + cos(v_g, t_g)                                    (7)
 
-with direction "both", m = image_pool, n = caption_pool, mu = local_mix, nu = global_mix, gamma_i = softmax_i(m . v^_i).
+with direction "both". Here m = image_pool, n = caption_pool, mu = local_mix, nu = global_mix; t^_j = g_j t_j +
+(1 - g_j) v*_j and t_c = sum_j softmax_j(n . t^_j) t^_j are the same for the caption, and gamma_i = softmax_i(m . v^_i).
 With "t2i" only r_j and t_c exist, with weight 1, and v_g is the mean of the regions; with "i2t" the other way round.
-The gate's linear map W [x; y] + b is given by halves: a_i and b_j (with the bias) of the vector itself, a_j and b_i of
-what it attends to, for W (sum_j alpha_ij t_j) = sum_j alpha_ij (W t_j).
 
-With a scalar gate every vector above is a combination of rows of V and T, x = V^T p + T^T q, and
+SHAN's gate of a vector x and of y, what x attends to, is sigmoid(W_x x + W_y y + b). The caller applies these linear
+maps to regions and words before the op, and W_y sum_j alpha_ij t_j = sum_j alpha_ij (W_y t_j) gives (3). With the
+regions' gate (W, b) and the words' gate (W', b'), which may be one:
+
+    image_gate = (a_i, b_i),  a_i = W_x v_i + b,  b_i = W'_y v_i;   word_gate = (a_j, b_j),  a_j = W_y t_j,
+    b_j = W'_x t_j + b'
+
+With a scalar gate every vector above is a combination of rows of V = [v_i] and T = [t_j], x = V^T p + T^T q, and
 
     x . v_i = (G p + C q)_i,   x . t_j = (C^T p + H q)_j,   G = V V^T,  H = T T^T,  C = V T^T                (8)
     v_c: p_i = gamma_i g_i,  q_j = sum_i gamma_i (1 - g_i) alpha_ij;   t_c the other way round               (9)
 
-so that all products and norms follow from G, H, C, A and one number a row: no vector [D] of a pair exists. With a
-vector gate they exist for the pairs of a block.
+so all products and norms follow from G, H, C, A and a few numbers per row, and no vector [D] of a pair is formed. With
+a vector gate the vectors are formed, block by block.
 
-Backward: the chain rule through (7) to (1); of a product y = x_1 . x_2 of two combinations with coefficients c_1 and
-c_2 over the rows Z = [V; T] and K = Z Z^T,
+Backward: the chain rule through (7) to (1). For a product y = x_1 . x_2 of two such combinations, with coefficients c_1
+and c_2 of the rows Z = [V; T], and K = Z Z^T,
 
     d c_1 = dy K c_2,   d c_2 = dy K c_1,   d K = dy c_1 c_2^T,   d Z = (d K + d K^T) Z                     (10)
     d A = scale (alpha (d alpha - sum_j alpha d alpha) + beta (d beta - sum_i beta d beta)),
@@ -65,7 +71,7 @@ def _cosine(x: Tensor, y: Tensor) -> Tensor:
 def _aligned(
     local: Tensor, attended: Tensor, gate: Tensor, weight: Tensor, others: Tensor, pool: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One modality's pooled cosines (2), its cosine with what its context vector finds (5), and (6)."""
+    """One modality's pooled cosines r, its context vector's cosine with what it attends to (5), and their sum (6)."""
     r = _cosine(local, attended)
     g = gate.sigmoid()
     fused = g * local + (1 - g) * attended
@@ -132,7 +138,7 @@ def _example(size: _draws.Size, draw: _draws.Draw, gates: int = 1) -> list[Tenso
 
 
 def _example_of_vectors(size: _draws.Size, draw: _draws.Draw) -> list[Tensor]:
-    """Gates of D numbers, and a caption of more words than one that is aligned by its products alone."""
+    """Vector gates, and a caption of 40 words: more than the kernel that forms no vectors takes."""
     return _example(size._replace(lengths=(*size.lengths, 40)), draw, size.dim)
 
 
@@ -193,22 +199,24 @@ def hierarchical_alignment_score(
 
     Args:
         image: [I, R, D] region features, float64, float32, float16 or bfloat16.
-        image_key: [I, R, P] their projections, whose products with `word_key` are the affinities; same dtype and
-            device as all tensors of floats.
-        image_gate: [I, R, 2, K] what a region adds to a gate before its sigmoid, K 1 (a scalar gate) or D (a vector
-            gate): first, with the bias, to its own, then to those of the words that attend to it.
+        image_key: [I, R, P] projected regions, whose dot products with `word_key` are the affinities. All
+            floating-point tensors have one dtype and device.
+        image_gate: [I, R, 2, K] the regions' terms of the gates before the sigmoid; K is 1 (one gate per vector) or D
+            (one gate per feature). `image_gate[:, :, 0]`: the region's term of its own gate, bias included.
+            `image_gate[:, :, 1]`: its term of the gate of every word that attends to it.
         words: [N, D] packed word features, same dtype and device; see `itm_fast.pack`.
-        word_key: [N, P].
-        word_gate: [N, 2, K] what a word adds to a gate: first to those of the regions that attend to it, then, with
-            the bias, to its own.
+        word_key: [N, P] projected words.
+        word_gate: [N, 2, K] the words' terms of the gates. `word_gate[:, 0]`: the word's term of the gate of every
+            region that attends to it. `word_gate[:, 1]`: its term of its own gate, bias included.
         cu_seqlens: [T + 1] int32 or int64: caption t is `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
-        image_pool: [D] weights by which a pair's fused regions are pooled to its image's context vector.
-        caption_pool: [D] the same for the words; directions that pool one side do not read the other's.
+        image_pool: [D] the linear layer that gives the pooling weights of the fused regions, softmax(fused @
+            image_pool); not used by "t2i".
+        caption_pool: [D] the same for the fused words; not used by "i2t".
         direction: "t2i" (words attend to regions; SHAN-T2I), "i2t" (SHAN-I2T) or "both" (SHAN-full).
         scale: inverse temperature of the attention's softmax.
         pool: "mean" or "sum" of the local cosines.
-        local_mix: share of the regions in the local term, from 0 to 1, for direction "both".
-        global_mix: share of the image in the global-to-local term, from 0 to 1, for direction "both".
+        local_mix: weight of the regions' cosines in the local term, from 0 to 1; only used by "both".
+        global_mix: weight of the image's context vector in the global-to-local term, from 0 to 1; only used by "both".
         region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
         backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
 

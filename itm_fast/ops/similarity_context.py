@@ -1,4 +1,4 @@
-"""Add context nodes to every pair's similarity vectors, level by level, from assignments that are learned.
+"""Add context nodes to every pair's similarity vectors: weighted means of its nodes, level by level (TSHSR).
 
 For one pair with the global node `overall` [S] and local nodes X [L, S] it equals this program:
 
@@ -6,15 +6,16 @@ For one pair with the global node `overall` [S] and local nodes X [L, S] it equa
     for Wa in assignment.split(sizes): X = (X @ Wa.T).softmax(0).T @ X; nodes.append(X)
     result = torch.cat(nodes)
 
-Forward, level l = 1, 2, ... with X^0 the local nodes and W_l [c_l, S] the rows of the assignment that are its own:
+Forward, with s_g the global node and X^0 the local nodes; level l = 1, 2, ... makes c_l context nodes, sizes[l - 1],
+with its own rows W_l [c_l, S] of `assignment`:
 
     A^l = softmax over the nodes of X^{l-1} W_l^T,     X^l = A^l^T X^{l-1}                         (1)
     result = [s_g; X^0; X^1; ...]                                                               (2)
 
-This is the context of TSHSR's hierarchical similarity reasoning, reconstructed from the paper's abstract: the
-equations are not public to us.
+This is our reconstruction of TSHSR's hierarchical similarity reasoning from the paper's abstract: we have no access to
+its equations.
 
-Backward of a level, d X^l being what comes from the result and from level l + 1:
+Backward of a level, where d X^l is the gradient from the result plus that from level l + 1:
 
     d A = X^{l-1} d X^l^T,   d Z = A (d A - sum over the nodes of A d A)                        (3)
     d X^{l-1} += A d X^l + d Z W_l,   d W_l = d Z^T X^{l-1}                                     (4)
@@ -98,22 +99,22 @@ def similarity_context(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Join each pair's global node, its local nodes and the context nodes made of these.
+    """Compute each pair's context nodes, and join them to its global node and its local nodes.
 
-    The result holds I x (N + T (1 + C)) x S numbers: score large sets by blocks.
+    The result has I x (N + T (1 + C)) x S elements, so take large sets block by block.
 
     Args:
         overall: [I, T, S] the global node of every pair, float64, float32, float16 or bfloat16.
         local: [I, N, S] packed local nodes: those of image i and caption t are
             `local[i, cu_seqlens[t]:cu_seqlens[t + 1]]`. Same dtype and device as all tensors of floats.
         cu_seqlens: [T + 1] int32 or int64 bounds of the captions' local nodes, the last one N.
-        assignment: [C, S], one row for every context node: the first level's, then the second's, ...
-        sizes: context nodes of each level; their sum is C.
+        assignment: [C, S] learned weights, one row for every context node: the first level's, then the second's, ...
+        sizes: the number of context nodes of each level; their sum is C.
         backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
-        [I, N + T (1 + C), S], for every caption its global node, its local nodes and its context nodes level by level:
-        from `cu_seqlens[t] + t * (1 + C)` on. Dtype of `local` (under autocast, autocast's).
+        [I, N + T (1 + C), S], dtype of `local` (under autocast, autocast's). Those of caption t begin at row
+        `cu_seqlens[t] + t * (1 + C)`: its global node, its local nodes, then its context nodes level by level.
 
     Raises:
         ValueError: a shape or length is wrong, or the sizes do not add up to C.

@@ -5,17 +5,19 @@ For one pair with nodes X [L + 1, S] it equals this program (eval mode):
     beta = l1norm(sigmoid(((X @ w + b) - running_mean) / (running_var + eps).sqrt() * gamma + delta))
     result = l2norm(beta @ X)
 
-Forward, for node p of a pair:
+Forward, for node p of a pair. w, b are `weight`, `bias`; gamma, delta are `norm_weight`, `norm_bias`, the scale and
+shift of SAF's BatchNorm:
 
     a_p = w . x_p + b                                                                           (1)
     g_p = sigmoid(gamma (a_p - mean) / sqrt(var + eps) + delta)                                 (2)
     beta_p = g_p / (sum_p |g_p| + 1e-8)                                                         (3)
     m = sum_p beta_p x_p,   z = m / (|m| + 1e-8)                                                (4)
 
-In evaluation mean and var are the running statistics, and (1) and (2) fold into one product. In training they are
-those of one caption's nodes over all images, var biased, as the published loop over captions makes them.
+In evaluation mean and var are the running statistics, and (1) and (2) fold into one product. In training they are taken
+over one caption's nodes in all images (var biased), because the published loop calls BatchNorm once per caption.
 
-Backward, with n = |m|, B = sum g, h_p the argument of (2) and c the count I (L + 1) of a caption:
+Backward, with n = |m|, B = sum g, h_p the argument of the sigmoid in (2), a^_p the normalised a_p of (7), and
+c = I (L + 1) the number of values in a caption's mean:
 
     d m = (d z - (d z . z) z (n + 1e-8) / n) / (n + 1e-8),   d beta_p = d m . x_p                (5)
     d g_p = (d beta_p - sum_p beta_p d beta_p) / (B + 1e-8),   d h_p = g_p (1 - g_p) d g_p       (6)
@@ -124,14 +126,14 @@ def similarity_filter(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weigh each pair's similarity vectors by significance and add them up: SGRAF's SAF.
 
-    Running statistics are read, never written: `itm_fast.models.sgraf.AttentionFiltration` moves them.
+    Running statistics are only read: `itm_fast.models.sgraf.AttentionFiltration` updates them.
 
     Args:
         nodes: [I, M, S] packed nodes: those of image i and caption t are `nodes[i, cu_seqlens[t]:cu_seqlens[t + 1]]`.
             float64, float32, float16 or bfloat16.
         cu_seqlens: [T + 1] int32 or int64 bounds of the captions' nodes, the last one M.
-        weight: [S] of the projection to one significance a node.
-        bias: [1].
+        weight: [S] of the linear layer that gives each node's significance, before BatchNorm and sigmoid.
+        bias: [1] of this layer.
         norm_weight: [1] BatchNorm's scale.
         norm_bias: [1] BatchNorm's shift.
         running_mean: [1], used in evaluation.
@@ -141,8 +143,9 @@ def similarity_filter(
         backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
-        z [I, T, S] in the dtype of `nodes` (under autocast, autocast's), and in training the mean [T] and biased
-        variance [T] of every caption, float32 or better, without gradient (in evaluation both have no elements).
+        z: [I, T, S], dtype of `nodes` (under autocast, autocast's).
+        mean, var: [T], in training each caption's mean and biased variance, float32 (float64 for float64 nodes),
+            without gradient; empty in evaluation.
 
     Raises:
         ValueError: a shape or length is wrong.

@@ -7,19 +7,19 @@ For one pair with nodes X [L + 1, S], global node first, it equals this program:
 
 Forward, step k:
 
-    Q = X Wq^T + bq,   K = X Wk^T + bk,   E = softmax over the columns of Q K^T                 (1)
+    Q = X Wq^T + bq,   K = X Wk^T + bk,   E = softmax of each row of Q K^T                      (1)
     X <- relu((E X) Wr^T + br)                                                                  (2)
 
-No scale, mask, residual or normalisation. In (1) whatever is constant along a row drops out of the softmax:
+No scale, mask, residual or normalisation. Terms of Q K^T that are constant along a row do not change its softmax, so
 
-    Q K^T ~ (X M + u) X^T   with M = Wq^T Wk,   u = Wk^T bq                                     (3)
+    E = softmax of each row of (X M + u) X^T   with M = Wq^T Wk,   u = Wk^T bq                  (3)
 
-so bk has no effect, one product replaces two, and the last step is needed at node 0 only.
+bk has no effect, one product replaces two, and the last step is needed at node 0 only.
 
-Backward of a step, with Z = E X, Y = X M + u and d H = d X' where X' > 0, else 0:
+Backward of a step from X to X', with Z = E X, Y = X M + u, L = Y X^T, and d H = d X' where X' > 0, else 0:
 
     d Wr = dH^T Z,   d br = sum dH,   d Z = dH Wr                                               (4)
-    d E = dZ X^T,    d L = E (d E - sum over columns of E d E)                                  (5)
+    d E = dZ X^T,    d L = E (d E - sum along the row of E d E)                                 (5)
     d Y = dL X,      d X = E^T dZ + dL^T Y + dY M^T,   d M = X^T dY,   d u = sum dY             (6)
     d Wq = Wk dM^T,  d Wk = Wq dM + bq du^T,   d bq = Wk du,   d bk = 0                         (7)
 
@@ -104,9 +104,9 @@ def similarity_graph(
     *,
     backend: str | None = None,
 ) -> Tensor:
-    """Reason over each pair's graph of similarity vectors and read the global node: SGRAF's SGR.
+    """Reason over each pair's graph of similarity vectors and return the global node: SGRAF's SGR.
 
-    The global node is the first of a pair's nodes.
+    The global node is the first of a pair's nodes; `itm_fast.similarity_nodes` makes them.
 
     Args:
         nodes: [I, M, S] packed nodes: those of image i and caption t are `nodes[i, cu_seqlens[t]:cu_seqlens[t + 1]]`.

@@ -14,8 +14,8 @@ Forward, with the global vectors v of the image and t of the caption, and the lo
 Backward: (4) to (7) of `cross_attention_similarity` for s_j. For s_g (4) and (5) hold with u = v and q = t, and
 d v = d u.
 
-Saved for backward: the inputs, the nodes, and in the cpu backend 1 / (|y| + 1e-8) of each: y = node (|y| + 1e-8),
-so that backward does not compute the largest product again.
+Saved for backward: the inputs, the nodes, and in the cpu backend `inverse` = 1 / (|y| + 1e-8) of each node. From these
+y = node / inverse, so backward does not repeat the most expensive product, that of (2) in `cross_attention_similarity`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def reference(
     region_lengths: Tensor | None,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """(1) and (2) of all pairs [I, N + T, S], and no more."""
+    """(1) and (2): the nodes [I, N + T, S] of all pairs, and an empty `inverse`."""
     edge = bounds(cu_seqlens, words.shape[0], "similarity_nodes")
     _attention.region_counts(region_lengths, image, "similarity_nodes")
     local = similarity(
@@ -89,10 +89,10 @@ def similarity_nodes(
     region_lengths: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Make the similarity vectors that SGRAF's heads reason over: a pair's global one, then one of each word.
+    """Compute the input of SGR and SAF: for every pair its global similarity vector, then one of each word.
 
-    The result holds I x (N + T) x S numbers: score large sets by blocks, or with the pair scorers
-    `itm_fast.similarity_graph_score` and `itm_fast.similarity_filter_score`, which never hold it.
+    The result has I x (N + T) x S elements: take large sets block by block, or use the pair scorers
+    `itm_fast.similarity_graph_score` and `itm_fast.similarity_filter_score`, which never store it.
 
     Args:
         image: [I, R, D] region features, float64, float32, float16 or bfloat16.
@@ -109,8 +109,9 @@ def similarity_nodes(
         backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
-        Nodes [I, N + T, S], dtype of `image` (under autocast, autocast's), and their bounds [T + 1] in the dtype of
-        `cu_seqlens`: what `itm_fast.similarity_graph` and `itm_fast.similarity_filter` take.
+        nodes: [I, N + T, S], dtype of `image` (under autocast, autocast's).
+        bounds: [T + 1], dtype of `cu_seqlens`: the nodes of image i and caption t are
+            `nodes[i, bounds[t]:bounds[t + 1]]`. `itm_fast.similarity_graph` and `itm_fast.similarity_filter` take both.
 
     Raises:
         ValueError: a shape, a length or an option is wrong.

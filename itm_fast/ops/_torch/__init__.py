@@ -1,1 +1,1 @@
-"""The `torch` backend: the ops' algebra in batched PyTorch, on any device torch has, blocked to a memory bound."""
+"""The `torch` backend: the ops in batched PyTorch, on any device, block by block within a memory limit."""

@@ -1,7 +1,7 @@
-"""Attention of a block, contexts [B, X, D] by queries [C, Q, D], without forming the attended vectors.
+"""Attention of a block, contexts [B, X, D] with queries [C, Q, D], without forming the attended vectors.
 
-With t2i the contexts are images and the queries captions, with i2t the other way round; all captions of a block
-have one length. Equations: `ops/_attention.py`.
+With t2i the contexts are B images of X regions and the queries C captions of Q words, with i2t the other way round. All
+captions of a block have the same length. Equations: `ops/_attention.py`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ def valid(lengths: Tensor, n: int) -> Tensor:
 
 
 def scaled(affinity: Tensor, norm: str, scale: float, query_mask: Tensor | None) -> Tensor:
-    """scale * affinity norm of [B, X, C, Q] over the queries; masked queries have affinity 0 and take no part."""
+    """scale * affinity norm of [B, X, C, Q] over the queries; masked queries have affinity 0 and add nothing."""
     if norm == "softmax":
         if query_mask is not None:
             affinity = affinity.masked_fill(~query_mask, float("-inf"))
@@ -41,7 +41,7 @@ def attention(
     context_mask: Tensor | None,
     query_mask: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Affinities and attention weights, both [B, X, C * Q]; masked rows of either side are zero."""
+    """Affinities and attention weights, both [B, X, C * Q]; those of masked contexts and queries are zero."""
     B, X, D = context.shape
     C, Q, _ = query.shape
     affinity = (context.reshape(B * X, D) @ query.reshape(C * Q, D).t()).view(B, X, C, Q)
@@ -52,7 +52,7 @@ def attention(
 
 
 def attended_norm(alpha: Tensor, gram: Tensor, context: Tensor) -> Tensor:
-    """|P| [B, C * Q] from alpha^T G alpha, or from P itself where that cancels; |P| = 0 has gradient zero."""
+    """|P| [B, C * Q] from alpha^T G alpha, or from P itself where that sum cancels; where |P| = 0 its gradient is 0."""
     square = (torch.bmm(gram, alpha) * alpha).sum(1)
     poor = square < CANCELLED * gram.diagonal(dim1=1, dim2=2).amax(1)[:, None]
     if poor.any():

@@ -1,4 +1,4 @@
-"""x W^T + b by the faster of the two libraries that PyTorch has for it on a CPU."""
+"""x W^T + b on a CPU by MKL (F.linear) or by oneDNN (a 1 x 1 convolution), whichever is faster."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..._checks import matmul_precision
 
-# From so many results a row on the three products of _Linear are faster than a convolution and its own backward:
-# measured at 1,024, 118 ms where MKL takes 178; at 256 a training step of SGR takes longer.
+# With at least this many outputs, `_Linear` is faster than a convolution with its own backward: measured at 1,024
+# outputs, 118 ms where MKL takes 178. At 256 outputs a training step of SGR takes longer with it.
 WIDE = 512
 
 
@@ -22,9 +22,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """Both passes by products.
+    """Forward and backward by `_convolution`.
 
-    The result is the convolution's own: a view made in here could not be changed in place.
+    Returns pixels [1, S, n, 1], not rows: a view made inside an autograd.Function cannot be changed in place.
     """
 
     @staticmethod
@@ -50,8 +50,8 @@ class _Linear(torch.autograd.Function):
 def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + b of rows [n, K] by a 1 x 1 convolution, [1, S, n, 1]."""
     n, K = x.shape
-    pixels = x.reshape(1, n, 1, K).permute(0, 3, 1, 2)  # channels-last, as oneDNN wants them, where x lies by rows
-    # It reads a bias as if its elements were neighbours.
+    pixels = x.reshape(1, n, 1, K).permute(0, 3, 1, 2)  # channels-last, which oneDNN reads without a copy
+    # oneDNN ignores the bias's stride.
     bias = None if bias is None else bias.contiguous()
     kernel = weight.contiguous()[:, :, None, None]
     return torch.mkldnn_convolution(pixels, kernel, bias, (0, 0), (1, 1), (1, 1), 1)
@@ -63,9 +63,9 @@ def _rows(pixels: Tensor) -> Tensor:
 
 
 def _onednn(x: Tensor) -> bool:
-    """Where a 1 x 1 convolution, which is oneDNN's, beats the matrix product, which is MKL's.
+    """Whether oneDNN's 1 x 1 convolution can replace MKL's matrix product, and is faster.
 
-    MKL keeps to AVX2 on processors that are not Intel's; oneDNN uses what there is and takes half the time.
+    On processors that are not Intel's MKL uses AVX2 only; oneDNN uses AVX-512 and takes half the time.
     """
     return (
         not torch.compiler.is_compiling()

@@ -15,7 +15,7 @@ from .. import _attention, _recompute
 from .._declare import empty
 from ._attention import attended_norm, attention, valid
 
-COPIES = 6  # [R, L] temporaries of a pair alive at once, forward
+COPIES = 6  # temporaries [R, L] of a pair that exist at once in the forward pass
 
 
 def forward(image: Tensor, words: Tensor, *rest) -> Tensor:
@@ -45,7 +45,7 @@ def backward(grad: Tensor, needs: list[bool], image: Tensor, words: Tensor, *res
 
 
 def _image_spans(backward, image, words, cu_seqlens, region_lengths, direction, affinity_norm, scale, pool, pool_scale):
-    """Cut the images so that what is made once per image fills no more than a quarter of the scratch.
+    """Cut the images so that their Gram matrices and copies fill at most a quarter of the scratch memory.
 
     Yields the images' slice, the blocks' arguments (image, words and for t2i the Gram matrices) and the blocks.
     """

@@ -14,7 +14,7 @@ from .. import _attention, _recompute
 from .._declare import empty
 from ._attention import attended_norm
 
-COPIES = 5  # [C, L, b] temporaries of a block alive at once, forward
+COPIES = 5  # temporaries [C, L, b] of a block that exist at once in the forward pass
 
 
 def forward(vector: Tensor, words: Tensor, *rest) -> Tensor:

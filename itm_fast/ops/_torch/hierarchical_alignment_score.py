@@ -1,8 +1,9 @@
-"""`hierarchical_alignment_score` in batched PyTorch, block by block: (8) and (9) of its op for scalar gates.
+"""`hierarchical_alignment_score` in batched PyTorch, block by block.
 
-With vector gates, and for pairs of which a vector is so much shorter than its terms that a product of coefficients
-would lose its digits, what is attended to and the context vectors are formed. Inside a block the order is
-[C, B, R, L]: captions of one length, images, regions, words.
+With scalar gates no vector of a pair is formed: (8) and (9) of `ops/hierarchical_alignment_score.py` (`_Scalar`). With
+vector gates, and for pairs where a squared length from (8) is dominated by cancellation error, attended and context
+vectors are formed (`_Explicit`). Inside a block the order is [C, B, R, L]: captions of one length, images, regions,
+words.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from .. import _attention, _recompute
 from .._declare import empty
 from ._attention import valid
 
-COPIES = 8  # [R, L] temporaries of a pair alive at once, forward
-ROWS = 4  # [D] temporaries of a region, or word, of a pair, with vector gates
-TILES = 2
+COPIES = 8  # temporaries [R, L] of a pair that exist at once in the forward pass
+ROWS = 4  # temporaries [D] of each region or word of a pair, with vector gates
+TILES = 2  # of `_recompute.tile_bytes`, forward
 
 
 class Options(NamedTuple):
@@ -98,7 +99,7 @@ def _score(
 
 
 def _replaced(score, pairs, logits, image, caption, image_gate, word_gate, real, *pools) -> Iterator[Tensor]:
-    """The scores [C] of every image, those that the Gram matrices cannot give from the vectors themselves."""
+    """The scores [C] of every image; those of pairs marked `poor` are computed again by `_Explicit`."""
     for b, (one, poor) in enumerate(zip(score.unbind(1), pairs.poor.unbind(1))):
         if poor.any():
             at, c = slice(b, b + 1), poor.nonzero().flatten()
@@ -149,7 +150,7 @@ class _Pairs:
         return logits.softmax(-1)
 
     def pooled_regions(self, r: Tensor) -> Tensor:
-        """Sum or mean of cosines [C, B, R]; those of absent regions, rows of zeros, are zero."""
+        """Sum or mean of cosines [C, B, R]; padding regions are rows of zeros, so their cosines are zero."""
         return r.sum(-1) if self.options.pool == "sum" else r.sum(-1) / self.counts()
 
     def pooled_words(self, r: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ class _Pairs:
         return self.image.shape[1] if self.real is None else self.real.sum(1)
 
     def mean_weights(self) -> Tensor:
-        """[B, R] whose weighted sum of regions is their mean."""
+        """Weights [B, R] with which the sum of an image's regions is their mean."""
         if self.real is None:
             return self.image_norm.new_full(self.image_norm.shape, 1 / self.image_norm.shape[1])
         return self.real.to(self.image.dtype) / self.real.sum(1, keepdim=True)
@@ -173,13 +174,13 @@ class _Pairs:
         raise NotImplementedError
 
     def total(self, terms: list[Any], both: Tensor) -> Tensor:
-        """(7), of the terms of r_i, r_j, v_c and t_c; None for those that the direction leaves out."""
+        """(7), from the terms of r_i, r_j, v_c and t_c (None where the direction has none) and cos(v_g, t_g)."""
         options, (r_v, r_t, whole_v, whole_t) = self.options, terms
         return options.mixed(r_v, r_t, options.local_mix) + options.mixed(whole_v, whole_t, options.global_mix) + both
 
 
 class _Scalar(_Pairs):
-    """Every vector by its coefficients: p or s [C, B, R] over the regions, q or r [C, B, L] over the words."""
+    """Scalar gates: each vector is held as its coefficients: p or s [C, B, R] of regions, q or r [C, B, L] of words."""
 
     def __init__(self, options, logits, image, caption, image_gate, word_gate, real) -> None:
         super().__init__(options, logits, image, caption, image_gate, word_gate, real)
@@ -192,8 +193,12 @@ class _Scalar(_Pairs):
         self.poor = torch.zeros_like(self.least[2], dtype=torch.bool)  # [C, B]
 
     def watched(self, square: Tensor, of: int) -> Tensor:
-        """Note the pairs of which a square [C, B] or [C, B, n] of a combination of regions (0), words (1) or both (2)
-        is dominated by cancellation error."""
+        """Return `square`, and mark as `poor` the pairs where it is dominated by cancellation error.
+
+        Args:
+            square: [C, B] or [C, B, n], squared lengths of combinations of rows.
+            of: which rows: 0 regions, 1 words, 2 both.
+        """
         low = square if square.dim() == 2 else square.amin(2)
         self.poor |= low.detach() < self.least[of].detach()
         return square
@@ -266,11 +271,23 @@ class _Scalar(_Pairs):
 
 
 class _Explicit(_Pairs):
-    """What is attended to [C, B, n, D] and the context vectors [C, B, D] are formed, and the gates are of any width."""
+    """Gates of any width: attended vectors [C, B, n, D] and context vectors [C, B, D] are formed."""
 
     def fused(self, local, weight, others, own, pool, softmax) -> tuple[Tensor, Tensor, Tensor]:
-        """Equations (2) to (4): locals [.., n, D] and weights [C, B, n, m] over others [.., m, D + K] (their vectors,
-        and what they add to the gate) -> dot and square [C, B, n] of (2), and the context vectors [C, B, D]."""
+        """Equations (2) to (4) of one side.
+
+        Args:
+            local: [.., n, D] its rows.
+            weight: [C, B, n, m] their attention over the other side's rows.
+            others: [.., m, D + K] the other side's rows, each with its term of the gates.
+            own: [.., n, K] its rows' terms of their own gates.
+            pool: [D].
+            softmax: over the last dimension, its rows.
+
+        Returns:
+            [C, B, n] dot products of rows and attended vectors, [C, B, n] squared lengths of attended vectors, and
+            [C, B, D] context vectors.
+        """
         attended, gate = (weight @ others).split([local.shape[-1], own.shape[-1]], -1)
         dot, square = (attended * local).sum(-1), attended.square().sum(-1)
         gate = (gate + own).sigmoid()

@@ -13,7 +13,7 @@ from ...packing import Index, Run, bounds, runs, spans
 from .. import _recompute
 from .._declare import empty
 
-COPIES = 2  # [L, S] temporaries of a pair alive at once, forward
+COPIES = 2  # temporaries [L, S] of a pair that exist at once in the forward pass
 
 
 def forward(overall: Tensor, local: Tensor, assignment: Tensor, *rest) -> Tensor:

@@ -1,4 +1,4 @@
-"""`similarity_filter` in batched PyTorch: significances of all nodes in one product, then block by block."""
+"""`similarity_filter` in batched PyTorch: some images with captions of one length at a time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ...packing import bounds, runs, spans
 from .. import _attention, _recompute
 from .._declare import empty
 
-COPIES = 3  # [L + 1, S] temporaries of a pair alive at once, forward
+COPIES = 3  # temporaries [L + 1, S] of a pair that exist at once in the forward pass
 
 
 def forward(*args) -> tuple[Tensor, Tensor, Tensor]:

@@ -14,13 +14,17 @@ from .. import _recompute
 from .._declare import empty
 from ._linear import linear
 
-COPIES = 6  # [L + 1, S] temporaries of a pair alive at once, forward
+COPIES = 6  # temporaries [L + 1, S] of a pair that exist at once in the forward pass
 
 
 class Folded:
-    """[M^T; Wr] [K, 2 S, S], [u; 0] [K, 2 S] and br, so that one product gives what is asked and what is summed.
+    """The six weights folded into three: [M^T; Wr] [K, 2 S, S], [u; 0] [K, 2 S] and br [K, S].
 
-    `values` are these three, `needs` says which of them the gradients of the weights marked in `needs` want.
+    One product of the nodes X with the first then gives both X M + u and X Wr^T.
+
+    Attributes:
+        values: these three, detached.
+        needs: which of them need a gradient, given which of the six do.
     """
 
     def __init__(self, weights: Sequence[Tensor], needs: Sequence[bool] = (False,) * 6) -> None:
@@ -31,14 +35,14 @@ class Folded:
         self.needs = [f.requires_grad for f in self._folded]
 
     def gradients(self, found: Sequence[Tensor]) -> list[Tensor]:
-        """Of the weights that need one, from those of the folded ones that do."""
+        """Gradients of the weights that need one, from those of the folded weights (`found`)."""
         outputs = [f for f in self._folded if f.requires_grad]
         inputs = [x for x in self._leaves if x.requires_grad]
         return list(torch.autograd.grad(outputs, inputs, found, materialize_grads=True)) if inputs else []
 
 
 def _fold(Wq: Tensor, bq: Tensor, Wk: Tensor, bk: Tensor, Wr: Tensor, br: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """bk takes part with weight zero, so that its gradient is zero and not missing."""
+    """The folded weights. bk is added with weight zero, so that its gradient is zero and not None."""
     Wq, bq, Wk, bk, Wr, br = (w.to(work_dtype(Wq)) for w in (Wq, bq, Wk, bk, Wr, br))
     u = (bq[:, None, :] @ Wk).squeeze(1)
     product = torch.cat([Wk.transpose(1, 2) @ Wq, Wr], 1)
@@ -76,7 +80,7 @@ def reason(length: int, nodes: Tensor, product: Tensor, shift: Tensor, br: Tenso
     X = nodes.to(product.dtype).reshape(-1, S).view(-1, length, S)
     for k in range(K - 1):
         YH = linear(X.view(-1, S), product[k], shift[k]).view(-1, length, 2 * S)
-        # Keys by queries: a softmax that does not run along memory is several times faster at these lengths.
+        # E as [keys, queries]: at these lengths a softmax along the first of two dimensions is several times faster.
         E = torch.bmm(X, YH[:, :, :S].transpose(1, 2)).softmax(1)
         X = torch.baddbmm(br[k], E.transpose(1, 2), YH[:, :, S:]).relu_()  # E (X Wr^T) = (E X) Wr^T
     y = linear(X[:, 0], product[-1, :S], shift[-1, :S])
