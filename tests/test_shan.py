@@ -182,7 +182,7 @@ def test_a_run_with_word_vectors_is_resumed_and_keeps_them(tmp_path, capsys):
 
 def test_without_a_file_it_says_that_words_are_learned_alone(tmp_path, capsys):
     train(options("shan", **SMALL), TRAIN, DEV, WORDS, tmp_path / "run", device="cpu", max_steps=1)
-    assert "no file of word vectors is given: words are learned alone" in capsys.readouterr().err
+    assert "no file of word vectors is given: all word vectors are learned" in capsys.readouterr().err
 
 
 def test_published_numbers():

@@ -89,7 +89,7 @@ HEADER = ",".join(COLUMNS) + "\n"
 )
 def test_a_new_run_does_not_touch_a_log_that_is_there(tmp_path, text):
     (tmp_path / "log.csv").write_text(text)
-    with pytest.raises(FileExistsError, match=r"log\.csv is there already, and a new run does not touch it"):
+    with pytest.raises(FileExistsError, match=r"log\.csv exists, and a new run does not overwrite it"):
         run_tiny(tmp_path)
     assert (tmp_path / "log.csv").read_text() == text
     assert not (tmp_path / "data_vocab.json").exists()
@@ -115,7 +115,7 @@ def test_a_damaged_log_is_named_and_left_by_a_resumption(tmp_path, damage, why):
     run_tiny(tmp_path, max_steps=1)
     file = tmp_path / "log.csv"
     file.write_bytes(before := damage(file.read_bytes()))
-    with pytest.raises(ValueError, match=rf"log\.csv is damaged, or no log of a run: .*{re.escape(why)}.*; move it"):
+    with pytest.raises(ValueError, match=rf"log\.csv is damaged, or is not the log .*: .*{re.escape(why)}.*; move it"):
         run_tiny(tmp_path, resuming=True)
     assert file.read_bytes() == before
     file.unlink()

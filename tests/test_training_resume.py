@@ -201,7 +201,7 @@ def test_a_resumption_names_the_option_of_training_that_it_lacks(tmp_path, name)
 
 def test_a_resume_file_of_no_model_is_named(tmp_path):
     _stopped(tmp_path / "run", options={"system": ["x"]})
-    with pytest.raises(ValueError, match=r"resume\.pt: its options are of no model: "):
+    with pytest.raises(ValueError, match=r"resume\.pt: its options describe no known model: "):
         resume.load(tmp_path / "run")
 
 

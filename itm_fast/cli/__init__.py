@@ -22,9 +22,9 @@ from ._parser import Parser
 _SUMMARIES = {
     "evaluate": "recall tables of one checkpoint or an ensemble on precomputed features",
     "train": "train a model with the published recipe, or continue an interrupted run",
-    "demo": "evaluate the models and the real data inside the package; draws what a model attends to",
+    "demo": "evaluate the trained models inside the package on its pictures, and draw what SAF attends to",
     "convert": "turn SCAN's .npy folder into HDF5, or back",
-    "doctor": "versions, devices, and for every backend whether it can run here and why not",
+    "doctor": "versions, devices, which backends can run here, and why the others cannot",
 }
 COMMANDS = tuple(_SUMMARIES)
 _EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, ImportError, LockedError)
@@ -39,11 +39,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     `ITM_FAST_DEBUG=1` adds the traceback.
 
     Args:
-        argv: the words after `itm-fast`; `sys.argv[1:]` when None.
+        argv: the arguments after `itm-fast`; None means `sys.argv[1:]`.
 
     Returns:
-        The exit code: the command's own (0 for success), 2 for something the user can mend, 130 when
-        interrupted, 143 when terminated, 1 when the reader of standard output went away.
+        The exit code: that of the command (0 for success), 2 for an error that the user can correct, 130 after
+        Ctrl-C, 143 after SIGTERM, 1 if standard output was closed, as by `| head`.
 
     Raises:
         SystemExit: from argparse, for `--help`, `--version` (code 0) and unknown options (code 2).
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"itm-fast {command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 143 if isinstance(interrupt, Terminated) else 130
     except BrokenPipeError:
-        # The interpreter flushes standard output once more on its way out; let that go nowhere.
+        # Python flushes standard output again at exit, which would fail again: let it write to /dev/null.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
@@ -79,12 +79,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _sigterm_interrupts() -> Iterator[None]:
-    def raise_it(*_: object) -> None:
+    def terminate(*_: object) -> None:
         raise Terminated
 
     try:
-        before = signal.signal(signal.SIGTERM, raise_it)
-    except ValueError:  # outside the main thread signals are somebody else's
+        before = signal.signal(signal.SIGTERM, terminate)
+    except ValueError:  # only the main thread may set signal handlers
         yield
         return
     try:
@@ -128,7 +128,7 @@ def _sentence(error: BaseException) -> str:
 
 
 def _out_of_memory(error: BaseException) -> bool:
-    torch = sys.modules.get("torch")  # without it nothing can have raised its error
+    torch = sys.modules.get("torch")  # if it is not imported, the error is not one of torch
     kinds = (MemoryError,) if torch is None else (MemoryError, torch.OutOfMemoryError)
     return isinstance(error, kinds) or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
 

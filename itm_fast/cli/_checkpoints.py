@@ -19,7 +19,7 @@ def members(paths: list[str]) -> list[Checkpoint]:
 
 
 def check_features(found: Checkpoint, split: Split, args: argparse.Namespace) -> None:
-    """Refuse data of another feature size than the checkpoint's."""
+    """Refuse data whose features have a different size than those of the checkpoint."""
     size = split.features.shape[2]
     if size != found.opt.img_dim:
         raise ValueError(
@@ -29,7 +29,7 @@ def check_features(found: Checkpoint, split: Split, args: argparse.Namespace) ->
 
 
 def check_vocabulary(found: Checkpoint, vocab_path: Path, vocab: Vocabulary) -> None:
-    """Refuse another vocabulary than the one that the checkpoint was trained with, as far as the file tells."""
+    """Refuse a vocabulary whose words differ from those that the checkpoint was trained with."""
     from ..models._vocabulary import why_another
 
     if reason := why_another(found, vocab_path, vocab):
@@ -37,7 +37,7 @@ def check_vocabulary(found: Checkpoint, vocab_path: Path, vocab: Vocabulary) -> 
 
 
 def find_vocabulary(args: argparse.Namespace, found: Checkpoint) -> tuple[Path, Vocabulary]:
-    """The vocabulary named, or the first found: beside the first checkpoint, where it was trained, near the data."""
+    """The vocabulary of --vocab, or the first found: beside the checkpoint, where it was trained, or near the data."""
     from ..data import Vocabulary
     from ..models._vocabulary import files, places
 
@@ -53,7 +53,8 @@ def find_vocabulary(args: argparse.Namespace, found: Checkpoint) -> tuple[Path, 
 
 
 def member_names(loaded: list[Checkpoint]) -> list[str]:
-    """SGR, SAF, SCAN t2i, ...; where two would be equal, with the shortest part of the path that tells them apart."""
+    """One name per network, such as "SCAN t2i"; equal names are followed by the shortest ends of the paths that differ.
+    """
     from ..models._catalogue import title
 
     plain = [f"{title(found.opt)} {found.name}".rstrip() for found in loaded]

@@ -21,20 +21,20 @@ if TYPE_CHECKING:
     from ..evaluation import Encoded
 
 SHARD = 100  # images, and captions, of one step of the published evaluators
-TURN = 250  # images scored by one way before the other has its turn
-TIE = 1e-5  # float32 rounding of either way is a tenth of this; scores lie in -1..1
+TURN = 250  # images that one implementation scores before the other one continues
+TIE = 1e-5  # ten times the float32 rounding error of either implementation; scores lie in -1..1
 
 
 @dataclass(frozen=True)
 class Compared:
-    """One model, or the mean of two, both ways.
+    """One model, or the mean of two, scored by both implementations.
 
     Attributes:
         name: row title.
         loop, fast: recall by the papers' loop and by itm-fast.
-        moved: queries, of both directions, whose right answer has another rank.
+        moved: number of queries, in both directions, whose right answer has another rank in the other table.
         difference: largest absolute difference of two scores.
-        scores: the matrices, and the time that scoring took; encoding is common to both and not counted.
+        scores: the score matrices, and the scoring times; encoding is shared and not timed.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Compared:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """What is not in the report already, as plain values."""
+        """The results that `report` does not have, ready for `json.dump`."""
         return {
             "name": self.name,
             "tables_equal": self.equal,
@@ -71,13 +71,13 @@ class Compared:
 
 
 def compare(models: Mapping[str, Any], split: Split, vocabulary: Vocabulary, progress: bool = True) -> list[Compared]:
-    """Score a split with every model by both ways; SGR and SAF, when both are there, also as SGRAF, their mean.
+    """Score a split with every model, by the papers' loop and by itm-fast; SGRAF, the mean of SGR and SAF, is added.
 
-    A wrong answer whose score is within `TIE` of the right one's counts as better in both tables, so that they can
-    be compared number by number.
+    In both tables a wrong answer whose score is within `TIE` of the right one's is ranked above it, so that rounding
+    cannot make the tables differ.
 
     Args:
-        models: by name, as `itm_fast.models.build` gives them.
+        models: models by name, as `itm_fast.models.build` returns them.
         split: what to evaluate.
         vocabulary: what the models were trained with.
         progress: show bars on standard error.
@@ -92,7 +92,7 @@ def compare(models: Mapping[str, Any], split: Split, vocabulary: Vocabulary, pro
 
 
 def report(compared: list[Compared]) -> Report:
-    """Both recall tables, row under row."""
+    """The recall tables of both implementations, two rows per model."""
     systems = []
     for row in compared:
         systems.append(System(f"{row.name}, papers' loop", (row.loop,), seconds={"score": row.scores.loop_seconds}))
@@ -105,7 +105,7 @@ def report(compared: list[Compared]) -> Report:
 
 @dataclass(frozen=True)
 class _Scores:
-    """Score matrices [I, T] of both ways, the time they took, and the backend that each op of ours ran on."""
+    """Score matrices [I, T] of both implementations, their times, and the backend that ran each itm-fast op."""
 
     name: str
     loop: NDArray[np.float32]
@@ -118,7 +118,7 @@ class _Scores:
         owner = split.caption_to_image
         scores = [_lowered(score, owner) for score in (self.loop, self.fast)]
         first, second = (ranks(score, owner) for score in scores)
-        # The lowered scores decide every tie, so there is nothing that other rules for ties could tell.
+        # Lowering has broken the ties, so the metrics under other rules for ties are left out.
         loop, fast = (Pool(replace(metrics(score, owner), others=())) for score in scores)
         return Compared(
             self.name,
@@ -131,7 +131,7 @@ class _Scores:
 
 
 def _both(name: str, model: Any, encoded: Encoded, progress: bool) -> _Scores:
-    """Score by both ways, some images at a time and in turn, so that a machine that slows down favours neither."""
+    """Score with both implementations, alternating every `TURN` images so that a machine that slows down slows both."""
     from tqdm import tqdm
 
     parts: dict[bool, list[NDArray[np.float32]]] = {True: [], False: []}
@@ -168,9 +168,9 @@ def _mean(name: str, first: Compared, second: Compared) -> _Scores:
 
 
 def _lowered(score: NDArray[np.float32], owner: NDArray[np.int64]) -> NDArray[np.float32]:
-    """The scores with the right answers `TIE` lower: a wrong answer nearer than that then counts as better.
+    """Lower the scores of the right answers by `TIE`, so that wrong answers within `TIE` are ranked above them.
 
-    Captions that differ in unknown words only have the same score in exact arithmetic, and rounding would decide.
+    Captions that differ only in unknown words have equal scores but for rounding, which would decide their ranks.
     """
     lowered = score.copy()
     lowered[owner, np.arange(len(owner))] -= TIE
@@ -179,11 +179,11 @@ def _lowered(score: NDArray[np.float32], owner: NDArray[np.int64]) -> NDArray[np
 
 @torch.no_grad()
 def _loop(scorer: Any, encoded: Encoded, done: Callable[[int], object]) -> NDArray[np.float32]:
-    """All scores by the papers' loop, in shards as their evaluators have them."""
+    """All scores by the papers' loop, in shards of the size that their evaluators use."""
     image = encoded.image.to(encoded.device)
     caption = unpack(encoded.words.to(encoded.device), encoded.cu_seqlens.to(encoded.device))
     lengths = encoded.lengths.tolist()
-    options = getattr(scorer, "options", None)  # SCAN's, which has no parameters
+    options = getattr(scorer, "options", None)  # only SCAN's scorer has options; it has no parameters
     state = scorer.state_dict()
     score = np.empty((len(image), len(caption)), np.float32)
     for i in range(0, len(image), SHARD):

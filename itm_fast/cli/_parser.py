@@ -1,4 +1,4 @@
-"""A parser of command lines whose errors are sentences: all of them at once, each with the nearest name."""
+"""A command-line parser that reports all errors at once, in a sentence each, and suggests the nearest name."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _KINDS: dict[Any, str] = {int: "a whole number", float: "a number"}
 
 
 class Parser(argparse.ArgumentParser):
-    """Names every misspelt option and every value that does not fit, one line each, and no usage.
+    """Reports every misspelt option and every invalid value in a line of its own, and prints no usage.
 
-    A misspelt option is taken for the nearest one there is, so that its value and what follows are looked at too.
+    A misspelt option is read as the nearest known one, so that its value and the arguments after it are checked too.
 
     >>> parser = Parser(prog="cook")
     >>> _ = parser.add_argument("--minutes", type=int)
@@ -40,12 +40,12 @@ class Parser(argparse.ArgumentParser):
         return found, []
 
     def _corrected(self, words: Sequence[str]) -> tuple[list[str], bool]:
-        """The words, misspelt options replaced by the nearest ones or left out; and whether any was left out."""
+        """Replace each misspelt option by the nearest one, or leave it out; also return whether any was left out."""
         found: list[str] = []
         left_out = False
         for at, word in enumerate(words):
             if word == "--" or (self._subparsers is not None and not word.startswith("-")):
-                return [*found, *words[at:]], left_out  # what follows are no options, or those of a command
+                return [*found, *words[at:]], left_out  # after `--` come no options, after a command its own
             name, equals, value = word.partition("=")
             if not word.startswith("-") or re.match(r"-(\.?\d|$)", word):
                 found.append(word)
@@ -84,7 +84,7 @@ class Parser(argparse.ArgumentParser):
         self._problems.append(f"{_name(action)} must be one of {known}, got {value!r}{hint}")
 
     def error(self, message: str = "") -> NoReturn:
-        """Print what was found wrong and leave with code 2."""
+        """Print all problems and exit with code 2."""
         if message:
             missing = message.removeprefix("the following arguments are required: ")
             if missing != message:

@@ -1,4 +1,4 @@
-"""Draw what a model attends to: words shaded by weight, regions as heat over the picture. One row per query."""
+"""Draw what a model attends to: words shaded by weight, regions as a heat map over the picture; one row per query."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 WIDTH, MARGIN, TILE, GAP, MAPS = 1180, 28, 150, 14, 5
 INK, FAINT, PAPER, RIGHT, WRONG = (33, 37, 41), (120, 126, 133), (255, 255, 255), (38, 128, 82), (190, 196, 202)
 WORD_COLOUR, HEAT = np.array([247, 148, 60]), np.array([214, 40, 40])
-RESULTS = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,12 +23,12 @@ class Query:
 
     Attributes:
         text: the caption as it was asked.
-        note: what to say about the result, such as the rank of the right picture.
+        note: a line about the result, such as the rank of the right picture.
         results: thumbnails of the best pictures, best first.
         right: which of `results` is the right one; None when it is not among them or not known.
-        words: names of the nodes, the whole first.
-        weights: [nodes], adding up to 1.
-        regions: [nodes - 1, grid * grid], attention of every word over the first result.
+        words: labels of the nodes: the whole picture, then the words of the caption.
+        weights: [nodes] weight of each node; their sum is 1.
+        regions: [nodes - 1, grid * grid] attention of each word over the regions of the first result.
     """
 
     text: str
@@ -94,7 +93,7 @@ def _row(query: Query) -> Image.Image:
 
 
 def _words(pen, query: Query, y: int) -> int:
-    """The nodes as chips, shaded by weight, wrapped; returns where they end."""
+    """Draw the nodes as boxes shaded by weight, in lines from `y` on; return the y below the last line."""
     x, font, small = MARGIN, _font(19), _font(12)
     strongest = float(query.weights.max())
     for word, weight in zip(query.words, query.weights, strict=True):
@@ -112,7 +111,7 @@ def _words(pen, query: Query, y: int) -> int:
 
 
 def _shown(query: Query) -> list[int]:
-    """Words worth a map: not the marks of a caption's ends, not punctuation."""
+    """Numbers of the words that get a heat map: all but `<start>`, `<end>` and punctuation."""
     return [
         number
         for number, word in enumerate(query.words[1:])

@@ -16,8 +16,8 @@ for each image, SPLIT_caption_to_image.npy says which image each belongs to. Reg
 are carried over. float16 features stay float16, int8 ones become float32, and an image that a folder repeats
 for each of its captions is written once.
 
-DST is complete or not there: an interrupted conversion leaves no file under its name, and with --force the old
-files. One conversion at a time writes to DST. Room on the disk is checked before anything is written."""
+DST is written completely or not at all: an interrupted conversion leaves nothing under its name, and with --force
+the old files. Two conversions cannot write to DST at once. Free disk space is checked before anything is written."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,13 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--captions-per-image",
         type=int,
         metavar="N",
-        help="for a folder whose features have a row for each caption but not each image five times: 1 when "
-        "every row is an image of its own, 5 to take every fifth row as the published code does",
+        help="for a folder with as many rows of features as captions where the rows do not repeat each image five "
+        "times: 1 if every row is a different image, 5 to use every fifth row, as the published code does",
     )
     parser.add_argument(
         "--mask-zero-regions",
         action="store_true",
-        help="write region counts that leave out the all-zero regions at each image's end",
+        help="write region counts that leave out the all-zero regions at the end of each image",
     )
     parser.add_argument(
         "--force",

@@ -31,11 +31,11 @@ model, and where in the best-matching picture it looks."""
 _SHOWN = ("sgr", "saf", "scan")
 IMAGES = 500  # the papers' loop then takes half a minute on two cores
 DRAWN = 4  # default queries
-FEWEST, MOST = 3, 10  # words and commas of a default query
+FEWEST, MOST = 3, 10  # tokens of a default query
 RESULTS = 7
 UNKNOWN = " (unknown)"
 SUBTITLE = "Orange: how much a word counts. Red: where in the first result it looks."
-DRAWN_TITLE = " Captions drawn by chance from those whose own picture comes first."
+DRAWN_TITLE = " Random captions of those whose own picture ranks first."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,9 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="QUERY",
         help="captions for the picture: any words in quotes, or numbers of captions of the test split (counted from "
-        "0); default: four captions drawn by --seed, of those whose picture SAF finds first as far as there are any",
+        "0); default: four random captions, first of those whose own picture SAF ranks first",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the default queries (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed that draws the default queries (default 0)")
     parser.add_argument(
         "--images",
         type=int,
@@ -91,9 +91,9 @@ def run(args: argparse.Namespace) -> int:
     loaded = {name: load(CHECKPOINTS[name]) for name in dict.fromkeys((*names, "saf"))}
     print(
         f"Scoring {len(split.captions):,} captions with {len(split.features):,} pictures that no model was trained "
-        "on: by the papers' loop, and by itm-fast. A wrong answer within 1e-5 of the right one counts as better."
+        "on: by the papers' loop, and by itm-fast. A wrong answer within 1e-5 of the right one is ranked above it."
     )
-    why_not("cpu")  # compiles the kernels where that is still to be done: no part of the time of a scoring
+    why_not("cpu")  # compiles the kernels if that has not been done, so that no timing includes it
     compared = compare({loaded[name].name: loaded[name].model for name in names}, split, vocabulary)
     print(f"\n{report(compared)}\n")
     width = max(len(row.name) for row in compared)
@@ -113,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _asked(queries: list[str] | None, split: Split) -> list[tuple[str, int | None]] | None:
-    """Every query's text and, for a caption of the split, its image."""
+    """The text of each query and, if it is the number of a caption, that caption's image; None without queries."""
     if queries is None:
         return None
     found: list[tuple[str, int | None]] = []
@@ -130,7 +130,7 @@ def _asked(queries: list[str] | None, split: Split) -> list[tuple[str, int | Non
 
 
 def _plain(compared: list[Compared]) -> dict[str, Any]:
-    """Everything that was found, ready for `json.dump`."""
+    """All results and settings, ready for `json.dump`."""
     import platform
 
     import numpy as np
@@ -166,7 +166,7 @@ def _rows(
     seed: int,
     score: NDArray[np.float32] | None = None,
 ) -> list[Query]:
-    """What the picture shows: the queries asked for, or drawn ones; `score` [I, T] is SAF's, if it is known."""
+    """The rows of the picture, for the queries given or for random ones; `score`: SAF's [I, T], computed if None."""
     import torch
 
     from ..evaluation import encode, score_all
@@ -181,7 +181,7 @@ def _rows(
 
 
 def _drawn(score: NDArray[np.float32], split: Split, vocabulary: Vocabulary, seed: int) -> list[int]:
-    """Captions of a few known words in random order, those whose picture comes first before the others."""
+    """Numbers of random captions of 3 to 10 known tokens; those whose own picture ranks first come first."""
     import numpy as np
 
     from ..data import tokenize

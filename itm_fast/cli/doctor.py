@@ -59,12 +59,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def examine() -> dict[str, Any]:
-    """Everything `itm-fast doctor` knows, as plain values.
+    """All that `itm-fast doctor` reports, as plain values.
 
     Returns:
-        versions, packages, optional, cpu, native (the C++ kernels: level, compiler, library, cache folder, why not),
-        devices, backends (per device: name -> null or why not), operations (per op: offered, and what auto chooses
-        per device), nltk_punkt, environment, checks, ok.
+        A dict with versions, packages, optional, cpu, native (the C++ kernels: level, compiler, library, cache folder,
+        and why they cannot run), devices, backends (per device: name -> None, or why it cannot run), operations (per
+        op: the backends it has, and the one that auto chooses per device), nltk_punkt, environment, checks, ok.
 
     >>> examine()["backends"]["cpu"]["torch"] is None
     True
@@ -74,7 +74,7 @@ def examine() -> dict[str, Any]:
     from .. import _backends, _native, ops
     from .._checks import matmul_precision
 
-    assert ops.__all__  # once imported, the ops have said which backends they offer
+    assert ops.__all__  # importing the ops has filled _backends.OFFERS
     devices = _devices()
     packages = {name: _package(name, module) for name, module in _REQUIRED.items()}
     checks = [_check(op, backend, device) for device in devices for op, backend in _runnable(device)]
@@ -135,7 +135,7 @@ def _devices() -> dict[str, dict[str, Any]]:
 
 
 def _kernels() -> dict[str, Any]:
-    """The C++ kernels of this machine, compiled now when they have not been before."""
+    """The C++ kernels of this machine; compiles them if that has not been done before."""
     from .. import _native
 
     try:
@@ -198,7 +198,7 @@ def _package(name: str, module: str) -> dict[str, str | None]:
 
 
 def _punkt() -> bool:
-    """Whether NLTK can split sentences, as `itm_fast.data.tokenize` asks it."""
+    """Whether NLTK has the data that `itm_fast.data.tokenize` needs to split captions into sentences."""
     try:
         from nltk.tokenize import word_tokenize
 
@@ -226,7 +226,7 @@ def _runnable(device: str) -> Iterator[tuple[str, str]]:
 
     for op, offered in sorted(_backends.OFFERS.items()):
         for backend in offered:
-            interpreted = backend == "triton" and _triton.interpreted()  # which says nothing about a GPU's kernels
+            interpreted = backend == "triton" and _triton.interpreted()  # would not test the compiled kernels
             if backend != "reference" and not interpreted and _backends.why_not(backend, device) is None:
                 yield op, backend
 
@@ -244,7 +244,7 @@ def _check(op: str, backend: str, device: str) -> dict[str, Any]:
         testing.assert_accurate(
             found, lambda dtype: outcome(op, "reference", "cpu", dtype, rounded=torch.float32), torch.float32
         )
-    except Exception as error:  # whatever a broken installation raises is the finding
+    except Exception as error:  # a broken installation may raise anything; it is reported
         result.update(ok=False, problem=f"{type(error).__name__}: {error}".splitlines()[0])
     return result
 
@@ -273,7 +273,7 @@ def _text(report: dict[str, Any]) -> str:
     section("NLTK data", {"punkt": punkt})
     section("CPU", report["cpu"])
     native = report["native"]
-    kept = native["library"] or "in no folder: the cache folder cannot be written, so each process compiles its own"
+    kept = native["library"] or "not kept: the cache folder cannot be written, so each process compiles its own"
     section(
         "C++ kernels",
         {"cannot run": native["why not"], "cache folder": native["cache folder"]}

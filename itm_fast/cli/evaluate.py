@@ -20,28 +20,31 @@ HELP = """\
 Evaluate one checkpoint, or several and their ensemble, on precomputed region features.
 
 Every image is scored against every caption and both are ranked: R@1, R@5, R@10, median and mean rank, and rsum (the
-sum of the six recalls), with the level of chance beside them. Several checkpoints are reported one by one and as the
-mean of their score matrices; SGRAF is the mean of an SGR and a SAF checkpoint.
+sum of the six recalls), with the recalls of a random ranking below them. Several checkpoints are reported one by one
+and as the mean of their score matrices; SGRAF is the mean of an SGR and a SAF checkpoint.
 
   Flickr30K   itm-fast evaluate --checkpoint SGR.pth.tar --checkpoint SAF.pth.tar --data data/f30k_precomp
   COCO 5K,1K  itm-fast evaluate --checkpoint SGR.pth.tar --data data/coco_precomp --split testall --folds 5
   files       itm-fast evaluate ... --output results --trec 100
-  long run    itm-fast evaluate ... --scores sgr.npy          (after an interruption: the same with --resume)
+  long run    itm-fast evaluate ... --scores sgr.npy          (after an interruption: add --resume)
   memory      itm-fast evaluate --workload coco-eval-5k --dry-run
 
 Folds. --folds 5 also cuts the images into 5 equal, consecutive parts, ranks each against its own captions only, and
 averages the metrics: on the 5,000 images of COCO's testall this is "COCO 1K", and the whole pool is "COCO 5K".
 
-Ties. A wrong item with exactly the score of the right one is ranked above it (--ties pessimistic), so that a model
-that gives every pair the same score earns nothing; below it (optimistic); in every possible order, of which the mean
-is reported (expected); or above it where its index is higher (published): the published evaluators sort and reverse,
-and so take ties, this being their order when the sort is stable. Where these differ, a line under the table says how
-far, and --output has all four. CxC and ECCV metrics follow the rule too; where it is "expected" they are pessimistic.
-NaN and infinite scores are refused with the names of their image and caption.
+Ties. --ties says where a wrong item with exactly the score of the right one is ranked:
+  pessimistic  above the right one (the default), so that a model that gives every pair the same score gains nothing
+  optimistic   below the right one
+  expected     in every possible order; the metrics are the means over all orders
+  published    above the right one if its index is higher: the order of the published evaluators, argsort()[::-1], if
+               the sort is stable
+If the rules give different numbers, a line under the table shows the range, and --output has the numbers of all four.
+CxC and ECCV metrics use the same rule, but pessimistic in place of expected.
+NaN and infinite scores are refused; the message names the image and the caption.
 
-Captions. Images may have any number. An image's rank is that of its best caption; an image without captions asks no
-query but stays in the pool as a wrong answer. COCO image and caption ids in the data add CxC and ECCV Caption metrics
-(pip install '.[eccv]' in the source folder of itm-fast)."""
+Captions. An image may have any number of captions. Its rank is that of its best caption. An image without captions is
+no query, but stays in the pool as a wrong answer. If the data have COCO's image and caption ids, CxC and ECCV Caption
+metrics are reported too (they need pip install '.[eccv]' in the source folder of itm-fast)."""
 
 
 # What the plan of a workload reads; --no-progress changes nothing there.
@@ -58,16 +61,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="model_best.pth.tar of SCAN, SGRAF or itm-fast train, or its folder; give it again for each member of an "
-        "ensemble; a file of two networks (model_A, model_B) is two members",
+        help="model_best.pth.tar of SCAN, SGRAF or itm-fast train, or its folder; repeat the option for an ensemble; a "
+        "file that holds two networks (model_A, model_B) counts as two members",
     )
     parser.add_argument("--data", metavar="DIR_OR_H5", help="SCAN's folder of .npy and .txt files, or an HDF5 file")
     parser.add_argument("--split", default="test", help="dev, test, testall, ... (default: test)")
     parser.add_argument(
         "--vocab",
         metavar="JSON",
-        help="the vocabulary the checkpoints were trained with; default: found beside the first checkpoint, where "
-        "that was trained, or near the data, in this order",
+        help="the vocabulary that the checkpoints were trained with; default: the first one found beside the first "
+        "checkpoint, in the folder where that was trained, or near the data",
     )
     parser.add_argument("--folds", type=int, metavar="N", help="also average over N parts of the images; 5 for COCO 1K")
     parser.add_argument(
@@ -80,17 +83,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--captions-per-image",
         type=int,
         metavar="N",
-        help="for folders where the counts do not tell; see `itm-fast convert --help`",
+        help="1 or 5, for folders with as many rows of features as captions; see `itm-fast convert --help`",
     )
     parser.add_argument(
         "--mask-zero-regions",
         action="store_true",
-        help="where the data have no region counts, leave out the all-zero regions at each image's end; the published "
-        "code lets them take part in attention",
+        help="if the data have no region counts, leave out the all-zero regions at the end of each image; in the "
+        "published code they take part in attention",
     )
-    parser.add_argument("--ties", choices=TIES, default=TIES[0], help="see Ties above (default: pessimistic)")
+    parser.add_argument(
+        "--ties", choices=TIES, default=TIES[0], help="where ties are ranked: see Ties above (default: pessimistic)"
+    )
     compute = parser.add_argument_group("speed and memory")
-    compute.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda where there is one)")
+    compute.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
     compute.add_argument(
         "--backend",
         choices=("auto", *BACKENDS),
@@ -113,7 +118,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compute.add_argument(
         "--workload",
         choices=sorted(WORKLOADS),
-        help="with --dry-run instead of --data: a published size; without --checkpoint the plans of all models",
+        help="with --dry-run, in place of --data: print the plan for the sizes of this test set; without --checkpoint, "
+        "for every model",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -129,7 +135,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "the mean of its members' FILE-1.npy, FILE-2.npy, ...",
     )
     output.add_argument(
-        "--resume", action="store_true", help="continue interrupted --scores files and use finished ones again"
+        "--resume", action="store_true", help="continue interrupted --scores files and reuse finished ones"
     )
     output.add_argument("--no-progress", action="store_true", help="no progress bars on standard error")
 
@@ -173,7 +179,7 @@ def _given(args: argparse.Namespace) -> list[str]:
 
 
 def _output(args: argparse.Namespace) -> contextlib.AbstractContextManager:
-    """Hold --output for this run: hours of scoring must not end at a folder that cannot be written, or is shared."""
+    """Create and lock --output before anything is scored: if that cannot be done, hours of scoring would be lost."""
     if not args.output or args.dry_run:
         return contextlib.nullcontext()
     folder = Path(args.output)
@@ -299,7 +305,7 @@ def _room(scores: str, models: int, images: int, captions: int) -> str:
 
 
 def _published(name: str, size: Any, device: Any) -> Namespace:
-    """Options of the published models at this size; the vocabulary does not matter to scoring."""
+    """Published options of a model at this size; vocab_size is arbitrary, as the encoders are not run."""
     from ..models._catalogue import CATALOGUE
     from ..training import options
 

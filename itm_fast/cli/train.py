@@ -14,7 +14,7 @@ from ..training.recipe import options
 
 
 def _models() -> str:
-    """A line for each model: its paper, and what is known of it."""
+    """A line for each model: its paper, and how much of it is published."""
     lines = [
         (row.name, row.known if row.paper == "none" else f"{row.paper}: {row.known}") for row in CATALOGUE.values()
     ]
@@ -22,7 +22,7 @@ def _models() -> str:
 
 
 def _schedules() -> str:
-    """A line for each recipe: the models' epochs and cuts of the learning rate, and learning rates other than most."""
+    """A line for each recipe: num_epochs/lr_update of the models, and learning rates that differ from the usual one."""
     lines = []
     for recipe, usual in RECIPES.items():
         schedules: dict[str, list[str]] = {}
@@ -48,21 +48,21 @@ HELP = f"""Train one model on precomputed features with its published recipe.
   itm-fast train --model scan --direction i2t --recipe coco --data data/coco_precomp --output runs/coco_i2t
   itm-fast train --model shan --word-vectors glove.840B.300d.txt --data data/f30k_precomp --output runs/f30k_shan
 
-DATA is SCAN's folder (train_ims.npy, train_caps.txt, dev_ims.npy, dev_caps.txt) or an HDF5 file of
-`itm-fast convert`. OUTPUT gets model_best.pth.tar (best epoch by the sum of the dev recalls) and
-checkpoint.pth.tar (last epoch), which the published code reads too, the vocabulary, log.csv and resume.pt.
-Ctrl-C finishes the step at hand and saves; the same command with --resume goes on as if never interrupted.
+DATA is SCAN's folder (train_ims.npy, train_caps.txt, dev_ims.npy, dev_caps.txt) or an HDF5 file that
+`itm-fast convert` wrote. OUTPUT gets model_best.pth.tar (the epoch with the highest sum of dev recalls) and
+checkpoint.pth.tar (the last epoch), both readable by the published code, and the vocabulary, log.csv and resume.pt.
+Ctrl-C finishes the current step and saves; the same command with --resume then continues as if never interrupted.
 
-Every option left out is the published one of the chosen recipe (Adam, learning rate 2e-4, hardest
-negatives, margin 0.2, batch 128, gradient norm clipped at 2, bidirectional GRU). Epochs, and after how many
-of them the learning rate is cut to a tenth:
+An option that is not given has the published value of the chosen recipe (Adam, learning rate 2e-4, hardest
+negatives, margin 0.2, batch 128, gradient norm clipped at 2, bidirectional GRU). Number of epochs / number of epochs
+after which the learning rate is divided by 10:
 {_schedules()}
-SHAN's paper gives 30 epochs, lambda, mu 1, mu 2 and the margin; the rest, unstated there, is SCAN's. The schedules of
-HGAN and TSHSR, which are reconstructed, are SGRAF's.
-SCAN's own command-line defaults are all negatives and a one-way GRU; its authors' recommended commands, and
-the defaults here, are the hardest negative and the bidirectional GRU."""
+SHAN's paper states its 30 epochs, lambda, mu 1, mu 2 and margin; its other values here are SCAN's. HGAN and TSHSR are
+reconstructed, and have the schedules of SGRAF.
+SCAN's command line defaults to all negatives and a one-way GRU. The defaults here are those of the commands that its
+authors recommend: the hardest negative and a bidirectional GRU."""
 
-_PLACES = (
+_ARGUMENTS = (
     *("model", "direction", "recipe", "train_split", "dev_split", "limit_dev_captions", "captions_per_image"),
     "mask_zero_regions",
 )
@@ -84,20 +84,20 @@ _OFFERED = _offered()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `itm-fast train`. None means: as the recipe, or the interrupted run, has it."""
+    """Add the options of `itm-fast train`. One that is None has the value of the recipe, or of the run resumed."""
     run = parser.add_argument_group("the run")
     run.add_argument("--model", type=_model, choices=tuple(CATALOGUE), help="which model (needed unless --resume)")
     run.add_argument(
         "--direction",
         choices=tuple(dict.fromkeys(direction for row in _DIRECTED for direction in row.directions)),
-        help="who attends, words to regions (t2i), regions to words (i2t), or both (full); default first, "
+        help="words attend to regions (t2i), regions to words (i2t), or both (full); the default is named first: "
         + "; ".join(f"{row.name}: {', '.join(row.directions)}" for row in _DIRECTED),
     )
     run.add_argument("--recipe", choices=RECIPES, help="published schedule to follow (default f30k)")
     run.add_argument("--data", metavar="PATH", help="folder or .h5 file (needed unless --resume)")
-    run.add_argument("--output", metavar="DIR", required=True, help="folder of this run, made when absent")
+    run.add_argument("--output", metavar="DIR", required=True, help="folder for this run; created if it does not exist")
     run.add_argument("--resume", action="store_true", help="continue the run in --output")
-    run.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: CUDA where there is one)")
+    run.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
     run.add_argument(
         "--backend",
         choices=("auto", *BACKENDS),
@@ -108,18 +108,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-steps",
         type=_count,
         metavar="N",
-        help="stop after N steps, for a trial run: the weights of that "
-        "moment are validated and may be kept as the best",
+        help="stop after N steps, for a trial run; the model is validated then, and saved as after an epoch",
     )
-    run.add_argument("--tensorboard", action="store_true", help="write OUTPUT/tensorboard besides log.csv")
-    run.add_argument("--quiet", action="store_true", help="no bars and no table per epoch")
+    run.add_argument("--tensorboard", action="store_true", help="write OUTPUT/tensorboard in addition to log.csv")
+    run.add_argument("--quiet", action="store_true", help="no progress bars and no table after each epoch")
 
     data = parser.add_argument_group("data")
     data.add_argument(
         "--vocab", metavar="JSON", help="vocabulary (default: built from the training and dev captions, as published)"
     )
     data.add_argument(
-        "--min-count", type=_count, metavar="N", help="words a built vocabulary keeps: seen N times (default 4)"
+        "--min-count", type=_count, metavar="N", help="build the vocabulary from words that appear N times (default 4)"
     )
     data.add_argument("--train-split", metavar="NAME", help="default train")
     data.add_argument("--dev-split", metavar="NAME", help="default dev")
@@ -130,15 +129,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="validate on the first N captions and their images; the published code uses 5000",
     )
     data.add_argument(
-        "--captions-per-image", type=_count, metavar="N", help="1 or 5, where a folder's features leave it open"
+        "--captions-per-image",
+        type=_count,
+        metavar="N",
+        help="1 or 5, for folders with as many rows of features as captions; see `itm-fast convert --help`",
     )
 
     data.add_argument(
         "--mask-zero-regions",
         action="store_const",
         const=True,
-        help="where the data have no region counts, leave out the all-zero regions at each image's end (published: "
-        "they take part in attention)",
+        help="if the data have no region counts, leave out the all-zero regions at the end of each image; in the "
+        "published code they take part in attention",
     )
 
     recipe, model = parser.add_argument_group("recipe"), parser.add_argument_group("model")
@@ -147,7 +149,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add(group: Any, name: str) -> None:
-    """Add one option; what the argument parser stores it as is its published name."""
+    """Add one option; its value is stored under its published name."""
     option = _OFFERED[name]
     settings: dict[str, Any] = {"dest": name, "help": _help(name, option)}
     if isinstance(option.default, bool):
@@ -163,7 +165,7 @@ def _add(group: Any, name: str) -> None:
 
 
 def _help(name: str, option: Option) -> str:
-    """What an option is for; of the encoders' and the models' own also the default, and of the latter the models."""
+    """An option's help text, with its default if it belongs to encoders or models, and with the models' names."""
     if name in TRAINING:
         return str(option.help)
     if name in ENCODERS:
@@ -177,7 +179,7 @@ def _help(name: str, option: Option) -> str:
 
 
 def _shown(default: Any, name: str = "", row: Entry | None = None) -> str:
-    """The default in brackets, and where it differs with the recipe or direction; nothing of a switch or of none."""
+    """The default in brackets, with the values of recipes and directions that differ; "" for a switch or for None."""
     if default is None or isinstance(default, bool):
         return ""
 
@@ -208,75 +210,75 @@ def _count(text: str) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, and say where the best checkpoint is."""
+    """Train, and print where the best checkpoint is."""
     output = Path(args.output)
-    opt, places = _settled(args, output)
-    return _train(args, output, opt, places)
+    opt, arguments = _settled(args, output)
+    return _train(args, output, opt, arguments)
 
 
 def _settled(args: argparse.Namespace, output: Path) -> tuple[argparse.Namespace, dict[str, Any]]:
-    """Options of the run, and where its data are; what can be refused without torch is refused before its import."""
+    """The run's options and arguments (data, splits, ...), checked as far as torch is not needed."""
     if args.vocab is not None and args.min_count is not None:
         raise ValueError("--min-count is for a vocabulary built here; leave it out with --vocab")
-    given = {name: getattr(args, name) for name in ("data", *_PLACES) if getattr(args, name) is not None}
+    given = {name: getattr(args, name) for name in ("data", *_ARGUMENTS) if getattr(args, name) is not None}
     changes = _changes(args)
     if args.resume:
         from ..training import resume
 
         found = resume.load(output)
-        places = found.arguments
-        if "dev_captions" in places:  # the option's former name
-            places["limit_dev_captions"] = places.pop("dev_captions")
-        for name in _PLACES:
-            if name in given and given[name] != places.get(name):
+        arguments = found.arguments
+        if "dev_captions" in arguments:  # the option's former name
+            arguments["limit_dev_captions"] = arguments.pop("dev_captions")
+        for name in _ARGUMENTS:
+            if name in given and given[name] != arguments.get(name):
                 raise ValueError(
                     f"--{name.replace('_', '-')} is {given[name]!r}, but the run in {output} has "
-                    f"{places.get(name)!r}; resume it as it is, or start another one elsewhere"
+                    f"{arguments.get(name)!r}; resume it as it is, or start another one elsewhere"
                 )
-        places = {**places, **given}
+        arguments = {**arguments, **given}
         opt = argparse.Namespace(**found.options)
     else:
         missing = [f"--{name}" for name in ("model", "data") if name not in given]
         if missing:
             raise ValueError(f"{' and '.join(missing)} must be given, except with --resume")
-        places = {**_DEFAULTS, **given}
-        directions = CATALOGUE[places["model"]].directions
+        arguments = {**_DEFAULTS, **given}
+        directions = CATALOGUE[arguments["model"]].directions
         if "direction" in given and not directions:
             names = " or ".join(row.name for row in _DIRECTED)
-            raise ValueError(f"--direction is for --model {names}; {places['model']} has no choice of it")
+            raise ValueError(f"--direction is for --model {names}; {arguments['model']} has no choice of it")
         if directions:
-            places.setdefault("direction", directions[0])
-        opt = options(places["model"], recipe=places["recipe"], direction=places.get("direction"))
+            arguments.setdefault("direction", directions[0])
+        opt = options(arguments["model"], recipe=arguments["recipe"], direction=arguments.get("direction"))
     others = [_flag(name) for name in changes if not hasattr(opt, name)]
     if others:
         own = ", ".join(sorted(_flag(name) for name in _OFFERED if hasattr(opt, name)))
-        raise ValueError(f"{places['model']} has no option {', '.join(others)}; its options are {own}")
+        raise ValueError(f"{arguments['model']} has no option {', '.join(others)}; its options are {own}")
     vars(opt).update(changes)
     check(vars(opt), _flag)
-    return opt, places
+    return opt, arguments
 
 
-def _train(args: argparse.Namespace, output: Path, opt: argparse.Namespace, places: dict[str, Any]) -> int:
+def _train(args: argparse.Namespace, output: Path, opt: argparse.Namespace, arguments: dict[str, Any]) -> int:
     from ..data import open_split
     from ..training import train
 
-    data = Path(places["data"])
+    data = Path(arguments["data"])
     shape = {
-        "captions_per_image": places.get("captions_per_image"),
-        "mask_zero_regions": places.get("mask_zero_regions", False),
+        "captions_per_image": arguments.get("captions_per_image"),
+        "mask_zero_regions": arguments.get("mask_zero_regions", False),
     }
-    train_split = open_split(data, places["train_split"], **shape)
-    dev_split = open_split(data, places["dev_split"], limit_captions=places.get("limit_dev_captions"), **shape)
+    train_split = open_split(data, arguments["train_split"], **shape)
+    dev_split = open_split(data, arguments["dev_split"], limit_captions=arguments.get("limit_dev_captions"), **shape)
     size, dev_size = (split.features.shape[2] for split in (train_split, dev_split))
     if args.resume and size != opt.img_dim:
         raise ValueError(
-            f"{data}: the {places['train_split']} split has {size:,} features per region, and the run in {output} was "
-            f"begun with {opt.img_dim:,}; give the data that it was begun with"
+            f"{data}: the {arguments['train_split']} split has {size:,} features per region, and the run in {output} "
+            f"was begun with {opt.img_dim:,}; give the data that it was begun with"
         )
     if dev_size != size:
         raise ValueError(
-            f"{data}: the {places['train_split']} split has {size:,} features per region, and the "
-            f"{places['dev_split']} split {dev_size:,}; both must have the same"
+            f"{data}: the {arguments['train_split']} split has {size:,} features per region, and the "
+            f"{arguments['dev_split']} split {dev_size:,}; both must have the same"
         )
     opt.img_dim = size
     opt.data_path = str(data.parent)
@@ -297,7 +299,7 @@ def _train(args: argparse.Namespace, output: Path, opt: argparse.Namespace, plac
         backend=args.backend,
         tensorboard=args.tensorboard,
         progress=not args.quiet,
-        arguments=places,
+        arguments=arguments,
     )
     ended = "finished" if result.finished else "stopped"
     print(
@@ -308,7 +310,7 @@ def _train(args: argparse.Namespace, output: Path, opt: argparse.Namespace, plac
 
 
 def _flag(name: str) -> str:
-    """How the command line calls a published option."""
+    """The command-line flag of a published option."""
     option = _OFFERED.get(name)
     return f"--{(name if option is None or option.flag is None else option.flag).replace('_', '-')}"
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a wish to stop, which the training loop grants at the end of a step."""
+"""Signal handlers for Ctrl-C and SIGTERM that let the training loop finish its step first."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from collections.abc import Iterator
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which ends a command as Ctrl-C does but with a code of its own."""
+    """Raised for SIGTERM; ends a command as Ctrl-C does, but with exit code 143 in place of 130."""
 
 
 class Stop:
-    """What the signal handlers tell the loop.
+    """A signal handler that notes the first signal for the loop, and raises at the second.
 
     Attributes:
-        asked: stop after this step, and raise this; None when nobody asked.
-        at_once: nothing would be lost by stopping right now, so the next signal raises.
+        asked: the exception that the loop raises after the current step; None before the first signal.
+        at_once: True while stopping in the middle loses nothing, as in a validation; the first signal then raises.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class Stop:
         if self.asked or self.at_once:
             raise interrupt
         self.asked = interrupt
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        print("\nstopping after this step; a second Ctrl-C or SIGTERM stops at once", file=sys.stderr)
 
 
 @contextlib.contextmanager
@@ -42,7 +42,7 @@ def signals() -> Iterator[Stop]:
     """
     stop = Stop()
     before = {}
-    with contextlib.suppress(ValueError):  # outside the main thread signals are somebody else's
+    with contextlib.suppress(ValueError):  # only the main thread may set signal handlers
         for number in (signal.SIGINT, signal.SIGTERM):
             before[number] = signal.signal(number, stop)
     try:

@@ -1,4 +1,4 @@
-"""The record of a run: always a CSV file, TensorBoard when asked for."""
+"""The numbers of each training step and validation, as log.csv and, on request, for TensorBoard."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ COLUMNS = ("epoch", "iteration", *STEP, *DEV)
 
 
 class Log:
-    """Rows of `log.csv`: one per optimiser step, and one per validation with the dev columns filled.
+    """Writes `log.csv`: a row for each optimiser step, and for each validation one with the dev columns filled.
 
     Args:
-        folder: where `log.csv` is, or is to be.
-        iterations: steps the run has taken; rows beyond, of a run that was cut off, are dropped.
-        validated: whether a validation after exactly so many steps counts, or will be done again.
+        folder: the folder of `log.csv`; an existing file is continued.
+        iterations: steps that the run has taken. Later rows in the file, which an interrupted run wrote after its last
+            save, are dropped.
+        validated: False if the run will repeat the validation after step `iterations`; its row is dropped then.
         tensorboard: write `folder/tensorboard` as well.
 
     Raises:
-        ImportError: TensorBoard was asked for and is not installed.
+        ImportError: `tensorboard` is true, and TensorBoard is not installed.
         OSError: the file cannot be read or written.
-        ValueError: the file that is there is damaged, or no log of a run.
+        ValueError: the existing file is damaged, or is not the log of a run.
 
     >>> import tempfile
     >>> folder = Path(tempfile.mkdtemp())
@@ -83,7 +84,7 @@ class Log:
 
 
 def _rows(path: Path) -> list[dict[str, str]]:
-    """The rows of a log; values that a cut-off row lacks are None."""
+    """The rows of a log; in a row that was cut off, the missing values are None."""
     try:
         with open_regular(path) as binary, io.TextIOWrapper(binary, encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file, strict=True)
@@ -94,13 +95,13 @@ def _rows(path: Path) -> list[dict[str, str]]:
                 raise ValueError("a row has more values than there are columns")
     except (ValueError, csv.Error) as error:
         raise ValueError(
-            f"{path} is damaged, or no log of a run: {error}; move it away, and the run goes on with a new one"
+            f"{path} is damaged, or is not the log of a run: {error}; move it away, and the run begins a new one"
         ) from error
     return rows
 
 
 def never_validated(path: Path) -> bool:
-    """Whether a file is the log of a run that ended before its first validation, and not another file."""
+    """Whether a file is the log of a run that ended before its first validation; False for any other file."""
     try:
         return not any(row["rsum"] for row in _rows(path))
     except ValueError:
@@ -108,14 +109,14 @@ def never_validated(path: Path) -> bool:
 
 
 def dev_values(found: Metrics) -> dict[str, float]:
-    """The dev columns of one validation."""
+    """One validation's values for the columns `DEV`."""
     ways = (found.i2t, found.t2i)
     values = [value for way in ways for value in (way.r1, way.r5, way.r10, way.medr, way.meanr)]
     return dict(zip(DEV, [*values, found.rsum], strict=True))
 
 
 def table(title: str, found: Metrics, remark: str) -> str:
-    """One validation for the terminal."""
+    """The recall table of one validation, for the terminal."""
     lines = [title, f"{'':>14}   R@1   R@5  R@10  medr   meanr"]
     for name, way in (("image to text", found.i2t), ("text to image", found.t2i)):
         lines.append(f"{name:>14} {way.r1:5.1f} {way.r5:5.1f} {way.r10:5.1f} {way.medr:5.0f} {way.meanr:7.1f}")

@@ -1,4 +1,4 @@
-"""From one batch to the published ranking loss."""
+"""The published ranking loss of one batch."""
 
 from __future__ import annotations
 
@@ -15,14 +15,13 @@ if TYPE_CHECKING:
 
 
 def batch_loss(model: Any, batch: Batch, opt: argparse.Namespace) -> Tensor:
-    """Encode one batch, score its B x B pairs and take the hinge on its negatives (SGRAF eq. 10).
+    """Encode one batch, score its B x B pairs and return the hinge loss over its negatives (SGRAF, equation 10).
 
     Args:
-        model: with `forward_emb` and `scorer`, in the mode it is to run in.
-        batch: B captions, each with its image; several may share one.
-        opt: `margin`; `max_violation`, for the hardest negative alone in place of all of them; and
-            `exclude_same_image`, so that other captions of an image are no negatives to it (the published
-            code takes them as negatives).
+        model: has `forward_emb` and `scorer`; its training or evaluation mode stays as it is.
+        batch: B captions, each with its image; several captions may have the same image.
+        opt: `margin`; `max_violation`: only the hardest negative counts, not all of them; `exclude_same_image`: other
+            captions of an image are not its negatives (in the published code they are).
 
     Returns:
         0-d, summed over the batch.

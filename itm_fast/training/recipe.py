@@ -7,7 +7,7 @@ from typing import Any
 
 from ..models._catalogue import CATALOGUE, RECIPES, check
 
-# What training reads beside the model's own options.
+# The options that training reads in addition to those of the model.
 TRAINING = ("num_epochs", "lr_update", "batch_size", "seed", "exclude_same_image", "val_step", "data_name")
 
 
@@ -19,11 +19,11 @@ def options(model: str, *, recipe: str = "f30k", direction: str | None = None, *
             abstracts, with SGRAF's schedules), or "dual" (the plain dual encoder).
         recipe: "f30k" or "coco": epochs, schedule, SCAN's learning rate and temperatures for that data set.
         direction: SCAN's `cross_attn`, "t2i" (words attend to regions; the default) or "i2t"; SHAN's `alignment`,
-            "full" (the default), "t2i" or "i2t"; the others ignore it.
-        **changes: options that are to differ, by their published names; None means as published.
+            "full" (the default), "t2i" or "i2t"; the other models ignore it.
+        **changes: other values for options, by their published names; None keeps the published value.
 
     Returns:
-        what `itm_fast.models.build` and `itm_fast.training.train` take.
+        The options that `itm_fast.models.build` and `itm_fast.training.train` take.
 
     Raises:
         ValueError: an unknown model, recipe, direction or option name.
@@ -53,7 +53,7 @@ def options(model: str, *, recipe: str = "f30k", direction: str | None = None, *
 
 
 def learning_rate(opt: argparse.Namespace, epoch: int) -> float:
-    """The learning rate of one epoch: a tenth of the last after every `lr_update` epochs.
+    """The learning rate of one epoch: it is divided by 10 after every `lr_update` epochs.
 
     Args:
         opt: with `learning_rate` and `lr_update`.

@@ -1,4 +1,4 @@
-"""The file from which an interrupted run goes on as if nothing had happened."""
+"""`resume.pt`, from which an interrupted run continues as if it had not been interrupted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from .recipe import TRAINING
 
 NAME = "resume.pt"
 _FORMAT = "itm-fast resume 1"
-_KINDS: dict[str, Any] = {  # of what `Progress` holds
+_KINDS: dict[str, Any] = {  # attribute of `Progress` -> its type
     **dict.fromkeys(("options", "arguments", "optimizer", "rng"), dict),
     **dict.fromkeys(("data", "model"), list),
     **dict.fromkeys(("epoch", "step", "iterations"), int),
@@ -30,19 +30,20 @@ _KINDS: dict[str, Any] = {  # of what `Progress` holds
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """The state of a training run.
 
     Attributes:
         options: the run's options, by their published names.
-        arguments: what else the caller wants back, plain values (the command's paths and splits).
-        data: captions and images of the training split, its `setup.identity` and the dev split's, to notice others;
-            runs from before have the two counts alone.
+        arguments: plain values that the caller of `train` wants back, such as paths and names of splits.
+        data: how many captions and images the training split has, then checksums (`setup.identity`) of the training
+            and the dev split, so that a run is not resumed with other data. Files of older versions have only the two
+            counts.
         epoch: finished epochs.
-        step: batches done in the epoch at hand; all of them when its validation is still due.
+        step: batches done in the current epoch; all of them if only its validation is missing.
         iterations: optimiser steps so far.
-        best_rsum, best_epoch: best validation so far, None before the first.
+        best_rsum, best_epoch: the best validation so far; None before the first.
         model, optimizer: state dicts.
-        rng: generator states: "cpu", and "cuda" for every CUDA device.
+        rng: states of torch's random generators: "cpu", and under "cuda" one per CUDA device.
     """
 
     options: dict[str, Any]
@@ -62,7 +63,7 @@ def save(folder: Path, progress: Progress) -> None:
     """Write `folder/resume.pt`, whole or not at all.
 
     Raises:
-        OSError: it cannot be written; the older one is untouched.
+        OSError: it cannot be written; an older file is unchanged.
     """
     buffer = io.BytesIO()
     content = {field.name: getattr(progress, field.name) for field in fields(progress)}
@@ -84,11 +85,11 @@ def require(folder: Path) -> Path:
 
 
 def load(folder: Path) -> Progress:
-    """Read `folder/resume.pt` without running anything in it.
+    """Read `folder/resume.pt`; code in the file is never run.
 
     Raises:
         FileNotFoundError: there is none.
-        ValueError: it is damaged or not such a file; names what is missing or of another kind.
+        ValueError: it is damaged or another kind of file; the message names the parts that are missing or wrong.
     """
     path = require(folder)
     content, _ = load_plain(path, wanted="it should be the resume file that an interrupted training run wrote")
@@ -104,7 +105,7 @@ def load(folder: Path) -> Progress:
         try:
             wanted = (*model_class(argparse.Namespace(**options)).reads(), *TRAINING)
         except (ValueError, TypeError) as error:
-            raise ValueError(f"{path}: its options are of no model: {error}") from error
+            raise ValueError(f"{path}: its options describe no known model: {error}") from error
         odd = [f"no option {name}" for name in wanted if name not in options]
     best = content.get("best_rsum")
     if not odd and best is not None and not finite(best):
@@ -115,7 +116,7 @@ def load(folder: Path) -> Progress:
 
 
 def random_state() -> dict[str, Any]:
-    """States of torch's global generators."""
+    """The states of torch's global random generators."""
     return {
         "cpu": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
@@ -123,7 +124,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state(state: dict[str, Any]) -> None:
-    """Put the generators back; CUDA ones when the run has as many devices as before."""
+    """Restore the generators; those of CUDA only if there are as many CUDA devices as when they were saved."""
     torch.set_rng_state(state["cpu"])
     if state["cuda"] and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,4 +1,4 @@
-"""What a run settles before its first step: a device, a backend, and options that fit the data."""
+"""Checks before the first training step: device, backend, memory, files, words, and options that fit the data."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ if TYPE_CHECKING:
     from ..data import Split, Vocabulary
 
 _HOPELESS = 90.0  # percent of the training captions without any known word
-_SOME_IMAGES = 8
-# Between a run and its resumption; the vocabulary is compared on its own.
+_SOME_IMAGES = 8  # images whose features `identity` reads
+# Options that may change when a run is resumed. The vocabulary is compared by its words.
 _MAY_DIFFER = ("num_epochs", "val_step", "data_path", "vocab_path", "model_name", "logger_name", "vocab_checksum")
 
 
 def usable(device: str | torch.device | None) -> torch.device:
-    """The device of a run, on which the backend that was asked for can run.
+    """The device of a run.
 
     Raises:
-        ValueError: there is no such device.
-        NotImplementedError: the backend cannot run there; says why.
+        ValueError: the device does not exist.
+        NotImplementedError: the requested backend cannot run on it; the message says why.
     """
     chosen = usable_device(device)
     asked = requested()
@@ -51,10 +51,10 @@ def usable(device: str | torch.device | None) -> torch.device:
 def completed(
     opt: argparse.Namespace, train_split: Split, dev_split: Split, vocabulary: Vocabulary, output: Path
 ) -> argparse.Namespace:
-    """The options with what follows from the data.
+    """The options, completed with those that follow from the data: vocab_size, vocab_checksum, num_region and paths.
 
     Raises:
-        ValueError: an option is missing, the options do not fit the features, or the splits not each other.
+        ValueError: an option is missing, the options do not fit the features, or the two splits do not fit each other.
     """
     known = [name for name in model_class(opt).reads() if name != "vocab_size"]
     want(opt, "train", (*known, *TRAINING))
@@ -73,7 +73,7 @@ def completed(
                 f"{model_class(opt).__name__} has one weight per region, so both splits must have as many: "
                 f"training has {regions}, dev {dev_regions}; pad the features and give region_lengths"
             )
-        if regions != 36:  # the published number, of which its code keeps no option
+        if regions != 36:  # the published code fixes 36 and has no option for it
             set_here["num_region"] = regions
     return argparse.Namespace(**{**vars(opt), **set_here})
 
@@ -94,20 +94,20 @@ def affordable(opt: argparse.Namespace, device: torch.device) -> None:
 
 
 def refuse_existing(output: Path, vocabulary_file: Path, vocabulary: Vocabulary) -> None:
-    """Refuse to start where a file that the run writes is there already.
+    """Refuse a folder that already has a file which the run would write.
 
-    Equal words may be, and the log of a run that failed before it saved anything.
+    A vocabulary file of the same words may exist, and so may the log of a run that failed before it saved anything.
 
     Raises:
         FileExistsError: names the file.
-        OSError: the vocabulary's name is that of a folder or another thing that is no file.
+        OSError: the vocabulary's path is a folder, a FIFO, a socket or a device.
     """
-    for name, way_on in ((resume.NAME, "continue it with --resume, or "), (BEST, ""), (LAST, "")):
+    for name, remedy in ((resume.NAME, "continue it with --resume, or "), (BEST, ""), (LAST, "")):
         if (output / name).exists():
-            raise FileExistsError(f"{output} already holds a run ({name}); {way_on}give another folder")
+            raise FileExistsError(f"{output} already holds a run ({name}); {remedy}give another folder")
     if (output / LOG).exists() and not never_validated(output / LOG):
         raise FileExistsError(
-            f"{output / LOG} is there already, and a new run does not touch it; move it away, or give another folder"
+            f"{output / LOG} exists, and a new run does not overwrite it; move it away, or give another folder"
         )
     if vocabulary_file.exists() and not _holds(vocabulary_file, vocabulary):
         raise FileExistsError(
@@ -121,12 +121,12 @@ def _holds(path: Path, vocabulary: Vocabulary) -> bool:
 
     try:
         return Vocabulary.load(path).checksum() == vocabulary.checksum()
-    except ValueError:  # no vocabulary at all
+    except ValueError:  # the file is not a vocabulary
         return False
 
 
 def enough_known_words(train_split: Split, dev_split: Split, vocabulary: Vocabulary) -> None:
-    """Warn of a split of whose captions the vocabulary lacks much, and refuse one that teaches no words.
+    """Warn if the vocabulary lacks many words of a split; refuse a training split that would teach almost no words.
 
     Raises:
         ValueError: at least 90 % of the training captions have no word in the vocabulary.
@@ -149,9 +149,9 @@ def enough_known_words(train_split: Split, dev_split: Split, vocabulary: Vocabul
 
 
 def identity(split: Split) -> str:
-    """A checksum of a split's captions, of whose they are, of its region counts, and of the features of some images.
+    """A checksum of a split: its captions, caption_to_image, region counts, and the features of a few images.
 
-    Rewritten files with the same content have the same; reading all features would take minutes.
+    It depends on the content only, not on files. Reading the features of all images would take minutes.
     """
     images, regions, _ = split.features.shape
     some = np.unique(np.linspace(0, images - 1, _SOME_IMAGES).astype(np.int64))
@@ -170,10 +170,10 @@ def same_run(
     vocabulary: Vocabulary,
     vocabulary_file: Path,
 ) -> None:
-    """Refuse to go on where options, data, words or weights are not those of the interrupted run.
+    """Refuse to resume with other options, data, words or weights than those of the interrupted run.
 
     Raises:
-        ValueError: says what differs.
+        ValueError: names what differs.
     """
     from ..data import Vocabulary
 
@@ -184,18 +184,18 @@ def same_run(
     ]
     if found.data[:2] != data[:2]:
         differing.append(f"[captions, images] {found.data[:2]}, now {data[:2]}")
-    # Older runs kept the two counts alone.
+    # Files of older versions have only the two counts.
     for name, before, now in zip(("training", "dev"), found.data[2:], data[2:], strict=False):
         if before != now:
             differing.append(f"other captions or features in its {name} split")
-    checksum = found.options.get("vocab_checksum", opt.vocab_checksum)  # older runs kept none
+    checksum = found.options.get("vocab_checksum", opt.vocab_checksum)  # older versions wrote none
     if not differing and {checksum, Vocabulary.load(vocabulary_file).checksum()} != {vocabulary.checksum()}:
         differing.append(f"the words of {vocabulary_file}, now others")
     path = output / resume.NAME
     if differing:
         raise ValueError(
             f"{path} belongs to a run with {'; '.join(differing)}. Resume with the same options and data, or start "
-            "afresh in another folder"
+            "a new run in another folder"
         )
     try:
         fits(opt, found.model)

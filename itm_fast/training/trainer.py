@@ -35,7 +35,7 @@ from .vectors import word_vectors
 if TYPE_CHECKING:
     from ..data import Batch, Split, Vocabulary
 
-_SAVE_EVERY = 600.0  # seconds between resume files inside an epoch
+_SAVE_EVERY = 600.0  # seconds after which resume.pt is written again within an epoch
 LOCK = "train.lock"
 
 
@@ -47,7 +47,7 @@ class Result:
         best_rsum: best sum of recalls on the dev split, in percent; None when no epoch was validated.
         best_epoch: its epoch, counted from 1.
         iterations: optimiser steps taken.
-        finished: all epochs are done, as against stopped by `max_steps`.
+        finished: True if all epochs are done, False if `max_steps` ended the run.
     """
 
     best_rsum: float | None
@@ -73,36 +73,37 @@ def train(
 ) -> Result:
     """Train one model with Adam, hardest negatives, a step schedule and clipped gradients.
 
-    After every epoch the dev split is evaluated. `output` then holds `model_best.pth.tar` (best by rsum) and
-    `checkpoint.pth.tar` (the last), both in the published format; the vocabulary under its published name;
-    `log.csv`; and `resume.pt`, from which an interrupted run continues: on the CPU with the same number of
-    threads bit for bit as if it had not been interrupted. Ctrl-C and SIGTERM finish the step at hand first.
+    After every epoch the dev split is evaluated. `output` then holds `model_best.pth.tar` (the epoch with the best
+    rsum) and `checkpoint.pth.tar` (the last epoch), both in the published format; the vocabulary under its published
+    name; `log.csv`; and `resume.pt`, from which an interrupted run continues. On the CPU, with the same number of
+    threads, the resumed run computes the same bits as one that was not interrupted. After Ctrl-C or SIGTERM the
+    current step is finished and saved.
 
     Args:
-        opt: as `options` gives them, with `img_dim` as in the data. `data_path` and `data_name` tell the
-            published evaluation where the data are; `data_name` also names the vocabulary file.
-        train_split: one sample per caption.
-        dev_split: decides which epoch was best.
-        vocabulary: the model's words.
-        output: the run's folder, made when absent.
+        opt: the options, as `options` returns them, with `img_dim` as in the data. `data_path` and `data_name` tell
+            the published evaluation where the data are; `data_name` also names the vocabulary file.
+        train_split: the training data; every caption, with its image, is one sample.
+        dev_split: the data of the validations, which decide which epoch is the best.
+        vocabulary: the words that the model embeds.
+        output: the run's folder; created if it does not exist.
         resuming: continue the run in `output`; `opt` may differ in `num_epochs`, `val_step`, `data_path`.
-        max_steps: stop after this many optimiser steps in all, with a validation and checkpoints.
-        device: "cpu", "cuda", "cuda:1", ...; CUDA where there is one when None.
-        backend: as `itm_fast.use_backend`.
+        max_steps: stop after this many optimiser steps in all; the model is then validated and saved.
+        device: "cpu", "cuda", "cuda:1", ...; None: CUDA if there is a GPU, else the CPU.
+        backend: as for `itm_fast.use_backend`.
         tensorboard: write `output/tensorboard` as well.
-        progress: bars and a recall table per epoch on standard error.
-        arguments: plain values kept in `resume.pt` for the caller.
+        progress: show progress bars, and a recall table after each epoch, on standard error.
+        arguments: plain values that are stored in `resume.pt` for the caller.
 
     Returns:
-        how the run ended.
+        `Result`.
 
     Raises:
-        FileExistsError: `resuming` is false, and `output` holds a run, a `log.csv` (but that of a run without a
-            validation may be there), or other words under the vocabulary's name.
-        FileNotFoundError: `resuming` and there is none.
-        ValueError: options that do not fit the data or the interrupted run, data other than the interrupted run's,
-            captions of which the vocabulary knows next to nothing, or a loss that is not finite.
-        KeyboardInterrupt: after Ctrl-C or SIGTERM, once `resume.pt` is written; says how to go on.
+        FileExistsError: `resuming` is false, and `output` holds a run, the `log.csv` of a run that was validated, or a
+            vocabulary file with other words.
+        FileNotFoundError: `resuming` is true, and `output` holds no run to resume.
+        ValueError: the options do not fit the data; options or data are not those of the interrupted run; the
+            vocabulary has almost no word of the training captions; or a loss is not finite.
+        KeyboardInterrupt: after Ctrl-C or SIGTERM, once `resume.pt` is written; the message says how to continue.
 
     >>> import tempfile
     >>> import numpy as np
@@ -169,14 +170,14 @@ class _Run:
         self.progress, self.arguments = progress, arguments
         self.data = [len(train_split.captions), len(train_split.features), *map(identity, (train_split, dev_split))]
         self.batches = TrainingBatches(train_split, vocabulary, opt.batch_size, seed=opt.seed)
-        # A lone caption at the end of an epoch has no negatives and no batch statistics.
+        # A last batch of one caption is left out: it has no negatives and no batch statistics.
         self.steps = len(self.batches) - (self.data[0] % opt.batch_size == 1)
         if self.steps < 1:
             raise ValueError(f"the training split must hold at least 2 captions, got {self.data[0]}")
         self.epoch = self.step = self.iterations = 0
         self.best_rsum: float | None = None
         self.best_epoch: int | None = None
-        self.saved: int | None = None  # iterations in the resume file
+        self.saved: int | None = None  # `iterations` in resume.pt; None before the first save
 
     def build(self, found: resume.Progress | None) -> None:
         """Build the model: with new weights, or as an interrupted run left it."""
@@ -228,7 +229,7 @@ class _Run:
         return Result(self.best_rsum, self.best_epoch, self.iterations, finished=self.epoch >= self.opt.num_epochs)
 
     def _train_epoch(self, max_steps: int | None) -> bool:
-        """Train up to the end of the epoch, or to `max_steps`; whether it was the latter."""
+        """Train to the end of the epoch or to `max_steps`; return whether `max_steps` is reached."""
         groups = self.model.optimizer.param_groups
         for group in groups:
             group["lr"] = learning_rate(self.opt, self.epoch)
@@ -237,7 +238,7 @@ class _Run:
             left = min(left, max(0, max_steps - self.iterations))
         source = itertools.islice(self.batches.epoch(self.epoch, self.step), left)
         saved = time.monotonic()
-        with self._bar() as bar, contextlib.closing(_ahead(source)) as batches:
+        with self._bar() as bar, contextlib.closing(_prefetched(source)) as batches:
             start = time.perf_counter()
             for batch in batches:
                 loss, norm = self._update(batch)
@@ -269,7 +270,7 @@ class _Run:
         if not math.isfinite(value):
             raise ValueError(self._not_finite(batch, f"the loss is {value}"))
         loss.backward()
-        # 0 switches clipping off, as published; the norm is wanted all the same.
+        # grad_clip 0 means no clipping, as published; the norm is still computed, for the log.
         limit = self.opt.grad_clip or math.inf
         norm = torch.nn.utils.clip_grad_norm_(self.model.params, limit).item()
         if not math.isfinite(norm):
@@ -286,11 +287,11 @@ class _Run:
         )
         return (
             f"epoch {self.epoch + 1}, iteration {self.iterations + 1}: {what}; training stopped, and "
-            f"{self.output} keeps what was saved before; {cause}"
+            f"{self.output} keeps what was saved before it; {cause}"
         )
 
     def _validate(self, *, decide: bool) -> None:
-        """Evaluate the dev split; with `decide` write the checkpoints of this epoch."""
+        """Evaluate the dev split and log the result; with `decide`, also write the checkpoints of this epoch."""
         from ..evaluation import encode, metrics, score_all
 
         encoded = encode(self.model, self.dev_split, self.vocabulary, progress=self.progress)
@@ -314,7 +315,7 @@ class _Run:
         self.lock.check()
         checkpoint.save(
             self.output / name,
-            # As published: SGRAF counts finished epochs, SCAN names the last one from 0.
+            # As published: SGRAF stores the number of finished epochs, SCAN the last epoch counted from 0.
             epoch=self.epoch + (not hasattr(self.opt, "cross_attn")),
             model=self.model.state_dict(),
             best_rsum=self.best_rsum or 0.0,
@@ -355,8 +356,8 @@ class _Run:
         )
 
 
-def _ahead(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
-    """The same batches, the next one being read while this one is worked on."""
+def _prefetched(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
+    """Yield the batches, while a thread reads the next one."""
     with ThreadPoolExecutor(1) as pool:
         pending = pool.submit(next, batches, None)
         while (batch := pending.result()) is not None:

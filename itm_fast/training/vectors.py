@@ -1,4 +1,4 @@
-"""The fixed word vectors that a training run starts with."""
+"""Pretrained word vectors, which training does not change."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def word_vectors(opt: argparse.Namespace, vocabulary: Vocabulary, progress: bool) -> Tensor | None:
-    """The fixed vectors of a model that has them, from the file that its options name."""
+    """The fixed vectors [vocab_size, E] from the file `opt.word_vectors`; None for a model or run without them."""
     if not hasattr(opt, "word_vectors"):
         return None
     if opt.word_vectors is None:
         if progress:
-            print("no file of word vectors is given: words are learned alone", file=sys.stderr)
+            print("no file of word vectors is given: all word vectors are learned", file=sys.stderr)
         return None
     from ..data import load_word_vectors
 
@@ -27,7 +27,7 @@ def word_vectors(opt: argparse.Namespace, vocabulary: Vocabulary, progress: bool
     if progress:
         print(
             f"{opt.word_vectors} has {int(found.sum()):,} of {len(found):,} words, {vectors.shape[1]} numbers each; "
-            "the other words are learned alone",
+            "the other words have learned vectors only",
             file=sys.stderr,
         )
     return torch.from_numpy(vectors)
