@@ -88,21 +88,20 @@ def _left_out(result: dict) -> list[str]:
 
 
 def headline() -> str:
-    """A Markdown row per processor and model: scores and whole training steps of the paper's loop and of ours."""
-    lines = [
-        "| processor, 2 threads, float32 | model | scores: paper's loop, pairs/s | itm-fast, pairs/s | times | "
-        "training step: paper's loop, s | itm-fast, s | times |",
-        f"|---|---|{'---:|' * 6}",
-    ]
-    for maker in MAKERS:
-        scores, steps = (_pairs_of_rows(f"{kind}_cpu", maker) for kind in ("pair_scorers", "whole_step"))
-        for model in dict.fromkeys([*scores, *steps]):
-            cells = []
-            for found, key, form in ((scores, "pairs_per_second", ",.0f"), (steps, "seconds_median", ".2f")):
-                loop, ours = found.get(model, ({}, {}))
-                cells += [format(r[key], form) if r else "" for r in (loop, ours)]
-                cells.append(times(ours["times_faster_than_loop"]) if ours else "")
-            lines.append(f"| {maker} | {model} | {' | '.join(cells)} |")
+    """A Markdown row per model: the paper's loop and itm-fast on each processor, scores and whole training steps."""
+    kinds = (("pair_scorers", "pairs_per_second", ",.0f", "pairs/s"), ("whole_step", "seconds_median", ".2f", "s/step"))
+    heads, cells = ["model"], {}
+    for kind, key, form, unit in kinds:
+        for maker in MAKERS:
+            if found := _pairs_of_rows(f"{kind}_cpu", maker):
+                heads += [f"{maker}, loop, {unit}", f"itm-fast, {unit}"]
+            for model, (loop, ours) in found.items():
+                faster = times(ours["times_faster_than_loop"])
+                row = cells.setdefault(model, {})
+                row[len(heads) - 2], row[len(heads) - 1] = f"{loop[key]:{form}}", f"{ours[key]:{form}} ({faster} x)"
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    for model, row in cells.items():
+        lines.append(f"| {model} | {' | '.join(row.get(k, '') for k in range(1, len(heads)))} |")
     return "\n".join(lines)
 
 
