@@ -14,7 +14,7 @@ def test_without_a_compiler(monkeypatch):
 
 def test_without_pybind11(monkeypatch):
     monkeypatch.setitem(sys.modules, "pybind11", None)
-    assert load.__wrapped__(_native.level()).startswith("no pybind11 to build the white-box module with")
+    assert load.__wrapped__(_native.level()).startswith("no pybind11 to build the white box module with")
 
 
 def test_on_a_lesser_processor(monkeypatch):

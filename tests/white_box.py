@@ -4,20 +4,14 @@ It is compiled as the library is: by the same compiler, with the same flags, int
 """
 
 import functools
-import importlib.machinery
-import importlib.util
-import shlex
-import shutil
-import sysconfig
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from built_modules import build_module
 
 from itm_fast import _native
-from itm_fast._native import compiling
 
 NAME = "white_box_module"
 DTYPES = ["float32", "float64"]
@@ -27,34 +21,12 @@ NATIVE = "native"
 @functools.cache
 def load(level):
     """The module for one of `_native.LEVELS`; or why there is none, a sentence."""
-    try:
-        import pybind11
-    except ImportError:
-        return "no pybind11 to build the white-box module with; `pip install pybind11`"
-    try:
-        compiler = compiling.find_compiler()
-        compiling.find_ninja()
-    except _native.Unavailable as error:
-        return str(error)
     levels = list(_native.LEVELS)
     if levels.index(level) < levels.index(_native.level()):
         return f"this processor has no {level} instructions"
-    headers = [sysconfig.get_path("include"), pybind11.get_include()]
-    command = [*compiler.command, *(part for folder in headers for part in ("-isystem", folder))]
-    with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
-        folder = Path(scratch)
-        shutil.copytree(_native.csrc_dir() / "cpu", folder / "cpu", ignore=shutil.ignore_patterns("*.cpp"))
-        for file in Path(__file__).parent.glob("white_box*.*"):
-            if file.suffix in (".h", ".cpp"):
-                shutil.copy(file, folder / "cpu")
-        patch.setenv("CXX", shlex.join(command))
-        built = _native.build(folder, level)
-    if built.path is None:
-        return "the cache folder cannot keep the module"
-    loader = importlib.machinery.ExtensionFileLoader(NAME, str(built.path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(NAME, loader))
-    loader.exec_module(module)
-    return module
+    headers = (_native.csrc_dir() / "cpu").glob("*.h")
+    ours = (file for file in Path(__file__).parent.glob("white_box*.*") if file.suffix in (".h", ".cpp"))
+    return build_module(NAME, level, {file.name: file.read_text() for file in (*headers, *ours)})
 
 
 @pytest.fixture(

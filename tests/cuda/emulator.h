@@ -1,0 +1,227 @@
+// Runs a CUDA kernel's source on the CPU, so that its results and its synchronisation can be tested without a GPU.
+//
+// Each thread of a block is a fiber: a stack of its own that is left and entered by `switch_stacks`. Blocks run one
+// after the other, in one OS thread. Between two barriers the warps run one after the other, and so do the lanes between
+// two operations of a whole warp; `order` chooses in which sequence. A kernel without races gives the same bits in all:
+//
+//   order 0, 1: ascending and descending, so that of any two threads each runs before the other once.
+//   other orders: shuffled anew after every barrier.
+//
+// What else it checks: shared memory holds NaN until it is written; asynchronous copies land only when they are waited
+// for (even orders) or at once (odd orders); all 32 lanes take part in an operation of the warp, all threads in a
+// barrier; addresses are aligned and lie in shared memory. Bank conflicts of ldmatrix are counted.
+#pragma once
+#if !defined(__x86_64__) || !defined(__linux__)
+#error "the emulator switches stacks by instructions of x86-64 Linux"
+#endif
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <map>
+#include <memory>
+#include <new>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__
+using std::max;
+using std::min;
+
+namespace emulator {
+
+struct Dim {
+    unsigned x = 1, y = 1, z = 1;
+};
+struct Copy {
+    void *to;
+    const void *from;  // null: zeros
+};
+struct Fiber {
+    void *stack_pointer = nullptr;
+    unsigned thread = 0;
+    bool done = false, at_barrier = false;
+    std::vector<Copy> copies;     // those that have not landed, in the order of their start
+    std::vector<size_t> groups;   // of these, the number in each group that was committed
+    size_t open = 0;              // and the number that was not
+};
+struct Warp {
+    void *brought[32];  // by each lane to the operation that it waits in
+    const char *operation = nullptr;
+    int arrived = 0, live = 32;
+    long generation = 0;
+};
+struct Counts {
+    long operations = 0, products = 0, matrices = 0, bank_conflicts = 0, barriers = 0, copies = 0;
+};
+struct Release {
+    void operator()(unsigned char *p) const { ::operator delete(p, std::align_val_t(128)); }
+};
+
+inline Dim grid, block, block_index, thread_index;
+inline Counts counts;
+inline std::vector<Fiber> fibers;
+inline std::vector<Warp> warps;
+inline std::vector<char> stacks;
+inline std::unique_ptr<unsigned char, Release> shared;
+inline size_t shared_bytes = 0;
+inline Fiber *current = nullptr;
+inline void *scheduler = nullptr;
+inline std::function<void()> body;
+inline std::string failure;
+inline bool eager = false;  // whether copies land at once
+constexpr size_t STACK = 96 << 10;
+
+// Saves the registers that a call preserves, and continues where `to` was saved. Written in emulated.cpp.
+extern "C" void switch_stacks(void **from, void *to);
+
+inline void leave() { switch_stacks(&current->stack_pointer, scheduler); }
+
+// Ends the launch with an error. It never returns to the fiber: the scheduler throws on its own stack.
+[[noreturn]] inline void fail(const std::string &why) {
+    failure = "block (" + std::to_string(block_index.x) + ", " + std::to_string(block_index.y) + "), thread " +
+              std::to_string(current ? current->thread : 0) + ": " + why;
+    if (!current) throw std::runtime_error(failure);
+    for (;;) leave();
+}
+
+inline void entry() {
+    body();
+    if (!current->copies.empty()) fail("a thread ends while copies are on their way");
+    current->done = true;
+    --warps[current->thread / 32].live;
+    for (;;) leave();
+}
+
+inline void resume(Fiber &fiber) {
+    current = &fiber;
+    thread_index = {fiber.thread, 0, 0};
+    switch_stacks(&scheduler, fiber.stack_pointer);
+    current = nullptr;
+    if (!failure.empty()) throw std::runtime_error(failure);
+}
+
+inline void barrier() {
+    current->at_barrier = true;
+    while (current->at_barrier) leave();
+}
+
+// An operation of the whole warp: every lane brings `mine`, and the last to come does `work` for all of them.
+template <class Work> void together(const char *operation, void *mine, Work work) {
+    Warp &warp = warps[current->thread / 32];
+    if (warp.arrived && std::strcmp(warp.operation, operation))
+        fail(std::string("lanes of a warp meet in ") + operation + " and in " + warp.operation);
+    warp.operation = operation;
+    warp.brought[current->thread % 32] = mine;
+    if (++warp.arrived == 32) {
+        work(warp.brought);
+        ++counts.operations;
+        warp.arrived = 0;
+        ++warp.generation;
+    } else
+        for (long g = warp.generation; warp.generation == g;) leave();
+}
+
+inline void check_shared(const void *at, size_t bytes) {
+    auto offset = static_cast<const unsigned char *>(at) - shared.get();
+    if (offset < 0 || size_t(offset) + bytes > shared_bytes) fail("an address outside of shared memory");
+    if (offset % bytes) fail("an address in shared memory that is not aligned");
+}
+
+inline void land(const Copy &copy) {
+    copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+}
+inline void start_copy(void *to, const void *from) {
+    check_shared(to, 16);
+    if (reinterpret_cast<uintptr_t>(from) % 16) fail("a copy from an address that is not aligned");
+    ++counts.copies;
+    if (eager) land({to, from});
+    current->copies.push_back({to, from});
+    ++current->open;
+}
+inline void commit() {
+    current->groups.push_back(current->open);
+    current->open = 0;
+}
+inline void wait(size_t most) {
+    auto &[pointer, thread, done, at_barrier, copies, groups, open] = *current;
+    while (groups.size() > most) {
+        for (size_t i = 0; i < groups[0] && !eager; ++i) land(copies[i]);
+        copies.erase(copies.begin(), copies.begin() + groups[0]);
+        groups.erase(groups.begin());
+    }
+}
+
+// The bank conflicts of eight rows of 16 bytes that are read at a time.
+inline void count_conflicts(const void *const (&row)[8]) {
+    unsigned banks = 0;
+    for (const void *at : row) {
+        check_shared(at, 16);
+        unsigned bank = 1u << (reinterpret_cast<uintptr_t>(at) / 16 % 8);
+        counts.bank_conflicts += (banks & bank) != 0;
+        banks |= bank;
+    }
+}
+
+// What a lane brings to mma: accumulators [16, 8], of which it has two neighbours in rows lane / 4 and lane / 4 + 8, and
+// the numbers of A [16, K] and B [8, K] that PTX gives to this lane.
+struct Operands {
+    float *d;
+    const unsigned *a, *b;
+};
+enum class Numbers { FLOAT16, BFLOAT16, TF32 };
+// d += A B^T.
+void multiply(void *const (&operands)[32], Numbers numbers, int K);
+
+// float16 as its bits; `to_half` rounds to nearest, ties to even.
+float from_half(unsigned short bits);
+unsigned short to_half(float x);
+
+// Runs `kernel` for every thread of the grid.
+// Throws std::runtime_error where a check fails.
+void launch(Dim grid, Dim block, size_t shared_bytes, unsigned order, std::function<void()> kernel);
+
+// The kernels of the module, by the C++ expression of their instance.
+struct Instance {
+    size_t problem_bytes;
+    std::function<void(const void *problem, Dim grid, unsigned threads, size_t shared_bytes, unsigned order)> run;
+};
+inline std::map<std::string, Instance> &instances() {
+    static std::map<std::string, Instance> all;
+    return all;
+}
+template <class Problem> bool offer(const char *name, void (*kernel)(Problem)) {
+    instances()[name] = {sizeof(Problem), [=](const void *at, Dim grid, unsigned threads, size_t bytes, unsigned order) {
+                             Problem problem;
+                             std::memcpy(&problem, at, sizeof problem);
+                             launch(grid, {threads, 1, 1}, bytes, order, [&] { kernel(problem); });
+                         }};
+    return true;
+}
+
+}  // namespace emulator
+
+#define threadIdx emulator::thread_index
+#define blockIdx emulator::block_index
+#define blockDim emulator::block
+#define gridDim emulator::grid
+#define __syncthreads emulator::barrier
+struct float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};

@@ -1,0 +1,41 @@
+// A small kernel with one fault at a time, for the tests of the emulator: each must be noticed.
+//
+// A block of 64 threads copies 2 x 64 pieces of 16 bytes to shared memory, each step into the same place, and thread i
+// adds up the first numbers of pieces 63 - i. So it reads what a thread of the other warp has copied.
+#include "gpu.h"
+
+enum Fault {
+    NOTHING,
+    NO_BARRIER,         // between a piece's copy and its use
+    NO_SECOND_BARRIER,  // between its use and the copy that takes its place
+    NO_WAIT,            // for a copy before its use
+    NO_WAIT_EVER,       // not even before the end
+    HALF_A_WARP,   // in an operation of the warp
+    HALF_A_BLOCK,  // in a barrier
+    OUTSIDE,       // of shared memory
+    UNWRITTEN,     // shared memory is read
+    ODD_ADDRESS,   // of a copy
+};
+
+struct Unsound {
+    const float *from;  // [2, 64, 4]
+    float *to;          // [64]
+};
+
+template <Fault FAULT> __global__ void unsound(Unsound p) {
+    DYNAMIC_SHARED(memory);
+    const int i = threadIdx.x;
+    float sum = 0;
+    for (int step = 0; step < 2; ++step) {
+        unsigned char *place = memory + 16 * (FAULT == OUTSIDE ? i + 1 : i) + (FAULT == ODD_ADDRESS ? 4 : 0);
+        if (FAULT != UNWRITTEN || i > 0) copy_async(place, p.from + (step * 64 + i) * 4, true);
+        commit();
+        if (FAULT != NO_WAIT && FAULT != NO_WAIT_EVER) wait_groups<0>();
+        if (FAULT != NO_BARRIER && (FAULT != HALF_A_BLOCK || i < 32)) __syncthreads();
+        sum += reinterpret_cast<const float *>(memory)[(63 - i) * 4];
+        if (FAULT != NO_SECOND_BARRIER) __syncthreads();
+    }
+    if (FAULT != NO_WAIT_EVER) wait_groups<0>();
+    if (FAULT != HALF_A_WARP || i % 2) sum += shuffle_xor(sum, 1);
+    p.to[i] = sum;
+}

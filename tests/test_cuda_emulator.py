@@ -1,0 +1,65 @@
+"""The emulator of CUDA kernels notices what a kernel does wrong."""
+
+import ctypes
+
+import pytest
+import torch
+from cuda_emulated import emulated
+
+__all__ = ["emulated"]  # a fixture
+ORDERS = (0, 1, 2, 3)
+
+
+class Unsound(ctypes.Structure):
+    _fields_ = [("from_", ctypes.c_void_p), ("to", ctypes.c_void_p)]
+
+
+def results(emulated, fault, orders=ORDERS):
+    """What the kernel with this fault computes in each order; and what it should."""
+    given = torch.arange(512.0).view(2, 64, 4)
+    found = []
+    for order in orders:
+        to = torch.full((64,), torch.nan)
+        problem = Unsound(given.data_ptr(), to.data_ptr())
+        emulated.run(f"unsound<{fault}>", ctypes.addressof(problem), 1, 1, 64, 1024, order)
+        found.append(to)
+    sums = given[:, :, 0].sum(0).flip(0)
+    return found, sums + sums.view(32, 2).flip(1).flatten()
+
+
+def test_a_sound_kernel_gives_the_same_in_every_order(emulated):
+    found, want = results(emulated, "NOTHING")
+    assert all(torch.equal(to, want) for to in found)
+
+
+# Copies that land late, at the wait, show a missing one; copies that land at once show what they overwrite too early.
+@pytest.mark.parametrize("fault", ["NO_BARRIER", "NO_SECOND_BARRIER", "NO_WAIT", "UNWRITTEN"])
+def test_a_race_changes_the_result(emulated, fault):
+    found, want = results(emulated, fault)
+    assert not all(torch.equal(to, want) for to in found)
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("NO_WAIT_EVER", "a thread ends while copies are on their way"),
+        ("HALF_A_WARP", "not all lanes of a warp come to shuffle"),
+        ("HALF_A_BLOCK", "a barrier that not all threads come to"),
+        ("OUTSIDE", r"block \(0, 0\), thread 63: an address outside of shared memory"),
+        ("ODD_ADDRESS", "an address in shared memory that is not aligned"),
+    ],
+)
+def test_what_the_hardware_does_not_allow_is_an_error(emulated, fault, message):
+    with pytest.raises(RuntimeError, match=message):
+        results(emulated, fault)
+
+
+def test_a_kernel_runs_after_one_that_failed(emulated):
+    with pytest.raises(RuntimeError):
+        results(emulated, "HALF_A_BLOCK", [0])
+    test_a_sound_kernel_gives_the_same_in_every_order(emulated)
+
+
+def test_an_instance_that_was_not_built(emulated):
+    with pytest.raises(ValueError, match="nothing<1> was not built"):
+        emulated.run("nothing<1>", 0, 1, 1, 32, 0, 0)
