@@ -14,14 +14,14 @@ class Unsound(ctypes.Structure):
     _fields_ = [("from_", ctypes.c_void_p), ("to", ctypes.c_void_p)]
 
 
-def results(emulated, fault, orders=ORDERS):
+def results(emulated, fault, orders=ORDERS, shared=1024):
     """What the kernel with this fault computes in each order; and what it should."""
     given = torch.arange(512.0).view(2, 64, 4)
     found = []
     for order in orders:
         to = torch.full((64,), torch.nan)
         problem = Unsound(given.data_ptr(), to.data_ptr())
-        emulated.run(f"unsound<{fault}>", ctypes.addressof(problem), 1, 1, 64, 1024, order)
+        emulated.run(f"unsound<{fault}>", ctypes.addressof(problem), 1, 1, 64, shared, order)
         found.append(to)
     sums = given[:, :, 0].sum(0).flip(0)
     return found, sums + sums.view(32, 2).flip(1).flatten()
@@ -52,6 +52,11 @@ def test_a_race_changes_the_result(emulated, fault):
 def test_what_the_hardware_does_not_allow_is_an_error(emulated, fault, message):
     with pytest.raises(RuntimeError, match=message):
         results(emulated, fault)
+
+
+def test_a_launch_with_too_little_shared_memory(emulated):
+    with pytest.raises(RuntimeError, match="the launch gives less shared memory than the kernel uses"):
+        results(emulated, "NOTHING", shared=1023)
 
 
 def test_a_kernel_runs_after_one_that_failed(emulated):

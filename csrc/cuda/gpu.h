@@ -1,14 +1,17 @@
 // What the kernels take from the hardware, as inline PTX, so that compiling them needs no header of CUDA. Beside each is
 // its twin for tests/cuda/emulator.h, which runs the kernels on a CPU (ITM_EMULATE).
 //
+// DYNAMIC_SHARED(name, bytes) declares the block's shared memory, whose size the launch gives. The emulator compares that
+// with `bytes`, which may be left out.
+//
 // In a warp, g = lane / 4 and t = lane % 4. A product has accumulators [16, 8]: lane (g, t) holds columns 2t and 2t + 1 of
 // row g, in d[0] and d[1], and of row g + 8, in d[2] and d[3].
 #pragma once
 #ifdef ITM_EMULATE
 #include "emulator.h"
-#define DYNAMIC_SHARED(name) unsigned char *name = emulator::shared.get()
+#define DYNAMIC_SHARED(name, ...) unsigned char *name = emulator::shared_memory(__VA_ARGS__)
 #else
-#define DYNAMIC_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
+#define DYNAMIC_SHARED(name, ...) extern __shared__ __align__(128) unsigned char name[]
 #endif
 
 // How the factors of matrix products are stored and multiplied.

@@ -129,6 +129,11 @@ template <class Work> void together(const char *operation, void *mine, Work work
         for (long g = warp.generation; warp.generation == g;) leave();
 }
 
+inline unsigned char *shared_memory(size_t bytes = 0) {
+    if (bytes > shared_bytes) fail("the launch gives less shared memory than the kernel uses");
+    return shared.get();
+}
+
 inline void check_shared(const void *at, size_t bytes) {
     auto offset = static_cast<const unsigned char *>(at) - shared.get();
     if (offset < 0 || size_t(offset) + bytes > shared_bytes) fail("an address outside of shared memory");

@@ -23,7 +23,7 @@ struct Unsound {
 };
 
 template <Fault FAULT> __global__ void unsound(Unsound p) {
-    DYNAMIC_SHARED(memory);
+    DYNAMIC_SHARED(memory, 1024);
     const int i = threadIdx.x;
     float sum = 0;
     for (int step = 0; step < 2; ++step) {
