@@ -8,6 +8,9 @@ import os
 
 import torch
 
+from ._nvidia import NO_FLOAT64
+from ._nvidia import why_not as too_old
+
 REGIONS = 128  # the most regions of an image in hierarchical_alignment_score: its largest tile
 LEAST = (8, 0)  # least compute capability: it brought bfloat16 and TF32 products and asynchronous copies
 _TRUE = ("1", "true", "yes", "on", "y")  # values that Triton reads as true in its environment variables
@@ -23,19 +26,10 @@ def why_not(device: torch.device, dtype: torch.dtype | None) -> str | None:
     if device.type != "cuda" and not (device.type == "cpu" and interpreted()):
         return f"needs CUDA tensors, got {device.type}"
     if dtype == torch.float64:
-        return "its kernels compute in float32 at best and so take no float64; torch and reference do"
+        return NO_FLOAT64
     if problem := _unusable():
         return problem
-    if interpreted():
-        return None
-    if torch.version.hip:
-        return "its kernels are written for NVIDIA GPUs, and this torch is built for ROCm"
-    found = torch.cuda.get_device_capability(device)
-    if found < LEAST:
-        name = torch.cuda.get_device_name(device)
-        wanted = ".".join(map(str, LEAST))
-        return f"needs a GPU of compute capability {wanted} or more, and {name} has {'.'.join(map(str, found))}"
-    return None
+    return None if interpreted() else too_old(device, LEAST)
 
 
 @functools.cache

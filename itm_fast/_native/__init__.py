@@ -136,7 +136,7 @@ def build(csrc: Path, level: str) -> Build:
     Raises:
         Unavailable: there is no compiler, it fails or takes too long, or the library does not load.
     """
-    files = sorted(file for ending in ("cpp", "h") for file in (csrc / "cpu").glob(f"*.{ending}"))
+    files = sorted([*(csrc / "cpu").glob("*.cpp"), *(csrc / "cpu").glob("*.h")])
     sources = {file.relative_to(csrc).as_posix(): file.read_bytes() for file in files}
     parts = hashlib.sha256(repr((FLAGS, BACKWARD_FLAGS, LEVELS[level])).encode())
     for name, content in sources.items():
@@ -146,12 +146,12 @@ def build(csrc: Path, level: str) -> Build:
         compiler = compiling.find_compiler()
     except Unavailable:
         # On a cluster, another node that shares this home folder may have a compiler and have built the library.
-        if found := cache.find(f"{name}-*"):
+        if found := cache.find(f"{name}-*", cache.load):
             return found
         raise
     compiled_by = hashlib.sha256(repr(tuple(compiler)).encode()).hexdigest()[:8]
     name += f"-{compiled_by}"
-    if found := cache.find(name):
+    if found := cache.find(name, cache.load):
         return found
     with cache.scratch() as (scratch, kept):
         deadline = time.monotonic() + compiling.SECONDS
@@ -160,7 +160,7 @@ def build(csrc: Path, level: str) -> Build:
         if not kept:
             return _compiled(compiler, built, sources, scratch)
         with cache.turn(objects):
-            if found := cache.find(name):  # built by the process that held the lock
+            if found := cache.find(name, cache.load):  # built by the process that held the lock
                 return found
             cache.take_objects(objects, scratch / "objects")
             try:
@@ -170,7 +170,8 @@ def build(csrc: Path, level: str) -> Build:
                 raise
             finally:
                 cache.keep_objects(scratch / "objects", objects)
-            return found._replace(path=cache.publish(scratch / "result", scratch.parent / name))
+            home = cache.publish(scratch / "result", scratch.parent / name, cache.load)
+            return found._replace(path=home and home / LIBRARY)
 
 
 def _compiled(compiler: compiling.Compiler, level: str, sources: dict[str, bytes], scratch: Path) -> Build:
@@ -182,7 +183,7 @@ def _compiled(compiler: compiling.Compiler, level: str, sources: dict[str, bytes
     result = scratch / "result"
     result.mkdir(mode=0o755)  # all users may use a library that root built, but not change it
     library.rename(result / LIBRARY)
-    cache.note(result, level, compiler.version)
+    cache.note(result, LIBRARY, level=level, compiler=compiler.version)
     try:
         return cache.load(result)._replace(path=None)
     except (OSError, ValueError) as error:

@@ -1,8 +1,8 @@
-"""The cache folder: finished libraries, named by a digest of their sources, flags and compiler, and the object files
-that the next build reuses.
+"""The cache folder: finished libraries and CUDA kernels, named by a digest of their sources, flags and compiler, and
+the object files that a library's next build reuses.
 
-An entry appears by one rename and has a checksum, so it is complete or it is built again. The libraries are executed,
-so only the user may be able to write to the folder.
+An entry appears by one rename and has a checksum, so it is complete or it is built again. What it holds is executed, so
+only the user may be able to write to the folder.
 """
 
 from __future__ import annotations
@@ -20,21 +20,24 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from .._lock import Lock, LockedError
 
 LIBRARY = "itm_fast.so"
 WAIT = 600  # seconds that a process waits for another one's build before it compiles too: as `compiling.SECONDS`
 DAYS = 30  # builds and object files that were not used for so many days are removed
-_OURS = re.compile(r"(objects-)?(avx512_bf16|avx512|avx2|generic)(-[0-9a-f]{16})?-[0-9a-f]{8}")
+_OURS = re.compile(
+    r"(objects-)?(avx512_bf16|avx512|avx2|generic)(-[0-9a-f]{16})?-[0-9a-f]{8}|cubin-sm_[0-9]+-[0-9a-f]{16}"
+)
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+T = TypeVar("T")
 
 
 class Unavailable(RuntimeError):
-    """The library cannot be built or loaded here; the message tells the user why, and what to do."""
+    """The kernels cannot be built or loaded here; the message tells the user why, and what to do."""
 
 
 class BadObjects(Unavailable):
@@ -61,16 +64,24 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / "itm_fast"
 
 
-def find(pattern: str) -> Build | None:
-    """Load the first build in the cache folder whose name matches and that is complete and safe; None if there is none.
+def find(pattern: str, load: Callable[[Path], T]) -> T | None:
+    """Load the first entry of the cache folder whose name matches and that is complete and safe; None if there is none.
+
+    Args:
+        pattern: what the name of the entry's folder matches.
+        load: loads an entry from its folder; an OSError or ValueError means that it is damaged.
     """
+    return next(entries(pattern, load), None)
+
+
+def entries(pattern: str, load: Callable[[Path], T]) -> Iterator[T]:
+    """Load every entry as `find` loads the first one."""
     with contextlib.suppress(OSError, RuntimeError):
         _trust(cache_dir(), shared=True)
         for home in sorted(cache_dir().glob(pattern)):
             with contextlib.suppress(OSError, ValueError):
                 _trust_all(home)
-                return load(home)
-    return None
+                yield load(home)
 
 
 def _trust(path: Path, shared: bool = False) -> None:
@@ -109,18 +120,28 @@ def _protect(folder: Path) -> None:
 
 
 def load(folder: Path) -> Build:
-    """Load a finished build, after comparing its checksum: loading a truncated library can crash the process.
+    """Load a finished library, after comparing its checksum: loading a truncated one can crash the process.
 
     Raises:
         OSError, ValueError: the library is damaged, or not for this machine.
     """
-    note = json.loads((folder / "build.json").read_text())
-    if not isinstance(note, dict) or note.get("sha256") != checksum([folder / LIBRARY]):
+    found = facts(folder, LIBRARY)
+    level, compiler = str(found.get("level")), str(found.get("compiler"))
+    return Build(ctypes.CDLL(str(folder / LIBRARY)), level, compiler, folder / LIBRARY)
+
+
+def facts(folder: Path, file: str) -> dict[str, Any]:
+    """What `note` wrote about an entry's file, after comparing the file's checksum.
+
+    Raises:
+        OSError, ValueError: the entry is damaged.
+    """
+    found = json.loads((folder / "build.json").read_text())
+    if not isinstance(found, dict) or found.get("sha256") != checksum([folder / file]):
         raise ValueError(f"{folder} is damaged")
     with contextlib.suppress(OSError):  # the folder is read-only
         os.utime(folder)  # mark it as used today, for `_tidy`
-    level, compiler = str(note.get("level")), str(note.get("compiler"))
-    return Build(ctypes.CDLL(str(folder / LIBRARY)), level, compiler, folder / LIBRARY)
+    return found
 
 
 def checksum(files: Iterable[Path]) -> str:
@@ -131,15 +152,14 @@ def checksum(files: Iterable[Path]) -> str:
     return parts.hexdigest()
 
 
-def note(folder: Path, level: str, compiler: str) -> None:
-    """Write build.json beside a new library: level, compiler and checksum, which `load` reads."""
-    text = json.dumps({"level": level, "compiler": compiler, "sha256": checksum([folder / LIBRARY])})
-    (folder / "build.json").write_text(text)
+def note(folder: Path, file: str, **known: Any) -> None:
+    """Write build.json beside a new file: what is known about it and its checksum, which `facts` reads."""
+    (folder / "build.json").write_text(json.dumps({**known, "sha256": checksum([folder / file])}))
 
 
 @contextlib.contextmanager
-def scratch() -> Iterator[tuple[Path, bool]]:
-    """Make a temporary folder to build in; yield it, and whether it is inside the cache folder."""
+def scratch(kernels: str = "CPU kernels") -> Iterator[tuple[Path, bool]]:
+    """Make a temporary folder to build these kernels in; yield it, and whether it is inside the cache folder."""
     try:
         root = cache_dir()
         root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -150,9 +170,9 @@ def scratch() -> Iterator[tuple[Path, bool]]:
         try:
             folder, kept = Path(tempfile.mkdtemp(prefix="itm-fast-")), False
         except OSError as second:
-            raise Unavailable(f"no folder to compile the CPU kernels in: {error}; {second}") from second
+            raise Unavailable(f"no folder to compile the {kernels} in: {error}; {second}") from second
         warnings.warn(
-            f"itm-fast compiles its CPU kernels anew in every process, as it cannot keep them ({error}); "
+            f"itm-fast compiles its {kernels} anew in every process, as it cannot keep them ({error}); "
             "set ITM_FAST_CACHE_DIR to a folder of your own that can be written",
             stacklevel=3,
         )
@@ -160,17 +180,17 @@ def scratch() -> Iterator[tuple[Path, bool]]:
         yield folder, kept
     except OSError as error:
         if error.errno in _FULL:
-            raise full(folder.parent) from error
+            raise full(folder.parent, kernels) from error
         raise Unavailable(
-            f"the CPU kernels cannot be built in {folder.parent}: {error}; set ITM_FAST_CACHE_DIR to another folder"
+            f"the {kernels} cannot be built in {folder.parent}: {error}; set ITM_FAST_CACHE_DIR to another folder"
         ) from error
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def full(folder: Path) -> Unavailable:
+def full(folder: Path, kernels: str = "CPU kernels") -> Unavailable:
     """The error for a full disk or quota."""
-    return Unavailable(f"no space left for compiling the CPU kernels in {folder}; free some, or set ITM_FAST_CACHE_DIR")
+    return Unavailable(f"no space left for compiling the {kernels} in {folder}; free some, or set ITM_FAST_CACHE_DIR")
 
 
 def turn(objects: Path) -> contextlib.AbstractContextManager[object]:
@@ -210,16 +230,19 @@ def keep_objects(folder: Path, objects: Path) -> None:
         folder.rename(objects)
 
 
-def publish(result: Path, home: Path) -> Path | None:
-    """Rename a build to its final place. If one is there already, keep it unless it is damaged."""
+def publish(result: Path, home: Path, load: Callable[[Path], object]) -> Path | None:
+    """Rename a finished entry to its final place and return that; None if it cannot be kept.
+
+    If an entry is there already, it is kept unless it is damaged: unless `load` raises an OSError or ValueError.
+    """
     _protect(result)
     for _ in range(2):
         try:
             result.rename(home)
-            return home / LIBRARY
+            return home
         except OSError:
-            if found := find(home.name):
-                return found.path
+            if find(home.name, load):
+                return home
             with contextlib.suppress(OSError):
                 home.rename(result.with_name("damaged"))
     return None

@@ -81,7 +81,7 @@ def find_compiler() -> Compiler:
         command[0] = os.path.abspath(found)  # absolute, as it runs in other folders
     status, said = _run([*command, "--version"], None, time.monotonic() + 60)
     if status:
-        why = _stopped(status, said) or _useful(said) or f"it ends with status {status} and says nothing"
+        why = _stopped(status, said) or useful(said) or f"it ends with status {status} and says nothing"
         raise Unavailable(f"{shlex.join(command)} --version fails: {why}; set CXX to g++ or clang++")
     return Compiler(command, said.strip().partition("\n")[0])
 
@@ -121,7 +121,7 @@ def best_level(compiler: Compiler, level: str, folder: Path, deadline: float) ->
             raise full(folder.parent)
         if why := _stopped(status, said):
             raise Unavailable(f"{_named(compiler)} cannot compile the CPU kernels: {why}")
-    why = _useful(said) or f"it ends with status {status} and says nothing"
+    why = useful(said) or f"it ends with status {status} and says nothing"
     raise Unavailable(f"{_named(compiler)} cannot compile C++20 ({why}); install GCC 11 or newer, or set CXX")
 
 
@@ -212,7 +212,7 @@ def _failure(compiler: Compiler, folder: Path, ninja: tuple[int, str], objects: 
         return BadObjects(
             f"{_named(compiler)} ends without an error and does not write {silent[0]}; set CXX to g++ or clang++"
         )
-    why = _useful(log) or f"it ends with status {status} and says nothing"
+    why = useful(log) or f"it ends with status {status} and says nothing"
     kind = BadObjects if what == LIBRARY else Unavailable
     return kind(f"the CPU kernels do not compile with {compiler.version}: {why}{_saved(log, folder)}")
 
@@ -232,7 +232,7 @@ def _stopped(status: int, log: str) -> str | None:
     return None
 
 
-def _useful(log: str) -> str:
+def useful(log: str) -> str:
     """The most useful line of a compiler's output: its first error, else its last line, else ""."""
     empty = ("collect2:", "ninja: build stopped")
     lines = [line.strip() for line in log.splitlines() if line.strip() and not line.startswith(empty)]

@@ -1,0 +1,88 @@
+"""The CUDA C++ kernels of csrc/cuda: NVRTC compiles each once per machine, and the NVIDIA driver runs it.
+
+Neither a compiler nor a CUDA header is needed. `nvrtc` compiles, `cubins` keeps what it has compiled in the cache
+folder of the C++ kernels, `driver` loads and launches; both libraries are called through ctypes.
+
+A kernel takes one struct by value. A `ctypes.Structure` of the same name is its twin in Python, and `layout_checks`
+has the compiler compare the two.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+
+import torch
+
+from .._native import Unavailable
+from .._nvidia import NO_FLOAT64
+from .._nvidia import why_not as too_old
+from . import cubins, driver, nvrtc
+from .cubins import Kernel
+from .layout import layout_checks
+
+__all__ = ["LEAST", "Kernel", "Unavailable", "launch", "layout_checks", "why_not"]
+
+LEAST = (7, 5)  # least compute capability: it brought ldmatrix and the products m16n8k8 of float16
+BFLOAT16 = (8, 0)  # least compute capability for products of bfloat16
+
+_functions: dict[tuple[Kernel, int | None], driver.Function] = {}
+_lock = threading.Lock()
+
+
+def why_not(device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """None if the CUDA kernels can run on the device in this dtype, else one sentence that says what is missing."""
+    if device.type != driver.DEVICE:
+        return f"needs CUDA tensors, got {device.type}"
+    if dtype == torch.float64:
+        return NO_FLOAT64
+    if problem := too_old(device, LEAST) or nvrtc.why_not() or driver.why_not():
+        return problem
+    capability = torch.cuda.get_device_capability(device)
+    name = f"compute capability {'.'.join(map(str, capability))}"
+    if dtype == torch.bfloat16 and capability < BFLOAT16:
+        return f"a GPU of {name} cannot multiply bfloat16 values; float16 and float32 run on it"
+    library = nvrtc.library()
+    if _architecture(capability) not in library.architectures:
+        return f"NVRTC {library.version} cannot compile for {name}; install a newer CUDA build of torch"
+    return None
+
+
+def _architecture(capability: tuple[int, int]) -> int:
+    return 10 * capability[0] + capability[1]
+
+
+def launch(kernel: Kernel, problem: ctypes.Structure, grid: tuple[int, int], device: torch.device) -> None:
+    """Run a kernel on the current stream of a device; its first launch there compiles or loads it.
+
+    Args:
+        kernel: what to run.
+        problem: its argument, of the type `kernel.structure`. Its pointers are to memory of the device; the struct
+            itself is copied before this returns.
+        grid: blocks in x and y; where one is 0, nothing runs.
+        device: the device of the tensors that `problem` points to.
+
+    Raises:
+        RuntimeError: the kernel cannot be compiled, loaded or launched; or this is its first launch on the device while
+            a CUDA graph is captured, when nothing can be loaded.
+        torch.OutOfMemoryError: the GPU has too little memory to load the kernel.
+    """
+    if 0 in grid:
+        return
+    function = _functions.get((kernel, device.index)) or load(kernel, device)
+    driver.launch(function, problem, grid, kernel.threads, kernel.shared, device)
+
+
+def load(kernel: Kernel, device: torch.device) -> driver.Function:
+    """Compile a kernel for a device, unless that has been done on this machine, and load it there.
+
+    Raises:
+        RuntimeError, torch.OutOfMemoryError: as `launch` says.
+    """
+    # Compiling needs no lock of its own: `cubins.build` has one for each kernel, so others may compile beside it.
+    built = cubins.build(kernel, _architecture(torch.cuda.get_device_capability(device)))
+    with _lock:
+        key = kernel, device.index
+        if key not in _functions:
+            _functions[key] = driver.load(built.code, built.entry, kernel.name, kernel.shared, device)
+        return _functions[key]

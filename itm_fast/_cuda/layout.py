@@ -1,0 +1,45 @@
+"""A struct of C++ and its twin in Python, compared by the compiler."""
+
+from __future__ import annotations
+
+import ctypes
+
+_FLOATS = (ctypes.c_float, ctypes.c_double)
+_INTEGERS = (
+    ctypes.c_int8, ctypes.c_uint8, ctypes.c_int16, ctypes.c_uint16, ctypes.c_int32, ctypes.c_uint32, ctypes.c_int64,
+    ctypes.c_uint64,
+)  # fmt: skip
+
+
+def layout_checks(structure: type[ctypes.Structure], name: str) -> str:
+    """C++ that does not compile unless a struct has the layout of its twin.
+
+    Args:
+        structure: the twin.
+        name: the struct's name in C++.
+
+    Returns:
+        static_asserts: the struct's size; the place and size of each field; of a number, whether it is an integer. To
+        be appended to a source that defines the struct, which g++ or NVRTC compiles.
+
+    >>> class Problem(ctypes.Structure):
+    ...     _fields_ = [("values", ctypes.c_void_p), ("count", ctypes.c_int)]
+    >>> print(layout_checks(Problem, "Problem"))
+    static_assert(sizeof(Problem) == 16, "Problem has another size in Python");
+    static_assert(__builtin_offsetof(Problem, values) == 0, "Problem::values has another place in Python");
+    static_assert(sizeof(Problem::values) == 8, "Problem::values has another size in Python");
+    static_assert(__builtin_offsetof(Problem, count) == 8, "Problem::count has another place in Python");
+    static_assert(sizeof(Problem::count) == 4, "Problem::count has another size in Python");
+    static_assert(decltype(Problem::count)(0.5) == 0, "Problem::count is an integer in Python");
+    <BLANKLINE>
+    """
+    checks = [f'sizeof({name}) == {ctypes.sizeof(structure)}, "{name} has another size in Python"']
+    for field, kind, *_ in structure._fields_:
+        place, whole = getattr(structure, field), f"{name}::{field}"
+        checks.append(f'__builtin_offsetof({name}, {field}) == {place.offset}, "{whole} has another place in Python"')
+        checks.append(f'sizeof({whole}) == {place.size}, "{whole} has another size in Python"')
+        if kind in _INTEGERS:
+            checks.append(f'decltype({whole})(0.5) == 0, "{whole} is an integer in Python"')
+        elif kind in _FLOATS:
+            checks.append(f'decltype({whole})(0.5) != 0, "{whole} is a float in Python"')
+    return "".join(f"static_assert({check});\n" for check in checks)
