@@ -90,7 +90,10 @@ def _keep(made: nvrtc.Compiled, folder: Path, **known: Any) -> None:
 
 def _load(folder: Path) -> nvrtc.Compiled:
     found = cache.facts(folder, FILE)
-    return nvrtc.Compiled((folder / FILE).read_bytes(), *(found[field] for field in nvrtc.Compiled._fields[1:]))
+    known = [found.get(field) for field in nvrtc.Compiled._fields[1:]]
+    if None in known:
+        raise ValueError(f"{folder} is damaged")
+    return nvrtc.Compiled((folder / FILE).read_bytes(), *known)
 
 
 def kept() -> list[dict[str, Any]]:

@@ -19,12 +19,15 @@ def layout_checks(structure: type[ctypes.Structure], name: str) -> str:
         name: the struct's name in C++.
 
     Returns:
-        static_asserts: the struct's size; the place and size of each field; of a number, whether it is an integer. To
-        be appended to a source that defines the struct, which g++ or NVRTC compiles.
+        A function that names as many fields as the twin has, and static_asserts: the struct's size; the place and size
+        of each field; of a number, whether it is an integer. To be appended to a source that defines the struct, which
+        g++ or NVRTC compiles.
 
     >>> class Problem(ctypes.Structure):
     ...     _fields_ = [("values", ctypes.c_void_p), ("count", ctypes.c_int)]
     >>> print(layout_checks(Problem, "Problem"))
+    #line 1 "Problem in Python"
+    [[maybe_unused]] static __device__ void fields_of(Problem &twin) { [[maybe_unused]] auto &[values, count] = twin; }
     static_assert(sizeof(Problem) == 16, "Problem has another size in Python");
     static_assert(__builtin_offsetof(Problem, values) == 0, "Problem::values has another place in Python");
     static_assert(sizeof(Problem::values) == 8, "Problem::values has another size in Python");
@@ -42,4 +45,8 @@ def layout_checks(structure: type[ctypes.Structure], name: str) -> str:
             checks.append(f'decltype({whole})(0.5) == 0, "{whole} is an integer in Python"')
         elif kind in _FLOATS:
             checks.append(f'decltype({whole})(0.5) != 0, "{whole} is a float in Python"')
-    return "".join(f"static_assert({check});\n" for check in checks)
+    fields = ", ".join(field for field, *_ in structure._fields_)
+    named = f'#line 1 "{name} in Python"\n'  # what the compiler says of a difference then begins with this
+    bound = f"[[maybe_unused]] auto &[{fields}] = twin;"  # does not compile where the struct has more or fewer fields
+    count = f"[[maybe_unused]] static __device__ void fields_of({name} &twin) {{ {bound} }}\n"
+    return named + count + "".join(f"static_assert({check});\n" for check in checks)
