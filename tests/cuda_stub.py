@@ -8,6 +8,7 @@ import ctypes
 import functools
 import subprocess
 import tempfile
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,8 +21,7 @@ from itm_fast import _cuda
 from itm_fast._cuda import cubins, driver, nvrtc
 from itm_fast._native import compiling
 
-# name, argument, blocks in x and y, threads, bytes of shared memory, order -> 0 if the kernel ran.
-Run = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, *[ctypes.c_uint] * 5)
+_Run = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p, *[ctypes.c_uint] * 5)
 ARCHITECTURES = (75, 80, 86, 90, 100, 120)
 
 
@@ -65,12 +65,14 @@ def _uncompiled(kernel: cubins.Kernel, architecture: int) -> nvrtc.Compiled:
 
 @contextlib.contextmanager
 def installed(
-    run: Callable[..., int], order: int = 0, capability: tuple[int, int] = (9, 0), compiles: bool = False
+    run: Callable[..., object], order: int = 0, capability: tuple[int, int] = (9, 0), compiles: bool = False
 ) -> Iterator[SimpleNamespace]:
     """Inside the `with`, the CUDA kernels run on CPU tensors as on a GPU.
 
     Args:
-        run: a `Run` or a function like one that C exports, called for every launch.
+        run: called for every launch as run(name, address of the argument, blocks in x, blocks in y, threads, bytes of
+            shared memory, order), as the emulated kernels are. What it raises is printed, and the launch fails. The
+            name is the kernel's own, or that in its code if NVRTC `compiles`.
         order: handed to `run`.
         capability: the compute capability of the devices.
         compiles: whether NVRTC compiles the kernels, as it does for a GPU. Else only their names are launched.
@@ -79,7 +81,17 @@ def installed(
         What the process sees, which can be changed: capability, capturing.
     """
     stub, seen = _built()[0], SimpleNamespace(capability=capability, capturing=False)
-    stub.itm_stub_run(ctypes.cast(run, ctypes.c_void_p), order)
+
+    @_Run
+    def launched(name: bytes, *args: int) -> int:
+        try:
+            run(name.decode(), *args)
+        except Exception:
+            traceback.print_exc()
+            return 1
+        return 0
+
+    stub.itm_stub_run(launched, order)
     stub.itm_stub_fail(b"", 0)
     replaced: list[tuple[Any, str, Any]] = [
         (driver, "DEVICE", "cpu"),

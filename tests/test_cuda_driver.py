@@ -40,14 +40,12 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("ITM_FAST_CACHE_DIR", str(tmp_path / "cache"))
     launches = []
 
-    @cuda_stub.Run
     def run(name, problem, x, y, threads, shared, order):
         p = Affine.from_address(problem)
-        launches.append((name.decode(), x, y, threads, shared, order))
+        launches.append((name, x, y, threads, shared, order))
         source, result = ((ctypes.c_float * p.n).from_address(at) for at in (p.x, p.y))
         for i in range(min(p.n, x * threads)):
             result[i] = p.a * source[i] + 3
-        return 0
 
     with cuda_stub.installed(run, order=5, compiles=True) as seen:
         yield types.SimpleNamespace(
@@ -245,6 +243,15 @@ def test_a_source_that_does_not_compile_is_named_with_its_first_error(gpu):
     assert not list(gpu.cache.glob("cubin-*"))
 
 
+def test_what_a_kernel_raises_is_printed_and_fails_the_launch(capsys):
+    def run(*_):
+        raise ValueError("a race")
+
+    with cuda_stub.installed(run), pytest.raises(RuntimeError, match=r"affine<3> .* \(CUDA_ERROR_LAUNCH_FAILED\)"):
+        affine()
+    assert "ValueError: a race" in capsys.readouterr().err
+
+
 FIELDS = Affine._fields_
 
 
@@ -262,6 +269,19 @@ def test_a_struct_that_is_another_in_python_does_not_compile(gpu, fields, said):
     other = type("Affine", (ctypes.Structure,), {"_fields_": fields})
     with pytest.raises(RuntimeError, match=said):
         cubins.build(Kernel("affine.cu", "affine<3>", other, 32, 128), 80)
+
+
+def test_a_struct_in_a_struct_is_compared_too(gpu):
+    source = (gpu.sources / "affine.cu").read_text() + "struct Outer { int first; Affine inner; };\n"
+    (gpu.sources / "affine.cu").write_text(source)
+    for fields in (FIELDS, (FIELDS[1], FIELDS[0], *FIELDS[2:])):
+        inner = type("Affine", (ctypes.Structure,), {"_fields_": fields})
+        outer = type("Outer", (ctypes.Structure,), {"_fields_": (("first", ctypes.c_int), ("inner", inner))})
+        kernel = Kernel("affine.cu", "affine<3>", outer, 32, 128)
+        if fields is FIELDS:
+            assert cubins.build(kernel, 80).registers
+    with pytest.raises(RuntimeError, match="Affine::y has another place in Python"):
+        cubins.build(kernel, 80)
 
 
 @pytest.fixture
@@ -302,7 +322,7 @@ def test_a_library_that_is_not_nvrtc_is_passed_over(without_nvrtc, monkeypatch):
 
 @pytest.fixture
 def stub():
-    with cuda_stub.installed(cuda_stub.Run(lambda *_: 0)) as seen:
+    with cuda_stub.installed(lambda *_: None) as seen:
         yield seen
 
 

@@ -90,10 +90,11 @@ def _keep(made: nvrtc.Compiled, folder: Path, **known: Any) -> None:
 
 def _load(folder: Path) -> nvrtc.Compiled:
     found = cache.facts(folder, FILE)
-    known = [found.get(field) for field in nvrtc.Compiled._fields[1:]]
-    if None in known:
-        raise ValueError(f"{folder} is damaged")
-    return nvrtc.Compiled((folder / FILE).read_bytes(), *known)
+    try:
+        known = {field: found[field] for field in nvrtc.Compiled._fields[1:]}
+    except KeyError as error:
+        raise ValueError(f"{folder} is damaged: it does not say {error}") from error
+    return nvrtc.Compiled((folder / FILE).read_bytes(), **known)
 
 
 def kept() -> list[dict[str, Any]]:

@@ -15,7 +15,7 @@ def layout_checks(structure: type[ctypes.Structure], name: str) -> str:
     """C++ that does not compile unless a struct has the layout of its twin.
 
     Args:
-        structure: the twin.
+        structure: the twin. A field that is a struct in turn is compared too, under its type's name.
         name: the struct's name in C++.
 
     Returns:
@@ -36,8 +36,15 @@ def layout_checks(structure: type[ctypes.Structure], name: str) -> str:
     static_assert(decltype(Problem::count)(0.5) == 0, "Problem::count is an integer in Python");
     <BLANKLINE>
     """
+    kinds = {field: kind for field, kind, *_ in structure._fields_}
+    bound = f"[[maybe_unused]] auto &[{', '.join(kinds)}] = twin;"
+    lines = [
+        f'#line 1 "{name} in Python"',  # what the compiler says of a difference then begins with this
+        # It does not compile where the struct has more or fewer fields.
+        f"[[maybe_unused]] static __device__ void fields_of({name} &twin) {{ {bound} }}",
+    ]
     checks = [f'sizeof({name}) == {ctypes.sizeof(structure)}, "{name} has another size in Python"']
-    for field, kind, *_ in structure._fields_:
+    for field, kind in kinds.items():
         place, whole = getattr(structure, field), f"{name}::{field}"
         checks.append(f'__builtin_offsetof({name}, {field}) == {place.offset}, "{whole} has another place in Python"')
         checks.append(f'sizeof({whole}) == {place.size}, "{whole} has another size in Python"')
@@ -45,8 +52,6 @@ def layout_checks(structure: type[ctypes.Structure], name: str) -> str:
             checks.append(f'decltype({whole})(0.5) == 0, "{whole} is an integer in Python"')
         elif kind in _FLOATS:
             checks.append(f'decltype({whole})(0.5) != 0, "{whole} is a float in Python"')
-    fields = ", ".join(field for field, *_ in structure._fields_)
-    named = f'#line 1 "{name} in Python"\n'  # what the compiler says of a difference then begins with this
-    bound = f"[[maybe_unused]] auto &[{fields}] = twin;"  # does not compile where the struct has more or fewer fields
-    count = f"[[maybe_unused]] static __device__ void fields_of({name} &twin) {{ {bound} }}\n"
-    return named + count + "".join(f"static_assert({check});\n" for check in checks)
+    lines += [f"static_assert({check});" for check in checks]
+    inner = {k.__name__: k for k in kinds.values() if issubclass(k, ctypes.Structure)}
+    return "\n".join([*lines, *(layout_checks(kind, of).rstrip() for of, kind in inner.items()), ""])

@@ -136,7 +136,7 @@ def build(csrc: Path, level: str) -> Build:
     Raises:
         Unavailable: there is no compiler, it fails or takes too long, or the library does not load.
     """
-    files = sorted([*(csrc / "cpu").glob("*.cpp"), *(csrc / "cpu").glob("*.h")])
+    files = sorted(file for ending in ("cpp", "h") for file in (csrc / "cpu").glob(f"*.{ending}"))
     sources = {file.relative_to(csrc).as_posix(): file.read_bytes() for file in files}
     parts = hashlib.sha256(repr((FLAGS, BACKWARD_FLAGS, LEVELS[level])).encode())
     for name, content in sources.items():
