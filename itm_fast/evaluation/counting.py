@@ -1,7 +1,7 @@
-"""How the right items of every query stand among the wrong ones: counted in one pass, without a sort or a copy.
+"""Count each query's wrong items that score as high as its best right item, or higher: one pass, no sort, no copy.
 
-A query's mark is the score of its best right item. Its rank under any rule for ties follows from three counts of wrong
-items: those above the mark, those at the mark, and those of the latter that stand first in the published order.
+The rank of a query under any rule for ties follows from three counts of wrong items: those with a higher score than the
+best right item, those with the same score, and those of the latter that precede it in the published order.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-_COUNTED = 64 << 20  # scores of one pass on a device
-_ROWS = 64  # rows of one pass; below 256, so that a column's count fits uint8
+_COUNTED = 64 << 20  # scores compared at once on a device
+_ROWS = 64  # rows of a block; below 256, so that the counts of a column within a block fit uint8
 
 
 class Standings(NamedTuple):
@@ -25,15 +25,15 @@ class Standings(NamedTuple):
         above: wrong items with a higher score than the best right one.
         tied: wrong items with exactly the score of the best right one.
         ahead: those of `tied` with a higher index than every right item of that score.
-        level: right items with the score of the best right one, at least 1.
-        rights: right items with any score.
+        right_tied: right items with the score of the best right one, at least 1.
+        right_total: all right items.
     """
 
     above: NDArray[np.int64]
     tied: NDArray[np.int64]
     ahead: NDArray[np.int64]
-    level: NDArray[np.int64]
-    rights: NDArray[np.int64]
+    right_tied: NDArray[np.int64]
+    right_total: NDArray[np.int64]
 
 
 class Counts(NamedTuple):
@@ -42,45 +42,46 @@ class Counts(NamedTuple):
     Attributes:
         i2t: one query per image that has a caption.
         t2i: one query per caption.
-        asking: int64 [queries of i2t], the images that have a caption.
+        query_images: int64 [queries of i2t], the images that have a caption.
         images, captions: size of the matrix.
     """
 
     i2t: Standings
     t2i: Standings
-    asking: NDArray[np.int64]
+    query_images: NDArray[np.int64]
     images: int
     captions: int
 
 
 def count(score: NDArray[np.floating] | torch.Tensor, caption_to_image: Any, caller: str) -> Counts:
-    """Count both directions; arguments, and what is refused, as for `ranks`.
+    """Count both directions; arguments and errors as for `ranks`.
 
-    A memory-mapped matrix is read once. A tensor on a device is counted there, and only counts come to the host.
+    A memory-mapped matrix is read once. A tensor is counted on its device, and only the counts are copied to the host.
 
     Args:
         score: [I, T].
         caption_to_image: [T].
-        caller: name of the public function, for messages.
+        caller: name of the public function, for error messages.
     """
     score, owner = checked(score, caption_to_image, caller)
     images, captions = score.shape
-    first, second, right = _on_device(score, owner) if isinstance(score, torch.Tensor) else _on_host(score, owner)
-    rights = np.bincount(owner, minlength=images)
-    asking = np.flatnonzero(rights)
-    level = np.bincount(owner[right], minlength=images)
+    counted = _on_device(score, owner) if isinstance(score, torch.Tensor) else _on_host(score, owner)
+    of_images, of_captions, best_right = counted
+    right_total = np.bincount(owner, minlength=images)
+    query_images = np.flatnonzero(right_total)
+    right_tied = np.bincount(owner[best_right], minlength=images)
     ones = np.ones(captions, np.int64)
-    i2t = Standings(first[0], first[1] - level, first[2], level, rights)
-    t2i = Standings(second[0], second[1] - ones, second[2], ones, ones)
-    return Counts(Standings(*(values[asking] for values in i2t)), t2i, asking, images, captions)
+    i2t = Standings(of_images[0], of_images[1] - right_tied, of_images[2], right_tied, right_total)
+    t2i = Standings(of_captions[0], of_captions[1] - ones, of_captions[2], ones, ones)
+    return Counts(Standings(*(values[query_images] for values in i2t)), t2i, query_images, images, captions)
 
 
 _Found = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
 
 
 def _on_host(score: NDArray[np.floating], owner: NDArray[np.int64]) -> _Found:
-    """`above`, `tied` (right items included) and `ahead` of images [3, I] and of captions [3, T]; and which captions
-    have their image's best score [T]."""
+    """`above`, `tied` (right items included) and `ahead` of the images [3, I] and of the captions [3, T], and bool [T]:
+    which captions have the best score of their image."""
     images, captions = score.shape
     right = np.asarray(score[owner, np.arange(captions)])
     best = np.full(images, -np.inf, right.dtype)
@@ -111,7 +112,7 @@ def _on_host(score: NDArray[np.floating], owner: NDArray[np.int64]) -> _Found:
 
 
 def _on_device(score: torch.Tensor, owner: NDArray[np.int64]) -> _Found:
-    """`_on_host` of a tensor, counted where it lies; waits for the device once."""
+    """As `_on_host`, for a tensor on a device; the host waits for the device once."""
     images, captions = score.shape
     places = torch.from_numpy(owner).to(score.device)
     columns = torch.arange(captions, device=score.device)
@@ -139,7 +140,7 @@ def _on_device(score: torch.Tensor, owner: NDArray[np.int64]) -> _Found:
 
 
 def require_finite(block: NDArray[np.floating], first_image: int = 0, captions: NDArray | None = None) -> None:
-    """Refuse a block of scores that holds NaN or an infinity, naming the first such pair.
+    """Refuse a block of scores that has a NaN or an infinity; the message names the first such pair.
 
     Args:
         block: [n, m] scores of images first_image, first_image + 1, ...
@@ -157,13 +158,13 @@ def require_finite(block: NDArray[np.floating], first_image: int = 0, captions: 
     value = "NaN" if np.isnan(block[row, column]) else "infinite"
     raise ValueError(
         f"the score of image {first_image + int(row)} and caption {caption} is {value} "
-        f"({np.count_nonzero(~finite)} such scores among the {block.size} looked at); a rank would mean nothing. "
+        f"({np.count_nonzero(~finite)} such scores among the {block.size} checked), and cannot be ranked. "
         "Check that image's features and the checkpoint's weights for NaN, and half precision for overflow"
     )
 
 
 def checked(score: Any, caption_to_image: Any, caller: str) -> tuple[Any, NDArray[np.int64]]:
-    """The score as an array, or as a tensor where it lies on a device, and the images of its captions."""
+    """Check both arguments; return the scores as an array, or as a tensor if they are on a device, and int64 [T]."""
     if isinstance(score, torch.Tensor):
         score = score.detach()
         if score.device.type == "cpu":

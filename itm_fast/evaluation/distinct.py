@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def first_of_equals(rows: NDArray, edges: NDArray[np.integer]) -> NDArray[np.int64]:
-    """For each caption the first one that is equal to it, bit for bit; itself when it is the first.
+    """For each caption the index of the first one with the same bytes: its own index if it is the first.
 
     Args:
         rows: [N, ...] word ids or embeddings, captions one after another.
@@ -26,7 +26,7 @@ def first_of_equals(rows: NDArray, edges: NDArray[np.integer]) -> NDArray[np.int
     seen: dict[bytes, int] = {}
     first = np.empty(len(edges) - 1, np.int64)
     for t, (start, stop) in enumerate(zip(edges[:-1].tolist(), edges[1:].tolist(), strict=True)):
-        # A digest and not the bytes: embeddings of all captions would be held twice.
+        # Digests are compared, as keys of bytes would hold the embeddings of all captions a second time.
         first[t] = seen.setdefault(hashlib.blake2b(rows[start:stop].data, digest_size=16).digest(), t)
     return first
 
@@ -40,20 +40,20 @@ def first_of_equal_embeddings(words: Tensor, cu_seqlens: Tensor) -> NDArray[np.i
 
 
 def columns(first: NDArray[np.int64], lengths: NDArray[np.integer]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The order in which distinct captions are scored, longest first, and where each caption finds its score.
+    """The distinct captions in the order of scoring, longest first, and the column of each caption's score.
 
     Args:
         first: [T] as `first_of_equals` gives it.
         lengths: [T] words per caption.
 
     Returns:
-        order, [D]: the captions to score; rank, [T]: the place in `order` of the caption that is equal to each.
+        order: the captions to score; column [T]: for each caption, the position in `order` of the one equal to it.
 
     >>> columns(np.array([0, 1, 0]), np.array([2, 3, 2]))
     (array([1, 0]), array([1, 0, 1]))
     """
     distinct = np.flatnonzero(first == np.arange(len(first)))
     order = distinct[np.argsort(-lengths[distinct], kind="stable")]
-    rank = np.empty(len(first), np.int64)
-    rank[order] = np.arange(len(order))
-    return order, rank[first]
+    column = np.empty(len(first), np.int64)
+    column[order] = np.arange(len(order))
+    return order, column[first]

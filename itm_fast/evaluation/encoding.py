@@ -1,4 +1,4 @@
-"""Every image and every caption through its encoder, once."""
+"""Encode every image and every distinct caption of a split once."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CaptionBatches = list[tuple[Tensor, Tensor, list[int]]]  # as itm_fast.data.capt
 
 @dataclass(frozen=True, eq=False)
 class Encoded:
-    """What the encoders made of a split, in host memory, in the split's order.
+    """The embeddings of a split, in host memory and in the split's order.
 
     Attributes:
         image: [I, R, D] region embeddings.
@@ -34,13 +34,13 @@ class Encoded:
         words: [N, D] word embeddings, captions one after another.
         cu_seqlens: int32 [T + 1]; caption t is rows cu_seqlens[t] : cu_seqlens[t + 1] of `words`.
         caption_to_image: int64 [T].
-        device: where the encoders ran and the scores are to be computed.
-        fingerprint: checksums of the features, the captions' word ids and the encoders' weights; they tell two
-            runs apart without being disturbed by rounding, as checksums of the embeddings would be. Where it is
-            empty, `identity` takes those of the embeddings.
-        seconds: time the encoders took.
-        first_of_equals: int64 [T], for each caption the first one with the same word ids (itself when it is the
-            first); only that one is scored. None: captions are equal whose rows of `words` are, bit for bit.
+        device: where the encoders ran, and where the scores will be computed.
+        fingerprint: checksums of the features, the word ids and the encoders' weights, which a resumed run must share
+            with the interrupted one; the embeddings themselves may differ by rounding. If it is empty, `identity`
+            uses checksums of the embeddings.
+        seconds: time that the encoders took.
+        first_of_equals: int64 [T], for each caption the index of the first one with the same word ids; only that one
+            is scored. None: captions are the same if their rows of `words` are, bit for bit.
     """
 
     image: Tensor
@@ -60,7 +60,7 @@ class Encoded:
         return edges[1:] - edges[:-1]
 
     def identity(self) -> dict[str, str]:
-        """Checksums that tell these inputs of a scorer from any others.
+        """Checksums of these inputs, which a run that is resumed must share with the interrupted one.
 
         >>> image, bounds = torch.ones(1, 2, 3), torch.tensor([0, 1], dtype=torch.int32)
         >>> sorted(Encoded(image, torch.tensor([1]), torch.ones(1, 3), bounds, np.array([0])).identity())
@@ -88,8 +88,8 @@ def encode(
     """Encode all images and all captions of a split.
 
     Every image is encoded once, however many captions it has, and so are captions with the same word ids. Captions
-    of similar length share a batch, and the split's order is restored. The model runs in eval mode without gradients
-    and keeps the mode that it had.
+    of similar length share a batch, and the split's order is restored. The model runs in evaluation mode without
+    gradients; afterwards it is in the mode that it had before.
 
     Args:
         model: with `img_enc(features [B, R, F]) -> [B, R, D]` and
@@ -98,15 +98,15 @@ def encode(
         vocab: the vocabulary that the model was trained with.
         batch_size: images, and captions, encoded at once.
         progress: show bars on standard error.
-        captions: `list(caption_batches(split.captions, vocab, batch_size))`, when it is at hand already.
+        captions: `list(caption_batches(split.captions, vocab, batch_size))`, if the caller has it already.
 
     Returns:
         `Encoded`, in the dtype of the model's parameters.
 
     Raises:
-        ValueError: the features do not fit the image encoder, the vocabulary is not the one that the model was
-            trained with (as far as the model tells), a word id lies beyond the embedding, or batch_size is less
-            than 1.
+        ValueError: the features do not fit the image encoder; the vocabulary is not the one that the model was
+            trained with (if the model has its checksum); a word id is larger than the model's vocabulary; or
+            batch_size is less than 1.
 
     >>> from types import SimpleNamespace
     >>> from itm_fast.data import Split, Vocabulary
@@ -149,7 +149,7 @@ def encode(
 
 
 def require_vocabulary(model: Any, vocab: Vocabulary) -> None:
-    """Refuse other words than those that the model was trained with, where it has their `vocab_checksum`."""
+    """Refuse a vocabulary whose checksum differs from the model's `vocab_checksum`, if it has one."""
     if getattr(model, "vocab_checksum", None) not in (None, vocab.checksum()):
         raise ValueError(
             f"the {type(model).__name__} model was trained with other words than the {len(vocab):,} of this "
@@ -174,7 +174,7 @@ def packed_ids(captions: CaptionBatches) -> tuple[NDArray[np.int64], NDArray[np.
 
 
 def word_rows(edges: NDArray[np.int64], captions: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows of the packed words that these captions occupy, in this order of captions.
+    """Row numbers of these captions' words among the packed words, in the order of `captions`.
 
     >>> word_rows(np.array([0, 2, 5, 6]), np.array([2, 0]))
     array([5, 0, 1])
@@ -186,7 +186,7 @@ def word_rows(edges: NDArray[np.int64], captions: NDArray[np.int64]) -> NDArray[
 
 @contextlib.contextmanager
 def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
-    """Put modules into eval mode and give every submodule its own mode back afterwards."""
+    """Put modules into evaluation mode, and every submodule back into its own mode afterwards."""
     before = [(part, part.training) for module in modules for part in module.modules()]
     for module in modules:
         module.eval()
@@ -198,7 +198,7 @@ def evaluation_mode(*modules: nn.Module) -> Iterator[None]:
 
 
 def device_of(*modules: nn.Module) -> torch.device:
-    """Where the first parameter or buffer of these modules lies; the CPU when there is none."""
+    """The device of the first parameter or buffer of these modules; the CPU if they have none."""
     for module in modules:
         for tensor in (*module.parameters(), *module.buffers()):
             return tensor.device
@@ -224,7 +224,7 @@ def _checksum(*arrays: NDArray) -> str:
 
 
 def _crc(array: NDArray, value: int) -> int:
-    """`value`, the CRC-32 of what came before, carried on over an array's bytes."""
+    """The CRC-32 of an array's bytes, continued from `value`, the CRC-32 of the bytes before."""
     return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data, value)
 
 
@@ -293,7 +293,7 @@ def _captions(
             batch = np.zeros((len(chosen), lengths[0]), np.int64)
             batch[np.arange(lengths[0]) < lengths[:, None]] = ids[rows]
             padded = encoder(torch.from_numpy(batch).to(device), lengths.tolist())
-            padded = padded if isinstance(padded, Tensor) else padded[0]  # SCAN's gives the lengths too, SGRAF's not
+            padded = padded if isinstance(padded, Tensor) else padded[0]  # SCAN's encoder also returns the lengths
             words[torch.from_numpy(rows)] = pack(padded, lengths.tolist())[0].cpu()
             bar.update(len(chosen))
     again = np.flatnonzero(first != np.arange(len(first)))

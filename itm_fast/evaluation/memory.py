@@ -1,8 +1,8 @@
-"""What scoring will hold in memory, decided before it starts.
+"""The memory plan of a scoring run, made before it starts.
 
 The user gives a budget in GB (1 GB = 10^9 bytes). On the CPU it bounds the whole process: Python, torch, the model,
-the encoded split, the score matrix and the scratch. On another device it bounds what lies on that device; the score
-matrix and the encoded split then also stay in host memory, outside the budget.
+the encoded split, the score matrix and the scratch. On another device it bounds the memory of that device; the score
+matrix and the encoded split are then also in host memory, outside the budget.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from .._workspace import scratch_bytes
 from .encoding import device_of, evaluation_mode
 
 GB = 10**9
-SHARE = {"cpu": 0.7, "cuda": 0.8}  # of what is available, when no budget is given
+SHARE = {"cpu": 0.7, "cuda": 0.8}  # of the available memory, used if no budget is given
 LEAST_WORKSPACE = 64 << 20
 GROWTH = 32 << 20  # what Python and torch still load and allocate for themselves while scores are computed
-ENCODING = 128 << 20  # what encoding in batches leaves with the allocator
+ENCODING = 128 << 20  # memory that the allocator keeps after encoding in batches
 CHUNK = 256  # images, or captions, whose state is computed at once
-# Pairs in a block are progress and resume steps, not memory: the scorer cuts a block to its workspace.
+# Images and captions of a block, which is one step of the progress bar and of resuming. The size hardly matters to
+# memory, as the scorer cuts a block further to fit its workspace.
 _BLOCK = {"cpu": (500, 256), "cuda": (2500, 512)}
 _CGROUPS = (  # a container's limit and what it uses: version 2, version 1
     ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
@@ -39,12 +40,12 @@ class MemoryPlan:
 
     Attributes:
         images, captions, words: sizes of the split: I, T and N.
-        distinct: captions that are scored; identical ones are scored once.
+        distinct: number of distinct captions; identical ones are scored once.
         device: where the scores are computed.
-        budget: bytes, and how it was chosen (`source`).
-        held: what must be held, by name, in bytes.
-        workspace: bytes of scratch that the scorer may take.
-        resident: whether the encoded split stays on the device; when it does not fit, blocks travel there.
+        budget: the budget in bytes; `source` says how it was chosen.
+        held: bytes of everything that must be in memory, by name.
+        workspace: bytes of scratch that the scorer may use.
+        resident: whether the whole encoded split is kept on the device; if not, each block of it is copied there.
         image_block, caption_block: size of a block; `blocks` is their number.
         pairs: images times distinct captions.
     """
@@ -95,7 +96,7 @@ class MemoryPlan:
         lines += [f"  {name:<{width}}  {size / GB:8.3f} GB" for name, size in rows]
         lines.append(
             f"  {self.blocks:,} blocks of up to {self.image_block:,} images x {self.caption_block:,} captions"
-            + ("" if self.resident else "; encoded images and captions travel to the device block by block")
+            + ("" if self.resident else "; encoded images and captions are copied to the device block by block")
         )
         return "\n".join(lines)
 
@@ -115,28 +116,28 @@ def plan(
     block: tuple[int, int] | None = None,
     device: torch.device | None = None,
 ) -> MemoryPlan:
-    """Decide what a budget is spent on.
+    """Plan what is kept in memory and how large blocks and scratch are, so that the budget is not exceeded.
 
     Args:
-        scorer: a pair scorer; asked for the state of two images and two captions to know its size.
+        scorer: a pair scorer; it computes the state of two images and two captions, to learn their sizes.
         images: I.
         regions: R.
         dim: D.
         lengths: [T] words per caption.
-        distinct: [D] words per distinct caption, where captions are identical; `lengths` when None.
+        distinct: words of each distinct caption; None: all captions are distinct.
         memory_gb: the budget in GB; None takes 70 % of the memory now available to the process on the CPU (beyond
             what it already holds), 80 % of a CUDA device's.
         dtype: of the embeddings.
-        matrices: how many [I, T] float32 matrices the process is yet to hold; 0 when scores go to a file.
+        matrices: how many float32 [I, T] matrices will be allocated; 0 if the scores go to a file.
         encoded: whether the process already holds the encoded split.
-        block: (images, captions) of a block, when an earlier run has fixed it.
-        device: where the scores are computed; where the scorer's parameters are when None.
+        block: (images, captions) of a block, if an interrupted run has fixed it.
+        device: where the scores are computed; None: the device of the scorer's parameters.
 
     Returns:
         `MemoryPlan`.
 
     Raises:
-        ValueError: the budget cannot hold what must be held; names the least that can.
+        ValueError: the budget is too small; the message names the smallest that is enough.
 
     >>> from itm_fast.nn import CrossAttentionScore
     >>> found = plan(CrossAttentionScore(), images=1000, regions=36, dim=1024, lengths=np.full(5000, 13), memory_gb=8)
@@ -152,7 +153,7 @@ def plan(
     longest = int(lengths[:caption_block].sum())
     embeddings = {"encoded images": images * regions * dim * item, "encoded captions": words * dim * item}
     states = images * image_state + len(lengths) * caption_state + int(lengths.sum()) * word_state
-    # A block's words are gathered by an int64 index; its scores exist on the device, on the host and permuted.
+    # Each word of a block also has an int64 index; each score exists three times: on the device, on the host, permuted.
     one_block = longest * (dim * item + word_state + 8) + caption_block * (caption_state + image_block * 12)
     process = _process_bytes(device) - (sum(embeddings.values()) if encoded and cpu else 0)
     held = {
@@ -200,7 +201,7 @@ def plan(
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that this process could still take on a device, container limits included."""
+    """Memory that this process can still allocate on a device, within the limits of its container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = [_meminfo()]
@@ -219,7 +220,7 @@ def _meminfo() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    try:  # macOS tells what is installed, not what is free
+    try:  # macOS reports the installed memory, not the free one
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (AttributeError, OSError, ValueError):
         return 4 * GB
@@ -241,7 +242,7 @@ def _budget(
     memory_gb: float | None, device: torch.device, process: int, held: dict[str, int], encoded: bool
 ) -> tuple[int, str]:
     if memory_gb is not None:
-        if not 0 < memory_gb <= GB:  # 10^9 GB: infinity is no number of bytes, and neither is what overflows
+        if not 0 < memory_gb <= GB:  # also refuses infinity, and sizes that overflow an integer
             raise ValueError(f"the memory budget must be more than 0 GB and at most {GB:,} GB, got {memory_gb}")
         return round(memory_gb * GB), "as asked"
     available = available_bytes(device)
@@ -259,7 +260,7 @@ def _blocks(images: int, captions: int, device: torch.device) -> tuple[int, int]
 def _state_bytes(
     scorer: Any, regions: int, dim: int, lengths: NDArray[np.int64], dtype: torch.dtype, device: torch.device
 ) -> tuple[int, int, int]:
-    """Bytes per image, caption and word that the scorer computes once and keeps, the embeddings themselves aside."""
+    """Bytes of state per image, per caption and per word, without the embeddings themselves."""
     two = [int(lengths[0]), int(lengths[-1])]
     image = torch.zeros(2, regions, dim, dtype=dtype, device=device)
     words = torch.zeros(sum(two), dim, dtype=dtype, device=device)

@@ -51,11 +51,12 @@ def evaluate(
     resume: bool = False,
     progress: bool = True,
 ) -> Report:
-    """Encode, score, rank and report; several models are reported each and as the mean of their score matrices.
+    """Encode, score, rank and report. Several models are reported one by one and as the mean of their score matrices.
 
     Args:
-        models: one model or a sequence: `img_enc`, `txt_enc` and `scorer`, such as `itm_fast.models.build` gives.
-        split: as `itm_fast.data.open_split` gives it.
+        models: one model or a sequence of models with `img_enc`, `txt_enc` and `scorer`, as `itm_fast.models.load` and
+            `build` return them.
+        split: as `itm_fast.data.open_split` returns it.
         vocab: the vocabulary that all the models were trained with.
         names: one row title per model; "model 1", "model 2", ... when None.
         folds: also average over this many equal, consecutive parts of the images (5 on COCO's 5,000 test images is
@@ -63,20 +64,20 @@ def evaluate(
         ties: as for `metrics`. CxC and ECCV metrics take the same rule, and "pessimistic" for "expected".
         batch_size: images, and captions, encoded at once.
         memory_gb: as for `score_all`.
-        scores: keep the score matrix in this .npy file, resumable; with several models each has its own file
-            (`x-1.npy`, `x-2.npy`, ...) and `x.npy` is their mean.
-        resume: continue interrupted score files and use finished ones again.
+        scores: a .npy file for the score matrix, which makes the run resumable; with several models each has its own
+            file (`x-1.npy`, `x-2.npy`, ...), and `x.npy` is their mean.
+        resume: continue interrupted score files and reuse finished ones.
         progress: show bars on standard error.
 
     Returns:
         `Report`.
 
     Raises:
-        ValueError: images do not divide into the folds, the budget is too small, a score is NaN or infinite, features
-            or vocabulary do not fit a model.
-        FileExistsError: a score file is there and `resume` is false.
-        RuntimeError: another run writes to a score file; names its process and host.
-        OSError: there is no room for the score files, found out before anything is encoded.
+        ValueError: the images do not divide into equal folds, the budget is too small, a score is NaN or infinite, or
+            features or vocabulary do not fit a model.
+        FileExistsError: a score file exists and `resume` is false.
+        RuntimeError: another run writes to a score file; the message names its process and host.
+        OSError: the disk has no room for the score files; this is checked before anything is encoded.
     """
     models = list(models) if isinstance(models, (list, tuple)) else [models]
     names = [f"model {number}" for number in range(1, len(models) + 1)] if names is None else list(names)
@@ -96,7 +97,7 @@ def evaluate(
             files = score_files(scores, len(models))
             claims = [stack.enter_context(Claim(file, resume)) for file in files]
             check_room(files, (count, len(split.captions)))
-            stack.enter_context(_says_what_is_kept(claims))
+            stack.enter_context(_naming_kept_files(claims))
         return _evaluate(models, split, vocab, names, folds, ties, batch_size, memory_gb, claims, resume, progress)
 
 
@@ -161,7 +162,7 @@ def _evaluate(
         systems.append(system("mean of the scores", total))
     settings = _settings(plans, folds, ties, batch_size, memory_gb)
     settings |= unknown
-    settings["backend"] = backend_names(systems) or (None if resume else "torch")  # a dual encoder's one product
+    settings["backend"] = backend_names(systems) or (None if resume else "torch")  # a dual encoder runs no itm-fast op
     if not missing:
         settings["relevance_ties"] = relevance_ties
     return Report(tuple(systems), settings, missing, total)
@@ -175,10 +176,10 @@ def memory_plan(
     memory_gb: float | None = None,
     in_file: bool = False,
 ) -> MemoryPlan:
-    """The plan for scoring a split that is not encoded yet.
+    """The memory plan for scoring a split that is not encoded yet.
 
     Args:
-        model: as for `evaluate`; asked to embed one image, which also shows whether the features fit it.
+        model: as for `evaluate`; it encodes one image, which also checks that the features fit it.
         split: as for `evaluate`.
         captions: `list(caption_batches(split.captions, vocab, batch_size))`.
         models: how many models are averaged.
@@ -209,7 +210,7 @@ def memory_plan(
 
 
 def score_files(scores: str | os.PathLike[str], models: int) -> list[Path]:
-    """The score files of an evaluation: one, or one of each model and then that of their mean.
+    """The score files of an evaluation: one for each model, and with several models one for their mean, last.
 
     >>> [file.name for file in score_files("s.npy", 1)], [file.name for file in score_files("s.npy", 2)]
     (['s.npy'], ['s-1.npy', 's-2.npy', 's.npy'])
@@ -220,8 +221,8 @@ def score_files(scores: str | os.PathLike[str], models: int) -> list[Path]:
 
 
 @contextlib.contextmanager
-def _says_what_is_kept(claims: list[Claim]) -> Iterator[None]:
-    """Let an interruption and a full disk name the files that are kept, also while none is written, as in encoding."""
+def _naming_kept_files(claims: list[Claim]) -> Iterator[None]:
+    """Add the score files that are kept to the message of an interruption or a full disk, during encoding as well."""
     try:
         yield
     except KeyboardInterrupt as interrupt:

@@ -5,24 +5,25 @@ medr and meanr are those of the published VSE++ / SCAN / SGRAF evaluators:
 
     R@k = 100 mean(rank < k),   medr = floor(median(rank)) + 1,   meanr = mean(rank) + 1,   rsum = the six recalls.
 
-Two things differ on purpose. `argsort(...)[::-1]` puts NaN first, which raises recall: NaN and infinities are
-refused here. And it breaks ties by position; here the rule for ties is chosen, and every result carries all of them.
+Two things differ from them on purpose. NaN and infinite scores are refused: `argsort(...)[::-1]` puts NaN first, which
+raises recall. And the caller chooses the rule for ties, which `argsort` breaks by position; every result has the
+metrics under all four rules.
 
-Ties. Let g wrong items have a higher score than the best right one, and b wrong ones exactly its score, as a of the
-right ones have (a = 1 for a caption, whose one right item is its image). Then
+Ties. Let g be the number of wrong items with a higher score than the best right one, b the number of wrong items with
+exactly its score, and a the number of right items with that score (a = 1 for a caption: only its image is right). Then
 
-    pessimistic   rank = g + b: every tied wrong item stands before the right ones.
-    optimistic    rank = g: every tied wrong item stands after them.
-    published     rank = g + the tied wrong items of a higher index than all a right ones: the stable sort, reversed,
-                  puts equal scores in descending order of index. numpy's default sort, which the published evaluators
-                  use, is not stable, and its order of equal scores depends on the processor.
+    pessimistic   rank = g + b: every tied wrong item is ranked above the right ones.
+    optimistic    rank = g: every tied wrong item is ranked below the right ones.
+    published     rank = g + the number of tied wrong items with a higher index than all a right ones, since a stable
+                  sort, reversed, puts equal scores in descending order of index. numpy's default sort, which the
+                  published evaluators use, is not stable; its order of equal scores depends on the processor.
     expected      the mean over all orders of the a + b tied items, each as likely:
 
         P(rank >= g + j) = C(b, j) / C(a + b, j) = prod_{i = 1..a} (b - j + i) / (b + i)                           (1)
 
-    as the first j of the a + b items must be wrong ones. R@k is 100 mean P(rank < k), which is no function of the mean
-    rank; meanr is the mean of g + b / (a + 1) + 1; medr, no mean over queries, is floor(median) + 1 of the ranks that
-    all queries have in all orders.
+    as the first j of the a + b items must be wrong ones. R@k is 100 mean P(rank < k), which does not follow from the
+    mean rank; meanr is the mean of g + b / (a + 1) + 1; medr is floor(median) + 1, the median taken over the ranks of
+    all queries in all orders.
 """
 
 from __future__ import annotations
@@ -117,15 +118,15 @@ def ranks(
 ) -> Ranks:
     """Rank every caption's image and every image's best caption.
 
-    Images without a caption stay in the pool as wrong answers but ask no query. Right captions of one image never
-    push each other down. Takes a memory-mapped matrix as well, and reads it once. A tensor on a device is counted
-    there, and only ranks come to the host.
+    Images without a caption are no queries, but stay in the pool as wrong answers. The captions of one image do not
+    lower each other's rank. A memory-mapped matrix is read once. A tensor is ranked on its device, and only the ranks
+    are copied to the host.
 
     Args:
         score: [I, T] of any floating dtype, higher is better.
         caption_to_image: [T] integers: the image that each caption describes; any number of captions per image.
-        ties: where a wrong item with exactly the score of the right one stands; "pessimistic": above it;
-            "optimistic": below it; "published": above it if its index is higher, as a stable sort, reversed, has it.
+        ties: where a wrong item with exactly the score of the right one is ranked; "pessimistic": above it;
+            "optimistic": below it; "published": above it if its index is higher, as in a stable sort, reversed.
 
     Returns:
         `Ranks`, 0-based.
@@ -133,7 +134,7 @@ def ranks(
     Raises:
         TypeError: a dtype is not as stated.
         ValueError: shapes disagree, an index is out of range, a score is NaN or infinite, or `ties` is not one of
-            these three ("expected" gives a query no rank; `metrics` has it).
+            these three (under "expected" a query has no single rank; `metrics` takes it).
 
     >>> import numpy as np
     >>> score = np.array([[0.9, 0.1, 0.5], [0.2, 0.8, 0.5]], np.float32)   # captions 1 and 2 describe image 1
@@ -149,7 +150,7 @@ def ranks(
             'use metrics(..., ties="expected"), or another rule'
         )
     found = count(score, caption_to_image, "ranks")
-    return Ranks(_placed(found.i2t, ties), _placed(found.t2i, ties), found.asking)
+    return Ranks(_ranks_of(found.i2t, ties), _ranks_of(found.t2i, ties), found.query_images)
 
 
 def metrics(
@@ -166,7 +167,7 @@ def metrics(
         ties: as for `ranks`, or "expected": the mean over all orders of tied items.
 
     Returns:
-        `Metrics` under this rule; its `others` hold those under the other rules, counted in the same pass.
+        `Metrics` under this rule; its `others` are those under the other rules, computed from the same counts.
 
     Raises:
         TypeError, ValueError: as `ranks`.
@@ -304,9 +305,9 @@ def _known(ties: str, caller: str) -> None:
 
 
 def _metrics(found: Counts, ties: str) -> Metrics:
-    """Metrics under one rule, and in `others` under the rest."""
+    """Metrics under one rule, with those under the other rules in `others`."""
     chances = [
-        tuple(_chance(side.rights, pool, k) for k in (1, 5, 10))
+        tuple(_chance(side.right_total, pool, k) for k in (1, 5, 10))
         for side, pool in ((found.i2t, found.captions), (found.t2i, found.images))
     ]
     by_ties = {}
@@ -320,11 +321,11 @@ def _metrics(found: Counts, ties: str) -> Metrics:
 
 def _direction(side: Standings, ties: str, chance: tuple[float, ...]) -> Direction:
     if ties == "expected":
-        recall = [100.0 * float(_reached(side, k).mean()) for k in (1, 5, 10)]
-        mean = float((side.above + side.tied / (side.level + 1)).mean())
+        recall = [100.0 * float(_probability(side, k).mean()) for k in (1, 5, 10)]
+        mean = float((side.above + side.tied / (side.right_tied + 1)).mean())
         found = recall[0], recall[1], recall[2], _median(side) + 1, mean + 1
     else:
-        found = summary(_placed(side, ties))
+        found = summary(_ranks_of(side, ties))
     return Direction(*found, len(side.above), (chance[0], chance[1], chance[2]))
 
 
@@ -338,19 +339,19 @@ def summary(rank: NDArray[np.int64]) -> tuple[float, float, float, float, float]
     return r1, r5, r10, float(np.floor(np.median(rank))) + 1, float(rank.mean()) + 1
 
 
-def _placed(side: Standings, ties: str) -> NDArray[np.int64]:
-    """Ranks [queries] under a rule that gives each query one."""
+def _ranks_of(side: Standings, ties: str) -> NDArray[np.int64]:
+    """Ranks [queries] under any rule but "expected"."""
     before = {"pessimistic": side.tied, "published": side.ahead}
     return side.above + before.get(ties, 0)
 
 
-def _reached(side: Standings, k: int) -> NDArray[np.float64]:
+def _probability(side: Standings, k: int) -> NDArray[np.float64]:
     """P(rank < k) of each query over all orders of its ties, by (1) with j = k - g."""
     j = k - side.above
     missed = np.ones(len(j))
-    for i in range(1, int(side.level.max()) + 1):
+    for i in range(1, int(side.right_tied.max()) + 1):
         factor = np.maximum(side.tied - j + i, 0) / (side.tied + i)
-        missed *= np.where(i <= side.level, factor, 1.0)
+        missed *= np.where(i <= side.right_tied, factor, 1.0)
     return np.where(j > 0, 1.0 - missed, 0.0)
 
 
@@ -358,15 +359,15 @@ def _median(side: Standings) -> float:
     """Median, rounded down, of the ranks of all queries in all orders: halfway between the least rank that half of them
     do not exceed and the least that more than half do not."""
     ranks = range(int((side.above + side.tied).max()))
-    lower, upper = (  # a half is met exactly where the counts say so: rounding of the sum is far below 1e-9
-        bisect.bisect_left(ranks, half, key=lambda rank: float(_reached(side, rank + 1).mean()))
+    lower, upper = (  # 1e-9 is far above the rounding error of the mean, so a mean of exactly one half is recognised
+        bisect.bisect_left(ranks, half, key=lambda rank: float(_probability(side, rank + 1).mean()))
         for half in (0.5 - 1e-9, 0.5 + 1e-9)
     )
     return float((lower + upper) // 2)
 
 
-def _chance(rights: NDArray[np.int64], pool: int, k: int) -> float:
-    """Percent of queries with a right item among k drawn from the pool: 1 - C(pool - rights, k) / C(pool, k)."""
+def _chance(right_total: NDArray[np.int64], pool: int, k: int) -> float:
+    """Percent of queries with a right item among k drawn from the pool: 1 - C(pool - right_total, k) / C(pool, k)."""
     drawn = np.arange(min(k, pool))
-    missed = np.prod(np.clip(pool - rights[:, None] - drawn, 0, None) / (pool - drawn), axis=1)
+    missed = np.prod(np.clip(pool - right_total[:, None] - drawn, 0, None) / (pool - drawn), axis=1)
     return round(float(100.0 * np.mean(1.0 - missed)), 10)

@@ -1,7 +1,7 @@
-"""Many right answers per query: CxC and ECCV Caption relevance of the COCO 5K test set, by the eccv-caption package.
+"""CxC and ECCV Caption metrics of the COCO 5K test set, computed by the eccv-caption package.
 
-A query's right answers under these labels are more than its own captions, so mAP@R and R-Precision are defined:
-R is the number of right answers. The package wants ranked ids; only as many as the largest R are made.
+Under these labels a query has more right items than its own captions or image. R is their number in mAP@R and
+R-Precision. The package takes ranked ids; only as many as the largest R are made for a query.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ def why_no_relevance(image_ids: NDArray[np.integer] | None, caption_ids: NDArray
 
 
 def ties_of_relevance(ties: str) -> str:
-    """The rule for ties that CxC and ECCV metrics take where recall takes `ties`.
+    """The rule for ties of CxC and ECCV metrics when the rule of recall is `ties`.
 
-    All but "expected", which is pessimistic here: there is no short formula for mAP@R over all orders.
+    It is the same, but "pessimistic" for "expected": mAP@R has no short formula for its mean over all orders.
     """
     return "pessimistic" if ties == "expected" else ties
 
@@ -74,14 +74,14 @@ def relevance_metrics(
         score: [I, T], finite.
         image_ids: [I] COCO image ids of the 5K test set.
         caption_ids: [T] COCO caption ids of the 5K test set.
-        ties: where wrong items with exactly the score of a right one stand, under each set of labels: "pessimistic":
-            before it; "optimistic": after it; "published": all tied items by descending index.
+        ties: the order of items with equal scores; "pessimistic": wrong items first; "optimistic": right items first;
+            "published": by descending index. CxC and ECCV each have their own right items.
 
     Returns:
         `{"cxc_r1": {"i2t": ..., "t2i": ...}, "cxc_r5", "cxc_r10", "eccv_map_at_r", "eccv_rprecision", "eccv_r1"}`.
 
     Raises:
-        ValueError: the reason that `why_no_relevance` gives, or another rule for ties.
+        ValueError: `why_no_relevance` gives a reason (which is the message), or `ties` is not one of these.
     """
     if ties not in _TIES:
         raise ValueError(f"relevance_metrics: ties must be one of {', '.join(_TIES)}, got {ties!r}")
@@ -128,7 +128,7 @@ def _ranked(
     k: int,
     rules: Sequence[str],
 ) -> dict[str, dict[str, dict[int, list[int]]]]:
-    """Under each rule, for every labelled query the ids of its k best items, best first."""
+    """For each rule, the ids of the k best items of every labelled query, best first."""
     ranked: dict[str, dict[str, dict[int, list[int]]]] = {rule: {"i2t": {}, "t2i": {}} for rule in rules}
     for side, query_ids, item_ids in (("i2t", image_ids, caption_ids), ("t2i", caption_ids, image_ids)):
         items = np.asarray(item_ids)
@@ -153,7 +153,7 @@ def _best(
 
 
 def query_rows(score: NDArray[np.floating], side: str) -> Iterator[tuple[int, NDArray[np.floating]]]:
-    """Every query's index and scores: rows of the matrix for "i2t", its columns for "t2i", without transposing it."""
+    """Yield each query's index and scores: rows for "i2t", columns for "t2i"; the matrix is not copied."""
     if side == "i2t":
         yield from enumerate(score)
         return

@@ -1,4 +1,4 @@
-"""What an evaluation found, as a table for the terminal, JSON, CSV and LaTeX."""
+"""The results of an evaluation as a table for the terminal, JSON, CSV and LaTeX."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _RELEVANCE = {
     "cxc_r5": "CxC R@5",
     "cxc_r10": "CxC R@10",
 }
-_RANGE = ("pessimistic", "optimistic", "published")  # the least, the most, and what stands between
+_RANGE = ("pessimistic", "optimistic", "published")  # the lowest numbers, the highest, and some between
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,18 @@ class Pool:
 
 @dataclass(frozen=True)
 class System:
-    """One model's, or the ensemble's, result.
+    """The results of one model or of the ensemble.
 
     Attributes:
         name: row title.
         pools: folds first, when there are any, then the whole pool.
         relevance: CxC and ECCV Caption metrics in percent, `{metric: {"i2t": ..., "t2i": ...}}`, or None.
         seconds: time spent, by part ("encode", "score").
-        pairs_per_second: pairs scored in a second, identical captions once; None for an ensemble and for a resumed run.
-        backends: the backend that each op of the scorer ran on; empty where none of our ops ran, as for an ensemble, a
-            dual encoder, or scores that were finished before.
-        relevance_by_ties: `relevance` under every rule for ties that it has; empty without `relevance`.
+        pairs_per_second: pairs scored per second, identical captions counted once; None for an ensemble and for a
+            resumed run.
+        backends: op -> backend that ran it; empty if no itm-fast op ran: for an ensemble, for a dual encoder, and for
+            scores that an earlier run had finished.
+        relevance_by_ties: `relevance` under each of its rules for ties; empty if `relevance` is None.
     """
 
     name: str
@@ -80,8 +81,8 @@ class Report:
 
     Attributes:
         systems: one per model and, with several models, the ensemble last.
-        settings: versions, device, backend and what else tells how the numbers came about; plain values.
-        relevance_missing: why CxC and ECCV metrics are absent; None when they are there.
+        settings: versions, device, backend and the other conditions of the run, as plain values.
+        relevance_missing: why there are no CxC and ECCV metrics; None if there are.
         score: [I, T] scores of the last system.
     """
 
@@ -173,10 +174,10 @@ class Report:
         return "\n".join(lines)
 
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write `results.txt`, `.json`, `.csv` and `.tex` into a folder, made if absent; each appears whole.
+        """Write `results.txt`, `.json`, `.csv` and `.tex` into a folder; each file is written completely or not at all.
 
         Args:
-            folder: where; older results there are replaced.
+            folder: created if it does not exist; older results in it are replaced.
 
         Returns:
             The files written.
@@ -207,7 +208,7 @@ class Report:
         return "\n".join([_table(self.systems[0].pools[number].title, rows, (1, 6, 11)), *self._ties(number)])
 
     def _ties(self, number: int) -> list[str]:
-        """For each system whose rsum depends on the rule for ties, a line that tells how far."""
+        """A line for each system whose rsum depends on the rule for ties, with the range of rsum."""
         lines = []
         for system in self.systems:
             by_ties = system.pools[number].metrics.by_ties
@@ -225,7 +226,7 @@ class Report:
         return "CxC and ECCV Caption relevance, %" + (f", ties {ties}" if ties else "")
 
     def _relevance(self, to: str = "-") -> list[list[str]]:
-        """A row per system, and beneath them, for each system that the rule for ties changes, how far it does."""
+        """A row per system; then, for each that depends on the rule for ties, its ranges and its published numbers."""
         rows = []
         for system in self.systems:
             rows.append([system.name, *(f"{value:.1f}" for value in _in_columns(system.relevance or {}))])
@@ -240,7 +241,7 @@ class Report:
         return rows
 
     def _of(self, system: System) -> str:
-        """What names a system beneath a table, where there are several."""
+        """The prefix that names a system in the lines below a table; "" if there is one system only."""
         return f"{system.name}, " if len(self.systems) > 1 else ""
 
 
@@ -261,13 +262,13 @@ def _cells(low: float, high: float, published: float, to: str) -> tuple[str, str
 
 
 def backend_names(systems: Iterable[System]) -> str:
-    """Every backend that an op of the scorers ran on, such as "cpu" or "cpu, torch"; empty where no op of ours ran."""
+    """The backends that the scorers' ops ran on, such as "cpu" or "cpu, torch"; "" if no itm-fast op ran."""
     names = [name for system in systems for ran in system.backends.values() for name in ran.split(", ")]
     return ", ".join(dict.fromkeys(names))
 
 
 def speed_line(system: System, device: str) -> str:
-    """How long a system took, and what ran; empty of an ensemble, which is scored by its members."""
+    """Time, speed and backend of a system; "" for an ensemble, whose members have lines of their own."""
     if not system.seconds:
         return ""
     speed = "" if system.pairs_per_second is None else f" ({system.pairs_per_second:,.0f} pairs/s)"
@@ -276,7 +277,7 @@ def speed_line(system: System, device: str) -> str:
 
 
 def _by(system: System) -> str:
-    """Which backend ran: one name, or every op's where they differ; nothing of scores that were there already."""
+    """The backend that ran, or each op's if they differ; "" for scores that an earlier run had finished."""
     names = set(system.backends.values())
     if len(names) > 1:
         return " by " + ", ".join(f"{op} in the {name} backend" for op, name in system.backends.items())

@@ -1,4 +1,4 @@
-"""Who may write a score file, what lies at its name already, and whether the disk has room for it."""
+"""Checks before a score file is written: its lock, what exists under its name already, and the space on the disk."""
 
 from __future__ import annotations
 
@@ -18,21 +18,22 @@ _claims: weakref.WeakValueDictionary[Path, Claim] = weakref.WeakValueDictionary(
 
 
 class Claim:
-    """The name of a score file, held for one writer until `release`, or until the object is dropped.
+    """The exclusive right to write a score file, until `release` or until this object is deleted.
 
     Args:
         path: the .npy file.
         resume: whether an interrupted run may be continued and a finished file used again.
-        identity: what the scores are computed from. On `resume`, an older claim of this process on the same scores
-            ends: it belongs to an attempt that was given up, and a traceback may keep it alive.
+        identity: what the scores are computed from. With `resume`, an older claim of this process with the same
+            identity is released: an attempt that failed may have left it, kept alive by a traceback.
 
     Attributes:
-        path: the .npy file; beside it `partial`, `journal` and `about`.
+        path: the .npy file.
+        partial, journal, about: the paths of the files beside it; see `itm_fast.evaluation.score_file`.
 
     Raises:
-        LockedError: another run writes there; names its process, host and since when.
-        FileExistsError: a finished or interrupted file is there and `resume` is false.
-        ValueError, OSError: `path` does not end in .npy, its folder does not exist, or it is no regular file.
+        LockedError: another run writes there; the message names its process, its host and when it started.
+        FileExistsError: a finished or interrupted file exists and `resume` is false.
+        ValueError, OSError: `path` does not end in .npy, its folder does not exist, or it is not a regular file.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Claim:
         try:
             self._lock = Lock(self.path.with_name(self.path.name + ".lock"), str(self.path))
         except OSError as error:
-            # Where nothing can be written, a finished matrix can be read all the same.
+            # A finished matrix can still be read from a folder that cannot be written.
             if not (resume and self.path.exists() and error.errno in (errno.EACCES, errno.EPERM, errno.EROFS)):
                 raise
         _claims[self.path.absolute()] = self
@@ -69,10 +70,13 @@ class Claim:
             raise
 
     def check(self, files: Mapping[Path, Any]) -> None:
-        """Refuse to go on unless the lock and these open files, by their names, are still what is on the disk.
+        """Check that the lock file and these open files were not removed or replaced on the disk.
+
+        Args:
+            files: path -> open file.
 
         Raises:
-            LockedError: one was removed or replaced, so that another run may be writing there.
+            LockedError: one was removed or replaced, so another run may be writing there.
         """
         if self._lock is not None:
             self._lock.check()
@@ -88,7 +92,7 @@ class Claim:
                 )
 
     def release(self) -> None:
-        """Let others write there. More than once does nothing."""
+        """Release the lock; further calls do nothing."""
         if self._lock is not None:
             self._lock.release()
 
@@ -103,7 +107,7 @@ class Claim:
 
 
 def score_path(path: str | os.PathLike[str]) -> Path:
-    """`path`, refused unless it ends in .npy and its folder exists, or where a folder or a FIFO has this name."""
+    """Check that `path` ends in .npy, that its folder exists, and that it is a regular file if it exists; return it."""
     path = Path(path)
     if path.suffix != ".npy":
         raise ValueError(f"a score file is a .npy file, got {path}")
@@ -115,7 +119,7 @@ def score_path(path: str | os.PathLike[str]) -> Path:
 
 
 def neighbours(path: Path) -> tuple[Path, Path, Path]:
-    """The partial file, the journal and the description that belong to a score file."""
+    """The paths of a score file's partial file, journal and description."""
     return tuple(path.with_name(path.name + end) for end in (".partial", ".journal", ".json"))  # type: ignore
 
 
@@ -123,11 +127,11 @@ def read_about(source: Path, path: Path) -> dict[str, Any]:
     """What the score file at `path` was computed from: `source` is its journal or its description.
 
     Returns:
-        A dict with `identity` (strings by name), `shape` and `block` (two positive integers each), and what else is
-        in `source`.
+        A dict with `identity` (strings by name), `shape` and `block` (two positive integers each), and the other
+        entries of `source`.
 
     Raises:
-        ValueError: it is not there, or damaged.
+        ValueError: `source` does not exist or is damaged.
     """
     journal = source.suffix == ".journal"
     try:
@@ -149,14 +153,14 @@ def read_about(source: Path, path: Path) -> dict[str, Any]:
 
 
 def kept_block(path: str | os.PathLike[str], shape: tuple[int, int]) -> tuple[int, int] | None:
-    """The block size that a finished or interrupted run at `path` has fixed.
+    """The size of the blocks in the finished or interrupted score file at `path`.
 
     Returns:
-        (images, columns); None when there is no such run, or none of `shape` in blocks that fit into it: `ScoreFile`
-        refuses that one, with the names of what differs.
+        (images, columns); None if there is no such file, or if it is not of `shape`. (`ScoreFile` refuses the latter
+        and says what differs.)
 
     Raises:
-        ValueError: what tells it is damaged.
+        ValueError: the file's journal or description is damaged.
     """
     path = score_path(path)
     _, journal, about = neighbours(path)
@@ -173,7 +177,7 @@ def check_room(paths: Sequence[Path], shape: tuple[int, int]) -> str:
     """Refuse score files that the disk has no room for.
 
     Args:
-        paths: all the files that a run makes; what lies there already, finished or not, needs no more room.
+        paths: all score files of a run; those that exist, finished or not, need no more space.
         shape: (I, T) of each.
 
     Returns:
@@ -183,7 +187,7 @@ def check_room(paths: Sequence[Path], shape: tuple[int, int]) -> str:
         OSError: there is not enough room.
     """
     size = 4 * shape[0] * shape[1]
-    with_notes = size + size // 4096 + (1 << 16)  # journal and description
+    with_notes = size + size // 4096 + (1 << 16)  # with journal and description
     need = sum(max(with_notes - _taken(path), 0) for path in paths)
     free = shutil.disk_usage(paths[0].parent).free
     files = "a score file" if len(paths) == 1 else f"{len(paths)} score files, {megabytes(size)} each"

@@ -37,26 +37,27 @@ class ScoreFile:
     Args:
         path: the .npy file to make, or a `Claim` on it.
         shape: (I, T).
-        rank: [T] the column of the blocks that holds the scores of caption t; identical captions share one.
+        column: [T] the column of the blocks that holds the scores of caption t; identical captions share one.
         block: (images, columns) of a block. Blocks are numbered along the columns first.
-        identity: what the scores are computed from, as plain strings; compared on resume.
-        resume: continue an interrupted run of the same identity, or take a finished file. A `Claim` has its own.
+        identity: what the scores are computed from, as plain strings; a file that is resumed must have the same.
+        resume: continue an interrupted file or reuse a finished one. If `path` is a `Claim`, that decides.
 
     Attributes:
         finished: whether `path` holds the whole matrix.
 
     Raises:
-        FileExistsError: a finished or interrupted file is there and `resume` is false.
+        FileExistsError: a finished or interrupted file exists and `resume` is false.
         LockedError: another run writes there.
-        ValueError: it was computed from something else (names what differs), or what tells so is damaged.
-        OSError: there is no room for the matrix, or it cannot be written.
+        ValueError: the file that exists was computed from something else (the message says what differs), or its
+            journal or description is damaged.
+        OSError: the disk has no room for the matrix, or it cannot be written.
     """
 
     def __init__(
         self,
         path: str | os.PathLike[str] | Claim,
         shape: tuple[int, int],
-        rank: NDArray[np.integer],
+        column: NDArray[np.integer],
         block: tuple[int, int],
         identity: Mapping[str, str],
         resume: bool = False,
@@ -65,8 +66,8 @@ class ScoreFile:
         self.claim = path if isinstance(path, Claim) else Claim(path, resume, identity)
         self.path = self.claim.path
         self.shape, self.block, self.identity = (int(shape[0]), int(shape[1])), tuple(block), dict(identity)
-        self._captions = np.argsort(rank, kind="stable")  # [T] by column
-        self._column = np.asarray(rank)[self._captions]
+        self._captions = np.argsort(column, kind="stable")  # [T] by column
+        self._column = np.asarray(column)[self._captions]
         self._row_starts = range(0, self.shape[0], block[0])
         self._column_starts = range(0, int(self._column[-1]) + 1, block[1])
         self._header = npy_header(self.shape)
@@ -101,7 +102,7 @@ class ScoreFile:
         return start, min(start + self.block[0], self.shape[0])
 
     def write(self, number: int, scores: NDArray[np.float32]) -> None:
-        """Keep a finished block, and only then say so in the journal.
+        """Write a block into the matrix, and then its checksum into the journal.
 
         Raises:
             LockedError: the files on the disk are no longer those of this run.
@@ -148,14 +149,14 @@ class ScoreFile:
 
     @contextlib.contextmanager
     def says_what_is_kept(self) -> Iterator[None]:
-        """Let an interruption, or a disk that cannot be written, end in a sentence with the blocks that are kept."""
+        """Add the number of blocks that are kept to the message of an interruption or a failed write."""
         try:
             yield
         except KeyboardInterrupt as interrupt:
             raise type(interrupt)(f"interrupted; {self._kept()}: resume (--resume) to go on") from None
         except OSError as error:
             room = "free some space and " if error.errno in FULL else ""
-            why = os.strerror(error.errno) if error.errno else str(error)  # without what is said of the file alone
+            why = os.strerror(error.errno) if error.errno else str(error)  # the reason without the file's name
             message = f"{why}; {self._kept()}: {room}resume (--resume) to go on"
             raise OSError(error.errno or 0, message, str(self.path)) from error
 
@@ -165,7 +166,7 @@ class ScoreFile:
         return f"{len(self.done)} of {self.blocks} blocks are kept beside {self.path}"
 
     def release(self) -> None:
-        """Close the files, and let others write unless the `Claim` came from outside. More than once does nothing."""
+        """Close the files, and release the `Claim` if it was made here; further calls do nothing."""
         self._close()
         if self._claimed_here:
             self.claim.release()
@@ -177,7 +178,7 @@ class ScoreFile:
         self.release()
 
     def _use_again(self) -> None:
-        """Take the finished file; where rows of it are damaged, make it an unfinished one without them."""
+        """Use the finished file; if rows of it are damaged, turn it into an unfinished one that lacks them."""
         about = read_about(self.claim.about, self.path)
         self._compare(self.claim.about, about)
         with open_regular(self.path) as file:
@@ -229,7 +230,7 @@ class ScoreFile:
         self._attach()
 
     def _reopen(self) -> None:
-        """Go on with an unfinished file; what the journal does not vouch for in full is not done."""
+        """Continue an unfinished file; a block counts as done if its bytes match its checksum in the journal."""
         partial, journal = self.claim.partial, self.claim.journal
         self._compare(journal, read_about(journal, self.path))
         if not partial.exists() or partial.stat().st_size != self._size:
@@ -244,11 +245,11 @@ class ScoreFile:
         self._done = {number: checksum for number, checksum in found.items() if said[number] == checksum}
 
     def _attach(self) -> None:
-        """Open what is written to, and keep it open: whatever happens to the names, other files are never touched."""
+        """Open the partial file and the journal for the whole run; files that replace them are never written."""
         for path, mode in ((self.claim.partial, "r+b"), (self.claim.journal, "ab")):
             self._files[path] = self._open.enter_context(open(path, mode, buffering=0))  # noqa: SIM115
         file = self._files[self.claim.partial]
-        # A write into a hole of a mapped file ends the process when the disk is full; a copied file may have holes.
+        # If the disk is full, a write into a hole of a mapped file kills the process; a copied file may have holes.
         try:
             reserve(file, self._size)
         except OSError as error:
@@ -269,13 +270,13 @@ class ScoreFile:
         return {"identity": self.identity, "shape": list(self.shape), "block": list(self.block)}
 
     def _places(self, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Captions that block `number` has scores of, and the column of the block where they are."""
+        """The captions whose scores are in block `number`, and their columns within the block."""
         first = self._column_starts[number % len(self._column_starts)]
         here = slice(*np.searchsorted(self._column, (first, first + self.block[1])))
         return self._captions[here], self._column[here] - first
 
     def _checksums(self, numbers: Collection[int]) -> dict[int, int]:
-        """The checksums of some blocks as they are in the file."""
+        """The checksums of some blocks, computed from the bytes in the file."""
         found = dict.fromkeys(sorted(numbers), 0)
         for _, band in itertools.groupby(found, lambda number: number // len(self._column_starts)):
             chosen = list(band)
@@ -289,7 +290,7 @@ class ScoreFile:
         return found
 
     def _bands(self, matrix: NDArray[np.float32]) -> list[int]:
-        """Checksums of the rows of each row of blocks."""
+        """A checksum for each band, the rows that the blocks of one row of blocks share."""
         found = []
         for start in self._row_starts:
             checksum = 0
@@ -317,7 +318,7 @@ class ScoreFile:
 
 
 def npy_header(shape: tuple[int, int]) -> bytes:
-    """How a .npy file of a float32 matrix of this shape begins.
+    """The header of a .npy file with a float32 matrix of this shape.
 
     >>> len(npy_header((2, 3)))
     128

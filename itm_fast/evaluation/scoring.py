@@ -39,7 +39,7 @@ def score(
     """Score images, given as region features, against captions, given as texts.
 
     Args:
-        model: as `itm_fast.models.load` gives it.
+        model: `itm_fast.models.load(path).model`, or a model of `itm_fast.models.build`.
         features: [I, R, F], float16, float32 or float64; F as the model was trained with.
         captions: T texts.
         vocab: the words that the model was trained with.
@@ -51,8 +51,8 @@ def score(
         float32 [I, T].
 
     Raises:
-        ValueError: features, captions and model do not fit each other, `vocab` is None, or a score is not finite.
-        TypeError: a caption is no text.
+        ValueError: features, vocabulary and model do not fit each other, `vocab` is None, or a score is not finite.
+        TypeError: a caption is not a string.
 
     >>> from itm_fast.data.openclipart import CHECKPOINTS
     >>> from itm_fast.models import load
@@ -121,17 +121,17 @@ def score_all(
     """Score every image against every caption.
 
     What depends on one image or one caption alone is computed once. Identical captions are scored once and share
-    their scores, bit for bit. Captions are scored in order of length, longest first, so that a block holds equal
-    lengths and the largest demand for memory comes first; the split's order is restored.
+    their scores, bit for bit. Captions are scored in order of length, longest first, so that the captions of a block
+    have similar lengths and the first block needs the most memory; the result is in the split's order.
 
     Args:
         scorer: a pair scorer: `image_state`, `caption_state` and `score`, as `itm_fast.nn` has them.
         encoded: as `encode` returns it.
         memory_gb: memory budget in GB (10^9 bytes); see `plan` for the default and for what it covers.
-        out: a .npy file for the scores. Finished blocks are then kept while the run lasts, so that a run that was
-            interrupted can be resumed, and the matrix needs no memory.
-        resume: continue an interrupted run into `out`, or use `out` again when it is finished. Refused when it was
-            begun with another checkpoint, data or precision. Rows of a finished `out` that were damaged on the disk
+        out: a .npy file for the scores. Each block is written when it is finished, so that an interrupted run can be
+            resumed, and the matrix needs no memory.
+        resume: continue an interrupted run into `out`, or reuse `out` if it is finished. It is refused if it was
+            computed with another checkpoint, data or precision. Rows of a finished `out` that are damaged on the disk
             are named in a warning and scored again.
         progress: show a bar with pairs/s and the time left on standard error.
 
@@ -139,13 +139,13 @@ def score_all(
         float32 [I, T]; with `out`, the file memory-mapped for reading.
 
     Raises:
-        ValueError: the budget is too small (names the least that is enough), a score is NaN or infinite (names the
-            pair), or `out` belongs to other inputs.
-        FileExistsError: `out` is there and `resume` is false.
-        RuntimeError: another run writes to `out`; names its process and host. The run that is stopped by this keeps
-            to its own files.
-        OSError: `out` cannot be written, such as for lack of room, which is found out before anything is scored.
-        KeyboardInterrupt: as ever; with `out`, its message tells what is kept.
+        ValueError: the budget is too small (the message names the smallest that is enough), a score is NaN or infinite
+            (the message names the pair), or `out` was computed from other inputs.
+        FileExistsError: `out` exists and `resume` is false.
+        RuntimeError: another run writes to `out` (the message names its process and host), or the files of this run
+            were removed or replaced; nothing more is written then.
+        OSError: `out` cannot be written. Whether the disk has room for it is checked before anything is scored.
+        KeyboardInterrupt: after Ctrl-C; with `out`, the message says how many blocks are kept.
 
     >>> from itm_fast.nn import CrossAttentionScore
     >>> image, words = torch.randn(2, 3, 8), torch.randn(5, 8)
@@ -160,25 +160,25 @@ def score_all(
         with Claim(out, resume) as claim:
             return score_into(claim, scorer, encoded, memory_gb=memory_gb, progress=progress)
     plan = plan_for(scorer, encoded, memory_gb=memory_gb)
-    order, rank = _columns(encoded)
+    order, column = _columns(encoded)
     scores = np.empty((plan.images, plan.captions), np.float32)
     for _, rows, place, block in _blocks(scorer, encoded, plan, order, frozenset(), progress):
         scores[rows, place] = block
     # Contiguous writes above and one gather per row here: scattering each block's columns is ten times slower.
     for start in range(0, plan.images, STRIPE):
-        scores[start : start + STRIPE] = np.take(scores[start : start + STRIPE], rank, axis=1)
+        scores[start : start + STRIPE] = np.take(scores[start : start + STRIPE], column, axis=1)
     return scores
 
 
 def score_into(
     claim: Claim, scorer: Any, encoded: Encoded, *, memory_gb: float | None = None, progress: bool = True
 ) -> NDArray[np.float32]:
-    """`score_all` into a score file whose name is held already; arguments, result and errors as there."""
+    """As `score_all`, into the score file of a `Claim`; other arguments, result and errors as there."""
     plan = plan_for(scorer, encoded, memory_gb=memory_gb, out=claim.path)
-    order, rank = _columns(encoded)
+    order, column = _columns(encoded)
     identity = {**encoded.identity(), "scorer": weights_checksum(scorer), **_settings(plan.device)}
     block = (plan.image_block, plan.caption_block)
-    with ScoreFile(claim, (plan.images, plan.captions), rank, block, identity) as file:
+    with ScoreFile(claim, (plan.images, plan.captions), column, block, identity) as file:
         if not file.finished:
             with file.says_what_is_kept():
                 for number, _, _, scores in _blocks(scorer, encoded, plan, order, file.done, progress):
@@ -188,7 +188,7 @@ def score_into(
 
 
 def _columns(encoded: Encoded) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """The captions to score, in this order, and where each caption finds its score."""
+    """The distinct captions in the order of scoring, and the column of each caption's score; see `columns`."""
     first = encoded.first_of_equals
     if first is None:
         first = first_of_equal_embeddings(encoded.words, encoded.cu_seqlens)
@@ -198,14 +198,14 @@ def _columns(encoded: Encoded) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def _blocks(
     scorer: Any, encoded: Encoded, plan: MemoryPlan, order: NDArray[np.int64], done: Collection[int], progress: bool
 ) -> Iterator[tuple[int, slice, slice, NDArray[np.float32]]]:
-    """Every block that is not done: its number, rows, columns (positions in `order`), scores.
+    """Yield every block that is not in `done`: its number, rows, columns (positions in `order`) and scores.
 
-    All captions of some images come before the next images, so that a file is filled band by band.
+    The images of a block are scored with all captions before the next images, so that a file is filled band by band.
     """
     from tqdm import tqdm
 
     starts = encoded.cu_seqlens.numpy().astype(np.int64)
-    edges = np.concatenate([[0], np.cumsum(encoded.lengths[order])])  # of words, in the order of `order`
+    edges = np.concatenate([[0], np.cumsum(encoded.lengths[order])])  # bounds of the words of the captions in `order`
     per_word = _per_word(scorer)
     wide = -(-plan.distinct // plan.caption_block)
     to_do = [number for number in range(plan.blocks) if number not in done]
@@ -228,7 +228,7 @@ def _blocks(
             caption_state = _caption_states(scorer, encoded, order, plan.device, home)
             words = encoded.words.to(home)
             region_lengths = None if encoded.region_lengths is None else encoded.region_lengths.to(plan.device)
-        before: _Block | None = None  # comes to the host while the next one is computed
+        before: _Block | None = None  # copied to the host while the next block is computed
         images = slice(0, 0)
         for number in to_do:
             start, first = number // wide * plan.image_block, number % wide * plan.caption_block
@@ -250,20 +250,20 @@ def _blocks(
                     ),
                     None if region_lengths is None else region_lengths[images],
                 )
-            except KeyboardInterrupt:  # what is scored is kept
+            except KeyboardInterrupt:  # keep the block that is scored already
                 if before is not None:
-                    yield before.arrived(encoded, scorer, bar)
+                    yield before.on_host(encoded, scorer, bar)
                 raise
             after = _Block(number, images, place, captions, score)
             if before is not None:
-                yield before.arrived(encoded, scorer, bar)
+                yield before.on_host(encoded, scorer, bar)
             before = after
         if before is not None:
-            yield before.arrived(encoded, scorer, bar)
+            yield before.on_host(encoded, scorer, bar)
 
 
 class _Block:
-    """Scores on their way to the host."""
+    """The scores of a block, while they are copied to the host."""
 
     def __init__(self, number: int, rows: slice, columns: slice, captions: NDArray[np.int64], score: Tensor) -> None:
         self.number, self.rows, self.columns, self.captions = number, rows, columns, captions
@@ -276,8 +276,8 @@ class _Block:
         else:
             self.score = score.float().cpu()
 
-    def arrived(self, encoded: Encoded, scorer: Any, bar: Any) -> tuple[int, slice, slice, NDArray[np.float32]]:
-        """Wait for them, refuse what is not finite, and count them."""
+    def on_host(self, encoded: Encoded, scorer: Any, bar: Any) -> tuple[int, slice, slice, NDArray[np.float32]]:
+        """Wait for the copy, refuse scores that are not finite, and advance the progress bar."""
         if self.event is not None:
             self.event.synchronize()
         block = self.score.numpy()
@@ -320,10 +320,9 @@ def _per_word(scorer: Any) -> int:
 
 
 def _in_chunks(state: Any, edges: NDArray[np.integer], per_row: int, home: torch.device) -> tuple[Tensor, ...]:
-    """Call `state(start, stop)` over all items and lay the results end to end, never holding them twice.
+    """Call `state(start, stop)` for chunks of all items and concatenate the results, without holding them twice.
 
-    The first `per_row` results have a row for each of the rows that item i has from edges[i] to edges[i + 1], the
-    others one for each item.
+    The first `per_row` results have edges[i + 1] - edges[i] rows for item i, one per word; the others have one row.
     """
     count = len(edges) - 1
     whole: tuple[Tensor, ...] = ()

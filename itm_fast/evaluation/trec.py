@@ -29,7 +29,7 @@ def write_trec(
     the data; the programs above sort by score and break ties by their own rules.
 
     Args:
-        folder: where, made if absent.
+        folder: created if it does not exist.
         score: [I, T], finite.
         caption_to_image: [T].
         top: how many items of each query to keep.
@@ -38,7 +38,7 @@ def write_trec(
         caption_ids: [T] written instead of 0 ... T - 1.
 
     Returns:
-        The files written; each appears whole.
+        The files written, each completely or not at all.
 
     Raises:
         ValueError: top is less than 1 or the tag has white space.

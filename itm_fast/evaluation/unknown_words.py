@@ -1,4 +1,4 @@
-"""How much of the captions a vocabulary does not know: another vocabulary, or another language, shows there."""
+"""The share of the captions' words that a vocabulary lacks: large for a wrong vocabulary or another language."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ if TYPE_CHECKING:
 
 TOKENS = "unknown_tokens_percent"
 CAPTIONS = "captions_without_known_word_percent"
-_SUSPICIOUS = 20.0  # percent; the published vocabularies do not know 1 to 2 % of their test sets
+_SUSPICIOUS = 20.0  # percent; the published vocabularies lack 1 to 2 % of the words of their test sets
 
 
 def unknown_words(captions: CaptionBatches, vocabulary: Vocabulary) -> dict[str, float]:
-    """Count what the vocabulary does not know, and warn where that is 20 % or more.
+    """Count the words that the vocabulary lacks, and warn if a share is 20 % or more.
 
     Args:
         captions: `list(caption_batches(split.captions, vocabulary))`.
-        vocabulary: that of the model.
+        vocabulary: the model's vocabulary.
 
     Returns:
         Percentages: `unknown_tokens_percent` of all tokens, `<start>` and `<end>` left out, and
@@ -51,7 +51,7 @@ def unknown_words(captions: CaptionBatches, vocabulary: Vocabulary) -> dict[str,
 
 
 def unknown_words_line(settings: Mapping[str, Any]) -> str:
-    """The line of the report, from its settings; empty where every word is known."""
+    """The report's line about unknown words, from its settings; "" if all words are known."""
     tokens, captions = settings.get(TOKENS, 0.0), settings.get(CAPTIONS, 0.0)
     if not tokens and not captions:
         return ""
