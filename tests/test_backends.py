@@ -1,9 +1,9 @@
 import contextlib
-import importlib
 import os
 import shutil
 import threading
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from itm_fast._checks import matmul_precision
 from itm_fast._workspace import current_gib
 from itm_fast.ops import _examples as examples
 from itm_fast.ops import _register
+from itm_fast.ops._declare import DECLARED
 from itm_fast.testing import inputs, op_checks
 
 
@@ -203,9 +204,14 @@ def test_workspace_bounds_scratch_and_is_restored():
 
 @pytest.mark.parametrize("op", sorted(_backends.OFFERS))
 def test_backward_has_the_workspace_and_the_backend_of_its_forward(op, monkeypatch):
-    portable, seen = importlib.import_module(f"itm_fast.ops._torch.{op}"), []
-    real = portable.backward
-    monkeypatch.setattr(portable, "backward", lambda *args, **kept: seen.append(current_gib()) or real(*args, **kept))
+    portable, seen = DECLARED[op].implementation("torch"), []
+
+    def backward(*args, **kept):
+        seen.append(current_gib())
+        return portable.backward(*args, **kept)
+
+    spied = SimpleNamespace(forward=portable.forward, backward=backward)
+    monkeypatch.setattr(DECLARED[op], "implementation", lambda backend: spied)
     args = [a.requires_grad_() if a.is_floating_point() else a for a in examples.example(op) if torch.is_tensor(a)]
     with itm_fast.workspace(0.125), itm_fast.use_backend("torch"):
         more = [a for a in examples.example(op) if not torch.is_tensor(a)]

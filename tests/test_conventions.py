@@ -13,6 +13,7 @@ import pytest
 
 import itm_fast
 from itm_fast import _backends, ops
+from itm_fast.ops._declare import DECLARED
 
 ROOT = Path(__file__).resolve().parents[1]
 checkout = pytest.mark.skipif(not (ROOT / "pyproject.toml").is_file(), reason="needs a checkout")
@@ -61,14 +62,15 @@ def test_no_loose_ends_machine_paths_or_hosts():
 @checkout
 @pytest.mark.parametrize("op", ops.__all__)
 def test_every_op_has_its_files(op):
-    home = {str(p.relative_to(ROOT)) for p in tracked(f"*{op}*")}
+    stem = DECLARED[op].stem
+    home = {str(p.relative_to(ROOT)) for p in tracked(f"*{stem}*")}
     places = ("itm_fast/ops/{}.py", "itm_fast/ops/_torch/{}.py", "tests/test_{}.py", "benchmarks/bench_{}.py")
-    assert {place.format(op) for place in places} <= home
+    assert {place.format(stem) for place in places} <= home
 
 
 @pytest.mark.parametrize("op", ops.__all__)
 def test_every_op_file_has_the_same_anatomy(op):
-    module = sys.modules[f"itm_fast.ops.{op}"]
+    module = sys.modules[f"itm_fast.ops.{DECLARED[op].stem}"]
     assert _backends.OFFERS[op] == module.OFFERED
     assert module.OFFERED[-1] == "reference"
     assert set(module.OFFERED) <= set(_backends.NAMES)

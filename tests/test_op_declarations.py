@@ -105,7 +105,8 @@ def test_gradients_and_pairs_follow_from_the_arguments(op):
 def test_the_public_function_takes_the_declared_arguments(op):
     names = DECLARED[op].names
     assert sorted(inspect.signature(getattr(itm_fast, op)).parameters) == sorted([*names, "backend"])
-    assert list(inspect.signature(DECLARED[op].reference).parameters) == names
+    reference = list(inspect.signature(DECLARED[op].reference).parameters)
+    assert reference == names or (DECLARED[op].stem != op and reference == ["args"])
 
 
 def test_shapes_of_results_add_and_multiply():

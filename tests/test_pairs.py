@@ -1,9 +1,8 @@
 """Backward over the pairs that have a gradient: the same gradients, from fewer pairs."""
 
 import pytest
-import test_similarity_filter_score
-import test_similarity_graph_score
 import torch
+from test_similarity_score import FILTER, GRAPH
 
 import itm_fast
 from itm_fast.ops import _recompute
@@ -24,14 +23,14 @@ def globally(*args, backend):
 
 
 def graph():
-    return test_similarity_graph_score.case(10, COUNTS, regions=REGIONS)
+    return GRAPH.case(10, COUNTS, regions=REGIONS)
 
 
 CASES = {
     "cross_attention_score": lambda: (scan, [graph()[1][0], graph()[1][2]]),
     "global_local_score": lambda: (globally, [graph()[1][1], graph()[1][2]]),
     "similarity_graph_score": graph,
-    "similarity_filter_score": lambda: test_similarity_filter_score.case(10, COUNTS, regions=REGIONS),
+    "similarity_filter_score": lambda: FILTER.case(10, COUNTS, regions=REGIONS),
 }
 
 

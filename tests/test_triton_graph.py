@@ -1,10 +1,9 @@
 """`similarity_graph` on its Triton kernels: what test_triton_ops.py does not ask of every op."""
 
 import pytest
-import test_similarity_filter_score
-import test_similarity_graph_score
 import torch
 from itm_fast.kernels import _graph
+from test_similarity_score import over_scorers
 from triton_cases import Scratch, check_blocks, unless
 
 import itm_fast
@@ -118,7 +117,7 @@ def test_what_is_beside_a_pair_never_leaks():
     assert found[0, 1].isnan().all()
 
 
-@pytest.mark.parametrize("scorer", [test_similarity_graph_score, test_similarity_filter_score])
+@over_scorers
 def test_scratch_of_the_scorers_is_bounded(scorer, monkeypatch):
     gib = 2.0**-13
     call, args = scorer.case(8, (13, 9, 12, 14) * 2, 9, 16, 32)

@@ -1,7 +1,6 @@
 """What every op promises, on its Triton kernels: accuracy, gradients, torch's contracts, the same bits in any block."""
 
 import itertools
-import sys
 
 import pytest
 import test_cross_attention_score
@@ -10,19 +9,19 @@ import test_global_local_score
 import test_hierarchical_alignment_score
 import test_similarity_context
 import test_similarity_filter
-import test_similarity_filter_score
 import test_similarity_graph
-import test_similarity_graph_score
 import test_similarity_nodes
 import torch
+from test_similarity_score import FILTER, GRAPH
 from triton_cases import EVERYWHERE, GPU, TRITON, dtypes, placed
 
 import itm_fast
 from itm_fast import _backends
 from itm_fast.ops._attention import DIRECTIONS, NORMS, POOLS
+from itm_fast.ops._declare import DECLARED
 from itm_fast.testing import op_checks
 
-# op -> its test module, and what an awkward shape, one word on one region and a shape of several tiles are called with
+# op -> what has its case(), and an awkward shape, one word on one region and a shape of several tiles for it
 COUNTS = (13, 1, 4, 4, 7)
 SCORED = {
     "one": (1, (1,), 1, 1, 1, None),
@@ -62,8 +61,8 @@ CASES = {
         test_similarity_filter,
         {"one": (2, (1,), 2), "ragged": (3, (14, 2, 5, 5, 8), 64), "prime": (3, (6, 6, 3), 17)},
     ),
-    "similarity_graph_score": (test_similarity_graph_score, SCORED | {"prime": (3, (5, 5, 2), 7, 31, 11, (7, 1, 4))}),
-    "similarity_filter_score": (test_similarity_filter_score, SCORED),
+    "similarity_graph_score": (GRAPH, SCORED | {"prime": (3, (5, 5, 2), 7, 31, 11, (7, 1, 4))}),
+    "similarity_filter_score": (FILTER, SCORED),
     "hierarchical_alignment_score": (
         test_hierarchical_alignment_score,
         {"one": (1, (1,), 1, 8), "ragged": (3, COUNTS, 9, 64), "prime": (3, (5, 5, 2), 7, 17, (7, 1, 4))},
@@ -176,9 +175,9 @@ def test_torch_contracts(op, device, backend):
 @over_ops
 def test_opcheck_and_the_fake_backward(op, device, backend, monkeypatch):
     # What the public function hands to the registered op, in the registered op's own order.
-    seen, module = [], sys.modules[f"itm_fast.ops.{op}"]
-    real = module._op.call
-    monkeypatch.setattr(module._op, "call", lambda *args: seen.append(args) or real(*args))
+    seen, declared = [], DECLARED[op]
+    real = declared.call
+    monkeypatch.setattr(declared, "call", lambda *args: seen.append(args) or real(*args))
     call, args = case(op, "prime", device)
     call(*[a.float() for a in args], backend=backend)
     (found,) = seen

@@ -7,10 +7,9 @@ from .hardest_negative_loss import hardest_negative_loss
 from .hierarchical_alignment_score import hierarchical_alignment_score
 from .similarity_context import similarity_context
 from .similarity_filter import similarity_filter
-from .similarity_filter_score import similarity_filter_score
 from .similarity_graph import similarity_graph
-from .similarity_graph_score import similarity_graph_score
 from .similarity_nodes import similarity_nodes
+from .similarity_score import similarity_filter_score, similarity_graph_score
 
 __all__ = [
     "cross_attention_score",

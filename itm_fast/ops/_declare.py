@@ -162,12 +162,13 @@ class Declaration:
     """An op as its file declares it.
 
     Args:
-        name: the op's name, also that of its files.
+        name: the op's name, as one of `torch.ops.itm_fast`.
         arguments: in the order of the registered op: those with a gradient first, then all other tensors.
         results: only the first one carries gradients.
         offered: the backends that implement it, best first.
         reference: the equations in plain PyTorch, with the arguments in this order.
         examples: functions that make arguments in the order of the public function, for the checks of a backend.
+        stem: the name of its files in each folder, where it shares them with other ops; None means `name`.
         refuse: (sizes by letter, arguments by name) -> what is wrong that the rows do not check, or None.
         too_large: sizes by letter -> why the Triton kernels cannot take them, or None.
         backward: for an op whose kernels (C++, Triton) have a forward pass only: the backend whose backward they use,
@@ -185,6 +186,7 @@ class Declaration:
         offered: tuple[str, ...],
         reference: Callable[..., Any],
         examples: Sequence[Example],
+        stem: str | None = None,
         refuse: Callable[[dict[str, int], Given], str | None] | None = None,
         too_large: Callable[[dict[str, int]], str | None] | None = None,
         backward: str | Callable[..., list[Tensor]] | None = None,
@@ -192,6 +194,7 @@ class Declaration:
         widens: bool = False,
     ) -> None:
         self.name, self.arguments, self.results = name, tuple(arguments), tuple(results)
+        self.stem = stem or name
         self.offered, self.reference, self.examples = offered, reference, tuple(examples)
         self.refuse, self.too_large, self.backward = refuse, too_large, backward
         self.keeps, self.widens = keeps, widens

@@ -2,8 +2,8 @@
 
 An implementation has `forward(*args) -> Tensor | tuple` and `backward(grad, needs, *args) -> list[Tensor]`: one
 gradient for each differentiable argument that `needs` marks, in the dtype it was summed in. `args` are those of the
-declaration. It is the module of the op's name in its backend's package or, for C++, made by `_cpu_calls`; either is
-imported only when it runs.
+declaration. It is the module of the op's stem in its backend's package or, for C++, made by `_cpu_calls`; either is
+imported only when it runs. In a module of several ops the functions have the names of C++: `<op>` and `<op>_backward`.
 """
 
 from __future__ import annotations
@@ -117,7 +117,10 @@ class Op(Declaration):
 
             found = implementation(self.name)
         else:
-            found = import_module(f"{PACKAGES[backend]}.{self.name}")
+            found = import_module(f"{PACKAGES[backend]}.{self.stem}")
+            if self.stem != self.name:
+                forward, backward = getattr(found, self.name), getattr(found, f"{self.name}_backward", None)
+                found = SimpleNamespace(forward=forward, backward=backward)
         if backend not in KERNELS or self.backward is None:
             return found
         if isinstance(self.backward, str):

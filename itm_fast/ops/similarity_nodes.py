@@ -24,12 +24,24 @@ import torch
 from torch import Tensor
 
 from ..packing import bounds, node_bounds
-from . import _attention, _draws, _pair_score
-from ._declare import Given, Result
+from . import _attention, _draws
+from ._declare import Floats, Given, Integers, Positive, Result
 from ._register import Op
 from .cross_attention_similarity import reference as similarity
 
 OFFERED = ("triton", "cpu", "torch", "reference")
+# The arguments with a gradient, and the others: those of the pair scorers around a head too (`similarity_score`).
+INPUTS = (
+    Floats("image", "I R D"),
+    Floats("image_global", "I D"),
+    Floats("words", "N D"),
+    Floats("caption_global", "T D"),
+    Floats("local_weight", "S D"),
+    Floats("local_bias", "S"),
+    Floats("global_weight", "S D"),
+    Floats("global_bias", "S"),
+)
+REST = Integers("cu_seqlens", "T+1"), Integers("region_lengths", "I", optional=True), Positive("scale")
 
 
 def reference(
@@ -49,7 +61,7 @@ def reference(
     edge = bounds(cu_seqlens, words.shape[0], "similarity_nodes")
     _attention.region_counts(region_lengths, image, "similarity_nodes")
     local = similarity(
-        image, words, local_weight, local_bias, cu_seqlens, region_lengths, "t2i", _pair_score.NORM, scale
+        image, words, local_weight, local_bias, cu_seqlens, region_lengths, "t2i", "clipped_l2norm", scale
     )
     overall = _attention.l2norm((image_global[:, None] - caption_global).square() @ global_weight.t() + global_bias)
     T = len(edge) - 1
@@ -64,7 +76,7 @@ def _kept(size: dict[str, int], given: Given) -> tuple[int, ...]:
 
 _op = Op(
     "similarity_nodes",
-    [*_pair_score.INPUTS, *_pair_score.REST],
+    [*INPUTS, *REST],
     [Result("nodes", "I N+T S"), Result("inverse", _kept, wide=True)],
     offered=OFFERED,
     reference=reference,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from ..ops._declare import DECLARED
 
 Reference = Callable[[torch.dtype], Sequence[Tensor]]
 
@@ -183,9 +184,8 @@ class _Drawn(TorchFunctionMode):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if getattr(func, "namespace", None) == "itm_fast":  # an op: look into its reference
-            op = importlib.import_module(f"itm_fast.ops.{func._schema.name.split('::')[1]}")
             with self:
-                return op.reference(*args[:-1])
+                return DECLARED[func._schema.name.split("::")[1]].reference(*args[:-1])
         if name in COMPOSED:
             with self:
                 return COMPOSED[name](*args, **kwargs)

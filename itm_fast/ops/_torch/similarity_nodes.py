@@ -12,7 +12,8 @@ from ..._checks import work_dtype
 from ...packing import Index, bounds, runs, spans
 from .. import _attention, _recompute
 from .._declare import empty
-from ._pair_score import nodes
+from ._linear import linear
+from .cross_attention_similarity import similarity
 
 
 def forward(*args) -> tuple[Tensor, Tensor]:
@@ -46,3 +47,19 @@ def _cut(backward: bool, *args) -> Iterator[_recompute.Block]:
                 (images, run.rows),
                 partial(nodes, length, lengths, scale),
             )
+
+
+def nodes(
+    length, region_lengths, scale, image, image_global, words, caption_global, local_weight, local_bias,
+    global_weight, global_bias,
+) -> Tensor:  # fmt: skip
+    """A block of images and of captions of one length: [b, c * (length + 1), S], global vectors first."""
+    work = work_dtype(image)
+    like = "t2i", "clipped_l2norm", scale, length, region_lengths
+    local = similarity(*like, image, words, local_weight, local_bias)
+    difference = image_global.to(work)[:, None] - caption_global.to(work)
+    square = difference.square() if torch.is_grad_enabled() else difference.square_()
+    b, c, D = square.shape
+    overall = linear(square.view(b * c, D), global_weight.to(work), global_bias.to(work))
+    overall = _attention.l2norm(overall).view(b, c, 1, -1)
+    return torch.cat([overall, local.view(b, c, length, -1)], 2).view(b, c * (length + 1), -1)

@@ -1,4 +1,4 @@
-"""Blocks of pairs from their features to their scores, around a head: equations in `ops/_pair_score.py`.
+"""The pair scorers around a head in batched PyTorch: blocks of pairs from their features to their scores.
 
 A block is some images and some captions of one length. Its nodes go through the head while they are still in cache.
 """
@@ -8,21 +8,57 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 
 from ..._checks import work_dtype
 from ...packing import bounds, runs, spans
 from .. import _attention, _recompute
-from .._pair_score import NORM
-from ._linear import linear
-from .cross_attention_similarity import similarity
+from .._declare import empty
+from . import similarity_filter, similarity_graph
+from .similarity_nodes import nodes
 
 TILES = 2  # forward, some forty operations a block: their fixed cost is halved, and a block still fits the last cache
 Head = Callable[..., Tensor]  # (rows a pair, nodes [b, c * rows, S], the head's parameters) -> z [b, c, S]
 
 
-def cut(
+def similarity_graph_score(*args) -> Tensor:
+    tensors = *args[:8], *similarity_graph.Folded(args[8:14]).values, *args[14:16]
+    blocks = _graph_blocks(False, tensors, args)
+    return _recompute.forward(blocks, tensors, empty("similarity_graph_score", *args))
+
+
+def similarity_graph_score_backward(grad: Tensor, needs: list[bool], *args) -> list[Tensor]:
+    folded = similarity_graph.Folded(args[8:14], needs[8:14])
+    tensors = *args[:8], *folded.values, *args[14:16]
+    wanted = [*needs[:8], *folded.needs, *needs[14:]]
+    found = _recompute.backward(_graph_blocks(True, tensors, args), tensors, wanted, grad)
+    start, stop = sum(needs[:8]), sum(needs[:8]) + sum(folded.needs)
+    return [*found[:start], *folded.gradients(found[start:stop]), *found[stop:]]
+
+
+def _graph_blocks(backward, tensors, args):
+    head, copies = similarity_graph.reason, similarity_graph.COPIES
+    return _cut("similarity_graph_score", backward, head, copies, tensors, *args[16:])
+
+
+def similarity_filter_score(*args) -> Tensor:
+    return _recompute.forward(_filter_blocks(False, *args), args[:14], empty("similarity_filter_score", *args))
+
+
+def similarity_filter_score_backward(grad: Tensor, needs: list[bool], *args) -> list[Tensor]:
+    return _recompute.backward(_filter_blocks(True, *args), args[:14], needs, grad)
+
+
+def _filter_blocks(backward, *args):
+    running_mean, running_var, *rest, eps = args[14:]
+
+    def head(*block) -> Tensor:
+        return similarity_filter.filtered(running_mean, running_var, False, eps, *block)[0]
+
+    return _cut("similarity_filter_score", backward, head, similarity_filter.COPIES, args[:14], *rest)
+
+
+def _cut(
     op: str,
     backward: bool,
     head: Head,
@@ -50,21 +86,6 @@ def cut(
                 (images, run.captions),
                 partial(_score, head, run.length, lengths, scale),
             )
-
-
-def nodes(
-    length, region_lengths, scale, image, image_global, words, caption_global, local_weight, local_bias,
-    global_weight, global_bias,
-) -> Tensor:  # fmt: skip
-    """A block of images and of captions of one length: [b, c * (length + 1), S], global vectors first."""
-    work = work_dtype(image)
-    local = similarity("t2i", NORM, scale, length, region_lengths, image, words, local_weight, local_bias)
-    difference = image_global.to(work)[:, None] - caption_global.to(work)
-    square = difference.square() if torch.is_grad_enabled() else difference.square_()
-    b, c, D = square.shape
-    overall = linear(square.view(b * c, D), global_weight.to(work), global_bias.to(work))
-    overall = _attention.l2norm(overall).view(b, c, 1, -1)
-    return torch.cat([overall, local.view(b, c, length, -1)], 2).view(b, c * (length + 1), -1)
 
 
 def _score(head, length, region_lengths, scale, *parameters) -> Tensor:

@@ -1,79 +1,77 @@
 """What the native pair scorers promise beyond the other backends: the same bits, bounded scratch, every processor."""
 
 import pytest
-import test_similarity_filter_score
-import test_similarity_graph_score
 import torch
 from cpu_cases import at_level, needs_cpu, over_lesser_processors, scratch_of
 from pair_score_cases import edges
+from test_similarity_score import over_scorers
 
 from itm_fast import _native
-from itm_fast.ops import _pair_score
+from itm_fast.ops import similarity_score
 from itm_fast.testing import op_checks
 
 pytestmark = needs_cpu
-HEADS = {"graph": test_similarity_graph_score, "filter": test_similarity_filter_score}
 COUNTS = (5, 3, 6, 300, 10, 5, 2, *[12] * 40)  # one caption longer than a chunk, and several chunks
 
 
-def scored(head, I=5, dtype=torch.float32):
-    call, args = HEADS[head].case(I, COUNTS, D=20, S=9)
+def scored(scorer, I=5, dtype=torch.float32):
+    call, args = scorer.case(I, COUNTS, D=20, S=9)
     args = [a.to(dtype) for a in args]
     return args, call(*args, backend="cpu")
 
 
-def some(head, args, images, captions):
+def some(scorer, args, images, captions):
     """Scores of some images with some captions, in that order."""
     edge = edges(COUNTS).tolist()
     image, image_global, words, caption_global, *parameters = args
     packed = torch.cat([words[edge[t] : edge[t + 1]] for t in captions])
-    call, _ = HEADS[head].case(len(images), [COUNTS[t] for t in captions], D=20, S=9)
+    call, _ = scorer.case(len(images), [COUNTS[t] for t in captions], D=20, S=9)
     return call(image[images], image_global[images], packed, caption_global[captions], *parameters, backend="cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("head", HEADS)
-def test_the_same_bits_in_any_block_and_order(head, dtype):
-    args, whole = scored(head, dtype=dtype)
+@over_scorers
+def test_the_same_bits_in_any_block_and_order(scorer, dtype):
+    args, whole = scored(scorer, dtype=dtype)
     order = torch.randperm(len(COUNTS), generator=torch.Generator().manual_seed(1)).tolist()
-    assert torch.equal(some(head, args, [3, 0], order), whole[[3, 0]][:, order])
+    assert torch.equal(some(scorer, args, [3, 0], order), whole[[3, 0]][:, order])
     for t in (0, 3, 4, 46):
-        assert torch.equal(some(head, args, [2], [t]), whole[2:3, t : t + 1])
+        assert torch.equal(some(scorer, args, [2], [t]), whole[2:3, t : t + 1])
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_the_same_bits_with_any_number_of_threads(head):
+@over_scorers
+def test_the_same_bits_with_any_number_of_threads(scorer):
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3, 4):
             torch.set_num_threads(threads)
-            args, score = scored(head, I=2)
-            call, _ = HEADS[head].case(2, COUNTS, D=20, S=9)
+            args, score = scored(scorer, I=2)
+            call, _ = scorer.case(2, COUNTS, D=20, S=9)
             found.append([score, *op_checks.gradients(call, args, torch.float32, "cpu", torch.float32)])
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for f in found for a, b in zip(f, found[0], strict=True))
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_gradients_from_a_few_images_at_a_time(head, monkeypatch):
-    call, args = HEADS[head].case(5, (4, 2, 7))
+@over_scorers
+def test_gradients_from_a_few_images_at_a_time(scorer, monkeypatch):
+    call, args = scorer.case(5, (4, 2, 7))
     whole = op_checks.gradients(call, args, torch.float64, "cpu", torch.float64)
-    monkeypatch.setattr(_pair_score, "CPU_NODES", 2 * 2 * 16 * 8 * 8)  # nodes and gradients of two images
+    monkeypatch.setattr(similarity_score, "CPU_NODES", 2 * 2 * 16 * 8 * 8)  # nodes and gradients of two images
     for part, exact in zip(op_checks.gradients(call, args, torch.float64, "cpu", torch.float64), whole, strict=True):
         torch.testing.assert_close(part, exact, rtol=1e-11, atol=1e-13)
 
 
-@pytest.mark.parametrize("head", HEADS)
-def test_products_of_bfloat16_only_where_they_are_allowed(head):
-    exact = scored(head)[1]
-    double = scored(head, dtype=torch.float64)[1]
+@over_scorers
+def test_products_of_bfloat16_only_where_they_are_allowed(scorer):
+    exact = scored(scorer)[1]
+    double = scored(scorer, dtype=torch.float64)[1]
     try:
         torch.set_float32_matmul_precision("high")
-        assert torch.equal(scored(head)[1], exact)
+        assert torch.equal(scored(scorer)[1], exact)
         torch.set_float32_matmul_precision("medium")
-        rounded = scored(head)[1]
-        assert torch.equal(scored(head, dtype=torch.float64)[1], double)
+        rounded = scored(scorer)[1]
+        assert torch.equal(scored(scorer, dtype=torch.float64)[1], double)
     finally:
         torch.set_float32_matmul_precision("highest")
     assert torch.equal(rounded, exact) == (_native.outcome().level != "avx512_bf16")
@@ -82,9 +80,9 @@ def test_products_of_bfloat16_only_where_they_are_allowed(head):
 
 
 @over_lesser_processors
-@pytest.mark.parametrize("head", HEADS)
-def test_lesser_processors(head, level, monkeypatch):
-    call, args = HEADS[head].case(1, COUNTS, D=20, S=9)
+@over_scorers
+def test_lesser_processors(scorer, level, monkeypatch):
+    call, args = scorer.case(1, COUNTS, D=20, S=9)
     at_level(level, monkeypatch)
     for dtype in (torch.float64, torch.float32):
         op_checks.check_forward(call, args, dtype, "cpu")

@@ -1,0 +1,339 @@
+"""Score every image with every caption from their similarity vectors: SGRAF's two pair scorers, each whole.
+
+For one pair, with the global vectors `v` and `t` of its image and caption, a scorer equals this program:
+
+    P = l2norm(((scale * clipped_l2norm(regions @ words.T, dim=1)).softmax(0)).T @ regions)
+    X = l2norm(torch.cat([linear((v - t).square(), Wg, bg)[None], linear((P - words).square(), Wl, bl)]))
+    score = sigmoid(head(X) @ we + be)
+
+Its head makes one vector of the nodes X. `similarity_graph_score` (SGR) has the head `similarity_graph`,
+`similarity_filter_score` (SAF) the head `similarity_filter` with the running statistics of evaluation: those of
+training are taken over one caption and all images, which no pair sees alone.
+
+Forward:
+
+    X     = (1) and (2) of `similarity_nodes`                            [L + 1, S]             (1)
+    z     = node 0 of (1) and (2) of `similarity_graph`, or (1) to (4) of `similarity_filter`   (2)
+    score = sigmoid(w_e . z + b_e)                                                              (3)
+
+Nothing of it needs more than one pair: the nodes are made, go through the head and are dropped block by block, and
+only the score is written.
+
+Backward, with g the gradient of a pair's score:
+
+    d a = g score (1 - score),   d w_e = sum da z,   d b_e = sum da,   d z = da w_e             (4)
+    d X and the gradients of the head's parameters follow as in (4) to (7) of `similarity_graph`,
+    or as in (5) to (8) and (10) of `similarity_filter`                                         (5)
+    all other gradients follow from d X as in the backward pass of `similarity_nodes`           (6)
+
+Saved for backward: the inputs. Everything per pair is computed again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._checks import work_dtype
+from .._workspace import current_gib, scratch_bytes, workspace
+from ..packing import node_bounds, spans
+from . import _draws
+from ._declare import Argument, Floats, Given, Positive, Result
+from ._register import Op
+from .similarity_filter import reference as filtered
+from .similarity_graph import PARAMETERS, refuse
+from .similarity_graph import reference as reasoned
+from .similarity_nodes import INPUTS, REST
+from .similarity_nodes import reference as make_nodes
+
+OFFERED = ("triton", "cpu", "torch", "reference")
+SCORE = Floats("score_weight", "S"), Floats("score_bias", "1")
+CPU_NODES = 256 << 20  # bytes of the nodes and of their gradients, of the images that the `cpu` backend takes at a time
+
+
+@dataclass(frozen=True)
+class Head:
+    """An op that makes one vector z [S] of a pair's nodes, and what a scorer takes for it.
+
+    Attributes:
+        op: its name.
+        reference: its reference.
+        vectors: (run, nodes, bounds, parameters, statistics, options) -> z [I, T, S], where `run` is the op or its
+            reference.
+        draw: makes parameters and statistics of an example.
+        parameters: what has a gradient.
+        statistics: tensors without one.
+        options: what is no tensor.
+        refuse: as a declaration's.
+    """
+
+    op: str
+    reference: Callable[..., Any]
+    vectors: Callable[..., Tensor]
+    draw: _draws.Example
+    parameters: tuple[Argument, ...]
+    statistics: tuple[Argument, ...] = ()
+    options: tuple[Argument, ...] = ()
+    refuse: Callable[[dict[str, int], Given], str | None] | None = None
+
+    @property
+    def groups(self) -> tuple[tuple[Argument, ...], ...]:
+        """The scorer's arguments in the order of the registered op, the groups that both scorers have among them."""
+        return INPUTS, self.parameters, SCORE, self.statistics, REST, self.options
+
+    def split(self, args: Sequence[Any]) -> list[list[Any]]:
+        """Values of the arguments by group."""
+        values = iter(args)
+        return [list(islice(values, len(group))) for group in self.groups]
+
+
+def _graph(run: Callable[..., Any], nodes: Tensor, bounds: Tensor, parameters, statistics, options) -> Tensor:
+    return run(nodes, *parameters, bounds)
+
+
+def _filter(run: Callable[..., Any], nodes: Tensor, bounds: Tensor, parameters, statistics, options) -> Tensor:
+    return run(nodes, *parameters, *(x.to(nodes.dtype) for x in statistics), bounds, False, *options)[0]
+
+
+GRAPH = Head("similarity_graph", reasoned, _graph, _draws.graph_weights, PARAMETERS, refuse=refuse)
+FILTER = Head(
+    "similarity_filter",
+    filtered,
+    _filter,
+    _draws.filter_weights,
+    (Floats("filter_weight", "S"), Floats("filter_bias", "1"), Floats("norm_weight", "1"), Floats("norm_bias", "1")),
+    (Floats("running_mean", "1", fixed=True), Floats("running_var", "1", fixed=True)),
+    (Positive("eps"),),
+)
+
+
+def _score(z: Tensor, score_weight: Tensor, score_bias: Tensor) -> Tensor:
+    """(3): z [I, T, S] -> [I, T]."""
+    return (z @ score_weight + score_bias).sigmoid()
+
+
+def reference(head: Head, *args: Any) -> Tensor:
+    """(1) to (3): the references of the ops that it is made of, one after the other."""
+    inputs, parameters, score, statistics, rest, options = head.split(args)
+    nodes, _ = make_nodes(*inputs, *rest)
+    return _score(head.vectors(head.reference, nodes, node_bounds(rest[0]), parameters, statistics, options), *score)
+
+
+def _backward(head: Head, backend: str, grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
+    """(4) to (6) in `backend`, which has all the ops that a score is made of: some images at a time, the nodes are made
+    again, and those ops' gradients are put together."""
+    inputs, parameters, score, statistics, (cu_seqlens, region_lengths, scale), options = head.split(args)
+    n, work = len(inputs), work_dtype(grad)
+    # Triton's kernels multiply what the inputs' dtype holds; the C++ ones widen all they read.
+    made = grad.dtype if backend == "triton" else work
+    tensors = [x.detach().to(made) for x in (*inputs, *parameters, *score)]
+    total = [torch.zeros_like(x, dtype=work) if need else None for x, need in zip(tensors, needs, strict=True)]
+    I, M, S = len(tensors[0]), len(tensors[2]) + len(tensors[3]), len(tensors[4])
+    # The nodes and their gradients take half of the scratch, and the ops that run on them the other.
+    room = scratch_bytes(grad.device) // 2
+    most = (min(room, CPU_NODES) if backend == "cpu" else room) // max(2 * M * S * made.itemsize, 1)
+    run = partial(getattr(torch.ops.itm_fast, head.op).default, backend=backend)
+    with workspace(current_gib() / 2):
+        for images in spans(I, max(1, most)):
+            inputs = [tensors[0][images], tensors[1][images], *tensors[2:n]]
+            rest = cu_seqlens, None if region_lengths is None else region_lengths[images], scale
+            nodes, kept = torch.ops.itm_fast.similarity_nodes.default(*inputs, *rest, backend)
+            with torch.enable_grad():
+                leaf = nodes.detach().requires_grad_()
+                leaves = [x.detach().requires_grad_(need) for x, need in zip(tensors[n:], needs[n:], strict=True)]
+                z = head.vectors(run, leaf, node_bounds(cu_seqlens), leaves[:-2], statistics, options)
+                result = _score(z, *leaves[-2:])
+            wanted = [leaf, *(x for x in leaves if x.requires_grad)]
+            d_nodes, *d_head = torch.autograd.grad(result, wanted, grad[images].to(made))
+            del z, result
+            d_inputs = []
+            if any(needs[:n]):
+                d_inputs = torch.ops.itm_fast.similarity_nodes_backward.default(
+                    d_nodes, needs[:n], *inputs, *rest, [nodes, kept], backend
+                )
+            found = iter([*d_inputs, *d_head])
+            for k, whole in enumerate(total):
+                if whole is not None:
+                    (whole[images] if k < 2 else whole).add_(next(found))
+    return [x for x in total if x is not None]
+
+
+def _op(name: str, head: Head) -> Op:
+    """Declare the pair scorer with a head."""
+    parts = _draws.node_inputs, head.draw, _draws.score_weights
+    return Op(
+        name,
+        [argument for group in head.groups for argument in group],
+        [Result("score", "I T")],
+        stem="similarity_score",
+        offered=OFFERED,
+        reference=partial(reference, head),
+        examples=[lambda size, draw: [x for part in parts for x in part(size, draw)]],
+        refuse=head.refuse,
+        backward=partial(_backward, head),
+    )
+
+
+_graph_op = _op("similarity_graph_score", GRAPH)
+_filter_op = _op("similarity_filter_score", FILTER)
+
+
+@_graph_op.public
+def similarity_graph_score(
+    image: Tensor,
+    image_global: Tensor,
+    words: Tensor,
+    caption_global: Tensor,
+    cu_seqlens: Tensor,
+    local_weight: Tensor,
+    local_bias: Tensor,
+    global_weight: Tensor,
+    global_bias: Tensor,
+    query_weight: Tensor,
+    query_bias: Tensor,
+    key_weight: Tensor,
+    key_bias: Tensor,
+    value_weight: Tensor,
+    value_bias: Tensor,
+    score_weight: Tensor,
+    score_bias: Tensor,
+    *,
+    scale: float = 9.0,
+    region_lengths: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Score all pairs as SGRAF with its graph reasoning does (SGR), from encoded images and captions.
+
+    The parameters of the graph are those of `itm_fast.similarity_graph`.
+
+    Args:
+        image: [I, R, D] region features, float64, float32, float16 or bfloat16.
+        image_global: [I, D] one vector an image, same dtype and device as all tensors of floats.
+        words: [N, D] packed word features, same dtype and device; see `itm_fast.pack`.
+        caption_global: [T, D] one vector a caption.
+        cu_seqlens: [T + 1] int32 or int64: caption t is `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
+        local_weight: [S, D] of the similarity of words and what they attend to.
+        local_bias: [S].
+        global_weight: [S, D] of the similarity of the global vectors.
+        global_bias: [S].
+        query_weight: [K, S, S], one matrix a step, as the five that follow.
+        query_bias: [K, S].
+        key_weight: [K, S, S].
+        key_bias: [K, S]. It has no effect on the result, and its gradient is zero.
+        value_weight: [K, S, S].
+        value_bias: [K, S].
+        score_weight: [S] of the projection to the score.
+        score_bias: [1].
+        scale: inverse temperature of the attention's softmax.
+        region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
+        backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
+
+    Returns:
+        Scores in (0, 1), [I, T]; dtype of `image` (under autocast, autocast's).
+
+    Raises:
+        ValueError: a shape, a length or an option is wrong, or K is 0.
+        TypeError: a dtype is wrong.
+        NotImplementedError: the backend asked for cannot run here; the message says why.
+
+    >>> import torch, itm_fast
+    >>> D, S, K = 64, 16, 3
+    >>> words, cu_seqlens = itm_fast.pack(torch.randn(3, 12, D), [12, 5, 8])
+    >>> similarity = [torch.randn(S, D), torch.zeros(S)] * 2
+    >>> graph = [torch.randn(K, S, S), torch.zeros(K, S)] * 3
+    >>> itm_fast.similarity_graph_score(
+    ...     torch.randn(2, 36, D), torch.randn(2, D), words, torch.randn(3, D), cu_seqlens,
+    ...     *similarity, *graph, torch.randn(S), torch.zeros(1)).shape
+    torch.Size([2, 3])
+    """
+    return _graph_op(
+        image=image, image_global=image_global, words=words, caption_global=caption_global, local_weight=local_weight,
+        local_bias=local_bias, global_weight=global_weight, global_bias=global_bias, query_weight=query_weight,
+        query_bias=query_bias, key_weight=key_weight, key_bias=key_bias, value_weight=value_weight,
+        value_bias=value_bias, score_weight=score_weight, score_bias=score_bias, cu_seqlens=cu_seqlens,
+        region_lengths=region_lengths, scale=scale, backend=backend,
+    )  # fmt: skip
+
+
+@_filter_op.public
+def similarity_filter_score(
+    image: Tensor,
+    image_global: Tensor,
+    words: Tensor,
+    caption_global: Tensor,
+    cu_seqlens: Tensor,
+    local_weight: Tensor,
+    local_bias: Tensor,
+    global_weight: Tensor,
+    global_bias: Tensor,
+    filter_weight: Tensor,
+    filter_bias: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    score_weight: Tensor,
+    score_bias: Tensor,
+    *,
+    scale: float = 9.0,
+    eps: float = 1e-5,
+    region_lengths: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Score all pairs as SGRAF with its attention filtration does in evaluation (SAF), from encoded inputs.
+
+    Args:
+        image: [I, R, D] region features, float64, float32, float16 or bfloat16.
+        image_global: [I, D] one vector an image, same dtype and device as all tensors of floats.
+        words: [N, D] packed word features, same dtype and device; see `itm_fast.pack`.
+        caption_global: [T, D] one vector a caption.
+        cu_seqlens: [T + 1] int32 or int64: caption t is `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
+        local_weight: [S, D] of the similarity of words and what they attend to.
+        local_bias: [S].
+        global_weight: [S, D] of the similarity of the global vectors.
+        global_bias: [S].
+        filter_weight: [S] of the projection to one significance a node, as the five that follow; see
+            `itm_fast.similarity_filter`.
+        filter_bias: [1].
+        norm_weight: [1] BatchNorm's scale.
+        norm_bias: [1] BatchNorm's shift.
+        running_mean: [1], used in evaluation.
+        running_var: [1], used in evaluation.
+        score_weight: [S] of the projection to the score.
+        score_bias: [1].
+        scale: inverse temperature of the attention's softmax.
+        eps: BatchNorm's.
+        region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
+        backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
+
+    Returns:
+        Scores in (0, 1), [I, T]; dtype of `image` (under autocast, autocast's).
+
+    Raises:
+        ValueError: a shape, a length or an option is wrong.
+        TypeError: a dtype is wrong.
+        NotImplementedError: the backend asked for cannot run here; the message says why.
+
+    >>> import torch, itm_fast
+    >>> D, S, one = 64, 16, torch.ones(1)
+    >>> words, cu_seqlens = itm_fast.pack(torch.randn(3, 12, D), [12, 5, 8])
+    >>> similarity = [torch.randn(S, D), torch.zeros(S)] * 2
+    >>> filtration = [torch.randn(S), 0 * one, one, 0 * one, 0 * one, one]
+    >>> itm_fast.similarity_filter_score(
+    ...     torch.randn(2, 36, D), torch.randn(2, D), words, torch.randn(3, D), cu_seqlens,
+    ...     *similarity, *filtration, torch.randn(S), 0 * one).shape
+    torch.Size([2, 3])
+    """
+    return _filter_op(
+        image=image, image_global=image_global, words=words, caption_global=caption_global, local_weight=local_weight,
+        local_bias=local_bias, global_weight=global_weight, global_bias=global_bias, filter_weight=filter_weight,
+        filter_bias=filter_bias, norm_weight=norm_weight, norm_bias=norm_bias, running_mean=running_mean,
+        running_var=running_var, score_weight=score_weight, score_bias=score_bias, cu_seqlens=cu_seqlens,
+        region_lengths=region_lengths, scale=scale, eps=eps, backend=backend,
+    )  # fmt: skip
