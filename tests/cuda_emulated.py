@@ -4,20 +4,34 @@
 that ninja compiles them side by side.
 """
 
+import ctypes
 import functools
+import itertools
 import platform
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from built_modules import build_module
 
-from itm_fast import _native
+from itm_fast import _cuda, _native
+from itm_fast.ops._cuda.cross_attention_score import Scan
 
 HERE = Path(__file__).parent / "cuda"
 NAME = "cuda_emulated_module"
 OPTIONS = ["-DITM_EMULATE", "-ffp-contract=off", "-Wno-unknown-pragmas"]
 FLAGS = ("-O2", "-std=c++20", "-fPIC")
+KINDS = ("F16", "BF16", "F16X3", "TF32X3")
+
+SCANS = ["scan_t2i", "scan_i2t"]
+
+
+def instances(kernels, kinds, tiles):
+    """The C++ names of kernels with these template arguments, all with all."""
+    return [f"{kernel}<{kind}, {tile}>" for kernel, kind, tile in itertools.product(kernels, kinds, tiles)]
+
+
 # The C++ names of kernel instances, by the stem of their file, here or in csrc/cuda.
 INSTANCES = {
     "faults": [
@@ -25,8 +39,16 @@ INSTANCES = {
         for fault in ("NOTHING", "NO_BARRIER", "NO_SECOND_BARRIER", "NO_WAIT", "NO_WAIT_EVER", "UNWRITTEN")
         + ("HALF_A_WARP", "HALF_A_BLOCK", "OUTSIDE", "ODD_ADDRESS")
     ],
+    # Columns of an image, slots of words, warps side by side.
+    "scan": [
+        *instances(SCANS, KINDS, ["8, 128, 2", "36, 128, 2"]),
+        *instances(["scan_t2i"], KINDS, ["72, 128, 2", "128, 128, 1"]),
+        *instances(["scan_t2i"], KINDS[2:], ["12, 128, 2", "24, 128, 2", "56, 128, 2", "104, 128, 1"]),
+        *instances(["scan_i2t"], KINDS[2:], ["12, 128, 2", "72, 128, 2", "128, 128, 1"]),
+        *instances(SCANS, ["F16", "F16X3"], ["36, 128, 1", "104, 64, 1"]),  # for GPUs of 64 KiB shared memory
+    ],
 }
-LAYOUTS: dict[str, str] = {}  # C++ text that compares a file's structs with their twins in Python
+STRUCTURES = {"scan": [Scan]}  # twins of the structs of a file
 
 
 def sources():
@@ -36,7 +58,7 @@ def sources():
     for stem, names in INSTANCES.items():
         file = next(place / f"{stem}.cu" for place in (cuda, HERE) if (place / f"{stem}.cu").is_file())
         lines = ['#include "gpu.h"', f"namespace {stem} {{", f'#line 1 "{file.name}"', file.read_text()]
-        lines.append(LAYOUTS.get(stem, ""))
+        lines += [_cuda.layout_checks(twin, twin.__name__) for twin in STRUCTURES.get(stem, ())]
         lines += [f'static bool offered{i} = emulator::offer("{n}", {n});' for i, n in enumerate(names)]
         found[f"{stem}.cpp"] = "\n".join([*lines, "}", ""])
     return found
@@ -57,3 +79,30 @@ def emulated():
     if isinstance(module, str):
         pytest.skip(module)
     return module
+
+
+class Device:
+    """A GPU that is not there: CPU tensors stand for its memory, and kernels run emulated.
+
+    Attributes:
+        capability: its compute capability.
+        order: in which threads run; see emulator.h.
+        launches: (the kernel, what its run counted) of each launch.
+    """
+
+    def __init__(self, module):
+        self.module, self.capability, self.order, self.launches = module, (8, 0), 0, []
+
+    def launch(self, kernel, problem, grid, device):
+        address = ctypes.addressof(problem)
+        counts = self.module.run(kernel.name, address, *grid, kernel.threads, kernel.shared, self.order)
+        self.launches.append((kernel, counts))
+
+
+@pytest.fixture
+def device(emulated, monkeypatch):
+    """A `Device` that the backend launches on."""
+    made = Device(emulated)
+    monkeypatch.setattr(_cuda, "launch", made.launch)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: made.capability)
+    return made

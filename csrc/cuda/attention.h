@@ -10,41 +10,62 @@ enum Norm { NONE, L1, L2, SOFTMAX };
 
 struct Attention {
     int norm;
-    float slope;           // of the LeakyReLU for negative affinities; 1: none
-    float scale;           // inverse temperature of the softmax over the contexts
-    const unsigned *factor;  // [images][BLOCKS * 8][BLOCKS * 4][2] see `attend`
-    const float *size;     // [images][BLOCKS * 8] powers of two, near the regions' lengths; 0 beyond the regions
+    float slope;  // of the LeakyReLU for negative affinities; 1: none
+    float scale;  // inverse temperature of the softmax over the contexts
+};
+
+// What the lengths of attended vectors are computed from: factors of the contexts' Gram matrices, of one set each.
+struct Grams {
+    const void *factor;
+    const float *size;
+    const long long *place;  // where a caption's factor begins (i2t)
 };
 
 __device__ __forceinline__ float clipped(float x, float slope) { return x > 0 ? x : slope * x; }
 
-// The number that normalises one context's affinities x(0) to x(n - 1) with all queries of a set; see `normalised`.
-template <class Value>
-__device__ __forceinline__ float norm_over(const Attention &p, int n, Value value) {
-    float sum = 0;
+__device__ __forceinline__ float quad_sum(float x) {
+    x += shuffle_xor(x, 1);
+    return x + shuffle_xor(x, 2);
+}
+__device__ __forceinline__ float quad_max(float x) {
+    float y = shuffle_xor(x, 1);
+    x = y > x ? y : x;
+    y = shuffle_xor(x, 2);
+    return y > x ? y : x;
+}
+
+// Who has the affinities of one norm: a thread alone, or the lanes with the same g.
+struct Alone {
+    __device__ __forceinline__ static float sum(float x) { return x; }
+    __device__ __forceinline__ static float largest(float x) { return x; }
+};
+struct Quad {
+    __device__ __forceinline__ static float sum(float x) { return quad_sum(x); }
+    __device__ __forceinline__ static float largest(float x) { return quad_max(x); }
+};
+
+// The number that normalises one context's affinities with all queries of a set; see `normalised`. `each(f)` calls f with
+// those that this thread has.
+template <class Owners, class Each>
+__device__ __forceinline__ float norm_over(const Attention &p, Each each) {
+    float sum = 0, small = 0;
     if (p.norm == SOFTMAX) {
         float top = -INFINITE;
-        for (int q = 0; q < n; ++q) top = value(q) > top ? value(q) : top;
-        for (int q = 0; q < n; ++q) sum += exp2f((value(q) - top) * LOG2E);
-        return top + logf(sum);
+        each([&](float x) { top = x > top ? x : top; });
+        top = Owners::largest(top);
+        each([&](float x) { sum += exp2f((x - top) * LOG2E); });
+        return top + logf(Owners::sum(sum));
     }
     if (p.norm == L1) {
-        for (int q = 0; q < n; ++q) sum += fabsf(clipped(value(q), p.slope));
-        return 1 / (sum + EPS);
+        each([&](float x) { sum += fabsf(clipped(x, p.slope)); });
+        return 1 / (Owners::sum(sum) + EPS);
     }
-    for (int q = 0; q < n; ++q) {
-        const float x = clipped(value(q), p.slope);
-        sum += x * x;
-    }
-    if (!(sum < INFINITE)) {  // squares beyond float32, though the norm is within it
-        sum = 0;
-        for (int q = 0; q < n; ++q) {
-            const float x = clipped(value(q), p.slope) * 0x1p-64f;
-            sum += x * x;
-        }
-        return 1 / (sqrtf(sum) * 0x1p64f);
-    }
-    return 1 / (sqrtf(sum) + EPS);
+    each([&](float x) {
+        x = clipped(x, p.slope);
+        sum += x * x, small += x * 0x1p-64f * (x * 0x1p-64f);
+    });
+    sum = Owners::sum(sum), small = Owners::sum(small);
+    return sum < INFINITE ? 1 / (sqrtf(sum) + EPS) : 1 / (sqrtf(small) * 0x1p64f);  // squares may lie beyond float32
 }
 
 // An affinity by the number that `norm_over` gives.
@@ -63,21 +84,32 @@ __device__ __forceinline__ void norms_of_captions(float *norms, float *values, c
     __syncthreads();
     for (int i = threadIdx.x; i < at.captions * T::WIDTH; i += T::THREADS) {
         const int caption = i / T::WIDTH, column = i % T::WIDTH;
-        const int begin = p.begin[at.member + caption], words = p.end[at.member + caption] - begin;
-        const float *value = values + begin * T::LD + column;
-        norms[caption * T::LD + column] = norm_over(attention, words, [&](int q) { return value[q * T::LD]; });
+        const int begin = p.begin[at.member + caption], end = p.end[at.member + caption];
+        norms[caption * T::LD + column] = norm_over<Alone>(attention, [&](auto use) {
+            for (int slot = begin; slot < end; ++slot) use(values[slot * T::LD + column]);
+        });
     }
 }
 
-__device__ __forceinline__ float quad_sum(float x) {
-    x += shuffle_xor(x, 1);
-    return x + shuffle_xor(x, 2);
-}
-__device__ __forceinline__ float quad_max(float x) {
-    float y = shuffle_xor(x, 1);
-    x = y > x ? y : x;
-    y = shuffle_xor(x, 2);
-    return y > x ? y : x;
+// Norms over the regions of each image, of 16 words from slot `row` on with an image, counted within the warp: into
+// norms [IMAGES][SLOTS].
+template <class T>
+__device__ __forceinline__ void norms_of_image(float *norms, const float (&acc)[T::BLOCKS_N][4], int row, int image,
+                                               const Pairs &p, const Attention &attention, const Place<T> &at) {
+    const int in_group = at.warp_image + image, regions = at.regions(p, in_group);
+    float raw[T::BLOCKS][4];
+    take_image<T>(raw, acc, image, at.t);
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const float number = norm_over<Quad>(attention, [&](auto use) {
+#pragma unroll
+            for (int n = 0; n < T::BLOCKS; ++n)
+#pragma unroll
+                for (int j = 0; j < 2; ++j)
+                    if (n * 8 + 2 * at.t + j < regions) use(raw[n][2 * i + j]);
+        });
+        if (at.t == 0) norms[in_group * T::SLOTS + row + at.g + 8 * i] = number;
+    }
 }
 
 // Softmax of words g and g + 8 over an image's regions.
@@ -89,11 +121,13 @@ template <class T> struct Attended {
 // Attends with 16 words, whose first slot is `row`, to an image, counted within the warp.
 //
 // The attended vector's length is |F v|, a sum of squares that cannot cancel: v = e times `size`, and F^T F is the Gram
-// matrix of the regions divided by their `size`. F is upper triangular. It and v, divided by a power of two near its
-// largest number, are sums of two float16 numbers; F lies there as (first, second) halves of two neighbouring columns.
+// matrix of the regions divided by their `size`. F is upper triangular. Times powers of two, it and v are sums of two
+// float16 numbers below 2^9. `size` is [images][BLOCKS * 8], powers of two, and 0 beyond the regions. F lies in memory
+// times 2^9, [images][BLOCKS * 8][BLOCKS * 4][2] words: the first and the second numbers of two neighbouring columns.
 template <class T>
 __device__ __forceinline__ void attend(Attended<T> &out, const float (&acc)[T::BLOCKS_N][4], const float *norms, int row,
-                                       int image, const Pairs &p, const Attention &attention, const Place<T> &at) {
+                                       int image, const Pairs &p, const Attention &attention, const Grams &grams,
+                                       const Place<T> &at) {
     constexpr int BLOCKS = T::BLOCKS;
     const int in_group = at.warp_image + image, regions = at.regions(p, in_group), t = at.t;
     float raw[BLOCKS][4], top[2] = {-INFINITE, -INFINITE};
@@ -116,7 +150,7 @@ __device__ __forceinline__ void attend(Attended<T> &out, const float (&acc)[T::B
 #pragma unroll
     for (int i = 0; i < 2; ++i) top[i] = quad_max(top[i]), out.z[i] = out.dot[i] = 0;
     const long long in_all = at.first_image + min(in_group, at.images - 1);
-    const float *size = attention.size + in_all * BLOCKS * 8;
+    const float *size = grams.size + in_all * BLOCKS * 8;
 #pragma unroll
     for (int n = 0; n < BLOCKS; ++n)
 #pragma unroll
@@ -128,13 +162,13 @@ __device__ __forceinline__ void attend(Attended<T> &out, const float (&acc)[T::B
             const float v = e * size[n * 8 + 2 * t + j % 2];
             largest[j / 2] = v > largest[j / 2] ? v : largest[j / 2];
         }
-    // 2^-8 times v's least power of two, and its inverse, from the exponent's bits.
+    // v times `over` is below 2^9, as F is; `unit` makes up for both.
     float unit[2], over[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         unsigned exponent = as_bits(quad_max(largest[i])) >> 23;
-        exponent = exponent < 9 ? 9 : exponent > 253 ? 253 : exponent;
-        unit[i] = as_float((exponent - 8) << 23), over[i] = as_float((254 + 8 - exponent) << 23);
+        exponent = exponent < 18 ? 18 : exponent > 253 ? 253 : exponent;
+        unit[i] = as_float((exponent - 17) << 23), over[i] = as_float((254 + 8 - exponent) << 23);
     }
     unsigned v[BLOCKS][2], rest[BLOCKS][2];
 #pragma unroll
@@ -146,7 +180,7 @@ __device__ __forceinline__ void attend(Attended<T> &out, const float (&acc)[T::B
             v[n][i] = to_halves(x, y);
             rest[n][i] = to_halves(x - half_of(v[n][i], false), y - half_of(v[n][i], true));
         }
-    const unsigned *factor = attention.factor + in_all * (BLOCKS * 8) * (BLOCKS * 8) + (at.g * BLOCKS * 4 + t) * 2;
+    const unsigned *factor = static_cast<const unsigned *>(grams.factor) + in_all * (BLOCKS * 8) * (BLOCKS * 8) + (at.g * BLOCKS * 4 + t) * 2;
     float square[2] = {0, 0};
 #pragma unroll(BLOCKS > 9 ? 1 : BLOCKS)  // all of a larger F at a time takes too many registers
     for (int b = 0; b < BLOCKS; ++b) {  // eight rows of F: what lies left of them is zero

@@ -7,11 +7,19 @@ enum Pool { LSE, MAX, SUM, MEAN };
 struct Scan {
     Pairs pairs;
     Attention attention;
-    const float *length;  // [N] of words (t2i), |q|
+    Grams grams;
+    const float *length;  // of the queries' rows, |q|
     float *score;         // [images][captions]
     int pool;
     float pool_scale;
 };
+
+// The cosine of a query with what it attends to, from the sum of exponentials z: the sums of e times the affinity, and of
+// e times the context, whose length is `attended`.
+__device__ __forceinline__ float cosine_of(float dot, float attended, float z, float length) {
+    const float both = length * (attended / z);
+    return dot / z / (both > EPS ? both : EPS);
+}
 
 // One score of the cosines r(0) to r(n - 1).
 template <class Value> __device__ __forceinline__ float pooled(const Scan &p, int n, Value r) {
@@ -30,7 +38,7 @@ template <class Value> __device__ __forceinline__ float pooled(const Scan &p, in
 }
 
 // Words attend to regions. Grid: tiles x groups of images; see `Place`.
-template <Kind KIND, int COLUMNS, int SLOTS = 128, int SIDE = COLUMNS <= 72 ? 2 : 1>
+template <Kind KIND, int COLUMNS, int SLOTS, int SIDE>
 __global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) scan_t2i(Scan p) {
     using T = Tile<KIND, COLUMNS, SLOTS, SIDE>;
     if (p.pairs.wide && *p.pairs.wide != p.pairs.for_wide) return;
@@ -54,14 +62,13 @@ __global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) 
         for (int image = 0; image < T::WARP_IMAGES; ++image) {
             Attended<T> found;
             const int slot = at.warp_row + m * 16;
-            attend<T>(found, acc[m], norms, slot, image, p.pairs, p.attention, at);
+            attend<T>(found, acc[m], norms, slot, image, p.pairs, p.attention, p.grams, at);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int mine = slot + at.g + 8 * i, row = p.pairs.row[at.tile * SLOTS + mine];
-                if (at.t == 0 && row >= 0) {
-                    const float both = p.length[row] * (found.length[i] / found.z[i]);
-                    cosine[(at.warp_image + image) * SLOTS + mine] = found.dot[i] / found.z[i] / (both > EPS ? both : EPS);
-                }
+                if (at.t == 0 && row >= 0)
+                    cosine[(at.warp_image + image) * SLOTS + mine] =
+                        cosine_of(found.dot[i], found.length[i], found.z[i], p.length[row]);
             }
         }
     __syncthreads();
@@ -71,5 +78,73 @@ __global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) 
         const float *r = cosine + image * SLOTS + begin;
         p.score[(long long)(at.first_image + image) * p.pairs.captions + p.pairs.caption[member]] =
             pooled(p, words, [&](int q) { return r[q]; });
+    }
+}
+
+// Regions attend to words. Grid: as `scan_t2i`.
+//
+// A caption's words lie in several warps, so affinities pass through shared memory, and one thread has a caption with one
+// region. A caption's factor is [ceil(W / 4)][W][4]: of four rows of F, word by word; times `size` it is that of x x^T.
+template <Kind KIND, int COLUMNS, int SLOTS, int SIDE>
+__global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) scan_i2t(Scan p) {
+    using T = Tile<KIND, COLUMNS, SLOTS, SIDE>;
+    static_assert(T::IMAGES * SLOTS <= CAPTIONS * T::LD);
+    if (p.pairs.wide && *p.pairs.wide != p.pairs.for_wide) return;
+    DYNAMIC_SHARED(shared, T::WORK + CAPTIONS * T::LD * 4);
+    float *norms = reinterpret_cast<float *>(shared + T::WORK);  // [IMAGES][SLOTS]
+    float *values = reinterpret_cast<float *>(shared);           // [SLOTS][LD] affinities, then e, then cosines
+    const Place<T> at(p.pairs);
+
+    typename T::Accumulators acc;
+    affinities<T>(acc, shared, p.pairs, at);
+    __syncthreads();  // the stages have been read
+    store<T>(values, acc, at);
+    if (p.attention.norm != NONE)
+#pragma unroll
+        for (int m = 0; m < T::BLOCKS_M; ++m)
+#pragma unroll
+            for (int image = 0; image < T::WARP_IMAGES; ++image)
+                norms_of_image<T>(norms, acc[m], at.warp_row + m * 16, image, p.pairs, p.attention, at);
+    __syncthreads();
+
+    for (int i = threadIdx.x; i < at.captions * T::WIDTH; i += T::THREADS) {
+        const int member = at.member + i / T::WIDTH, column = i % T::WIDTH;
+        const int image = column / COLUMNS, region = column % COLUMNS, caption = p.pairs.caption[member];
+        if (region >= at.regions(p.pairs, image)) continue;
+        const int begin = p.pairs.begin[member], words = p.pairs.end[member] - begin;
+        float *value = values + begin * T::LD + column, *number = norms + image * SLOTS + begin;
+        auto logit = [&](int w) {
+            return normalised(p.attention, value[w * T::LD], p.attention.norm == NONE ? 0 : number[w]);
+        };
+        float top = -INFINITE, z = 0, dot = 0, square = 0;
+        for (int w = 0; w < words; ++w) {
+            const float x = logit(w);
+            top = x > top ? x : top;
+        }
+        for (int w = 0; w < words; ++w) {
+            const float e = exp2f((logit(w) - top) * (p.attention.scale * LOG2E));
+            z += e;
+            dot += e * value[w * T::LD];
+            value[w * T::LD] = e;
+        }
+        const float4 *factor = static_cast<const float4 *>(p.grams.factor) + p.grams.place[caption];
+        for (int y = 0; y < words; y += 4, factor += words) {
+            float a = 0, b = 0, c = 0, d = 0;
+            for (int w = y; w < words; ++w) {
+                const float e = value[w * T::LD];
+                const float4 f = factor[w];
+                a += f.x * e, b += f.y * e, c += f.z * e, d += f.w * e;
+            }
+            square += a * a + b * b + c * c + d * d;
+        }
+        const float length = p.length[(long long)(at.first_image + image) * p.pairs.R + region];
+        *value = cosine_of(dot, sqrtf(square) * p.grams.size[caption], z, length);
+    }
+    __syncthreads();
+    for (int i = threadIdx.x; i < at.captions * at.images; i += T::THREADS) {
+        const int member = at.member + i % at.captions, image = i / at.captions;
+        const float *r = values + p.pairs.begin[member] * T::LD + image * COLUMNS;
+        p.score[(long long)(at.first_image + image) * p.pairs.captions + p.pairs.caption[member]] =
+            pooled(p, at.regions(p.pairs, image), [&](int x) { return r[x]; });
     }
 }

@@ -1,0 +1,153 @@
+"""What the CUDA kernels read of rows of words and regions: float16 numbers for float32 ones, lengths, and factors of
+Gram matrices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..._workspace import scratch_bytes
+from ...packing import runs, spans
+
+TOP = 9  # rows are scaled so that their largest number lies in [2^8, 2^9): products of two and their sums fit float32
+BLOCK = 32  # numbers of a row whose first halves, and then second halves, lie together
+# A row is wide if more than one in EIGHTH of its numbers but zeros lies below LOW, where two float16 numbers have less
+# than 21 bits of it: they reach down to 2^-25, whatever the row's largest number.
+LOW, EIGHTH = 2.0**-4, 8
+PIVOT = 1e-14  # of the largest: a smaller pivot of a Gram matrix is rounding
+
+
+class Halves(NamedTuple):
+    """Rows of float32 numbers as float16 numbers times powers of two.
+
+    Attributes:
+        rows: [n, D], or [n, 2 D'] of pairs: `BLOCK` first numbers, then the `BLOCK` second ones, zeros from D on.
+        exponent: [n] int32: a row is 2^exponent times what `rows` has of it.
+        wide: [1] int32: whether any row of pairs is wide; None where there are no pairs.
+    """
+
+    rows: Tensor
+    exponent: Tensor
+    wide: Tensor | None
+
+
+def split_rows(rows: Tensor, pairs: bool) -> Halves:
+    """Rows [n, D] of float32 numbers, each as one float16 number or as the sum of a pair of them.
+
+    The error is at most 2^-22 (a pair) or 2^-12 of a number, or 2^-34 or 2^-23 of the row's largest one, if that is
+    more. A row that is not finite stays so.
+    """
+    n, D = rows.shape
+    blocks = -(-D // BLOCK)
+    found = rows.new_zeros(n, 2 * BLOCK * blocks if pairs else D, dtype=torch.float16)
+    exponent = rows.new_empty(n, dtype=torch.int32)
+    wide = rows.new_zeros(1, dtype=torch.int32)
+    for some in spans(n, max(1, scratch_bytes(rows.device) // (24 * max(1, D)))):
+        x = rows[some]
+        exponent[some] = torch.frexp(_finite(x.abs().amax(1)))[1] - TOP
+        y = x * _power(-exponent[some])[:, None] * _power(-exponent[some], second=True)[:, None]
+        if not pairs:
+            found[some] = y.half()
+            continue
+        first = y.half()
+        second = (y - first.float()).half()
+        both = torch.nn.functional.pad(torch.stack([first, second], 1), (0, blocks * BLOCK - D))
+        found[some] = both.unflatten(2, (blocks, BLOCK)).transpose(1, 2).flatten(1)
+        small, real = (y.abs() < LOW).logical_and_(y != 0).sum(1), (y != 0).sum(1)
+        wide |= (small * EIGHTH > real).any().to(torch.int32)
+    return Halves(found, exponent, wide if pairs else None)
+
+
+def _finite(x: Tensor) -> Tensor:
+    return torch.where(x.isfinite(), x, 1.0)
+
+
+def _power(exponent: Tensor, second: bool = False) -> Tensor:
+    """float32 2^h of one of the halves h of exponents, whose own powers may lie beyond float32; made of its bits."""
+    half = exponent >> 1
+    return ((exponent - half if second else half) + 127 << 23).view(torch.float32)
+
+
+def lengths(rows: Tensor) -> Tensor:
+    """|x| of rows [n, D] in float32; added up in float64, as squares may lie beyond float32."""
+    found = rows.new_empty(len(rows), dtype=torch.float32)
+    for some in spans(len(rows), max(1, scratch_bytes(rows.device) // (16 * max(1, rows.shape[1])))):
+        found[some] = torch.linalg.vector_norm(rows[some], dim=1, dtype=torch.float64).float()
+    return found
+
+
+def near(length: Tensor) -> Tensor:
+    """Powers of two at most twice the lengths, and 1 for those that are zero or not finite."""
+    exponent = torch.frexp(_finite(length))[1].clamp(-126, 127)
+    return (exponent + 127 << 23).view(torch.float32)
+
+
+def gram_factor(x: Tensor) -> Tensor:
+    """F with F^T F = x x^T for sets of rows x [B, n, D] in float64: [B, n, n] upper triangular.
+
+    A sum of squares |F e|^2 cannot cancel as e^T (x x^T) e does. A pivot that is but rounding makes a row of zeros.
+    """
+    rest = x @ x.transpose(1, 2)
+    F = torch.zeros_like(rest)
+    least = PIVOT * rest.diagonal(dim1=1, dim2=2).amax(1)
+    for k in range(rest.shape[1]):
+        pivot = rest[:, k, k]
+        inverse = torch.where(pivot > least, pivot, torch.inf).rsqrt()
+        F[:, k, k:] = rest[:, k, k:] * inverse[:, None]
+        rest[:, k + 1 :, k + 1 :].baddbmm_(F[:, k, k + 1 :, None], F[:, k, None, k + 1 :], alpha=-1)
+    return F
+
+
+class Factors(NamedTuple):
+    """What the kernels compute the lengths of attended vectors from; see `attention.h` and `scan_i2t`.
+
+    Attributes:
+        factor: of images [I, S, S / 2, 2] int32, pairs of float16 numbers in each, S a multiple of 8; of captions
+            float32, one after the other.
+        size: powers of two: of images [I, S] float32, zero beyond the regions; of captions [T].
+        place: [T] int64, where a caption's factor begins, in steps of four numbers; None for images.
+    """
+
+    factor: Tensor
+    size: Tensor
+    place: Tensor | None = None
+
+
+def image_factors(image: Tensor, count: Tensor | None, S: int) -> Factors:
+    """The factors of images [I, R, D] of which image i has count[i] regions, or R."""
+    I, R, D = image.shape
+    factor = image.new_zeros(I, S, S // 2, 2, dtype=torch.int32)
+    size = image.new_zeros(I, S, dtype=torch.float32)
+    for some in spans(I, max(1, scratch_bytes(image.device) // (8 * R * (2 * D + 4 * S)))):
+        x = image[some].double()
+        if count is not None:
+            beyond = torch.arange(R, device=image.device)[None, :] >= count[some, None]
+            x.masked_fill_(beyond[:, :, None], 0.0)
+        power = near(torch.linalg.vector_norm(x, dim=2).float())
+        F = torch.nn.functional.pad(gram_factor(x / power[:, :, None]), (0, S - R, 0, S - R)) * 2.0**TOP
+        first = F.half()
+        both = torch.stack([first, (F - first.double()).half()], 2)  # [., S, 2, S]
+        factor[some] = both.contiguous().view(torch.int32).transpose(2, 3)
+        size[some, :R] = power if count is None else power.masked_fill(beyond, 0.0)
+    return Factors(factor, size)
+
+
+def caption_factors(words: Tensor, edge: Sequence[int]) -> Factors:
+    """The factors of captions, packed words [N, D] with bounds `edge`."""
+    size = words.new_empty(len(edge) - 1, dtype=torch.float32)
+    place = torch.empty_like(size, dtype=torch.int64)
+    factors, begin = [], 0
+    for run in runs(edge, words.device, max(1, scratch_bytes(words.device) // (32 * words.shape[1]))):
+        L = run.length
+        x = words[run.rows].view(run.size, L, -1).double()
+        power = near(torch.linalg.vector_norm(x, dim=2).amax(1).float())
+        size[run.captions] = power
+        rows = -(-L // 4)
+        F = torch.nn.functional.pad(gram_factor(x / power[:, None, None]), (0, 0, 0, 4 * rows - L)).float()
+        factors.append(F.view(run.size, rows, 4, L).transpose(2, 3).flatten())
+        place[run.captions] = begin + rows * L * torch.arange(run.size, device=place.device)
+        begin += run.size * rows * L
+    return Factors(torch.cat(factors), size, place)

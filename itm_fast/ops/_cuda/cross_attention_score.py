@@ -1,0 +1,162 @@
+"""`cross_attention_score` in CUDA C++ (csrc/cuda/scan.cu): what its kernels read, and their launch."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ... import _cuda
+from ..._checks import matmul_precision
+from ...packing import checked, kept
+from .. import _attention
+from .._declare import empty
+from . import _rows, _tiles
+from ._tiles import Pairs, Tile
+
+OP = "cross_attention_score"
+REGIONS = _tiles.COLUMNS[-1]
+# Enumerators of `Norm`, and whether the LeakyReLU comes before (attention.h); of `Pool` (scan.cu).
+NORMS = {
+    "softmax": (3, False), "l2norm": (2, False), "clipped_l2norm": (2, True), "l1norm": (1, False),
+    "clipped_l1norm": (1, True), "clipped": (0, True), "none": (0, False),
+}  # fmt: skip
+POOLS = {"lse": 0, "max": 1, "sum": 2, "mean": 3}
+
+
+class Attention(ctypes.Structure):
+    """Twin of `Attention` in attention.h."""
+
+    _fields_ = [
+        ("norm", ctypes.c_int),
+        ("slope", ctypes.c_float),
+        ("scale", ctypes.c_float),
+    ]
+
+
+class Grams(ctypes.Structure):
+    """Twin of `Grams` in attention.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("factor", "size", "place")]
+
+
+class Scan(ctypes.Structure):
+    """Twin of `Scan` in scan.cu."""
+
+    _fields_ = [
+        ("pairs", Pairs),
+        ("attention", Attention),
+        ("grams", Grams),
+        ("length", ctypes.c_void_p),
+        ("score", ctypes.c_void_p),
+        ("pool", ctypes.c_int),
+        ("pool_scale", ctypes.c_float),
+    ]
+
+
+def why_not(dtype: torch.dtype, R: int, D: int, longest: int, capability: tuple[int, int]) -> str | None:
+    """Why the kernels cannot score captions of up to `longest` words, one sentence; None if they can."""
+    if not 1 <= R <= REGIONS:
+        return f"CUDA kernels take images of 1 to {REGIONS} regions, got R = {R}"
+    if D % 8 or not D:
+        return f"CUDA kernels need D to be a multiple of 8, got {D}"
+    most = min(127, _tiles.tile_of(R, capability).slots)
+    if longest > most:
+        return f"CUDA kernels take captions of at most {most} words for R = {R} on this GPU, got {longest}"
+    return None
+
+
+class Rows(NamedTuple):
+    """Words [N, D] and regions [I * R, D] in a form that kernels of `kind` multiply."""
+
+    kind: str
+    words: Tensor
+    regions: Tensor
+    exponents: tuple[Tensor, Tensor] | None = None
+    wide: Tensor | None = None
+    for_wide: bool = False
+
+
+def _forms(words: Tensor, regions: Tensor, capability: tuple[int, int]) -> Iterator[Rows]:
+    """The forms to launch: one, or two where the rows decide on the device which of them computes the scores."""
+    if words.dtype != torch.float32:
+        yield Rows("BF16" if words.dtype == torch.bfloat16 else "F16", words, regions)
+        return
+    pairs = matmul_precision() == "highest"
+    q, x = _rows.split_rows(words, pairs), _rows.split_rows(regions, pairs)
+    both = None
+    if q.wide is not None and x.wide is not None and capability >= _tiles.TENSOR_FLOAT32:
+        both = q.wide | x.wide
+        yield Rows("TF32X3", words, regions, None, both, True)
+    yield Rows("F16X3" if pairs else "F16", q.rows, x.rows, (q.exponent, x.exponent), both)
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied unless it is contiguous and starts at a multiple of 16 bytes, as kernels copy 16 at a time."""
+    tensor = tensor.contiguous()
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
+
+
+def forward(
+    image: Tensor,
+    words: Tensor,
+    cu_seqlens: Tensor,
+    region_lengths: Tensor | None,
+    direction: str,
+    affinity_norm: str,
+    scale: float,
+    pool: str,
+    pool_scale: float,
+) -> Tensor:
+    """Scores [I, T].
+
+    Raises:
+        NotImplementedError: the kernels do not take these sizes.
+    """
+    score = empty(OP, image, words, cu_seqlens, region_lengths, direction, affinity_norm, scale, pool, pool_scale)
+    (I, R, D), device = image.shape, image.device
+    if not score.numel():
+        return score
+    capability = torch.cuda.get_device_capability(device)
+    if problem := why_not(image.dtype, R, D, 0, capability):
+        raise NotImplementedError(f"{OP}: {problem}")
+    tile = _tiles.tile_of(R, capability)
+    plan = _tiles.plan_tiles(cu_seqlens, len(words), OP, tile.slots)
+    count = None
+    if region_lengths is not None:
+        kept(region_lengths, ("regions", R), lambda values: _attention.region_counts(values, image, OP))
+        count = aligned(checked(region_lengths).to(torch.int32))
+    image, words = aligned(image), aligned(words)
+    regions = image.view(I * R, D)
+    if direction == "t2i":
+        length, factors = _rows.lengths(words), _rows.image_factors(image, count, -(-tile.columns // 8) * 8)
+    else:
+        length, factors = _rows.lengths(regions), _rows.caption_factors(words, plan.edge)
+    norm, clipped = NORMS[affinity_norm]
+    attention, grams = Attention(norm, _attention.SLOPE if clipped else 1.0, scale), Grams(*map(_address, factors))
+    result = score if score.dtype == torch.float32 else score.new_empty(score.shape, dtype=torch.float32)
+    groups = -(-I // tile.images)
+    for form in _forms(words, regions, capability):
+        exponents = form.exponents or (None, None)
+        pairs = Pairs(
+            *(_address(x) for x in (form.words, form.regions, *exponents, count)),
+            *(x.data_ptr() for x in (plan.first, plan.caption, plan.begin, plan.end, plan.row, plan.owner)),
+            _address(form.wide), I, R, len(plan.edge) - 1, form.words.shape[1] * form.words.itemsize // 16, plan.tiles,
+            form.for_wide,
+        )  # fmt: skip
+        problem_ = Scan(pairs, attention, grams, length.data_ptr(), result.data_ptr(), POOLS[pool], pool_scale)
+        _cuda.launch(kernel(direction, form.kind, tile), problem_, (plan.tiles * groups, 1), device)
+    return score if result is score else score.copy_(result)
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def kernel(direction: str, kind: str, tile: Tile) -> _cuda.Kernel:
+    """The instance for a kind of products."""
+    name = f"scan_{direction}<{kind}, {tile.columns}, {tile.slots}, {tile.side}>"
+    return _cuda.Kernel("scan.cu", name, Scan, tile.threads, tile.shared)
