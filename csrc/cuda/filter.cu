@@ -1,0 +1,72 @@
+// similarity_filter_score in evaluation from the attention weights on: the nodes of a tile of captions with one image,
+// (1) to (4) of itm_fast/ops/similarity_filter.py over them, and the scores. Nodes stay in shared memory.
+//
+//   g = sigmoid(w . x + b),   beta = g / (sum of |g| + eps),   m = sum of beta x,   score = sigmoid(w_e . m / (|m| + eps) + b_e)
+//
+// w and b hold the batch normalisation as well.
+#include "nodes.h"
+
+struct Filter {
+    Nodes nodes;
+    const float *gate_weight, *gate_bias;      // [S], [1]
+    const float *score_weight, *score_bias;    // [S], [1]
+    void *score;                               // [images, all_captions]
+    int all_captions;
+};
+
+template <class T> struct FilterShared {
+    static constexpr int ROOM = sizeof(typename T::Making) > T::MATRIX ? sizeof(typename T::Making) : T::MATRIX;
+    unsigned char room[ROOM];  // X
+    typename T::Shared tile;
+    float gate[T::SLOTS];
+};
+
+// A block: one tile with one image. Grid: tiles x images.
+template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS>
+__global__ void __launch_bounds__(THREADS, 1) filter_scores(Filter p) {
+    using T = NodeTile<KIND, S, SLOTS, DEPTH, REGIONS>;
+    DYNAMIC_SHARED(memory);
+    auto &sh = *reinterpret_cast<FilterShared<T> *>(memory);
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    make_nodes<T>(p.nodes, sh.tile, *reinterpret_cast<typename T::Making *>(sh.room));
+    auto pair = [&](int row, int column) {
+        return *reinterpret_cast<const unsigned *>(sh.room + place<T::WIDE>(row, column / 8) + column % 8 * 2);
+    };
+
+    // A warp's rows, one after the other; a lane adds every 32nd pair of numbers.
+    for (int row = warp; row < SLOTS; row += WARPS) {
+        float sum = 0;
+        for (int c = lane * 2; c < S; c += 64) {
+            const unsigned x = pair(row, c);
+            sum += low<KIND>(x) * p.gate_weight[c] + high<KIND>(x) * p.gate_weight[c + 1];
+        }
+        sum = warp_sum(sum) + *p.gate_bias;
+        if (lane == 0) sh.gate[row] = sh.tile.owner[row] < 0 ? 0 : 1 / (1 + exp2f(-sum * LOG2E));
+    }
+    __syncthreads();
+    // A warp's captions, one after the other; a lane has every 32nd pair of columns.
+    for (int caption = warp; caption < sh.tile.captions; caption += WARPS) {
+        const int first = sh.tile.first[caption], stop = sh.tile.end[first / 16] * 16;
+        float total = 0, square = 0, dot = 0;
+        for (int row = first; row < stop; ++row) total += sh.gate[row];
+        const float share = 1 / (total + EPS);
+        for (int c = lane * 2; c < S; c += 64) {
+            float x = 0, y = 0;
+            for (int row = first; row < stop; ++row) {
+                const unsigned both = pair(row, c);
+                const float beta = sh.gate[row] * share;
+                x += beta * low<KIND>(both);
+                y += beta * high<KIND>(both);
+            }
+            square += x * x + y * y;
+            dot += x * p.score_weight[c] + y * p.score_weight[c + 1];
+        }
+        square = warp_sum(square);
+        dot = warp_sum(dot);
+        if (lane == 0) {
+            const float sum = dot / (sqrtf(square) + EPS) + *p.score_bias + sh.tile.spoiled[first / 16];
+            const long long at = blockIdx.y * (long long)p.all_captions + sh.tile.caption[caption];
+            store<KIND>(p.score, at, 1 / (1 + exp2f(-sum * LOG2E)));
+        }
+    }
+}

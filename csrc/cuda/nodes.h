@@ -1,0 +1,236 @@
+// The nodes of a tile of captions with one image, (1) and (2) of itm_fast/ops/similarity_nodes.py, for a head that reads
+// them from shared memory (graph.cu, filter.cu).
+//
+//   u = e x / length,   y = W_l (u - q)^2 + b_l,   s = y / (|y| + eps)
+//
+// with the attention weights e and lengths of weights.cu. The nodes of global vectors, one a pair, are rows of another
+// product: `global_nodes` (global_nodes.cu) writes them to memory, and each tile reads its own.
+//
+// A tile has SLOTS rows, each for one node or empty. A caption takes 16, 32, 64 or 128 of them from a multiple of that
+// number on, its global node first (`packing.node_plan`); so no sum depends on the captions beside it.
+#pragma once
+#include "tile.h"
+
+struct Nodes {
+    const void *words, *image;    // [N, D], [images, regions, D]
+    const void *weight;           // [images, words, pitch] attention weights of a window of words
+    const float *inverse;         // [images, words] what e x is to be multiplied by
+    const void *overall;          // [images, captions, S] global nodes of the window's captions
+    const void *local_weight;     // [S, D]
+    const float *local_bias;      // [S]
+    const int *row, *owner;       // [tiles * SLOTS] packed node and caption of each slot, or -1
+    const int *start;             // [T + 1] first packed node of each caption
+    const int *count;             // [images] regions of each image
+    int regions, dim, pitch;
+    int first_word, size;         // the window's words
+    int first_caption, captions;  // the window's captions
+};
+
+// KIND: dtype of the factors of products. DEPTH: numbers of a row that a stage holds. REGIONS: a multiple of 16.
+template <Kind KIND_, int S_, int SLOTS_, int DEPTH_, int REGIONS_ = 16> struct NodeTile {
+    static constexpr Kind KIND = KIND_;
+    static constexpr int S = S_, SLOTS = SLOTS_, DEPTH = DEPTH_, REGIONS = REGIONS_;
+    static constexpr int WIDE = S / 8, NARROW = DEPTH / 8;  // chunks of a row of nodes, and of a stage
+    static constexpr int FEW = REGIONS <= 16 ? 2 : REGIONS <= 32 ? 4 : REGIONS <= 64 ? 8 : 16;  // of attention weights
+    static constexpr int ROWS = SLOTS / 2, COLUMNS = S / 4;  // of one of 2 x 4 warps
+    static constexpr int M = ROWS / 16, N = COLUMNS / 8, BLOCKS = SLOTS / 16;
+    static constexpr int MATRIX = SLOTS * S * 2;  // bytes
+    using Products = float[M][N][4];
+
+    struct Making {  // while the nodes are made, where the head's matrices will lie
+        unsigned char word[2][SLOTS * DEPTH * 2], region[2][REGIONS * DEPTH * 2], weight[SLOTS * FEW * 16];
+    };
+    struct Shared {
+        unsigned char stage[2][S * DEPTH * 2];
+        float part[4][SLOTS], inverse[SLOTS];
+        int owner[SLOTS], word[SLOTS];           // of each slot: its caption, and its word or -1
+        int begin[BLOCKS], end[BLOCKS];          // of 16 slots: the blocks of 16 that their caption takes
+        int first[BLOCKS], caption[BLOCKS];      // of each caption: its first slot and its number; first `captions` count
+        float spoiled[BLOCKS];                   // of the caption that begins there: NaN if a node is not finite, else 0
+        int captions;
+    };
+};
+
+// The first row and the first column that a warp owns of a product [SLOTS, S].
+template <class T> __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % 2 * T::ROWS; }
+template <class T> __device__ __forceinline__ int warp_column() { return threadIdx.x / 64 * T::COLUMNS; }
+
+// Writes two numbers of a node. A number that is not finite would spoil the captions beside it, as 0 * NaN is NaN: it
+// becomes zero, and the score of its own caption NaN.
+template <class T>
+__device__ __forceinline__ void put_node(typename T::Shared &sh, unsigned char *nodes, int row, int column, unsigned pair) {
+    constexpr unsigned MOST = T::KIND == BF16 ? 0x7f80 : 0x7c00;  // the exponent of infinity and NaN
+    if ((pair & MOST) == MOST || (pair >> 16 & MOST) == MOST) {
+        sh.spoiled[sh.begin[row / 16]] = as_float(0x7fc00000u);
+        pair = 0;
+    }
+    *reinterpret_cast<unsigned *>(nodes + place<T::WIDE>(row, column / 8) + column % 8 * 2) = pair;
+}
+
+// acc [SLOTS, S] = A W^T, over `dim` numbers a row, some at a time: `load(step)` starts the copies that make A's stage
+// in `made[step % 2]`, and `finish(step)` makes it once they have landed. W [S, dim].
+template <class T, class Load, class Finish>
+__device__ __forceinline__ void project(typename T::Products &acc, typename T::Shared &sh,
+                                        unsigned char (&made)[2][T::SLOTS * T::DEPTH * 2], const void *weight, int dim,
+                                        Load load, Finish finish) {
+    const int first_row = warp_row<T>();
+    auto start = [&](int step) {
+        if (step * T::DEPTH < dim) {
+            copy_rows<T::S, T::NARROW>(sh.stage[step % 2], step * T::DEPTH, dim, weight,
+                                       [&](int row) { return row_of(weight, row, dim); });
+            load(step);
+        }
+        commit();
+    };
+    clear(acc);
+    start(0);
+#pragma unroll 1
+    for (int step = 0; step * T::DEPTH < dim; ++step) {
+        wait_groups<0>();
+        __syncthreads();  // this stage has landed, and the other one has been read
+        start(step + 1);
+        finish(step);
+        __syncthreads();
+        const unsigned char *a = made[step % 2];
+        product<T::KIND, T::NARROW>(
+            acc, [&](int row, int chunk) { return a + place<T::NARROW>(first_row + row, chunk); }, sh.stage[step % 2],
+            warp_column<T>());
+    }
+}
+
+// acc += bias, and returns 1 / (|row| + eps) of the thread's rows. All threads have finished `project` when it returns.
+template <class T>
+__device__ __forceinline__ void add_bias(typename T::Products &acc, typename T::Shared &sh, const float *bias,
+                                         float (&inverse)[T::M][2]) {
+    const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first_row = warp_row<T>(), column = warp_column<T>();
+#pragma unroll
+    for (int m = 0; m < T::M; ++m)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            float square = 0;
+#pragma unroll
+            for (int n = 0; n < T::N; ++n)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    float &x = acc[m][n][2 * j + i];
+                    x += bias[column + n * 8 + 2 * t + i];
+                    square += x * x;
+                }
+            square = quad_sum(square);
+            if (t == 0) sh.part[threadIdx.x / 64][first_row + m * 16 + g + 8 * j] = square;
+        }
+    __syncthreads();
+#pragma unroll
+    for (int m = 0; m < T::M; ++m)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int row = first_row + m * 16 + g + 8 * j;
+            const float square = sh.part[0][row] + sh.part[1][row] + (sh.part[2][row] + sh.part[3][row]);
+            inverse[m][j] = 1 / (sqrtf(square) + EPS);
+        }
+}
+
+// What the slots of this block's tile hold.
+template <class T> __device__ __forceinline__ void read_slots(const Nodes &p, typename T::Shared &sh) {
+    const int slot = threadIdx.x;
+    if (slot < T::SLOTS) {
+        const int owner = p.owner[blockIdx.x * T::SLOTS + slot], node = p.row[blockIdx.x * T::SLOTS + slot];
+        const bool word = owner >= 0 && node != p.start[owner];
+        sh.owner[slot] = owner;
+        sh.word[slot] = word ? node - owner - 1 : -1;  // each caption before it has one node more than words
+        sh.inverse[slot] = word ? p.inverse[blockIdx.y * (long long)p.size + sh.word[slot] - p.first_word] : 0;
+    }
+    __syncthreads();
+    if (slot < T::BLOCKS) {
+        const int owner = sh.owner[slot * 16];
+        int begin = slot, end = slot + 1;
+        while (owner >= 0 && begin > 0 && sh.owner[begin * 16 - 16] == owner) --begin;
+        while (owner >= 0 && end < T::BLOCKS && sh.owner[end * 16] == owner) ++end;
+        sh.begin[slot] = begin, sh.end[slot] = end, sh.spoiled[slot] = 0;
+    }
+    if (slot == 0) {
+        int count = 0;
+        for (int block = 0; block < T::BLOCKS; ++block) {
+            const int owner = sh.owner[block * 16];
+            if (owner >= 0 && (block == 0 || sh.owner[block * 16 - 16] != owner))
+                sh.first[count] = block * 16, sh.caption[count++] = owner;
+        }
+        sh.captions = count;
+        for (; count < T::BLOCKS; ++count) sh.first[count] = 0, sh.caption[count] = -2;
+    }
+    __syncthreads();
+}
+
+// The tile's nodes, X [SLOTS, S], over `making`. Empty slots have zeros.
+template <class T>
+__device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &sh, typename T::Making &making) {
+    constexpr Kind KIND = T::KIND;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, image = blockIdx.y;
+    const int count = p.count[image];
+    read_slots<T>(p, sh);
+    copy_rows<T::SLOTS, T::FEW>(making.weight, 0, p.pitch, p.words, [&](int slot) {
+        const long long row = image * (long long)p.size + sh.word[slot] - p.first_word;
+        return sh.word[slot] < 0 ? nullptr : row_of(p.weight, row, p.pitch);
+    });
+    auto load = [&](int step) {
+        copy_rows<T::SLOTS, T::NARROW>(making.word[step % 2], step * T::DEPTH, p.dim, p.words, [&](int slot) {
+            return sh.word[slot] < 0 ? nullptr : row_of(p.words, sh.word[slot], p.dim);
+        });
+        copy_rows<T::REGIONS, T::NARROW>(making.region[step % 2], step * T::DEPTH, p.dim, p.words, [&](int region) {
+            return region < count ? row_of(p.image, image * (long long)p.regions + region, p.dim) : nullptr;
+        });
+    };
+    // (u - q)^2 in the place of q, by blocks of 16 x 16.
+    auto difference = [&](int step) {
+#pragma unroll
+        for (int job = warp; job < T::BLOCKS * (T::DEPTH / 16); job += WARPS) {
+            const int row = job % T::BLOCKS * 16, column = job / T::BLOCKS * 16;
+            float u[2][4] = {};
+#pragma unroll
+            for (int k = 0; k < T::REGIONS / 16; ++k) {
+                unsigned a[4], b[4];
+                load_matrices(a, making.weight + place<T::FEW>(row + lane % 16, 2 * k + lane / 16));
+                load_transposed(b, making.region[step % 2] + place<T::NARROW>(k * 16 + lane % 16, column / 8 + lane / 16));
+                multiply<KIND>(u[0], a, b[0], b[1]);
+                multiply<KIND>(u[1], a, b[2], b[3]);
+            }
+#pragma unroll
+            for (int n = 0; n < 2; ++n)
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const int slot = row + g + 8 * j;
+                    unsigned char *at = making.word[step % 2] + place<T::NARROW>(slot, column / 8 + n) + 4 * t;
+                    unsigned &q = *reinterpret_cast<unsigned *>(at);
+                    const float x = u[n][2 * j] * sh.inverse[slot] - low<KIND>(q);
+                    const float y = u[n][2 * j + 1] * sh.inverse[slot] - high<KIND>(q);
+                    q = rounded<KIND>(x * x, y * y);
+                }
+        }
+    };
+    typename T::Products acc;
+    float inverse[T::M][2];
+    project<T>(acc, sh, making.word, p.local_weight, p.dim, load, difference);
+    add_bias<T>(acc, sh, p.local_bias, inverse);
+
+    auto *nodes = reinterpret_cast<unsigned char *>(&making);
+#pragma unroll
+    for (int m = 0; m < T::M; ++m)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            const int row = warp_row<T>() + m * 16 + g + 8 * j;
+            const bool word = sh.word[row] >= 0, empty = sh.owner[row] < 0;
+#pragma unroll
+            for (int n = 0; n < T::N; ++n) {
+                const float x = acc[m][n][2 * j] * inverse[m][j], y = acc[m][n][2 * j + 1] * inverse[m][j];
+                if (word || empty)
+                    put_node<T>(sh, nodes, row, warp_column<T>() + n * 8 + 2 * t, word ? rounded<KIND>(x, y) : 0);
+            }
+        }
+    for (int i = threadIdx.x; i < sh.captions * (T::S / 2); i += THREADS) {
+        const int caption = i / (T::S / 2), pair = i % (T::S / 2);
+        const long long row = image * (long long)p.captions + sh.caption[caption] - p.first_caption;
+        const unsigned both = static_cast<const unsigned *>(row_of(p.overall, row, T::S))[pair];
+        put_node<T>(sh, nodes, sh.first[caption], pair * 2, both);
+    }
+    __syncthreads();
+}

@@ -1,0 +1,91 @@
+"""The pair scorers around a head in CUDA C++: equations in `ops/similarity_score.py`, kernels in csrc/cuda."""
+
+from __future__ import annotations
+
+import ctypes
+
+from torch import Tensor
+
+from ._pairs import WARPS, Kernel, Nodes, aligned, making_bytes, scores, tile_bytes
+
+
+class Graph(ctypes.Structure):
+    """The argument of `graph_scores` (csrc/cuda/graph.cu)."""
+
+    _fields_ = [
+        ("nodes", Nodes),
+        *((name, ctypes.c_void_p) for name in ("ask", "value", "shift", "bias", "score_weight", "score_bias", "score")),
+        *((name, ctypes.c_int) for name in ("steps", "all_captions")),
+    ]
+
+
+class Filter(ctypes.Structure):
+    """The argument of `filter_scores` (csrc/cuda/filter.cu)."""
+
+    _fields_ = [
+        ("nodes", Nodes),
+        *((name, ctypes.c_void_p) for name in ("gate_weight", "gate_bias", "score_weight", "score_bias", "score")),
+        ("all_captions", ctypes.c_int),
+    ]
+
+
+def graph_kernel(kind: str, S: int, slots: int, depth: int, regions: int) -> Kernel:
+    room = max(making_bytes(slots, depth, regions), 4 * slots * S)
+    shared = room + 2 * slots * slots + tile_bytes(S, slots, depth) + 4 * slots + 64 * WARPS
+    return Kernel("graph.cu", f"graph_scores<{kind}, {S}, {slots}, {depth}, {regions}>", shared)
+
+
+def filter_kernel(kind: str, S: int, slots: int, depth: int, regions: int) -> Kernel:
+    room = max(making_bytes(slots, depth, regions), 2 * slots * S)
+    shared = room + tile_bytes(S, slots, depth) + 4 * slots
+    return Kernel("filter.cu", f"filter_scores<{kind}, {S}, {slots}, {depth}, {regions}>", shared)
+
+
+def similarity_graph_score(
+    image: Tensor, image_global: Tensor, words: Tensor, caption_global: Tensor,
+    local_weight: Tensor, local_bias: Tensor, global_weight: Tensor, global_bias: Tensor,
+    query_weight: Tensor, query_bias: Tensor, key_weight: Tensor, key_bias: Tensor, value_weight: Tensor,
+    value_bias: Tensor, score_weight: Tensor, score_bias: Tensor,
+    cu_seqlens: Tensor, region_lengths: Tensor | None, scale: float,
+) -> Tensor:  # fmt: skip
+    """Scores [I, T]; key_bias has no effect on them."""
+    nodes = (
+        image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias, cu_seqlens,
+        region_lengths, scale,
+    )  # fmt: skip
+    # Query and key weights are folded in float64, so that folding adds no rounding error.
+    Wq, bq, Wk = (x.double() for x in (query_weight, query_bias, key_weight))
+    ask = aligned((Wk.transpose(1, 2) @ Wq).to(query_weight.dtype))
+    shift = aligned((bq[:, None] @ Wk).squeeze(1).float())
+    value, *rest = map(aligned, (value_weight, value_bias.float(), score_weight.float(), score_bias.float()))
+    pointers = [x.data_ptr() for x in (ask, value, shift, *rest)]
+
+    def problem(part: Nodes, score: int, captions: int) -> Graph:
+        return Graph(part, *pointers, score, len(ask), captions)
+
+    return scores("similarity_graph_score", nodes, graph_kernel, problem)
+
+
+def similarity_filter_score(
+    image: Tensor, image_global: Tensor, words: Tensor, caption_global: Tensor,
+    local_weight: Tensor, local_bias: Tensor, global_weight: Tensor, global_bias: Tensor,
+    weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, score_weight: Tensor, score_bias: Tensor,
+    running_mean: Tensor, running_var: Tensor,
+    cu_seqlens: Tensor, region_lengths: Tensor | None, scale: float, eps: float,
+) -> Tensor:  # fmt: skip
+    """Scores [I, T]."""
+    nodes = (
+        image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias, cu_seqlens,
+        region_lengths, scale,
+    )  # fmt: skip
+    # The normalisation is folded into the projection, in float64.
+    slope = norm_weight.double() / (running_var.double() + eps).sqrt()
+    gate_weight = aligned((weight.double() * slope).float())
+    gate_bias = ((bias.double() - running_mean.double()) * slope + norm_bias.double()).float()
+    given = gate_weight, gate_bias, aligned(score_weight.float()), score_bias.float()
+    pointers = [x.data_ptr() for x in given]
+
+    def problem(part: Nodes, score: int, captions: int) -> Filter:
+        return Filter(part, *pointers, score, captions)
+
+    return scores("similarity_filter_score", nodes, filter_kernel, problem)
