@@ -11,15 +11,17 @@ import contextlib
 import contextvars
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 
-from . import _native, _triton
+from . import _cuda, _native, _triton
 from ._names import BACKENDS as NAMES
 
-KERNELS = frozenset(("triton", "cuda", "cpu"))  # backends that only some ops have
+ON_GPU = ("triton", "cuda")  # backends whose kernels run on a GPU: each op's are checked when it first uses them
+KERNELS = frozenset((*ON_GPU, "cpu"))  # backends that only some ops have
 OFFERS: dict[str, tuple[str, ...]] = {}  # op -> the backends it has, best first; filled as each op is defined
+PutAside = Callable[[str, str, torch.device, torch.dtype], "str | None"]  # op, backend, device, dtype -> why
 _told: set[str] = set()  # reasons that "auto" has already warned of
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("itm_fast_backend", default=None)
 _ran: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("itm_fast_ran", default=None)
@@ -94,8 +96,8 @@ def _known(name: str, source: str) -> str:
 def why_not(name: str, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> str | None:
     """Say why a backend cannot run on a device.
 
-    For "cpu" this compiles the C++ kernels unless a process of this user has done so before. For "triton" it compiles
-    nothing; each op's Triton kernels are checked when the op is first used, and may be refused then.
+    For "cpu" this compiles the C++ kernels unless a process of this user has done so before. For "triton" and "cuda" it
+    compiles nothing; each op's kernels are checked when the op first uses them, and may be refused then.
 
     Args:
         name: one of `NAMES`.
@@ -119,6 +121,8 @@ def why_not(name: str, device: torch.device | str = "cpu", dtype: torch.dtype | 
         return f"needs CPU tensors, got {device.type}" if device.type != "cpu" else _native.why_not()
     if name == "triton":
         return _triton.why_not(device, dtype)
+    if name == "cuda":
+        return _cuda.why_not(device, dtype)
     return None
 
 
@@ -131,8 +135,8 @@ def resolve(
     backend: str | None,
     device: torch.device,
     dtype: torch.dtype | None = None,
-    too_large: str | None = None,
-    put_aside: Callable[[str, torch.device, torch.dtype], str | None] | None = None,
+    too_large: Mapping[str, str | None] | None = None,
+    put_aside: PutAside | None = None,
 ) -> str:
     """Choose the backend of one call: turn "auto" into a name, and check a name given by the user.
 
@@ -143,8 +147,9 @@ def resolve(
         backend: the call's `backend` argument.
         device: device of the call's tensors.
         dtype: dtype of its floating-point tensors, before autocast; None if every backend takes all dtypes.
-        too_large: why the Triton kernels cannot take these shapes; None if they can.
-        put_aside: tells why an op's Triton kernels are not to be used on a device in a dtype; it may check them first.
+        too_large: of `ON_GPU`, why the kernels cannot take these shapes; None if they can.
+        put_aside: tells why an op's kernels of one of `ON_GPU` are not to be used on a device in a dtype; it may check
+            them first.
 
     Raises:
         NotImplementedError: no backend can run; the message has a sentence for each one considered.
@@ -153,26 +158,52 @@ def resolve(
     offered = OFFERS[op]
     if not of_call and backend in KERNELS and KERNELS.isdisjoint(offered):
         backend = "torch"
+    computed = dtype and _computed(dtype, device)
     reasons: dict[str, str] = {}
     for name in offered if backend == "auto" else (backend,):
-        reason = why_not(name, device, dtype)
-        if reason is None and name not in offered:
-            reason = f"{op} has no such backend; it offers {', '.join(offered)}"
-        if reason is None and name == "triton":
-            if backend == "auto" and _triton.interpreted():
-                reason = "Triton interprets its kernels here (TRITON_INTERPRET), which only an explicit request wants"
-            elif too_large:
-                reason = too_large
-            elif dtype is not None and put_aside is not None:
-                reason = put_aside(op, device, _computed(dtype, device))
+        reason = _refusal(name, op, device, computed, too_large, put_aside, automatic=backend == "auto")
         if reason is None:
-            kernels = "cpu" if device.type == "cpu" else "triton"
-            if kernels in reasons and not (kernels == "triton" and dtype == torch.float64):
-                _warn_once(kernels, reasons[kernels], name)
+            if name not in KERNELS:
+                _warn_once(device, dtype, reasons, name)
             _note(op, name)
             return name
         reasons[name] = reason
     raise NotImplementedError(f"{op} cannot run on {device}: " + "; ".join(f"{n}: {r}" for n, r in reasons.items()))
+
+
+def backward_of_cuda(
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    too_large: Mapping[str, str | None] | None,
+    put_aside: PutAside,
+) -> str:
+    """The backend whose backward pass follows a forward pass in "cuda", which has none of its own: "triton" by the rule
+    of `resolve` for "auto", else "torch"."""
+    reason = _refusal("triton", op, device, dtype, too_large, put_aside, automatic=True)
+    return "torch" if reason else "triton"
+
+
+def _refusal(
+    name: str,
+    op: str,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    too_large: Mapping[str, str | None] | None,
+    put_aside: PutAside | None,
+    automatic: bool,
+) -> str | None:
+    """Why an op cannot run in a backend; None if it can. See `resolve`; `dtype` is the one after autocast."""
+    reason = why_not(name, device, dtype)
+    if reason is None and name not in OFFERS[op]:
+        return f"{op} has no such backend; it offers {', '.join(OFFERS[op])}"
+    if reason is not None or name not in ON_GPU:
+        return reason
+    if automatic and name == "triton" and _triton.interpreted():
+        return "Triton interprets its kernels here (TRITON_INTERPRET), which only an explicit request wants"
+    if too_large and (reason := too_large[name]):
+        return reason
+    return put_aside(op, name, device, dtype) if dtype and put_aside else None
 
 
 def _computed(dtype: torch.dtype, device: torch.device) -> torch.dtype:
@@ -181,13 +212,18 @@ def _computed(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if autocast else dtype
 
 
-def _warn_once(kernels: str, reason: str, instead: str) -> None:
-    if reason not in _told:
+def _warn_once(device: torch.device, dtype: torch.dtype | None, reasons: Mapping[str, str], instead: str) -> None:
+    """Tell, once for each reason, why no kernels run on the device; of float64 the GPU's kernels are not expected."""
+    kinds = {"cpu": "CPU"} if device.type == "cpu" else {"triton": "Triton", "cuda": "CUDA"}
+    if device.type != "cpu" and dtype == torch.float64:
+        return
+    said = (f"its {kind} kernels cannot run: {reasons[name]}" for name, kind in kinds.items() if name in reasons)
+    reason = "; ".join(said)
+    if reason and reason not in _told:
         _told.add(reason)
-        kind = {"cpu": "CPU", "triton": "Triton"}[kernels]
         warnings.warn(
-            f"itm-fast runs its slower {instead} backend, as its {kind} kernels cannot run: {reason}. "
-            f"Setting ITM_FAST_BACKEND={instead} silences this.",
+            f"itm-fast runs its slower {instead} backend, as {reason}. Setting ITM_FAST_BACKEND={instead} silences "
+            "this.",
             stacklevel=5,
         )
 

@@ -67,7 +67,7 @@ def test_the_check_of_first_use_passes(op, dtype):
             assert examples.problem(op, "triton", torch.device("cuda", 0), dtype, True) is None
         finally:
             torch.set_float32_matmul_precision("highest")
-    assert _first_use.put_aside(op, torch.device("cuda", 0), dtype) is None
+    assert _first_use.put_aside(op, "triton", torch.device("cuda", 0), dtype) is None
     assert _backends.resolve(op, None, torch.device("cuda", 0), dtype) == "triton"
 
 

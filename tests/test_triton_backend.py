@@ -29,7 +29,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: seen.capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: seen.capturing)
-    monkeypatch.setattr(_first_use, "_version", lambda: "9.9.9")
+    monkeypatch.setattr(_first_use, "_compiler", lambda backend: f"{backend} 9.9.9")
     return seen
 
 
@@ -104,7 +104,7 @@ def test_an_op_that_fails_its_check_is_put_aside_with_one_warning(gpu, checks):
         warnings.simplefilter("always")
         assert [resolve() for _ in range(2)] == ["torch"] * 2
     reason = (
-        f"{OP} in float32 failed its check on cuda:0 (NVIDIA Test, Triton 9.9.9): "
+        f"{OP} in float32 failed its check on cuda:0 (NVIDIA Test, triton 9.9.9): "
         "a result is off by 0.3 where 0.001 is allowed"
     )
     (warning,) = told

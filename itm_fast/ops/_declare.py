@@ -170,9 +170,11 @@ class Declaration:
         examples: functions that make arguments in the order of the public function, for the checks of a backend.
         stem: the name of its files in each folder, where it shares them with other ops; None means `name`.
         refuse: (sizes by letter, arguments by name) -> what is wrong that the rows do not check, or None.
-        too_large: sizes by letter -> why the Triton kernels cannot take them, or None.
+        too_large: ("triton" or "cuda", sizes by letter, arguments by name) -> why that backend's kernels cannot take
+            them, or None.
         backward: for an op whose kernels (C++, Triton) have a forward pass only: the backend whose backward they use,
-            or a function that is called as an implementation's `backward` with the backend in front.
+            or a function that is called as an implementation's `backward` with the backend in front. A forward pass
+            in "cuda" uses the backward pass of "triton" or "torch".
         keeps: the results are saved for backward, which gets them as `results=`.
         widens: autocast converts the tensors to float32 instead of its own dtype.
     """
@@ -188,7 +190,7 @@ class Declaration:
         examples: Sequence[Example],
         stem: str | None = None,
         refuse: Callable[[dict[str, int], Given], str | None] | None = None,
-        too_large: Callable[[dict[str, int]], str | None] | None = None,
+        too_large: Callable[[str, dict[str, int], Given], str | None] | None = None,
         backward: str | Callable[..., list[Tensor]] | None = None,
         keeps: bool = False,
         widens: bool = False,

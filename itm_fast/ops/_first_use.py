@@ -1,8 +1,8 @@
-"""The check of an op's Triton kernels when it first runs on a device.
+"""The check of an op's kernels in Triton or CUDA when it first runs on a device.
 
-Some versions of Triton compile some kernels wrongly for some GPUs. So before an op first runs on a device in a
-precision, its result for two captions is compared with the reference. If it fails, the process does not use the Triton
-kernels of this op again ("put aside"); other ops keep theirs.
+Some versions of Triton compile some kernels wrongly for some GPUs, and so may NVRTC. So before an op first runs on a
+device in a precision, its result for two captions is compared with the reference. If it fails, the process does not use
+these kernels of this op again ("put aside"); other ops keep theirs.
 """
 
 from __future__ import annotations
@@ -12,30 +12,34 @@ import threading
 
 import torch
 
-from .. import _triton
+from .. import _cuda, _triton
 from .._checks import matmul_precision
 from . import _examples
 
-_verdicts: dict[tuple, str | None] = {}  # (op, device, precision, with backward) -> why it is put aside, or None
+# (op, backend, device, precision, with backward) -> why it is put aside, or None
+_verdicts: dict[tuple, str | None] = {}
 _lock = threading.Lock()
 _thread = threading.local()  # .checks is True in a thread that runs a check: ops that run there are not checked
 
 
-def put_aside(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Check an op's kernels on a device, unless they have been checked before.
+def put_aside(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Check an op's kernels of a backend on a device, unless they have been checked before.
 
     Backward kernels are checked only when gradients are recorded, so an evaluation does not compile them. Nothing is
-    checked while a CUDA graph is captured, as that allows no other work on the device, nor under the interpreter.
+    checked while a CUDA graph is captured, as that allows no other work on the device, nor under Triton's interpreter.
 
     Returns:
         None if the op may use its kernels, else the reason why not.
     """
-    if getattr(_thread, "checks", False) or _triton.interpreted() or _capturing(device):
+    interpreted = backend == "triton" and _triton.interpreted()
+    if getattr(_thread, "checks", False) or interpreted or _capturing(device):
         return None
     index = torch.cuda.current_device() if device.index is None and device.type == "cuda" else device.index
     precision = matmul_precision() if dtype == torch.float32 else None
     backward = torch.is_grad_enabled()
-    whole, results_alone = ((op, device.type, index, dtype, precision, with_it) for with_it in (True, False))
+    whole, results_alone = (
+        (op, backend, device.type, index, dtype, precision, with_it) for with_it in (True, False)
+    )  # fmt: skip
     key = whole if backward else results_alone
     for known in (whole, key):
         if known in _verdicts:
@@ -47,7 +51,7 @@ def put_aside(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
             if known in _verdicts:
                 return _verdicts[known]
         try:
-            problem = _alone(op, torch.device(device.type, index), dtype, backward)
+            problem = _alone(op, backend, torch.device(device.type, index), dtype, backward)
         except (torch.OutOfMemoryError, MemoryError):
             return None  # too little memory for the check: it says nothing about the kernels
         _verdicts[key] = problem
@@ -58,7 +62,7 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _alone(op: str, device: torch.device, dtype: torch.dtype, backward: bool) -> str | None:
+def _alone(op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool) -> str | None:
     """Run the check in a new thread, where none of the caller's modes is active: autocast, inference mode, fake
     tensors, tracing, default device, `use_backend`."""
     found: list[str | None] = []
@@ -67,7 +71,7 @@ def _alone(op: str, device: torch.device, dtype: torch.dtype, backward: bool) ->
     def work() -> None:
         _thread.checks = True
         try:
-            found.append(_examples.problem(op, "triton", device, dtype, backward))
+            found.append(_examples.problem(op, backend, device, dtype, backward))
         except BaseException as error:
             raised.append(error)
 
@@ -80,8 +84,11 @@ def _alone(op: str, device: torch.device, dtype: torch.dtype, backward: bool) ->
         return None
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     kind = str(dtype).removeprefix("torch.")
-    return f"{op} in {kind} failed its check on {device} ({name}, Triton {_version()}): {found[0]}"
+    return f"{op} in {kind} failed its check on {device} ({name}, {_compiler(backend)}): {found[0]}"
 
 
-def _version() -> str:
-    return importlib.import_module("triton").__version__
+def _compiler(backend: str) -> str:
+    """What has compiled a backend's kernels, and its version."""
+    if backend == "cuda":
+        return f"NVRTC {_cuda.nvrtc.library().version}"
+    return f"Triton {importlib.import_module('triton').__version__}"

@@ -16,14 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backends import KERNELS, OFFERS, resolve
+from .._backends import KERNELS, OFFERS, ON_GPU, backward_of_cuda, resolve
 from .._workspace import current_gib, workspace
 from . import _recompute
 from ._autograd import by_autograd
-from ._declare import DECLARED, Declaration
+from ._declare import DECLARED, Declaration, Given
 from ._first_use import put_aside
 
-PACKAGES = {"triton": "itm_fast.kernels", "torch": "itm_fast.ops._torch"}
+PACKAGES = {"triton": "itm_fast.kernels", "cuda": "itm_fast.ops._cuda", "torch": "itm_fast.ops._torch"}
 
 
 class Op(Declaration):
@@ -104,9 +104,13 @@ class Op(Declaration):
         """
         first, size = given[self.arguments[0].name], self.check(given)
         dtype = first.dtype if self.has_kernels else None  # PyTorch takes all dtypes
-        too_large = None if self.too_large is None else self.too_large(size)
-        name = resolve(self.name, backend, first.device, dtype, too_large, put_aside)
+        name = resolve(self.name, backend, first.device, dtype, self.refused_sizes(size, given), put_aside)
         return self.call(*self.convert(given), name)
+
+    def refused_sizes(self, size: dict[str, int], given: Given) -> dict[str, str | None] | None:
+        """Of the backends for GPUs, why the op's kernels cannot take these sizes; None if they take all."""
+        too_large = self.too_large
+        return None if too_large is None else {name: too_large(name, size, given) for name in ON_GPU}
 
     def implementation(self, backend: str) -> Any:
         """The op's `forward` and `backward` in a backend."""
@@ -121,8 +125,16 @@ class Op(Declaration):
             if self.stem != self.name:
                 forward, backward = getattr(found, self.name), getattr(found, f"{self.name}_backward", None)
                 found = SimpleNamespace(forward=forward, backward=backward)
+        if backend == "cuda":
+            return SimpleNamespace(forward=found.forward, backward=self._backward_of_cuda)
         if backend not in KERNELS or self.backward is None:
             return found
         if isinstance(self.backward, str):
             return SimpleNamespace(forward=found.forward, backward=self.implementation(self.backward).backward)
         return SimpleNamespace(forward=found.forward, backward=partial(self.backward, backend))
+
+    def _backward_of_cuda(self, grad: Tensor, needs: list[bool], *args: Any, **kept: Any) -> list[Tensor]:
+        """The backward pass of a forward pass in "cuda", in the backend that can run it here."""
+        too_large = self.refused_sizes(self.size(args), dict(zip(self.names, args)))
+        name = backward_of_cuda(self.name, args[0].device, args[0].dtype, too_large, put_aside)
+        return self.implementation(name).backward(grad, needs, *args, **kept)

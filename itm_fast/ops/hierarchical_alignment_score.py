@@ -57,7 +57,7 @@ from torch import Tensor
 from .._triton import REGIONS
 from ..packing import bounds
 from . import _attention, _draws
-from ._declare import Choice, Floats, Integers, Positive, Result, Share
+from ._declare import Choice, Floats, Given, Integers, Positive, Result, Share
 from ._register import Op
 
 OFFERED = ("triton", "cpu", "torch", "reference")
@@ -142,7 +142,7 @@ def _example_of_vectors(size: _draws.Size, draw: _draws.Draw) -> list[Tensor]:
     return _example(size._replace(lengths=(*size.lengths, 40)), draw, size.dim)
 
 
-def _too_large(size: dict[str, int]) -> str | None:
+def _too_large(backend: str, size: dict[str, int], given: Given) -> str | None:
     R = size["R"]
     return f"image has {R} regions, and its kernels take at most {REGIONS}" if R > REGIONS else None
 

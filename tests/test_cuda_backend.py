@@ -1,0 +1,197 @@
+"""When the CUDA kernels run, what takes their place, and whose backward pass follows: no GPU is needed to test it."""
+
+import sys
+import types
+import warnings
+
+import pytest
+import torch
+
+import itm_fast
+from itm_fast import _backends, _cuda, _triton
+from itm_fast._cuda import driver, nvrtc
+from itm_fast.ops import _examples as examples
+from itm_fast.ops import _first_use, _register
+from itm_fast.ops._declare import DECLARED
+
+DEVICE = torch.device("cuda", 0)
+OP = "similarity_graph"
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A process that sees a GPU, on which an op has kernels in Triton and CUDA; what it sees can be changed."""
+    seen = types.SimpleNamespace(capability=(9, 0), checked=[], finds={})
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setitem(_backends.OFFERS, OP, ("triton", "cuda", "cpu", "torch", "reference"))
+    monkeypatch.setattr(_first_use, "_verdicts", {})
+    monkeypatch.setattr(_backends, "_told", set())
+    monkeypatch.setattr(_triton, "_unusable", lambda: None)
+    monkeypatch.setattr(_first_use, "_compiler", lambda backend: f"{backend} 9.9.9")
+    library = nvrtc.Library(None, "none", "13.5", (75, 80, 90))
+    monkeypatch.setattr(nvrtc, "_found", lambda: library)
+    monkeypatch.setattr(driver, "_found", lambda: None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: seen.capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "NVIDIA Test")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+
+    def problem(op, backend, device, dtype, backward):
+        seen.checked.append(backend)
+        return seen.finds.get(backend)
+
+    monkeypatch.setattr(examples, "problem", problem)
+    return seen
+
+
+def resolve(backend=None, dtype=torch.float32, **more):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return _backends.resolve(OP, backend, DEVICE, dtype, put_aside=_first_use.put_aside, **more)
+
+
+def test_an_explicit_request_is_checked_once_and_honoured(gpu):
+    assert [resolve("cuda") for _ in range(2)] == ["cuda"] * 2
+    assert gpu.checked == ["cuda"]
+
+
+def test_auto_takes_triton_first_and_cuda_where_triton_refuses(gpu):
+    assert resolve() == "triton"
+    gpu.capability = (7, 5)
+    assert resolve() == "cuda"
+    assert gpu.checked == ["triton", "cuda"]
+
+
+def test_triton_put_aside_leaves_cuda(gpu):
+    gpu.finds = {"triton": "a result is off by 0.3"}
+    assert resolve() == "cuda"
+    assert gpu.checked == ["triton", "cuda"]
+
+
+def test_both_put_aside_are_told_in_one_warning(gpu):
+    gpu.finds = {"triton": "a result is off by 0.3", "cuda": "a result is off by 7"}
+    said = (
+        r"slower torch backend, as its Triton kernels cannot run: similarity_graph .*, triton 9\.9\.9\): a result is "
+        r"off by 0\.3; its CUDA kernels cannot run: similarity_graph in float32 failed its check on cuda:0 "
+        r"\(NVIDIA Test, cuda 9\.9\.9\): a result is off by 7\. Setting"
+    )
+    with pytest.warns(UserWarning, match=said):
+        assert _backends.resolve(OP, None, DEVICE, torch.float32, put_aside=_first_use.put_aside) == "torch"
+    assert resolve() == "torch"
+    with pytest.raises(NotImplementedError, match=r"cannot run on cuda:0: cuda: similarity_graph in float32 failed"):
+        resolve("cuda")
+
+
+def test_sizes_that_are_too_large_for_one_are_the_others(gpu):
+    assert resolve(too_large={"triton": "too many regions", "cuda": None}) == "cuda"
+    with pytest.raises(NotImplementedError, match=r"cuda: too many words$"):
+        resolve("cuda", too_large={"triton": None, "cuda": "too many words"})
+
+
+def test_float64_names_torch_and_bfloat16_needs_a_newer_gpu(gpu):
+    assert resolve(dtype=torch.float64) == "torch"
+    with pytest.raises(NotImplementedError, match=r"cuda: its kernels .* take no float64; torch and reference do$"):
+        resolve("cuda", torch.float64)
+    gpu.capability = (7, 5)
+    assert itm_fast.why_not("cuda", DEVICE) is None
+    with pytest.warns(UserWarning, match="compute capability 7.5 cannot multiply bfloat16"):
+        assert _backends.resolve(OP, None, DEVICE, torch.bfloat16) == "torch"
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)  # torch.autocast itself wants a real GPU
+    torch.set_autocast_dtype("cuda", torch.bfloat16)
+    try:
+        with pytest.raises(NotImplementedError, match="cannot multiply bfloat16"):
+            resolve("cuda")
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", before)
+
+
+def backward(too_large=None):
+    return _backends.backward_of_cuda(OP, DEVICE, torch.float32, too_large, _first_use.put_aside)
+
+
+def test_the_backward_pass_is_tritons_where_it_can_run(gpu):
+    assert backward() == "triton"
+    assert backward({"triton": "too many regions", "cuda": None}) == "torch"
+    gpu.capability = (7, 5)
+    assert backward() == "torch"
+
+
+def test_the_backward_pass_is_torchs_where_triton_is_put_aside(gpu):
+    gpu.finds = {"triton": "a gradient is off by 0.3"}
+    assert backward() == "torch"
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Kernels called cuda and triton that are PyTorch's and run on the CPU, and what has run of them."""
+    from itm_fast.ops._torch import similarity_graph as portable
+
+    ran = []
+
+    def noted(name, function):
+        def run(*args, **kept):
+            ran.append(name)
+            return function(*args, **kept)
+
+        return run
+
+    monkeypatch.setitem(_backends.OFFERS, OP, ("triton", "cuda", "cpu", "torch", "reference"))
+    monkeypatch.setattr(_first_use, "_verdicts", {})
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for module in (_triton, _cuda):
+        monkeypatch.setattr(module, "why_not", lambda device, dtype: None)
+    for package in ("kernels", "ops._cuda"):
+        kernels = types.SimpleNamespace(forward=noted(f"{package} forward", portable.forward))
+        if package == "kernels":
+            kernels.backward = noted(f"{package} backward", portable.backward)
+        monkeypatch.setitem(sys.modules, f"itm_fast.{package}.{OP}", kernels)
+    monkeypatch.setattr(portable, "backward", noted("torch backward", portable.backward))
+    monkeypatch.setattr(_register, "put_aside", lambda *_: None)
+    return ran
+
+
+def gradients(backend):
+    args = [a.float() if a.is_floating_point() else a for a in examples.example(OP)]
+    leaves = [a.requires_grad_() for a in args if a.is_floating_point()]
+    return torch.autograd.grad(itm_fast.similarity_graph(*args, backend=backend).cos().sum(), leaves)
+
+
+def test_a_forward_pass_in_cuda_has_the_gradients_of_another_backend(on_cpu, monkeypatch):
+    want = gradients("torch")
+    on_cpu.clear()
+    for found in (gradients("cuda"), want):
+        for mine, theirs in zip(found, want, strict=True):
+            torch.testing.assert_close(mine, theirs)
+    assert on_cpu == ["ops._cuda forward", "kernels backward"]
+    monkeypatch.setattr(_triton, "why_not", lambda device, dtype: "needs a newer GPU")
+    on_cpu.clear()
+    gradients("cuda")
+    assert on_cpu == ["ops._cuda forward", "torch backward"]
+
+
+def test_sizes_that_triton_refuses_have_the_backward_pass_of_torch(on_cpu, monkeypatch):
+    seen = []
+
+    def too_large(backend, size, given):
+        seen.append((backend, size["S"], given["cu_seqlens"].tolist() if "cu_seqlens" in given else sorted(given)))
+        return "too large" if backend == "triton" else None
+
+    monkeypatch.setattr(DECLARED[OP], "too_large", too_large)
+    gradients("cuda")
+    assert on_cpu == ["ops._cuda forward", "torch backward"]
+    forward, backward = seen[:2], seen[2:]
+    assert forward == backward
+    assert [name for name, *_ in forward] == ["triton", "cuda"]
+    with pytest.raises(NotImplementedError, match="triton: too large"):
+        gradients("triton")
+
+
+def test_a_call_of_cuda_compiles_into_one_graph(on_cpu, monkeypatch):
+    monkeypatch.setattr(DECLARED[OP], "too_large", lambda backend, size, given: None)
+    torch.compiler.reset()
+    args = [a.float() if a.is_floating_point() else a for a in examples.example(OP)]
+    call = torch.compile(lambda *a: itm_fast.similarity_graph(*a, backend="cuda"), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(call(*args), itm_fast.similarity_graph(*args, backend="torch"))
+    assert on_cpu == ["ops._cuda forward"]
