@@ -214,6 +214,7 @@ def test_doctor_reports(capsys):
         "cache folder": str(_native.cache_dir()),
         "bfloat16 products": doctor._bfloat16(),
     }
+    assert report["cuda"] == doctor._cuda_kernels()
 
 
 def test_doctor_prints_what_the_kernels_were_compiled_for(capsys):
@@ -221,6 +222,8 @@ def test_doctor_prints_what_the_kernels_were_compiled_for(capsys):
     text = capsys.readouterr().out
     assert f"  compiled for  {_native.level()}\n" in text
     assert f"  library       {_native.cache_dir()}" in text
+    for name, value in doctor._cuda_rows(doctor._cuda_kernels()).items():
+        assert re.search(rf"^  {re.escape(name)} +{re.escape(value)}$", text, re.MULTILINE)
 
 
 def test_doctor_says_why_the_kernels_do_not_run(capsys, monkeypatch):

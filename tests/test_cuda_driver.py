@@ -14,6 +14,7 @@ import torch
 
 from itm_fast import _cuda, _native
 from itm_fast._cuda import Kernel, cubins, driver, launch, nvrtc
+from itm_fast.cli import doctor
 
 CPU = torch.device("cpu", 0)
 
@@ -104,6 +105,16 @@ def test_another_process_finds_the_compiled_kernel(gpu):
         }
     ]  # fmt: skip
     assert cubins.kept()[0]["registers"] > 4
+
+
+def test_doctor_shows_the_compiler_the_driver_and_the_kernels(gpu):
+    affine()
+    library, registers = nvrtc.library(), cubins.kept()[0]["registers"]
+    assert doctor._cuda_rows(doctor._cuda_kernels()) == {
+        "NVRTC": f"{library.version} ({library.path})",
+        "driver": "runs CUDA 13.0",
+        "affine<3> for sm_90": f"{registers} registers, none spilled, compiled by NVRTC {library.version}",
+    }
 
 
 def _shorter(entry):
@@ -353,6 +364,7 @@ def test_what_the_kernels_need_is_said_in_a_sentence(stub, monkeypatch):
 
 def test_without_a_driver(stub, monkeypatch):
     monkeypatch.setattr(driver, "SONAME", "libnothing.so.1")
+    assert doctor._cuda_kernels()["driver"] == why_not()
     assert why_not().startswith("NVIDIA's driver does not load: libnothing.so.1: cannot open")
     with pytest.raises(_native.Unavailable, match="does not load"):
         driver.version()

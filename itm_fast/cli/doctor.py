@@ -63,8 +63,9 @@ def examine() -> dict[str, Any]:
 
     Returns:
         A dict with versions, packages, optional, cpu, native (the C++ kernels: level, compiler, library, cache folder,
-        and why they cannot run), devices, backends (per device: name -> None, or why it cannot run), operations (per
-        op: the backends it has, and the one that auto chooses per device), nltk_punkt, environment, checks, ok.
+        and why they cannot run), cuda (NVRTC, the driver, and the CUDA kernels compiled on this machine), devices,
+        backends (per device: name -> None, or why it cannot run), operations (per op: the backends it has, and the one
+        that auto chooses per device), nltk_punkt, environment, checks, ok.
 
     >>> examine()["backends"]["cpu"]["torch"] is None
     True
@@ -100,6 +101,7 @@ def examine() -> dict[str, Any]:
             "float32 matrix products": matmul_precision(),
         },
         "native": _kernels(),
+        "cuda": _cuda_kernels(),
         "devices": devices,
         "backends": {device: {n: _backends.why_not(n, device) for n in _backends.NAMES} for device in devices},
         "operations": {
@@ -155,6 +157,16 @@ def _kernels() -> dict[str, Any]:
         "cache folder": cache,
         "bfloat16 products": _bfloat16(),
     }
+
+
+def _cuda_kernels() -> dict[str, Any]:
+    """What compiles the CUDA kernels and what runs them, or why neither is there; and what is kept of them."""
+    from .._cuda import cubins, driver, nvrtc
+
+    compiler = nvrtc.why_not() or f"{nvrtc.library().version} ({nvrtc.library().path})"
+    runs = driver.why_not() or f"runs CUDA {driver.version()}"
+    kept = [{name: value for name, value in kernel.items() if name != "sha256"} for kernel in cubins.kept()]
+    return {"NVRTC": compiler, "driver": runs, "kernels": kept}
 
 
 def _bfloat16() -> str:
@@ -285,6 +297,7 @@ def _text(report: dict[str, Any]) -> str:
             "bfloat16": native["bfloat16 products"],
         },
     )
+    section("CUDA kernels", _cuda_rows(report["cuda"]))
     section("Devices", {device: _device_line(found) for device, found in report["devices"].items()})
     for device, reasons in report["backends"].items():
         section(f"Backends on {device}", {name: reason or "can run" for name, reason in reasons.items()})
@@ -309,3 +322,13 @@ def _device_line(found: dict[str, Any]) -> str:
     if "free_gib" in found:
         memory += f" ({found['free_gib']} free), compute capability {found['compute_capability']}"
     return f"{found['name']}, {memory}"
+
+
+def _cuda_rows(found: dict[str, Any]) -> dict[str, str]:
+    rows = {"NVRTC": found["NVRTC"], "driver": found["driver"]}
+    for kernel in found["kernels"]:
+        spilled = f"{kernel['spilled']} bytes spilled" if kernel["spilled"] else "none spilled"
+        rows[f"{kernel['kernel']} for sm_{kernel['architecture']}"] = (
+            f"{kernel['registers']} registers, {spilled}, compiled by NVRTC {kernel['nvrtc']}"
+        )
+    return rows
