@@ -11,6 +11,7 @@ from pathlib import Path
 import cuda_stub
 import pytest
 import torch
+from cuda_cases import KERNEL, Affine, own_sources
 
 from itm_fast import _cuda, _native
 from itm_fast._cuda import Kernel, cubins, driver, launch, nvrtc
@@ -19,27 +20,12 @@ from itm_fast.cli import doctor
 CPU = torch.device("cpu", 0)
 
 
-class Affine(ctypes.Structure):
-    """y = a x + b."""
-
-    _fields_ = (("x", ctypes.c_void_p), ("y", ctypes.c_void_p), ("n", ctypes.c_int), ("a", ctypes.c_float))
-
-
-KERNEL = Kernel("affine.cu", "affine<3>", Affine, threads=32, shared=128)
-
-
 @pytest.fixture
 def gpu(monkeypatch, tmp_path):
     """A process that sees GPUs, launches of which `launches` has, and a cache folder of its own."""
     if reason := nvrtc.why_not():
         pytest.skip(reason)
-    sources = tmp_path / "csrc" / "cuda"
-    sources.mkdir(parents=True)
-    for file in ("affine.cu", "affine.cuh"):
-        (sources / file).write_text((Path(__file__).parent / "cuda" / file).read_text())
-    monkeypatch.setattr(_native, "csrc_dir", lambda: tmp_path / "csrc")
-    monkeypatch.setenv("ITM_FAST_CACHE_DIR", str(tmp_path / "cache"))
-    launches = []
+    sources, launches = own_sources(monkeypatch, tmp_path), []
 
     def run(name, problem, x, y, threads, shared, order):
         p = Affine.from_address(problem)

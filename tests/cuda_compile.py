@@ -1,0 +1,74 @@
+"""Compile the CUDA kernels for GPUs that are not here: `cuda_compile.py [ARCHITECTURE ...]` prints a line for each.
+
+A module of `itm_fast.ops._cuda` lists with `compilations(capability)` the kernels that its op may launch on a GPU of a
+compute capability. Without arguments all are compiled for all of `SHARED`; those in the cache folder are only read.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import pkgutil
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from types import ModuleType
+
+from itm_fast import ops
+from itm_fast._cuda import Kernel, cubins
+
+# The most bytes of shared memory that a block may take, by architecture.
+SHARED = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
+REGISTERS = 65536  # that the threads of a block share
+
+
+def modules() -> list[ModuleType]:
+    """The modules that list kernels."""
+    package = f"{ops.__name__}._cuda"
+    if importlib.util.find_spec(package) is None:
+        return []
+    found = (m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."))
+    return [module for module in map(importlib.import_module, found) if hasattr(module, "compilations")]
+
+
+def kernels(architecture: int) -> list[Kernel]:
+    """Every kernel that may run on GPUs of an architecture."""
+    capability = divmod(architecture, 10)
+    return list(dict.fromkeys(kernel for module in modules() for kernel in module.compilations(capability)))
+
+
+def problems(kernel: Kernel, architecture: int) -> Iterator[str]:
+    """Compile a kernel; tell what keeps it from running well on the architecture, or at all."""
+    try:
+        built = cubins.build(kernel, architecture)
+    except RuntimeError as error:
+        yield str(error)
+        return
+    shared, limit = built.shared + kernel.shared, SHARED[architecture]
+    if not built.registers:
+        yield "the log does not tell its registers"
+    if built.spilled:
+        yield f"{built.spilled} bytes spilled at {built.registers} registers"
+    if -(-built.registers // 8) * 8 * kernel.threads > REGISTERS:
+        yield f"{kernel.threads} threads of {built.registers} registers are more than a block may have"
+    if shared > limit:
+        yield f"{shared} bytes of shared memory, the limit is {limit}"
+
+
+def lines(architectures: list[int]) -> Iterator[str]:
+    """A line for each kernel and architecture."""
+    jobs = [(kernel, architecture) for architecture in architectures for kernel in kernels(architecture)]
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for (kernel, architecture), wrong in zip(jobs, pool.map(lambda job: list(problems(*job)), jobs)):
+            built = None if wrong else cubins.build(kernel, architecture)
+            said = f"{built.registers} registers, {built.shared + kernel.shared} bytes shared" if built else wrong
+            yield f"sm_{architecture} {kernel.name}: {said}"
+
+
+if __name__ == "__main__":
+    start = time.perf_counter()
+    for line in lines([int(a) for a in sys.argv[1:]] or list(SHARED)):
+        print(line, flush=True)
+    print(f"{time.perf_counter() - start:.0f} s")

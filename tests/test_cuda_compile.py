@@ -1,0 +1,85 @@
+"""CUDA kernels compile for GPUs that are not here, within their registers and shared memory and without spills.
+
+Every kernel for sm_90 and one for each other architecture; `python tests/cuda_compile.py` compiles all for all.
+"""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import cuda_compile
+import pytest
+from cuda_cases import KERNEL, Affine, own_sources
+
+from itm_fast._cuda import Kernel, nvrtc
+
+pytestmark = pytest.mark.slow
+if nvrtc.why_not():
+    pytest.skip(nvrtc.why_not(), allow_module_level=True)
+
+WHOLE = 90  # the architecture that all are compiled for
+
+
+def jobs():
+    """Kernels and architectures: all for one, and for each other one the first and the last of its list."""
+    for architecture in cuda_compile.SHARED:
+        found = cuda_compile.kernels(architecture)
+        few = found if architecture == WHOLE else found[:1] + found[-1:]
+        yield from ((kernel, architecture) for kernel in few)
+
+
+JOBS = list(jobs())
+
+
+def problems(job):
+    return list(cuda_compile.problems(*job))
+
+
+@pytest.fixture(scope="module")
+def compilations(request):
+    """What is wrong with each job that was selected, as many at a time as there are processors; under pytest-xdist,
+    whose workers all see all tests, nothing."""
+    items = [] if "PYTEST_XDIST_WORKER" in os.environ else request.session.items
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        wanted = [item.callspec.params["job"] for item in items if "compilations" in item.fixturenames]
+        yield {job: pool.submit(problems, job) for job in wanted}
+        pool.shutdown(cancel_futures=True)
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: f"sm_{job[1]}-{job[0].name}".replace(" ", ""))
+def test_a_kernel_compiles(job, compilations):
+    assert not (compilations[job].result() if job in compilations else problems(job))
+
+
+@pytest.fixture
+def affine(monkeypatch, tmp_path):
+    """A kernel whose source can be changed."""
+    return own_sources(monkeypatch, tmp_path) / "affine.cu"
+
+
+@pytest.mark.parametrize("architecture", cuda_compile.SHARED)
+def test_a_kernel_that_fits_has_no_problem(affine, architecture):
+    assert list(cuda_compile.problems(KERNEL, architecture)) == []
+
+
+def test_a_kernel_that_does_not_fit_is_found(affine):
+    def said(architecture, threads=32, shared=128, name="affine<3>"):
+        kernel = Kernel("affine.cu", name, Affine, threads, shared)
+        return "; ".join(cuda_compile.problems(kernel, architecture))
+
+    assert said(75, shared=65 << 10) == "66560 bytes of shared memory, the limit is 65536"
+    assert said(80, shared=65 << 10) == ""
+    assert "threads of" in said(80, threads=65536)
+    assert "cannot compile affine<x> of affine.cu for sm_80: " in said(80, name="affine<x>")
+
+
+def test_a_kernel_that_spills_is_found(affine):
+    bounds = "__launch_bounds__(32)"
+    source = affine.read_text()
+    assert bounds in source
+    # 1,024 threads have 64 registers each, too few for 96 numbers that live at once.
+    numbers = "float n[96]; for (int k = 0; k < 96; ++k) n[k] = p.x[k * p.n];\n"
+    uses = "__syncthreads(); for (int k = 0; k < 96; ++k) p.y[k * p.n] = n[k] * p.y[k];\n"
+    source = source.replace(bounds, "__launch_bounds__(1024, 1)").replace("const int i", numbers + uses + "const int i")
+    affine.write_text(source.replace("for (int", "_Pragma(\"unroll\") for (int"))
+    (said,) = cuda_compile.problems(KERNEL, 80)
+    assert "bytes spilled at 64 registers" in said
