@@ -32,6 +32,10 @@ def instances(kernels, kinds, tiles):
     return [f"{kernel}<{kind}, {tile}>" for kernel, kind, tile in itertools.product(kernels, kinds, tiles)]
 
 
+NODE_TILES = (
+    *(f"F16, 64, {n}" for n in ("64, 64, 16", "64, 64, 48", "64, 64, 128", "128, 64, 48")),
+    *("BF16, 64, 64, 64, 48", "F16, 128, 64, 64, 48", "F16, 256, 64, 64, 48"),
+)
 # The C++ names of kernel instances, by the stem of their file, here or in csrc/cuda.
 INSTANCES = {
     "faults": [
@@ -47,6 +51,15 @@ INSTANCES = {
         *instances(["scan_i2t"], KINDS[2:], ["12, 128, 2", "72, 128, 2", "128, 128, 1"]),
         *instances(SCANS, ["F16", "F16X3"], ["36, 128, 1", "104, 64, 1"]),  # for GPUs of 64 KiB shared memory
     ],
+    # of each: the kind; then what csrc/cuda calls PITCH and DEPTH; S, SLOTS and DEPTH; S, SLOTS, DEPTH and REGIONS
+    "weights": [f"weights<{n}>" for n in ("F16, 8, 64", "F16, 40, 32", "F16, 40, 64", "BF16, 40, 64", "F16, 128, 64")],
+    "global_nodes": [
+        f"global_nodes<{n}>"
+        for n in ("F16, 64, 64, 64", "BF16, 64, 64, 64", "F16, 128, 64, 64", "F16, 256, 64, 64", "BF16, 256, 64, 64")
+        + ("F16, 256, 64, 32",)
+    ],
+    "graph": [f"graph_scores<{n}>" for n in (*NODE_TILES, "F16, 256, 32, 16, 48", "BF16, 256, 64, 16, 48")],
+    "filter": [f"filter_scores<{n}>" for n in (*NODE_TILES, "F16, 256, 64, 16, 48", "BF16, 256, 64, 32, 48")],
 }
 STRUCTURES = {"scan": [Scan]}  # twins of the structs of a file
 

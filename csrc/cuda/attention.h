@@ -23,17 +23,6 @@ struct Grams {
 
 __device__ __forceinline__ float clipped(float x, float slope) { return x > 0 ? x : slope * x; }
 
-__device__ __forceinline__ float quad_sum(float x) {
-    x += shuffle_xor(x, 1);
-    return x + shuffle_xor(x, 2);
-}
-__device__ __forceinline__ float quad_max(float x) {
-    float y = shuffle_xor(x, 1);
-    x = y > x ? y : x;
-    y = shuffle_xor(x, 2);
-    return y > x ? y : x;
-}
-
 // Who has the affinities of one norm: a thread alone, or the lanes with the same g.
 struct Alone {
     __device__ __forceinline__ static float sum(float x) { return x; }

@@ -25,7 +25,7 @@ template <class T> struct FilterShared {
 template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS>
 __global__ void __launch_bounds__(THREADS, 1) filter_scores(Filter p) {
     using T = NodeTile<KIND, S, SLOTS, DEPTH, REGIONS>;
-    DYNAMIC_SHARED(memory);
+    DYNAMIC_SHARED(memory, sizeof(FilterShared<T>));
     auto &sh = *reinterpret_cast<FilterShared<T> *>(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     make_nodes<T>(p.nodes, sh.tile, *reinterpret_cast<typename T::Making *>(sh.room));
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(THREADS, 1) filter_scores(Filter p) {
         if (lane == 0) {
             const float sum = dot / (sqrtf(square) + EPS) + *p.score_bias + sh.tile.spoiled[first / 16];
             const long long at = blockIdx.y * (long long)p.all_captions + sh.tile.caption[caption];
-            store<KIND>(p.score, at, 1 / (1 + exp2f(-sum * LOG2E)));
+            put_score<KIND>(p.score, at, sum);
         }
     }
 }

@@ -18,7 +18,7 @@ template <class T> struct GlobalShared {
 template <Kind KIND, int S, int SLOTS, int DEPTH>
 __global__ void __launch_bounds__(THREADS, 1) global_nodes(GlobalNodes p) {
     using T = NodeTile<KIND, S, SLOTS, DEPTH>;
-    DYNAMIC_SHARED(memory);
+    DYNAMIC_SHARED(memory, sizeof(GlobalShared<T>));
     auto &sh = *reinterpret_cast<GlobalShared<T> *>(memory);
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first = blockIdx.x * SLOTS;
     const auto *image = static_cast<const unsigned *>(row_of(p.image, blockIdx.y, p.dim));

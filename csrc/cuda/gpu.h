@@ -286,24 +286,16 @@ __device__ __forceinline__ float quad_sum(float x) {
     x += shuffle_xor(x, 1);
     return x + shuffle_xor(x, 2);
 }
-__device__ __forceinline__ float quad_largest(float x) {
-    for (int mask = 1; mask < 4; mask *= 2) {
-        const float other = shuffle_xor(x, mask);
-        x = other > x ? other : x;
-    }
-    return x;
+__device__ __forceinline__ float quad_max(float x) {
+    float y = shuffle_xor(x, 1);
+    x = y > x ? y : x;
+    y = shuffle_xor(x, 2);
+    return y > x ? y : x;
 }
 
-__device__ __forceinline__ float leaky(float x) { return x > 0 ? x : 0.1f * x; }
-__device__ __forceinline__ float relu(float x) { return x < 0 ? 0.f : x; }  // NaN stays NaN
-
+// Over all lanes of a warp.
 __device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
     for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
     return x;
-}
-
-// Number `at` of a result in the inputs' dtype.
-template <Kind KIND> __device__ __forceinline__ void store(void *result, long long at, float x) {
-    if constexpr (KIND == F16X3) static_cast<float *>(result)[at] = x;
-    else static_cast<unsigned short *>(result)[at] = static_cast<unsigned short>(rounded<KIND>(x, 0));
 }

@@ -24,6 +24,8 @@ template <class T> struct GraphShared {
     __device__ unsigned char *y() { return room + T::MATRIX; }
 };
 
+__device__ __forceinline__ float relu(float x) { return x < 0 ? 0.f : x; }  // NaN stays NaN
+
 // acc = A W^T: the rows of A [., S] that `row` names for the warp's 16 M rows, W [S, S] in global memory from its row
 // `column` on. The caller has passed a barrier since a stage was last read.
 template <class T, int M, int N, class Row>
@@ -80,7 +82,7 @@ __device__ __forceinline__ void edges(GraphShared<T> &sh, int first, int begin, 
                 if (sh.tile.owner[n * 8 + 2 * t + i] != mine) x = -INFINITE;
                 top = x > top ? x : top;
             }
-        top = quad_largest(top);
+        top = quad_max(top);
 #pragma unroll
         for (int n = 0; n < N; ++n) {
             const float p = exp2f((acc[0][n][2 * j] - top) * LOG2E), q = exp2f((acc[0][n][2 * j + 1] - top) * LOG2E);
@@ -125,7 +127,7 @@ __device__ __forceinline__ void gathered(float (&acc)[M][N][4], GraphShared<T> &
 template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS>
 __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
     using T = NodeTile<KIND, S, SLOTS, DEPTH, REGIONS>;
-    DYNAMIC_SHARED(memory);
+    DYNAMIC_SHARED(memory, sizeof(GraphShared<T>));
     auto &sh = *reinterpret_cast<GraphShared<T> *>(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int first_row = warp_row<T>(), column = warp_column<T>();
@@ -219,6 +221,6 @@ __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
         float sum = *p.score_bias + sh.tile.spoiled[sh.tile.first[threadIdx.x] / 16];
         for (int w = 0; w < OWNERS; ++w) sum += sh.part[w][threadIdx.x];
         const long long at = blockIdx.y * (long long)p.all_captions + sh.tile.caption[threadIdx.x];
-        store<KIND>(p.score, at, 1 / (1 + exp2f(-sum * LOG2E)));
+        put_score<KIND>(p.score, at, sum);
     }
 }

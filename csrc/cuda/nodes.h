@@ -234,3 +234,9 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
     }
     __syncthreads();
 }
+
+// Writes the score of a pair, from the argument of its sigmoid.
+template <Kind KIND> __device__ __forceinline__ void put_score(void *scores, long long at, float x) {
+    const float score = 1 / (1 + exp2f(-x * LOG2E));
+    static_cast<unsigned short *>(scores)[at] = static_cast<unsigned short>(rounded<KIND>(score, 0));
+}

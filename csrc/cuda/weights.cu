@@ -38,11 +38,13 @@ template <Kind, int PITCH_, int DEPTH_> struct WeightTile {
     };
 };
 
+__device__ __forceinline__ float leaky(float x) { return x > 0 ? x : 0.1f * x; }
+
 template <Kind KIND, int PITCH, int DEPTH>
 __global__ void __launch_bounds__(THREADS, 1) weights(Weights p) {
     using Tile = WeightTile<KIND, PITCH, DEPTH>;
     constexpr int M = Tile::ROWS / 16, N = Tile::COLUMNS / 8, EACH = Tile::EACH, CHUNKS = DEPTH / 8, BLOCKS = PITCH / 8;
-    DYNAMIC_SHARED(memory);
+    DYNAMIC_SHARED(memory, sizeof(typename Tile::Shared));
     auto &sh = *reinterpret_cast<typename Tile::Shared *>(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int warp_n = warp % Tile::WARPS_N, first_row = warp / Tile::WARPS_N * Tile::ROWS;
@@ -136,7 +138,7 @@ __global__ void __launch_bounds__(THREADS, 1) weights(Weights p) {
                     top[j / 2] = x > top[j / 2] ? x : top[j / 2];
                 }
 #pragma unroll
-            for (int j = 0; j < 2; ++j) top[j] = quad_largest(top[j]);
+            for (int j = 0; j < 2; ++j) top[j] = quad_max(top[j]);
 #pragma unroll
             for (int n = 0; n < BLOCKS; ++n)
 #pragma unroll

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._cuda import Kernel, launch
 from ..._workspace import scratch_bytes
 from ...packing import bounds, checked, kept, node_bounds, node_plan, spans
 from .. import _attention
 
 KINDS = {torch.float16: "F16", torch.bfloat16: "BF16"}
-THREADS, WARPS = 256, 8
+THREADS = 256
 SIMILARITIES = (64, 128, 256)  # S
 REGIONS = 128  # the most regions of an image
 SLOTS = (32, 64, 128)  # rows of a tile of nodes
@@ -61,24 +62,7 @@ class Nodes(ctypes.Structure):
     ]
 
 
-class Kernel(NamedTuple):
-    """A kernel that fits the device: its file in csrc/cuda, C++ name and bytes of shared memory."""
-
-    source: str
-    name: str
-    shared: int
-
-
 Head = Callable[[str, int, int, int, int], Kernel]  # kind, S, slots, depth, regions -> the head's kernel
-
-
-def launch(kernel: Kernel, problem: ctypes.Structure, grid: tuple[int, int], device: torch.device) -> None:
-    """Run a kernel on the device's current stream."""
-    from ... import _cuda
-
-    _cuda.launch(
-        _cuda.Kernel(kernel.source, kernel.name, type(problem), THREADS, kernel.shared), problem, grid, device
-    )
 
 
 def shared_limit(device: torch.device) -> int:
@@ -108,7 +92,7 @@ def weight_kernel(kind: str, pitch: int, depth: int) -> Kernel:
     squares = warps * WORDS * (pitch if pitch % 16 else pitch + 8) * 4
     stages = 2 * (WORDS + images * pitch) * depth * 2
     shared = max(squares, stages) + 4 * (CAPTIONS * images * pitch + WORDS + images)
-    return Kernel("weights.cu", f"weights<{kind}, {pitch}, {depth}>", shared)
+    return Kernel("weights.cu", f"weights<{kind}, {pitch}, {depth}>", Weights, THREADS, shared)
 
 
 def tile_bytes(S: int, slots: int, depth: int) -> int:
@@ -124,7 +108,7 @@ def making_bytes(slots: int, depth: int, regions: int) -> int:
 
 def global_kernel(kind: str, S: int, slots: int, depth: int) -> Kernel:
     shared = 4 * slots * depth + tile_bytes(S, slots, depth)
-    return Kernel("global_nodes.cu", f"global_nodes<{kind}, {S}, {slots}, {depth}>", shared)
+    return Kernel("global_nodes.cu", f"global_nodes<{kind}, {S}, {slots}, {depth}>", GlobalNodes, THREADS, shared)
 
 
 def fitting(make: Callable[[int], Kernel], limit: int) -> Kernel | None:

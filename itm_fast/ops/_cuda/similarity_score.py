@@ -6,7 +6,8 @@ import ctypes
 
 from torch import Tensor
 
-from ._pairs import WARPS, Kernel, Nodes, aligned, making_bytes, scores, tile_bytes
+from ..._cuda import Kernel
+from ._pairs import THREADS, Nodes, aligned, making_bytes, scores, tile_bytes
 
 
 class Graph(ctypes.Structure):
@@ -31,14 +32,16 @@ class Filter(ctypes.Structure):
 
 def graph_kernel(kind: str, S: int, slots: int, depth: int, regions: int) -> Kernel:
     room = max(making_bytes(slots, depth, regions), 4 * slots * S)
-    shared = room + 2 * slots * slots + tile_bytes(S, slots, depth) + 4 * slots + 64 * WARPS
-    return Kernel("graph.cu", f"graph_scores<{kind}, {S}, {slots}, {depth}, {regions}>", shared)
+    shared = room + 2 * slots * slots + tile_bytes(S, slots, depth) + 4 * slots + 2 * THREADS
+    name = f"graph_scores<{kind}, {S}, {slots}, {depth}, {regions}>"
+    return Kernel("graph.cu", name, Graph, THREADS, shared)
 
 
 def filter_kernel(kind: str, S: int, slots: int, depth: int, regions: int) -> Kernel:
     room = max(making_bytes(slots, depth, regions), 2 * slots * S)
     shared = room + tile_bytes(S, slots, depth) + 4 * slots
-    return Kernel("filter.cu", f"filter_scores<{kind}, {S}, {slots}, {depth}, {regions}>", shared)
+    name = f"filter_scores<{kind}, {S}, {slots}, {depth}, {regions}>"
+    return Kernel("filter.cu", name, Filter, THREADS, shared)
 
 
 def similarity_graph_score(

@@ -1,0 +1,223 @@
+"""SGR's and SAF's pair scores by the kernels of csrc/cuda, run on the CPU; see cuda_emulated.py."""
+
+import ctypes
+import importlib
+
+import pytest
+import torch
+from cuda_emulated import emulated  # noqa: F401
+from pair_score_cases import drawer, edges, inputs
+
+from itm_fast.ops._cuda import _pairs, similarity_score
+from itm_fast.testing import assert_accurate
+
+LIMITS = {"sm_75": 64 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}  # bytes of shared memory of a block
+HEADS = "graph", "filter"
+F16, BF16 = torch.float16, torch.bfloat16
+
+
+@pytest.fixture
+def run(emulated, monkeypatch):  # noqa: F811
+    """The op's CUDA implementation, whose launches run in the emulator; it tells what they counted."""
+
+    def scores(head, args, dtype, order=0, limit="sm_90", steps=None):
+        counts = []
+
+        def launch(kernel, problem, grid, device):
+            assert ctypes.sizeof(problem) == emulated.problem_bytes()[kernel.name]
+            counts.append(
+                emulated.run(kernel.name, ctypes.addressof(problem), *grid, kernel.threads, kernel.shared, order)
+            )
+
+        monkeypatch.setattr(_pairs, "launch", launch)
+        monkeypatch.setattr(_pairs, "shared_limit", lambda device: LIMITS[limit])
+        call = getattr(similarity_score, f"similarity_{head}_score")
+        return call(*rounded(args, dtype)), counts
+
+    return scores
+
+
+def rounded(args, dtype):
+    return [x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args]
+
+
+def case(head, I, counts, R=36, D=72, S=64, regions=None, K=3, seed=0):
+    """Arguments of the op in the order of its implementations."""
+    draw = drawer(seed)
+    args = inputs(draw, I, counts, R, D, S)
+    if head == "graph":
+        for enlarged in (4, 4, 1):
+            args += [enlarged * draw(K, S, S) / S**0.5, 0.3 * draw(K, S)]
+        args += [4 * draw(S), draw(1)]
+        rest = []
+    else:
+        args += [3 * draw(S), 0.2 * draw(1), 1 + draw(1).abs(), 0.2 * draw(1), 4 * draw(S), draw(1)]
+        args += [torch.tensor([0.3]), torch.tensor([0.5])]
+        rest = [1e-5]
+    lengths = None if regions is None else torch.tensor(regions, dtype=torch.int32)
+    return [*args, edges(counts), lengths, 9.0, *rest]
+
+
+def reference(head, args, dtype):
+    """A dtype to compute in -> the reference's scores of arguments that are rounded to `dtype`."""
+    op = importlib.import_module(f"itm_fast.ops.similarity_{head}_score")
+    given = rounded(args, dtype)
+    return lambda kind: [op.reference(*rounded(given, kind))]
+
+
+SHAPES = {
+    # captions of 1 word, of 16 and 17 nodes, of 32 and 33, of 64: each number of slots and its limits
+    "lengths": dict(I=2, counts=(15, 1, 16, 5, 31, 32, 63, 12, 3)),
+    "I1-T1-R1-W1-D8": dict(I=1, counts=(1,), R=1, D=8),
+    "R7-ragged": dict(I=3, counts=(5, 9), R=7, D=200, regions=(7, 1, 4)),
+    "R128-ragged": dict(I=2, counts=(5, 2), R=128, D=64, regions=(128, 65)),
+    "W127": dict(I=1, counts=(7, 127, 70)),
+    "S128": dict(I=2, counts=(9, 20), S=128),
+    "S256": dict(I=1, counts=(14, 20), S=256),
+}
+
+
+CASES = [(shape, F16, "sm_90") for shape in SHAPES] + [
+    ("lengths", BF16, "sm_90"),
+    ("S256", F16, "sm_75"),
+    ("S256", BF16, "sm_86"),
+]
+
+
+@pytest.mark.parametrize("shape,dtype,gpu", CASES, ids=lambda x: str(x).removeprefix("torch."))
+@pytest.mark.parametrize("head", HEADS)
+def test_scores_are_accurate(head, shape, dtype, gpu, run):
+    args = case(head, **SHAPES[shape])
+    found, counts = run(head, args, dtype, limit=gpu)
+    assert found.dtype == dtype
+    assert_accurate([found], reference(head, args, dtype), dtype, products=dtype)
+    assert not sum(c["bank_conflicts"] for c in counts)
+
+
+MIXED = dict(I=3, counts=(15, 1, 16, 5, 31, 32, 63, 12, 3), regions=(36, 20, 7))
+
+
+def bits(scores):
+    return scores.view(torch.int16)
+
+
+@pytest.mark.parametrize("shape,gpu", [("mixed", "sm_90"), ("W127", "sm_90"), ("S256", "sm_75")])
+@pytest.mark.parametrize("head", HEADS)
+def test_the_order_of_threads_and_copies_does_not_matter(head, shape, gpu, run):
+    # 0 and 1: threads in ascending and descending order; else a seed. Odd: copies land at once, else when waited for.
+    args = case(head, **SHAPES.get(shape, MIXED))
+    first, _ = run(head, args, F16, limit=gpu)
+    assert not first.isnan().any()
+    for order in (1, 2, 3):
+        again, _ = run(head, args, F16, order, limit=gpu)
+        assert torch.equal(bits(again), bits(first))
+
+
+def part(args, image, caption):
+    """One image with one caption."""
+    tensors, (cu_seqlens, lengths, *rest) = list(args[:-3]), args[-3:]
+    if not isinstance(lengths, torch.Tensor | None):  # the filter has one argument more
+        tensors, (cu_seqlens, lengths, *rest) = list(args[:-4]), args[-4:]
+    one = slice(image, image + 1)
+    words = slice(*cu_seqlens[caption : caption + 2].tolist())
+    tensors[:4] = tensors[0][one], tensors[1][one], tensors[2][words], tensors[3][caption : caption + 1]
+    counts = None if lengths is None else lengths[one]
+    return [*tensors, cu_seqlens[caption : caption + 2] - words.start, counts, *rest]
+
+
+@pytest.mark.parametrize("shape,gpu", [("mixed", "sm_90"), ("W127", "sm_90"), ("S256", "sm_75")])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_pair_alone_has_the_same_bits(head, shape, gpu, run):
+    args = case(head, **SHAPES.get(shape, MIXED))
+    whole, _ = run(head, args, F16, limit=gpu)
+    for i, t in {(len(whole) - 1, t) for t in range(whole.shape[1])} | {(0, 0)}:
+        alone, _ = run(head, part(args, i, t), F16, limit=gpu)
+        assert torch.equal(bits(alone), bits(whole[i : i + 1, t : t + 1]))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_windows_do_not_change_bits(head, run, monkeypatch):
+    args = case(head, **MIXED)
+    whole, counts = run(head, args, F16)
+    monkeypatch.setattr(_pairs, "WINDOW", 64)
+    monkeypatch.setattr(_pairs, "LAUNCH_BYTES", 1)
+    found, more = run(head, args, F16)
+    assert len(more) > 4 * len(counts)
+    assert torch.equal(bits(found), bits(whole))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("head", HEADS)
+def test_a_number_that_is_not_finite_stays_in_its_pairs(head, value, run):
+    args = case(head, **MIXED)
+    whole, _ = run(head, args, F16)
+    # A word of caption 4, which shares its tiles with others; an image's region; global vectors of each.
+    places = {"word": (2, 38), "region": (0, (1, 2)), "image": (1, 0), "caption": (3, 4)}
+    spoiled = {
+        "word": (slice(None), 4),
+        "region": (1, slice(None)),
+        "image": (0, slice(None)),
+        "caption": (slice(None), 4),
+    }
+    for name, (k, row) in places.items():
+        changed = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
+        changed[k][row][3] = value
+        found, _ = run(head, changed, F16)
+        mask = torch.zeros_like(whole, dtype=torch.bool)
+        mask[spoiled[name]] = True
+        assert found[mask].isnan().all(), name
+        assert torch.equal(bits(found)[~mask], bits(whole)[~mask]), name
+
+
+def test_a_node_that_becomes_infinite_on_the_way_stays_in_its_pair(run):
+    # The first step's value weights make numbers beyond float16 of one caption's nodes only.
+    args = case("graph", **MIXED)
+    args[12][0] *= 3e4
+    found, _ = run("graph", args, F16)
+    plain = reference("graph", args, F16)(F16)[0]
+    assert found.isnan().any()
+    assert torch.equal(found.isnan(), plain.isnan())
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_padded_regions_are_not_read(head, run):
+    args = case(head, **MIXED)
+    want, _ = run(head, args, F16)
+    for i, n in enumerate(MIXED["regions"]):
+        args[0][i, n:] = float("nan")
+    found, _ = run(head, args, F16)
+    assert torch.equal(bits(found), bits(want))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_attended_vectors_that_nearly_cancel(head, run):
+    args = case(head, I=1, counts=(12,), D=128)
+    draw = drawer(1)
+    args[0][0, 1::2] = -args[0][0, ::2] + 1e-2 * draw(18, 128)
+    args[2] *= 1e-3  # all regions count alike, and the attended vector is a hundredth of a region
+    found, _ = run(head, args, F16)
+    assert_accurate([found], reference(head, args, F16), F16, products=F16)
+
+
+@pytest.mark.parametrize("I,counts", [(0, (3, 2)), (2, ())])
+@pytest.mark.parametrize("head", HEADS)
+def test_empty(head, I, counts, run):
+    found, launches = run(head, case(head, I, counts), F16)
+    assert found.shape == (I, len(counts))
+    assert not launches
+
+
+@pytest.mark.parametrize(
+    "shape,gpu,message",
+    [
+        (dict(D=12), "sm_90", "D to be a multiple of 8, got 12"),
+        (dict(R=129), "sm_90", "takes 1 to 128 regions, got R = 129"),
+        (dict(S=96), "sm_90", "S to be 64, 128, 256, got 96"),
+        (dict(counts=(128,)), "sm_90", "captions of up to 127 words on this GPU, got 128"),
+        (dict(counts=(32,), S=256), "sm_75", "captions of up to 31 words on this GPU, got 32"),
+    ],
+    ids=str,
+)
+def test_what_the_kernels_cannot_take_is_refused(shape, gpu, message, run):
+    with pytest.raises(NotImplementedError, match=f"similarity_graph_score: the cuda backend .*{message}"):
+        run("graph", case("graph", **(dict(I=1, counts=(3,)) | shape)), F16, limit=gpu)
