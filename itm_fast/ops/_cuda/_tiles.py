@@ -111,7 +111,11 @@ def _plan(edge: list[int], slots: int, device: torch.device) -> Plan:
         tiles[k].append(t)
         if len(tiles[k]) < CAPTIONS:
             room[free - size[t]].append(k)
-    caption, begin, row, owner, first = [], [], [], [], [0]
+    caption: list[int] = []
+    begin: list[int] = []
+    row: list[int] = []
+    owner: list[int] = []
+    first = [0]
     for members in tiles:
         start = len(row)
         for i, t in enumerate(members):
