@@ -71,7 +71,7 @@ def test_all_mistakes_are_named_at_once(capsys):
         "itm-fast train: there is no option --modle; did you mean --model?",
         "itm-fast train: there is no option --wrold; `itm-fast train --help` lists them",
         "itm-fast train: --epochs wants a whole number, got 'ten'",
-        "itm-fast train: --model must be one of sgr, saf, scan, shan, hgan, tshsr, dual, got 'sgf'; did you mean sgr?",
+        f"itm-fast train: --model must be one of {', '.join(CATALOGUE)}, got 'sgf'; did you mean sgr?",
         "itm-fast train: --lr wants a number, got 'fast'",
     ]
 

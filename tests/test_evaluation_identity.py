@@ -15,6 +15,7 @@ from itm_fast.data import Split, Vocabulary, save_splits
 from itm_fast.evaluation import encode, evaluate, score_all
 from itm_fast.evaluation.encoding import weights_checksum
 from itm_fast.models import build
+from itm_fast.models._catalogue import CATALOGUE
 from itm_fast.training import options as recipe
 
 from .test_evaluate_cli import made  # noqa: F401
@@ -82,7 +83,7 @@ _TWO = {  # options that change the scores of the same weights, with two values 
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["scan", "sgr", "saf", "shan", "hgan", "tshsr", "dual"])
+@pytest.mark.parametrize("name", CATALOGUE)
 def test_options_that_change_the_scores_change_the_identity_of_every_model(name):
     small = {"img_dim": 6, "embed_size": 16, "word_dim": 5, "sim_dim": 4}
     own = vars(recipe(name))

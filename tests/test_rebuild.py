@@ -11,6 +11,7 @@ import torch
 
 from itm_fast.models import build, checkpoint
 from itm_fast.models._building import outline
+from itm_fast.models._catalogue import CATALOGUE
 from itm_fast.training import options, rebuild
 from itm_fast.training.setup import affordable
 
@@ -37,6 +38,10 @@ def found(model: str, **changes) -> checkpoint.Checkpoint:
     for name, value in changes.items():
         setattr(opt, name, value)
     return checkpoint.Checkpoint(1, states, None, opt, None, path="x.pth.tar")
+
+
+def test_every_model_is_here():
+    assert {name.split()[0] for name in OPTIONS} == set(CATALOGUE)
 
 
 @pytest.mark.parametrize("model", OPTIONS)

@@ -13,6 +13,7 @@ from triton_cases import unless
 import itm_fast
 from itm_fast._backends import KERNELS, OFFERS
 from itm_fast.models import build
+from itm_fast.models._catalogue import CATALOGUE
 from itm_fast.ops import _register
 from itm_fast.training import options
 
@@ -27,6 +28,10 @@ EVERY_MODEL = {
     "tshsr": options("tshsr", sim_dim=4, context_nodes=[2], sgr_step=1, **TINY),
     "dual": options("dual", **TINY),
 }
+
+
+def test_every_model_is_here():
+    assert {name.split()[0] for name in EVERY_MODEL} == set(CATALOGUE)
 
 
 @pytest.fixture

@@ -68,9 +68,12 @@ CASES = {
         {"one": (1, (1,), 1, 8), "ragged": (3, COUNTS, 9, 64), "prime": (3, (5, 5, 2), 7, 17, (7, 1, 4))},
     ),
 }
-WITHOUT_REGIONS = ("global_local_score", "similarity_context", "similarity_graph", "similarity_filter")
 OPS = [op for op in CASES if "triton" in _backends.OFFERS[op]]
 over_ops = pytest.mark.parametrize("op", OPS)
+
+
+def test_every_op_with_triton_kernels_has_a_case():
+    assert set(CASES) == {op for op, offered in _backends.OFFERS.items() if "triton" in offered}
 
 
 def case(op, shape, device, **options):
@@ -205,17 +208,10 @@ def test_empty(op, I, T, device, backend):
 
 
 def one_pair(op, args, i, start, stop, t):
-    """The arguments of image i with caption t alone, whose words are rows start to stop."""
-    if op == "similarity_context":
-        return [args[0][i : i + 1, t : t + 1], args[1][i : i + 1, start:stop], args[2]]
-    if op in ("similarity_graph", "similarity_filter"):
-        return [args[0][i : i + 1, start:stop], *args[1:]]
-    if op.startswith("cross_attention") or op == "global_local_score":
-        return [args[0][i : i + 1], args[1][start:stop], *args[2:]]
-    if op == "hierarchical_alignment_score":
-        return [*(a[i : i + 1] for a in args[:3]), *(a[start:stop] for a in args[3:6]), *args[6:]]
-    image, image_global, words, caption_global, *rest = args
-    return [image[i : i + 1], image_global[i : i + 1], words[start:stop], caption_global[t : t + 1], *rest]
+    """The arguments of image i with caption t alone, whose words or nodes are rows start to stop."""
+    at = {"I": slice(i, i + 1), "T": slice(t, t + 1), "N": slice(start, stop), "M": slice(start, stop)}
+    shapes = [argument.shape.labels for argument in DECLARED[op].arguments[: len(args)]]
+    return [a[tuple(at.get(letter, slice(None)) for letter in shape)] for a, shape in zip(args, shapes, strict=True)]
 
 
 @TRITON
@@ -250,11 +246,11 @@ def test_a_pair_has_the_same_bits_in_any_block(op, device, backend):
 
 
 @EVERYWHERE
-@pytest.mark.parametrize("op", [op for op in OPS if op not in WITHOUT_REGIONS])
+@pytest.mark.parametrize("op", [op for op in OPS if "region_lengths" in DECLARED[op].names])
 def test_regions_beyond_the_count_change_nothing(op, device, backend):
     module, _ = CASES[op]
     counts = (6, 1, 4)
-    sizes = (6, 16) if op in ("cross_attention_score", "hierarchical_alignment_score") else (6, 16, 8)
+    sizes = (6, 16, 8) if "S" in DECLARED[op].places else (6, 16)
     given = torch.tensor(counts) if op.startswith("cross_attention") else counts
     call, args = module.case(3, (4, 2), *sizes, given)
     call = module.nodes_only(call) if op == "similarity_nodes" else call
