@@ -11,7 +11,7 @@ from itm_fast.ops._cuda import cross_attention_score as op
 from itm_fast.testing import assert_accurate, inputs
 
 __all__ = ["device", "emulated"]  # fixtures
-DIRECTIONS = ["t2i"]
+DIRECTIONS = ["t2i", "i2t"]
 KINDS = ["F16", "BF16", "F16X3", "TF32X3", "one F16"]  # "one F16": float32 rows at the precision "high"
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 # More images than a tile has of 36 regions; tiles of one and of many captions.
