@@ -1,7 +1,6 @@
 """SGR's and SAF's pair scores by the kernels of csrc/cuda, run on the CPU; see cuda_emulated.py."""
 
 import ctypes
-import importlib
 
 import pytest
 import torch
@@ -9,6 +8,7 @@ from cuda_emulated import emulated  # noqa: F401
 from pair_score_cases import drawer, edges, inputs
 
 from itm_fast.ops._cuda import _pairs, similarity_score
+from itm_fast.ops._declare import DECLARED
 from itm_fast.testing import assert_accurate
 
 LIMITS = {"sm_75": 64 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}  # bytes of shared memory of a block
@@ -60,7 +60,7 @@ def case(head, I, counts, R=36, D=72, S=64, regions=None, K=3, seed=0):
 
 def reference(head, args, dtype):
     """A dtype to compute in -> the reference's scores of arguments that are rounded to `dtype`."""
-    op = importlib.import_module(f"itm_fast.ops.similarity_{head}_score")
+    op = DECLARED[f"similarity_{head}_score"]
     given = rounded(args, dtype)
     return lambda kind: [op.reference(*rounded(given, kind))]
 
