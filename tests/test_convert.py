@@ -142,7 +142,7 @@ def test_files_are_not_overwritten_without_force(tmp_path, capsys):
     save_splits(tmp_path / "folder", {"test": rich()})
     words = ["convert", str(tmp_path / "folder"), str(tmp_path / "set.h5")]
     assert main(words) == 2
-    assert "set.h5 exists; force (--force) replaces the whole file" in capsys.readouterr().err
+    assert "set.h5 exists; force=True (--force) replaces the whole file" in capsys.readouterr().err
     assert split_names(tmp_path / "set.h5") == ["old"]
     assert main([*words, "--force"]) == 0
     assert split_names(tmp_path / "set.h5") == ["test"]

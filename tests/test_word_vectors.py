@@ -68,7 +68,7 @@ REFUSED = {
     "empty": (b"\n", "is empty; word vectors are GloVe"),
     "prose": (b"This is no file of vectors\n", "does not begin with a word and its numbers"),
     "one part": (b"cat\n", "does not begin with a word and its numbers"),
-    "short line": (text() + b"red 1 2\n", "line 5: a word and 3 numbers must stand there, got 3 parts"),
+    "short line": (text() + b"red 1 2\n", "line 5: must be a word and 3 numbers, got 3 parts"),
     "no number": (text() + b"red 1 2 x\n", "line 5: 3 numbers must follow the word"),
     "other words": (text({"zebra": [1, 2, 3]}), "none of the vocabulary's 8 words"),
     "infinite": (text({"cat": [1, "inf", 3]}), "the vector of 'cat' holds NaN or infinity"),

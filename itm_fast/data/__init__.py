@@ -1,7 +1,7 @@
 """Precomputed region features, captions, vocabulary and batching.
 
-Two forms on disk, read alike by `open_split`: SCAN's folder of .npy and .txt files (`itm_fast.data.folder`)
-and one HDF5 file (`itm_fast.data.hdf5`). `save_splits` writes either; `convert` turns one into the other.
+On disk a data set is SCAN's folder of .npy and .txt files (`itm_fast.data.folder`) or one HDF5 file
+(`itm_fast.data.hdf5`). `open_split` reads both, `save_splits` writes both, and `convert` turns one into the other.
 
 >>> import tempfile
 >>> import numpy as np

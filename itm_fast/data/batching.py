@@ -25,7 +25,7 @@ class Batch:
         lengths: B lengths in words, `<start>` and `<end>` included, descending.
         caption_index: [B] int64, which captions of the split these are.
         image_index: [B] int64, which images; two captions of one image have the same.
-        region_lengths: [B] int32, or None when all regions count.
+        region_lengths: [B] int32, or None if every image has R regions.
     """
 
     features: Tensor
@@ -39,14 +39,14 @@ class Batch:
 class TrainingBatches:
     """Shuffled training batches: one sample per caption, as published.
 
-    The order of an epoch depends on the seed and the epoch alone, so a run that resumes at any step of any
-    epoch sees what it would have seen. The last batch of an epoch may be smaller.
+    The order of an epoch depends on the seed and the epoch alone, so a run that is resumed at any step gets the same
+    batches as one that was not interrupted. The last batch of an epoch may be smaller.
 
     Args:
         split: the training split.
-        vocabulary: its words.
+        vocabulary: the model's vocabulary.
         batch_size: captions per batch, at least 1.
-        seed: of the shuffles, at least 0.
+        seed: random seed of the shuffling, at least 0.
 
     Raises:
         ValueError: batch_size or seed is too small.
@@ -66,7 +66,7 @@ class TrainingBatches:
         self._ids: list[np.ndarray | None] = [None] * len(split.captions)
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches in an epoch."""
         return -(-len(self.split.captions) // self.batch_size)
 
     def epoch(self, epoch: int, first_step: int = 0) -> Iterator[Batch]:
@@ -74,7 +74,7 @@ class TrainingBatches:
 
         Args:
             epoch: 0, 1, ...
-            first_step: how many batches to leave out at the start, for a resumed run.
+            first_step: how many batches to skip at the start, for a resumed run.
         """
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self._ids))
         for step in range(first_step, len(self)):
@@ -102,7 +102,7 @@ class TrainingBatches:
 
 
 def image_batches(split: Split, batch_size: int = 128) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """Every image once, in order, to be encoded.
+    """Yield every image once, in order, in batches for the image encoder.
 
     Args:
         split: any split.
@@ -124,11 +124,11 @@ def image_batches(split: Split, batch_size: int = 128) -> Iterator[tuple[Tensor,
 def caption_batches(
     captions: Sequence[str], vocabulary: Vocabulary, batch_size: int = 128
 ) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
-    """Every caption once, longest first over all of them, to be encoded with little padding.
+    """Yield every caption once, the longest ones first, in batches for the text encoder with little padding.
 
     Args:
         captions: T captions.
-        vocabulary: the words of the model.
+        vocabulary: the model's vocabulary.
         batch_size: captions per batch, at least 1.
 
     Yields:

@@ -1,4 +1,4 @@
-"""Captions to word ids, as the published SCAN and SGRAF readers do it."""
+"""Turn captions into word ids as the published data readers of SCAN and SGRAF do."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from .vocabulary import Vocabulary
 
 
 def encode_caption(text: str, vocabulary: Vocabulary) -> list[int]:
-    """Word ids of one caption between those of `<start>` and `<end>`; unknown words become `<unk>`.
+    """The ids of `<start>`, of a caption's words and of `<end>`; unknown words get the id of `<unk>`.
 
     >>> vocabulary = Vocabulary.build(["a cat", "a dog"], min_count=2)
     >>> encode_caption("A zebra", vocabulary), encode_caption("", vocabulary)

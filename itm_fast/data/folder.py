@@ -1,4 +1,4 @@
-"""SCAN's folder of .npy and .txt files, with optional files for what that form cannot say.
+"""SCAN's folder of .npy and .txt files, and optional files for what SCAN's files cannot express.
 
 For a split called `test` the folder holds
 
@@ -8,14 +8,14 @@ For a split called `test` the folder holds
 and may hold
 
 - `test_ims_scale.npy`: [F] float32, with int8 features and only then: feature = int8 * scale;
-- `test_caption_to_image.npy`: [T] integers, the row of `test_ims.npy` of each caption; without it the
-  captions stand in the order of the images, the same number for each;
-- `test_region_lengths.npy`: [I] integers 1..R, how many of an image's regions count;
+- `test_caption_to_image.npy`: [T] integers, for each caption the row of its image in `test_ims.npy`; without this
+  file the captions must be in the order of the images, the same number for each;
+- `test_region_lengths.npy`: [I] integers 1..R, the number of regions of each image; later ones are padding;
 - `test_boxes.npy`: [I, R, 4] floating point;
 - `test_ids.txt`: image ids, one a line, for each image or for each caption;
 - `test_capids.txt`: caption ids, one a line.
 
-The first two are what SCAN and SGRAF read; the id files lie beside them in COCO's distribution.
+SCAN and SGRAF read the first two; SCAN's COCO data also have the id files.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ def read(folder: Path, split: str, captions_per_image: int | None = None) -> Spl
     Args:
         folder: the data folder, such as `data/f30k_precomp`.
         split: `train`, `dev`, `test`, `testall`, or whatever the files are called.
-        captions_per_image: for folders without a caption-to-image file; None finds it from the counts.
+        captions_per_image: for folders without a caption-to-image file; None: it follows from the counts.
 
     Raises:
-        FileNotFoundError: no such split, or one of its files is missing.
-        ValueError: a damaged file, or counts that do not fit; the message names both.
-        TypeError: a .npy file of the wrong kind of numbers.
+        FileNotFoundError: the folder has no such split, or one of its files is missing.
+        ValueError: a file is damaged, or the numbers of images and captions do not fit; the message has both.
+        TypeError: a .npy file has numbers of the wrong type.
     """
     name = f"{folder}: {split}"
     path = {file: folder / f"{split}_{file}" for file in FILES}
@@ -103,7 +103,7 @@ def read(folder: Path, split: str, captions_per_image: int | None = None) -> Spl
 
 
 def one_each(folder: Path) -> str:
-    """Half a sentence for a folder without the split asked for that holds other arrays, such as one for each image."""
+    """The end of an error message for a folder that has other .npy files, such as one per image; "" if it has none."""
     named = tuple(f"_{file}" for file in FILES)
     others = sorted(path.name for path in folder.glob("*.npy") if not path.name.endswith(named))
     if not others:
@@ -116,14 +116,14 @@ def one_each(folder: Path) -> str:
 
 
 def needs_map(split: Split) -> bool:
-    """Whether the folder form needs a caption-to-image file to say this split's map."""
+    """Whether a folder needs a caption-to-image file for this split."""
     I, T = len(split.features), len(split.captions)
-    # As many rows as captions means, in this form, that rows are repeated.
+    # In a folder without that file, as many rows as captions mean that each image is repeated.
     return T == I or T % I != 0 or not np.array_equal(split.caption_to_image, np.arange(T) // (T // I))
 
 
 def check_writable(split: Split) -> None:
-    """Raise ValueError for captions that lines of a text file cannot hold."""
+    """Raise ValueError if a caption cannot be a line of a text file."""
     for t, caption in enumerate(split.captions):
         if "\n" in caption:
             raise ValueError(
@@ -149,7 +149,7 @@ def write(folder: Path, name: str, split: Split, images_written: Callable[[int],
                 out.writelines(f"{line}\n" for line in lines)
     features = split.features
     dtype = features.stored_dtype
-    # Plain writes, not a memory map: on a full disk a map ends the process instead of raising.
+    # Not a memory map: on a full disk, writing to a map kills the process instead of raising an exception.
     with open(folder / f"{name}_ims.npy", "wb") as out:
         header = {
             "descr": np.lib.format.dtype_to_descr(dtype),
@@ -188,12 +188,12 @@ def _scale(path: Path, ims: StoredArray) -> np.ndarray | None:
 
 
 def _captions_per_image(path: Path, ims: StoredArray, T: int, given: int | None, blank: str) -> tuple[int, int]:
-    """Captions per image, and how many rows of `ims` stand for one image."""
+    """The number of captions per image, and of rows of `ims` per image (more than 1 if each image is repeated)."""
     rows = ims.shape[0]
     counts = f"{path}: {rows} rows of features and {T} captions"
-    mend = f"write the image of each caption to {path.name.replace('_ims', '_caption_to_image')}"
+    remedy = f"write the image of each caption to {path.name.replace('_ims', '_caption_to_image')}"
     if blank:
-        counts, mend = f"{counts} ({blank})", f"take out blank lines that are no captions, or {mend}"
+        counts, remedy = f"{counts} ({blank})", f"remove blank lines that are not captions, or {remedy}"
     if given is not None:
         if given < 1 or T not in (rows * given, rows) or T % given:
             raise ValueError(f"{counts} do not fit captions_per_image={given}")
@@ -202,11 +202,11 @@ def _captions_per_image(path: Path, ims: StoredArray, T: int, given: int | None,
         if T % 5 == 0 and all(_one_image(ims, t) for t in (0, T // 10 * 5, T - 5)):
             return 5, 5
         raise ValueError(
-            f"{counts}, but the rows are not each image five times; say captions_per_image=1 (each row is an "
-            f"image of its own) or 5 (take every fifth row, as the published code does), or {mend}"
+            f"{counts}, but the rows do not repeat each image five times; give captions_per_image=1 (each row is a "
+            f"different image) or 5 (take every fifth row, as the published code does), or {remedy}"
         )
     if not rows or T % rows:
-        raise ValueError(f"{counts}: the captions do not divide evenly among the images; {mend}")
+        raise ValueError(f"{counts}: the captions do not divide evenly among the images; {remedy}")
     return T // rows, 1
 
 
@@ -243,5 +243,5 @@ def _ids(path: Path, counts: tuple[int, ...]) -> np.ndarray | None:
 
 
 def _ignored(path: Path, why: str) -> None:
-    # The published readers never open the id files, so a bad one must not stop anything but what needs ids.
+    # Only metrics that need ids fail on a bad id file: the published code never opens these files.
     warnings.warn(f"{path} is ignored: {why}; metrics that need these ids are not available", stacklevel=2)

@@ -1,4 +1,4 @@
-"""The HDF5 form: one file, a group per split, read lazily.
+"""A data set as one HDF5 file with a group per split; arrays are read when they are used.
 
 The file carries the attribute `itm_fast_format` = 1. A group, named as its split, holds
 
@@ -13,8 +13,8 @@ and may hold
 - `image_ids`: [I] int64;
 - `caption_ids`: [T] int64.
 
-A reader accepts any layout, compression and integer or float width that HDF5 has for these. Whatever may lead out
-of the file is refused: links other than hard ones, external storage, virtual data sets.
+Any layout, compression, and width of integers and floats is read. What may lead to other files is refused: links other
+than hard links, external storage, and virtual data sets.
 """
 
 from __future__ import annotations
@@ -38,21 +38,22 @@ _REQUIRED = ("features", "captions", "caption_to_image")
 
 
 def split_names(path: Path) -> list[str]:
-    """The splits in a file: its groups, sorted; links, which are not followed, are left out."""
+    """The splits in a file: the sorted names of its groups. Links are not followed and not listed."""
     return _groups(path, _open(path))
 
 
 def read(path: Path, split: str) -> Split:
-    """Open one split of a file; the file stays open as long as the split's features are held.
+    """Open one split of a file; the file stays open as long as the split's features exist.
 
     Args:
         path: the HDF5 file.
         split: the group's name.
 
     Raises:
-        OSError: not an HDF5 file, a damaged one, or one that is open for writing.
-        ValueError: HDF5, but not of this form, or data outside the file; the message names the data set.
-        FileNotFoundError: no such split in the file.
+        OSError: the file is not HDF5, is damaged, or is open for writing.
+        ValueError: the file does not have these groups and data sets, or they lead to other files; the message names
+            the data set.
+        FileNotFoundError: the file has no such split.
     """
     group = _group(path, split)
     found = {key: _dataset(path, split, group, key) for key in (*_REQUIRED, *_INTEGERS[1:], "boxes")}
@@ -66,7 +67,7 @@ def read(path: Path, split: str) -> Split:
 
 
 def check_writable(split: Split) -> None:
-    """Raise ValueError for captions that an HDF5 string cannot hold."""
+    """Raise ValueError if a caption cannot be an HDF5 string."""
     for t, caption in enumerate(split.captions):
         if "\0" in caption:
             raise ValueError(
@@ -138,7 +139,7 @@ def _groups(path: Path, file: Any) -> list[str]:
         names = sorted(file)
     groups = []
     for name in names:
-        with contextlib.suppress(ValueError):  # of a link; who asks for that name is told
+        with contextlib.suppress(ValueError):  # it is a link; `read` says so if it is asked for
             if isinstance(_member(f"{path}: {name}", file, name), h5py.Group):
                 groups.append(name)
     return groups
@@ -156,7 +157,7 @@ def _group(path: Path, split: str) -> Any:
 
 
 def _member(where: str, group: Any, key: str) -> Any:
-    """What a group holds under this name, None for nothing; only what lies in the file itself.
+    """The member of a group with this name, None if there is none; members in other files are refused.
 
     Raises:
         OSError: the file is damaged here.
@@ -165,7 +166,7 @@ def _member(where: str, group: Any, key: str) -> Any:
     import h5py
 
     with damaged(f"{where}: the file is damaged", OSError):
-        # Of the names alone: asking whether a name leads to anything opens the files that links name.
+        # Look in the list of names: `key in group` would open the file that a link names.
         if key not in list(group):
             return None
         elsewhere = group.id.links.get_info(key.encode()).type != h5py.h5l.TYPE_HARD
@@ -188,7 +189,7 @@ def _rows(path: Path, split: str, key: str) -> Any:
 
 
 def _dataset(path: Path, split: str, group: Any, key: str) -> Any:
-    """A data set of a split, None where an optional one is missing."""
+    """A data set of a split; None if it is optional and missing."""
     import h5py
 
     where = f"{path}: {split}"
@@ -205,7 +206,7 @@ def _dataset(path: Path, split: str, group: Any, key: str) -> Any:
         raise TypeError(f"{where}: {key} must be an array of floating-point numbers, got {kind} {list(shape or ())}")
     if key == "captions" and (h5py.check_string_dtype(kind) is None or len(shape or ()) != 1):
         raise ValueError(f"{where}: captions must be [T] UTF-8 strings, got {kind} {list(shape or ())}")
-    if not whole:  # HDF5 would give zeros, as many as are declared
+    if not whole:  # HDF5 would return zeros for the missing values
         raise ValueError(f"{where}: {key} is declared as {list(shape)}, but not all of it was written; write it again")
     return found
 

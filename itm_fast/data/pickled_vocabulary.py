@@ -1,6 +1,6 @@
-"""The older form of the published vocabularies: a pickled `Vocabulary` object, read without running anything.
+"""Read the older form of the published vocabularies, a pickled `Vocabulary` object, without running code from the file.
 
-A pickle is a program. Here every class and function that it may name is a harmless stand-in or refused.
+A pickle can call any function. Here each class or function that it names is replaced by a harmless one or refused.
 """
 
 from __future__ import annotations
@@ -13,21 +13,21 @@ from typing import Any
 from .._files import open_regular
 from .stored import damaged
 
-STARTS = (b"\x80", b"(", b"c")  # of a pickle, protocols 0 to 5; JSON begins otherwise
+STARTS = (b"\x80", b"(", b"c")  # first bytes of a pickle, protocols 0 to 5; no JSON file begins with one of them
 _PARTS = ("word2idx", "idx2word", "idx")
 
 
 def read(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The parts of a pickled vocabulary as its JSON file would hold them.
+    """The content of a pickled vocabulary, as `json.load` returns it for a JSON vocabulary.
 
     Args:
-        path: a pickle of `Vocabulary` of the published vocab.py, by any protocol and by Python 2 or 3, or of a dict.
+        path: a pickle of the published vocab.py's `Vocabulary`, or of a dict, of any protocol, by Python 2 or 3.
 
     Raises:
-        ValueError: damaged, or it names another class or function.
+        ValueError: the file is damaged, or names another class or function.
     """
 
-    class Vocabulary:  # of this call alone: what a file does to it touches no other
+    class Vocabulary:  # a new class for each call, as a file may set its attributes
         pass
 
     def rebuilt(kind: Any, base: Any, state: Any) -> Any:
@@ -41,10 +41,10 @@ def read(path: str | os.PathLike[str]) -> dict[str, Any]:
         ("collections", "OrderedDict"): dict,
     }
 
-    # The unpickler in C reserves memory for whatever numbers a file holds; this one, in Python, does not.
+    # The C unpickler allocates as much memory as a damaged file asks for; the Python one does not.
     class Reader(pickle._Unpickler):  # type: ignore[name-defined, misc]
         def find_class(self, module: str, name: str) -> Any:
-            if name == "Vocabulary":  # of vocab, __main__ or wherever the script lay
+            if name == "Vocabulary":  # in whatever module: vocab, __main__, ...
                 return Vocabulary
             if (module, name) not in stand_ins:
                 raise pickle.UnpicklingError(f"it names {module}.{name}, which no vocabulary needs")

@@ -1,4 +1,4 @@
-"""One split of an image-text set: features on disk, read by rows, and its captions."""
+"""One split of an image-text data set: its captions, and features that are read from disk row by row."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from .stored import StoredArray
 from .texts import caption_texts
 
-# What bytes.strip() takes away: the published readers strip captions before decoding them.
+# The characters that bytes.strip() removes: the published readers strip captions before they decode them.
 WHITE_SPACE = " \t\n\r\v\f"
 
 
@@ -21,18 +21,18 @@ class Rows:
 
     Args:
         source: numpy array, memory map or `StoredArray` of floating-point numbers, or int8 with `scale`.
-        every: only each `every`-th row of `source` is a row here (1: all of them).
-        scale: float32 factors of the last axis; a row is then `source * scale`.
-        count: use the first `count` of those rows only; all when None.
+        every: use every `every`-th row of `source` (1: all rows).
+        scale: float32 factors for the last axis; a row is then `source * scale`.
+        count: use only the first `count` of these rows; None: all.
 
     Raises:
-        ValueError: the source has no dimension.
+        ValueError: the source is 0-dimensional.
 
     Attributes:
         shape: (n, ...).
         dtype: float32, whatever is stored.
-        stored_dtype: the narrowest of float16 and float32 that holds the rows as they are stored
-            (float64 sources are rounded to float32, as the published readers do).
+        stored_dtype: float16 if the source is, else float32: the dtype in which `save_splits` writes the rows (float64
+            is rounded to float32, as in the published readers).
 
     >>> import numpy as np
     >>> rows = Rows(np.arange(12, dtype=np.float16).reshape(6, 2), every=3)
@@ -63,7 +63,7 @@ class Rows:
 
         Raises:
             TypeError: the index is neither.
-            IndexError: a row outside 0..len - 1.
+            IndexError: a row is outside 0..len - 1.
         """
         if isinstance(index, slice):
             start, stop, step = index.indices(len(self))
@@ -75,7 +75,7 @@ class Rows:
         if rows.ndim != 1 or (rows.size and rows.dtype.kind not in "iu"):
             raise TypeError(f"rows are read by a slice or by integers of one dimension, got {index!r}")
         if rows.size and not (rows.min() >= 0 and rows.max() < len(self)):
-            raise IndexError(f"row {rows.min()}..{rows.max()} asked of an array of {len(self)} rows")
+            raise IndexError(f"rows {rows.min()}..{rows.max()} are out of range for an array of {len(self)} rows")
         rows = rows.astype(np.int64) * self._every
         # One read per row: h5py's own list indexing is 30 times slower on chunked data.
         raw = [self._source[row] for row in rows.tolist()]
@@ -83,7 +83,7 @@ class Rows:
         return self._scaled(np.asarray(stacked, dtype=np.float32))
 
     def first(self, count: int) -> Rows:
-        """The first `count` rows, still unread."""
+        """The first `count` rows; nothing is read."""
         return Rows(self._source, every=self._every, scale=self._scale, count=min(count, len(self)))
 
     def _scaled(self, rows: np.ndarray) -> np.ndarray:
@@ -93,19 +93,19 @@ class Rows:
 
 
 class Split:
-    """One evaluation or training split; every array is checked, and features in memory are wrapped.
+    """One evaluation or training split, with all its arrays checked.
 
-    An image may have any number of captions, none included. Captions lose white space at their ends.
+    An image may have any number of captions, also none. White space at the ends of captions is removed.
 
     Args:
         features: [I, R, F] region features, `Rows` or a floating-point numpy array.
         captions: T texts, as str or UTF-8 bytes.
         caption_to_image: [T] integers 0..I-1, the image each caption belongs to.
-        region_lengths: [I] integers 1..R; None when all R regions of every image count.
+        region_lengths: [I] integers 1..R, the number of regions of each image; None: every image has R.
         boxes: [I, R, 4] region boxes, in whatever unit the data set uses.
         image_ids: [I] integers such as COCO's image ids.
         caption_ids: [T] integers such as COCO's annotation ids.
-        name: where the split came from; opens every error message.
+        name: where the split comes from, such as its file; error messages begin with it.
 
     Attributes:
         features, boxes: `Rows`, read as float32 by slices or index arrays; boxes may be None.
@@ -114,9 +114,8 @@ class Split:
         captions, name: as given.
 
     Raises:
-        ValueError: a wrong shape or value; the message names the array and both counts.
-        TypeError: features or boxes that are not floating-point, indices that are not integers, captions that are
-            no texts.
+        ValueError: an array has a wrong shape or value; the message names the array, what it must be and what it is.
+        TypeError: features or boxes are not floating point, indices are not integers, or captions are not strings.
 
     >>> import numpy as np
     >>> split = Split(np.zeros((2, 36, 8), np.float32), ["a cat", "a dog", "one dog"], [0, 1, 1])
@@ -137,7 +136,7 @@ class Split:
         name: str = "split",
     ) -> None:
         self.name = name
-        self._warned = False  # of regions of zeros
+        self._warned = False  # whether `read` has warned of regions of zeros
         self.features = self._rows("features", features)
         if len(self.features.shape) != 3 or 0 in self.features.shape:
             raise ValueError(
@@ -164,9 +163,9 @@ class Split:
             self.caption_ids = self._integers("caption_ids", caption_ids, T, "caption")
 
     def first(self, captions: int) -> Split:
-        """The first captions and the images up to the last one they name.
+        """The first captions, and the images up to the last one that these describe.
 
-        This is how the published code shortens its `dev` split (to 5,000 captions).
+        The published code shortens its `dev` split in this way (to 5,000 captions).
 
         Args:
             captions: how many captions to keep, at least 1; more than T keeps all.
@@ -197,10 +196,10 @@ class Split:
         )
 
     def read(self, images: slice | Sequence[int] | np.ndarray) -> np.ndarray:
-        """Features of some images, to be encoded: float32 [B, R, F], zero beyond `region_lengths`.
+        """Features of some images for the image encoder: float32 [B, R, F], zero beyond `region_lengths`.
 
-        Without `region_lengths`, images whose last regions are all zero are warned of once: such padding takes part in
-        attention, in the published code too.
+        Warns, once, if the split has no `region_lengths` and the last regions of an image are all zero: this padding
+        then takes part in attention, as it does in the published code.
 
         Args:
             images: as for `Rows`.
@@ -213,18 +212,18 @@ class Split:
             if padded:
                 self._warned = True
                 warnings.warn(
-                    f"{self.name}: {padded} of {len(features)} images read end in regions of zeros, and there are no "
-                    "region_lengths, so these take part in attention as the published code has it; "
+                    f"{self.name}: {padded} of {len(features)} images read end in regions of zeros, and there are "
+                    "no region_lengths, so these regions take part in attention, as in the published code; "
                     "mask_zero_regions=True (--mask-zero-regions) leaves them out",
                     stacklevel=3,
                 )
         return features
 
     def mask_zero_regions(self) -> Split:
-        """This split with `region_lengths` that leave out the all-zero regions at each image's end.
+        """This split with `region_lengths` that leave out the all-zero regions at the end of each image.
 
-        Reads all features once. A split that has `region_lengths` is returned as it is; an image of nothing but zeros
-        keeps one region.
+        Reads all features once. A split that has `region_lengths` is returned as it is; an image whose regions are all
+        zero keeps one region.
 
         >>> import numpy as np
         >>> features = np.ones((2, 4, 8), np.float32)

@@ -1,4 +1,4 @@
-"""Opening, saving and converting splits: which form a path is, and outputs that are whole or not there."""
+"""Open, save and convert data sets, in either form; files are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def open_split(
     captions_per_image: int | None = None,
     mask_zero_regions: bool = False,
 ) -> Split:
-    """Open one split of a data set; features stay on disk until their rows are asked for.
+    """Open one split of a data set; features stay on disk until their rows are used.
 
     Args:
-        path: SCAN's folder (`{split}_ims.npy`, `{split}_caps.txt`, ...) or an HDF5 file; the heads of
-            `itm_fast.data.folder` and `itm_fast.data.hdf5` list what each may hold.
+        path: SCAN's folder (`{split}_ims.npy`, `{split}_caps.txt`, ...) or an HDF5 file; the docstrings of
+            `itm_fast.data.folder` and `itm_fast.data.hdf5` list what each may contain.
         split: its name, such as `dev` or `testall`.
-        limit_captions: keep the first captions and their images only. The published code does so with 5,000
-            on `dev`; here nothing is cut unless asked.
-        captions_per_image: for folders only, when counts alone do not tell: 1 or 5 where features have as
-            many rows as there are captions.
-        mask_zero_regions: where the data have no region lengths, leave out the all-zero regions at each image's end;
-            reads all features once.
+        limit_captions: keep only the first captions and their images. The published code keeps 5,000 captions of
+            `dev`; here None keeps all.
+        captions_per_image: for folders with as many rows of features as captions: 1 if every row is a different image,
+            5 to use every fifth row.
+        mask_zero_regions: if the data have no region lengths, leave out the all-zero regions at the end of each image;
+            this reads all features once.
 
     Raises:
-        FileNotFoundError: no such path or split; the message lists the splits there are.
-        ValueError: a damaged file or one of another form, shapes or counts that do not fit.
-        TypeError: numbers of the wrong kind.
-        OSError: not an HDF5 file, a damaged one, or one that is open for writing.
+        FileNotFoundError: the path or the split does not exist; the message lists the splits that exist.
+        ValueError: a file is damaged or of another form, or shapes or numbers of rows do not fit each other.
+        TypeError: an array has numbers of the wrong type.
+        OSError: the file is not HDF5, is damaged, or is open for writing.
 
     >>> import tempfile
     >>> import numpy as np
@@ -71,9 +71,9 @@ def split_names(path: str | os.PathLike[str]) -> list[str]:
     """Names of the splits in a folder or an HDF5 file, sorted.
 
     Raises:
-        FileNotFoundError: no such path.
-        OSError: not an HDF5 file, a damaged one, or one that is open for writing.
-        ValueError: an HDF5 file of another form.
+        FileNotFoundError: the path does not exist.
+        OSError: the file is not HDF5, is damaged, or is open for writing.
+        ValueError: the HDF5 file was not written by this package.
     """
     path = _existing(path)
     return folder_form.split_names(path) if path.is_dir() else hdf5_form.split_names(path)
@@ -88,22 +88,21 @@ def save_splits(
 ) -> None:
     """Write splits as one HDF5 file (`.h5`, `.hdf5`) or as files of a folder (any other name).
 
-    Everything is written under another name and renamed when whole; what is replaced comes back when that is
-    interrupted. float16 features stay float16; every other kind becomes float32, which is what reading gives.
+    Everything is written under another name and renamed when it is complete; if that is interrupted, the old files are
+    put back. float16 features stay float16; all others are written as float32, the dtype in which they are read.
 
     Args:
-        path: the file or folder to write. An existing folder keeps its other splits; an existing file is
-            replaced as a whole.
+        path: the file or folder to write. An existing folder keeps its other splits; an existing file loses them.
         splits: the splits by name.
         force: overwrite the file, or splits of these names in the folder.
         images_written: called with a number of images after each block of them, for a progress bar.
 
     Raises:
-        FileExistsError: without force, the file or a split is there already.
-        FileNotFoundError: the folder that is to hold the result does not exist.
+        FileExistsError: the file or a split exists already, and `force` is false.
+        FileNotFoundError: the folder that contains `path` does not exist.
         RuntimeError: another process is writing there.
-        ValueError: no splits, or a caption that the form cannot hold.
-        OSError: not enough room on the disk (found out before writing), or a failing disk.
+        ValueError: there are no splits, or a caption cannot be written in this form.
+        OSError: the disk has no room (this is checked before anything is written) or fails.
 
     >>> import tempfile
     >>> import numpy as np
@@ -141,7 +140,7 @@ def convert(
     mask_zero_regions: bool = False,
     images_written: Callable[[int], object] = lambda images: None,
 ) -> None:
-    """Turn a folder into an HDF5 file or an HDF5 file into a folder.
+    """Convert a folder to an HDF5 file, or an HDF5 file to a folder.
 
     Images that a folder repeats for each caption are written once; int8 features are written as float32.
 
@@ -154,8 +153,8 @@ def convert(
         images_written: as for `save_splits`.
 
     Raises:
-        ValueError: the destination is of the source's own form, or there is nothing to convert.
-        Exception: everything that `open_split` and `save_splits` raise.
+        ValueError: source and destination are of the same form, or there is nothing to convert.
+        Exception: as `open_split` and `save_splits`.
     """
     source, destination = _existing(source), Path(destination)
     if source.is_dir() != (destination.suffix in SUFFIXES):
@@ -209,7 +208,7 @@ def _save_file(path: Path, splits: Mapping[str, Split], force: bool, images_writ
     partial = _partial(path)
     with Lock(path.with_name(f".{path.name}.lock"), str(path)):
         if path.exists() and not force:
-            raise FileExistsError(f"{path} exists; force (--force) replaces the whole file")
+            raise FileExistsError(f"{path} exists; force=True (--force) replaces the whole file")
         try:
             with hdf5_form.create(partial) as file:
                 for name, split in splits.items():
@@ -222,7 +221,7 @@ def _save_file(path: Path, splits: Mapping[str, Split], force: bool, images_writ
 def _save_folder(path: Path, splits: Mapping[str, Split], force: bool, images_written: Callable[[int], object]) -> None:
     if not path.exists():
         with Lock(path.with_name(f".{path.name}.lock"), str(path)):
-            if not path.exists():  # another process may have made it meanwhile
+            if not path.exists():  # another process may have created it meanwhile
                 with _written(_partial(path), splits, images_written) as partial:
                     os.rename(partial, path)
                 return
@@ -230,19 +229,19 @@ def _save_folder(path: Path, splits: Mapping[str, Split], force: bool, images_wr
         old = [[path / f"{name}_{file}" for name in splits] for file in folder_form.FILES]
         there = [name for name, *files in zip(splits, *old, strict=True) if any(file.exists() for file in files)]
         if there and not force:
-            raise FileExistsError(f"{path} has files of {', '.join(there)} already; force (--force) replaces them")
+            raise FileExistsError(f"{path} has files of {', '.join(there)} already; force=True (--force) replaces them")
         files = [file for row in old for file in row]
         for file in files:
             if file.is_dir():
                 raise IsADirectoryError(errno.EISDIR, "is a folder, which is not replaced by a file", str(file))
-        # Inside the folder, which may be a mount of its own: a rename cannot leave its file system.
+        # The new files are written inside the folder: it may be a mount point, and files are renamed only within one.
         with _written(_partial(path / "split"), splits, images_written) as partial:
             _exchange(files, partial)
 
 
 @contextlib.contextmanager
 def _written(partial: Path, splits: Mapping[str, Split], images_written: Callable[[int], object]) -> Iterator[Path]:
-    """A folder of the files of these splits, removed in the end."""
+    """Write these splits into the folder `partial`, which is removed at the end of the `with`."""
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     try:
@@ -254,16 +253,17 @@ def _written(partial: Path, splits: Mapping[str, Split], images_written: Callabl
 
 
 def _exchange(files: list[Path], partial: Path) -> None:
-    """Put the new files of `partial` in the place of these: all of them, or after an exception none.
+    """Replace files by the new ones in `partial`: all of them, or none if an exception is raised.
 
-    The first files leave first and arrive last, so that no split can be read meanwhile: its features come first.
+    Files are moved away in order and the new ones moved in in reverse order. As features come first, no split can be
+    opened in between.
 
     Args:
-        files: what is to be replaced, or removed where there is no new file.
-        partial: a folder of the same file system with new files of the same names.
+        files: the files to replace; those without a new file are removed.
+        partial: a folder in the same file system with new files of the same names.
     """
     new = {file for file in files if (partial / file.name).exists()}
-    # Beside `partial`, which is removed whatever happens: a second interrupt must not lose what was to come back.
+    # Not inside `partial`, which is always removed: after a second interrupt the old files are still here.
     kept = partial.with_name(f"{partial.name}.replaced")
     kept.mkdir()
     try:
@@ -274,7 +274,7 @@ def _exchange(files: list[Path], partial: Path) -> None:
             if file in new:
                 os.replace(partial / file.name, file)
     except BaseException:
-        # What has moved is read from the disk: an interrupt may come between a move and a note of it.
+        # The disk tells which files have moved; a variable would be wrong if the interrupt came just after a move.
         for file in files:
             if file in new and not (partial / file.name).exists():
                 file.unlink(missing_ok=True)

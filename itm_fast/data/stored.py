@@ -1,4 +1,4 @@
-"""Arrays that stay in their file: opened without being read, opened anew in another process, never a raw error."""
+"""Arrays that stay in their file until they are read, that can be pickled, and whose errors name the file."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from .._files import open_regular
 
 @contextlib.contextmanager
 def damaged(sentence: str, kind: type[Exception] = ValueError) -> Iterator[None]:
-    """Turn whatever a library raises on a damaged file into `kind` with one sentence.
+    """Turn any exception of the block into one of `kind` whose message begins with `sentence`.
 
-    The bytes decide what h5py and numpy raise: any exception is possible. Too little memory says nothing of the file
-    and stays a MemoryError.
+    On a damaged file h5py and numpy may raise anything. A MemoryError stays one, and so does an OSError that names a
+    file.
 
     >>> with damaged("x.h5 is damaged"):
     ...     raise KeyError("no such object")
@@ -31,38 +31,38 @@ def damaged(sentence: str, kind: type[Exception] = ValueError) -> Iterator[None]
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.filename is not None:
-            raise  # says what is wrong with which file already: permission denied, a FIFO
+            raise  # its message is good already, such as "Permission denied"
         reason = str(error.args[0] if isinstance(error, KeyError) and error.args else error).strip()
         raise kind(f"{sentence}: {reason.splitlines()[0] if reason else type(error).__name__}") from error
 
 
 def open_npy(path: Path) -> np.ndarray:
-    """The array of a .npy file, mapped: nothing is read yet.
+    """The array of a .npy file, memory-mapped.
 
     Raises:
         OSError: the file cannot be opened.
-        ValueError: it is no .npy file, holds less than it claims, or holds Python objects.
+        ValueError: it is not a .npy file, is shorter than its header says, or holds Python objects.
     """
     open_regular(path).close()
     with damaged(f"{path} is not a whole .npy file of numbers"), np.errstate(all="raise"):
-        # open_memmap reads the .npy form only: np.load would also try zip archives and pickles.
+        # np.load would also try zip archives and pickles; open_memmap reads .npy files only.
         return np.lib.format.open_memmap(path, mode="r").view(np.ndarray)
 
 
 class StoredArray:
-    """An array in a file. A pickle of it holds no data: it is opened again where it is used.
+    """An array in a file. Its pickle, such as for a worker process, has no data: the file is opened again on use.
 
     Args:
         path: the file.
-        open_array: called as `open_array(path, *arguments)`; a function that can be pickled.
+        open_array: called as `open_array(path, *arguments)` to open the array; it must be picklable.
         arguments: which array of the file.
 
     Attributes:
         shape, dtype: of the array.
 
     Raises:
-        ValueError: when rows are read after unpickling, and the file is no longer the one that was opened.
-        OSError: the file is damaged where rows are read.
+        ValueError: on reading after unpickling, if the file has changed since it was opened.
+        OSError: on reading, if the file is damaged.
     """
 
     def __init__(self, path: Path, open_array: Callable[..., Any], *arguments: str) -> None:

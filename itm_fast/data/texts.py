@@ -1,4 +1,4 @@
-"""Captions as users hand them over, and the lines of text files: what is read as text, and what is refused."""
+"""Check captions that a caller gives, and read the lines of text files."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 from .._files import open_regular
 
-BOM = "\ufeff"  # some editors write it before the first character; it belongs to no word
-# The longest captions of data sets of long descriptions have a third of these. An encoder reads word after word and
-# pads a whole batch to its longest caption: a file whose line breaks are lost would take hours and all memory.
+BOM = "\ufeff"  # byte-order mark, which some editors write at the start of a file; it is not part of a word
+# Three times the longest captions of data sets with long descriptions. A file that has lost its line breaks is one long
+# caption; the encoder would pad a whole batch to it, and take hours and all memory.
 MOST_CHARACTERS = 10_000
 _MARKS = re.compile(rf"\A[\s{BOM}]*{BOM}")
 
@@ -23,11 +23,11 @@ def caption_texts(captions: Any, argument: str) -> list[str]:
 
     Args:
         captions: one text for each caption.
-        argument: what to call it in messages.
+        argument: the argument's name in error messages.
 
     Raises:
-        TypeError: one text alone, something that is no sequence of one dimension, or an entry that is no text.
-        ValueError: bytes that are not UTF-8, half a surrogate pair, or a text of more than 10,000 characters.
+        TypeError: `captions` is a single text or not a one-dimensional sequence, or an entry is not a text.
+        ValueError: an entry is not valid UTF-8, has half a surrogate pair, or has more than 10,000 characters.
 
     >>> caption_texts(("a cat", b"a dog"), "captions")
     ['a cat', 'a dog']
@@ -47,12 +47,12 @@ def caption_texts(captions: Any, argument: str) -> list[str]:
 
 
 def caption_text(text: Any, argument: str, row: int | None = None) -> str:
-    """One caption as str; see `caption_texts`.
+    """Check one caption and return it as str; see `caption_texts`.
 
     Args:
         text: str, or UTF-8 bytes.
-        argument: what to call it in messages.
-        row: its place in that argument, where it is one of a list.
+        argument: the argument's name in error messages.
+        row: the caption's index in that argument; None if the argument is a single caption.
     """
     where = argument if row is None else f"{argument}[{row}]"
     if isinstance(text, bytes):
@@ -70,17 +70,17 @@ def caption_text(text: Any, argument: str, row: int | None = None) -> str:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise ValueError(
-                f"{where} holds {text[error.start]!r}, half a character; mend how it was decoded"
+                f"{where} holds {text[error.start]!r}, half of a surrogate pair; correct how the text was decoded"
             ) from error
         return without_marks(text)
-    mend = "leave that caption out, or give an empty text"
+    remedy = "leave that caption out, or give an empty text"
     if isinstance(text, Iterable):
-        mend = "give one flat list of texts; caption_to_image says which image each belongs to"
-    raise TypeError(f"{where} must be a text (str), got {_what(text)}; {mend}")
+        remedy = "give one flat list of texts; caption_to_image says which image each belongs to"
+    raise TypeError(f"{where} must be a text (str), got {_what(text)}; {remedy}")
 
 
 def without_marks(text: str) -> str:
-    """The text without byte-order marks before its first character, and without white space before such a mark.
+    """Remove byte-order marks at the start of a text, and white space before them.
 
     >>> without_marks("\\ufeff \\ufeffdog"), without_marks(" dog")
     ('dog', ' dog')
@@ -89,11 +89,11 @@ def without_marks(text: str) -> str:
 
 
 def text_lines(path: str | os.PathLike[str]) -> list[str]:
-    """The lines of a UTF-8 file, with the line ends that they have; byte-order marks before a line are dropped.
+    """The lines of a UTF-8 file with their line ends; byte-order marks at the start of a line are removed.
 
     Raises:
-        OSError: the file cannot be opened, or is no regular file.
-        ValueError: UTF-16 or another encoding; the message names the line.
+        OSError: the file cannot be opened, or is not a regular file.
+        ValueError: the file is not UTF-8; the message names the line.
     """
     lines = []
     with open_regular(path) as file:

@@ -1,4 +1,4 @@
-"""Captions to tokens, as the published SCAN and SGRAF readers split them."""
+"""Split captions into tokens as the published data readers of SCAN and SGRAF do."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from pathlib import Path
 from .texts import caption_text
 
 _LOWER = str.maketrans(string.ascii_uppercase, string.ascii_lowercase)
-# A full stop inside a caption: but for stray quotes, nothing else in the word rules depends on where sentences end.
+# A full stop that is not at the end of the caption. The tokens depend on where sentences end only there and, rarely, at
+# unpaired quotes.
 _SEVERAL = re.compile(r"""(?<!\.)\.(?=[^\w.])(?![\s\])}>"'\u00bb\u201d\u2019]*$)""")
 
 
 def tokenize(text: str) -> list[str]:
     """Tokens of one caption, as `nltk.word_tokenize` finds them on the lower-cased text.
 
-    Only A-Z are lowered: the published readers lower the caption's UTF-8 bytes. Without NLTK's punkt data, or with
-    damaged ones, the same word rules run without splitting the caption into sentences; the tokens then differ only in
-    captions of several sentences, where a full stop inside stays with its word. The first of these is warned of.
+    Only A-Z are lowered: the published readers lower the caption's UTF-8 bytes. If NLTK's punkt data are missing or
+    damaged, the caption is not split into sentences before its words are found. Tokens then differ only for captions of
+    several sentences, whose inner full stops stay with their words; the first such caption gives a warning.
 
     >>> tokenize("A man's dog can't swim.")
     ['a', 'man', "'s", 'dog', 'ca', "n't", 'swim', '.']
@@ -38,7 +39,7 @@ def _word_tokenizer() -> Callable[[str], list[str]]:
         return word_tokenize
     except MemoryError:
         raise
-    except Exception as error:  # LookupError without the data; a damaged file decides what is raised
+    except Exception as error:  # LookupError without the data, anything for damaged data
         reason = _why_no_punkt(error)
     tell = functools.cache(lambda: warnings.warn(reason, stacklevel=4))
 

@@ -1,4 +1,4 @@
-"""The word list of a model: JSON files of the published repositories, read, written and built."""
+"""The vocabulary of a model: build one, and read or write the JSON files of the published repositories."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Vocabulary:
         return len(self.word2idx)
 
     def checksum(self) -> str:
-        """Of the words in the order of their ids: equal for equal vocabularies, and for no others.
+        """SHA-256 of the words in the order of their ids; it differs for different vocabularies.
 
         >>> Vocabulary.build(["a cat"], min_count=1).checksum()[:8]
         'ff328185'
@@ -63,9 +63,9 @@ class Vocabulary:
 
     @classmethod
     def build(cls, captions: Iterable[str], min_count: int = 4) -> Vocabulary:
-        """The words seen at least `min_count` times, in the order in which they first appear.
+        """Make a vocabulary of the words seen at least `min_count` times, in the order of their first appearance.
 
-        The published lists come from the captions of the train and dev splits together.
+        The published vocabularies are built from the captions of the train and dev splits together.
 
         Args:
             captions: any captions; tokenised by `tokenize`.
@@ -73,7 +73,7 @@ class Vocabulary:
 
         Raises:
             ValueError: min_count is less than 1, or no word with a letter or digit appears that often.
-            TypeError: captions are not texts.
+            TypeError: a caption is not a text.
 
         >>> Vocabulary.build(["a cat", "a dog", "the cat"], min_count=2).idx2word
         {0: '<pad>', 1: '<start>', 2: '<end>', 3: '<unk>', 4: 'a', 5: 'cat'}
@@ -99,11 +99,11 @@ class Vocabulary:
 
         Args:
             path: JSON with `word2idx`, `idx2word` and `idx` (the number of words), or the older pickle of an object
-                with these. Nothing that a pickle brings along is run.
+                with these. Code in a pickle is not run.
 
         Raises:
-            OSError: no such file, or no regular file.
-            ValueError: neither JSON nor such a pickle, not a vocabulary, or its three parts disagree.
+            OSError: the file does not exist or is not a regular file.
+            ValueError: the file is neither JSON nor such a pickle, is not a vocabulary, or its three parts disagree.
         """
         content = _content(path)
         kinds = (("word2idx", dict), ("idx2word", dict), ("idx", int))
@@ -125,7 +125,7 @@ class Vocabulary:
             raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the published JSON form; the file is whole or not there.
+        """Write the published JSON form; the file is written completely or not at all.
 
         >>> import tempfile
         >>> with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""Word vectors from a file that the user names: GloVe or word2vec text, word2vec binary, or npy."""
+"""Read pretrained word vectors: GloVe or word2vec text, word2vec binary, or a .npy array."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from .stored import open_npy
 from .texts import BOM
 from .vocabulary import Vocabulary
 
-Entries: TypeAlias = Iterator[tuple[bytes, Callable[[], NDArray[np.float32]]]]  # words, and their numbers when wanted
+Entries: TypeAlias = Iterator[tuple[bytes, Callable[[], NDArray[np.float32]]]]  # word, function that parses its numbers
 _WANTED = "word vectors are GloVe or word2vec text (a word and its numbers a line), word2vec binary, or a .npy file"
 
 
 def load_word_vectors(
     path: str | os.PathLike[str], vocabulary: Vocabulary
 ) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-    """Read the vectors of a vocabulary's words; a file of gigabytes is read through, not held.
+    """Read the vectors of a vocabulary's words from a file, of which only these vectors are kept in memory.
 
-    The form is found by the content: a .npy array [words, E] has a row for every id of the vocabulary; in the others a
-    line, or a record, is a word and its E numbers, with word2vec's first line "words E" or, as GloVe's, without. Of a
-    word named twice the first vector counts.
+    The content decides which form the file is. A .npy array [words, E] has a row for each id of the vocabulary. In the
+    other forms each line, or binary record, is a word and its E numbers; word2vec begins with a line "words E", GloVe
+    does not. If a word appears twice, its first vector is used.
 
     Args:
         path: the file, not compressed.
-        vocabulary: the words, which are looked up as they are written there.
+        vocabulary: the words; upper and lower case are different.
 
     Returns:
-        vectors float32 [len(vocabulary), E], zeros for words that the file lacks, and which words it has,
-        bool [len(vocabulary)].
+        Vectors float32 [len(vocabulary), E], zeros for words that the file lacks, and bool [len(vocabulary)], True for
+        words that it has.
 
     Raises:
-        FileNotFoundError: no such file.
-        ValueError: another kind of file, a damaged one, one of other words, or a number that is not finite.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is of another form or damaged, has none of the words, or has a number that is not finite.
 
     >>> import tempfile
     >>> vocabulary = Vocabulary.build(["a cat", "a dog"], min_count=1)
@@ -101,7 +101,7 @@ def _finite(path: Path, vectors: NDArray[np.float32], vocabulary: Vocabulary) ->
 
 
 def _is_binary(head: bytes, size: int) -> bool:
-    """Whether what follows the first line is word2vec's binary form: its first record is no line of numbers."""
+    """Whether word2vec's binary form follows the first line: the second line then does not end in numbers."""
     lines = head.split(b"\n", 2)
     return len(lines) < 2 or not _numbers(lines[1].split()[-size:])
 
@@ -115,7 +115,7 @@ def _numbers(parts: list[bytes]) -> bool:
 
 
 def _trailing(parts: list[bytes]) -> int:
-    """How many numbers the parts end with."""
+    """How many of the last parts are numbers."""
     return next((n for n, part in enumerate(reversed(parts)) if not _numbers([part])), len(parts))
 
 
@@ -127,7 +127,7 @@ def _text(path: Path, file: BinaryIO, size: int, headed: bool) -> Entries:
         if not parts:
             continue
         if len(parts) <= size:
-            raise ValueError(f"{path}, line {n}: a word and {size} numbers must stand there, got {len(parts)} parts")
+            raise ValueError(f"{path}, line {n}: must be a word and {size} numbers, got {len(parts)} parts")
         # GloVe's largest file names some "words" with spaces in them.
         yield b" ".join(parts[:-size]), partial(_parsed, path, n, parts[-size:])
 
@@ -145,7 +145,7 @@ def _binary(path: Path, file: BinaryIO, size: int) -> Entries:
         while (at := buffer.find(b" ")) < 0 or len(buffer) < at + 1 + 4 * size:
             more = file.read(1 << 20)
             if not more:
-                raise ValueError(f"{path} ends within record {n + 1} of {count}; fetch it again")
+                raise ValueError(f"{path} ends within record {n + 1} of {count}; download it again")
             buffer += more
         # Some writers end a record with a newline, some do not.
         yield buffer[:at].lstrip(b"\n"), partial(_floats, buffer, size, at + 1)

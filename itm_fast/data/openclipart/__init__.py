@@ -1,7 +1,7 @@
-"""Public-domain pictures with their texts: the held-out split, a vocabulary and three trained checkpoints.
+"""Public-domain pictures with captions: a test split, a vocabulary and three trained checkpoints.
 
-`ATTRIBUTION.md` in this folder says where they come from, `MANIFEST.json` what each file's SHA-256 sum is. The
-scripts that made them are `benchmarks/demo` in the repository. The folder is of SCAN's form, so any command takes it:
+`ATTRIBUTION.md` in this folder says where they come from, and `MANIFEST.json` has the SHA-256 sum of each file. The
+scripts in `benchmarks/demo` of the repository made them. The folder has SCAN's form, so every command can read it:
 
     itm-fast evaluate --checkpoint FOLDER/saf.pth.tar --data FOLDER --split test
 
@@ -30,13 +30,13 @@ _COLUMNS = 32
 
 
 def thumbnails(images: list[int]) -> list[Image]:
-    """Pictures of the test split, THUMBNAIL pixels square, on white.
+    """Pictures of the test split, 128 x 128 pixels, on white.
 
     Args:
         images: row numbers of the split's features.
 
     Raises:
-        IndexError: a number beyond the split.
+        IndexError: a number is out of range.
 
     >>> [picture.size for picture in thumbnails([0, 7])]
     [(128, 128), (128, 128)]
@@ -48,6 +48,6 @@ def thumbnails(images: list[int]) -> list[Image]:
         for number in images:
             top, left = number // _COLUMNS * THUMBNAIL, number % _COLUMNS * THUMBNAIL
             if not 0 <= top < sheet.height:
-                raise IndexError(f"thumbnail {number} asked of a sheet of {sheet.height // THUMBNAIL * _COLUMNS}")
+                raise IndexError(f"there is no thumbnail {number}; there are {sheet.height // THUMBNAIL * _COLUMNS}")
             found.append(sheet.crop((left, top, left + THUMBNAIL, top + THUMBNAIL)))
     return found
