@@ -70,7 +70,7 @@ BAD = {
         ValueError,
         r"captions\[1\] has 200,000 characters, and a caption may have 10,000; is a line break missing\?",
     ),
-    "half of a surrogate pair": (["a", "b\ud83d"], ValueError, r"captions\[1\] holds '\\ud83d', half of a surrogate pair"),
+    "half a character": (["a", "b\ud83d"], ValueError, r"captions\[1\] holds '\\ud83d', half of a surrogate pair"),
     "not UTF-8": (["a", b"\xe9t\xe9"], ValueError, r"captions\[1\] is not UTF-8 \(.*\): b'\\xe9t\\xe9'"),
 }
 

@@ -1,6 +1,6 @@
-"""Models under the names, arguments and state_dict keys of their papers: `scan`, `sgraf` and those built upon them.
+"""Models with the names, arguments and state_dict keys of their papers: `scan`, `sgraf` and models that build on them.
 
-`load` gives a trained model from the file of a checkpoint, `build` a new one from its options.
+`load` returns a trained model from a checkpoint file, `build` a new model from its options.
 
 >>> from itm_fast.data.openclipart import CHECKPOINTS
 >>> from itm_fast.models import load

@@ -1,4 +1,4 @@
-"""From options, or a checkpoint, to a model."""
+"""Build models from options or from checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ._common import Matcher
 from ._options import TRAINING
 from .checkpoint import Checkpoint
 
-# What only training reads: any value scores alike, and the file's own may be missing or odd.
+# Options that only training reads. A checkpoint may lack them or have invalid ones, so scoring uses their defaults.
 _UNUSED = ("grad_clip", "margin", "max_violation", "learning_rate")
 
 
@@ -36,7 +36,7 @@ def build(opt: argparse.Namespace) -> Matcher:
     """Build the model that the options of a checkpoint describe.
 
     Args:
-        opt: as for `model_class`, with what the model reads.
+        opt: as for `model_class`, with all options that the model reads.
 
     Raises:
         ValueError: no model fits the options, they lack one, or one has an unknown value.
@@ -52,19 +52,19 @@ def build(opt: argparse.Namespace) -> Matcher:
 
 
 def rebuild(found: Checkpoint, device: str | torch.device | None = None) -> Matcher:
-    """Build the model of a checkpoint with its weights; what only training reads is neither asked for nor kept.
+    """Build the model of a checkpoint, with its weights. Options that only training reads get their default values.
 
     Args:
-        found: one network.
-        device: where the model goes; CUDA where there is one when None.
+        found: one network of a checkpoint file.
+        device: the model's device; None: CUDA if there is a GPU, else the CPU.
 
     Returns:
-        the model, in training mode as a new one is; `val_start()` makes it ready to score. Its `vocab_checksum` is that
-        of the words it was trained with (`Vocabulary.checksum`), None where the file tells none.
+        The model in training mode, like a new one; call `val_start()` before scoring. Its `vocab_checksum` is
+        `Vocabulary.checksum()` of the vocabulary that it was trained with, or None if the file does not have it.
 
     Raises:
-        ValueError: the options lack one that scoring needs, describe a model that cannot be built, or another than
-            the one whose weights the file holds. Nothing has been built then.
+        ValueError: an option that scoring needs is missing; no model can be built with the options; or the weights in
+            the file have other shapes than those of the model. In all cases nothing is built.
 
     >>> from itm_fast.models import checkpoint
     >>> from itm_fast.data.openclipart import CHECKPOINTS
@@ -75,9 +75,9 @@ def rebuild(found: Checkpoint, device: str | torch.device | None = None) -> Matc
     for name in _UNUSED:
         setattr(opt, name, TRAINING[name].default)
     if getattr(opt, "module_name", None) == "SAF" and not hasattr(opt, "sgr_step"):
-        opt.sgr_step = 0  # of the other head
+        opt.sgr_step = 0  # SAF has no reasoning steps
     if getattr(opt, "agg_func", None) in ("Mean", "Max", "Sum") and not hasattr(opt, "lambda_lse"):
-        opt.lambda_lse = CATALOGUE["scan"].options["lambda_lse"].default  # of the other aggregation
+        opt.lambda_lse = CATALOGUE["scan"].options["lambda_lse"].default  # only LogSumExp reads it
     opt.vocab_size = found.vocab_size
     opt.device = None if device is None else str(device)
     try:
@@ -91,10 +91,10 @@ def rebuild(found: Checkpoint, device: str | torch.device | None = None) -> Matc
 
 
 def fits(opt: argparse.Namespace, states: Sequence[Mapping[str, Tensor]]) -> None:
-    """Refuse options that describe another model than the one whose weights are given, without building either.
+    """Check that weights have the shapes of the model that options describe; the model is not built.
 
     Raises:
-        ValueError: says which weight differs.
+        ValueError: names the weight that differs.
     """
     read = (*model_class(opt).reads(), "num_region")
     check({name: value for name, value in vars(opt).items() if name in read})
@@ -106,7 +106,7 @@ def fits(opt: argparse.Namespace, states: Sequence[Mapping[str, Tensor]]) -> Non
                     f"opt describes a model whose {part}.{name} is {list(value.shape)}, and the weights given are "
                     f"{list(theirs[name].shape)}; they belong to another model"
                 )
-            if name not in theirs and not name.endswith("num_batches_tracked"):  # torch 0.4 had none
+            if name not in theirs and not name.endswith("num_batches_tracked"):  # missing before torch 0.4.1
                 raise ValueError(
                     f"opt describes a model with {part}.{name} {list(value.shape)}, which the weights given lack; they "
                     "belong to another model"
@@ -114,10 +114,10 @@ def fits(opt: argparse.Namespace, states: Sequence[Mapping[str, Tensor]]) -> Non
 
 
 def outline(opt: argparse.Namespace) -> Matcher:
-    """The model that options describe, its tensors without memory: shapes alone.
+    """Build the model that options describe on the meta device: its tensors have shapes but no memory.
 
     Raises:
-        ValueError: as `build`, or a size is beyond what torch can count.
+        ValueError: as `build`, or a size is too large for torch.
     """
     try:
         with torch.device("meta"):

@@ -1,7 +1,7 @@
-"""The catalogue of models: one row for each, which every command, table and test reads.
+"""The catalogue of models: one row per model, which every command, table and test reads.
 
-A model is one file, with its class and mathematics, and one row here. The row does not stand in the model's file
-because that file imports torch, and `itm-fast train --help` answers without it.
+A model is one file, with its class and mathematics, and one row here. The row is not in the model's file because that
+file imports torch, which `itm-fast train --help` must not wait for.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ._options import COMMON, DEEPEST, MARKS, MOST, Option, size
 if TYPE_CHECKING:
     from ._common import Matcher
 
-# What every model takes from a recipe; the rows say where a model's own paper differs.
+# Values that a recipe sets for every model; `Entry.differs` has those that a model's own paper changes.
 RECIPES: dict[str, dict[str, Any]] = {
     "f30k": {"num_epochs": 30, "lr_update": 20},
     "coco": {"num_epochs": 20, "lr_update": 10},
@@ -27,19 +27,19 @@ RECONSTRUCTED = "reconstructed from the abstract: the equations are not public t
 
 @dataclass(frozen=True)
 class Entry:
-    """What is to be known of a model without importing it.
+    """A model, described without importing its class.
 
     Attributes:
-        name: what `itm-fast train --model` calls it.
-        title: what tables call it.
+        name: its name for `itm-fast train --model`.
+        title: its name in tables.
         home: its module in `itm_fast.models` and its class there, as "scan:SCAN".
-        paper: its name, where and when it appeared.
-        known: what of the paper and its code is public.
-        mark: the option by which its checkpoints are recognised, and that option's value; None stands for any.
-        options: its own options beside the common ones.
-        direction: the option that says who attends to whom, empty where there is no choice.
+        paper: the paper's short name, venue and year.
+        known: how much of the paper and its code is public.
+        mark: the option by which its checkpoints are recognised, and that option's value; None: any value.
+        options: its own options, in addition to the common ones.
+        direction: the option that says whether words attend to regions or regions to words; "" if it has none.
         directions: values of that option, the default first.
-        differs: options that a recipe, a direction, or "recipe direction" changes.
+        differs: other option values for a recipe ("coco"), a direction ("i2t"), or a pair of them ("coco i2t").
     """
 
     name: str
@@ -72,11 +72,11 @@ class Entry:
             chosen[self.direction] = direction
         for key in (recipe, direction, f"{recipe} {direction}"):
             chosen |= self.differs.get(str(key), {})
-        # A list of the catalogue must not change with the list of a run.
+        # Lists are copied, so that a run cannot change those of the catalogue.
         return {name: list(value) if isinstance(value, list) else value for name, value in chosen.items()}
 
 
-_SIM_DIM = size(256, "similarity vector", "S")
+_SIM_DIM = size(256, "size of the similarity vectors", "S")
 _STEPS = Option(3, "reasoning steps", "K", flag="sgr_steps", least=1, most=DEEPEST)
 _SGR_STEPS = replace(_STEPS, help="reasoning steps; 0 scores the global similarity vector alone", least=0)
 _T2I = Option(9.0, "inverse temperature of words attending to regions", "X")
@@ -113,7 +113,7 @@ _ROWS = (
         {
             "raw_feature_norm": Option(
                 "clipped_l2norm",
-                "norm of the affinities",
+                "normalisation of the affinities",
                 choices=("clipped_l2norm", "l2norm", "clipped_l1norm", "l1norm", "clipped", "softmax", "no_norm"),
             ),
             "agg_func": Option("LogSumExp", "pooling of the cosines", choices=("LogSumExp", "Mean", "Max", "Sum")),
@@ -138,20 +138,20 @@ _ROWS = (
         "the paper's 17 equations; what they leave open is an option, each with a stated default",
         ("system", "SHAN"),
         {
-            "gate": Option("scalar", "one number or one for every dimension", choices=("scalar", "vector")),
-            "gate_sharing": Option(False, "one gate for both modalities (each has its own)"),
+            "gate": Option("scalar", "one number, or one for each dimension", choices=("scalar", "vector")),
+            "gate_sharing": Option(False, "use one gate for both modalities (default: each has its own)"),
             "affinity": Option(
-                "cosine", "of the projected vectors; dot is the paper's letter", choices=("cosine", "dot")
+                "cosine", "cosine or dot product (as printed) of projected vectors", choices=("cosine", "dot")
             ),
-            "pooling": Option("mean", "of the local cosines", choices=("mean", "sum")),
+            "pooling": Option("mean", "pooling of the local cosines", choices=("mean", "sum")),
             "lambda_softmax": Option(15.0, "inverse temperature of the attention", "X", above=0),
-            "mu1": Option(0.3, "share of the regions in the local term", "X", least=0, most=1),
-            "mu2": Option(0.5, "share of the image in the global-to-local term", "X", least=0, most=1),
-            "projection_bias": Option(False, "biases in the affinity's projections (none)"),
+            "mu1": Option(0.3, "weight of the regions in the local term", "X", least=0, most=1),
+            "mu2": Option(0.5, "weight of the image in the global-to-local term", "X", least=0, most=1),
+            "projection_bias": Option(False, "add biases to the projections of the affinity (default: none)"),
             "word_vectors": Option(
                 None,
-                "fixed vectors beside the learned ones of --word-dim; GloVe or word2vec text, word2vec binary, or a "
-                ".npy array with a row for every word of the vocabulary (none: words are learned alone)",
+                "pretrained word vectors, kept fixed, in addition to the learned ones of --word-dim: GloVe or word2vec "
+                "text, word2vec binary, or a .npy array with a row for every word of the vocabulary (default: none)",
                 "FILE",
             ),
             "vector_dim": Option(0, least=0, most=MOST),
@@ -179,8 +179,8 @@ _ROWS = (
             "lambda_t2i": _T2I,
             "lambda_i2t": _I2T,
             "lambda_global": Option(1.0, "inverse temperature of global vectors attending to locals", "X"),
-            "share_local": Option(0.5, "of t2i in the local-local term", "X"),
-            "share_global": Option(0.5, "of the image in the global-local term", "X"),
+            "share_local": Option(0.5, "weight of t2i in the local-local term; i2t has the rest", "X"),
+            "share_global": Option(0.5, "weight of the image in the global-local term; the caption has the rest", "X"),
         },
     ),
     Entry(
@@ -192,7 +192,7 @@ _ROWS = (
         ("system", "TSHSR"),
         {
             "sim_dim": _SIM_DIM,
-            "context_nodes": Option([4, 1], "context nodes of each level", "C"),
+            "context_nodes": Option([4, 1], "number of context nodes at each level", "C"),
             "sgr_step": _STEPS,
             "lambda_t2i": _T2I,
             "lambda_i2t": _I2T,
@@ -236,16 +236,16 @@ def recognised(opt: Namespace) -> Entry:
     if mark == "system":
         known = ", ".join(sorted(str(row.mark[1]) for row in rows))
         raise ValueError(f"build: opt.system must be one of {known}, got {opt.system!r}")
-    return rows[0]  # whose class refuses the value
+    return rows[0]  # its class refuses the value
 
 
 def marked(opt: Namespace) -> str | None:
-    """The option by which the model is recognised, None where there is none of them."""
+    """The option by which the model is recognised; None if the options have none."""
     return next((name for name in ("system", "module_name", "cross_attn") if hasattr(opt, name)), None)
 
 
 def title(opt: Namespace) -> str:
-    """What tables call the model of these options.
+    """The name in tables of the model that these options describe.
 
     >>> title(Namespace(cross_attn="t2i")), title(Namespace(module_name="SAF"))
     ('SCAN t2i', 'SAF')
@@ -255,7 +255,7 @@ def title(opt: Namespace) -> str:
 
 
 def check(values: Mapping[str, Any], spell: Callable[[str], str] = str) -> None:
-    """Refuse options that no model can be built or trained with, before anything is built.
+    """Refuse options with which no model can be built or trained; nothing is built.
 
     Args:
         values: options by their published names. Where they say which model it is, its own ranges hold. Options that

@@ -1,4 +1,4 @@
-"""What the published SCAN and SGRAF objects share: norms, the text encoder's pass, and the training step."""
+"""What all models share: norms, the GRU of the text encoders, checks of options, and the published model object."""
 
 from __future__ import annotations
 
@@ -40,31 +40,31 @@ def sums(x: Tensor, lengths: Tensor) -> Tensor:
 
 
 def real_rows(lengths: Tensor, most: int) -> Tensor:
-    """Which rows of padded items are theirs: lengths [B] -> bool [B, most]."""
+    """Mask of the rows of padded items that are not padding: lengths [B] -> bool [B, most]."""
     return torch.arange(most, device=lengths.device) < rearrange(lengths, "b -> b 1")
 
 
 def without_padding(image: Tensor, region_lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Regions with zeros for what lies beyond each image's number of them, a NaN as well.
+    """Set the rows beyond each image's regions to zero.
 
-    A NaN there would reach the gradients of weights as 0 x NaN.
+    A NaN in them would otherwise make the gradients of weights NaN, as 0 x NaN.
 
     Args:
         image: [I, R, D].
         region_lengths: [I].
 
     Returns:
-        [I, R, D], and which rows are regions, bool [I, R].
+        [I, R, D], and the mask of rows that are regions, bool [I, R].
     """
     valid = real_rows(region_lengths, image.shape[1])
     return image.masked_fill(~rearrange(valid, "i r -> i r 1"), 0.0), valid
 
 
-def want(opt: Namespace, model: str, names: Sequence[str]) -> None:
-    """Refuse options that lack what the model reads.
+def require_options(opt: Namespace, model: str, names: Sequence[str]) -> None:
+    """Raise if the options lack one that the model reads.
 
     Raises:
-        ValueError: naming every missing option.
+        ValueError: names every missing option.
     """
     missing = [name for name in names if not hasattr(opt, name)]
     if missing:
@@ -72,21 +72,21 @@ def want(opt: Namespace, model: str, names: Sequence[str]) -> None:
 
 
 def choice(model: str, name: str, value: object, known: Sequence[str]) -> None:
-    """Refuse an option's value that is not one of `known`."""
+    """Raise if the value of an option is not one of `known`."""
     if value not in known:
         raise ValueError(f"{model}: opt.{name} must be one of {', '.join(known)}, got {value!r}")
 
 
 def device_of(opt: Namespace) -> torch.device:
-    """`opt.device` where it is given, else CUDA where there is one, else the CPU."""
+    """`opt.device` if it is set, else CUDA if there is a GPU, else the CPU."""
     return torch.device(getattr(opt, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def usable_device(device: str | torch.device | None) -> torch.device:
-    """The device of that name, or CUDA where there is one, else the CPU.
+    """The device of that name; None: CUDA if there is a GPU, else the CPU.
 
     Raises:
-        ValueError: there is no such device.
+        ValueError: the device does not exist.
     """
     try:
         chosen = device_of(Namespace(device=device))
@@ -110,11 +110,11 @@ class OwnKeys(nn.Module):
 def encode_text(
     embedded: Tensor, lengths: Sequence[int] | Tensor, rnn: nn.GRU, no_txtnorm: bool
 ) -> tuple[Tensor, Tensor]:
-    """Embedded words [B, W, E] through the GRU: the mean of both directions, unit rows unless told otherwise.
+    """Run the GRU over embedded words [B, W, E] and take the mean of its directions; unit rows unless `no_txtnorm`.
 
     Returns:
-        [B, longest, D] with zeros beyond each length, and the lengths as an int64 CPU tensor. Captions may come
-        in any order of length.
+        [B, longest, D] with zeros beyond each length, and the lengths as an int64 CPU tensor. The captions need not be
+        sorted by length.
     """
     lengths = torch.as_tensor(lengths, dtype=torch.int64).cpu()
     packed = pack_padded_sequence(embedded, lengths, batch_first=True, enforce_sorted=False)
@@ -163,9 +163,9 @@ def score_arrays(
     device: torch.device,
     dtype: torch.dtype,
 ) -> np.ndarray:
-    """Arrays [I, R, D] and [T, W, D] -> scores [I, T], computed in `dtype`, float64 as published evaluators return.
+    """Score arrays [I, R, D] with [T, W, D] in `dtype`; return float64 [I, T], as the published evaluators do.
 
-    Captions that are equal bit for bit are scored once.
+    Captions with the same bits are scored once.
     """
     from ..evaluation.distinct import first_of_equal_embeddings
 
@@ -178,12 +178,12 @@ def score_arrays(
 
 
 class Matcher:
-    """A published model object: encoders, loss and optimizer in one, and not an nn.Module."""
+    """A model as published: one object with encoders, loss and optimizer, which is not an nn.Module."""
 
     parts: tuple[str, ...]  # attribute names of the modules, in the order of the checkpoint's list
-    weighs_regions = False  # whether it has weights for every region, so that R is fixed
+    weighs_regions = False  # whether it has weights for each region, so that R is fixed
     logger: Any = None  # the training scripts assign one with `update(name, value, n)`
-    vocab_checksum: str | None = None  # of the words it was trained with, where that is known
+    vocab_checksum: str | None = None  # of the vocabulary that it was trained with, if known
     img_enc: nn.Module
     txt_enc: nn.Module
     optimizer: torch.optim.Optimizer
@@ -196,7 +196,7 @@ class Matcher:
 
     @classmethod
     def reads(cls) -> tuple[str, ...]:
-        """The options that the model cannot do without."""
+        """Names of the options that the model needs."""
         raise NotImplementedError
 
     @property
@@ -238,7 +238,7 @@ class Matcher:
             module.eval()
 
     def log(self, name: str, value: float, n: int = 0) -> None:
-        """Tell the logger, if there is one."""
+        """Pass a value to the logger, if there is one."""
         if self.logger is not None:
             self.logger.update(name, value, n)
 

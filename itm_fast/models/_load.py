@@ -1,4 +1,4 @@
-"""From the file of a checkpoint to a model that is ready to score, with its words and its name."""
+"""Load a trained model, its vocabulary and its name from a checkpoint."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Loaded:
 
     Attributes:
         model: in evaluation mode, with its weights.
-        vocab: the words that it was trained with; None where they were not found.
-        name: "SGR", "SCAN t2i", ...; with "A" or "B" behind it where the file holds two networks.
+        vocab: the vocabulary that it was trained with; None if no file was found.
+        name: "SGR", "SCAN t2i", ...; followed by "A" or "B" if the file holds two networks.
     """
 
     model: Matcher
@@ -54,7 +54,7 @@ def load(
         vocab: the file of the vocabulary that the model was trained with.
 
     Returns:
-        the model, its vocabulary or None, and its name.
+        `Loaded`: the model in evaluation mode, its vocabulary or None, and its name.
 
     Raises:
         OSError: a file is missing or cannot be read.
@@ -67,7 +67,7 @@ def load(
     >>> loaded.name, len(loaded.vocab), loaded.model.sim_enc.training
     ('SAF', 875, False)
 
-    Features [I, R, F] and captions to scores [I, T]:
+    Score images, given as features [I, R, F], with captions:
 
     >>> import numpy as np
     >>> from itm_fast.evaluation import score

@@ -1,6 +1,6 @@
-"""Options under their published names: the default, the line of help and the range of each, and those of every model.
+"""Options under their published names, each with default, help and range, and the options that all models share.
 
-Needs no torch, so that `itm-fast train --help` and mistaken options are answered at once.
+This module does not import torch, so that `itm-fast train --help` and errors in options appear at once.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-DEEPEST = 100  # layers or steps, each a module of its own (the published models have up to 3), and numbers of a list
-MOST = 2**63 - 1  # what torch takes as a size or a seed
+DEEPEST = 100  # most layers or steps, each a module (published models have up to 3), and most numbers of a list
+MOST = 2**63 - 1  # the largest size and seed that torch takes
 _KINDS = {
     bool: "true or false",
     int: "a whole number",
@@ -25,15 +25,15 @@ class Option:
     """One option of a model or of its training.
 
     Attributes:
-        default: the published value. Other values must be of its type; any may be given where it is None.
-        help: what `itm-fast train --help` says of it; None: the command line does not offer it.
-        metavar: what stands for its value there.
-        flag: what the command line calls it, where that is not its own name.
-        choices: the texts that it may be; empty for any.
-        least: the least number that it may be.
-        most: the largest.
-        above: a number that it must be more than.
-        count: how many numbers a list has; None for any.
+        default: the published value. All values must have its type; if it is None, any type.
+        help: its text in `itm-fast train --help`; None: the command line does not have it.
+        metavar: the placeholder of its value there.
+        flag: its name on the command line, if that is not the published one.
+        choices: the texts that are allowed; empty: any.
+        least: the smallest number that is allowed.
+        most: the largest number that is allowed.
+        above: the value must be more than this number.
+        count: how many numbers a list must have; None: any.
     """
 
     default: Any
@@ -50,8 +50,8 @@ class Option:
         """Refuse a value of another type, one that is not finite, or one out of the range.
 
         Args:
-            name: what the message calls the option.
-            value: any.
+            name: the option's name in the message.
+            value: the value to check.
 
         Raises:
             ValueError: says what it must be.
@@ -92,7 +92,7 @@ def finite(value: float) -> bool:
 
 
 def _fits(value: object, wanted: object) -> bool:
-    """Whether a value is of the type of an example; a whole number may stand for a float, 0 and 1 for a bool."""
+    """Whether a value has the type of `wanted`; an int is also a float, and 0 and 1 are bools."""
     if isinstance(wanted, bool):
         return isinstance(value, int) and value in (0, 1)
     if isinstance(wanted, list):
@@ -104,33 +104,33 @@ def _fits(value: object, wanted: object) -> bool:
     return isinstance(value, int) if isinstance(wanted, int) else finite(value)
 
 
-# What training reads.
+# Options that training reads.
 TRAINING = {
-    "num_epochs": size(30, "", "N", flag="epochs"),
-    "lr_update": size(20, "epochs between cuts of the learning rate to a tenth", "N"),
+    "num_epochs": size(30, "how often training passes over all captions", "N", flag="epochs"),
+    "lr_update": size(20, "divide the learning rate by 10 every N epochs", "N"),
     "learning_rate": Option(2e-4, "learning rate of the first epoch", "LR", "lr", above=0),
     "batch_size": Option(
         128, "captions per batch, each with its image; 2 or more: negatives are in the batch", "N", least=2, most=MOST
     ),
     "margin": Option(0.2, "margin of the ranking loss", least=0),
-    "max_violation": Option(True, "the hardest negative counts alone (default), or all do"),
+    "max_violation": Option(True, "only the hardest negative counts (default), or all do"),
     "exclude_same_image": Option(
-        False, "other captions of an image are no negatives to it (published, and default: they are)"
+        False, "other captions of an image are not its negatives (default, and published: they are)"
     ),
-    "grad_clip": Option(2.0, "gradients of a larger norm are scaled down to this one; 0: none is", "NORM", least=0),
-    "val_step": Option(0, "also validate every N steps, for the log alone", "N", least=0, most=MOST),
+    "grad_clip": Option(2.0, "scale larger gradients down to this norm; 0: no clipping", "NORM", least=0),
+    "val_step": Option(0, "also validate every N steps, only for the log (default 0: never)", "N", least=0, most=MOST),
     "seed": Option(0, "random seed of weights, dropout and data order (default 0)", least=0, most=MOST),
 }
-# What the encoders of every model read.
+# Options that the encoders of every model read.
 ENCODERS = {
-    "embed_size": size(1024, "joint embedding", "D"),
-    "word_dim": size(300, "word embedding", "N"),
-    "num_layers": Option(1, "layers of the GRU", "N", least=1, most=DEEPEST),
+    "embed_size": size(1024, "size of the joint embedding", "D"),
+    "word_dim": size(300, "size of the word embeddings", "N"),
+    "num_layers": Option(1, "number of GRU layers", "N", least=1, most=DEEPEST),
     "bi_gru": Option(True, "bidirectional GRU (default) or one-way"),
-    "no_imgnorm": Option(False, "unit-length regions (default) or as they come", flag="imgnorm"),
-    "no_txtnorm": Option(False, "unit-length words (default) or as they come", flag="txtnorm"),
+    "no_imgnorm": Option(False, "scale regions to unit length (default), or not", flag="imgnorm"),
+    "no_txtnorm": Option(False, "scale words to unit length (default), or not", flag="txtnorm"),
 }
-# What follows from the data, and what only the published scripts read.
+# Options that follow from the data, and those that only the published scripts read.
 OTHERS = {
     "img_dim": size(2048),
     "workers": Option(1),
@@ -139,7 +139,7 @@ OTHERS = {
     "data_name": Option("data"),
 }
 COMMON = {**TRAINING, **ENCODERS, **OTHERS}
-# What a checkpoint has where it differs from what is usual, or by which a model is recognised.
+# Options that only checkpoints have: sizes that depend on the data, and the options that say which model it is.
 MARKS = {
     "num_region": size(36),
     "vocab_size": size(1),

@@ -25,10 +25,10 @@ def i2t(
     npts: int | None = None,
     return_ranks: bool = False,
 ) -> _Summary | tuple[_Summary, tuple[_Array, _Array]]:
-    """Recall of images asking for captions, as the published evaluators report it.
+    """Recall of image-to-text retrieval, as the published evaluators report it.
 
-    Equal scores stand in descending order of index. That is the published `np.argsort(...)[::-1]` with a stable sort;
-    numpy's default sort orders equal scores differently on different processors.
+    Equal scores are ranked in descending order of index, as by the published `np.argsort(...)[::-1]` if the sort is
+    stable; numpy's default sort orders equal scores differently on different processors.
 
     Args:
         images: N images; only their number is used.
@@ -36,7 +36,7 @@ def i2t(
         caplens: not used, as published.
         sims: scores [N, 5 N]; captions 5 i ... 5 i + 4 describe image i.
         npts: not used, as published.
-        return_ranks: also return the ranks and what came first.
+        return_ranks: also return the ranks, and the item that is ranked first.
 
     Returns:
         (R@1, R@5, R@10, medr, meanr), recalls in percent; with `return_ranks` also (ranks [N], top1 [N]), float64:
@@ -59,7 +59,7 @@ def t2i(
     npts: int | None = None,
     return_ranks: bool = False,
 ) -> _Summary | tuple[_Summary, tuple[_Array, _Array]]:
-    """Recall of captions asking for images; arguments, ties and errors as `i2t`.
+    """Recall of text-to-image retrieval; arguments, ties and errors as `i2t`.
 
     Returns:
         (R@1, R@5, R@10, medr, meanr); with `return_ranks` also (ranks [5 N], top1 [5 N]), float64: the 0-based rank

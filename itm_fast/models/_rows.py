@@ -1,8 +1,8 @@
-"""Products and the sigmoid of what depends on one image, one caption or one pair alone.
+"""A linear map and a sigmoid for rows that belong to one image, one caption or one pair each.
 
-While gradients are recorded they are torch's, by the faster of its libraries. Without, and where the `cpu` backend
-scores, they are made in C++ (csrc/cpu/linear.cpp): a row's bits then depend on neither the rows beside it nor the
-number of threads, and so a pair's score does not either.
+If the `cpu` backend scores and no gradient is recorded, they run in C++ (csrc/cpu/linear.cpp). A row's bits then depend
+on neither the other rows nor the number of threads, so that a pair's score does not either. Otherwise torch computes
+them, with its fastest library.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if weight.shape != (S, K) or (bias is not None and bias.shape != (S,)):
         sizes = " and ".join(str(list(t.shape)) for t in (weight, bias) if t is not None)
         raise ValueError(
-            f"features of {K} numbers cannot be multiplied by weights {sizes}; image, words and model must agree in "
-            "their sizes"
+            f"features of size {K} cannot be multiplied by weights {sizes}; image, words and model must have the same "
+            "sizes"
         )
     if not apart(x, weight, *(() if bias is None else (bias,))):
         return by_torch(x, weight, bias)
@@ -37,12 +37,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def sigmoid(x: Tensor) -> Tensor:
-    """1 / (1 + e^-x), in float32 or better; torch's own rounds otherwise at the end of a tensor than within."""
+    """1 / (1 + e^-x), in float32 or better; torch.sigmoid rounds the last elements of a tensor differently."""
     return (1 / (1 + (-x.to(work_dtype(x))).exp())).to(x.dtype) if apart(x) else x.sigmoid()
 
 
 def apart(*tensors: Tensor) -> bool:
-    """Whether rows are to be kept apart: the `cpu` backend scores these tensors, and nothing is differentiated."""
+    """Whether each row is computed apart from the others: the `cpu` backend scores, and no gradient is recorded."""
     return (
         not torch.compiler.is_compiling()
         and not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors))

@@ -19,7 +19,7 @@ from ..packing import bounds, spans
 from ._common import PaddedScorer, l2norm, real_rows, sums, without_padding
 from ._rows import linear
 
-LEAST = 16  # logits of a caption that are padded: torch's softmax over fewer than a vector of them rounds otherwise
+LEAST = 16  # a caption's logits are padded to this number, as torch's softmax over fewer rounds differently
 
 
 class _Linear(nn.Linear):
@@ -35,7 +35,7 @@ def _embedding(embed_dim: int, channels: int, dropout_rate: float) -> nn.Sequent
 
 
 class _SelfAttention(nn.Module):
-    """The parameters, and the pooling of padded locals."""
+    """The parameters, and the weighted sum of padded locals."""
 
     def __init__(self, embed_dim: int, dropout_rate: float, local_channels: int, global_channels: int) -> None:
         super().__init__()
@@ -92,7 +92,7 @@ class VisualSA(_SelfAttention):
 
 
 def _masked_batch_norm(norm: nn.BatchNorm1d, x: Tensor, valid: Tensor) -> Tensor:
-    """BatchNorm1d in training over [B, R, D] with R as channel, statistics over a channel's valid rows.
+    """BatchNorm1d in training mode over [B, R, D] with R as channel; statistics are over the valid rows of a channel.
 
     The running statistics of a channel without a valid row stay as they are.
     """
@@ -178,7 +178,7 @@ class GlobalVectors(PaddedScorer):
         self.t_global_w = TextSA(embed_size, dropout_rate)
 
     def check_regions(self, image: Tensor) -> None:
-        """Refuse images with another number of regions than the weights are for."""
+        """Raise if the images have another number of regions than the weights."""
         R = self.v_global_w.embedding_local[1].num_features
         if image.dim() != 3 or image.shape[1] != R:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""The vocabulary of a checkpoint: where it may lie, and whether one is that with which the model was trained."""
+"""Find the vocabulary of a checkpoint, and check that the model can have been trained with it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def places(found: Checkpoint, data: Path | None = None) -> tuple[list[Path], list[str]]:
-    """Folders, and names of the file in each, in the order in which they are looked through.
+    """The folders in which a vocabulary is looked for, and the file names in each, in order of preference.
 
     Args:
-        found: the checkpoint: its folder comes first, then where it was trained.
-        data: the folder or file of the data that is to be scored, near which it may lie as well.
+        found: the checkpoint; its own folder comes first, then the folder where it was trained.
+        data: the folder or file of the data to be scored; folders near it come last. None: they are left out.
     """
     stems = [getattr(found.opt, "data_name", None)]
     folders = [Path(found.path).parent]
@@ -34,13 +34,13 @@ def places(found: Checkpoint, data: Path | None = None) -> tuple[list[Path], lis
 
 
 def files(found: Checkpoint, data: Path | None = None) -> Iterator[Path]:
-    """The files that are at one of these places, in the same order."""
+    """The vocabulary files that exist at these places, in the same order."""
     folders, names = places(found, data)
     return (folder / name for folder in folders for name in names if (folder / name).is_file())
 
 
 def why_another(found: Checkpoint, path: Path, vocab: Vocabulary) -> str | None:
-    """Why a vocabulary is not that of the checkpoint, as far as its file tells; None where it may be."""
+    """One sentence if a vocabulary has another size or checksum than the checkpoint's; None if it has not."""
     wanted = "give the vocabulary that it was trained with"
     if len(vocab) != found.vocab_size:
         return f"{found.path} embeds {found.vocab_size:,} words, and {path} has {len(vocab):,}; {wanted}"

@@ -1,8 +1,8 @@
 """Reading the published checkpoint format.
 
 `model_best.pth.tar` of kuanghuei/SCAN and Paranioar/SGRAF is `torch.save` of a dict: epoch, model (a list of
-state dicts), best_rsum, opt (an `argparse.Namespace`), Eiters. Repositories built upon them save two networks as
-model_A and model_B, or leave out what only their training reads. To score, model and opt are enough.
+state dicts), best_rsum, opt (an `argparse.Namespace`), Eiters. Repositories that build on them save two networks as
+model_A and model_B, or leave out options that only training reads. Scoring needs only model and opt.
 `itm_fast.training.checkpoint` writes such files.
 """
 
@@ -37,14 +37,14 @@ class Checkpoint:
     """One network of a published checkpoint.
 
     Attributes:
-        epoch: as the file has it; SGRAF counts finished epochs, SCAN writes the 0-based last one. None where the file
-            holds no such number.
+        epoch: as in the file: SGRAF stores the number of finished epochs, SCAN the last epoch counted from 0. None if
+            the file has none.
         model: state dicts, CPU tensors: image encoder, text encoder and, for SGRAF, similarity encoder.
         best_rsum: best sum of the six recalls on the dev split, in percent (at most 600), or None.
         opt: the options of the training run, under their published names.
         iterations: optimiser steps taken (`Eiters`), or None.
         path: the file.
-        name: of the network in a file of several: "A" for `model_A`; else empty.
+        name: the network's name if the file holds two: "A" for `model_A`, "B" for `model_B`; else "".
     """
 
     epoch: int | None
@@ -69,21 +69,21 @@ class Checkpoint:
 
 
 def load(path: str | os.PathLike[str]) -> Checkpoint:
-    """Read an original checkpoint, zip or older, written by Python 2 or 3, on CPU or GPU.
+    """Read a published checkpoint: torch's zip or older format, written by Python 2 or 3, on CPU or GPU.
 
-    Nothing in the file is executed: all but tensors, plain values and an `argparse.Namespace` is refused.
-    Tensors come to the CPU; a `module.` prefix left by DataParallel is dropped from the names.
+    Nothing in the file is executed; a file with anything but tensors, plain values and an `argparse.Namespace` is
+    refused. Tensors are loaded to the CPU. The prefix `module.` that DataParallel adds to names is removed.
 
     Args:
         path: the file, for example `runs/f30k_SGR/checkpoint/model_best.pth.tar`, or its folder.
 
     Returns:
-        the content, checked key by key.
+        The content, with every key checked.
 
     Raises:
         OSError: the file cannot be opened, or is a FIFO, a socket or a device.
-        ValueError: it is no such checkpoint, or one of several networks; the sentence names what was found and what
-            was expected.
+        ValueError: it is not such a checkpoint, or holds two networks; the message says what was found and what was
+            expected.
 
     >>> import argparse, tempfile, torch
     >>> states = [torch.nn.Linear(2, 3).state_dict(), torch.nn.Linear(3, 4).state_dict()]
@@ -106,10 +106,10 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
 def load_all(path: str | os.PathLike[str]) -> list[Checkpoint]:
     """Read every network of a checkpoint: one, or two where the file holds `model_A` and `model_B`.
 
-    Args and Raises: as `load`, but several networks are no error.
+    Args and Raises: as `load`, but two networks are not an error.
 
     Returns:
-        the networks in the order of their names.
+        The networks in the order of their names.
     """
     path = _file(Path(path))
     content, repair = load_plain(path, wanted=_WANTED, allowed=ALLOWED)
@@ -136,11 +136,11 @@ def load_all(path: str | os.PathLike[str]) -> list[Checkpoint]:
 
 
 def _file(path: Path) -> Path:
-    """The file meant by a path: in a folder, the best checkpoint.
+    """The checkpoint file at a path; if this is a folder, its `model_best.pth.tar`.
 
     Raises:
-        FileNotFoundError: there is nothing.
-        ValueError: the folder has none; says what it holds.
+        FileNotFoundError: the path does not exist.
+        ValueError: the folder has no such file; the message says what it holds.
     """
     if not path.is_dir() or (path / BEST).is_file():
         return path / BEST if path.is_dir() else path
@@ -173,7 +173,7 @@ def _options(path: Path, opt: object, repair: bool) -> argparse.Namespace:
 
 
 def _utf8(value: object) -> object:
-    """UTF-8 that was read as latin1, put right."""
+    """Decode text as UTF-8 that was decoded as latin1."""
     if isinstance(value, str):
         with contextlib.suppress(UnicodeError):
             return value.encode("latin1").decode("utf-8")
@@ -208,7 +208,7 @@ def _state_dicts(path: Path, key: str, model: object, opt: argparse.Namespace) -
 
 
 def _by_part(model: dict[Any, Any], parts: Sequence[str]) -> list[Any] | None:
-    """A dict of state dicts, or one flat state dict whose names begin with the parts', as a list; None for others."""
+    """List the state dicts of a dict, or of one state dict whose names begin with the parts' names; None for others."""
     if set(model) == set(parts):
         return [model[part] for part in parts]
     if not all(isinstance(name, str) for name in model):
@@ -246,6 +246,6 @@ def _without_prefix(state: dict[str, Tensor]) -> State:
         if isinstance(metadata, Mapping):
             metadata = {name[cut:] if name.startswith("module.") else name: v for name, v in metadata.items()}
     if isinstance(metadata, Mapping):
-        # BatchNorm reads its version here to know that a file from before torch 0.4.1 has no batch counter.
+        # BatchNorm reads its version from here: files from before torch 0.4.1 have no num_batches_tracked.
         named._metadata = metadata  # type: ignore[attr-defined]
     return named

@@ -1,6 +1,6 @@
 """The plain dual encoder: the cosine of an image's mean region and a caption's mean word, with SGRAF's encoders.
 
-The baseline of the models that look at pairs: whatever they gain, they gain over this.
+It is the baseline for the models that compare regions with words.
 """
 
 from __future__ import annotations

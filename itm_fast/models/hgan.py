@@ -2,7 +2,7 @@
 equations are not public to us.
 
 The abstract says: feature graphs for each modality; a multi-granularity shared space made by feature aggregation and
-rearrangement (MFAR) that relates local and global information; three levels of similarity. The rest is ours:
+rearrangement (MFAR) that relates local and global information; three levels of similarity. The rest is our choice:
 
     E = softmax_j(x_i Wq (x_j Wk)^T / sqrt(D)),   X <- l2norm(X + relu(E X Wg)), twice, per modality              (1)
     g = VisualSA or TextSA of SGRAF over X                                                                       (2)
@@ -36,11 +36,11 @@ from ._self_attention import GlobalVectors
 from .sgraf import SGRAF
 
 NAME = "HierarchicalAlignment"
-COPIES = 12  # [L, D] temporaries of an image or caption alive at once where states are made
+COPIES = 12  # temporaries [L, D] per image or caption that exist at once while states are computed
 
 
 class Layout:
-    """Rows of several items, one after another, and the same rows padded: `real` [B, L] marks them."""
+    """Converts rows of B items between packed [N, D] and padded [B, L, D]; `real` [B, L] is False for padding."""
 
     def __init__(self, lengths: Tensor, longest: int) -> None:
         self.lengths = lengths
@@ -62,7 +62,7 @@ class Layout:
 
 
 class FeatureGraph(nn.Module):
-    """One layer of a feature graph: the rows of an item with one another.
+    """One layer of a feature graph, equation (1): each row of an item attends to the rows of the same item.
 
     Args:
         embed_size: D.
@@ -75,26 +75,26 @@ class FeatureGraph(nn.Module):
             nn.init.xavier_uniform_(part.weight)
 
     def forward(self, rows: Tensor, layout: Layout, adjacency: Tensor | None) -> Tensor:
-        """Rows [N, D] of a layout [B, L], and which of its rows are neighbours, bool [B, L, L] -> [N, D]."""
-        # x Wq (x Wk)^T = (x M) x^T: one product of the rows gives what is asked and what is summed.
+        """Rows [N, D] in `layout` -> [N, D]; `adjacency` bool [B, L, L] says which rows are neighbours, None: all."""
+        # As x Wq (x Wk)^T = (x M) x^T, one product of the rows gives the queries x M and the values together.
         D = rows.shape[1]
         product = torch.cat([linear(self.key.weight.t(), self.query.weight.t()), self.value.weight])
-        asked, value = linear(rows, product).split(D, 1)
+        query, value = linear(rows, product).split(D, 1)
         if apart(rows, product):
-            return l2norm(rows + _each(rows, asked, value, layout, adjacency).relu())
-        logits = torch.bmm(layout.pad(asked), rearrange(layout.pad(rows), "b l d -> b d l")) / math.sqrt(D)
+            return l2norm(rows + _each(rows, query, value, layout, adjacency).relu())
+        logits = torch.bmm(layout.pad(query), rearrange(layout.pad(rows), "b l d -> b d l")) / math.sqrt(D)
         near = layout.real[:, None, :] if adjacency is None else adjacency & layout.real[:, None, :]
-        # A row without neighbours gets nothing: its softmax is made over all rows, and masked.
+        # A row without neighbours receives zero: its softmax is over all rows, as over none it is NaN, and then masked.
         edge = logits.masked_fill(~near & near.any(2, keepdim=True), float("-inf")).softmax(2) * near
         return l2norm(rows + layout.rows(torch.bmm(edge, layout.pad(value))).relu())
 
 
-def _each(rows: Tensor, asked: Tensor, value: Tensor, layout: Layout, adjacency: Tensor | None) -> Tensor:
-    """What each row of an item is given by its neighbours, item by item."""
+def _each(rows: Tensor, query: Tensor, value: Tensor, layout: Layout, adjacency: Tensor | None) -> Tensor:
+    """The weighted sum over each row's neighbours in equation (1), computed item by item."""
     found, start = [], 0
     for k, n in enumerate(layout.lengths.tolist()):
         at, start = slice(start, start + n), start + n
-        logits = linear(asked[at], rows[at]) / math.sqrt(rows.shape[1])
+        logits = linear(query[at], rows[at]) / math.sqrt(rows.shape[1])
         if adjacency is None:
             edge = logits.softmax(1)
         else:
@@ -127,7 +127,7 @@ class Rearrangement(nn.Module):
         locals_, others = torch.cat([rows, overall]), torch.cat([overall, mean])
         total = torch.zeros_like(locals_)
         for weight, bias in zip(self.weight, self.bias, strict=True):
-            # What comes of an item's global half is the same for all its rows.
+            # The second half of u_i is the same for all rows of an item, so it is multiplied once per item.
             own = _grouped(locals_, weight[:, :, : weight.shape[1]])
             other = _grouped(others, weight[:, :, weight.shape[1] :])
             total = total + (own + torch.cat([other[:B][layout.owner], other[B:]]) + bias).relu()
@@ -136,7 +136,7 @@ class Rearrangement(nn.Module):
 
 
 def _grouped(x: Tensor, weight: Tensor) -> Tensor:
-    """Each of c groups of channels by its own matrix: x [n, D], weight [c, D / c, D / c] -> [n, D]."""
+    """Multiply each of c groups of channels by its own matrix: x [n, D], weight [c, D / c, D / c] -> [n, D]."""
     if len(weight) == 1:
         return linear(x, weight[0])
     groups = rearrange(x, "n (c d) -> c n d", c=len(weight))
@@ -273,7 +273,7 @@ class HierarchicalAlignment(GlobalVectors):
         return rows
 
     def _in_parts(self, part: Callable[[slice], State], count: int, each: int, device: torch.device) -> State:
-        """`part` of 0..count, in parts whose temporaries fit the scratch where nothing is kept for backward."""
+        """Call `part` on slices of 0..count and concatenate; without gradients, slices are cut to fit the workspace."""
         size = count
         if not torch.is_grad_enabled() and not self.training:
             size = max(1, scratch_bytes(device) // (COPIES * each))
@@ -305,8 +305,8 @@ class HierarchicalAlignment(GlobalVectors):
         if between:
             I, R, _ = regions.shape
             of_image = self._global_local(image_global, words, cu_seqlens)
-            # Rows beyond an image's regions are zero: they take equal shares of every weight, and a cosine does not
-            # know how long what is attended to is.
+            # Rows beyond an image's regions are zero. They take attention weight and add nothing, which makes the
+            # attended vector shorter; its cosine stays the same.
             rows, region_bounds = rearrange(regions, "i r d -> (i r) d"), R * torch.arange(I + 1, device=regions.device)
             of_caption = self._global_local(caption_global, rows, region_bounds).t()
             total = total + between * (self.share_global * of_image + (1 - self.share_global) * of_caption)

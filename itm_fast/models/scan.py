@@ -1,7 +1,7 @@
 """SCAN (Lee et al., ECCV 2018): drop-in for kuanghuei/SCAN's `model.py` and its evaluator's scoring.
 
 Names, arguments, state_dict keys and numbers are the published ones; the scores come from
-`itm_fast.cross_attention_score`. Where the published code fails, this one works: the l1 normalisations, one
+`itm_fast.cross_attention_score`. These also work, on which the published code fails: the l1 normalisations, a single
 image, captions in any order of length, machines without CUDA.
 """
 
@@ -20,7 +20,7 @@ from ..nn import CrossAttentionScore, xavier_
 from ..ops import hardest_negative_loss
 from ..ops._attention import affinity_norm
 from ..packing import pack
-from ._common import Matcher, OwnKeys, choice, device_of, encode_text, l1norm, l2norm, score_arrays, want
+from ._common import Matcher, OwnKeys, choice, device_of, encode_text, l1norm, l2norm, require_options, score_arrays
 from ._recall import i2t, t2i
 
 NORMS = {
@@ -87,7 +87,7 @@ class _EncoderImage(OwnKeys):
         self.fc = fc
 
     def extra_repr(self) -> str:
-        """What changes the result and shows in no weight: an evaluation that is resumed compares it."""
+        """The option that changes embeddings but no weight; `weights_checksum` includes it through `repr`."""
         return f"no_imgnorm={self.no_imgnorm}"
 
     def forward(self, images: Tensor) -> Tensor:
@@ -147,7 +147,7 @@ class EncoderText(nn.Module):
         nn.init.uniform_(self.embed.weight, -0.1, 0.1)
 
     def extra_repr(self) -> str:
-        """What changes the result and shows in no weight: an evaluation that is resumed compares it."""
+        """The option that changes embeddings but no weight; `weights_checksum` includes it through `repr`."""
         return f"no_txtnorm={self.no_txtnorm}"
 
     def forward(self, x: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +158,7 @@ class EncoderText(nn.Module):
 def func_attention(
     query: Tensor, context: Tensor, opt: Namespace, smooth: float, eps: float = 1e-8
 ) -> tuple[Tensor, Tensor]:
-    """What each query attends to, for looking at the attention; the scores do not pass through here.
+    """The attention of each query over the context, for inspection; scores are not computed with this function.
 
     Args:
         query: [B, Q, D].
@@ -238,7 +238,7 @@ def xattn_score_i2t(
 
 
 class ContrastiveLoss(nn.Module):
-    """Score a batch and rank its matching pairs above the others by a margin, summed over the batch."""
+    """Score a batch and return the hinge loss that ranks matching pairs above the others; summed over the batch."""
 
     def __init__(self, opt: Namespace, margin: float = 0, max_violation: bool = False) -> None:
         super().__init__()
@@ -276,7 +276,7 @@ class SCAN(Matcher):
     parts = ("img_enc", "txt_enc")
 
     def __init__(self, opt: Namespace) -> None:
-        want(opt, "SCAN", self.reads())
+        require_options(opt, "SCAN", self.reads())
         super().__init__(opt)
         self.scorer = _scorer(opt.cross_attn, opt)
         self.img_enc = EncoderImage("", opt.img_dim, opt.embed_size, opt.precomp_enc_type, opt.no_imgnorm)
@@ -337,8 +337,8 @@ def shard_xattn_t2i(
     """Score all pairs of a split, words attending to regions.
 
     Args:
-        images: [I, R, D]. float64, in which the published evaluators collect a model's embeddings, is scored in the
-            dtype in which torch makes models (`torch.get_default_dtype()`: float32); any other dtype in its own.
+        images: [I, R, D]. Arrays in float64, in which the published evaluators collect embeddings, are scored in
+            `torch.get_default_dtype()` (float32), the dtype of models; arrays of another dtype are scored in that.
         captions: [T, W, D], padded.
         caplens: [T] tokens per caption.
         opt: with raw_feature_norm, agg_func, lambda_softmax and lambda_lse.

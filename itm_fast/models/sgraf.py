@@ -27,7 +27,7 @@ from ..ops import (
 )
 from ..ops._recompute import again
 from ..packing import bounds
-from ._common import Matcher, choice, encode_text, l1norm, l2norm, score_arrays, want
+from ._common import Matcher, choice, encode_text, l1norm, l2norm, require_options, score_arrays
 from ._recall import i2t, t2i
 from ._self_attention import GlobalVectors, TextSA, VisualSA
 from .scan import EncoderImagePrecomp as EncoderImage
@@ -79,7 +79,7 @@ class EncoderText(nn.Module):
         nn.init.uniform_(self.embed.weight, -0.1, 0.1)
 
     def extra_repr(self) -> str:
-        """What changes the result and shows in no weight: an evaluation that is resumed compares it."""
+        """The option that changes embeddings but no weight; `weights_checksum` includes it through `repr`."""
         return f"no_txtnorm={self.no_txtnorm}"
 
     def forward(self, captions: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class EncoderSimilarity(GlobalVectors):
         embed_size: D.
         sim_dim: S.
         module_name: "SGR" or "SAF". The published default "AVE" is refused, as it is there.
-        sgr_step: K, for SGR.
+        sgr_step: K, for SGR; 0 scores the global similarity vector alone.
         num_region: R. The published code fixes 36.
 
     Raises:
@@ -161,7 +161,7 @@ class EncoderSimilarity(GlobalVectors):
             return self._score_together(*states, limit)
 
     def _score_pairs(self, score, head, image_state, words, cu_seqlens, caption_state, region_lengths) -> Tensor:
-        """Every pair on its own, by one op."""
+        """Score with one op, for which all pairs are independent."""
         (image, image_global), (caption_global,) = image_state, caption_state
         local, overall, final = self.sim_tranloc_w, self.sim_tranglo_w, self.sim_eval_w
         return score(
@@ -171,7 +171,7 @@ class EncoderSimilarity(GlobalVectors):
         ).to(words.dtype)  # fmt: skip
 
     def _score_together(self, image_state, words, cu_seqlens, caption_state, region_lengths, limit) -> Tensor:
-        """Blocks of all images and some captions, whose statistics SAF takes in training."""
+        """Score blocks of all images with some captions: in training, SAF's batch statistics are over all images."""
         (image, image_global), (caption_global,) = image_state, caption_state
         N, I, T = len(words), len(image), len(caption_global)
         row = 2 * max(I, 1) * self.sim_eval_w.in_features * words.element_size()
@@ -210,7 +210,7 @@ class EncoderSimilarity(GlobalVectors):
 
 
 class ContrastiveLoss(nn.Module):
-    """Rank matching pairs above the others by a margin, summed over the batch; SGRAF's loss of a score matrix."""
+    """The hinge loss of a score matrix, which ranks matching pairs above the others; summed over the batch."""
 
     def __init__(self, margin: float = 0, max_violation: bool = False) -> None:
         super().__init__()
@@ -244,11 +244,11 @@ class SGRAF(Matcher):
 
     parts: tuple[str, ...] = ("img_enc", "txt_enc", "sim_enc")
     weighs_regions = True
-    options: tuple[str, ...] = ("sim_dim", "module_name", "sgr_step")  # that the pair scorer reads
+    options: tuple[str, ...] = ("sim_dim", "module_name", "sgr_step")  # those that the pair scorer reads
     sim_enc: PairScorer
 
     def __init__(self, opt: Namespace) -> None:
-        want(opt, type(self).__name__, self.reads())
+        require_options(opt, type(self).__name__, self.reads())
         super().__init__(opt)
         self.img_enc = EncoderImage(opt.img_dim, opt.embed_size, opt.no_imgnorm)
         self.txt_enc = self.text(opt)
@@ -261,11 +261,11 @@ class SGRAF(Matcher):
         return (*OPTIONS, *cls.options)
 
     def text(self, opt: Namespace) -> nn.Module:
-        """Make the text encoder; models with another one make theirs."""
+        """Make the text encoder; models with another text encoder override this."""
         return EncoderText(opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm)
 
     def similarity(self, opt: Namespace) -> PairScorer:
-        """Make the pair scorer; other models with these encoders make theirs."""
+        """Make the pair scorer; other models with these encoders override this."""
         return EncoderSimilarity(
             opt.embed_size, opt.sim_dim, opt.module_name, opt.sgr_step, getattr(opt, "num_region", 36)
         )

@@ -1,15 +1,15 @@
 """SHAN (Ji, Chen, Wang; IJCAI 2021): step-wise hierarchical alignment, complete as published.
 
-The authors published no code. What the paper leaves open is an argument, and the default is the reading named here:
+The authors published no code. What the paper leaves open is an argument, whose default is chosen here:
 
 - local cosines are averaged (`pooling="mean"`): the prose of equation 7 says so, the formula prints a sum;
-- regions, words and their projections are unit vectors (`affinity="cosine"`), as lambda 15 would be very sharp on
-  products without a bound; `affinity="dot"` with `no_imgnorm` and `no_txtnorm` is equation 3 to the letter;
+- regions, words and their projections are unit vectors (`affinity="cosine"`), as a softmax with lambda 15 would be very
+  sharp over unbounded products; `affinity="dot"` with `no_imgnorm` and `no_txtnorm` is equation 3 as printed;
 - the gate of equation 8 is one number (`gate="scalar"`) or one for every dimension ("vector"), and each modality has
   its own, or both share one (`gate_sharing`);
 - the projections of equation 3 have no bias, as printed, or one (`projection_bias`);
-- a word is a fixed vector from a file beside a learned one (`vector_dim` and `word_dim`, 300 each in the family's
-  other code); without a file it is learned alone;
+- a word is a fixed pretrained vector beside a learned one (`vector_dim` and `word_dim`, 300 each in the code of related
+  models); without a file of pretrained vectors it is the learned one alone;
 - encoders, optimizer and schedule are SCAN's.
 
 The scores come from `itm_fast.hierarchical_alignment_score`.
@@ -42,8 +42,8 @@ class EncoderText(nn.Module):
 
     Args:
         vocab_size: words.
-        word_dim: learned numbers of a word.
-        vector_dim: fixed ones, for `set_vectors` or a checkpoint to fill; 0 for none.
+        word_dim: size of a word's learned vector.
+        vector_dim: size of its fixed vector, which `set_vectors` or a checkpoint fills; 0: it has none.
         embed_size: D.
         num_layers: of the GRU.
         use_bi_gru: both directions, as the paper has it.
@@ -94,7 +94,7 @@ class EncoderText(nn.Module):
         self.vectors.copy_(vectors)
 
     def extra_repr(self) -> str:
-        """What changes the result and shows in no weight: an evaluation that is resumed compares it."""
+        """The option that changes embeddings but no weight; `weights_checksum` includes it through `repr`."""
         return f"no_txtnorm={self.no_txtnorm}"
 
     def forward(self, captions: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
@@ -188,19 +188,19 @@ class EncoderSimilarity(PaddedScorer):
         return self._key(self.word_projection, words), torch.stack(gates, -2)
 
     def _gate(self, modality: str) -> nn.Linear | None:
-        """The gate that fuses a modality's locals, None where the alignment has none."""
+        """The gate that fuses a modality's locals; None if the alignment does not use it."""
         if not hasattr(self, f"{modality}_pool"):
             return None
         return getattr(self, f"{modality}_gate", None) or self.image_gate
 
     def _own(self, gate: nn.Linear | None, x: Tensor) -> Tensor:
-        """What a vector adds to its own gate, the bias included."""
+        """The part of a vector's gate that comes from the vector itself, with the bias."""
         if gate is None:
             return x.new_zeros(*x.shape[:-1], self.width)
         return linear(x, gate.weight[:, : x.shape[-1]], gate.bias)
 
     def _attended(self, gate: nn.Linear | None, x: Tensor) -> Tensor:
-        """What a vector adds to the gates of those that attend to it."""
+        """The part of a gate that an attended vector gives; being linear, it is computed once per vector."""
         if gate is None:
             return x.new_zeros(*x.shape[:-1], self.width)
         return linear(x, gate.weight[:, x.shape[-1] :])
@@ -233,8 +233,8 @@ class SHAN(SGRAF):
     """Step-wise hierarchical alignment network: encoders, scorer, loss and optimizer in one object.
 
     Args:
-        opt: the options of the encoders and of training as SGRAF's, those of `EncoderSimilarity`, and `vector_dim`,
-            the fixed numbers of a word; `opt.device` (CUDA where there is one) is optional.
+        opt: the options of SGRAF's encoders and training, those of `EncoderSimilarity`, and `vector_dim`, the size of a
+            word's fixed vector; `opt.device` (default: CUDA if there is a GPU) is optional.
 
     Raises:
         ValueError: an option is missing or has an unknown value.

@@ -1,8 +1,8 @@
-"""A file of `torch.save`, read without running anything that it brings along.
+"""Read files of `torch.save` without running code from them.
 
-Such a file is a pickle, and a pickle is a program. It is read with `weights_only=True` and an exact allow-list; the
-numpy scalars that old files hold are rebuilt by the two small stand-ins below, so that not even numpy's functions are
-called from a file.
+Such a file contains a pickle, which can call any function. It is loaded with `weights_only=True` and an exact
+allow-list. Numpy scalars, which old files contain, are rebuilt by `_Dtype` and `_scalar` below, so that a file cannot
+call numpy's functions either.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ def load_plain(path: Path, *, wanted: str, allowed: Sequence[Any] = ()) -> tuple
 
     Args:
         path: the file.
-        wanted: half a sentence that ends the messages: what the file should have been.
-        allowed: what the file may name, as `torch.serialization.add_safe_globals` takes it.
+        wanted: the end of the error messages, which says what the file should have been.
+        allowed: the classes and functions that the file may name, as for `torch.serialization.add_safe_globals`.
 
     Returns:
-        the content, and whether its text was read as latin1 (raw bytes of Python 2) and needs repair.
+        The content, and whether its text was decoded as latin1 (Python 2's raw bytes) and must be decoded again.
 
     Raises:
         OSError: the file cannot be opened, or is a folder, a FIFO, a socket or a device.
-        ValueError: it is not a torch file, is damaged, or wants something that is not allowed.
+        ValueError: it is not a torch file, is damaged, or names something that is not allowed.
     """
     with open_regular(path) as file:
         head = file.read(512)
     reason: Exception | None = None
-    # Python 2's text is bytes: nearly all of it UTF-8, its numpy numbers raw bytes, which latin1 keeps.
+    # Python 2 wrote text as bytes, nearly always UTF-8. Its numpy numbers are raw bytes, which only latin1 keeps.
     for encoding in ("utf-8", "latin1"):
         try:
             with _exactly(allowed), warnings.catch_warnings():
@@ -52,7 +52,7 @@ def load_plain(path: Path, *, wanted: str, allowed: Sequence[Any] = ()) -> tuple
             return content, encoding == "latin1"
         except (OSError, MemoryError):
             raise
-        except Exception as error:  # the bytes decide what is raised: any type is possible
+        except Exception as error:  # a damaged file may raise anything
             reason = error
             if not isinstance(error, (UnicodeDecodeError, _BadNumber)):
                 break
@@ -76,7 +76,7 @@ class _BadNumber(ValueError):
 
 
 class _Dtype:
-    """Stands in for `numpy.dtype`: remembers kind, width and byte order, builds nothing."""
+    """Replaces `numpy.dtype`: keeps kind, width and byte order, and builds nothing."""
 
     def __init__(self, name: str, *_: object) -> None:
         self.name, self.order = str(name), "<"
@@ -92,7 +92,7 @@ _FORMATS = {
 
 
 def _scalar(dtype: _Dtype, data: bytes | str) -> float | int | bool:
-    """Stands in for numpy's `scalar`: raw bytes of one number to a Python number."""
+    """Replaces numpy's `scalar`: turns the raw bytes of one number into a Python number."""
     if not isinstance(dtype, _Dtype) or dtype.name not in _FORMATS:
         raise pickle.UnpicklingError(f"a numpy scalar of type {getattr(dtype, 'name', dtype)!r}")
     try:
@@ -138,7 +138,7 @@ def _diagnosis(path: Path, head: bytes, reason: Exception | None) -> str:
 
 
 def describe(value: object) -> str:
-    """What a file was found to hold, for a sentence."""
+    """Describe what a file holds, for an error message."""
     if isinstance(value, Mapping):
         if value and all(isinstance(item, Tensor) for item in value.values()):
             return f"a bare state dict of {len(value)} tensors (first {next(iter(value))!r})"

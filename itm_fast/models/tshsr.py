@@ -2,7 +2,7 @@
 the equations are not public to us.
 
 The abstract says: a module extracts context from the similarities and reasons over it together with the local ones; a
-text-to-image and an image-to-text stream; one framework, trained end to end. The rest is ours, from SGRAF's parts:
+text-to-image and an image-to-text stream; one framework, trained end to end. The rest is our choice, of SGRAF's parts:
 
     s_g = similarity vector of the global vectors; local nodes X^0 of the stream t2i: those of the words with what they
     attend to, scale 9; of i2t: those of the regions, scale 4                                                    (1)
@@ -10,7 +10,7 @@ text-to-image and an image-to-text stream; one framework, trained end to end. Th
     three steps of SGR over [s_g; X^0; X^1; X^2], read out at node 0, a Linear and a sigmoid                     (3)
     S = the mean of both streams' scores                                                                        (4)
 
-All of it is computed for pairs, block by block: no more of it than the workspace exists at once.
+All of it is computed per pair, in blocks of pairs whose temporaries fit the workspace.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ from .sgraf import SGRAF
 
 NAME = "TwoStreamReasoning"
 DIRECTIONS = ("t2i", "i2t")
-CPU_BLOCK = 128 << 20  # bytes of the nodes of a block: fewer pay more for each call, more for fresh memory
-CAPTIONS = 32  # in a block at the most, so that it holds some images as well
-_STREAM = 11  # tensors of a stream
+CPU_BLOCK = 128 << 20  # bytes of a block's nodes: smaller blocks lose time to calls, larger ones to fresh memory
+CAPTIONS = 32  # most captions of a block, so that it has several images too
+_STREAM = 11  # number of tensors that `Stream.tensors` returns
 
 
 class Stream(nn.Module):
@@ -63,7 +63,7 @@ class Stream(nn.Module):
             nn.init.xavier_uniform_(level.weight)  # type: ignore[arg-type]
 
     def tensors(self) -> list[Tensor]:
-        """What `TwoStreamReasoning` scores a pair with."""
+        """The parameters, in the order in which `TwoStreamReasoning._block` unpacks them."""
         local, final = self.sim_tranloc_w, self.sim_eval_w
         assignment = torch.cat([level.weight for level in self.context])  # type: ignore[misc]
         return [local.weight, local.bias, assignment, *self.graph.stacked(), final.weight[0], final.bias]
@@ -134,17 +134,17 @@ class TwoStreamReasoning(GlobalVectors):
         return _recompute.score(self._cut, axes, tensors, cu_seqlens, region_lengths)
 
     def _cut(self, backward: bool, *args) -> Iterator[_recompute.Block]:
-        """Images of equal numbers of regions with some captions."""
+        """Yield blocks: images that have the same number of regions, with some captions."""
         (image, _, words, _), weights, (cu_seqlens, region_lengths) = args[:4], args[4:-2], args[-2:]
         I, S, item = len(image), len(weights[0]), max(4, image.element_size())
         counts = region_counts(region_lengths, image, NAME)
         edge = bounds(cu_seqlens, len(words), NAME)
-        # One half of the scratch is for a block's nodes, of which backward keeps several copies, the other for the ops
+        # Half of the workspace is for a block's nodes, of which backward keeps several copies; half is for the ops
         # that run on them.
         half = scratch_bytes(image.device) // 2
         limit = half // 4 if backward else half
         limit = min(limit, CPU_BLOCK) if image.device.type == "cpu" else limit
-        most = limit // (4 * S * item)  # nodes, twice, of both streams
+        most = limit // (4 * S * item)  # nodes of a block: two copies for each of two streams
         T, more = len(edge) - 1, 1 + sum(self.sizes)
         for n in sorted(set(counts)):
             mine = [i for i, count in enumerate(counts) if count == n]

@@ -16,7 +16,7 @@ from .._backends import requested, why_not
 from ..evaluation.memory import GB, available_bytes
 from ..models import model_class
 from ..models._building import fits, outline
-from ..models._common import usable_device, want
+from ..models._common import require_options, usable_device
 from ..models.checkpoint import BEST
 from . import resume
 from .checkpoint import LAST
@@ -57,7 +57,7 @@ def completed(
         ValueError: an option is missing, the options do not fit the features, or the two splits do not fit each other.
     """
     known = [name for name in model_class(opt).reads() if name != "vocab_size"]
-    want(opt, "train", (*known, *TRAINING))
+    require_options(opt, "train", (*known, *TRAINING))
     for name, split in (("training", train_split), ("dev", dev_split)):
         if split.features.shape[2] != opt.img_dim:
             raise ValueError(
