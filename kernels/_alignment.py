@@ -3,9 +3,9 @@
     |x|, m . x, n . x of every row x of regions and words                                       `_numbers`
     scores of pairs from A, C, G, H and these numbers; no vector [D] of a pair is formed        `_align`
 
-`_align` keeps matrices [BLOCK_R, CAPTIONS * WORDS] in registers; 36 regions and COCO's captions fill 43 % of them.
-Products with H are one matrix product: the H of all captions of a program form a block diagonal matrix. A NaN in one
-caption would spread to the others there, so `finite` removes it. Products of G with single vectors are one matrix
+`_align` keeps matrices [BLOCK_R, CAPTIONS * WORDS] in registers, of which 36 regions and COCO's captions fill 43 %. The
+H of all captions of a program form one block diagonal matrix, so products with them are one matrix product. A NaN in
+one caption would spread to the others there, so `finite` removes it. Products of G with single vectors are one matrix
 product too, with a column for each caption.
 
 If a vector is much shorter than the terms it is summed from, its length is dominated by cancellation error. `_align`

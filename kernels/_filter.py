@@ -5,8 +5,8 @@
     a caption's statistics over all images: mean and variance, or the means of (9)              `_moments`
     gradients of the nodes and of the parameters                                                `_filter_back`
 
-There is no matrix product: the time is that of reading the nodes. 83 % of the rows of chunks of 8 are nodes with COCO's
-lengths. In training `_filter_back` runs twice: first for d h only, whose means (9) needs, then for the gradients.
+There is no matrix product: the time is that of reading the nodes, in chunks of 8 rows, 83 % of which are nodes with
+COCO's lengths. In training `_filter_back` runs twice: first for d h only, whose means (9) needs, then for gradients.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""What every launcher shares: the device, aligned inputs, and sets of rows.
+"""What all functions that launch kernels share: the device, aligned inputs, and sets of rows.
 
 Conventions of all kernels in this folder:
 
 - A grid has one axis. "Grid: a x b" means that program number i * b + j owns part i of a and part j of b.
 - Tensors are contiguous. Features are in the inputs' dtype; workspaces, sums and statistics are float32.
 - `start_ptr`, `size_ptr` [sets] and `owner_ptr` [rows], all int32, are those of `Sets`.
-- `set_first`, `query_first`, `context_first`, ...: where the piece of pairs that is computed begins among all sets or
-  rows. A workspace holds this piece only, so its rows and columns are counted from there.
+- `set_first`, `query_first`, `context_first`, ...: the first set or row of the piece of pairs (`Piece`) that is
+  computed. A workspace holds this piece only, so its rows and columns are counted from there.
 - `ld16`, `in16`, `out16`, `gram16`: row strides divided by 16. The kernel multiplies by 16 again, which tells the
   compiler that rows are aligned although the argument itself is not specialised.
 - Numbers that differ from call to call are not specialised, so each kernel is compiled once for a model.
@@ -167,8 +167,8 @@ def pieces(
     """Cut all pairs into pieces whose scratch memory fits `limit` bytes; a single pair is never cut.
 
     Args:
-        each_row: floats of scratch for each query row and context row.
-        each_set: floats of scratch for each query row and set of contexts.
+        each_row: floats of scratch for each pair of a query row and a context row.
+        each_set: floats of scratch for each pair of a query row and a set of contexts.
         limit: bytes; at most half of them hold affinities, the rest what is kept per context row (Gram matrices).
         piece: affinities (query rows x context rows) beyond which a larger piece is no faster.
     """

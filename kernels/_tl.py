@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 EPS = tl.constexpr(1e-8)  # SCAN's and SGRAF's; added to a length, not to its square: x / (|x| + eps)
-CANCELLED = tl.constexpr(1e-3)  # of `itm_fast/ops/_attention.py`, which says why
+CANCELLED = tl.constexpr(1e-3)  # the constant of `itm_fast/ops/_attention.py`, which explains it
 SLOPE = tl.constexpr(0.1)  # of the LeakyReLU in SCAN's clipped norms
 NEVER = tl.constexpr(float("-inf"))  # logit of a masked element: its softmax weight is 0
 
@@ -23,7 +23,7 @@ def leaky_slope(x):
 
 @triton.jit
 def swizzled(pid, tiles_m, tiles_n, GROUP: tl.constexpr):
-    """Tile (m, n) of program `pid`: GROUP rows of tiles advance along n together, so both operands stay in L2."""
+    """Tile (m, n) of program `pid`. Programs take GROUP rows of tiles column by column, so both operands stay in L2."""
     wide = GROUP * tiles_n
     first = (pid // wide) * GROUP
     height = tl.minimum(tiles_m - first, GROUP)

@@ -3,10 +3,10 @@
     X^l = A^l^T X^{l-1}, (1); the first level also copies global and local nodes to the result  `_level`
     d Z and d X^{l-1}, (3) and the first sum of (4); d W_l = d Z^T X^{l-1} is torch's           `_level_back`
 
-Both pass over the nodes X^{l-1} BLOCK_R at a time, so captions have any length, and over S BLOCK_S columns at a time.
-A level's context nodes are padded to a power of two, at least 16, for tl.dot. COCO's captions have 13.3 words with
-<start> and <end>, 91 % of them 16 at most, and fill 76 % of blocks of 16 nodes, 41 % of 32. The products still take
-less time than reading the nodes.
+Both read the nodes X^{l-1} in blocks of BLOCK_R rows, so captions may have any length, and S in steps of BLOCK_S
+columns. A level's context nodes are padded to a power of two, at least 16, for tl.dot. COCO's captions have 13.3 words
+with <start> and <end>, 91 % of them at most 16, so they fill 76 % of blocks of 16 rows and 41 % of blocks of 32. The
+products still take less time than reading the nodes.
 
 Backward takes blocks of images x captions, and computes the context nodes of all levels but the last again.
 """
@@ -32,7 +32,7 @@ OP = "similarity_context"
 
 @triton.jit
 def _rows(ptr, row, rows, cols, S: tl.constexpr):
-    """Columns `cols` of rows `row` of a matrix [rows, S], 0 outside it."""
+    """Load columns `cols` of rows `row` of a matrix [rows, S]; 0 outside it."""
     return tl.load(ptr + row[:, None] * S + cols[None, :], mask=(row < rows)[:, None] & (cols < S)[None, :], other=0.0)
 
 
@@ -42,7 +42,7 @@ def _logits(
     S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """X W^T [BLOCK_R, BLOCK_C] of some of a caption's nodes; -inf beyond its last one."""
+    """X W^T [BLOCK_R, BLOCK_C] of rows `row` of a caption's nodes, of which there are `size`; -inf beyond these."""
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for s in range(0, PADDED, BLOCK_S):
         cols = s + tl.arange(0, BLOCK_S)
@@ -63,7 +63,7 @@ def _level(
     S: tl.constexpr, CAPTIONS: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr,
     PADDED: tl.constexpr, COPY: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(1): a level's context nodes into y, from the nodes x of the level below; COPY: (2) for the first level too.
+    """(1): write a level's context nodes y from the nodes x of the level below; COPY: also the global and local nodes.
 
     x, y: as `Nodes` describes. `size_ptr` [T]: nodes of each caption in x. `weight_ptr` [C, S]: the assignment, from
     row weight_first on; `overall_ptr` [I, T, S]. One program: an image with CAPTIONS captions. Grid: images x groups.
@@ -122,7 +122,7 @@ def _logits_and_gradient(
     S: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, PADDED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The logits, as by `_logits`, and d A [BLOCK_R, BLOCK_C] of some of a caption's nodes."""
+    """The logits, as by `_logits`, and d A [BLOCK_R, BLOCK_C], from d X^l at `d_ptr`."""
     total = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     d_shares = tl.zeros([BLOCK_R, BLOCK_C], tl.float32)
     for s in range(0, PADDED, BLOCK_S):
@@ -140,7 +140,7 @@ def _node_gradients(
     logits, d_shares, top, total, mean, row, size, context, contexts, weight_ptr, d_ptr, g_ptr, dx_ptr, dz_ptr,
     S: tl.constexpr, BLOCK_S: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Store d Z, (3), and d X, (4), of some of a caption's nodes."""
+    """Store d Z, (3), and d X^{l-1}, (4), of rows `row` of a caption's nodes."""
     dtype = dx_ptr.dtype.element_ty
     shares = tl.exp(logits - top[None, :]) / total[None, :]
     d_logits = (shares * (d_shares - mean[None, :])).to(dtype)

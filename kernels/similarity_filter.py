@@ -1,8 +1,8 @@
 """`similarity_filter` in Triton: equations in `ops/similarity_filter.py`, kernels in `_filter`.
 
 Evaluation takes one kernel forward and one backward; the only scratch is the backward programs' partial gradients of
-the parameters. In training a caption's statistics need all images, so windows of captions are as large as their
-per-node floats of all images fit the scratch memory.
+the parameters. In training a caption's statistics are over all images, so a window of captions is as many captions as
+have room in the scratch memory for their nodes' values in all images.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ OP = "similarity_filter"
 
 
 def _plan(nodes: Tensor, cu_seqlens: Tensor, floats: int):
-    """Windows of captions such that `floats` per node and image fit the scratch memory; with 0, one window."""
+    """Windows of captions for which `floats` floats per node and image fit the scratch memory; for 0, one window."""
     I, M, _ = nodes.shape
     window = max(1, M)
     if floats:
