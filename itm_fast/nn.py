@@ -28,7 +28,7 @@ def xavier_(linear: nn.Linear) -> None:
 
 
 class PairScorer(nn.Module):
-    """Scores every image with every caption. Subclasses define `score` and, if they need them, the two states."""
+    """Scores every image with every caption. Subclasses define `score` and, where they have states, both of these."""
 
     per_word = 0  # the first `per_word` tensors of `caption_state` have a row per word, the others a row per caption
 

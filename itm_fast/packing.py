@@ -194,7 +194,7 @@ class Tiles(NamedTuple):
 
 
 class Window(NamedTuple):
-    """Neighbouring captions, their nodes (packed rows), and the tiles that hold these nodes."""
+    """Consecutive captions, their nodes (packed rows), and the tiles that hold these nodes."""
 
     captions: slice
     rows: slice
@@ -278,7 +278,7 @@ def _fits(op: str, caption: int, n: int, rows: str, most: int) -> None:
 
 
 class Group(NamedTuple):
-    """`captions` captions of at most `size` words: places `first`, ... of `LengthPlan.order`."""
+    """`captions` captions of at most `size` words: `LengthPlan.order[first : first + captions]`."""
 
     size: int
     first: int
@@ -286,7 +286,7 @@ class Group(NamedTuple):
 
 
 class Stretch(NamedTuple):
-    """Neighbouring captions, their words (packed rows), and their groups by length."""
+    """Consecutive captions, their words (packed rows), and their groups by length."""
 
     captions: slice
     rows: slice
@@ -337,7 +337,7 @@ def _length_plan(values: Tensor, rows: int, op: str, sizes: Sequence[int], windo
 
 
 def stretches(edge: Sequence[int], rows: int) -> Iterator[slice]:
-    """Cut sets of rows into neighbours of at most `rows` rows together, one set at the least."""
+    """Cut consecutive sets, with bounds `edge`, into slices of sets with at most `rows` rows, but at least one set."""
     start = 0
     while start < len(edge) - 1:
         stop = max(start + 1, bisect.bisect_right(edge, edge[start] + rows) - 1)

@@ -1,4 +1,4 @@
-"""Inputs, the one accuracy rule, and each paper's own slow loop (`testing.scan`, `testing.sgraf`)."""
+"""Random inputs, the accuracy rule of all tests, checks of ops, and each paper's slow loop (`testing.scan`, ...)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""The one accuracy rule: error <= 2 x error of the reference in the same dtype + what rounding may add (`rounding`)."""
+"""The accuracy rule of all tests: error <= 2 x error of the reference in the same dtype + a bound of rounding errors.
+
+Errors are distances from the reference in float64. `rounding` derives the bound.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ DRAWS = 8
 # Hoeffding: rounding takes a number beyond six times the mean square's root with probability 2 exp(-6^2 / 2) = 3e-8 at
 # most, and the tests compare a few hundred thousand numbers.
 SIGMAS = 6
-CHAIN = 16  # operations of the longest backward pass, SAF's, from where its terms part to the weights that they meet in
+CHAIN = 16  # operations in SAF's backward pass, the longest, between where its terms part and the weights they meet in
 PRODUCTS = {"matmul", "__matmul__", "mm", "bmm", "mv", "dot", "linear"}
 REDUCED = {"sum", "mean", "var", "norm", "vector_norm", "linalg_vector_norm", "logsumexp"}
-LINEAR = {*PRODUCTS, "sum", "mean"}  # of absolute values they give the sum of the absolute terms
-COPIES = {"clone", "contiguous", "to", "double", "__getitem__"}  # round nothing
+LINEAR = {*PRODUCTS, "sum", "mean"}  # applied to absolute values, they give the sum of the absolute terms
+COPIES = {"clone", "contiguous", "to", "double", "__getitem__"}  # these do not round
 FLOAT32 = torch.finfo(torch.float32).eps
 
 
@@ -39,10 +42,10 @@ def assert_accurate(
 
     Args:
         actual: the results under test.
-        reference: a dtype to compute in -> the reference's results, computed with the operations of torch and of
-            `itm_fast.ops` on inputs that were rounded to `dtype` before.
-        dtype: that of the inputs, in which the reference is compared.
-        products: the dtype that factors of matrix products may be rounded to before, where that is another.
+        reference: (a dtype to compute in) -> the reference's results, computed with operations of torch and of
+            `itm_fast.ops` on inputs that were rounded to `dtype` first.
+        dtype: the dtype of the inputs.
+        products: the dtype that factors of matrix products may be rounded to first, if that is not `dtype`.
         gradients: whether the results are the gradients of one loss; see `rounding`.
 
     Raises:
@@ -61,7 +64,7 @@ def assert_accurate(
     errors = _distances(actual, exact)
     for term in rounding(
         reference, exact, dtype, products, gradients
-    ):  # the first to allow the errors decides as the last
+    ):  # they grow, so errors that an early one allows are allowed by the last
         allowed = [2 * p + t for p, t in zip(plain, term, strict=True)]
         if all(error <= most for error, most in zip(errors, allowed, strict=True)):
             return
@@ -76,7 +79,7 @@ def rounding(
     products: torch.dtype | None = None,
     gradients: bool = False,
 ) -> Iterator[list[float]]:
-    """How far rounding alone may take a right program from the exact results: the accuracy rule's rounding term.
+    """How far rounding alone may move a correct program's results from the exact ones: the accuracy rule's last term.
 
     Derivation. IEEE arithmetic rounds every operation: the computed v is (1 + d) times the exact one, |d| <= u, half
     the spacing of numbers at 1 (2^-53 in float64, 2^-24 in float32). To first order a result is therefore off by
@@ -163,8 +166,8 @@ def _quotient(x: Any, y: Any) -> Any:
     return x * (y.reciprocal() if isinstance(y, Tensor) else 1 / y)
 
 
-# Several operations in one, whose gradient is a difference: it cancels exactly unless each of them rounds. (Where there
-# is one x, the gradients of both sides of x / sum(x) cancel.)
+# torch does these in one operation, whose gradient is a difference that may cancel exactly. Here they are several
+# operations, each of which rounds. (If there is only one x, the gradients of both sides of x / sum(x) cancel.)
 COMPOSED: dict[str, Callable[..., Tensor]] = {
     "softmax": _softmax,
     "normalize": _normalize,
@@ -173,8 +176,8 @@ COMPOSED: dict[str, Callable[..., Tensor]] = {
 
 
 class _Drawn(TorchFunctionMode):
-    """Every operation of torch rounds at random by `unit`, forward and backward, and the factors of a product by
-    `factors` before; see `rounding`."""
+    """In this mode every operation of torch rounds at random by `unit`, forward and backward, and factors of products
+    are rounded at random by `factors` first; see `rounding`."""
 
     def __init__(self, unit: float, factors: float, seed: int) -> None:
         super().__init__()
@@ -183,7 +186,7 @@ class _Drawn(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        if getattr(func, "namespace", None) == "itm_fast":  # an op: look into its reference
+        if getattr(func, "namespace", None) == "itm_fast":  # an op: run its reference, whose operations then round
             with self:
                 return DECLARED[func._schema.name.split("::")[1]].reference(*args[:-1])
         if name in COMPOSED:
@@ -201,7 +204,7 @@ class _Drawn(TorchFunctionMode):
             terms = tensors[0].shape[-1]
         elif name in REDUCED:
             terms = tensors[0].numel() // max(result.numel(), 1)
-        # Of how many results an element's gradient is the sum.
+        # For each tensor, to how many results an element contributes: its gradient is a sum of so many terms.
         uses = [terms * result.numel() / max(a.numel(), 1) for a in tensors]
         most = max(1.0, *uses)
         if terms > 1 or factors or most > 1:

@@ -85,7 +85,7 @@ def loop(
 
     Args:
         state: a state_dict of `itm_fast.models.hgan.HierarchicalAlignment`; in training its BatchNorm buffers are
-            moved in place.
+            updated in place.
         image: [I, R, D], unit rows.
         caption: [T, W, D], padded.
         lengths: T tokens per caption.

@@ -1,5 +1,8 @@
-"""What every op must pass, whatever its backend. `call(*args, backend=...)` is the op as a function of the tensors
-that may need a gradient; of several results the first one carries it."""
+"""Checks that every op must pass on every backend.
+
+`call(*args, backend=...)` is the op as a function of its differentiable arguments, with all others bound. If it returns
+several results, only the first one is differentiable.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ def backends(op: str, device: str = "cpu", dtype: torch.dtype = torch.float64) -
 
 
 def beside(like: Tensor, *indices: Tensor | None) -> list[Tensor | None]:
-    """Lengths and bounds on the device of `like`."""
+    """Move lengths and bounds to the device of `like`; None stays None."""
     return [x if x is None else x.to(like.device) for x in indices]
 
 
@@ -31,7 +34,7 @@ def first(result: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 def leaves(args: Sequence[Tensor], dtype: torch.dtype, needs: Sequence[bool] | None = None) -> list[Tensor]:
-    """Fresh leaves of a dtype."""
+    """Copies in a dtype that are autograd leaves; `needs` says which require a gradient (None: all)."""
     needs = needs or [True] * len(args)
     return [a.detach().to(dtype).clone().requires_grad_(n) for a, n in zip(args, needs, strict=True)]
 
@@ -53,7 +56,10 @@ def gradients(
 
 
 def factors(backend: str, dtype: torch.dtype) -> torch.dtype | None:
-    """The half precision in which a backend multiplies what it computed, where it does: matrix units take no other."""
+    """The half precision that a backend rounds intermediate results to before it multiplies them; None if it does not.
+
+    Matrix units take no other factors for half-precision inputs.
+    """
     halves = {"triton": (torch.float16, torch.bfloat16), "cpu": (torch.bfloat16,)}
     if backend == "cpu" and not _native.bfloat16_products()[0]:
         return None
@@ -61,7 +67,7 @@ def factors(backend: str, dtype: torch.dtype) -> torch.dtype | None:
 
 
 def check_forward(call: Call, args: Sequence[Tensor], dtype: torch.dtype, backend: str) -> None:
-    """Every result by the accuracy rule; the first one in the inputs' dtype."""
+    """Every result passes the accuracy rule, and the first one has the inputs' dtype."""
     rounded = [a.detach().to(dtype) for a in args]
 
     def run(kind: torch.dtype, name: str = "reference") -> tuple[Tensor, ...]:
@@ -84,14 +90,14 @@ def _accurate_gradients(
 
 
 def check_gradients(call: Call, args: Sequence[Tensor], dtype: torch.dtype, backend: str) -> None:
-    """Every gradient by the accuracy rule."""
+    """Every gradient passes the accuracy rule and has the inputs' dtype."""
     actual = gradients(call, args, dtype, backend, dtype)
     assert all(a.dtype == dtype for a in actual)
     _accurate_gradients(actual, call, args, dtype, backend)
 
 
 def check_needs(call: Call, args: Sequence[Tensor], backend: str, dtype: torch.dtype = torch.float64) -> None:
-    """An argument alone gets its gradient, the others none; with none required nothing is recorded."""
+    """If one argument requires a gradient, it alone gets one; if none does, autograd records nothing."""
     found: list[Tensor] = []
     for k in range(len(args)):
         inputs = leaves(args, dtype, [n == k for n in range(len(args))])
@@ -104,13 +110,13 @@ def check_needs(call: Call, args: Sequence[Tensor], backend: str, dtype: torch.d
 
 
 def check_gradcheck(call: Call, args: Sequence[Tensor], backend: str) -> None:
-    """Gradients against finite differences in float64."""
+    """Gradients in float64 equal finite differences."""
     inputs = leaves(args, torch.float64)
     assert torch.autograd.gradcheck(lambda *a: first(call(*a, backend=backend)), inputs)
 
 
 def check_compile(call: Call, args: Sequence[Tensor], backend: str | None, dtype: torch.dtype = torch.float64) -> None:
-    """The same result and gradients inside one compiled graph."""
+    """Under torch.compile(fullgraph=True) results and gradients are the same."""
     torch.compiler.reset()
     compiled = torch.compile(lambda *a: first(call(*a, backend=backend)), fullgraph=True, backend="aot_eager")
     eager_in, graph_in = leaves(args, dtype), leaves(args, dtype)
@@ -123,7 +129,7 @@ def check_compile(call: Call, args: Sequence[Tensor], backend: str | None, dtype
 
 
 def check_fake_backward(op: str, args: Sequence[object], differentiable: int, backend: str) -> None:
-    """The backward op's fake has the shapes, dtypes and strides of the real one, as inductor relies on."""
+    """The backward op's fake implementation has the shapes, dtypes and strides of the real one, as inductor expects."""
     forward = getattr(torch.ops.itm_fast, op).default
     backward = getattr(torch.ops.itm_fast, f"{op}_backward").default
     with torch.no_grad():
@@ -140,7 +146,7 @@ def check_fake_backward(op: str, args: Sequence[object], differentiable: int, ba
 
 
 def check_deterministic(call: Call, args: Sequence[Tensor], backend: str) -> None:
-    """The same bits twice, forward and backward."""
+    """Two calls give the same bits, forward and backward."""
     inputs = [a.float() for a in args]
     assert torch.equal(first(call(*inputs, backend=backend)), first(call(*inputs, backend=backend)))
     once, again = (gradients(call, args, torch.float32, backend, torch.float32) for _ in range(2))

@@ -24,7 +24,7 @@ def linear(state: State, name: str, x: Tensor) -> Tensor:
 
 
 def _batch_norm(state: State, name: str, x: Tensor, training: bool) -> Tensor:
-    """torch.nn.BatchNorm1d with its defaults: moves the buffers in `state` when training."""
+    """torch.nn.BatchNorm1d with its defaults; in training it updates the buffers in `state`."""
     if training:
         state[f"{name}.num_batches_tracked"].add_(1)
     buffers = (state[f"{name}.running_mean"], state[f"{name}.running_var"])
@@ -76,7 +76,7 @@ def loop(
 
     Args:
         state: a state_dict of the published `EncoderSimilarity`; with SGR_module keys it is SGR, with SAF_module
-            keys SAF. In training its BatchNorm buffers are moved in place.
+            keys SAF. In training its BatchNorm buffers are updated in place.
         image: [I, R, D], unit rows.
         caption: [T, W, D], padded.
         lengths: T tokens per caption.
