@@ -2,10 +2,10 @@
 
     python benchmarks/bench_maxsim.py --threads 2 --rounds 3 --write cpu
 
-maxsim: sum over words of the largest word-region product. No op of itm-fast is made for it, but cross_attention_score
-(t2i, affinity_norm "none", pool "sum", unit rows) approaches it: at scale 1e10 the softmax is 1 at the largest product,
-and the cosine with that region is the product. So itm-fast computes a whole attention here for a result that needs
-none, and "needed" counts the products only. D 128 is ColBERT's; D 1024 is this library's.
+maxsim: sum over words of the largest word-region product. itm-fast has no op for it, but cross_attention_score (t2i,
+affinity_norm "none", pool "sum", unit rows) approaches it: at scale 1e10 the softmax is 1 at the largest product, and
+the cosine with that region is the product. So itm-fast computes a whole attention here for a result that needs none;
+the operations that a result needs are counted as the products only. D is 128 in ColBERT and 1024 in SCAN and SGRAF.
 
 attention: mean over words of the cosine with the softmax-weighted regions (scale 9), which is cross_attention_score
 with affinity_norm "none" and pool "mean"; in KeOps it is one `sumsoftmaxweight`.

@@ -60,7 +60,7 @@ def ranking_loss(score: Tensor, hardest: bool) -> Tensor:
 
 
 def build(model: str, contender: str, shape: Shape, device: str) -> tuple[Score, dict[str, Tensor]]:
-    """(function of image, words and cu_seqlens, its parameters); every contender gets the same random numbers."""
+    """A contender: (function of image, words and cu_seqlens, its parameters). All get the same random numbers."""
     whole = WORKLOADS[shape.workload]
     torch.manual_seed(0)
     if model.startswith("scan"):
@@ -98,7 +98,7 @@ def step_flops(model: str, shape: Shape, hardest: bool) -> float:
 def step(
     model: str, contender: str, shape: Shape, device: str, hardest: bool = True
 ) -> Callable[[], dict[str, Tensor]]:
-    """A function that does one training step and returns the scores and the gradients by name."""
+    """A function that does one training step and returns its scores and, by name, its gradients."""
     image, words, cu_seqlens = shape.features(device)
     score, parameters = build(model, contender, shape, device)
     leaves = {"image": image.requires_grad_(), "words": words.requires_grad_(), **parameters}

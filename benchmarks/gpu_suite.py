@@ -5,7 +5,7 @@
 
 Needs a checkout, PyTorch and Triton; with pytest the GPU tests run too (with pytest-xdist, side by side). Each step is
 a process of its own with a share of the time: one that fails, hangs or takes the GPU down loses no other's results.
-The file is written anew after every step. What is asked for first, comes first: checks of every op in every precision,
+The file is written again after every step. The most important steps run first: checks of every op in every precision,
 tests, the whole of COCO 5K, the paper's loop, training, SHAN, HGAN and TSHSR, MaxSim, ranking by precision, and the
 compiled rewrite last.
 """

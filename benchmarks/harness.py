@@ -81,7 +81,7 @@ def row(
 
 
 def hold_against(peak: dict[str, float | None], results: list[dict]) -> None:
-    """Give every row its fractions of `machine.peaks`."""
+    """Add to every row its rate as a fraction of the machine's peak (`machine.peaks`)."""
     for r in (r for one in results for r in one["rows"]):
         rate, fma = 1e9 * r["needed_gflops_per_second"], peak[f"fma_{r['products']}"]
         r["fraction_of_peak"] = fma and rate / fma

@@ -100,7 +100,7 @@ def peaks(device: str) -> dict[str, float | None]:
 
 
 def higher(a: dict[str, float | None], b: dict[str, float | None]) -> dict[str, float | None]:
-    """The better of two measurements of `peaks`: a busy moment of the machine lowers one, nothing raises it."""
+    """The higher of two measurements of `peaks`: a busy machine lowers a measurement, and nothing raises it."""
     return {name: a[name] and b[name] and max(a[name], b[name]) for name in PEAKS}
 
 
