@@ -1,3 +1,5 @@
+"""Settings of all tests: the checkout under test, poisoned outputs, and marks that depend on the machine."""
+
 import contextlib
 import os
 import signal

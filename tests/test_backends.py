@@ -1,3 +1,5 @@
+"""Which backend runs: argument, context, environment or automatic choice; refusals; the scratch limit."""
+
 import contextlib
 import os
 import shutil

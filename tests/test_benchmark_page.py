@@ -46,7 +46,7 @@ def folder(monkeypatch, tmp_path):
     return results
 
 
-def test_two_makers_stand_side_by_side_and_losses_stay(folder):
+def test_results_of_two_makers_are_side_by_side_and_slower_rows_stay(folder):
     page.main()
     text = (folder / "README.md").read_text()
     first, amd, intel = (text.index(f"## {name}\n") for name in (
@@ -65,7 +65,7 @@ def test_two_makers_stand_side_by_side_and_losses_stay(folder):
     assert (folder / "training_step_cpu_intel.svg").read_text().count("<rect") == 1 + 4
 
 
-def test_the_readme_holds_ours_against_the_loop_on_each_processor(folder):
+def test_the_readme_compares_itm_fast_with_the_loop_on_each_processor(folder):
     for kind, name, seconds in (("pair_scorers_cpu", "AMD EPYC", 0.5), ("whole_step_cpu_intel", "Intel(R)", 2.5)):
         (folder / f"{kind}.json").write_text(json.dumps(result(name, loop=2.0, cpu=seconds, torch=0.1)))
     (folder / "pair_scorers_hgan.json").write_text(json.dumps(result("Intel(R)", loop=3.0, cpu=0.1)))
@@ -104,7 +104,7 @@ def test_two_files_of_one_maker_are_refused(folder):
 
 
 @pytest.mark.parametrize("ratio, text", [(28.14, "28.1"), (1.04, "1.0"), (0.861, "0.86"), (0.03, "0.03")])
-def test_a_loss_is_not_rounded_away(ratio, text):
+def test_a_ratio_below_one_is_not_rounded_away(ratio, text):
     assert page.times(ratio) == text
 
 

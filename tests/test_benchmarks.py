@@ -249,13 +249,13 @@ def test_a_step_needs_gradients_of_the_pairs_in_its_loss(model, hardest, share):
     assert count == pytest.approx((1 + 2 * share) * pairs + 3 * states)
 
 
-def test_a_straight_line_goes_over_words():
+def test_time_is_extrapolated_linearly_in_words():
     least, cut, whole = (Shape("coco-eval-5k", 4, n) for n in (2, 8, 32))
     few, many, all_ = (5.0 + 3.0 * sum(one.lengths) for one in (least, cut, whole))
     assert bench_training_step.extended(few, many, least, cut, whole) == pytest.approx(all_)
 
 
-def test_a_row_is_held_against_the_peak_of_its_products():
+def test_a_row_is_compared_with_the_peak_of_its_products():
     common = dict(times=[1.0, 4.0, 2.0], pairs=10, flops=4e9, base=6.0)
     rows = [harness.row("a", **common), harness.row("b", **common, products="bfloat16")]
     assert (rows[0]["seconds_median"], rows[0]["times_faster_than_loop"], rows[0]["pairs_per_second"]) == (2, 3, 5)

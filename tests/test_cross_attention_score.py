@@ -1,3 +1,5 @@
+"""`cross_attention_score` on every backend that runs on a CPU."""
+
 import itertools
 import os
 import subprocess
@@ -221,7 +223,7 @@ def alone(code, **environment):
 @pytest.mark.slow
 @needs_cpu
 @pytest.mark.parametrize("capability", ["avx2", "default"])
-def test_the_kernels_of_lesser_processors(capability):
+def test_the_kernels_of_older_processors(capability):
     code = """
         import torch, itm_fast
         from itm_fast import _native

@@ -1,3 +1,5 @@
+"""`cross_attention_similarity` on every backend that runs on a CPU."""
+
 import itertools
 
 import pytest
@@ -227,7 +229,7 @@ def test_attended_vectors_that_cancel(backend, direction):
 @needs_cpu
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @over_lesser_processors
-def test_lesser_processors(level, direction, monkeypatch):
+def test_older_processors(level, direction, monkeypatch):
     at_level(level, monkeypatch)
     for I, lengths, R, D, S in ((5, (13, 4, 7, 1, 4), 36, 64, 32), (2, (230, 1, 3), 5, 37, 9), (2, (4, 2), 231, 21, 5)):
         call, args = case(I, lengths, R, D, S, direction=direction)

@@ -154,7 +154,7 @@ def test_blank_lines_are_named(tmp_path):
         assert open_split(tmp_path, "test").captions == [""] * 7 + captions[7:]
 
 
-def test_a_folder_of_one_array_an_image_says_the_way_on(tmp_path):
+def test_a_folder_with_one_array_per_image_says_what_to_do(tmp_path):
     np.save(tmp_path / "1000092795.npy", FEATURES[0])
     np.save(tmp_path / "10002456.npy", FEATURES[1])
     words = r"It holds 2 other .npy files, such as 1000092795.npy: .* one array SPLIT_ims.npy.*--mask-zero-regions"
@@ -190,7 +190,7 @@ def test_ids_per_image_and_per_caption(tmp_path):
         ("".join(f"{t}\n" for t in range(20)), "captions of one image have different ids"),
     ],
 )
-def test_id_files_that_do_not_fit_are_ignored_aloud(tmp_path, lines, why):
+def test_id_files_that_do_not_fit_are_ignored_with_a_warning(tmp_path, lines, why):
     write_folder(tmp_path)
     (tmp_path / "test_ids.txt").write_text(lines)
     with pytest.warns(UserWarning, match=f"test_ids.txt is ignored: .*{why}"):

@@ -242,7 +242,7 @@ def test_chance_is_what_random_scores_reach():
 
 
 @pytest.mark.parametrize("bad, word", [(np.nan, "NaN"), (np.inf, "infinite"), (-np.inf, "infinite")])
-def test_scores_that_are_no_numbers_are_refused_by_name(bad, word):
+def test_nan_scores_are_refused_by_name(bad, word):
     score = distinct(130, 10)
     score[101, 3] = bad
     with pytest.raises(ValueError, match=f"image 101 and caption 3 is {word}"):

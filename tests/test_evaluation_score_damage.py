@@ -221,7 +221,7 @@ def test_a_fifo_is_not_waited_for(tmp_path, name):
         opened(path, resume=True)
 
 
-def test_only_a_full_disk_is_told_to_be_freed(tmp_path, monkeypatch):
+def test_only_for_a_full_disk_does_the_message_ask_for_space(tmp_path, monkeypatch):
     def broken(*_):
         raise OSError(errno.EIO, "Input/output error")
 

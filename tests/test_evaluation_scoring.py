@@ -139,7 +139,7 @@ def test_encodings_that_do_not_fit_travel_block_by_block(monkeypatch):
 
 @pytest.mark.parametrize("where, culprit", [("image", "that image's"), ("words", "that caption's"), ("", "weights")])
 @pytest.mark.usefixtures("small_blocks")
-def test_a_score_that_is_no_number_is_refused_by_name(where, culprit):
+def test_a_nan_score_is_refused_by_name(where, culprit):
     encoded, scorer = random_encoded(7, 23), Scorer()
     pair = r"image \d+ and caption \d+"
     if where == "image":

@@ -1,3 +1,5 @@
+"""`global_local_score` on every backend that runs on a CPU."""
+
 import pytest
 import torch
 from cpu_cases import at_level, needs_cpu, over_lesser_processors, scratch_of
@@ -172,7 +174,7 @@ def test_a_pair_has_the_same_bits_in_any_block_and_order(dtype):
 
 @needs_cpu
 @over_lesser_processors
-def test_lesser_processors(level, monkeypatch):
+def test_older_processors(level, monkeypatch):
     at_level(level, monkeypatch)
     for shape in SHAPES.values():
         call, args = case(*shape, scale=7.0)

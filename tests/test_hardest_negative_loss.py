@@ -1,3 +1,5 @@
+"""`hardest_negative_loss`: values, gradients, image ids, and refusals."""
+
 import pytest
 import torch
 

@@ -1,3 +1,5 @@
+"""`hierarchical_alignment_score` on every backend that runs on a CPU."""
+
 import pytest
 import torch
 from pair_score_cases import DTYPES, drawer, edges, lengths

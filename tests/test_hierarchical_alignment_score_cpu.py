@@ -74,7 +74,7 @@ def test_a_pair_does_not_see_what_was_scored_before_it(gate, level, dtype, monke
 
 @over_lesser_processors
 @pytest.mark.parametrize("gate", GATES)
-def test_lesser_processors(gate, level, monkeypatch):
+def test_older_processors(gate, level, monkeypatch):
     at_level(level, monkeypatch)
     for direction in DIRECTIONS:
         call, args = test_hierarchical_alignment_score.case(1, COUNTS, D=20, gate=gate, direction=direction)

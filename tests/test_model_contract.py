@@ -80,7 +80,7 @@ def test_backward_scores_again_under_the_backend_and_the_bound_of_the_forward_pa
 @pytest.mark.parametrize("p", [0.0, 0.4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 @over(*(name for name in PUBLISHED if MODELS[name].trains))
-def test_training_draws_and_moves_what_the_loop_does(model, dtype, p):
+def test_training_draws_the_loops_dropout_and_updates_its_statistics(model, dtype, p):
     module, (image, caption) = model.scorer(dtype).train(), features(dtype=dtype)
     dropout(module, p)
     state = copied(module)

@@ -43,7 +43,7 @@ def test_changed_sources_are_built_anew(csrc, cache, file):
     assert len(list(cache.glob("generic-*"))) == 2
 
 
-def test_arguments_and_failures_cross_the_border(csrc):
+def test_arguments_reach_cpp_and_errors_come_back(csrc):
     source, result = torch.ones(3, dtype=torch.float64), torch.empty(3, dtype=torch.float64)
     scale(source, result, 1, 0.5, torch.full((1,), 0.25, dtype=torch.float64))
     assert result[0] == 1.25
@@ -98,6 +98,6 @@ def test_the_kernels_are_plain_cpp():
 
 
 @over_lesser_processors
-def test_the_kernels_compile_for_lesser_processors(level):
+def test_the_kernels_compile_for_older_processors(level):
     built = _native.build(_native.csrc_dir(), level)
     assert built.level == level or os.uname().machine not in ("x86_64", "AMD64")

@@ -50,13 +50,13 @@ def library(monkeypatch, tmp_path):
     "float32,bfloat16,pays",
     [(352, 172, False), (456, 912, True), (100, 100, False), (100, 120, False), (100, 130, True)],
 )
-def test_they_run_where_they_pay(library, monkeypatch, float32, bfloat16, pays):
+def test_bfloat16_products_run_where_they_are_faster(library, monkeypatch, float32, bfloat16, pays):
     Rates(monkeypatch, float32, bfloat16)
     wanted = f"a core multiplies bfloat16 values at {bfloat16} GFLOP/s and float32 values at {float32} GFLOP/s"
     assert tuple(map(str, _native.bfloat16_products())) == (str(pays), wanted)
 
 
-def test_ops_that_ask_make_no_words(library, monkeypatch):
+def test_the_reason_is_not_formatted_when_an_op_asks(library, monkeypatch):
     Rates(monkeypatch, 100, 200)
     monkeypatch.setattr(peaks.Peaks, "__str__", None)
     assert _native.bfloat16_products()[0]

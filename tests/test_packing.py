@@ -1,3 +1,5 @@
+"""`pack`, `unpack`, and the grouping of captions by length."""
+
 import pytest
 import torch
 

@@ -59,7 +59,7 @@ def test_other_numbers_of_steps(steps):
     torch.testing.assert_close(model(image, caption, LENGTHS), want, rtol=0, atol=1e-12)
 
 
-def test_saf_training_without_gradients_moves_the_same_statistics():
+def test_saf_training_without_gradients_updates_the_same_statistics():
     image, caption = features()
     models = [MODELS["SAF"].scorer().train() for _ in range(2)]
     for model in models:

@@ -1,3 +1,5 @@
+"""`similarity_context` on every backend that runs on a CPU."""
+
 import pytest
 import torch
 from cpu_cases import at_level, needs_cpu, over_lesser_processors, scratch_of
@@ -134,7 +136,7 @@ def test_a_pair_has_the_same_bits_in_any_block_and_order(dtype):
 
 @needs_cpu
 @over_lesser_processors
-def test_lesser_processors(level, monkeypatch):
+def test_older_processors(level, monkeypatch):
     at_level(level, monkeypatch)
     for shape in SHAPES.values():
         call, args = case(*shape)

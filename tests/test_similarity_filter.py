@@ -1,3 +1,5 @@
+"""`similarity_filter` on every backend that runs on a CPU."""
+
 import pytest
 import torch
 from cpu_cases import at_level, needs_cpu, over_lesser_processors, scratch_of
@@ -194,7 +196,7 @@ def test_threads_change_no_bit(training):
 
 @needs_cpu
 @over_lesser_processors
-def test_lesser_processors(level, monkeypatch):
+def test_older_processors(level, monkeypatch):
     at_level(level, monkeypatch)
     for shape in SHAPES.values():
         for training in (False, True):

@@ -1,3 +1,5 @@
+"""`similarity_graph` on every backend that runs on a CPU."""
+
 import pytest
 import torch
 from cpu_cases import at_level, needs_cpu, over_lesser_processors, scratch_of
@@ -161,7 +163,7 @@ def test_medium_precision_may_multiply_bfloat16_values():
 
 @needs_cpu
 @over_lesser_processors
-def test_lesser_processors(level, monkeypatch):
+def test_older_processors(level, monkeypatch):
     at_level(level, monkeypatch)
     for shape in SHAPES.values():
         call, args = case(*shape)

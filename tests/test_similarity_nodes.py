@@ -1,3 +1,5 @@
+"""`similarity_nodes` on every backend that runs on a CPU."""
+
 import pytest
 import torch
 from pair_score_cases import DTYPES, INPUTS, drawer, edges, inputs, lengths

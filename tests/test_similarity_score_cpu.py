@@ -81,7 +81,7 @@ def test_products_of_bfloat16_only_where_they_are_allowed(scorer):
 
 @over_lesser_processors
 @over_scorers
-def test_lesser_processors(scorer, level, monkeypatch):
+def test_older_processors(scorer, level, monkeypatch):
     call, args = scorer.case(1, COUNTS, D=20, S=9)
     at_level(level, monkeypatch)
     for dtype in (torch.float64, torch.float32):

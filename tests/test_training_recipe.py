@@ -116,7 +116,7 @@ def test_loss_is_the_hinge_on_the_scores(hardest, exclude):
     assert batch_loss(model, batch, opt).item() == pytest.approx(wanted, abs=1e-5)
 
 
-def test_loss_minds_region_lengths():
+def test_padding_regions_do_not_change_the_loss():
     opt = options("scan", img_dim=6, embed_size=8, word_dim=4)
     opt.vocab_size, opt.device = 9, "cpu"
     model = build(opt)

@@ -166,7 +166,7 @@ def test_a_run_from_before_checksums_of_the_data_is_resumed(tmp_path):
 
 
 @pytest.mark.parametrize("known, refused", [(0, True), (1, True), (2, False)])
-def test_captions_next_to_none_of_which_have_a_known_word_are_refused(tmp_path, known, refused):
+def test_captions_that_hardly_ever_have_a_known_word_are_refused(tmp_path, known, refused):
     captions = ["a red dog"] * known + ["zwei rote hunde"] * (10 - known)
     share = f"{100 - 10 * known}.0 % of the captions have no known word"
     if refused:

@@ -92,7 +92,7 @@ def test_opposite_regions_cancel_without_losing_the_score(device, backend):
 @TRITON
 @over_directions
 @pytest.mark.parametrize("pool", POOLS)
-def test_a_pair_without_a_number_spoils_no_other(pool, direction, device, backend):
+def test_nan_in_a_pair_reaches_no_other_pair(pool, direction, device, backend):
     image, words, cu_seqlens = inputs(3, (4, 2, 5), 6, 16, device=device)
     options = dict(direction=direction, pool=pool, backend=backend)
     want = itm_fast.cross_attention_score(image, words, cu_seqlens, **options)
@@ -107,7 +107,7 @@ def test_a_pair_without_a_number_spoils_no_other(pool, direction, device, backen
 
 @TRITON
 @over_directions
-def test_a_similarity_without_a_number_spoils_no_other_pair(direction, device, backend):
+def test_nan_in_a_similarity_reaches_no_other_pair(direction, device, backend):
     call, args = test_cross_attention_similarity.case(3, (4, 2, 5), 6, 16, 8, direction=direction)
     args = placed(args, device, torch.float32)
     want = call(*args, backend)

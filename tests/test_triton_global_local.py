@@ -47,7 +47,7 @@ def test_gradients_of_many_pieces_are_those_of_one():
     check_blocks(call, args, torch.float32, 2.0**-16, 1e-6)
 
 
-def test_what_is_no_number_stays_in_its_pairs():
+def test_nan_and_infinity_stay_in_their_pairs():
     call, (vector, words) = case(3, (13, 40, 4), 8)
     vector, words = vector.float(), words.float()
     want = call(vector, words, backend="triton")

@@ -71,7 +71,7 @@ def test_no_count_or_length_is_compiled_in(op, launched):
 @pytest.mark.slow
 @unless("triton", "cpu")
 @pytest.mark.parametrize("op", OPS)
-def test_the_host_is_asked_for_the_bounds_once(op, monkeypatch):
+def test_the_bounds_are_copied_to_the_host_once(op, monkeypatch):
     """On a GPU every question waits until the device has done all before it. Backward of a score asks one of the
     gradient: whether few pairs have one."""
     monkeypatch.setattr(packing, "READ_ANEW", ())  # as for tensors on a GPU
