@@ -2,9 +2,9 @@
 //
 // With scalar gates no vector of D features is formed (`Coefficients`): each is a sum of the pair's rows, held as its
 // coefficients, (8) and (9), and its products follow from the affinities A, the products C of the rows (both with
-// regions along rows and words along lanes), the Gram matrices G and H, and a few numbers for each row. With vector
-// gates the vectors themselves are formed (`Explicit`); so they are where the terms of a squared length cancel so far
-// that cancellation error dominates what is left. One thread works on one pair.
+// regions along rows and words along lanes), the Gram matrices G and H, and a few numbers for each row. The vectors are
+// formed (`Explicit`) with vector gates, and for pairs where a squared length of `Coefficients` is dominated by
+// cancellation error. One thread works on one pair.
 #pragma once
 #include <limits>
 
@@ -89,8 +89,8 @@ struct Item {
         own_gates(vectors ? wide * n : 0), other_gates(vectors ? wide * n : 0) {}
 
   T* norm() const { return numbers; }
-  T* own() const { return numbers + ld; }        // what a row adds to its own gate
-  T* other() const { return numbers + 2 * ld; }  // and to the gates of those that attend to it
+  T* own() const { return numbers + ld; }        // a row's term of its own gate
+  T* other() const { return numbers + 2 * ld; }  // its term of the gates of the rows that attend to it
   T* pool_own() const { return numbers + 3 * ld; }
   T* pool_other() const { return numbers + 4 * ld; }
 };
@@ -123,7 +123,8 @@ struct Coefficients {
     }
     return problem.mean ? sum<T>(all) / T(side.n) : sum<T>(all);
   }
-  // (3) and (4): own coefficients p and those r that remain for what is attended to, from the attended numbers.
+  // (3) and (4): the coefficients p of the side's own rows, gamma g, and `rest` = gamma (1 - g) of what they attend to.
+  // gate and pool: each row's attention-weighted sums of the other side's other() and pool_other().
   void gated(const Item<T>& side, const T* gate, const T* pool, T* p, T* rest) {
     for (int64_t i = 0; i < side.n; i += LANES<T>) {
       const Vec<T> g = sigmoid<T>(load(side.own() + i) + load(gate + i));
@@ -139,7 +140,7 @@ struct Coefficients {
     clear(p, side);
     clear(rest, side);
   }
-  // What a context vector finds among n rows (5), from its products with them.
+  // (5): the attention weights of a context vector over n rows, from its products `of` with them.
   void found(const T* of, const Item<T>& side, T square, T* weights) {
     const T length = std::sqrt(std::max(square, std::numeric_limits<T>::min()));
     for (int64_t i = 0; i < side.n; i += LANES<T>)
@@ -147,13 +148,13 @@ struct Coefficients {
     softmax(weights, side.n);
     clear(weights, side);
   }
-  // Beyond the vectors that were written, up to what products read: an earlier pair's values, and a NaN times 0 is NaN.
+  // Zeros what products read beyond the vectors that were written: an earlier pair's values, and NaN times 0 is NaN.
   static void clear(T* values, const Item<T>& side) {
     for (int64_t i = round_up(side.n, LANES<T>); i < side.ld; ++i) values[i] = T(0);
   }
 
-  // The pair's score; `poor` tells that a vector has to be formed for it. A and C: [image.n][caption.ld], zeros beyond
-  // the words.
+  // The pair's score; `poor` is then true if vectors have to be formed instead (`Explicit`). A and C:
+  // [image.n][caption.ld], zeros beyond the words.
   T score(const T* A, const T* C, const Item<T>& image, const Item<T>& caption);
 };
 

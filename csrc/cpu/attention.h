@@ -81,7 +81,8 @@ inline void logits(Norm norm, T scale, int64_t n, const int64_t* edge, int64_t s
   }
 }
 
-// The gradient of logits(): s becomes d s, given d = d logit, plus add(x, j) for what else depends on s.
+// The gradient of logits(): overwrites s with d s, given d = d logit, plus add(x, j), the gradient of whatever else
+// depends on s.
 template <class T, class Add>
 inline void logits_backward(Norm norm, T scale, int64_t n, const int64_t* edge, int64_t sets, T* s, const T* d,
                             int64_t ld, Add add) {

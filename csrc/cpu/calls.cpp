@@ -1,4 +1,4 @@
-// Whether the structs of this library are those of the Python that loads it.
+// Refuses a library whose structs (calls.h) differ from those of the Python that loads it. `digest` is Python's hash.
 #include <cstring>
 
 #include "calls.h"

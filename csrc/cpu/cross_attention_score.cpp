@@ -47,6 +47,7 @@ void scores(const Problem& problem, void* score, int64_t threads) {
 }  // namespace
 }  // namespace itm_fast
 
+// Writes score [I, T] in the dtype of the tensors; shapes and who owns what: calls.h.
 extern "C" const char* cross_attention_score(const itm_fast::CrossAttentionScoreCall& call) {
   using namespace itm_fast;
   return guarded([&] {

@@ -14,7 +14,7 @@ namespace itm_fast {
 // Sizes that keep a block of contexts (<= 0.6 MB) and the affinities of a chunk (<= 0.3 MB) in a core's second cache.
 constexpr int64_t BLOCK_BYTES = 144 * 4096, BLOCK_ROWS = 144, CHUNK_BYTES = 448 * 4, PARTS = 48;
 
-// What the caller asked for. score[c * context_step + q * query_step] belongs to context set c and query set q.
+// A call's arguments. score[c * context_step + q * query_step] belongs to context set c and query set q.
 struct Problem {
   RowSets context, query;
   Norm norm;

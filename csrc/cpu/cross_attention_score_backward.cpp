@@ -365,7 +365,8 @@ struct Backward {
 }  // namespace
 }  // namespace itm_fast
 
-// grad and the gradients are float, or double where the tensors are; the gradients hold zeros.
+// Adds to d_image [I, R, D] and d_words [N, D], which hold zeros. grad [I, T] and both are float, or double if the
+// tensors are double.
 extern "C" const char* cross_attention_score_backward(const itm_fast::CrossAttentionScoreCall& call) {
   using namespace itm_fast;
   return guarded([&] {

@@ -107,13 +107,14 @@ void run(const SimilarityProblem& p, Result result, [[maybe_unused]] int64_t bfl
 }  // namespace
 }  // namespace itm_fast
 
-// similarity: [I, N, S], or [I, T, R, S] for i2t.
+// Writes similarity [I, N, S], or [I, T, R, S] for i2t, in the dtype of the tensors.
 extern "C" const char* cross_attention_similarity(const itm_fast::CrossAttentionSimilarityCall& call) {
   using namespace itm_fast;
   return guarded([&] { run(SimilarityProblem(call), {call.similarity, nullptr}, call.bfloat16, call.threads); });
 }
 
-// inverse: [I, N + T], 1 / (|y| + eps) in float (double, where the tensors are).
+// Writes nodes [I, N + T, S] in the dtype of the tensors, and inverse [I, N + T] = 1 / (|y| + eps), float, or double if
+// the tensors are double.
 extern "C" const char* similarity_nodes(const itm_fast::SimilarityNodesCall& call) {
   using namespace itm_fast;
   return guarded([&] {

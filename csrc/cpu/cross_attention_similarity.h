@@ -1,4 +1,4 @@
-// What the forward and the backward pass of cross_attention_similarity and of similarity_nodes are asked for.
+// The arguments of cross_attention_similarity and of similarity_nodes, for their forward and backward passes.
 #pragma once
 #include "windows.h"
 #include "shuffle.h"
@@ -40,8 +40,8 @@ struct SimilarityProblem {
   const RowSets& contexts() const { return t2i ? images : captions; }
   const RowSets& queries() const { return t2i ? captions : images; }
 
-  // The result's row of a query, counted as queries().edge counts, of set `set` with a context set: rows [I, N], with
-  // globals [I, N + T], or [I, T, R].
+  // The row of the result that holds query `query`, an index as in queries().edge, of set `set` with a context set. The
+  // result's rows are [I, N], with globals [I, N + T], or for i2t [I, T, R].
   int64_t row(int64_t context, int64_t set, int64_t query) const {
     if (!t2i) return (set * captions.count() + context) * R + query - images.edge[set];
     const int64_t row = context * captions.edge.back() + query;

@@ -194,8 +194,8 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
 }  // namespace
 }  // namespace itm_fast
 
-// grad has the shape and dtype of the result; gradients have the shape of their tensor, in float (in double, where the
-// tensors are), hold zeros, and are null where they are not wanted.
+// Adds to the gradients of image, words, weight and bias that are not null. They have their tensors' shapes, are float,
+// or double if the tensors are double, and hold zeros. grad has the shape and dtype of `similarity`.
 extern "C" const char* cross_attention_similarity_backward(const itm_fast::CrossAttentionSimilarityCall& call) {
   using namespace itm_fast;
   return guarded([&] {
@@ -208,7 +208,7 @@ extern "C" const char* cross_attention_similarity_backward(const itm_fast::Cross
   });
 }
 
-// nodes and inverse are what the forward pass made; the rest as above.
+// The same for similarity_nodes and its eight tensors; nodes and inverse are the results of the forward pass.
 extern "C" const char* similarity_nodes_backward(const itm_fast::SimilarityNodesCall& call) {
   using namespace itm_fast;
   return guarded([&] {

@@ -14,7 +14,7 @@
 
 namespace itm_fast {
 
-// What the caller asked for; similarity_graph_backward.cpp says the shapes.
+// A call's arguments; shapes: similarity_graph_backward.cpp.
 struct GraphGradient {
   Source nodes, query_weight, query_bias, key_weight, value_weight, value_bias, grad;
   int64_t I, M, S, steps, T;

@@ -39,7 +39,7 @@ struct Call {
   int64_t regions(int64_t i) const { return region_lengths ? region_lengths[i] : R; }
 };
 
-// One modality's tensors, and which of a row's two parts of the gates is its own.
+// One modality's tensors, and which of a row's two terms of the gates is that of its own gate.
 struct Modality {
   Source rows, keys, gates;
   int64_t own;
@@ -58,7 +58,7 @@ struct Pools {
   }
 };
 
-// Rows first .. first + n as an item; `formed` where vectors of a pair will be formed of it.
+// Rows first .. first + n as an Item; `formed`: the item will be used where vectors of a pair are formed.
 template <class T>
 Item<T> item(const Call& call, const Modality& from, int64_t first, int64_t n, const Pools<T>& pools, bool formed) {
   const int64_t D = call.D, K = call.K, wide = pools.wide;
@@ -252,6 +252,7 @@ void scores(const Call& call) {
 }  // namespace
 }  // namespace itm_fast
 
+// Writes score [I, T] in the dtype of the tensors; shapes and who owns what: calls.h. Backward: the `torch` backend.
 extern "C" const char* hierarchical_alignment_score(const itm_fast::HierarchicalAlignmentScoreCall& call) {
   using namespace itm_fast;
   return guarded([&] {

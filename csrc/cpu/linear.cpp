@@ -43,6 +43,7 @@ void multiply(Source x, Source weight, Source bias, int64_t N, int64_t K, int64_
 }  // namespace
 }  // namespace itm_fast
 
+// Writes product [N, S] = x W^T + b, of x [N, K], weight [S, K] and bias [S] (or null), in the dtype of the tensors.
 extern "C" const char* linear(const itm_fast::LinearCall& call) {
   using namespace itm_fast;
   return guarded([&] {

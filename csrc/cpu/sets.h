@@ -1,17 +1,17 @@
-// Sets of rows of a tensor: a set is an image's regions or a caption's words. Attention goes from the rows of one set,
-// its contexts, to those of another, its queries.
+// Sets of rows of a tensor: a set is an image's regions or a caption's words. In attention the rows of one set are the
+// queries, which attend to the rows of another, the contexts.
 #pragma once
 #include "pack.h"
 
 namespace itm_fast {
 
-// All images' or all captions' sets. It owns the bounds; the rows stay in the caller's tensor.
+// The sets of all images or all captions. Owns the bounds; the rows stay in the caller's tensor.
 struct RowSets {
   Source source;
   int64_t D;                   // values of a row
   std::vector<int64_t> first;  // [sets] row of the tensor that a set begins with
   std::vector<int64_t> edge;   // [sets + 1] the sets' bounds when their rows are counted one after the other
-  int64_t most = 0;            // rows of the largest
+  int64_t most = 0;            // rows of the largest set
 
   int64_t count() const { return int64_t(first.size()); }
   int64_t length(int64_t set) const { return edge[set + 1] - edge[set]; }

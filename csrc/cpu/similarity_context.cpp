@@ -124,7 +124,7 @@ class Context {
   }
 
  private:
-  // What level `level`, whose first context is c, is made of.
+  // The nodes of the level below `level`, whose own first context node is c.
   const T* nodes(int64_t c, int64_t level) const { return level == 0 ? x : context + (c - p.sizes[level - 1]) * ld; }
   int64_t nodes_of(int64_t level) const { return level == 0 ? n : p.sizes[level - 1]; }
 
@@ -141,7 +141,7 @@ class Context {
     return sum<T>(sums);
   }
 
-  // a[q][j] = w_q . x_j; beyond `these` the weights are another level's or zeros, and the results are not used.
+  // a[q][j] = w_q . x_j for the q < these; w_q beyond them belong to another level or are zeros, and are not stored.
   void dots(const T* rows, int64_t count, const T* w, int64_t these, T* a) const {
     for (int64_t j = 0; j < count; ++j) {
       Vec<T> sums[AT_ONCE] = {};
@@ -221,6 +221,8 @@ void backward(const Problem& p, const void* grad, void* d_overall, void* d_local
 }  // namespace
 }  // namespace itm_fast
 
+// Writes nodes [I, N + T (1 + C), S] in the dtype of the tensors, from overall [I, T, S], local [I, N, S], assignment
+// [C, S] and `sizes`, whose count is the number of levels.
 extern "C" const char* similarity_context(const itm_fast::SimilarityContextCall& call) {
   using namespace itm_fast;
   return guarded([&] {
@@ -230,7 +232,8 @@ extern "C" const char* similarity_context(const itm_fast::SimilarityContextCall&
   });
 }
 
-// d_overall and d_local have the tensors' dtype; d_assignment is double and holds zeros.
+// Writes d_overall [I, T, S] and d_local [I, N, S], in the dtype of the tensors, and adds to d_assignment [C, S], which
+// is double and holds zeros. grad has the shape and dtype of `nodes`.
 extern "C" const char* similarity_context_backward(const itm_fast::SimilarityContextCall& call) {
   using namespace itm_fast;
   return guarded([&] {

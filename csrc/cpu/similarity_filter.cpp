@@ -288,7 +288,8 @@ void backward(const Problem& p, const SimilarityFilterCall& call) {
 }  // namespace
 }  // namespace itm_fast
 
-// In training mean and var are float, or double where the nodes are.
+// Writes z [I, T, S] in the dtype of the nodes and, in training, mean and var [T], float, or double if the nodes are
+// double.
 extern "C" const char* similarity_filter(const itm_fast::SimilarityFilterCall& call) {
   using namespace itm_fast;
   return guarded([&] {
@@ -299,7 +300,8 @@ extern "C" const char* similarity_filter(const itm_fast::SimilarityFilterCall& c
   });
 }
 
-// d_nodes has the nodes' dtype, the other gradients are double.
+// Writes d_nodes [I, M, S] in the dtype of the nodes, and adds to d_weight [S], d_bias, d_norm_weight and d_norm_bias
+// [1], which are double and hold zeros. grad has the shape and dtype of z.
 extern "C" const char* similarity_filter_backward(const itm_fast::SimilarityFilterCall& call) {
   using namespace itm_fast;
   return guarded([&] {

@@ -33,6 +33,7 @@ void forward(const SimilarityGraphCall& p) {
 }  // namespace
 }  // namespace itm_fast
 
+// Writes z [I, T, S] in the dtype of the nodes; shapes and who owns what: calls.h.
 extern "C" const char* similarity_graph(const itm_fast::SimilarityGraphCall& call) {
   using namespace itm_fast;
   return guarded([&] {

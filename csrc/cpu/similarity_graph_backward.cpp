@@ -66,8 +66,9 @@ void backward(const GraphGradient& p) {
 }  // namespace
 }  // namespace itm_fast
 
-// d_nodes has the nodes' dtype; the gradients of the parameters are float, or double where the nodes are, and hold zeros
-// or are all null. The key bias has none.
+// Writes d_nodes [I, M, S] in the dtype of the nodes, unless null. Adds to the gradients of the parameters, which are
+// all null or hold zeros, float, or double if the nodes are double; that of the key bias is zero and stays so. grad has
+// the shape and dtype of z.
 extern "C" const char* similarity_graph_backward(const itm_fast::SimilarityGraphCall& call) {
   using namespace itm_fast;
   return guarded([&] {

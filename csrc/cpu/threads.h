@@ -33,8 +33,8 @@ class Buffer {
   E* data_;
 };
 
-// Runs worker(part) for every part, each thread with a worker of its own from make(). Which thread takes which part
-// is chance, so a part's result must not depend on the parts its worker saw before.
+// Runs worker(part) for every part, each thread with its own worker from make(). Which thread takes which part is not
+// determined, so a part's result must not depend on the parts that its worker ran before.
 template <class Make>
 void parallel(int64_t parts, int64_t threads, Make make) {
   std::atomic<int64_t> next{0};

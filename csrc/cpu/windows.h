@@ -1,5 +1,5 @@
-// Queries that do not fit into memory packed are passed through in windows: some chunks of query sets, packed as
-// columns once for all threads.
+// Packed copies of all queries may not fit the scratch memory. So queries are packed one window after the other: a
+// window is some chunks of query sets, packed as columns once and read by all threads.
 #pragma once
 #include "sets.h"
 #include "similarity.h"
