@@ -106,7 +106,7 @@ def similarity_context(
     Args:
         overall: [I, T, S] the global node of every pair, float64, float32, float16 or bfloat16.
         local: [I, N, S] packed local nodes: those of image i and caption t are
-            `local[i, cu_seqlens[t]:cu_seqlens[t + 1]]`. Same dtype and device as all tensors of floats.
+            `local[i, cu_seqlens[t]:cu_seqlens[t + 1]]`. All floating-point tensors have one dtype and device.
         cu_seqlens: [T + 1] int32 or int64 bounds of the captions' local nodes, the last one N.
         assignment: [C, S] learned weights, one row for every context node: the first level's, then the second's, ...
         sizes: the number of context nodes of each level; their sum is C.

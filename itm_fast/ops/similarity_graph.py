@@ -112,7 +112,7 @@ def similarity_graph(
         nodes: [I, M, S] packed nodes: those of image i and caption t are `nodes[i, cu_seqlens[t]:cu_seqlens[t + 1]]`.
             float64, float32, float16 or bfloat16.
         cu_seqlens: [T + 1] int32 or int64 bounds of the captions' nodes, the last one M.
-        query_weight: [K, S, S], one matrix a step, as the five that follow.
+        query_weight: [K, S, S], one matrix per step, like the five parameters that follow.
         query_bias: [K, S].
         key_weight: [K, S, S].
         key_bias: [K, S]. It has no effect on the result, and its gradient is zero.

@@ -108,13 +108,13 @@ def similarity_nodes(
 
     Args:
         image: [I, R, D] region features, float64, float32, float16 or bfloat16.
-        image_global: [I, D] one vector an image, same dtype and device as all tensors of floats.
+        image_global: [I, D] one global vector per image. All floating-point tensors have one dtype and device.
         words: [N, D] packed word features, same dtype and device; see `itm_fast.pack`.
-        caption_global: [T, D] one vector a caption.
+        caption_global: [T, D] one global vector per caption.
         cu_seqlens: [T + 1] int32 or int64: caption t is `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
-        local_weight: [S, D] of the similarity of words and what they attend to.
+        local_weight: [S, D] of the linear layer W_l, for the similarity of words and what they attend to.
         local_bias: [S].
-        global_weight: [S, D] of the similarity of the global vectors.
+        global_weight: [S, D] of the linear layer W_g, for the similarity of the global vectors.
         global_bias: [S].
         scale: inverse temperature of the attention's softmax.
         region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.

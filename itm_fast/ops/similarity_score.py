@@ -1,4 +1,4 @@
-"""Score every image with every caption from their similarity vectors: SGRAF's two pair scorers, each whole.
+"""Score every image with every caption: SGRAF's two pair scorers, from encoded images and captions to the score.
 
 For one pair, with the global vectors `v` and `t` of its image and caption, a scorer equals this program:
 
@@ -6,9 +6,9 @@ For one pair, with the global vectors `v` and `t` of its image and caption, a sc
     X = l2norm(torch.cat([linear((v - t).square(), Wg, bg)[None], linear((P - words).square(), Wl, bl)]))
     score = sigmoid(head(X) @ we + be)
 
-Its head makes one vector of the nodes X. `similarity_graph_score` (SGR) has the head `similarity_graph`,
-`similarity_filter_score` (SAF) the head `similarity_filter` with the running statistics of evaluation: those of
-training are taken over one caption and all images, which no pair sees alone.
+The head turns the nodes X into one vector. In `similarity_graph_score` (SGR) it is `similarity_graph`; in
+`similarity_filter_score` (SAF) it is `similarity_filter` in evaluation, with running statistics. In training SAF's
+statistics are over one caption with all images, so its score is not a function of one pair.
 
 Forward:
 
@@ -16,8 +16,8 @@ Forward:
     z     = node 0 of (1) and (2) of `similarity_graph`, or (1) to (4) of `similarity_filter`   (2)
     score = sigmoid(w_e . z + b_e)                                                              (3)
 
-Nothing of it needs more than one pair: the nodes are made, go through the head and are dropped block by block, and
-only the score is written.
+Each pair is computed on its own. So nodes are computed and go through the head block by block, and only scores are
+written to memory.
 
 Backward, with g the gradient of a pair's score:
 
@@ -59,18 +59,18 @@ CPU_NODES = 256 << 20  # bytes of the nodes and of their gradients, of the image
 
 @dataclass(frozen=True)
 class Head:
-    """An op that makes one vector z [S] of a pair's nodes, and what a scorer takes for it.
+    """An op that turns a pair's nodes into one vector z [S], and the arguments that a scorer passes to it.
 
     Attributes:
         op: its name.
         reference: its reference.
         vectors: (run, nodes, bounds, parameters, statistics, options) -> z [I, T, S], where `run` is the op or its
             reference.
-        draw: makes parameters and statistics of an example.
-        parameters: what has a gradient.
-        statistics: tensors without one.
-        options: what is no tensor.
-        refuse: as a declaration's.
+        draw: makes an example's parameters and statistics.
+        parameters: its differentiable arguments.
+        statistics: its other tensors.
+        options: its arguments that are not tensors.
+        refuse: as in `Declaration`.
     """
 
     op: str
@@ -84,11 +84,11 @@ class Head:
 
     @property
     def groups(self) -> tuple[tuple[Argument, ...], ...]:
-        """The scorer's arguments in the order of the registered op, the groups that both scorers have among them."""
+        """The scorer's arguments by group, in the order of the registered op."""
         return INPUTS, self.parameters, SCORE, self.statistics, REST, self.options
 
     def split(self, args: Sequence[Any]) -> list[list[Any]]:
-        """Values of the arguments by group."""
+        """The values of a call's arguments, a list for each group."""
         values = iter(args)
         return [list(islice(values, len(group))) for group in self.groups]
 
@@ -119,15 +119,17 @@ def _score(z: Tensor, score_weight: Tensor, score_bias: Tensor) -> Tensor:
 
 
 def reference(head: Head, *args: Any) -> Tensor:
-    """(1) to (3): the references of the ops that it is made of, one after the other."""
+    """(1) to (3): the references of `similarity_nodes` and of the head, then the score."""
     inputs, parameters, score, statistics, rest, options = head.split(args)
     nodes, _ = make_nodes(*inputs, *rest)
     return _score(head.vectors(head.reference, nodes, node_bounds(rest[0]), parameters, statistics, options), *score)
 
 
 def _backward(head: Head, backend: str, grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
-    """(4) to (6) in `backend`, which has all the ops that a score is made of: some images at a time, the nodes are made
-    again, and those ops' gradients are put together."""
+    """(4) to (6) by the backward passes of `similarity_nodes` and of the head in `backend`, some images at a time.
+
+    The nodes of these images are computed again first.
+    """
     inputs, parameters, score, statistics, (cu_seqlens, region_lengths, scale), options = head.split(args)
     n, work = len(inputs), work_dtype(grad)
     # Triton's kernels multiply what the inputs' dtype holds; the C++ ones widen all they read.
@@ -214,15 +216,15 @@ def similarity_graph_score(
 
     Args:
         image: [I, R, D] region features, float64, float32, float16 or bfloat16.
-        image_global: [I, D] one vector an image, same dtype and device as all tensors of floats.
+        image_global: [I, D] one global vector per image. All floating-point tensors have one dtype and device.
         words: [N, D] packed word features, same dtype and device; see `itm_fast.pack`.
-        caption_global: [T, D] one vector a caption.
+        caption_global: [T, D] one global vector per caption.
         cu_seqlens: [T + 1] int32 or int64: caption t is `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
-        local_weight: [S, D] of the similarity of words and what they attend to.
+        local_weight: [S, D] of the linear layer W_l, for the similarity of words and what they attend to.
         local_bias: [S].
-        global_weight: [S, D] of the similarity of the global vectors.
+        global_weight: [S, D] of the linear layer W_g, for the similarity of the global vectors.
         global_bias: [S].
-        query_weight: [K, S, S], one matrix a step, as the five that follow.
+        query_weight: [K, S, S], one matrix per step, like the five parameters that follow.
         query_bias: [K, S].
         key_weight: [K, S, S].
         key_bias: [K, S]. It has no effect on the result, and its gradient is zero.
@@ -290,16 +292,15 @@ def similarity_filter_score(
 
     Args:
         image: [I, R, D] region features, float64, float32, float16 or bfloat16.
-        image_global: [I, D] one vector an image, same dtype and device as all tensors of floats.
+        image_global: [I, D] one global vector per image. All floating-point tensors have one dtype and device.
         words: [N, D] packed word features, same dtype and device; see `itm_fast.pack`.
-        caption_global: [T, D] one vector a caption.
+        caption_global: [T, D] one global vector per caption.
         cu_seqlens: [T + 1] int32 or int64: caption t is `words[cu_seqlens[t]:cu_seqlens[t + 1]]`.
-        local_weight: [S, D] of the similarity of words and what they attend to.
+        local_weight: [S, D] of the linear layer W_l, for the similarity of words and what they attend to.
         local_bias: [S].
-        global_weight: [S, D] of the similarity of the global vectors.
+        global_weight: [S, D] of the linear layer W_g, for the similarity of the global vectors.
         global_bias: [S].
-        filter_weight: [S] of the projection to one significance a node, as the five that follow; see
-            `itm_fast.similarity_filter`.
+        filter_weight: [S]. This and the five that follow are `weight` to `running_var` of `itm_fast.similarity_filter`.
         filter_bias: [1].
         norm_weight: [1] BatchNorm's scale.
         norm_bias: [1] BatchNorm's shift.

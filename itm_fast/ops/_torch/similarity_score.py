@@ -17,7 +17,7 @@ from .._declare import empty
 from . import similarity_filter, similarity_graph
 from .similarity_nodes import nodes
 
-TILES = 2  # forward, some forty operations a block: their fixed cost is halved, and a block still fits the last cache
+TILES = 2  # forward: of some forty operations a block; twice the size halves their overhead and still fits the cache
 Head = Callable[..., Tensor]  # (rows a pair, nodes [b, c * rows, S], the head's parameters) -> z [b, c, S]
 
 
