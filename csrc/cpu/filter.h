@@ -2,56 +2,73 @@
 //
 // X is [S][nodes], a caption's nodes side by side. A node's gate is computed in its column; the sums over a caption's
 // nodes run along the lanes from the caption's own first column on, for LANES features at once. X is read twice, from
-// the second cache. Each thread has a Filter of its own; the weights are shared.
+// the second cache.
 #pragma once
 #include "attention.h"
 #include "shuffle.h"
 
 namespace itm_fast {
 
-// (1) and (2) in one: the projection's bias and BatchNorm's statistics fold into gate = sigmoid(scale w.x + shift).
+// What is needed of the parameters, made once per call and shared by all threads. (1) and (2) are one: the projection's
+// bias and BatchNorm's statistics fold into gate = sigmoid(scale w.x + shift).
 template <class T>
 struct FilterWeights {
   int64_t S;
   Buffer<T> weight;  // [S]
   T scale, shift;
 
-  FilterWeights(int64_t S, Source weights, T bias, T norm_weight, T norm_bias, T mean, T var, T eps)
-      : S(S), weight(S), scale(norm_weight / std::sqrt(var + eps)), shift((bias - mean) * scale + norm_bias) {
+  explicit FilterWeights(const SimilarityFilterScoreCall& c)
+      : S(c.S), weight(S),
+        scale(one(c.norm_weight, c.dtype) / std::sqrt(one(c.running_var, Dtype::FLOAT64) + T(c.eps))),
+        shift((one(c.filter_bias, c.dtype) - one(c.running_mean, Dtype::FLOAT64)) * scale + one(c.norm_bias, c.dtype)) {
     Buffer<T> room(S);
-    const T* from = read<T>(weights, 0, S, room);
+    const T* from = read<T>({c.filter_weight, c.dtype}, 0, S, room);
     std::copy(from, from + S, static_cast<T*>(weight));
+  }
+
+ private:
+  static T one(const void* data, Dtype dtype) {
+    T room;
+    return *read<T>({data, dtype}, 0, 1, &room);
   }
 };
 
+// One thread's scratch for the filtration of a chunk of captions' nodes, and the filtration itself.
 template <class T>
 class Filter {
  public:
   // Scratch for chunks of at most `nodes` nodes.
-  Filter(const FilterWeights<T>& weights, int64_t nodes) : weights(weights), gate(padded<T>(nodes)), m(weights.S) {}
+  Filter(const FilterWeights<T>& weights, int64_t nodes)
+      : weights(weights), ld(padded<T>(nodes)), x(weights.S * ld), gate(ld), m(weights.S) {}
 
-  // z[t - first][0 .. S] of the captions first .. last; X's columns are edge[first] .. edge[last] - edge[first].
-  void run(const T* x, int64_t ld, const int64_t* edge, int64_t first, int64_t last, T* z, int64_t ldz) {
+  // Where the caller puts X before every run: [S][stride()], columns edge[first] .. edge[last] - edge[first].
+  T* nodes() { return x; }
+  int64_t stride() const { return ld; }
+
+  // z[t - first][0 .. S] of the captions first .. last of edge.
+  void run(const int64_t* edge, int64_t first, int64_t last, T* z, int64_t ldz) {
     const int64_t origin = edge[first], columns = edge[last] - origin;
     int64_t j = 0;
-    for (; j + 4 * LANES<T> <= columns; j += 4 * LANES<T>) gates<4>(x + j, ld, gate + j);
-    for (; j < columns; j += LANES<T>) gates<1>(x + j, ld, gate + j);
+    for (; j + 4 * LANES<T> <= columns; j += 4 * LANES<T>) gates<4>(j);
+    for (; j < columns; j += LANES<T>) gates<1>(j);
     for (int64_t t = first; t < last; ++t, z += ldz)
-      gather(x + (edge[t] - origin), ld, gate + (edge[t] - origin), edge[t + 1] - edge[t], z);
+      gather(edge[t] - origin, edge[t + 1] - edge[t], z);
   }
 
  private:
+  // The gates of VECTORS vectors of nodes, from column j on.
   template <int VECTORS>
-  void gates(const T* x, int64_t ld, T* to) const {
+  void gates(int64_t j) const {
     Vec<T> a[VECTORS] = {};
     for (int64_t s = 0; s < weights.S; ++s)
-      for (int v = 0; v < VECTORS; ++v) a[v] += load(x + s * ld + v * LANES<T>) * weights.weight[s];
+      for (int v = 0; v < VECTORS; ++v) a[v] += load(x + j + s * ld + v * LANES<T>) * weights.weight[s];
     for (int v = 0; v < VECTORS; ++v)
-      store(to + v * LANES<T>, sigmoid<T>(a[v] * weights.scale + weights.shift));
+      store(gate + j + v * LANES<T>, sigmoid<T>(a[v] * weights.scale + weights.shift));
   }
 
-  // (3) and (4) for one caption of n nodes; g is read from its own first gate on.
-  void gather(const T* x, int64_t ld, const T* g, int64_t n, T* z) const {
+  // (3) and (4) for one caption of n nodes, whose first column is `begin`.
+  void gather(int64_t begin, int64_t n, T* z) const {
+    const T *nodes = x + begin, *g = gate + begin;
     Vec<T> all{};
     for (int64_t j = 0; j < n; j += LANES<T>) all += select<T>(inside<T>(j, 0, n), load(g + j), Vec<T>{});
     const T share = 1 / (sum<T>(all) + T(EPS));
@@ -64,7 +81,7 @@ class Filter {
         const Vec<Int<T>> own = inside<T>(j, 0, n);
 #pragma GCC unroll 16
         for (int r = 0; r < LANES<T>; ++r)
-          v[r] += select<T>(own, load(x + least(s + r, S - 1) * ld + j) * beta, Vec<T>{});
+          v[r] += select<T>(own, load(nodes + least(s + r, S - 1) * ld + j) * beta, Vec<T>{});
       }
       const Vec<T> some = select<T>(inside<T>(s, 0, S), sums<T>(v), Vec<T>{});
       store(m + s, some);
@@ -75,7 +92,8 @@ class Filter {
   }
 
   const FilterWeights<T>& weights;
-  Buffer<T> gate, m;
+  const int64_t ld;
+  Buffer<T> x, gate, m;
 };
 
 }  // namespace itm_fast

@@ -1,5 +1,5 @@
-// SGRAF's pair scorers from encoded images and captions to the score: equations of itm_fast/ops/_pair_score.py, around
-// a head (graph.h, filter.h).
+// The pair scorers around a head (graph.h, filter.h), from encoded images and captions to the score: equations (1) to
+// (3) of itm_fast/ops/similarity_score.py.
 //
 // A window of chunks of captions is packed once for all threads; a thread then owns one image at a time. It makes the
 // global similarity vectors of all the window's captions at once, so that their product is as wide as the others, and
@@ -7,12 +7,14 @@
 // R 36, D 1024, S 256, of which what one product reads stays in L2). Scratch beside the tiles: the window (windows.h,
 // 16 MiB), the weights, 4 MiB, and the window's global vectors, 2 MiB; so 64 MiB suffice for 10 threads.
 #pragma once
+#include "filter.h"
+#include "graph.h"
 #include "windows.h"
 #include "write.h"
 
 namespace itm_fast {
 
-// What the caller asked for; see the exported functions for shapes.
+// What both calls have; calls.h has the shapes.
 struct PairScore {
   Source image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias, score_weight,
       score_bias;
@@ -22,8 +24,7 @@ struct PairScore {
   double scale;
   int64_t threads;
 
-  // Of the call of similarity_graph_score or similarity_filter_score.
-  template <class Call>
+  template <class Call>  // one of those of score(), below
   explicit PairScore(const Call& c)
       : image{c.image, c.dtype}, image_global{c.image_global, c.dtype}, words{c.words, c.dtype},
         caption_global{c.caption_global, c.dtype}, local_weight{c.local_weight, c.dtype},
@@ -111,6 +112,20 @@ void score_pairs(const PairScore& p, MakeHead head) {
       };
     });
   });
+}
+
+// Scores of the call, with the head that it is of. T and E: as of score_pairs().
+template <class T, class E>
+void score(const SimilarityGraphScoreCall& call) {
+  const GraphWeights<T, E> weights(call);
+  score_pairs<T, E>(PairScore(call),
+                    [&](int64_t nodes, int64_t longest) { return Graph<T, E>(weights, nodes, longest); });
+}
+
+template <class T, class E>
+void score(const SimilarityFilterScoreCall& call) {
+  const FilterWeights<T> weights(call);
+  score_pairs<T, E>(PairScore(call), [&](int64_t nodes, int64_t) { return Filter<T>(weights, nodes); });
 }
 
 }  // namespace itm_fast
