@@ -45,8 +45,8 @@ INSTANCES = {
     ],
     # Columns of an image, slots of words, warps side by side.
     "scan": [
-        *instances(SCANS, KINDS, ["8, 128, 2", "36, 128, 2", "72, 128, 2", "128, 128, 1"]),
-        *instances(SCANS, KINDS[2:], ["12, 128, 2", "24, 128, 2", "56, 128, 2", "104, 128, 1"]),
+        *instances(SCANS, KINDS, ["12, 128, 2", "36, 128, 2", "72, 128, 2", "128, 128, 1"]),
+        *instances(SCANS, KINDS[2:], ["56, 128, 2", "104, 128, 1"]),
         *instances(SCANS, ["F16", "F16X3"], ["36, 128, 1", "104, 64, 1"]),  # for GPUs of 64 KiB shared memory
     ],
     # of each: the kind; then what csrc/cuda calls PITCH and DEPTH; S, SLOTS and DEPTH; S, SLOTS, DEPTH and REGIONS

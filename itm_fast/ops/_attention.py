@@ -10,9 +10,14 @@ Direction t2i: the queries q are the words, the contexts x the regions. i2t: the
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ..packing import kept
 
 DIRECTIONS = ("t2i", "i2t")
 NORMS = ("softmax", "l2norm", "clipped_l2norm", "l1norm", "clipped_l1norm", "clipped", "none")
@@ -24,6 +29,10 @@ EPS = 1e-8
 # 6e-5 of the result, three of its seven digits. There the backends compute it from the vector itself. The kernels
 # (`_tl.py`, `attention.h`) have the same constant.
 CANCELLED = 1e-3
+# What the CUDA kernels take: regions of an image, words of a caption, and of a caption with more than NARROW regions
+# where a block has 64 KiB of shared memory, as before TENSOR_FLOAT32.
+REGIONS, WORDS, NARROW, FEW_WORDS = 128, 127, 72, 64
+TENSOR_FLOAT32 = (8, 0)  # least compute capability for products of bfloat16 and TF32, and for 99 KiB of shared memory
 
 
 def l2norm(x: Tensor, dim: int = -1) -> Tensor:
@@ -81,3 +90,33 @@ def region_counts(region_lengths: Tensor | None, image: Tensor, op: str) -> list
         if not 1 <= n <= R:
             raise ValueError(f"{op}: region_lengths must lie in 1..{R} (R), got {n} for image {i}")
     return counts
+
+
+def beyond_cuda(R: int, D: int, longest: int, few_words: bool) -> str | None:
+    """Why no CUDA kernel takes R regions of D numbers and captions of up to `longest` words, one sentence; None if one
+    does. `few_words`: whether the GPU's compute capability is below TENSOR_FLOAT32."""
+    if not 1 <= R <= REGIONS:
+        return f"CUDA kernels take images of 1 to {REGIONS} regions, got {R}"
+    if D % 8 or not D:
+        return f"CUDA kernels need D to be a multiple of 8, got {D}"
+    most = FEW_WORDS if few_words and R > NARROW else WORDS
+    return f"CUDA kernels take captions of at most {most} words here, got {longest}" if longest > most else None
+
+
+def too_large(backend: str, size: Mapping[str, int], given: Mapping[str, Any]) -> str | None:
+    """Why the CUDA kernels cannot take a call's arguments, as `beyond_cuda`; None for the other backends.
+
+    While torch.compile traces, lengths and device are not known: then only what follows from the shapes is told.
+    """
+    edge = given["cu_seqlens"]
+    if backend != "cuda" or edge.device.type == "cpu":
+        return None
+    if torch.compiler.is_compiling():
+        return beyond_cuda(size["R"], size["D"], 0, False)
+    few = torch.cuda.get_device_capability(edge.device) < TENSOR_FLOAT32
+    return beyond_cuda(size["R"], size["D"], kept(edge, "longest", longest), few)
+
+
+def longest(cu_seqlens: Tensor) -> int:
+    """Words of the longest caption, 0 without captions."""
+    return int(cu_seqlens.diff().max()) if len(cu_seqlens) > 1 else 0

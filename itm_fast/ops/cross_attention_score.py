@@ -43,7 +43,7 @@ from . import _attention, _draws
 from ._declare import Choice, Floats, Integers, Positive, Result
 from ._register import Op
 
-OFFERED = ("triton", "cpu", "torch", "reference")
+OFFERED = ("triton", "cuda", "cpu", "torch", "reference")
 
 
 def reference(
@@ -89,6 +89,7 @@ _op = Op(
     offered=OFFERED,
     reference=reference,
     examples=[_draws.attention],
+    too_large=_attention.too_large,
 )
 
 

@@ -9,13 +9,12 @@ import torch
 from torch import Tensor
 
 from ...packing import bounds, kept
+from .._attention import FEW_WORDS, NARROW, REGIONS, TENSOR_FLOAT32
 
 CAPTIONS = 16  # at most, in a tile
-# Columns that an image may take in a tile: the smallest that holds its regions. Each is a template's instance, made
-# when it is first used: 36 as in the papers, 56 for grids of 7 x 7, 72 for 8 x 8, 104 for up to 100 regions found.
-COLUMNS = (8, 12, 24, 36, 56, 72, 104, 128)
-NARROW = 72  # columns of a warp that has several images
-TENSOR_FLOAT32 = (8, 0)  # least compute capability for products of bfloat16 and TF32, and for 99 KiB of shared memory
+# Columns that an image may take in a tile: the smallest that holds its regions. 36 as in the papers, 56 for grids of
+# 7 x 7, 72 for 8 x 8, 104 for the 100 regions that detectors are often asked for.
+COLUMNS = (12, 36, 56, NARROW, 104, REGIONS)
 
 
 class Pairs(ctypes.Structure):
@@ -66,14 +65,13 @@ def tile_of(R: int, capability: tuple[int, int]) -> Tile:
     """The tile for images of R regions, from 1 to 128, on a GPU of a compute capability."""
     columns, small = next(c for c in COLUMNS if c >= R), capability < TENSOR_FLOAT32
     if columns > NARROW:
-        return Tile(columns, 64 if small else 128, 1)
+        return Tile(columns, FEW_WORDS if small else 128, 1)
     return Tile(columns, 128, 1 if small else 2)
 
 
 class Plan(NamedTuple):
     """Whole captions in tiles of `slots`; the tensors are int32, see `Pairs` in affinity.h."""
 
-    edge: list[int]
     tiles: int
     first: Tensor
     caption: Tensor
@@ -86,14 +84,12 @@ class Plan(NamedTuple):
 def plan_tiles(cu_seqlens: Tensor, rows: int, op: str, slots: int) -> Plan:
     """Put captions into tiles, each into the fullest one that still has room for it, the longest first; see `kept`.
 
+    No caption may have more words than `slots`.
+
     Raises:
         ValueError: as `packing.bounds` does.
-        NotImplementedError: a caption has more words than a tile has slots.
     """
     edge = bounds(cu_seqlens, rows, op)
-    longest = max(b - a for a, b in zip(edge, edge[1:]))
-    if longest > min(slots, 127):
-        raise NotImplementedError(f"{op}: CUDA kernels take captions of at most {min(slots, 127)} words, got {longest}")
     return kept(cu_seqlens, ("tiles", rows, slots), lambda values: _plan(edge, slots, values.device))
 
 
@@ -129,4 +125,4 @@ def _plan(edge: list[int], slots: int, device: torch.device) -> Plan:
         first.append(len(caption))
     end = [b + size[t] for b, t in zip(begin, caption)]
     tensors = (torch.tensor(x, dtype=torch.int32).to(device) for x in (first, caption, begin, end, row, owner))
-    return Plan(edge, len(tiles), *tensors)
+    return Plan(len(tiles), *tensors)

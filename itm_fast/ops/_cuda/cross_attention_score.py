@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -11,14 +12,13 @@ from torch import Tensor
 
 from ... import _cuda
 from ..._checks import matmul_precision
-from ...packing import checked, kept
+from ...packing import bounds, checked, kept
 from .. import _attention
 from .._declare import empty
 from . import _rows, _tiles
 from ._tiles import Pairs, Tile
 
 OP = "cross_attention_score"
-REGIONS = _tiles.COLUMNS[-1]
 # Enumerators of `Norm`, and whether the LeakyReLU comes before (attention.h); of `Pool` (scan.cu).
 NORMS = {
     "softmax": (3, False), "l2norm": (2, False), "clipped_l2norm": (2, True), "l1norm": (1, False),
@@ -57,18 +57,6 @@ class Scan(ctypes.Structure):
     ]
 
 
-def why_not(dtype: torch.dtype, R: int, D: int, longest: int, capability: tuple[int, int]) -> str | None:
-    """Why the kernels cannot score captions of up to `longest` words, one sentence; None if they can."""
-    if not 1 <= R <= REGIONS:
-        return f"CUDA kernels take images of 1 to {REGIONS} regions, got R = {R}"
-    if D % 8 or not D:
-        return f"CUDA kernels need D to be a multiple of 8, got {D}"
-    most = min(127, _tiles.tile_of(R, capability).slots)
-    if longest > most:
-        return f"CUDA kernels take captions of at most {most} words for R = {R} on this GPU, got {longest}"
-    return None
-
-
 class Rows(NamedTuple):
     """Words [N, D] and regions [I * R, D] in a form that kernels of `kind` multiply."""
 
@@ -88,7 +76,7 @@ def _forms(words: Tensor, regions: Tensor, capability: tuple[int, int]) -> Itera
     pairs = matmul_precision() == "highest"
     q, x = _rows.split_rows(words, pairs), _rows.split_rows(regions, pairs)
     both = None
-    if q.wide is not None and x.wide is not None and capability >= _tiles.TENSOR_FLOAT32:
+    if q.wide is not None and x.wide is not None and capability >= _attention.TENSOR_FLOAT32:
         both = q.wide | x.wide
         yield Rows("TF32X3", words, regions, None, both, True)
     yield Rows("F16X3" if pairs else "F16", q.rows, x.rows, (q.exponent, x.exponent), both)
@@ -121,7 +109,9 @@ def forward(
     if not score.numel():
         return score
     capability = torch.cuda.get_device_capability(device)
-    if problem := why_not(image.dtype, R, D, 0, capability):
+    edge = bounds(cu_seqlens, len(words), OP)
+    longest = max(b - a for a, b in zip(edge, edge[1:]))
+    if problem := _attention.beyond_cuda(R, D, longest, capability < _attention.TENSOR_FLOAT32):
         raise NotImplementedError(f"{OP}: {problem}")
     tile = _tiles.tile_of(R, capability)
     plan = _tiles.plan_tiles(cu_seqlens, len(words), OP, tile.slots)
@@ -134,7 +124,7 @@ def forward(
     if direction == "t2i":
         length, factors = _rows.lengths(words), _rows.image_factors(image, count, -(-tile.columns // 8) * 8)
     else:
-        length, factors = _rows.lengths(regions), _rows.caption_factors(words, plan.edge)
+        length, factors = _rows.lengths(regions), _rows.caption_factors(words, edge)
     norm, clipped = NORMS[affinity_norm]
     attention, grams = Attention(norm, _attention.SLOPE if clipped else 1.0, scale), Grams(*map(_address, factors))
     result = score if score.dtype == torch.float32 else score.new_empty(score.shape, dtype=torch.float32)
@@ -144,7 +134,7 @@ def forward(
         pairs = Pairs(
             *(_address(x) for x in (form.words, form.regions, *exponents, count)),
             *(x.data_ptr() for x in (plan.first, plan.caption, plan.begin, plan.end, plan.row, plan.owner)),
-            _address(form.wide), I, R, len(plan.edge) - 1, form.words.shape[1] * form.words.itemsize // 16, plan.tiles,
+            _address(form.wide), I, R, len(edge) - 1, form.words.shape[1] * form.words.itemsize // 16, plan.tiles,
             form.for_wide,
         )  # fmt: skip
         problem_ = Scan(pairs, attention, grams, length.data_ptr(), result.data_ptr(), POOLS[pool], pool_scale)
@@ -160,3 +150,10 @@ def kernel(direction: str, kind: str, tile: Tile) -> _cuda.Kernel:
     """The instance for a kind of products."""
     name = f"scan_{direction}<{kind}, {tile.columns}, {tile.slots}, {tile.side}>"
     return _cuda.Kernel("scan.cu", name, Scan, tile.threads, tile.shared)
+
+
+def compilations(capability: tuple[int, int]) -> list[_cuda.Kernel]:
+    """All that may run on a GPU of a compute capability."""
+    kinds = ("F16", "F16X3", "BF16", "TF32X3") if capability >= _attention.TENSOR_FLOAT32 else ("F16", "F16X3")
+    tiles = [_tiles.tile_of(R, capability) for R in _tiles.COLUMNS]
+    return [kernel(*of) for of in itertools.product(_attention.DIRECTIONS, kinds, tiles)]
