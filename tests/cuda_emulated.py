@@ -16,6 +16,7 @@ import torch
 from built_modules import build_module
 
 from itm_fast import _cuda, _native
+from itm_fast.ops._cuda import _pairs, similarity_score
 from itm_fast.ops._cuda.cross_attention_score import Scan
 
 HERE = Path(__file__).parent / "cuda"
@@ -49,8 +50,9 @@ INSTANCES = {
         *instances(SCANS, KINDS[2:], ["56, 128, 2", "104, 128, 1"]),
         *instances(SCANS, ["F16", "F16X3"], ["36, 128, 1", "104, 64, 1"]),  # for GPUs of 64 KiB shared memory
     ],
-    # of each: the kind; then what csrc/cuda calls PITCH and DEPTH; S, SLOTS and DEPTH; S, SLOTS, DEPTH and REGIONS
-    "weights": [f"weights<{n}>" for n in ("F16, 8, 64", "F16, 40, 32", "F16, 40, 64", "BF16, 40, 64", "F16, 128, 64")],
+    "weights": [f"weights<{n}>" for n in ("F16, 8, 128, 2", "F16, 36, 128, 2", "BF16, 36, 128, 2", "F16, 128, 128, 1")]
+    + ["weights<F16, 36, 128, 1>"],
+    # The kind, S, SLOTS, DEPTH and REGIONS.
     "global_nodes": [
         f"global_nodes<{n}>"
         for n in ("F16, 64, 64, 64", "BF16, 64, 64, 64", "F16, 128, 64, 64", "F16, 256, 64, 64", "BF16, 256, 64, 64")
@@ -59,7 +61,13 @@ INSTANCES = {
     "graph": [f"graph_scores<{n}>" for n in (*NODE_TILES, "F16, 256, 32, 16, 48", "BF16, 256, 64, 16, 48")],
     "filter": [f"filter_scores<{n}>" for n in (*NODE_TILES, "F16, 256, 64, 16, 48", "BF16, 256, 64, 32, 48")],
 }
-STRUCTURES = {"scan": [Scan]}  # twins of the structs of a file
+STRUCTURES = {
+    "scan": [Scan],
+    "weights": [_pairs.Weights],
+    "global_nodes": [_pairs.GlobalNodes],
+    "graph": [similarity_score.Graph],
+    "filter": [similarity_score.Filter],
+}  # twins of the structs of a file
 
 
 def sources():

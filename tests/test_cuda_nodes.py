@@ -1,38 +1,29 @@
 """SGR's and SAF's pair scores by the kernels of csrc/cuda, run on the CPU; see cuda_emulated.py."""
 
-import ctypes
 
 import pytest
 import torch
-from cuda_emulated import emulated  # noqa: F401
+from cuda_emulated import device, emulated  # noqa: F401
 from pair_score_cases import drawer, edges, inputs
 
 from itm_fast.ops._cuda import _pairs, similarity_score
 from itm_fast.ops._declare import DECLARED
 from itm_fast.testing import assert_accurate
 
-LIMITS = {"sm_75": 64 << 10, "sm_86": 99 << 10, "sm_90": 227 << 10}  # bytes of shared memory of a block
+GPUS = {"sm_75": (7, 5), "sm_86": (8, 6), "sm_90": (9, 0)}
 HEADS = "graph", "filter"
 F16, BF16 = torch.float16, torch.bfloat16
 
 
 @pytest.fixture
-def run(emulated, monkeypatch):  # noqa: F811
-    """The op's CUDA implementation, whose launches run in the emulator; it tells what they counted."""
+def run(device):  # noqa: F811
+    """The op's CUDA implementation, whose kernels run in the emulator; it returns what they counted as well."""
 
-    def scores(head, args, dtype, order=0, limit="sm_90", steps=None):
-        counts = []
-
-        def launch(kernel, problem, grid, device):
-            assert ctypes.sizeof(problem) == emulated.problem_bytes()[kernel.name]
-            counts.append(
-                emulated.run(kernel.name, ctypes.addressof(problem), *grid, kernel.threads, kernel.shared, order)
-            )
-
-        monkeypatch.setattr(_pairs, "launch", launch)
-        monkeypatch.setattr(_pairs, "shared_limit", lambda device: LIMITS[limit])
-        call = getattr(similarity_score, f"similarity_{head}_score")
-        return call(*rounded(args, dtype)), counts
+    def scores(head, args, dtype, order=0, gpu="sm_90"):
+        device.launches.clear()
+        device.order, device.capability = order, GPUS[gpu]
+        found = getattr(similarity_score, f"similarity_{head}_score")(*rounded(args, dtype))
+        return found, [counts for _, counts in device.launches]
 
     return scores
 
@@ -88,7 +79,7 @@ CASES = [(shape, F16, "sm_90") for shape in SHAPES] + [
 @pytest.mark.parametrize("head", HEADS)
 def test_scores_are_accurate(head, shape, dtype, gpu, run):
     args = case(head, **SHAPES[shape])
-    found, counts = run(head, args, dtype, limit=gpu)
+    found, counts = run(head, args, dtype, gpu=gpu)
     assert found.dtype == dtype
     assert_accurate([found], reference(head, args, dtype), dtype, products=dtype)
     assert not sum(c["bank_conflicts"] for c in counts)
@@ -106,10 +97,10 @@ def bits(scores):
 def test_the_order_of_threads_and_copies_does_not_matter(head, shape, gpu, run):
     # 0 and 1: threads in ascending and descending order; else a seed. Odd: copies land at once, else when waited for.
     args = case(head, **SHAPES.get(shape, MIXED))
-    first, _ = run(head, args, F16, limit=gpu)
+    first, _ = run(head, args, F16, gpu=gpu)
     assert not first.isnan().any()
     for order in (1, 2, 3):
-        again, _ = run(head, args, F16, order, limit=gpu)
+        again, _ = run(head, args, F16, order, gpu=gpu)
         assert torch.equal(bits(again), bits(first))
 
 
@@ -129,9 +120,9 @@ def part(args, image, caption):
 @pytest.mark.parametrize("head", HEADS)
 def test_a_pair_alone_has_the_same_bits(head, shape, gpu, run):
     args = case(head, **SHAPES.get(shape, MIXED))
-    whole, _ = run(head, args, F16, limit=gpu)
+    whole, _ = run(head, args, F16, gpu=gpu)
     for i, t in {(len(whole) - 1, t) for t in range(whole.shape[1])} | {(0, 0)}:
-        alone, _ = run(head, part(args, i, t), F16, limit=gpu)
+        alone, _ = run(head, part(args, i, t), F16, gpu=gpu)
         assert torch.equal(bits(alone), bits(whole[i : i + 1, t : t + 1]))
 
 
@@ -171,7 +162,7 @@ def test_a_number_that_is_not_finite_stays_in_its_pairs(head, value, run):
 
 def test_a_node_that_becomes_infinite_on_the_way_stays_in_its_pair(run):
     args = case("graph", **MIXED)
-    args[12][1] *= 300  # value weights of step 1, which take some pairs' nodes beyond float16
+    args[12][1] *= 8500  # value weights of step 1, which take some pairs' nodes beyond float16
     found, _ = run("graph", args, F16)
     assert found.isnan().any()
     assert not found.isnan().all()
@@ -213,13 +204,13 @@ def test_empty(head, I, counts, run):
     "shape,gpu,message",
     [
         (dict(D=12), "sm_90", "D to be a multiple of 8, got 12"),
-        (dict(R=129), "sm_90", "takes 1 to 128 regions, got R = 129"),
-        (dict(S=96), "sm_90", "S to be 64, 128, 256, got 96"),
-        (dict(counts=(128,)), "sm_90", "captions of up to 127 words on this GPU, got 128"),
-        (dict(counts=(32,), S=256), "sm_75", "captions of up to 31 words on this GPU, got 32"),
+        (dict(R=129), "sm_90", "take images of 1 to 128 regions, got R = 129"),
+        (dict(S=96), "sm_90", "S to be 64, 128 or 256, got 96"),
+        (dict(counts=(128,)), "sm_90", "captions of at most 127 words for S = 64 on this GPU, got 128"),
+        (dict(counts=(32,), S=256), "sm_75", "captions of at most 31 words for S = 256 on this GPU, got 32"),
     ],
     ids=str,
 )
 def test_what_the_kernels_cannot_take_is_refused(shape, gpu, message, run):
-    with pytest.raises(NotImplementedError, match=f"similarity_graph_score: the cuda backend .*{message}"):
-        run("graph", case("graph", **(dict(I=1, counts=(3,)) | shape)), F16, limit=gpu)
+    with pytest.raises(NotImplementedError, match=f"similarity_graph_score: CUDA kernels .*{message}"):
+        run("graph", case("graph", **(dict(I=1, counts=(3,)) | shape)), F16, gpu=gpu)

@@ -20,7 +20,7 @@ struct Nodes {
     const float *local_bias;      // [S]
     const int *row, *owner;       // [tiles * SLOTS] packed node and caption of each slot, or -1
     const int *start;             // [T + 1] first packed node of each caption
-    const int *count;             // [images] regions of each image
+    const int *count;             // [images] regions of each image; or null: all
     int regions, dim, pitch;
     int first_word, size;         // the window's words
     int first_caption, captions;  // the window's captions
@@ -166,7 +166,7 @@ template <class T>
 __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &sh, typename T::Making &making) {
     constexpr Kind KIND = T::KIND;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, image = blockIdx.y;
-    const int count = p.count[image];
+    const int count = p.count ? p.count[image] : p.regions;
     read_slots<T>(p, sh);
     copy_rows<T::SLOTS, T::FEW>(making.weight, 0, p.pitch, p.words, [&](int slot) {
         const long long row = image * (long long)p.size + sh.word[slot] - p.first_word;

@@ -7,7 +7,8 @@ import ctypes
 from torch import Tensor
 
 from ..._cuda import Kernel
-from ._pairs import THREADS, Nodes, aligned, making_bytes, scores, tile_bytes
+from ._pairs import THREADS, Nodes, making_bytes, scores, tile_bytes
+from .cross_attention_score import aligned
 
 
 class Graph(ctypes.Structure):
@@ -30,14 +31,14 @@ class Filter(ctypes.Structure):
     ]
 
 
-def graph_kernel(kind: str, S: int, slots: int, depth: int, regions: int) -> Kernel:
+def graph_kernel(kind: str, S: int, slots: int, regions: int, depth: int) -> Kernel:
     room = max(making_bytes(slots, depth, regions), 4 * slots * S)
     shared = room + 2 * slots * slots + tile_bytes(S, slots, depth) + 4 * slots + 2 * THREADS
     name = f"graph_scores<{kind}, {S}, {slots}, {depth}, {regions}>"
     return Kernel("graph.cu", name, Graph, THREADS, shared)
 
 
-def filter_kernel(kind: str, S: int, slots: int, depth: int, regions: int) -> Kernel:
+def filter_kernel(kind: str, S: int, slots: int, regions: int, depth: int) -> Kernel:
     room = max(making_bytes(slots, depth, regions), 2 * slots * S)
     shared = room + tile_bytes(S, slots, depth) + 4 * slots
     name = f"filter_scores<{kind}, {S}, {slots}, {depth}, {regions}>"
