@@ -12,8 +12,14 @@ from __future__ import annotations
 import json
 import re
 import statistics
+import sys
 from html import escape
 from pathlib import Path
+
+if __name__ == "__main__":  # from a bare checkout, `benchmarks` lies beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import traffic_page
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KINDS = ("pair_scorers", "whole_step", "training_step", "maxsim")
@@ -40,6 +46,10 @@ Each contender's results are compared with the loop's before it is timed.
   too.
 - pairs alone: given what depends on one image or one caption alone, which an evaluation computes once.
 - all negatives: the loss summed over all pairs; the other rows take the hardest of every row and column.
+
+Sections named traffic_CARD are predicted, not measured: what bounds the kernels on a GPU, from a model of their memory,
+cache and operations. Where `gpu_suite.py` has run on that card, and its file lies here as gpu_CARD.json, what it
+measured stands beside the prediction.
 """
 
 
@@ -339,6 +349,11 @@ def main() -> None:
         paths = sorted(RESULTS.glob(f"{kind}_*.json"))
         for name in dict.fromkeys(benchmark_of(path.stem) for path in paths):
             parts.append(benchmark(kind, [path for path in paths if benchmark_of(path.stem) == name]))
+    for path in sorted(RESULTS.glob("traffic_*.json")):
+        card = path.stem.removeprefix("traffic_")
+        raw = f"Raw numbers: [{path.name}]({path.name})."
+        told = traffic_page.tables(json.loads(path.read_text()), RESULTS / f"gpu_{card}.json")
+        parts.append(f"## {path.stem}\n\n{told}\n\n{raw}\n")
     tables = ("demo_recall.json", recall), ("precision_*.json", precision), ("trained_models.json", trained)
     for pattern, made in tables:
         for path in sorted(RESULTS.glob(pattern)):

@@ -1,0 +1,213 @@
+"""Predict what bounds the pair scorers' kernels on a GPU: memory, L2 or operations. Nothing is measured.
+
+    python -m benchmarks.traffic --workload coco-eval-5k --card h100
+    python -m benchmarks.traffic --workload coco-eval-5k --card h100 --json benchmarks/results/traffic_h100.json
+
+`traffic_triton` counts each launch from the arguments that the launchers really give; `traffic_cuda` counts planned
+kernels from their design. What is assumed:
+
+- Kernels run one after the other, and a launch takes the longest of: its bytes of memory at the memory's bandwidth, its
+  bytes through L2 at L2's, its matrix products at their kinds' peaks, its vector instructions at theirs. Within a
+  launch the four overlap perfectly. So a prediction is a bound: a real launch takes longer.
+- L2 holds the parts of tensors that were used last, as far as its size goes; a part that does not fit whole is not
+  held. A launch reads from memory each distinct byte that is not held, once: programs that share rows run near each
+  other. What it writes goes to memory, whether the next launch finds it in L2 or not.
+- L1 holds nothing: all loads and stores of all programs go through L2.
+- A launch's own overhead, a last wave of programs that fills the card in part, and torch's own kernels (products of
+  weights, once a call) take no time. `waves` is the share of a
+  card's places that programs take, when each multiprocessor has one program at a time.
+
+The floor is what no kernel can beat: the operations that the scores need (`shapes.needed_flops`) at the peak of the
+kind of products, or inputs and scores through memory once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+if __name__ == "__main__":  # from a bare checkout, `benchmarks` and `itm_fast` lie beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import shapes, traffic_cuda, traffic_page, traffic_triton
+from benchmarks.cards import CARDS, Card
+from benchmarks.traffic_counts import Count, Use
+from itm_fast._files import atomic_write
+from itm_fast.evaluation.workloads import WORKLOADS
+
+STEPS = 3  # of SGR
+SCAN = dict(affinity_norm="clipped_l2norm", scale=9.0, pool="lse", pool_scale=6.0)
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # name in `shapes.needed_flops` -> (op, its options)
+    "scan-t2i": ("cross_attention_score", dict(SCAN, direction="t2i")),
+    "scan-i2t": ("cross_attention_score", dict(SCAN, direction="i2t")),
+    "sgr": ("similarity_graph_score", dict(scale=9.0)),
+    "saf": ("similarity_filter_score", dict(scale=9.0, eps=1e-5)),
+}
+
+
+class Precision(NamedTuple):
+    """dtype of the features, what torch may do with float32 products, and the kinds of products that give it."""
+
+    dtype: torch.dtype
+    matmul: str
+    kinds: tuple[str, ...]
+
+
+PRECISIONS = {  # by the names of `gpu_steps.PRECISIONS`
+    "bfloat16": Precision(torch.bfloat16, "highest", ("bfloat16",)),
+    "tf32": Precision(torch.float32, "high", ("tf32", "float16")),
+    "float32": Precision(torch.float32, "highest", ("tf32x3", "float16x3")),
+}
+BACKENDS = {"triton": 0, "cuda": -1}  # which of a precision's kinds a backend's products are of
+
+
+class Cache:
+    """Which parts of tensors L2 holds: those that were used last, as far as they fit."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.used = size, 0
+        self.held: OrderedDict[tuple[Any, ...], int] = OrderedDict()
+
+    def memory(self, uses: Iterable[Use]) -> tuple[int, int]:
+        """Bytes that a launch with these uses reads from memory and writes to it."""
+        read = written = 0
+        for use in uses:
+            if use.written:
+                written += use.distinct
+            elif use.place not in self.held:
+                read += use.distinct
+            self._hold(use)
+        return read, written
+
+    def _hold(self, use: Use) -> None:
+        before = self.held.pop(use.place, 0)
+        self.held[use.place] = use.distinct if use.written else max(use.distinct, before)
+        self.used += self.held[use.place] - before
+        while self.used > self.size:
+            self.used -= self.held.popitem(last=False)[1]
+
+
+def counts(backend: str, model: str, workload: str, card: Card, precision: str) -> Iterator[tuple[str, Count]] | str:
+    """Every launch of a model on a workload, as its kernel's name and its count; or why there is none."""
+    op, options = MODELS[model]
+    whole, asked = WORKLOADS[workload], PRECISIONS[precision]
+    # Captions stand longest first, as the library's evaluation orders them.
+    lengths = np.sort(whole.lengths)[::-1].tolist()
+    if backend == "cuda":
+        if model == "scan-i2t":
+            return "its tiles are not designed yet"
+        edge = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
+        sizes = whole.images, whole.regions, whole.dim, whole.similarity, STEPS
+        return traffic_cuda.planned(op, traffic_cuda.Problem(*sizes, edge, card, precision))
+    if card.arch is None:
+        return "Triton's kernels need compute capability 8.0"
+    sizes_ = dict(I=whole.images, R=whole.regions, D=whole.dim, S=whole.similarity, K=STEPS)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(asked.matmul)
+    try:
+        given = traffic_triton.arguments(op, sizes_, asked.dtype, lengths, **options)
+        return traffic_triton.launches(op, card.arch, given)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def kernels(launches: Iterable[tuple[str, Count]], card: Card) -> list[dict]:
+    """A row for each kernel: what all its launches move, compute and take on the card at least."""
+    cache, rows = Cache(card.cache), {}
+    for name, count in launches:
+        row = rows.setdefault(name, {
+            "kernel": name, "launches": 0, "programs": 0, "memory_bytes": 0, "cache_bytes": 0, "operations": {},
+            "vector": 0.0, "seconds": {"memory": 0.0, "L2": 0.0, "products": 0.0, "vector": 0.0}, "bound": 0.0,
+            "bound_without_cache": 0.0, "places": 0,
+        })  # fmt: skip
+        memory, through = sum(cache.memory(count.uses)), count.requested(False) + count.requested(True)
+        seconds = {
+            "memory": memory / card.memory,
+            "L2": through / card.cache_rate,
+            "products": sum(n / (card.rate(kind, count.by_mma) or math.nan) for kind, n in count.products.items()),
+            "vector": count.vector / card.vector,
+        }
+        row["launches"] += 1
+        row["programs"] += count.programs
+        row["places"] += -(-count.programs // card.processors) * card.processors
+        row["memory_bytes"] += memory
+        row["cache_bytes"] += through
+        row["vector"] += count.vector
+        for kind, n in count.products.items():
+            row["operations"][kind] = row["operations"].get(kind, 0.0) + n
+        for part, n in seconds.items():
+            row["seconds"][part] += n
+        row["bound"] += max(seconds.values())
+        row["bound_without_cache"] += max(n for part, n in seconds.items() if part != "L2")
+    for row in rows.values():
+        row["limited_by"] = max(row["seconds"], key=row["seconds"].__getitem__)
+        row["waves"] = row["programs"] / row.pop("places")
+    return list(rows.values())
+
+
+def floor(model: str, workload: str, card: Card, precision: str, kind: str) -> float | None:
+    """Seconds that no kernel can beat, with products of a kind; None where the card has none."""
+    whole, dtype, rate = WORKLOADS[workload], PRECISIONS[precision].dtype, card.rate(kind)
+    if rate is None:
+        return None
+    T, N = len(whole.lengths), int(whole.lengths.sum())
+    rows = whole.images * whole.regions + N + (0 if model.startswith("scan") else whole.images + T)
+    moved = dtype.itemsize * (rows * whole.dim + whole.images * T)
+    needed = shapes.needed_flops(model, shapes.Shape(workload, whole.images, T))
+    return max(needed / rate, moved / card.memory)
+
+
+def predicted(workload: str, card: Card, backends: Iterable[str] = BACKENDS) -> dict:
+    """Every model, precision and backend on a workload: kernels, bound and floors, as the results' page shows them."""
+    results = []
+    for model in MODELS:
+        for precision, asked in PRECISIONS.items():
+            floors = {kind: floor(model, workload, card, precision, kind) for kind in asked.kinds}
+            one: dict[str, Any] = {"model": model, "precision": precision, "floors": floors, "backends": {}}
+            for backend in backends:
+                found = counts(backend, model, workload, card, precision)
+                if isinstance(found, str):
+                    one["backends"][backend] = {"left_out": found}
+                    continue
+                rows = kernels(found, card)
+                one["backends"][backend] = {
+                    "products": asked.kinds[BACKENDS[backend]],
+                    "bound": sum(row["bound"] for row in rows),
+                    "bound_without_cache": sum(row["bound_without_cache"] for row in rows),
+                    "kernels": rows,
+                }
+            results.append(one)
+    return {
+        "predicted": True,
+        "workload": workload,
+        "card": card.name,
+        "source": card.source,
+        "cache_source": card.cache_source,
+        "results": results,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workload", choices=WORKLOADS, default="coco-eval-5k")
+    parser.add_argument("--card", choices=CARDS, default="h100")
+    parser.add_argument("--json", type=Path, help="file to write, for benchmarks/page.py")
+    args = parser.parse_args()
+    found = predicted(args.workload, CARDS[args.card])
+    print(traffic_page.tables(found))
+    if args.json:
+        with atomic_write(args.json) as file:
+            file.write(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,63 @@
+"""The count of one launch: what it reads, writes and computes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class Use:
+    """How one launch uses one part of a tensor.
+
+    Attributes:
+        place: tells this part apart from all others; two launches that use it have the same.
+        distinct: bytes of the part, each once.
+        requested: bytes that all programs load or store, masked elements left out.
+        written: whether it is stored.
+    """
+
+    place: tuple[Any, ...]
+    distinct: int
+    requested: int
+    written: bool
+
+
+@dataclass
+class Count:
+    """What one launch does.
+
+    Attributes:
+        programs: of its grid.
+        uses: of tensors of floats.
+        products: operations by their kind, as in `cards.PRODUCTS`, multiply-add = 2; tiles as they are, padding too.
+        vector: float32 instructions outside matrix products, an estimate.
+        by_mma: whether products are made by the instructions mma.sync, which warps wait for, on a card that has others.
+    """
+
+    programs: int
+    uses: list[Use] = field(default_factory=list)
+    products: dict[str, float] = field(default_factory=dict)
+    vector: float = 0.0
+    by_mma: bool = False
+
+    def reads(self, place: Any, distinct: int, requested: int) -> None:
+        self.uses.append(Use((place,), distinct, requested, False))
+
+    def writes(self, place: Any, size: int) -> None:
+        self.uses.append(Use((place,), size, size, True))
+
+    def dots(self, number: int, rows: int, columns: int, depth: int, kind: str) -> None:
+        """Add `number` products of [rows, depth] with [depth, columns]."""
+        self.products[kind] = self.products.get(kind, 0.0) + 2.0 * number * rows * columns * depth
+
+    def requested(self, written: bool) -> int:
+        return sum(use.requested for use in self.uses if use.written == written)
+
+    def distinct(self, written: bool) -> int:
+        return sum(use.distinct for use in self.uses if use.written == written)
+
+
+def blocks(n: Any, size: int) -> Any:
+    """How many blocks of `size` cover n, a number or a tensor of numbers."""
+    return -(-n // size)

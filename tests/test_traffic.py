@@ -1,0 +1,209 @@
+"""The model of the kernels' traffic says what they load, store and multiply in Triton's interpreter."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from benchmark_cases import ROOT
+from triton_cases import unless
+
+import itm_fast
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+from traffic_cases import compared
+
+from benchmarks import traffic, traffic_cuda, traffic_page, traffic_triton
+from benchmarks.cards import CARDS, PRODUCTS
+from benchmarks.traffic_counts import Count
+from itm_fast.ops import _examples as examples
+
+interpreted = unless("triton", "cpu")
+COCO, SLOW = "coco-eval-5k", pytest.mark.slow
+H100 = CARDS["h100"]
+PUBLISHED = dict(direction="t2i", affinity_norm="clipped_l2norm", pool="lse")
+SIZES = {
+    "small": examples.Size(5, (13, 1, 4, 34, 7, 20), 9, 40, 16, 3),
+    "wide": examples.Size(2, (5, 2), 70, 32, 300, 2),  # images of two tiles of regions, S of two blocks
+    "long": examples.Size(2, (70, 3), 7, 32, 16, 2),  # a caption that takes a tile of 128 nodes
+}
+MATMUL = {"float32": "highest", "tf32": "high", "float16": "highest"}
+
+
+def of(op, size, precision, **options):
+    long = SLOW if op.startswith("similarity") else ()
+    kind = options.get("direction", ""), options.get("affinity_norm", "")
+    name = "-".join(filter(None, (op, *kind, size, precision)))
+    return pytest.param(op, options, size, precision, marks=long, id=name)
+
+
+SCORE = "cross_attention_score"
+CASES = [
+    *(of(SCORE, "small", precision, **PUBLISHED) for precision in MATMUL),
+    of(SCORE, "wide", "tf32", **PUBLISHED),
+    of(SCORE, "small", "float32", direction="i2t", affinity_norm="softmax", pool="mean"),
+    of(SCORE, "small", "float16", direction="i2t", affinity_norm="none", pool="max"),
+    *(of("similarity_graph_score", "small", precision) for precision in MATMUL),
+    of("similarity_graph_score", "long", "tf32"),
+    *(of("similarity_filter_score", "small", precision) for precision in MATMUL),
+    of("similarity_filter_score", "wide", "float32"),
+]
+
+
+@pytest.fixture(autouse=True)
+def precision_restored():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def given(op, size, precision):
+    """An op's example in the dtype of a precision, whose products are set."""
+    torch.set_float32_matmul_precision(MATMUL[precision])
+    dtype = torch.float16 if precision == "float16" else torch.float32
+    floats = [isinstance(a, torch.Tensor) and a.is_floating_point() for a in examples.example(op, SIZES[size])]
+    return [a.to(dtype) if f else a for a, f in zip(examples.example(op, SIZES[size]), floats)]
+
+
+def moved(count):
+    return [(count.requested(written), count.distinct(written)) for written in (False, True)]
+
+
+@interpreted
+@pytest.mark.parametrize("op, options, size, precision", CASES)
+def test_every_launch_moves_and_multiplies_what_the_model_says(op, options, size, precision, monkeypatch):
+    args = given(op, size, precision)
+    # So little scratch memory makes several pieces.
+    with itm_fast.workspace(2.0**-14), torch.no_grad(), compared(monkeypatch) as launches:
+        getattr(itm_fast, op)(*args, backend="triton", **options)
+    for name, count, seen in launches:
+        assert moved(count) == [(seen.requested[i], seen.distinct(i)) for i in (0, 1)], name
+        assert count.products == seen.products, name
+        # The interpreter converts float16 factors of products, which matrix units do not.
+        if precision != "float16" and (op != SCORE or options == PUBLISHED) and name not in ("_affinity", "_gram"):
+            assert 0.75 < count.vector / seen.vector < 1.3, name
+
+
+@interpreted
+@pytest.mark.parametrize(
+    "op, options", [(SCORE, PUBLISHED), ("similarity_graph_score", {}), ("similarity_filter_score", {})]
+)
+def test_the_launches_are_those_that_run(op, options, monkeypatch):
+    """The model needs sizes and lengths of captions only, not the features."""
+    size = SIZES["small"]
+    ran = []
+    with itm_fast.workspace(2.0**-14), torch.no_grad():
+        with traffic_triton.recording(90, lambda kernel, *_: ran.append(kernel.__name__)) as found:
+            getattr(itm_fast, op)(*given(op, "small", "tf32"), backend="triton", **options)
+        letters = dict(I=size.images, R=size.regions, D=size.dim, S=size.similarity, K=size.steps)
+        options_ = {"scale": 9.0, "eps": 1e-5, "pool_scale": 6.0, **options}
+        made = traffic_triton.arguments(op, letters, torch.float32, list(size.lengths), **options_)
+        without = list(traffic_triton.launches(op, 90, made))
+    assert ran == [name for name, _ in found] == [name for name, _ in without]
+    assert [moved(count) for _, count in found] == [moved(count) for _, count in without]
+
+
+def test_a_part_is_read_again_once_others_have_filled_l2():
+    cache, count = traffic.Cache(100), Count(1)
+    count.writes("a", 60)
+    count.reads("b", 40, 400)
+    assert cache.memory(count.uses) == (40, 60)
+    assert cache.memory(count.uses[1:]) == (0, 0)
+    count = Count(1)
+    count.reads("c", 50, 50)
+    assert cache.memory(count.uses) == (50, 0)  # which takes the place of a
+    count.reads("b", 40, 40)
+    count.reads("a", 60, 60)
+    assert cache.memory(count.uses) == (60, 0)
+    count.reads("d", 101, 101)
+    assert cache.memory(count.uses[-1:]) == cache.memory(count.uses[-1:]) == (101, 0)
+
+
+def test_a_launch_takes_the_longest_of_its_parts():
+    memory, products = Count(1), Count(H100.processors + 1)
+    memory.reads("x", int(3.35e9), 1)
+    products.dots(1, 1000, 1000, 494_700, "tf32x3")
+    products.reads("y", 0, int(H100.cache_rate / 1e3))
+    (row,) = traffic.kernels([("k", memory), ("k", products)], H100)
+    assert row["launches"] == 2
+    assert row["bound"] == pytest.approx(1e-3 + 6e-3)
+    assert row["limited_by"] == "products"
+    assert row["seconds"] == pytest.approx({"memory": 1e-3, "L2": 1e-3, "products": 6e-3, "vector": 0}, abs=1e-9)
+    assert row["waves"] == pytest.approx((1 + 133) / (132 + 264))
+
+
+@pytest.mark.parametrize("model, kind, seconds", [
+    ("scan-t2i", "bfloat16", 0.128), ("scan-t2i", "tf32x3", 0.77), ("sgr", "tf32", 4.46), ("saf", "float16x3", 3.6),
+])  # fmt: skip
+def test_floors_of_coco(model, kind, seconds):
+    """126.7, 2,209 and 1,186 TFLOP."""
+    precision = next(p for p, asked in traffic.PRECISIONS.items() if kind in asked.kinds)
+    assert traffic.floor(model, COCO, H100, precision, kind) == pytest.approx(seconds, rel=5e-3)
+    assert traffic.floor(model, COCO, CARDS["t4"], precision, kind) is None or kind == "float16x3"
+
+
+def test_every_kind_of_product_has_a_rate():
+    for card in CARDS.values():
+        assert {unit for unit, _ in PRODUCTS.values()} >= set(card.products)
+    assert CARDS["t4"].rate("bfloat16") is None
+    assert H100.rate("float16x3") == pytest.approx(329.8e12)
+    assert H100.rate("float16", by_mma=True) == pytest.approx(0.63 * 989.4e12)
+
+
+@pytest.mark.parametrize("precision", traffic.PRECISIONS)
+@pytest.mark.parametrize("model", ["scan-t2i", "sgr", "saf"])
+def test_the_planned_kernels_do_all_that_is_needed(model, precision):
+    found = traffic.counts("cuda", model, COCO, H100, precision)
+    kind = traffic.PRECISIONS[precision].kinds[-1]
+    bound = sum(row["bound"] for row in traffic.kernels(found, H100))
+    assert bound > traffic.floor(model, COCO, H100, precision, kind)
+
+
+@pytest.mark.parametrize("rows, reuse", [(64, 56), (128, 103)])
+def test_the_planned_graph_kernel_has_the_reuse_of_its_design(rows, reuse, monkeypatch):
+    """Operations a byte through L2 of full tiles."""
+    monkeypatch.setattr(traffic_cuda.Tiles, "nodes", lambda *_: (rows,))
+    edge = torch.arange(0, 15 * (rows // 16 * 100) + 1, 15, dtype=torch.int32)
+    problem = traffic_cuda.Problem(100, 36, 1024, 256, 3, edge, H100, "bfloat16")
+    count = dict(traffic_cuda.planned("similarity_graph_score", problem))["graph_scores"]
+    assert sum(count.products.values()) / count.requested(False) == pytest.approx(reuse, rel=0.1)
+
+
+def test_what_cannot_run_says_why():
+    assert "compute capability 8.0" in traffic.counts("triton", "sgr", COCO, CARDS["t4"], "tf32")
+    assert traffic.counts("cuda", "sgr", COCO, CARDS["t4"], "bfloat16") == "the T4 has no bfloat16 products"
+
+
+RESULTS = sorted((ROOT / "benchmarks" / "results").glob("traffic_*.json"))
+
+
+@pytest.mark.parametrize("path", RESULTS, ids=lambda p: p.stem)
+@pytest.mark.parametrize("model", ["scan-t2i", pytest.param("saf", marks=SLOW), pytest.param("sgr", marks=SLOW)])
+def test_a_result_file_is_what_todays_launchers_give(model, path, monkeypatch):
+    """Otherwise write it anew; benchmarks/traffic.py says how."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)  # features as large as real ones
+    found = json.loads(path.read_text())
+    (card,) = (card for card in CARDS.values() if card.name == found["card"])
+    (one,) = (x for x in found["results"] if (x["model"], x["precision"]) == (model, "bfloat16"))
+    for backend, value in one["backends"].items():
+        rows = traffic.kernels(traffic.counts(backend, model, found["workload"], card, "bfloat16"), card)
+        assert value["kernels"] == json.loads(json.dumps(rows))
+
+
+def test_the_page_says_that_nothing_is_measured_and_sets_beside_it_what_is(tmp_path):
+    rows = traffic.kernels([("k", Count(1))], H100) + traffic.kernels([("other", Count(1))], H100)
+    rows[0] |= {"bound": 3.0, "limited_by": "L2"}
+    backend = {"products": "tf32", "bound": 4.0, "bound_without_cache": 2.0, "kernels": rows}
+    one = {"model": "sgr", "precision": "tf32", "floors": {"tf32": 2.0, "float16": 1.0, "x": None}}
+    one["backends"] = {"triton": backend, "cuda": {"left_out": "not designed"}}
+    found = {"workload": COCO, "card": "H100", "source": "s", "cache_source": "c", "results": [one]}
+    told = traffic_page.tables(found)
+    assert told.startswith("**Predicted, not measured.**")
+    assert "| sgr | tf32 | triton | tf32 | 4.000 | 2.000 | 2.00 | 4.00 | 1.00 | `k`, 75%, by L2 |  |" in told
+    assert "| sgr | tf32 | cuda, planned | | | | | | | not designed | |" in told
+    parts = {"sgraf tf32": {"parts": {"score sgr": 5.25, "all": 9.0}}, "peak": 3.0}
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps({"steps": {"tests": {}, "evaluate-sgraf": {"result": parts}}}))
+    assert "by L2 | 5.250 |" in traffic_page.tables(found, path)
