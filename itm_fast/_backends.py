@@ -83,7 +83,7 @@ def _note(op: str, name: str) -> None:
 
 
 def requested(backend: str | None = None) -> str:
-    """The backend that the user asked for, perhaps "auto": argument, else context, else environment."""
+    """The backend that the user chose, or "auto": by the argument, else the context, else the environment variable."""
     return _known(backend or _chosen.get() or os.environ.get("ITM_FAST_BACKEND") or "auto", "backend")
 
 
@@ -147,9 +147,9 @@ def resolve(
         backend: the call's `backend` argument.
         device: device of the call's tensors.
         dtype: dtype of its floating-point tensors, before autocast; None if every backend takes all dtypes.
-        too_large: of `ON_GPU`, why the kernels cannot take these shapes; None if they can.
-        put_aside: tells why an op's kernels of one of `ON_GPU` are not to be used on a device in a dtype; it may check
-            them first.
+        too_large: backend in `ON_GPU` -> why its kernels cannot take these shapes, or None if they can.
+        put_aside: returns why the kernels of a backend in `ON_GPU` must not run on a device in a dtype, or None; it
+            may test them first.
 
     Raises:
         NotImplementedError: no backend can run; the message has a sentence for each one considered.

@@ -31,7 +31,7 @@ class Shape:
     def __init__(self, letters: str) -> None:
         parts = [part.partition("=") for part in letters.split()]
         self.labels = tuple(label for label, _, _ in parts)
-        # Of each dimension, the letter and how much more than its size the dimension is.
+        # For each dimension its letter, and what is added to the letter's size: 1 for "T+1".
         self.dims = tuple((label.removesuffix("+1"), int(label.endswith("+1"))) for label in self.labels)
         self.allowed = {label: allowed.split("|") for label, _, allowed in parts if allowed}
 
@@ -68,7 +68,7 @@ class Arguments:
                 raise self._wrong(name, sizes, shape, f" with {letter} = {known[letter]} as in {self.seen[letter]}")
 
     def _meet(self, letter: str, size: int, name: str, sizes: torch.Size, shape: Shape) -> None:
-        """Note the size of a letter that no tensor before had."""
+        """Record the size of a letter when it first appears, and check that it is allowed."""
         if letter.isdigit():
             if size != int(letter):
                 raise self._wrong(name, sizes, shape)

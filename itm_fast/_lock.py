@@ -94,7 +94,7 @@ class Lock:
         return True
 
     def _foreign(self) -> FileExistsError:
-        message = "this is no lock of itm-fast, which uses files of that name; give it another name"
+        message = "this file is not a lock of itm-fast, although it has the name of one; rename it"
         return FileExistsError(errno.EEXIST, message, str(self.path))
 
     def _write_note(self) -> None:

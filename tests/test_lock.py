@@ -41,7 +41,7 @@ def test_a_note_without_a_holder_may_be_cut_anywhere(tmp_path, left):
 @pytest.mark.parametrize("content", [b"my notes", b"[]", b"\xff", b"{}"])
 def test_a_file_that_is_no_lock_is_left_alone(tmp_path, content):
     (tmp_path / "lock").write_bytes(content)
-    with pytest.raises(FileExistsError, match="no lock of itm-fast"):
+    with pytest.raises(FileExistsError, match="not a lock of itm-fast"):
         Lock(tmp_path / "lock", "x")
     assert (tmp_path / "lock").read_bytes() == content
 
@@ -125,6 +125,6 @@ def test_a_removed_or_replaced_file_is_noticed(tmp_path, replaced):
 def test_a_link_in_place_of_the_file_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("kept")
     (tmp_path / "lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(FileExistsError, match="no lock of itm-fast"):
+    with pytest.raises(FileExistsError, match="not a lock of itm-fast"):
         Lock(tmp_path / "lock", "x")
     assert (tmp_path / "precious").read_text() == "kept"

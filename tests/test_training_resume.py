@@ -171,7 +171,7 @@ def test_a_run_from_before_checksums_is_resumed(tmp_path):
 @pytest.mark.parametrize(
     "changes, sentence",
     [
-        ({"best_rsum": None}, "is not a whole resume file: it holds no best_rsum"),
+        ({"best_rsum": None}, "is not a complete resume file: it holds no best_rsum"),
         ({"best_rsum": 10**400}, "holds a best_rsum that is no finite number"),
         ({"best_rsum": float("nan")}, "holds a best_rsum that is no finite number"),
         ({"epoch": "1", "rng": [1]}, "it holds rng of a list, epoch of a str"),
@@ -195,7 +195,7 @@ def test_a_resumption_names_the_option_of_training_that_it_lacks(tmp_path, name)
     content = torch.load(tmp_path / "run" / resume.NAME, weights_only=True)
     del content["options"][name]
     torch.save(content, tmp_path / "run" / resume.NAME)
-    with pytest.raises(ValueError, match=rf"is not a whole resume file: it holds no option {name}; start in another"):
+    with pytest.raises(ValueError, match=rf"not a complete resume file: it holds no option {name}; start in another"):
         resume.load(tmp_path / "run")
 
 

@@ -22,7 +22,7 @@ class Query:
     """One row of the picture.
 
     Attributes:
-        text: the caption as it was asked.
+        text: the caption, as given.
         note: a line about the result, such as the rank of the right picture.
         results: thumbnails of the best pictures, best first.
         right: which of `results` is the right one; None when it is not among them or not known.

@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--force",
         action="store_true",
-        help="overwrite: a file is replaced whole; in a folder only splits of the same names are replaced",
+        help="overwrite DST: a file is replaced with all its splits, in a folder only the splits that are converted",
     )
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from ._comparison import Compared
     from ._picture import Query
 
-HELP = """Evaluate trained models on real pictures that lie inside the package, twice: with the loop of the papers'
+HELP = """Evaluate trained models on real pictures inside the package, twice: with the loop of the papers'
 own code and with itm-fast. Shows both recall tables, whether they are equal, and the time of each. Takes less
 than a minute on two processor cores, after the kernels are compiled once; --full takes two.
 
@@ -123,7 +123,7 @@ def _asked(queries: list[str] | None, split: Split) -> list[tuple[str, int | Non
                 raise ValueError("--queries: an empty query; give words in quotes, or the number of a caption")
             found.append((query, None))
         elif int(query) >= len(split.captions):
-            raise ValueError(f"--queries: caption {query} asked of captions 0 to {len(split.captions) - 1}")
+            raise ValueError(f"--queries: there is no caption {query}; the captions are 0 to {len(split.captions) - 1}")
         else:
             found.append((split.captions[int(query)], int(split.caption_to_image[int(query)])))
     return found

@@ -108,8 +108,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="GB",
         help="memory budget in GB (10^9 bytes). On the CPU it covers the whole process: Python, torch, model, encoded "
-        "data, scores and scratch; on a GPU what lies there. Default: 70 %% of the memory available on the CPU, 80 %% "
-        "on a GPU",
+        "data, scores and scratch; on a GPU, the memory of the GPU. Default: 70 %% of the memory available on the CPU, "
+        "80 %% on a GPU",
     )
     compute.add_argument(
         "--batch-size", type=int, default=128, metavar="N", help="images, and captions, encoded at once (default: 128)"
@@ -154,10 +154,10 @@ def run(args: argparse.Namespace) -> int:
 def _check(args: argparse.Namespace) -> None:
     if args.workload:
         if not args.dry_run:
-            raise ValueError("--workload has sizes but no data, so there is only its plan to print: give --dry-run")
+            raise ValueError("--workload has no data to evaluate, only sizes to plan for; give --dry-run as well")
         if unread := [name for name in _given(args) if name not in _PLANNED]:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
-            raise ValueError(f"the plan of a --workload reads sizes alone, not {flags}; leave that out")
+            raise ValueError(f"the plan of a --workload does not read {flags}; leave that out")
         return
     if not args.checkpoint or not args.data:
         raise ValueError("give --checkpoint (a model_best.pth.tar) and --data (a folder or an HDF5 file)")

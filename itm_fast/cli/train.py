@@ -118,7 +118,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--vocab", metavar="JSON", help="vocabulary (default: built from the training and dev captions, as published)"
     )
     data.add_argument(
-        "--min-count", type=_count, metavar="N", help="build the vocabulary from words that appear N times (default 4)"
+        "--min-count",
+        type=_count,
+        metavar="N",
+        help="build the vocabulary from the words that appear at least N times (default 4)",
     )
     data.add_argument("--train-split", metavar="NAME", help="default train")
     data.add_argument("--dev-split", metavar="NAME", help="default dev")

@@ -41,11 +41,11 @@ def _word_tokenizer() -> Callable[[str], list[str]]:
         raise
     except Exception as error:  # LookupError without the data, anything for damaged data
         reason = _why_no_punkt(error)
-    tell = functools.cache(lambda: warnings.warn(reason, stacklevel=4))
+    warn_once = functools.cache(lambda: warnings.warn(reason, stacklevel=4))
 
     def without_sentences(text: str) -> list[str]:
         if _SEVERAL.search(text):
-            tell()
+            warn_once()
         return word_tokenize(text, preserve_line=True)
 
     return without_sentences

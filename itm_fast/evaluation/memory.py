@@ -244,7 +244,7 @@ def _budget(
     if memory_gb is not None:
         if not 0 < memory_gb <= GB:  # also refuses infinity, and sizes that overflow an integer
             raise ValueError(f"the memory budget must be more than 0 GB and at most {GB:,} GB, got {memory_gb}")
-        return round(memory_gb * GB), "as asked"
+        return round(memory_gb * GB), "as given"
     available = available_bytes(device)
     share = SHARE.get(device.type, SHARE["cpu"])
     mine = process + (held["encoded images"] + held["encoded captions"] if encoded and device.type == "cpu" else 0)

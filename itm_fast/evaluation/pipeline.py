@@ -1,4 +1,4 @@
-"""The whole evaluation of one model or an ensemble."""
+"""Evaluate one model or an ensemble: encode, score, rank and report."""
 
 from __future__ import annotations
 

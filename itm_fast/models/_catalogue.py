@@ -138,10 +138,10 @@ _ROWS = (
         "the paper's 17 equations; what they leave open is an option, each with a stated default",
         ("system", "SHAN"),
         {
-            "gate": Option("scalar", "one number, or one for each dimension", choices=("scalar", "vector")),
+            "gate": Option("scalar", "whether a gate is a number or a vector", choices=("scalar", "vector")),
             "gate_sharing": Option(False, "use one gate for both modalities (default: each has its own)"),
             "affinity": Option(
-                "cosine", "cosine or dot product (as printed) of projected vectors", choices=("cosine", "dot")
+                "cosine", "affinity of projected vectors; the paper prints dot", choices=("cosine", "dot")
             ),
             "pooling": Option("mean", "pooling of the local cosines", choices=("mean", "sum")),
             "lambda_softmax": Option(15.0, "inverse temperature of the attention", "X", above=0),

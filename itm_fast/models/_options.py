@@ -80,7 +80,7 @@ def size(default: int, help: str | None = None, metavar: str | None = None, **mo
 
 
 def finite(value: float) -> bool:
-    """Whether a number is finite as a float: no infinity, no NaN, and no whole number beyond all floats.
+    """Whether a number is finite as a float: not infinite, not NaN, and not an int that is too large for a float.
 
     >>> finite(2), finite(10**400)
     (True, False)
@@ -110,7 +110,11 @@ TRAINING = {
     "lr_update": size(20, "divide the learning rate by 10 every N epochs", "N"),
     "learning_rate": Option(2e-4, "learning rate of the first epoch", "LR", "lr", above=0),
     "batch_size": Option(
-        128, "captions per batch, each with its image; 2 or more: negatives are in the batch", "N", least=2, most=MOST
+        128,
+        "captions per batch, with their images; at least 2, as negatives come from the batch",
+        "N",
+        least=2,
+        most=MOST,
     ),
     "margin": Option(0.2, "margin of the ranking loss", least=0),
     "max_violation": Option(True, "only the hardest negative counts (default), or all do"),

@@ -258,7 +258,7 @@ class SCAN(Matcher):
     """Stacked cross attention network: encoders, loss and optimizer in one object, as published.
 
     Args:
-        opt: the published options; `opt.device` is optional (CUDA where there is one).
+        opt: the published options; `opt.device` is optional (default: CUDA if there is a GPU).
 
     Raises:
         ValueError: an option is missing or has an unknown value.

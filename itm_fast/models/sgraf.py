@@ -226,7 +226,8 @@ class SGRAF(Matcher):
     """Similarity graph reasoning or attention filtration: encoders, scorer, loss and optimizer in one object.
 
     Args:
-        opt: the published options; `opt.device` (CUDA where there is one) and `opt.num_region` (36) are optional.
+        opt: the published options; optional are `opt.device` (default: CUDA if there is a GPU) and `opt.num_region`
+            (default: 36).
 
     Raises:
         ValueError: an option is missing or has an unknown value.

@@ -1,4 +1,4 @@
-"""Writing the published checkpoint format; `itm_fast.models.checkpoint` says what it is, and reads it."""
+"""Write checkpoints in the published format, which `itm_fast.models.checkpoint` describes and reads."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def save(
     """Write a checkpoint that the published code reads, whatever its torch version.
 
     The serialisation is the one from before torch 1.6, which torch 0.4.1 (SCAN's) and every later one read.
-    The file appears whole or not at all: when the disk is full, an older file of that name stays as it was.
+    The file is written completely or not at all: if the disk is full, an older file stays unchanged.
 
     Args:
         path: the file to write, in an existing folder.

@@ -60,7 +60,7 @@ class Progress:
 
 
 def save(folder: Path, progress: Progress) -> None:
-    """Write `folder/resume.pt`, whole or not at all.
+    """Write `folder/resume.pt`, completely or not at all.
 
     Raises:
         OSError: it cannot be written; an older file is unchanged.
@@ -111,7 +111,7 @@ def load(folder: Path) -> Progress:
     if not odd and best is not None and not finite(best):
         odd = ["a best_rsum that is no finite number"]
     if odd:
-        raise ValueError(f"{path} is not a whole resume file: it holds {', '.join(odd)}; start in another folder")
+        raise ValueError(f"{path} is not a complete resume file: it holds {', '.join(odd)}; start in another folder")
     return Progress(**{name: content[name] for name in _KINDS})
 
 

@@ -141,11 +141,11 @@ def enough_known_words(train_split: Split, dev_split: Split, vocabulary: Vocabul
         with warnings.catch_warnings(record=True) as suspicious:
             warnings.simplefilter("always")
             found = unknown_words(list(caption_batches(split.captions, vocabulary)), vocabulary)
-        told = f"{split.name}: the {name} split's {unknown_words_line(found)}; {cause}"
+        message = f"{split.name}: the {name} split's {unknown_words_line(found)}; {cause}"
         if split is train_split and found[CAPTIONS] >= _HOPELESS:
-            raise ValueError(told)
+            raise ValueError(message)
         if suspicious:
-            warnings.warn(told, stacklevel=3)
+            warnings.warn(message, stacklevel=3)
 
 
 def identity(split: Split) -> str:

@@ -283,7 +283,7 @@ class _Run:
         cause = (
             "try a lower learning rate, or gradient clipping if it is off"
             if bad is None
-            else f"the features of training image {int(batch.image_index[bad])} hold NaN or infinity; mend them"
+            else f"the features of training image {int(batch.image_index[bad])} hold NaN or infinity; correct them"
         )
         return (
             f"epoch {self.epoch + 1}, iteration {self.iterations + 1}: {what}; training stopped, and "
