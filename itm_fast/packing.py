@@ -1,4 +1,4 @@
-"""Packed captions: packing and unpacking, checked bounds, and plans that group captions by length or into tiles.
+"""Packed captions: packing and unpacking, checked bounds, and the plan that packs captions into tiles.
 
 Every op takes packed captions. Captions of equal length form a dense block without padding or masks, so no value of one
 caption can affect another.
@@ -156,6 +156,28 @@ def _bounds(cu_seqlens: Tensor, rows: int, op: str) -> list[int]:
     return edge
 
 
+def region_counts(region_lengths: Tensor | None, image: Tensor, op: str) -> list[int]:
+    """Regions of each image [R, D] of `image` [I, R, D] as Python integers, checked. Callers must not change the list.
+
+    Read as `bounds` reads; without region_lengths every image has R.
+
+    Raises:
+        ValueError: a count lies outside 1..R.
+    """
+    I, R = image.shape[:2]
+    if region_lengths is None:
+        return [R] * I
+    return kept(region_lengths, ("regions", R), lambda values: _region_counts(values, R, op))
+
+
+def _region_counts(region_lengths: Tensor, R: int, op: str) -> list[int]:
+    counts = region_lengths.tolist()
+    for i, n in enumerate(counts):
+        if not 1 <= n <= R:
+            raise ValueError(f"{op}: region_lengths must lie in 1..{R} (R), got {n} for image {i}")
+    return counts
+
+
 def kept(tensor: Tensor, key: Hashable, make: Callable[[Tensor], Made]) -> Made:
     """Return make(tensor) for a small tensor of lengths or bounds; cached for a GPU tensor, to avoid synchronising.
 
@@ -249,7 +271,7 @@ def _node_plan(values: Tensor, rows: int, op: str, sizes: Sequence[int], window:
             n = edge[t + 1] - edge[t]
             if not sizes:
                 continue
-            _fits(op, t, n, "nodes", sizes[-1])
+            refuse_long(op, t, n, "nodes", sizes[-1])
             slots = max(NODE_SLOTS, 1 << (n - 1).bit_length())
             places[next(size for size in sizes if slots <= size)].append((slots, t))
         tiles = []
@@ -270,70 +292,12 @@ def _node_plan(values: Tensor, rows: int, op: str, sizes: Sequence[int], window:
     return NodePlan(edge, start, tables[0], tables[1], windows)
 
 
-def _fits(op: str, caption: int, n: int, rows: str, most: int) -> None:
+def refuse_long(op: str, caption: int, n: int, rows: str, most: int) -> None:
+    """Raise a ValueError if a caption's n rows, "words" or "nodes", are more than the largest tile holds."""
     if n > most:
         raise ValueError(
             f'{op}: caption {caption} has {n} {rows}, and the triton backend takes at most {most}; use backend="torch"'
         )
-
-
-class Group(NamedTuple):
-    """`captions` captions of at most `size` words: `LengthPlan.order[first : first + captions]`."""
-
-    size: int
-    first: int
-    captions: int
-
-
-class Stretch(NamedTuple):
-    """Consecutive captions, their words (packed rows), and their groups by length."""
-
-    captions: slice
-    rows: slice
-    groups: tuple[Group, ...]
-
-
-class LengthPlan(NamedTuple):
-    """Captions grouped by length. `order` [T] int32: all captions, group by group."""
-
-    order: Tensor
-    windows: list[Stretch]
-
-
-def length_plan(cu_seqlens: Tensor, rows: int, op: str, sizes: Sequence[int], window: int) -> LengthPlan:
-    """Group captions by the smallest of `sizes` that holds them; see `kept`.
-
-    Args:
-        cu_seqlens: [T + 1].
-        rows: number of words.
-        op: name for messages.
-        sizes: the most words of a caption in each group, ascending.
-        window: the most words in a window; a longer caption has a window to itself.
-
-    Raises:
-        ValueError: as `bounds` does, or a caption has more words than the largest tile.
-    """
-    key = "lengths", rows, tuple(sizes), window
-    return kept(cu_seqlens, key, lambda values: _length_plan(values, rows, op, sizes, window))
-
-
-def _length_plan(values: Tensor, rows: int, op: str, sizes: Sequence[int], window: int) -> LengthPlan:
-    edge = _bounds(values, rows, op)
-    order: list[int] = []
-    windows = []
-    for captions in stretches(edge, window):
-        members: dict[int, list[int]] = {size: [] for size in sizes}
-        for t in range(captions.start, captions.stop):
-            n = edge[t + 1] - edge[t]
-            _fits(op, t, n, "words", sizes[-1])
-            members[next(size for size in sizes if n <= size)].append(t)
-        groups = []
-        for size, found in members.items():
-            if found:
-                groups.append(Group(size, len(order), len(found)))
-                order += found
-        windows.append(Stretch(captions, slice(edge[captions.start], edge[captions.stop]), tuple(groups)))
-    return LengthPlan(torch.tensor(order, dtype=torch.int32).to(values.device), windows)
 
 
 def stretches(edge: Sequence[int], rows: int) -> Iterator[slice]:

@@ -22,9 +22,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from itm_fast.packing import Group, Stretch, bounds
+from itm_fast.packing import bounds
 
 from . import _launch, _tiles
+from ._length_plan import Group, Window
 from ._tl import CANCELLED, EPS, NEVER, finite
 
 TINY = tl.constexpr(1.1754944e-38)  # float32's smallest normal number: keeps a root and its reciprocal finite
@@ -303,7 +304,7 @@ class Block(NamedTuple):
     """Images and a window of captions that are scored together. `order`: all captions by length (`LengthPlan`)."""
 
     images: slice
-    window: Stretch
+    window: Window
     order: Tensor
 
 

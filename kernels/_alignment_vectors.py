@@ -17,10 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from itm_fast.packing import Stretch
-
 from . import _launch, _tiles
 from ._alignment import NUMBERS, Block, Problem, cosine, root, softmax, too_large
+from ._length_plan import Window
 from ._tl import NEVER
 
 EACH = 8  # captions that one program scores, one after the other: they share its workspace of two vectors [D]
@@ -259,7 +258,7 @@ def _align_vectors(
             tl.store(score_ptr + (image_first + b) * captions + t, score.to(score_ptr.dtype.element_ty))
 
 
-def programs(images: int, window: Stretch) -> int:
+def programs(images: int, window: Window) -> int:
     """The most programs that one launch for `images` and a group of the window has."""
     captions = max((group.captions for group in window.groups), default=0)
     return images * _launch.blocks(captions, EACH)

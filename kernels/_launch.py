@@ -23,7 +23,7 @@ import torch
 import triton
 from torch import Tensor
 
-from itm_fast.packing import bounds, checked, kept, stretches
+from itm_fast.packing import bounds, checked, region_counts, stretches
 
 # The most context rows that `_attend` and `_project` hold in one tile; they pass over larger sets tile by tile.
 REGIONS = 64  # regions of an image: the papers have 36
@@ -122,17 +122,11 @@ def regions(op: str, image: Tensor, region_lengths: Tensor | None) -> Sets:
     if region_lengths is None:
         count = torch.full((I,), R, dtype=torch.int32, device=device)
     else:
-        kept(region_lengths, ("regions", R), lambda values: _check_counts(op, values.tolist(), R))
+        region_counts(region_lengths, image, op)
         count = aligned(checked(region_lengths).to(torch.int32))
     tile = min(REGIONS, power_of_two(R))
     owner = torch.arange(I * R, dtype=torch.int32, device=device).div_(R, rounding_mode="floor")
     return Sets(aligned(image).view(I * R, D), start, count, owner, list(range(0, I * R + 1, R)), R, tile, tile >= R)
-
-
-def _check_counts(op: str, counts: list[int], R: int) -> None:
-    for i, n in enumerate(counts):
-        if not 1 <= n <= R:
-            raise ValueError(f"{op}: region_lengths must lie in 1..{R} (R), got {n} for image {i}")
 
 
 def captions(words: Tensor, cu_seqlens: Tensor, edge: list[int]) -> Sets:

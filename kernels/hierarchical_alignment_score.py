@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from itm_fast._workspace import scratch_bytes
-from itm_fast.packing import Stretch, bounds, length_plan, spans
+from itm_fast.packing import bounds, spans
 
 from . import _launch, _tiles
 from ._affinity import affinity, gram, leading
 from ._alignment import Block, Problem, align, problem
 from ._alignment_vectors import EACH, align_vectors, programs
+from ._length_plan import Window, length_plan
 
 OP = "hierarchical_alignment_score"
 WINDOW = 1 << 14  # the most words in a window of captions; a power of two
@@ -41,7 +42,7 @@ def forward(
     return score
 
 
-def _score_window(given: Problem, window: Stretch, order: Tensor, limit: int, score: Tensor) -> None:
+def _score_window(given: Problem, window: Window, order: Tensor, limit: int, score: Tensor) -> None:
     gram_t = _empty(0 if given.vector else window.rows.stop - window.rows.start, given.captions.longest, score)
     if not given.vector:
         gram(given.captions, window.captions.start, window.captions.stop, gram_t)
@@ -80,7 +81,7 @@ def _window(given: Problem, limit: int) -> int:
     return min(WINDOW, 1 << (max(1, (limit - image) // word).bit_length() - 1))
 
 
-def _images(given: Problem, window: Stretch, room: int) -> int:
+def _images(given: Problem, window: Window, room: int) -> int:
     """How many images' scratch with a window fits `room` bytes; at least one."""
     R, D, columns = given.regions, given.images.rows.shape[1], leading(window.rows.stop - window.rows.start)
     each = 4 * R * columns * (1 if given.vector else 2) + (0 if given.vector else 4 * R * leading(R))

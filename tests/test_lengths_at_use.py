@@ -4,13 +4,14 @@ import inspect
 
 import pytest
 import torch
+from itm_fast.kernels._length_plan import length_plan
 from triton_cases import unless
 
 import itm_fast
 from itm_fast import _backends, packing
 from itm_fast.ops import _examples as examples
 from itm_fast.ops import _recompute
-from itm_fast.packing import bounds, kept, length_plan, node_bounds, node_plan
+from itm_fast.packing import bounds, kept, node_bounds, node_plan
 from itm_fast.testing import op_checks
 
 OPS = [op for op in sorted(_backends.OFFERS) if op != "hardest_negative_loss"]

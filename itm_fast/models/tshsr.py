@@ -27,8 +27,7 @@ from torch import Tensor, nn
 from .._workspace import GIB, scratch_bytes, workspace
 from ..nn import PairScorer, SimilarityGraph, State, xavier_
 from ..ops import _recompute, cross_attention_similarity, similarity_context, similarity_graph
-from ..ops._attention import region_counts
-from ..packing import bounds, spans
+from ..packing import bounds, region_counts, spans
 from ._common import l2norm
 from ._rows import linear, sigmoid
 from ._self_attention import GlobalVectors

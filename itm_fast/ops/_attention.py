@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..packing import kept
+from ..packing import kept, region_counts
 
 DIRECTIONS = ("t2i", "i2t")
 NORMS = ("softmax", "l2norm", "clipped_l2norm", "l1norm", "clipped_l1norm", "clipped", "none")
@@ -74,22 +74,6 @@ def pairs(image: Tensor, words: Tensor, edge: list[int], region_lengths: Tensor 
     counts = region_counts(region_lengths, image, op)
     for v, n in zip(image, counts, strict=True):
         yield [(v[:n], words[start:stop]) for start, stop in zip(edge, edge[1:], strict=False)]
-
-
-def region_counts(region_lengths: Tensor | None, image: Tensor, op: str) -> list[int]:
-    """Regions per image as Python integers.
-
-    Raises:
-        ValueError: a count lies outside 1..R.
-    """
-    I, R = image.shape[:2]
-    if region_lengths is None:
-        return [R] * I
-    counts = region_lengths.tolist()
-    for i, n in enumerate(counts):
-        if not 1 <= n <= R:
-            raise ValueError(f"{op}: region_lengths must lie in 1..{R} (R), got {n} for image {i}")
-    return counts
 
 
 def beyond_cuda(R: int, D: int, longest: int, few_words: bool) -> str | None:

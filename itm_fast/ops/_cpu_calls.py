@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .. import _native
 from .._checks import matmul_precision, work_dtype
-from ..packing import bounds
-from . import _attention, _calls
+from ..packing import bounds, region_counts
+from . import _calls
 from ._declare import DECLARED, Choice, Counts, Declaration, Floats
 
 DTYPES = {getattr(torch, name): code for code, name in enumerate(_calls.ENUMS["Dtype"])}
@@ -116,7 +116,7 @@ class Calls:
                 raise ValueError(f"{self.said}: cu_seqlens must be [T+1] with T = {size['T']}, got [{len(values[k])}]")
         for k in self.regions:
             if args[k] is not None:
-                values[k] = _integers(_attention.region_counts(args[k], args[0], self.said))
+                values[k] = _integers(region_counts(args[k], args[0], self.said))
         for k in self.counts:
             values[k] = _integers(args[k])
         for k, codes in self.codes:

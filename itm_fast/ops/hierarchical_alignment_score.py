@@ -55,7 +55,7 @@ import torch
 from torch import Tensor
 
 from .._triton import REGIONS
-from ..packing import bounds
+from ..packing import bounds, region_counts
 from . import _attention, _draws
 from ._declare import Choice, Floats, Given, Integers, Positive, Result, Share
 from ._register import Op
@@ -101,7 +101,7 @@ def reference(
     op = "hierarchical_alignment_score"
     edge = bounds(cu_seqlens, words.shape[0], op)
     rows = []
-    for i, n in enumerate(_attention.region_counts(region_lengths, image, op)):
+    for i, n in enumerate(region_counts(region_lengths, image, op)):
         V, key, own = image[i, :n], image_key[i, :n], image_gate[i, :n]
         for start, stop in zip(edge, edge[1:], strict=False):
             T, other = words[start:stop], word_gate[start:stop]

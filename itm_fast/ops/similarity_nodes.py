@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..packing import bounds, node_bounds
+from ..packing import bounds, node_bounds, region_counts
 from . import _attention, _draws
 from ._declare import Floats, Given, Integers, Positive, Result
 from ._register import Op
@@ -59,7 +59,7 @@ def reference(
 ) -> tuple[Tensor, Tensor]:
     """(1) and (2): the nodes [I, N + T, S] of all pairs, and an empty `inverse`."""
     edge = bounds(cu_seqlens, words.shape[0], "similarity_nodes")
-    _attention.region_counts(region_lengths, image, "similarity_nodes")
+    region_counts(region_lengths, image, "similarity_nodes")
     local = similarity(
         image, words, local_weight, local_bias, cu_seqlens, region_lengths, "t2i", "clipped_l2norm", scale
     )

@@ -17,7 +17,7 @@ from torch import Tensor
 from ... import _cuda
 from ..._cuda import Kernel
 from ..._workspace import scratch_bytes
-from ...packing import bounds, checked, kept, node_bounds, node_plan, spans
+from ...packing import bounds, checked, kept, node_bounds, node_plan, region_counts, spans
 from .. import _attention
 from . import _rows
 from ._tiles import Pairs, Plan, Tile, _plan, tile_of
@@ -191,7 +191,7 @@ def scores(
     edge = bounds(cu_seqlens, N, op)
     count = None
     if region_lengths is not None:
-        kept(region_lengths, ("regions", R), lambda values: _attention.region_counts(values, image, op))
+        region_counts(region_lengths, image, op)
         count = aligned(checked(region_lengths).to(torch.int32))
     score = image.new_empty(I, T)
     if not score.numel():

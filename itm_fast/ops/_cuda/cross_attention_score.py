@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ... import _cuda
 from ..._checks import matmul_precision
-from ...packing import bounds, checked, kept
+from ...packing import bounds, checked, region_counts
 from .. import _attention
 from .._declare import empty
 from . import _rows, _tiles
@@ -117,7 +117,7 @@ def forward(
     plan = _tiles.plan_tiles(cu_seqlens, len(words), OP, tile.slots)
     count = None
     if region_lengths is not None:
-        kept(region_lengths, ("regions", R), lambda values: _attention.region_counts(values, image, OP))
+        region_counts(region_lengths, image, OP)
         count = aligned(checked(region_lengths).to(torch.int32))
     image, words = aligned(image), aligned(words)
     regions = image.view(I * R, D)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._checks import work_dtype
 from ..._workspace import scratch_bytes
-from ...packing import bounds, runs, spans
+from ...packing import bounds, region_counts, runs, spans
 from .. import _attention, _recompute
 from .._declare import empty
 from ._attention import attended_norm, attention, valid
@@ -51,7 +51,7 @@ def _image_spans(backward, image, words, cu_seqlens, region_lengths, direction, 
     """
     (I, R, D), op = image.shape, "cross_attention_score"
     edge = bounds(cu_seqlens, words.shape[0], op)
-    _attention.region_counts(region_lengths, image, op)
+    region_counts(region_lengths, image, op)
     work, device = work_dtype(image), image.device
     entries = _recompute.tile_bytes(device, backward) // (COPIES * work.itemsize)
     function = partial(_score, direction, affinity_norm, scale, pool, pool_scale)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import work_dtype
-from ...packing import bounds, runs, spans
+from ...packing import bounds, region_counts, runs, spans
 from .. import _attention, _recompute
 from .._declare import empty
 from ._attention import attended_norm, attention, valid
@@ -28,7 +28,7 @@ def backward(grad: Tensor, needs: list[bool], image: Tensor, words: Tensor, weig
 def _cut(backward, image, words, weight, bias, cu_seqlens, region_lengths, direction, affinity_norm, scale):
     (I, R, D), op = image.shape, "cross_attention_similarity"
     edge = bounds(cu_seqlens, words.shape[0], op)
-    _attention.region_counts(region_lengths, image, op)
+    region_counts(region_lengths, image, op)
     row = 2 * D * work_dtype(image).itemsize  # a query's difference
     queries = _recompute.tile_bytes(image.device, backward) // row
     for run in runs(edge, image.device, _recompute.MIN_QUERIES):

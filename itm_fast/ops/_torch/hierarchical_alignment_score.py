@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import work_dtype
-from ...packing import bounds, runs, spans
+from ...packing import bounds, region_counts, runs, spans
 from .. import _attention, _recompute
 from .._declare import empty
 from ._attention import valid
@@ -56,7 +56,7 @@ def _cut(backward, image, image_key, image_gate, words, *rest) -> Iterator[_reco
     *_, cu_seqlens, region_lengths, direction, scale, pool, local_mix, global_mix = rest
     (I, R, D), op = image.shape, "hierarchical_alignment_score"
     edge = bounds(cu_seqlens, len(words), op)
-    _attention.region_counts(region_lengths, image, op)
+    region_counts(region_lengths, image, op)
     options = Options(direction, scale, pool, local_mix, global_mix)
     vector = image_gate.shape[3] > 1
     limit = _recompute.tile_bytes(image.device, backward, 1 if backward else TILES) // work_dtype(image).itemsize

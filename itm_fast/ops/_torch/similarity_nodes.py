@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import work_dtype
-from ...packing import Index, bounds, runs, spans
+from ...packing import Index, bounds, region_counts, runs, spans
 from .. import _attention, _recompute
 from .._declare import empty
 from ._linear import linear
@@ -29,7 +29,7 @@ def _cut(backward: bool, *args) -> Iterator[_recompute.Block]:
     image, _, words, _, weight, *_, cu_seqlens, region_lengths, scale = args
     (I, _, D), S, work = image.shape, len(weight), work_dtype(image)
     edge = bounds(cu_seqlens, len(words), "similarity_nodes")
-    _attention.region_counts(region_lengths, image, "similarity_nodes")
+    region_counts(region_lengths, image, "similarity_nodes")
     limit = _recompute.tile_bytes(image.device, backward) // work.itemsize
     for run in runs([start + t for t, start in enumerate(edge)], image.device, _recompute.MIN_QUERIES):
         length = run.length - 1

@@ -11,8 +11,8 @@ from functools import partial
 from torch import Tensor
 
 from ..._checks import work_dtype
-from ...packing import bounds, runs, spans
-from .. import _attention, _recompute
+from ...packing import bounds, region_counts, runs, spans
+from .. import _recompute
 from .._declare import empty
 from . import similarity_filter, similarity_graph
 from .similarity_nodes import nodes
@@ -75,7 +75,7 @@ def _cut(
     image, _, words, _, weight, *parameters = tensors
     (I, _, D), S, work = image.shape, len(weight), work_dtype(image)
     edge = bounds(cu_seqlens, len(words), op)
-    _attention.region_counts(region_lengths, image, op)
+    region_counts(region_lengths, image, op)
     limit = _recompute.tile_bytes(image.device, backward, 1 if backward else TILES) // work.itemsize
     for run in runs(edge, image.device, _recompute.MIN_QUERIES):
         pair = max(2 * run.length * D, (copies + 1) * (run.length + 1) * S) + 2 * D
