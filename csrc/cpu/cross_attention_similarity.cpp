@@ -16,7 +16,7 @@ struct Result {
   void* inverse;
 };
 
-// Columns 0 .. count of a tile become the rows that row(j, room) tells; `room` then holds y.
+// Writes column j of a tile, for j < count, to row row(j) of the result. `room` holds TILE_COLUMNS rows of S values.
 template <class T, class E, class Row>
 void write_columns(const SimilarityTile<T, E>& tile, int64_t count, int64_t S, Dtype dtype, T* room, Result result,
                    Row row) {
@@ -30,7 +30,7 @@ void write_columns(const SimilarityTile<T, E>& tile, int64_t count, int64_t S, D
   }
 }
 
-// Similarity vectors of a chunk as rows of the result, those of regions that an image has not as zeros.
+// Writes the similarity vectors of a chunk as rows of the result; those of padding regions are zeros.
 template <class T, class E>
 void write_rows(const SimilarityProblem& p, const Chunk& chunk, int64_t context, const SimilarityTile<T, E>& tile,
                 T* room, Result result) {
@@ -46,7 +46,8 @@ void write_rows(const SimilarityProblem& p, const Chunk& chunk, int64_t context,
       write(result.rows, p.weight.dtype, p.row(context, set, p.images.edge[set] + r) * p.S, p.S, room, T(0));
 }
 
-// Global similarity vectors of all pairs. An image's global vector is the only context of the captions' ones.
+// Writes the global similarity vectors of all pairs: the captions' global vectors are queries, and an image's global
+// vector is their only context, with weight 1.
 template <class T>
 void write_globals(const SimilarityProblem& p, Result result, int64_t threads) {
   const Globals& g = *p.globals;

@@ -29,7 +29,7 @@ struct Gradients {
   bool any() const { return context || query || weight || bias; }
 };
 
-// Similarity vectors that the forward pass left, with their 1 / (|y| + eps); null rows where it did not.
+// The similarity vectors of the forward pass and their 1 / (|y| + eps), if they were saved; else rows is null.
 struct Known {
   Source rows;
   const void* inverse;
@@ -41,7 +41,7 @@ void add_rows(const RowSets& sets, int64_t set, void* to, const FeaturePanels<T>
     from.add_row_to(static_cast<T*>(to) + (sets.first[set] + r) * from.D, row + r);
 }
 
-// What a slot sums for one projection, over all windows.
+// A slot's sums of the gradients of one projection, over all windows.
 template <class T>
 SimilaritySums<T> sums_of(const Gradients& wanted, int64_t D, int64_t S) {
   return {wanted.context != nullptr, wanted.query != nullptr, wanted.weight != nullptr, wanted.bias != nullptr,

@@ -1,16 +1,16 @@
 // Attention filtration over a chunk's nodes in evaluation: equations (1) to (4) of itm_fast/ops/similarity_filter.py.
 //
-// X is [S][nodes], a caption's nodes side by side. A node's gate is computed in its column; the sums over a caption's
-// nodes run along the lanes from the caption's own first column on, for LANES features at once. X is read twice, from
-// the second cache.
+// X is [S][nodes], a caption's nodes side by side. A node's gate is computed in its column. Sums over a caption's nodes
+// start at the caption's own first column, with nodes along the lanes and for LANES features at once, so their order
+// does not depend on the captions beside it. X is read twice, from the second cache.
 #pragma once
 #include "attention.h"
 #include "shuffle.h"
 
 namespace itm_fast {
 
-// What is needed of the parameters, made once per call and shared by all threads. (1) and (2) are one: the projection's
-// bias and BatchNorm's statistics fold into gate = sigmoid(scale w.x + shift).
+// The parameters as Filter reads them, made once per call and shared by all threads. (1) and (2) are one operation: the
+// projection's bias and BatchNorm's statistics fold into gate = sigmoid(scale w.x + shift).
 template <class T>
 struct FilterWeights {
   int64_t S;

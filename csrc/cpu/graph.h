@@ -19,7 +19,7 @@ namespace itm_fast {
 
 constexpr int64_t GRAPH_NODES = 224;  // of a chunk, and asked at a time in captions longer than that
 
-// What the K steps need of the parameters, made once per call and shared by all threads.
+// The parameters as the K steps read them, made once per call and shared by all threads.
 template <class T, class E = T>
 struct GraphWeights {
   int64_t S, steps, ld;

@@ -32,7 +32,7 @@ struct GraphGradient {
         threads(c.threads) {}
 };
 
-// What a product of gemm.h starts from and where it goes: from zeros, into c, added to what is in c.
+// The begin and end functions of a product of gemm.h: nothing() starts from zeros, there() from c, put() stores into c.
 template <class T>
 constexpr auto nothing = [](int64_t, int64_t) { return Vec<T>{}; };
 

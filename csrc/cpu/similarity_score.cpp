@@ -28,6 +28,7 @@ const char* guarded_score(const Call& call) {
 }  // namespace
 }  // namespace itm_fast
 
+// Both write score [I, T] in the dtype of the tensors; shapes and who owns what: calls.h.
 extern "C" const char* similarity_graph_score(const itm_fast::SimilarityGraphScoreCall& call) {
   return itm_fast::guarded_score(call);
 }

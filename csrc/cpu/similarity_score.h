@@ -14,7 +14,7 @@
 
 namespace itm_fast {
 
-// What both calls have; calls.h has the shapes.
+// The arguments that the calls of both pair scorers have; shapes: calls.h.
 struct PairScore {
   Source image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias, score_weight,
       score_bias;
@@ -24,7 +24,7 @@ struct PairScore {
   double scale;
   int64_t threads;
 
-  template <class Call>  // one of those of score(), below
+  template <class Call>  // SimilarityGraphScoreCall or SimilarityFilterScoreCall
   explicit PairScore(const Call& c)
       : image{c.image, c.dtype}, image_global{c.image_global, c.dtype}, words{c.words, c.dtype},
         caption_global{c.caption_global, c.dtype}, local_weight{c.local_weight, c.dtype},
