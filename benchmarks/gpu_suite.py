@@ -55,7 +55,7 @@ class Running:
             )
 
     def ended(self, seconds: float) -> dict[str, Any]:
-        """Wait that long at most, then end it and all that it started; tells how it went."""
+        """Wait at most so long, then end the process and all that it started; return how it went."""
         try:
             code = self.process.wait(max(seconds, 0.1))
         except subprocess.TimeoutExpired:

@@ -63,7 +63,7 @@ def row(
         pairs: pairs scored in one call.
         flops: operations that one call needs.
         base: median seconds of the paper's loop.
-        products: dtype of the factors of its matrix products, whose peak it is held against.
+        products: dtype of the factors of its matrix products: its rate is compared with the peak of this dtype.
         more: further fields.
     """
     median = statistics.median(times)

@@ -266,7 +266,7 @@ def _threads(environment: dict) -> str:
 
 
 def readme(text: str) -> str:
-    """The README with its table made anew."""
+    """The README's text with its table generated from the result files."""
     table = f"<!-- headline -->\n\n{headline()}\n\n<!-- end -->"
     return re.sub(r"<!-- headline -->.*?<!-- end -->", lambda _: table, text, flags=re.DOTALL)
 

@@ -83,7 +83,7 @@ def needed_flops(model: str, shape: Shape) -> float:
 def state_flops(model: str, shape: Shape) -> float:
     """Operations of a block that depend on one image or one caption alone: SGRAF's global vectors (VisualSA, TextSA).
 
-    Over a whole data set they vanish beside the pairs; in a block they do not.
+    Over a whole data set they are negligible against those of the pairs; in a block they are not.
     """
     if model.startswith("scan"):
         return 0.0

@@ -110,7 +110,7 @@ def test_a_ratio_below_one_is_not_rounded_away(ratio, text):
 
 @functools.cache
 def needed(kind, model, images, captions, name):
-    """Operations of a row, counted anew."""
+    """The operations of a row, counted independently of the result file."""
     shape = Shape("coco-eval-5k", images, captions)
     if kind == "maxsim":
         return images * Block(1, captions, TASKS[model], "cpu").flops(model)

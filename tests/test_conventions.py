@@ -1,4 +1,4 @@
-"""The house rules that a program can see."""
+"""Conventions of this repository that a program can check."""
 
 import doctest
 import importlib

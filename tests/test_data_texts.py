@@ -1,4 +1,4 @@
-"""What is taken as captions, and how text files are decoded."""
+"""Which arguments are accepted as captions, and how text files are decoded."""
 
 import os
 import re

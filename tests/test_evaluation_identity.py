@@ -1,4 +1,4 @@
-"""A score file is taken for the very inputs that it was made from; other words than a model's own are refused."""
+"""A score file is used again only for the inputs it was made from; another model's vocabulary is refused."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 """What only a GPU shows: offsets beyond 2^31, CUDA graphs, streams, devices, compiled graphs, memory, that nothing is
-compiled anew; and the models against the published vectors."""
+compiled again; and the models against the published vectors."""
 
 import copy
 import json

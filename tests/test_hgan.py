@@ -1,4 +1,4 @@
-"""HGAN beside what holds for every model: adjacency and refusals."""
+"""What HGAN has and other models do not: adjacency and refusals (test_model_contract.py has the rest)."""
 
 import pytest
 import torch

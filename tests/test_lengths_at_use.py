@@ -1,4 +1,4 @@
-"""Bounds of captions and counts of regions are those that the tensors hold at the call, however they got there."""
+"""cu_seqlens and region_lengths are read at the call: what was written to these tensors before is what counts."""
 
 import inspect
 

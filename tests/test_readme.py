@@ -1,4 +1,4 @@
-"""Every document true: the README's examples run, its commands parse, its numbers are those of the result files."""
+"""The README is true: its examples run, its commands parse, its links exist, its numbers are those of result files."""
 
 import re
 import shlex

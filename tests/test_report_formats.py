@@ -1,4 +1,4 @@
-"""A report as table, JSON, CSV and LaTeX: every number of it is another one, and stands where it belongs."""
+"""A report as table, JSON, CSV and LaTeX: all its numbers differ, so each is found in its own place or nowhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""SHAN beside what holds for every model's pair scorer: its options, whole model, training and checkpoints."""
+"""What SHAN has and other models do not: options, training, checkpoints (test_model_contract.py has the rest)."""
 
 from argparse import Namespace
 

@@ -1,4 +1,4 @@
-"""TSHSR beside what holds for every model: gradients in blocks and of few pairs, autocast, memory and refusals."""
+"""TSHSR's gradients in blocks and of few pairs, autocast, memory and refusals (test_model_contract.py has the rest)."""
 
 import pytest
 import torch

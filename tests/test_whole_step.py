@@ -1,4 +1,4 @@
-"""A whole training step in the benchmarks: the published one and ours do the same work, and its seconds are parted."""
+"""Whole training steps in the benchmarks: the published one and ours do the same work; time is measured by part."""
 
 import types
 from argparse import Namespace
