@@ -122,7 +122,7 @@ def cross_attention_score(
         pool: how the queries' cosines become one score: lse, max, sum or mean.
         pool_scale: inverse temperature of "lse"; not used by the other pools.
         region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
-        backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
+        backend: "triton", "cuda", "cpu", "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
         score [I, T], dtype of `image` (under autocast, autocast's).
