@@ -1,12 +1,16 @@
 """The kernels of csrc/cuda as a module that runs them on the CPU (cuda/emulator.h), built once.
 
 `INSTANCES` lists what is built of each .cu file. A file becomes a .cpp file of its own, in a namespace of its name, so
-that ninja compiles them side by side.
+that ninja compiles them side by side. EMULATOR_OPTIONS adds options of the compiler, as for the sanitizers:
+
+    EMULATOR_OPTIONS="-g -fsanitize=address,undefined" ASAN_OPTIONS=detect_leaks=0 \\
+        LD_PRELOAD=$(g++ -print-file-name=libasan.so) pytest tests/test_cuda_emulated.py
 """
 
 import ctypes
 import functools
 import itertools
+import os
 import platform
 import sys
 from pathlib import Path
@@ -22,6 +26,7 @@ from itm_fast.ops._cuda.cross_attention_score import Scan
 HERE = Path(__file__).parent / "cuda"
 NAME = "cuda_emulated_module"
 OPTIONS = ["-DITM_EMULATE", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+OPTIONS += os.environ.get("EMULATOR_OPTIONS", "").split()
 FLAGS = ("-O1", "-std=c++20", "-fPIC")
 KINDS = ("F16", "BF16", "F16X3", "TF32X3")
 

@@ -110,7 +110,7 @@ __global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) 
     for (int i = threadIdx.x; i < at.captions * T::WIDTH; i += T::THREADS) {
         const int member = at.member + i / T::WIDTH, column = i % T::WIDTH;
         const int image = column / COLUMNS, region = column % COLUMNS, caption = p.pairs.caption[member];
-        if (region >= at.regions(p.pairs, image)) continue;
+        if (region >= at.regions(p.pairs, image)) continue;  // redundant but for `length`, which ends before
         const int begin = p.pairs.begin[member], words = p.pairs.end[member] - begin;
         float *value = values + begin * T::LD + column, *number = norms + image * SLOTS + begin;
         auto logit = [&](int w) {

@@ -1,0 +1,195 @@
+"""Remove each barrier, wait and mask of the CUDA kernels in turn: `cuda_mutations.py [FILE ...]` prints what notices.
+
+A change is noticed if the changed kernels do not compile, the emulator finds an error, the process crashes, or a result
+has other bits than the unchanged kernels give, in any order of the threads. What none of this shows must be called
+redundant in a comment of its line, which says why it stands all the same.
+
+Barriers and waits are found by their names. Masks are listed here, since only a reader can tell them from other
+conditions; a listed text that is not there is an error.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from itm_fast import _cuda, _native
+
+WAITS = re.compile(r"(__syncthreads\(\)|sync_warp\(\)|wait_groups<.*?>\(\));")
+ORDERS = (0, 1, 2, 3)
+# File -> (text, what takes its place).
+MASKS: dict[str, list[tuple[str, str]]] = {
+    "affinity.h": [
+        ("image >= images ? 0 : ", ""),
+        ("p.count ? p.count[first_image + image] : ", ""),
+        ("row < 0 ? NOTHING : ", ""),
+        (" && region < at.regions(p, image)", ""),
+        ("inside && ", ""),
+        ("if (step < steps) {", "{"),
+        ("if (region >= at.regions(p, image)) continue;", ""),
+        ("if (row + ROWS <= T::SLOTS + T::WIDTH || row + row0 < T::SLOTS + T::WIDTH)", ""),
+    ],
+    "attention.h": [
+        ("if (n * 8 + 2 * at.t + j < regions) use", "use"),
+        ("const bool real = region < regions;", "const bool real = true;"),
+        ("raw[n][j] = real ? raw[n][j] : 0;", ""),
+    ],
+    "scan.cu": [
+        ("if (p.pairs.wide && *p.pairs.wide != p.pairs.for_wide) return;", ""),
+        ("if (region >= at.regions(p.pairs, image)) continue;", ""),
+    ],
+}
+
+
+class Change(NamedTuple):
+    """One change of a file: in `line`, from 1, `text` at `place` of the whole becomes `to`."""
+
+    file: str
+    line: int
+    place: int
+    text: str
+    to: str
+
+    def made(self, source: str) -> str:
+        return source[: self.place] + self.to + source[self.place + len(self.text) :]
+
+
+def changes(file: str, source: str) -> Iterator[Change]:
+    found = [(match.start(), match[0], ";") for match in WAITS.finditer(source)]
+    for text, to in MASKS.get(file, ()):
+        if text not in source:
+            raise ValueError(f"{file} has no {text!r}")
+        found += [(match.start(), text, to) for match in re.finditer(re.escape(text), source)]
+    for place, text, to in sorted(found):
+        yield Change(file, source.count("\n", 0, place) + 1, place, text, to)
+
+
+def scan(run: Callable[..., torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Scores of `cross_attention_score` in all that its kernels do differently."""
+    from itm_fast.ops._cuda import _rows
+    from itm_fast.testing import inputs
+
+    # Tiles with empty slots, a group with fewer images than fit, images of fewer regions, a last stage half full.
+    image, words, edge = inputs(5, (100, 7, 30, 1, 12), 34, 136, dtype=torch.float32)
+    counts = torch.tensor([34, 2, 34, 19, 7])
+    for i, n in enumerate(counts):
+        image[i, n:] = torch.nan  # which must not be read
+    for direction in ("t2i", "i2t"):
+        for norm, dtype in (("clipped_l2norm", torch.float32), ("softmax", torch.float32), ("none", torch.float16)):
+            yield run(image.to(dtype), words.to(dtype), edge, counts, direction, norm, 9.0, "lse", 6.0)
+    image = image.nan_to_num(0.5)
+    image[2, 1] = words[105] = torch.nan
+    yield run(image, words, edge, None, "t2i", "l2norm", 9.0, "sum", 6.0)
+    low, _rows.LOW = _rows.LOW, torch.inf
+    for direction in ("t2i", "i2t"):
+        yield run(image, words, edge, counts, direction, "l1norm", 9.0, "max", 6.0)
+    _rows.LOW = low
+
+
+class Judge(NamedTuple):
+    """What tells whether kernels still compute the same.
+
+    Attributes:
+        stems: the .cu files that are built.
+        instances: a pattern of the names that are built of them.
+        op: module of itm_fast.ops._cuda.
+        results: calls its `forward`, and yields what it returns.
+    """
+
+    stems: tuple[str, ...]
+    instances: str
+    op: str
+    results: Callable[..., Iterator[torch.Tensor]]
+
+
+SCAN = Judge(("scan",), r"<(F16|F16X3|TF32X3), 36, 128, 2>", "cross_attention_score", scan)
+JUDGES: dict[str, Judge] = {"affinity.h": SCAN, "attention.h": SCAN, "scan.cu": SCAN}
+
+
+def results(judge: Judge) -> list[torch.Tensor]:
+    """All results in all orders, of the kernels in the folder that `_native.csrc_dir` names."""
+    import importlib
+
+    import cuda_emulated
+
+    built = {s: [n for n in cuda_emulated.INSTANCES[s] if re.search(judge.instances, n)] for s in judge.stems}
+    cuda_emulated.INSTANCES.clear()
+    cuda_emulated.INSTANCES.update(built)
+    module = cuda_emulated.load()
+    if isinstance(module, str):
+        raise RuntimeError(module)
+    device = cuda_emulated.Device(module)
+    _cuda.launch = device.launch  # type: ignore[assignment]
+    torch.cuda.get_device_capability = lambda *_: device.capability  # type: ignore[assignment]
+    op = importlib.import_module(f"itm_fast.ops._cuda.{judge.op}")
+    found = []
+    for device.order in ORDERS:
+        found += [result.float().nan_to_num(12345.0) for result in judge.results(op.forward)]
+    return found
+
+
+def judge_in_process(file: str, csrc: str, out: str) -> None:
+    """The work of a process: write the results of kernels in a folder."""
+    _native.csrc_dir = lambda: Path(csrc)  # type: ignore[attr-defined]
+    torch.save(results(JUDGES[file]), out)
+
+
+def judged(file: str, csrc: Path) -> list[torch.Tensor] | str:
+    """The results of kernels in a folder, or what went wrong."""
+    out = csrc / "results.pt"
+    out.unlink(missing_ok=True)
+    environment = {**os.environ, "ITM_FAST_CACHE_DIR": str(csrc / "cache")}
+    command = [sys.executable, __file__, "--judge", file, str(csrc), str(out)]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if ended.returncode == 0:
+        return torch.load(out)
+    if ended.returncode < 0:
+        return f"signal {-ended.returncode}"
+    return ended.stderr.strip().splitlines()[-1][:100]
+
+
+def verdict(found: list[torch.Tensor] | str, want: list[torch.Tensor]) -> str:
+    if isinstance(found, str):
+        return found
+    other = sum(not torch.equal(a, b) for a, b in zip(found, want))
+    return f"{other} of {len(want)} results" if other else "unnoticed"
+
+
+def main(files: list[str]) -> int:
+    """Print a line for each change; return how many go unnoticed that are not said to be redundant."""
+    cuda, missed = _native.csrc_dir() / "cuda", 0
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "cuda"
+        folder.mkdir()
+        sources = {file.name: file.read_text() for file in cuda.iterdir()}
+        for name, text in sources.items():
+            (folder / name).write_text(text)
+        for file in files or JUDGES:
+            want = judged(file, Path(scratch))
+            if isinstance(want, str):
+                raise RuntimeError(f"the unchanged kernels fail: {want}")
+            for change in changes(file, sources[file]):
+                (folder / file).write_text(change.made(sources[file]))
+                said = verdict(judged(file, Path(scratch)), want)
+                line = sources[file].splitlines()[change.line - 1]
+                if said == "unnoticed":
+                    said = "redundant" if "redundant" in line else "UNNOTICED"
+                    missed += said == "UNNOTICED"
+                print(f"{file}:{change.line:<4} {change.text[:60]:<60} {said}", flush=True)
+            (folder / file).write_text(sources[file])
+    return missed
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--judge"]:
+        judge_in_process(*sys.argv[2:])
+    else:
+        sys.exit(main(sys.argv[1:]))
