@@ -1,10 +1,12 @@
 """The CUDA kernels of `cross_attention_score`, emulated on the CPU, against the reference in float64."""
 
+import cuda_stub
 import pytest
 import torch
 from cuda_emulated import device, emulated
 
 import itm_fast
+from itm_fast import _cuda
 from itm_fast.ops._attention import NORMS, POOLS
 from itm_fast.ops._cuda import _rows, _tiles
 from itm_fast.ops._cuda import cross_attention_score as op
@@ -16,6 +18,7 @@ KINDS = ["F16", "BF16", "F16X3", "TF32X3", "one F16"]  # "one F16": float32 rows
 DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16}
 # More images than a tile has of 36 regions; tiles of one and of many captions.
 LENGTHS = (127, 12, 1, 7, 30, 5, 2, 9, 120, 3)
+LAUNCH = _cuda.launch
 OPTIONS = dict(direction="t2i", affinity_norm="clipped_l2norm", scale=9.0, pool="lse", pool_scale=6.0)
 
 
@@ -209,20 +212,62 @@ def test_two_float16_numbers_are_as_exact_as_three_tf32_products(affinity_error)
     assert affinity_error("one F16", x, q) < 1e-3
 
 
-def test_wide_rows_are_multiplied_in_tf32(device, affinity_error):
+def test_wide_rows_are_multiplied_in_tf32(device, affinity_error, monkeypatch):
     generator = torch.Generator().manual_seed(0)
     x, q = (torch.randn(n, 64, generator=generator) for n in (3, 5))
     affinity_error("F16X3", x, q)
     assert [bool(counts["products"]) for _, counts in device.launches] == [False, True]
-    x[:, 0], q[:, 0] = 0, 1e9  # the other numbers decide, and have few bits in units of the largest
-    device.launches.clear()
+    x[:, 0], q[2, 0] = 0, 1e9  # the other numbers decide, and have few bits in units of the largest
     found = run(x[:, None], q, torch.arange(len(q) + 1), affinity_norm="none", pool="sum").double()
-    assert [(kernel.name[:13], bool(counts["products"])) for kernel, counts in device.launches] == [
-        ("scan_t2i<TF32", True),
-        ("scan_t2i<F16X", False),
-    ]
     want = x.double() @ q.double().T / (x.double().norm(dim=1)[:, None] * q.double().norm(dim=1))
-    torch.testing.assert_close(found, want, rtol=1e-5, atol=0)
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-7)
+    assert all(counts["products"] for _, counts in device.launches[-2:])
+    with monkeypatch.context() as patch:
+        patch.setattr(_rows, "LOW", 0)
+        worse = run(x[:, None], q, torch.arange(len(q) + 1), affinity_norm="none", pool="sum")
+    assert (worse[:, 2] / want[:, 2] - 1).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_wide_row_changes_no_other_pairs_bits(device, direction):
+    image, words, cu_seqlens = drawn(5, (12, 7, 9), 36, 40)
+    clean = run(image, words, cu_seqlens, direction=direction)
+    for row in (image[2, 35], words[13]):
+        row *= 2.0 ** torch.arange(40)
+    found = run(image, words, cu_seqlens, direction=direction)
+    assert (found != clean).sum() == 7  # those of image 2 and of caption 1
+    others = torch.arange(5) != 2
+    assert_same_bits(found[others][:, ::2], clean[others][:, ::2])
+    check("F16X3", image, words, cu_seqlens, direction=direction)
+    alone = run(image[2:3], words[:12], cu_seqlens[:2], direction=direction)
+    assert_same_bits(alone, found[2:3, :1])
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_rows_of_all_sizes(device, direction):
+    image, words = rows_of_all_sizes(2 * 36, 64, 3).view(2, 36, 64), rows_of_all_sizes(20, 64, 4)
+    cu_seqlens = torch.tensor([0, 8, 20])
+    for norm in ("clipped_l2norm", "l1norm", "none"):
+        options = dict(OPTIONS, direction=direction, affinity_norm=norm, pool="mean")
+        wide = image.double(), words.double()
+        want = itm_fast.cross_attention_score(*wide, cu_seqlens, backend="reference", **options)
+        found = run(image, words, cu_seqlens, **options)
+        torch.testing.assert_close(found.double(), want, rtol=0, atol=2e-6)
+
+
+def test_more_groups_of_images_than_go_together(device):
+    image, words, cu_seqlens = drawn(2 * 17, (127, 3), 70, 8, torch.float16)
+    whole = run(image, words, cu_seqlens)
+    assert torch.equal(torch.cat([run(part, words, cu_seqlens) for part in image.split(9)]), whole)
+
+
+def test_a_launch_through_the_driver(emulated, device):
+    given = drawn(3, (12, 5), 36, 40)
+    want = run(*given)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_cuda, "launch", LAUNCH)
+        with cuda_stub.installed(emulated.run):
+            assert_same_bits(run(*given), want)
 
 
 def test_split_rows_hold_22_bits():
@@ -234,7 +279,7 @@ def test_split_rows_hold_22_bits():
     assert not both[:, 40:].any()
     bound = torch.maximum(rows.double().abs() * 2.0**-22, rows.double().abs().amax(1, keepdim=True) * 2.0**-34)
     assert ((both[:, :40] - rows.double()).abs() <= bound).all()
-    assert not found.wide.item()
+    assert not found.wide.any()
 
 
 def test_a_factor_of_a_gram_matrix_without_full_rank():

@@ -22,8 +22,9 @@ struct Pairs {
     const int *caption, *begin, *end;  // [captions]
     const int *row;       // [tiles * SLOTS] the word's row, or -1
     const int *owner;     // [tiles * SLOTS] its caption, counted within the tile; 0 where there is none
-    const int *wide;      // whether this is the launch for rows that F16X3 cannot hold is compared with it; or null
-    int images, R, captions, chunks, tiles, for_wide;
+    const int *wide;      // [1 + captions + images] whether there is any wide row, and where; or null
+    int images, R, captions, chunks, tiles;
+    int for_wide;  // whether this launch computes the pairs with wide rows, or the others
 };
 
 template <Kind KIND_, int COLUMNS_, int SLOTS_, int SIDE_> struct Tile {
@@ -62,8 +63,21 @@ template <class T> struct Place {
         lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         warp_row = warp / T::SIDE * T::WARP_ROWS, warp_image = warp % T::SIDE * T::WARP_IMAGES;
     }
+    // Whether this launch computes the pair of a member, counted within the tile, and an image, within the group.
+    __device__ __forceinline__ bool computes(const Pairs &p, int caption, int image) const {
+        if (!p.wide || !*p.wide) return !p.for_wide;
+        const int *wide = p.wide + 1;
+        return (wide[p.caption[member + caption]] | wide[p.captions + first_image + image]) == p.for_wide;
+    }
+    __device__ __forceinline__ bool computes_any(const Pairs &p) const {
+        if (!p.wide || !*p.wide) return !p.for_wide;
+        for (int i = 0; i < captions * images; ++i)
+            if (computes(p, i % captions, i / captions)) return true;
+        return false;
+    }
     __device__ __forceinline__ int regions(const Pairs &p, int image) const {  // image within the group
-        return image >= images ? 0 : p.count ? p.count[first_image + image] : p.R;
+        if (image >= images) return 0;  // redundant but for what would be read behind the last image
+        return p.count ? p.count[first_image + image] : p.R;
     }
 };
 

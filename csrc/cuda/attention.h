@@ -14,14 +14,21 @@ struct Attention {
     float scale;  // inverse temperature of the softmax over the contexts
 };
 
-// What the lengths of attended vectors are computed from: factors of the contexts' Gram matrices, of one set each.
+// What the lengths of attended vectors are computed from. F^T F is the Gram matrix of a set's contexts, each divided by
+// its `size`, a power of two near its length, so that short ones count beside long ones. F is upper triangular.
 struct Grams {
     const void *factor;
-    const float *size;
+    const float *size;       // [images][BLOCKS * 8], 0 beyond the regions (t2i), or [N] of words (i2t)
     const long long *place;  // where a caption's factor begins (i2t)
 };
 
 __device__ __forceinline__ float clipped(float x, float slope) { return x > 0 ? x : slope * x; }
+
+// The exponent of x >= 0 as float32 has it, between 18 and 253: 2^(exponent - 127) <= x.
+__device__ __forceinline__ unsigned exponent_of(float x) {
+    const unsigned exponent = as_bits(x) >> 23;
+    return exponent < 18 ? 18 : exponent > 253 ? 253 : exponent;
+}
 
 // Who has the affinities of one norm: a thread alone, or the lanes with the same g.
 struct Alone {
@@ -109,10 +116,9 @@ template <class T> struct Attended {
 
 // Attends with 16 words, whose first slot is `row`, to an image, counted within the warp.
 //
-// The attended vector's length is |F v|, a sum of squares that cannot cancel: v = e times `size`, and F^T F is the Gram
-// matrix of the regions divided by their `size`. F is upper triangular. Times powers of two, it and v are sums of two
-// float16 numbers below 2^9. `size` is [images][BLOCKS * 8], powers of two, and 0 beyond the regions. F lies in memory
-// times 2^9, [images][BLOCKS * 8][BLOCKS * 4][2] words: the first and the second numbers of two neighbouring columns.
+// The attended vector's length is |F v| with v = e times `size`, a sum of squares, which cannot cancel. Times powers of
+// two, F and v are sums of two float16 numbers below 2^9. F lies in memory times 2^9, [images][BLOCKS * 8][BLOCKS * 4][2]
+// words: the first and the second numbers of two neighbouring columns.
 template <class T>
 __device__ __forceinline__ void attend(Attended<T> &out, const float (&acc)[T::BLOCKS_N][4], const float *norms, int row,
                                        int image, const Pairs &p, const Attention &attention, const Grams &grams,
@@ -155,8 +161,7 @@ __device__ __forceinline__ void attend(Attended<T> &out, const float (&acc)[T::B
     float unit[2], over[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-        unsigned exponent = as_bits(quad_max(largest[i])) >> 23;
-        exponent = exponent < 18 ? 18 : exponent > 253 ? 253 : exponent;
+        const unsigned exponent = exponent_of(quad_max(largest[i]));
         unit[i] = as_float((exponent - 17) << 23), over[i] = as_float((254 + 8 - exponent) << 23);
     }
     unsigned v[BLOCKS][2], rest[BLOCKS][2];

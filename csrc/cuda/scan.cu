@@ -41,11 +41,11 @@ template <class Value> __device__ __forceinline__ float pooled(const Scan &p, in
 template <Kind KIND, int COLUMNS, int SLOTS, int SIDE>
 __global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) scan_t2i(Scan p) {
     using T = Tile<KIND, COLUMNS, SLOTS, SIDE>;
-    if (p.pairs.wide && *p.pairs.wide != p.pairs.for_wide) return;
     DYNAMIC_SHARED(shared, T::WORK + CAPTIONS * T::LD * 4);
     float *norms = reinterpret_cast<float *>(shared + T::WORK);  // [CAPTIONS][LD]
     float *work = reinterpret_cast<float *>(shared);
     const Place<T> at(p.pairs);
+    if (!at.computes_any(p.pairs)) return;
 
     typename T::Accumulators acc;
     affinities<T>(acc, shared, p.pairs, at);
@@ -73,7 +73,8 @@ __global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) 
         }
     __syncthreads();
     for (int i = threadIdx.x; i < at.captions * at.images; i += T::THREADS) {
-        const int member = at.member + i % at.captions, image = i / at.captions;
+        const int caption = i % at.captions, member = at.member + caption, image = i / at.captions;
+        if (!at.computes(p.pairs, caption, image)) continue;
         const int begin = p.pairs.begin[member], words = p.pairs.end[member] - begin;
         const float *r = cosine + image * SLOTS + begin;
         p.score[(long long)(at.first_image + image) * p.pairs.captions + p.pairs.caption[member]] =
@@ -84,16 +85,16 @@ __global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) 
 // Regions attend to words. Grid: as `scan_t2i`.
 //
 // A caption's words lie in several warps, so affinities pass through shared memory, and one thread has a caption with one
-// region. A caption's factor is [ceil(W / 4)][W][4]: of four rows of F, word by word; times `size` it is that of x x^T.
+// region. A caption's factor is [ceil(W / 4)][W][4]: of four rows of F, word by word.
 template <Kind KIND, int COLUMNS, int SLOTS, int SIDE>
 __global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) scan_i2t(Scan p) {
     using T = Tile<KIND, COLUMNS, SLOTS, SIDE>;
     static_assert(T::IMAGES * SLOTS <= CAPTIONS * T::LD);
-    if (p.pairs.wide && *p.pairs.wide != p.pairs.for_wide) return;
     DYNAMIC_SHARED(shared, T::WORK + CAPTIONS * T::LD * 4);
     float *norms = reinterpret_cast<float *>(shared + T::WORK);  // [IMAGES][SLOTS]
-    float *values = reinterpret_cast<float *>(shared);           // [SLOTS][LD] affinities, then e, then cosines
+    float *values = reinterpret_cast<float *>(shared);           // [SLOTS][LD] affinities, then e times `size`, then cosines
     const Place<T> at(p.pairs);
+    if (!at.computes_any(p.pairs)) return;
 
     typename T::Accumulators acc;
     affinities<T>(acc, shared, p.pairs, at);
@@ -116,7 +117,8 @@ __global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) 
         auto logit = [&](int w) {
             return normalised(p.attention, value[w * T::LD], p.attention.norm == NONE ? 0 : number[w]);
         };
-        float top = -INFINITE, z = 0, dot = 0, square = 0;
+        const float *size = p.grams.size + p.pairs.row[at.tile * SLOTS + begin];
+        float top = -INFINITE, z = 0, dot = 0, square = 0, largest = 0;
         for (int w = 0; w < words; ++w) {
             const float x = logit(w);
             top = x > top ? x : top;
@@ -125,24 +127,29 @@ __global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) 
             const float e = exp2f((logit(w) - top) * (p.attention.scale * LOG2E));
             z += e;
             dot += e * value[w * T::LD];
-            value[w * T::LD] = e;
+            const float v = e * size[w];
+            largest = v > largest ? v : largest;
+            value[w * T::LD] = v;
         }
+        const unsigned exponent = exponent_of(largest);
+        const float unit = as_float(exponent << 23), over = as_float((254 - exponent) << 23);  // squares fit float32
         const float4 *factor = static_cast<const float4 *>(p.grams.factor) + p.grams.place[caption];
         for (int y = 0; y < words; y += 4, factor += words) {
             float a = 0, b = 0, c = 0, d = 0;
             for (int w = y; w < words; ++w) {
-                const float e = value[w * T::LD];
+                const float v = value[w * T::LD] * over;
                 const float4 f = factor[w];
-                a += f.x * e, b += f.y * e, c += f.z * e, d += f.w * e;
+                a += f.x * v, b += f.y * v, c += f.z * v, d += f.w * v;
             }
             square += a * a + b * b + c * c + d * d;
         }
         const float length = p.length[(long long)(at.first_image + image) * p.pairs.R + region];
-        *value = cosine_of(dot, sqrtf(square) * p.grams.size[caption], z, length);
+        *value = cosine_of(dot, sqrtf(square) * unit, z, length);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < at.captions * at.images; i += T::THREADS) {
-        const int member = at.member + i % at.captions, image = i / at.captions;
+        const int caption = i % at.captions, member = at.member + caption, image = i / at.captions;
+        if (!at.computes(p.pairs, caption, image)) continue;
         const float *r = values + p.pairs.begin[member] * T::LD + image * COLUMNS;
         p.score[(long long)(at.first_image + image) * p.pairs.captions + p.pairs.caption[member]] =
             pooled(p, at.regions(p.pairs, image), [&](int x) { return r[x]; });

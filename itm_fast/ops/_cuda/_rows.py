@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..._workspace import scratch_bytes
-from ...packing import runs, spans
+from ...packing import Run, kept, runs, spans
 
 TOP = 9  # rows are scaled so that their largest number lies in [2^8, 2^9): products of two and their sums fit float32
 BLOCK = 32  # numbers of a row whose first halves, and then second halves, lie together
@@ -26,7 +26,7 @@ class Halves(NamedTuple):
     Attributes:
         rows: [n, D], or [n, 2 D'] of pairs: `BLOCK` first numbers, then the `BLOCK` second ones, zeros from D on.
         exponent: [n] int32: a row is 2^exponent times what `rows` has of it.
-        wide: [1] int32: whether any row of pairs is wide; None where there are no pairs.
+        wide: [n] whether two numbers do not hold a row; None where there are no pairs.
     """
 
     rows: Tensor
@@ -44,7 +44,7 @@ def split_rows(rows: Tensor, pairs: bool) -> Halves:
     blocks = -(-D // BLOCK)
     found = rows.new_zeros(n, 2 * BLOCK * blocks if pairs else D, dtype=torch.float16)
     exponent = rows.new_empty(n, dtype=torch.int32)
-    wide = rows.new_zeros(1, dtype=torch.int32)
+    wide = rows.new_zeros(n, dtype=torch.bool)
     for some in spans(n, max(1, scratch_bytes(rows.device) // (24 * max(1, D)))):
         x = rows[some]
         exponent[some] = torch.frexp(_finite(x.abs().amax(1)))[1] - TOP
@@ -57,7 +57,7 @@ def split_rows(rows: Tensor, pairs: bool) -> Halves:
         both = torch.nn.functional.pad(torch.stack([first, second], 1), (0, blocks * BLOCK - D))
         found[some] = both.unflatten(2, (blocks, BLOCK)).transpose(1, 2).flatten(1)
         small, real = (y.abs() < LOW).logical_and_(y != 0).sum(1), (y != 0).sum(1)
-        wide |= (small * EIGHTH > real).any().to(torch.int32)
+        wide[some] = small * EIGHTH > real
     return Halves(found, exponent, wide if pairs else None)
 
 
@@ -107,7 +107,7 @@ class Factors(NamedTuple):
     Attributes:
         factor: of images [I, S, S / 2, 2] int32, pairs of float16 numbers in each, S a multiple of 8; of captions
             float32, one after the other.
-        size: powers of two: of images [I, S] float32, zero beyond the regions; of captions [T].
+        size: float32 powers of two: of images [I, S], zero beyond the regions; of words [N].
         place: [T] int64, where a caption's factor begins, in steps of four numbers; None for images.
     """
 
@@ -135,19 +135,51 @@ def image_factors(image: Tensor, count: Tensor | None, S: int) -> Factors:
     return Factors(factor, size)
 
 
-def caption_factors(words: Tensor, edge: Sequence[int]) -> Factors:
-    """The factors of captions, packed words [N, D] with bounds `edge`."""
-    size = words.new_empty(len(edge) - 1, dtype=torch.float32)
-    place = torch.empty_like(size, dtype=torch.int64)
-    factors, begin = [], 0
-    for run in runs(edge, words.device, max(1, scratch_bytes(words.device) // (32 * words.shape[1]))):
+def wide_sets(words: Tensor, edge: Tensor, regions: Tensor, count: Tensor | None) -> Tensor:
+    """[1 + T + I] int32: whether any row is wide, and which captions and images have one.
+
+    Args:
+        words: [N] which rows of words are wide.
+        edge: [T + 1] the captions' bounds.
+        regions: [I, R] likewise; image i has count[i] of them, or R.
+    """
+    if count is not None:
+        regions = regions & (torch.arange(regions.shape[1], device=regions.device)[None, :] < count[:, None])
+    before = torch.nn.functional.pad(words.cumsum(0), (1, 0))[edge.long()]
+    sets = torch.cat([before.diff() > 0, regions.any(1)])
+    return torch.cat([sets.any().view(1), sets]).to(torch.int32)
+
+
+class CaptionRuns(NamedTuple):
+    """Captions of equal length, and where the factor of each begins, in steps of four numbers, [T] int64."""
+
+    runs: list[Run]
+    place: Tensor
+    total: int
+
+
+def _caption_runs(edge: Sequence[int], device: torch.device, most: int) -> CaptionRuns:
+    found, total = list(runs(edge, device, most)), 0
+    place = torch.empty(len(edge) - 1, dtype=torch.int64, device=device)
+    for run in found:
+        each = -(-run.length // 4) * run.length
+        place[run.captions] = total + each * torch.arange(run.size, device=device)
+        total += each * run.size
+    return CaptionRuns(found, place, total)
+
+
+def caption_factors(words: Tensor, cu_seqlens: Tensor, edge: Sequence[int]) -> Factors:
+    """The factors of captions, packed words [N, D] with bounds `edge`, those of cu_seqlens."""
+    most = max(1, scratch_bytes(words.device) // (32 * words.shape[1]))
+    plan = kept(cu_seqlens, ("factors", most), lambda values: _caption_runs(edge, values.device, most))
+    size = near(lengths(words))
+    factor = words.new_empty(4 * plan.total, dtype=torch.float32)
+    begin = 0
+    for run in plan.runs:
         L = run.length
-        x = words[run.rows].view(run.size, L, -1).double()
-        power = near(torch.linalg.vector_norm(x, dim=2).amax(1).float())
-        size[run.captions] = power
-        rows = -(-L // 4)
-        F = torch.nn.functional.pad(gram_factor(x / power[:, None, None]), (0, 0, 0, 4 * rows - L)).float()
-        factors.append(F.view(run.size, rows, 4, L).transpose(2, 3).flatten())
-        place[run.captions] = begin + rows * L * torch.arange(run.size, device=place.device)
-        begin += run.size * rows * L
-    return Factors(torch.cat(factors), size, place)
+        x = (words[run.rows].double() / size[run.rows, None]).view(run.size, L, -1)
+        F = torch.nn.functional.pad(gram_factor(x), (0, 0, 0, -L % 4))
+        by_four = F.view(run.size, -1, 4, L).transpose(2, 3).flatten()
+        factor[begin : begin + len(by_four)] = by_four
+        begin += len(by_four)
+    return Factors(factor, size, plan.place)

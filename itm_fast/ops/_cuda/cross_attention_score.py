@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -68,18 +68,20 @@ class Rows(NamedTuple):
     for_wide: bool = False
 
 
-def _forms(words: Tensor, regions: Tensor, capability: tuple[int, int]) -> Iterator[Rows]:
-    """The forms to launch: one, or two where the rows decide on the device which of them computes the scores."""
+def _forms(
+    words: Tensor, regions: Tensor, capability: tuple[int, int], wide_sets: Callable[[Tensor, Tensor], Tensor]
+) -> Iterator[Rows]:
+    """The forms to launch: one, or two of which each computes the pairs whose rows it holds."""
     if words.dtype != torch.float32:
         yield Rows("BF16" if words.dtype == torch.bfloat16 else "F16", words, regions)
         return
     pairs = matmul_precision() == "highest"
     q, x = _rows.split_rows(words, pairs), _rows.split_rows(regions, pairs)
-    both = None
+    wide = None
     if q.wide is not None and x.wide is not None and capability >= _attention.TENSOR_FLOAT32:
-        both = q.wide | x.wide
-        yield Rows("TF32X3", words, regions, None, both, True)
-    yield Rows("F16X3" if pairs else "F16", q.rows, x.rows, (q.exponent, x.exponent), both)
+        wide = wide_sets(q.wide, x.wide)
+        yield Rows("TF32X3", words, regions, None, wide, True)
+    yield Rows("F16X3" if pairs else "F16", q.rows, x.rows, (q.exponent, x.exponent), wide)
 
 
 def aligned(tensor: Tensor) -> Tensor:
@@ -124,12 +126,16 @@ def forward(
     if direction == "t2i":
         length, factors = _rows.lengths(words), _rows.image_factors(image, count, -(-tile.columns // 8) * 8)
     else:
-        length, factors = _rows.lengths(regions), _rows.caption_factors(words, edge)
+        length, factors = _rows.lengths(regions), _rows.caption_factors(words, cu_seqlens, edge)
     norm, clipped = NORMS[affinity_norm]
     attention, grams = Attention(norm, _attention.SLOPE if clipped else 1.0, scale), Grams(*map(_address, factors))
     result = score if score.dtype == torch.float32 else score.new_empty(score.shape, dtype=torch.float32)
     groups = -(-I // tile.images)
-    for form in _forms(words, regions, capability):
+
+    def wide_sets(q: Tensor, x: Tensor) -> Tensor:
+        return _rows.wide_sets(q, checked(cu_seqlens), x.view(I, R), count)
+
+    for form in _forms(words, regions, capability, wide_sets):
         exponents = form.exponents or (None, None)
         pairs = Pairs(
             *(_address(x) for x in (form.words, form.regions, *exponents, count)),
