@@ -1,0 +1,98 @@
+"""Ops in CUDA C++ the whole way without a GPU: choice, check of first use, plan, argument, the launch through a library
+that stands in for the driver, the emulated kernel, and the backward pass of another backend."""
+
+import cuda_stub
+import pytest
+import torch
+from cuda_emulated import emulated
+
+import itm_fast
+from itm_fast import _backends
+from itm_fast.ops import _examples as examples
+from itm_fast.ops import _first_use
+
+__all__ = ["emulated"]
+pytestmark = pytest.mark.slow  # compiles the kernels for the CPU
+
+OPS = [op for op in sorted(_backends.OFFERS) if "cuda" in _backends.OFFERS[op]]
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+SIZE = examples.Size(3, (13, 2), 36, 64, 64, 2)  # R, D and S that all kernels take
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def gpu(emulated, monkeypatch):
+    """A process that sees GPUs, on which no op has run."""
+    monkeypatch.setattr(_first_use, "_verdicts", {})
+    monkeypatch.setattr(_backends, "_told", set())
+    monkeypatch.setattr(examples, "SMALL", SIZE)
+    with cuda_stub.installed(emulated.run, order=3) as seen:
+        yield seen
+
+
+def call(op, dtype=torch.float32, backend=None):
+    moved = [a.to(dtype) if a.is_floating_point() else a for a in examples.example(op, SIZE)]
+    return getattr(itm_fast, op)(*moved, backend=backend)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_results_and_gradients_pass_the_check_of_first_use(op, dtype, gpu):
+    for precision in ("highest", "high"):
+        try:
+            torch.set_float32_matmul_precision(precision)
+            assert examples.problem(op, "cuda", CPU, dtype, True) is None
+        finally:
+            torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_auto_takes_the_kernels_where_triton_cannot_run(op, gpu):
+    gpu.capability = (7, 5)
+    with _backends.recorded() as ran:
+        result = call(op)
+    assert ran == {op: "cuda"}
+    torch.testing.assert_close(result, call(op, backend="reference"), rtol=0, atol=1e-5)
+    assert itm_fast.why_not("cuda", "cpu") is None
+    with pytest.raises(NotImplementedError, match=r"cuda: a GPU of compute capability 7\.5 cannot multiply bf"):
+        call(op, torch.bfloat16, "cuda")
+    with pytest.raises(NotImplementedError, match=r"cuda: its kernels .* take no float64; torch and reference do"):
+        call(op, torch.float64, "cuda")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_kernel_that_writes_nothing_is_put_aside(op, gpu):
+    failed = rf"cuda: {op} in float32 failed its check on cpu \(cpu, NVRTC 13\.5\): a result is off by nan"
+    with cuda_stub.installed(lambda *_: None), _backends.recorded() as ran:
+        assert call(op).isfinite().all()
+        with pytest.raises(NotImplementedError, match=failed):
+            call(op, backend="cuda")
+    assert "cuda" not in ran[op]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_graph_is_captured_once_the_kernels_are_loaded(op, gpu, monkeypatch):
+    monkeypatch.setattr(_first_use, "_capturing", lambda device: gpu.capturing)
+    gpu.capturing = True
+    with pytest.raises(RuntimeError, match=r"is not loaded on cpu yet, .* call the op once before the capture"):
+        call(op, backend="cuda")
+    gpu.capturing = False
+    want = call(op, backend="cuda")
+    gpu.capturing = True
+    assert torch.equal(call(op, backend="cuda"), want)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_compiled_call_launches_the_kernels(op, gpu):
+    torch.compiler.reset()
+    args = [a.float() if a.is_floating_point() else a for a in examples.example(op, SIZE)]
+    run = torch.compile(lambda *a: getattr(itm_fast, op)(*a, backend="cuda"), fullgraph=True, backend="aot_eager")
+    assert torch.equal(run(*args), call(op, backend="cuda"))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_autocast_chooses_the_kernels_dtype(op, gpu):
+    with torch.autocast("cpu", torch.bfloat16):
+        result = call(op, backend="cuda")
+    assert result.dtype == torch.bfloat16
+    assert torch.equal(result, call(op, torch.bfloat16, "cuda"))
