@@ -33,10 +33,22 @@ def modules() -> list[ModuleType]:
     return [module for module in map(importlib.import_module, found) if hasattr(module, "compilations")]
 
 
-def kernels(architecture: int) -> list[Kernel]:
-    """Every kernel that may run on GPUs of an architecture."""
-    capability = divmod(architecture, 10)
-    return list(dict.fromkeys(kernel for module in modules() for kernel in module.compilations(capability)))
+def kernels(module: ModuleType, architecture: int) -> list[Kernel]:
+    """The kernels of a module that may run on GPUs of an architecture."""
+    return list(dict.fromkeys(module.compilations(divmod(architecture, 10))))
+
+
+def covering(kernels: list[Kernel]) -> list[Kernel]:
+    """A few of the kernels, among which every template argument of every kernel occurs."""
+    parts = {}
+    for kernel in kernels:
+        name, _, arguments = kernel.name.partition("<")
+        parts[kernel] = {(name, place, argument) for place, argument in enumerate(arguments.split(","))}
+    chosen, missing = [], set().union(*parts.values())
+    while missing:
+        chosen.append(max(kernels, key=lambda kernel: len(parts[kernel] & missing)))
+        missing -= parts[chosen[-1]]
+    return chosen
 
 
 def problems(kernel: Kernel, architecture: int) -> Iterator[str]:
@@ -59,7 +71,7 @@ def problems(kernel: Kernel, architecture: int) -> Iterator[str]:
 
 def lines(architectures: list[int]) -> Iterator[str]:
     """A line for each kernel and architecture."""
-    jobs = [(kernel, architecture) for architecture in architectures for kernel in kernels(architecture)]
+    jobs = [(kernel, a) for a in architectures for module in modules() for kernel in kernels(module, a)]
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for (kernel, architecture), wrong in zip(jobs, pool.map(lambda job: list(problems(*job)), jobs)):
             built = None if wrong else cubins.build(kernel, architecture)

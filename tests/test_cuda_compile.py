@@ -1,30 +1,34 @@
 """CUDA kernels compile for GPUs that are not here, within their registers and shared memory and without spills.
 
-Every kernel for sm_90 and one for each other architecture; `python tests/cuda_compile.py` compiles all for all.
+For sm_90 so many that every template argument of every kernel occurs, for each other architecture one of each module;
+`python tests/cuda_compile.py` compiles all for all.
 """
 
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import cuda_compile
 import pytest
 from cuda_cases import KERNEL, Affine, own_sources
 
+from itm_fast import _native
 from itm_fast._cuda import Kernel, nvrtc
 
 pytestmark = pytest.mark.slow
 if nvrtc.why_not():
     pytest.skip(nvrtc.why_not(), allow_module_level=True)
 
-WHOLE = 90  # the architecture that all are compiled for
+COVERED = 90  # the architecture that most are compiled for
 
 
 def jobs():
-    """Kernels and architectures: all for one, and for each other one the first and the last of its list."""
+    """Kernels and the architectures that they are compiled for."""
     for architecture in cuda_compile.SHARED:
-        found = cuda_compile.kernels(architecture)
-        few = found if architecture == WHOLE else found[:1] + found[-1:]
-        yield from ((kernel, architecture) for kernel in few)
+        for module in cuda_compile.modules():
+            found = cuda_compile.kernels(module, architecture)
+            chosen = cuda_compile.covering(found) if architecture == COVERED else found[:1]
+            yield from ((kernel, architecture) for kernel in chosen)
 
 
 JOBS = list(jobs())
@@ -48,6 +52,20 @@ def compilations(request):
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: f"sm_{job[1]}-{job[0].name}".replace(" ", ""))
 def test_a_kernel_compiles(job, compilations):
     assert not (compilations[job].result() if job in compilations else problems(job))
+
+
+def test_every_kernel_of_the_sources_is_compiled():
+    sources = [file.read_text() for file in (_native.csrc_dir() / "cuda").glob("*.cu")]
+    named = {name for source in sources for name in re.findall(r"__global__ .* (\w+)\(\w+ \w+\) {", source)}
+    assert named
+    assert named == {kernel.name.partition("<")[0] for kernel, _ in JOBS}
+
+
+def test_a_few_kernels_cover_all_template_arguments():
+    names = ["a<X, 1>", "a<X, 2>", "a<Y, 1>", "a<Y, 2>", "b"]
+    kernels = [Kernel("affine.cu", name, Affine, 32, 128) for name in names]
+    assert [kernel.name for kernel in cuda_compile.covering(kernels)] == ["a<X, 1>", "a<Y, 2>", "b"]
+    assert cuda_compile.covering([]) == []
 
 
 @pytest.fixture
