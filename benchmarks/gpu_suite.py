@@ -6,8 +6,8 @@
 Needs a checkout, PyTorch and Triton; with pytest the GPU tests run too (with pytest-xdist, side by side). Each step is
 a process of its own with a share of the time: one that fails, hangs or takes the GPU down loses no other's results.
 The file is written again after every step. The most important steps run first: checks of every op in every precision,
-tests, the whole of COCO 5K, the paper's loop, training, SHAN, HGAN and TSHSR, MaxSim, ranking by precision, and the
-compiled rewrite last.
+the whole of COCO 5K, tests, the paper's loop, training, SHAN, HGAN and TSHSR, MaxSim, ranking by precision, and the
+compiled rewrite last; each in Triton and, where there are such kernels, in CUDA C++.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MINUTES = 9.0
 WORKERS = 12
 # step -> the most seconds that it may take; the steps named check-OP run side by side within those of "checks"
 SHARES = {
-    "machine": 40, "checks": 120, "tests": 200, "evaluate-scan": 60, "evaluate-sgraf": 150, "against-loop": 75,
+    "machine": 40, "checks": 120, "evaluate-scan": 60, "evaluate-sgraf": 180, "tests": 150, "against-loop": 75,
     "train": 75, "evaluate-systems": 120, "systems-against-loop": 60, "systems-tests": 90, "maxsim": 45,
     "precision": 60, "against-compiled": 200,
 }  # fmt: skip

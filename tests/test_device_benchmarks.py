@@ -10,6 +10,7 @@ import time
 import types
 from pathlib import Path
 
+import cuda_emulated
 import pytest
 import torch
 
@@ -37,15 +38,22 @@ def test_the_suite_runs_end_to_end(tmp_path):
     assert results["machine"]["environment"]["torch"] == torch.__version__
     for name in ("tf32", "bfloat16", "float16", "float32"):
         assert results["machine"][f"peak {name}"] > 0
-        row = results["evaluate-sgraf"][f"sgraf {name}"]
+        row = results["evaluate-sgraf"][f"sgraf {name} torch"]
         assert set(row["parts"]) == {"score sgr", "score saf", "rank", "all"}
         assert row["floor_seconds"] * row["matmul_peak"] == pytest.approx(row["needed_flops"])
         assert row["seconds"] == row["parts"]["all"] >= row["parts"]["score sgr"]
+    assert results["evaluate-sgraf"]["sgraf ranks"]["sgraf float32 torch"] == 1
+    if not isinstance(cuda_emulated.load(), str):
+        assert results["evaluate-scan"]["scan-t2i float32 cuda"]["pairs_per_second"] > 0
+        assert results["evaluate-scan"]["scan-t2i ranks"]["scan-t2i float32 cuda"] == 1
+        assert results["against-loop"]["scan-t2i tf32"]["itm-fast cuda"]["seconds"] > 0
+        assert results["train"]["scan-t2i tf32 cuda"]["seconds"] > 0
+        assert results["maxsim"]["maxsim-d128"]["rows"]["itm-fast cuda"]["seconds"] > 0
     loop = results["against-loop"]["saf tf32"]
     assert loop["paper's loop"]["times_slower_than_ours"] > 0
     assert results["train"]["sgr tf32 paper's loop"]["seconds"] > 0
     for model in ("shan", "shan-vector", "hgan", "tshsr"):
-        assert results["evaluate-systems"][f"{model} tf32"]["pairs_per_second"] > 0
+        assert results["evaluate-systems"][f"{model} tf32 torch"]["pairs_per_second"] > 0
         assert results["systems-against-loop"][f"{model} tf32"]["paper's loop"]["times_slower_than_ours"] > 0
     assert "flash_maxsim" in results["maxsim"]["maxsim-d128"]["rows"]["flash-maxsim"]["error"]
 
