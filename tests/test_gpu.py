@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from sgraf_cases import HEADS, golden, under
-from triton_cases import gpu, needs_triton
+from triton_cases import gpu, needs_triton, unless
 
 import itm_fast
 from itm_fast import _backends
@@ -27,6 +27,20 @@ from itm_fast.testing.sgraf import loop as sgraf_loop
 pytestmark = [gpu, needs_triton]
 OPS = [op for op in sorted(_backends.OFFERS) if "triton" in _backends.OFFERS[op]]
 over_ops = pytest.mark.parametrize("op", OPS)
+over_kernels = pytest.mark.parametrize(
+    "op, backend",
+    [
+        pytest.param(op, backend, marks=unless(backend, "cuda"), id=f"{op}-{backend}")
+        for op, offered in sorted(_backends.OFFERS.items())
+        for backend in _backends.ON_GPU
+        if backend in offered
+    ],
+)
+over_backends = pytest.mark.parametrize(
+    "backend", [pytest.param(name, marks=unless(name, "cuda"), id=name) for name in _backends.ON_GPU]
+)
+# Of the examples: what the kernels of a backend all take.
+SIZES = {"triton": examples.SMALL, "cuda": examples.Size(3, (5, 2), 7, 64, 64, 3)}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 GIB = 1 << 30
 
@@ -58,16 +72,16 @@ def compiled(monkeypatch):
     return seen
 
 
-@over_ops
+@over_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_the_check_of_first_use_passes(op, dtype):
+def test_the_check_of_first_use_passes(op, backend, dtype):
     for precision in ("highest", "high"):
         try:
             torch.set_float32_matmul_precision(precision)
-            assert examples.problem(op, "triton", torch.device("cuda", 0), dtype, True) is None
+            assert examples.problem(op, backend, torch.device("cuda", 0), dtype, True) is None
         finally:
             torch.set_float32_matmul_precision("highest")
-    assert _first_use.put_aside(op, "triton", torch.device("cuda", 0), dtype) is None
+    assert _first_use.put_aside(op, backend, torch.device("cuda", 0), dtype) is None
     assert _backends.resolve(op, None, torch.device("cuda", 0), dtype) == "triton"
 
 
@@ -88,26 +102,26 @@ def test_other_lengths_counts_and_blocks_compile_nothing(op, compiled):
     assert compiled[before:] == []
 
 
-@over_ops
+@over_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_captured_graph_replays_the_forward_pass(op, dtype):
-    args = arguments(op, dtype)
+def test_a_captured_graph_replays_the_forward_pass(op, backend, dtype):
+    args = arguments(op, dtype, SIZES[backend])
     with torch.no_grad():
-        want = call(op, args)
+        want = call(op, args, backend)
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            call(op, args)
+            call(op, args, backend)
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            found = call(op, args)
+            found = call(op, args, backend)
         first = next(a for a in args if isinstance(a, torch.Tensor) and a.is_floating_point())
         graph.replay()
         assert torch.equal(found, want)
         first.mul_(0.5)
         graph.replay()
-        assert torch.equal(found, call(op, args))
+        assert torch.equal(found, call(op, args, backend))
 
 
 @over_ops
@@ -132,29 +146,31 @@ def test_inductor_compiles_one_graph(op):
         torch.testing.assert_close(a, b)
 
 
-@over_ops
-def test_two_streams_do_not_disturb_each_other(op):
-    sets = [arguments(op), [a * 0.5 if k == 0 else a for k, a in enumerate(arguments(op))]]
+@over_kernels
+def test_two_streams_do_not_disturb_each_other(op, backend):
+    args = arguments(op, size=SIZES[backend])
+    sets = [args, [a * 0.5 if k == 0 else a for k, a in enumerate(args)]]
     with torch.no_grad():
-        want = [call(op, args) for args in sets]
+        want = [call(op, args, backend) for args in sets]
         torch.cuda.synchronize()
         streams, found = [torch.cuda.Stream() for _ in sets], [[], []]
         for _ in range(10):
             for stream, args, into in zip(streams, sets, found):
                 with torch.cuda.stream(stream):
-                    into.append(call(op, args))
+                    into.append(call(op, args, backend))
         torch.cuda.synchronize()
     for expected, results in zip(want, found):
         assert all(torch.equal(r, expected) for r in results)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@over_ops
-def test_a_device_that_is_not_the_current_one(op):
-    want = call(op, arguments(op)).cpu()
-    args = arguments(op, device="cuda:1")
+@over_kernels
+def test_a_device_that_is_not_the_current_one(op, backend):
+    size = SIZES[backend]
+    want = call(op, arguments(op, size=size), backend).cpu()
+    args = arguments(op, size=size, device="cuda:1")
     leaves = [a.requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
-    found = call(op, leaves)
+    found = call(op, leaves, backend)
     found.backward(op_checks.upstream(found))
     assert found.device == torch.device("cuda", 1)
     torch.testing.assert_close(found.detach().cpu(), want.detach())
@@ -167,13 +183,14 @@ def unit(*shape, dtype=torch.float16):
     return x
 
 
+@over_backends
 @pytest.mark.parametrize("direction", ["t2i", "i2t"])
-def test_more_than_2_to_the_31_numbers_of_regions(direction):
+def test_more_than_2_to_the_31_numbers_of_regions(direction, backend):
     needs_memory(30)
     image, words = unit(60_000, 36, 1024), unit(20, 1024)  # 2.2e9
     assert image.numel() > 1 << 31
     bounds = torch.tensor([0, 13, 20], device="cuda")
-    options = dict(direction=direction, backend="triton")
+    options = dict(direction=direction, backend=backend)
     score = itm_fast.cross_attention_score(image, words, bounds, **options)
     assert torch.equal(score[-3:], itm_fast.cross_attention_score(image[-3:], words, bounds, **options))
     image.requires_grad_()
@@ -184,12 +201,13 @@ def test_more_than_2_to_the_31_numbers_of_regions(direction):
     assert not image.grad[:-1].any()
 
 
-def test_more_than_2_to_the_31_numbers_of_words():
+@over_backends
+def test_more_than_2_to_the_31_numbers_of_words(backend):
     needs_memory(30)
     words, image = unit(2_200_000, 1024), unit(2, 36, 1024)
     bounds = torch.arange(0, 2_200_001, 10, device="cuda")
-    score = itm_fast.cross_attention_score(image, words, bounds, backend="triton")
-    alone = itm_fast.cross_attention_score(image, words[-20:], bounds[:3], backend="triton")
+    score = itm_fast.cross_attention_score(image, words, bounds, backend=backend)
+    alone = itm_fast.cross_attention_score(image, words[-20:], bounds[:3], backend=backend)
     assert torch.equal(score[:, -2:], alone)
 
 
