@@ -38,15 +38,22 @@ def case(head, I, counts, R=36, D=72, S=64, regions=None, K=3, seed=0):
     args = inputs(draw, I, counts, R, D, S)
     if head == "graph":
         for enlarged in (4, 4, 1):
-            args += [enlarged * draw(K, S, S) / S**0.5, 0.3 * draw(K, S)]
-        args += [4 * draw(S), draw(1)]
+            args += [enlarged * draw(K, S, S) / S**0.5, 0.3 * draw(K, S) / S**0.5]
+        args += [draw(S), draw(1)]
         rest = []
     else:
-        args += [3 * draw(S), 0.2 * draw(1), 1 + draw(1).abs(), 0.2 * draw(1), 4 * draw(S), draw(1)]
+        args += [3 * draw(S), 0.2 * draw(1), 1 + draw(1).abs(), 0.2 * draw(1), draw(S), draw(1)]
         args += [torch.tensor([0.3]), torch.tensor([0.5])]
         rest = [1e-5]
     lengths = None if regions is None else torch.tensor(regions, dtype=torch.int32)
-    return [*args, edges(counts), lengths, 9.0, *rest]
+    args = [*args, edges(counts), lengths, 9.0, *rest]
+    # Weight and bias of the score that leave scores far from 0 and 1, and apart.
+    at = 14 if head == "graph" else 12
+    if I and counts:
+        sums = reference(head, args, torch.float64)(torch.float64)[0].logit()
+        spread = 1 / sums.std().item() if sums.numel() > 1 else 1
+        args[at], args[at + 1] = args[at] * spread, (args[at + 1] - sums.mean()) * spread
+    return args
 
 
 def reference(head, args, dtype):
@@ -88,19 +95,25 @@ def test_scores_are_accurate(head, shape, dtype, gpu, run):
 MIXED = dict(I=3, counts=(15, 1, 16, 5, 31, 32, 63, 12, 3), regions=(36, 20, 7))
 
 
+DTYPES = pytest.mark.parametrize("dtype", [F16, torch.float32], ids=["F16", "F16X3"])
+
+
 def bits(scores):
-    return scores.view(torch.int16)
+    return scores.view({2: torch.int16, 4: torch.int32}[scores.itemsize])
 
 
-@pytest.mark.parametrize("shape,gpu", [("mixed", "sm_90"), ("W127", "sm_90"), ("S256", "sm_75")])
+@pytest.mark.parametrize(
+    "shape,gpu,dtype",
+    [("mixed", "sm_90", F16), ("W127", "sm_90", F16), ("S256", "sm_75", F16), ("S256", "sm_90", None)],
+)
 @pytest.mark.parametrize("head", HEADS)
-def test_the_order_of_threads_and_copies_does_not_matter(head, shape, gpu, run):
+def test_the_order_of_threads_and_copies_does_not_matter(head, shape, gpu, dtype, run):
     # 0 and 1: threads in ascending and descending order; else a seed. Odd: copies land at once, else when waited for.
-    args = case(head, **SHAPES.get(shape, MIXED))
-    first, _ = run(head, args, F16, gpu=gpu)
+    args, dtype = case(head, **SHAPES.get(shape, MIXED)), dtype or torch.float32
+    first, _ = run(head, args, dtype, gpu=gpu)
     assert not first.isnan().any()
     for order in (1, 2, 3):
-        again, _ = run(head, args, F16, order, gpu=gpu)
+        again, _ = run(head, args, dtype, order, gpu=gpu)
         assert torch.equal(bits(again), bits(first))
 
 
@@ -116,13 +129,16 @@ def part(args, image, caption):
     return [*tensors, cu_seqlens[caption : caption + 2] - words.start, counts, *rest]
 
 
-@pytest.mark.parametrize("shape,gpu", [("mixed", "sm_90"), ("W127", "sm_90"), ("S256", "sm_75")])
+@pytest.mark.parametrize(
+    "shape,gpu,dtype",
+    [("mixed", "sm_90", F16), ("mixed", "sm_90", None), ("W127", "sm_90", F16), ("S256", "sm_75", F16)],
+)
 @pytest.mark.parametrize("head", HEADS)
-def test_a_pair_alone_has_the_same_bits(head, shape, gpu, run):
-    args = case(head, **SHAPES.get(shape, MIXED))
-    whole, _ = run(head, args, F16, gpu=gpu)
+def test_a_pair_alone_has_the_same_bits(head, shape, gpu, dtype, run):
+    args, dtype = case(head, **SHAPES.get(shape, MIXED)), dtype or torch.float32
+    whole, _ = run(head, args, dtype, gpu=gpu)
     for i, t in {(len(whole) - 1, t) for t in range(whole.shape[1])} | {(0, 0)}:
-        alone, _ = run(head, part(args, i, t), F16, gpu=gpu)
+        alone, _ = run(head, part(args, i, t), dtype, gpu=gpu)
         assert torch.equal(bits(alone), bits(whole[i : i + 1, t : t + 1]))
 
 
@@ -137,11 +153,11 @@ def test_windows_do_not_change_bits(head, run, monkeypatch):
     assert torch.equal(bits(found), bits(whole))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value,dtype", [("nan", F16), ("inf", F16), ("nan", torch.float32)], ids=str)
 @pytest.mark.parametrize("head", HEADS)
-def test_a_number_that_is_not_finite_stays_in_its_pairs(head, value, run):
+def test_a_number_that_is_not_finite_stays_in_its_pairs(head, value, dtype, run):
     args = case(head, **MIXED)
-    whole, _ = run(head, args, F16)
+    whole, _ = run(head, args, dtype)
     # A word of caption 4, which shares its tiles with others; an image's region; global vectors of each.
     places = {"word": (2, 38), "region": (0, (1, 2)), "image": (1, 0), "caption": (3, 4)}
     spoiled = {
@@ -152,8 +168,8 @@ def test_a_number_that_is_not_finite_stays_in_its_pairs(head, value, run):
     }
     for name, (k, row) in places.items():
         changed = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
-        changed[k][row][3] = value
-        found, _ = run(head, changed, F16)
+        changed[k][row][3] = float(value)
+        found, _ = run(head, changed, dtype)
         mask = torch.zeros_like(whole, dtype=torch.bool)
         mask[spoiled[name]] = True
         assert found[mask].isnan().all(), name
@@ -162,7 +178,7 @@ def test_a_number_that_is_not_finite_stays_in_its_pairs(head, value, run):
 
 def test_a_node_that_becomes_infinite_on_the_way_stays_in_its_pair(run):
     args = case("graph", **MIXED)
-    args[12][1] *= 8500  # value weights of step 1, which take some pairs' nodes beyond float16
+    args[12][1] *= 3e4  # value weights of step 1, which take some pairs' nodes beyond float16
     found, _ = run("graph", args, F16)
     assert found.isnan().any()
     assert not found.isnan().all()
@@ -182,14 +198,35 @@ def test_padded_regions_are_not_read(head, run):
     assert torch.equal(bits(found), bits(want))
 
 
+@DTYPES
 @pytest.mark.parametrize("head", HEADS)
-def test_attended_vectors_that_nearly_cancel(head, run):
+def test_attended_vectors_that_nearly_cancel(head, dtype, run):
     args = case(head, I=1, counts=(12,), D=128)
     draw = drawer(1)
     args[0][0, 1::2] = -args[0][0, ::2] + 1e-2 * draw(18, 128)
     args[2] *= 1e-3  # all regions count alike, and the attended vector is a hundredth of a region
-    found, _ = run(head, args, F16)
-    assert_accurate([found], reference(head, args, F16), F16, products=F16)
+    found, _ = run(head, args, dtype)
+    assert_accurate([found], reference(head, args, dtype), dtype, products=F16 if dtype == F16 else None)
+
+
+@pytest.mark.parametrize(
+    "image,words,nodes", [(1e15, 1, 1), (1e-18, 1e-3, 1), (1e-12, 300, 1), (1, 1, 1e12), (1, 1, 1e-12)]
+)
+@pytest.mark.parametrize("head", HEADS)
+def test_float32_of_any_magnitude(head, image, words, nodes, run):
+    args = case(head, **SHAPES["R7-ragged"])
+    args[0] *= image
+    args[2] *= words
+    args[3] *= words
+    args[4] *= nodes / max(1, words) ** 2
+    args[6] *= nodes / max(1, words) ** 2
+    if head == "graph":
+        args[12] *= nodes
+        args[13] *= nodes
+        args[14] /= nodes
+        args[8] /= max(1, nodes)
+    found, _ = run(head, args, torch.float32)
+    assert_accurate([found], reference(head, args, torch.float32), torch.float32)
 
 
 @pytest.mark.parametrize("I,counts", [(0, (3, 2)), (2, ())])

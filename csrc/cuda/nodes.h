@@ -130,7 +130,7 @@ __device__ __forceinline__ void add_bias(typename T::Products &acc, typename T::
         }
 }
 
-// What the slots of this block's tile hold.
+// What the slots of this block's tile hold. Before `begin` and what follows it are read, the caller passes a barrier.
 template <class T> __device__ __forceinline__ void read_slots(const Nodes &p, typename T::Shared &sh) {
     const int slot = threadIdx.x;
     if (slot < T::SLOTS) {
@@ -158,7 +158,6 @@ template <class T> __device__ __forceinline__ void read_slots(const Nodes &p, ty
         sh.captions = count;
         for (; count < T::BLOCKS; ++count) sh.first[count] = 0, sh.caption[count] = -2;
     }
-    __syncthreads();
 }
 
 // The tile's nodes, X [SLOTS, S], over `making`. Empty slots have zeros.
