@@ -40,7 +40,8 @@ def instances(kernels, kinds, tiles):
 
 NODE_TILES = (
     *(f"F16, 64, {n}" for n in ("64, 64, 16", "64, 64, 48", "64, 64, 128", "128, 64, 48")),
-    *("BF16, 64, 64, 64, 48", "F16, 128, 64, 64, 48", "F16, 256, 64, 64, 48"),
+    *("BF16, 64, 64, 64, 48", "F16, 128, 64, 64, 48", "F16, 256, 64, 64, 48", "F16, 64, 64, 64, 48, true"),
+    *(f"F16X3, 64, 64, 64, {n}" for n in (16, 48)),
 )
 # The C++ names of kernel instances, by the stem of their file, here or in csrc/cuda.
 INSTANCES = {
@@ -55,16 +56,22 @@ INSTANCES = {
         *instances(SCANS, KINDS[2:], ["56, 128, 2", "104, 128, 1"]),
         *instances(SCANS, ["F16", "F16X3"], ["36, 128, 1", "104, 64, 1"]),  # for GPUs of 64 KiB shared memory
     ],
-    "weights": [f"weights<{n}>" for n in ("F16, 8, 128, 2", "F16, 36, 128, 2", "BF16, 36, 128, 2", "F16, 128, 128, 1")]
-    + ["weights<F16, 36, 128, 1>"],
+    "weights": [f"weights<{n}>" for n in ("F16, 12, 128, 2", "F16, 36, 128, 2", "BF16, 36, 128, 2", "F16, 128, 128, 1")]
+    + ["weights<F16, 36, 128, 1>", *(f"weights<F16X3, {n}>" for n in ("12, 128, 2", "36, 128, 2"))],
     # The kind, S, SLOTS, DEPTH and REGIONS.
     "global_nodes": [
         f"global_nodes<{n}>"
         for n in ("F16, 64, 64, 64", "BF16, 64, 64, 64", "F16, 128, 64, 64", "F16, 256, 64, 64", "BF16, 256, 64, 64")
-        + ("F16, 256, 64, 32",)
+        + ("F16, 256, 64, 32", "F16, 64, 64, 64, true", "F16X3, 64, 64, 64", "F16X3, 256, 64, 64")
     ],
-    "graph": [f"graph_scores<{n}>" for n in (*NODE_TILES, "F16, 256, 32, 16, 48", "BF16, 256, 64, 16, 48")],
-    "filter": [f"filter_scores<{n}>" for n in (*NODE_TILES, "F16, 256, 64, 16, 48", "BF16, 256, 64, 32, 48")],
+    "graph": [
+        f"graph_scores<{n}>"
+        for n in (*NODE_TILES, "F16X3, 256, 64, 32, 48", "F16, 256, 32, 16, 48", "BF16, 256, 64, 16, 48")
+    ],
+    "filter": [
+        f"filter_scores<{n}>"
+        for n in (*NODE_TILES, "F16X3, 256, 64, 64, 48", "F16, 256, 64, 16, 48", "BF16, 256, 64, 32, 48")
+    ],
 }
 STRUCTURES = {
     "scan": [Scan],

@@ -75,20 +75,30 @@ SHAPES = {
 }
 
 
-CASES = [(shape, F16, "sm_90") for shape in SHAPES] + [
-    ("lengths", BF16, "sm_90"),
-    ("S256", F16, "sm_75"),
-    ("S256", BF16, "sm_86"),
-]
+HALVES = [*((shape, F16, "sm_90") for shape in SHAPES), ("lengths", BF16, "sm_90")]
+HALVES += [("S256", F16, "sm_75"), ("S256", BF16, "sm_86")]
+FLOATS = [(shape, "highest") for shape in ("lengths", "I1-T1-R1-W1-D8", "R7-ragged", "S256")] + [("lengths", "high")]
 
 
-@pytest.mark.parametrize("shape,dtype,gpu", CASES, ids=lambda x: str(x).removeprefix("torch."))
+@pytest.mark.parametrize("shape,dtype,gpu", HALVES, ids=lambda x: str(x).removeprefix("torch."))
 @pytest.mark.parametrize("head", HEADS)
 def test_scores_are_accurate(head, shape, dtype, gpu, run):
     args = case(head, **SHAPES[shape])
     found, counts = run(head, args, dtype, gpu=gpu)
     assert found.dtype == dtype
     assert_accurate([found], reference(head, args, dtype), dtype, products=dtype)
+    assert not sum(c["bank_conflicts"] for c in counts)
+
+
+@pytest.mark.parametrize("shape,precision", FLOATS)
+@pytest.mark.parametrize("head", HEADS)
+def test_float32_scores_are_accurate(head, shape, precision, run, monkeypatch):
+    monkeypatch.setattr(_pairs, "matmul_precision", lambda: precision)
+    args = case(head, **SHAPES[shape])
+    found, counts = run(head, args, torch.float32)
+    assert found.dtype == torch.float32
+    products = None if precision == "highest" else F16
+    assert_accurate([found], reference(head, args, torch.float32), torch.float32, products=products)
     assert not sum(c["bank_conflicts"] for c in counts)
 
 

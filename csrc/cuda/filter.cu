@@ -22,23 +22,25 @@ template <class T> struct FilterShared {
 };
 
 // A block: one tile with one image. Grid: tiles x images.
-template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS>
+template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS, bool SCALED = KIND == F16X3>
 __global__ void __launch_bounds__(THREADS, 1) filter_scores(Filter p) {
-    using T = NodeTile<KIND, S, SLOTS, DEPTH, REGIONS>;
+    using T = NodeTile<KIND, S, SLOTS, DEPTH, REGIONS, SCALED>;
     DYNAMIC_SHARED(memory, sizeof(FilterShared<T>));
     auto &sh = *reinterpret_cast<FilterShared<T> *>(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     make_nodes<T>(p.nodes, sh.tile, *reinterpret_cast<typename T::Making *>(sh.room));
     auto pair = [&](int row, int column) {
-        return *reinterpret_cast<const unsigned *>(sh.room + place<T::WIDE>(row, column / 8) + column % 8 * 2);
+        float2 x = get<KIND, T::WIDE>(sh.room, row, column);
+        if constexpr (SCALED) x.x /= T::scale(), x.y /= T::scale();
+        return x;
     };
 
     // A warp's rows, one after the other; a lane adds every 32nd pair of numbers.
     for (int row = warp; row < SLOTS; row += WARPS) {
         float sum = 0;
         for (int c = lane * 2; c < S; c += 64) {
-            const unsigned x = pair(row, c);
-            sum += low<KIND>(x) * p.gate_weight[c] + high<KIND>(x) * p.gate_weight[c + 1];
+            const float2 x = pair(row, c);
+            sum += x.x * p.gate_weight[c] + x.y * p.gate_weight[c + 1];
         }
         sum = warp_sum(sum) + *p.gate_bias;
         if (lane == 0) sh.gate[row] = sh.tile.owner[row] < 0 ? 0 : 1 / (1 + exp2f(-sum * LOG2E));
@@ -53,10 +55,10 @@ __global__ void __launch_bounds__(THREADS, 1) filter_scores(Filter p) {
         for (int c = lane * 2; c < S; c += 64) {
             float x = 0, y = 0;
             for (int row = first; row < stop; ++row) {
-                const unsigned both = pair(row, c);
+                const float2 node = pair(row, c);
                 const float beta = sh.gate[row] * share;
-                x += beta * low<KIND>(both);
-                y += beta * high<KIND>(both);
+                x += beta * node.x;
+                y += beta * node.y;
             }
             square += x * x + y * y;
             dot += x * p.score_weight[c] + y * p.score_weight[c + 1];
@@ -66,7 +68,7 @@ __global__ void __launch_bounds__(THREADS, 1) filter_scores(Filter p) {
         if (lane == 0) {
             const float sum = dot / (sqrtf(square) + EPS) + *p.score_bias + sh.tile.spoiled[first / 16];
             const long long at = blockIdx.y * (long long)p.all_captions + sh.tile.caption[caption];
-            put_score<KIND>(p.score, at, sum);
+            put_score<T>(p.score, at, sum);
         }
     }
 }

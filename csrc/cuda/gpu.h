@@ -299,3 +299,12 @@ __device__ __forceinline__ float warp_sum(float x) {
     for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
     return x;
 }
+
+// Raises a number in shared memory to x, unless it is larger.
+__device__ __forceinline__ void raise_to(unsigned *at, unsigned x) {
+#ifdef ITM_EMULATE
+    if (x > *at) *at = x;
+#else
+    atomicMax(at, x);
+#endif
+}

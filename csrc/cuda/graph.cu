@@ -6,23 +6,36 @@
 
 struct Graph {
     Nodes nodes;
-    const void *ask, *value;                   // [steps, S, S] M^T, Wr
-    const float *shift, *bias;                 // [steps, S] u, br
-    const float *score_weight, *score_bias;    // [S], [1]
-    void *score;                               // [images, all_captions]
+    const void *ask, *value;                        // [steps, S, S] M^T, Wr
+    const float *shift, *bias;                      // [steps, S] u, br
+    const int *ask_exponent, *value_exponent;       // [steps, S]; SCALED only
+    const float *score_weight, *score_bias;         // [S], [1]
+    void *score;                                    // [images, all_captions]
     int steps, all_captions;
 };
 
+enum Matrix { X, Y, Z };
+
 template <class T> struct GraphShared {
     static constexpr int ROOM = sizeof(typename T::Making) > 2 * T::MATRIX ? sizeof(typename T::Making) : 2 * T::MATRIX;
-    unsigned char room[ROOM];  // X, then Y
-    unsigned char edges[T::SLOTS * T::SLOTS * 2];
+    static constexpr int AMONG = T::SLOTS / 8 * T::HALVES;  // chunks of a row of E
+    unsigned char room[ROOM];  // X, then Y or Z
+    unsigned char edges[T::SLOTS * AMONG * 16];
     typename T::Shared tile;
     float share[T::SLOTS];      // of each row of E: 1 / its sum
     float part[WARPS][16];
+    // The bits of the largest number in each row of Y and Z, and in each caption's rows of X, at its first slot. Those of
+    // one step are filled while those of the other are read.
+    unsigned top[2][3][T::SCALED ? T::SLOTS : 1];
     __device__ unsigned char *x() { return room; }
     __device__ unsigned char *y() { return room + T::MATRIX; }
 };
+
+// The exponent that numbers up to one with these bits are stored with: times 2^exponent they are below 2^UNIT + 1.
+__device__ __forceinline__ int stored_exponent(unsigned bits) {
+    const int exponent = int(bits >> 23) - 127;
+    return UNIT - (exponent < -100 ? -100 : exponent);
+}
 
 __device__ __forceinline__ float relu(float x) { return x < 0 ? 0.f : x; }  // NaN stays NaN
 
@@ -33,8 +46,8 @@ __device__ __forceinline__ void weighted(float (&acc)[M][N][4], GraphShared<T> &
                                          const void *weight, int column) {
     auto load = [&](int step) {
         if (step * T::DEPTH < T::S)
-            copy_rows<T::S, T::NARROW>(sh.tile.stage[step % 2], step * T::DEPTH, T::S, weight,
-                                       [&](int r) { return row_of(weight, r, T::S); });
+            copy_rows<T::S, T::NARROW>(sh.tile.stage[step % 2], step * T::NARROW, T::WIDE, weight,
+                                       [&](int r) { return row_of(weight, r, T::WIDE); });
         commit();
     };
     clear(acc);
@@ -51,34 +64,41 @@ __device__ __forceinline__ void weighted(float (&acc)[M][N][4], GraphShared<T> &
 }
 
 // Rows first to first + 15 of E, whose sums are 1 / share, from the same rows of Y. Row r sees the nodes of caption
-// `caption(r)`, which lie in the blocks of 16 slots from `begin` to `end` - 1. A warp's work.
-template <class T, class Caption>
-__device__ __forceinline__ void edges(GraphShared<T> &sh, int first, int begin, int end, Caption caption) {
+// `caption(r)`, which lie in the blocks of 16 slots from `begin` to `end` - 1; `factor(r)` makes its logits of products. A
+// warp's work.
+template <class T, class Caption, class RowFactor>
+__device__ __forceinline__ void edges(GraphShared<T> &sh, int first, int begin, int end, Caption caption, RowFactor factor) {
+    constexpr Kind KIND = T::KIND;
     constexpr int N = T::SLOTS / 8;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
     float acc[1][N][4];
     clear(acc);
 #pragma unroll 2
     for (int k = 0; k < T::WIDE; k += 2) {
-        unsigned a[4], b[4];
-        load_matrices(a, sh.y() + place<T::WIDE>(first + lane % 16, k + lane / 16));
+        if (T::PAIRS && k % 8 >= Numbers<KIND>::REST) continue;
+        Factor<KIND> a, b;
+        read_factor(a, [&](int rest) { return sh.y() + place<T::WIDE>(first + lane % 16, k + rest + lane / 16); });
 #pragma unroll
         for (int n = 0; n < N; n += 2)
             if (begin <= n / 2 && n / 2 < end) {
-                load_matrices(b, sh.x() + place<T::WIDE>((n + lane / 16) * 8 + lane % 8, k + lane / 8 % 2));
-                multiply<T::KIND>(acc[0][n], a, b[0], b[1]);
-                multiply<T::KIND>(acc[0][n + 1], a, b[2], b[3]);
+                read_factor(b, [&](int rest) {
+                    return sh.x() + place<T::WIDE>((n + lane / 16) * 8 + lane % 8, k + rest + lane / 8 % 2);
+                });
+                multiply_block(acc[0][n], a, b, 0);
+                multiply_block(acc[0][n + 1], a, b, 1);
             }
     }
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
         const int row = first + g + 8 * j, mine = caption(row);
+        const float scale = T::SCALED ? factor(row) : 1;
         float top = -INFINITE, total = 0;
 #pragma unroll
         for (int n = 0; n < N; ++n)
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 float &x = acc[0][n][2 * j + i];
+                if constexpr (T::SCALED) x *= scale;
                 if (sh.tile.owner[n * 8 + 2 * t + i] != mine) x = -INFINITE;
                 top = x > top ? x : top;
             }
@@ -87,10 +107,10 @@ __device__ __forceinline__ void edges(GraphShared<T> &sh, int first, int begin, 
         for (int n = 0; n < N; ++n) {
             const float p = exp2f((acc[0][n][2 * j] - top) * LOG2E), q = exp2f((acc[0][n][2 * j + 1] - top) * LOG2E);
             total += p + q;
-            *reinterpret_cast<unsigned *>(sh.edges + place<T::BLOCKS * 2>(row, n) + 4 * t) = rounded<T::KIND>(p, q);
+            put<KIND, GraphShared<T>::AMONG>(sh.edges, row, n * 8 + 2 * t, p * T::scale(), q * T::scale());
         }
         total = quad_sum(total);
-        if (t == 0) sh.share[row] = 1 / total;
+        if (t == 0) sh.share[row] = 1 / (total * T::scale());
     }
 }
 
@@ -98,75 +118,140 @@ __device__ __forceinline__ void edges(GraphShared<T> &sh, int first, int begin, 
 // for slots 16 k to 16 k + 15.
 template <class T, int M, int N, class Sees>
 __device__ __forceinline__ void gathered(float (&acc)[M][N][4], GraphShared<T> &sh, int first, int column, Sees sees) {
+    constexpr Kind KIND = T::KIND;
     const int lane = threadIdx.x % 32;
     clear(acc);
 #pragma unroll 1
     for (int k = 0; k < T::BLOCKS; ++k) {
-        unsigned a[M][4], b[4];
+        Factor<KIND> a[M], b;
         bool some = false;
 #pragma unroll
         for (int m = 0; m < M; ++m) some |= sees(m, k);
         if (!some) continue;
 #pragma unroll
         for (int m = 0; m < M; ++m)
-            load_matrices(a[m], sh.edges + place<T::BLOCKS * 2>(first + m * 16 + lane % 16, 2 * k + lane / 16));
+            read_factor(a[m], [&](int rest) {
+                const int chunk = Numbers<KIND>::chunk(k * 16) + rest + lane / 16;
+                return sh.edges + place<GraphShared<T>::AMONG>(first + m * 16 + lane % 16, chunk);
+            });
 #pragma unroll
         for (int n = 0; n < N; n += 2) {
-            load_transposed(b, sh.x() + place<T::WIDE>(k * 16 + lane % 16, column / 8 + n + lane / 16));
+            read_transposed(b, [&](int rest) {
+                const int chunk = Numbers<KIND>::chunk(column + n * 8) + rest + lane / 16;
+                return sh.x() + place<T::WIDE>(k * 16 + lane % 16, chunk);
+            });
 #pragma unroll
             for (int m = 0; m < M; ++m)
                 if (sees(m, k)) {
-                    multiply<T::KIND>(acc[m][n], a[m], b[0], b[1]);
-                    multiply<T::KIND>(acc[m][n + 1], a[m], b[2], b[3]);
+                    multiply_block(acc[m][n], a[m], b, 0);
+                    multiply_block(acc[m][n + 1], a[m], b, 1);
                 }
         }
     }
 }
 
+// SCALED: puts the largest finite numbers of the warp's rows, which must be in acc already, into `top[place(row)]`. On
+// return it is there for all rows.
+template <class T, int M, int N, class At>
+__device__ __forceinline__ void find_tops(const float (&acc)[M][N][4], unsigned *top, int first_row, At at) {
+    if constexpr (!T::SCALED) return;
+    const int lane = threadIdx.x % 32, g = lane / 4;
+#pragma unroll
+    for (int m = 0; m < M; ++m)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+            float largest = 0;
+#pragma unroll
+            for (int n = 0; n < N; ++n)
+#pragma unroll
+                for (int i = 0; i < 2; ++i) {
+                    const float x = fabsf(acc[m][n][2 * j + i]);
+                    if (x < INFINITE) largest = x > largest ? x : largest;
+                }
+            largest = quad_max(largest);
+            if (lane % 4 == 0) raise_to(top + at(first_row + m * 16 + g + 8 * j), as_bits(largest));
+        }
+    __syncthreads();
+}
+
 // A block: one tile with one image. Grid: tiles x images.
-template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS>
+template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS, bool SCALED = KIND == F16X3>
 __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
-    using T = NodeTile<KIND, S, SLOTS, DEPTH, REGIONS>;
+    using T = NodeTile<KIND, S, SLOTS, DEPTH, REGIONS, SCALED>;
     DYNAMIC_SHARED(memory, sizeof(GraphShared<T>));
     auto &sh = *reinterpret_cast<GraphShared<T> *>(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int first_row = warp_row<T>(), column = warp_column<T>();
+    if constexpr (SCALED)
+        for (int i = threadIdx.x; i < 6 * SLOTS; i += THREADS)
+            (&sh.top[0][0][0])[i] = i < SLOTS ? as_bits(1.f) : 0;  // nodes are at most 1
     make_nodes<T>(p.nodes, sh.tile, *reinterpret_cast<typename T::Making *>(sh.room));
 
-    auto matrix = [&](const void *weights, int step) { return row_of(weights, step * (long long)S, S); };
+    auto matrix = [&](const void *weights, int step) { return row_of(weights, step * (long long)S, T::WIDE); };
     auto own_row = [&](int r) { return first_row + r; };
     auto sees = [&](int m, int k) {
         const int block = first_row / 16 + m;
         return sh.tile.begin[block] <= k && k < sh.tile.end[block];
     };
+    auto caption_slot = [&](int row) { return sh.tile.begin[row / 16] * 16; };
+    // What the numbers of a matrix's row are stored times.
+    auto exponent = [&](int step, Matrix which, int at) { return SCALED ? stored_exponent(sh.top[step % 2][which][at]) : 0; };
     for (int step = 0; step + 1 < p.steps; ++step) {
         typename T::Products acc;
-        auto each = [&](auto store) {
+        auto each = [&](auto change) {
 #pragma unroll
             for (int m = 0; m < T::M; ++m)
 #pragma unroll
                 for (int n = 0; n < T::N; ++n)
 #pragma unroll
                     for (int j = 0; j < 2; ++j)
-                        store(first_row + m * 16 + g + 8 * j, column + n * 8 + 2 * t, acc[m][n] + 2 * j);
+                        change(first_row + m * 16 + g + 8 * j, column + n * 8 + 2 * t, acc[m][n] + 2 * j);
         };
-        auto put_y = [&](int row, int c, unsigned pair) {
-            *reinterpret_cast<unsigned *>(sh.y() + place<T::WIDE>(row, c / 8) + c % 8 * 2) = pair;
+        auto put_y = [&](Matrix which) {
+            find_tops<T>(acc, sh.top[step % 2][which], first_row, [](int row) { return row; });
+            each([&](int row, int c, const float *x) {
+                const float unit = SCALED ? power(exponent(step, which, row)) : 1;
+                put<KIND, T::WIDE>(sh.y(), row, c, x[0] * unit, x[1] * unit);
+            });
         };
-        weighted<T>(acc, sh, sh.x(), own_row, matrix(p.ask, step), column);
         const float *shift = p.shift + step * S, *bias = p.bias + step * S;
-        each([&](int row, int c, const float *x) { put_y(row, c, rounded<KIND>(x[0] + shift[c], x[1] + shift[c + 1])); });
+        weighted<T>(acc, sh, sh.x(), own_row, matrix(p.ask, step), column);
+        each([&](int row, int c, float *x) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                if constexpr (SCALED)
+                    x[i] *= power(-exponent(step, X, caption_slot(row))) * power(p.ask_exponent[step * S + c + i]);
+                x[i] += shift[c + i];
+            }
+        });
+        put_y(Y);
         __syncthreads();
         if (warp < T::BLOCKS)
-            edges<T>(sh, warp * 16, sh.tile.begin[warp], sh.tile.end[warp], [&](int r) { return sh.tile.owner[r]; });
+            edges<T>(
+                sh, warp * 16, sh.tile.begin[warp], sh.tile.end[warp], [&](int row) { return sh.tile.owner[row]; },
+                [&](int row) { return power(-exponent(step, Y, row)) * power(-exponent(step, X, caption_slot(row))); });
+        if constexpr (SCALED)  // the other step's
+            for (int i = threadIdx.x; i < 3 * SLOTS; i += THREADS) sh.top[(step + 1) % 2][0][i] = 0;
         __syncthreads();
         gathered<T>(acc, sh, first_row, column, sees);
-        each([&](int row, int c, const float *x) {  // Y has been read
-            put_y(row, c, rounded<KIND>(x[0] * sh.share[row], x[1] * sh.share[row]));
+        each([&](int row, int, float *x) {
+            const float factor = SCALED ? sh.share[row] * power(-exponent(step, X, caption_slot(row))) : sh.share[row];
+            x[0] *= factor, x[1] *= factor;
         });
+        put_y(Z);  // Y has been read
         weighted<T>(acc, sh, sh.y(), own_row, matrix(p.value, step), column);
+        each([&](int row, int c, float *x) {
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                if constexpr (SCALED)
+                    x[i] *= power(-exponent(step, Z, row)) * power(p.value_exponent[step * S + c + i]);
+                x[i] = relu(x[i] + bias[c + i]);
+            }
+        });
+        find_tops<T>(acc, sh.top[(step + 1) % 2][X], first_row, caption_slot);
         each([&](int row, int c, const float *x) {  // X has been read
-            put_node<T>(sh.tile, sh.x(), row, c, rounded<KIND>(relu(x[0] + bias[c]), relu(x[1] + bias[c + 1])));
+            const float unit = SCALED ? power(exponent(step + 1, X, caption_slot(row))) : 1;
+            put_node<T>(sh.tile, sh.x(), row, c, x[0] * unit, x[1] * unit);
         });
         __syncthreads();
     }
@@ -183,25 +268,42 @@ __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
     const int last = p.steps - 1, mine = warp % OWNERS * COLUMNS;
     const float *shift = p.shift + last * S, *bias = p.bias + last * S;
     float acc[1][N][4];
-    auto put_y = [&](auto value) {
+    auto each = [&](auto change) {
 #pragma unroll
         for (int n = 0; n < N; ++n)
 #pragma unroll
-            for (int j = 0; j < 2; ++j) {
-                const int row = g + 8 * j, c = mine + n * 8 + 2 * t;
-                if (warp < OWNERS)
-                    *reinterpret_cast<unsigned *>(sh.y() + place<T::WIDE>(row, c / 8) + c % 8 * 2) =
-                        rounded<KIND>(value(acc[0][n][2 * j], row, c), value(acc[0][n][2 * j + 1], row, c + 1));
-            }
+            for (int j = 0; j < 2; ++j) change(g + 8 * j, mine + n * 8 + 2 * t, acc[0][n] + 2 * j);
     };
-    auto caption = [&](int r) { return r < T::BLOCKS ? sh.tile.caption[r] : -2; };
+    auto put_y = [&](Matrix which) {
+        find_tops<T>(acc, sh.top[last % 2][which], 0, [](int row) { return row; });
+        each([&](int row, int c, const float *x) {
+            const float unit = SCALED ? power(exponent(last, which, row)) : 1;
+            if (warp < OWNERS) put<KIND, T::WIDE>(sh.y(), row, c, x[0] * unit, x[1] * unit);
+        });
+    };
+    auto first_slot = [&](int row) { return sh.tile.first[row % T::BLOCKS]; };
     weighted<T>(acc, sh, sh.y(), [](int r) { return 16 + r; }, matrix(p.ask, last), mine);
-    put_y([&](float x, int, int c) { return x + shift[c]; });
+    each([&](int row, int c, float *x) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            if constexpr (SCALED)
+                x[i] *= power(-exponent(last, X, first_slot(row))) * power(p.ask_exponent[last * S + c + i]);
+            x[i] += shift[c + i];
+        }
+    });
+    put_y(Y);
     __syncthreads();
-    if (warp == 0) edges<T>(sh, 0, 0, T::BLOCKS, caption);
+    if (warp == 0)
+        edges<T>(
+            sh, 0, 0, T::BLOCKS, [&](int row) { return row < T::BLOCKS ? sh.tile.caption[row] : -2; },
+            [&](int row) { return power(-exponent(last, Y, row)) * power(-exponent(last, X, first_slot(row))); });
     __syncthreads();
     gathered<T>(acc, sh, 0, mine, [](int, int) { return true; });
-    put_y([&](float x, int row, int) { return x * sh.share[row]; });
+    each([&](int row, int, float *x) {
+        const float factor = SCALED ? sh.share[row] * power(-exponent(last, X, first_slot(row))) : sh.share[row];
+        x[0] *= factor, x[1] *= factor;
+    });
+    put_y(Z);
     weighted<T>(acc, sh, sh.y(), [](int r) { return r; }, matrix(p.value, last), mine);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
@@ -211,7 +313,9 @@ __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int c = mine + n * 8 + 2 * t + i;
-                sum += relu(acc[0][n][2 * j + i] + bias[c]) * p.score_weight[c];
+                float x = acc[0][n][2 * j + i];
+                if constexpr (SCALED) x *= power(-exponent(last, Z, g + 8 * j)) * power(p.value_exponent[last * S + c]);
+                sum += relu(x + bias[c]) * p.score_weight[c];
             }
         sum = quad_sum(sum);
         if (t == 0) sh.part[warp][g + 8 * j] = sum;
@@ -221,6 +325,6 @@ __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
         float sum = *p.score_bias + sh.tile.spoiled[sh.tile.first[threadIdx.x] / 16];
         for (int w = 0; w < OWNERS; ++w) sum += sh.part[w][threadIdx.x];
         const long long at = blockIdx.y * (long long)p.all_captions + sh.tile.caption[threadIdx.x];
-        put_score<KIND>(p.score, at, sum);
+        put_score<T>(p.score, at, sum);
     }
 }

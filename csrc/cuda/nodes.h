@@ -6,10 +6,15 @@
 // with the attention weights e and lengths of weights.cu. The nodes of global vectors, one a pair, are rows of another
 // product: `global_nodes` (global_nodes.cu) writes them to memory, and each tile reads its own.
 //
+// float32 numbers lie as one or two float16 numbers times a power of two (SCALED): words, regions and the matrix of a
+// product have an exponent for each row, which `_rows.split_rows` has found, and what is computed here gets one.
+//
 // A tile has SLOTS rows, each for one node or empty. A caption takes 16, 32, 64 or 128 of them from a multiple of that
 // number on, its global node first (`packing.node_plan`); so no sum depends on the captions beside it.
 #pragma once
 #include "tile.h"
+
+constexpr float EPS = 1e-8f;
 
 struct Nodes {
     const void *words, *image;    // [N, D], [images, regions, D]
@@ -18,66 +23,84 @@ struct Nodes {
     const void *overall;          // [images, captions, S] global nodes of the window's captions
     const void *local_weight;     // [S, D]
     const float *local_bias;      // [S]
+    const int *word_exponent, *weight_exponent;  // [N], [S]; SCALED only
     const int *row, *owner;       // [tiles * SLOTS] packed node and caption of each slot, or -1
     const int *start;             // [T + 1] first packed node of each caption
     const int *count;             // [images] regions of each image; or null: all
-    int regions, dim, pitch;
+    int regions, pitch;
+    int chunks;                   // of a row of D numbers
     int first_word, size;         // the window's words
     int first_caption, captions;  // the window's captions
 };
 
+constexpr int UNIT = 8;  // exponent that numbers of at most 1 are stored with: times 2^UNIT
+
 // KIND: dtype of the factors of products. DEPTH: numbers of a row that a stage holds. REGIONS: a multiple of 16.
-template <Kind KIND_, int S_, int SLOTS_, int DEPTH_, int REGIONS_ = 16> struct NodeTile {
+template <Kind KIND_, int S_, int SLOTS_, int DEPTH_, int REGIONS_, bool SCALED_> struct NodeTile {
     static constexpr Kind KIND = KIND_;
-    static constexpr int S = S_, SLOTS = SLOTS_, DEPTH = DEPTH_, REGIONS = REGIONS_;
-    static constexpr int WIDE = S / 8, NARROW = DEPTH / 8;  // chunks of a row of nodes, and of a stage
+    static constexpr bool SCALED = SCALED_, PAIRS = Numbers<KIND>::PAIRS;
+    static constexpr int S = S_, SLOTS = SLOTS_, DEPTH = DEPTH_, REGIONS = REGIONS_, HALVES = PAIRS ? 2 : 1;
+    static constexpr int WIDE = S / 8 * HALVES, NARROW = DEPTH / 8 * HALVES;  // chunks of a row of nodes, and of a stage
     static constexpr int FEW = REGIONS <= 16 ? 2 : REGIONS <= 32 ? 4 : REGIONS <= 64 ? 8 : 16;  // of attention weights
     static constexpr int ROWS = SLOTS / 2, COLUMNS = S / 4;  // of one of 2 x 4 warps
     static constexpr int M = ROWS / 16, N = COLUMNS / 8, BLOCKS = SLOTS / 16;
-    static constexpr int MATRIX = SLOTS * S * 2;  // bytes
+    static constexpr int MATRIX = SLOTS * WIDE * 16;  // bytes
+    static_assert(!PAIRS || DEPTH % 32 == 0);
     using Products = float[M][N][4];
 
     struct Making {  // while the nodes are made, where the head's matrices will lie
-        unsigned char word[2][SLOTS * DEPTH * 2], region[2][REGIONS * DEPTH * 2], weight[SLOTS * FEW * 16];
+        unsigned char word[2][SLOTS * NARROW * 16], region[2][REGIONS * NARROW * 16], weight[HALVES][SLOTS * FEW * 16];
     };
     struct Shared {
-        unsigned char stage[2][S * DEPTH * 2];
+        unsigned char stage[2][S * NARROW * 16];
         float part[4][SLOTS], inverse[SLOTS];
         int owner[SLOTS], word[SLOTS];           // of each slot: its caption, and its word or -1
         int begin[BLOCKS], end[BLOCKS];          // of 16 slots: the blocks of 16 that their caption takes
         int first[BLOCKS], caption[BLOCKS];      // of each caption: its first slot and its number; first `captions` count
         float spoiled[BLOCKS];                   // of the caption that begins there: NaN if a node is not finite, else 0
         int captions;
+        int exponent[SCALED ? SLOTS : 1];        // of each slot's word
     };
+    __device__ static float scale() { return SCALED ? 1 << UNIT : 1; }  // what nodes of `make_nodes` are multiplied by
 };
+
+// The exponent that squares of differences get, of vectors whose numbers are below 2^`above` and of unit vectors.
+__device__ __forceinline__ int square_exponent(int above) {
+    const int exponent = 14 - 2 * ((above > 0 ? above : 0) + 1);
+    return exponent < -126 ? -126 : exponent;
+}
 
 // The first row and the first column that a warp owns of a product [SLOTS, S].
 template <class T> __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % 2 * T::ROWS; }
 template <class T> __device__ __forceinline__ int warp_column() { return threadIdx.x / 64 * T::COLUMNS; }
 
+// Whether one of two 16-bit numbers is infinite or NaN.
+template <Kind KIND> __device__ __forceinline__ bool not_finite(unsigned word) {
+    constexpr unsigned MOST = KIND == BF16 ? 0x7f80 : 0x7c00;
+    return (word & MOST) == MOST || (word >> 16 & MOST) == MOST;
+}
+
 // Writes two numbers of a node. A number that is not finite would spoil the captions beside it, as 0 * NaN is NaN: it
 // becomes zero, and the score of its own caption NaN.
 template <class T>
-__device__ __forceinline__ void put_node(typename T::Shared &sh, unsigned char *nodes, int row, int column, unsigned pair) {
-    constexpr unsigned MOST = T::KIND == BF16 ? 0x7f80 : 0x7c00;  // the exponent of infinity and NaN
-    if ((pair & MOST) == MOST || (pair >> 16 & MOST) == MOST) {
+__device__ __forceinline__ void put_node(typename T::Shared &sh, unsigned char *nodes, int row, int column, float x, float y) {
+    if (not_finite<Numbers<T::KIND>::STORED>(put<T::KIND, T::WIDE>(nodes, row, column, x, y))) {
         sh.spoiled[sh.begin[row / 16]] = as_float(0x7fc00000u);
-        pair = 0;
+        put<T::KIND, T::WIDE>(nodes, row, column, 0, 0);
     }
-    *reinterpret_cast<unsigned *>(nodes + place<T::WIDE>(row, column / 8) + column % 8 * 2) = pair;
 }
 
-// acc [SLOTS, S] = A W^T, over `dim` numbers a row, some at a time: `load(step)` starts the copies that make A's stage
-// in `made[step % 2]`, and `finish(step)` makes it once they have landed. W [S, dim].
+// acc [SLOTS, S] = A W^T, some numbers of a row at a time: `load(step)` starts the copies that make A's stage in
+// `made[step % 2]`, and `finish(step)` makes it once they have landed. W has S rows of `chunks`.
 template <class T, class Load, class Finish>
 __device__ __forceinline__ void project(typename T::Products &acc, typename T::Shared &sh,
-                                        unsigned char (&made)[2][T::SLOTS * T::DEPTH * 2], const void *weight, int dim,
+                                        unsigned char (&made)[2][T::SLOTS * T::NARROW * 16], const void *weight, int chunks,
                                         Load load, Finish finish) {
     const int first_row = warp_row<T>();
     auto start = [&](int step) {
-        if (step * T::DEPTH < dim) {
-            copy_rows<T::S, T::NARROW>(sh.stage[step % 2], step * T::DEPTH, dim, weight,
-                                       [&](int row) { return row_of(weight, row, dim); });
+        if (step * T::NARROW < chunks) {
+            copy_rows<T::S, T::NARROW>(sh.stage[step % 2], step * T::NARROW, chunks, weight,
+                                       [&](int row) { return row_of(weight, row, chunks); });
             load(step);
         }
         commit();
@@ -85,7 +108,7 @@ __device__ __forceinline__ void project(typename T::Products &acc, typename T::S
     clear(acc);
     start(0);
 #pragma unroll 1
-    for (int step = 0; step * T::DEPTH < dim; ++step) {
+    for (int step = 0; step * T::NARROW < chunks; ++step) {
         wait_groups<0>();
         __syncthreads();  // this stage has landed, and the other one has been read
         start(step + 1);
@@ -98,26 +121,30 @@ __device__ __forceinline__ void project(typename T::Products &acc, typename T::S
     }
 }
 
-// acc += bias, and returns 1 / (|row| + eps) of the thread's rows. All threads have finished `project` when it returns.
-template <class T>
+// acc += bias, after a row was multiplied by `row_factor(row)` and a column by 2^exponent (SCALED); and returns
+// 1 / (|row| + eps) of the thread's rows. All threads have finished `project` when it returns.
+template <class T, class RowFactor>
 __device__ __forceinline__ void add_bias(typename T::Products &acc, typename T::Shared &sh, const float *bias,
-                                         float (&inverse)[T::M][2]) {
+                                         const int *exponent, RowFactor row_factor, float (&inverse)[T::M][2]) {
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first_row = warp_row<T>(), column = warp_column<T>();
 #pragma unroll
     for (int m = 0; m < T::M; ++m)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
+            const int row = first_row + m * 16 + g + 8 * j;
             float square = 0;
 #pragma unroll
             for (int n = 0; n < T::N; ++n)
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
+                    const int c = column + n * 8 + 2 * t + i;
                     float &x = acc[m][n][2 * j + i];
-                    x += bias[column + n * 8 + 2 * t + i];
+                    if constexpr (T::SCALED) x *= row_factor(row) * power(exponent[c]);
+                    x += bias[c];
                     square += x * x;
                 }
             square = quad_sum(square);
-            if (t == 0) sh.part[threadIdx.x / 64][first_row + m * 16 + g + 8 * j] = square;
+            if (t == 0) sh.part[threadIdx.x / 64][row] = square;
         }
     __syncthreads();
 #pragma unroll
@@ -138,6 +165,7 @@ template <class T> __device__ __forceinline__ void read_slots(const Nodes &p, ty
         const bool word = owner >= 0 && node != p.start[owner];
         sh.owner[slot] = owner;
         sh.word[slot] = word ? node - owner - 1 : -1;  // each caption before it has one node more than words
+        if constexpr (T::SCALED) sh.exponent[slot] = word ? p.word_exponent[sh.word[slot]] : 0;
         sh.inverse[slot] = word ? p.inverse[blockIdx.y * (long long)p.size + sh.word[slot] - p.first_word] : 0;
     }
     __syncthreads();
@@ -167,49 +195,58 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, image = blockIdx.y;
     const int count = p.count ? p.count[image] : p.regions;
     read_slots<T>(p, sh);
-    copy_rows<T::SLOTS, T::FEW>(making.weight, 0, p.pitch, p.words, [&](int slot) {
-        const long long row = image * (long long)p.size + sh.word[slot] - p.first_word;
-        return sh.word[slot] < 0 ? nullptr : row_of(p.weight, row, p.pitch);
-    });
-    auto load = [&](int step) {
-        copy_rows<T::SLOTS, T::NARROW>(making.word[step % 2], step * T::DEPTH, p.dim, p.words, [&](int slot) {
-            return sh.word[slot] < 0 ? nullptr : row_of(p.words, sh.word[slot], p.dim);
+#pragma unroll
+    for (int half = 0; half < T::HALVES; ++half)
+        copy_rows<T::SLOTS, T::FEW>(making.weight[half], 0, p.pitch / 8, p.words, [&](int slot) {
+            const long long row = image * (long long)p.size + sh.word[slot] - p.first_word;
+            return sh.word[slot] < 0 ? nullptr : row_of(p.weight, row * T::HALVES + half, p.pitch / 8);
         });
-        copy_rows<T::REGIONS, T::NARROW>(making.region[step % 2], step * T::DEPTH, p.dim, p.words, [&](int region) {
-            return region < count ? row_of(p.image, image * (long long)p.regions + region, p.dim) : nullptr;
+    auto load = [&](int step) {
+        copy_rows<T::SLOTS, T::NARROW>(making.word[step % 2], step * T::NARROW, p.chunks, p.words, [&](int slot) {
+            return sh.word[slot] < 0 ? nullptr : row_of(p.words, sh.word[slot], p.chunks);
+        });
+        copy_rows<T::REGIONS, T::NARROW>(making.region[step % 2], step * T::NARROW, p.chunks, p.words, [&](int region) {
+            return region < count ? row_of(p.image, image * (long long)p.regions + region, p.chunks) : nullptr;
         });
     };
     // (u - q)^2 in the place of q, by blocks of 16 x 16.
     auto difference = [&](int step) {
 #pragma unroll
         for (int job = warp; job < T::BLOCKS * (T::DEPTH / 16); job += WARPS) {
-            const int row = job % T::BLOCKS * 16, column = job / T::BLOCKS * 16;
+            const int row = job % T::BLOCKS * 16, column = job / T::BLOCKS * 16, chunk = Numbers<KIND>::chunk(column);
             float u[2][4] = {};
 #pragma unroll
             for (int k = 0; k < T::REGIONS / 16; ++k) {
-                unsigned a[4], b[4];
-                load_matrices(a, making.weight + place<T::FEW>(row + lane % 16, 2 * k + lane / 16));
-                load_transposed(b, making.region[step % 2] + place<T::NARROW>(k * 16 + lane % 16, column / 8 + lane / 16));
-                multiply<KIND>(u[0], a, b[0], b[1]);
-                multiply<KIND>(u[1], a, b[2], b[3]);
+                Factor<KIND> a, b;
+                read_factor(a, [&](int rest) {
+                    return making.weight[rest != 0] + place<T::FEW>(row + lane % 16, 2 * k + lane / 16);
+                });
+                read_transposed(b, [&](int rest) {
+                    return making.region[step % 2] + place<T::NARROW>(k * 16 + lane % 16, chunk + rest + lane / 16);
+                });
+                multiply_block(u[0], a, b, 0);
+                multiply_block(u[1], a, b, 1);
             }
 #pragma unroll
             for (int n = 0; n < 2; ++n)
 #pragma unroll
                 for (int j = 0; j < 2; ++j) {
-                    const int slot = row + g + 8 * j;
-                    unsigned char *at = making.word[step % 2] + place<T::NARROW>(slot, column / 8 + n) + 4 * t;
-                    unsigned &q = *reinterpret_cast<unsigned *>(at);
-                    const float x = u[n][2 * j] * sh.inverse[slot] - low<KIND>(q);
-                    const float y = u[n][2 * j + 1] * sh.inverse[slot] - high<KIND>(q);
-                    q = rounded<KIND>(x * x, y * y);
+                    const int slot = row + g + 8 * j, c = column + n * 8 + 2 * t;
+                    const float2 q = get<KIND, T::NARROW>(making.word[step % 2], slot, c);
+                    float unit = 1, raised = 1;
+                    if constexpr (T::SCALED)
+                        unit = power(sh.exponent[slot]), raised = power(square_exponent(sh.exponent[slot] + 9));
+                    const float x = u[n][2 * j] * sh.inverse[slot] - q.x * unit;
+                    const float y = u[n][2 * j + 1] * sh.inverse[slot] - q.y * unit;
+                    put<KIND, T::NARROW>(making.word[step % 2], slot, c, x * x * raised, y * y * raised);
                 }
         }
     };
     typename T::Products acc;
     float inverse[T::M][2];
-    project<T>(acc, sh, making.word, p.local_weight, p.dim, load, difference);
-    add_bias<T>(acc, sh, p.local_bias, inverse);
+    project<T>(acc, sh, making.word, p.local_weight, p.chunks, load, difference);
+    auto lowered = [&](int slot) { return power(-square_exponent(sh.exponent[slot] + 9)); };
+    add_bias<T>(acc, sh, p.local_bias, p.weight_exponent, lowered, inverse);
 
     auto *nodes = reinterpret_cast<unsigned char *>(&making);
 #pragma unroll
@@ -222,20 +259,28 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
             for (int n = 0; n < T::N; ++n) {
                 const float x = acc[m][n][2 * j] * inverse[m][j], y = acc[m][n][2 * j + 1] * inverse[m][j];
                 if (word || empty)
-                    put_node<T>(sh, nodes, row, warp_column<T>() + n * 8 + 2 * t, word ? rounded<KIND>(x, y) : 0);
+                    put_node<T>(sh, nodes, row, warp_column<T>() + n * 8 + 2 * t, word ? x * T::scale() : 0,
+                                word ? y * T::scale() : 0);
             }
         }
-    for (int i = threadIdx.x; i < sh.captions * (T::S / 2); i += THREADS) {
-        const int caption = i / (T::S / 2), pair = i % (T::S / 2);
+    for (int i = threadIdx.x; i < sh.captions * T::WIDE * 4; i += THREADS) {
+        const int caption = i / (T::WIDE * 4), word = i % (T::WIDE * 4), slot = sh.first[caption];
         const long long row = image * (long long)p.captions + sh.caption[caption] - p.first_caption;
-        const unsigned both = static_cast<const unsigned *>(row_of(p.overall, row, T::S))[pair];
-        put_node<T>(sh, nodes, sh.first[caption], pair * 2, both);
+        unsigned both = static_cast<const unsigned *>(row_of(p.overall, row, T::WIDE))[word];
+        if (not_finite<Numbers<KIND>::STORED>(both)) {
+            sh.spoiled[slot / 16] = as_float(0x7fc00000u);
+            both = 0;
+        }
+        *reinterpret_cast<unsigned *>(nodes + place<T::WIDE>(slot, word / 4) + word % 4 * 4) = both;
     }
     __syncthreads();
 }
 
 // Writes the score of a pair, from the argument of its sigmoid.
-template <Kind KIND> __device__ __forceinline__ void put_score(void *scores, long long at, float x) {
+template <class T> __device__ __forceinline__ void put_score(void *scores, long long at, float x) {
     const float score = 1 / (1 + exp2f(-x * LOG2E));
-    static_cast<unsigned short *>(scores)[at] = static_cast<unsigned short>(rounded<KIND>(score, 0));
+    if constexpr (T::SCALED)
+        static_cast<float *>(scores)[at] = score;
+    else
+        static_cast<unsigned short *>(scores)[at] = static_cast<unsigned short>(rounded<T::KIND>(score, 0));
 }

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import _cuda
+from ..._checks import matmul_precision
 from ..._cuda import Kernel
 from ..._workspace import scratch_bytes
 from ...packing import bounds, checked, kept, node_bounds, node_plan, region_counts, spans
@@ -23,7 +24,7 @@ from . import _rows
 from ._tiles import Pairs, Plan, Tile, _plan, tile_of
 from .cross_attention_score import NORMS, Attention, Grams, aligned
 
-KINDS = {torch.float16: "F16", torch.bfloat16: "BF16"}
+KINDS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F16X3"}
 THREADS = 256
 SIMILARITIES = (64, 128, 256)  # S
 REGIONS = 128  # the most regions of an image
@@ -56,8 +57,9 @@ class GlobalNodes(ctypes.Structure):
     """The argument of `global_nodes` (csrc/cuda/global_nodes.cu)."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("image", "caption", "weight", "bias", "result")),
-        *((name, ctypes.c_int) for name in ("captions", "dim")),
+        *((name, ctypes.c_void_p) for name in ("image", "caption", "weight", "bias")),
+        *((name, ctypes.c_void_p) for name in ("image_exponent", "caption_exponent", "weight_exponent", "result")),
+        *((name, ctypes.c_int) for name in ("captions", "chunks")),
     ]
 
 
@@ -66,13 +68,59 @@ class Nodes(ctypes.Structure):
 
     _fields_ = [
         *((name, ctypes.c_void_p) for name in ("words", "image", "weight", "inverse", "overall", "local_weight")),
-        *((name, ctypes.c_void_p) for name in ("local_bias", "row", "owner", "start", "count")),
-        *((name, ctypes.c_int) for name in ("regions", "dim", "pitch", "first_word", "size")),
+        *((name, ctypes.c_void_p) for name in ("local_bias", "word_exponent", "weight_exponent")),
+        *((name, ctypes.c_void_p) for name in ("row", "owner", "start", "count")),
+        *((name, ctypes.c_int) for name in ("regions", "pitch", "chunks", "first_word", "size")),
         *((name, ctypes.c_int) for name in ("first_caption", "captions")),
     ]
 
 
-Head = Callable[[str, int, int, int, int], Kernel]  # kind, S, slots, regions, depth -> the head's kernel
+class Kind(NamedTuple):
+    """How numbers are stored and multiplied: the name in C++, whether rows have exponents, and halves of a number."""
+
+    name: str
+    scaled: bool
+    halves: int
+
+    def arguments(self, *sizes: int) -> str:
+        """Template arguments of a kernel."""
+        return ", ".join([self.name, *map(str, sizes), *["true"] * (self.scaled and self.halves == 1)])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.name == "BF16" else torch.float16
+
+
+def kind_of(dtype: torch.dtype) -> Kind:
+    """The kind for inputs of a dtype."""
+    if dtype != torch.float32:
+        return Kind(KINDS[dtype], False, 1)
+    return Kind(KINDS[dtype], True, 2) if matmul_precision() == "highest" else Kind("F16", True, 1)
+
+
+class Rows(NamedTuple):
+    """Rows [..., n, D] as the kernels read them; see `_rows.split_rows`."""
+
+    data: Tensor
+    exponent: Tensor | None
+
+    def part(self, some: slice) -> Rows:
+        return Rows(self.data[some], None if self.exponent is None else self.exponent[some])
+
+    @property
+    def addresses(self) -> tuple[int, int | None]:
+        return self.data.data_ptr(), None if self.exponent is None else self.exponent.data_ptr()
+
+
+def rows_of(x: Tensor, kind: Kind) -> Rows:
+    """The rows of x [..., D] for products of a kind."""
+    if not kind.scaled:
+        return Rows(aligned(x), None)
+    found = _rows.split_rows(aligned(x).view(-1, x.shape[-1]), kind.halves == 2)
+    return Rows(found.rows.view(*x.shape[:-1], -1), found.exponent.view(x.shape[:-1]))
+
+
+Head = Callable[[Kind, int, int, int, int], Kernel]  # kind, S, slots, regions, depth -> the head's kernel
 
 
 def shared_limit(device: torch.device) -> int:
@@ -84,30 +132,31 @@ def rounded_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def weight_kernel(kind: str, tile: Tile) -> Kernel:
-    name = f"weights<{kind}, {tile.columns}, {tile.slots}, {tile.side}>"
+def weight_kernel(kind: Kind, tile: Tile) -> Kernel:
+    name = f"weights<{kind.name}, {tile.columns}, {tile.slots}, {tile.side}>"
     return Kernel("weights.cu", name, Weights, tile.threads, tile.shared)
 
 
-def tile_bytes(S: int, slots: int, depth: int) -> int:
+def tile_bytes(kind: Kind, S: int, slots: int, depth: int) -> int:
     """Shared memory of `NodeTile::Shared`."""
-    return 4 * S * depth + 28 * slots + 20 * (slots // 16) + 4
+    return 4 * S * depth * kind.halves + 28 * slots + 20 * (slots // 16) + 4 + (4 * slots if kind.scaled else 4)
 
 
-def making_bytes(slots: int, depth: int, regions: int) -> int:
+def making_bytes(kind: Kind, slots: int, depth: int, regions: int) -> int:
     """Shared memory of `NodeTile::Making`."""
     few = next(n for n in (16, 32, 64, 128) if regions <= n)
-    return 4 * (slots + regions) * depth + 2 * slots * few
+    return kind.halves * (4 * (slots + regions) * depth + 2 * slots * few)
 
 
-def global_kernel(kind: str, S: int, slots: int, depth: int) -> Kernel:
-    shared = 4 * slots * depth + tile_bytes(S, slots, depth)
-    return Kernel("global_nodes.cu", f"global_nodes<{kind}, {S}, {slots}, {depth}>", GlobalNodes, THREADS, shared)
+def global_kernel(kind: Kind, S: int, slots: int, depth: int) -> Kernel:
+    shared = 4 * slots * depth * kind.halves + tile_bytes(kind, S, slots, depth)
+    return Kernel("global_nodes.cu", f"global_nodes<{kind.arguments(S, slots, depth)}>", GlobalNodes, THREADS, shared)
 
 
-def fitting(make: Callable[[int], Kernel], limit: int) -> Kernel | None:
-    """The kernel of the greatest depth that fits."""
-    return next((kernel for kernel in map(make, DEPTHS) if kernel.shared <= limit), None)
+def fitting(make: Callable[[int], Kernel], kind: Kind, limit: int) -> Kernel | None:
+    """The kernel of the greatest depth that fits. Pairs of halves lie in blocks of 32 numbers."""
+    depths = [depth for depth in DEPTHS if depth % 32 == 0 or kind.halves == 1]
+    return next((kernel for kernel in map(make, depths) if kernel.shared <= limit), None)
 
 
 class Kernels(NamedTuple):
@@ -125,14 +174,14 @@ class Kernels(NamedTuple):
         return min(max(self.head) - 1, self.tile.slots)
 
 
-def kernels(head: Head, dtype: torch.dtype, R: int, S: int, device: torch.device) -> Kernels | None:
+def kernels(head: Head, kind: Kind, R: int, S: int, device: torch.device) -> Kernels | None:
     """The kernels that fit the GPU, None if there are none."""
-    kind, limit, tile = KINDS[dtype], shared_limit(device), tile_of(R, torch.cuda.get_device_capability(device))
+    limit, tile = shared_limit(device), tile_of(R, torch.cuda.get_device_capability(device))
     weights, regions = weight_kernel(kind, tile), rounded_up(pitch_of(tile), 16)
-    found = {n: fitting(partial(head, kind, S, n, regions), limit) for n in SLOTS}
+    found = {n: fitting(partial(head, kind, S, n, regions), kind, limit) for n in SLOTS}
     heads = {n: kernel for n, kernel in found.items() if kernel}
     for slots in (64, 32):
-        overall = fitting(partial(global_kernel, kind, S, slots), limit)
+        overall = fitting(partial(global_kernel, kind, S, slots), kind, limit)
         if weights.shared <= limit and heads and overall:
             if 64 in heads:  # a tile of 32 reads the matrices twice as often
                 heads.pop(32, None)
@@ -150,7 +199,7 @@ def why_not(head: Head, dtype: torch.dtype, D: int, R: int, S: int, words: int, 
         return f"CUDA kernels take images of 1 to {REGIONS} regions, got R = {R}"
     if S not in SIMILARITIES:
         return f"CUDA kernels need S to be {', '.join(map(str, SIMILARITIES[:-1]))} or {SIMILARITIES[-1]}, got {S}"
-    fit = kernels(head, dtype, R, S, device)
+    fit = kernels(head, kind_of(dtype), R, S, device)
     if fit is None:
         return f"CUDA kernels need more shared memory than this GPU has for R = {R} and S = {S}"
     if words > fit.words:
@@ -172,20 +221,20 @@ def weight_plans(cu_seqlens: Tensor, edge: list[int], windows: Sequence[slice], 
 
 
 def scores(
-    op: str, given: Sequence[Any], head: Head, argument_of: Callable[[Nodes, int, int], ctypes.Structure]
+    op: str, arguments: Sequence[Any], head: Head, argument_of: Callable[[Nodes, int, int], ctypes.Structure]
 ) -> Tensor:
     """Scores [I, T] of a pair scorer.
 
     Args:
         op: what errors name.
-        given: the arguments of `similarity_nodes`.
+        arguments: those of `similarity_nodes`.
         head: the head's kernel.
         argument_of: the head's argument for some nodes, the address of the scores of its first image, and T.
 
     Raises:
         NotImplementedError: the kernels cannot score these shapes on this device; the message says why.
     """
-    *tensors, cu_seqlens, region_lengths, scale = given
+    *tensors, cu_seqlens, region_lengths, scale = arguments
     image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias = tensors
     (I, R, D), (N, T, S), device = image.shape, (len(words), len(caption_global), len(local_weight)), image.device
     edge = bounds(cu_seqlens, N, op)
@@ -199,14 +248,16 @@ def scores(
     longest = max(b - a for a, b in zip(edge, edge[1:]))
     if problem := why_not(head, image.dtype, D, R, S, longest, device):
         raise NotImplementedError(f"{op}: {problem}")
-    fit = kernels(head, image.dtype, R, S, device)
+    kind = kind_of(image.dtype)
+    fit = kernels(head, kind, R, S, device)
     assert fit is not None
-    tile, pitch, itemsize = fit.tile, pitch_of(fit.tile), image.dtype.itemsize
-    image, image_global, words, caption_global, local_weight, global_weight = map(
-        aligned, (image, image_global, words, caption_global, local_weight, global_weight)
+    tile, pitch, itemsize = fit.tile, pitch_of(fit.tile), 2 * kind.halves
+    factors = _rows.image_factors(image, count, pitch)
+    regions, query, v, t, local, overall_weight = (
+        rows_of(x, kind) for x in (image, words, image_global, caption_global, local_weight, global_weight)
     )
     local_bias, global_bias = aligned(local_bias.float()), aligned(global_bias.float())
-    factors = _rows.image_factors(image, count, pitch)
+    chunks = query.data.shape[1] // 8
     attention = Attention(NORMS["clipped_l2norm"][0], _attention.SLOPE, scale)
     plan = node_plan(node_bounds(cu_seqlens), N + T, op, sorted(fit.head), WINDOW)
     plans = weight_plans(cu_seqlens, edge, [window.captions for window in plan.windows], tile.slots)
@@ -216,14 +267,14 @@ def scores(
         each = many * (pitch * itemsize + 4) + size * S * itemsize
         for images in spans(I, min(BLOCKS_Y, max(1, min(scratch_bytes(device), LAUNCH_BYTES) // each))):
             some = images.stop - images.start
-            weight = image.new_empty(some, many, pitch)
+            weight = image.new_empty(some, many, kind.halves, pitch, dtype=kind.dtype)
             inverse = image.new_empty(some, many, dtype=torch.float32)
-            overall = image.new_empty(some, size, S)
-            regions, counts = image[images], None if count is None else count[images].data_ptr()
+            overall = image.new_empty(some, size, kind.halves * S, dtype=kind.dtype)
+            x, counts = regions.part(images), None if count is None else count[images].data_ptr()
             pairs = Pairs(
-                words.data_ptr(), regions.data_ptr(), None, None, counts,
-                *(x.data_ptr() for x in (tiles.first, tiles.caption, tiles.begin, tiles.end, tiles.row, tiles.owner)),
-                None, some, R, size, D * itemsize // 16, tiles.tiles, False,
+                query.addresses[0], x.addresses[0], query.addresses[1], x.addresses[1], counts,
+                *(y.data_ptr() for y in (tiles.first, tiles.caption, tiles.begin, tiles.end, tiles.row, tiles.owner)),
+                None, some, R, size, chunks, tiles.tiles, False,
             )  # fmt: skip
             grams = Grams(factors.factor[images].data_ptr(), factors.size[images].data_ptr(), None)
             _cuda.launch(
@@ -232,21 +283,22 @@ def scores(
                 (tiles.tiles * -(-some // tile.images), 1),
                 device,
             )
+            given = v.part(images).addresses, t.part(captions).addresses, overall_weight.addresses
             _cuda.launch(
                 fit.overall,
                 GlobalNodes(
-                    image_global[images].data_ptr(), caption_global[captions].data_ptr(), global_weight.data_ptr(),
-                    global_bias.data_ptr(), overall.data_ptr(), size, D,
+                    *(rows for rows, _ in given), global_bias.data_ptr(), *(exponent for _, exponent in given),
+                    overall.data_ptr(), size, chunks,
                 ),
                 (-(-size // fit.overall_slots), some),
                 device,
             )  # fmt: skip
             for group in window.tiles:
                 part = Nodes(
-                    words.data_ptr(), regions.data_ptr(), weight.data_ptr(), inverse.data_ptr(), overall.data_ptr(),
-                    local_weight.data_ptr(), local_bias.data_ptr(), plan.row[group.first :].data_ptr(),
-                    plan.owner[group.first :].data_ptr(), plan.start.data_ptr(), counts, R, D, pitch, first_word, many,
-                    captions.start, size,
+                    query.addresses[0], x.addresses[0], weight.data_ptr(), inverse.data_ptr(), overall.data_ptr(),
+                    local.addresses[0], local_bias.data_ptr(), query.addresses[1], local.addresses[1],
+                    plan.row[group.first :].data_ptr(), plan.owner[group.first :].data_ptr(), plan.start.data_ptr(),
+                    counts, R, pitch, chunks, first_word, many, captions.start, size,
                 )  # fmt: skip
                 argument = argument_of(part, score[images].data_ptr(), T)
                 _cuda.launch(fit.head[group.size], argument, (group.number, some), device)

@@ -7,7 +7,7 @@ import ctypes
 from torch import Tensor
 
 from ..._cuda import Kernel
-from ._pairs import THREADS, Nodes, making_bytes, scores, tile_bytes
+from ._pairs import THREADS, Kind, Nodes, kind_of, making_bytes, rows_of, scores, tile_bytes
 from .cross_attention_score import aligned
 
 
@@ -16,7 +16,8 @@ class Graph(ctypes.Structure):
 
     _fields_ = [
         ("nodes", Nodes),
-        *((name, ctypes.c_void_p) for name in ("ask", "value", "shift", "bias", "score_weight", "score_bias", "score")),
+        *((name, ctypes.c_void_p) for name in ("ask", "value", "shift", "bias", "ask_exponent", "value_exponent")),
+        *((name, ctypes.c_void_p) for name in ("score_weight", "score_bias", "score")),
         *((name, ctypes.c_int) for name in ("steps", "all_captions")),
     ]
 
@@ -31,17 +32,18 @@ class Filter(ctypes.Structure):
     ]
 
 
-def graph_kernel(kind: str, S: int, slots: int, regions: int, depth: int) -> Kernel:
-    room = max(making_bytes(slots, depth, regions), 4 * slots * S)
-    shared = room + 2 * slots * slots + tile_bytes(S, slots, depth) + 4 * slots + 2 * THREADS
-    name = f"graph_scores<{kind}, {S}, {slots}, {depth}, {regions}>"
+def graph_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int) -> Kernel:
+    room = max(making_bytes(kind, slots, depth, regions), 4 * slots * S * kind.halves)
+    edges, tops = 2 * slots * slots * kind.halves, 24 * (slots if kind.scaled else 1)
+    shared = room + edges + tile_bytes(kind, S, slots, depth) + 4 * slots + 2 * THREADS + tops
+    name = f"graph_scores<{kind.arguments(S, slots, depth, regions)}>"
     return Kernel("graph.cu", name, Graph, THREADS, shared)
 
 
-def filter_kernel(kind: str, S: int, slots: int, regions: int, depth: int) -> Kernel:
-    room = max(making_bytes(slots, depth, regions), 2 * slots * S)
-    shared = room + tile_bytes(S, slots, depth) + 4 * slots
-    name = f"filter_scores<{kind}, {S}, {slots}, {depth}, {regions}>"
+def filter_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int) -> Kernel:
+    room = max(making_bytes(kind, slots, depth, regions), 2 * slots * S * kind.halves)
+    shared = room + tile_bytes(kind, S, slots, depth) + 4 * slots
+    name = f"filter_scores<{kind.arguments(S, slots, depth, regions)}>"
     return Kernel("filter.cu", name, Filter, THREADS, shared)
 
 
@@ -59,13 +61,15 @@ def similarity_graph_score(
     )  # fmt: skip
     # Query and key weights are folded in float64, so that folding adds no rounding error.
     Wq, bq, Wk = (x.double() for x in (query_weight, query_bias, key_weight))
-    ask = aligned((Wk.transpose(1, 2) @ Wq).to(query_weight.dtype))
+    kind, folded = kind_of(image.dtype), (Wk.transpose(1, 2) @ Wq).to(query_weight.dtype)
+    ask, value = rows_of(folded, kind), rows_of(value_weight, kind)
     shift = aligned((bq[:, None] @ Wk).squeeze(1).float())
-    value, *rest = map(aligned, (value_weight, value_bias.float(), score_weight.float(), score_bias.float()))
-    pointers = [x.data_ptr() for x in (ask, value, shift, *rest)]
+    vectors = [shift, *(aligned(x.float()) for x in (value_bias, score_weight, score_bias))]
+    shift_at, bias_at, *end = (x.data_ptr() for x in vectors)
+    pointers = *(x.addresses[0] for x in (ask, value)), shift_at, bias_at, ask.addresses[1], value.addresses[1], *end
 
     def problem(part: Nodes, score: int, captions: int) -> Graph:
-        return Graph(part, *pointers, score, len(ask), captions)
+        return Graph(part, *pointers, score, len(query_weight), captions)
 
     return scores("similarity_graph_score", nodes, graph_kernel, problem)
 
