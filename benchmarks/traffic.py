@@ -3,8 +3,8 @@
     python -m benchmarks.traffic --workload coco-eval-5k --card h100
     python -m benchmarks.traffic --workload coco-eval-5k --card h100 --json benchmarks/results/traffic_h100.json
 
-`traffic_triton` counts each launch from the arguments that the launchers really give; `traffic_cuda` counts planned
-kernels from their design. What is assumed:
+`traffic_triton` counts each launch from the arguments that the launchers really give; `traffic_cuda` counts CUDA
+kernels from the sizes of their tiles. What is assumed:
 
 - Kernels run one after the other, and a launch takes the longest of: its bytes of memory at the memory's bandwidth, its
   bytes through L2 at L2's, its matrix products at their kinds' peaks, its vector instructions at theirs. Within a
@@ -104,10 +104,10 @@ def counts(backend: str, model: str, workload: str, card: Card, precision: str) 
     lengths = np.sort(whole.lengths)[::-1].tolist()
     if backend == "cuda":
         if model == "scan-i2t":
-            return "its tiles are not designed yet"
+            return "its kernel is not in the model"
         edge = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
         sizes = whole.images, whole.regions, whole.dim, whole.similarity, STEPS
-        return traffic_cuda.planned(op, traffic_cuda.Problem(*sizes, edge, card, precision))
+        return traffic_cuda.counts(traffic_cuda.Problem(op, *sizes, edge, card, precision))
     if card.arch is None:
         return "Triton's kernels need compute capability 8.0"
     sizes_ = dict(I=whole.images, R=whole.regions, D=whole.dim, S=whole.similarity, K=STEPS)
@@ -136,7 +136,7 @@ def kernels(launches: Iterable[tuple[str, Count]], card: Card) -> list[dict]:
             "products": sum(n / (card.rate(kind, count.by_mma) or math.nan) for kind, n in count.products.items()),
             "vector": count.vector / card.vector,
         }
-        row["launches"] += 1
+        row["launches"] += count.launches
         row["programs"] += count.programs
         row["places"] += -(-count.programs // card.processors) * card.processors
         row["memory_bytes"] += memory
@@ -180,6 +180,7 @@ def predicted(workload: str, card: Card, backends: Iterable[str] = BACKENDS) -> 
                     continue
                 rows = kernels(found, card)
                 one["backends"][backend] = {
+                    "planned": backend == "cuda" and not traffic_cuda.has_kernels(MODELS[model][0], precision),
                     "products": asked.kinds[BACKENDS[backend]],
                     "bound": sum(row["bound"] for row in rows),
                     "bound_without_cache": sum(row["bound_without_cache"] for row in rows),

@@ -29,6 +29,7 @@ class Count:
 
     Attributes:
         programs: of its grid.
+        launches: that are counted together.
         uses: of tensors of floats.
         products: operations by their kind, as in `cards.PRODUCTS`, multiply-add = 2; tiles as they are, padding too.
         vector: float32 instructions outside matrix products, an estimate.
@@ -36,6 +37,7 @@ class Count:
     """
 
     programs: int
+    launches: int = 1
     uses: list[Use] = field(default_factory=list)
     products: dict[str, float] = field(default_factory=dict)
     vector: float = 0.0

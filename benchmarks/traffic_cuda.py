@@ -1,64 +1,50 @@
-"""What the planned CUDA C++ kernels would move and compute. They do not exist yet: this is their design, counted.
+"""What the CUDA C++ kernels move and compute, from the sizes of their tiles; no launch is recorded.
 
-`TILES` holds every number of the design that the counts follow from. As in `traffic_triton`, masked rows are not
-loaded. The memory that a kernel reads follows from the order of its blocks: they walk along all captions with a group
-of images that stays in L2, so the captions' rows are read once for each group, and the images once.
+Sizes come from the modules that plan the launches (itm_fast/ops/_cuda); `BAND`, `HALF` and `FIRST` repeat constants of
+csrc/cuda. SGR's and SAF's kernels take float16 and bfloat16 only: what stands here for float32 is their design, with
+one or two float16 numbers a feature, which has no kernel yet.
+
+Masked rows are not loaded. The memory that a kernel reads follows from the order of its blocks: `scan_t2i` walks along
+all captions with some groups of images, so the captions' rows are read once for each walk; the launches of the pair
+scorers read the rows of their window of captions once. What `weights` and `global_nodes` write for a launch is small
+enough to be in L2 when the head's kernel reads it. Torch prepares rows, lengths and factors, once for each image or
+caption: that is counted as if each were one pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from benchmarks.cards import Card
 from benchmarks.traffic_counts import Count, blocks
-from itm_fast.packing import node_bounds, node_plan
+from itm_fast.ops._cuda import _pairs, _tiles, similarity_score
+from itm_fast.packing import NodePlan, node_bounds, node_plan
 
-
-@dataclass(frozen=True)
-class Tiles:
-    """Sizes of the blocks' tiles.
-
-    Attributes:
-        words: slots of words of a tile of affinities, which hold whole captions.
-        regions: of a tile of affinities: whole images.
-        pitch: an image's regions in `weights` and what it writes, a multiple of this.
-        fill: share of the slots of words that hold words, packed by best fit.
-        images: that walk along the captions together.
-        half: rows of nodes among which a caption's edges are computed.
-        first: rows of a half that the last step computes: at most so many captions.
-        rows: nodes of a tile and larger ones for captions that need them, by (architecture, bytes of a feature).
-        rest: `rows` of other architectures.
-        captions: of a tile of global nodes, with one image.
-    """
-
-    words: int = 128
-    regions: int = 144
-    pitch: int = 8
-    fill: float = 0.96
-    images: int = 64
-    half: int = 64
-    first: int = 16
-    rows: tuple[tuple[tuple[int, int], tuple[int, ...]], ...] = (
-        ((90, 2), (128,)), ((90, 4), (64, 128)), ((80, 2), (64, 128)),
-    )  # fmt: skip
-    rest: tuple[int, ...] = (32, 64, 128)
-    captions: int = 128
-
-    def nodes(self, arch: int, size: int) -> tuple[int, ...]:
-        return dict(self.rows).get((arch, size), self.rest)
-
-
-TILES = Tiles()
+BAND = 16  # groups of images of a walk (affinity.h)
+HALF = 64  # rows of nodes among which a caption's edges are computed (graph.cu)
+FIRST = 16  # rows of a half that the last step computes: at most so many captions (graph.cu)
+DESIGNED = [64, 128]  # rows of a tile of nodes of two float16 numbers a feature
 KINDS = {"bfloat16": "bfloat16", "tf32": "float16", "float32": "float16x3"}  # by precision: kind of products
+HEADS = {
+    "similarity_graph_score": similarity_score.graph_kernel,
+    "similarity_filter_score": similarity_score.filter_kernel,
+}
+
+
+def has_kernels(op: str, precision: str) -> bool:
+    """Whether the kernels of an op exist for features of a precision, or only their design does."""
+    return op not in HEADS or precision == "bfloat16"
 
 
 @dataclass
 class Problem:
-    """Sizes of a call, the card, and the kind and bytes of the features that products read."""
+    """Sizes of a call with captions' bounds `edge` [T + 1], the card, and the features' precision."""
 
+    op: str
     I: int
     R: int
     D: int
@@ -90,14 +76,46 @@ class Problem:
         """Bytes of a feature, or of a score, as the caller has it."""
         return 4 if self.precision in ("tf32", "float32") else 2
 
+    @property
+    def pitch(self) -> int:
+        return _pairs.rounded_up(self.R, 8)
 
-def planned(op: str, problem: Problem) -> Iterator[tuple[str, Count]] | str:
-    """Every launch of an op: the kernel's name and its count; or why there is none."""
-    if problem.card.rate(problem.kind) is None:
-        return f"the {problem.card.name} has no {problem.kind} products"
-    found = {
-        "cross_attention_score": _scan, "similarity_graph_score": _graph, "similarity_filter_score": _filter,
-    }[op](problem)  # fmt: skip
+    @cached_property
+    def tiles(self) -> _pairs.Tiles | None:
+        """The pair scorers' kernels for half-precision features, None if they do not fit the card."""
+        return _pairs.tiles(HEADS[self.op], torch.float16, self.R, self.S, self.card.shared)
+
+    @property
+    def rows(self) -> list[int]:
+        """Sizes of tiles of nodes, ascending."""
+        return sorted(self.tiles.head) if self.tiles and self.size == 2 else DESIGNED
+
+    @cached_property
+    def nodes(self) -> NodePlan:
+        return node_plan(node_bounds(self.edge), self.N + self.T, self.op, self.rows, _pairs.WINDOW)
+
+    @cached_property
+    def launches(self) -> int:
+        """Windows of captions, each with some images at a time."""
+        images = 0
+        for window in self.nodes.windows:
+            captions = window.captions.stop - window.captions.start
+            words = window.rows.stop - window.rows.start - captions
+            each = words * (self.pitch * self.size + 4) + captions * self.S * self.size
+            images += blocks(self.I, max(1, _pairs.LAUNCH_BYTES // each))
+        return images
+
+
+def counts(p: Problem) -> Iterator[tuple[str, Count]] | str:
+    """The launches of an op's kernels together: each one's name and count; or why there is none."""
+    if p.card.rate(p.kind) is None:
+        return f"the {p.card.name} has no {p.kind} products"
+    if p.op not in HEADS:
+        found = _scan(p)
+    elif p.tiles and int(p.edge.diff().max()) < max(p.rows):
+        found = _scores(p, p.tiles.overall_slots)
+    else:
+        return f"the {p.card.name} has too little shared memory for the longest captions"
     return ((name, replace(count, by_mma=True)) for name, count in found)
 
 
@@ -110,36 +128,33 @@ def _prepared(p: Problem) -> Iterator[tuple[str, Count]]:
             split.writes(f"{name} split", rows * p.D * p.size)
             split.vector = rows * p.D * 6
             yield "split_rows", split
-    factor = Count(p.I)
-    rows = p.I * p.R * p.D * p.given
+    factor, rows = Count(p.I), p.I * p.R * p.D * p.given
     factor.reads("image", rows, rows)
-    factor.writes("factor", p.I * p.R**2 * 4)
+    factor.writes("factor", p.I * p.pitch**2 * 4)
     factor.dots(p.I, p.R, p.R, p.D, "float64" if p.card.rate("float64") else "vector")
-    yield "gram_factor", factor
+    yield "factors", factor
 
 
-def _affinities(p: Problem, columns: int) -> Count:
+def _affinities(p: Problem, tiles: int, images: int, columns: int, walks: int) -> Count:
     """The main loop of `scan_t2i` and `weights`: the affinities of all words and regions, and their softmax.
 
-    `columns` of a tile are one image's.
+    Args:
+        p: the problem.
+        tiles: of words.
+        images: of a tile.
+        columns: that an image takes in it.
+        walks: how often all words are read from memory.
     """
-    tiles = blocks(int(p.N / TILES.fill), TILES.words)
-    images = max(1, TILES.regions // p.R)  # of a tile
-    groups, walks = blocks(p.I, images), blocks(p.I, TILES.images)
+    groups, words, image = blocks(p.I, images), p.N * p.D * p.size, p.I * p.R * p.D * p.size
     done = Count(tiles * groups)
-    done.reads("words", p.N * p.D * p.size * walks, p.N * p.D * p.size * groups)
-    done.reads("image", p.I * p.R * p.D * p.size, p.I * p.R * p.D * p.size * tiles)
-    done.reads("factor", p.I * p.R**2 * 4, p.I * p.R**2 * 4 * tiles)
-    done.dots(tiles * groups, TILES.words, images * columns, p.D, p.kind)
-    # bfloat16 would lose digits of the softmax's weights.
-    weights = "tf32" if p.kind == "bfloat16" else p.kind
-    done.dots(tiles * p.I, TILES.words, _up(p.R, TILES.pitch), _up(p.R, 16), weights)
-    done.vector = tiles * groups * TILES.words * images * columns * 14
+    done.reads("words", words * walks, words * groups)
+    done.reads("image", image, image * tiles)
+    done.reads("factor", p.I * p.pitch**2 * 4, p.I * p.pitch**2 * 4 * tiles)
+    done.dots(tiles * groups, _pairs.WORDS, images * columns, p.D, p.kind)
+    # Factors of lengths are sums of two float16 numbers, weights of one or two.
+    done.dots(tiles * p.I, _pairs.WORDS, p.pitch, _pairs.rounded_up(p.R, 16), "float16x3")
+    done.vector = tiles * groups * _pairs.WORDS * images * columns * 14
     return done
-
-
-def _up(n: int, size: int) -> int:
-    return blocks(n, size) * size
 
 
 def _scan(p: Problem) -> Iterator[tuple[str, Count]]:
@@ -149,66 +164,65 @@ def _scan(p: Problem) -> Iterator[tuple[str, Count]]:
     lengths.writes("length", p.N * 4)
     lengths.vector = p.N * p.D * 3
     yield "lengths", lengths
-    scan = _affinities(p, p.R)
+    tile = _tiles.tile_of(p.R, divmod(p.card.arch or 75, 10))
+    tiles = _tiles.plan_tiles(p.edge, p.N, p.op, tile.slots).tiles
+    scan = _affinities(p, tiles, tile.images, tile.columns, blocks(blocks(p.I, tile.images), BAND))
     scan.writes("score", p.I * p.T * p.given)
     yield "scan_t2i", scan
 
 
-def _nodes(p: Problem) -> tuple[Count, list[tuple[int, int]]]:
-    """All that makes nodes in shared memory; and (rows of a tile, tiles of all images)."""
-    nodes = node_plan(node_bounds(p.edge), p.N + p.T, "traffic", TILES.nodes(p.card.arch or 75, p.size), p.N + p.T)
-    tiles = [(t.size, t.number * p.I) for window in nodes.windows for t in window.tiles]
-    number = sum(n for _, n in tiles)
-    done, walks = Count(number), blocks(p.I, TILES.images)
-    done.reads("words", p.N * p.D * p.size * walks, p.N * p.D * p.size * p.I)
+def _scores(p: Problem, slots: int) -> Iterator[tuple[str, Count]]:
+    yield from _prepared(p)
+    windows, walks = p.nodes.windows, blocks(p.launches, len(p.nodes.windows))
+    tiles = len(_pairs.weight_plan(p.edge, p.N, p.op, [w.captions for w in windows]).first) - len(windows)
+    weights = _affinities(p, tiles, _pairs.weight_images(p.pitch), p.pitch, walks)
+    weights.launches = p.launches
+    written = p.N * p.I * (p.pitch * p.size + 4)
+    weights.writes("weights", written)
+    yield "weights", weights
+    overall = Count(sum(blocks(w.captions.stop - w.captions.start, slots) for w in windows) * p.I, p.launches)
+    overall.reads("globals", (p.I + p.T * walks) * p.D * p.size, (p.T * p.I + overall.programs) * p.D * p.size)
+    overall.reads("global weight", p.S * p.D * p.size, overall.programs * p.S * p.D * p.size)
+    overall.writes("global nodes", p.I * p.T * p.S * p.size)
+    overall.dots(overall.programs, slots, p.S, p.D, p.kind)
+    overall.vector = overall.programs * slots * (p.D * (6 if p.size == 4 else 3) + p.S * 5)
+    yield "global_nodes", overall
+    done, shapes = _nodes(p, walks, written)
+    if p.op == "similarity_graph_score":
+        _steps(p, done, shapes)
+        yield "graph_scores", done
+    else:
+        done.vector += sum(rows * n * p.S * 5 for rows, n in shapes)
+        yield "filter_scores", done
+
+
+def _nodes(p: Problem, walks: int, weights: int) -> tuple[Count, list[tuple[int, int]]]:
+    """What a head's kernel does to make nodes in shared memory; and (rows of a tile, such tiles of all images)."""
+    shapes = [(t.size, t.number * p.I) for window in p.nodes.windows for t in window.tiles]
+    number = sum(n for _, n in shapes)
+    done, words = Count(number, p.launches), p.N * p.D * p.size
+    done.reads("words", words * walks, words * p.I)
     done.reads("image", p.I * p.R * p.D * p.size, number * p.R * p.D * p.size)
     done.reads("local weight", p.S * p.D * p.size, number * p.S * p.D * p.size)
-    weights = p.N * p.I * _up(p.R, TILES.pitch) * p.size
-    done.reads("weights", weights, weights)
-    done.reads("global nodes", p.I * p.T * p.S * p.size, p.I * p.T * p.S * p.size)
-    for rows, n in tiles:
-        done.dots(n, rows, p.D, _up(p.R, 16), p.kind)
+    held = 0 if p.card.cache > _pairs.LAUNCH_BYTES else 1  # in L2 since they were written
+    overall = p.I * p.T * p.S * p.size
+    done.reads("weights", held * weights, weights)
+    done.reads("global nodes", held * overall, overall)
+    done.writes("score", p.I * p.T * p.given)
+    for rows, n in shapes:
+        done.dots(n, rows, p.D, _pairs.rounded_up(p.R, 16), p.kind)
         done.dots(n, rows, p.S, p.D, p.kind)
         done.vector += n * rows * (p.D * (8 if p.size == 4 else 5) + p.S * 5)
-    return done, tiles
+    return done, shapes
 
 
-def _before_nodes(p: Problem) -> Iterator[tuple[str, Count]]:
-    yield from _prepared(p)
-    pitch = _up(p.R, TILES.pitch)
-    weights = _affinities(p, pitch)
-    weights.writes("weights", p.N * p.I * pitch * p.size)
-    yield "weights", weights
-    tiles = blocks(p.T, TILES.captions) * p.I
-    overall = Count(tiles)
-    overall.reads("globals", (p.I + p.T) * p.D * p.size, (p.T * p.I + tiles) * p.D * p.size)
-    overall.reads("global weight", p.S * p.D * p.size, tiles * p.S * p.D * p.size)
-    overall.writes("global nodes", p.I * p.T * p.S * p.size)
-    overall.dots(tiles, TILES.captions, p.S, p.D, p.kind)
-    overall.vector = tiles * TILES.captions * (p.D * (6 if p.size == 4 else 3) + p.S * 5)
-    yield "global_nodes", overall
-
-
-def _graph(p: Problem) -> Iterator[tuple[str, Count]]:
-    yield from _before_nodes(p)
-    done, tiles = _nodes(p)
+def _steps(p: Problem, done: Count, shapes: list[tuple[int, int]]) -> None:
+    """Add the steps of reasoning, the last one at the first nodes only."""
     for name in ("ask", "value"):
         done.reads(name, p.K * p.S**2 * p.size, done.programs * p.K * p.S**2 * p.size)
-    for rows, n in tiles:
-        halves = blocks(rows, TILES.half)
+    for rows, n in shapes:
         for step in range(p.K):
-            few = halves * TILES.first if step == p.K - 1 else rows
+            few = blocks(rows, HALF) * FIRST if step == p.K - 1 else rows
             done.dots(2 * n, few, p.S, p.S, p.kind)
-            done.dots(2 * n, few, p.S, TILES.half, p.kind)
-            done.vector += n * few * (p.S * 8 + TILES.half * 8)
-    done.writes("score", p.I * p.T * p.given)
-    yield "graph_scores", done
-
-
-def _filter(p: Problem) -> Iterator[tuple[str, Count]]:
-    yield from _before_nodes(p)
-    done, tiles = _nodes(p)
-    for rows, n in tiles:
-        done.vector += n * rows * p.S * 5
-    done.writes("score", p.I * p.T * p.given)
-    yield "filter_scores", done
+            done.dots(2 * n, few, p.S, HALF, p.kind)
+            done.vector += n * few * (p.S * 8 + HALF * 8)

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-SHOWN = {"triton": "triton", "cuda": "cuda, planned"}  # the kernels of the second do not exist yet
-
 
 def tables(found: dict, measured: Path | None = None) -> str:
     """A table of bounds against their floors, then one of all kernels.
@@ -37,7 +35,7 @@ def _summary(found: dict, measured: Path | None) -> str:
     for one in found["results"]:
         floors = {kind: s for kind, s in one["floors"].items() if s is not None}
         for backend, value in one["backends"].items():
-            name = f"| {one['model']} | {one['precision']} | {SHOWN[backend]}"
+            name = f"| {one['model']} | {one['precision']} | {_shown(backend, value)}"
             if "left_out" in value:
                 lines.append(f"{name} | | | | | | | {value['left_out']} | |")
                 continue
@@ -51,6 +49,11 @@ def _summary(found: dict, measured: Path | None) -> str:
             )  # fmt: skip
             lines.append(f"{name} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _shown(backend: str, value: dict) -> str:
+    """The backend; "planned" where its kernels are but a design."""
+    return f"{backend}, planned" if value.get("planned") else backend
 
 
 def _measured(path: Path | None, one: dict, backend: str) -> str:
@@ -77,7 +80,7 @@ def _kernels(found: dict) -> str:
                 seconds = row["seconds"]
                 products = ", ".join(f"{n / 1e12:,.1f} {kind}" for kind, n in row["operations"].items())
                 cells = (
-                    SHOWN[backend], f"`{row['kernel']}`", f"{row['launches']:,}", f"{row['waves']:.0%}",
+                    _shown(backend, value), f"`{row['kernel']}`", f"{row['launches']:,}", f"{row['waves']:.0%}",
                     f"{row['memory_bytes'] / 1e9:,.1f}", f"{seconds['memory']:.3f}",
                     f"{row['cache_bytes'] / 1e9:,.0f}", f"{seconds['L2']:.3f}", products, f"{seconds['products']:.3f}",
                     f"{seconds['vector']:.3f}", f"{row['bound']:.3f}", row["limited_by"],
