@@ -7,8 +7,8 @@ A caption takes 16, 32, 64 or 128 rows of a tile (`packing.node_plan`), so that 
 neighbours: packed without gaps, its sums would reach the matrix units in an order that depends on its position. COCO's
 captions have 14.3 nodes (<start>, <end> and the global node included) and fill 78 % of the rows, in tiles of 64 and of
 128 rows; without gaps 89 and 95 %. The products with E are a fifth of a step's operations in tiles of 64 rows
-and a third in tiles of 128, of which 18 and 9 % lie inside captions. So tiles have 64 rows, and 128 only for captions
-that need them.
+and a third in tiles of 128, of which 18 and 9 % lie inside captions. But every tile reads M and Wr, which are two
+thirds of what a tile of 64 rows reads: `_tiles.node_tiles` says where 128 rows fit registers and shared memory.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def _sum_up(
 def _step(
     x_ptr, ask_ptr, shift_ptr, value_ptr, bias_ptr, y_ptr, row_ptr, owner_ptr,
     tiles, slot, x_first, x_image, x_origin, y_image, y_origin,
-    S: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
-    BLOCK_O: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+    S: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_Y: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step: X' of all nodes into y. `ask_ptr` M^T, `value_ptr` Wr [S, S]; `shift_ptr` u, `bias_ptr` br [S].
 
@@ -75,18 +75,24 @@ def _step(
     keys, queries = x_ptr + key[:, None] * S, x_ptr + query[:, None] * S
     dtype = x_ptr.dtype.element_ty
 
-    # Y X^T, BLOCK_C columns of Y at a time.
+    # Y X^T, BLOCK_Y columns of Y at a time. Queries of at most BLOCK_K columns are read once, for all columns of Y.
+    k = tl.arange(0, BLOCK_K)
+    if PADDED == BLOCK_K:
+        kept = tl.load(queries + k, mask=query_real & (k < S), other=0.0)
     logits = tl.zeros([BLOCK_Q, BLOCK_N], tl.float32)
-    for c in range(0, PADDED, BLOCK_C):
-        cols = c + tl.arange(0, BLOCK_C)
-        asked = tl.zeros([BLOCK_Q, BLOCK_C], tl.float32)
+    for y in range(0, PADDED, BLOCK_Y):
+        cols = y + tl.arange(0, BLOCK_Y)
+        asked = tl.zeros([BLOCK_Q, BLOCK_Y], tl.float32)
         for start in range(0, PADDED, BLOCK_K):
-            k = start + tl.arange(0, BLOCK_K)
-            x = tl.load(queries + k, mask=query_real & (k < S), other=0.0)
-            m = tl.load(ask_ptr + cols[:, None] * S + k, mask=(cols < S)[:, None] & (k < S), other=0.0)
+            if PADDED == BLOCK_K:
+                x = kept
+            else:
+                x = tl.load(queries + start + k, mask=query_real & (start + k < S), other=0.0)
+            at = ask_ptr + cols[:, None] * S + start + k
+            m = tl.load(at, mask=(cols < S)[:, None] & (start + k < S), other=0.0)
             asked = tl.dot(x, tl.trans(m), asked, input_precision=PRECISION)
         asked += tl.load(shift_ptr + cols, mask=cols < S, other=0.0)[None, :]
-        x = tl.load(keys + cols, mask=key_real & (cols < S), other=0.0)  # [BLOCK_N, BLOCK_C]
+        x = tl.load(keys + cols, mask=key_real & (cols < S), other=0.0)  # [BLOCK_N, BLOCK_Y]
         logits = tl.dot(asked.to(dtype), tl.trans(x), logits, input_precision=PRECISION)
 
     # Captions share a tile, and 0 * NaN is NaN: if a logit is not finite, `_sum_up` reads bad values as 0. The caption
@@ -252,22 +258,23 @@ def blocks(
             yield images_.start, Block(images_.stop - images_.start, part, plan)
 
 
-def sizes(weights: Folded) -> tuple[int, ...]:
+def sizes(weights: Folded, backward: bool = False) -> tuple[int, ...]:
     """Tile sizes of `_step`; none if there is only the last step, which uses no tiles."""
-    return _tiles.node_tiles(weights.ask.dtype, _launch.arch(weights.ask.device)) if len(weights.ask) > 1 else ()
+    M = weights.ask
+    return _tiles.node_tiles(M.dtype, _launch.arch(M.device), M.shape[2], backward) if len(M) > 1 else ()
 
 
 def step(k: int, weights: Folded, x: Rows, y: Rows, block: Block) -> None:
     """Compute step k at all nodes, from x into y, whose image 0 is the block's first."""
     S, dtype, plan = weights.ask.shape[2], x.data.dtype, block.plan
-    padded = _launch.power_of_two(S)
+    padded, precision = _launch.power_of_two(S), _tiles.products(dtype)
     for tiles in block.window.tiles:
-        tile = _tiles.graph_step(dtype, _launch.arch(x.data.device), tiles.size)
+        tile = _tiles.graph_step(dtype, _launch.arch(x.data.device), precision, tiles.size, S)
         parts = tile["BLOCK_N"] // tile["BLOCK_Q"]
         _step[(block.images * tiles.number * parts,)](
             x.data, weights.ask[k], weights.shift[k], weights.value[k], weights.bias[k], y.data, plan.row, plan.owner,
             tiles.number, tiles.first, x.first, x.rows, x.origin, y.rows, y.origin,
-            S=S, PADDED=padded, PRECISION=_tiles.products(dtype), **within(tile, padded),
+            S=S, PADDED=padded, PRECISION=precision, **within(tile, padded),
         )  # fmt: skip
 
 
@@ -317,7 +324,8 @@ def dense(
 
 def within(tile: _tiles.Tile, padded: int) -> _tiles.Tile:
     """The tile with its blocks along S no longer than S, padded to a power of two."""
-    return tile | {name: min(tile[name], padded) for name in ("BLOCK_C", "BLOCK_K", "BLOCK_O") if name in tile}
+    along = "BLOCK_C", "BLOCK_K", "BLOCK_O", "BLOCK_Y"
+    return tile | {name: min(tile[name], padded) for name in along if name in tile}
 
 
 def reason(weights: Folded, x: Rows, to: Rows, block: Block, score: tuple[Tensor, Tensor] | None = None) -> None:
@@ -343,10 +351,10 @@ def compilations(arch: int) -> Iterator[_tiles.Compilation]:
         shape = dict(S=256, PADDED=256)
         for precision in _tiles.precisions(dtype):
             types = f"*{t} *{t} *fp32 *{t} *fp32 *{t} *i32 *i32 i32 i32 i32 i32 i32 i32 i32"
-            for size in _tiles.node_tiles(dtype, arch):
-                tile = within(_tiles.graph_step(dtype, arch, size), 256)
-                products = tile["BLOCK_Q"] >= 64
-                yield _tiles.Compilation(_step, types, shape | dict(PRECISION=precision), tile, products)
+            for size, width in [(64, 256), (128, 256), *[(128, 512)] * (dtype == torch.float16)]:
+                tile = within(_tiles.graph_step(dtype, arch, precision, size, width), width)
+                constants = dict(S=width, PADDED=width, PRECISION=precision)
+                yield _tiles.Compilation(_step, types, constants, tile, products=tile["BLOCK_Q"] >= 64)
             tile, rest = within(_tiles.graph_dense(dtype, arch), 256), "i32 i32 i32 i32 i32 i32 i32 i32 i32"
             ways = ("fp32", True, False, False), (t, False, True, False), (t, False, True, True)
             for y, first, rectified, score in ways:

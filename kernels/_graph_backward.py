@@ -262,7 +262,7 @@ def compilations(arch: int) -> Iterator[_tiles.Compilation]:
         shape = dict(S=256, PADDED=256)
         for precision in _tiles.precisions(dtype):
             rest = "*fp32 *fp32 *fp32 *i32 *i32 i32 i32 i32 i32"
-            for size in _tiles.node_tiles(dtype, arch):
+            for size in _tiles.node_tiles(dtype, arch, 256, backward=True):
                 constants = shape | dict(PRECISION=_precision(precision, size))
                 tile = within(_tiles.graph_step_back(dtype, arch, size), 256)
                 for kernel, tensors in (_step_back_queries, 5), (_step_back_keys, 4):

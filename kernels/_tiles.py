@@ -124,20 +124,23 @@ def project(dtype: torch.dtype, arch: int, precision: str, backward: bool, overa
     return _row(8, 2, BLOCK_Q=128, BLOCK_K=32, BLOCK_S=256, CHUNK=0)  # untuned
 
 
-def node_tiles(dtype: torch.dtype, arch: int) -> tuple[int, ...]:
+def node_tiles(dtype: torch.dtype, arch: int, S: int, backward: bool) -> tuple[int, ...]:
     """Rows of tiles of nodes, ascending; a caption goes into the smallest tile that holds it."""
-    return 64, 128
+    return (64, 128) if backward or arch == 80 or dtype == torch.float32 or S > 256 else (128,)
 
 
-def graph_step(dtype: torch.dtype, arch: int, nodes: int) -> Tile:
-    """kernels/_graph.py: _step, for one of `node_tiles`."""
+def graph_step(dtype: torch.dtype, arch: int, precision: str, nodes: int, S: int) -> Tile:
+    """kernels/_graph.py: _step, for one of `node_tiles`. BLOCK_K of 256 keeps a tile's rows in shared memory."""
     if dtype != torch.float32:
-        warps = 4 if arch == 90 else 8
-        return _row(warps, 3, BLOCK_Q=64, BLOCK_N=nodes, BLOCK_C=32, BLOCK_K=64, BLOCK_O=256)  # untuned
+        rows, k = (64, 64) if S > 256 else (64 if arch == 80 else nodes, 256)
+        return _row(8, 2, BLOCK_Q=rows, BLOCK_N=nodes, BLOCK_Y=64, BLOCK_K=k, BLOCK_C=32, BLOCK_O=256)  # untuned
+    if nodes == 64 and precision == "tf32x3":
+        return _row(8, 2, BLOCK_Q=64, BLOCK_N=64, BLOCK_Y=64, BLOCK_K=16, BLOCK_C=16, BLOCK_O=128)  # untuned
     if nodes == 64:
-        return _row(8, 2, BLOCK_Q=64, BLOCK_N=64, BLOCK_C=16, BLOCK_K=32, BLOCK_O=128)  # untuned
+        wide = 128 if arch == 80 else 256
+        return _row(8, 2, BLOCK_Q=64, BLOCK_N=64, BLOCK_Y=wide, BLOCK_K=32, BLOCK_C=32, BLOCK_O=wide)  # untuned
     # wgmma needs BLOCK_Q = 64, which spills here with Triton 3.6. Captions of more than 63 words are rare.
-    return _row(8, 1, BLOCK_Q=32, BLOCK_N=nodes, BLOCK_C=16, BLOCK_K=32, BLOCK_O=64)  # untuned
+    return _row(8, 1, BLOCK_Q=32, BLOCK_N=nodes, BLOCK_Y=32, BLOCK_K=32, BLOCK_C=16, BLOCK_O=64)  # untuned
 
 
 def graph_read(dtype: torch.dtype, arch: int) -> Tile:

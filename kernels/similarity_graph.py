@@ -38,7 +38,7 @@ def backward(grad: Tensor, needs: list[bool], nodes: Tensor, *rest: Tensor) -> l
         weights = _graph.fold(query_weight, query_bias, key_weight, value_weight, value_bias)
         walk = _graph_backward.Walk(weights, any(needs[1:]))
         room = _graph.node_bytes(S, nodes.dtype, K + 9)
-        for first, block in _graph.blocks(I, cu_seqlens, M, OP, _graph.sizes(weights), room):
+        for first, block in _graph.blocks(I, cu_seqlens, M, OP, _graph.sizes(weights, backward=True), room):
             images, window = slice(first, first + block.images), block.window
             part = walk(nodes[images, window.rows], grad[images, window.captions], block)
             if d_nodes is not None:
