@@ -19,7 +19,7 @@ void scores(const Problem& problem, void* score, int64_t threads) {
   const RowSets &context = problem.context, &query = problem.query;
   const std::vector<Chunk> blocks = context_blocks<T>(context);
   if (blocks.empty()) return;
-  windows<T, E>(query, CHUNK_BYTES / int64_t(sizeof(T)), WINDOW_BYTES, threads, [&](const Window<T, E>& window) {
+  for_windows<T, E>(query, CHUNK_BYTES / int64_t(sizeof(T)), WINDOW_BYTES, threads, [&](const Window<T, E>& window) {
     const int64_t count = int64_t(blocks.size()), columns = int64_t(window.chunks.size());
     const int64_t groups = least(columns, (PARTS + count - 1) / count);
     parallel(count * groups, threads, [&] {

@@ -233,7 +233,7 @@ struct Window {
 
 // Cuts `sets` into windows of at most `bytes` of packed queries, one chunk at the least, and runs body on each.
 template <class T, class E = T, class Body>
-void windows(const RowSets& sets, int64_t columns, int64_t bytes, int64_t threads, Body body) {
+void for_windows(const RowSets& sets, int64_t columns, int64_t bytes, int64_t threads, Body body) {
   const std::vector<Chunk> all = chunks(sets.edge.data(), sets.count(), columns);
   for (size_t first = 0; first < all.size();) {
     size_t last = first;

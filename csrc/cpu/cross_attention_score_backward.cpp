@@ -335,7 +335,7 @@ struct Backward {
     const RowSets &context = problem.context, &query = problem.query;
     const int64_t D = context.D;
     const std::vector<Chunk> blocks = context_blocks<T>(context);
-    windows<T>(query, COLUMN_BYTES / int64_t(sizeof(T)), QUERY_BYTES, threads, [&](const Window<T>& window) {
+    for_windows<T>(query, COLUMN_BYTES / int64_t(sizeof(T)), QUERY_BYTES, threads, [&](const Window<T>& window) {
       const Queries<T> queries(window, d_context, threads);
       const int64_t most = CONTEXT_BYTES / int64_t(sizeof(T)) / (2 * D + queries.columns);
       for (size_t first = 0, last; first < blocks.size(); first = last) {
