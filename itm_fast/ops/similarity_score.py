@@ -42,8 +42,8 @@ from torch import Tensor
 
 from .._checks import work_dtype
 from .._workspace import current_gib, scratch_bytes, workspace
-from ..packing import node_bounds, spans
-from . import _draws
+from ..packing import kept, node_bounds, spans
+from . import _attention, _draws
 from ._declare import Argument, Floats, Given, Positive, Result
 from ._register import Op
 from .similarity_filter import reference as filtered
@@ -52,7 +52,7 @@ from .similarity_graph import reference as reasoned
 from .similarity_nodes import INPUTS, REST
 from .similarity_nodes import reference as make_nodes
 
-OFFERED = ("triton", "cpu", "torch", "reference")
+OFFERED = ("triton", "cuda", "cpu", "torch", "reference")
 SCORE = Floats("score_weight", "S"), Floats("score_bias", "1")
 CPU_NODES = 256 << 20  # bytes of the nodes and of their gradients, of the images that the `cpu` backend takes at a time
 
@@ -145,7 +145,7 @@ def _backward(head: Head, backend: str, grad: Tensor, needs: Sequence[bool], *ar
         for images in spans(I, max(1, most)):
             inputs = [tensors[0][images], tensors[1][images], *tensors[2:n]]
             rest = cu_seqlens, None if region_lengths is None else region_lengths[images], scale
-            nodes, kept = torch.ops.itm_fast.similarity_nodes.default(*inputs, *rest, backend)
+            nodes, saved = torch.ops.itm_fast.similarity_nodes.default(*inputs, *rest, backend)
             with torch.enable_grad():
                 leaf = nodes.detach().requires_grad_()
                 leaves = [x.detach().requires_grad_(need) for x, need in zip(tensors[n:], needs[n:], strict=True)]
@@ -157,13 +157,24 @@ def _backward(head: Head, backend: str, grad: Tensor, needs: Sequence[bool], *ar
             d_inputs = []
             if any(needs[:n]):
                 d_inputs = torch.ops.itm_fast.similarity_nodes_backward.default(
-                    d_nodes, needs[:n], *inputs, *rest, [nodes, kept], backend
+                    d_nodes, needs[:n], *inputs, *rest, [nodes, saved], backend
                 )
             found = iter([*d_inputs, *d_head])
             for k, whole in enumerate(total):
                 if whole is not None:
                     (whole[images] if k < 2 else whole).add_(next(found))
     return [x for x in total if x is not None]
+
+
+def _too_large(name: str, backend: str, size: dict[str, int], given: Given) -> str | None:
+    """Why the CUDA kernels cannot take a call's arguments, one sentence; None if they can, and for other backends."""
+    problem, edge = _attention.too_large(backend, size, given), given["cu_seqlens"]
+    if problem or backend != "cuda" or edge.device.type == "cpu" or torch.compiler.is_compiling():
+        return problem
+    from ._cuda.similarity_score import why_not
+
+    capability, words = torch.cuda.get_device_capability(edge.device), kept(edge, "longest", _attention.longest)
+    return why_not(name, given["image"].dtype, size, words, capability)
 
 
 def _op(name: str, head: Head) -> Op:
@@ -178,6 +189,7 @@ def _op(name: str, head: Head) -> Op:
         reference=partial(reference, head),
         examples=[lambda size, draw: [x for part in parts for x in part(size, draw)]],
         refuse=head.refuse,
+        too_large=partial(_too_large, name),
         backward=partial(_backward, head),
     )
 
@@ -234,7 +246,7 @@ def similarity_graph_score(
         score_bias: [1].
         scale: inverse temperature of the attention's softmax.
         region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
-        backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
+        backend: "triton", "cuda", "cpu", "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
         Scores in (0, 1), [I, T]; dtype of `image` (under autocast, autocast's).
@@ -311,7 +323,7 @@ def similarity_filter_score(
         scale: inverse temperature of the attention's softmax.
         eps: BatchNorm's.
         region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
-        backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
+        backend: "triton", "cuda", "cpu", "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
         Scores in (0, 1), [I, T]; dtype of `image` (under autocast, autocast's).

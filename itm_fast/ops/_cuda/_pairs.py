@@ -7,7 +7,7 @@ nodes of global vectors, and the head's kernel the other nodes and the scores. S
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from ..._cuda import Kernel
 from ..._workspace import scratch_bytes
 from ...packing import bounds, checked, kept, node_bounds, node_plan, region_counts, spans
 from .. import _attention
+from .._attention import TENSOR_FLOAT32
 from . import _rows
 from ._tiles import Pairs, Plan, Tile, _plan, tile_of
 from .cross_attention_score import NORMS, Attention, Grams, aligned
@@ -27,7 +28,6 @@ from .cross_attention_score import NORMS, Attention, Grams, aligned
 KINDS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F16X3"}
 THREADS = 256
 SIMILARITIES = (64, 128, 256)  # S
-REGIONS = 128  # the most regions of an image
 SLOTS = (32, 64, 128)  # rows of a tile of nodes
 DEPTHS = (64, 32, 16)  # numbers of a row that a stage of a product holds, best first
 WINDOW = 1 << 14  # the most nodes of one image in a launch
@@ -123,11 +123,6 @@ def rows_of(x: Tensor, kind: Kind) -> Rows:
 Head = Callable[[Kind, int, int, int, int], Kernel]  # kind, S, slots, regions, depth -> the head's kernel
 
 
-def shared_limit(device: torch.device) -> int:
-    """The most bytes of shared memory that a block can have."""
-    return SHARED.get(torch.cuda.get_device_capability(device), SHARED[8, 6])
-
-
 def rounded_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
@@ -174,9 +169,9 @@ class Kernels(NamedTuple):
         return min(max(self.head) - 1, self.tile.slots)
 
 
-def kernels(head: Head, kind: Kind, R: int, S: int, device: torch.device) -> Kernels | None:
-    """The kernels that fit the GPU, None if there are none."""
-    limit, tile = shared_limit(device), tile_of(R, torch.cuda.get_device_capability(device))
+def kernels(head: Head, kind: Kind, R: int, S: int, capability: tuple[int, int]) -> Kernels | None:
+    """The kernels that fit a GPU of a compute capability, None if there are none."""
+    limit, tile = SHARED.get(capability, SHARED[8, 6]), tile_of(R, capability)
     weights, regions = weight_kernel(kind, tile), rounded_up(pitch_of(tile), 16)
     found = {n: fitting(partial(head, kind, S, n, regions), kind, limit) for n in SLOTS}
     heads = {n: kernel for n, kernel in found.items() if kernel}
@@ -189,21 +184,28 @@ def kernels(head: Head, kind: Kind, R: int, S: int, device: torch.device) -> Ker
     return None
 
 
-def why_not(head: Head, dtype: torch.dtype, D: int, R: int, S: int, words: int, device: torch.device) -> str | None:
-    """Why the kernels cannot score captions of up to `words` words, one sentence; None if they can."""
-    if dtype not in KINDS:
-        return f"CUDA kernels cannot compute in {str(dtype).removeprefix('torch.')}"
-    if D % 8 or not D:
-        return f"CUDA kernels need D to be a multiple of 8, got {D}"
-    if not 1 <= R <= REGIONS:
-        return f"CUDA kernels take images of 1 to {REGIONS} regions, got R = {R}"
+def why_not(
+    head: Head, dtype: torch.dtype, size: Mapping[str, int], words: int, capability: tuple[int, int]
+) -> str | None:
+    """Why the kernels cannot score captions of up to `words` words, one sentence; None if they can.
+
+    Args:
+        head: the head's kernel.
+        dtype: of the inputs.
+        size: R, D and S.
+        words: the most words of a caption.
+        capability: of the GPU.
+    """
+    R, D, S = size["R"], size["D"], size["S"]
+    if problem := _attention.beyond_cuda(R, D, words, capability < TENSOR_FLOAT32):
+        return problem
     if S not in SIMILARITIES:
         return f"CUDA kernels need S to be {', '.join(map(str, SIMILARITIES[:-1]))} or {SIMILARITIES[-1]}, got {S}"
-    fit = kernels(head, kind_of(dtype), R, S, device)
+    fit = kernels(head, kind_of(dtype), R, S, capability)
     if fit is None:
         return f"CUDA kernels need more shared memory than this GPU has for R = {R} and S = {S}"
     if words > fit.words:
-        return f"CUDA kernels take captions of at most {fit.words} words for S = {S} on this GPU, got {words}"
+        return f"CUDA kernels take captions of at most {fit.words} words for S = {S} here, got {words}"
     return None
 
 
@@ -218,6 +220,18 @@ def weight_plans(cu_seqlens: Tensor, edge: list[int], windows: Sequence[slice], 
     return kept(
         cu_seqlens, key, lambda values: [_plan(edge[w.start : w.stop + 1], slots, values.device) for w in windows]
     )
+
+
+def compilations(head: Head, capability: tuple[int, int]) -> Iterator[Kernel]:
+    """The kernels of a scorer that may run on a GPU of a compute capability, for the published sizes.
+
+    In float16 those for the most regions too.
+    """
+    kinds = [Kind("F16", False, 1), Kind("F16", True, 1), Kind("F16X3", True, 2)]
+    kinds += [Kind("BF16", False, 1)] * (capability >= TENSOR_FLOAT32)
+    for kind, R in [*((kind, 36) for kind in kinds), (kinds[0], _attention.REGIONS)]:
+        if fit := kernels(head, kind, R, SIMILARITIES[-1], capability):
+            yield from (fit.weights, fit.overall, *fit.head.values())
 
 
 def scores(
@@ -245,11 +259,12 @@ def scores(
     score = image.new_empty(I, T)
     if not score.numel():
         return score
+    capability = torch.cuda.get_device_capability(device)
     longest = max(b - a for a, b in zip(edge, edge[1:]))
-    if problem := why_not(head, image.dtype, D, R, S, longest, device):
+    if problem := why_not(head, image.dtype, dict(R=R, D=D, S=S), longest, capability):
         raise NotImplementedError(f"{op}: {problem}")
     kind = kind_of(image.dtype)
-    fit = kernels(head, kind, R, S, device)
+    fit = kernels(head, kind, R, S, capability)
     assert fit is not None
     tile, pitch, itemsize = fit.tile, pitch_of(fit.tile), 2 * kind.halves
     factors = _rows.image_factors(image, count, pitch)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 
+import torch
 from torch import Tensor
 
 from ..._cuda import Kernel
+from . import _pairs
 from ._pairs import THREADS, Kind, Nodes, kind_of, making_bytes, rows_of, scores, tile_bytes
 from .cross_attention_score import aligned
 
@@ -45,6 +48,21 @@ def filter_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int) -> K
     shared = room + tile_bytes(kind, S, slots, depth) + 4 * slots
     name = f"filter_scores<{kind.arguments(S, slots, depth, regions)}>"
     return Kernel("filter.cu", name, Filter, THREADS, shared)
+
+
+HEADS = {"similarity_graph_score": graph_kernel, "similarity_filter_score": filter_kernel}
+
+
+def compilations(capability: tuple[int, int]) -> list[Kernel]:
+    """All that may run on a GPU of a compute capability, for the published sizes."""
+    return [kernel for head in HEADS.values() for kernel in _pairs.compilations(head, capability)]
+
+
+def why_not(
+    op: str, dtype: torch.dtype, size: Mapping[str, int], words: int, capability: tuple[int, int]
+) -> str | None:
+    """Why the kernels of a scorer cannot take some sizes; see `_pairs.why_not`."""
+    return _pairs.why_not(HEADS[op], dtype, size, words, capability)
 
 
 def similarity_graph_score(
