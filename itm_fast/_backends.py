@@ -201,7 +201,7 @@ def _refusal(
         return reason
     if automatic and name == "triton" and _triton.interpreted():
         return "Triton interprets its kernels here (TRITON_INTERPRET), which only an explicit request wants"
-    if too_large and (reason := too_large[name]):
+    if too_large is not None and (reason := too_large[name]):
         return reason
     return put_aside(op, name, device, dtype) if dtype and put_aside else None
 

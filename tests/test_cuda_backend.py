@@ -181,9 +181,9 @@ def test_sizes_that_triton_refuses_have_the_backward_pass_of_torch(on_cpu, monke
     monkeypatch.setattr(DECLARED[OP], "too_large", too_large)
     gradients("cuda")
     assert on_cpu == ["ops._cuda forward", "torch backward"]
-    forward, backward = seen[:2], seen[2:]
-    assert forward == backward
-    assert [name for name, *_ in forward] == ["triton", "cuda"]
+    (forward, *sizes), (backward, *again) = seen
+    assert (forward, backward) == ("cuda", "triton")
+    assert sizes == again
     with pytest.raises(NotImplementedError, match="triton: too large"):
         gradients("triton")
 
@@ -195,3 +195,26 @@ def test_a_call_of_cuda_compiles_into_one_graph(on_cpu, monkeypatch):
     call = torch.compile(lambda *a: itm_fast.similarity_graph(*a, backend="cuda"), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(call(*args), itm_fast.similarity_graph(*args, backend="torch"))
     assert on_cpu == ["ops._cuda forward"]
+
+
+@pytest.mark.parametrize("capability, asked", [((9, 0), []), ((7, 5), ["cuda"])])
+def test_lengths_on_a_gpu_are_read_only_for_the_kernels_that_need_them(gpu, monkeypatch, capability, asked):
+    """Reading them waits for the GPU; and of fake tensors, which stand for the GPU's here, there are none."""
+    seen = []
+    monkeypatch.setitem(_backends.OFFERS, "cross_attention_score", ("triton", "cuda", "torch", "reference"))
+    op = DECLARED["cross_attention_score"]
+    real = op.too_large
+
+    def too_large(name, *args):
+        if name == "cuda":
+            seen.append(name)
+        return real(name, *args)
+
+    monkeypatch.setattr(op, "too_large", too_large)
+    gpu.capability = capability
+    with torch._subclasses.FakeTensorMode(), _backends.recorded() as ran:
+        image, words = torch.empty(2, 36, 64, device="cuda"), torch.empty(5, 64, device="cuda")
+        bounds = torch.empty(3, dtype=torch.int32, device="cuda")
+        assert itm_fast.cross_attention_score(image, words, bounds).shape == (2, 2)
+    assert seen == asked
+    assert ran == {"cross_attention_score": "cuda" if asked else "triton"}

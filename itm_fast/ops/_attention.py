@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from ..packing import kept, region_counts
 
@@ -90,12 +91,13 @@ def beyond_cuda(R: int, D: int, longest: int, few_words: bool) -> str | None:
 def too_large(backend: str, size: Mapping[str, int], given: Mapping[str, Any]) -> str | None:
     """Why the CUDA kernels cannot take a call's arguments, as `beyond_cuda`; None for the other backends.
 
-    While torch.compile traces, lengths and device are not known: then only what follows from the shapes is told.
+    While torch.compile traces, and of fake tensors, lengths and device are not known: then only what follows from the
+    shapes is told.
     """
     edge = given["cu_seqlens"]
     if backend != "cuda" or edge.device.type == "cpu":
         return None
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_fake(edge):
         return beyond_cuda(size["R"], size["D"], 0, False)
     few = torch.cuda.get_device_capability(edge.device) < TENSOR_FLOAT32
     return beyond_cuda(size["R"], size["D"], kept(edge, "longest", longest), few)

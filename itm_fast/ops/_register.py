@@ -8,6 +8,7 @@ imported only when it runs. In a module of several ops the functions have the na
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
@@ -24,6 +25,16 @@ from ._declare import DECLARED, Declaration, Given
 from ._first_use import put_aside
 
 PACKAGES = {"triton": "itm_fast.kernels", "cuda": "itm_fast.ops._cuda", "torch": "itm_fast.ops._torch"}
+
+
+class _Asked(dict[str, "str | None"]):
+    """What a function says of each key, called when the key is asked for: it may have to wait for a GPU's lengths."""
+
+    def __init__(self, answer: Callable[[str], str | None]) -> None:
+        self.answer = answer
+
+    def __missing__(self, name: str) -> str | None:
+        return self.answer(name)
 
 
 class Op(Declaration):
@@ -110,7 +121,11 @@ class Op(Declaration):
     def refused_sizes(self, size: dict[str, int], given: Given) -> dict[str, str | None] | None:
         """Of the backends for GPUs, why the op's kernels cannot take these sizes; None if they take all."""
         too_large = self.too_large
-        return None if too_large is None else {name: too_large(name, size, given) for name in ON_GPU}
+        if too_large is None:
+            return None
+        if torch.compiler.is_compiling():  # which hands only constants to `resolve`
+            return {name: too_large(name, size, given) for name in ON_GPU}
+        return _Asked(lambda name: too_large(name, size, given))
 
     def implementation(self, backend: str) -> Any:
         """The op's `forward` and `backward` in a backend."""
