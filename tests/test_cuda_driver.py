@@ -64,9 +64,10 @@ def fresh():
     _cuda._functions.clear()
 
 
-def test_a_launch_compiles_loads_and_runs_once_each(gpu):
-    for _ in range(2):
-        assert torch.equal(affine(), torch.arange(40) * 0.5 + 3)
+def test_a_launch_compiles_loads_and_runs_once_each(gpu, monkeypatch):
+    assert torch.equal(affine(), torch.arange(40) * 0.5 + 3)
+    monkeypatch.setattr(cubins, "build", lambda *_: pytest.fail("looked for again"))
+    assert torch.equal(affine(), torch.arange(40) * 0.5 + 3)
     assert gpu.launches == [("_Z6affineILi3EEv6Affine", 2, 1, 32, 128, 5)] * 2
     assert gpu.compiled == [90]
 
@@ -170,7 +171,8 @@ def test_a_full_disk_keeps_no_kernel_and_runs_it(gpu, monkeypatch):
 
 
 def test_threads_that_want_one_kernel_compile_it_once(gpu, monkeypatch):
-    second, real = threading.Event(), nvrtc.compile
+    second, real, loads, load = threading.Event(), nvrtc.compile, [], driver.load
+    monkeypatch.setattr(driver, "load", lambda *args: loads.append(args[-1]) or load(*args))
 
     def slow(*args):
         if gpu.compiled:
@@ -187,7 +189,7 @@ def test_threads_that_want_one_kernel_compile_it_once(gpu, monkeypatch):
     for thread in threads:
         thread.join()
     assert [r[2] for r in results] == [4, 4]
-    assert gpu.compiled == [90]
+    assert (gpu.compiled, loads) == ([90], [CPU])
 
 
 def test_each_device_loads_the_kernel_into_its_own_context(gpu, monkeypatch):
