@@ -23,25 +23,34 @@ from ._tl import EPS, rows_of
 
 
 @triton.jit
+def _plus_rows(u, alphas, context, size, x, column, D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):
+    """u plus the share of context rows `x` in alpha x."""
+    a = tl.load(alphas + x[None, :], mask=(x < size)[None, :], other=0.0).to(context.dtype.element_ty)
+    v = rows_of(context, tl.minimum(x, size - 1), column, D, BLOCK_K)
+    return tl.dot(a, v, u, input_precision=PRECISION)
+
+
+@triton.jit
 def _attended(
     alphas, alpha, context, size, x, column, D: tl.constexpr, WHOLE: tl.constexpr, GLOBAL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """alpha x [BLOCK_Q, BLOCK_K], for BLOCK_K columns of D; GLOBAL: the one context row, for all queries."""
-    dtype: tl.constexpr = context.dtype.element_ty
     if GLOBAL:
         v = tl.load(context + column, mask=column < D, other=0.0).to(tl.float32)
         return tl.broadcast_to(v[None, :], (BLOCK_Q, BLOCK_K))
-    elif WHOLE:
+    elif WHOLE and BLOCK_X == ROWS:
         # Rows past the set load its last row, whose weight is 0 there.
         v = rows_of(context, tl.minimum(x, size - 1), column, D, BLOCK_K)
         return tl.dot(alpha, v, input_precision=PRECISION)
     else:
         u = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
-        for j in range(0, size, BLOCK_X):
-            a = tl.load(alphas + (j + x)[None, :], mask=(j + x < size)[None, :], other=0.0).to(dtype)
-            v = rows_of(context, tl.minimum(j + x, size - 1), column, D, BLOCK_K)
-            u = tl.dot(a, v, u, input_precision=PRECISION)
+        if WHOLE:  # unrolled: only a loop without a loop inside is pipelined, here that over D
+            for j in tl.static_range(0, ROWS, BLOCK_X):
+                u = _plus_rows(u, alphas, context, size, j + x, column, D, PRECISION, BLOCK_K)
+        else:
+            for j in range(0, size, BLOCK_X):
+                u = _plus_rows(u, alphas, context, size, j + x, column, D, PRECISION, BLOCK_K)
         return u
 
 
@@ -49,7 +58,7 @@ def _attended(
 def _products(
     alphas, alpha, inverse, query, context, weight_ptr, bias_ptr, size, q, first_s,
     D: tl.constexpr, S: tl.constexpr, WHOLE: tl.constexpr, GLOBAL: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_S: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """y = W (u - q)^2 + b [BLOCK_Q, BLOCK_S] of a tile of queries, for the rows of W from first_s on."""
     s = first_s + tl.arange(0, BLOCK_S)
@@ -58,7 +67,7 @@ def _products(
     for step in range(0, D, BLOCK_K):
         column = step + k
         u = _attended(
-            alphas, alpha, context, size, x, column, D, WHOLE, GLOBAL, PRECISION, BLOCK_Q, BLOCK_X, BLOCK_K
+            alphas, alpha, context, size, x, column, D, WHOLE, GLOBAL, PRECISION, BLOCK_Q, BLOCK_X, BLOCK_K, ROWS
         )
         difference = u * inverse - rows_of(query, q, column, D, BLOCK_K).to(tl.float32)
         square = (difference * difference).to(query.dtype.element_ty)
@@ -81,7 +90,7 @@ def _project(
     query_start_ptr, query_size_ptr, owner_ptr, place_ptr, out_ptr, gradient_ptr,
     set_first, sets, context_first, query_first, queries, ld16, in16, out_first, out_rows, place_first,
     D: tl.constexpr, S: tl.constexpr, WHOLE: tl.constexpr, GLOBAL: tl.constexpr, BACKWARD: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
     BLOCK_S: tl.constexpr,
 ):  # fmt: skip
     """s = y / (|y| + eps) of every query with every set of contexts, into out [sets, out_rows, S].
@@ -106,10 +115,9 @@ def _project(
         inverse = tl.load(inverse_ptr + first.to(tl.int64) * (in16 * 16) + b + q * (in16 * 16))[:, None]
         if BACKWARD:  # `inverse` is |P|^2
             inverse = 1 / (tl.sqrt(inverse) + EPS)
-    if WHOLE and not GLOBAL:
+    if WHOLE and BLOCK_X == ROWS and not GLOBAL:
         x = tl.arange(0, BLOCK_X)
         alpha = tl.load(alphas + x[None, :], mask=(x < size)[None, :], other=0.0).to(context_ptr.dtype.element_ty)
-    outs = (out_first + b).to(tl.int64) * out_rows - place_first
     gradients = gradient_ptr + (first.to(tl.int64) * sets + b) * S
     square = tl.zeros((BLOCK_Q,), tl.float32)
     along = tl.zeros((BLOCK_Q,), tl.float32)
@@ -118,13 +126,16 @@ def _project(
         for first_s in range(0, S, BLOCK_S):
             y = _products(
                 alphas, alpha, inverse, query, context, weight_ptr, bias_ptr, size, q, first_s,
-                D, S, WHOLE, GLOBAL, PRECISION, BLOCK_Q, BLOCK_X, BLOCK_K, BLOCK_S,
+                D, S, WHOLE, GLOBAL, PRECISION, BLOCK_Q, BLOCK_X, BLOCK_K, BLOCK_S, ROWS,
             )  # fmt: skip
             s = first_s + tl.arange(0, BLOCK_S)
             row = query_first + first + q
             owner = tl.load(owner_ptr + row)
             counted = row - tl.load(query_start_ptr + owner) < tl.load(query_size_ptr + owner)
-            at = out_ptr + (outs + tl.load(place_ptr + row))[:, None] * S + s[None, :]
+            # As everywhere, a 64-bit offset to the tile, and offsets of 32 bits within it.
+            place = tl.load(place_ptr + query_first + first)
+            out = out_ptr + ((out_first + b).to(tl.int64) * out_rows - place_first + place) * S
+            at = out + ((tl.load(place_ptr + row) - place).to(tl.int32) * S)[:, None] + s[None, :]
             inside = (tl.arange(0, BLOCK_Q) < queries - first)[:, None] & (s < S)[None, :]
             if BACKWARD:
                 g = tl.load(at, mask=inside & counted[:, None], other=0.0).to(tl.float32)
@@ -164,7 +175,7 @@ def project(
         attended: results of mode "weights", or of "backward" with `gradient`; None when each set of contexts is one
             global vector, which takes the place of u.
         weight, bias: [S, D] and [S], aligned.
-        place: [all queries] int64: each query's row in a set's part of `out`.
+        place: [all queries] int64, ascending: each query's row in a set's part of `out`.
         out: the result; with `gradient`, the gradient of the result, which is read.
         out_first: index in `out` of the piece's first set.
         place_first: subtracted from `place`.
@@ -194,12 +205,11 @@ def project(
 
 def _constants(dtype, arch, precision, backward, overall, S, whole, rows):
     """The block sizes of `_project`, and its other constants."""
-    tile = _tiles.project(dtype, arch, precision, backward, overall, S)
+    tile = _tiles.project(dtype, arch, precision, backward, overall, S, whole)
     chunk = tile.pop("CHUNK")
     tile["BLOCK_S"] = min(tile["BLOCK_S"], _launch.power_of_two(S))
-    if chunk:
-        whole, rows = False, min(chunk, rows)
-    return tile, dict(S=S, WHOLE=whole, BACKWARD=backward, PRECISION=precision, BLOCK_X=rows)
+    x = min(chunk or rows, rows)
+    return tile, dict(S=S, WHOLE=whole, BACKWARD=backward, PRECISION=precision, ROWS=rows, BLOCK_X=x)
 
 
 def compilations(arch: int) -> Iterator[_tiles.Compilation]:

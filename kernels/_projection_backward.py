@@ -50,7 +50,9 @@ def _difference_gradient(
     alpha = 0.0
     if WHOLE:
         alpha = tl.load(alphas + x[None, :], mask=(x < size)[None, :], other=0.0).to(context_ptr.dtype.element_ty)
-    u = _attended(alphas, alpha, context, size, x, column, D, WHOLE, False, PRECISION, BLOCK_Q, BLOCK_X, BLOCK_K)
+    u = _attended(
+        alphas, alpha, context, size, x, column, D, WHOLE, False, PRECISION, BLOCK_Q, BLOCK_X, BLOCK_K, BLOCK_X
+    )
     square = tl.load(square_ptr + first.to(tl.int64) * (in16 * 16) + b + q * (in16 * 16))
     query = query_ptr + (query_first + first).to(tl.int64) * D
     difference = u / (tl.sqrt(square) + EPS)[:, None] - rows_of(query, q, column, D, BLOCK_K).to(tl.float32)

@@ -111,17 +111,21 @@ def pool(dtype: torch.dtype, arch: int) -> Tile:
 PIECE = 32 << 20  # the most affinities (query rows x context rows) computed at a time; untuned
 
 
-def project(dtype: torch.dtype, arch: int, precision: str, backward: bool, overall: bool, S: int) -> Tile:
-    """kernels/_projection.py: _project. CHUNK: context rows whose weights a step loads; 0: all are kept."""
+def project(
+    dtype: torch.dtype, arch: int, precision: str, backward: bool, overall: bool, S: int, whole: bool
+) -> Tile:  # fmt: skip
+    """kernels/_projection.py: _project. CHUNK: context rows whose weights a product loads; 0: all are kept.
+
+    whole: every context set fits a tile.
+    """
     if backward:
         return _row(8, 2, BLOCK_Q=32, BLOCK_K=32, BLOCK_S=256, CHUNK=0)  # untuned
     if precision == "tf32x3":
-        return _row(8, 1, BLOCK_Q=64, BLOCK_K=16, BLOCK_S=256, CHUNK=16)  # untuned
+        return _row(8, 3, BLOCK_Q=64, BLOCK_K=16, BLOCK_S=256, CHUNK=16)  # untuned
     if arch == 80 or S > 256 or (dtype == torch.float32 and overall):
         return _row(8, 2, BLOCK_Q=64, BLOCK_K=32, BLOCK_S=256, CHUNK=0)  # untuned
-    if arch == 90 and dtype == torch.float32:
-        return _row(8, 2, BLOCK_Q=128, BLOCK_K=32, BLOCK_S=256, CHUNK=32)  # untuned
-    return _row(8, 2, BLOCK_Q=128, BLOCK_K=32, BLOCK_S=256, CHUNK=0)  # untuned
+    stages = 2 if arch == 100 or dtype != torch.float32 else 3 if whole else 1
+    return _row(8, stages, BLOCK_Q=128, BLOCK_K=32, BLOCK_S=256, CHUNK=0)  # untuned
 
 
 def node_tiles(dtype: torch.dtype, arch: int, S: int, backward: bool) -> tuple[int, ...]:
