@@ -4,6 +4,7 @@ import pytest
 import test_cross_attention_score
 import test_cross_attention_similarity
 import torch
+from itm_fast.kernels import _launch, _tiles
 from triton_cases import TRITON, placed
 
 import itm_fast
@@ -154,3 +155,17 @@ def test_lengths_that_are_not_contiguous(device, backend):
         for name in (backend, "reference")
     )
     torch.testing.assert_close(found, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_pieces_leave_few_processors_idle(dtype):
+    query, context = (_launch.singles(torch.empty(rows, 1, dtype=dtype)) for rows in (20000, 12000))
+    tile = _tiles.affinity(dtype, 90, _tiles.products(dtype))
+    pieces = list(_launch.pieces(query, context, 2, 1, 2 << 30, _tiles.PIECE))
+    assert sum((p.q.stop - p.q.start) * (p.x.stop - p.x.start) for p in pieces) == 20000 * 12000
+    for piece in pieces:
+        if piece.q.stop < 20000 and piece.x.stop < 12000:  # the last ones are what is left
+            rows, columns = piece.q.stop - piece.q.start, piece.x.stop - piece.x.start
+            tiles = -(-rows // tile["BLOCK_M"]) * -(-columns // tile["BLOCK_N"])
+            assert tiles / (132 * -(-tiles // 132)) > 0.95
+            assert rows * columns > 0.8 * _tiles.PIECE
