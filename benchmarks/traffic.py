@@ -138,7 +138,7 @@ def kernels(launches: Iterable[tuple[str, Count]], card: Card) -> list[dict]:
         }
         row["launches"] += count.launches
         row["programs"] += count.programs
-        row["places"] += -(-count.programs // card.processors) * card.processors
+        row["places"] += math.ceil(count.programs / count.launches / card.processors) * card.processors * count.launches
         row["memory_bytes"] += memory
         row["cache_bytes"] += through
         row["vector"] += count.vector
