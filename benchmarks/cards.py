@@ -28,7 +28,6 @@ class Card:
         processors: streaming multiprocessors.
         memory: bytes per second of its memory.
         cache: bytes of its L2 cache.
-        shared: the most bytes of shared memory of a block.
         cache_rate: bytes per second from L2 to the multiprocessors; see `cache_source`.
         products: operations per second by the rates of `PRODUCTS`, multiply-add = 2.
         mma: share of them that mma.sync reaches; wgmma reaches all.
@@ -42,7 +41,6 @@ class Card:
     processors: int
     memory: float
     cache: int
-    shared: int
     cache_rate: float
     products: dict[str, float]
     mma: float
@@ -66,21 +64,21 @@ _HOPPER_CACHE = "assumed: 6 TB/s as measured on an H100 PCIe (chipsandcheese.com
 _HOPPER_MMA = 0.63  # Luo et al., Benchmarking and Dissecting the Nvidia Hopper GPU Architecture, arXiv 2402.13499
 CARDS = {
     "h100": Card(
-        "H100 SXM 80 GB", 90, 132, 3.35e12, 50 << 20, 227 << 10, _HOPPER_RATE, _HOPPER, _HOPPER_MMA, 66.9e12 / 2,
+        "H100 SXM 80 GB", 90, 132, 3.35e12, 50 << 20, _HOPPER_RATE, _HOPPER, _HOPPER_MMA, 66.9e12 / 2,
         "NVIDIA H100 Tensor Core GPU data sheet; NVIDIA H100 Tensor Core GPU Architecture, V1.04", _HOPPER_CACHE,
     ),
     "h200": Card(
-        "H200 SXM 141 GB", 90, 132, 4.8e12, 50 << 20, 227 << 10, _HOPPER_RATE, _HOPPER, _HOPPER_MMA, 66.9e12 / 2,
+        "H200 SXM 141 GB", 90, 132, 4.8e12, 50 << 20, _HOPPER_RATE, _HOPPER, _HOPPER_MMA, 66.9e12 / 2,
         "NVIDIA H200 Tensor Core GPU data sheet; chip as the H100's", _HOPPER_CACHE,
     ),
     "a100": Card(
-        "A100 SXM 80 GB", 80, 108, 2.039e12, 40 << 20, 163 << 10, 7.2e12,
+        "A100 SXM 80 GB", 80, 108, 2.039e12, 40 << 20, 7.2e12,
         {"float16": 312e12, "bfloat16": 312e12, "tf32": 156e12, "float64": 19.5e12}, 1.0, 19.5e12 / 2,
         "NVIDIA A100 Tensor Core GPU data sheet; NVIDIA A100 Tensor Core GPU Architecture, V1.0",
         "5,120 bytes a clock by the maker's white paper, at 1.41 GHz: an upper bound",
     ),
     "t4": Card(
-        "T4", None, 40, 0.32e12, 4 << 20, 64 << 10, 1.27e12, {"float16": 65e12}, 1.0, 8.1e12 / 2,
+        "T4", None, 40, 0.32e12, 4 << 20, 1.27e12, {"float16": 65e12}, 1.0, 8.1e12 / 2,
         "NVIDIA T4 data sheet; NVIDIA Turing GPU Architecture",
         "measured: Jia et al., Dissecting the NVidia Turing T4 GPU via Microbenchmarking, 2019",
     ),

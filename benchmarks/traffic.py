@@ -180,7 +180,6 @@ def predicted(workload: str, card: Card, backends: Iterable[str] = BACKENDS) -> 
                     continue
                 rows = kernels(found, card)
                 one["backends"][backend] = {
-                    "planned": backend == "cuda" and not traffic_cuda.has_kernels(MODELS[model][0], precision),
                     "products": asked.kinds[BACKENDS[backend]],
                     "bound": sum(row["bound"] for row in rows),
                     "bound_without_cache": sum(row["bound_without_cache"] for row in rows),

@@ -1,8 +1,7 @@
 """What the CUDA C++ kernels move and compute, from the sizes of their tiles; no launch is recorded.
 
 Sizes come from the modules that plan the launches (itm_fast/ops/_cuda); `BAND`, `HALF` and `FIRST` repeat constants of
-csrc/cuda. SGR's and SAF's kernels take float16 and bfloat16 only: what stands here for float32 is their design, with
-one or two float16 numbers a feature, which has no kernel yet.
+csrc/cuda.
 
 Masked rows are not loaded. The memory that a kernel reads follows from the order of its blocks: `scan_t2i` walks along
 all captions with some groups of images, so the captions' rows are read once for each walk; the launches of the pair
@@ -16,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from unittest import mock
 
 import torch
 
@@ -27,17 +27,15 @@ from itm_fast.packing import NodePlan, node_bounds, node_plan
 BAND = 16  # groups of images of a walk (affinity.h)
 HALF = 64  # rows of nodes among which a caption's edges are computed (graph.cu)
 FIRST = 16  # rows of a half that the last step computes: at most so many captions (graph.cu)
-DESIGNED = [64, 128]  # rows of a tile of nodes of two float16 numbers a feature
 KINDS = {"bfloat16": "bfloat16", "tf32": "float16", "float32": "float16x3"}  # by precision: kind of products
+FORMS = {
+    "bfloat16": _pairs.Kind("BF16", False, 1), "tf32": _pairs.Kind("F16", True, 1),
+    "float32": _pairs.Kind("F16X3", True, 2),
+}  # fmt: skip
 HEADS = {
     "similarity_graph_score": similarity_score.graph_kernel,
     "similarity_filter_score": similarity_score.filter_kernel,
 }
-
-
-def has_kernels(op: str, precision: str) -> bool:
-    """Whether the kernels of an op exist for features of a precision, or only their design does."""
-    return op not in HEADS or precision == "bfloat16"
 
 
 @dataclass
@@ -77,22 +75,23 @@ class Problem:
         return 4 if self.precision in ("tf32", "float32") else 2
 
     @property
-    def pitch(self) -> int:
-        return _pairs.rounded_up(self.R, 8)
-
-    @cached_property
-    def tiles(self) -> _pairs.Tiles | None:
-        """The pair scorers' kernels for half-precision features, None if they do not fit the card."""
-        return _pairs.tiles(HEADS[self.op], torch.float16, self.R, self.S, self.card.shared)
+    def capability(self) -> tuple[int, int]:
+        return divmod(self.card.arch or 75, 10)
 
     @property
-    def rows(self) -> list[int]:
-        """Sizes of tiles of nodes, ascending."""
-        return sorted(self.tiles.head) if self.tiles and self.size == 2 else DESIGNED
+    def pitch(self) -> int:
+        return _pairs.pitch_of(_tiles.tile_of(self.R, self.capability))
+
+    @cached_property
+    def kernels(self) -> _pairs.Kernels | None:
+        """The pair scorers' kernels, None if they do not fit the card."""
+        with mock.patch.object(torch.cuda, "get_device_capability", return_value=self.capability):
+            return _pairs.kernels(HEADS[self.op], FORMS[self.precision], self.R, self.S, torch.device("cuda"))
 
     @cached_property
     def nodes(self) -> NodePlan:
-        return node_plan(node_bounds(self.edge), self.N + self.T, self.op, self.rows, _pairs.WINDOW)
+        assert self.kernels is not None
+        return node_plan(node_bounds(self.edge), self.N + self.T, self.op, sorted(self.kernels.head), _pairs.WINDOW)
 
     @cached_property
     def launches(self) -> int:
@@ -112,8 +111,8 @@ def counts(p: Problem) -> Iterator[tuple[str, Count]] | str:
         return f"the {p.card.name} has no {p.kind} products"
     if p.op not in HEADS:
         found = _scan(p)
-    elif p.tiles and int(p.edge.diff().max()) < max(p.rows):
-        found = _scores(p, p.tiles.overall_slots)
+    elif p.kernels and int(p.edge.diff().max()) <= p.kernels.words:
+        found = _scores(p, p.kernels)
     else:
         return f"the {p.card.name} has too little shared memory for the longest captions"
     return ((name, replace(count, by_mma=True)) for name, count in found)
@@ -135,25 +134,24 @@ def _prepared(p: Problem) -> Iterator[tuple[str, Count]]:
     yield "factors", factor
 
 
-def _affinities(p: Problem, tiles: int, images: int, columns: int, walks: int) -> Count:
+def _affinities(p: Problem, tiles: int, tile: _tiles.Tile, walks: int) -> Count:
     """The main loop of `scan_t2i` and `weights`: the affinities of all words and regions, and their softmax.
 
     Args:
         p: the problem.
         tiles: of words.
-        images: of a tile.
-        columns: that an image takes in it.
+        tile: the sizes of one.
         walks: how often all words are read from memory.
     """
-    groups, words, image = blocks(p.I, images), p.N * p.D * p.size, p.I * p.R * p.D * p.size
+    groups, words, image = blocks(p.I, tile.images), p.N * p.D * p.size, p.I * p.R * p.D * p.size
     done = Count(tiles * groups)
     done.reads("words", words * walks, words * groups)
     done.reads("image", image, image * tiles)
     done.reads("factor", p.I * p.pitch**2 * 4, p.I * p.pitch**2 * 4 * tiles)
-    done.dots(tiles * groups, _pairs.WORDS, images * columns, p.D, p.kind)
+    done.dots(tiles * groups, tile.slots, tile.images * tile.columns, p.D, p.kind)
     # Factors of lengths are sums of two float16 numbers, weights of one or two.
-    done.dots(tiles * p.I, _pairs.WORDS, p.pitch, _pairs.rounded_up(p.R, 16), "float16x3")
-    done.vector = tiles * groups * _pairs.WORDS * images * columns * 14
+    done.dots(tiles * p.I, tile.slots, p.pitch, _pairs.rounded_up(p.R, 16), "float16x3")
+    done.vector = tiles * groups * tile.slots * tile.images * tile.columns * 14
     return done
 
 
@@ -164,18 +162,19 @@ def _scan(p: Problem) -> Iterator[tuple[str, Count]]:
     lengths.writes("length", p.N * 4)
     lengths.vector = p.N * p.D * 3
     yield "lengths", lengths
-    tile = _tiles.tile_of(p.R, divmod(p.card.arch or 75, 10))
+    tile = _tiles.tile_of(p.R, p.capability)
     tiles = _tiles.plan_tiles(p.edge, p.N, p.op, tile.slots).tiles
-    scan = _affinities(p, tiles, tile.images, tile.columns, blocks(blocks(p.I, tile.images), BAND))
+    scan = _affinities(p, tiles, tile, blocks(blocks(p.I, tile.images), BAND))
     scan.writes("score", p.I * p.T * p.given)
     yield "scan_t2i", scan
 
 
-def _scores(p: Problem, slots: int) -> Iterator[tuple[str, Count]]:
+def _scores(p: Problem, fit: _pairs.Kernels) -> Iterator[tuple[str, Count]]:
     yield from _prepared(p)
     windows, walks = p.nodes.windows, blocks(p.launches, len(p.nodes.windows))
-    tiles = len(_pairs.weight_plan(p.edge, p.N, p.op, [w.captions for w in windows]).first) - len(windows)
-    weights = _affinities(p, tiles, _pairs.weight_images(p.pitch), p.pitch, walks)
+    plans = _pairs.weight_plans(p.edge, p.edge.tolist(), [w.captions for w in windows], fit.tile.slots)
+    weights = _affinities(p, sum(plan.tiles for plan in plans), fit.tile, walks)
+    slots = fit.overall_slots
     weights.launches = p.launches
     written = p.N * p.I * (p.pitch * p.size + 4)
     weights.writes("weights", written)

@@ -35,7 +35,7 @@ def _summary(found: dict, measured: Path | None) -> str:
     for one in found["results"]:
         floors = {kind: s for kind, s in one["floors"].items() if s is not None}
         for backend, value in one["backends"].items():
-            name = f"| {one['model']} | {one['precision']} | {_shown(backend, value)}"
+            name = f"| {one['model']} | {one['precision']} | {backend}"
             if "left_out" in value:
                 lines.append(f"{name} | | | | | | | {value['left_out']} | |")
                 continue
@@ -49,11 +49,6 @@ def _summary(found: dict, measured: Path | None) -> str:
             )  # fmt: skip
             lines.append(f"{name} | {' | '.join(cells)} |")
     return "\n".join(lines)
-
-
-def _shown(backend: str, value: dict) -> str:
-    """The backend; "planned" where its kernels are but a design."""
-    return f"{backend}, planned" if value.get("planned") else backend
 
 
 def _measured(path: Path | None, one: dict, backend: str) -> str:
@@ -80,7 +75,7 @@ def _kernels(found: dict) -> str:
                 seconds = row["seconds"]
                 products = ", ".join(f"{n / 1e12:,.1f} {kind}" for kind, n in row["operations"].items())
                 cells = (
-                    _shown(backend, value), f"`{row['kernel']}`", f"{row['launches']:,}", f"{row['waves']:.0%}",
+                    backend, f"`{row['kernel']}`", f"{row['launches']:,}", f"{row['waves']:.0%}",
                     f"{row['memory_bytes'] / 1e9:,.1f}", f"{seconds['memory']:.3f}",
                     f"{row['cache_bytes'] / 1e9:,.0f}", f"{seconds['L2']:.3f}", products, f"{seconds['products']:.3f}",
                     f"{seconds['vector']:.3f}", f"{row['bound']:.3f}", row["limited_by"],

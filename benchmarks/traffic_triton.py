@@ -184,16 +184,19 @@ def _step(a: Any) -> None:
     programs = a.count.programs
     images = programs // parts // a.tiles
     real = int((a.row_ptr[a.slot : a.slot + a.tiles * a.BLOCK_N] >= 0).sum()) * images
-    columns, steps, outs = (blocks(a.PADDED, b) for b in (a.BLOCK_C, a.BLOCK_K, a.BLOCK_O))
-    a.reads("x_ptr", real * a.S, real * a.S * (columns + parts + outs * parts), a.slot)
+    sizes = a.BLOCK_Y, a.BLOCK_K, a.BLOCK_C, a.BLOCK_O
+    wide, steps, columns, outs = (blocks(a.PADDED, size) for size in sizes)
+    queries = 1 if steps == 1 else wide  # how often a tile's own rows are read
+    a.reads("x_ptr", real * a.S, real * a.S * (queries + parts + outs * parts), a.slot)
     for name in ("ask_ptr", "value_ptr"):
         a.reads(name, a.S**2, programs * a.S**2)
     for name in ("shift_ptr", "bias_ptr"):
         a.reads(name, a.S, programs * a.S)
     a.writes("y_ptr", real * a.S, a.slot)
     which = kind(a.x_ptr.dtype, a.PRECISION)
-    a.count.dots(programs * columns * steps, a.BLOCK_Q, a.BLOCK_C, a.BLOCK_K, which)
-    a.count.dots(programs * columns * (1 + outs), a.BLOCK_Q, a.BLOCK_N, a.BLOCK_C, which)
+    a.count.dots(programs * wide * steps, a.BLOCK_Q, a.BLOCK_Y, a.BLOCK_K, which)
+    a.count.dots(programs * wide, a.BLOCK_Q, a.BLOCK_N, a.BLOCK_Y, which)
+    a.count.dots(programs * columns * outs, a.BLOCK_Q, a.BLOCK_N, a.BLOCK_C, which)
     a.count.dots(programs * columns * outs, a.BLOCK_Q, a.BLOCK_O, a.BLOCK_C, which)
     half = _half(a.x_ptr)
     a.count.vector = programs * a.BLOCK_Q * (a.PADDED * (3 + outs + (2 + outs) * half) + a.BLOCK_N * (6 + half))

@@ -164,8 +164,9 @@ def test_the_cuda_kernels_do_all_that_is_needed(model, precision):
 @pytest.mark.parametrize("rows, reuse", [(64, 56), (128, 103)])
 def test_the_cuda_graph_kernel_has_the_reuse_of_its_design(rows, reuse, monkeypatch):
     """Operations a byte through L2 of full tiles."""
-    tiles = traffic_cuda._pairs.Tiles(None, None, 64, {rows: None})
-    monkeypatch.setattr(traffic_cuda._pairs, "tiles", lambda *_: tiles)
+    tile = traffic_cuda._tiles.tile_of(36, (9, 0))
+    found = traffic_cuda._pairs.Kernels(tile, None, None, 64, {rows: None})
+    monkeypatch.setattr(traffic_cuda._pairs, "kernels", lambda *_: found)
     edge = torch.arange(0, 15 * (rows // 16 * 100) + 1, 15, dtype=torch.int32)
     problem = traffic_cuda.Problem("similarity_graph_score", 100, 36, 1024, 256, 3, edge, H100, "bfloat16")
     count = dict(traffic_cuda.counts(problem))["graph_scores"]
@@ -199,13 +200,12 @@ def test_the_page_says_that_nothing_is_measured_and_sets_beside_it_what_is(tmp_p
     rows[0] |= {"bound": 3.0, "limited_by": "L2"}
     backend = {"products": "tf32", "bound": 4.0, "bound_without_cache": 2.0, "kernels": rows}
     one = {"model": "sgr", "precision": "tf32", "floors": {"tf32": 2.0, "float16": 1.0, "x": None}}
-    one["backends"] = {"triton": backend, "other": {"left_out": "not designed"}, "cuda": backend | {"planned": True}}
+    one["backends"] = {"triton": backend, "cuda": {"left_out": "not designed"}}
     found = {"workload": COCO, "card": "H100", "source": "s", "cache_source": "c", "results": [one]}
     told = traffic_page.tables(found)
     assert told.startswith("**Predicted, not measured.**")
     assert "| sgr | tf32 | triton | tf32 | 4.000 | 2.000 | 2.00 | 4.00 | 1.00 | `k`, 75%, by L2 |  |" in told
-    assert "| sgr | tf32 | other | | | | | | | not designed | |" in told
-    assert told.count("| sgr | tf32 | cuda, planned | ") == 3
+    assert "| sgr | tf32 | cuda | | | | | | | not designed | |" in told
     parts = {"sgraf tf32": {"parts": {"score sgr": 5.25, "all": 9.0}}, "peak": 3.0}
     path = tmp_path / "gpu.json"
     path.write_text(json.dumps({"steps": {"tests": {}, "evaluate-sgraf": {"result": parts}}}))
