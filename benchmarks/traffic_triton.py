@@ -160,9 +160,9 @@ def _project(a: Any) -> None:
     passes = outs if outs == 1 else 2 * outs  # over D: a wide S takes two sweeps
     steps, rows = blocks(a.D, a.BLOCK_K), tiles * a.BLOCK_Q
     which, half = kind(a.query_ptr.dtype, a.PRECISION), _half(a.query_ptr)
-    chunks = torch.ones_like(size) if a.WHOLE else blocks(size, a.BLOCK_X)
+    chunks = torch.full_like(size, blocks(a.ROWS, a.BLOCK_X)) if a.WHOLE else blocks(size, a.BLOCK_X)
     if not a.GLOBAL:
-        again = 1 if a.WHOLE else passes * steps
+        again = 1 if a.WHOLE and a.BLOCK_X == a.ROWS else passes * steps
         a.reads("alpha_ptr", a.queries * contexts, rows * contexts * again)
         a.reads("inverse_ptr", a.queries * a.sets, rows * a.sets)
         a.count.dots(tiles * passes * steps * int(chunks.sum()), a.BLOCK_Q, a.BLOCK_K, a.BLOCK_X, which)

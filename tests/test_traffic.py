@@ -27,6 +27,7 @@ PUBLISHED = dict(direction="t2i", affinity_norm="clipped_l2norm", pool="lse")
 SIZES = {
     "small": examples.Size(5, (13, 1, 4, 34, 7, 20), 9, 40, 16, 3),
     "wide": examples.Size(2, (5, 2), 70, 32, 300, 2),  # images of two tiles of regions, S of two blocks
+    "deep": examples.Size(2, (5, 2), 7, 32, 128, 2),  # S in two blocks of a step's columns
     "long": examples.Size(2, (70, 3), 7, 32, 16, 2),  # a caption that takes a tile of 128 nodes
 }
 MATMUL = {"float32": "highest", "tf32": "high", "float16": "highest"}
@@ -47,6 +48,7 @@ CASES = [
     of(SCORE, "small", "float16", direction="i2t", affinity_norm="none", pool="max"),
     *(of("similarity_graph_score", "small", precision) for precision in MATMUL),
     of("similarity_graph_score", "long", "tf32"),
+    of("similarity_graph_score", "deep", "float16"),
     *(of("similarity_filter_score", "small", precision) for precision in MATMUL),
     of("similarity_filter_score", "wide", "float32"),
 ]
