@@ -49,12 +49,13 @@ INSTANCES = {
         f"unsound<{fault}>"
         for fault in ("NOTHING", "NO_BARRIER", "NO_SECOND_BARRIER", "NO_WAIT", "NO_WAIT_EVER", "UNWRITTEN")
         + ("HALF_A_WARP", "HALF_A_BLOCK", "OUTSIDE", "ODD_ADDRESS")
-    ],
-    # Columns of an image, slots of words, warps side by side.
+    ]
+    + [f"matrices<{pitch}>" for pitch in (16, 32, 80, 128)],
+    # Columns of an image, slots of words, warps side by side, stages of a product.
     "scan": [
-        *instances(SCANS, KINDS, ["12, 128, 2", "36, 128, 2", "72, 128, 2", "128, 128, 1"]),
-        *instances(SCANS, KINDS[2:], ["56, 128, 2", "104, 128, 1"]),
-        *instances(SCANS, ["F16", "F16X3"], ["36, 128, 1", "104, 64, 1"]),  # for GPUs of 64 KiB shared memory
+        *instances(SCANS, KINDS, [f"{n}, 3" for n in ("12, 128, 2", "36, 128, 2", "72, 128, 2", "128, 128, 1")]),
+        *instances(SCANS, KINDS[2:], ["56, 128, 2, 3", "104, 128, 1, 3", "36, 128, 2, 2"]),
+        *instances(SCANS, ["F16", "F16X3"], ["36, 128, 1, 2", "104, 64, 1, 2"]),
     ],
     "weights": [f"weights<{n}>" for n in ("F16, 12, 128, 2", "F16, 36, 128, 2", "BF16, 36, 128, 2", "F16, 128, 128, 1")]
     + ["weights<F16, 36, 128, 1>", *(f"weights<F16X3, {n}>" for n in ("12, 128, 2", "36, 128, 2"))],

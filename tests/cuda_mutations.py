@@ -117,7 +117,7 @@ class Judge(NamedTuple):
     results: Callable[..., Iterator[torch.Tensor]]
 
 
-SCAN = Judge(("scan",), r"<(F16|F16X3|TF32X3), 36, 128, 2>", "cross_attention_score", scan)
+SCAN = Judge(("scan",), r"<(F16|F16X3|TF32X3), 36, 128, 2, 3>", "cross_attention_score", scan)
 JUDGES: dict[str, Judge] = {"affinity.h": SCAN, "attention.h": SCAN, "scan.cu": SCAN}
 
 

@@ -107,17 +107,26 @@ def test_every_number_of_regions(device, direction, R):
     check("F16X3", *drawn(2, (5, 3), R, 32), direction=direction)
 
 
-@pytest.mark.parametrize("R", [36, 100])
-@pytest.mark.parametrize("kind", ["F16", "F16X3"])
+@pytest.mark.parametrize("kind, R", [("F16", 36), ("F16X3", 36), ("F16", 100), ("F16X3", 100)])
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_a_gpu_of_little_shared_memory(device, monkeypatch, kind, direction, R):
+def test_a_gpu_without_tf32(device, monkeypatch, kind, direction, R):
     device.capability = (7, 5)
     choose(kind, monkeypatch)
     check(kind, *drawn(3, (64, 9, 1), R, 64, dtype_of(kind)), direction=direction)
     (kernel, counts), *others = device.launches
     assert kernel.shared <= 64 << 10
-    assert not others  # there is no TF32 to fall back to
+    assert not others
     assert counts["bank_conflicts"] == 0
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_gpu_of_little_shared_memory(device, direction):
+    device.capability = (8, 9)
+    given = drawn(5, (64, 9, 1), 36, 136)
+    few = run(*given, direction=direction)
+    assert all(kernel.shared <= 99 << 10 for kernel, _ in device.launches)
+    device.capability = (9, 0)
+    assert_same_bits(run(*given, direction=direction), few)
 
 
 @pytest.mark.parametrize("kind, R", [("F16", 36), ("F16X3", 36), ("TF32X3", 36), ("F16X3", 10), ("F16X3", 101)])
@@ -323,6 +332,13 @@ def test_what_the_kernels_do_not_take(device, R, D, lengths, capability, message
     device.capability = capability
     with pytest.raises(NotImplementedError, match=message):
         run(*drawn(2, lengths, R, D))
+
+
+def test_more_than_a_launch_takes(device, monkeypatch):
+    given = drawn(5, (9, 127), 36, 8)
+    monkeypatch.setattr(op, "BLOCKS", 3)
+    with pytest.raises(NotImplementedError, match="too many pairs"):
+        run(*given)
 
 
 def test_nothing_to_score(device):

@@ -65,6 +65,16 @@ def test_a_kernel_runs_after_one_that_failed(emulated):
     test_a_sound_kernel_gives_the_same_in_every_order(emulated)
 
 
+@pytest.mark.parametrize("pitch, conflicts", [(16, 0), (80, 0), (32, 4 * 4), (128, 7 * 4)])
+def test_bank_conflicts_are_counted(emulated, pitch, conflicts):
+    to = torch.full((32,), torch.nan)
+    problem = Unsound(0, to.data_ptr())
+    counts = emulated.run(f"matrices<{pitch}>", ctypes.addressof(problem), 1, 1, 32, 32 * pitch, 0)
+    assert counts["bank_conflicts"] == conflicts
+    lane = torch.arange(32)
+    assert torch.equal(to, (2 * (lane // 4) + 24) * pitch / 4 + 2 * (lane % 4))
+
+
 def test_an_instance_that_was_not_built(emulated):
     with pytest.raises(ValueError, match="nothing<1> was not built"):
         emulated.run("nothing<1>", 0, 1, 1, 32, 0, 0)

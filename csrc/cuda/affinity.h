@@ -27,7 +27,7 @@ struct Pairs {
     int for_wide;  // whether this launch computes the pairs with wide rows, or the others
 };
 
-template <Kind KIND_, int COLUMNS_, int SLOTS_, int SIDE_> struct Tile {
+template <Kind KIND_, int COLUMNS_, int SLOTS_, int SIDE_, int STAGES_ = 2> struct Tile {
     static constexpr Kind KIND = KIND_;
     static constexpr int COLUMNS = COLUMNS_, SLOTS = SLOTS_, SIDE = SIDE_;
     static constexpr int WARP_IMAGES = COLUMNS > 72 ? 1 : 72 / COLUMNS, WARP_COLUMNS = WARP_IMAGES * COLUMNS;
@@ -35,7 +35,7 @@ template <Kind KIND_, int COLUMNS_, int SLOTS_, int SIDE_> struct Tile {
     static constexpr int IMAGES = SIDE * WARP_IMAGES, WIDTH = SIDE * WARP_COLUMNS;
     static constexpr int BLOCKS_M = WARP_ROWS / 16, BLOCKS_N = WARP_COLUMNS / 8;  // of accumulators [16, 8]
     static constexpr int BLOCKS = (COLUMNS + 7) / 8;                              // of an image
-    static constexpr int STAGES = 2, STAGE = (SLOTS + WIDTH) * 128;
+    static constexpr int STAGES = STAGES_, STAGE = (SLOTS + WIDTH) * 128;  // of a product, in shared memory
     // Distance of rows of floats in shared memory, 24 modulo 32, so that a warp that writes its accumulators by pairs
     // meets no bank twice.
     static constexpr int LD = (WIDTH + 7) / 32 * 32 + 24;
@@ -155,7 +155,9 @@ __device__ __forceinline__ void affinities(typename T::Accumulators &acc, unsign
 #pragma unroll
     for (int i = 0; i < REGIONS; ++i) {
         const int column = row0 + i * ROWS, image = column / T::COLUMNS, region = column % T::COLUMNS;
-        const bool real = column < T::WIDTH && region < at.regions(p, image);
+        // The comparison with the image's regions is redundant for results, which leave the others out. Their rows are
+        // not read to save the traffic, and behind the last image there are none.
+        const bool real = column < T::WIDTH && region < at.regions(p, image);  // redundant, see above
         from[WORDS + i] = real ? unsigned((at.first_image + image) * p.R + region) * p.chunks + chunk : NOTHING;
     }
     const int steps = (p.chunks + 7) / 8;
@@ -190,7 +192,7 @@ __device__ __forceinline__ void affinities(typename T::Accumulators &acc, unsign
         for (int i = 0; i < 2; ++i) {
             const int column = n * 8 + 2 * at.t + i, image = at.warp_image + column / T::COLUMNS;
             const int region = column % T::COLUMNS;
-            if (region >= at.regions(p, image)) continue;
+            if (region >= at.regions(p, image)) continue;  // redundant but for reading behind the last exponent
             const int exponent = p.region_exponent[(at.first_image + image) * p.R + region];
 #pragma unroll
             for (int m = 0; m < T::BLOCKS_M; ++m)

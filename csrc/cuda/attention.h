@@ -174,7 +174,7 @@ __device__ __forceinline__ void attend(Attended<T> &out, const float (&acc)[T::B
             v[n][i] = to_halves(x, y);
             rest[n][i] = to_halves(x - half_of(v[n][i], false), y - half_of(v[n][i], true));
         }
-    const unsigned *factor = static_cast<const unsigned *>(grams.factor) + in_all * (BLOCKS * 8) * (BLOCKS * 8) + (at.g * BLOCKS * 4 + t) * 2;
+    const unsigned *factor = static_cast<const unsigned *>(grams.factor) + in_all * (BLOCKS * 8) * (BLOCKS * 8);
     float square[2] = {0, 0};
 #pragma unroll(BLOCKS > 9 ? 1 : BLOCKS)  // all of a larger F at a time takes too many registers
     for (int b = 0; b < BLOCKS; ++b) {  // eight rows of F: what lies left of them is zero
@@ -182,7 +182,7 @@ __device__ __forceinline__ void attend(Attended<T> &out, const float (&acc)[T::B
 #pragma unroll
         for (int n = 0; n < BLOCKS; ++n) {
             if (n < b) continue;
-            const uint2 f = *reinterpret_cast<const uint2 *>(factor + (b * 8 * BLOCKS * 4 + n * 4) * 2);
+            const uint2 f = *reinterpret_cast<const uint2 *>(factor + (((b * 8 + at.g) * BLOCKS + n) * 4 + t) * 2);
             multiply_short(sum, rest[n][0], rest[n][1], f.x);
             multiply_short(sum, v[n][0], v[n][1], f.y);
             multiply_short(sum, v[n][0], v[n][1], f.x);

@@ -38,9 +38,9 @@ template <class Value> __device__ __forceinline__ float pooled(const Scan &p, in
 }
 
 // Words attend to regions. Grid: tiles x groups of images; see `Place`.
-template <Kind KIND, int COLUMNS, int SLOTS, int SIDE>
+template <Kind KIND, int COLUMNS, int SLOTS, int SIDE, int STAGES>
 __global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) scan_t2i(Scan p) {
-    using T = Tile<KIND, COLUMNS, SLOTS, SIDE>;
+    using T = Tile<KIND, COLUMNS, SLOTS, SIDE, STAGES>;
     DYNAMIC_SHARED(shared, T::WORK + CAPTIONS * T::LD * 4);
     float *norms = reinterpret_cast<float *>(shared + T::WORK);  // [CAPTIONS][LD]
     float *work = reinterpret_cast<float *>(shared);
@@ -86,13 +86,14 @@ __global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) 
 //
 // A caption's words lie in several warps, so affinities pass through shared memory, and one thread has a caption with one
 // region. A caption's factor is [ceil(W / 4)][W][4]: of four rows of F, word by word.
-template <Kind KIND, int COLUMNS, int SLOTS, int SIDE>
+template <Kind KIND, int COLUMNS, int SLOTS, int SIDE, int STAGES>
 __global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) scan_i2t(Scan p) {
-    using T = Tile<KIND, COLUMNS, SLOTS, SIDE>;
+    using T = Tile<KIND, COLUMNS, SLOTS, SIDE, STAGES>;
     static_assert(T::IMAGES * SLOTS <= CAPTIONS * T::LD);
     DYNAMIC_SHARED(shared, T::WORK + CAPTIONS * T::LD * 4);
     float *norms = reinterpret_cast<float *>(shared + T::WORK);  // [IMAGES][SLOTS]
-    float *values = reinterpret_cast<float *>(shared);           // [SLOTS][LD] affinities, then e times `size`, then cosines
+    // [SLOTS][LD]: affinities, then e times `size`, and then, in its first slot, a caption's cosines.
+    float *values = reinterpret_cast<float *>(shared);
     const Place<T> at(p.pairs);
     if (!at.computes_any(p.pairs)) return;
 

@@ -39,3 +39,13 @@ template <Fault FAULT> __global__ void unsound(Unsound p) {
     if (FAULT != HALF_A_WARP || i % 2) sum += shuffle_xor(sum, 1);
     p.to[i] = sum;
 }
+
+// A warp reads four matrices of 8 rows of 16 bytes, whose rows are PITCH bytes apart.
+template <int PITCH> __global__ void matrices(Unsound p) {
+    DYNAMIC_SHARED(memory, 32 * PITCH);
+    for (int i = threadIdx.x; i < 8 * PITCH; i += 32) reinterpret_cast<float *>(memory)[i] = i;
+    __syncthreads();
+    unsigned r[4];
+    load_matrices(r, memory + threadIdx.x * PITCH);
+    p.to[threadIdx.x] = as_float(r[0]) + as_float(r[3]);
+}

@@ -22,7 +22,7 @@ from ...packing import bounds, checked, kept, node_bounds, node_plan, region_cou
 from .. import _attention
 from .._attention import TENSOR_FLOAT32
 from . import _rows
-from ._tiles import Pairs, Plan, Tile, _plan, tile_of
+from ._tiles import Pairs, Plan, Tile, _plan, shared_limit, tile_of
 from .cross_attention_score import NORMS, Attention, Grams, aligned
 
 KINDS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F16X3"}
@@ -33,11 +33,6 @@ DEPTHS = (64, 32, 16)  # numbers of a row that a stage of a product holds, best 
 WINDOW = 1 << 14  # the most nodes of one image in a launch
 # The most scratch of a launch: what the first kernels write is then still in the L2 cache when the last one reads it.
 LAUNCH_BYTES = 32 << 20
-# Bytes of shared memory that a block can have, by compute capability; other GPUs have as much as 8.6.
-SHARED = {
-    (7, 5): 64 << 10, (8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10,
-    **dict.fromkeys([(9, 0), (10, 0), (10, 3), (11, 0)], 227 << 10),
-}  # fmt: skip
 BLOCKS_Y = 65535  # the most blocks of a grid in y
 
 
@@ -171,7 +166,7 @@ class Kernels(NamedTuple):
 
 def kernels(head: Head, kind: Kind, R: int, S: int, capability: tuple[int, int]) -> Kernels | None:
     """The kernels that fit a GPU of a compute capability, None if there are none."""
-    limit, tile = SHARED.get(capability, SHARED[8, 6]), tile_of(R, capability)
+    limit, tile = shared_limit(capability), tile_of(R, capability)
     weights, regions = weight_kernel(kind, tile), rounded_up(pitch_of(tile), 16)
     found = {n: fitting(partial(head, kind, S, n, regions), kind, limit) for n in SLOTS}
     heads = {n: kernel for n, kernel in found.items() if kernel}

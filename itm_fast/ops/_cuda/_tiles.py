@@ -15,6 +15,11 @@ CAPTIONS = 16  # at most, in a tile
 # Columns that an image may take in a tile: the smallest that holds its regions. 36 as in the papers, 56 for grids of
 # 7 x 7, 72 for 8 x 8, 104 for the 100 regions that detectors are often asked for.
 COLUMNS = (12, 36, 56, NARROW, 104, REGIONS)
+# Bytes of shared memory that a block can have, by compute capability; other GPUs have as much as 8.6.
+SHARED = {
+    (7, 5): 64 << 10, (8, 0): 163 << 10, (8, 6): 99 << 10, (8, 7): 163 << 10,
+    **dict.fromkeys([(9, 0), (10, 0), (10, 3), (11, 0)], 227 << 10),
+}  # fmt: skip
 
 
 class Pairs(ctypes.Structure):
@@ -33,6 +38,7 @@ class Tile(NamedTuple):
     columns: int
     slots: int
     side: int
+    stages: int = 2
 
     @property
     def warp_images(self) -> int:
@@ -54,7 +60,7 @@ class Tile(NamedTuple):
     @property
     def work(self) -> int:
         """Bytes of shared memory for the stages of the products, and then for the affinities."""
-        return max(2 * (self.slots + self.images * self.columns) * 128, self.slots * self.pitch * 4)
+        return max(self.stages * (self.slots + self.images * self.columns) * 128, self.slots * self.pitch * 4)
 
     @property
     def shared(self) -> int:
@@ -67,6 +73,11 @@ def tile_of(R: int, capability: tuple[int, int]) -> Tile:
     if columns > NARROW:
         return Tile(columns, FEW_WORDS if small else 128, 1)
     return Tile(columns, 128, 1 if small else 2)
+
+
+def shared_limit(capability: tuple[int, int]) -> int:
+    """The most bytes of shared memory that a block can have on a GPU of a compute capability."""
+    return SHARED.get(capability, SHARED[8, 6])
 
 
 class Plan(NamedTuple):

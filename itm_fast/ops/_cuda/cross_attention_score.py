@@ -19,6 +19,7 @@ from . import _rows, _tiles
 from ._tiles import Pairs, Tile
 
 OP = "cross_attention_score"
+BLOCKS, BYTES = (1 << 31) - 1, 64 << 30  # of a grid; of rows, whose pieces of 16 bytes the kernels count in 32 bits
 # Enumerators of `Norm`, and whether the LeakyReLU comes before (attention.h); of `Pool` (scan.cu).
 NORMS = {
     "softmax": (3, False), "l2norm": (2, False), "clipped_l2norm": (2, True), "l1norm": (1, False),
@@ -115,7 +116,7 @@ def forward(
     longest = max(b - a for a, b in zip(edge, edge[1:]))
     if problem := _attention.beyond_cuda(R, D, longest, capability < _attention.TENSOR_FLOAT32):
         raise NotImplementedError(f"{OP}: {problem}")
-    tile = _tiles.tile_of(R, capability)
+    tile = tile_of(R, capability)
     plan = _tiles.plan_tiles(cu_seqlens, len(words), OP, tile.slots)
     count = None
     if region_lengths is not None:
@@ -131,6 +132,8 @@ def forward(
     attention, grams = Attention(norm, _attention.SLOPE if clipped else 1.0, scale), Grams(*map(_address, factors))
     result = score if score.dtype == torch.float32 else score.new_empty(score.shape, dtype=torch.float32)
     groups = -(-I // tile.images)
+    if plan.tiles * groups > BLOCKS or max(len(words), I * R) * D * 4 > BYTES:
+        raise NotImplementedError(f"{OP}: too many pairs or over 64 GiB of rows for one call of the CUDA kernels")
 
     def wide_sets(q: Tensor, x: Tensor) -> Tensor:
         return _rows.wide_sets(q, checked(cu_seqlens), x.view(I, R), count)
@@ -152,14 +155,25 @@ def _address(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
+def tile_of(R: int, capability: tuple[int, int]) -> Tile:
+    """The tile for images of R regions, with as many stages as a block's shared memory has room for.
+
+    With three, the next two stages are on their way while one is multiplied. The products of half-precision numbers
+    take about as long as a stage's way from the L2 cache, which two stages would not hide.
+    """
+    tile = _tiles.tile_of(R, capability)
+    more = tile._replace(stages=3)
+    return more if more.shared <= _tiles.shared_limit(capability) else tile
+
+
 def kernel(direction: str, kind: str, tile: Tile) -> _cuda.Kernel:
     """The instance for a kind of products."""
-    name = f"scan_{direction}<{kind}, {tile.columns}, {tile.slots}, {tile.side}>"
+    name = f"scan_{direction}<{kind}, {tile.columns}, {tile.slots}, {tile.side}, {tile.stages}>"
     return _cuda.Kernel("scan.cu", name, Scan, tile.threads, tile.shared)
 
 
 def compilations(capability: tuple[int, int]) -> list[_cuda.Kernel]:
     """All that may run on a GPU of a compute capability."""
     kinds = ("F16", "F16X3", "BF16", "TF32X3") if capability >= _attention.TENSOR_FLOAT32 else ("F16", "F16X3")
-    tiles = [_tiles.tile_of(R, capability) for R in _tiles.COLUMNS]
+    tiles = [tile_of(R, capability) for R in _tiles.COLUMNS]
     return [kernel(*of) for of in itertools.product(_attention.DIRECTIONS, kinds, tiles)]
