@@ -21,6 +21,7 @@ from ._names import BACKENDS as NAMES
 ON_GPU = ("triton", "cuda")  # backends whose kernels run on a GPU: each op's are checked when it first uses them
 KERNELS = frozenset((*ON_GPU, "cpu"))  # backends that only some ops have
 OFFERS: dict[str, tuple[str, ...]] = {}  # op -> the backends it has, best first; filled as each op is defined
+TooLarge = Callable[[str], "str | None"]  # backend -> why
 PutAside = Callable[[str, str, torch.device, torch.dtype], "str | None"]  # op, backend, device, dtype -> why
 _told: set[str] = set()  # reasons that "auto" has already warned of
 _chosen: contextvars.ContextVar[str | None] = contextvars.ContextVar("itm_fast_backend", default=None)
@@ -115,6 +116,11 @@ def why_not(name: str, device: torch.device | str = "cpu", dtype: torch.dtype | 
     device = torch.device(device)
     if not any(name in offered for offered in OFFERS.values()):
         return f"this version of itm-fast has no {name} kernels; use {', '.join(_present())}"
+    return _cannot_run(name, device, dtype)
+
+
+def _cannot_run(name: str, device: torch.device, dtype: torch.dtype | None) -> str | None:
+    """`why_not` of a backend that some ops have."""
     if device.type == "cuda" and not torch.cuda.is_available():
         return "no CUDA device is visible to torch"
     if name == "cpu":
@@ -135,7 +141,7 @@ def resolve(
     backend: str | None,
     device: torch.device,
     dtype: torch.dtype | None = None,
-    too_large: Mapping[str, str | None] | None = None,
+    too_large: TooLarge | None = None,
     put_aside: PutAside | None = None,
 ) -> str:
     """Choose the backend of one call: turn "auto" into a name, and check a name given by the user.
@@ -158,10 +164,9 @@ def resolve(
     offered = OFFERS[op]
     if not of_call and backend in KERNELS and KERNELS.isdisjoint(offered):
         backend = "torch"
-    computed = dtype and _computed(dtype, device)
     reasons: dict[str, str] = {}
     for name in offered if backend == "auto" else (backend,):
-        reason = _refusal(name, op, device, computed, too_large, put_aside, automatic=backend == "auto")
+        reason = _refusal(name, op, device, dtype, too_large, put_aside, automatic=backend == "auto")
         if reason is None:
             if name not in KERNELS:
                 _warn_once(device, dtype, reasons, name)
@@ -175,7 +180,7 @@ def backward_of_cuda(
     op: str,
     device: torch.device,
     dtype: torch.dtype,
-    too_large: Mapping[str, str | None] | None,
+    too_large: TooLarge | None,
     put_aside: PutAside,
 ) -> str:
     """The backend whose backward pass follows a forward pass in "cuda", which has none of its own: "triton" by the rule
@@ -189,19 +194,22 @@ def _refusal(
     op: str,
     device: torch.device,
     dtype: torch.dtype | None,
-    too_large: Mapping[str, str | None] | None,
+    too_large: TooLarge | None,
     put_aside: PutAside | None,
     automatic: bool,
 ) -> str | None:
-    """Why an op cannot run in a backend; None if it can. See `resolve`; `dtype` is the one after autocast."""
-    reason = why_not(name, device, dtype)
-    if reason is None and name not in OFFERS[op]:
-        return f"{op} has no such backend; it offers {', '.join(OFFERS[op])}"
+    """Why an op cannot run in a backend; None if it can. See `resolve`."""
+    if name not in OFFERS[op]:
+        reason = why_not(name, device, dtype)
+        return reason or f"{op} has no such backend; it offers {', '.join(OFFERS[op])}"
+    if name in ON_GPU and dtype is not None:
+        dtype = _computed(dtype, device)
+    reason = _cannot_run(name, device, dtype)
     if reason is not None or name not in ON_GPU:
         return reason
     if automatic and name == "triton" and _triton.interpreted():
         return "Triton interprets its kernels here (TRITON_INTERPRET), which only an explicit request wants"
-    if too_large is not None and (reason := too_large[name]):
+    if too_large is not None and (reason := too_large(name)):
         return reason
     return put_aside(op, name, device, dtype) if dtype and put_aside else None
 

@@ -135,10 +135,10 @@ def test_pairs_that_fit_no_tile_are_refused():
 
 
 def test_images_of_too_many_regions_are_left_to_the_next_backend(monkeypatch):
-    monkeypatch.setattr(_backends, "why_not", lambda name, device, dtype: None if name != "cpu" else "not here")
+    monkeypatch.setattr(_backends, "_cannot_run", lambda name, device, dtype: None if name != "cpu" else "not here")
     monkeypatch.setattr(_triton, "interpreted", lambda: False)
     monkeypatch.setattr(_backends, "_told", set())
     cuda, reason = torch.device("cuda"), "image has 129 regions"
     with pytest.warns(UserWarning, match=f"slower torch backend, as its Triton kernels cannot run: {reason}"):
-        name = _backends.resolve("hierarchical_alignment_score", None, cuda, torch.float32, reason)
+        name = _backends.resolve("hierarchical_alignment_score", None, cuda, torch.float32, lambda backend: reason)
     assert name == "torch"

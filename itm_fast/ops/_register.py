@@ -8,7 +8,6 @@ imported only when it runs. In a module of several ops the functions have the na
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._backends import KERNELS, OFFERS, ON_GPU, backward_of_cuda, resolve
+from .._backends import KERNELS, OFFERS, ON_GPU, TooLarge, backward_of_cuda, resolve
 from .._workspace import current_gib, workspace
 from . import _recompute
 from ._autograd import by_autograd
@@ -27,14 +26,8 @@ from ._first_use import put_aside
 PACKAGES = {"triton": "itm_fast.kernels", "cuda": "itm_fast.ops._cuda", "torch": "itm_fast.ops._torch"}
 
 
-class _Asked(dict[str, "str | None"]):
-    """What a function says of each key, called when the key is asked for: it may have to wait for a GPU's lengths."""
-
-    def __init__(self, answer: Callable[[str], str | None]) -> None:
-        self.answer = answer
-
-    def __missing__(self, name: str) -> str | None:
-        return self.answer(name)
+def _told(reasons: dict[str, str | None], backend: str) -> str | None:
+    return reasons[backend]
 
 
 class Op(Declaration):
@@ -118,14 +111,17 @@ class Op(Declaration):
         name = resolve(self.name, backend, first.device, dtype, self.refused_sizes(size, given), put_aside)
         return self.call(*self.convert(given), name)
 
-    def refused_sizes(self, size: dict[str, int], given: Given) -> dict[str, str | None] | None:
-        """Of the backends for GPUs, why the op's kernels cannot take these sizes; None if they take all."""
+    def refused_sizes(self, size: dict[str, int], given: Given) -> TooLarge | None:
+        """A function that says why the kernels of a backend for GPUs cannot take these sizes; None if all take all.
+
+        It may have to wait for lengths on a GPU, and so is called only for backends that can run.
+        """
         too_large = self.too_large
         if too_large is None:
             return None
         if torch.compiler.is_compiling():  # which hands only constants to `resolve`
-            return {name: too_large(name, size, given) for name in ON_GPU}
-        return _Asked(lambda name: too_large(name, size, given))
+            return partial(_told, {name: too_large(name, size, given) for name in ON_GPU})
+        return lambda backend: too_large(backend, size, given)
 
     def implementation(self, backend: str) -> Any:
         """The op's `forward` and `backward` in a backend."""
