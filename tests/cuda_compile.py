@@ -1,13 +1,13 @@
 """Compile the CUDA kernels for GPUs that are not here: `cuda_compile.py [ARCHITECTURE ...]` prints a line for each.
 
-A module of `itm_fast.ops._cuda` lists with `compilations(capability)` the kernels that its op may launch on a GPU of a
-compute capability. Without arguments all are compiled for all of `SHARED`; those in the cache folder are only read.
+The module of an op in `itm_fast.ops._cuda` lists with `compilations(capability)` the kernels that the op may launch on
+a GPU of a compute capability. Without arguments all are compiled for all of `SHARED`; what the cache folder has of them
+is only read.
 """
 
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import os
 import pkgutil
 import sys
@@ -25,12 +25,10 @@ REGISTERS = 65536  # that the threads of a block share
 
 
 def modules() -> list[ModuleType]:
-    """The modules that list kernels."""
+    """The modules of ops."""
     package = f"{ops.__name__}._cuda"
-    if importlib.util.find_spec(package) is None:
-        return []
-    found = (m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__, f"{package}."))
-    return [module for module in map(importlib.import_module, found) if hasattr(module, "compilations")]
+    names = (m.name for m in pkgutil.iter_modules(importlib.import_module(package).__path__) if m.name[0] != "_")
+    return [importlib.import_module(f"{package}.{name}") for name in names]
 
 
 def kernels(module: ModuleType, architecture: int) -> list[Kernel]:
