@@ -124,7 +124,9 @@ def project(
         return _row(8, 3, BLOCK_Q=64, BLOCK_K=16, BLOCK_S=256, CHUNK=16)  # untuned
     if arch == 80 or S > 256 or (dtype == torch.float32 and overall):
         return _row(8, 2, BLOCK_Q=64, BLOCK_K=32, BLOCK_S=256, CHUNK=0)  # untuned
-    stages = 2 if arch == 100 or dtype != torch.float32 else 3 if whole else 1
+    if dtype != torch.float32:
+        return _row(8, 4 if whole else 2, BLOCK_Q=128, BLOCK_K=32, BLOCK_S=256, CHUNK=0)  # untuned
+    stages = 2 if arch == 100 else 3 if whole else 1
     return _row(8, stages, BLOCK_Q=128, BLOCK_K=32, BLOCK_S=256, CHUNK=0)  # untuned
 
 
@@ -139,10 +141,11 @@ def graph_step(dtype: torch.dtype, arch: int, precision: str, nodes: int, S: int
         rows, k = (64, 64) if S > 256 else (64 if arch == 80 else nodes, 256)
         return _row(8, 2, BLOCK_Q=rows, BLOCK_N=nodes, BLOCK_Y=64, BLOCK_K=k, BLOCK_C=32, BLOCK_O=256)  # untuned
     if nodes == 64 and precision == "tf32x3":
-        return _row(8, 2, BLOCK_Q=64, BLOCK_N=64, BLOCK_Y=64, BLOCK_K=16, BLOCK_C=16, BLOCK_O=128)  # untuned
+        stages = 4 if arch == 100 else 2
+        return _row(8, stages, BLOCK_Q=64, BLOCK_N=64, BLOCK_Y=64, BLOCK_K=16, BLOCK_C=16, BLOCK_O=128)  # untuned
     if nodes == 64:
-        wide = 128 if arch == 80 else 256
-        return _row(8, 2, BLOCK_Q=64, BLOCK_N=64, BLOCK_Y=wide, BLOCK_K=32, BLOCK_C=32, BLOCK_O=wide)  # untuned
+        wide, stages = (128, 2) if arch == 80 else (256, 4)
+        return _row(8, stages, BLOCK_Q=64, BLOCK_N=64, BLOCK_Y=wide, BLOCK_K=32, BLOCK_C=32, BLOCK_O=wide)  # untuned
     # wgmma needs BLOCK_Q = 64, which spills here with Triton 3.6. Captions of more than 63 words are rare.
     return _row(8, 1, BLOCK_Q=32, BLOCK_N=nodes, BLOCK_Y=32, BLOCK_K=32, BLOCK_C=16, BLOCK_O=64)  # untuned
 
