@@ -144,7 +144,7 @@ def graph_step(dtype: torch.dtype, arch: int, precision: str, nodes: int, S: int
         stages = 4 if arch == 100 else 2
         return _row(8, stages, BLOCK_Q=64, BLOCK_N=64, BLOCK_Y=64, BLOCK_K=16, BLOCK_C=16, BLOCK_O=128)  # untuned
     if nodes == 64:
-        wide, stages = (128, 2) if arch == 80 else (256, 4)
+        wide, stages = (128, 2) if arch == 80 or S > 256 else (256, 4)
         return _row(8, stages, BLOCK_Q=64, BLOCK_N=64, BLOCK_Y=wide, BLOCK_K=32, BLOCK_C=32, BLOCK_O=wide)  # untuned
     # wgmma needs BLOCK_Q = 64, which spills here with Triton 3.6. Captions of more than 63 words are rare.
     return _row(8, 1, BLOCK_Q=32, BLOCK_N=nodes, BLOCK_Y=32, BLOCK_K=32, BLOCK_C=16, BLOCK_O=64)  # untuned

@@ -319,3 +319,12 @@ def test_the_examples_show_what_they_should(op, kind, size):
     for dtype in (torch.float16, torch.bfloat16):
         narrow = examples.outcome(op, "reference", "cpu", dtype, size=size, kind=kind)
         assert all(x.isfinite().all() for x in narrow)
+
+
+@pytest.mark.parametrize("capability,tiles", [((8, 0), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 100), ((12, 0), 80)])
+def test_a_gpu_takes_the_tiles_that_its_shared_memory_holds(gpu, capability, tiles):
+    pytest.importorskip("triton", reason="triton is not installed")
+    from itm_fast.kernels import _launch
+
+    gpu.capability = capability
+    assert _launch.arch(CUDA) == tiles
