@@ -15,7 +15,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from unittest import mock
 
 import torch
 
@@ -85,8 +84,7 @@ class Problem:
     @cached_property
     def kernels(self) -> _pairs.Kernels | None:
         """The pair scorers' kernels, None if they do not fit the card."""
-        with mock.patch.object(torch.cuda, "get_device_capability", return_value=self.capability):
-            return _pairs.kernels(HEADS[self.op], FORMS[self.precision], self.R, self.S, torch.device("cuda"))
+        return _pairs.kernels(HEADS[self.op], FORMS[self.precision], self.R, self.S, self.capability)
 
     @cached_property
     def nodes(self) -> NodePlan:

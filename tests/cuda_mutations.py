@@ -87,7 +87,7 @@ def scan(run: Callable[..., torch.Tensor]) -> Iterator[torch.Tensor]:
         for norm, dtype in (("clipped_l2norm", torch.float32), ("softmax", torch.float32), ("none", torch.float16)):
             yield run(image.to(dtype), words.to(dtype), edge, counts, direction, norm, 9.0, "lse", 6.0)
     image = image.nan_to_num(0.5)
-    image[2, 1] = words[105] = torch.nan
+    image[1, 1] = words[105] = torch.nan  # image 0 has columns beside those of image 1
     yield run(image, words, edge, None, "t2i", "l2norm", 9.0, "sum", 6.0)
     image, words = image.nan_to_num(0.5), words.nan_to_num(0.5)
     for spread in ((image[1, 0], words[110]), ()):  # wide rows of some pairs, of all

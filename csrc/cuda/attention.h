@@ -176,7 +176,7 @@ __device__ __forceinline__ void attend(Attended<T> &out, const float (&acc)[T::B
         }
     const unsigned *factor = static_cast<const unsigned *>(grams.factor) + in_all * (BLOCKS * 8) * (BLOCKS * 8);
     float square[2] = {0, 0};
-#pragma unroll(BLOCKS > 9 ? 1 : BLOCKS)  // all of a larger F at a time takes too many registers
+#pragma unroll(BLOCKS > 7 ? 1 : BLOCKS)  // all of a larger F at a time takes too many registers
     for (int b = 0; b < BLOCKS; ++b) {  // eight rows of F: what lies left of them is zero
         float sum[4] = {0, 0, 0, 0};
 #pragma unroll

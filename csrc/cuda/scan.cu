@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) 
     float *norms = reinterpret_cast<float *>(shared + T::WORK);  // [CAPTIONS][LD]
     float *work = reinterpret_cast<float *>(shared);
     const Place<T> at(p.pairs);
-    if (!at.computes_any(p.pairs)) return;
+    if (!at.computes_any(p.pairs)) return;  // redundant for results: scores are written pair by pair
 
     typename T::Accumulators acc;
     affinities<T>(acc, shared, p.pairs, at);
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) 
     // [SLOTS][LD]: affinities, then e times `size`, and then, in its first slot, a caption's cosines.
     float *values = reinterpret_cast<float *>(shared);
     const Place<T> at(p.pairs);
-    if (!at.computes_any(p.pairs)) return;
+    if (!at.computes_any(p.pairs)) return;  // redundant for results: scores are written pair by pair
 
     typename T::Accumulators acc;
     affinities<T>(acc, shared, p.pairs, at);

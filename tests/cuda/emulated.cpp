@@ -3,6 +3,9 @@
 #include <pybind11/stl.h>
 
 #include "emulator.h"
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
 
 namespace py = pybind11;
 
@@ -133,6 +136,10 @@ void launch(Dim g, Dim b, size_t bytes, unsigned order, std::function<void()> ke
             std::memset(shared.get(), 0xFF, bytes);
             fibers.assign(b.x, {});
             warps.assign(b.x / 32, {});
+#ifdef __SANITIZE_ADDRESS__
+            // Fibers end without returning, so the marks of their last variables are still there.
+            ASAN_UNPOISON_MEMORY_REGION(stacks.data(), stacks.size());
+#endif
             for (unsigned t = 0; t < b.x; ++t) prepare(t);
             run_block(order, random);
         }
