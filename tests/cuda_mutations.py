@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -42,6 +43,22 @@ MASKS: dict[str, list[tuple[str, str]]] = {
         ("const bool real = region < regions;", "const bool real = true;"),
         ("raw[n][j] = real ? raw[n][j] : 0;", ""),
     ],
+    "tile.h": [("begin && ", ""), (" && first + chunk < chunks", "")],
+    "nodes.h": [
+        ("put<T::KIND, T::WIDE>(nodes, row, column, 0, 0);", ""),
+        ("both = 0;", ""),
+        ("if (sh.word[row] < 0 && sh.owner[row] >= 0) continue;", ""),
+        ("region < count ? ", "true ? "),
+        ("while (owner >= 0 && begin", "while (begin"),
+    ],
+    "graph.cu": [
+        ("if (sh.tile.owner[n * 8 + 2 * t + i] != mine) x = -INFINITE;", ""),
+        (" + sh.tile.spoiled[sh.tile.first[threadIdx.x] / 16]", ""),
+        ("if (x < INFINITE) largest", "largest"),
+        ("if (warp < OWNERS) put", "put"),
+    ],
+    "filter.cu": [("sh.tile.owner[row] < 0 ? 0 : ", ""), (" + sh.tile.spoiled[first / 16]", "")],
+    "weights.cu": [("row < 0 || in_group >= at.images", "row < 0"), ("region < regions ? ", "true ? ")],
     "scan.cu": [
         ("if (!at.computes_any(p.pairs)) return;", ""),
         ("if (!at.computes(p.pairs, caption, image)) continue;", ""),
@@ -73,11 +90,12 @@ def changes(file: str, source: str) -> Iterator[Change]:
         yield Change(file, source.count("\n", 0, place) + 1, place, text, to)
 
 
-def scan(run: Callable[..., torch.Tensor]) -> Iterator[torch.Tensor]:
+def scan(op: ModuleType) -> Iterator[torch.Tensor]:
     """Scores of `cross_attention_score` in all that its kernels do differently."""
     from itm_fast.ops._cuda import _rows
     from itm_fast.testing import inputs
 
+    run = op.forward
     # Tiles with empty slots, a group with fewer images than fit, images of fewer regions, a last stage half full.
     image, words, edge = inputs(5, (100, 7, 30, 1, 12), 34, 136, dtype=torch.float32)
     counts = torch.tensor([34, 2, 34, 19, 7])
@@ -101,6 +119,20 @@ def scan(run: Callable[..., torch.Tensor]) -> Iterator[torch.Tensor]:
         _rows.LOW = low
 
 
+def score(op: ModuleType) -> Iterator[torch.Tensor]:
+    """Scores of the pair scorers in float16 and float32."""
+    import test_cuda_nodes as cases
+
+    for head in cases.HEADS:
+        args = cases.case(head, **cases.MIXED)
+        for i, n in enumerate(cases.MIXED["regions"]):
+            args[0][i, n:] = torch.nan  # which must not be read
+        args[2][38, 3] = torch.nan  # a word of the fifth caption
+        args[3][2, 0] = torch.nan  # the third caption's global vector
+        for dtype in (torch.float16, torch.float32):
+            yield getattr(op, f"similarity_{head}_score")(*cases.rounded(args, dtype))
+
+
 class Judge(NamedTuple):
     """What tells whether kernels still compute the same.
 
@@ -108,7 +140,7 @@ class Judge(NamedTuple):
         stems: the .cu files that are built.
         instances: a pattern of the names that are built of them.
         op: module of itm_fast.ops._cuda.
-        results: calls its `forward`, and yields what it returns.
+        results: calls the functions of this module, and yields what they return.
     """
 
     stems: tuple[str, ...]
@@ -118,7 +150,16 @@ class Judge(NamedTuple):
 
 
 SCAN = Judge(("scan",), r"<(F16|F16X3|TF32X3), 36, 128, 2, 3>", "cross_attention_score", scan)
-JUDGES: dict[str, Judge] = {"affinity.h": SCAN, "attention.h": SCAN, "scan.cu": SCAN}
+SCORE = Judge(
+    ("weights", "global_nodes", "graph", "filter"),
+    r"<(F16|F16X3), (36, 128, 2|64, 64, 64(, 48)?)>",
+    "similarity_score",
+    score,
+)
+JUDGES: dict[str, Judge] = {
+    **dict.fromkeys(("affinity.h", "attention.h", "scan.cu"), SCAN),
+    **dict.fromkeys(("tile.h", "nodes.h", "graph.cu", "filter.cu", "global_nodes.cu", "weights.cu"), SCORE),
+}
 
 
 def results(judge: Judge) -> list[torch.Tensor]:
@@ -139,7 +180,7 @@ def results(judge: Judge) -> list[torch.Tensor]:
     op = importlib.import_module(f"itm_fast.ops._cuda.{judge.op}")
     found = []
     for device.order in ORDERS:
-        found += [result.float().nan_to_num(12345.0) for result in judge.results(op.forward)]
+        found += [result.float().nan_to_num(12345.0) for result in judge.results(op)]
     return found
 
 

@@ -188,7 +188,7 @@ template <class T> __device__ __forceinline__ void read_slots(const Nodes &p, ty
     }
 }
 
-// The tile's nodes, X [SLOTS, S], over `making`. Empty slots have zeros.
+// The tile's nodes, X [SLOTS, S], over `making`. Empty slots have finite numbers, unless parameters have not.
 template <class T>
 __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &sh, typename T::Making &making) {
     constexpr Kind KIND = T::KIND;
@@ -254,13 +254,11 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const int row = warp_row<T>() + m * 16 + g + 8 * j;
-            const bool word = sh.word[row] >= 0, empty = sh.owner[row] < 0;
+            if (sh.word[row] < 0 && sh.owner[row] >= 0) continue;  // a global node
 #pragma unroll
             for (int n = 0; n < T::N; ++n) {
                 const float x = acc[m][n][2 * j] * inverse[m][j], y = acc[m][n][2 * j + 1] * inverse[m][j];
-                if (word || empty)
-                    put_node<T>(sh, nodes, row, warp_column<T>() + n * 8 + 2 * t, word ? x * T::scale() : 0,
-                                word ? y * T::scale() : 0);
+                put_node<T>(sh, nodes, row, warp_column<T>() + n * 8 + 2 * t, x * T::scale(), y * T::scale());
             }
         }
     for (int i = threadIdx.x; i < sh.captions * T::WIDE * 4; i += THREADS) {
