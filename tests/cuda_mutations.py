@@ -54,7 +54,6 @@ MASKS: dict[str, list[tuple[str, str]]] = {
     "graph.cu": [
         ("if (sh.tile.owner[n * 8 + 2 * t + i] != mine) x = -INFINITE;", ""),
         (" + sh.tile.spoiled[sh.tile.first[threadIdx.x] / 16]", ""),
-        ("if (x < INFINITE) largest", "largest"),
         ("if (warp < OWNERS) put", "put"),
     ],
     "filter.cu": [("sh.tile.owner[row] < 0 ? 0 : ", ""), (" + sh.tile.spoiled[first / 16]", "")],

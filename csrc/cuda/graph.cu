@@ -150,7 +150,7 @@ __device__ __forceinline__ void gathered(float (&acc)[M][N][4], GraphShared<T> &
     }
 }
 
-// SCALED: puts the largest finite numbers of the warp's rows, which must be in acc already, into `top[place(row)]`. On
+// SCALED: puts the largest numbers of the warp's rows, which must be in acc already, into `top[place(row)]`. On
 // return it is there for all rows.
 template <class T, int M, int N, class At>
 __device__ __forceinline__ void find_tops(const float (&acc)[M][N][4], unsigned *top, int first_row, At at) {
@@ -166,7 +166,7 @@ __device__ __forceinline__ void find_tops(const float (&acc)[M][N][4], unsigned 
 #pragma unroll
                 for (int i = 0; i < 2; ++i) {
                     const float x = fabsf(acc[m][n][2 * j + i]);
-                    if (x < INFINITE) largest = x > largest ? x : largest;
+                    largest = x > largest ? x : largest;  // passes over NaN
                 }
             largest = quad_max(largest);
             if (lane % 4 == 0) raise_to(top + at(first_row + m * 16 + g + 8 * j), as_bits(largest));
