@@ -218,14 +218,11 @@ def weight_plans(cu_seqlens: Tensor, edge: list[int], windows: Sequence[slice], 
 
 
 def compilations(head: Head, capability: tuple[int, int]) -> Iterator[Kernel]:
-    """The kernels of a scorer that may run on a GPU of a compute capability, for the published sizes.
-
-    In float16 those for the most regions too.
-    """
+    """The kernels of a scorer that may run on a GPU of a compute capability, for the published sizes."""
     kinds = [Kind("F16", False, 1), Kind("F16", True, 1), Kind("F16X3", True, 2)]
     kinds += [Kind("BF16", False, 1)] * (capability >= TENSOR_FLOAT32)
-    for kind, R in [*((kind, 36) for kind in kinds), (kinds[0], _attention.REGIONS)]:
-        if fit := kernels(head, kind, R, SIMILARITIES[-1], capability):
+    for kind in kinds:
+        if fit := kernels(head, kind, 36, SIMILARITIES[-1], capability):
             yield from (fit.weights, fit.overall, *fit.head.values())
 
 
