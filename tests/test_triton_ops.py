@@ -21,7 +21,8 @@ from itm_fast.ops._attention import DIRECTIONS, NORMS, POOLS
 from itm_fast.ops._declare import DECLARED
 from itm_fast.testing import op_checks
 
-# op -> what has its case(), and an awkward shape, one word on one region and a shape of several tiles for it
+# op -> the module that has its case(), and that function's arguments for one word on one region, for captions of many
+# lengths (several tiles), and for sizes that no tile divides
 COUNTS = (13, 1, 4, 4, 7)
 SCORED = {
     "one": (1, (1,), 1, 1, 1, None),

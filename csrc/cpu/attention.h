@@ -108,7 +108,8 @@ inline void logits_backward(Norm norm, T scale, int64_t n, const int64_t* edge, 
         size += select<T>(real, part, Vec<T>{});
         along += select<T>(real, product, Vec<T>{});
       }
-      // logit = factor u; back is what each u gives through the norm, over u (l2), over its sign (l1) or over 1.
+      // logit = factor u. `back`: the gradient that reaches u through the norm, divided by u (l2), by u's sign (l1) or
+      // by 1 (softmax).
       T factor = scale, back = 0;
       if (over_queries(norm)) {
         const T total = sum<T>(size), length = square ? std::sqrt(total) : total;

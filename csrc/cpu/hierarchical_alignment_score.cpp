@@ -39,7 +39,8 @@ struct Call {
   int64_t regions(int64_t i) const { return region_lengths ? region_lengths[i] : R; }
 };
 
-// One modality's tensors, and which of a row's two terms of the gates is that of its own gate.
+// One modality's tensors. `own`: 0 for images, 1 for words; it is also which of a row's two gate terms belongs to the
+// gate of its own side, the other one being for the other side's gate.
 struct Modality {
   Source rows, keys, gates;
   int64_t own;

@@ -293,14 +293,14 @@ __device__ __forceinline__ float quad_max(float x) {
     return y > x ? y : x;
 }
 
-// Over all lanes of a warp.
+// The sum of x over all lanes of a warp.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll
     for (int mask = 16; mask > 0; mask /= 2) x += shuffle_xor(x, mask);
     return x;
 }
 
-// Raises a number in shared memory to x, unless it is larger.
+// *at = max(*at, x), in shared memory.
 __device__ __forceinline__ void raise_to(unsigned *at, unsigned x) {
 #ifdef ITM_EMULATE
     if (x > *at) *at = x;

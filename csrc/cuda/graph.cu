@@ -31,7 +31,7 @@ template <class T> struct GraphShared {
     __device__ unsigned char *y() { return room + T::MATRIX; }
 };
 
-// The exponent that numbers up to one with these bits are stored with: times 2^exponent they are below 2^UNIT + 1.
+// Numbers are stored times 2^exponent, so that they stay below 2^(UNIT + 1). `bits`: those of the largest, as float32.
 __device__ __forceinline__ int stored_exponent(unsigned bits) {
     const int exponent = int(bits >> 23) - 127;
     return UNIT - (exponent < -100 ? -100 : exponent);

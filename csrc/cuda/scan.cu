@@ -14,8 +14,8 @@ struct Scan {
     float pool_scale;
 };
 
-// The cosine of a query with what it attends to, from the sum of exponentials z: the sums of e times the affinity, and of
-// e times the context, whose length is `attended`.
+// The cosine of a query and what it attends to. With its weights e before they are normalised: `z` is their sum, `dot`
+// the sum of e times the affinity, `attended` the length of the sum of e times the context. `length`: |query|.
 __device__ __forceinline__ float cosine_of(float dot, float attended, float z, float length) {
     const float both = length * (attended / z);
     return dot / z / (both > EPS ? both : EPS);

@@ -91,7 +91,7 @@ def of_pairs(
         args: the op's arguments.
     """
     gpu = grad.device.type == "cuda"
-    # A captured CUDA graph is the same for any gradient.
+    # A captured CUDA graph is run again with other gradients, so it must not depend on which of this one are zero.
     if (gpu and torch.cuda.is_current_stream_capturing()) or grad.count_nonzero() * SPARSE > grad.numel():
         return dense(grad, needs, *args)
     cu_seqlens = args[axes.index("E")]
