@@ -86,7 +86,7 @@ class Arguments:
         return ValueError(f"{self.op}: {name} must be {shape}{why}, got {list(sizes)}")
 
     def floats(self, name: str, tensor: Tensor, shape: Shape) -> None:
-        """A floating-point tensor, of the dtype and on the device of the ones before."""
+        """Check a tensor's shape, that it is floating-point, and that dtype and device are those of the ones before."""
         self.shape(name, tensor, shape)
         dtype, device = tensor.dtype, tensor.device
         if dtype not in FLOATS:

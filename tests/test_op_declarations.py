@@ -117,7 +117,8 @@ def test_shapes_of_results_add_and_multiply():
 
 
 def implementations():
-    places = (PACKAGE / "ops" / "_torch", "*.py"), (PACKAGE / "ops", "_c*.py"), (ROOT / "kernels", "*.py")
+    ops = PACKAGE / "ops"
+    places = (ops / "_torch", "*.py"), (ops / "_cuda", "*.py"), (ops, "_c*.py"), (ROOT / "kernels", "*.py")
     return [path for folder, names in places for path in folder.glob(names)]
 
 

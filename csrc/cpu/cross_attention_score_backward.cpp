@@ -215,7 +215,8 @@ struct Backward {
     }
   }
 
-  // Affinities of a set become their gradients, and its Gram matrix gets its own.
+  // For one context set and the queries of chunk c: overwrites the affinities in `work.s` by their gradients, and
+  // writes the chunk's part of the gradient of the set's Gram matrix to `contexts.d_gram`.
   void set_backward(Work& work, Contexts<T>& contexts, int64_t b, int64_t set, const Window<T>& window,
                     int64_t c) const {
     const Block<T>& block = contexts.block[size_t(b)];

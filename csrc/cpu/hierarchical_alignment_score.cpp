@@ -191,7 +191,7 @@ class Worker {
               [&](int64_t i, int64_t jj, Vec<T> v) { store(out + i * ld_ + j + jj, v); });
   }
 
-  // A pair's columns on their own: [n][caption.ld], zeros beyond the words.
+  // Copies the columns of a caption's words, n rows of them, to [n][caption.ld], with zeros beyond the words.
   void gather(const T* from, int64_t n, const Item<T>& caption, T* to) {
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < caption.ld; j += LANES<T>)

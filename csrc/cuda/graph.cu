@@ -194,7 +194,7 @@ __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
         return sh.tile.begin[block] <= k && k < sh.tile.end[block];
     };
     auto caption_slot = [&](int row) { return sh.tile.begin[row / 16] * 16; };
-    // What the numbers of a matrix's row are stored times.
+    // The numbers of row `at` of a matrix are stored times 2^exponent.
     auto exponent = [&](int step, Matrix which, int at) { return SCALED ? stored_exponent(sh.top[step % 2][which][at]) : 0; };
     for (int step = 0; step + 1 < p.steps; ++step) {
         typename T::Products acc;

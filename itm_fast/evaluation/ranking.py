@@ -162,15 +162,18 @@ def metrics(
     """Recalls, median and mean rank of both directions over the whole pool.
 
     Args:
-        score: [I, T], as for `ranks`.
-        caption_to_image: [T], as for `ranks`.
-        ties: as for `ranks`, or "expected": the mean over all orders of tied items.
+        score: [I, T] array or tensor of any floating dtype, higher is better.
+        caption_to_image: [T] integers: the image that each caption describes; any number of captions per image.
+        ties: where a wrong item with exactly the score of the right one is ranked: "pessimistic" (above it),
+            "optimistic" (below it), "published" (above it if its index is higher), or "expected" (the mean over all
+            orders of tied items).
 
     Returns:
         `Metrics` under this rule; its `others` are those under the other rules, computed from the same counts.
 
     Raises:
-        TypeError, ValueError: as `ranks`.
+        TypeError: a dtype is not as stated.
+        ValueError: shapes disagree, an index is out of range, a score is NaN or infinite, or `ties` is unknown.
 
     >>> import numpy as np
     >>> found = metrics(np.eye(20, dtype=np.float32), np.arange(20))

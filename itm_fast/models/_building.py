@@ -36,7 +36,8 @@ def build(opt: argparse.Namespace) -> Matcher:
     """Build the model that the options of a checkpoint describe.
 
     Args:
-        opt: as for `model_class`, with all options that the model reads.
+        opt: all options that the model reads, by their published names: those of a checkpoint, or what
+            `itm_fast.training.options` returns, with `vocab_size`.
 
     Raises:
         ValueError: no model fits the options, they lack one, or one has an unknown value.
