@@ -70,6 +70,13 @@ void multiply(void *const (&operands)[32], Numbers numbers, int K) {
 
 namespace {
 
+// Fibers end without returning, so AddressSanitizer still has marks around their last variables.
+void forget_variables() {
+#ifdef __SANITIZE_ADDRESS__
+    ASAN_UNPOISON_MEMORY_REGION(stacks.data(), stacks.size());
+#endif
+}
+
 void prepare(unsigned thread) {
     auto top = reinterpret_cast<uintptr_t>(stacks.data() + (thread + 1) * STACK) & ~uintptr_t(15);
     void **pointer = reinterpret_cast<void **>(top - 8);
@@ -126,6 +133,7 @@ void launch(Dim g, Dim b, size_t bytes, unsigned order, std::function<void()> ke
     if (b.x % 32) throw std::runtime_error("a block must be whole warps");
     grid = g, block = b, body = std::move(kernel), eager = order % 2, failure.clear();
     counts = {};
+    forget_variables();
     stacks.resize(b.x * STACK);
     shared.reset(static_cast<unsigned char *>(::operator new(max(bytes, size_t(1)), std::align_val_t(128))));
     shared_bytes = bytes;
@@ -136,10 +144,7 @@ void launch(Dim g, Dim b, size_t bytes, unsigned order, std::function<void()> ke
             std::memset(shared.get(), 0xFF, bytes);
             fibers.assign(b.x, {});
             warps.assign(b.x / 32, {});
-#ifdef __SANITIZE_ADDRESS__
-            // Fibers end without returning, so the marks of their last variables are still there.
-            ASAN_UNPOISON_MEMORY_REGION(stacks.data(), stacks.size());
-#endif
+            forget_variables();
             for (unsigned t = 0; t < b.x; ++t) prepare(t);
             run_block(order, random);
         }
