@@ -1,11 +1,11 @@
 """SGR's and SAF's pair scores by the kernels of csrc/cuda, run on the CPU; see cuda_emulated.py."""
 
-
 import pytest
 import torch
 from cuda_emulated import device, emulated  # noqa: F401
 from pair_score_cases import drawer, edges, inputs
 
+import itm_fast
 from itm_fast.ops._cuda import _pairs, similarity_score
 from itm_fast.ops._declare import DECLARED
 from itm_fast.testing import assert_accurate
@@ -153,13 +153,12 @@ def test_a_pair_alone_has_the_same_bits(head, shape, gpu, dtype, run):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_windows_do_not_change_bits(head, run, monkeypatch):
+def test_less_scratch_does_not_change_bits(head, run):
     args = case(head, **MIXED)
     whole, counts = run(head, args, F16)
-    monkeypatch.setattr(_pairs, "WINDOW", 64)
-    monkeypatch.setattr(_pairs, "LAUNCH_BYTES", 1)
-    found, more = run(head, args, F16)
-    assert len(more) > 4 * len(counts)
+    with itm_fast.workspace(64 * 212 / 2**30):  # 64 nodes of one image
+        found, more = run(head, args, F16)
+    assert len(more) > 3 * len(counts)
     assert torch.equal(bits(found), bits(whole))
 
 

@@ -1,7 +1,8 @@
 // similarity_filter_score in evaluation from the attention weights on: the nodes of a tile of captions with one image,
 // (1) to (4) of itm_fast/ops/similarity_filter.py over them, and the scores. Nodes stay in shared memory.
 //
-//   g = sigmoid(w . x + b),   beta = g / (sum of |g| + eps),   m = sum of beta x,   score = sigmoid(w_e . m / (|m| + eps) + b_e)
+//   g = sigmoid(w . x + b),   beta = g / (sum of |g| + eps),   m = sum of beta x
+//   score = sigmoid(w_e . m / (|m| + eps) + b_e)
 //
 // w and b hold the batch normalisation as well.
 #include "nodes.h"

@@ -1,4 +1,4 @@
-// The nodes of pairs' global vectors, (1) of itm_fast/ops/similarity_nodes.py: y = W_g (v - t)^2 + b_g, y / (|y| + eps).
+// The nodes of pairs' global vectors, (1) of `ops/similarity_nodes.py`: y = W_g (v - t)^2 + b_g, y / (|y| + eps).
 #include "nodes.h"
 
 struct GlobalNodes {

@@ -1,7 +1,9 @@
 // similarity_graph_score from the attention weights on: the nodes of a tile of captions with one image, all steps of
-// reasoning over them, (1) to (3) of itm_fast/ops/similarity_graph.py, and the scores. Nodes stay in shared memory.
+// reasoning over them, (1) to (3) of ops/similarity_graph.py, and the scores. Nodes stay in shared memory.
 //
-//   Y = X M + u,  E = softmax over a caption's nodes of Y X^T,  X' = relu(E X Wr^T + br);  the last step at first nodes only
+//   Y = X M + u,   E = softmax over a caption's nodes of Y X^T,   X' = relu(E X Wr^T + br)
+//
+// The last step is computed at the captions' first nodes only.
 #include "nodes.h"
 
 struct Graph {
@@ -24,8 +26,8 @@ template <class T> struct GraphShared {
     typename T::Shared tile;
     float share[T::SLOTS];      // of each row of E: 1 / its sum
     float part[WARPS][16];
-    // The bits of the largest number in each row of Y and Z, and in each caption's rows of X, at its first slot. Those of
-    // one step are filled while those of the other are read.
+    // The bits of the largest number in each row of Y and Z, and in each caption's rows of X, at its first slot. Those
+    // of one step are filled while those of the other are read.
     unsigned top[2][3][T::SCALED ? T::SLOTS : 1];
     __device__ unsigned char *x() { return room; }
     __device__ unsigned char *y() { return room + T::MATRIX; }
@@ -64,10 +66,11 @@ __device__ __forceinline__ void weighted(float (&acc)[M][N][4], GraphShared<T> &
 }
 
 // Rows first to first + 15 of E, whose sums are 1 / share, from the same rows of Y. Row r sees the nodes of caption
-// `caption(r)`, which lie in the blocks of 16 slots from `begin` to `end` - 1; `factor(r)` makes its logits of products. A
-// warp's work.
+// `caption(r)`, which lie in the blocks of 16 slots from `begin` to `end` - 1; logits are products times `factor(r)`.
+// A warp's work.
 template <class T, class Caption, class RowFactor>
-__device__ __forceinline__ void edges(GraphShared<T> &sh, int first, int begin, int end, Caption caption, RowFactor factor) {
+__device__ __forceinline__ void edges(GraphShared<T> &sh, int first, int begin, int end, Caption caption,
+                                      RowFactor factor) {
     constexpr Kind KIND = T::KIND;
     constexpr int N = T::SLOTS / 8;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
@@ -114,8 +117,8 @@ __device__ __forceinline__ void edges(GraphShared<T> &sh, int first, int begin, 
     }
 }
 
-// acc = E X for 16 M rows of E from `first` on and columns from `column` on. `sees(m, k)`: whether 16 rows have a weight
-// for slots 16 k to 16 k + 15.
+// acc = E X for 16 M rows of E from `first` on and columns from `column` on. `sees(m, k)`: whether 16 rows have a
+// weight for slots 16 k to 16 k + 15.
 template <class T, int M, int N, class Sees>
 __device__ __forceinline__ void gathered(float (&acc)[M][N][4], GraphShared<T> &sh, int first, int column, Sees sees) {
     constexpr Kind KIND = T::KIND;
@@ -195,7 +198,9 @@ __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
     };
     auto caption_slot = [&](int row) { return sh.tile.begin[row / 16] * 16; };
     // The numbers of row `at` of a matrix are stored times 2^exponent.
-    auto exponent = [&](int step, Matrix which, int at) { return SCALED ? stored_exponent(sh.top[step % 2][which][at]) : 0; };
+    auto exponent = [&](int step, Matrix which, int at) {
+        return SCALED ? stored_exponent(sh.top[step % 2][which][at]) : 0;
+    };
     for (int step = 0; step + 1 < p.steps; ++step) {
         typename T::Products acc;
         auto each = [&](auto change) {
@@ -256,8 +261,8 @@ __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
         __syncthreads();
     }
 
-    // The last step, at the first nodes of the tile's captions: rows 0 to 15 of Y and E. The nodes, which lie multiples of
-    // 16 rows apart, are copied to rows 16 to 31 of Y first, where ldmatrix reads them without bank conflicts.
+    // The last step, at the first nodes of the tile's captions: rows 0 to 15 of Y and E. The nodes, which lie multiples
+    // of 16 rows apart, are copied to rows 16 to 31 of Y first, where ldmatrix reads them without bank conflicts.
     constexpr int OWNERS = S < 128 ? S / 16 : WARPS, COLUMNS = S / OWNERS, N = COLUMNS / 8;  // warps with columns
     static_assert(T::BLOCKS <= 16 && SLOTS >= 32);
     for (int i = threadIdx.x; i < 16 * T::WIDE; i += THREADS) {
@@ -278,7 +283,7 @@ __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
         find_tops<T>(acc, sh.top[last % 2][which], 0, [](int row) { return row; });
         each([&](int row, int c, const float *x) {
             const float unit = SCALED ? power(exponent(last, which, row)) : 1;
-            if (warp < OWNERS) put<KIND, T::WIDE>(sh.y(), row, c, x[0] * unit, x[1] * unit);
+            if (warp < OWNERS) put<KIND, T::WIDE>(sh.y(), row, c, x[0] * unit, x[1] * unit);  // redundant: copies
         });
     };
     auto first_slot = [&](int row) { return sh.tile.first[row % T::BLOCKS]; };

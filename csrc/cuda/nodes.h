@@ -1,5 +1,5 @@
-// The nodes of a tile of captions with one image, (1) and (2) of itm_fast/ops/similarity_nodes.py, for a head that reads
-// them from shared memory (graph.cu, filter.cu).
+// The nodes of a tile of captions with one image, (1) and (2) of `ops/similarity_nodes.py`, for a head that reads them
+// from shared memory (graph.cu, filter.cu).
 //
 //   u = e x / length,   y = W_l (u - q)^2 + b_l,   s = y / (|y| + eps)
 //
@@ -40,7 +40,7 @@ template <Kind KIND_, int S_, int SLOTS_, int DEPTH_, int REGIONS_, bool SCALED_
     static constexpr Kind KIND = KIND_;
     static constexpr bool SCALED = SCALED_, PAIRS = Numbers<KIND>::PAIRS;
     static constexpr int S = S_, SLOTS = SLOTS_, DEPTH = DEPTH_, REGIONS = REGIONS_, HALVES = PAIRS ? 2 : 1;
-    static constexpr int WIDE = S / 8 * HALVES, NARROW = DEPTH / 8 * HALVES;  // chunks of a row of nodes, and of a stage
+    static constexpr int WIDE = S / 8 * HALVES, NARROW = DEPTH / 8 * HALVES;  // chunks of a row: of nodes, of a stage
     static constexpr int FEW = REGIONS <= 16 ? 2 : REGIONS <= 32 ? 4 : REGIONS <= 64 ? 8 : 16;  // of attention weights
     static constexpr int ROWS = SLOTS / 2, COLUMNS = S / 4;  // of one of 2 x 4 warps
     static constexpr int M = ROWS / 16, N = COLUMNS / 8, BLOCKS = SLOTS / 16;
@@ -56,8 +56,8 @@ template <Kind KIND_, int S_, int SLOTS_, int DEPTH_, int REGIONS_, bool SCALED_
         float part[4][SLOTS], inverse[SLOTS];
         int owner[SLOTS], word[SLOTS];           // of each slot: its caption, and its word or -1
         int begin[BLOCKS], end[BLOCKS];          // of 16 slots: the blocks of 16 that their caption takes
-        int first[BLOCKS], caption[BLOCKS];      // of each caption: its first slot and its number; first `captions` count
-        float spoiled[BLOCKS];                   // of the caption that begins there: NaN if a node is not finite, else 0
+        int first[BLOCKS], caption[BLOCKS];      // of each of `captions` captions: its first slot and its number
+        float spoiled[BLOCKS];                   // of the caption that begins there: NaN where a node is not finite
         int captions;
         int exponent[SCALED ? SLOTS : 1];        // of each slot's word
     };
@@ -83,7 +83,8 @@ template <Kind KIND> __device__ __forceinline__ bool not_finite(unsigned word) {
 // Writes two numbers of a node. A number that is not finite would spoil the captions beside it, as 0 * NaN is NaN: it
 // becomes zero, and the score of its own caption NaN.
 template <class T>
-__device__ __forceinline__ void put_node(typename T::Shared &sh, unsigned char *nodes, int row, int column, float x, float y) {
+__device__ __forceinline__ void put_node(typename T::Shared &sh, unsigned char *nodes, int row, int column, float x,
+                                         float y) {
     if (not_finite<Numbers<T::KIND>::STORED>(put<T::KIND, T::WIDE>(nodes, row, column, x, y))) {
         sh.spoiled[sh.begin[row / 16]] = as_float(0x7fc00000u);
         put<T::KIND, T::WIDE>(nodes, row, column, 0, 0);
@@ -94,8 +95,8 @@ __device__ __forceinline__ void put_node(typename T::Shared &sh, unsigned char *
 // `made[step % 2]`, and `finish(step)` makes it once they have landed. W has S rows of `chunks`.
 template <class T, class Load, class Finish>
 __device__ __forceinline__ void project(typename T::Products &acc, typename T::Shared &sh,
-                                        unsigned char (&made)[2][T::SLOTS * T::NARROW * 16], const void *weight, int chunks,
-                                        Load load, Finish finish) {
+                                        unsigned char (&made)[2][T::SLOTS * T::NARROW * 16], const void *weight,
+                                        int chunks, Load load, Finish finish) {
     const int first_row = warp_row<T>();
     auto start = [&](int step) {
         if (step * T::NARROW < chunks) {

@@ -13,7 +13,9 @@ template <Kind KIND> struct Numbers {
     static constexpr Kind STORED = PAIRS ? F16 : KIND;
     static constexpr int REST = 4;                        // chunks from a first half to its second one
     // The chunk of a number, or of its first half.
-    __device__ __forceinline__ static int chunk(int number) { return PAIRS ? number / 32 * 8 + number % 32 / 8 : number / 8; }
+    __device__ __forceinline__ static int chunk(int number) {
+        return PAIRS ? number / 32 * 8 + number % 32 / 8 : number / 8;
+    }
 };
 
 // A matrix has CHUNKS chunks a row, a power of two. Where chunk `chunk` of row `row` begins: the chunks of a row are
@@ -23,7 +25,7 @@ template <int CHUNKS> __device__ __forceinline__ int place(int row, int chunk) {
     return (row * CHUNKS + (chunk ^ (row / ROWS & MASK))) * 16;
 }
 
-// Two neighbouring numbers of a row: writes them, rounded, and returns the word of their 16-bit numbers or first halves.
+// Writes two neighbouring numbers of a row, rounded. Returns the word of their 16-bit numbers or first halves.
 template <Kind KIND, int CHUNKS>
 __device__ __forceinline__ unsigned put(unsigned char *matrix, int row, int column, float x, float y) {
     using Rows = Numbers<KIND>;
@@ -34,7 +36,8 @@ __device__ __forceinline__ unsigned put(unsigned char *matrix, int row, int colu
             to_halves(x - half_of(first, false), y - half_of(first, true));
     return first;
 }
-template <Kind KIND, int CHUNKS> __device__ __forceinline__ float2 get(const unsigned char *matrix, int row, int column) {
+template <Kind KIND, int CHUNKS>
+__device__ __forceinline__ float2 get(const unsigned char *matrix, int row, int column) {
     using Rows = Numbers<KIND>;
     auto word = [&](int chunk) {
         return *reinterpret_cast<const unsigned *>(matrix + place<CHUNKS>(row, chunk) + column % 8 * 2);
@@ -53,8 +56,8 @@ __device__ __forceinline__ const void *row_of(const void *matrix, long long row,
     return static_cast<const char *>(matrix) + row * chunks * 16;
 }
 
-// Starts the copy of chunks first to first + CHUNKS - 1 of ROWS rows that have `chunks`; zeros stand for those beyond and
-// for rows whose address `from(row)` is null. `readable`: any address.
+// Starts the copy of chunks first to first + CHUNKS - 1 of ROWS rows that have `chunks`; zeros stand for those beyond
+// and for rows whose address `from(row)` is null. `readable`: any address.
 template <int ROWS, int CHUNKS, class From>
 __device__ __forceinline__ void copy_rows(unsigned char *to, int first, int chunks, const void *readable, From from) {
     constexpr int ALL = ROWS * CHUNKS;
@@ -105,8 +108,8 @@ template <Kind KIND, class At> __device__ __forceinline__ void read_transposed(F
     if constexpr (Numbers<KIND>::PAIRS) load_transposed(to.rest, at(Numbers<KIND>::REST));
 }
 
-// A warp's acc [16 M, 8 N] += A B^T over the numbers of CHUNKS chunks. `a(r, c)` is the address of chunk c of row r of A;
-// B are the rows of a matrix in shared memory from `column` on.
+// A warp's acc [16 M, 8 N] += A B^T over the numbers of CHUNKS chunks. `a(r, c)` is the address of chunk c of row r of
+// A; B are the rows of a matrix in shared memory from `column` on.
 template <Kind KIND, int CHUNKS, int M, int N, class A>
 __device__ __forceinline__ void product(float (&acc)[M][N][4], A a, const unsigned char *matrix, int column) {
     const int lane = threadIdx.x % 32;

@@ -1,9 +1,9 @@
-// The words' attention weights over the regions of images, and the lengths of what they attend to, for the nodes that are
-// made of them (nodes.h): (1) to (3) of `ops/_attention.py` for direction t2i.
+// The words' attention weights over the regions of images, and the lengths of what they attend to, for the nodes that
+// are made of them (nodes.h): `ops/_attention.py`, direction t2i.
 //
 // A row of weights e is written as numbers of the products that follow. With z the sum of e and P the attended vector,
-// P / (|P| + eps) is the sum of e times the regions, times 1 / (z |P| + eps z), which is written too. Where regions have
-// exponents, e times 2^exponent is written, times a power of two by which the factor is divided.
+// P / (|P| + eps) is the sum of e times the regions, times 1 / (z |P| + eps z), which is written too. Where regions
+// have exponents, e times 2^exponent is written, times a power of two by which the factor is divided.
 #include "attention.h"
 #include "tile.h"
 
@@ -11,7 +11,7 @@ struct Weights {
     Pairs pairs;  // of a window of neighbouring captions
     Attention attention;
     Grams grams;
-    void *weight;     // [images, size, BLOCKS * 8] e, zero beyond the regions; F16X3: first, then second halves of a row
+    void *weight;     // [images, size, BLOCKS * 8] e, zero beyond the regions; F16X3: a row's first, then second halves
     float *inverse;   // [images, size] 1 / (z |P| + eps z)
     int first, size;  // the window's words
 };

@@ -266,13 +266,15 @@ def scores(
     local_bias, global_bias = aligned(local_bias.float()), aligned(global_bias.float())
     chunks = query.data.shape[1] // 8
     attention = Attention(NORMS["clipped_l2norm"][0], _attention.SLOPE, scale)
-    plan = node_plan(node_bounds(cu_seqlens), N + T, op, sorted(fit.head), WINDOW)
+    room = scratch_bytes(device)
+    most = max(1, room // (pitch * itemsize + 4 + S * itemsize))  # nodes of one image
+    plan = node_plan(node_bounds(cu_seqlens), N + T, op, sorted(fit.head), min(WINDOW, 1 << most.bit_length() - 1))
     plans = weight_plans(cu_seqlens, edge, [window.captions for window in plan.windows], tile.slots)
     for window, tiles in zip(plan.windows, plans, strict=True):
         captions, first_word = window.captions, edge[window.captions.start]
         size, many = captions.stop - captions.start, edge[captions.stop] - first_word
         each = many * (pitch * itemsize + 4) + size * S * itemsize
-        for images in spans(I, min(BLOCKS_Y, max(1, min(scratch_bytes(device), LAUNCH_BYTES) // each))):
+        for images in spans(I, min(BLOCKS_Y, max(1, min(room, LAUNCH_BYTES) // each))):
             some = images.stop - images.start
             weight = image.new_empty(some, many, kind.halves, pitch, dtype=kind.dtype)
             inverse = image.new_empty(some, many, dtype=torch.float32)
