@@ -249,6 +249,12 @@ def test_nan_scores_are_refused_by_name(bad, word):
         ranks(score, np.arange(10))
 
 
+@pytest.mark.filterwarnings("error")
+def test_nan_for_a_right_pair_is_refused_without_a_warning_of_numpy():
+    with pytest.raises(ValueError, match="image 0 and caption 0 is NaN"):
+        metrics(np.full((3, 3), np.nan), np.arange(3))
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [

@@ -85,7 +85,8 @@ def _on_host(score: NDArray[np.floating], owner: NDArray[np.int64]) -> _Found:
     images, captions = score.shape
     right = np.asarray(score[owner, np.arange(captions)])
     best = np.full(images, -np.inf, right.dtype)
-    np.maximum.at(best, owner, right)
+    with np.errstate(invalid="ignore"):  # NaN is refused below, with its image and caption
+        np.maximum.at(best, owner, right)
     level = right == best[owner]
     last = np.full(images, -1)
     np.maximum.at(last, owner[level], np.flatnonzero(level))
