@@ -199,14 +199,13 @@ template <Kind KIND> __device__ __forceinline__ unsigned rounded(float low, floa
 // The nearest TF32 number, ties away from zero.
 __device__ __forceinline__ unsigned to_tf32(float x) {
 #ifdef ITM_EMULATE
-    unsigned bits = as_bits(x);
-    if ((bits & 0x7f800000u) != 0x7f800000u) bits += 0x1000u;
-    return bits & ~0x1fffu;
+    unsigned y = as_bits(x);
+    if ((y & 0x7f800000u) != 0x7f800000u) y += 0x1000u;
 #else
     unsigned y;
     asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
-    return y;
 #endif
+    return y & ~0x1fffu;  // PTX does not say what these bits are
 }
 
 // d += a b^T of 16-bit numbers a [16, 8] and b [8, 8], float16: a product of every GPU from sm_75 on.
