@@ -4,6 +4,7 @@ import cuda_stub
 import pytest
 import torch
 from cuda_emulated import device, emulated
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import itm_fast
 from itm_fast import _cuda
@@ -277,6 +278,24 @@ def test_a_launch_through_the_driver(emulated, device):
         patch.setattr(_cuda, "launch", LAUNCH)
         with cuda_stub.installed(emulated.run):
             assert_same_bits(run(*given), want)
+
+
+def test_places_of_captions_factors_come_from_the_host():
+    """They are kept, so another stream may read them: no kernel of the stream that came first may still write them."""
+    ran = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **kwargs or {})
+            if result.is_meta:
+                ran.append(function.name())
+            return result
+
+    edge = [0, 3, 4, 7, 8, 10]
+    assert _rows._caption_runs(edge, torch.device("cpu"), 9).place.tolist() == [4, 0, 7, 1, 2]
+    with Recorder():
+        _rows._caption_runs(edge, torch.device("meta"), 9)
+    assert set(ran) == {"aten::_to_copy"}
 
 
 def test_split_rows_hold_22_bits():

@@ -159,13 +159,13 @@ class CaptionRuns(NamedTuple):
 
 
 def _caption_runs(edge: Sequence[int], device: torch.device, most: int) -> CaptionRuns:
-    found, total = list(runs(edge, device, most)), 0
-    place = torch.empty(len(edge) - 1, dtype=torch.int64, device=device)
-    for run in found:
+    place, total = torch.empty(len(edge) - 1, dtype=torch.int64), 0
+    for run in runs(edge, place.device, most):
         each = -(-run.length // 4) * run.length
-        place[run.captions] = total + each * torch.arange(run.size, device=device)
+        place[run.captions] = total + each * torch.arange(run.size)
         total += each * run.size
-    return CaptionRuns(found, place, total)
+    # A copy from the host waits for itself: the result is kept, and other streams may read it.
+    return CaptionRuns(list(runs(edge, device, most)), place.to(device), total)
 
 
 def caption_factors(words: Tensor, cu_seqlens: Tensor, edge: Sequence[int]) -> Factors:
