@@ -213,6 +213,13 @@ def test_nothing_is_loaded_while_a_graph_is_captured(gpu):
     assert affine()[2] == 4
 
 
+def test_a_graph_is_captured_on_the_kernels_device_not_on_the_callers(gpu, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: torch.cuda.current_device() == 1)
+    assert affine()[2] == 4
+    with pytest.raises(RuntimeError, match="affine<3> is not loaded on cpu:1 yet"):
+        affine(device=torch.device("cpu", 1))
+
+
 def test_the_drivers_errors_are_sentences(gpu):
     cuda_stub.fail("cuModuleLoadData", 200)
     said = r"^cuModuleLoadData failed: device kernel image is invalid \(CUDA_ERROR_INVALID_IMAGE\)$"

@@ -99,13 +99,13 @@ def load(code: bytes, entry: str, name: str, shared: int, device: torch.device) 
         RuntimeError: it cannot be loaded, or a CUDA graph is being captured.
         torch.OutOfMemoryError: the GPU has too little memory.
     """
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"{name} is not loaded on {device} yet, and nothing can be loaded while a CUDA graph is captured; call the "
-            "op once before the capture, with the same options and dtypes"
-        )
     module, handle = ctypes.c_void_p(), ctypes.c_void_p()
     with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{name} is not loaded on {device} yet, and nothing can be loaded while a CUDA graph is captured; call "
+                "the op once before the capture, with the same options and dtypes"
+            )
         context = _context(torch.cuda.current_device())
         _call("cuCtxSetCurrent", context)
         _call("cuModuleLoadData", ctypes.byref(module), code)
