@@ -203,7 +203,7 @@ def _refusal(
         reason = why_not(name, device, dtype)
         return reason or f"{op} has no such backend; it offers {', '.join(OFFERS[op])}"
     if name in ON_GPU and dtype is not None:
-        dtype = _computed(dtype, device)
+        dtype = autocast_dtype(dtype, device)
     reason = _cannot_run(name, device, dtype)
     if reason is not None or name not in ON_GPU:
         return reason
@@ -214,8 +214,8 @@ def _refusal(
     return put_aside(op, name, device, dtype) if dtype and put_aside else None
 
 
-def _computed(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype that the op's tensors have after autocast."""
+def autocast_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype that a tensor of an op has after autocast."""
     autocast = torch.is_autocast_enabled(device.type) and dtype != torch.float64
     return torch.get_autocast_dtype(device.type) if autocast else dtype
 

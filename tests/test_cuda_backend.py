@@ -1,8 +1,10 @@
 """When the CUDA kernels run, what takes their place, and whose backward pass follows: no GPU is needed to test it."""
 
+import contextlib
 import sys
 import types
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -10,8 +12,8 @@ import torch
 import itm_fast
 from itm_fast import _backends, _cuda, _triton
 from itm_fast._cuda import driver, nvrtc
+from itm_fast.ops import _attention, _first_use, _register, similarity_score
 from itm_fast.ops import _examples as examples
-from itm_fast.ops import _first_use, _register
 from itm_fast.ops._declare import DECLARED
 
 DEVICE = torch.device("cuda", 0)
@@ -42,6 +44,19 @@ def gpu(monkeypatch):
 
     monkeypatch.setattr(examples, "problem", problem)
     return seen
+
+
+@contextlib.contextmanager
+def autocast(dtype):
+    """torch.autocast for CUDA, which itself wants a real GPU."""
+    before = torch.get_autocast_dtype("cuda")
+    torch.set_autocast_enabled("cuda", True)
+    torch.set_autocast_dtype("cuda", dtype)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cuda", False)
+        torch.set_autocast_dtype("cuda", before)
 
 
 def resolve(backend=None, dtype=torch.float32, **more):
@@ -96,15 +111,8 @@ def test_float64_names_torch_and_bfloat16_needs_a_newer_gpu(gpu):
     assert itm_fast.why_not("cuda", DEVICE) is None
     with pytest.warns(UserWarning, match="compute capability 7.5 cannot multiply bfloat16"):
         assert _backends.resolve(OP, None, DEVICE, torch.bfloat16) == "torch"
-    before = torch.get_autocast_dtype("cuda")
-    torch.set_autocast_enabled("cuda", True)  # torch.autocast itself wants a real GPU
-    torch.set_autocast_dtype("cuda", torch.bfloat16)
-    try:
-        with pytest.raises(NotImplementedError, match="cannot multiply bfloat16"):
-            resolve("cuda")
-    finally:
-        torch.set_autocast_enabled("cuda", False)
-        torch.set_autocast_dtype("cuda", before)
+    with autocast(torch.bfloat16), pytest.raises(NotImplementedError, match="cannot multiply bfloat16"):
+        resolve("cuda")
 
 
 def backward(too_large=None):
@@ -218,3 +226,21 @@ def test_lengths_on_a_gpu_are_read_only_for_the_kernels_that_need_them(gpu, monk
         assert itm_fast.cross_attention_score(image, words, bounds).shape == (2, 2)
     assert seen == asked
     assert ran == {"cross_attention_score": "cuda" if asked else "triton"}
+
+
+def test_a_pair_scorer_takes_fake_captions():
+    size = dict(R=36, D=64, S=64)
+    with torch._subclasses.FakeTensorMode():
+        edge = torch.empty(3, dtype=torch.int32, device=DEVICE)
+    given = dict(cu_seqlens=edge, image=torch.empty(0))
+    assert DECLARED["similarity_graph_score"].too_large("cuda", size, given) is None
+
+
+def test_the_words_that_a_pair_scorer_takes_are_those_of_autocasts_dtype(gpu, monkeypatch):
+    for module in (_attention, similarity_score):
+        monkeypatch.setattr(module, "kept", lambda *args: 100)  # words of the longest caption
+    given = dict(cu_seqlens=types.SimpleNamespace(device=DEVICE), image=torch.empty(0))
+    too_large = partial(DECLARED["similarity_graph_score"].too_large, "cuda", dict(R=36, D=1024, S=256), given)
+    assert too_large() == "CUDA kernels take captions of at most 63 words for S = 256 here, got 100"
+    with autocast(torch.bfloat16):
+        assert too_large() is None

@@ -39,7 +39,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
+from .._backends import autocast_dtype
 from .._checks import work_dtype
 from .._workspace import current_gib, scratch_bytes, workspace
 from ..packing import kept, node_bounds, spans
@@ -169,12 +171,12 @@ def _backward(head: Head, backend: str, grad: Tensor, needs: Sequence[bool], *ar
 def _too_large(name: str, backend: str, size: dict[str, int], given: Given) -> str | None:
     """Why the CUDA kernels cannot take a call's arguments, one sentence; None if they can, and for other backends."""
     problem, edge = _attention.too_large(backend, size, given), given["cu_seqlens"]
-    if problem or backend != "cuda" or edge.device.type == "cpu" or torch.compiler.is_compiling():
+    if problem or backend != "cuda" or edge.device.type == "cpu" or torch.compiler.is_compiling() or is_fake(edge):
         return problem
     from ._cuda.similarity_score import why_not
 
     capability, words = torch.cuda.get_device_capability(edge.device), kept(edge, "longest", _attention.longest)
-    return why_not(name, given["image"].dtype, size, words, capability)
+    return why_not(name, autocast_dtype(given["image"].dtype, edge.device), size, words, capability)
 
 
 def _op(name: str, head: Head) -> Op:
