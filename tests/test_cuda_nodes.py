@@ -238,6 +238,18 @@ def test_float32_of_any_magnitude(head, image, words, nodes, run):
     assert_accurate([found], reference(head, args, torch.float32), torch.float32)
 
 
+@pytest.mark.parametrize("head", HEADS)
+def test_float32_rows_of_a_wide_spread(head, run):
+    # Most of a row's numbers lie below what two float16 numbers hold of its largest one.
+    args = case(head, **SHAPES["R7-ragged"])
+    spread = 2.0 ** -torch.arange(200.0).remainder(30)
+    args[0][1] *= spread
+    args[2][3:] *= spread.flip(0)
+    args[4][::2] *= spread
+    found, _ = run(head, args, torch.float32)
+    assert_accurate([found], reference(head, args, torch.float32), torch.float32)
+
+
 @pytest.mark.parametrize("I,counts", [(0, (3, 2)), (2, ())])
 @pytest.mark.parametrize("head", HEADS)
 def test_empty(head, I, counts, run):
