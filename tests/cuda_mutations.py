@@ -126,8 +126,8 @@ def score(op: ModuleType) -> Iterator[torch.Tensor]:
         args = cases.case(head, **cases.MIXED)
         for i, n in enumerate(cases.MIXED["regions"]):
             args[0][i, n:] = torch.nan  # which must not be read
-        args[2][38, 3] = torch.nan  # a word of the fifth caption
-        args[3][2, 0] = torch.nan  # the third caption's global vector
+        # A word of caption 4, in a tile with caption 2; the global vector of caption 1, in another tile with others.
+        args[2][38, 3] = args[3][1, 0] = torch.nan
         for dtype in (torch.float16, torch.float32):
             yield getattr(op, f"similarity_{head}_score")(*cases.rounded(args, dtype))
 
