@@ -185,6 +185,16 @@ def test_a_number_that_is_not_finite_stays_in_its_pairs(head, value, dtype, run)
         assert torch.equal(bits(found)[~mask], bits(whole)[~mask]), name
 
 
+def test_a_global_node_that_is_not_finite_stays_in_its_pair_in_a_single_step(run):
+    args = case("graph", **MIXED, K=1)
+    whole, _ = run("graph", args, F16)
+    args[3][1, 0] = torch.nan
+    found, _ = run("graph", args, F16)
+    others = torch.arange(whole.shape[1]) != 1
+    assert found[:, 1].isnan().all()
+    assert torch.equal(bits(found)[:, others], bits(whole)[:, others])
+
+
 def test_a_node_that_becomes_infinite_on_the_way_stays_in_its_pair(run):
     args = case("graph", **MIXED)
     args[12][1] *= 3e4  # value weights of step 1, which take some pairs' nodes beyond float16
