@@ -16,7 +16,11 @@ import torch
 from .._native import Unavailable
 from .._native.compiling import useful
 
-OPTIONS = ("--std=c++17", "--ptxas-options=-v")  # -v: the log has registers, spills and shared memory
+OPTIONS = (
+    "--std=c++17",
+    "--device-as-default-execution-space",  # without it, NVRTC of CUDA 12 refuses constexpr functions
+    "--ptxas-options=-v",  # the log then has registers, spills and shared memory
+)
 _MAJORS = (13, 12)  # of the versions that are looked for
 _MAPS = Path("/proc/self/maps")  # names of the libraries that this process has loaded
 
