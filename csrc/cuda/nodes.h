@@ -172,8 +172,8 @@ template <class T> __device__ __forceinline__ void read_slots(const Nodes &p, ty
     __syncthreads();
     if (slot < T::BLOCKS) {
         const int owner = sh.owner[slot * 16];
-        int begin = slot, end = slot + 1;
-        while (owner >= 0 && begin > 0 && sh.owner[begin * 16 - 16] == owner) --begin;
+        int begin = slot, end = slot + 1;  // of an empty block: itself, which saves products with other empty ones
+        while (owner >= 0 && begin > 0 && sh.owner[begin * 16 - 16] == owner) --begin;  // redundant: owner >= 0
         while (owner >= 0 && end < T::BLOCKS && sh.owner[end * 16] == owner) ++end;
         sh.begin[slot] = begin, sh.end[slot] = end, sh.spoiled[slot] = 0;
     }
