@@ -117,12 +117,12 @@ def test_a_row_of_a_product_does_not_depend_on_the_rows_beside_it(N, K, S, dtype
 
 @pytest.mark.parametrize("x,weight,bias", [((2, 8), (3, 4), None), ((2, 8), (3, 8), (1,)), ((8,), (3,), None)])
 def test_sizes_that_do_not_fit_are_refused(x, weight, bias):
-    with pytest.raises(ValueError, match="features of 8 numbers cannot be multiplied by weights"):
+    with pytest.raises(ValueError, match="features of size 8 cannot be multiplied by weights"):
         linear(torch.zeros(x), torch.zeros(weight), None if bias is None else torch.zeros(bias))
 
 
 def test_image_and_words_of_other_sizes_are_refused():
-    with torch.no_grad(), pytest.raises(ValueError, match="features of 16 numbers"):
+    with torch.no_grad(), pytest.raises(ValueError, match="features of size 16"):
         MeanCosine()(torch.ones(2, 3, 16), torch.ones(4, 8), torch.tensor([0, 2, 4]))
 
 
