@@ -1,66 +1,64 @@
-"""Every kernel compiles ahead of time for every architecture, within its registers and shared memory."""
+"""Every kernel compiles ahead of time for every architecture, within its registers and shared memory.
 
-import json
+Of all ways to compile a file's kernels a few that have everything between them, for sm_90 and one more architecture.
+`python tests/triton_compile.py` compiles all for all.
+"""
+
 import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-
-import itm_fast
+import triton_compile
 
 pytest.importorskip("triton", reason="triton is not installed")
 pytestmark = pytest.mark.slow
 
-HERE = Path(__file__).resolve().parent
-KERNELS = Path(itm_fast.__file__).resolve().parent.parent / "kernels"
-if not KERNELS.is_dir():  # installed
-    KERNELS = Path(itm_fast.__file__).resolve().parent / "kernels"
-FILES = sorted(p.stem for p in KERNELS.glob("*.py") if "def compilations(" in p.read_text())
-
-
-def compiled(file, arch):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    paths = [str(Path(itm_fast.__file__).resolve().parent.parent), environment.get("PYTHONPATH", "")]
-    environment["PYTHONPATH"] = os.pathsep.join(p for p in (environment.get("PYTHONPATH"), paths[0]) if p)
-    command = [sys.executable, str(HERE / "triton_compile.py"), file, str(arch)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+FILES, KERNELS = triton_compile.files(), triton_compile.kernels()
+JOBS = [(file, arch) for turn, file in enumerate(FILES) for arch in (90, (80, 100)[turn % 2])]
 
 
 @pytest.fixture(scope="module")
-def compilations(request):
-    """What the tests that were selected will compile, as many at a time as there are processors; under pytest-xdist,
-    whose workers all see all tests, nothing."""
-    items = [] if "PYTEST_XDIST_WORKER" in os.environ else request.session.items
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        wanted = [item.callspec.params for item in items if "compilations" in item.fixturenames]
-        yield {(p["file"], p["arch"]): pool.submit(compiled, p["file"], p["arch"]) for p in wanted}
+def compile(request):
+    """A function that compiles. What the tests that were selected will ask for is compiled ahead, by as many processes
+    as there are processors; under pytest-xdist, whose workers all see all tests, when it is asked for."""
+    spread = "PYTEST_XDIST_WORKER" in os.environ
+    with triton_compile.compilers(1 if spread else len(os.sched_getaffinity(0))) as pool:
+        wanted = [item.callspec.params for item in request.session.items if "compile" in item.fixturenames]
+        jobs = [] if spread else [(p["file"], p["arch"]) for p in wanted]
+        ahead = {job: pool.submit(triton_compile.compiled, *job, few=True) for job in jobs}
+        yield lambda *job: (ahead.get(job) or pool.submit(triton_compile.compiled, *job, few=True)).result()
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("arch", [80, 90, 100])
-@pytest.mark.parametrize("file", FILES)
-def test_every_kernel_compiles(file, arch, compilations):
-    before = compilations.get((file, arch))
-    rows = before.result() if before else compiled(file, arch)
+@pytest.mark.parametrize("file,arch", JOBS)
+def test_every_kernel_compiles(file, arch, compile):
+    rows = compile(file, arch)
     assert rows
-    wrong = []
-    for row in rows:
-        name = f"{row['kernel']} {row['constants']}"
-        if "error" in row:
-            wrong.append(f"{name}: {row['error']}")
-            continue
-        if row["spilled"]:
-            wrong.append(f"{name}: {row['spilled']} bytes spilled at {row['registers']} registers")
-        if row["shared"] > row["shared_limit"]:
-            wrong.append(f"{name}: {row['shared']} bytes of shared memory, the limit is {row['shared_limit']}")
-        if arch == 90 and row["products"] and not row["wgmma"]:
-            wrong.append(f"{name}: its products are not wgmma")
-    assert not wrong, "\n".join(wrong)
+    assert not [line for row in rows for line in triton_compile.problems(row, arch)]
+
+
+def test_what_is_wrong_with_a_kernel_is_told():
+    row = {"kernel": "_k", "constants": {}, "spilled": 0, "registers": 255, "products": True, "wgmma": True}
+    row |= {"shared": 99, "shared_limit": 99}
+    assert not list(triton_compile.problems(row, 90))
+    for change, said in (
+        ({"spilled": 8}, "8 bytes spilled at 255 registers"),
+        ({"shared": 100}, "100 bytes of shared memory, the limit is 99"),
+        ({"wgmma": False}, "its products are not wgmma"),
+        ({"error": "no such type"}, "no such type"),
+    ):
+        assert [said in line for line in triton_compile.problems(row | change, 90)] == [True]
+    assert not list(triton_compile.problems(row | {"wgmma": False}, 80))
+
+
+def test_a_few_ways_cover_all_constants_types_and_tile_sizes():
+    kernel = SimpleNamespace(__name__="_k")
+    ways = [dict(D=1, S=1), dict(D=1, S=2), dict(D=2, S=1), dict(D=2, S=2)]
+    rows = [SimpleNamespace(kernel=kernel, constants=c, tile={"num_warps": 4}, types="*fp32 i32") for c in ways]
+    assert triton_compile.covering(rows) == [rows[0], rows[3]]
+    rows[1].types = "*fp16 i32"
+    assert rows[1] in triton_compile.covering(rows)
+    assert triton_compile.covering([]) == []
 
 
 def test_every_kernel_is_compiled_somewhere():

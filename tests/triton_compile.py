@@ -1,27 +1,41 @@
-"""Compile the kernels of one file ahead of time: `triton_compile.py FILE ARCH` prints one JSON line for each way.
+"""Compile the Triton kernels for GPUs that are not here: `triton_compile.py [ARCH ...]` tells what is wrong with each.
 
-A process of its own, for where Triton's interpreter is on there is nothing to compile.
+With `--few`, as few ways as have between them every constant, type and tile size of every kernel.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
-import json
+import multiprocessing
+import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+import itm_fast
 
 SHARED = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # bytes that one block may take
 
 
+def compilers(processes: int) -> ProcessPoolExecutor:
+    """Processes that compile: where Triton's interpreter is on, as in the tests, there is nothing to compile."""
+    return ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _no_interpreter)
+
+
+def _no_interpreter() -> None:
+    os.environ.pop("TRITON_INTERPRET", None)  # read when triton is imported: in functions here
+
+
 def compile_row(row, arch: int) -> dict:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
     kernel = row.kernel
     constants = {**row.constants, **{k: v for k, v in row.tile.items() if k in kernel.arg_names}}
     options = {k: v for k, v in row.tile.items() if k not in kernel.arg_names}
@@ -52,6 +66,8 @@ def compile_row(row, arch: int) -> dict:
 
 def resources(cubin: bytes) -> tuple[int, int]:
     """Registers a thread, and bytes of its stack: what was spilled."""
+    import triton
+
     beside = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     tool = str(beside) if beside.exists() else shutil.which("cuobjdump")
     assert tool, "no cuobjdump beside triton or on PATH"
@@ -64,10 +80,75 @@ def resources(cubin: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
-if __name__ == "__main__":
-    for row in importlib.import_module(f"itm_fast.kernels.{sys.argv[1]}").compilations(int(sys.argv[2])):
+def kernels() -> Path:
+    """The folder of the kernels."""
+    package = Path(itm_fast.__file__).resolve().parent
+    checkout = package.parent / "kernels"
+    return checkout if checkout.is_dir() else package / "kernels"
+
+
+def files() -> list[str]:
+    """The files that list the ways to compile their kernels."""
+    return sorted(p.stem for p in kernels().glob("*.py") if "def compilations(" in p.read_text())
+
+
+def covering(rows: list) -> list:
+    """A few of the rows, among which every constant, type and tile size of every kernel occurs."""
+    parts = []
+    for row in rows:
+        said = [*row.constants.items(), *row.tile.items(), *enumerate(row.types.split())]
+        parts.append({(row.kernel.__name__, *one) for one in said})
+    chosen, missing = [], set().union(*parts)
+    while missing:
+        chosen.append(max(range(len(rows)), key=lambda at: len(parts[at] & missing)))
+        missing -= parts[chosen[-1]]
+    return [rows[at] for at in sorted(chosen)]
+
+
+def compiled(file: str, arch: int, few: bool = False) -> list[dict]:
+    """Compile a file's kernels; what came of each way. For a process of `compilers`."""
+    found = []
+    rows = list(importlib.import_module(f"itm_fast.kernels.{file}").compilations(arch))
+    for row in covering(rows) if few else rows:
         try:
-            told = compile_row(row, int(sys.argv[2]))
+            found.append(compile_row(row, arch))
         except Exception as error:
-            told = {"kernel": row.kernel.__name__, "constants": str(row.constants), "error": repr(error)[-2000:]}
-        print(json.dumps(told), flush=True)
+            name = {"kernel": row.kernel.__name__, "constants": str(row.constants)}
+            found.append(name | {"error": repr(error)[-2000:]})
+    return found
+
+
+def problems(row: dict, arch: int) -> Iterator[str]:
+    """What keeps a compiled kernel from running well on an architecture, or at all."""
+    name = f"{row['kernel']} {row['constants']}"
+    if "error" in row:
+        yield f"{name}: {row['error']}"
+        return
+    if row["spilled"]:
+        yield f"{name}: {row['spilled']} bytes spilled at {row['registers']} registers"
+    if row["shared"] > row["shared_limit"]:
+        yield f"{name}: {row['shared']} bytes of shared memory, the limit is {row['shared_limit']}"
+    if arch == 90 and row["products"] and not row["wgmma"]:
+        yield f"{name}: its products are not wgmma"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arch", nargs="*", type=int, metavar="ARCH", help=f"of {', '.join(map(str, SHARED))}; all")
+    parser.add_argument("--few", action="store_true", help="only so many that everything occurs once")
+    args = parser.parse_args()
+    if unknown := set(args.arch) - set(SHARED):
+        parser.error(f"no such architecture: {', '.join(map(str, sorted(unknown)))}")
+    wrong = 0
+    with compilers(len(os.sched_getaffinity(0))) as pool:
+        jobs = [(file, arch, args.few) for file in files() for arch in args.arch or SHARED]
+        for (file, arch, _), done in [(job, pool.submit(compiled, *job)) for job in jobs]:
+            said = [line for row in done.result() for line in problems(row, arch)]
+            print(f"sm_{arch} {file}: {len(done.result())} ways, {len(said) or 'no'} problems", flush=True)
+            print(*said, sep="\n", end="\n" * bool(said), flush=True)
+            wrong += len(said)
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
