@@ -1,15 +1,22 @@
 """Ops in CUDA C++ the whole way without a GPU: choice, check of first use, plan, argument, the launch through a library
 that stands in for the driver, the emulated kernel, and the backward pass of another backend."""
 
+import contextlib
+import weakref
+from functools import partial
+from importlib import import_module
+
 import cuda_stub
 import pytest
 import torch
 from cuda_emulated import emulated
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import itm_fast
 from itm_fast import _backends
 from itm_fast.ops import _examples as examples
 from itm_fast.ops import _first_use
+from itm_fast.ops._declare import DECLARED
 
 __all__ = ["emulated"]
 pytestmark = pytest.mark.slow  # compiles the kernels for the CPU
@@ -28,6 +35,36 @@ def gpu(emulated, monkeypatch):
     monkeypatch.setattr(examples, "SMALL", SIZE)
     with cuda_stub.installed(emulated.run, order=3) as seen:
         yield seen
+
+
+class Memory(TorchDispatchMode):
+    """Bytes of tensors that live at a time: `peak` of what was made since."""
+
+    def __init__(self):
+        super().__init__()
+        self.live, self.peak, self.known = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        for given in args:
+            if isinstance(given, torch.Tensor):  # made before, unless it is known
+                self.known.setdefault(given.untyped_storage()._cdata, given)
+        result = function(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else [result]:
+            if isinstance(tensor, torch.Tensor) and tensor.numel():
+                self._add(tensor.untyped_storage())
+        return result
+
+    def _add(self, storage):
+        key = storage._cdata
+        if key not in self.known:
+            self.known[key] = None
+            self.live += storage.nbytes()
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._remove, key, storage.nbytes())
+
+    def _remove(self, key, size):
+        del self.known[key]
+        self.live -= size
 
 
 def call(op, dtype=torch.float32, backend=None):
@@ -96,3 +133,29 @@ def test_autocast_chooses_the_kernels_dtype(op, gpu):
         result = call(op, backend="cuda")
     assert result.dtype == torch.bfloat16
     assert torch.equal(result, call(op, torch.bfloat16, "cuda"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("op,options", [*((op, {}) for op in OPS), ("cross_attention_score", {"direction": "i2t"})])
+def test_scratch_is_bounded(op, options, dtype, gpu, monkeypatch):
+    module = import_module(f"itm_fast.ops._cuda.{DECLARED[op].stem}")
+    name = op if hasattr(module, op) else "forward"
+    forward, watched = getattr(module, name), []
+
+    def watch(*args):
+        with contextlib.nullcontext() if watched else Memory() as memory:
+            watched.append(memory)
+            return forward(*args)
+
+    given = examples.example(op, examples.Size(12, (9, 14, 3) * 4, 36, 256, 64, 2))
+    given = [a.to(dtype) if a.is_floating_point() else a for a in given]
+    run = partial(getattr(itm_fast, op), *given, backend="cuda", **options)
+    with torch.no_grad():
+        whole = run()
+        monkeypatch.setattr(module, name, watch)
+        with itm_fast.workspace(2**-10):
+            assert torch.equal(run(), whole)
+    assert watched[0].peak <= 2**20
+    if dtype == torch.float32:  # whose copies are as large as the inputs
+        assert len(watched) > 1 or name != "forward"
+        assert watched[0].peak > 2**19

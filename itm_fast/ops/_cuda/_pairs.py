@@ -17,11 +17,10 @@ from torch import Tensor
 from ... import _cuda
 from ..._checks import matmul_precision
 from ..._cuda import Kernel
-from ..._workspace import scratch_bytes
 from ...packing import bounds, checked, kept, node_bounds, node_plan, region_counts, spans
 from .. import _attention
 from .._attention import TENSOR_FLOAT32
-from . import _rows
+from . import _blocks, _rows
 from ._tiles import Pairs, Plan, Tile, _plan, shared_limit, tile_of
 from .cross_attention_score import NORMS, Attention, Grams, aligned
 
@@ -259,6 +258,17 @@ def scores(
     fit = kernels(head, kind, R, S, capability)
     assert fit is not None
     tile, pitch, itemsize = fit.tile, pitch_of(fit.tile), 2 * kind.halves
+    rows = _rows.split_bytes(D, kind.halves == 2) if kind.scaled else 0
+    needed = (R + 1) * rows + 4 * pitch * (pitch + 1), 2 * rows  # a caption of one word has two rows
+    cut = _blocks.blocks(I, edge, *needed, 0, _blocks.room(device) - 2 * S * rows)
+    if len(cut) > 1:
+        weights = local_weight, local_bias, global_weight, global_bias
+        for images, captions in cut:
+            given = image[images], image_global[images], words[edge[captions.start] : edge[captions.stop]]
+            lengths = _blocks.part(cu_seqlens, region_lengths, images, captions)
+            some = *given, caption_global[captions], *weights, *lengths, scale
+            score[images, captions] = scores(op, some, head, argument_of)
+        return score
     factors = _rows.image_factors(image, count, pitch)
     regions, query, v, t, local, overall_weight = (
         rows_of(x, kind) for x in (image, words, image_global, caption_global, local_weight, global_weight)
@@ -266,7 +276,7 @@ def scores(
     local_bias, global_bias = aligned(local_bias.float()), aligned(global_bias.float())
     chunks = query.data.shape[1] // 8
     attention = Attention(NORMS["clipped_l2norm"][0], _attention.SLOPE, scale)
-    room = scratch_bytes(device)
+    room = _blocks.room(device)
     most = max(1, room // (pitch * itemsize + 4 + S * itemsize))  # nodes of one image
     plan = node_plan(node_bounds(cu_seqlens), N + T, op, sorted(fit.head), min(WINDOW, 1 << most.bit_length() - 1))
     plans = weight_plans(cu_seqlens, edge, [window.captions for window in plan.windows], tile.slots)

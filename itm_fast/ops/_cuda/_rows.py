@@ -9,8 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._workspace import scratch_bytes
 from ...packing import Run, kept, runs, spans
+from ._blocks import room
 
 TOP = 9  # rows are scaled so that their largest number lies in [2^8, 2^9): products of two and their sums fit float32
 BLOCK = 32  # numbers of a row whose first halves, and then second halves, lie together
@@ -34,6 +34,11 @@ class Halves(NamedTuple):
     wide: Tensor | None
 
 
+def split_bytes(D: int, pairs: bool) -> int:
+    """Bytes of a row [D] that `split_rows` has split."""
+    return 4 * BLOCK * -(-D // BLOCK) + 5 if pairs else 2 * D + 5
+
+
 def split_rows(rows: Tensor, pairs: bool) -> Halves:
     """Rows [n, D] of float32 numbers, each as one float16 number or as the sum of a pair of them.
 
@@ -42,23 +47,24 @@ def split_rows(rows: Tensor, pairs: bool) -> Halves:
     """
     n, D = rows.shape
     blocks = -(-D // BLOCK)
-    found = rows.new_zeros(n, 2 * BLOCK * blocks if pairs else D, dtype=torch.float16)
+    found = rows.new_empty(n, 2 * BLOCK * blocks if pairs else D, dtype=torch.float16)
     exponent = rows.new_empty(n, dtype=torch.int32)
-    wide = rows.new_zeros(n, dtype=torch.bool)
-    for some in spans(n, max(1, scratch_bytes(rows.device) // (24 * max(1, D)))):
-        x = rows[some]
-        exponent[some] = torch.frexp(_finite(x.abs().amax(1)))[1] - TOP
-        y = x * _power(-exponent[some])[:, None] * _power(-exponent[some], second=True)[:, None]
-        if not pairs:
-            found[some] = y.half()
-            continue
-        first = y.half()
-        second = (y - first.float()).half()
-        both = torch.nn.functional.pad(torch.stack([first, second], 1), (0, blocks * BLOCK - D))
-        found[some] = both.unflatten(2, (blocks, BLOCK)).transpose(1, 2).flatten(1)
-        small, real = (y.abs() < LOW).logical_and_(y != 0).sum(1), (y != 0).sum(1)
-        wide[some] = small * EIGHTH > real
+    wide = rows.new_empty(n, dtype=torch.bool)
+    for some in spans(n, max(1, room(rows.device) // (28 * max(1, D)))):
+        found[some], exponent[some], wide[some] = _split(rows[some], pairs, blocks)
     return Halves(found, exponent, wide if pairs else None)
+
+
+def _split(x: Tensor, pairs: bool, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
+    exponent = torch.frexp(_finite(x.abs().amax(1)))[1] - TOP
+    y = x * _power(-exponent)[:, None] * _power(-exponent, second=True)[:, None]
+    if not pairs:
+        return y.half(), exponent, torch.zeros_like(exponent, dtype=torch.bool)
+    small, real = (y.abs() < LOW).logical_and_(y != 0).sum(1), (y != 0).sum(1)
+    first = y.half()
+    second = y.sub_(first).half()
+    both = torch.nn.functional.pad(torch.stack([first, second], 1), (0, blocks * BLOCK - x.shape[1]))
+    return both.unflatten(2, (blocks, BLOCK)).transpose(1, 2).flatten(1), exponent, small * EIGHTH > real
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -74,7 +80,7 @@ def _power(exponent: Tensor, second: bool = False) -> Tensor:
 def lengths(rows: Tensor) -> Tensor:
     """|x| of rows [n, D] in float32; added up in float64, as squares may lie beyond float32."""
     found = rows.new_empty(len(rows), dtype=torch.float32)
-    for some in spans(len(rows), max(1, scratch_bytes(rows.device) // (16 * max(1, rows.shape[1])))):
+    for some in spans(len(rows), max(1, room(rows.device) // (16 * max(1, rows.shape[1])))):
         found[some] = torch.linalg.vector_norm(rows[some], dim=1, dtype=torch.float64).float()
     return found
 
@@ -119,20 +125,25 @@ class Factors(NamedTuple):
 def image_factors(image: Tensor, count: Tensor | None, S: int) -> Factors:
     """The factors of images [I, R, D] of which image i has count[i] regions, or R."""
     I, R, D = image.shape
-    factor = image.new_zeros(I, S, S // 2, 2, dtype=torch.int32)
-    size = image.new_zeros(I, S, dtype=torch.float32)
-    for some in spans(I, max(1, scratch_bytes(image.device) // (8 * R * (2 * D + 4 * S)))):
-        x = image[some].double()
-        if count is not None:
-            beyond = torch.arange(R, device=image.device)[None, :] >= count[some, None]
-            x.masked_fill_(beyond[:, :, None], 0.0)
-        power = near(torch.linalg.vector_norm(x, dim=2).float())
-        F = torch.nn.functional.pad(gram_factor(x / power[:, :, None]), (0, S - R, 0, S - R)) * 2.0**TOP
-        first = F.half()
-        both = torch.stack([first, (F - first.double()).half()], 2)  # [., S, 2, S]
-        factor[some] = both.contiguous().view(torch.int32).transpose(2, 3)
-        size[some, :R] = power if count is None else power.masked_fill(beyond, 0.0)
+    factor = image.new_empty(I, S, S // 2, 2, dtype=torch.int32)
+    size = image.new_empty(I, S, dtype=torch.float32)
+    for some in spans(I, max(1, room(image.device) // (8 * R * (2 * D + 4 * S) + 20 * S * S))):
+        factor[some], size[some] = _image_factors(image[some].double(), None if count is None else count[some], S)
     return Factors(factor, size)
+
+
+def _image_factors(x: Tensor, count: Tensor | None, S: int) -> tuple[Tensor, Tensor]:
+    R = x.shape[1]
+    if count is not None:
+        beyond = torch.arange(R, device=x.device)[None, :] >= count[:, None]
+        x.masked_fill_(beyond[:, :, None], 0.0)
+    power = near(torch.linalg.vector_norm(x, dim=2).float())
+    F = torch.nn.functional.pad(gram_factor(x.div_(power[:, :, None])), (0, S - R, 0, S - R)) * 2.0**TOP
+    first = F.half()
+    both = torch.stack([first, (F - first.double()).half()], 2)  # [., S, 2, S]
+    if count is not None:
+        power.masked_fill_(beyond, 0.0)
+    return both.contiguous().view(torch.int32).transpose(2, 3), torch.nn.functional.pad(power, (0, S - R))
 
 
 def wide_sets(words: Tensor, edge: Tensor, regions: Tensor, count: Tensor | None) -> Tensor:
@@ -170,7 +181,7 @@ def _caption_runs(edge: Sequence[int], device: torch.device, most: int) -> Capti
 
 def caption_factors(words: Tensor, cu_seqlens: Tensor, edge: Sequence[int]) -> Factors:
     """The factors of captions, packed words [N, D] with bounds `edge`, those of cu_seqlens."""
-    most = max(1, scratch_bytes(words.device) // (32 * words.shape[1]))
+    most = max(1, room(words.device) // (32 * words.shape[1]))
     plan = kept(cu_seqlens, ("factors", most), lambda values: _caption_runs(edge, values.device, most))
     size = near(lengths(words))
     factor = words.new_empty(4 * plan.total, dtype=torch.float32)

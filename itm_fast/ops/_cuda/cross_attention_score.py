@@ -15,7 +15,7 @@ from ..._checks import matmul_precision
 from ...packing import bounds, checked, region_counts
 from .. import _attention
 from .._declare import empty
-from . import _rows, _tiles
+from . import _blocks, _rows, _tiles
 from ._tiles import Pairs, Tile
 
 OP = "cross_attention_score"
@@ -117,6 +117,22 @@ def forward(
     if problem := _attention.beyond_cuda(R, D, longest, capability < _attention.TENSOR_FLOAT32):
         raise NotImplementedError(f"{OP}: {problem}")
     tile = tile_of(R, capability)
+    columns = -(-tile.columns // 8) * 8
+    rows = _rows.split_bytes(D, matmul_precision() == "highest") if image.dtype == torch.float32 else 0
+    # Scratch of an image, a word and a pair: rows, factors or the rows' lengths by direction, and scores.
+    image_bytes, word_bytes = R * rows + 4 * columns * (columns + 1), rows + 4
+    if direction == "i2t":
+        image_bytes, word_bytes = R * (rows + 4), rows + 4 * (longest + 4)
+    pair_bytes = 0 if score.dtype == torch.float32 else 4
+    cut = _blocks.blocks(I, edge, image_bytes, word_bytes, pair_bytes, _blocks.room(device))
+    if len(cut) > 1:
+        for images, captions in cut:
+            some = words[edge[captions.start] : edge[captions.stop]]
+            lengths = _blocks.part(cu_seqlens, region_lengths, images, captions)
+            score[images, captions] = forward(
+                image[images], some, *lengths, direction, affinity_norm, scale, pool, pool_scale
+            )
+        return score
     plan = _tiles.plan_tiles(cu_seqlens, len(words), OP, tile.slots)
     count = None
     if region_lengths is not None:
@@ -125,7 +141,7 @@ def forward(
     image, words = aligned(image), aligned(words)
     regions = image.view(I * R, D)
     if direction == "t2i":
-        length, factors = _rows.lengths(words), _rows.image_factors(image, count, -(-tile.columns // 8) * 8)
+        length, factors = _rows.lengths(words), _rows.image_factors(image, count, columns)
     else:
         length, factors = _rows.lengths(regions), _rows.caption_factors(words, cu_seqlens, edge)
     norm, clipped = NORMS[affinity_norm]
