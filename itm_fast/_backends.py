@@ -2,7 +2,7 @@
 
 The `backend=` argument comes first, then `with use_backend(...)`, the environment variable ITM_FAST_BACKEND, "auto".
 A backend named by the user runs or raises with the reason; "auto" takes the first of the op's backends that can run.
-One exception: an op that has no kernels, such as the loss, runs in torch when kernels are chosen for all ops.
+One exception: when kernels are chosen for all ops, an op that has none of that kind chooses as "auto" does.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ _ran: contextvars.ContextVar[dict[str, str] | None] = contextvars.ContextVar("it
 def use_backend(name: str) -> Iterator[None]:
     """Make every op called inside the `with`, and its backward pass at any later time, use one backend.
 
-    `hardest_negative_loss` has no kernels and runs in torch when "triton", "cuda" or "cpu" is chosen. A function
+    When "triton", "cuda" or "cpu" is chosen, an op that has no such kernels chooses as for "auto":
+    `hardest_negative_loss` runs in torch, and the ops of a pair scorer's training beside "cuda" in triton. A function
     compiled by torch.compile keeps the backend that it was compiled with.
 
     Args:
@@ -146,7 +147,8 @@ def resolve(
 ) -> str:
     """Choose the backend of one call: turn "auto" into a name, and check a name given by the user.
 
-    When `use_backend` or ITM_FAST_BACKEND chooses kernels, an op that has none at all runs in torch.
+    When `use_backend` or ITM_FAST_BACKEND chooses kernels that run on this device, but the op has none of that kind, it
+    is "auto" that chooses.
 
     Args:
         op: name of the op.
@@ -162,8 +164,9 @@ def resolve(
     """
     of_call, backend = backend, requested(backend)
     offered = OFFERS[op]
-    if not of_call and backend in KERNELS and KERNELS.isdisjoint(offered):
-        backend = "torch"
+    if not of_call and backend in KERNELS and backend not in offered:
+        runs = _cannot_run(backend, device, dtype and autocast_dtype(dtype, device)) is None
+        backend = "auto" if runs or KERNELS.isdisjoint(offered) else backend
     reasons: dict[str, str] = {}
     for name in offered if backend == "auto" else (backend,):
         reason = _refusal(name, op, device, dtype, too_large, put_aside, automatic=backend == "auto")

@@ -1,23 +1,23 @@
-"""Compile the CUDA kernels for GPUs that are not here: `cuda_compile.py [ARCHITECTURE ...]` prints a line for each.
+"""Compile the CUDA kernels for GPUs that are not here: `cuda_compile.py [ARCH ...]` prints a line for each.
 
-The module of an op in `itm_fast.ops._cuda` lists with `compilations(capability)` the kernels that the op may launch on
-a GPU of a compute capability. Without arguments all are compiled for all of `SHARED`; what the cache folder has of them
-is only read.
+With `--few`, as few as have every template argument of every kernel between them. The module of an op in
+`itm_fast.ops._cuda` lists with `compilations(capability)` the kernels that the op may launch on a GPU of a compute
+capability. What the cache folder has of them is only read.
 """
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import os
 import pkgutil
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 
 from itm_fast import ops
-from itm_fast._cuda import Kernel, cubins
+from itm_fast._cuda import Kernel, cubins, nvrtc
 
 # The most bytes of shared memory that a block may take, by architecture.
 SHARED = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
@@ -67,18 +67,27 @@ def problems(kernel: Kernel, architecture: int) -> Iterator[str]:
         yield f"{shared} bytes of shared memory, the limit is {limit}"
 
 
-def lines(architectures: list[int]) -> Iterator[str]:
-    """A line for each kernel and architecture."""
-    jobs = [(kernel, a) for a in architectures for module in modules() for kernel in kernels(module, a)]
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("arch", nargs="*", type=int, metavar="ARCH", help=f"of {', '.join(map(str, SHARED))}; all")
+    parser.add_argument("--few", action="store_true", help="only so many that everything occurs once")
+    args = parser.parse_args()
+    if unknown := set(args.arch) - set(SHARED):
+        parser.error(f"no such architecture: {', '.join(map(str, sorted(unknown)))}")
+    choose = covering if args.few else list
+    found = [(a, kernels(module, a)) for a in args.arch or SHARED for module in modules()]
+    jobs = [(kernel, a) for a, of_module in found for kernel in choose(of_module)]
+    start, bad = time.perf_counter(), 0
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         for (kernel, architecture), wrong in zip(jobs, pool.map(lambda job: list(problems(*job)), jobs)):
             built = None if wrong else cubins.build(kernel, architecture)
             said = f"{built.registers} registers, {built.shared + kernel.shared} bytes shared" if built else wrong
-            yield f"sm_{architecture} {kernel.name}: {said}"
+            print(f"sm_{architecture} {kernel.name}: {said}", flush=True)
+            bad += bool(wrong)
+    took = time.perf_counter() - start
+    print(f"NVRTC {nvrtc.library().version}: {len(jobs)} kernels, {bad or 'no'} problems, {took:.0f} s")
+    return int(bad > 0)
 
 
 if __name__ == "__main__":
-    start = time.perf_counter()
-    for line in lines([int(a) for a in sys.argv[1:]] or list(SHARED)):
-        print(line, flush=True)
-    print(f"{time.perf_counter() - start:.0f} s")
+    raise SystemExit(main())

@@ -138,12 +138,16 @@ def test_an_op_without_kernels_runs_in_torch_beside_kernels_chosen_for_all(name,
             assert resolved() == "reference"
 
 
-def test_an_op_with_kernels_of_another_kind_is_refused_where_kernels_are_chosen_for_all(monkeypatch):
+def test_an_op_with_kernels_of_another_kind_chooses_itself_where_those_chosen_for_all_run(monkeypatch):
     monkeypatch.setitem(_backends.OFFERS, "cross_attention_score", ("triton", "torch", "reference"))
-    with (
-        itm_fast.use_backend("cpu"),
-        pytest.raises(NotImplementedError, match="cross_attention_score has no such backend; it offers triton, torch"),
-    ):
+    monkeypatch.setattr(_native, "why_not", lambda: None)
+    with itm_fast.use_backend("cpu"), _backends.recorded() as ran:
+        score()
+        with pytest.raises(NotImplementedError, match="cross_attention_score has no such backend; it offers triton, t"):
+            score("cpu")
+    assert ran == {"cross_attention_score": "torch"}
+    monkeypatch.setattr(_native, "why_not", lambda: "no compiler")
+    with itm_fast.use_backend("cpu"), pytest.raises(NotImplementedError, match="cpu: no compiler"):
         score()
 
 

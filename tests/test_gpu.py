@@ -24,9 +24,9 @@ from itm_fast.testing import inputs, op_checks
 from itm_fast.testing.scan import loop as scan_loop
 from itm_fast.testing.sgraf import loop as sgraf_loop
 
-pytestmark = [gpu, needs_triton]
+pytestmark = gpu
 OPS = [op for op in sorted(_backends.OFFERS) if "triton" in _backends.OFFERS[op]]
-over_ops = pytest.mark.parametrize("op", OPS)
+over_ops = pytest.mark.parametrize("op", [pytest.param(op, marks=needs_triton) for op in OPS])
 over_kernels = pytest.mark.parametrize(
     "op, backend",
     [
@@ -42,6 +42,7 @@ over_backends = pytest.mark.parametrize(
 # Of the examples: what the kernels of a backend all take.
 SIZES = {"triton": examples.SMALL, "cuda": examples.Size(3, (5, 2), 7, 64, 64, 3)}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+GPU = torch.device("cuda", 0)
 GIB = 1 << 30
 
 
@@ -52,6 +53,11 @@ def arguments(op, dtype=torch.float32, size=examples.SMALL, device="cuda"):
 
 def call(op, args, backend="triton"):
     return op_checks.first(getattr(itm_fast, op)(*args, backend=backend))
+
+
+def needs(backend, dtype):
+    if reason := itm_fast.why_not(backend, GPU, dtype):
+        pytest.skip(f"{backend}: {reason}")
 
 
 def needs_memory(gib):
@@ -75,14 +81,16 @@ def compiled(monkeypatch):
 @over_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_check_of_first_use_passes(op, backend, dtype):
+    needs(backend, dtype)
     for precision in ("highest", "high"):
         try:
             torch.set_float32_matmul_precision(precision)
-            assert examples.problem(op, backend, torch.device("cuda", 0), dtype, True) is None
+            assert examples.problem(op, backend, GPU, dtype, True) is None
         finally:
             torch.set_float32_matmul_precision("highest")
-    assert _first_use.put_aside(op, backend, torch.device("cuda", 0), dtype) is None
-    assert _backends.resolve(op, None, torch.device("cuda", 0), dtype) == "triton"
+    assert _first_use.put_aside(op, backend, GPU, dtype) is None
+    kernels = (name for name in _backends.OFFERS[op] if name in _backends.ON_GPU)
+    assert _backends.resolve(op, None, GPU, dtype) == next(k for k in kernels if not itm_fast.why_not(k, GPU, dtype))
 
 
 @over_ops
@@ -105,6 +113,7 @@ def test_other_lengths_counts_and_blocks_compile_nothing(op, compiled):
 @over_kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_captured_graph_replays_the_forward_pass(op, backend, dtype):
+    needs(backend, dtype)
     args = arguments(op, dtype, SIZES[backend])
     with torch.no_grad():
         want = call(op, args, backend)
@@ -211,6 +220,7 @@ def test_more_than_2_to_the_31_numbers_of_words(backend):
     assert torch.equal(score[:, -2:], alone)
 
 
+@needs_triton
 @pytest.mark.parametrize("op", [op for op in ("similarity_graph", "similarity_filter") if op in OPS])
 def test_more_than_2_to_the_31_numbers_of_nodes(op):
     needs_memory(30)
@@ -224,6 +234,7 @@ def test_more_than_2_to_the_31_numbers_of_nodes(op):
     assert torch.equal(found[-1:, -2:], op_checks.first(alone))
 
 
+@needs_triton
 def test_more_than_2_to_the_31_similarities():
     needs_memory(40)
     image, words = unit(700, 36, 64), unit(12_500, 64)
@@ -250,6 +261,7 @@ def peak(function):
     return result, torch.cuda.max_memory_allocated() - before
 
 
+@needs_triton
 @pytest.mark.parametrize("gib", [0.25, 1.0])
 @pytest.mark.parametrize("model", ["scan", *HEADS])
 @torch.no_grad()
@@ -263,6 +275,7 @@ def test_scoring_keeps_to_its_workspace(model, gib):
     assert used - score.nbytes < gib * GIB + (64 << 20)  # tables of rows and captions beside
 
 
+@needs_triton
 @pytest.mark.parametrize("head", HEADS)
 def test_training_takes_less_than_a_tenth_of_the_loops_memory(head):
     needs_memory(40)
@@ -282,6 +295,7 @@ def test_training_takes_less_than_a_tenth_of_the_loops_memory(head):
     assert used < loops / 10, f"{used / GIB:.2f} GiB, the loop {loops / GIB:.2f}"
 
 
+@needs_triton
 @pytest.mark.parametrize("head", HEADS)
 def test_a_batch_of_1024_trains_in_40_gib(head):
     needs_memory(45)
@@ -321,7 +335,6 @@ def test_sgraf_has_the_published_vectors(head, mode):
         torch.testing.assert_close(parameter.grad.double(), gradients[name], rtol=0, atol=1e-3 * largest, msg=name)
 
 
-
 @pytest.mark.parametrize("direction", ["t2i", "i2t"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_scan_equals_its_loop(direction, dtype):
@@ -358,4 +371,5 @@ def test_the_doctor_finds_nothing_wrong():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     report = json.loads(done.stdout)
     assert [check for check in report["checks"] if not check["ok"]] == []
-    assert report["backends"]["cuda:0"]["triton"] is None
+    for name in _backends.ON_GPU:
+        assert report["backends"]["cuda:0"][name] == itm_fast.why_not(name, GPU)
