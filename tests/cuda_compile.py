@@ -22,6 +22,8 @@ from itm_fast._cuda import Kernel, cubins, nvrtc
 # The most bytes of shared memory that a block may take, by architecture.
 SHARED = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 REGISTERS = 65536  # that the threads of a block share
+# Bytes that a thread may spill. The sums alone take 128 of the 255 registers here.
+SPILLS = {("filter_scores<F16X3, 256, 128, 32, 48>", 100): 36}
 
 
 def modules() -> list[ModuleType]:
@@ -59,7 +61,7 @@ def problems(kernel: Kernel, architecture: int) -> Iterator[str]:
     shared, limit = built.shared + kernel.shared, SHARED[architecture]
     if not built.registers:
         yield "the log does not tell its registers"
-    if built.spilled:
+    if built.spilled > SPILLS.get((kernel.name, architecture), 0):
         yield f"{built.spilled} bytes spilled at {built.registers} registers"
     if -(-built.registers // 8) * 8 * kernel.threads > REGISTERS:
         yield f"{kernel.threads} threads of {built.registers} registers are more than a block may have"
