@@ -103,11 +103,10 @@ def counts(backend: str, model: str, workload: str, card: Card, precision: str) 
     # Captions stand longest first, as the library's evaluation orders them.
     lengths = np.sort(whole.lengths)[::-1].tolist()
     if backend == "cuda":
-        if model == "scan-i2t":
-            return "its kernel is not in the model"
         edge = torch.tensor([0, *np.cumsum(lengths).tolist()], dtype=torch.int32)
         sizes = whole.images, whole.regions, whole.dim, whole.similarity, STEPS
-        return traffic_cuda.counts(traffic_cuda.Problem(op, *sizes, edge, card, precision))
+        direction = options.get("direction", "t2i")
+        return traffic_cuda.counts(traffic_cuda.Problem(op, *sizes, edge, card, precision, direction))
     if card.arch is None:
         return "Triton's kernels need compute capability 8.0"
     sizes_ = dict(I=whole.images, R=whole.regions, D=whole.dim, S=whole.similarity, K=STEPS)

@@ -1,7 +1,7 @@
 """What the CUDA C++ kernels move and compute, from the sizes of their tiles; no launch is recorded.
 
-Sizes come from the modules that plan the launches (itm_fast/ops/_cuda); `BAND`, `HALF` and `FIRST` repeat constants of
-csrc/cuda.
+Sizes come from the modules that plan the launches (itm_fast/ops/_cuda); `BAND`, `BLOCK` and `WARPS` repeat constants of
+csrc/cuda. Products and copies to shared memory are those that the emulated kernels count (tests/test_traffic_cuda.py).
 
 Masked rows are not loaded. The memory that a kernel reads follows from the order of its blocks: `scan_t2i` walks along
 all captions with some groups of images, so the captions' rows are read once for each walk; the launches of the pair
@@ -20,12 +20,13 @@ import torch
 
 from benchmarks.cards import Card
 from benchmarks.traffic_counts import Count, blocks
+from itm_fast.ops import _attention
 from itm_fast.ops._cuda import _pairs, _tiles, similarity_score
 from itm_fast.packing import NodePlan, node_bounds, node_plan
 
 BAND = 16  # groups of images of a walk (affinity.h)
-HALF = 64  # rows of nodes among which a caption's edges are computed (graph.cu)
-FIRST = 16  # rows of a half that the last step computes: at most so many captions (graph.cu)
+BLOCK = 16  # rows of a tile of nodes that hold nodes of one caption; and the rows of the last step (graph.cu)
+WARPS = 8  # of a block of threads; each has at least 16 columns in the last step (graph.cu)
 KINDS = {"bfloat16": "bfloat16", "tf32": "float16", "float32": "float16x3"}  # by precision: kind of products
 FORMS = {
     "bfloat16": _pairs.Kind("BF16", False, 1), "tf32": _pairs.Kind("F16", True, 1),
@@ -50,6 +51,7 @@ class Problem:
     edge: torch.Tensor
     card: Card
     precision: str
+    direction: str = "t2i"  # SCAN's
 
     @property
     def T(self) -> int:
@@ -125,15 +127,26 @@ def _prepared(p: Problem) -> Iterator[tuple[str, Count]]:
             split.writes(f"{name} split", rows * p.D * p.size)
             split.vector = rows * p.D * 6
             yield "split_rows", split
-    factor, rows = Count(p.I), p.I * p.R * p.D * p.given
-    factor.reads("image", rows, rows)
-    factor.writes("factor", p.I * p.pitch**2 * 4)
-    factor.dots(p.I, p.R, p.R, p.D, "float64" if p.card.rate("float64") else "vector")
+    kind = "float64" if p.card.rate("float64") else "vector"
+    factor = Count(p.I if p.direction == "t2i" else p.T)
+    name, rows = ("image", p.I * p.R) if p.direction == "t2i" else ("words", p.N)
+    factor.reads(name, rows * p.D * p.given, rows * p.D * p.given)
+    factor.writes("factor", _factor_bytes(p))
+    if p.direction == "t2i":
+        factor.dots(p.I, p.R, p.R, p.D, kind)
+    else:
+        factor.dots(1, int((p.edge.diff().long() ** 2).sum()), 1, p.D, kind)
     yield "factors", factor
 
 
+def _factor_bytes(p: Problem) -> int:
+    """Of the factors of all images' Gram matrices, or of all captions'."""
+    length = p.edge.diff().long()
+    return p.I * p.pitch**2 * 4 if p.direction == "t2i" else int((blocks(length, 4) * length).sum()) * 16
+
+
 def _affinities(p: Problem, tiles: int, tile: _tiles.Tile, walks: int) -> Count:
-    """The main loop of `scan_t2i` and `weights`: the affinities of all words and regions, and their softmax.
+    """What `scan_t2i`, `scan_i2t` and `weights` begin with: the affinities of all words and regions.
 
     Args:
         p: the problem.
@@ -145,33 +158,58 @@ def _affinities(p: Problem, tiles: int, tile: _tiles.Tile, walks: int) -> Count:
     done = Count(tiles * groups)
     done.reads("words", words * walks, words * groups)
     done.reads("image", image, image * tiles)
-    done.reads("factor", p.I * p.pitch**2 * 4, p.I * p.pitch**2 * 4 * tiles)
     done.dots(tiles * groups, tile.slots, tile.images * tile.columns, p.D, p.kind)
-    # Factors of lengths are sums of two float16 numbers, weights of one or two.
-    done.dots(tiles * p.I, tile.slots, p.pitch, _pairs.rounded_up(p.R, 16), "float16x3")
-    done.vector = tiles * groups * tile.slots * tile.images * tile.columns * 14
     return done
+
+
+def _attended(p: Problem, done: Count, tiles: int, tile: _tiles.Tile) -> None:
+    """Add the words' softmax over regions and the lengths of attended vectors."""
+    groups = blocks(p.I, tile.images)
+    done.reads("factor", _factor_bytes(p), _factor_bytes(p) * tiles)
+    # The upper triangle of a factor, in blocks of 8 x 8; both it and the weights are sums of two float16 numbers.
+    triangle = p.pitch // 8 * (p.pitch // 8 + 1) // 2
+    done.dots(tiles * groups * tile.images * triangle, tile.slots, 8, 8, "float16x3")
+    done.vector = tiles * groups * tile.slots * tile.images * tile.columns * 14
+
+
+def _attended_words(p: Problem, done: Count, groups: int) -> None:
+    """Add the regions' softmax over words and the lengths of attended vectors; a thread has a caption and a region."""
+    done.reads("factor", _factor_bytes(p), _factor_bytes(p) * groups)
+    length = p.edge.diff().long()
+    # Of a factor, four rows at a time, from the first row's diagonal on.
+    triangle = sum(int((length - y).clamp(min=0).sum()) for y in range(0, int(length.max()), 4))
+    done.vector = p.I * p.R * (p.N * 20 + triangle * 5)
 
 
 def _scan(p: Problem) -> Iterator[tuple[str, Count]]:
     yield from _prepared(p)
-    lengths = Count(blocks(p.N, 8))
-    lengths.reads("words", p.N * p.D * p.size, p.N * p.D * p.size)
-    lengths.writes("length", p.N * 4)
-    lengths.vector = p.N * p.D * 3
+    name, rows = ("words", p.N) if p.direction == "t2i" else ("image", p.I * p.R)
+    lengths = Count(blocks(rows, 8))
+    lengths.reads(name, rows * p.D * p.given, rows * p.D * p.given)
+    lengths.writes("length", rows * 4)
+    lengths.vector = rows * p.D * 3
     yield "lengths", lengths
     tile = _tiles.tile_of(p.R, p.capability)
     tiles = _tiles.plan_tiles(p.edge, p.N, p.op, tile.slots).tiles
-    scan = _affinities(p, tiles, tile, blocks(blocks(p.I, tile.images), BAND))
+    groups = blocks(p.I, tile.images)
+    scan = _affinities(p, tiles, tile, blocks(groups, BAND))
+    if p.direction == "t2i":
+        _attended(p, scan, tiles, tile)
+    else:
+        _attended_words(p, scan, groups)
     scan.writes("score", p.I * p.T * p.given)
-    yield "scan_t2i", scan
+    if p.precision == "float32" and p.capability >= _attention.TENSOR_FLOAT32:
+        scan.launches = 2  # the other one computes pairs of wide rows
+    yield f"scan_{p.direction}", scan
 
 
 def _scores(p: Problem, fit: _pairs.Kernels) -> Iterator[tuple[str, Count]]:
     yield from _prepared(p)
     windows, walks = p.nodes.windows, blocks(p.launches, len(p.nodes.windows))
     plans = _pairs.weight_plans(p.edge, p.edge.tolist(), [w.captions for w in windows], fit.tile.slots)
-    weights = _affinities(p, sum(plan.tiles for plan in plans), fit.tile, walks)
+    tiles = sum(plan.tiles for plan in plans)
+    weights = _affinities(p, tiles, fit.tile, walks)
+    _attended(p, weights, tiles, fit.tile)
     slots = fit.overall_slots
     weights.launches = p.launches
     written = p.N * p.I * (p.pitch * p.size + 4)
@@ -217,9 +255,14 @@ def _steps(p: Problem, done: Count, shapes: list[tuple[int, int]]) -> None:
     """Add the steps of reasoning, the last one at the first nodes only."""
     for name in ("ask", "value"):
         done.reads(name, p.K * p.S**2 * p.size, done.programs * p.K * p.S**2 * p.size)
+    # Pairs of blocks of an image's nodes with a weight: all of one caption; an empty block has itself.
+    held = blocks(p.edge.diff() + 1, BLOCK)
+    seen = p.I * int((held**2 - held).sum()) + sum(rows * n for rows, n in shapes) // BLOCK
+    done.dots(2 * (p.K - 1) * seen, BLOCK, BLOCK, p.S, p.kind)
+    done.vector += (p.K - 1) * seen * BLOCK**2 * 8
+    repeated = max(p.S, WARPS * BLOCK)  # columns of a small S are computed by several warps
     for rows, n in shapes:
-        for step in range(p.K):
-            few = blocks(rows, HALF) * FIRST if step == p.K - 1 else rows
-            done.dots(2 * n, few, p.S, p.S, p.kind)
-            done.dots(2 * n, few, p.S, HALF, p.kind)
-            done.vector += n * few * (p.S * 8 + HALF * 8)
+        done.dots(2 * n * (p.K - 1), rows, p.S, p.S, p.kind)
+        done.dots(2 * n, BLOCK, repeated, p.S, p.kind)
+        done.dots(n, BLOCK, repeated + p.S, rows, p.kind)
+        done.vector += n * ((p.K - 1) * rows + BLOCK) * p.S * 8 + n * BLOCK * rows * 8

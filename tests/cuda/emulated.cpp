@@ -66,6 +66,7 @@ void multiply(void *const (&operands)[32], Numbers numbers, int K) {
             static_cast<Operands *>(operands[m % 8 * 4 + n / 2])->d[m / 8 * 2 + n % 2] += sum[n];
     }
     ++counts.products;
+    counts.flops += 2 * 16 * 8 * K;
 }
 
 namespace {
@@ -161,7 +162,8 @@ PYBIND11_MODULE(cuda_emulated_module, m) {
         const emulator::Counts &c = emulator::counts;
         return std::map<std::string, long>{{"operations", c.operations},         {"products", c.products},
                                            {"matrices", c.matrices},             {"bank_conflicts", c.bank_conflicts},
-                                           {"barriers", c.barriers},             {"copies", c.copies}};
+                                           {"barriers", c.barriers},             {"copies", c.copies},
+                                           {"flops", c.flops}};
     });
     m.def("problem_bytes", [] {
         std::map<std::string, size_t> bytes;

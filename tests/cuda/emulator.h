@@ -59,7 +59,9 @@ struct Warp {
     long generation = 0;
 };
 struct Counts {
-    long operations = 0, products = 0, matrices = 0, bank_conflicts = 0, barriers = 0, copies = 0;
+    long operations = 0, matrices = 0, bank_conflicts = 0, barriers = 0;
+    long products = 0, flops = 0;  // operations mma of a warp, and the numbers' multiplications and additions in them
+    long copies = 0;               // of 16 bytes of global memory
 };
 struct Release {
     void operator()(unsigned char *p) const { ::operator delete(p, std::align_val_t(128)); }
@@ -146,7 +148,7 @@ inline void land(const Copy &copy) {
 inline void start_copy(void *to, const void *from) {
     check_shared(to, 16);
     if (reinterpret_cast<uintptr_t>(from) % 16) fail("a copy from an address that is not aligned");
-    ++counts.copies;
+    counts.copies += from != nullptr;
     if (eager) land({to, from});
     current->copies.push_back({to, from});
     ++current->open;

@@ -1,0 +1,80 @@
+"""What `benchmarks/traffic_cuda.py` says of the CUDA kernels is what the emulated ones count."""
+
+import sys
+from collections import Counter, defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_emulated import device, emulated
+from test_cuda_nodes import case, rounded
+
+from itm_fast.ops._cuda import cross_attention_score, similarity_score
+from itm_fast.testing import inputs
+
+ROOT = Path(__file__).resolve().parents[1]
+if not (ROOT / "benchmarks").is_dir():
+    pytest.skip("needs a checkout", allow_module_level=True)
+if str(ROOT) not in sys.path:
+    sys.path.insert(0, str(ROOT))
+
+from benchmarks import traffic_cuda  # noqa: E402
+from benchmarks.cards import CARDS  # noqa: E402
+
+__all__ = ["device", "emulated"]  # fixtures
+pytestmark = pytest.mark.slow
+
+# More groups of images than a walk has; captions of one block of nodes, of several and, in a tile, with empty ones.
+I, R, D, K = 36, 36, 64, 3
+LENGTHS = (12, 1, 37, 30, 5, 20, 16, 62)
+DTYPES = {"bfloat16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
+# What a kernel reads by plain loads, into registers: not copied to shared memory.
+LOADED = {"factor", "global nodes"}
+
+
+@pytest.fixture(params=DTYPES)
+def precision(request):
+    torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
+    yield request.param
+    torch.set_float32_matmul_precision("highest")
+
+
+def scan(direction, dtype):
+    image, words, edge = inputs(I, LENGTHS, R, D)
+    options = direction, "clipped_l2norm", 9.0, "lse", 6.0
+    cross_attention_score.forward(image.to(dtype), words.to(dtype), edge, None, *options)
+    return edge
+
+
+def pair_score(head, S, dtype):
+    args = rounded(case(head, I, LENGTHS, R, D, S, K=K), dtype)
+    getattr(similarity_score, f"similarity_{head}_score")(*args)
+    return next(x for x in args if isinstance(x, torch.Tensor) and not x.is_floating_point())
+
+
+@pytest.mark.parametrize("model", ["t2i", "i2t", "graph", "filter"])
+def test_products_and_copies_are_those_of_the_emulated_kernels(model, precision, device):
+    device.capability = (9, 0)
+    dtype, S = DTYPES[precision], 64
+    if model in ("t2i", "i2t"):
+        op, direction, edge = "cross_attention_score", model, scan(model, dtype)
+    else:
+        op, direction, edge = f"similarity_{model}_score", "t2i", pair_score(model, S, dtype)
+    counted, launches = defaultdict(Counter), Counter()
+    for kernel, counts in device.launches:
+        name = kernel.name.partition("<")[0]
+        counted[name].update(counts)
+        launches[name] += 1
+    problem = traffic_cuda.Problem(op, I, R, D, S, K, edge, CARDS["h100"], precision, direction)
+    predicted = {name: count for name, count in traffic_cuda.counts(problem) if name in counted}
+    assert set(predicted) == set(counted)
+    for name, count in predicted.items():
+        flops = sum(n * (3 if kind.endswith("x3") else 1) for kind, n in count.products.items())
+        assert counted[name]["flops"] == flops, name
+        copied = sum(use.requested for use in count.uses if not use.written and use.place[0] not in LOADED)
+        if name == "global_nodes":  # an image's global vector is loaded
+            copied -= count.programs * D * problem.size
+        if "weights" in {use.place[0] for use in count.uses if not use.written}:  # 1 / |P| of a word too
+            copied -= 4 * problem.N * I
+        assert 16 * counted[name]["copies"] == copied, name
+        assert launches[name] == count.launches, name
