@@ -42,6 +42,7 @@ def test_what_is_wrong_with_a_kernel_is_told():
     row |= {"shared": 99, "shared_limit": 99}
     assert not list(triton_compile.problems(row, 90))
     for change, said in (
+        ({"registers": 4}, "4 registers: it does nothing"),
         ({"spilled": 8}, "8 bytes spilled at 255 registers"),
         ({"shared": 100}, "100 bytes of shared memory, the limit is 99"),
         ({"wgmma": False}, "its products are not wgmma"),

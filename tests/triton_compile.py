@@ -124,6 +124,8 @@ def problems(row: dict, arch: int) -> Iterator[str]:
     if "error" in row:
         yield f"{name}: {row['error']}"
         return
+    if row["registers"] <= 8:  # seen with Triton 3.6 for sm_100
+        yield f"{name}: {row['registers']} registers: it does nothing"
     if row["spilled"]:
         yield f"{name}: {row['spilled']} bytes spilled at {row['registers']} registers"
     if row["shared"] > row["shared_limit"]:
