@@ -24,7 +24,7 @@ from itm_fast.testing import inputs, op_checks
 from itm_fast.testing.scan import loop as scan_loop
 from itm_fast.testing.sgraf import loop as sgraf_loop
 
-pytestmark = gpu
+pytestmark = [gpu, unless("torch", "cuda")]
 OPS = [op for op in sorted(_backends.OFFERS) if "triton" in _backends.OFFERS[op]]
 over_ops = pytest.mark.parametrize("op", [pytest.param(op, marks=needs_triton) for op in OPS])
 over_kernels = pytest.mark.parametrize(
