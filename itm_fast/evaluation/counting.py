@@ -64,16 +64,50 @@ def count(score: NDArray[np.floating] | torch.Tensor, caption_to_image: Any, cal
         caller: name of the public function, for error messages.
     """
     score, owner = checked(score, caption_to_image, caller)
-    images, captions = score.shape
     counted = _on_device(score, owner) if isinstance(score, torch.Tensor) else _on_host(score, owner)
-    of_images, of_captions, best_right = counted
-    right_total = np.bincount(owner, minlength=images)
-    query_images = np.flatnonzero(right_total)
-    right_tied = np.bincount(owner[best_right], minlength=images)
-    ones = np.ones(captions, np.int64)
-    i2t = Standings(of_images[0], of_images[1] - right_tied, of_images[2], right_tied, right_total)
-    t2i = Standings(of_captions[0], of_captions[1] - ones, of_captions[2], ones, ones)
-    return Counts(Standings(*(values[query_images] for values in i2t)), t2i, query_images, images, captions)
+    return pool(*counted, owner, slice(0, len(score)))
+
+
+def pool(
+    of_images: NDArray[np.int64],
+    of_captions: NDArray[np.int64],
+    is_best: NDArray[np.bool_],
+    owner: NDArray[np.int64],
+    images: slice,
+) -> Counts:
+    """The counts of these images and of their captions; the arguments are a `_Found`, whose `tied` has right items."""
+    captions = np.flatnonzero((owner >= images.start) & (owner < images.stop))
+    right_total = np.bincount(owner, minlength=images.stop)[images]
+    right_tied = np.bincount(owner[is_best], minlength=images.stop)[images]
+    queries = np.flatnonzero(right_total)
+    above, tied, ahead = of_images[:, images]
+    i2t = Standings(*(values[queries] for values in (above, tied - right_tied, ahead, right_tied, right_total)))
+    above, tied, ahead = of_captions[:, captions]
+    ones = np.ones(len(captions), np.int64)
+    t2i = Standings(above, tied - ones, ahead, ones, ones)
+    return Counts(i2t, t2i, queries, images.stop - images.start, len(captions))
+
+
+def best_right(
+    right: NDArray[np.floating], owner: NDArray[np.int64], images: int
+) -> tuple[NDArray[np.floating], NDArray[np.bool_], NDArray[np.int64]]:
+    """The best score of each image's own captions, which captions have it, and the highest index of those.
+
+    Args:
+        right: [T] the score of each caption with its image.
+        owner: [T].
+        images: I.
+
+    Returns:
+        [I], -inf without a caption; bool [T]; int64 [I], -1 without a caption.
+    """
+    best = np.full(images, -np.inf, right.dtype)
+    with np.errstate(invalid="ignore"):  # NaN is refused with its image and caption, where all scores are checked
+        np.maximum.at(best, owner, right)
+    is_best = right == best[owner]
+    last = np.full(images, -1)
+    np.maximum.at(last, owner[is_best], np.flatnonzero(is_best))
+    return best, is_best, last
 
 
 _Found = tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.bool_]]
@@ -84,12 +118,7 @@ def _on_host(score: NDArray[np.floating], owner: NDArray[np.int64]) -> _Found:
     which captions have the best score of their image."""
     images, captions = score.shape
     right = np.asarray(score[owner, np.arange(captions)])
-    best = np.full(images, -np.inf, right.dtype)
-    with np.errstate(invalid="ignore"):  # NaN is refused below, with its image and caption
-        np.maximum.at(best, owner, right)
-    level = right == best[owner]
-    last = np.full(images, -1)
-    np.maximum.at(last, owner[level], np.flatnonzero(level))
+    best, is_best, last = best_right(right, owner, images)
     own = np.split(np.argsort(owner, kind="stable"), np.cumsum(np.bincount(owner, minlength=images))[:-1])
 
     i2t = np.empty((3, images), np.int64)
@@ -109,7 +138,7 @@ def _on_host(score: NDArray[np.floating], owner: NDArray[np.int64]) -> _Found:
         above += block_above
         tied += block_tied
     np.subtract(tied, up_to_own, out=t2i[2])
-    return i2t, t2i, level
+    return i2t, t2i, is_best
 
 
 def _on_device(score: torch.Tensor, owner: NDArray[np.int64]) -> _Found:
