@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import itm_fast
-from itm_fast.evaluation import Encoded, memory, plan, plan_for, score_all, score_file, scoring
+from itm_fast.evaluation import Encoded, block_scores, memory, plan, plan_for, score_all, score_file, scoring
 from itm_fast.evaluation.distinct import columns, first_of_equals
 from itm_fast.models._common import score_arrays
 from itm_fast.nn import CrossAttentionScore
@@ -79,7 +79,7 @@ def random_encoded(images: int, captions: int, dim: int = 8, longest: int = 9, s
 @pytest.fixture
 def small_blocks(monkeypatch):
     monkeypatch.setitem(memory._BLOCK, "cpu", (3, 4))
-    monkeypatch.setattr(scoring, "CHUNK", 2)
+    monkeypatch.setattr(block_scores, "CHUNK", 2)
     monkeypatch.setattr(scoring, "STRIPE", 2)
     monkeypatch.setattr(score_file, "STRIPE", 2)
 

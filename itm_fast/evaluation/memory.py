@@ -73,6 +73,20 @@ class MemoryPlan:
         """Number of pairs that are scored."""
         return self.images * self.distinct
 
+    def block(self, number: int) -> tuple[slice, slice]:
+        """The images and the distinct captions of a block; blocks are numbered row by row."""
+        row, column = divmod(number, -(-self.distinct // self.caption_block))
+        image, caption = row * self.image_block, column * self.caption_block
+        return (
+            slice(image, min(image + self.image_block, self.images)),
+            slice(caption, min(caption + self.caption_block, self.distinct)),
+        )
+
+    def pairs_of(self, number: int) -> int:
+        """Number of pairs of a block."""
+        rows, columns = self.block(number)
+        return (rows.stop - rows.start) * (columns.stop - columns.start)
+
     @property
     def total(self) -> int:
         """Bytes held at the peak."""

@@ -10,15 +10,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from .._backends import requested
 from .._checks import matmul_precision
 from .._workspace import GIB, workspace
-from .counting import require_finite
+from .block_scores import BlockScorer, score_blocks
 from .distinct import columns, first_of_equal_embeddings
-from .encoding import Encoded, encode, evaluation_mode, weights_checksum, word_rows
-from .memory import CHUNK, MemoryPlan, plan
+from .encoding import Encoded, encode, evaluation_mode, weights_checksum
+from .memory import MemoryPlan, plan
 from .score_claim import Claim, kept_block
 from .score_file import STRIPE, ScoreFile
 
@@ -198,16 +197,9 @@ def _columns(encoded: Encoded) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 def _blocks(
     scorer: Any, encoded: Encoded, plan: MemoryPlan, order: NDArray[np.int64], done: Collection[int], progress: bool
 ) -> Iterator[tuple[int, slice, slice, NDArray[np.float32]]]:
-    """Yield every block that is not in `done`: its number, rows, columns (positions in `order`) and scores.
-
-    The images of a block are scored with all captions before the next images, so that a file is filled band by band.
-    """
+    """Yield every block that is not in `done`: its number, rows, columns (positions in `order`) and scores."""
     from tqdm import tqdm
 
-    starts = encoded.cu_seqlens.numpy().astype(np.int64)
-    edges = np.concatenate([[0], np.cumsum(encoded.lengths[order])])  # bounds of the words of the captions in `order`
-    per_word = _per_word(scorer)
-    wide = -(-plan.distinct // plan.caption_block)
     to_do = [number for number in range(plan.blocks) if number not in done]
     with (
         evaluation_mode(scorer),
@@ -215,7 +207,7 @@ def _blocks(
         workspace(plan.workspace / GIB),
         tqdm(
             total=plan.pairs,
-            initial=sum(_pairs(plan, number) for number in done),
+            initial=sum(plan.pairs_of(number) for number in done),
             desc="scores",
             unit="pair",
             unit_scale=True,
@@ -223,138 +215,9 @@ def _blocks(
         ) as bar,
     ):
         if to_do:
-            home = plan.device if plan.resident else torch.device("cpu")
-            image_state = _image_states(scorer, encoded, plan.device, home)
-            caption_state = _caption_states(scorer, encoded, order, plan.device, home)
-            words = encoded.words.to(home)
-            region_lengths = None if encoded.region_lengths is None else encoded.region_lengths.to(plan.device)
-        before: _Block | None = None  # copied to the host while the next block is computed
-        images = slice(0, 0)
-        for number in to_do:
-            start, first = number // wide * plan.image_block, number % wide * plan.caption_block
-            if images.stop <= start:
-                images = slice(start, min(start + plan.image_block, plan.images))
-                block_images = tuple(state[images].to(plan.device) for state in image_state)
-            place = slice(first, min(first + plan.caption_block, plan.distinct))
-            captions = order[place]
-            rows = slice(int(edges[place.start]), int(edges[place.stop]))
-            index = torch.from_numpy(word_rows(starts, captions)).to(home)
-            cu_seqlens = torch.from_numpy((edges[place.start : place.stop + 1] - rows.start).astype(np.int32))
-            try:
-                score = scorer.score(
-                    block_images,
-                    words[index].to(plan.device),
-                    cu_seqlens.to(plan.device),
-                    tuple(
-                        state[rows if k < per_word else place].to(plan.device) for k, state in enumerate(caption_state)
-                    ),
-                    None if region_lengths is None else region_lengths[images],
-                )
-            except KeyboardInterrupt:  # keep the block that is scored already
-                if before is not None:
-                    yield before.on_host(encoded, scorer, bar)
-                raise
-            after = _Block(number, images, place, captions, score)
-            if before is not None:
-                yield before.on_host(encoded, scorer, bar)
-            before = after
-        if before is not None:
-            yield before.on_host(encoded, scorer, bar)
-
-
-class _Block:
-    """The scores of a block, while they are copied to the host."""
-
-    def __init__(self, number: int, rows: slice, columns: slice, captions: NDArray[np.int64], score: Tensor) -> None:
-        self.number, self.rows, self.columns, self.captions = number, rows, columns, captions
-        self.event = None
-        if score.device.type == "cuda":
-            self.score = torch.empty(score.shape, dtype=torch.float32, pin_memory=True)
-            self.score.copy_(score, non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record(torch.cuda.current_stream(score.device))
-        else:
-            self.score = score.float().cpu()
-
-    def on_host(self, encoded: Encoded, scorer: Any, bar: Any) -> tuple[int, slice, slice, NDArray[np.float32]]:
-        """Wait for the copy, refuse scores that are not finite, and advance the progress bar."""
-        if self.event is not None:
-            self.event.synchronize()
-        block = self.score.numpy()
-        _require_finite(block, self.rows.start, self.captions, encoded, scorer)
-        bar.update(block.size)
-        return self.number, self.rows, self.columns, block
-
-
-def _pairs(plan: MemoryPlan, number: int) -> int:
-    row, column = divmod(number, -(-plan.distinct // plan.caption_block))
-    images = min(plan.image_block, plan.images - row * plan.image_block)
-    return images * min(plan.caption_block, plan.distinct - column * plan.caption_block)
-
-
-def _image_states(scorer: Any, encoded: Encoded, device: torch.device, home: torch.device) -> tuple[Tensor, ...]:
-    def state(start: int, stop: int) -> tuple[Tensor, ...]:
-        lengths = encoded.region_lengths
-        part = None if lengths is None else lengths[start:stop].to(device)
-        return scorer.image_state(encoded.image[start:stop].to(device), part)[1:]
-
-    return encoded.image.to(home), *_in_chunks(state, np.arange(len(encoded.image) + 1), 0, home)
-
-
-def _caption_states(
-    scorer: Any, encoded: Encoded, order: NDArray[np.int64], device: torch.device, home: torch.device
-) -> tuple[Tensor, ...]:
-    starts = encoded.cu_seqlens.numpy().astype(np.int64)
-    edges = np.concatenate([[0], np.cumsum(encoded.lengths[order])])
-
-    def state(start: int, stop: int) -> tuple[Tensor, ...]:
-        words = encoded.words[torch.from_numpy(word_rows(starts, order[start:stop]))].to(device)
-        bounds = (edges[start : stop + 1] - edges[start]).astype(np.int32)
-        return scorer.caption_state(words, torch.from_numpy(bounds).to(device))
-
-    return _in_chunks(state, edges, _per_word(scorer), home)
-
-
-def _per_word(scorer: Any) -> int:
-    return getattr(scorer, "per_word", 0)
-
-
-def _in_chunks(state: Any, edges: NDArray[np.integer], per_row: int, home: torch.device) -> tuple[Tensor, ...]:
-    """Call `state(start, stop)` for chunks of all items and concatenate the results, without holding them twice.
-
-    The first `per_row` results have edges[i + 1] - edges[i] rows for item i, one per word; the others have one row.
-    """
-    count = len(edges) - 1
-    whole: tuple[Tensor, ...] = ()
-    for start in range(0, count, CHUNK):
-        stop = min(start + CHUNK, count)
-        parts = state(start, stop)
-        rows = slice(int(edges[start]), int(edges[stop]))
-        if start == 0:
-            total = [int(edges[-1])] * per_row + [count] * (len(parts) - per_row)
-            whole = tuple(p.new_empty(n, *p.shape[1:], device=home) for p, n in zip(parts, total, strict=True))
-        for k, (tensor, part) in enumerate(zip(whole, parts, strict=True)):
-            tensor[rows if k < per_row else slice(start, stop)] = part
-    return whole
-
-
-def _require_finite(
-    block: NDArray[np.float32], first: int, captions: NDArray[np.int64], encoded: Encoded, scorer: Any
-) -> None:
-    try:
-        require_finite(block, first, captions)
-    except ValueError as error:
-        row, column = np.argwhere(~np.isfinite(block))[0]
-        caption = int(captions[column])
-        rows = slice(int(encoded.cu_seqlens[caption]), int(encoded.cu_seqlens[caption + 1]))
-        culprits = {
-            "the scorer's weights": [*scorer.parameters(), *scorer.buffers()],
-            "that image's embedding": [encoded.image[first + int(row)]],
-            "that caption's embedding": [encoded.words[rows]],
-        }
-        bad = [name for name, tensors in culprits.items() if not all(t.isfinite().all() for t in tensors)]
-        found = " and ".join(bad) or "no input"
-        raise ValueError(f"{error}. Not finite: {found}") from None
+            for number, rows, place, (block,) in score_blocks([BlockScorer(scorer, encoded, plan, order)], to_do):
+                bar.update(block.size)
+                yield number, rows, place, block
 
 
 def _settings(device: torch.device) -> dict[str, str]:

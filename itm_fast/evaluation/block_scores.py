@@ -1,0 +1,175 @@
+"""Scores of a block of images and captions; what depends on one image or one caption alone is computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from .counting import require_finite
+from .encoding import Encoded, word_rows
+from .memory import CHUNK, MemoryPlan
+
+
+class BlockScorer:
+    """A pair scorer with the states of all images and captions of an encoded split.
+
+    The caller puts the scorer into evaluation mode, without gradients, and bounds its workspace.
+
+    Args:
+        scorer, encoded: as for `score_all`.
+        plan: says where embeddings and states are kept.
+        order: int64 [distinct captions], in the order of scoring; columns are positions in it.
+    """
+
+    def __init__(self, scorer: Any, encoded: Encoded, plan: MemoryPlan, order: NDArray[np.int64]) -> None:
+        self.scorer, self.encoded, self.plan, self.order = scorer, encoded, plan, order
+        self._home = plan.device if plan.resident else torch.device("cpu")
+        self._starts = encoded.cu_seqlens.numpy().astype(np.int64)
+        self._edges = np.concatenate([[0], np.cumsum(encoded.lengths[order])])  # of the words of captions in `order`
+        self._image_state = _image_states(scorer, encoded, plan.device, self._home)
+        self._caption_state = _caption_states(scorer, encoded, order, plan.device, self._home)
+        self._words = encoded.words.to(self._home)
+        self._region_lengths = None if encoded.region_lengths is None else encoded.region_lengths.to(plan.device)
+        self._images = slice(0, 0)
+        self._block_images: tuple[Tensor, ...] = ()
+
+    def score(self, images: slice, columns: slice | NDArray[np.int64]) -> PendingScores:
+        """Score some images with the captions in these columns; the result is copied to the host meanwhile."""
+        device = self.plan.device
+        if images != self._images:
+            self._images, self._block_images = images, tuple(state[images].to(device) for state in self._image_state)
+        captions = self.order[columns]
+        place: Any = columns
+        if isinstance(columns, slice):
+            rows: Any = slice(int(self._edges[columns.start]), int(self._edges[columns.stop]))
+        else:
+            rows = torch.from_numpy(word_rows(self._edges, columns)).to(self._home)
+            place = torch.from_numpy(columns).to(self._home)
+        lengths = self._starts[captions + 1] - self._starts[captions]
+        index = torch.from_numpy(word_rows(self._starts, captions)).to(self._home)
+        per_word = _per_word(self.scorer)
+        score = self.scorer.score(
+            self._block_images,
+            self._words[index].to(device),
+            torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device),
+            tuple(state[rows if k < per_word else place].to(device) for k, state in enumerate(self._caption_state)),
+            None if self._region_lengths is None else self._region_lengths[images],
+        )
+        return PendingScores(score, images.start, captions, self)
+
+
+def score_blocks(
+    scorers: Sequence[BlockScorer], numbers: Sequence[int]
+) -> Iterator[tuple[int, slice, slice, list[NDArray[np.float32]]]]:
+    """Yield these blocks of the plan, which all scorers share: number, rows, columns, and the scores of each scorer.
+
+    The images of a block are scored with all captions before the next images, so that a file is filled band by band.
+    """
+    plan = scorers[0].plan
+    before: tuple[int, slice, slice, list[PendingScores]] | None = None  # copied while the next block is computed
+    for number in numbers:
+        rows, columns = plan.block(number)
+        try:
+            scores = [scorer.score(rows, columns) for scorer in scorers]
+        except KeyboardInterrupt:  # keep the block that is scored already
+            if before is not None:
+                yield *before[:3], [score.on_host() for score in before[3]]
+            raise
+        if before is not None:
+            yield *before[:3], [score.on_host() for score in before[3]]
+        before = number, rows, columns, scores
+    if before is not None:
+        yield *before[:3], [score.on_host() for score in before[3]]
+
+
+class PendingScores:
+    """The scores of a block, while they are copied to the host."""
+
+    def __init__(self, score: Tensor, first_image: int, captions: NDArray[np.int64], source: BlockScorer) -> None:
+        self.first_image, self.captions, self.source = first_image, captions, source
+        self.event = None
+        if score.device.type == "cuda":
+            self.score = torch.empty(score.shape, dtype=torch.float32, pin_memory=True)
+            self.score.copy_(score, non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record(torch.cuda.current_stream(score.device))
+        else:
+            self.score = score.float().cpu()
+
+    def on_host(self) -> NDArray[np.float32]:
+        """Wait for the copy and refuse scores that are not finite."""
+        if self.event is not None:
+            self.event.synchronize()
+        block = self.score.numpy()
+        _require_finite(block, self.first_image, self.captions, self.source.encoded, self.source.scorer)
+        return block
+
+
+def _image_states(scorer: Any, encoded: Encoded, device: torch.device, home: torch.device) -> tuple[Tensor, ...]:
+    def state(start: int, stop: int) -> tuple[Tensor, ...]:
+        lengths = encoded.region_lengths
+        part = None if lengths is None else lengths[start:stop].to(device)
+        return scorer.image_state(encoded.image[start:stop].to(device), part)[1:]
+
+    return encoded.image.to(home), *_in_chunks(state, np.arange(len(encoded.image) + 1), 0, home)
+
+
+def _caption_states(
+    scorer: Any, encoded: Encoded, order: NDArray[np.int64], device: torch.device, home: torch.device
+) -> tuple[Tensor, ...]:
+    starts = encoded.cu_seqlens.numpy().astype(np.int64)
+    edges = np.concatenate([[0], np.cumsum(encoded.lengths[order])])
+
+    def state(start: int, stop: int) -> tuple[Tensor, ...]:
+        words = encoded.words[torch.from_numpy(word_rows(starts, order[start:stop]))].to(device)
+        bounds = (edges[start : stop + 1] - edges[start]).astype(np.int32)
+        return scorer.caption_state(words, torch.from_numpy(bounds).to(device))
+
+    return _in_chunks(state, edges, _per_word(scorer), home)
+
+
+def _per_word(scorer: Any) -> int:
+    return getattr(scorer, "per_word", 0)
+
+
+def _in_chunks(state: Any, edges: NDArray[np.integer], per_row: int, home: torch.device) -> tuple[Tensor, ...]:
+    """Call `state(start, stop)` for chunks of all items and concatenate the results, without holding them twice.
+
+    The first `per_row` results have edges[i + 1] - edges[i] rows for item i, one per word; the others have one row.
+    """
+    count = len(edges) - 1
+    whole: tuple[Tensor, ...] = ()
+    for start in range(0, count, CHUNK):
+        stop = min(start + CHUNK, count)
+        parts = state(start, stop)
+        rows = slice(int(edges[start]), int(edges[stop]))
+        if start == 0:
+            total = [int(edges[-1])] * per_row + [count] * (len(parts) - per_row)
+            whole = tuple(p.new_empty(n, *p.shape[1:], device=home) for p, n in zip(parts, total, strict=True))
+        for k, (tensor, part) in enumerate(zip(whole, parts, strict=True)):
+            tensor[rows if k < per_row else slice(start, stop)] = part
+    return whole
+
+
+def _require_finite(
+    block: NDArray[np.float32], first: int, captions: NDArray[np.int64], encoded: Encoded, scorer: Any
+) -> None:
+    try:
+        require_finite(block, first, captions)
+    except ValueError as error:
+        row, column = np.argwhere(~np.isfinite(block))[0]
+        caption = int(captions[column])
+        rows = slice(int(encoded.cu_seqlens[caption]), int(encoded.cu_seqlens[caption + 1]))
+        culprits = {
+            "the scorer's weights": [*scorer.parameters(), *scorer.buffers()],
+            "that image's embedding": [encoded.image[first + int(row)]],
+            "that caption's embedding": [encoded.words[rows]],
+        }
+        bad = [name for name, tensors in culprits.items() if not all(t.isfinite().all() for t in tensors)]
+        found = " and ".join(bad) or "no input"
+        raise ValueError(f"{error}. Not finite: {found}") from None
