@@ -3,6 +3,7 @@
 # ruff: noqa: F401
 
 from .encoding import Encoded, encode
+from .matrix_free import Ranking, rank_all
 from .memory import MemoryPlan, plan
 from .pipeline import evaluate, memory_plan
 from .ranking import Direction, Metrics, Ranks, average, fold_metrics, metrics, ranks

@@ -201,24 +201,30 @@ def checked(score: Any, caption_to_image: Any, caller: str) -> tuple[Any, NDArra
             score = (score.float() if score.dtype == torch.bfloat16 else score).numpy()
     if not isinstance(score, torch.Tensor):
         score = np.asanyarray(score)
-    owner = np.asarray(caption_to_image)
     if score.ndim != 2 or 0 in score.shape:
         raise ValueError(f"{caller}: score must be [I, T] with at least one pair, got {list(score.shape)}")
     tensor = isinstance(score, torch.Tensor)
     if not (score.is_floating_point() if tensor else np.issubdtype(score.dtype, np.floating)):
         raise TypeError(f"{caller}: score must be floating point, got {score.dtype}")
-    if owner.shape != score.shape[1:]:
+    return score, checked_owner(caption_to_image, (score.shape[0], score.shape[1]), caller)
+
+
+def checked_owner(caption_to_image: Any, shape: tuple[int, int], caller: str) -> NDArray[np.int64]:
+    """Check which image each caption describes, for scores of shape [I, T]; return int64 [T]."""
+    owner = np.asarray(caption_to_image)
+    images, captions = shape
+    if owner.shape != (captions,):
         raise ValueError(
-            f"{caller}: caption_to_image must be [T] with T = {score.shape[1]} as in score {list(score.shape)}, "
+            f"{caller}: caption_to_image must be [T] with T = {captions} as in score {list(shape)}, "
             f"got {list(owner.shape)}; a transposed score matrix looks like this"
         )
     if not np.issubdtype(owner.dtype, np.integer):
         raise TypeError(f"{caller}: caption_to_image must hold integers, got {owner.dtype}")
-    if owner.min() < 0 or owner.max() >= len(score):
+    if owner.min() < 0 or owner.max() >= images:
         raise ValueError(
-            f"{caller}: caption_to_image must lie in 0 ... {len(score) - 1}, got {owner.min()} ... {owner.max()}"
+            f"{caller}: caption_to_image must lie in 0 ... {images - 1}, got {owner.min()} ... {owner.max()}"
         )
-    return score, owner.astype(np.int64, copy=False)
+    return owner.astype(np.int64, copy=False)
 
 
 def _row_blocks(score: NDArray[np.floating]) -> Iterator[tuple[int, NDArray[np.floating]]]:

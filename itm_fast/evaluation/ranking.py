@@ -143,14 +143,23 @@ def ranks(
     >>> ranks(score, [0, 1, 1]).i2t
     array([0, 0])
     """
+    _require_one_rank(ties)
+    return ranks_of(count(score, caption_to_image, "ranks"), ties)
+
+
+def ranks_of(found: Counts, ties: str) -> Ranks:
+    """`ranks` of counts."""
+    _require_one_rank(ties)
+    return Ranks(_ranks_of(found.i2t, ties), _ranks_of(found.t2i, ties), found.query_images)
+
+
+def _require_one_rank(ties: str) -> None:
     _known(ties, "ranks")
     if ties == "expected":
         raise ValueError(
             "ranks: over all orders of its ties a query has no single rank, and recalls of mean ranks would be wrong; "
             'use metrics(..., ties="expected"), or another rule'
         )
-    found = count(score, caption_to_image, "ranks")
-    return Ranks(_ranks_of(found.i2t, ties), _ranks_of(found.t2i, ties), found.query_images)
 
 
 def metrics(
@@ -181,7 +190,7 @@ def metrics(
     (100.0, 1.0, 600.0, (5.0, 25.0, 50.0))
     """
     _known(ties, "metrics")
-    return _metrics(count(score, caption_to_image, "metrics"), ties)
+    return metrics_of(count(score, caption_to_image, "metrics"), ties)
 
 
 def fold_metrics(
@@ -213,24 +222,33 @@ def fold_metrics(
     """
     _known(ties, "fold_metrics")
     score, owner = checked(score, caption_to_image, "fold_metrics")
-    images = len(score)
+    parts = []
+    for images in fold_images(owner, len(score), folds, "fold_metrics"):
+        mine = np.flatnonzero((owner >= images.start) & (owner < images.stop))
+        rows = score[images]
+        together = mine[-1] - mine[0] + 1 == len(mine)
+        part = rows[:, mine[0] : mine[-1] + 1] if together else rows[:, mine.tolist()]
+        parts.append(metrics(part, owner[mine] - images.start, ties=ties))
+    return parts
+
+
+def fold_images(owner: NDArray[np.int64], images: int, folds: int, caller: str) -> list[slice]:
+    """The images of each fold; the errors are those of `fold_metrics`.
+
+    >>> fold_images(np.array([0, 3]), 4, 2, "example")
+    [slice(0, 2, None), slice(2, 4, None)]
+    """
     if folds < 1 or images % folds:
         raise ValueError(
-            f"fold_metrics: {images} images do not divide into {folds} equal folds; recalls of unequal pools "
+            f"{caller}: {images} images do not divide into {folds} equal folds; recalls of unequal pools "
             "cannot be averaged. Choose a divisor, or evaluate the whole pool"
         )
     size = images // folds
-    parts = []
-    for fold in range(folds):
-        first = fold * size
-        mine = np.flatnonzero((owner >= first) & (owner < first + size))
-        if not len(mine):
-            raise ValueError(f"fold_metrics: no caption describes an image of fold {fold} ({first}:{first + size})")
-        rows = score[first : first + size]
-        together = mine[-1] - mine[0] + 1 == len(mine)
-        part = rows[:, mine[0] : mine[-1] + 1] if together else rows[:, mine.tolist()]
-        parts.append(metrics(part, owner[mine] - first, ties=ties))
-    return parts
+    empty = np.flatnonzero(np.bincount(owner // size, minlength=folds) == 0)
+    if len(empty):
+        fold = int(empty[0])
+        raise ValueError(f"{caller}: no caption describes an image of fold {fold} ({fold * size}:{(fold + 1) * size})")
+    return [slice(first, first + size) for first in range(0, images, size)]
 
 
 def average(parts: Sequence[Metrics]) -> Metrics:
@@ -307,8 +325,9 @@ def _known(ties: str, caller: str) -> None:
         raise ValueError(f"{caller}: ties must be one of {', '.join(TIES)}, got {ties!r}")
 
 
-def _metrics(found: Counts, ties: str) -> Metrics:
-    """Metrics under one rule, with those under the other rules in `others`."""
+def metrics_of(found: Counts, ties: str) -> Metrics:
+    """Metrics of counts under one rule, with those under the other rules in `others`."""
+    _known(ties, "metrics")
     chances = [
         tuple(_chance(side.right_total, pool, k) for k in (1, 5, 10))
         for side, pool in ((found.i2t, found.captions), (found.t2i, found.images))

@@ -90,8 +90,16 @@ def plan_for(
     Raises:
         ValueError: as `score_all`.
     """
+    block = kept_block(out, (len(encoded.image), len(encoded.lengths))) if out else None
+    return plan_encoded(scorer, encoded, memory_gb, 0 if out else 1, block)
+
+
+def plan_encoded(
+    scorer: Any, encoded: Encoded, memory_gb: float | None, matrices: int, block: tuple[int, int] | None = None
+) -> MemoryPlan:
+    """`plan` of an encoded split."""
     images, regions, dim = encoded.image.shape
-    order, _ = _columns(encoded)
+    order, _ = columns_of(encoded)
     return plan(
         scorer,
         images=images,
@@ -101,9 +109,9 @@ def plan_for(
         distinct=encoded.lengths[order],
         memory_gb=memory_gb,
         dtype=encoded.image.dtype,
-        matrices=0 if out else 1,
+        matrices=matrices,
         encoded=True,
-        block=kept_block(out, (images, len(encoded.lengths))) if out else None,
+        block=block,
         device=encoded.device,
     )
 
@@ -152,14 +160,12 @@ def score_all(
     >>> score_all(CrossAttentionScore(), encoded, progress=False).shape
     (2, 2)
     """
-    if encoded.first_of_equals is None:
-        equal = first_of_equal_embeddings(encoded.words, encoded.cu_seqlens)
-        encoded = dataclasses.replace(encoded, first_of_equals=equal)
+    encoded = with_equal_captions(encoded)
     if out is not None:
         with Claim(out, resume) as claim:
             return score_into(claim, scorer, encoded, memory_gb=memory_gb, progress=progress)
     plan = plan_for(scorer, encoded, memory_gb=memory_gb)
-    order, column = _columns(encoded)
+    order, column = columns_of(encoded)
     scores = np.empty((plan.images, plan.captions), np.float32)
     for _, rows, place, block in _blocks(scorer, encoded, plan, order, frozenset(), progress):
         scores[rows, place] = block
@@ -174,7 +180,7 @@ def score_into(
 ) -> NDArray[np.float32]:
     """As `score_all`, into the score file of a `Claim`; other arguments, result and errors as there."""
     plan = plan_for(scorer, encoded, memory_gb=memory_gb, out=claim.path)
-    order, column = _columns(encoded)
+    order, column = columns_of(encoded)
     identity = {**encoded.identity(), "scorer": weights_checksum(scorer), **_settings(plan.device)}
     block = (plan.image_block, plan.caption_block)
     with ScoreFile(claim, (plan.images, plan.captions), column, block, identity) as file:
@@ -186,11 +192,18 @@ def score_into(
     return np.load(claim.path, mmap_mode="r", allow_pickle=False)
 
 
-def _columns(encoded: Encoded) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+def with_equal_captions(encoded: Encoded) -> Encoded:
+    """The same with `first_of_equals`, found by comparing embeddings if it is None."""
+    if encoded.first_of_equals is not None:
+        return encoded
+    equal = first_of_equal_embeddings(encoded.words, encoded.cu_seqlens)
+    return dataclasses.replace(encoded, first_of_equals=equal)
+
+
+def columns_of(encoded: Encoded) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """The distinct captions in the order of scoring, and the column of each caption's score; see `columns`."""
-    first = encoded.first_of_equals
-    if first is None:
-        first = first_of_equal_embeddings(encoded.words, encoded.cu_seqlens)
+    first = with_equal_captions(encoded).first_of_equals
+    assert first is not None
     return columns(first, encoded.lengths)
 
 
