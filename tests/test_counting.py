@@ -188,10 +188,14 @@ def test_right_pairs_have_one_score_in_all_blocks(monkeypatch):
     """Scores of the same pair that differ by up to 1e-3, where different pairs differ by 0.1 or are equal."""
     monkeypatch.setitem(memory._BLOCK, "cpu", (3, 4))
 
+    returned = []
+
     class NoisyLevels(Levels):
         def score(self, *given):
             found = super().score(*given)
-            return found + 1e-3 * torch.rand(found.shape)
+            found += 1e-3 * torch.rand(found.shape)
+            returned.append((found, found.clone()))
+            return found
 
     edges = torch.arange(12, dtype=torch.int32)
     encoded = Encoded(torch.eye(11)[:, None], None, torch.eye(11), edges, np.arange(11))
@@ -199,6 +203,30 @@ def test_right_pairs_have_one_score_in_all_blocks(monkeypatch):
     for ties in ("pessimistic", "optimistic"):
         assert not found.ranks(ties).i2t.any()
         assert not found.ranks(ties).t2i.any()
+    for scores, copy in returned:
+        assert torch.equal(scores, copy)  # they are the scorer's
+
+
+def test_the_mean_is_rounded_as_in_the_report():
+    """Of two neighbouring numbers, a third of each is the same in float32."""
+    lower = np.float32(1.6)
+    while np.nextafter(lower, np.float32(2)) / np.float32(3) > lower / np.float32(3):
+        lower = np.nextafter(lower, np.float32(2))
+    words = torch.tensor([[float(lower), float(np.nextafter(lower, np.float32(2)))]])
+    encoded = Encoded(torch.eye(2)[:, None], None, words, torch.tensor([0, 1], dtype=torch.int32), np.array([0]))
+    found = rank_all([Levels(), Levels(0.0), Levels(0.0)], [encoded] * 3, progress=False)
+    counts = [(one.counts.t2i.above.item(), one.counts.t2i.tied.item()) for one in found]
+    assert counts == [(1, 0), (0, 1), (0, 1), (0, 1)]
+
+
+def test_the_first_plan_decides_the_blocks_of_all_scorers(monkeypatch):
+    sizes = iter([(3, 4), (2, 7)])
+    encoded = random_encoded(7, 23)
+    expected = rank_all([Scorer(), Scorer()], [encoded, encoded], progress=False)
+    monkeypatch.setattr(memory, "_blocks", lambda *_: next(sizes))
+    found = rank_all([Scorer(), Scorer()], [encoded, encoded], progress=False)
+    assert next(sizes) == (2, 7)
+    require_equal(found[-1].counts, expected[-1].counts)
 
 
 @pytest.mark.parametrize("resident", [True, False])
@@ -286,7 +314,7 @@ def test_scorers_without_an_encoded_split_and_folds_that_do_not_fit_are_refused(
 
 _PEAK = """
 import json, numpy as np, torch
-from itm_fast.evaluation import Encoded, rank_all
+from itm_fast.evaluation import Encoded, plan_for, rank_all
 from itm_fast.nn import PairScorer
 
 class FirstWord(PairScorer):
@@ -303,7 +331,9 @@ torch.set_num_threads(1)
 I, T = 5000, 12500
 encoded = Encoded(torch.randn(I, 1, 8), None, torch.randn(T, 8), torch.arange(T + 1).int(), np.arange(T) % I)
 scorer = FirstWord()
-rank_all(scorer, encoded, folds=5, progress=False)
+with_matrix = plan_for(scorer, encoded, memory_gb=64)
+least = with_matrix.total - with_matrix.workspace - I * T * 4
+rank_all(scorer, encoded, folds=5, memory_gb=least / 1e9 + 0.1, progress=False)
 print(json.dumps(scorer.peak - scorer.least))
 """
 
