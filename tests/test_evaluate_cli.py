@@ -93,6 +93,7 @@ def test_every_option_reaches_the_evaluation(made, tmp_path, monkeypatch):
             "scores": f"{tmp_path}/s.npy",
             "resume": True,
             "progress": False,
+            "keep_scores": True,  # for --trec
         }
     ]
     ((folder, score, owner), named) = trec[0]

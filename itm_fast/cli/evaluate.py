@@ -190,6 +190,7 @@ def _output(args: argparse.Namespace) -> contextlib.AbstractContextManager:
 def _evaluate(args: argparse.Namespace) -> int:
     from ..data import caption_batches, open_split
     from ..evaluation import evaluate, memory_plan, write_trec
+    from ..evaluation.pipeline import needs_matrix
     from ..evaluation.report import speed_line
     from ..evaluation.unknown_words import unknown_words, unknown_words_line
     from ..models._building import rebuild
@@ -213,8 +214,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.dry_run:
         captions = list(caption_batches(split.captions, vocab, args.batch_size))
         for name, model in zip(names, models, strict=True):
-            in_file = args.scores is not None
-            print(f"{name}: {memory_plan(model, split, captions, len(models), args.memory_gb, in_file)}")
+            matrix = args.trec is not None or needs_matrix(len(models), split, device)
+            no_matrix = args.scores is not None or not matrix
+            print(f"{name}: {memory_plan(model, split, captions, len(models), args.memory_gb, no_matrix)}")
         if args.scores:
             print(_room(args.scores, len(models), len(split.features), len(split.captions)))
         if words := unknown_words_line(unknown_words(captions, vocab)):
@@ -232,6 +234,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         scores=args.scores,
         resume=args.resume,
         progress=not args.no_progress,
+        keep_scores=args.trec is not None,
     )
     report.settings.update(
         checkpoints=[os.path.abspath(found.path) for found in loaded],
@@ -251,7 +254,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         print(report.relevance_missing)
     if args.output:
         written = report.save(args.output)
-        if args.trec is not None:
+        if report.score is not None:
             written += write_trec(
                 args.output,
                 report.score,

@@ -1,6 +1,6 @@
 """Ranks and metrics without the score matrix: each block of scores is counted and forgotten.
 
-The right pairs are scored first: a block of 32 images with their own captions at a time, 32 / I of all the work. Then
+The right pairs are scored first: a block of 16 images with their own captions at a time, 16 / I of all the work. Then
 every block of `score_all` is scored once and compared with them; see `counting` for what is counted. A backend may
 give a pair other last bits in another block, so a right pair has everywhere the score of the first pass: a query's own
 right item is never above it or tied with it by rounding.
@@ -25,7 +25,7 @@ from .encoding import Encoded, evaluation_mode
 from .ranking import Metrics, Ranks, fold_images, metrics_of, ranks_of
 from .scoring import columns_of, plan_encoded, with_equal_captions
 
-_GROUP = 32  # images that are scored together with their own captions, in the first pass
+_GROUP = 16  # images that are scored together with their own captions, in the first pass
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,8 +65,10 @@ def rank_all(
 
     The ranks are those of the matrix that `score_all` returns if the backend gives a pair the same bits in every block,
     as `cpu` does. With another backend, such as `torch`, a right pair may differ from the matrix in its last bits,
-    which matters only to wrong items that are as close. Several scorers are ranked one by one and by the mean of their
-    scores, in float32 as in `evaluate`; their encoded splits and states are then in memory together.
+    which matters to wrong items that are as close, such as an image that is in the split twice.
+
+    Several scorers are ranked one by one and by the mean of their scores, in float32 as in `evaluate`; their encoded
+    splits and states are then in memory together.
 
     Args:
         scorers: a pair scorer as for `score_all`, or a sequence of them.

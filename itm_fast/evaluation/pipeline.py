@@ -18,13 +18,14 @@ import torch
 from numpy.typing import NDArray
 
 from .. import __version__
-from .._backends import recorded, requested
+from .._backends import recorded, requested, why_not
 from .._checks import matmul_precision
 from .._files import FULL
 from .distinct import columns, first_of_equals
 from .encoding import device_of, embed, encode, evaluation_mode, packed_ids, require_vocabulary
+from .matrix_free import rank_all
 from .memory import GB, MemoryPlan, plan
-from .ranking import average, fold_metrics, metrics
+from .ranking import Metrics, average, fold_metrics, metrics
 from .relevance import relevance_by_ties, ties_of_relevance, why_no_relevance
 from .report import Pool, Report, System, backend_names
 from .score_claim import Claim, check_room, score_path
@@ -50,6 +51,7 @@ def evaluate(
     scores: str | os.PathLike[str] | None = None,
     resume: bool = False,
     progress: bool = True,
+    keep_scores: bool = True,
 ) -> Report:
     """Encode, score, rank and report. Several models are reported one by one and as the mean of their score matrices.
 
@@ -68,6 +70,8 @@ def evaluate(
             file (`x-1.npy`, `x-2.npy`, ...), and `x.npy` is their mean.
         resume: continue interrupted score files and reuse finished ones.
         progress: show bars on standard error.
+        keep_scores: whether the report holds the score matrix. If not, and `needs_matrix` does not say so, the model is
+            ranked by `rank_all`, without a matrix in memory.
 
     Returns:
         `Report`.
@@ -98,7 +102,9 @@ def evaluate(
             claims = [stack.enter_context(Claim(file, resume)) for file in files]
             check_room(files, (count, len(split.captions)))
             stack.enter_context(_naming_kept_files(claims))
-        return _evaluate(models, split, vocab, names, folds, ties, batch_size, memory_gb, claims, resume, progress)
+        return _evaluate(
+            models, split, vocab, names, folds, ties, batch_size, memory_gb, claims, resume, progress, keep_scores
+        )
 
 
 def _evaluate(
@@ -113,48 +119,55 @@ def _evaluate(
     claims: list[Claim],
     resume: bool,
     progress: bool,
+    keep_scores: bool,
 ) -> Report:
     from ..data import caption_batches
 
     captions = list(caption_batches(split.captions, vocab, batch_size))
     unknown = unknown_words(captions, vocab)
-    plans = [memory_plan(model, split, captions, len(models), memory_gb, bool(claims)) for model in models]
+    matrix = keep_scores or needs_matrix(len(models), split, device_of(models[0].img_enc))
+    no_memory = bool(claims) or not matrix
+    plans = [memory_plan(model, split, captions, len(models), memory_gb, no_memory) for model in models]
     missing = why_no_relevance(split.image_ids, split.caption_ids)
     relevance_ties = ties_of_relevance(ties)
 
+    def pools(whole: Metrics, parts: list[Metrics]) -> tuple[Pool, ...]:
+        return (Pool(average(parts), tuple(parts)), Pool(whole)) if parts else (Pool(whole),)
+
     def system(name: str, score: NDArray[np.float32]) -> System:
-        found = [Pool(metrics(score, split.caption_to_image, ties=ties))]
-        if folds is not None:
-            parts = fold_metrics(score, split.caption_to_image, folds, ties=ties)
-            found.insert(0, Pool(average(parts), tuple(parts)))
+        parts = [] if folds is None else fold_metrics(score, split.caption_to_image, folds, ties=ties)
+        found = pools(metrics(score, split.caption_to_image, ties=ties), parts)
         assert split.image_ids is not None or missing
         if missing:
-            return System(name, tuple(found))
+            return System(name, found)
         by_ties = relevance_by_ties(score, split.image_ids, split.caption_ids)  # type: ignore
-        return System(name, tuple(found), by_ties[relevance_ties], relevance_by_ties=by_ties)
+        return System(name, found, by_ties[relevance_ties], relevance_by_ties=by_ties)
 
     systems: list[System] = []
     total: NDArray[np.float32] | None = None
     for number, (name, model) in enumerate(zip(names, models, strict=True)):
         encoded = encode(model, split, vocab, batch_size=batch_size, progress=progress, captions=captions)
         start = time.perf_counter()
+        score: NDArray[np.float32] | None = None
         with recorded() as ran:
             if claims:
                 score = score_into(claims[number], model.scorer, encoded, memory_gb=memory_gb, progress=progress)
-            else:
+            elif matrix:
                 score = score_all(model.scorer, encoded, memory_gb=memory_gb, progress=progress)
+            else:
+                (ranked,) = rank_all(model.scorer, encoded, folds=folds, memory_gb=memory_gb, progress=progress)
         seconds = {"encode": encoded.seconds, "score": time.perf_counter() - start}
         del encoded
-        found = system(name, score)
+        if score is None:
+            found = System(name, pools(ranked.metrics(ties=ties), ranked.fold_metrics(ties=ties)))
+        else:
+            found = system(name, score)
+            total = score if claims or total is None else np.add(total, score, out=total)
         speed = None if resume else plans[number].pairs / seconds["score"]
         systems.append(replace(found, seconds=seconds, pairs_per_second=speed, backends=ran))
-        if not claims and total is not None:
-            total += score
-        else:
-            total = score
         del score
-    assert total is not None
     if len(models) > 1:
+        assert total is not None
         if claims:
             total = _mean_file(claims[-1], claims[:-1])
         else:
@@ -165,7 +178,23 @@ def _evaluate(
     settings["backend"] = backend_names(systems) or (None if resume else "torch")  # a dual encoder runs no itm-fast op
     if not missing:
         settings["relevance_ties"] = relevance_ties
-    return Report(tuple(systems), settings, missing, total)
+    return Report(tuple(systems), settings, missing, total if keep_scores else None)
+
+
+def needs_matrix(models: int, split: Split, device: torch.device) -> bool:
+    """Whether an evaluation that keeps no scores needs a score matrix all the same.
+
+    CxC and ECCV metrics are computed from it. Several models are encoded and scored one after another and their
+    matrices added up, as their encoded splits together would often need more memory. And only the `cpu` backend gives
+    a pair the same bits in every block, without which `rank_all` may order equal images differently from the matrix.
+
+    >>> from itm_fast.data import Split
+    >>> split = Split(np.zeros((1, 2, 3), np.float32), ["a cat"], np.array([0]))
+    >>> needs_matrix(2, split, torch.device("cpu"))
+    True
+    """
+    same_bits = requested() in ("auto", "cpu") and why_not("cpu", device) is None
+    return not same_bits or models > 1 or why_no_relevance(split.image_ids, split.caption_ids) is None
 
 
 def memory_plan(
@@ -184,7 +213,7 @@ def memory_plan(
         captions: `list(caption_batches(split.captions, vocab, batch_size))`.
         models: how many models are averaged.
         memory_gb: as for `score_all`.
-        in_file: whether the scores go to a file.
+        in_file: whether there is no matrix in memory: scores go to a file, or are ranked without it.
 
     Raises:
         ValueError: as `plan`, and when the features do not fit the model.

@@ -83,13 +83,13 @@ class Report:
         systems: one per model and, with several models, the ensemble last.
         settings: versions, device, backend and the other conditions of the run, as plain values.
         relevance_missing: why there are no CxC and ECCV metrics; None if there are.
-        score: [I, T] scores of the last system.
+        score: [I, T] scores of the last system; None if `evaluate` was not to keep them.
     """
 
     systems: tuple[System, ...]
     settings: dict[str, Any]
     relevance_missing: str | None
-    score: NDArray[np.float32] = field(repr=False)
+    score: NDArray[np.float32] | None = field(repr=False)
 
     def __str__(self) -> str:
         parts = [self._recalls(number) for number in range(len(self.systems[0].pools))]
