@@ -7,7 +7,8 @@ Masked rows are not loaded. The memory that a kernel reads follows from the orde
 all captions with some groups of images, so the captions' rows are read once for each walk; the launches of the pair
 scorers read the rows of their window of captions once. What `weights` and `global_nodes` write for a launch is small
 enough to be in L2 when the head's kernel reads it. Torch prepares rows, lengths and factors, once for each image or
-caption: that is counted as if each were one pass.
+caption: that is counted as if each were one pass, and for a `workspace` that holds all of it; with less, blocks of
+images and captions are prepared and scored one after another.
 """
 
 from __future__ import annotations

@@ -33,8 +33,8 @@ def use_backend(name: str) -> Iterator[None]:
     """Make every op called inside the `with`, and its backward pass at any later time, use one backend.
 
     When "triton", "cuda" or "cpu" is chosen, an op that has no such kernels chooses as for "auto":
-    `hardest_negative_loss` runs in torch, and the ops of a pair scorer's training beside "cuda" in triton. A function
-    compiled by torch.compile keeps the backend that it was compiled with.
+    `hardest_negative_loss` runs in torch; with "cuda", the ops that train SAF run in triton, or in torch where triton
+    cannot. A function compiled by torch.compile keeps the backend that it was compiled with.
 
     Args:
         name: "auto" or one of `NAMES`.

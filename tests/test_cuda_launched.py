@@ -5,6 +5,7 @@ import contextlib
 import weakref
 from functools import partial
 from importlib import import_module
+from unittest.mock import Mock
 
 import cuda_stub
 import pytest
@@ -16,6 +17,7 @@ import itm_fast
 from itm_fast import _backends
 from itm_fast.ops import _examples as examples
 from itm_fast.ops import _first_use
+from itm_fast.ops._cuda import _blocks
 from itm_fast.ops._declare import DECLARED
 
 __all__ = ["emulated"]
@@ -135,12 +137,16 @@ def test_autocast_chooses_the_kernels_dtype(op, gpu):
     assert torch.equal(result, call(op, torch.bfloat16, "cuda"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+RAGGED = {"region_lengths": torch.tensor([36, 1, 20, 36, 7, 36, 36, 2, 36, 30, 36, 11], dtype=torch.int32)}
+
+
+@pytest.mark.parametrize("dtype,strided", [(torch.float32, False), (torch.bfloat16, False), (torch.bfloat16, True)])
+@pytest.mark.parametrize("ragged", [False, True])
 @pytest.mark.parametrize("op,options", [*((op, {}) for op in OPS), ("cross_attention_score", {"direction": "i2t"})])
-def test_scratch_is_bounded(op, options, dtype, gpu, monkeypatch):
+def test_scratch_is_bounded(op, options, ragged, dtype, strided, gpu, monkeypatch):
     module = import_module(f"itm_fast.ops._cuda.{DECLARED[op].stem}")
     name = op if hasattr(module, op) else "forward"
-    forward, watched = getattr(module, name), []
+    forward, watched, part = getattr(module, name), [], Mock(wraps=_blocks.part)
 
     def watch(*args):
         with contextlib.nullcontext() if watched else Memory() as memory:
@@ -149,13 +155,23 @@ def test_scratch_is_bounded(op, options, dtype, gpu, monkeypatch):
 
     given = examples.example(op, examples.Size(12, (9, 14, 3) * 4, 36, 256, 64, 2))
     given = [a.to(dtype) if a.is_floating_point() else a for a in given]
-    run = partial(getattr(itm_fast, op), *given, backend="cuda", **options)
+    run = partial(getattr(itm_fast, op), backend="cuda", **options, **(RAGGED if ragged else {}))
     with torch.no_grad():
-        whole = run()
+        whole = run(*given)
+        if strided:  # rows that have to be copied
+            given[:3] = [a.repeat_interleave(2, -1)[..., ::2] if a.is_floating_point() else a for a in given[:3]]
         monkeypatch.setattr(module, name, watch)
-        with itm_fast.workspace(2**-10):
-            assert torch.equal(run(), whole)
-    assert watched[0].peak <= 2**20
-    if dtype == torch.float32:  # whose copies are as large as the inputs
-        assert len(watched) > 1 or name != "forward"
-        assert watched[0].peak > 2**19
+        monkeypatch.setattr(_blocks, "part", part)
+        bound = 2**20 if dtype == torch.float32 else 2**19
+        with itm_fast.workspace(bound / 2**30):
+            assert torch.equal(run(*given), whole)
+    copied = dtype == torch.float32 or strided  # as much as the inputs have
+    assert bool(part.call_count) == copied
+    assert bound / 3 * copied < watched[0].peak <= bound
+
+
+def test_a_count_out_of_range_names_its_image(gpu):
+    given = [a.float() if a.is_floating_point() else a for a in examples.example("cross_attention_score", SIZE)]
+    wrong = torch.tensor([36, 36, 99], dtype=torch.int32)
+    with itm_fast.workspace(2**-14), pytest.raises(ValueError, match="got 99 for image 2"):
+        itm_fast.cross_attention_score(*given, region_lengths=wrong, backend="cuda")

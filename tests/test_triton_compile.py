@@ -1,4 +1,4 @@
-"""Every kernel compiles ahead of time for every architecture, within its registers and shared memory.
+"""Every kernel compiles ahead of time for GPUs that are not here, within its registers and shared memory.
 
 Of all ways to compile a file's kernels a few that have everything between them, for sm_90 and one more architecture.
 `python tests/triton_compile.py` compiles all for all.

@@ -295,6 +295,8 @@ def _plan_workload(args: argparse.Namespace) -> int:
             device=device,
         )
         print(f"{args.workload}, {name}: {found}")
+    if not args.scores and len(loaded) < 2:
+        print("One checkpoint on the cpu backend, without CxC, ECCV and --trec, is ranked without the matrix.")
     if args.scores:
         print(_room(args.scores, len(loaded) or 1, size.images, len(size.lengths)))
     return 0

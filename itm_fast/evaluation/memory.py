@@ -142,7 +142,8 @@ def plan(
         memory_gb: the budget in GB; None takes 70 % of the memory now available to the process on the CPU (beyond
             what it already holds), 80 % of a CUDA device's.
         dtype: of the embeddings.
-        matrices: how many float32 [I, T] matrices will be allocated; 0 if the scores go to a file.
+        matrices: how many float32 [I, T] matrices will be allocated; 0 if the scores go to a file or
+            are ranked without a matrix.
         encoded: whether the process already holds the encoded split.
         block: (images, captions) of a block, if an interrupted run has fixed it.
         device: where the scores are computed; None: the device of the scorer's parameters.

@@ -70,8 +70,9 @@ def evaluate(
             file (`x-1.npy`, `x-2.npy`, ...), and `x.npy` is their mean.
         resume: continue interrupted score files and reuse finished ones.
         progress: show bars on standard error.
-        keep_scores: whether the report holds the score matrix. If not, and `needs_matrix` does not say so, the model is
-            ranked by `rank_all`, without a matrix in memory.
+        keep_scores: whether the report holds the score matrix. If not, one model without CxC and ECCV metrics is ranked
+            on the `cpu` backend by `rank_all`, without a matrix in memory. Scorers of one's own must then give a pair
+            the same bits in every block.
 
     Returns:
         `Report`.
@@ -185,8 +186,9 @@ def needs_matrix(models: int, split: Split, device: torch.device) -> bool:
     """Whether an evaluation that keeps no scores needs a score matrix all the same.
 
     CxC and ECCV metrics are computed from it. Several models are encoded and scored one after another and their
-    matrices added up, as their encoded splits together would often need more memory. And only the `cpu` backend gives
-    a pair the same bits in every block, without which `rank_all` may order equal images differently from the matrix.
+    matrices added up, as their encoded splits together would often need more memory. And without the same bits for a
+    pair in every block, `rank_all` may order equal images differently from the matrix: `torch` does not give them, on a
+    GPU it was not measured for whole models, and `cpu` gives them outside autocast.
 
     >>> from itm_fast.data import Split
     >>> split = Split(np.zeros((1, 2, 3), np.float32), ["a cat"], np.array([0]))
@@ -194,6 +196,7 @@ def needs_matrix(models: int, split: Split, device: torch.device) -> bool:
     True
     """
     same_bits = requested() in ("auto", "cpu") and why_not("cpu", device) is None
+    same_bits = same_bits and not torch.is_autocast_enabled("cpu")
     return not same_bits or models > 1 or why_no_relevance(split.image_ids, split.caption_ids) is None
 
 

@@ -58,7 +58,7 @@ class System:
         name: row title.
         pools: folds first, when there are any, then the whole pool.
         relevance: CxC and ECCV Caption metrics in percent, `{metric: {"i2t": ..., "t2i": ...}}`, or None.
-        seconds: time spent, by part ("encode", "score").
+        seconds: time spent, by part ("encode", "score"); ranking counts as part of "score" where no matrix is made.
         pairs_per_second: pairs scored per second, identical captions counted once; None for an ensemble and for a
             resumed run.
         backends: op -> backend that ran it; empty if no itm-fast op ran: for an ensemble, for a dual encoder, and for

@@ -22,7 +22,7 @@ from .. import _attention
 from .._attention import TENSOR_FLOAT32
 from . import _blocks, _rows
 from ._tiles import Pairs, Plan, Tile, _plan, shared_limit, tile_of
-from .cross_attention_score import NORMS, Attention, Grams, aligned
+from .cross_attention_score import NORMS, Attention, Grams, aligned, copied_bytes
 
 KINDS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F16X3"}
 THREADS = 256
@@ -259,7 +259,8 @@ def scores(
     assert fit is not None
     tile, pitch, itemsize = fit.tile, pitch_of(fit.tile), 2 * kind.halves
     rows = _rows.split_bytes(D, kind.halves == 2) if kind.scaled else 0
-    needed = (R + 1) * rows + 4 * pitch * (pitch + 1), 2 * rows  # a caption of one word has two rows
+    image_bytes = (R + 1) * rows + 4 * pitch * (pitch + 1) + R * copied_bytes(image)
+    needed = image_bytes, 2 * rows + copied_bytes(words)  # a caption of one word has two rows
     cut = _blocks.blocks(I, edge, *needed, 0, _blocks.room(device) - 2 * S * rows)
     if len(cut) > 1:
         weights = local_weight, local_bias, global_weight, global_bias

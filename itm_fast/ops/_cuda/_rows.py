@@ -181,7 +181,8 @@ def _caption_runs(edge: Sequence[int], device: torch.device, most: int) -> Capti
 
 def caption_factors(words: Tensor, cu_seqlens: Tensor, edge: Sequence[int]) -> Factors:
     """The factors of captions, packed words [N, D] with bounds `edge`, those of cu_seqlens."""
-    most = max(1, room(words.device) // (32 * words.shape[1]))
+    longest = max(b - a for a, b in zip(edge, edge[1:]))
+    most = max(1, room(words.device) // (32 * words.shape[1] + 32 * longest))
     plan = kept(cu_seqlens, ("factors", most), lambda values: _caption_runs(edge, values.device, most))
     size = near(lengths(words))
     factor = words.new_empty(4 * plan.total, dtype=torch.float32)

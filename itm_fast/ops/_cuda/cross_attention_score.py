@@ -91,6 +91,11 @@ def aligned(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
+def copied_bytes(rows: Tensor) -> int:
+    """Bytes of a row [..., D] in the copy that `aligned` makes, 0 if it makes none."""
+    return 0 if rows.is_contiguous() and rows.data_ptr() % 16 == 0 else rows.shape[-1] * rows.itemsize
+
+
 def forward(
     image: Tensor,
     words: Tensor,
@@ -118,11 +123,14 @@ def forward(
         raise NotImplementedError(f"{OP}: {problem}")
     tile = tile_of(R, capability)
     columns = -(-tile.columns // 8) * 8
+    if region_lengths is not None:
+        region_counts(region_lengths, image, OP)
     rows = _rows.split_bytes(D, matmul_precision() == "highest") if image.dtype == torch.float32 else 0
     # Scratch of an image, a word and a pair: rows, factors or the rows' lengths by direction, and scores.
     image_bytes, word_bytes = R * rows + 4 * columns * (columns + 1), rows + 4
     if direction == "i2t":
         image_bytes, word_bytes = R * (rows + 4), rows + 4 * (longest + 4)
+    image_bytes, word_bytes = image_bytes + R * copied_bytes(image), word_bytes + copied_bytes(words)
     pair_bytes = 0 if score.dtype == torch.float32 else 4
     cut = _blocks.blocks(I, edge, image_bytes, word_bytes, pair_bytes, _blocks.room(device))
     if len(cut) > 1:
@@ -136,7 +144,6 @@ def forward(
     plan = _tiles.plan_tiles(cu_seqlens, len(words), OP, tile.slots)
     count = None
     if region_lengths is not None:
-        region_counts(region_lengths, image, OP)
         count = aligned(checked(region_lengths).to(torch.int32))
     image, words = aligned(image), aligned(words)
     regions = image.view(I * R, D)
