@@ -26,8 +26,8 @@ from benchmarks import gpu_suite, machine, tune  # noqa: E402
 @pytest.mark.slow
 def test_the_suite_runs_end_to_end(tmp_path):
     out = tmp_path / "gpu.json"
-    systems = ["evaluate-systems", "systems-against-loop"]
-    steps = ["machine", "tests", "evaluate-scan", "evaluate-sgraf", "against-loop", "train", *systems, "maxsim"]
+    steps = ["machine", "tests", "evaluate-scan", "evaluate-sgraf", "against-loop", "train"]
+    steps += ["evaluate-systems", "maxsim"]
     command = [sys.executable, "benchmarks/gpu_suite.py", "--out", str(out), "--smoke", "--only", *steps]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -54,7 +54,6 @@ def test_the_suite_runs_end_to_end(tmp_path):
     assert results["train"]["sgr tf32 paper's loop"]["seconds"] > 0
     for model in ("shan", "shan-vector", "hgan", "tshsr"):
         assert results["evaluate-systems"][f"{model} tf32 torch"]["pairs_per_second"] > 0
-        assert results["systems-against-loop"][f"{model} tf32"]["paper's loop"]["times_slower_than_ours"] > 0
     assert "flash_maxsim" in results["maxsim"]["maxsim-d128"]["rows"]["flash-maxsim"]["error"]
 
 
