@@ -7,7 +7,6 @@ capability. What the cache folder has of them is only read.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import os
 import pkgutil
@@ -15,6 +14,8 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
+
+import ahead_of_time
 
 from itm_fast import ops
 from itm_fast._cuda import Kernel, cubins, nvrtc
@@ -40,15 +41,11 @@ def kernels(module: ModuleType, architecture: int) -> list[Kernel]:
 
 def covering(kernels: list[Kernel]) -> list[Kernel]:
     """A few of the kernels, among which every template argument of every kernel occurs."""
-    parts = {}
+    parts = []
     for kernel in kernels:
         name, _, arguments = kernel.name.partition("<")
-        parts[kernel] = {(name, place, argument) for place, argument in enumerate(arguments.split(","))}
-    chosen, missing = [], set().union(*parts.values())
-    while missing:
-        chosen.append(max(kernels, key=lambda kernel: len(parts[kernel] & missing)))
-        missing -= parts[chosen[-1]]
-    return chosen
+        parts.append({(name, place, argument) for place, argument in enumerate(arguments.split(","))})
+    return [kernels[at] for at in ahead_of_time.cover(parts)]
 
 
 def problems(kernel: Kernel, architecture: int) -> Iterator[str]:
@@ -70,14 +67,9 @@ def problems(kernel: Kernel, architecture: int) -> Iterator[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arch", nargs="*", type=int, metavar="ARCH", help=f"of {', '.join(map(str, SHARED))}; all")
-    parser.add_argument("--few", action="store_true", help="only so many that everything occurs once")
-    args = parser.parse_args()
-    if unknown := set(args.arch) - set(SHARED):
-        parser.error(f"no such architecture: {', '.join(map(str, sorted(unknown)))}")
+    args = ahead_of_time.options(__doc__, SHARED)
     choose = covering if args.few else list
-    found = [(a, kernels(module, a)) for a in args.arch or SHARED for module in modules()]
+    found = [(a, kernels(module, a)) for a in args.arch for module in modules()]
     jobs = [(kernel, a) for a, of_module in found for kernel in choose(of_module)]
     start, bad = time.perf_counter(), 0
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:

@@ -5,7 +5,6 @@ With `--few`, as few ways as have between them every constant, type and tile siz
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import multiprocessing
 import os
@@ -16,6 +15,8 @@ import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+
+import ahead_of_time
 
 import itm_fast
 
@@ -98,11 +99,7 @@ def covering(rows: list) -> list:
     for row in rows:
         said = [*row.constants.items(), *row.tile.items(), *enumerate(row.types.split())]
         parts.append({(row.kernel.__name__, *one) for one in said})
-    chosen, missing = [], set().union(*parts)
-    while missing:
-        chosen.append(max(range(len(rows)), key=lambda at: len(parts[at] & missing)))
-        missing -= parts[chosen[-1]]
-    return [rows[at] for at in sorted(chosen)]
+    return [rows[at] for at in sorted(ahead_of_time.cover(parts))]
 
 
 def compiled(file: str, arch: int, few: bool = False) -> list[dict]:
@@ -135,15 +132,10 @@ def problems(row: dict, arch: int) -> Iterator[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("arch", nargs="*", type=int, metavar="ARCH", help=f"of {', '.join(map(str, SHARED))}; all")
-    parser.add_argument("--few", action="store_true", help="only so many that everything occurs once")
-    args = parser.parse_args()
-    if unknown := set(args.arch) - set(SHARED):
-        parser.error(f"no such architecture: {', '.join(map(str, sorted(unknown)))}")
+    args = ahead_of_time.options(__doc__, SHARED)
     wrong = 0
     with compilers(len(os.sched_getaffinity(0))) as pool:
-        jobs = [(file, arch, args.few) for file in files() for arch in args.arch or SHARED]
+        jobs = [(file, arch, args.few) for file in files() for arch in args.arch]
         for (file, arch, _), done in [(job, pool.submit(compiled, *job)) for job in jobs]:
             said = [line for row in done.result() for line in problems(row, arch)]
             print(f"sm_{arch} {file}: {len(done.result())} ways, {len(said) or 'no'} problems", flush=True)

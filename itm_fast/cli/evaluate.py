@@ -213,9 +213,9 @@ def _evaluate(args: argparse.Namespace) -> int:
     names = member_names(loaded)
     if args.dry_run:
         captions = list(caption_batches(split.captions, vocab, args.batch_size))
+        matrix = args.trec is not None or needs_matrix(len(models), split, device)
+        no_matrix = args.scores is not None or not matrix
         for name, model in zip(names, models, strict=True):
-            matrix = args.trec is not None or needs_matrix(len(models), split, device)
-            no_matrix = args.scores is not None or not matrix
             print(f"{name}: {memory_plan(model, split, captions, len(models), args.memory_gb, no_matrix)}")
         if args.scores:
             print(_room(args.scores, len(models), len(split.features), len(split.captions)))

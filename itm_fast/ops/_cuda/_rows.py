@@ -179,9 +179,8 @@ def _caption_runs(edge: Sequence[int], device: torch.device, most: int) -> Capti
     return CaptionRuns(list(runs(edge, device, most)), place.to(device), total)
 
 
-def caption_factors(words: Tensor, cu_seqlens: Tensor, edge: Sequence[int]) -> Factors:
-    """The factors of captions, packed words [N, D] with bounds `edge`, those of cu_seqlens."""
-    longest = max(b - a for a, b in zip(edge, edge[1:]))
+def caption_factors(words: Tensor, cu_seqlens: Tensor, edge: Sequence[int], longest: int) -> Factors:
+    """The factors of captions of at most `longest` words, packed [N, D] with bounds `edge`, those of cu_seqlens."""
     most = max(1, room(words.device) // (32 * words.shape[1] + 32 * longest))
     plan = kept(cu_seqlens, ("factors", most), lambda values: _caption_runs(edge, values.device, most))
     size = near(lengths(words))

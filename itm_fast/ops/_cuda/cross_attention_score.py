@@ -150,7 +150,7 @@ def forward(
     if direction == "t2i":
         length, factors = _rows.lengths(words), _rows.image_factors(image, count, columns)
     else:
-        length, factors = _rows.lengths(regions), _rows.caption_factors(words, cu_seqlens, edge)
+        length, factors = _rows.lengths(regions), _rows.caption_factors(words, cu_seqlens, edge, longest)
     norm, clipped = NORMS[affinity_norm]
     attention, grams = Attention(norm, _attention.SLOPE if clipped else 1.0, scale), Grams(*map(_address, factors))
     result = score if score.dtype == torch.float32 else score.new_empty(score.shape, dtype=torch.float32)
