@@ -7,8 +7,7 @@ from cpu_cases import needs_cpu
 
 import itm_fast
 from itm_fast.cli import main
-from itm_fast.evaluation import evaluate, pipeline
-from itm_fast.evaluation.ranking import TIES
+from itm_fast.evaluation import TIES, evaluate, pipeline
 
 from .test_evaluate_cli import made  # noqa: F401
 from .test_evaluation_pipeline import tied

@@ -7,8 +7,7 @@ import pytest
 
 import itm_fast
 from itm_fast.data import Split, Vocabulary, caption_batches
-from itm_fast.evaluation import average, evaluate, fold_metrics, memory_plan, metrics, pipeline, relevance
-from itm_fast.evaluation.ranking import TIES
+from itm_fast.evaluation import TIES, average, evaluate, fold_metrics, memory_plan, metrics, pipeline, relevance
 from itm_fast.evaluation.unknown_words import unknown_words
 from itm_fast.models import build
 

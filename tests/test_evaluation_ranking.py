@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from itm_fast.evaluation import counting
-from itm_fast.evaluation.ranking import TIES, average, best_items, fold_metrics, metrics, ranks
+from itm_fast.evaluation import TIES, average, counting, fold_metrics, metrics, ranks
+from itm_fast.evaluation.best import best_items
 
 
 def published(score: np.ndarray, per_image: int = 5) -> tuple[np.ndarray, np.ndarray]:

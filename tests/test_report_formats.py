@@ -11,8 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from itm_fast.evaluation import Direction, Metrics, Pool, Report, System
-from itm_fast.evaluation.ranking import TIES
+from itm_fast.evaluation import TIES, Direction, Metrics, Pool, Report, System
 from itm_fast.evaluation.report import speed_line
 
 SIDES = ("i2t", "t2i")

@@ -6,9 +6,10 @@ from .encoding import Encoded, encode
 from .matrix_free import Ranking, rank_all
 from .memory import MemoryPlan, plan
 from .pipeline import evaluate, memory_plan
-from .ranking import Direction, Metrics, Ranks, average, fold_metrics, metrics, ranks
+from .ranking import fold_metrics, metrics, ranks
 from .relevance import relevance_metrics, why_no_relevance
 from .report import Pool, Report, System
 from .scoring import plan_for, score, score_all
+from .tie_rules import Direction, Metrics, Ranks, average
 from .trec import write_trec
 from .workloads import WORKLOADS, Workload

@@ -22,8 +22,9 @@ from .block_scores import BlockScorer, score_blocks
 from .counters import Counters
 from .counting import Counts, checked_owner
 from .encoding import Encoded, evaluation_mode
-from .ranking import Metrics, Ranks, fold_images, metrics_of, ranks_of
+from .ranking import fold_images
 from .scoring import columns_of, plan_encoded, with_equal_captions
+from .tie_rules import Metrics, Ranks, metrics_of, ranks_of
 
 _GROUP = 16  # images that are scored together with their own captions, in the first pass
 

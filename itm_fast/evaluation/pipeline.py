@@ -25,12 +25,13 @@ from .distinct import columns, first_of_equals
 from .encoding import device_of, embed, encode, evaluation_mode, packed_ids, require_vocabulary
 from .matrix_free import rank_all
 from .memory import GB, MemoryPlan, plan
-from .ranking import Metrics, average, fold_metrics, metrics
+from .ranking import fold_metrics, metrics
 from .relevance import relevance_by_ties, ties_of_relevance, why_no_relevance
 from .report import Pool, Report, System, backend_names
 from .score_claim import Claim, check_room, score_path
 from .score_file import STRIPE, ScoreFile
 from .scoring import score_all, score_into
+from .tie_rules import Metrics, average
 from .unknown_words import unknown_words
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .ranking import contenders
+from .best import contenders
 
 _COLUMNS = 256  # captions transposed at once
 _TIES = ("pessimistic", "optimistic", "published")

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._files import atomic_write
-from .ranking import TIES, Direction, Metrics
+from . import TIES
+from .tie_rules import Direction, Metrics
 from .unknown_words import unknown_words_line
 
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}

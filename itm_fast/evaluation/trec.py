@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._files import atomic_write
-from .ranking import best_items
+from .best import best_items
 from .relevance import query_rows
 
 

@@ -73,7 +73,7 @@ def t2i(
 
 def _recall(side: str, images: Sequence[Any], sims: Any, return_ranks: bool) -> Any:
     from ..evaluation import ranks
-    from ..evaluation.ranking import summary
+    from ..evaluation.tie_rules import summary
 
     count, sims = len(images), np.asarray(sims)
     if sims.shape != (count, PER_IMAGE * count):
