@@ -14,6 +14,7 @@ model, must import `itm_fast.ops` itself. These parts of the package are importe
     itm_fast.data         splits, vocabularies and batches of precomputed features
     itm_fast.training     the published recipes (`options`, `train`) and checkpoints
     itm_fast.nn           modules over the ops
+    itm_fast.patch        replaces the slow loops of a published repository, which stays as it is
 """
 
 # ruff: noqa: F403, F405
@@ -33,6 +34,8 @@ from ._lazy import lazy  # noqa: E402
 
 if TYPE_CHECKING or "torch" in sys.modules:  # torch is loaded already: register the ops for torch.ops now
     from ._public import *
+if TYPE_CHECKING:
+    from .patching import patch, unpatch
 
 __all__ = [
     "cross_attention_score",
@@ -41,6 +44,7 @@ __all__ = [
     "hardest_negative_loss",
     "hierarchical_alignment_score",
     "pack",
+    "patch",
     "similarity_context",
     "similarity_filter",
     "similarity_filter_score",
@@ -48,14 +52,16 @@ __all__ = [
     "similarity_graph_score",
     "similarity_nodes",
     "unpack",
+    "unpatch",
     "use_backend",
     "why_not",
     "workspace",
 ]
 
 _PARTS = ("data", "evaluation", "models", "nn", "training")
+_HOMES = {"patch": "patching", "unpatch": "patching"}  # names whose import costs more than the ops'
 
-__getattr__ = lazy(__name__, __all__, _PARTS)
+__getattr__ = lazy(__name__, [name for name in __all__ if name not in _HOMES], _PARTS, _HOMES)
 
 
 def __dir__() -> list[str]:

@@ -1,0 +1,124 @@
+"""`EncoderSimilarity.forward` by the library's kernels, on the parameters of a repository's own class."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.sgraf import EncoderSimilarity
+from ._proof import Disagrees, Fails, agreed, difference, published, with_gradients
+
+MODES = ("SGR", "SAF")
+_D, _S, _R = 16, 8, 36
+_TWINS: weakref.WeakKeyDictionary[nn.Module, EncoderSimilarity] = weakref.WeakKeyDictionary()
+
+# What the forks return in place of the scores [I, T].
+RETURNS: dict[str, Callable[[Tensor], Any]] = {
+    "scores": lambda score: score,
+    "scores and their diagonal": lambda score: (score, score.detach().diagonal()),
+}
+
+
+class Unlike(Disagrees):
+    """The module lacks a parameter or buffer of the published one, or runs hooks inside."""
+
+
+def twin(module: Any) -> EncoderSimilarity:
+    """The library's scorer with this module's own parameters, buffers and modes.
+
+    Raises:
+        Unlike: there is none, as the module is built otherwise.
+    """
+    ours = _TWINS.get(module)
+    if ours is None and not hasattr(module, "v_global_w"):
+        raise Unlike("it has no v_global_w")
+    if ours is None:
+        D, S = module.sim_tranloc_w.in_features, module.sim_tranloc_w.out_features
+        regions = module.v_global_w.embedding_local[1].num_features
+        with torch.device("meta"):  # takes no memory and draws no random numbers
+            ours = EncoderSimilarity(D, S, module.module_name, len(getattr(module, "SGR_module", ())), regions)
+        _TWINS[module] = ours
+    own = dict(module.named_modules())
+    if any(part._forward_hooks or part._forward_pre_hooks for name, part in own.items() if name):
+        raise Unlike("it has hooks inside")
+    for name, part in ours.named_modules():
+        try:
+            source = own[name]
+            part.training = source.training
+            # Linked at every call: moving a module to another device gives it new buffers.
+            part._parameters.update({key: source._parameters[key] for key in part._parameters})
+            part._buffers.update({key: source._buffers[key] for key in part._buffers})
+        except KeyError as error:
+            raise Unlike(f"it has no {name}.{error.args[0]}") from error
+    return ours
+
+
+def forward(original: Callable[..., Any], returned: dict[str, str]) -> Callable[..., Any]:
+    """A replacement of the published `forward`.
+
+    Args:
+        original: called for modules that are built otherwise.
+        returned: "SGR" and "SAF", where they were proved -> a key of `RETURNS`.
+    """
+
+    def forward(self, img_emb, cap_emb, cap_lens):
+        kind = returned.get(self.module_name)
+        if kind is None:
+            return original(self, img_emb, cap_emb, cap_lens)
+        try:
+            ours = twin(self)
+        except Unlike:
+            return original(self, img_emb, cap_emb, cap_lens)
+        return RETURNS[kind](ours(img_emb, cap_emb, cap_lens))
+
+    return forward
+
+
+def prove(cls: type[nn.Module], mode: str) -> tuple[str, float]:
+    """Compare the published class with the library's scorer, in evaluation and in training.
+
+    Compared are scores, gradients of images, captions and all parameters, and the buffers after a step of training.
+
+    Returns:
+        What the class returns, a key of `RETURNS`; and the largest difference.
+
+    Raises:
+        Disagrees: the results differ.
+        Fails: the published class fails.
+    """
+    torch.manual_seed(0)
+    module = published(lambda: cls(_D, _S, mode, 3))
+    if not isinstance(module, nn.Module):
+        raise Fails("it is no torch.nn.Module")
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.uniform_(-0.4, 0.4)
+    lengths = [6, 5, 4, 2]  # descending, as the published loader sorts them
+    image = nn.functional.normalize(torch.randn(4, _R, _D), dim=2).requires_grad_()
+    caption = nn.functional.normalize(torch.randn(4, 7, _D), dim=2).requires_grad_()
+    inputs = [image, caption, *module.parameters()]
+    largest, kind = 0.0, "scores"
+    for training in (False, True):
+        module.train(training)
+        buffers = [buffer.clone() for buffer in module.buffers()]
+        expected = published(
+            lambda: _results(module, buffers, inputs, lambda: module(image, caption, lengths))  # noqa: B023
+        )
+        kind = "scores and their diagonal" if isinstance(expected[0], tuple) else "scores"
+        found = _results(module, buffers, inputs, lambda: RETURNS[kind](twin(module)(image, caption, lengths)))  # noqa: B023
+        largest = max(largest, agreed(difference(expected, found)))
+    return kind, largest
+
+
+def _results(
+    module: nn.Module, buffers: Sequence[Tensor], inputs: Sequence[Tensor], call: Callable[[], Any]
+) -> list[Any]:
+    """Scores, gradients and the buffers afterwards, from these buffers and one random state."""
+    for buffer, start in zip(module.buffers(), buffers, strict=True):
+        buffer.copy_(start)
+    torch.manual_seed(1)
+    return [*with_gradients(call, inputs), *(buffer.clone() for buffer in module.buffers())]
