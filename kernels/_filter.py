@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch, _tiles
-from ._graph import Rows
+from ._graph import End, Rows
 from ._tl import EPS
 
 
@@ -57,9 +57,10 @@ def _filter(
     score_weight_ptr, score_bias_ptr,
     groups, first, last, x_first, x_image, x_origin, y_first, y_image, y_origin, eps,
     S: tl.constexpr, CAPTIONS: tl.constexpr, BLOCK_R: tl.constexpr, PADDED: tl.constexpr, TRAINING: tl.constexpr,
-    SCORE: tl.constexpr,
+    SCORE: tl.constexpr, LOGIT: tl.constexpr,
 ):  # fmt: skip
-    """(1) to (4): z of every pair into y as rows of S; with SCORE, sigmoid(w_e . z + b_e) as single values.
+    """(1) to (4): z of every pair into y as rows of S; with SCORE, sigmoid(w_e . z + b_e) as single values;
+    with LOGIT without the sigmoid.
 
     `x_ptr`: nodes; (x_first, x_image, x_origin) and (y_...) are the fields of `Rows`. mean, var: [1], or per caption of
     the window when TRAINING. `start_ptr` [T + 1]. One program: an image with captions first + CAPTIONS * group, ...,
@@ -82,7 +83,9 @@ def _filter(
         to = (y_first + image) * y_image + t - y_origin
         if SCORE:
             end = tl.load(score_weight_ptr + s, mask=s < S, other=0.0).to(tl.float32)
-            score = tl.sigmoid(tl.sum(z * end, 0) + tl.load(score_bias_ptr).to(tl.float32))
+            score = tl.sum(z * end, 0) + tl.load(score_bias_ptr).to(tl.float32)
+            if not LOGIT:
+                score = tl.sigmoid(score)
             tl.store(y_ptr + to, score.to(y_ptr.dtype.element_ty))
         else:
             tl.store(y_ptr + to * S + s, z.to(y_ptr.dtype.element_ty), mask=s < S)
@@ -240,16 +243,17 @@ def parameters(*tensors: Tensor) -> Parameters:
 
 def filtered(
     given: Parameters, x: Rows, to: Rows, start: Tensor, images: int, captions: slice, training: bool, eps: float,
-    score: tuple[Tensor, Tensor] | None = None,
+    end: End | None = None,
 ) -> None:  # fmt: skip
-    """Write z of every pair into rows of S or, given `score` = (w_e, b_e), its final score into single values."""
+    """Write z of every pair into rows of S or, given `end`, its result into single values."""
     S = len(given.weight)
     tile = _tiles.filtered(x.data.dtype, _launch.arch(x.data.device))
     groups = _launch.blocks(captions.stop - captions.start, tile["CAPTIONS"])
     _filter[(images * groups,)](
-        x.data, *given, start, to.data, *(score or (given.bias, given.bias)),
+        x.data, *given, start, to.data, *(end[:2] if end else (given.bias, given.bias)),
         groups, captions.start, captions.stop, x.first, x.rows, x.origin, to.first, to.rows, to.origin, eps,
-        S=S, PADDED=_launch.power_of_two(S), TRAINING=training, SCORE=score is not None, **tile,
+        S=S, PADDED=_launch.power_of_two(S), TRAINING=training, SCORE=end is not None,
+        LOGIT=end is not None and end.logit, **tile,
     )  # fmt: skip
 
 
@@ -330,10 +334,10 @@ def compilations(arch: int) -> Iterator[_tiles.Compilation]:
         tile = _tiles.filter_moments(single, arch)
         yield _tiles.Compilation(_moments, types, dict(BACKWARD=backward), tile)
     for dtype, t in _tiles.NAMES.items():
-        for training, score in (False, False), (True, False), (False, True):
+        for training, score, logit in (False,) * 3, (True, False, False), (False, True, False), (False, True, True):
             end = f"*{t} *{t}" if score else "*fp32 *fp32"
             types = f"*{t} {given} *{t} {end}" + " i32" * 9 + " fp32"
-            constants = shape | dict(TRAINING=training, SCORE=score)
+            constants = shape | dict(TRAINING=training, SCORE=score, LOGIT=logit)
             yield _tiles.Compilation(_filter, types, constants, _tiles.filtered(dtype, arch))
         types = f"*{t} *fp32 *fp32 *fp32 i32 i32 i32 i32"
         yield _tiles.Compilation(_significances, types, shape, _tiles.filter_significances(dtype, arch))

@@ -161,9 +161,11 @@ def _dense(
     x_ptr, start_ptr, weight_ptr, bias_ptr, y_ptr, score_weight_ptr, score_bias_ptr,
     pairs, captions, first, x_first, x_image, x_origin, y_first, y_image, y_origin,
     S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_O: tl.constexpr, PADDED: tl.constexpr,
-    FIRST_NODES: tl.constexpr, RELU: tl.constexpr, SCORE: tl.constexpr, PRECISION: tl.constexpr,
+    FIRST_NODES: tl.constexpr, RELU: tl.constexpr, SCORE: tl.constexpr, LOGIT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """y = x W^T + b per pair, then relu with RELU, then sigmoid(w_e . y + b_e) with SCORE, as single values.
+    """y = x W^T + b per pair, then relu with RELU, then sigmoid(w_e . y + b_e) with SCORE, as single values;
+    with LOGIT without the sigmoid.
 
     x: a row per pair or, with FIRST_NODES, the pairs' global nodes. One program: BLOCK_P pairs. Grid: blocks of pairs.
     """
@@ -192,7 +194,9 @@ def _dense(
             to = y_ptr + y_row[:, None] * S + outs
             tl.store(to, total.to(y_ptr.dtype.element_ty), mask=real[:, None] & (outs < S))
     if SCORE:
-        score = tl.sigmoid(score + tl.load(score_bias_ptr).to(tl.float32))
+        score += tl.load(score_bias_ptr).to(tl.float32)
+        if not LOGIT:
+            score = tl.sigmoid(score)
         tl.store(y_ptr + y_row, score.to(y_ptr.dtype.element_ty), mask=real)
 
 
@@ -203,6 +207,14 @@ class Rows(NamedTuple):
     first: int
     rows: int
     origin: int
+
+
+class End(NamedTuple):
+    """The last layer, from z to a number: w_e [S], b_e [1], and whether the result is the sum, not its sigmoid."""
+
+    weight: Tensor
+    bias: Tensor
+    logit: bool
 
 
 class Folded(NamedTuple):
@@ -299,26 +311,25 @@ def read(asked: Tensor, x: Rows, block: Block) -> Tensor:
     return z
 
 
-def answer(weights: Folded, z: Tensor, to: Rows, block: Block, score: tuple[Tensor, Tensor] | None = None) -> None:
-    """Write relu(z Wr^T + br) of the last step into rows of S or, given (w_e, b_e), the scores into single values."""
+def answer(weights: Folded, z: Tensor, to: Rows, block: Block, end: End | None = None) -> None:
+    """Write relu(z Wr^T + br) of the last step into rows of S or, given `end`, its results into single values."""
     x = Rows(z, 0, block.captions, block.window.captions.start)
-    dense(x, weights.value[-1], weights.bias[-1], to, block, score, RELU=True)
+    dense(x, weights.value[-1], weights.bias[-1], to, block, end, RELU=True)
 
 
 def dense(
-    x: Rows, weight: Tensor, bias: Tensor, to: Rows, block: Block, score: tuple[Tensor, Tensor] | None = None,
+    x: Rows, weight: Tensor, bias: Tensor, to: Rows, block: Block, end: End | None = None,
     *, FIRST_NODES: bool = False, RELU: bool = False,
 ) -> None:  # fmt: skip
     """Launch `_dense` for all pairs of a block."""
     S, dtype, captions = len(weight), x.data.dtype, block.window.captions
     padded, pairs = _launch.power_of_two(S), block.images * block.captions
     tile = within(_tiles.graph_dense(dtype, _launch.arch(x.data.device)), padded)
-    end = score or (bias, bias)
     _dense[(_launch.blocks(pairs, tile["BLOCK_P"]),)](
-        x.data, block.plan.start, weight, bias, to.data, *end,
+        x.data, block.plan.start, weight, bias, to.data, *(end[:2] if end else (bias, bias)),
         pairs, block.captions, captions.start, x.first, x.rows, x.origin, to.first, to.rows, to.origin,
-        S=S, PADDED=padded, FIRST_NODES=FIRST_NODES, RELU=RELU, SCORE=score is not None,
-        PRECISION=_tiles.products(dtype), **tile,
+        S=S, PADDED=padded, FIRST_NODES=FIRST_NODES, RELU=RELU, SCORE=end is not None,
+        LOGIT=end is not None and end.logit, PRECISION=_tiles.products(dtype), **tile,
     )  # fmt: skip
 
 
@@ -328,8 +339,8 @@ def within(tile: _tiles.Tile, padded: int) -> _tiles.Tile:
     return tile | {name: min(tile[name], padded) for name in along if name in tile}
 
 
-def reason(weights: Folded, x: Rows, to: Rows, block: Block, score: tuple[Tensor, Tensor] | None = None) -> None:
-    """All steps: write the global nodes' result, or the scores given `score`, into `to`. x is not overwritten."""
+def reason(weights: Folded, x: Rows, to: Rows, block: Block, end: End | None = None) -> None:
+    """All steps: write the global nodes' result, or the results of `end` if given, into `to`. x is not overwritten."""
     K, S = len(weights.ask), weights.ask.shape[2]
     shape, room = (block.images, block.nodes, S), []
     for k in range(K - 1):
@@ -338,7 +349,7 @@ def reason(weights: Folded, x: Rows, to: Rows, block: Block, score: tuple[Tensor
         y = block.scratch(room[k % 2])
         step(k, weights, x, y, block)
         x = y
-    answer(weights, read(ask(weights, x, block), x, block), to, block, score)
+    answer(weights, read(ask(weights, x, block), x, block), to, block, end)
 
 
 def node_bytes(S: int, dtype: torch.dtype, buffers: int) -> int:
@@ -356,13 +367,15 @@ def compilations(arch: int) -> Iterator[_tiles.Compilation]:
                 constants = dict(S=width, PADDED=width, PRECISION=precision)
                 yield _tiles.Compilation(_step, types, constants, tile, products=tile["BLOCK_Q"] >= 64)
             tile, rest = within(_tiles.graph_dense(dtype, arch), 256), "i32 i32 i32 i32 i32 i32 i32 i32 i32"
-            ways = ("fp32", True, False, False), (t, False, True, False), (t, False, True, True)
-            for y, first, rectified, score in ways:
+            ways = [("fp32", True, False, False, False), (t, False, True, False, False)]
+            ways += [(t, False, True, True, logit) for logit in (False, True)]
+            for y, first, rectified, score, logit in ways:
                 end = f"*{t} *{t}" if score else "*fp32 *fp32"
                 yield _tiles.Compilation(
                     _dense,
                     f"*{t} *i32 *{t} *fp32 *{y} {end} {rest}",
-                    shape | dict(FIRST_NODES=first, RELU=rectified, SCORE=score, PRECISION=precision),
+                    shape
+                    | dict(FIRST_NODES=first, RELU=rectified, SCORE=score, LOGIT=logit, PRECISION=precision),
                     tile,
                     products=True,
                 )

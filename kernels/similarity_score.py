@@ -22,19 +22,19 @@ def similarity_graph_score(
     local_weight: Tensor, local_bias: Tensor, global_weight: Tensor, global_bias: Tensor,
     query_weight: Tensor, query_bias: Tensor, key_weight: Tensor, key_bias: Tensor, value_weight: Tensor,
     value_bias: Tensor, score_weight: Tensor, score_bias: Tensor,
-    cu_seqlens: Tensor, region_lengths: Tensor | None, scale: float,
+    cu_seqlens: Tensor, region_lengths: Tensor | None, scale: float, output: str,
 ) -> Tensor:  # fmt: skip
-    """Scores [I, T]; key_bias has no effect on them."""
+    """Scores or logits [I, T]; key_bias has no effect on them."""
     nodes = (
         image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias, cu_seqlens,
         region_lengths, scale,
     )  # fmt: skip
     with _launch.on(image.device):
         weights = _graph.fold(query_weight, query_bias, key_weight, value_weight, value_bias)
-        ends = _launch.aligned(score_weight), _launch.aligned(score_bias)
+        end = _graph.End(_launch.aligned(score_weight), _launch.aligned(score_bias), output == "logit")
 
         def head(x: _graph.Rows, to: _graph.Rows, block: _graph.Block) -> None:
-            _graph.reason(weights, x, to, block, ends)
+            _graph.reason(weights, x, to, block, end)
 
         node_bytes = _graph.node_bytes(len(local_weight), image.dtype, 1 + min(2, len(query_weight) - 1))
         return _scores("similarity_graph_score", nodes, head, node_bytes, _graph.sizes(weights))
@@ -45,20 +45,20 @@ def similarity_filter_score(
     local_weight: Tensor, local_bias: Tensor, global_weight: Tensor, global_bias: Tensor,
     weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, score_weight: Tensor, score_bias: Tensor,
     running_mean: Tensor, running_var: Tensor,
-    cu_seqlens: Tensor, region_lengths: Tensor | None, scale: float, eps: float,
+    cu_seqlens: Tensor, region_lengths: Tensor | None, scale: float, eps: float, output: str,
 ) -> Tensor:  # fmt: skip
-    """Scores [I, T]."""
+    """Scores or logits [I, T]."""
     nodes = (
         image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias, cu_seqlens,
         region_lengths, scale,
     )  # fmt: skip
     with _launch.on(image.device):
         given = _filter.parameters(weight, bias, norm_weight, norm_bias, running_mean, running_var)
-        ends = _launch.aligned(score_weight), _launch.aligned(score_bias)
+        end = _graph.End(_launch.aligned(score_weight), _launch.aligned(score_bias), output == "logit")
 
         def head(x: _graph.Rows, to: _graph.Rows, block: _graph.Block) -> None:
             captions = block.window.captions
-            _filter.filtered(given, x, to, block.plan.start, block.images, captions, False, eps, ends)
+            _filter.filtered(given, x, to, block.plan.start, block.images, captions, False, eps, end)
 
         node_bytes = len(local_weight) * image.dtype.itemsize
         return _scores("similarity_filter_score", nodes, head, node_bytes)

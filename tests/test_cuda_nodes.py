@@ -46,7 +46,7 @@ def case(head, I, counts, R=36, D=72, S=64, regions=None, K=3, seed=0):
         args += [torch.tensor([0.3]), torch.tensor([0.5])]
         rest = [1e-5]
     lengths = None if regions is None else torch.tensor(regions, dtype=torch.int32)
-    args = [*args, edges(counts), lengths, 9.0, *rest]
+    args = [*args, edges(counts), lengths, 9.0, *rest, "score"]
     # Weight and bias of the score that leave scores far from 0 and 1, and apart.
     at = 14 if head == "graph" else 12
     if I and counts:
@@ -100,6 +100,15 @@ def test_float32_scores_are_accurate(head, shape, precision, run, monkeypatch):
     products = None if precision == "highest" else F16
     assert_accurate([found], reference(head, args, torch.float32), torch.float32, products=products)
     assert not sum(c["bank_conflicts"] for c in counts)
+
+
+@pytest.mark.parametrize("dtype", [F16, torch.float32], ids=["F16", "F16X3"])
+@pytest.mark.parametrize("head", HEADS)
+def test_logits_are_accurate(head, dtype, run):
+    args = [*case(head, 2, (9, 3), D=8)[:-1], "logit"]
+    found, _ = run(head, args, dtype)
+    assert found.min() < 0  # no score is
+    assert_accurate([found], reference(head, args, dtype), dtype, products=F16 if dtype == F16 else None)
 
 
 MIXED = dict(I=2, counts=(15, 1, 16, 5, 31, 63, 12), regions=(36, 20))

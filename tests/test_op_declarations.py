@@ -65,17 +65,17 @@ KNOWN = {
     "similarity_filter_score": (
         f"{SIMILARITY}Tensor filter_weight, Tensor filter_bias, Tensor norm_weight, Tensor norm_bias, "
         f"Tensor score_weight, Tensor score_bias, Tensor running_mean, Tensor running_var, {REST}float scale, "
-        "float eps",
+        "float eps, str output",
         "Tensor",
         14,
-        "IINT............EI..",
+        "IINT............EI...",
     ),
     "similarity_graph": (f"Tensor nodes, {GRAPH}Tensor cu_seqlens", "Tensor", 7, None),
     "similarity_graph_score": (
-        f"{SIMILARITY}{GRAPH}Tensor score_weight, Tensor score_bias, {REST}float scale",
+        f"{SIMILARITY}{GRAPH}Tensor score_weight, Tensor score_bias, {REST}float scale, str output",
         "Tensor",
         16,
-        "IINT............EI.",
+        "IINT............EI..",
     ),
     "similarity_nodes": (f"{SIMILARITY}{REST}float scale", "(Tensor, Tensor)", 8, None),
 }

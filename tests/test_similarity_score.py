@@ -36,14 +36,14 @@ class Scorer(NamedTuple):
         statistics = {name: value.to(args[0]) for name, value in self.statistics.items()}
         return getattr(itm_fast, self.op)(**self.named(args), **statistics, cu_seqlens=edge, **options)
 
-    def case(self, I, counts, R=6, D=16, S=8, regions=None, K=2):
+    def case(self, I, counts, R=6, D=16, S=8, regions=None, K=2, **options):
         """The op as a function of what may need a gradient, and those arguments."""
         draw = drawer()
         args = [*inputs(draw, I, counts, R, D, S), *self.draw(draw, S, K), 4 * draw(S), draw(1)]
 
         def call(*args, backend):
             (region_lengths,) = op_checks.beside(args[0], lengths(regions))
-            return self.scored(counts, *args, region_lengths=region_lengths, backend=backend)
+            return self.scored(counts, *args, region_lengths=region_lengths, backend=backend, **options)
 
         return call, args
 
@@ -103,7 +103,7 @@ def test_torch_contracts(scorer, backend):
     op_checks.check_strided(call, args, backend)
     single = [a.float().requires_grad_() for a in args]
     statistics = [x.float() for x in scorer.statistics.values()]
-    rest = *statistics, edges(counts), torch.tensor([6, 2, 3]), 9.0, *scorer.options
+    rest = *statistics, edges(counts), torch.tensor([6, 2, 3]), 9.0, *scorer.options, "logit"
     torch.library.opcheck(getattr(torch.ops.itm_fast, scorer.op).default, (*single, *rest, backend))
     op_checks.check_fake_backward(scorer.op, (*single, *rest), len(single), backend)
 
@@ -141,6 +141,25 @@ def test_the_key_bias_has_no_effect(backend):
     torch.testing.assert_close(call(*moved, backend=backend), call(*args, backend=backend))
     grads = op_checks.gradients(call, args, torch.float64, backend, torch.float64)
     assert grads[place].abs().max() < 1e-12
+
+
+@over_all
+@over_scorers
+def test_logits(scorer, backend):
+    call, args = scorer.case(3, (5, 3, 5), output="logit")
+    logit = call(*args, backend=backend)
+    torch.testing.assert_close(logit.sigmoid(), scorer.case(3, (5, 3, 5))[0](*args, backend=backend))
+    for dtype in (torch.float64, torch.float32) if backend != "reference" else ():
+        op_checks.check_forward(call, args, dtype, backend)
+        op_checks.check_gradients(call, args, dtype, backend)
+    # A score of 1.0 in float32 has no gradient, its logit has.
+    args[-1] += 30
+    single = [a.float().requires_grad_() for a in args]
+    result = call(*single, backend=backend)
+    assert result.sigmoid().eq(1).all()
+    result.sum().backward()
+    assert single[0].grad.isfinite().all()
+    assert single[0].grad.any()
 
 
 @pytest.mark.parametrize("I,counts", [(0, (3, 2)), (2, ()), (0, ())])
@@ -213,6 +232,7 @@ WRONG = [
     ({"cu_seqlens": torch.tensor([0, 2, 4])}, ValueError, r"end at the 5 packed rows, got 0\.\.4"),
     ({"region_lengths": torch.tensor([7, 1])}, ValueError, r"region_lengths must lie in 1\.\.6"),
     ({"scale": 0.0}, ValueError, "scale must be more than 0"),
+    ({"output": "raw"}, ValueError, "output must be one of score, logit, got 'raw'"),
     ({"backend": "cuda"}, NotImplementedError, "cuda"),
 ]
 WRONG_OF_GRAPH = [({"value_bias": torch.zeros(3, 8)}, ValueError, r"value_bias must be \[K, S\] with K = 2")]

@@ -12,12 +12,13 @@
 
 namespace itm_fast {
 
-constexpr char CALLS[] = "b395caa3c9ae59c7";  // a hash of the structs, which Python compares with its own
+constexpr char CALLS[] = "92a79f2a29232dfa";  // a hash of the structs, which Python compares with its own
 
 enum class Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum class Direction : int64_t { T2I, I2T, BOTH };
 enum class Norm : int64_t { SOFTMAX, L2NORM, CLIPPED_L2NORM, L1NORM, CLIPPED_L1NORM, CLIPPED, NONE, COSINE };
 enum class Pool : int64_t { LSE, MAX, SUM, MEAN };
+enum class Output : int64_t { SCORE, LOGIT };
 
 struct CrossAttentionScoreCall {
   const void* image;              // [I, R, D]
@@ -189,6 +190,7 @@ struct SimilarityFilterScoreCall {
   const int64_t* region_lengths;  // [I], or null
   double scale;
   double eps;
+  Output output;
   void* score;                    // [I, T]
   Dtype dtype;                    // of all tensors of floats
   int64_t I;
@@ -200,7 +202,7 @@ struct SimilarityFilterScoreCall {
   int64_t bfloat16;               // products may multiply bfloat16 values
   int64_t threads;
 };
-static_assert(sizeof(SimilarityFilterScoreCall) == 8 * 30);
+static_assert(sizeof(SimilarityFilterScoreCall) == 8 * 31);
 
 struct SimilarityGraphCall {
   const void* nodes;              // [I, M, S]
@@ -251,6 +253,7 @@ struct SimilarityGraphScoreCall {
   const int64_t* cu_seqlens;      // [T+1]
   const int64_t* region_lengths;  // [I], or null
   double scale;
+  Output output;
   void* score;                    // [I, T]
   Dtype dtype;                    // of all tensors of floats
   int64_t I;
@@ -263,7 +266,7 @@ struct SimilarityGraphScoreCall {
   int64_t bfloat16;               // products may multiply bfloat16 values
   int64_t threads;
 };
-static_assert(sizeof(SimilarityGraphScoreCall) == 8 * 30);
+static_assert(sizeof(SimilarityGraphScoreCall) == 8 * 31);
 
 struct SimilarityNodesCall {
   const void* image;              // [I, R, D]

@@ -22,6 +22,7 @@ struct PairScore {
   void* score;
   int64_t I, R, T, D, S;
   double scale;
+  Output output;
   int64_t threads;
 
   template <class Call>  // SimilarityGraphScoreCall or SimilarityFilterScoreCall
@@ -31,13 +32,14 @@ struct PairScore {
         local_bias{c.local_bias, c.dtype}, global_weight{c.global_weight, c.dtype},
         global_bias{c.global_bias, c.dtype}, score_weight{c.score_weight, c.dtype}, score_bias{c.score_bias, c.dtype},
         cu_seqlens(c.cu_seqlens), region_lengths(c.region_lengths), score(c.score), I(c.I), R(c.R), T(c.T), D(c.D),
-        S(c.S), scale(c.scale), threads(c.threads) {}
+        S(c.S), scale(c.scale), output(c.output), threads(c.threads) {}
 };
 
 // Scores of all pairs. T is the type of sums, E what the large products multiply. head(nodes, longest) makes a thread's
 // head, for chunks of at most `nodes` nodes and captions of at most `longest`: it has nodes(), the matrix [S][stride()]
 // that this function fills with a chunk's similarity vectors, and run(edge, first, last, z, ldz), which turns them into
-// one vector z [S] per caption. The score is sigmoid(score_weight . z + score_bias).
+// one vector z [S] per caption. The score is sigmoid(score_weight . z + score_bias), the logit the
+// argument of the sigmoid.
 template <class T, class E, class MakeHead>
 void score_pairs(const PairScore& p, MakeHead head) {
   const RowSets images = regions(p.image, p.I, p.R, p.D, p.region_lengths),
@@ -105,7 +107,8 @@ void score_pairs(const PairScore& p, MakeHead head) {
             Vec<T> dot{};
             for (int64_t s = 0; s < p.S; s += LANES<T>)
               dot += select<T>(inside<T>(s, 0, p.S), load(z + k * ldz + s), Vec<T>{}) * load(score_weight + s);
-            const T score = 1 / (1 + std::exp(-(sum<T>(dot) + score_bias)));
+            const T logit = sum<T>(dot) + score_bias;
+            const T score = p.output == Output::LOGIT ? logit : 1 / (1 + std::exp(-logit));
             write(p.score, p.image.dtype, i * p.T + chunk.first + k, 1, &score, T(1));
           }
         }

@@ -12,7 +12,7 @@ struct Filter {
     const float *gate_weight, *gate_bias;      // [S], [1]
     const float *score_weight, *score_bias;    // [S], [1]
     void *score;                               // [images, all_captions]
-    int all_captions;
+    int all_captions, logit;                   // logit: 1 for the argument of the score's sigmoid
 };
 
 template <class T> struct FilterShared {
@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(THREADS, 1) filter_scores(Filter p) {
         if (lane == 0) {
             const float sum = dot / (sqrtf(square) + EPS) + *p.score_bias + sh.tile.spoiled[first / 16];
             const long long at = blockIdx.y * (long long)p.all_captions + sh.tile.caption[caption];
-            put_score<T>(p.score, at, sum);
+            put_score<T>(p.score, at, sum, p.logit);
         }
     }
 }

@@ -13,7 +13,7 @@ struct Graph {
     const int *ask_exponent, *value_exponent;       // [steps, S]; SCALED only
     const float *score_weight, *score_bias;         // [S], [1]
     void *score;                                    // [images, all_captions]
-    int steps, all_captions;
+    int steps, all_captions, logit;                 // logit: 1 for the argument of the score's sigmoid
 };
 
 enum Matrix { X, Y, Z };
@@ -330,6 +330,6 @@ __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
         float sum = *p.score_bias + sh.tile.spoiled[sh.tile.first[threadIdx.x] / 16];
         for (int w = 0; w < OWNERS; ++w) sum += sh.part[w][threadIdx.x];
         const long long at = blockIdx.y * (long long)p.all_captions + sh.tile.caption[threadIdx.x];
-        put_score<T>(p.score, at, sum);
+        put_score<T>(p.score, at, sum, p.logit);
     }
 }

@@ -275,9 +275,9 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
     __syncthreads();
 }
 
-// Writes the score of a pair, from the argument of its sigmoid.
-template <class T> __device__ __forceinline__ void put_score(void *scores, long long at, float x) {
-    const float score = 1 / (1 + exp2f(-x * LOG2E));
+// Writes the score of a pair, sigmoid(x), or its logit x.
+template <class T> __device__ __forceinline__ void put_score(void *scores, long long at, float x, bool logit) {
+    const float score = logit ? x : 1 / (1 + exp2f(-x * LOG2E));
     if constexpr (T::SCALED)
         static_cast<float *>(scores)[at] = score;
     else

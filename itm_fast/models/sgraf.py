@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -113,6 +113,10 @@ class EncoderSimilarity(GlobalVectors):
         sgr_step: K, for SGR; 0 scores the global similarity vector alone.
         num_region: R. The published code fixes 36.
 
+    Attributes:
+        output: "score", or "logit" for the number before the sigmoid, whose gradient stays finite where a score is
+            rounded to 1.0. Set it on the object, or in a subclass.
+
     Raises:
         ValueError: `module_name` is neither.
 
@@ -120,6 +124,8 @@ class EncoderSimilarity(GlobalVectors):
     >>> scorer(torch.randn(2, 36, 8), torch.randn(3, 5, 8), [5, 2, 4]).shape
     torch.Size([2, 3])
     """
+
+    output = "score"
 
     def __init__(
         self, embed_size: int, sim_dim: int, module_name: str = "AVE", sgr_step: int = 3, num_region: int = 36
@@ -137,6 +143,15 @@ class EncoderSimilarity(GlobalVectors):
         for linear in (self.sim_tranloc_w, self.sim_tranglo_w, self.sim_eval_w):
             xavier_(linear)
 
+    def extra_repr(self) -> str:
+        """Whether the results are logits; `weights_checksum` includes it through `repr`."""
+        return "" if self.output == "score" else f"output={self.output!r}"
+
+    @property
+    def sigmoid(self) -> Callable[[Tensor], Tensor]:
+        """The last step, which methods of the published class call by this name; it has no parameters."""
+        return torch.sigmoid
+
     def score(
         self,
         image_state: State,
@@ -145,7 +160,7 @@ class EncoderSimilarity(GlobalVectors):
         caption_state: State,
         region_lengths: Tensor | None = None,
     ) -> Tensor:
-        """Scores in (0, 1), [I, T], of the images and captions whose states are given.
+        """Scores in (0, 1) or, by `output`, logits, [I, T], of the images and captions whose states are given.
 
         In training all images of the batch must come in one call: SAF's statistics are over all of them.
         """
@@ -167,7 +182,7 @@ class EncoderSimilarity(GlobalVectors):
         return score(
             image, image_global, words, caption_global, cu_seqlens, local.weight, local.bias,
             overall.weight, overall.bias, *head, final.weight[0], final.bias,
-            scale=SMOOTH, region_lengths=region_lengths,
+            scale=SMOOTH, region_lengths=region_lengths, output=self.output,
         ).to(words.dtype)  # fmt: skip
 
     def _score_together(self, image_state, words, cu_seqlens, caption_state, region_lengths, limit) -> Tensor:
@@ -195,7 +210,7 @@ class EncoderSimilarity(GlobalVectors):
     def _block(
         self, image, image_global, words, cu_seqlens, caption_global, region_lengths
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores [I, T], and in training SAF's mean and variance, each [T]."""
+        """Scores or logits [I, T], and in training SAF's mean and variance, each [T]."""
         local, overall = self.sim_tranloc_w, self.sim_tranglo_w
         nodes, node_edge = similarity_nodes(
             image, image_global, words, caption_global, cu_seqlens, local.weight, local.bias,
@@ -206,7 +221,8 @@ class EncoderSimilarity(GlobalVectors):
             mean = var = z.new_empty(0)
         else:
             z, mean, var = self.SAF_module.filtered(nodes, node_edge)
-        return self.sim_eval_w(z).squeeze(2).sigmoid().to(words.dtype), mean, var
+        logit = self.sim_eval_w(z).squeeze(2)
+        return (logit if self.output == "logit" else logit.sigmoid()).to(words.dtype), mean, var
 
 
 class ContrastiveLoss(nn.Module):

@@ -23,6 +23,7 @@ from ..packing import kept, region_counts
 DIRECTIONS = ("t2i", "i2t")
 NORMS = ("softmax", "l2norm", "clipped_l2norm", "l1norm", "clipped_l1norm", "clipped", "none")
 POOLS = ("lse", "max", "sum", "mean")
+OUTPUTS = "score", "logit"  # of pair scorers that end in a sigmoid
 SLOPE = 0.1  # the papers write ReLU; the published code clips with this slope
 EPS = 1e-8
 # A squared length |P|^2 or |v|^2 that is summed from terms such as alpha^T G alpha, not computed from the vector, has

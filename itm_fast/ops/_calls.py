@@ -26,6 +26,7 @@ ENUMS = {
     "Direction": (*_attention.DIRECTIONS, "both"),
     "Norm": (*_attention.NORMS, "cosine"),  # cosine, for global_local_score: the affinity is divided by both lengths
     "Pool": _attention.POOLS,
+    "Output": _attention.OUTPUTS,
 }
 SIZES = "IRTNMDPSKC"  # the order of the sizes in every struct
 

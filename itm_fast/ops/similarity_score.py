@@ -14,14 +14,17 @@ Forward:
 
     X     = (1) and (2) of `similarity_nodes`                            [L + 1, S]             (1)
     z     = node 0 of (1) and (2) of `similarity_graph`, or (1) to (4) of `similarity_filter`   (2)
-    score = sigmoid(w_e . z + b_e)                                                              (3)
+    score = sigmoid(a),   a = w_e . z + b_e                                                     (3)
+
+With `output="logit"` the result is a, which no sigmoid rounds to 0 or 1: losses that take logits need it.
 
 Each pair is computed on its own. So nodes are computed and go through the head block by block, and only scores are
 written to memory.
 
-Backward, with g the gradient of a pair's score:
+Backward, with g the gradient of a pair's result:
 
-    d a = g score (1 - score),   d w_e = sum da z,   d b_e = sum da,   d z = da w_e             (4)
+    d a = g score (1 - score), or g for the logit                                               (4)
+    d w_e = sum da z,   d b_e = sum da,   d z = da w_e
     d X and the gradients of the head's parameters follow as in (4) to (7) of `similarity_graph`,
     or as in (5) to (8) and (10) of `similarity_filter`                                         (5)
     all other gradients follow from d X as in the backward pass of `similarity_nodes`           (6)
@@ -46,7 +49,7 @@ from .._checks import work_dtype
 from .._workspace import current_gib, scratch_bytes, workspace
 from ..packing import kept, node_bounds, spans
 from . import _attention, _draws
-from ._declare import Argument, Floats, Given, Positive, Result
+from ._declare import Argument, Choice, Floats, Given, Positive, Result
 from ._register import Op
 from .similarity_filter import reference as filtered
 from .similarity_graph import PARAMETERS, refuse
@@ -56,6 +59,7 @@ from .similarity_nodes import reference as make_nodes
 
 OFFERED = ("triton", "cuda", "cpu", "torch", "reference")
 SCORE = Floats("score_weight", "S"), Floats("score_bias", "1")
+OUTPUT = (Choice("output", _attention.OUTPUTS, "Output"),)
 CPU_NODES = 256 << 20  # bytes of the nodes and of their gradients, of the images that the `cpu` backend takes at a time
 
 
@@ -87,7 +91,7 @@ class Head:
     @property
     def groups(self) -> tuple[tuple[Argument, ...], ...]:
         """The scorer's arguments by group, in the order of the registered op."""
-        return INPUTS, self.parameters, SCORE, self.statistics, REST, self.options
+        return INPUTS, self.parameters, SCORE, self.statistics, REST, self.options, OUTPUT
 
     def split(self, args: Sequence[Any]) -> list[list[Any]]:
         """The values of a call's arguments, a list for each group."""
@@ -115,16 +119,18 @@ FILTER = Head(
 )
 
 
-def _score(z: Tensor, score_weight: Tensor, score_bias: Tensor) -> Tensor:
+def _result(output: str, z: Tensor, score_weight: Tensor, score_bias: Tensor) -> Tensor:
     """(3): z [I, T, S] -> [I, T]."""
-    return (z @ score_weight + score_bias).sigmoid()
+    logit = z @ score_weight + score_bias
+    return logit if output == "logit" else logit.sigmoid()
 
 
 def reference(head: Head, *args: Any) -> Tensor:
     """(1) to (3): the references of `similarity_nodes` and of the head, then the score."""
-    inputs, parameters, score, statistics, rest, options = head.split(args)
+    inputs, parameters, score, statistics, rest, options, (output,) = head.split(args)
     nodes, _ = make_nodes(*inputs, *rest)
-    return _score(head.vectors(head.reference, nodes, node_bounds(rest[0]), parameters, statistics, options), *score)
+    z = head.vectors(head.reference, nodes, node_bounds(rest[0]), parameters, statistics, options)
+    return _result(output, z, *score)
 
 
 def _backward(head: Head, backend: str, grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:
@@ -132,7 +138,7 @@ def _backward(head: Head, backend: str, grad: Tensor, needs: Sequence[bool], *ar
 
     The nodes of these images are computed again first.
     """
-    inputs, parameters, score, statistics, (cu_seqlens, region_lengths, scale), options = head.split(args)
+    inputs, parameters, score, statistics, (cu_seqlens, region_lengths, scale), options, (output,) = head.split(args)
     n, work = len(inputs), work_dtype(grad)
     # Triton's kernels multiply what the inputs' dtype holds; the C++ ones widen all they read.
     made = grad.dtype if backend == "triton" else work
@@ -152,7 +158,7 @@ def _backward(head: Head, backend: str, grad: Tensor, needs: Sequence[bool], *ar
                 leaf = nodes.detach().requires_grad_()
                 leaves = [x.detach().requires_grad_(need) for x, need in zip(tensors[n:], needs[n:], strict=True)]
                 z = head.vectors(run, leaf, node_bounds(cu_seqlens), leaves[:-2], statistics, options)
-                result = _score(z, *leaves[-2:])
+                result = _result(output, z, *leaves[-2:])
             wanted = [leaf, *(x for x in leaves if x.requires_grad)]
             d_nodes, *d_head = torch.autograd.grad(result, wanted, grad[images].to(made))
             del z, result
@@ -222,6 +228,7 @@ def similarity_graph_score(
     *,
     scale: float = 9.0,
     region_lengths: Tensor | None = None,
+    output: str = "score",
     backend: str | None = None,
 ) -> Tensor:
     """Score all pairs as SGRAF with its graph reasoning does (SGR), from encoded images and captions.
@@ -248,10 +255,11 @@ def similarity_graph_score(
         score_bias: [1].
         scale: inverse temperature of the attention's softmax.
         region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
+        output: "score", or "logit" for the number before the sigmoid.
         backend: "triton", "cuda", "cpu", "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
-        Scores in (0, 1), [I, T]; dtype of `image` (under autocast, autocast's).
+        Scores in (0, 1), or logits, [I, T]; dtype of `image` (under autocast, autocast's).
 
     Raises:
         ValueError: a shape, a length or an option is wrong, or K is 0.
@@ -273,7 +281,7 @@ def similarity_graph_score(
         local_bias=local_bias, global_weight=global_weight, global_bias=global_bias, query_weight=query_weight,
         query_bias=query_bias, key_weight=key_weight, key_bias=key_bias, value_weight=value_weight,
         value_bias=value_bias, score_weight=score_weight, score_bias=score_bias, cu_seqlens=cu_seqlens,
-        region_lengths=region_lengths, scale=scale, backend=backend,
+        region_lengths=region_lengths, scale=scale, output=output, backend=backend,
     )  # fmt: skip
 
 
@@ -300,6 +308,7 @@ def similarity_filter_score(
     scale: float = 9.0,
     eps: float = 1e-5,
     region_lengths: Tensor | None = None,
+    output: str = "score",
     backend: str | None = None,
 ) -> Tensor:
     """Score all pairs as SGRAF with its attention filtration does in evaluation (SAF), from encoded inputs.
@@ -325,10 +334,11 @@ def similarity_filter_score(
         scale: inverse temperature of the attention's softmax.
         eps: BatchNorm's.
         region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
+        output: "score", or "logit" for the number before the sigmoid.
         backend: "triton", "cuda", "cpu", "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
-        Scores in (0, 1), [I, T]; dtype of `image` (under autocast, autocast's).
+        Scores in (0, 1), or logits, [I, T]; dtype of `image` (under autocast, autocast's).
 
     Raises:
         ValueError: a shape, a length or an option is wrong.
@@ -350,5 +360,5 @@ def similarity_filter_score(
         local_bias=local_bias, global_weight=global_weight, global_bias=global_bias, filter_weight=filter_weight,
         filter_bias=filter_bias, norm_weight=norm_weight, norm_bias=norm_bias, running_mean=running_mean,
         running_var=running_var, score_weight=score_weight, score_bias=score_bias, cu_seqlens=cu_seqlens,
-        region_lengths=region_lengths, scale=scale, eps=eps, backend=backend,
+        region_lengths=region_lengths, scale=scale, eps=eps, output=output, backend=backend,
     )  # fmt: skip

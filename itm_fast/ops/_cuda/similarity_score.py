@@ -21,7 +21,7 @@ class Graph(ctypes.Structure):
         ("nodes", Nodes),
         *((name, ctypes.c_void_p) for name in ("ask", "value", "shift", "bias", "ask_exponent", "value_exponent")),
         *((name, ctypes.c_void_p) for name in ("score_weight", "score_bias", "score")),
-        *((name, ctypes.c_int) for name in ("steps", "all_captions")),
+        *((name, ctypes.c_int) for name in ("steps", "all_captions", "logit")),
     ]
 
 
@@ -32,6 +32,7 @@ class Filter(ctypes.Structure):
         ("nodes", Nodes),
         *((name, ctypes.c_void_p) for name in ("gate_weight", "gate_bias", "score_weight", "score_bias", "score")),
         ("all_captions", ctypes.c_int),
+        ("logit", ctypes.c_int),
     ]
 
 
@@ -70,9 +71,9 @@ def similarity_graph_score(
     local_weight: Tensor, local_bias: Tensor, global_weight: Tensor, global_bias: Tensor,
     query_weight: Tensor, query_bias: Tensor, key_weight: Tensor, key_bias: Tensor, value_weight: Tensor,
     value_bias: Tensor, score_weight: Tensor, score_bias: Tensor,
-    cu_seqlens: Tensor, region_lengths: Tensor | None, scale: float,
+    cu_seqlens: Tensor, region_lengths: Tensor | None, scale: float, output: str,
 ) -> Tensor:  # fmt: skip
-    """Scores [I, T]; key_bias has no effect on them."""
+    """Scores or logits [I, T]; key_bias has no effect on them."""
     nodes = (
         image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias, cu_seqlens,
         region_lengths, scale,
@@ -87,7 +88,7 @@ def similarity_graph_score(
     pointers = *(x.addresses[0] for x in (ask, value)), shift_at, bias_at, ask.addresses[1], value.addresses[1], *end
 
     def problem(part: Nodes, score: int, captions: int) -> Graph:
-        return Graph(part, *pointers, score, len(query_weight), captions)
+        return Graph(part, *pointers, score, len(query_weight), captions, output == "logit")
 
     return scores("similarity_graph_score", nodes, graph_kernel, problem)
 
@@ -97,9 +98,9 @@ def similarity_filter_score(
     local_weight: Tensor, local_bias: Tensor, global_weight: Tensor, global_bias: Tensor,
     weight: Tensor, bias: Tensor, norm_weight: Tensor, norm_bias: Tensor, score_weight: Tensor, score_bias: Tensor,
     running_mean: Tensor, running_var: Tensor,
-    cu_seqlens: Tensor, region_lengths: Tensor | None, scale: float, eps: float,
+    cu_seqlens: Tensor, region_lengths: Tensor | None, scale: float, eps: float, output: str,
 ) -> Tensor:  # fmt: skip
-    """Scores [I, T]."""
+    """Scores or logits [I, T]."""
     nodes = (
         image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias, cu_seqlens,
         region_lengths, scale,
@@ -112,6 +113,6 @@ def similarity_filter_score(
     pointers = [x.data_ptr() for x in given]
 
     def problem(part: Nodes, score: int, captions: int) -> Filter:
-        return Filter(part, *pointers, score, captions)
+        return Filter(part, *pointers, score, captions, output == "logit")
 
     return scores("similarity_filter_score", nodes, filter_kernel, problem)

@@ -50,12 +50,13 @@ def similarity_filter_score_backward(grad: Tensor, needs: list[bool], *args) -> 
 
 
 def _filter_blocks(backward, *args):
-    running_mean, running_var, *rest, eps = args[14:]
+    running_mean, running_var, cu_seqlens, region_lengths, scale, eps, output = args[14:]
 
     def head(*block) -> Tensor:
         return similarity_filter.filtered(running_mean, running_var, False, eps, *block)[0]
 
-    return _cut("similarity_filter_score", backward, head, similarity_filter.COPIES, args[:14], *rest)
+    copies, rest = similarity_filter.COPIES, (cu_seqlens, region_lengths, scale, output)
+    return _cut("similarity_filter_score", backward, head, copies, args[:14], *rest)
 
 
 def _cut(
@@ -67,6 +68,7 @@ def _cut(
     cu_seqlens: Tensor,
     region_lengths: Tensor | None,
     scale: float,
+    output: str,
 ) -> Iterator[_recompute.Block]:
     """Blocks over `tensors`: the first eight arguments of the op, the head's parameters, and those of the score.
 
@@ -84,11 +86,12 @@ def _cut(
             yield _recompute.Block(
                 ((images,), (images,), (run.rows,), (run.captions,), (), *[()] * len(parameters)),
                 (images, run.captions),
-                partial(_score, head, run.length, lengths, scale),
+                partial(_score, head, run.length, lengths, scale, output),
             )
 
 
-def _score(head, length, region_lengths, scale, *parameters) -> Tensor:
+def _score(head, length, region_lengths, scale, output, *parameters) -> Tensor:
     *head_parameters, score_weight, score_bias = parameters[8:]
     z = head(length + 1, nodes(length, region_lengths, scale, *parameters[:8]), *head_parameters)
-    return (z @ score_weight.to(z.dtype) + score_bias.to(z.dtype)).sigmoid()
+    logit = z @ score_weight.to(z.dtype) + score_bias.to(z.dtype)
+    return logit if output == "logit" else logit.sigmoid()
