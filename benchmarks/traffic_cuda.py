@@ -92,7 +92,8 @@ class Problem:
     @cached_property
     def nodes(self) -> NodePlan:
         assert self.kernels is not None
-        return node_plan(node_bounds(self.edge), self.N + self.T, self.op, sorted(self.kernels.head), _pairs.WINDOW)
+        slots = [self.kernels.head_slots]
+        return node_plan(node_bounds(self.edge), self.N + self.T, self.op, slots, _pairs.WINDOW)
 
     @cached_property
     def launches(self) -> int:

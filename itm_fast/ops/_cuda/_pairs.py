@@ -7,7 +7,7 @@ nodes of global vectors, and the head's kernel the other nodes and the scores. S
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ from .cross_attention_score import NORMS, Attention, Grams, aligned, copied_byte
 KINDS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F16X3"}
 THREADS = 256
 SIMILARITIES = (64, 128, 256)  # S
-SLOTS = (32, 64, 128)  # rows of a tile of nodes
+# Rows of a tile of nodes, best first: each tile of each image reads the matrices of weights anew.
+SLOTS = (128, 64, 32)
 DEPTHS = (64, 32, 16)  # numbers of a row that a stage of a product holds, best first
 WINDOW = 1 << 14  # the most nodes of one image in a launch
 # The most scratch of a launch: what the first kernels write is then still in the L2 cache when the last one reads it.
@@ -142,40 +143,43 @@ def global_kernel(kind: Kind, S: int, slots: int, depth: int) -> Kernel:
     return Kernel("global_nodes.cu", f"global_nodes<{kind.arguments(S, slots, depth)}>", GlobalNodes, THREADS, shared)
 
 
-def fitting(make: Callable[[int], Kernel], kind: Kind, limit: int) -> Kernel | None:
-    """The kernel of the greatest depth that fits. Pairs of halves lie in blocks of 32 numbers."""
+def fitting(
+    make: Callable[[int, int], Kernel], slots: Iterable[int], kind: Kind, limit: int
+) -> tuple[Kernel, int] | None:
+    """The kernel of the first of `slots` that fits, at its greatest depth, and its slots.
+
+    Pairs of halves lie in blocks of 32 numbers.
+    """
     depths = [depth for depth in DEPTHS if depth % 32 == 0 or kind.halves == 1]
-    return next((kernel for kernel in map(make, depths) if kernel.shared <= limit), None)
+    made = ((make(n, depth), n) for n in slots for depth in depths)
+    return next(((kernel, n) for kernel, n in made if kernel.shared <= limit), None)
 
 
 class Kernels(NamedTuple):
-    """The kernels of a call: those that make what the head reads, and the head's by the slots of its tile."""
+    """The kernels of a call: those that make what the head reads, and the head's; with the slots of their tiles."""
 
     tile: Tile
     weights: Kernel
     overall: Kernel
     overall_slots: int
-    head: dict[int, Kernel]
+    head: Kernel
+    head_slots: int
 
     @property
     def words(self) -> int:
         """The most words of a caption."""
-        return min(max(self.head) - 1, self.tile.slots)
+        return min(self.head_slots - 1, self.tile.slots)
 
 
 def kernels(head: Head, kind: Kind, R: int, S: int, capability: tuple[int, int]) -> Kernels | None:
     """The kernels that fit a GPU of a compute capability, None if there are none."""
     limit, tile = shared_limit(capability), tile_of(R, capability)
     weights, regions = weight_kernel(kind, tile), rounded_up(pitch_of(tile), 16)
-    found = {n: fitting(partial(head, kind, S, n, regions), kind, limit) for n in SLOTS}
-    heads = {n: kernel for n, kernel in found.items() if kernel}
-    for slots in (64, 32):
-        overall = fitting(partial(global_kernel, kind, S, slots), kind, limit)
-        if weights.shared <= limit and heads and overall:
-            if 64 in heads:  # a tile of 32 reads the matrices twice as often
-                heads.pop(32, None)
-            return Kernels(tile, weights, overall, slots, heads)
-    return None
+    found = fitting(lambda slots, depth: head(kind, S, slots, regions, depth), SLOTS, kind, limit)
+    overall = fitting(partial(global_kernel, kind, S), (64, 32), kind, limit)
+    if weights.shared > limit or not found or not overall:
+        return None
+    return Kernels(tile, weights, *overall, *found)
 
 
 def why_not(
@@ -222,7 +226,7 @@ def compilations(head: Head, capability: tuple[int, int]) -> Iterator[Kernel]:
     kinds += [Kind("BF16", False, 1)] * (capability >= TENSOR_FLOAT32)
     for kind in kinds:
         if fit := kernels(head, kind, 36, SIMILARITIES[-1], capability):
-            yield from (fit.weights, fit.overall, *fit.head.values())
+            yield from (fit.weights, fit.overall, fit.head)
 
 
 def scores(
@@ -279,7 +283,7 @@ def scores(
     attention = Attention(NORMS["clipped_l2norm"][0], _attention.SLOPE, scale)
     room = _blocks.room(device)
     most = max(1, room // (pitch * itemsize + 4 + S * itemsize))  # nodes of one image
-    plan = node_plan(node_bounds(cu_seqlens), N + T, op, sorted(fit.head), min(WINDOW, 1 << most.bit_length() - 1))
+    plan = node_plan(node_bounds(cu_seqlens), N + T, op, [fit.head_slots], min(WINDOW, 1 << most.bit_length() - 1))
     plans = weight_plans(cu_seqlens, edge, [window.captions for window in plan.windows], tile.slots)
     for window, tiles in zip(plan.windows, plans, strict=True):
         captions, first_word = window.captions, edge[window.captions.start]
@@ -321,5 +325,5 @@ def scores(
                     counts, R, pitch, chunks, first_word, many, captions.start, size,
                 )  # fmt: skip
                 argument = argument_of(part, score[images].data_ptr(), T)
-                _cuda.launch(fit.head[group.size], argument, (group.number, some), device)
+                _cuda.launch(fit.head, argument, (group.number, some), device)
     return score
