@@ -69,6 +69,7 @@ def test_table_files_and_ensemble(made, tmp_path, capsys):
     assert text.out.startswith((tmp_path / "out" / "results.txt").read_text().rstrip("\n"))
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *(f"results.{kind}" for kind in ("txt", "json", "csv", "tex")),
+        "ranks.npz",
         *(f"{side}.{kind}" for side in ("i2t", "t2i") for kind in ("run", "qrels")),
     }
 

@@ -13,8 +13,10 @@ TIES = ("pessimistic", "optimistic", "expected", "published")  # the rules for t
 
 __all__ = [
     "WORKLOADS",
+    "Comparison",
     "Direction",
     "Encoded",
+    "KeptRanks",
     "MemoryPlan",
     "Metrics",
     "Pool",
@@ -24,9 +26,11 @@ __all__ = [
     "System",
     "Workload",
     "average",
+    "compare",
     "encode",
     "evaluate",
     "fold_metrics",
+    "load_ranks",
     "memory_plan",
     "metrics",
     "plan",

@@ -2,7 +2,9 @@
 
 # ruff: noqa: F401
 
+from .bootstrap import Comparison, compare
 from .encoding import Encoded, encode
+from .kept_ranks import KeptRanks, load_ranks
 from .matrix_free import Ranking, rank_all
 from .memory import MemoryPlan, plan
 from .pipeline import evaluate, memory_plan

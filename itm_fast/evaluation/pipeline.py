@@ -21,11 +21,13 @@ from .. import __version__
 from .._backends import recorded, requested, why_not
 from .._checks import matmul_precision
 from .._files import FULL
+from .counting import count as count_matrix
 from .distinct import columns, first_of_equals
 from .encoding import device_of, embed, encode, evaluation_mode, packed_ids, require_vocabulary
+from .many_right import right_pairs
 from .matrix_free import rank_all
 from .memory import GB, MemoryPlan, plan
-from .ranking import fold_metrics, metrics
+from .ranking import fold_metrics
 from .relevance import relevance_by_ties, ties_of_relevance, why_no_relevance
 from .report import Pool, Report, System, backend_names
 from .score_claim import Claim, check_room, score_path
@@ -138,12 +140,13 @@ def _evaluate(
 
     def system(name: str, score: NDArray[np.float32]) -> System:
         parts = [] if folds is None else fold_metrics(score, split.caption_to_image, folds, ties=ties)
-        found = pools(metrics(score, split.caption_to_image, ties=ties), parts)
+        counts = count_matrix(score, split.caption_to_image, "evaluate")
+        found = pools(metrics_of(counts, ties), parts)
         assert split.image_ids is not None or missing
         if missing:
-            return System(name, found)
+            return System(name, found, counts=counts)
         by_ties = relevance_by_ties(score, split.image_ids, split.caption_ids)  # type: ignore
-        return System(name, found, by_ties[relevance_ties], relevance_by_ties=by_ties)
+        return System(name, found, by_ties[relevance_ties], relevance_by_ties=by_ties, counts=counts)
 
     systems: list[System] = []
     total: NDArray[np.float32] | None = None
@@ -161,7 +164,8 @@ def _evaluate(
         seconds = {"encode": encoded.seconds, "score": time.perf_counter() - start}
         del encoded
         if score is None:
-            found = System(name, pools(ranked.metrics(ties=ties), ranked.fold_metrics(ties=ties)))
+            parts = ranked.fold_metrics(ties=ties)
+            found = System(name, pools(ranked.metrics(ties=ties), parts), counts=ranked.counts)
         else:
             found = system(name, score)
             total = score if claims or total is None else np.add(total, score, out=total)
@@ -180,7 +184,8 @@ def _evaluate(
     settings["backend"] = backend_names(systems) or (None if resume else "torch")  # a dual encoder runs no itm-fast op
     if not missing:
         settings["relevance_ties"] = relevance_ties
-    return Report(tuple(systems), settings, missing, total if keep_scores else None)
+    pairs = right_pairs(split.caption_to_image)
+    return Report(tuple(systems), settings, missing, total if keep_scores else None, pairs, split.captions)
 
 
 def needs_matrix(models: int, split: Split, device: torch.device) -> bool:

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 
 from .._files import atomic_write
 from . import TIES
+from .counting import Counts
+from .kept_ranks import RANKS, KeptRanks, texts_checksum
 from .tie_rules import Direction, Metrics
 from .unknown_words import unknown_words_line
 
@@ -65,6 +67,7 @@ class System:
         backends: op -> backend that ran it; empty if no itm-fast op ran: for an ensemble, for a dual encoder, and for
             scores that an earlier run had finished.
         relevance_by_ties: `relevance` under each of its rules for ties; empty if `relevance` is None.
+        counts: what the rank of each query follows from; None if they are not kept.
     """
 
     name: str
@@ -74,6 +77,7 @@ class System:
     pairs_per_second: float | None = None
     backends: dict[str, str] = field(default_factory=dict)
     relevance_by_ties: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
+    counts: Counts | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,12 +89,16 @@ class Report:
         settings: versions, device, backend and the other conditions of the run, as plain values.
         relevance_missing: why there are no CxC and ECCV metrics; None if there are.
         score: [I, T] scores of the last system; None if `evaluate` was not to keep them.
+        pairs: int64 [2, P], the right pairs of images and captions, as `many_right.right_pairs`; None if not known.
+        captions: the T texts; None if they are not known.
     """
 
     systems: tuple[System, ...]
     settings: dict[str, Any]
     relevance_missing: str | None
     score: NDArray[np.float32] | None = field(repr=False)
+    pairs: NDArray[np.int64] | None = field(default=None, repr=False)
+    captions: Sequence[str] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         parts = [self._recalls(number) for number in range(len(self.systems[0].pools))]
@@ -177,6 +185,8 @@ class Report:
     def save(self, folder: str | os.PathLike[str]) -> list[Path]:
         """Write `results.txt`, `.json`, `.csv` and `.tex` into a folder; each file is written completely or not at all.
 
+        `ranks.npz`, which `compare` reads, is written too if every system has its `counts`.
+
         Args:
             folder: created if it does not exist; older results in it are replaced.
 
@@ -194,7 +204,18 @@ class Report:
         for name, content in contents.items():
             with atomic_write(folder / name) as file:
                 file.write(content)
-        return [folder / name for name in contents]
+        written = [folder / name for name in contents]
+        if (kept := self.kept_ranks()) is not None:
+            written.append(kept.save(folder / RANKS))
+        return written
+
+    def kept_ranks(self) -> KeptRanks | None:
+        """What the ranks of all queries follow from, as `compare` takes it; None if it is not known."""
+        counts = [system.counts for system in self.systems if system.counts is not None]
+        if self.pairs is None or len(counts) < len(self.systems):
+            return None
+        data = "" if self.captions is None else texts_checksum(self.captions)
+        return KeptRanks(tuple(system.name for system in self.systems), tuple(counts), self.pairs, data)
 
     def _recalls(self, number: int) -> str:
         rows = [["", *_HEAD, *_HEAD, "rsum"]]

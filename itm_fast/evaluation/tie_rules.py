@@ -113,7 +113,7 @@ class Metrics:
 def ranks_of(found: Counts, ties: str) -> Ranks:
     """`ranks` of counts."""
     require_one_rank(ties)
-    return Ranks(_ranks_of(found.i2t, ties), _ranks_of(found.t2i, ties), found.query_images)
+    return Ranks(ranks_by(found.i2t, ties), ranks_by(found.t2i, ties), found.query_images)
 
 
 def require_one_rank(ties: str) -> None:
@@ -175,7 +175,7 @@ def metrics_of(found: Counts, ties: str) -> Metrics:
     """Metrics of counts under one rule, with those under the other rules in `others`."""
     known_rule(ties, "metrics")
     chances = [
-        tuple(_chance(side.right_total, pool, k) for k in (1, 5, 10))
+        tuple(chance_at(side.right_total, pool, k) for k in (1, 5, 10))
         for side, pool in ((found.i2t, found.captions), (found.t2i, found.images))
     ]
     by_ties = {}
@@ -189,11 +189,11 @@ def metrics_of(found: Counts, ties: str) -> Metrics:
 
 def _direction(side: Standings, ties: str, chance: tuple[float, ...]) -> Direction:
     if ties == "expected":
-        recall = [100.0 * float(_probability(side, k).mean()) for k in (1, 5, 10)]
+        recall = [100.0 * float(hit_probability(side, k).mean()) for k in (1, 5, 10)]
         mean = float((side.above + side.tied / (side.right_tied + 1)).mean())
         found = recall[0], recall[1], recall[2], _median(side) + 1, mean + 1
     else:
-        found = summary(_ranks_of(side, ties))
+        found = summary(ranks_by(side, ties))
     return Direction(*found, len(side.above), (chance[0], chance[1], chance[2]))
 
 
@@ -207,13 +207,13 @@ def summary(rank: NDArray[np.int64]) -> tuple[float, float, float, float, float]
     return r1, r5, r10, float(np.floor(np.median(rank))) + 1, float(rank.mean()) + 1
 
 
-def _ranks_of(side: Standings, ties: str) -> NDArray[np.int64]:
+def ranks_by(side: Standings, ties: str) -> NDArray[np.int64]:
     """Ranks [queries] under any rule but "expected"."""
     before = {"pessimistic": side.tied, "published": side.ahead}
     return side.above + before.get(ties, 0)
 
 
-def _probability(side: Standings, k: int) -> NDArray[np.float64]:
+def hit_probability(side: Standings, k: int) -> NDArray[np.float64]:
     """P(rank < k) of each query over all orders of its ties, by (1) with j = k - g."""
     j = k - side.above
     missed = np.ones(len(j))
@@ -228,13 +228,13 @@ def _median(side: Standings) -> float:
     do not exceed and the least that more than half do not."""
     ranks = range(int((side.above + side.tied).max()))
     lower, upper = (  # 1e-9 is far above the rounding error of the mean, so a mean of exactly one half is recognised
-        bisect.bisect_left(ranks, half, key=lambda rank: float(_probability(side, rank + 1).mean()))
+        bisect.bisect_left(ranks, half, key=lambda rank: float(hit_probability(side, rank + 1).mean()))
         for half in (0.5 - 1e-9, 0.5 + 1e-9)
     )
     return float((lower + upper) // 2)
 
 
-def _chance(right_total: NDArray[np.int64], pool: int, k: int) -> float:
+def chance_at(right_total: NDArray[np.int64], pool: int, k: int) -> float:
     """Percent of queries with a right item among k drawn from the pool: 1 - C(pool - right_total, k) / C(pool, k)."""
     drawn = np.arange(min(k, pool))
     missed = np.prod(np.clip(pool - right_total[:, None] - drawn, 0, None) / (pool - drawn), axis=1)
