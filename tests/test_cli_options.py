@@ -27,7 +27,7 @@ def refused(capsys, *words: str) -> list[str]:
     [
         ([], "itm-fast: COMMAND must be given; `itm-fast --help` explains it"),
         (["trian"], "itm-fast: there is no command 'trian'; did you mean train?"),
-        (["tidy"], "itm-fast: there is no command 'tidy'; the commands are evaluate, compare, train, demo,"),
+        (["tidy"], "itm-fast: there is no command 'tidy'; the commands are evaluate, metrics, compare,"),
         (["--verbose", "doctor"], "itm-fast: there is no option --verbose; `itm-fast --help` lists them"),
         (["doctor", "--jso"], "itm-fast doctor: there is no option --jso; did you mean --json?"),
         (["evaluate", "--thread", "4"], "there is no option --thread; `itm-fast evaluate --help` lists them"),

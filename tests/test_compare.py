@@ -11,18 +11,24 @@ from itm_fast.cli import main
 from itm_fast.evaluation import KeptRanks, compare, load_ranks, metrics
 from itm_fast.evaluation.counting import count
 from itm_fast.evaluation.kept_ranks import chance, recall_at
-from itm_fast.evaluation.many_right import right_pairs
-from itm_fast.evaluation.ranking import TIES, metrics_of
+from itm_fast.evaluation.many_right import pairs_of
+from itm_fast.evaluation.tie_rules import TIES, metrics_of
 
 SAMPLES = 4000
 
 
-def kept(signal: float, seed: int, images: int = 60, per_image: int = 3, data: str = "") -> KeptRanks:
-    """Ranks of random scores to whose right pairs `signal` is added; rounded, so that there are ties."""
+def kept(
+    signal: float, seed: int, images: int = 60, per_image: int = 3, data: str = "", same: bool = False
+) -> KeptRanks:
+    """Ranks of random scores to whose right pairs `signal` is added; rounded, so that there are ties.
+
+    With `same`, the captions of an image are the same.
+    """
     owner = np.arange(images * per_image) // per_image
     score = np.random.default_rng(seed).normal(size=(images, len(owner)))
     score[owner, np.arange(len(owner))] += signal
-    return KeptRanks(("SCAN",), (count(score.round(1), owner, "test"),), right_pairs(owner), data)
+    score = score[:, owner * per_image] if same else score
+    return KeptRanks(("SCAN",), (count(score.round(1), owner, "test"),), pairs_of(owner), data)
 
 
 def test_kept_ranks_come_back_whole_and_give_every_recall(tmp_path):
@@ -42,7 +48,7 @@ def test_kept_ranks_come_back_whole_and_give_every_recall(tmp_path):
 
 def test_the_interval_has_the_width_of_the_cluster_variance():
     """The captions of an image are drawn together: the standard error of t2i R@1 is that of the sums per image."""
-    a, b = kept(1.5, 1), kept(2.5, 2)
+    a, b = kept(1.5, 1, same=True), kept(2.5, 2, same=True)
     change = [(one.counts[0].t2i.above + one.counts[0].t2i.tied < 1).astype(float) for one in (a, b)]
     per_image = (change[1] - change[0]).reshape(60, 3).sum(1)
     error = 100 * per_image.std() / 3 / np.sqrt(60)
@@ -80,7 +86,7 @@ def test_seeds_widen_the_interval_and_are_averaged():
 
 def test_expected_ties_are_averaged():
     owner = np.arange(8)
-    flat = KeptRanks(("flat",), (count(np.zeros((8, 8), np.float32), owner, "test"),), right_pairs(owner))
+    flat = KeptRanks(("flat",), (count(np.zeros((8, 8), np.float32), owner, "test"),), pairs_of(owner))
     row = compare(flat, flat, ties="expected", samples=10).rows[0]
     assert row.a == pytest.approx(metrics(np.zeros((8, 8), np.float32), owner, ties="expected").i2t.r1) == 12.5
 

@@ -21,6 +21,7 @@ from ._parser import Parser
 
 _SUMMARIES = {
     "evaluate": "recall tables of one checkpoint or an ensemble on precomputed features",
+    "metrics": "recall tables of a score matrix that you already have",
     "compare": "confidence intervals and p-values of the recalls of two evaluated models",
     "train": "train a model with the published recipe, or continue an interrupted run",
     "demo": "evaluate the trained models inside the package on its pictures, and draw what SAF attends to",

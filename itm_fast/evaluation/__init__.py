@@ -37,6 +37,7 @@ __all__ = [
     "plan_for",
     "rank_all",
     "ranks",
+    "rate",
     "relevance_metrics",
     "score",
     "score_all",

@@ -9,6 +9,7 @@ from .matrix_free import Ranking, rank_all
 from .memory import MemoryPlan, plan
 from .pipeline import evaluate, memory_plan
 from .ranking import fold_metrics, metrics, ranks
+from .rating import rate
 from .relevance import relevance_metrics, why_no_relevance
 from .report import Pool, Report, System
 from .scoring import plan_for, score, score_all

@@ -114,9 +114,9 @@ def compare(
         ValueError: the runs are not of the same images and captions, or an option is out of its range.
 
     >>> from itm_fast.evaluation.counting import count
-    >>> from itm_fast.evaluation.many_right import right_pairs
+    >>> from itm_fast.evaluation.many_right import pairs_of
     >>> owner, scores = np.arange(40), np.random.default_rng(0).normal(size=(2, 40, 40)) + 3 * np.eye(40)
-    >>> a, b = (KeptRanks(("model",), (count(s, owner, "example"),), right_pairs(owner)) for s in scores)
+    >>> a, b = (KeptRanks(("model",), (count(s, owner, "example"),), pairs_of(owner)) for s in scores)
     >>> row = compare(a, b, samples=200).rows[0]
     >>> row.metric, row.low <= row.difference <= row.high, 0 < row.p <= 1
     ('image to text R@1', True, True)

@@ -21,7 +21,7 @@ from .counting import Counts, Standings, checked, count, require_finite
 _COMPARED = 1 << 20  # scores compared at once
 
 
-def right_pairs(caption_to_image: NDArray[np.integer]) -> NDArray[np.int64]:
+def pairs_of(caption_to_image: NDArray[np.integer]) -> NDArray[np.int64]:
     """The right pairs of captions that describe one image each.
 
     Args:
@@ -30,7 +30,7 @@ def right_pairs(caption_to_image: NDArray[np.integer]) -> NDArray[np.int64]:
     Returns:
         int64 [2, T]: images, captions.
 
-    >>> right_pairs(np.array([0, 0, 1])).tolist()
+    >>> pairs_of(np.array([0, 0, 1])).tolist()
     [[0, 0, 1], [0, 1, 2]]
     """
     return np.stack([np.asarray(caption_to_image, np.int64), np.arange(len(caption_to_image))])

@@ -24,7 +24,7 @@ from .._files import FULL
 from .counting import count as count_matrix
 from .distinct import columns, first_of_equals
 from .encoding import device_of, embed, encode, evaluation_mode, packed_ids, require_vocabulary
-from .many_right import right_pairs
+from .many_right import pairs_of
 from .matrix_free import rank_all
 from .memory import GB, MemoryPlan, plan
 from .ranking import fold_metrics
@@ -33,7 +33,7 @@ from .report import Pool, Report, System, backend_names
 from .score_claim import Claim, check_room, score_path
 from .score_file import STRIPE, ScoreFile
 from .scoring import score_all, score_into
-from .tie_rules import Metrics, average
+from .tie_rules import Metrics, average, metrics_of
 from .unknown_words import unknown_words
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def _evaluate(
     settings["backend"] = backend_names(systems) or (None if resume else "torch")  # a dual encoder runs no itm-fast op
     if not missing:
         settings["relevance_ties"] = relevance_ties
-    pairs = right_pairs(split.caption_to_image)
+    pairs = pairs_of(split.caption_to_image)
     return Report(tuple(systems), settings, missing, total if keep_scores else None, pairs, split.captions)
 
 

@@ -18,10 +18,10 @@ from .._files import atomic_write
 from . import TIES
 from .counting import Counts
 from .kept_ranks import RANKS, KeptRanks, texts_checksum
+from .tables import DIRECTIONS, cutoff_table, recalls_at, table
 from .tie_rules import Direction, Metrics
 from .unknown_words import unknown_words_line
 
-DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
 _HEAD = ("R@1", "R@5", "R@10", "medr", "meanr")
 _RELEVANCE = {
     "eccv_map_at_r": "ECCV mAP@R",
@@ -89,8 +89,9 @@ class Report:
         settings: versions, device, backend and the other conditions of the run, as plain values.
         relevance_missing: why there are no CxC and ECCV metrics; None if there are.
         score: [I, T] scores of the last system; None if `evaluate` was not to keep them.
-        pairs: int64 [2, P], the right pairs of images and captions, as `many_right.right_pairs`; None if not known.
+        pairs: int64 [2, P], the right pairs of images and captions, as `many_right.pairs_of`; None if not known.
         captions: the T texts; None if they are not known.
+        cutoffs: the k of R@k that are reported beside 1, 5 and 10, over the whole pool.
     """
 
     systems: tuple[System, ...]
@@ -99,12 +100,16 @@ class Report:
     score: NDArray[np.float32] | None = field(repr=False)
     pairs: NDArray[np.int64] | None = field(default=None, repr=False)
     captions: Sequence[str] | None = field(default=None, repr=False)
+    cutoffs: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         parts = [self._recalls(number) for number in range(len(self.systems[0].pools))]
         if any(system.relevance for system in self.systems):
             head = ["", *_RELEVANCE.values(), *_RELEVANCE.values()]
-            parts.append(_table(self._relevance_title(), [head, *self._relevance()], (1, 7, 13)))
+            parts.append(table(self._relevance_title(), [head, *self._relevance()], (1, 7, 13)))
+        if self.cutoffs:
+            counted = [(system.name, system.counts) for system in self.systems if system.counts is not None]
+            parts.append(cutoff_table(counted, self.cutoffs, self.settings["ties"]))
         if words := unknown_words_line(self.settings):
             parts.append(words)
         return "\n\n".join(parts)
@@ -113,7 +118,7 @@ class Report:
         """Everything but the score matrix, ready for `json.dump`."""
         return {
             "settings": self.settings,
-            "systems": [_system(system) for system in self.systems],
+            "systems": [_system(system) | self._at_cutoffs(system) for system in self.systems],
             "relevance_missing": self.relevance_missing,
         }
 
@@ -217,6 +222,11 @@ class Report:
         data = "" if self.captions is None else texts_checksum(self.captions)
         return KeptRanks(tuple(system.name for system in self.systems), tuple(counts), self.pairs, data)
 
+    def _at_cutoffs(self, system: System) -> dict[str, Any]:
+        if not self.cutoffs or system.counts is None:
+            return {}
+        return {"recall_at": recalls_at(system.counts, self.cutoffs, self.settings["ties"])}
+
     def _recalls(self, number: int) -> str:
         rows = [["", *_HEAD, *_HEAD, "rsum"]]
         for system in self.systems:
@@ -227,7 +237,7 @@ class Report:
         by_chance = [[f"{value:.1f}" for value in side.chance] + ["", ""] for side in (metrics.i2t, metrics.t2i)]
         total = sum(metrics.i2t.chance) + sum(metrics.t2i.chance)
         rows.append(["chance", *by_chance[0], *by_chance[1], f"{total:.1f}"])
-        return "\n".join([_table(self.systems[0].pools[number].title, rows, (1, 6, 11)), *self._ties(number)])
+        return "\n".join([table(self.systems[0].pools[number].title, rows, (1, 6, 11)), *self._ties(number)])
 
     def _ties(self, number: int) -> list[str]:
         """A line for each system whose rsum depends on the rule for ties, with the range of rsum."""
@@ -306,21 +316,6 @@ def _by(system: System) -> str:
     if not names:
         return "" if system.pairs_per_second is None else " by torch's own operations"
     return f" by the {names.pop()} backend"
-
-
-def _table(title: str, rows: Sequence[Sequence[str]], groups: tuple[int, int, int]) -> str:
-    """Right-aligned columns under the two directions' names; `groups` are the first columns of the three groups."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [row[0].ljust(widths[0])]
-        for column in range(1, len(row)):
-            cells.append(("   " if column in groups else " ") + row[column].rjust(widths[column]))
-        return "".join(cells).rstrip()
-
-    spans = [sum(widths[a:b]) + (b - a) + 2 for a, b in zip(groups, groups[1:], strict=False)]
-    names = (f"   {name}".ljust(span) for name, span in zip(DIRECTIONS.values(), spans, strict=True))
-    return "\n".join([title, (" " * widths[0] + "".join(names)).rstrip(), *map(line, rows)])
 
 
 def _side(side: Direction) -> list[str]:

@@ -1,0 +1,107 @@
+"""A report on a score matrix that someone already has."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .. import __version__
+from .._files import require_regular
+from .many_right import count_pairs, pairs_of
+from .ranking import fold_metrics
+from .report import Pool, Report, System
+from .tie_rules import average, metrics_of
+
+
+def rate(
+    score: NDArray[np.floating] | torch.Tensor,
+    right: NDArray[np.integer] | Sequence[int],
+    *,
+    name: str = "scores",
+    cutoffs: Sequence[int] = (),
+    folds: int | None = None,
+    ties: str = "pessimistic",
+    captions: Sequence[str] | None = None,
+) -> Report:
+    """Report on a score matrix: recalls, median and mean rank of both directions.
+
+    Args:
+        score: [I, T] of any floating dtype, higher is better; a memory-mapped matrix is read once.
+        right: [T] the image that each caption describes; or [2, P] all right pairs, images and captions, where a
+            caption may be right for several images. A query's rank is that of its best right item.
+        name: row title.
+        cutoffs: also report R@k for these k.
+        folds: as for `evaluate`; every caption must then have one image.
+        ties: as for `metrics`.
+        captions: T texts, for the report's lists of queries.
+
+    Returns:
+        `Report`, with `settings` of this computation alone.
+
+    Raises:
+        TypeError: a dtype is not as stated.
+        ValueError: shapes disagree, an index is out of range, a caption has no right image, a score is NaN or infinite,
+            a cut-off is less than 1, or the images do not divide into the folds.
+
+    >>> score = np.array([[0.9, 0.8], [0.1, 0.2], [0.3, 0.4]], np.float32)
+    >>> pairs = np.array([[0, 1, 0], [0, 1, 1]])         # caption 1 is right for images 0 and 1
+    >>> rate(score, pairs).systems[0].pools[0].metrics.t2i.r1
+    100.0
+    """
+    given = np.asarray(right)
+    if given.ndim not in (1, 2) or (given.ndim == 2 and len(given) != 2) or given.dtype.kind not in "iu":
+        raise ValueError(f"rate: right must be integers [T] or [2, P], got {given.dtype} {list(given.shape)}")
+    if any(k < 1 for k in cutoffs):
+        raise ValueError(f"rate: cut-offs must be at least 1, got {list(cutoffs)}")
+    shape = tuple(score.shape)
+    if captions is not None and len(shape) == 2 and len(captions) != shape[1]:
+        raise ValueError(f"rate: there are {len(captions):,} captions, and the scores have {shape[1]:,} columns")
+    if given.ndim == 1 and len(shape) == 2 and len(given) != shape[1]:
+        raise ValueError(
+            f"rate: right has {len(given):,} captions, and the scores have {shape[1]:,} columns ({shape[0]:,} rows); a "
+            "transposed score matrix looks like this"
+        )
+    pairs = pairs_of(given) if given.ndim == 1 else given.astype(np.int64)
+    counts = count_pairs(score, pairs, "rate")
+    pools: tuple[Pool, ...] = (Pool(metrics_of(counts, ties)),)
+    if folds is not None:
+        if not np.array_equal(pairs[1], np.arange(counts.captions)):
+            raise ValueError("rate: folds cut captions with their image, and some captions have several right images")
+        parts = tuple(fold_metrics(score, pairs[0], folds, ties=ties))
+        pools = (Pool(average(parts), parts), *pools)
+    settings = {
+        "itm_fast": __version__, "numpy": np.__version__, "python": platform.python_version(),
+        "images": counts.images, "captions": counts.captions, "right_pairs": pairs.shape[1], "folds": folds,
+        "ties": ties,
+    }  # fmt: skip
+    system = System(name, pools, counts=counts)
+    return Report((system,), settings, None, None, pairs, captions, tuple(cutoffs))
+
+
+def open_scores(path: str | os.PathLike[str]) -> NDArray[np.floating]:
+    """Map a .npy file of scores into memory.
+
+    Raises:
+        OSError: there is no such regular file.
+        ValueError: it is not a .npy file of floating-point numbers [I, T]; the message says what it holds.
+    """
+    path = Path(path)
+    require_regular(path)
+    try:
+        found = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(
+            f"{path} is not a .npy file of numbers ({why}); save the matrix alone: numpy.save(path, scores)"
+        ) from None
+    if not isinstance(found, np.ndarray):
+        raise ValueError(f"{path} is an archive of several arrays; save the matrix alone: numpy.save(path, scores)")
+    if found.ndim != 2 or found.dtype.kind != "f" or 0 in found.shape:
+        raise ValueError(f"{path} must hold floating-point scores [images, captions], got {found.dtype} {found.shape}")
+    return found
