@@ -125,6 +125,36 @@ def encode_text(
     return caption if no_txtnorm else l2norm(caption, dim=-1), lengths
 
 
+def whole_numbers(lengths: Sequence[float] | Tensor) -> Tensor:
+    """Lengths as integers; whole numbers of a floating dtype are taken, as published encoders take them.
+
+    Raises:
+        ValueError: a length is not a whole number.
+
+    >>> whole_numbers([3.0, 5.0])
+    tensor([3, 5])
+    """
+    values = torch.as_tensor(lengths)
+    if not values.is_floating_point():
+        return values
+    whole = values.to(torch.int64)
+    if (whole != values).any():
+        raise ValueError(f"lengths must be whole numbers, got {values[whole != values][0].item()}")
+    return whole
+
+
+def pack_padded(caption: Tensor, lengths: Sequence[float] | Tensor) -> tuple[Tensor, Tensor]:
+    """`pack` with lengths as published modules take them: of any dtype, and longer than the padded captions, where a
+    slice `caption[:length]` ends with its caption."""
+    try:
+        values = torch.as_tensor(lengths)
+    except (TypeError, ValueError, RuntimeError):
+        return pack(caption, lengths)  # type: ignore[arg-type]  # which says what they must be
+    values = whole_numbers(values)
+    longest = caption.shape[1] if caption.dim() > 1 else 0
+    return pack(caption, values if values.dtype == torch.bool else values.clamp(max=longest))
+
+
 class PaddedScorer(PairScorer):
     """A pair scorer that takes captions padded, as the published modules do, or packed."""
 
@@ -149,31 +179,47 @@ class PaddedScorer(PairScorer):
         Raises:
             ValueError: a shape or length is wrong.
         """
-        if cap_emb.dim() == 3:
-            cap_emb, cap_lens = pack(cap_emb, cap_lens)
-        return super().forward(img_emb, cap_emb, torch.as_tensor(cap_lens), region_lengths)
+        return super().forward(img_emb, *_packed(cap_emb, cap_lens), region_lengths)
+
+    def matched(  # type: ignore[override]
+        self,
+        img_emb: Tensor,
+        cap_emb: Tensor,
+        cap_lens: Sequence[int] | Tensor,
+        region_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Scores [B] of image i with caption i alone; arguments as `forward`, and see `itm_fast.nn.PairScorer`."""
+        return super().matched(img_emb, *_packed(cap_emb, cap_lens), region_lengths)
+
+
+def _packed(caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+    """Padded captions [T, W, D] packed, and packed ones [N, D] as they are."""
+    return pack_padded(caption, lengths) if caption.dim() == 3 else (caption, torch.as_tensor(lengths))
 
 
 @torch.no_grad()
 def score_arrays(
     scorer: PairScorer,
-    image: np.ndarray,
-    caption: np.ndarray,
+    image: np.ndarray | Tensor,
+    caption: np.ndarray | Tensor,
     lengths: Sequence[int] | Tensor,
     device: torch.device,
     dtype: torch.dtype,
 ) -> np.ndarray:
-    """Score arrays [I, R, D] with [T, W, D] in `dtype`; return float64 [I, T], as the published evaluators do.
+    """Score arrays or tensors [I, R, D] with [T, W, D] in `dtype`; return float64 [I, T], as the published evaluators
+    do.
 
     Captions with the same bits are scored once.
     """
     from ..evaluation.distinct import first_of_equal_embeddings
 
-    words, cu_seqlens = pack(torch.from_numpy(caption), lengths)
+    caption = torch.as_tensor(caption)
+    words, cu_seqlens = pack_padded(caption, lengths)
     chosen, place = np.unique(first_of_equal_embeddings(words, cu_seqlens), return_inverse=True)
     if len(chosen) < len(caption):
-        words, cu_seqlens = pack(torch.from_numpy(caption[chosen]), torch.as_tensor(lengths)[torch.from_numpy(chosen)])
-    score = scorer(torch.from_numpy(image).to(device, dtype), words.to(device, dtype), cu_seqlens.to(device))
+        some = torch.from_numpy(chosen)
+        words, cu_seqlens = pack_padded(caption[some.to(caption.device)], torch.as_tensor(lengths)[some])
+    score = scorer(torch.as_tensor(image).to(device, dtype), words.to(device, dtype), cu_seqlens.to(device))
     return np.take(score.double().cpu().numpy(), place, axis=1)
 
 

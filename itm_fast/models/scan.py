@@ -19,8 +19,19 @@ from torch import Tensor, nn
 from ..nn import CrossAttentionScore, xavier_
 from ..ops import hardest_negative_loss
 from ..ops._attention import affinity_norm
-from ..packing import pack
-from ._common import Matcher, OwnKeys, choice, device_of, encode_text, l1norm, l2norm, require_options, score_arrays
+from ._common import (
+    Matcher,
+    OwnKeys,
+    choice,
+    device_of,
+    encode_text,
+    l1norm,
+    l2norm,
+    pack_padded,
+    require_options,
+    score_arrays,
+)
+from ._evaluator import AverageMeter, LogCollector, encode_data, evalrank
 from ._recall import i2t, t2i
 
 NORMS = {
@@ -36,11 +47,16 @@ OPTIONS = (
 
 __all__ = [
     "SCAN",
+    "AverageMeter",
     "ContrastiveLoss",
     "EncoderImage",
     "EncoderImagePrecomp",
     "EncoderImageWeightNormPrecomp",
     "EncoderText",
+    "LogCollector",
+    "cosine_similarity",
+    "encode_data",
+    "evalrank",
     "func_attention",
     "i2t",
     "l1norm",
@@ -176,6 +192,16 @@ def func_attention(
     return torch.bmm(rearrange(attention, "b c q -> b q c"), context), attention
 
 
+def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -> Tensor:
+    """Cosines of vectors along `dim`, x1 . x2 / max(|x1| |x2|, eps), without dimensions of size 1, as published.
+
+    >>> cosine_similarity(torch.tensor([[3.0, 4.0]]), torch.tensor([[4.0, 3.0]]))
+    tensor(0.9600)
+    """
+    length = torch.linalg.vector_norm(x1, dim=dim) * torch.linalg.vector_norm(x2, dim=dim)
+    return ((x1 * x2).sum(dim) / length.clamp(min=eps)).squeeze()
+
+
 def _scorer(direction: str, opt: Namespace) -> CrossAttentionScore:
     choice("SCAN", "cross_attn", direction, ("t2i", "i2t"))
     choice("SCAN", "raw_feature_norm", opt.raw_feature_norm, tuple(NORMS))
@@ -186,7 +212,7 @@ def _scorer(direction: str, opt: Namespace) -> CrossAttentionScore:
 
 
 def _xattn_score(direction, images, captions, cap_lens, opt, region_lengths):
-    words, cu_seqlens = pack(captions, cap_lens)
+    words, cu_seqlens = pack_padded(captions, cap_lens)
     return _scorer(direction, opt)(images, words, cu_seqlens, region_lengths)
 
 
@@ -321,15 +347,15 @@ class SCAN(Matcher):
         return self.forward_loss(*self.forward_emb(images, captions, lengths), region_lengths=region_lengths)
 
 
-def _shard(direction: str, images: np.ndarray, captions: np.ndarray, caplens, opt: Namespace) -> np.ndarray:
+def _shard(direction: str, images: np.ndarray | Tensor, captions: np.ndarray | Tensor, caplens, opt) -> np.ndarray:
     # The published evaluators collect a model's float32 embeddings in float64 arrays, which kernels on a GPU refuse.
-    dtype = torch.get_default_dtype() if images.dtype == np.float64 else torch.from_numpy(images[:0]).dtype
+    dtype = torch.get_default_dtype() if images.dtype == np.float64 else torch.as_tensor(images[:0]).dtype
     return score_arrays(_scorer(direction, opt), images, captions, caplens, device_of(opt), dtype)
 
 
 def shard_xattn_t2i(
-    images: np.ndarray,
-    captions: np.ndarray,
+    images: np.ndarray | Tensor,
+    captions: np.ndarray | Tensor,
     caplens: Sequence[int] | Tensor,
     opt: Namespace,
     shard_size: int = 128,
@@ -338,7 +364,8 @@ def shard_xattn_t2i(
 
     Args:
         images: [I, R, D]. Arrays in float64, in which the published evaluators collect embeddings, are scored in
-            `torch.get_default_dtype()` (float32), the dtype of models; arrays of another dtype are scored in that.
+            `torch.get_default_dtype()` (float32), the dtype of models; arrays of another dtype, and tensors, are scored
+            in that of their own.
         captions: [T, W, D], padded.
         caplens: [T] tokens per caption.
         opt: with raw_feature_norm, agg_func, lambda_softmax and lambda_lse.
@@ -356,8 +383,8 @@ def shard_xattn_t2i(
 
 
 def shard_xattn_i2t(
-    images: np.ndarray,
-    captions: np.ndarray,
+    images: np.ndarray | Tensor,
+    captions: np.ndarray | Tensor,
     caplens: Sequence[int] | Tensor,
     opt: Namespace,
     shard_size: int = 128,

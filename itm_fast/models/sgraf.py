@@ -28,9 +28,11 @@ from ..ops import (
 from ..ops._recompute import again
 from ..packing import bounds
 from ._common import Matcher, choice, encode_text, l1norm, l2norm, require_options, score_arrays
+from ._evaluator import AverageMeter, LogCollector, encode_data, evalrank
 from ._recall import i2t, t2i
 from ._self_attention import GlobalVectors, TextSA, VisualSA
 from .scan import EncoderImagePrecomp as EncoderImage
+from .scan import cosine_similarity, func_attention
 
 NAME = "EncoderSimilarity"
 SMOOTH = 9.0  # hard-coded in the published code
@@ -42,19 +44,52 @@ OPTIONS = (
 __all__ = [
     "SGRAF",
     "AttentionFiltration",
+    "AverageMeter",
     "ContrastiveLoss",
     "EncoderImage",
     "EncoderSimilarity",
     "EncoderText",
     "GraphReasoning",
+    "LogCollector",
+    "SCAN_attention",
     "TextSA",
     "VisualSA",
+    "cosine_sim",
+    "encode_data",
+    "evalrank",
     "i2t",
     "l1norm",
     "l2norm",
     "shard_attn_scores",
     "t2i",
 ]
+
+
+def cosine_sim(x1: Tensor, x2: Tensor, dim: int = -1, eps: float = 1e-8) -> Tensor:
+    """Cosines along `dim`; as `itm_fast.models.scan.cosine_similarity`.
+
+    >>> cosine_sim(torch.tensor([3.0, 4.0]), torch.tensor([4.0, 3.0]))
+    tensor(0.9600)
+    """
+    return cosine_similarity(x1, x2, dim, eps)
+
+
+def SCAN_attention(query: Tensor, context: Tensor, smooth: float, eps: float = 1e-8) -> Tensor:
+    """What each query attends to, for inspection; scores are not computed with this function.
+
+    Args:
+        query: [B, Q, D].
+        context: [B, C, D].
+        smooth: inverse temperature of the softmax over the context.
+        eps: not used, as published.
+
+    Returns:
+        Unit vectors [B, Q, D].
+
+    >>> SCAN_attention(torch.randn(2, 5, 8), torch.randn(2, 36, 8), 9.0).shape
+    torch.Size([2, 5, 8])
+    """
+    return l2norm(func_attention(query, context, Namespace(raw_feature_norm="clipped_l2norm"), smooth)[0])
 
 
 class EncoderText(nn.Module):
@@ -320,8 +355,8 @@ class SGRAF(Matcher):
 
 def shard_attn_scores(
     model: SGRAF,
-    img_embs: np.ndarray,
-    cap_embs: np.ndarray,
+    img_embs: np.ndarray | Tensor,
+    cap_embs: np.ndarray | Tensor,
     cap_lens: Sequence[int] | Tensor,
     opt: Namespace,
     shard_size: int = 100,
