@@ -10,12 +10,14 @@ A pair scorer computes once what depends on a single image or caption (its state
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from .ops import cross_attention_score, similarity_filter, similarity_graph
+from .packing import bounds
 
 State = tuple[Tensor, ...]
 
@@ -57,6 +59,45 @@ class PairScorer(nn.Module):
         image_state = self.image_state(image, region_lengths)
         caption_state = self.caption_state(words, cu_seqlens)
         return self.score(image_state, words, cu_seqlens, caption_state, region_lengths)
+
+    def matched(self, image: Tensor, words: Tensor, cu_seqlens: Tensor, region_lengths: Tensor | None = None) -> Tensor:
+        """Scores [B] of image i with caption i, as on the diagonal of `forward`, without the other B (B - 1) pairs.
+
+        In training, statistics over a batch of pairs (SAF's BatchNorm) are over one pair at a time, in their order.
+
+        Args:
+            image: [B, R, D].
+            words: [N, D] packed words.
+            cu_seqlens: [B + 1].
+            region_lengths: [B] regions of each image; None means R for all.
+
+        Raises:
+            ValueError: there are not as many captions as images, or a shape or length is wrong.
+
+        >>> import torch, itm_fast
+        >>> words, cu_seqlens = itm_fast.pack(torch.randn(2, 12, 64), [12, 5])
+        >>> itm_fast.nn.CrossAttentionScore(pool="mean").matched(torch.randn(2, 36, 64), words, cu_seqlens).shape
+        torch.Size([2])
+        """
+        name = type(self).__name__
+        edge = bounds(cu_seqlens, len(words), f"{name}.matched")
+        if len(edge) - 1 != len(image):
+            raise ValueError(f"{name}.matched: one caption per image is needed, got {len(image)} and {len(edge) - 1}")
+        image_state = self.image_state(image, region_lengths)
+        caption_state = self.caption_state(words, cu_seqlens)
+        per_word, per_caption = caption_state[: self.per_word], caption_state[self.per_word :]
+        found = []
+        for i, (start, stop) in enumerate(pairwise(edge)):
+            one, rows = slice(i, i + 1), slice(start, stop)
+            score = self.score(
+                tuple(x[one] for x in image_state),
+                words[rows],
+                cu_seqlens[i : i + 2] - start,
+                (*(x[rows] for x in per_word), *(x[one] for x in per_caption)),
+                None if region_lengths is None else region_lengths[one],
+            )
+            found.append(score[0])
+        return torch.cat(found) if found else image.new_empty(0)
 
 
 class CrossAttentionScore(PairScorer):

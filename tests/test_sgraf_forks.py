@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from model_cases import MODELS
-from sgraf_cases import HEADS, LENGTHS, dropout, features
+from model_cases import MODELS, PUBLISHED
+from sgraf_cases import HEADS, LENGTHS, R, dropout, features
+
+import itm_fast
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -20,3 +22,47 @@ def test_logits_are_what_the_sigmoid_takes(head, training):
     assert logit.max() > 1 or logit.min() < 0
     assert repr(model) != said  # the checksum that names a score file reads it
     assert not any("sigmoid" in name for name in model.state_dict())
+
+
+@pytest.mark.parametrize("kind", [*PUBLISHED, "SCAN"])
+@torch.no_grad()
+def test_matching_pairs_are_the_diagonal_bit_for_bit(kind):
+    image, caption = features(I=len(LENGTHS))
+    scorer = (itm_fast.nn.CrossAttentionScore() if kind == "SCAN" else MODELS[kind].scorer()).eval()
+    words, cu_seqlens = itm_fast.pack(caption, LENGTHS)
+    regions = torch.tensor([R, 2, R, 1, 3, R, R])
+    with itm_fast.use_backend("cpu"):
+        want = scorer(image, words, cu_seqlens, regions).diagonal()
+        found = scorer.matched(image, words, cu_seqlens, regions)
+    assert found.equal(want)
+    assert scorer.matched(image[:0], words[:0], cu_seqlens[:1]).shape == (0,)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_matching_pairs_in_training_have_their_own_statistics(head):
+    image, caption = features(I=len(LENGTHS))
+    models = [MODELS[head].scorer().train() for _ in range(2)]
+    for model in models:
+        dropout(model, 0.0)
+    found = models[0].matched(image, caption, LENGTHS)
+    found.sum().backward()
+    # As the published loop over pairs does: global vectors from the whole batch, then pair by pair.
+    model = models[1]
+    image_global = model.image_state(image)[1]
+    want = []
+    for i, n in enumerate(LENGTHS):
+        words, edge = caption[i, :n], torch.tensor([0, n])
+        state = image[i : i + 1], image_global[i : i + 1]
+        want.append(model.score(state, words, edge, model.caption_state(words, edge))[0, 0])
+    torch.stack(want).sum().backward()
+    torch.testing.assert_close(found, torch.stack(want), rtol=0, atol=1e-12)
+    for a, b in zip(models[0].parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=1e-10)
+    for a, b in zip(models[0].buffers(), model.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_matching_needs_one_caption_per_image():
+    image, caption = features(I=3)
+    with pytest.raises(ValueError, match=r"EncoderSimilarity\.matched: one caption per image is needed, got 3 and 7"):
+        MODELS["SGR"].scorer().matched(image, caption, LENGTHS)
