@@ -59,7 +59,8 @@ def use_backend(name: str) -> Iterator[None]:
 def recorded() -> Iterator[dict[str, str]]:
     """Record the backend of every op that this thread calls inside the `with`.
 
-    A function compiled by torch.compile chooses its backend when it is compiled; calling it again records nothing.
+    A function compiled by torch.compile chooses its backend when it is compiled; calling it again records nothing,
+    except where the choice is left to the call; see `resolve`.
 
     Yields:
         A dict, filled as ops are called: op -> backend, or "triton, torch" if calls of one op ran on both.
@@ -144,6 +145,7 @@ def resolve(
     dtype: torch.dtype | None = None,
     too_large: TooLarge | None = None,
     put_aside: PutAside | None = None,
+    traced: bool = False,
 ) -> str:
     """Choose the backend of one call: turn "auto" into a name, and check a name given by the user.
 
@@ -158,6 +160,9 @@ def resolve(
         too_large: backend in `ON_GPU` -> why its kernels cannot take these shapes, or None if they can.
         put_aside: returns why the kernels of a backend in `ON_GPU` must not run on a device in a dtype, or None; it
             may test them first.
+        traced: whether a graph is traced, so that the captions' lengths are not known, on which it depends whether the
+            kernels of "cuda" take them. Where "auto" would then take "cuda", it stays "auto": the op chooses anew
+            whenever the graph runs.
 
     Raises:
         NotImplementedError: no backend can run; the message has a sentence for each one considered.
@@ -171,6 +176,8 @@ def resolve(
     for name in offered if backend == "auto" else (backend,):
         reason = _refusal(name, op, device, dtype, too_large, put_aside, automatic=backend == "auto")
         if reason is None:
+            if traced and (backend, name) == ("auto", "cuda"):
+                return "auto"
             if name not in KERNELS:
                 _warn_once(device, dtype, reasons, name)
             _note(op, name)

@@ -205,6 +205,30 @@ def test_a_call_of_cuda_compiles_into_one_graph(on_cpu, monkeypatch):
     assert on_cpu == ["ops._cuda forward"]
 
 
+def test_a_compiled_call_chooses_by_the_lengths_that_it_gets(on_cpu, monkeypatch):
+    def too_large(name, size, given):
+        if name != "cuda" or torch.compiler.is_compiling():
+            return None
+        return "too long" if given["cu_seqlens"].diff().max() > 5 else None
+
+    monkeypatch.setattr(DECLARED[OP], "too_large", too_large)
+    monkeypatch.setitem(_backends.OFFERS, OP, ("cuda", "torch"))
+    monkeypatch.setattr(_backends, "_warn_once", lambda *_: None)
+    torch.compiler.reset()
+    nodes, _, *weights = [a.float() if a.is_floating_point() else a for a in examples.example(OP)]
+    nodes.requires_grad_()
+    call = torch.compile(itm_fast.similarity_graph, fullgraph=True, backend="aot_eager")
+    for length, ran in ((5, "cuda"), (6, "torch"), (5, "cuda")):
+        bounds = torch.tensor([0, length, 9], dtype=torch.int32)
+        with _backends.recorded() as noted:
+            found = call(nodes, bounds, *weights)
+        assert noted == {OP: ran}
+        want = itm_fast.similarity_graph(nodes, bounds, *weights, backend="torch")
+        torch.testing.assert_close(found, want)
+        torch.testing.assert_close(*(torch.autograd.grad(x.cos().sum(), nodes)[0] for x in (found, want)))
+    assert on_cpu.count("ops._cuda forward") == 2
+
+
 @pytest.mark.parametrize("capability, asked", [((9, 0), []), ((7, 5), ["cuda"])])
 def test_lengths_on_a_gpu_are_read_only_for_the_kernels_that_need_them(gpu, monkeypatch, capability, asked):
     """Reading them waits for the GPU; and of fake tensors, which stand for the GPU's here, there are none."""

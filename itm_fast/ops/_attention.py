@@ -93,7 +93,7 @@ def too_large(backend: str, size: Mapping[str, int], given: Mapping[str, Any]) -
     """Why the CUDA kernels cannot take a call's arguments, as `beyond_cuda`; None for the other backends.
 
     While torch.compile traces, and of fake tensors, lengths and device are not known: then only what follows from the
-    shapes is told.
+    shapes is told. `resolve` leaves the rest to the call.
     """
     edge = given["cu_seqlens"]
     if backend != "cuda" or edge.device.type == "cpu":

@@ -8,6 +8,7 @@ imported only when it runs. In a module of several ops the functions have the na
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
@@ -47,12 +48,12 @@ class Op(Declaration):
         def _forward(*args):
             # The inputs are already in autocast's dtype; inside, the op decides on its precision.
             with torch.autocast(args[0].device.type, enabled=False):
-                return self.implementation(args[-1]).forward(*args[:-1])
+                return self.implementation(self.chosen(args)).forward(*args[:-1])
 
         @torch.library.impl(backward, "CompositeExplicitAutograd")
         def _backward(grad, needs, *args):
             with torch.autocast(args[0].device.type, enabled=False):
-                dense = self.implementation(args[-1]).backward
+                dense = self.implementation(self.chosen(args)).backward
                 if keeps:
                     found = dense(grad, needs, *args[:-2], results=args[-2])
                 elif pairs is None:
@@ -108,8 +109,16 @@ class Op(Declaration):
         """
         first, size = given[self.arguments[0].name], self.check(given)
         dtype = first.dtype if self.has_kernels else None  # PyTorch takes all dtypes
-        name = resolve(self.name, backend, first.device, dtype, self.refused_sizes(size, given), put_aside)
+        too_large, traced = self.refused_sizes(size, given), torch.compiler.is_compiling()
+        name = resolve(self.name, backend, first.device, dtype, too_large, put_aside, traced)
         return self.call(*self.convert(given), name)
+
+    def chosen(self, args: Sequence[Any]) -> str:
+        """The backend of a call of the registered op, whose last argument is it, or "auto" if a trace left it open."""
+        if args[-1] != "auto":
+            return args[-1]
+        too_large, first = self.refused_sizes(self.size(args), dict(zip(self.names, args))), args[0]
+        return resolve(self.name, "auto", first.device, first.dtype, too_large, put_aside)
 
     def refused_sizes(self, size: dict[str, int], given: Given) -> TooLarge | None:
         """A function that says why the kernels of a backend for GPUs cannot take these sizes; None if all take all.
