@@ -56,14 +56,17 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[dict[str, str]]:
-    """Record the backend of every op that this thread calls inside the `with`.
+def recorded(into: dict[str, str] | None = None) -> Iterator[dict[str, str]]:
+    """Record the backend of every op that this thread calls inside the `with`; one around it records them at the end.
 
     A function compiled by torch.compile chooses its backend when it is compiled; calling it again records nothing,
     except where the choice is left to the call; see `resolve`.
 
+    Args:
+        into: the dict to fill; None: a new one.
+
     Yields:
-        A dict, filled as ops are called: op -> backend, or "triton, torch" if calls of one op ran on both.
+        The dict, filled as ops are called: op -> backend, or "triton, torch" if calls of one op ran on both.
 
     >>> import torch, itm_fast
     >>> with recorded() as ran:
@@ -71,12 +74,15 @@ def recorded() -> Iterator[dict[str, str]]:
     >>> ran
     {'hardest_negative_loss': 'torch'}
     """
-    ran: dict[str, str] = {}
+    ran: dict[str, str] = {} if into is None else into
     token = _ran.set(ran)
     try:
         yield ran
     finally:
         _ran.reset(token)
+        for op, names in ran.items():
+            for name in names.split(", "):
+                _note(op, name)
 
 
 def _note(op: str, name: str) -> None:

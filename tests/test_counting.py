@@ -30,6 +30,7 @@ from itm_fast.evaluation import (
     score_all,
 )
 from itm_fast.evaluation import counters as counters_module
+from itm_fast.evaluation.best import best_items
 from itm_fast.evaluation.counters import Counters
 from itm_fast.evaluation.counting import Counts, count
 from itm_fast.evaluation.distinct import first_of_equal_embeddings
@@ -81,12 +82,13 @@ def test_more_items_than_small_integers_count(images, captions):
 class Levels(PairScorer):
     """The first region times the first word: small integers, whose scores are exact in any block, and often equal."""
 
-    def __init__(self, factor: float = 1.0):
+    def __init__(self, factor: float = 1.0, by_block: float = 0.0):
         super().__init__()
-        self.factor = factor
+        self.factor, self.by_block = factor, by_block  # by_block > 0: other last bits in blocks of another shape
 
     def score(self, image_state, words, cu_seqlens, caption_state, region_lengths=None):
-        return self.factor * (image_state[0][:, 0] @ words[cu_seqlens[:-1].long()].T)
+        found = self.factor * (image_state[0][:, 0] @ words[cu_seqlens[:-1].long()].T)
+        return found * (1 + self.by_block * ((len(words) + 3 * len(image_state[0])) % 7))
 
 
 def small_integers(rng: np.random.Generator, images: int, captions: int, levels: int, owner: np.ndarray) -> Encoded:
@@ -111,12 +113,14 @@ def matrices(scorers, encoded) -> list[np.ndarray]:
 @quick
 @given(
     st.integers(1, 4), st.integers(1, 4), st.integers(0, 30), st.integers(1, 4), st.integers(1, 3),
-    st.tuples(st.integers(1, 7), st.integers(1, 7)), st.integers(1, 5), st.integers(0, 2**32 - 1),
+    st.tuples(st.integers(1, 7), st.integers(1, 7)), st.integers(1, 5), st.integers(1, 9),
+    st.sampled_from([0, 3e-7, 1e-3]), st.integers(0, 2**32 - 1),
 )  # fmt: skip
 def test_ranks_without_the_matrix_are_those_of_the_matrix(
-    folds, images_of_a_fold, more_captions, levels, members, block, group, seed
+    folds, images_of_a_fold, more_captions, levels, members, block, group, k, by_block, seed
 ):
-    """Equal scores, equal captions, images without captions, folds across blocks, and up to three scorers."""
+    """Equal scores, equal captions, images without captions, folds across blocks, up to three scorers, and scores that
+    depend on the block, by as much as they differ otherwise."""
     rng = np.random.default_rng(seed)
     images = folds * images_of_a_fold
     with_one = np.arange(folds) * images_of_a_fold + rng.integers(0, images_of_a_fold, folds)  # no fold without caption
@@ -128,13 +132,13 @@ def test_ranks_without_the_matrix_are_those_of_the_matrix(
                             first_of_equals=equal)
         for _ in range(members)
     ]  # fmt: skip
-    scorers = [Levels(float(rng.choice([1, 0.1, -3]))) for _ in range(members)]
+    scorers = [Levels(float(rng.choice([1, 0.1, -3])), by_block) for _ in range(members)]
     with (
         mock.patch.dict(memory._BLOCK, cpu=block),
         mock.patch.object(block_scores, "CHUNK", 3),
         mock.patch.object(matrix_free, "_GROUP", group),
     ):
-        found = rank_all(scorers, encoded, folds=folds, progress=False)
+        found = rank_all(scorers, encoded, folds=folds, best=k, progress=False)
         scores = matrices(scorers, encoded)
     assert len(found) == len(scores) == (members if members == 1 else members + 1)
     for one, score in zip(found, scores, strict=True):
@@ -144,10 +148,15 @@ def test_ranks_without_the_matrix_are_those_of_the_matrix(
                 np.testing.assert_array_equal(a, b)
         assert one.metrics(ties="expected") == metrics(score, owner, ties="expected")
         assert one.fold_metrics(ties="published") == fold_metrics(score, owner, folds, ties="published")
+        for side, table in (("i2t", score), ("t2i", score.T)):
+            items, values = one.best[side]
+            expected = np.array([best_items(row, k) for row in table])
+            np.testing.assert_array_equal(items, expected)
+            np.testing.assert_array_equal(values, np.take_along_axis(table, expected, 1))
 
 
-def attended(equal_images: bool, images: int = 37, captions: int = 90) -> Encoded:
-    """Unit embeddings, of which some captions are equal, and images if asked for; some images have no caption."""
+def attended(images: int = 37, captions: int = 90) -> Encoded:
+    """Unit embeddings, of which some captions and some images are equal; some images have no caption."""
     plain = random_encoded(images, captions, dim=16)
     owner = np.random.default_rng(3).integers(0, images, captions)
     first = np.arange(captions)
@@ -162,8 +171,7 @@ def attended(equal_images: bool, images: int = 37, captions: int = 90) -> Encode
     assert len(set(owner)) < images
     assert len(set(first)) < captions
     image = normalize(plain.image, dim=-1)
-    if equal_images:
-        image[::5], plain.region_lengths[::5] = image[0], 3
+    image[::5], plain.region_lengths[::5] = image[0], 3
     return dataclasses.replace(plain, image=image, words=words, caption_to_image=owner, first_of_equals=first)
 
 
@@ -171,8 +179,7 @@ def attended(equal_images: bool, images: int = 37, captions: int = 90) -> Encode
 @pytest.mark.parametrize("block", [(500, 256), (9, 14)])
 def test_each_backend_ranks_without_the_matrix_as_with_it(backend, block, monkeypatch):
     monkeypatch.setitem(memory._BLOCK, "cpu", block)
-    bits_depend_on_the_block = backend == "torch"
-    encoded = attended(equal_images=not bits_depend_on_the_block)
+    encoded = attended()
     scorers = [CrossAttentionScore("t2i"), CrossAttentionScore("i2t", pool="mean")]
     with itm_fast.use_backend(backend):
         found = rank_all(scorers, [encoded, encoded], progress=False)
@@ -180,7 +187,7 @@ def test_each_backend_ranks_without_the_matrix_as_with_it(backend, block, monkey
     for one, score in zip(found, scores, strict=True):
         require_equal(one.counts, count(score, encoded.caption_to_image, "test"))
         assert one.counts.i2t.tied.any()  # by a caption of another image that is equal to the image's best one
-        assert one.counts.t2i.tied.any() == (not bits_depend_on_the_block)
+        assert one.counts.t2i.tied.any() or backend == "torch"  # where equal images may have other last bits
     assert found[-1].fold_metrics() == []
 
 

@@ -5,10 +5,11 @@
 from .bootstrap import Comparison, compare
 from .encoding import Encoded, encode
 from .kept_ranks import KeptRanks, load_ranks
-from .matrix_free import Ranking, rank_all
+from .matrix_free import rank_all
 from .memory import MemoryPlan, plan
 from .pipeline import evaluate, memory_plan
 from .ranking import fold_metrics, metrics, ranks
+from .rankings import Ranking
 from .rating import rate
 from .relevance import relevance_metrics, why_no_relevance
 from .report import Pool, Report, System

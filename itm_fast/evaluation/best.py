@@ -48,6 +48,23 @@ class TieOrder:
         return place if self.higher_index else _MOST - 1 - place
 
 
+@dataclass(frozen=True, eq=False)
+class Wanted:
+    """The best items that are wanted of one direction.
+
+    Attributes:
+        side: "i2t" for the best captions of images, "t2i" for the best images of captions.
+        k: how many of each query.
+        order: which of equal scores is better; its queries are numbered as in `queries`.
+        queries: int64, the images or captions that are queries, each once; None: all.
+    """
+
+    side: str
+    k: int
+    order: TieOrder
+    queries: NDArray[np.int64] | None = None
+
+
 class Best:
     """The k items with the highest scores of each query, from blocks of scores that are given in any order.
 
@@ -119,7 +136,15 @@ class Best:
                 f"Best.merge: [queries, k] {list(self.keys.shape)} of {self.items} items cannot be merged with "
                 f"{list(other.keys.shape)} of {other.items}"
             )
-        self._keep(np.arange(len(self.keys)), other.keys)
+        self.load(other.keys)
+
+    def load(self, keys: NDArray[np.int64]) -> None:
+        """Add the `keys` of another `Best`, as from a file."""
+        if keys.dtype != np.int64 or keys.shape != self.keys.shape:
+            raise ValueError(
+                f"Best.load: keys must be int64 {list(self.keys.shape)}, got {keys.dtype} {list(keys.shape)}"
+            )
+        self._keep(np.arange(len(self.keys)), keys)
 
     def ranked(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """The items, best first, and their scores.

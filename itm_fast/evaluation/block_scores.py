@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .._backends import recorded
 from .counting import require_finite
 from .encoding import Encoded, word_rows
 from .memory import CHUNK, MemoryPlan
@@ -24,6 +26,10 @@ class BlockScorer:
         scorer, encoded: as for `score_all`.
         plan: says where embeddings and states are kept.
         order: int64 [distinct captions], in the order of scoring; columns are positions in it.
+
+    Attributes:
+        ran: op -> backend that ran it, as `recorded` finds them.
+        seconds: spent on blocks so far; counted by `score_blocks` if it has several scorers.
     """
 
     def __init__(self, scorer: Any, encoded: Encoded, plan: MemoryPlan, order: NDArray[np.int64]) -> None:
@@ -31,8 +37,11 @@ class BlockScorer:
         self._home = plan.device if plan.resident else torch.device("cpu")
         self._starts = encoded.cu_seqlens.numpy().astype(np.int64)
         self._edges = np.concatenate([[0], np.cumsum(encoded.lengths[order])])  # of the words of captions in `order`
-        self._image_state = _image_states(scorer, encoded, plan.device, self._home)
-        self._caption_state = _caption_states(scorer, encoded, order, plan.device, self._home)
+        self.ran: dict[str, str] = {}
+        self.seconds = 0.0
+        with recorded(self.ran):
+            self._image_state = _image_states(scorer, encoded, plan.device, self._home)
+            self._caption_state = _caption_states(scorer, encoded, order, plan.device, self._home)
         self._words = encoded.words.to(self._home)
         self._region_lengths = None if encoded.region_lengths is None else encoded.region_lengths.to(plan.device)
         self._images = slice(0, 0)
@@ -53,13 +62,14 @@ class BlockScorer:
         lengths = self._starts[captions + 1] - self._starts[captions]
         index = torch.from_numpy(word_rows(self._starts, captions)).to(self._home)
         per_word = _per_word(self.scorer)
-        score = self.scorer.score(
-            self._block_images,
-            self._words[index].to(device),
-            torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device),
-            tuple(state[rows if k < per_word else place].to(device) for k, state in enumerate(self._caption_state)),
-            None if self._region_lengths is None else self._region_lengths[images],
-        )
+        with recorded(self.ran):
+            score = self.scorer.score(
+                self._block_images,
+                self._words[index].to(device),
+                torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)).to(device),
+                tuple(state[rows if k < per_word else place].to(device) for k, state in enumerate(self._caption_state)),
+                None if self._region_lengths is None else self._region_lengths[images],
+            )
         return PendingScores(score, images.start, captions, self)
 
 
@@ -75,7 +85,7 @@ def score_blocks(
     for number in numbers:
         rows, columns = plan.block(number)
         try:
-            scores = [scorer.score(rows, columns) for scorer in scorers]
+            scores = [_timed(scorer, rows, columns, len(scorers) > 1) for scorer in scorers]
         except KeyboardInterrupt:  # keep the block that is scored already
             if before is not None:
                 yield *before[:3], [score.on_host() for score in before[3]]
@@ -85,6 +95,16 @@ def score_blocks(
         before = number, rows, columns, scores
     if before is not None:
         yield *before[:3], [score.on_host() for score in before[3]]
+
+
+def _timed(scorer: BlockScorer, rows: slice, columns: slice, several: bool) -> PendingScores:
+    start = time.perf_counter()
+    found = scorer.score(rows, columns)
+    if several:
+        if scorer.plan.device.type == "cuda":
+            torch.cuda.synchronize(scorer.plan.device)
+        scorer.seconds += time.perf_counter() - start
+    return found
 
 
 class PendingScores:

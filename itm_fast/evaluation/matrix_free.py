@@ -1,16 +1,15 @@
 """Ranks and metrics without the score matrix: each block of scores is counted and forgotten.
 
 The right pairs are scored first: a block of 16 images with their own captions at a time, 16 / I of all the work. Then
-every block of `score_all` is scored once and compared with them; see `counting` for what is counted. A backend may
-give a pair other last bits in another block, so a right pair has everywhere the score of the first pass: a query's own
-right item is never above it or tied with it by rounding.
+every block of `score_all` is scored once and compared with them; see `counters` for what is counted. A backend may give
+a pair other last bits in another block. This is noticed by a right pair, and the blocks are then counted again with a
+band around the scores of right pairs, so that the ranks are those of the matrix that `score_all` makes of these blocks.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -19,39 +18,15 @@ from numpy.typing import NDArray
 
 from .._workspace import GIB, workspace
 from .block_scores import BlockScorer, score_blocks
-from .counters import Counters
-from .counting import Counts, checked_owner
+from .counters import BandExceeded
+from .counting import checked_owner
 from .encoding import Encoded, evaluation_mode
-from .ranking import fold_images
+from .rankings import Ranking, rankings_of
 from .scoring import columns_of, plan_encoded, with_equal_captions
-from .tie_rules import Metrics, Ranks, metrics_of, ranks_of
+from .tally import Asked, Tally
 
 _GROUP = 16  # images that are scored together with their own captions, in the first pass
-
-
-@dataclass(frozen=True, eq=False)
-class Ranking:
-    """What the ranks of one scorer follow from, without its scores.
-
-    Attributes:
-        counts: of all images and captions.
-        folds: of each fold; empty without folds.
-    """
-
-    counts: Counts
-    folds: tuple[Counts, ...] = ()
-
-    def ranks(self, ties: str = "pessimistic") -> Ranks:
-        """As `itm_fast.evaluation.ranks` of the score matrix."""
-        return ranks_of(self.counts, ties)
-
-    def metrics(self, *, ties: str = "pessimistic") -> Metrics:
-        """As `itm_fast.evaluation.metrics` of the score matrix."""
-        return metrics_of(self.counts, ties)
-
-    def fold_metrics(self, *, ties: str = "pessimistic") -> list[Metrics]:
-        """As `itm_fast.evaluation.fold_metrics` of the score matrix; empty without folds."""
-        return [metrics_of(found, ties) for found in self.folds]
+_WIDER = 16  # how much wider than the largest difference seen a band is made; it costs little
 
 
 def rank_all(
@@ -59,14 +34,14 @@ def rank_all(
     encoded: Encoded | Sequence[Encoded],
     *,
     folds: int | None = None,
+    best: int | None = None,
     memory_gb: float | None = None,
     progress: bool = True,
 ) -> tuple[Ranking, ...]:
     """Rank every image against every caption and back, without holding their score matrix.
 
-    The ranks are those of the matrix that `score_all` returns if the backend gives a pair the same bits in every block,
-    as `cpu` does. With another backend, such as `torch`, a right pair may differ from the matrix in its last bits,
-    which matters to wrong items that are as close, such as an image that is in the split twice.
+    The ranks are those of the matrix that `score_all` returns within the same scratch, bit for bit: with another
+    memory budget a backend such as `torch`, whose scores depend on the block, may give other last bits.
 
     Several scorers are ranked one by one and by the mean of their scores, in float32 as in `evaluate`; their encoded
     splits and states are then in memory together.
@@ -75,6 +50,7 @@ def rank_all(
         scorers: a pair scorer as for `score_all`, or a sequence of them.
         encoded: as `encode` returns it: one per scorer, all of the same split.
         folds: also rank within this many equal, consecutive parts of the images, as `fold_metrics` does.
+        best: also keep this many best items of each query, for `write_trec`; equal scores are in the order of the data.
         memory_gb: as for `score_all`; no score matrix is counted.
         progress: show a bar with pairs/s and the time left on standard error.
 
@@ -84,8 +60,8 @@ def rank_all(
     Raises:
         TypeError: `caption_to_image` does not hold integers.
         ValueError: as `score_all`; `caption_to_image` does not fit; the images do not divide into the folds, or a fold
-            has no caption; scorers and splits differ in number, or the splits in their images, captions or which
-            captions are the same.
+            has no caption; `best` is less than 1; scorers and splits differ in number, or the splits in their images,
+            captions or which captions are the same.
 
     >>> from itm_fast.nn import CrossAttentionScore
     >>> image, words = torch.randn(2, 3, 8), torch.randn(5, 8)
@@ -94,17 +70,20 @@ def rank_all(
     >>> found.ranks().t2i.shape, found.metrics().t2i.queries
     ((2,), 2)
     """
-    from tqdm import tqdm
-
+    asked = Asked(folds, best)
     scorers = list(scorers) if isinstance(scorers, (list, tuple)) else [scorers]
-    splits = [with_equal_captions(one) for one in ([encoded] if isinstance(encoded, Encoded) else encoded)]
+    splits = [encoded] if isinstance(encoded, Encoded) else list(encoded)
+    with blocks_of(scorers, splits, memory_gb) as blocks:
+        return rankings_of(blocks.all(blocks.begin(asked), progress=progress))
+
+
+@contextlib.contextmanager
+def blocks_of(scorers: Sequence[Any], splits: Sequence[Encoded], memory_gb: float | None = None) -> Iterator[Blocks]:
+    """The blocks of an evaluation, while the scorers are in evaluation mode; arguments and errors as for `rank_all`."""
+    splits = [with_equal_captions(one) for one in splits]
     _require_same_split(len(scorers), splits)
-    images = len(splits[0].image)
-    owner = checked_owner(splits[0].caption_to_image, (images, len(splits[0].lengths)), "rank_all")
-    parts = [] if folds is None else fold_images(owner, images, folds, "rank_all")
+    owner = checked_owner(splits[0].caption_to_image, (len(splits[0].image), len(splits[0].lengths)), "rank_all")
     order, column = columns_of(splits[0])
-    own = _ByKey(owner, images)
-    captions_of = _ByKey(column, len(order))
     with contextlib.ExitStack() as stack:
         stack.enter_context(evaluation_mode(*scorers))
         stack.enter_context(torch.no_grad())
@@ -115,32 +94,92 @@ def rank_all(
             block = (plan.image_block, plan.caption_block)
             stack.enter_context(workspace(plan.workspace / GIB))
             members.append(BlockScorer(scorer, split, plan, order))
-        right = _with_mean(_right_scores(members, owner, column, own))
-        systems = [Counters(score, owner, images) for score in right]
-        within = [Counters(score, owner, images) for score in right if parts]
-        bar = stack.enter_context(
-            tqdm(total=plan.pairs * len(members), desc="scores", unit="pair", unit_scale=True, disable=not progress)
-        )
-        for _, rows, columns, found in score_blocks(members, range(plan.blocks)):
-            width = columns.stop - columns.start
-            mine = own[rows]
-            mine = mine[(column[mine] >= columns.start) & (column[mine] < columns.stop)]
-            cells = owner[mine] - rows.start, column[mine] - columns.start
-            scores = [np.array(one) for one in found]  # a scorer may keep what it returned
-            for one, known in zip(scores, right, strict=False):
-                one[cells] = known[mine]
-            scores = _with_mean(scores)
-            captions = captions_of[columns]
-            for first in range(0, len(captions), plan.caption_block):
-                chosen = captions[first : first + plan.caption_block]
-                for number, one in enumerate(scores):
-                    part = one if len(captions) == width else one[:, column[chosen] - columns.start]
-                    systems[number].add(part, rows.start, chosen)
-                    if within:
-                        _add_within_folds(within[number], parts, part, rows.start, chosen)
-            bar.update(len(members) * width * (rows.stop - rows.start))
-    pools = [tuple(inner.pool(part) for part in parts) for inner in within] or [()] * len(systems)
-    return tuple(Ranking(system.pool(), pool) for system, pool in zip(systems, pools, strict=True))
+        yield Blocks(members, owner, column)
+
+
+class Blocks:
+    """The blocks of one evaluation: they are scored in any order, by anyone, and add up to a `Tally`.
+
+    Args:
+        members: the scorers, which share the plan of the first one's blocks.
+        owner: int64 [T], the image that each caption describes.
+        column: int64 [T], the column of each caption's scores.
+
+    Attributes:
+        plan: the memory plan of the first scorer; `plan.blocks` is the number of blocks.
+    """
+
+    def __init__(self, members: list[BlockScorer], owner: NDArray[np.int64], column: NDArray[np.int64]) -> None:
+        self.members, self.plan = members, members[0].plan
+        self._owner, self._column = owner, column
+        self._captions_of = _ByKey(column, self.plan.distinct)
+
+    def begin(
+        self, asked: Asked, identity: Mapping[str, str] | None = None, about: Mapping[str, Any] | None = None
+    ) -> Tally:
+        """Score the right pairs; return a tally of no block. Arguments as for `Tally`."""
+        images = self.plan.images
+        Tally([], self._owner, images, 0, asked)  # refuses folds that do not fit before anything is scored
+        right = _with_mean(_right_scores(self.members, self._owner, self._column, _ByKey(self._owner, images)))
+        return Tally(right, self._owner, images, self.plan.blocks, asked, identity, about=about)
+
+    def add(self, tally: Tally, numbers: Sequence[int]) -> Iterator[int]:
+        """Score these blocks and add them to the tally; yield the number of each.
+
+        Raises:
+            BandExceeded: the scores of a right pair differ by more than the tally's band; begin again with `widened`.
+        """
+        for number, rows, columns, found in score_blocks(self.members, numbers):
+            tally.add(number, rows.start, self._pieces(columns, _with_mean(found)))
+            yield number
+
+    def all(
+        self,
+        tally: Tally,
+        numbers: Sequence[int] | None = None,
+        *,
+        progress: bool = True,
+        after: Callable[[Tally], None] = lambda _: None,
+    ) -> Tally:
+        """Add all blocks, or those of `numbers`, that the tally lacks.
+
+        Args:
+            tally: is added to, unless it has to begin again with a wider band.
+            numbers: which blocks; None: all.
+            progress: show a bar with pairs/s and the time left on standard error.
+            after: called after each block.
+
+        Returns:
+            The tally, or the new one.
+        """
+        from tqdm import tqdm
+
+        numbers = range(self.plan.blocks) if numbers is None else numbers
+        total = sum(self.plan.pairs_of(number) for number in numbers) * len(self.members)
+        with tqdm(total=total, desc="scores", unit="pair", unit_scale=True, disable=not progress) as bar:
+            while True:
+                to_do = [number for number in numbers if not tally.done[number]]
+                bar.reset(total)
+                bar.update(total - sum(self.plan.pairs_of(number) for number in to_do) * len(self.members))
+                try:
+                    for number in self.add(tally, to_do):
+                        bar.update(self.plan.pairs_of(number) * len(self.members))
+                        after(tally)
+                    return tally
+                except BandExceeded as exceeded:
+                    tally = tally.widened(_WIDER * exceeded.difference)
+
+    def _pieces(
+        self, columns: slice, scores: list[NDArray[np.float32]]
+    ) -> Iterator[tuple[NDArray[np.int64], list[NDArray[np.float32]]]]:
+        """The captions whose scores are in these columns, at most a block of them at a time, and their scores."""
+        captions = self._captions_of[columns]
+        if len(captions) == columns.stop - columns.start:
+            yield captions, scores
+            return
+        for first in range(0, len(captions), self.plan.caption_block):
+            chosen = captions[first : first + self.plan.caption_block]
+            yield chosen, [one[:, self._column[chosen] - columns.start] for one in scores]
 
 
 class _ByKey:
@@ -183,19 +222,6 @@ def _with_mean(scores: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
         mean += one
     mean /= len(scores)
     return [*scores, mean]
-
-
-def _add_within_folds(
-    counters: Counters, parts: list[slice], block: NDArray[np.float32], start: int, captions: NDArray[np.int64]
-) -> None:
-    """Count the pairs of a block whose image and whose caption's image are in the same fold."""
-    size = parts[0].stop
-    fold = counters.owner[captions] // size
-    for number in range(start // size, (start + len(block) - 1) // size + 1):
-        first, stop = max(parts[number].start, start), min(parts[number].stop, start + len(block))
-        mine = np.flatnonzero(fold == number)
-        if len(mine):
-            counters.add(block[first - start : stop - start, mine], first, captions[mine])
 
 
 def _require_same_split(scorers: int, splits: list[Encoded]) -> None:

@@ -16,9 +16,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .best import contenders
+from .best import TieOrder, Wanted, contenders, right_pairs
 
 _COLUMNS = 256  # captions transposed at once
+_CXC = 10  # CxC recall is reported at 10 at most
 _TIES = ("pessimistic", "optimistic", "published")
 
 
@@ -99,18 +100,64 @@ def relevance_by_ties(
     if reason:
         raise ValueError(reason)
     labels = _labels()
-    cxc = _ranked(score, image_ids, caption_ids, labels.cxc_gts, 10, rules)
-    most = max(len(set(right)) for side in labels.eccv_gts.values() for right in side.values())
-    eccv = _ranked(score, image_ids, caption_ids, labels.eccv_gts, most, rules)
-    by_ties = {}
-    for rule in rules:
-        found = {f"cxc_r{k}": labels.cxc_recalls(cxc[rule], "all", K=k) for k in (1, 5, 10)}
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
-            found |= labels.eccv_metrics(eccv[rule], "all")
-        by_ties[rule] = {
-            name: {side: 100.0 * float(value) for side, value in sides.items()} for name, sides in found.items()
-        }
-    return by_ties
+    cxc = _ranked(score, image_ids, caption_ids, labels.cxc_gts, _CXC, rules)
+    eccv = _ranked(score, image_ids, caption_ids, labels.eccv_gts, _most(labels.eccv_gts), rules)
+    return {rule: _metrics(labels, cxc[rule], eccv[rule]) for rule in rules}
+
+
+def wanted_for_relevance(image_ids: NDArray[np.integer], caption_ids: NDArray[np.integer]) -> dict[str, Wanted]:
+    """The best items from which `relevance_of_best` computes what `relevance_by_ties` computes from all scores.
+
+    Raises:
+        ValueError: `why_no_relevance` gives a reason, which is the message.
+    """
+    reason = why_no_relevance(image_ids, caption_ids)
+    if reason:
+        raise ValueError(reason)
+    labels = _labels()
+    wanted = {}
+    for name, right, k in (("cxc", labels.cxc_gts, _CXC), ("eccv", labels.eccv_gts, _most(labels.eccv_gts))):
+        for side, query_ids, item_ids in _sides(image_ids, caption_ids):
+            labelled = list(_labelled(right[side], query_ids, item_ids))
+            queries = np.array([index for index, _ in labelled], np.int64)
+            pairs = right_pairs([own for _, own in labelled], len(item_ids))
+            for rule in _TIES:
+                order = TieOrder(True) if rule == "published" else TieOrder(False, pairs, rule == "optimistic")
+                wanted[f"{name} {side} {rule}"] = Wanted(side, k, order, queries)
+    return wanted
+
+
+def relevance_of_best(
+    wanted: Mapping[str, Wanted],
+    found: Mapping[str, NDArray[np.int64]],
+    image_ids: NDArray[np.integer],
+    caption_ids: NDArray[np.integer],
+) -> dict[str, dict[str, dict[str, float]]]:
+    """As `relevance_by_ties`, from the best items of the queries of each list that is wanted, best first."""
+    labels = _labels()
+
+    def ranked(name: str, rule: str) -> dict[str, dict[int, list[int]]]:
+        lists = {}
+        for side, query_ids, item_ids in _sides(image_ids, caption_ids):
+            key = f"{name} {side} {rule}"
+            queries = np.asarray(query_ids)[wanted[key].queries].tolist()
+            lists[side] = dict(zip(queries, np.asarray(item_ids)[found[key]].tolist(), strict=True))
+        return lists
+
+    return {rule: _metrics(labels, ranked("cxc", rule), ranked("eccv", rule)) for rule in _TIES}
+
+
+def _most(right: Mapping[str, Mapping[int, Iterable[int]]]) -> int:
+    """The number of right items of the query that has most."""
+    return max(len(set(own)) for side in right.values() for own in side.values())
+
+
+def _metrics(labels: Any, cxc: Any, eccv: Any) -> dict[str, dict[str, float]]:
+    """All metrics of ranked ids, in percent."""
+    found = {f"cxc_r{k}": labels.cxc_recalls(cxc, "all", K=k) for k in (1, 5, 10)}
+    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that cannot be turned off
+        found |= labels.eccv_metrics(eccv, "all")
+    return {name: {side: 100.0 * float(value) for side, value in sides.items()} for name, sides in found.items()}
 
 
 def _labels() -> Any:
@@ -130,16 +177,32 @@ def _ranked(
 ) -> dict[str, dict[str, dict[int, list[int]]]]:
     """For each rule, the ids of the k best items of every labelled query, best first."""
     ranked: dict[str, dict[str, dict[int, list[int]]]] = {rule: {"i2t": {}, "t2i": {}} for rule in rules}
-    for side, query_ids, item_ids in (("i2t", image_ids, caption_ids), ("t2i", caption_ids, image_ids)):
+    for side, query_ids, item_ids in _sides(image_ids, caption_ids):
         items = np.asarray(item_ids)
-        position = {int(item): index for index, item in enumerate(item_ids)}
+        labelled = dict(_labelled(right[side], query_ids, item_ids))
         for index, row in query_rows(score, side):
-            query = int(query_ids[index])
-            if query in right[side]:
-                own = [position[item] for item in right[side][query] if item in position]
-                for rule, best in _best(row, k, own, rules):
-                    ranked[rule][side][query] = items[best].tolist()
+            if index in labelled:
+                for rule, best in _best(row, k, labelled[index], rules):
+                    ranked[rule][side][int(query_ids[index])] = items[best].tolist()
     return ranked
+
+
+def _sides(
+    image_ids: NDArray[np.integer], caption_ids: NDArray[np.integer]
+) -> Iterator[tuple[str, NDArray[np.integer], NDArray[np.integer]]]:
+    """Each direction with the ids of its queries and of its items."""
+    yield "i2t", image_ids, caption_ids
+    yield "t2i", caption_ids, image_ids
+
+
+def _labelled(
+    right: Mapping[int, Iterable[int]], query_ids: NDArray[np.integer], item_ids: NDArray[np.integer]
+) -> Iterator[tuple[int, list[int]]]:
+    """The index of every query that has labels, and the indices of its right items."""
+    position = {int(item): index for index, item in enumerate(item_ids)}
+    for index, query in enumerate(query_ids):
+        if int(query) in right:
+            yield index, [position[item] for item in right[int(query)] if item in position]
 
 
 def _best(
