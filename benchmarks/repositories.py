@@ -1,0 +1,223 @@
+"""Run published repositories' own code beside the same code after `itm_fast.patch`.
+
+    python benchmarks/repositories.py owner/name=FOLDER ... [--name NAME]
+
+For each repository, a checkout in FOLDER: what `patch` replaces; five training steps with its own scorer and, where it
+takes scores, its own loss, from one random state; its checkpoint loaded into the library's model and back; and the
+seconds of its own scoring loop before and after. Modules that a repository imports for other purposes (plots, data) and
+that are not installed here are replaced by empty ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from importlib.util import find_spec
+from inspect import signature
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+if __name__ == "__main__":  # from a bare checkout, `benchmarks` lies beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import itm_fast
+from benchmarks.harness import alternate, largest_difference, progress, write
+from benchmarks.machine import environment
+from itm_fast.models.sgraf import EncoderSimilarity
+from itm_fast.ops import hardest_negative_loss
+from itm_fast.patching._proof import in_float64, published
+
+OPTIONS = Namespace(
+    raw_feature_norm="clipped_l2norm", agg_func="LogSumExp", lambda_softmax=9.0, lambda_lse=6.0, cross_attn="t2i"
+)
+SIZES = (64, 320, 1024, 256)  # images, captions, D and S of the timed scoring
+EMPTY = (
+    "nltk", "ot", "prefetch_generator", "pycocotools", "pycocotools.coco", "scipy", "scipy.io", "scipy.optimize",
+    "scipy.spatial", "scipy.stats", "sklearn", "sklearn.cluster", "sklearn.metrics", "sklearn.metrics.pairwise",
+    "sklearn.mixture", "tensorboard_logger", "torchvision", "torchvision.models", "torchvision.transforms",
+)  # fmt: skip
+
+
+class Contender(NamedTuple):
+    """One pair scorer of a repository.
+
+    Args:
+        mode: "SGR", "SAF", or "SCAN t2i".
+        module: defines it.
+        name: of its class or function in the module.
+    """
+
+    mode: str
+    module: ModuleType
+    name: str
+
+    def make(self, D: int, S: int) -> nn.Module:
+        """A new scorer; SCAN's has no parameters."""
+        return nn.Module() if self.mode == "SCAN t2i" else getattr(self.module, self.name)(D, S, self.mode, 3)
+
+    def score(self) -> Callable[[nn.Module, Tensor, Tensor, list[int]], Tensor]:
+        """The code that scores with such a scorer now: a change of it by `patch` later has no effect on this."""
+        now = getattr(self.module, self.name)
+        if self.mode == "SCAN t2i":
+            return lambda scorer, image, caption, lengths: now(image, caption, lengths, OPTIONS)
+        forward = now.forward
+        return lambda scorer, *batch: _scores(forward(scorer, *batch))
+
+
+def _scores(result: Any) -> Tensor:
+    """The scores, which some forks return with other values behind them."""
+    return result[0] if isinstance(result, tuple) else result
+
+
+def contenders(modules: Sequence[ModuleType]) -> list[Contender]:
+    """The pair scorers that these modules define."""
+    found = []
+    for module in modules:
+        own = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
+        if "EncoderSimilarity" in own and len(signature(module.EncoderSimilarity.forward).parameters) == 4:
+            found += [Contender(mode, module, "EncoderSimilarity") for mode in ("SGR", "SAF")]
+        if "xattn_score_t2i" in own:
+            found.append(Contender("SCAN t2i", module, "xattn_score_t2i"))
+    return found
+
+
+def batch(images: int, captions: int, D: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Unit regions [images, 36, D] and words [captions, 20, D], and 4 to 20 words a caption, descending."""
+    image, caption = (nn.functional.normalize(torch.randn(n, w, D), dim=2) for n, w in ((images, 36), (captions, 20)))
+    return image, caption, sorted((4 + 17 * n // captions for n in range(captions)), reverse=True)
+
+
+def five_losses(one: Contender) -> list[float]:
+    """Losses of five steps of training of a scorer, images and captions, with dropout, in float64."""
+    torch.manual_seed(0)
+    scorer, score = one.make(32, 16).train(), one.score()
+    image, caption, lengths = batch(8, 8, 32)
+    parameters = [image.requires_grad_(), caption.requires_grad_(), *scorer.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=1e-3)
+    try:
+        loss = one.module.ContrastiveLoss(margin=0.2, max_violation=True)
+        loss(torch.eye(2))
+    except (TypeError, AttributeError):  # it takes other arguments and stays as it is
+
+        def loss(scores):
+            return hardest_negative_loss(scores, margin=0.2)
+
+    found = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        value = loss(score(scorer, image, caption, lengths))
+        value.backward()
+        optimizer.step()
+        found.append(value.item())
+    return found
+
+
+def checkpoint_both_ways(one: Contender) -> bool | None:
+    """Whether a state_dict loads into the library's scorer and back, strictly; None for SCAN, which has none."""
+    if one.mode == "SCAN t2i":
+        return None
+    theirs, ours = one.make(32, 16), EncoderSimilarity(32, 16, one.mode)
+    ours.load_state_dict(theirs.state_dict())
+    return not any(theirs.load_state_dict(ours.state_dict()))
+
+
+def measure(one: Contender, rounds: int) -> dict[str, Any]:
+    """One scorer before and after `patch`: losses, scores, checkpoint, seconds."""
+    with in_float64():
+        own_losses = published(lambda: five_losses(one))
+    own = one.score()
+    itm_fast.patch(one.module)
+    patched = one.score()
+    with in_float64():
+        losses = published(lambda: five_losses(one))
+        both_ways = published(lambda: checkpoint_both_ways(one))
+    torch.manual_seed(0)
+    images, captions, D, S = SIZES
+    scorer, given = published(lambda: one.make(D, S)).eval(), batch(images, captions, D)
+    with torch.no_grad():
+        calls = {"own": lambda: published(lambda: own(scorer, *given)), "patched": lambda: patched(scorer, *given)}
+        apart = largest_difference(*(call() for call in calls.values()))
+        times = alternate(calls, rounds)
+    itm_fast.unpatch(one.module)
+    seconds = {name: statistics.median(each) for name, each in times.items()}
+    return {
+        "mode": one.mode,
+        "losses": own_losses,
+        "largest_difference_of_losses": max(abs(a - b) for a, b in zip(own_losses, losses, strict=True)),
+        "checkpoint_both_ways": both_ways,
+        "largest_difference_of_scores": apart,
+        "seconds_own": seconds["own"],
+        "seconds_patched": seconds["patched"],
+        "times_faster": seconds["own"] / seconds["patched"],
+    }
+
+
+def repository(name: str, folder: Path, rounds: int) -> dict[str, Any]:
+    """What `patch` does to one repository, and its scorers before and after."""
+    modules, path = dict(sys.modules), list(sys.path)
+    try:
+        report = itm_fast.patch(folder)
+        itm_fast.unpatch()
+        found = contenders([module for key, module in list(sys.modules.items()) if key not in modules])
+        rows = [measure(one, rounds) for one in found]
+    finally:
+        sys.path[:] = path
+        for key in set(sys.modules) - set(modules):
+            if str(getattr(sys.modules[key], "__file__", "")).startswith(str(folder.resolve())):
+                del sys.modules[key]
+    return {"repository": name, "patch": [vars(row) for row in report], "scorers": rows}
+
+
+def table(result: dict) -> str:
+    """Markdown: a row per repository and scorer."""
+    e, (images, captions, D, S) = result["environment"], result["sizes"]
+    lines = [
+        f"Repositories' own code before and after `itm_fast.patch`, by `benchmarks/repositories.py` on {e['device']}, "
+        f"{e['threads']} threads, torch {e['torch']}, {e['date']}, commit {e['commit']}: five training steps in "
+        f"float64, and float32 scores of {images} images x {captions} captions, D {D}, S {S}. Lines of the repository "
+        "that change: none, and one where it is started.\n",
+        "| repository | scorer | losses differ by | scores by | checkpoint both ways | x its loop | refused |",
+        "|---|---|---:|---:|---|---:|---|",
+    ]
+    for one in result["results"]:
+        kept = ", ".join(row["name"] for row in one["patch"] if row["outcome"] == "refused") or ""
+        for row in one["scorers"]:
+            both = {True: "yes", False: "no", None: ""}[row["checkpoint_both_ways"]]
+            lines.append(
+                f"| {one['repository']} | {row['mode']} | {row['largest_difference_of_losses']:.0e} | "
+                f"{row['largest_difference_of_scores']:.0e} | {both} | {row['times_faster']:.1f} | {kept} |"
+            )
+    return "\n".join(lines)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkouts", nargs="+", metavar="owner/name=FOLDER")
+    parser.add_argument("--rounds", type=int, default=3, help="alternating rounds of timing (default: %(default)s)")
+    parser.add_argument("--name", default="repositories", help="of the result file (default: %(default)s)")
+    opt = parser.parse_args(arguments)
+    absent = {name for name in EMPTY if "." not in name and find_spec(name) is None}
+    for name in EMPTY:
+        if name.partition(".")[0] in absent:
+            sys.modules[name] = mock.MagicMock(__spec__=ModuleSpec(name, None))
+    results = []
+    for checkout in opt.checkouts:
+        name, _, folder = checkout.partition("=")
+        if not folder or not Path(folder).is_dir():
+            parser.error(f"{checkout!r} must be owner/name=FOLDER, and the folder exist")
+        progress(name)
+        results.append(repository(name, Path(folder), opt.rounds))
+    write(opt.name, {"environment": environment(), "sizes": SIZES, "results": results})
+
+
+if __name__ == "__main__":
+    main()
