@@ -238,15 +238,24 @@ def test_what_is_not_the_same_is_refused(repository, change, name, reason):
         assert sys.modules["model"].EncoderSimilarity.forward.__qualname__ == "EncoderSimilarity.forward"
 
 
-def test_a_fork_that_returns_the_diagonal_too(repository):
+@pytest.mark.parametrize(
+    ("returned", "kind"),
+    [
+        ("score, score.detach().diagonal()", "scores and their diagonal"),
+        ("torch.logit(score)", "logits"),
+    ],
+)
+def test_forks_that_return_something_else(repository, returned, kind):
     change = ("return slow.loop(", "score = slow.loop(")
-    tail = ("training=self.training)\n", "training=self.training)\n        return score, score.detach().diagonal()\n")
+    tail = ("training=self.training)\n", f"training=self.training)\n        return {returned}\n")
     report = itm_fast.patch(repository(change, tail, evaluation=""))
-    assert "returns scores and their diagonal" in outcome(report, "EncoderSimilarity (SGR)").detail
-    score, diagonal = sys.modules["model"].EncoderSimilarity(16, 8, "SGR").eval()(*embeddings())
-    assert score.shape == (3, 4)
-    assert torch.equal(diagonal, score.diagonal())
-    assert not diagonal.requires_grad
+    for mode in ("SGR", "SAF"):
+        assert outcome(report, f"EncoderSimilarity ({mode})").detail.endswith(f", returns {kind}")
+        scorer = sys.modules["model"].EncoderSimilarity(16, 8, mode).eval()
+        found = scorer(*embeddings())
+        itm_fast.unpatch()
+        torch.testing.assert_close(found, scorer(*embeddings()))
+        itm_fast.patch(sys.modules["model"])
 
 
 def test_modules_that_differ_from_the_published_keep_their_own_forward(repository, monkeypatch):
@@ -283,3 +292,22 @@ def test_mistakes(tmp_path, repository):
 def test_importing_the_library_does_not_import_the_patches():
     code = "import itm_fast, sys; itm_fast.pack; assert 'itm_fast.patching' not in sys.modules; itm_fast.patch"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_the_table_of_repositories(repository, monkeypatch):
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "benchmarks").is_dir():
+        pytest.skip("needs a checkout")
+    monkeypatch.syspath_prepend(str(root))
+    from benchmarks import repositories
+
+    monkeypatch.setattr(repositories, "SIZES", (3, 4, 16, 8))
+    found = repositories.repository("a/b", repository(), 1)
+    assert [one["mode"] for one in found["scorers"]] == ["SGR", "SAF", "SCAN t2i"]
+    for one in found["scorers"]:
+        assert one["largest_difference_of_losses"] < 1e-9 < min(one["losses"])
+        assert one["checkpoint_both_ways"] is (None if one["mode"] == "SCAN t2i" else True)
+        assert one["seconds_own"] > 0
+    assert not set(NAMES) & set(sys.modules)
+    shown = repositories.table({"environment": repositories.environment(), "sizes": (3, 4, 16, 8), "results": [found]})
+    assert "| a/b | SAF | " in shown

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 import torch
 from sgraf_cases import LENGTHS, D, R, features, options
+from test_evaluation_report import options as pet_options
+from test_evaluation_report import pets
 
 from itm_fast.data import save_splits
 from itm_fast.evaluation import evaluate, ranking
 from itm_fast.evaluation.counting import count
 from itm_fast.models import _evaluator, build, scan, sgraf
 from itm_fast.training import checkpoint
-
-from .test_evaluation_report import options as pet_options
-from .test_evaluation_report import pets
 
 OF_SCAN = dict(
     cross_attn="t2i", raw_feature_norm="clipped_l2norm", agg_func="Mean", lambda_softmax=9.0, lambda_lse=6.0,

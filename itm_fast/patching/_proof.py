@@ -68,8 +68,8 @@ def difference(expected: Any, found: Any) -> float:
     Raises:
         Disagrees: they have another form.
     """
-    if isinstance(expected, (tuple, list)):
-        if not isinstance(found, (tuple, list)) or len(expected) != len(found):
+    if isinstance(expected, (tuple, list)) or isinstance(found, (tuple, list)):
+        if not isinstance(found, type(expected)) or len(expected) != len(found):
             raise Disagrees(f"it returns {_form(expected)}, the replacement {_form(found)}")
         return max((difference(a, b) for a, b in zip(expected, found, strict=True)), default=0.0)
     a, b = (np.asarray(x.detach() if isinstance(x, Tensor) else x, dtype=np.float64) for x in (expected, found))
