@@ -10,11 +10,17 @@ BACKENDS = op_checks.backends("hardest_negative_loss")
 IDS = torch.tensor([0, 0, 1, 2, 2, 3, 4])
 
 
-def case(B, hardest=True, image_ids=None):
-    score = torch.rand(B, B, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+PART = torch.tensor([6, 0, 3])  # the captions of three images
+
+
+def case(B, hardest=True, image_ids=None, positive=None, both=True):
+    I = B if positive is None else len(positive)
+    score = torch.rand(I, B, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def call(score, backend):
-        return itm_fast.hardest_negative_loss(score, hardest=hardest, image_ids=image_ids, backend=backend)
+        return itm_fast.hardest_negative_loss(
+            score, hardest=hardest, image_ids=image_ids, positive=positive, both=both, backend=backend
+        )
 
     return call, (score,)
 
@@ -27,6 +33,33 @@ def test_forward_and_gradients(backend, dtype, hardest, image_ids):
     call, args = case(7, hardest, image_ids)
     op_checks.check_forward(call, args, dtype, backend)
     op_checks.check_gradients(call, args, dtype, backend)
+
+
+@pytest.mark.parametrize("image_ids", [None, IDS], ids=["diagonal", "image_ids"])
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize("hardest", [True, False])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_part_of_a_batch(backend, hardest, both, image_ids):
+    call, args = case(7, hardest, image_ids, PART, both)
+    op_checks.check_forward(call, args, torch.float64, backend)
+    op_checks.check_gradients(call, args, torch.float64, backend)
+
+
+@pytest.mark.parametrize("image_ids", [None, IDS], ids=["diagonal", "image_ids"])
+@pytest.mark.parametrize("hardest", [True, False])
+@pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+def test_parts_add_up_to_the_batch(backend, hardest, image_ids):
+    score = torch.rand(7, 7, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    options = {"hardest": hardest, "image_ids": image_ids, "backend": backend}
+    whole = itm_fast.hardest_negative_loss(score, **options)
+    parts = [
+        itm_fast.hardest_negative_loss(scores[rows], positive=rows, both=False, **options)
+        for scores in (score, score.t())
+        for rows in (torch.tensor([0, 3, 6]), torch.tensor([5, 1]), torch.tensor([2, 4]))
+    ]
+    torch.testing.assert_close(sum(parts), whole)
+    order = torch.randperm(7, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(itm_fast.hardest_negative_loss(score[order], positive=order, **options), whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -45,10 +78,9 @@ def test_gradcheck_and_contracts(backend, hardest):
     op_checks.check_compile(call, args, backend)
     op_checks.check_deterministic(call, args, backend)
     op_checks.check_strided(call, args, backend)
-    op_checks.check_fake_backward("hardest_negative_loss", (args[0].t(), None, 0.2, hardest), 1, backend)
-    torch.library.opcheck(
-        torch.ops.itm_fast.hardest_negative_loss.default, (args[0].requires_grad_(), None, 0.2, hardest, backend)
-    )
+    op_checks.check_fake_backward("hardest_negative_loss", (args[0].t(), None, None, 0.2, hardest, True), 1, backend)
+    given = (args[0][PART[1:]].requires_grad_(), PART[1:], None, 0.2, hardest, True, backend)
+    torch.library.opcheck(torch.ops.itm_fast.hardest_negative_loss.default, given)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
@@ -64,6 +96,11 @@ def test_hand_computed_batch(backend):
     assert loss(hardest=False) == pytest.approx(1.6)
     # captions 0 and 2 are of one image: what is left is 0.1 in row 0, 0.1 in row 1 and 0.3 in column 2
     assert loss(image_ids=torch.tensor([7, 8, 7])) == pytest.approx(0.5)
+
+    # of images 2 and 0 with all captions: the rows as above; of the columns, 0 has no cost and 2 has 0.5
+    positive = torch.tensor([2, 0])
+    part = itm_fast.hardest_negative_loss(score[positive], margin=0.2, positive=positive, backend=backend)
+    assert part.item() == pytest.approx(1.1)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
@@ -100,8 +137,9 @@ def test_autocast_computes_in_float32():
 @pytest.mark.parametrize(
     "arguments,error,message",
     [
-        ((torch.zeros(3, 4), {}), ValueError, r"score must be \[B, B\] with B = 3 as in score, got \[3, 4\]"),
-        ((torch.zeros(3, 3), {"image_ids": torch.arange(4)}), ValueError, r"image_ids must be \[B\] with B = 3"),
+        ((torch.zeros(3, 4), {}), ValueError, r"score must be \[B, B\], got \[3, 4\]; .* give positive"),
+        ((torch.zeros(3, 3), {"image_ids": torch.arange(4)}), ValueError, r"image_ids must be \[T\] with T = 3"),
+        ((torch.zeros(3, 4), {"positive": torch.arange(4)}), ValueError, r"positive must be \[I\] with I = 3"),
         ((torch.zeros(3, 3).long(), {}), TypeError, "score must be float64"),
         ((torch.zeros(3, 3), {"backend": "cpu"}), NotImplementedError, "cpu"),
     ],

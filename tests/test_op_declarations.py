@@ -40,7 +40,12 @@ KNOWN = {
         None,
     ),
     "global_local_score": ("Tensor vector, Tensor words, Tensor cu_seqlens, float scale", "Tensor", 2, "INE."),
-    "hardest_negative_loss": ("Tensor score, Tensor? image_ids, float margin, bool hardest", "Tensor", 1, None),
+    "hardest_negative_loss": (
+        "Tensor score, Tensor? positive, Tensor? image_ids, float margin, bool hardest, bool both",
+        "Tensor",
+        1,
+        None,
+    ),
     "hierarchical_alignment_score": (
         "Tensor image, Tensor image_key, Tensor image_gate, Tensor words, Tensor word_key, Tensor word_gate, "
         f"Tensor image_pool, Tensor caption_pool, {REST}str direction, float scale, str pool, float local_mix, "

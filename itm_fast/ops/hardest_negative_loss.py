@@ -18,6 +18,14 @@ with g the loss's gradient, and the same for each column:
 
     d S_ih += g,   d S_ii -= g                                                                  (2)
 
+A process that has a part of a batch's images has their scores [I, T] with all its captions. With p(i) the caption of
+image i (1) becomes
+
+    loss = sum_i max_{c != p(i)} [m + S_ic - S_ip(i)]_+  +  sum_i max_{j != i} [m + S_jp(i) - S_ip(i)]_+     (3)
+
+where only the first sum sees all of its negatives. Without `both` it is the loss, and the losses of all parts add up to
+the first sum of the whole batch.
+
 Saved for backward: the scores.
 """
 
@@ -25,36 +33,48 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ._declare import Flag, Floats, Integers, Number, Result
-from ._negatives import positives
+from ._declare import Flag, Floats, Given, Integers, Number, Result
+from ._negatives import columns, positives
 from ._register import Op
 
 OFFERED = ("torch", "reference")
 
 
-def reference(score: Tensor, image_ids: Tensor | None, margin: float, hardest: bool) -> Tensor:
-    """(1), entry by entry."""
-    match = score.diagonal()
-    masked = positives(score, image_ids)
+def reference(
+    score: Tensor, positive: Tensor | None, image_ids: Tensor | None, margin: float, hardest: bool, both: bool
+) -> Tensor:
+    """(3), entry by entry."""
+    masked = positives(score, positive, image_ids)
+    square = columns(score, positive)
+    match = square.diagonal()
     cost_t = (margin + score - match[:, None]).clamp_min(0).masked_fill(masked, 0)
-    cost_v = (margin + score - match[None, :]).clamp_min(0).masked_fill(masked, 0)
-    if hardest and len(score):
-        return cost_t.max(1).values.sum() + cost_v.max(0).values.sum()
-    return cost_t.sum() + cost_v.sum()
+    cost_v = (margin + square - match[None, :]).clamp_min(0).masked_fill(columns(masked, positive), 0)
+    if hardest and score.numel():
+        cost_t, cost_v = cost_t.max(1).values, cost_v.max(0).values
+    return cost_t.sum() + cost_v.sum() if both else cost_t.sum()
+
+
+def _refuse(size: dict[str, int], given: Given) -> str | None:
+    if given["positive"] is None and size["I"] != size["T"]:
+        return f"score must be [B, B], got [{size['I']}, {size['T']}]; for a part of a batch's images give positive"
+    return None
 
 
 _op = Op(
     "hardest_negative_loss",
     [
-        Floats("score", "B B"),
-        Integers("image_ids", "B", optional=True),
+        Floats("score", "I T"),
+        Integers("positive", "I", optional=True),
+        Integers("image_ids", "T", optional=True),
         Number("margin"),
         Flag("hardest"),
+        Flag("both"),
     ],
     [Result("loss", "")],
     offered=OFFERED,
     reference=reference,
     examples=[lambda size, draw: [draw(5, 5)]],
+    refuse=_refuse,
     widens=True,
 )
 
@@ -66,29 +86,49 @@ def hardest_negative_loss(
     margin: float = 0.2,
     hardest: bool = True,
     image_ids: Tensor | None = None,
+    positive: Tensor | None = None,
+    both: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """Triplet ranking loss of a batch, with its hardest negatives.
 
     Args:
-        score: [B, B], image i with caption c; matching pairs on the diagonal. Autocast converts it to float32.
+        score: [I, T], image i with caption c: of a whole batch, square with the matching pairs on the diagonal, or,
+            with `positive`, of some of its images with all its captions. Autocast converts it to float32.
         margin: by how much a match must beat its negatives.
         hardest: True: only the hardest negative of each row and column counts, as with the published code's
             `max_violation`. False: all negatives count.
-        image_ids: [B] int32 or int64; pairs with equal ids are not negatives. None, as published: every pair off the
-            diagonal is a negative, even another caption of the same image.
+        image_ids: [T] int32 or int64, the image of each caption; an image's other captions are not its negatives. None,
+            as published: every pair that does not match is a negative, even another caption of the same image.
+        positive: [I] int32 or int64, the caption of each image, from 0 to T - 1; no two alike. None: caption i.
+        both: False: only images have negatives, the hardest caption of each (the first sum of the loss); over the
+            blocks [I, T] of a batch's images such losses add up to that of the whole batch. True: the captions that
+            match one of these images have theirs among these images too.
         backend: "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
         A scalar, summed over the batch.
 
     Raises:
-        ValueError: the score is not square, or image_ids has another length.
+        ValueError: the score is not square and `positive` is not given, or a tensor has another length.
         TypeError: a dtype is wrong.
         NotImplementedError: the backend asked for cannot run here; the message says why.
 
     >>> import torch, itm_fast
     >>> itm_fast.hardest_negative_loss(torch.tensor([[0.9, 0.1], [0.8, 0.5]]))
     tensor(0.6000)
+
+    The second image of three, and the third one, with all three captions:
+
+    >>> itm_fast.hardest_negative_loss(torch.eye(3)[1:] / 10, positive=torch.tensor([1, 2]), both=False)
+    tensor(0.2000)
     """
-    return _op(score=score, image_ids=image_ids, margin=margin, hardest=hardest, backend=backend)
+    return _op(
+        score=score,
+        positive=positive,
+        image_ids=image_ids,
+        margin=margin,
+        hardest=hardest,
+        both=both,
+        backend=backend,
+    )
