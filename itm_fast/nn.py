@@ -32,6 +32,8 @@ def xavier_(linear: nn.Linear) -> None:
 class PairScorer(nn.Module):
     """Scores every image with every caption. Subclasses define `score` and, where they have states, both of these."""
 
+    # In training, whether a caption's scores depend on all images of the batch, as by SAF's batch statistics.
+    all_images = False
     per_word = 0  # the first `per_word` tensors of `caption_state` have a row per word, the others a row per caption
 
     def image_state(self, image: Tensor, region_lengths: Tensor | None = None) -> State:

@@ -9,7 +9,7 @@ import itm_fast
 from itm_fast.data import save_splits
 from itm_fast.models import DualEncoder, build, checkpoint
 from itm_fast.models.dual_encoder import MeanCosine
-from itm_fast.training import options, train, trainer
+from itm_fast.training import loop, options, train
 
 
 def cosines(image, caption, regions=None):
@@ -57,14 +57,14 @@ def test_blocks_do_not_change_scores():
 def test_a_run_writes_a_checkpoint_that_is_evaluated(tmp_path, capsys):
     opt = options("dual", **SMALL)
     train(opt, TRAIN, DEV, WORDS, tmp_path / "run", progress=False, device="cpu")
-    found = checkpoint.load(tmp_path / "run" / trainer.BEST)
+    found = checkpoint.load(tmp_path / "run" / loop.BEST)
     model = build(found.opt)
     assert type(model) is DualEncoder
     model.load_state_dict(found.model)
     again = copied(model.txt_enc)
     assert all(torch.equal(again[name], value) for name, value in found.model[1].items())
     save_splits(tmp_path / "data.h5", {"dev": DEV})
-    words = ["evaluate", "--checkpoint", str(tmp_path / "run" / trainer.BEST), "--data", str(tmp_path / "data.h5")]
+    words = ["evaluate", "--checkpoint", str(tmp_path / "run" / loop.BEST), "--data", str(tmp_path / "data.h5")]
     from itm_fast.cli import main
 
     assert main([*words, "--split", "dev", "--no-progress"]) == 0

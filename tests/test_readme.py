@@ -21,10 +21,11 @@ def blocks(language):
 
 
 def commands():
-    """Every itm-fast command in a bash block or between backticks that has arguments."""
+    """Every itm-fast command in a bash block or between backticks that has arguments; without torchrun before it."""
     lines = "\n".join(blocks("bash")).splitlines()
     inline = re.findall(r"`(itm-fast [^`]+)`", TEXT)
-    return [c.split("&&")[-1].strip() for c in (*lines, *inline) if "itm-fast " in c]
+    alone = (re.sub(r"^torchrun .* -m itm_fast ", "itm-fast ", c) for c in (*lines, *inline))
+    return [c.split("&&")[-1].strip() for c in alone if "itm-fast " in c]
 
 
 @pytest.mark.parametrize("code", blocks("python"), ids=lambda c: c.strip().splitlines()[-1][:40])

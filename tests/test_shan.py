@@ -14,7 +14,8 @@ from itm_fast.data import save_splits
 from itm_fast.models import SHAN, build, checkpoint, shan
 from itm_fast.testing import op_checks
 from itm_fast.testing.shan import loop
-from itm_fast.training import options, resume, train, trainer
+from itm_fast.training import options, resume, train
+from itm_fast.training.checkpoint import LAST
 
 BACKENDS = [*op_checks.backends("hierarchical_alignment_score"), "reference"]
 
@@ -148,11 +149,11 @@ def test_a_run_writes_a_checkpoint_that_is_evaluated(tmp_path, capsys, alignment
     more = ["--direction", alignment, "--gate", "vector", "--no-bi-gru", "--mu1", "0.4", "--pooling", "sum"]
     words = ["train", "--model", "shan", "--data", f"{tmp_path}/tiny.h5", "--output", f"{tmp_path}/run"]
     assert main([*words, *small.split(), *more]) == 0
-    opt = checkpoint.load(tmp_path / "run" / trainer.BEST).opt
+    opt = checkpoint.load(tmp_path / "run" / checkpoint.BEST).opt
     assert (opt.system, opt.alignment, opt.gate, opt.mu1, opt.pooling) == ("SHAN", alignment, "vector", 0.4, "sum")
     assert (opt.lambda_softmax, opt.mu2, opt.affinity, opt.vector_dim) == (15.0, 0.5, "cosine", 0)
     capsys.readouterr()
-    file = str(tmp_path / "run" / trainer.BEST)
+    file = str(tmp_path / "run" / checkpoint.BEST)
     assert main(["evaluate", "--checkpoint", file, "--data", f"{tmp_path}/tiny.h5", "--split", "dev"]) == 0
     assert f"SHAN {alignment}" in capsys.readouterr().out
     plan = ["evaluate", "--dry-run", "--workload", "f30k-eval-1k", "--checkpoint", file]
@@ -171,7 +172,7 @@ def test_a_run_with_word_vectors_is_resumed_and_keeps_them(tmp_path, capsys):
     kept = Namespace(**resume.load(tmp_path / "parts").options)
     train(kept, TRAIN, DEV, WORDS, tmp_path / "parts", progress=False, device="cpu", resuming=True)
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
-    found = checkpoint.load(tmp_path / "parts" / trainer.LAST)
+    found = checkpoint.load(tmp_path / "parts" / LAST)
     assert found.opt.vector_dim == 3
     model = build(found.opt)
     model.load_state_dict(found.model)

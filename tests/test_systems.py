@@ -11,7 +11,7 @@ from itm_fast.data import save_splits
 from itm_fast.evaluation import encode, metrics, score_all
 from itm_fast.models import build, model_class
 from itm_fast.models.checkpoint import load
-from itm_fast.training import checkpoint, options, resume, train, trainer
+from itm_fast.training import checkpoint, loop, options, resume, train
 
 SYSTEMS = {"hgan": "HGAN", "tshsr": "TSHSR"}
 PARTS = {"hgan": 3, "tshsr": 3}
@@ -26,7 +26,7 @@ def small(name, **changes):
 def test_a_run_learns_and_its_checkpoint_is_evaluated(name, tmp_path, capsys):
     opt = small(name, num_epochs=6, learning_rate=5e-3)
     train(opt, TRAIN, DEV, WORDS, tmp_path / "run", progress=False, device="cpu")
-    found = load(tmp_path / "run" / trainer.BEST)
+    found = load(tmp_path / "run" / loop.BEST)
     assert len(found.model) == PARTS[name]
     model = build(Namespace(**vars(found.opt), device="cpu"))
     assert type(model).__name__ == SYSTEMS[name] == model_class(found.opt).__name__
@@ -37,7 +37,7 @@ def test_a_run_learns_and_its_checkpoint_is_evaluated(name, tmp_path, capsys):
     )
     assert recall.rsum == pytest.approx(found.best_rsum)
     save_splits(tmp_path / "data.h5", {"dev": DEV})
-    words = ["evaluate", "--checkpoint", str(tmp_path / "run" / trainer.BEST), "--data", str(tmp_path / "data.h5")]
+    words = ["evaluate", "--checkpoint", str(tmp_path / "run" / loop.BEST), "--data", str(tmp_path / "data.h5")]
     assert main([*words, "--split", "dev", "--no-progress"]) == 0
     out = capsys.readouterr().out
     assert SYSTEMS[name] in out
@@ -66,7 +66,7 @@ def test_every_option_reaches_the_model(tmp_path, capsys):
     for name, more in (("hgan", of_hgan), ("tshsr", of_tshsr)):
         words = ["train", "--model", name, "--data", str(tmp_path / "tiny.h5"), "--output", str(tmp_path / name)]
         assert main([*words, *common.split(), *more.split()]) == 0, capsys.readouterr().err
-    hgan, tshsr = (build(load(tmp_path / name / trainer.BEST).opt).scorer for name in ("hgan", "tshsr"))
+    hgan, tshsr = (build(load(tmp_path / name / loop.BEST).opt).scorer for name in ("hgan", "tshsr"))
     assert (len(hgan.v_graph), [len(w) for w in hgan.mfar.weight], hgan.levels) == (1, [2, 8], (1.0, 0.5, 2.0))
     assert (hgan.scale_t2i, hgan.scale_i2t, hgan.scale_global) == (5.0, 6.0, 3.0)
     assert (hgan.share_local, hgan.share_global) == (0.3, 0.8)

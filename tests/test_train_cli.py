@@ -18,7 +18,7 @@ import itm_fast.evaluation
 from itm_fast.cli import main
 from itm_fast.data import Split, Vocabulary, save_splits
 from itm_fast.models import checkpoint
-from itm_fast.training import resume, trainer
+from itm_fast.training import loop, resume
 
 
 @pytest.fixture
@@ -52,7 +52,7 @@ def test_command_trains_and_resumes(tmp_path, data, capsys):
     assert main(["train", "--output", str(parts), "--resume", "--quiet", "--device", "cpu"]) == 0
     a, b = (resume.load(folder) for folder in (whole, parts))
     assert all(torch.equal(x, y) for x, y in zip(tensors_of(a.model), tensors_of(b.model), strict=True))
-    found = checkpoint.load(parts / trainer.LAST).opt
+    found = checkpoint.load(parts / loop.LAST).opt
     assert (found.data_path, found.data_name, found.img_dim) == (str(tmp_path), "tiny", F)
     assert (found.cross_attn, found.lambda_softmax, found.no_imgnorm) == ("i2t", 4.0, False)
     assert (parts / "tiny_vocab.json").is_file()
@@ -63,7 +63,7 @@ def test_command_options_reach_the_run(tmp_path, data, capsys):
     more += "--margin 0.1 --grad-clip 1 --lr-update 5 --recipe coco --max-steps 1 --limit-dev-captions 9"
     assert main(_words(data, tmp_path / "run", *more.split())) == 0
     assert "dev 9 captions of 3 images" in capsys.readouterr().err
-    opt = checkpoint.load(tmp_path / "run" / trainer.LAST).opt
+    opt = checkpoint.load(tmp_path / "run" / loop.LAST).opt
     assert (opt.module_name, opt.bi_gru, opt.max_violation, opt.no_imgnorm) == ("SAF", False, False, True)
     assert (opt.no_txtnorm, opt.exclude_same_image, opt.seed, opt.margin) == (False, True, 3, 0.1)
     assert (opt.grad_clip, opt.lr_update, opt.num_epochs, opt.learning_rate) == (1.0, 5, 2, 0.002)
@@ -71,7 +71,7 @@ def test_command_options_reach_the_run(tmp_path, data, capsys):
 
 def test_sgr_without_reasoning_steps_trains_on_the_global_similarity(tmp_path, data):
     assert main(_words(data, tmp_path / "run", "--model", "sgr", "--sgr-steps", 0, "--max-steps", 2, "--quiet")) == 0
-    found = checkpoint.load(tmp_path / "run" / trainer.LAST)
+    found = checkpoint.load(tmp_path / "run" / loop.LAST)
     assert found.opt.sgr_step == 0
     assert not any(name.startswith("SGR_module.") for name in found.model[2])
 
@@ -139,14 +139,14 @@ def test_ctrl_c_in_a_terminal(tmp_path, data):
 @pytest.mark.parametrize("when", ["step", "validation", "twice"])
 def test_exit_code_tells_the_signal(tmp_path, data, monkeypatch, capsys, number, code, when):
     name = "_validate" if when == "validation" else "_update"
-    real = getattr(trainer._Run, name)
+    real = getattr(loop.Run, name)
 
     def with_signal(self, *args, **options):
         for _ in range(2 if when == "twice" else 1):
             os.kill(os.getpid(), number)
         return real(self, *args, **options)
 
-    monkeypatch.setattr(trainer._Run, name, with_signal)
+    monkeypatch.setattr(loop.Run, name, with_signal)
     assert main(_words(data, tmp_path / "run", "--model", "dual", "--quiet")) == code
     assert "itm-fast train: interrupted in epoch 1 after" in capsys.readouterr().err
 

@@ -28,7 +28,7 @@ from itm_fast.data import Split, TrainingBatches, Vocabulary
 from itm_fast.evaluation import encode, metrics, score_all
 from itm_fast.models import build
 from itm_fast.models.checkpoint import load
-from itm_fast.training import checkpoint, resume, train, trainer
+from itm_fast.training import checkpoint, loop, losses, resume, train
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_a_step_is_the_published_one(tmp_path, model, changes):
     for _, batch in zip(range(3), TrainingBatches(TRAIN, WORDS, 8).epoch(0), strict=False):
         published.train_start()
         published.train_emb(batch.features, batch.ids, batch.lengths)
-    mine = load(tmp_path / "run" / trainer.LAST).model
+    mine = load(tmp_path / "run" / loop.LAST).model
     for one, other in zip(tensors_of(mine), tensors_of(published.state_dict()), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
@@ -78,7 +78,7 @@ def test_interrupted_runs_end_as_the_uninterrupted_one(tmp_path, straight, model
 
 @pytest.mark.parametrize("model", ["saf", "scan"])
 def test_a_signal_in_a_step_saves_and_the_resumed_run_is_the_same(tmp_path, straight, monkeypatch, model):
-    output, update = tmp_path / "run", trainer._Run._update
+    output, update = tmp_path / "run", loop.Run._update
     calls = []
 
     def with_signal(self, batch):
@@ -87,7 +87,7 @@ def test_a_signal_in_a_step_saves_and_the_resumed_run_is_the_same(tmp_path, stra
             os.kill(os.getpid(), signal.SIGTERM)
         return update(self, batch)
 
-    monkeypatch.setattr(trainer._Run, "_update", with_signal)
+    monkeypatch.setattr(loop.Run, "_update", with_signal)
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(KeyboardInterrupt, match=r"epoch 1 after 4 steps; .*resume\.pt holds step 4.*--resume goes on"):
         run_tiny(output, model)
@@ -111,7 +111,7 @@ def test_a_signal_in_a_validation_stops_at_once_and_it_is_done_again(tmp_path, s
     monkeypatch.setattr(checkpoint, "save", with_signal)
     with pytest.raises(KeyboardInterrupt, match=r"after 6 steps; .* holds step 6"):
         run_tiny(output)
-    assert not (output / trainer.BEST).exists()
+    assert not (output / loop.BEST).exists()
     run_tiny(output, resuming=True)
     assert_same_run(output, straight[0] / "scan")
     assert log_rows(output) == log_rows(straight[0] / "scan")
@@ -123,14 +123,14 @@ def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
         os.kill(os.getpid(), signal.SIGINT)
         pytest.fail("the second signal must raise")
 
-    monkeypatch.setattr(trainer._Run, "_update", impatient)
+    monkeypatch.setattr(loop.Run, "_update", impatient)
     with pytest.raises(KeyboardInterrupt, match="after 0 steps; nothing was saved yet"):
         run_tiny(tmp_path / "run")
 
 
 def test_a_long_epoch_saves_on_its_way(tmp_path, monkeypatch):
     saved = []
-    monkeypatch.setattr(trainer, "_SAVE_EVERY", -1.0)
+    monkeypatch.setattr(loop, "_SAVE_EVERY", -1.0)
     monkeypatch.setattr(resume, "save", lambda folder, progress: saved.append(progress.iterations))
     run_tiny(tmp_path / "run", max_steps=3)
     assert saved[:3] == [1, 2, 3]
@@ -145,13 +145,13 @@ def test_the_seed_decides(tmp_path, straight):
 
 
 def test_the_seed_decides_the_order(tmp_path, monkeypatch):
-    real, seen = trainer.batch_loss, []
+    real, seen = losses.batch_loss, []
 
-    def spy(model, batch, opt):
+    def spy(model, batch, *rest):
         seen.append(sorted(batch.caption_index.tolist()))
-        return real(model, batch, opt)
+        return real(model, batch, *rest)
 
-    monkeypatch.setattr(trainer, "batch_loss", spy)
+    monkeypatch.setattr(losses, "batch_loss", spy)
     for number, seed in enumerate((0, 1, 0)):
         run_tiny(tmp_path / str(number), opt=tiny_options("scan", seed=seed, num_epochs=1))
     assert seen[:6] == seen[12:]
@@ -178,7 +178,7 @@ def test_checkpoints_rebuild_the_model(straight, model):
     folder, results = straight
     epochs = [row for row in log_rows(folder / model) if row["rsum"]]
     assert [row["epoch"] for row in epochs] == ["1", "2"]
-    for name, rsum in ((trainer.BEST, results[model].best_rsum), (trainer.LAST, float(epochs[-1]["rsum"]))):
+    for name, rsum in ((loop.BEST, results[model].best_rsum), (loop.LAST, float(epochs[-1]["rsum"]))):
         found = load(folder / model / name)
         rebuilt = build(argparse.Namespace(**{**vars(found.opt), "device": "cpu"}))
         rebuilt.load_state_dict(found.model)
@@ -206,7 +206,7 @@ def test_the_best_epoch_is_kept(tmp_path, monkeypatch, stop):
     if stop:
         result = run_tiny(tmp_path / "run", opt=opt, resuming=True)
     assert (result.best_rsum, result.best_epoch) == (30.0, 2)
-    best, last = (load(tmp_path / "run" / name) for name in (trainer.BEST, trainer.LAST))
+    best, last = (load(tmp_path / "run" / name) for name in (loop.BEST, loop.LAST))
     assert (best.epoch, best.best_rsum, best.iterations) == (1, 30.0, 12)
     assert (last.epoch, last.best_rsum, last.iterations) == (3, 30.0, 24)
 
@@ -230,17 +230,17 @@ def test_a_lone_caption_at_the_end_is_left_out(tmp_path):
 def test_what_is_not_finite_stops_with_a_reason(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"epoch 1, iteration 1: the loss is inf; .* try a lower learning rate"):
         run_tiny(tmp_path / "wide", opt=tiny_options("scan", margin=1e300))
-    real = trainer.batch_loss
-    monkeypatch.setattr(trainer, "batch_loss", lambda *args: 5e37 * real(*args))
+    real = losses.batch_loss
+    monkeypatch.setattr(losses, "batch_loss", lambda *args: 5e37 * real(*args))
     with pytest.raises(ValueError, match=r"epoch 1, iteration 1: the gradient's norm is (inf|nan); .* try a lower"):
         run_tiny(tmp_path / "steep")
-    monkeypatch.setattr(trainer, "batch_loss", real)
+    monkeypatch.setattr(losses, "batch_loss", real)
     features = TRAIN.features[:].copy()
     features[5, 7, 3] = np.nan
     broken = Split(features, TRAIN.captions, TRAIN.caption_to_image)
     with pytest.raises(ValueError, match=r"epoch 1, iteration \d: the loss is nan; .* training image 5 hold NaN"):
         run_tiny(tmp_path / "broken", train_split=broken)
-    assert not (tmp_path / "broken" / trainer.LAST).exists()
+    assert not (tmp_path / "broken" / loop.LAST).exists()
     run_tiny(tmp_path / "broken", max_steps=1)  # nothing of value was there
 
 
@@ -248,7 +248,7 @@ def test_refuses_to_overwrite_and_to_resume_what_is_not_there(tmp_path, straight
     with pytest.raises(FileExistsError, match=r"already holds a run \(resume\.pt\); continue it with --resume"):
         run_tiny(straight[0] / "scan")
     (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / trainer.BEST).touch()
+    (tmp_path / "checkpoints" / loop.BEST).touch()
     with pytest.raises(FileExistsError, match=r"holds a run \(model_best\.pth\.tar\); give another folder"):
         run_tiny(tmp_path / "checkpoints")
     with pytest.raises(FileNotFoundError, match="there is no run to resume; leave --resume out"):
@@ -280,7 +280,7 @@ def test_sgraf_takes_any_number_of_regions(tmp_path):
     few = [Split(s.features[:][:, :5], s.captions, s.caption_to_image) for s in (TRAIN, DEV)]
     arguments = {"progress": False, "device": "cpu", "max_steps": 1}
     train(tiny_options("saf"), *few, WORDS, tmp_path / "run", **arguments)
-    assert load(tmp_path / "run" / trainer.LAST).opt.num_region == 5
+    assert load(tmp_path / "run" / loop.LAST).opt.num_region == 5
     with pytest.raises(ValueError, match="training has 5, dev 36; pad"):
         train(tiny_options("saf"), few[0], DEV, WORDS, tmp_path / "other", **arguments)
 
@@ -300,4 +300,4 @@ def test_refuses_bad_arguments(tmp_path, changes, arguments, sentence):
     arguments = {"train_split": TRAIN, "device": "cpu", **arguments}
     with pytest.raises(ValueError, match=sentence):
         train(tiny_options("scan", **changes), arguments.pop("train_split"), DEV, WORDS, tmp_path / "run", **arguments)
-    assert not (tmp_path / "run" / trainer.LAST).exists()
+    assert not (tmp_path / "run" / loop.LAST).exists()

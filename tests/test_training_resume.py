@@ -16,7 +16,7 @@ from itm_fast._lock import LockedError
 from itm_fast.cli import main
 from itm_fast.data import Split, Vocabulary, save_splits
 from itm_fast.models import checkpoint
-from itm_fast.training import resume, trainer
+from itm_fast.training import loop, resume, trainer
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +41,7 @@ def _stopped(output, **changes):
 
 @pytest.mark.parametrize("resuming", [False, True])
 def test_a_second_run_into_one_folder_is_refused_by_name_of_the_first(tmp_path, monkeypatch, straight, resuming):
-    real, seen = trainer._Run._update, []
+    real, seen = loop.Run._update, []
 
     def meanwhile(self, batch):
         if not seen:
@@ -51,7 +51,7 @@ def test_a_second_run_into_one_folder_is_refused_by_name_of_the_first(tmp_path, 
                 run_tiny(tmp_path / "run", resuming=resuming)
         return real(self, batch)
 
-    monkeypatch.setattr(trainer._Run, "_update", meanwhile)
+    monkeypatch.setattr(loop.Run, "_update", meanwhile)
     run_tiny(tmp_path / "run")
     assert_same_run(tmp_path / "run", straight)
     assert not (tmp_path / "run" / trainer.LOCK).exists()
@@ -90,7 +90,7 @@ def test_another_process_is_named_on_the_command_line(tmp_path, capsys):
 
 @pytest.mark.parametrize("at", [2, 6, 8], ids=["in an epoch", "at its end", "in the second"])
 def test_a_run_whose_folder_is_no_longer_its_own_stops_and_can_be_resumed(tmp_path, monkeypatch, straight, at):
-    output, real, calls = tmp_path / "run", trainer._Run._update, []
+    output, real, calls = tmp_path / "run", loop.Run._update, []
 
     def taken_over(self, batch):
         calls.append(1)
@@ -99,7 +99,7 @@ def test_a_run_whose_folder_is_no_longer_its_own_stops_and_can_be_resumed(tmp_pa
             (output / trainer.LOCK).unlink()
         return real(self, batch)
 
-    monkeypatch.setattr(trainer._Run, "_update", taken_over)
+    monkeypatch.setattr(loop.Run, "_update", taken_over)
     with pytest.raises(LockedError, match=r"train\.lock was removed or replaced .* stopped before writing any"):
         run_tiny(output)
     assert resume.load(output).iterations == at - 1
@@ -110,20 +110,20 @@ def test_a_run_whose_folder_is_no_longer_its_own_stops_and_can_be_resumed(tmp_pa
 
 
 def test_a_checkpoint_is_not_written_into_a_folder_of_another(tmp_path, monkeypatch):
-    output, real = tmp_path / "run", trainer._Run._validate
+    output, real = tmp_path / "run", loop.Run._validate
 
     def taken_over(self, *, decide):
         (output / trainer.LOCK).unlink()
         real(self, decide=decide)
 
-    monkeypatch.setattr(trainer._Run, "_validate", taken_over)
+    monkeypatch.setattr(loop.Run, "_validate", taken_over)
     with pytest.raises(LockedError):
         run_tiny(output)
-    assert not (output / trainer.LAST).exists()
+    assert not (output / loop.LAST).exists()
 
 
 def test_a_signal_in_the_second_epoch_loses_no_step(tmp_path, monkeypatch, straight):
-    output, real, calls = tmp_path / "run", trainer._Run._update, []
+    output, real, calls = tmp_path / "run", loop.Run._update, []
 
     def with_signal(self, batch):
         calls.append(1)
@@ -131,7 +131,7 @@ def test_a_signal_in_the_second_epoch_loses_no_step(tmp_path, monkeypatch, strai
             os.kill(os.getpid(), signal.SIGTERM)
         return real(self, batch)
 
-    monkeypatch.setattr(trainer._Run, "_update", with_signal)
+    monkeypatch.setattr(loop.Run, "_update", with_signal)
     with pytest.raises(KeyboardInterrupt, match=r"epoch 2 after 8 steps; .*resume\.pt holds step 8"):
         run_tiny(output)
     run_tiny(output, resuming=True)
@@ -140,9 +140,9 @@ def test_a_signal_in_the_second_epoch_loses_no_step(tmp_path, monkeypatch, strai
 
 def test_a_long_epoch_saves_once_in_each_interval(tmp_path, monkeypatch):
     clock, saved = iter(range(0, 10**6, 240)), []  # 240 s pass from one reading to the next
-    monkeypatch.setattr(trainer.time, "monotonic", lambda: next(clock))
-    monkeypatch.setattr(trainer.resume, "save", lambda folder, progress: saved.append(progress.iterations))
-    monkeypatch.setattr(trainer._Run, "_validate", lambda self, *, decide: None)
+    monkeypatch.setattr(loop.time, "monotonic", lambda: next(clock))
+    monkeypatch.setattr(loop.resume, "save", lambda folder, progress: saved.append(progress.iterations))
+    monkeypatch.setattr(loop.Run, "_validate", lambda self, *, decide: None)
     run_tiny(tmp_path / "run", opt=tiny_options("scan", num_epochs=1, batch_size=4))
     assert saved[:-2] == [3, 6, 9]
     assert saved[-2:] == [11, 11]
@@ -152,7 +152,7 @@ def test_a_long_epoch_saves_once_in_each_interval(tmp_path, monkeypatch):
 def test_another_vocabulary_of_the_same_size_is_not_resumed_with(tmp_path, place):
     output, other = tmp_path / "run", Vocabulary([*WORDS.idx2word.values()][:-1] + ["zebra"])
     run_tiny(output, max_steps=1)
-    assert checkpoint.load(output / trainer.LAST).opt.vocab_checksum == WORDS.checksum() != other.checksum()
+    assert checkpoint.load(output / loop.LAST).opt.vocab_checksum == WORDS.checksum() != other.checksum()
     other.save(output / "data_vocab.json")
     with pytest.raises(ValueError, match=r"resume\.pt belongs to a run with the words of .*data_vocab\.json, now"):
         run_tiny(output, words=other if place == "argument" else WORDS, resuming=True)

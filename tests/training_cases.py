@@ -10,7 +10,7 @@ import torch
 
 from itm_fast.data import Split, Vocabulary
 from itm_fast.models import checkpoint
-from itm_fast.training import options, resume, train, trainer
+from itm_fast.training import loop, options, resume, train
 
 COLOURS = ("red", "blue", "green", "black", "white", "brown")
 THINGS = ("dog", "cat", "car", "tree", "boat", "house")
@@ -71,6 +71,6 @@ def assert_same_run(one: Path, other: Path) -> None:
     assert len(mine) == len(theirs) > 20
     assert all(torch.equal(x, y) for x, y in zip(mine, theirs, strict=True))
     assert (a.epoch, a.step, a.iterations, a.best_rsum) == (b.epoch, b.step, b.iterations, b.best_rsum)
-    for name in (trainer.BEST, trainer.LAST):
+    for name in (loop.BEST, loop.LAST):
         c, d = checkpoint.load(one / name), checkpoint.load(other / name)
         assert all(torch.equal(x, y) for x, y in zip(tensors_of(c.model), tensors_of(d.model), strict=True))

@@ -15,6 +15,7 @@ import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 
+from .. import _torchrun
 from .._lock import LockedError
 from ..training.interrupt import Terminated
 from ._parser import Parser
@@ -29,6 +30,7 @@ _SUMMARIES = {
     "doctor": "versions, devices, which backends can run here, and why the others cannot",
 }
 COMMANDS = tuple(_SUMMARIES)
+DIVIDED = ("train",)  # commands that several processes, started by torchrun, run together
 _EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, ImportError, LockedError)
 
 
@@ -59,13 +61,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.showwarning = _one_line
     words = list(sys.argv[1:] if argv is None else argv)
     command = next((word for word in words if not word.startswith("-")), None)
+    rank, program = _torchrun.rank(), f"itm-fast {command}"
     try:
         with _sigterm_interrupts():
-            args = build_parser(command).parse_args(words)
+            with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere if rank else sys.stderr):
+                args = build_parser(command).parse_args(words)
+            _check_processes(command, program)
             return args.run(args)
     except KeyboardInterrupt as interrupt:
         _trace()
-        print(f"itm-fast {command}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
+        if not rank:
+            print(f"{program}: {str(interrupt) or 'interrupted'}", file=sys.stderr)
         return 143 if isinstance(interrupt, Terminated) else 130
     except BrokenPipeError:
         # Python flushes standard output again at exit, which would fail again: let it write to /dev/null.
@@ -75,8 +81,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not isinstance(error, _EXPECTED) and not _out_of_memory(error):
             raise
         _trace()
-        print(f"itm-fast {command}: {_sentence(error)}", file=sys.stderr)
+        if not (rank and isinstance(error, ChildProcessError)):  # rank 0 says why
+            print(f"{program}: {f'process {rank}: ' if rank else ''}{_sentence(error)}", file=sys.stderr)
         return 2
+
+
+def _check_processes(command: str | None, program: str) -> None:
+    """Refuse a command that torchrun would run once in each of its processes."""
+    count = _torchrun.world()
+    if count == 1 or command in DIVIDED:
+        return
+    if not _torchrun.rank():
+        others = " and ".join(DIVIDED)
+        print(
+            f"{program}: torchrun started {count} processes, and this command runs in one; torchrun is for {others}",
+            file=sys.stderr,
+        )
+    raise SystemExit(2)
 
 
 @contextlib.contextmanager
@@ -136,7 +157,8 @@ def _out_of_memory(error: BaseException) -> bool:
 
 
 def _one_line(message, category, filename, lineno, file=None, line=None) -> None:
-    print(f"itm-fast: {message}", file=sys.stderr)
+    if not _torchrun.rank():
+        print(f"itm-fast: {message}", file=sys.stderr)
 
 
 def _trace() -> None:

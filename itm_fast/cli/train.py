@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from .. import _torchrun
 from .._names import BACKENDS
 from ..models._catalogue import CATALOGUE, RECIPES, Entry, check, title
 from ..models._options import ENCODERS, TRAINING, Option
@@ -47,11 +48,16 @@ HELP = f"""Train one model on precomputed features with its published recipe.
   itm-fast train --model sgr --data data/f30k_precomp --output runs/f30k_sgr
   itm-fast train --model scan --direction i2t --recipe coco --data data/coco_precomp --output runs/coco_i2t
   itm-fast train --model shan --word-vectors glove.840B.300d.txt --data data/f30k_precomp --output runs/f30k_shan
+  torchrun --nproc-per-node 4 -m itm_fast train --model sgr --data data/f30k_precomp --output runs/f30k_sgr
 
 DATA is SCAN's folder (train_ims.npy, train_caps.txt, dev_ims.npy, dev_caps.txt) or an HDF5 file that
 `itm-fast convert` wrote. OUTPUT gets model_best.pth.tar (the epoch with the highest sum of dev recalls) and
 checkpoint.pth.tar (the last epoch), both readable by the published code, and the vocabulary, log.csv and resume.pt.
 Ctrl-C finishes the current step and saves; the same command with --resume then continues as if never interrupted.
+
+torchrun starts one process for each GPU (without GPUs, for a share of the cores). The processes divide each batch of
+--batch-size captions, and every caption has its negatives in the whole batch: losses and gradients are those of one
+process, apart from rounding. A run may be resumed with another number of processes. All must see DATA and OUTPUT.
 
 An option that is not given has the published value of the chosen recipe (Adam, learning rate 2e-4, hardest
 negatives, margin 0.2, batch 128, gradient norm clipped at 2, bidirectional GRU). Number of epochs / number of epochs
@@ -109,6 +115,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_count,
         metavar="N",
         help="stop after N steps, for a trial run; the model is validated then, and saved as after an epoch",
+    )
+    run.add_argument(
+        "--chunk",
+        type=_count,
+        metavar="N",
+        help="encode N captions and their images at a time, and again in the backward pass: less memory for large "
+        "batches, and the same losses (default: a process encodes its captions at once)",
     )
     run.add_argument("--tensorboard", action="store_true", help="write OUTPUT/tensorboard in addition to log.csv")
     run.add_argument("--quiet", action="store_true", help="no progress bars and no table after each epoch")
@@ -288,7 +301,7 @@ def _train(args: argparse.Namespace, output: Path, opt: argparse.Namespace, argu
     if not args.resume:
         opt.data_name = data.stem if data.is_file() else data.resolve().name
     vocabulary = _vocabulary(args, output / f"{opt.data_name}_vocab.json", [*train_split.captions, *dev_split.captions])
-    if not args.quiet:
+    if not args.quiet and not _torchrun.rank():
         print(_summary(opt, train_split, dev_split, len(vocabulary)), file=sys.stderr)
     result = train(
         opt,
@@ -303,7 +316,10 @@ def _train(args: argparse.Namespace, output: Path, opt: argparse.Namespace, argu
         tensorboard=args.tensorboard,
         progress=not args.quiet,
         arguments=arguments,
+        chunk=args.chunk,
     )
+    if _torchrun.rank():
+        return 0
     ended = "finished" if result.finished else "stopped"
     print(
         f"{ended} after {result.iterations} steps; best rsum {result.best_rsum:.1f} after epoch "

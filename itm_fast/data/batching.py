@@ -16,6 +16,21 @@ from .vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
+class Whole:
+    """The batch of which one of several processes has a part.
+
+    Attributes:
+        rows: the places of this process's captions in the whole batch.
+        lengths: the lengths in words of all its captions, descending.
+        image_index: int64, the images of all its captions.
+    """
+
+    rows: range
+    lengths: list[int]
+    image_index: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """B captions, longest first, each with its image.
 
@@ -26,6 +41,7 @@ class Batch:
         caption_index: [B] int64, which captions of the split these are.
         image_index: [B] int64, which images; two captions of one image have the same.
         region_lengths: [B] int32, or None if every image has R regions.
+        whole: if these are one process's part of a batch, that batch; its longest caption has W words.
     """
 
     features: Tensor
@@ -34,6 +50,12 @@ class Batch:
     caption_index: Tensor
     image_index: Tensor
     region_lengths: Tensor | None
+    whole: Whole | None = None
+
+    @property
+    def captions(self) -> int:
+        """Number of captions of the whole batch."""
+        return len(self.lengths if self.whole is None else self.whole.lengths)
 
 
 class TrainingBatches:
@@ -47,6 +69,8 @@ class TrainingBatches:
         vocabulary: the model's vocabulary.
         batch_size: captions per batch, at least 1.
         seed: random seed of the shuffling, at least 0.
+        rank, world: of each batch, longest caption first, yield captions `rank`, `rank` + `world`, ..., for one of
+            `world` processes. A batch with fewer captions than processes is yielded whole.
 
     Raises:
         ValueError: batch_size or seed is too small.
@@ -58,11 +82,21 @@ class TrainingBatches:
     (2, [(2, 36, 8), (1, 36, 8)])
     """
 
-    def __init__(self, split: Split, vocabulary: Vocabulary, batch_size: int = 128, *, seed: int = 0) -> None:
+    def __init__(
+        self,
+        split: Split,
+        vocabulary: Vocabulary,
+        batch_size: int = 128,
+        *,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
         _positive(batch_size)
         if seed < 0:
             raise ValueError(f"seed must be at least 0, got {seed}")
         self.split, self.vocabulary, self.batch_size, self.seed = split, vocabulary, batch_size, seed
+        self.rank, self.world = rank, world
         self._ids: list[np.ndarray | None] = [None] * len(split.captions)
 
     def __len__(self) -> int:
@@ -84,6 +118,12 @@ class TrainingBatches:
         captions = np.array(sorted(captions.tolist(), key=lambda t: len(self._words(t)), reverse=True))
         ids, lengths = _pad([self._words(t) for t in captions.tolist()])
         images = self.split.caption_to_image[captions]
+        whole = None
+        if 1 < self.world <= len(captions):
+            rows = range(self.rank, len(captions), self.world)
+            whole = Whole(rows, lengths, torch.from_numpy(images))
+            mine = slice(rows.start, None, rows.step)
+            captions, images, ids, lengths = captions[mine], images[mine], ids[mine], lengths[mine]
         features, region_lengths = _read(self.split, images)
         return Batch(
             features=features,
@@ -92,6 +132,7 @@ class TrainingBatches:
             caption_index=torch.from_numpy(captions),
             image_index=torch.from_numpy(images),
             region_lengths=region_lengths,
+            whole=whole,
         )
 
     def _words(self, t: int) -> np.ndarray:

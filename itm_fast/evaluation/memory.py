@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .. import _torchrun
 from .._workspace import scratch_bytes
 from .encoding import device_of, evaluation_mode
 
@@ -216,7 +217,10 @@ def plan(
 
 
 def available_bytes(device: torch.device) -> int:
-    """Memory that this process can still allocate on a device, within the limits of its container."""
+    """Memory that this process can still allocate on a device, within the limits of its container.
+
+    Host memory is shared out equally among the processes that torchrun started on this machine.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     found = [_meminfo()]
@@ -225,7 +229,7 @@ def available_bytes(device: torch.device) -> int:
             found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
         except (OSError, ValueError):  # no such limit: absent, or the word "max"
             continue
-    return max(min(found), 0)
+    return max(min(found), 0) // _torchrun.local_world()
 
 
 def _meminfo() -> int:

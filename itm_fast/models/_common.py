@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from .._share import share
 from ..nn import PairScorer
 from ..packing import pack
 
@@ -95,6 +96,18 @@ def usable_device(device: str | torch.device | None) -> torch.device:
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {chosen} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
     return chosen
+
+
+class Dropout(nn.Dropout):
+    """torch.nn.Dropout of rows that belong to one caption, or one image, each.
+
+    Of a batch that is divided among processes or encoded in parts, each row gets the mask that it has in the whole
+    batch.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        now = share()
+        return super().forward(input) if now is None else now.dropout(self, input)
 
 
 class OwnKeys(nn.Module):

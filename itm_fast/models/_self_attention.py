@@ -7,16 +7,18 @@ with h and g a Linear, a tanh and a dropout; images have a BatchNorm before the 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
 from einops import rearrange, reduce
 from torch import Tensor, nn
 
+from .._share import share
 from .._workspace import scratch_bytes
 from ..nn import State, xavier_
 from ..packing import bounds, spans
-from ._common import PaddedScorer, l2norm, real_rows, sums, without_padding
+from ._common import Dropout, PaddedScorer, l2norm, real_rows, sums, without_padding
 from ._rows import linear
 
 LEAST = 16  # a caption's logits are padded to this number, as torch's softmax over fewer rounds differently
@@ -31,7 +33,7 @@ class _Linear(nn.Linear):
 
 def _embedding(embed_dim: int, channels: int, dropout_rate: float) -> nn.Sequential:
     norm = [nn.BatchNorm1d(channels)] if channels else []
-    return nn.Sequential(_Linear(embed_dim, embed_dim), *norm, nn.Tanh(), nn.Dropout(dropout_rate))
+    return nn.Sequential(_Linear(embed_dim, embed_dim), *norm, nn.Tanh(), Dropout(dropout_rate))
 
 
 class _SelfAttention(nn.Module):
@@ -83,24 +85,46 @@ class VisualSA(_SelfAttention):
             [B, D], unit rows.
         """
         linear, norm, tanh, dropout = self.embedding_local
-        l_emb = linear(local)
-        if valid is not None and norm.training:
-            l_emb = _masked_batch_norm(cast(nn.BatchNorm1d, norm), l_emb, valid)
-        else:
-            l_emb = norm(l_emb)
-        return self.pooled(local, dropout(tanh(l_emb)), self.embedding_global(raw_global), valid)
+        l_emb = dropout(tanh(_normalised(norm, linear(local), valid)))
+        linear, norm, tanh, dropout = self.embedding_global
+        g_emb = dropout(tanh(_normalised(norm, linear(raw_global))))
+        return self.pooled(local, l_emb, g_emb, valid)
 
 
-def _masked_batch_norm(norm: nn.BatchNorm1d, x: Tensor, valid: Tensor) -> Tensor:
+def _normalised(norm: nn.Module, x: Tensor, valid: Tensor | None = None) -> Tensor:
+    """BatchNorm1d over [B, C] or [B, C, L]; in training its statistics are over the valid rows of the whole batch.
+
+    Args:
+        norm: the BatchNorm1d of C channels.
+        x: of this process's images.
+        valid: [B, C] bool; None means all.
+    """
+    now = share()
+    divided = now is not None and now.divided
+    if not norm.training or (valid is None and not divided):
+        return norm(x)
+    if valid is None:
+        valid = x.new_ones(x.shape[:2], dtype=torch.bool)
+    rows = x if x.dim() == 3 else rearrange(x, "b c -> b c 1")
+    total = now.ranks.sum if now is not None and divided else _itself
+    return _masked_batch_norm(cast(nn.BatchNorm1d, norm), rows, valid, total).view_as(x)
+
+
+def _itself(x: Tensor) -> Tensor:
+    return x
+
+
+def _masked_batch_norm(norm: nn.BatchNorm1d, x: Tensor, valid: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
     """BatchNorm1d in training mode over [B, R, D] with R as channel; statistics are over the valid rows of a channel.
 
-    The running statistics of a channel without a valid row stay as they are.
+    `total` adds up a tensor [R] over the processes that have a part of the batch. The running statistics of a channel
+    without a valid row stay as they are.
     """
     real = rearrange(valid, "b r -> b r 1")
-    count = (valid.sum(0) * x.shape[2]).to(x.dtype)  # [R]
-    mean = reduce(x.masked_fill(~real, 0.0), "b r d -> r", "sum") / count.clamp_min(1)
+    count = total((valid.sum(0) * x.shape[2]).to(x.dtype))  # [R]
+    mean = total(reduce(x.masked_fill(~real, 0.0), "b r d -> r", "sum")) / count.clamp_min(1)
     centred = (x - rearrange(mean, "r -> r 1")).masked_fill(~real, 0.0)
-    var = reduce(centred.square(), "b r d -> r", "sum") / count.clamp_min(1)
+    var = total(reduce(centred.square(), "b r d -> r", "sum")) / count.clamp_min(1)
     with torch.no_grad():
         unbiased = var * (count / (count - 1).clamp_min(1))
         for name, new in (("running_mean", mean), ("running_var", unbiased)):
@@ -154,12 +178,21 @@ class TextSA(_SelfAttention):
         weights = padded.softmax(1)[real]
         return l2norm(sums(rearrange(weights, "n -> n 1") * words, lengths).to(words.dtype), dim=-1)
 
-    def _dropped(self, l_emb: Tensor, g_emb: Tensor, lengths: list[int]) -> tuple[Tensor, Tensor]:
-        """Both embeddings after their dropouts, drawn in the shapes and order of the published loop."""
+    def _dropped(self, l_emb: Tensor, g_emb: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Both embeddings after their dropouts, drawn in the shapes and order of the published loop.
+
+        Of a batch that is divided among processes, each draws for all captions, and takes the masks of its own.
+        """
+        now = share()
+        drawn, mine = (lengths, range(len(lengths))) if now is None else (now.lengths, now.rows)
+        l_drop, g_drop = (cast(nn.Dropout, part[2]) for part in (self.embedding_local, self.embedding_global))
         l_masks, g_masks = [], []
-        for n in lengths:
-            l_masks.append(self.embedding_local[2](l_emb.new_ones(1, n, l_emb.shape[1]))[0])
-            g_masks.append(self.embedding_global[2](g_emb.new_ones(1, g_emb.shape[1])))
+        for t, n in enumerate(drawn):
+            l_mask = nn.functional.dropout(l_emb.new_ones(1, n, l_emb.shape[1]), l_drop.p, l_drop.training)[0]
+            g_mask = nn.functional.dropout(g_emb.new_ones(1, g_emb.shape[1]), g_drop.p, g_drop.training)
+            if t in mine:
+                l_masks.append(l_mask)
+                g_masks.append(g_mask)
         return l_emb * torch.cat(l_masks), g_emb * torch.cat(g_masks)
 
 

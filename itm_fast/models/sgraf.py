@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._share import share
 from .._workspace import GIB, scratch_bytes, workspace
 from ..nn import GraphReasoning, PairScorer, SimilarityFilter, SimilarityGraph, State, xavier_
 from ..ops import (
@@ -27,7 +28,7 @@ from ..ops import (
 )
 from ..ops._recompute import again
 from ..packing import bounds
-from ._common import Matcher, choice, encode_text, l1norm, l2norm, require_options, score_arrays
+from ._common import Dropout, Matcher, choice, encode_text, l1norm, l2norm, require_options, score_arrays
 from ._evaluator import AverageMeter, LogCollector, encode_data, evalrank
 from ._recall import i2t, t2i
 from ._self_attention import GlobalVectors, TextSA, VisualSA
@@ -108,7 +109,7 @@ class EncoderText(nn.Module):
         self.embed_size = embed_size
         self.no_txtnorm = no_txtnorm
         self.embed = nn.Embedding(vocab_size, word_dim)
-        self.dropout = nn.Dropout(0.4)
+        self.dropout = Dropout(0.4)
         self.use_bi_gru = use_bi_gru
         self.cap_rnn = nn.GRU(word_dim, embed_size, num_layers, batch_first=True, bidirectional=use_bi_gru)
         nn.init.uniform_(self.embed.weight, -0.1, 0.1)
@@ -168,6 +169,7 @@ class EncoderSimilarity(GlobalVectors):
         choice(NAME, "module_name", module_name, ("SGR", "SAF"))
         super().__init__(embed_size, num_region)
         self.module_name = module_name
+        self.all_images = module_name == "SAF"
         self.sim_tranloc_w = nn.Linear(embed_size, sim_dim)
         self.sim_tranglo_w = nn.Linear(embed_size, sim_dim)
         self.sim_eval_w = nn.Linear(sim_dim, 1)
@@ -239,7 +241,11 @@ class EncoderSimilarity(GlobalVectors):
             return words.new_empty(I, 0)
         scores, means, variances = zip(*blocks, strict=True)
         if len(means[0]):
-            self.SAF_module.track(torch.cat(means), torch.cat(variances), I * (cu_seqlens.diff() + 1))
+            found = torch.cat(means), torch.cat(variances), I * (cu_seqlens.diff() + 1)
+            now = share()
+            if now is not None and now.divided:
+                found = now.whole(found[0]), now.whole(found[1]), now.whole(found[2])
+            self.SAF_module.track(*found)
         return torch.cat(scores, 1)
 
     def _block(

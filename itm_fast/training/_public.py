@@ -4,5 +4,6 @@
 
 from ..models._building import rebuild
 from ..models.checkpoint import Checkpoint
+from .loop import Result
 from .recipe import learning_rate, options
-from .trainer import Result, train
+from .trainer import train

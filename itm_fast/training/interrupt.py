@@ -6,6 +6,10 @@ import contextlib
 import signal
 import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .._ranks import Ranks
 
 
 class Terminated(KeyboardInterrupt):
@@ -15,32 +19,43 @@ class Terminated(KeyboardInterrupt):
 class Stop:
     """A signal handler that notes the first signal for the loop, and raises at the second.
 
+    Args:
+        quiet: print nothing at the first signal.
+
     Attributes:
         asked: the exception that the loop raises after the current step; None before the first signal.
         at_once: True while stopping in the middle loses nothing, as in a validation; the first signal then raises.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
         self.asked: type[KeyboardInterrupt] | None = None
         self.at_once = False
+
+    def agree(self, ranks: Ranks) -> None:
+        """If the process of any rank was asked to stop, all are, so that all stop after the same step."""
+        kinds: tuple[type[KeyboardInterrupt] | None, ...] = (None, KeyboardInterrupt, Terminated)
+        self.asked = kinds[ranks.most(kinds.index(self.asked))]
 
     def __call__(self, number: int, *_: object) -> None:
         interrupt = Terminated if number == signal.SIGTERM else KeyboardInterrupt
         if self.asked or self.at_once:
             raise interrupt
         self.asked = interrupt
+        if self.quiet:
+            return
         print("\nstopping after this step; a second Ctrl-C or SIGTERM stops at once", file=sys.stderr)
 
 
 @contextlib.contextmanager
-def signals() -> Iterator[Stop]:
+def signals(quiet: bool = False) -> Iterator[Stop]:
     """Inside the `with`, SIGINT and SIGTERM set `asked`; a second one raises KeyboardInterrupt or `Terminated`.
 
     >>> with signals() as stop:
     ...     stop.asked is None
     True
     """
-    stop = Stop()
+    stop = Stop(quiet)
     before = {}
     with contextlib.suppress(ValueError):  # only the main thread may set signal handlers
         for number in (signal.SIGINT, signal.SIGTERM):

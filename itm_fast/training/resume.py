@@ -123,8 +123,18 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """Restore the generators; those of CUDA only if there are as many CUDA devices as when they were saved."""
+def set_random_state(state: dict[str, Any], device: torch.device, alone: bool = True) -> None:
+    """Restore the generators; those of CUDA only if there are as many CUDA devices as when they were saved.
+
+    Args:
+        state: as `random_state` returned it.
+        device: where this process computes.
+        alone: False if several processes train together. All their generators are in the same state, which the process
+            of rank 0 saved as that of its own device, the first.
+    """
     torch.set_rng_state(state["cpu"])
-    if state["cuda"] and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
+    if not alone:
+        if device.type == "cuda" and state["cuda"]:
+            torch.cuda.set_rng_state(state["cuda"][0], device)
+    elif state["cuda"] and torch.cuda.is_available() and torch.cuda.device_count() == len(state["cuda"]):
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from .. import _torchrun
 from .._backends import requested, why_not
 from ..evaluation.memory import GB, available_bytes
 from ..models import model_class
@@ -28,19 +29,33 @@ if TYPE_CHECKING:
     from ..data import Split, Vocabulary
 
 _HOPELESS = 90.0  # percent of the training captions without any known word
+_MANY = 512  # captions in a batch, from which the share of those of one image is worth a warning
 _SOME_IMAGES = 8  # images whose features `identity` reads
 # Options that may change when a run is resumed. The vocabulary is compared by its words.
 _MAY_DIFFER = ("num_epochs", "val_step", "data_path", "vocab_path", "model_name", "logger_name", "vocab_checksum")
 
 
 def usable(device: str | torch.device | None) -> torch.device:
-    """The device of a run.
+    """The device of a run. Of the processes that torchrun starts on a machine, each has the GPU of its own number.
 
     Raises:
-        ValueError: the device does not exist.
+        ValueError: the device does not exist, or several processes would share a GPU.
         NotImplementedError: the requested backend cannot run on it; the message says why.
     """
     chosen = usable_device(device)
+    if chosen.type == "cuda" and _torchrun.world() > 1:
+        if chosen.index is not None:
+            raise ValueError(
+                f"device is {chosen}, and torchrun started {_torchrun.world()} processes, which need a GPU each; give "
+                "cuda, or leave it out"
+            )
+        there, wanted = torch.cuda.device_count(), _torchrun.local_world()
+        if wanted > there:
+            raise ValueError(
+                f"torchrun started {wanted} processes on this machine, and torch sees {there} CUDA devices; start at "
+                "most one process for each, or give device cpu"
+            )
+        chosen = torch.device("cuda", _torchrun.local_rank())
     asked = requested()
     reason = None if asked == "auto" else why_not(asked, chosen)
     if reason is not None:
@@ -134,9 +149,7 @@ def enough_known_words(train_split: Split, dev_split: Split, vocabulary: Vocabul
     from ..data import caption_batches
     from ..evaluation.unknown_words import CAPTIONS, unknown_words, unknown_words_line
 
-    cause = (
-        "is the vocabulary (--vocab, --min-count) one for these captions, and are their words separated by spaces?"
-    )
+    cause = "is the vocabulary (--vocab, --min-count) one for these captions, and are their words separated by spaces?"
     for name, split in (("training", train_split), ("dev", dev_split)):
         with warnings.catch_warnings(record=True) as suspicious:
             warnings.simplefilter("always")
@@ -146,6 +159,30 @@ def enough_known_words(train_split: Split, dev_split: Split, vocabulary: Vocabul
             raise ValueError(message)
         if suspicious:
             warnings.warn(message, stacklevel=3)
+
+
+def warn_of_same_image(opt: argparse.Namespace, split: Split) -> None:
+    """Warn if batches are so large that many captions meet another caption of their image as a negative.
+
+    >>> import warnings
+    >>> from ..data import Split
+    >>> split = Split(np.zeros((1000, 1, 1)), ["a cat"] * 5000, np.repeat(np.arange(1000), 5))
+    >>> with warnings.catch_warnings(record=True) as found:
+    ...     warn_of_same_image(argparse.Namespace(batch_size=512, exclude_same_image=False), split)
+    >>> str(found[0].message)[:69]
+    'of the captions in a batch of 512, 35 % have another caption of their'
+    """
+    captions, size = len(split.captions), min(opt.batch_size, len(split.captions))
+    if opt.exclude_same_image or opt.batch_size < _MANY or captions < 2:
+        return
+    others = np.bincount(split.caption_to_image)[split.caption_to_image] - 1
+    share = 100 * float(np.mean(1 - (1 - (size - 1) / (captions - 1)) ** others))
+    if share >= 1:
+        warnings.warn(
+            f"of the captions in a batch of {size:,}, {share:.0f} % have another caption of their own image in it, "
+            "which counts as a negative, as published; exclude_same_image (--exclude-same-image) leaves these out",
+            stacklevel=3,
+        )
 
 
 def identity(split: Split) -> str:

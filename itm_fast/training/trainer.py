@@ -1,59 +1,30 @@
-"""SGRAF's and SCAN's training recipe (SGRAF section 4.2; SCAN section 4.2), interruptible at any step."""
+"""Train a model: checks, locks and files around the training loop, in one process or in several."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import itertools
-import math
 import os
-import sys
-import time
-from collections.abc import Generator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
 from .._backends import use_backend
 from .._lock import Lock
-from ..models import build
+from .._ranks import joined
 from ..models._catalogue import check
-from ..models.checkpoint import BEST
-from . import checkpoint, resume
-from .checkpoint import LAST
-from .interrupt import Stop, signals
-from .log import STEP, Log, dev_values, table
-from .losses import batch_loss
-from .recipe import learning_rate
-from .setup import affordable, completed, enough_known_words, identity, refuse_existing, same_run, usable
-from .vectors import word_vectors
+from . import resume
+from .interrupt import signals
+from .log import Log
+from .loop import Result, Run
+from .setup import completed, enough_known_words, refuse_existing, usable, warn_of_same_image
 
 if TYPE_CHECKING:
-    from ..data import Batch, Split, Vocabulary
+    from ..data import Split, Vocabulary
 
-_SAVE_EVERY = 600.0  # seconds after which resume.pt is written again within an epoch
 LOCK = "train.lock"
-
-
-@dataclass(frozen=True)
-class Result:
-    """How a run ended.
-
-    Attributes:
-        best_rsum: best sum of recalls on the dev split, in percent; None when no epoch was validated.
-        best_epoch: its epoch, counted from 1.
-        iterations: optimiser steps taken.
-        finished: True if all epochs are done, False if `max_steps` ended the run.
-    """
-
-    best_rsum: float | None
-    best_epoch: int | None
-    iterations: int
-    finished: bool
 
 
 def train(
@@ -70,6 +41,7 @@ def train(
     tensorboard: bool = False,
     progress: bool = True,
     arguments: Mapping[str, Any] | None = None,
+    chunk: int | None = None,
 ) -> Result:
     """Train one model with Adam, hardest negatives, a step schedule and clipped gradients.
 
@@ -78,6 +50,12 @@ def train(
     name; `log.csv`; and `resume.pt`, from which an interrupted run continues. On the CPU, with the same number of
     threads, the resumed run computes the same bits as one that was not interrupted. After Ctrl-C or SIGTERM the
     current step is finished and saved.
+
+    If torchrun started several processes, or torch.distributed has a process group, all of them call this function with
+    the same arguments and train one model together. Each batch is divided among them, and every caption has its
+    negatives in the whole batch. Losses, gradients and random numbers are those of one process, apart from rounding, so
+    the number of processes may change when a run is resumed. The process of rank 0 validates and writes; all must see
+    the data and `output`.
 
     Args:
         opt: the options, as `options` returns them, with `img_dim` as in the data. `data_path` and `data_name` tell
@@ -93,6 +71,8 @@ def train(
         tensorboard: write `output/tensorboard` as well.
         progress: show progress bars, and a recall table after each epoch, on standard error.
         arguments: plain values that are stored in `resume.pt` for the caller.
+        chunk: encode so many captions and images at a time, and once more in the backward pass, to save memory in large
+            batches; None: a batch at once. The losses are the same.
 
     Returns:
         `Result`.
@@ -103,6 +83,7 @@ def train(
         FileNotFoundError: `resuming` is true, and `output` holds no run to resume.
         ValueError: the options do not fit the data; options or data are not those of the interrupted run; the
             vocabulary has almost no word of the training captions; or a loss is not finite.
+        ConnectionError: another process of the run has ended.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once `resume.pt` is written; the message says how to continue.
 
     >>> import tempfile
@@ -118,253 +99,38 @@ def train(
     """
     if max_steps is not None and max_steps < 1:
         raise ValueError(f"max_steps must be at least 1, got {max_steps}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk must be at least 1, got {chunk}")
     output = Path(output)
     with contextlib.ExitStack() as stack:
         if backend is not None:
             stack.enter_context(use_backend(backend))
         chosen = usable(device)
+        ranks = stack.enter_context(joined(chosen))
         check(vars(opt))
         opt = completed(opt, train_split, dev_split, vocabulary, output)
-        if resuming:
-            resume.require(output)
-        else:
-            output.mkdir(parents=True, exist_ok=True)
-        lock = stack.enter_context(Lock(output / LOCK, str(output)))
-        found = resume.load(output) if resuming else None
-        run = _Run(opt, train_split, dev_split, vocabulary, output, chosen, progress, dict(arguments or {}), lock)
-        if not resuming:
-            refuse_existing(output, run.vocabulary_file, vocabulary)
-            enough_known_words(train_split, dev_split, vocabulary)
-        run.build(found)
-        validated = run.step < run.steps
-        run.log = Log(output, run.iterations, validated=validated, tensorboard=tensorboard)
-        stack.callback(run.log.close)
-        if not run.vocabulary_file.exists():
-            vocabulary.save(run.vocabulary_file)
-        run.stop = stack.enter_context(signals())
+        run = Run(
+            opt, train_split, dev_split, vocabulary, output, chosen, progress, dict(arguments or {}), ranks, chunk
+        )
+
+        def prepare() -> None:
+            if resuming:
+                resume.require(output)
+            else:
+                output.mkdir(parents=True, exist_ok=True)
+            run.lock = stack.enter_context(Lock(output / LOCK, str(output)))
+            if not resuming:
+                refuse_existing(output, run.vocabulary_file, vocabulary)
+                enough_known_words(train_split, dev_split, vocabulary)
+                warn_of_same_image(opt, train_split)
+
+        ranks.on_first(prepare)
+        run.build(resume.load(output) if resuming else None)
+        if ranks.first:
+            validated = run.step < run.steps
+            run.log = Log(output, run.iterations, validated=validated, tensorboard=tensorboard)
+            stack.callback(run.log.close)
+            if not run.vocabulary_file.exists():
+                vocabulary.save(run.vocabulary_file)
+        run.stop = stack.enter_context(signals(quiet=not ranks.first))
         return run.fit(max_steps)
-
-
-class _Run:
-    log: Log
-    model: Any
-    stop: Stop
-
-    def __init__(
-        self,
-        opt: argparse.Namespace,
-        train_split: Split,
-        dev_split: Split,
-        vocabulary: Vocabulary,
-        output: Path,
-        device: torch.device,
-        progress: bool,
-        arguments: dict[str, Any],
-        lock: Lock,
-    ) -> None:
-        from ..data import TrainingBatches
-
-        self.opt, self.device, self.lock = opt, device, lock
-        self.vocabulary_file = output / f"{opt.data_name}_vocab.json"  # where the published code looks
-        self.dev_split, self.vocabulary, self.output = dev_split, vocabulary, output
-        self.progress, self.arguments = progress, arguments
-        self.data = [len(train_split.captions), len(train_split.features), *map(identity, (train_split, dev_split))]
-        self.batches = TrainingBatches(train_split, vocabulary, opt.batch_size, seed=opt.seed)
-        # A last batch of one caption is left out: it has no negatives and no batch statistics.
-        self.steps = len(self.batches) - (self.data[0] % opt.batch_size == 1)
-        if self.steps < 1:
-            raise ValueError(f"the training split must hold at least 2 captions, got {self.data[0]}")
-        self.epoch = self.step = self.iterations = 0
-        self.best_rsum: float | None = None
-        self.best_epoch: int | None = None
-        self.saved: int | None = None  # `iterations` in resume.pt; None before the first save
-
-    def build(self, found: resume.Progress | None) -> None:
-        """Build the model: with new weights, or as an interrupted run left it."""
-        if found is not None:
-            same_run(found, self.output, self.opt, self.data, self.vocabulary, self.vocabulary_file)
-        vectors = word_vectors(self.opt, self.vocabulary, self.progress) if found is None else None
-        if vectors is not None:
-            self.opt.vector_dim = vectors.shape[1]
-        if found is None:
-            affordable(self.opt, self.device)
-        torch.manual_seed(self.opt.seed)
-        self.model = build(argparse.Namespace(**{**vars(self.opt), "device": str(self.device)}))
-        if vectors is not None:
-            self.model.txt_enc.set_vectors(vectors)
-        if found is None:
-            return
-        try:
-            self.model.load_state_dict(found.model)
-            self.model.optimizer.load_state_dict(found.optimizer)
-            resume.set_random_state(found.rng)
-        except (ValueError, RuntimeError, TypeError, KeyError, IndexError) as error:
-            path = self.output / resume.NAME
-            raise ValueError(f"{path} does not fit its own options: {' '.join(str(error).split())}") from error
-        self.epoch, self.step, self.iterations = found.epoch, found.step, found.iterations
-        self.best_rsum, self.best_epoch = found.best_rsum, found.best_epoch
-        self.saved = found.iterations
-
-    def fit(self, max_steps: int | None) -> Result:
-        try:
-            reached = False
-            while self.epoch < self.opt.num_epochs and not reached:
-                reached = self._train_epoch(max_steps)
-                self._save_resume()
-                self.stop.at_once = True
-                self._validate(decide=True)
-                self.stop.at_once = False
-                if self.step >= self.steps:
-                    self.epoch, self.step = self.epoch + 1, 0
-                self._save_resume()
-        except KeyboardInterrupt as interrupt:
-            kept = "nothing was saved yet"
-            if self.saved is not None:
-                kept = (
-                    f"{self.output / resume.NAME} holds step {self.saved}, and the same command with --resume "
-                    "goes on from there"
-                )
-            done = f"interrupted in epoch {self.epoch + 1} after {self.iterations} steps"
-            raise type(interrupt)(f"{done}; {kept}") from None
-        return Result(self.best_rsum, self.best_epoch, self.iterations, finished=self.epoch >= self.opt.num_epochs)
-
-    def _train_epoch(self, max_steps: int | None) -> bool:
-        """Train to the end of the epoch or to `max_steps`; return whether `max_steps` is reached."""
-        groups = self.model.optimizer.param_groups
-        for group in groups:
-            group["lr"] = learning_rate(self.opt, self.epoch)
-        left = self.steps - self.step
-        if max_steps is not None:
-            left = min(left, max(0, max_steps - self.iterations))
-        source = itertools.islice(self.batches.epoch(self.epoch, self.step), left)
-        saved = time.monotonic()
-        with self._bar() as bar, contextlib.closing(_prefetched(source)) as batches:
-            start = time.perf_counter()
-            for batch in batches:
-                loss, norm = self._update(batch)
-                speed = len(batch.lengths) / (time.perf_counter() - start)
-                self.step += 1
-                self.iterations += 1
-                self.lock.check()
-                row = dict(zip(STEP, (loss, groups[0]["lr"], norm, speed), strict=True))
-                self.log.add(self.epoch + 1, self.iterations, row)
-                bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-                bar.update()
-                if self.stop.asked:
-                    self._save_resume()
-                    raise self.stop.asked
-                if time.monotonic() - saved > _SAVE_EVERY:
-                    self._save_resume()
-                    saved = time.monotonic()
-                if self.opt.val_step and self.iterations % self.opt.val_step == 0 and self.step < self.steps:
-                    self._validate(decide=False)
-                start = time.perf_counter()
-        return max_steps is not None and self.iterations >= max_steps
-
-    def _update(self, batch: Batch) -> tuple[float, float]:
-        """One optimiser step: its loss, and the norm of the gradient before it is clipped."""
-        self.model.train_start()
-        self.model.optimizer.zero_grad()
-        loss = batch_loss(self.model, batch, self.opt)
-        value = loss.item()
-        if not math.isfinite(value):
-            raise ValueError(self._not_finite(batch, f"the loss is {value}"))
-        loss.backward()
-        # grad_clip 0 means no clipping, as published; the norm is still computed, for the log.
-        limit = self.opt.grad_clip or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.params, limit).item()
-        if not math.isfinite(norm):
-            raise ValueError(self._not_finite(batch, f"the gradient's norm is {norm}"))
-        self.model.optimizer.step()
-        return value, norm
-
-    def _not_finite(self, batch: Batch, what: str) -> str:
-        bad = _first_bad_image(batch.features)
-        cause = (
-            "try a lower learning rate, or gradient clipping if it is off"
-            if bad is None
-            else f"the features of training image {int(batch.image_index[bad])} hold NaN or infinity; correct them"
-        )
-        return (
-            f"epoch {self.epoch + 1}, iteration {self.iterations + 1}: {what}; training stopped, and "
-            f"{self.output} keeps what was saved before it; {cause}"
-        )
-
-    def _validate(self, *, decide: bool) -> None:
-        """Evaluate the dev split and log the result; with `decide`, also write the checkpoints of this epoch."""
-        from ..evaluation import encode, metrics, score_all
-
-        encoded = encode(self.model, self.dev_split, self.vocabulary, progress=self.progress)
-        score = score_all(self.model.scorer, encoded, progress=self.progress)
-        found = metrics(score, encoded.caption_to_image)
-        epoch = self.epoch + 1
-        self.log.add(epoch, self.iterations, dev_values(found))
-        if decide:
-            better = self.best_rsum is None or found.rsum > self.best_rsum
-            if better:
-                self.best_rsum, self.best_epoch = found.rsum, epoch
-            self._save_checkpoint(LAST)
-            if better:
-                self._save_checkpoint(BEST)
-        if self.progress:
-            best = "" if self.best_rsum is None else f"best {self.best_rsum:.1f}, epoch {self.best_epoch}"
-            title = f"dev split after epoch {epoch}, step {self.iterations}"
-            print(table(title, found, best), file=sys.stderr)
-
-    def _save_checkpoint(self, name: str) -> None:
-        self.lock.check()
-        checkpoint.save(
-            self.output / name,
-            # As published: SGRAF stores the number of finished epochs, SCAN the last epoch counted from 0.
-            epoch=self.epoch + (not hasattr(self.opt, "cross_attn")),
-            model=self.model.state_dict(),
-            best_rsum=self.best_rsum or 0.0,
-            opt=self.opt,
-            iterations=self.iterations,
-        )
-
-    def _save_resume(self) -> None:
-        self.lock.check()
-        resume.save(
-            self.output,
-            resume.Progress(
-                options=vars(self.opt),
-                arguments=self.arguments,
-                data=self.data,
-                epoch=self.epoch,
-                step=self.step,
-                iterations=self.iterations,
-                best_rsum=self.best_rsum,
-                best_epoch=self.best_epoch,
-                model=self.model.state_dict(),
-                optimizer=self.model.optimizer.state_dict(),
-                rng=resume.random_state(),
-            ),
-        )
-        self.saved = self.iterations
-
-    def _bar(self) -> Any:
-        from tqdm import tqdm
-
-        return tqdm(
-            total=self.steps,
-            initial=self.step,
-            desc=f"epoch {self.epoch + 1}/{self.opt.num_epochs}",
-            unit="step",
-            disable=not self.progress,
-            dynamic_ncols=True,
-        )
-
-
-def _prefetched(batches: Iterator[Batch]) -> Generator[Batch, None, None]:
-    """Yield the batches, while a thread reads the next one."""
-    with ThreadPoolExecutor(1) as pool:
-        pending = pool.submit(next, batches, None)
-        while (batch := pending.result()) is not None:
-            pending = pool.submit(next, batches, None)
-            yield batch
-
-
-def _first_bad_image(features: Tensor) -> int | None:
-    bad = ~features.isfinite().flatten(1).all(1)
-    return int(bad.nonzero()[0]) if bad.any() else None

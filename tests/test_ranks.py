@@ -1,0 +1,153 @@
+"""Training by several processes: losses, gradients, files and interruption are those of one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.multiprocessing
+from ranks_cases import CASES, MODELS, all_gradients, gradients, work
+from training_cases import DEV, TRAIN, assert_same_run, log_rows, run_tiny, tensors_of
+
+from itm_fast import _torchrun
+from itm_fast._ranks import Ranks
+from itm_fast.cli import main
+from itm_fast.data import save_splits
+from itm_fast.training import resume
+
+COUNTS = (2, 3)
+KEYS = [*((model, case) for model in MODELS for case in CASES), ("saf", "blocks"), ("sgr", "two")]
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return all_gradients(Ranks())
+
+
+@pytest.fixture(scope="module", params=COUNTS)
+def together(request, tmp_path_factory):
+    """The number of processes, their folder, and what each found."""
+    folder = tmp_path_factory.mktemp(f"ranks{request.param}")
+    torch.multiprocessing.start_processes(
+        work, (request.param, folder), nprocs=request.param, start_method="spawn", join=True
+    )
+    ranks = range(request.param)
+    found = [torch.load(folder / f"gradients{rank}", weights_only=False)["gradients"] for rank in ranks]
+    living = [torch.load(folder / f"runs{rank}", weights_only=False) for rank in ranks[:-1]]
+    return request.param, folder, found, living
+
+
+def norm(gradients):
+    return sum(g.double().norm() ** 2 for g in gradients if g is not None) ** 0.5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("key", KEYS, ids=" ".join)
+def test_losses_gradients_and_statistics_are_those_of_one_process(alone, together, key):
+    wanted = alone[key]
+    dtype = wanted["loss"].dtype
+    # The parameters' gradients are sums of thousands of terms, which several processes add up in another order.
+    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    for found in together[2]:
+        mine = found[key]
+        assert mine["loss"].dtype == dtype
+        assert mine["loss"].item() == pytest.approx(wanted["loss"].item(), rel=min(tolerance, 1e-6))
+        assert [g is None for g in mine["gradients"]] == [g is None for g in wanted["gradients"]]
+        pairs = zip(mine["gradients"], wanted["gradients"], strict=True)
+        assert norm([a - b for a, b in pairs if a is not None]) <= tolerance * norm(wanted["gradients"])
+        for a, b in zip(mine["buffers"], wanted["buffers"], strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+        assert torch.equal(mine["random"], wanted["random"]), "a resumed run would draw other numbers"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["sgr", "saf", "hgan"])
+def test_a_batch_encoded_in_parts_has_the_same_gradients(alone, name):
+    whole, parts = alone[name, "float64"], gradients(name, Ranks(), **CASES["float64"])
+    assert parts["loss"].item() == pytest.approx(whole["loss"].item(), rel=1e-12)
+    difference = [a - b for a, b in zip(parts["gradients"], whole["gradients"], strict=True)]
+    assert norm(difference) <= 1e-12 * norm(whole["gradients"])
+    assert torch.equal(parts["random"], whole["random"])
+
+
+@pytest.mark.slow
+def test_a_run_is_that_of_one_process(tmp_path, together):
+    count, folder, _, living = together
+    assert all(found["whole"] == living[0]["whole"] for found in living)
+    assert living[0]["whole"].finished
+    run_tiny(tmp_path / "alone", "saf")
+    mine, theirs = (
+        [float(row["loss"]) for row in log_rows(path) if row["loss"]] for path in (folder / "whole", tmp_path / "alone")
+    )
+    # Adam's first step takes only the signs of gradients, so rounding near zero moves weights by twice the rate.
+    assert mine[0] == pytest.approx(theirs[0], rel=1e-6)
+    assert mine == pytest.approx(theirs, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_run_interrupted_in_one_process_resumes_as_if_it_had_not_been(together):
+    count, folder, _, living = together
+    for found in living:
+        assert found["steps before"] == 4
+        assert found["interrupted"].startswith("Terminated: interrupted in epoch 1 after 4 steps")
+        assert found["resumed"] == found["whole"]
+    assert_same_run(folder / "parts", folder / "whole")
+
+
+@pytest.mark.slow
+def test_a_run_is_resumed_by_another_number_of_processes(together):
+    count, folder, _, _ = together
+    run_tiny(folder / "changed", "saf", resuming=True)
+    mine, theirs = (resume.load(folder / name) for name in ("changed", "whole"))
+    for a, b in zip(tensors_of(mine.model), tensors_of(theirs.model), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=1e-2)
+    assert torch.equal(mine.rng["cpu"], theirs.rng["cpu"])
+
+
+@pytest.mark.slow
+def test_what_stops_one_process_stops_all_with_one_reason(together):
+    count, folder, _, living = together
+    assert living[0]["again"].startswith("FileExistsError: ")
+    assert "already holds a run" in living[0]["again"]
+    assert all(found["again"].startswith("ChildProcessError: ") for found in living[1:])
+    for found in living:
+        assert "the loss is nan" in found["broken"]
+        assert "training image 5 hold NaN" in found["broken"]
+        assert found["dead"].startswith("ConnectionError: stopped, because another process")
+
+
+def test_other_commands_refuse_several_processes(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, printed in (("0", True), ("3", False)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit) as stopped:
+            main(["doctor"])
+        assert stopped.value.code == 2
+        out, err = capsys.readouterr()
+        assert ("torchrun started 4 processes, and this command runs in one" in err) == printed
+        assert not out
+    monkeypatch.setenv("RANK", "one")
+    with pytest.raises(ValueError, match="RANK, which torchrun sets, must be a whole number, got 'one'"):
+        _torchrun.rank()
+
+
+@pytest.mark.slow
+def test_torchrun_trains_one_model_with_two_processes(tmp_path):
+    save_splits(tmp_path / "tiny.h5", {"train": TRAIN, "dev": DEV})
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "itm_fast"]
+    small = "--embed-size 16 --word-dim 8 --batch-size 8 --epochs 2 --min-count 1 --device cpu --max-steps 2 --chunk 2"
+    more = ["train", "--model", "scan", "--data", str(tmp_path / "tiny.h5"), "--output", str(tmp_path / "run")]
+    done = subprocess.run(
+        [*command, *more, *small.split()],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("stopped after 2 steps") == 1
+    assert done.stderr.count("42 captions of 14 images") == 1
+    assert len([row for row in log_rows(tmp_path / "run") if row["loss"]]) == 2
