@@ -138,9 +138,8 @@ def test_the_order_of_threads_and_copies_does_not_matter(head, shape, gpu, dtype
 
 def part(args, image, caption):
     """One image with one caption."""
-    tensors, (cu_seqlens, lengths, *rest) = list(args[:-3]), args[-3:]
-    if not isinstance(lengths, torch.Tensor | None):  # the filter has one argument more
-        tensors, (cu_seqlens, lengths, *rest) = list(args[:-4]), args[-4:]
+    at = next(k for k, x in enumerate(args) if isinstance(x, torch.Tensor) and not x.is_floating_point())
+    tensors, (cu_seqlens, lengths, *rest) = list(args[:at]), args[at:]
     one = slice(image, image + 1)
     words = slice(*cu_seqlens[caption : caption + 2].tolist())
     tensors[:4] = tensors[0][one], tensors[1][one], tensors[2][words], tensors[3][caption : caption + 1]
