@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from itm_fast._folding import folded_exactly
 from itm_fast._workspace import scratch_bytes
 from itm_fast.packing import NodePlan, Window, node_plan, spans
 
@@ -227,10 +228,8 @@ class Folded(NamedTuple):
 
 
 def fold(query_weight, query_bias, key_weight, value_weight, value_bias) -> Folded:
-    """Fold query and key weights into M and u, (3), in float64 so that folding adds no rounding error."""
-    Wq, bq, Wk = (x.double() for x in (query_weight, query_bias, key_weight))
-    ask = (Wk.transpose(1, 2) @ Wq).to(query_weight.dtype)
-    shift = (bq[:, None] @ Wk).squeeze(1).float()
+    """Fold query and key weights into M and u, (3)."""
+    ask, shift = folded_exactly(query_weight, query_bias, key_weight)
     return Folded(ask, shift, _launch.aligned(value_weight), _launch.aligned(value_bias.float()))
 
 

@@ -16,9 +16,11 @@ COMMAND = r"`python -m itm_fast\.ops\._calls`"
 CALLED = {op.name: op for op in _calls.called()}
 
 
-def test_the_header_is_what_the_declarations_give():
+def test_the_headers_are_what_the_declarations_give():
     path = _native.csrc_dir() / "cpu" / "calls.h"
     assert path.read_text() == _calls.header(), "run `python -m itm_fast.ops._calls`"
+    path = _native.csrc_dir() / "cuda" / "choices.h"
+    assert path.read_text() == _calls.choices(), "run `python -m itm_fast.ops._calls`"
 
 
 def test_every_op_with_kernels_has_a_struct():

@@ -1,15 +1,12 @@
 // The words' attention over an image's regions, from affinities in accumulators: `ops/_attention.py`, direction t2i.
 #pragma once
 #include "affinity.h"
+#include "choices.h"
 
 constexpr float EPS = 1e-8f;
 
-// How the affinities of a context are normalised over the queries. The other names in `ops/_attention.py` are these with
-// or without the LeakyReLU before.
-enum Norm { NONE, L1, L2, SOFTMAX };
-
 struct Attention {
-    int norm;
+    int norm;     // a `Norm`: how the affinities of a context are normalised over the queries
     float slope;  // of the LeakyReLU for negative affinities; 1: none
     float scale;  // inverse temperature of the softmax over the contexts
 };
@@ -52,7 +49,7 @@ __device__ __forceinline__ float norm_over(const Attention &p, Each each) {
         each([&](float x) { sum += exp2f((x - top) * LOG2E); });
         return top + logf(Owners::sum(sum));
     }
-    if (p.norm == L1) {
+    if (p.norm == L1NORM) {
         each([&](float x) { sum += fabsf(clipped(x, p.slope)); });
         return 1 / (Owners::sum(sum) + EPS);
     }

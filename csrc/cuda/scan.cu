@@ -2,15 +2,13 @@
 // and pooling. No number per pair but its score goes to memory.
 #include "attention.h"
 
-enum Pool { LSE, MAX, SUM, MEAN };
-
 struct Scan {
     Pairs pairs;
     Attention attention;
     Grams grams;
     const float *length;  // of the queries' rows, |q|
     float *score;         // [images][captions]
-    int pool;
+    int pool;             // a `Pool`
     float pool_scale;
 };
 

@@ -42,15 +42,25 @@ def l2norm(x: Tensor, dim: int = -1) -> Tensor:
     return x / (torch.linalg.vector_norm(x, dim=dim, keepdim=True) + EPS)
 
 
+def clipped(norm: str) -> tuple[bool, str]:
+    """Whether a norm applies the LeakyReLU first, and the norm that follows.
+
+    >>> clipped("clipped_l2norm"), clipped("clipped"), clipped("softmax")
+    ((True, 'l2norm'), (True, 'none'), (False, 'softmax'))
+    """
+    return norm.startswith("clipped"), norm.removeprefix("clipped").removeprefix("_") or "none"
+
+
 def affinity_norm(affinity: Tensor, norm: str, dim: int) -> Tensor:
     """Normalise affinities over the queries, which lie along `dim`."""
+    first, norm = clipped(norm)
+    if first:
+        affinity = F.leaky_relu(affinity, SLOPE)
     if norm == "softmax":
         return affinity.softmax(dim)
-    if norm.startswith("clipped"):
-        affinity = F.leaky_relu(affinity, SLOPE)
-    if norm.endswith("l2norm"):
+    if norm == "l2norm":
         return l2norm(affinity, dim)
-    if norm.endswith("l1norm"):
+    if norm == "l1norm":
         return affinity / (affinity.abs().sum(dim, keepdim=True) + EPS)
     return affinity
 

@@ -22,7 +22,7 @@ from .. import _attention
 from .._attention import TENSOR_FLOAT32
 from . import _blocks, _rows
 from ._tiles import Pairs, Plan, Tile, _plan, shared_limit, tile_of
-from .cross_attention_score import NORMS, Attention, Grams, aligned, copied_bytes
+from .cross_attention_score import Attention, Grams, aligned, copied_bytes
 
 KINDS = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F16X3"}
 THREADS = 256
@@ -280,7 +280,7 @@ def scores(
     )
     local_bias, global_bias = aligned(local_bias.float()), aligned(global_bias.float())
     chunks = query.data.shape[1] // 8
-    attention = Attention(NORMS["clipped_l2norm"][0], _attention.SLOPE, scale)
+    attention = Attention.of("clipped_l2norm", scale)
     room = _blocks.room(device)
     most = max(1, room // (pitch * itemsize + 4 + S * itemsize))  # nodes of one image
     plan = node_plan(node_bounds(cu_seqlens), N + T, op, [fit.head_slots], min(WINDOW, 1 << most.bit_length() - 1))

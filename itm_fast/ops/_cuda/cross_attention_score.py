@@ -14,18 +14,13 @@ from ... import _cuda
 from ..._checks import matmul_precision
 from ...packing import bounds, checked, region_counts
 from .. import _attention
+from .._calls import CUDA_ENUMS
 from .._declare import empty
 from . import _blocks, _rows, _tiles
 from ._tiles import Pairs, Tile
 
 OP = "cross_attention_score"
 BLOCKS, BYTES = (1 << 31) - 1, 64 << 30  # of a grid; of rows, whose pieces of 16 bytes the kernels count in 32 bits
-# Enumerators of `Norm`, and whether the LeakyReLU comes before (attention.h); of `Pool` (scan.cu).
-NORMS = {
-    "softmax": (3, False), "l2norm": (2, False), "clipped_l2norm": (2, True), "l1norm": (1, False),
-    "clipped_l1norm": (1, True), "clipped": (0, True), "none": (0, False),
-}  # fmt: skip
-POOLS = {"lse": 0, "max": 1, "sum": 2, "mean": 3}
 
 
 class Attention(ctypes.Structure):
@@ -36,6 +31,12 @@ class Attention(ctypes.Structure):
         ("slope", ctypes.c_float),
         ("scale", ctypes.c_float),
     ]
+
+    @classmethod
+    def of(cls, affinity_norm: str, scale: float) -> Attention:
+        """The attention with one of `_attention.NORMS`."""
+        clipped, norm = _attention.clipped(affinity_norm)
+        return cls(CUDA_ENUMS["Norm"].index(norm), _attention.SLOPE if clipped else 1, scale)
 
 
 class Grams(ctypes.Structure):
@@ -151,8 +152,8 @@ def forward(
         length, factors = _rows.lengths(words), _rows.image_factors(image, count, columns)
     else:
         length, factors = _rows.lengths(regions), _rows.caption_factors(words, cu_seqlens, edge, longest)
-    norm, clipped = NORMS[affinity_norm]
-    attention, grams = Attention(norm, _attention.SLOPE if clipped else 1.0, scale), Grams(*map(_address, factors))
+    attention, grams = Attention.of(affinity_norm, scale), Grams(*map(_address, factors))
+    pooling = CUDA_ENUMS["Pool"].index(pool), pool_scale
     result = score if score.dtype == torch.float32 else score.new_empty(score.shape, dtype=torch.float32)
     groups = -(-I // tile.images)
     if plan.tiles * groups > BLOCKS or max(len(words), I * R) * D * 4 > BYTES:
@@ -169,7 +170,7 @@ def forward(
             _address(form.wide), I, R, len(edge) - 1, form.words.shape[1] * form.words.itemsize // 16, plan.tiles,
             form.for_wide,
         )  # fmt: skip
-        problem_ = Scan(pairs, attention, grams, length.data_ptr(), result.data_ptr(), POOLS[pool], pool_scale)
+        problem_ = Scan(pairs, attention, grams, length.data_ptr(), result.data_ptr(), *pooling)
         _cuda.launch(kernel(direction, form.kind, tile), problem_, (plan.tiles * groups, 1), device)
     return score if result is score else score.copy_(result)
 

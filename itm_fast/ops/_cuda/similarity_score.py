@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._cuda import Kernel
+from ..._folding import folded_exactly
 from . import _pairs
 from ._pairs import THREADS, Kind, Nodes, kind_of, making_bytes, rows_of, scores, tile_bytes
 from .cross_attention_score import aligned
@@ -78,12 +79,9 @@ def similarity_graph_score(
         image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias, cu_seqlens,
         region_lengths, scale,
     )  # fmt: skip
-    # Query and key weights are folded in float64, so that folding adds no rounding error.
-    Wq, bq, Wk = (x.double() for x in (query_weight, query_bias, key_weight))
-    kind, folded = kind_of(image.dtype), (Wk.transpose(1, 2) @ Wq).to(query_weight.dtype)
+    kind, (folded, shift) = kind_of(image.dtype), folded_exactly(query_weight, query_bias, key_weight)
     ask, value = rows_of(folded, kind), rows_of(value_weight, kind)
-    shift = aligned((bq[:, None] @ Wk).squeeze(1).float())
-    vectors = [shift, *(aligned(x.float()) for x in (value_bias, score_weight, score_bias))]
+    vectors = [aligned(x.float()) for x in (shift, value_bias, score_weight, score_bias)]
     shift_at, bias_at, *end = (x.data_ptr() for x in vectors)
     pointers = *(x.addresses[0] for x in (ask, value)), shift_at, bias_at, ask.addresses[1], value.addresses[1], *end
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._checks import work_dtype
+from ..._folding import folded
 from ...packing import bounds, runs, spans
 from .. import _recompute
 from .._declare import empty
@@ -44,9 +45,8 @@ class Folded:
 def _fold(Wq: Tensor, bq: Tensor, Wk: Tensor, bk: Tensor, Wr: Tensor, br: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The folded weights. bk is added with weight zero, so that its gradient is zero and not None."""
     Wq, bq, Wk, bk, Wr, br = (w.to(work_dtype(Wq)) for w in (Wq, bq, Wk, bk, Wr, br))
-    u = (bq[:, None, :] @ Wk).squeeze(1)
-    product = torch.cat([Wk.transpose(1, 2) @ Wq, Wr], 1)
-    return product, torch.cat([u, torch.zeros_like(u)], 1), br + 0 * bk
+    M, u = folded(Wq, bq, Wk)
+    return torch.cat([M, Wr], 1), torch.cat([u, torch.zeros_like(u)], 1), br + 0 * bk
 
 
 def forward(nodes: Tensor, *rest: Tensor) -> Tensor:
