@@ -70,6 +70,7 @@ def test_table_files_and_ensemble(made, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         *(f"results.{kind}" for kind in ("txt", "json", "csv", "tex")),
         "ranks.npz",
+        "report.html",
         *(f"{side}.{kind}" for side in ("i2t", "t2i") for kind in ("run", "qrels")),
     }
 
@@ -95,6 +96,7 @@ def test_every_option_reaches_the_evaluation(made, tmp_path, monkeypatch):
             "resume": True,
             "progress": False,
             "keep_scores": True,  # for --trec
+            "worst": 12,  # for report.html
         }
     ]
     ((folder, score, owner), named) = trec[0]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .._lock import Lock
 from .._names import BACKENDS
 from ._checkpoints import check_features, check_vocabulary, find_vocabulary, member_names, members
+from ._pictures import pictures_of
 
 if TYPE_CHECKING:
     from ..data import Split
@@ -123,7 +124,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     output = parser.add_argument_group("output")
     output.add_argument(
-        "--output", metavar="DIR", help="write results.txt, results.json, results.csv and results.tex (booktabs) here"
+        "--output",
+        metavar="DIR",
+        help="write here: report.html (open it in a browser), results.txt, .json, .csv and .tex (booktabs), and "
+        "ranks.npz for `itm-fast compare`",
+    )
+    output.add_argument(
+        "--pictures",
+        metavar="DIR",
+        help="for report.html: the folder of the pictures. Their names are the first words of the lines of "
+        "SPLIT_pictures.txt beside the features, or end in COCO's image ids (default: those of the demo alone)",
     )
     output.add_argument(
         "--trec", type=int, metavar="K", help="also write TREC run and qrels files of the K best items to --output"
@@ -165,6 +175,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--resume continues a score file; name it with --scores FILE.npy")
     if args.trec is not None and not args.output:
         raise ValueError("--trec writes its files to --output DIR; give that as well")
+    if args.pictures and not args.output:
+        raise ValueError("--pictures are for report.html, which --output DIR writes; give that as well")
     if args.trec is not None and args.trec < 1:
         raise ValueError(f"--trec wants how many items to write, at least 1, got {args.trec}")
     if args.folds is not None and args.folds < 1:
@@ -190,6 +202,7 @@ def _output(args: argparse.Namespace) -> contextlib.AbstractContextManager:
 def _evaluate(args: argparse.Namespace) -> int:
     from ..data import caption_batches, open_split
     from ..evaluation import evaluate, memory_plan, write_trec
+    from ..evaluation.html_report import WORST
     from ..evaluation.pipeline import needs_matrix
     from ..evaluation.report import speed_line
     from ..evaluation.unknown_words import unknown_words, unknown_words_line
@@ -204,6 +217,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         captions_per_image=args.captions_per_image,
         mask_zero_regions=args.mask_zero_regions,
     )
+    pictures = pictures_of(args.pictures, args.data, args.split, split)
     vocab_path, vocab = find_vocabulary(args, loaded[0])
     device = usable_device(args.device)
     models = [rebuild(found, device) for found in loaded]
@@ -235,6 +249,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         resume=args.resume,
         progress=not args.no_progress,
         keep_scores=args.trec is not None,
+        worst=WORST if args.output else 0,
     )
     report.settings.update(
         checkpoints=[os.path.abspath(found.path) for found in loaded],
@@ -253,7 +268,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if report.relevance_missing and _has_ids(split):
         print(report.relevance_missing)
     if args.output:
-        written = report.save(args.output)
+        written = report.save(args.output, pictures)
         if report.score is not None:
             written += write_trec(
                 args.output,

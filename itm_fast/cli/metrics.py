@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--captions", metavar="FILE", help="the captions' texts, one a line, for the lists of queries in report.html"
     )
-    parser.add_argument("--output", metavar="DIR", help="write results.* and ranks.npz here")
+    parser.add_argument("--output", metavar="DIR", help="write report.html, results.* and ranks.npz here")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from .._lock import Lock
+    from ..evaluation.html_report import WORST
     from ..evaluation.many_right import pairs_of, read_right_pairs
     from ..evaluation.rating import open_scores, rate
 
@@ -76,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     with lock:
         report = rate(
             score, pairs, name=args.name or Path(args.scores).stem, cutoffs=args.at, folds=args.folds, ties=args.ties,
-            captions=texts,
+            captions=texts, worst=WORST if args.output else 0,
         )  # fmt: skip
         print(report)
         if folder is not None:

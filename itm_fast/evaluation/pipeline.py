@@ -35,6 +35,7 @@ from .score_file import STRIPE, ScoreFile
 from .scoring import score_all, score_into
 from .tie_rules import Metrics, average, metrics_of
 from .unknown_words import unknown_words
+from .worst import rows_of_matrix, rows_of_scorer, worst_queries
 
 if TYPE_CHECKING:
     from ..data import Split, Vocabulary
@@ -55,6 +56,7 @@ def evaluate(
     resume: bool = False,
     progress: bool = True,
     keep_scores: bool = True,
+    worst: int = 0,
 ) -> Report:
     """Encode, score, rank and report. Several models are reported one by one and as the mean of their score matrices.
 
@@ -76,6 +78,8 @@ def evaluate(
         keep_scores: whether the report holds the score matrix. If not, one model without CxC and ECCV metrics is ranked
             on the `cpu` backend by `rank_all`, without a matrix in memory. Scorers of one's own must then give a pair
             the same bits in every block.
+        worst: how many queries of each direction the last row of the report lists as those that failed worst. Without
+            a matrix their scores are computed again.
 
     Returns:
         `Report`.
@@ -107,7 +111,19 @@ def evaluate(
             check_room(files, (count, len(split.captions)))
             stack.enter_context(_naming_kept_files(claims))
         return _evaluate(
-            models, split, vocab, names, folds, ties, batch_size, memory_gb, claims, resume, progress, keep_scores
+            models,
+            split,
+            vocab,
+            names,
+            folds,
+            ties,
+            batch_size,
+            memory_gb,
+            claims,
+            resume,
+            progress,
+            keep_scores,
+            worst,
         )
 
 
@@ -124,6 +140,7 @@ def _evaluate(
     resume: bool,
     progress: bool,
     keep_scores: bool,
+    worst: int,
 ) -> Report:
     from ..data import caption_batches
 
@@ -162,6 +179,7 @@ def _evaluate(
             else:
                 (ranked,) = rank_all(model.scorer, encoded, folds=folds, memory_gb=memory_gb, progress=progress)
         seconds = {"encode": encoded.seconds, "score": time.perf_counter() - start}
+        rows = rows_of_scorer(model.scorer, encoded, memory_gb) if score is None and worst else None
         del encoded
         if score is None:
             parts = ranked.fold_metrics(ties=ties)
@@ -179,12 +197,16 @@ def _evaluate(
         else:
             total /= len(models)
         systems.append(system("mean of the scores", total))
+    pairs = pairs_of(split.caption_to_image)
+    if total is not None:
+        rows = rows_of_matrix(total)
+    if rows is not None and worst and systems[-1].counts is not None:
+        systems[-1] = replace(systems[-1], worst=worst_queries(systems[-1].counts, pairs, ties, worst, rows))
     settings = _settings(plans, folds, ties, batch_size, memory_gb)
     settings |= unknown
     settings["backend"] = backend_names(systems) or (None if resume else "torch")  # a dual encoder runs no itm-fast op
     if not missing:
         settings["relevance_ties"] = relevance_ties
-    pairs = pairs_of(split.caption_to_image)
     return Report(tuple(systems), settings, missing, total if keep_scores else None, pairs, split.captions)
 
 

@@ -17,6 +17,7 @@ from .many_right import count_pairs, pairs_of
 from .ranking import fold_metrics
 from .report import Pool, Report, System
 from .tie_rules import average, metrics_of
+from .worst import rows_of_matrix, worst_queries
 
 
 def rate(
@@ -28,6 +29,7 @@ def rate(
     folds: int | None = None,
     ties: str = "pessimistic",
     captions: Sequence[str] | None = None,
+    worst: int = 0,
 ) -> Report:
     """Report on a score matrix: recalls, median and mean rank of both directions.
 
@@ -40,6 +42,7 @@ def rate(
         folds: as for `evaluate`; every caption must then have one image.
         ties: as for `metrics`.
         captions: T texts, for the report's lists of queries.
+        worst: as for `evaluate`.
 
     Returns:
         `Report`, with `settings` of this computation alone.
@@ -80,7 +83,9 @@ def rate(
         "images": counts.images, "captions": counts.captions, "right_pairs": pairs.shape[1], "folds": folds,
         "ties": ties,
     }  # fmt: skip
-    system = System(name, pools, counts=counts)
+    matrix = score.detach().float().cpu().numpy() if isinstance(score, torch.Tensor) else score
+    found = worst_queries(counts, pairs, ties, worst, rows_of_matrix(matrix)) if worst else ()
+    system = System(name, pools, counts=counts, worst=found)
     return Report((system,), settings, None, None, pairs, captions, tuple(cutoffs))
 
 

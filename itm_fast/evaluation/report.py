@@ -17,20 +17,14 @@ from numpy.typing import NDArray
 from .._files import atomic_write
 from . import TIES
 from .counting import Counts
+from .html_report import PAGE, Pictures, to_html
 from .kept_ranks import RANKS, KeptRanks, texts_checksum
-from .tables import DIRECTIONS, cutoff_table, recalls_at, table
+from .tables import DIRECTIONS, RELEVANCE, cutoff_table, recalls_at, table
 from .tie_rules import Direction, Metrics
 from .unknown_words import unknown_words_line
+from .worst import WorstQuery
 
 _HEAD = ("R@1", "R@5", "R@10", "medr", "meanr")
-_RELEVANCE = {
-    "eccv_map_at_r": "ECCV mAP@R",
-    "eccv_rprecision": "ECCV R-P",
-    "eccv_r1": "ECCV R@1",
-    "cxc_r1": "CxC R@1",
-    "cxc_r5": "CxC R@5",
-    "cxc_r10": "CxC R@10",
-}
 _RANGE = ("pessimistic", "optimistic", "published")  # the lowest numbers, the highest, and some between
 
 
@@ -68,6 +62,7 @@ class System:
             scores that an earlier run had finished.
         relevance_by_ties: `relevance` under each of its rules for ties; empty if `relevance` is None.
         counts: what the rank of each query follows from; None if they are not kept.
+        worst: the queries of both directions that failed worst, if they were asked for.
     """
 
     name: str
@@ -78,6 +73,7 @@ class System:
     backends: dict[str, str] = field(default_factory=dict)
     relevance_by_ties: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
     counts: Counts | None = field(default=None, repr=False, compare=False)
+    worst: tuple[WorstQuery, ...] = field(default=(), repr=False, compare=False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,7 +101,7 @@ class Report:
     def __str__(self) -> str:
         parts = [self._recalls(number) for number in range(len(self.systems[0].pools))]
         if any(system.relevance for system in self.systems):
-            head = ["", *_RELEVANCE.values(), *_RELEVANCE.values()]
+            head = ["", *RELEVANCE.values(), *RELEVANCE.values()]
             parts.append(table(self._relevance_title(), [head, *self._relevance()], (1, 7, 13)))
         if self.cutoffs:
             counted = [(system.name, system.counts) for system in self.systems if system.counts is not None]
@@ -130,7 +126,7 @@ class Report:
             "meanr", "rsum", "chance_r1", "chance_r5", "chance_r10", "ties", *(f"rsum_{rule}" for rule in TIES),
         ]  # fmt: skip
         rules = list(dict.fromkeys(rule for system in self.systems for rule in system.relevance_by_ties))
-        columns += [f"{key}_{rule}" for key in _RELEVANCE for rule in rules]
+        columns += [f"{key}_{rule}" for key in RELEVANCE for rule in rules]
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns)
         for system in self.systems:
@@ -143,7 +139,7 @@ class Report:
                     for name in DIRECTIONS:
                         side: Direction = getattr(metrics, name)
                         found = {} if pool.folds else system.relevance_by_ties
-                        relevance = [found[rule][key][name] if found else "" for key in _RELEVANCE for rule in rules]
+                        relevance = [found[rule][key][name] if found else "" for key in RELEVANCE for rule in rules]
                         writer.writerow(
                             [system.name, title, fold, name, metrics.images, metrics.captions, side.queries,
                              *side.recalls, side.medr, side.meanr, metrics.rsum, *side.chance, metrics.ties, *by_ties,
@@ -177,7 +173,7 @@ class Report:
                 r"\toprule",
                 r" & \multicolumn{6}{c}{Image to text} & \multicolumn{6}{c}{Text to image} \\",
                 r"\cmidrule(lr){2-7}\cmidrule(lr){8-13}",
-                " & ".join(["Model", *_RELEVANCE.values(), *_RELEVANCE.values()]) + r" \\",
+                " & ".join(["Model", *RELEVANCE.values(), *RELEVANCE.values()]) + r" \\",
                 r"\midrule",
                 rf"\multicolumn{{13}}{{l}}{{{_escape(self._relevance_title())}}} \\",
                 *(" & ".join([_escape(name), *cells]) + r" \\" for name, *cells in self._relevance("--")),
@@ -187,13 +183,14 @@ class Report:
             ]
         return "\n".join(lines)
 
-    def save(self, folder: str | os.PathLike[str]) -> list[Path]:
-        """Write `results.txt`, `.json`, `.csv` and `.tex` into a folder; each file is written completely or not at all.
+    def save(self, folder: str | os.PathLike[str], pictures: Pictures | None = None) -> list[Path]:
+        """Write `results.txt`, `.json`, `.csv`, `.tex` and `report.html` into a folder, each completely or not at all.
 
         `ranks.npz`, which `compare` reads, is written too if every system has its `counts`.
 
         Args:
             folder: created if it does not exist; older results in it are replaced.
+            pictures: gives a JPEG or PNG file, or None, by the number of an image; for `report.html`.
 
         Returns:
             The files written.
@@ -205,6 +202,7 @@ class Report:
             "results.json": json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n",
             "results.csv": self.to_csv(),
             "results.tex": self.to_latex(),
+            PAGE: to_html(self, pictures),
         }
         for name, content in contents.items():
             with atomic_write(folder / name) as file:
@@ -278,7 +276,7 @@ class Report:
 
 
 def _in_columns(relevance: dict[str, dict[str, float]]) -> list[float]:
-    return [relevance[key][side] for side in DIRECTIONS for key in _RELEVANCE]
+    return [relevance[key][side] for side in DIRECTIONS for key in RELEVANCE]
 
 
 def _digits(low: float, high: float) -> int:

@@ -9,6 +9,14 @@ from .counting import Counts
 from .kept_ranks import chance, recall_at
 
 DIRECTIONS = {"i2t": "image to text", "t2i": "text to image"}
+RELEVANCE = {
+    "eccv_map_at_r": "ECCV mAP@R",
+    "eccv_rprecision": "ECCV R-P",
+    "eccv_r1": "ECCV R@1",
+    "cxc_r1": "CxC R@1",
+    "cxc_r5": "CxC R@5",
+    "cxc_r10": "CxC R@10",
+}
 
 
 def table(title: str, rows: Sequence[Sequence[str]], groups: tuple[int, int, int]) -> str:
