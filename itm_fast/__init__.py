@@ -15,6 +15,7 @@ model, must import `itm_fast.ops` itself. These parts of the package are importe
     itm_fast.training     the published recipes (`options`, `train`) and checkpoints
     itm_fast.nn           modules over the ops
     itm_fast.patch        replaces the slow loops of a published repository, which stays as it is
+    itm_fast.Gallery      search in a folder of encoded images
 """
 
 # ruff: noqa: F403, F405
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
     from .patching import patch, unpatch
 
 __all__ = [
+    "Gallery",
     "cross_attention_score",
     "cross_attention_similarity",
     "global_local_score",

@@ -4,6 +4,7 @@
 
 from ._backends import use_backend, why_not
 from ._workspace import workspace
+from .gallery import Gallery
 from .ops import (
     cross_attention_score,
     cross_attention_similarity,

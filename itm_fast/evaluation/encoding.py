@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -146,6 +146,32 @@ def encode(
         seconds=time.perf_counter() - start,
         first_of_equals=first,
     )
+
+
+def encode_captions(
+    model: Any, captions: Sequence[str], vocab: Vocabulary, *, batch_size: int = 128
+) -> tuple[Tensor, Tensor, NDArray[np.int64]]:
+    """Encode captions alone, as `encode` does.
+
+    Args:
+        model, vocab, batch_size: as for `encode`.
+        captions: T texts.
+
+    Returns:
+        `words`, `cu_seqlens` and `first_of_equals`, as `Encoded` has them.
+
+    Raises:
+        ValueError: as `encode`.
+    """
+    from ..data import caption_batches
+
+    require_vocabulary(model, vocab)
+    ids, edges = packed_ids(list(caption_batches(captions, vocab, batch_size)))
+    first = first_of_equals(ids, edges)
+    like = torch.empty(0, 0, model.txt_enc.embed_size, dtype=_dtype(model.txt_enc))
+    with evaluation_mode(model.txt_enc), torch.no_grad():
+        words = _captions(model.txt_enc, ids, edges, first, batch_size, like, False)
+    return words, torch.from_numpy(edges.astype(np.int32)), first
 
 
 def require_vocabulary(model: Any, vocab: Vocabulary) -> None:
