@@ -1,6 +1,6 @@
 """Compiled kernels, one for each architecture, in the cache folder that the C++ library has too.
 
-An entry is named by a digest of its sources, the options, NVRTC's version and the architecture.
+An entry is named by a digest of its sources, the options, NVRTC's release and the architecture.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _entry(kernel: Kernel, architecture: int) -> tuple[str, str, dict[str, str]]
     texts = dict(_sources(_native.csrc_dir() / "cuda"))
     source = texts[kernel.source] + layout_checks(kernel.structure, kernel.structure.__name__)
     headers = {file: text for file, text in texts.items() if not file.endswith(".cu")}
-    parts = kernel.name, architecture, nvrtc.OPTIONS, nvrtc.library().version, source, sorted(headers.items())
+    parts = kernel.name, architecture, nvrtc.OPTIONS, nvrtc.release(), source, sorted(headers.items())
     return f"cubin-sm_{architecture}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}", source, headers
 
 

@@ -84,6 +84,29 @@ def _found() -> Library | str:
     return f"{wanted}, which compiles its kernels, is not there; `pip install {package}` brings it"
 
 
+def release() -> str:
+    """What NVRTC says of its own release, such as "release 13.5, V13.5.37" and a build's number: patches of one version
+    differ in it.
+
+    Raises:
+        Unavailable: there is no NVRTC.
+    """
+    return _release(library().functions)
+
+
+@functools.cache
+def _release(functions: ctypes.CDLL) -> str:
+    # nvrtcVersion tells major and minor only; the comments at the head of PTX, of an empty program too, tell the rest.
+    program, call = ctypes.c_void_p(), functools.partial(_call, functions)
+    call("nvrtcCreateProgram", ctypes.byref(program), b"", b"empty.cu", 0, None, None)
+    try:
+        call("nvrtcCompileProgram", program, 0, None)
+        lines = _text(call, program, "nvrtcGetPTX").decode(errors="replace").splitlines()
+    finally:
+        functions.nvrtcDestroyProgram(ctypes.byref(program))
+    return "; ".join(said for line in lines if line.startswith("//") and (said := line.strip("/ ")))
+
+
 def _places() -> Iterator[str]:
     """Where NVRTC may be: loaded already, among NVIDIA's Python packages, which torch needs, or on the system."""
     yield from _mapped()
