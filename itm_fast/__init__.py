@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Gallery",
+    "attended_vectors",
     "cross_attention_score",
     "cross_attention_similarity",
     "global_local_score",

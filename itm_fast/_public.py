@@ -6,6 +6,7 @@ from ._backends import use_backend, why_not
 from ._workspace import workspace
 from .gallery import Gallery
 from .ops import (
+    attended_vectors,
     cross_attention_score,
     cross_attention_similarity,
     global_local_score,

@@ -27,6 +27,13 @@ GRAPH = (
 REST = "Tensor cu_seqlens, Tensor? region_lengths, "
 # op -> its arguments in torch's schema language, its results, how many arguments have a gradient, and `pairs`
 KNOWN = {
+    "attended_vectors": (
+        f"Tensor image, Tensor words, Tensor queries, Tensor values, Tensor scale, {REST}str direction, "
+        "str affinity_norm",
+        "Tensor",
+        5,
+        None,
+    ),
     "cross_attention_score": (
         f"Tensor image, Tensor words, {REST}str direction, str affinity_norm, float scale, str pool, float pool_scale",
         "Tensor",

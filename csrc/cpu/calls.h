@@ -12,13 +12,41 @@
 
 namespace itm_fast {
 
-constexpr char CALLS[] = "92a79f2a29232dfa";  // a hash of the structs, which Python compares with its own
+constexpr char CALLS[] = "5a456b1e193fa4a9";  // a hash of the structs, which Python compares with its own
 
 enum class Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum class Direction : int64_t { T2I, I2T, BOTH };
 enum class Norm : int64_t { SOFTMAX, L2NORM, CLIPPED_L2NORM, L1NORM, CLIPPED_L1NORM, CLIPPED, NONE, COSINE };
 enum class Pool : int64_t { LSE, MAX, SUM, MEAN };
 enum class Output : int64_t { SCORE, LOGIT };
+
+struct AttendedVectorsCall {
+  const void* image;              // [I, R, D]
+  const void* words;              // [N, D]
+  const void* queries;            // [B, Q, D]
+  const void* values;             // [M, S]
+  const void* scale;              // [C, P]
+  const int64_t* cu_seqlens;      // [T+1]
+  const int64_t* region_lengths;  // [I], or null
+  Direction direction;
+  Norm affinity_norm;
+  void* attended;
+  Dtype dtype;                    // of all tensors of floats
+  int64_t I;
+  int64_t R;
+  int64_t T;
+  int64_t N;
+  int64_t M;
+  int64_t D;
+  int64_t P;
+  int64_t S;
+  int64_t C;
+  int64_t B;
+  int64_t Q;
+  int64_t bfloat16;               // products may multiply bfloat16 values
+  int64_t threads;
+};
+static_assert(sizeof(AttendedVectorsCall) == 8 * 24);
 
 struct CrossAttentionScoreCall {
   const void* image;              // [I, R, D]

@@ -1,5 +1,6 @@
 """The ops: one file each, with its equations, declaration, reference and public function."""
 
+from .attended_vectors import attended_vectors
 from .cross_attention_score import cross_attention_score
 from .cross_attention_similarity import cross_attention_similarity
 from .global_local_score import global_local_score
@@ -12,6 +13,7 @@ from .similarity_nodes import similarity_nodes
 from .similarity_score import similarity_filter_score, similarity_graph_score
 
 __all__ = [
+    "attended_vectors",
     "cross_attention_score",
     "cross_attention_similarity",
     "global_local_score",

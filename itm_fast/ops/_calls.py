@@ -34,7 +34,7 @@ CUDA_ENUMS = {
     "Norm": tuple(dict.fromkeys(_attention.clipped(norm)[1] for norm in _attention.NORMS)),
     "Pool": _attention.POOLS,
 }
-SIZES = "IRTNMDPSKC"  # the order of the sizes in every struct
+SIZES = "IRTNMDPSKCBQ"  # the order of the sizes in every struct
 
 
 class Field(NamedTuple):
