@@ -8,8 +8,9 @@ import torch
 from sgraf_cases import LENGTHS, D, R, S
 from torch import Tensor, nn
 
-from itm_fast.models import hgan, sgraf, shan, tshsr
+from itm_fast.models import hgan, imram, sgraf, shan, tshsr
 from itm_fast.testing import hgan as hgan_loop
+from itm_fast.testing import imram as imram_loop
 from itm_fast.testing import op_checks
 from itm_fast.testing import sgraf as sgraf_loop
 from itm_fast.testing import shan as shan_loop
@@ -93,6 +94,20 @@ def _shan(**options: Any) -> Model:
     )
 
 
+def of_imram(**options: Any) -> Model:
+    def make(D: int, S: int) -> nn.Module:
+        return imram.IterativeMatching(D, **options)
+
+    # With larger weights the refined queries lie apart from the first ones.
+    enlarge = {"linear": 3.0, "gate": 3.0}
+    return Model("attended_vectors", make, enlarge, lambda _: (imram_loop.loop, options), silent_ways(options), False)
+
+
+def silent_ways(options: dict[str, Any]) -> tuple[str, ...]:
+    """The weights of the direction that a mode does not use."""
+    return {"text_IMRAM": ("i2t",), "image_IMRAM": ("t2i",)}.get(options.get("model_mode", ""), ())
+
+
 def as_loop(options: dict[str, Any]) -> dict[str, Any]:
     """SHAN's options in the words of its loop."""
     names = {"alignment": "direction", "lambda_softmax": "scale", "pooling": "pool", "affinity": "affinity"}
@@ -134,9 +149,11 @@ MODELS = {
     "TSHSR": of_tshsr(),
     "TSHSR-others": of_tshsr(context_nodes=(3, 2, 1), steps=2, scale_t2i=5.0, scale_i2t=7.0),
     "TSHSR-one-level": of_tshsr(context_nodes=(2,), steps=1),
+    "IMRAM": of_imram(),
+    "IMRAM-text": of_imram(model_mode="text_IMRAM", iteration_step=2, no_IMRAM_norm=True),
     **{f"SHAN-{name}": _shan(**options) for name, options in SHAN_VARIANTS.items()},
 }
-PUBLISHED = ("SGR", "SAF", "HGAN", "TSHSR", "SHAN-full")
+PUBLISHED = ("SGR", "SAF", "HGAN", "TSHSR", "SHAN-full", "IMRAM")
 
 
 def over(*names: str) -> pytest.MarkDecorator:

@@ -11,7 +11,7 @@ from training_cases import SMALL, run_tiny, tiny_split
 from triton_cases import unless
 
 import itm_fast
-from itm_fast._backends import KERNELS, OFFERS
+from itm_fast._backends import OFFERS
 from itm_fast.models import build
 from itm_fast.models._catalogue import CATALOGUE
 from itm_fast.ops import _register
@@ -23,6 +23,7 @@ EVERY_MODEL = {
     "scan i2t": options("scan", direction="i2t", **TINY),
     "sgr": options("sgr", sim_dim=4, sgr_step=1, **TINY),
     "saf": options("saf", sim_dim=4, **TINY),
+    "imram": options("imram", model_mode="full_IMRAM", iteration_step=2, **TINY),
     "shan": options("shan", **TINY),
     "hgan": options("hgan", granularities=[2], graph_layers=1, **TINY),
     "tshsr": options("tshsr", sim_dim=4, context_nodes=[2], sgr_step=1, **TINY),
@@ -49,7 +50,7 @@ def ran(monkeypatch):
 
 
 def _expected(ran, backend):
-    return {(op, backend if KERNELS.intersection(OFFERS[op]) else "torch") for op, _ in ran}
+    return {(op, next(name for name in (backend, "cpu", "torch") if name in OFFERS[op])) for op, _ in ran}
 
 
 @pytest.mark.parametrize("asked", ["argument", "environment", "context"])
@@ -73,7 +74,7 @@ def test_every_model_trains_with_the_compiled_kernels(tmp_path, monkeypatch, ran
 def test_every_model_steps_with_the_triton_kernels(ran, model):
     """Under the interpreter, which is slow: one step, of the model's own training code."""
     torch.manual_seed(0)
-    regions = {} if model in ("scan t2i", "scan i2t", "shan", "dual") else {"num_region": 2}
+    regions = {} if model in ("scan t2i", "scan i2t", "imram", "shan", "dual") else {"num_region": 2}
     opt = Namespace(**vars(EVERY_MODEL[model]), vocab_size=9, device="cpu", **regions)
     built = build(opt)
     built.train_start()

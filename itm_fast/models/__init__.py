@@ -18,7 +18,20 @@ from ._catalogue import CATALOGUE
 if TYPE_CHECKING:
     from ._public import *
 
-__all__ = ["HGAN", "SCAN", "SGRAF", "SHAN", "TSHSR", "DualEncoder", "Loaded", "Matcher", "build", "load", "model_class"]
+__all__ = [
+    "HGAN",
+    "IMRAM",
+    "SCAN",
+    "SGRAF",
+    "SHAN",
+    "TSHSR",
+    "DualEncoder",
+    "Loaded",
+    "Matcher",
+    "build",
+    "load",
+    "model_class",
+]
 
 _PARTS = ("checkpoint", *dict.fromkeys(row.home.partition(":")[0] for row in CATALOGUE.values()))
 

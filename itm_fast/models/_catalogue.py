@@ -39,6 +39,7 @@ class Entry:
         options: its own options, in addition to the common ones.
         direction: the option that says whether words attend to regions or regions to words; "" if it has none.
         directions: values of that option, the default first.
+        also: an option that only this model's published checkpoints have, which have no `mark`; "" if none.
         differs: other option values for a recipe ("coco"), a direction ("i2t"), or a pair of them ("coco i2t").
     """
 
@@ -51,6 +52,7 @@ class Entry:
     options: Mapping[str, Option] = field(default_factory=dict)
     direction: str = ""
     directions: tuple[str, ...] = ()
+    also: str = ""
     differs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def model(self) -> type[Matcher]:
@@ -128,6 +130,29 @@ _ROWS = (
             "coco": {"learning_rate": 5e-4},
             "i2t": {"lambda_softmax": 4.0, "lambda_lse": 5.0},
             "coco i2t": {"lambda_lse": 20.0},
+        },
+    ),
+    Entry(
+        "imram",
+        "IMRAM",
+        "imram:IMRAM",
+        "IMRAM, CVPR 2020",
+        "paper and published code",
+        ("system", "IMRAM"),
+        {
+            "model_mode": Option(
+                "full_IMRAM",
+                "words attend to regions (text), regions to words (image), or both",
+                choices=("text_IMRAM", "image_IMRAM", "full_IMRAM"),
+            ),
+            "iteration_step": Option(3, "steps of attention", "K", least=1, most=DEEPEST),
+            "lambda_softmax": Option(9.0, "inverse temperature of the attention", "X", above=0),
+            "no_IMRAM_norm": Option(True),  # both published scripts set it
+        },
+        also="model_mode",
+        differs={
+            "f30k": {"model_mode": "image_IMRAM", "iteration_step": 1, "lr_update": 15},
+            "coco": {"model_mode": "text_IMRAM", "lambda_softmax": 11.0, "learning_rate": 5e-4},
         },
     ),
     Entry(
@@ -215,7 +240,8 @@ def recognised(opt: Namespace) -> Entry:
     """The row of the model that the options of a checkpoint describe.
 
     Args:
-        opt: SGRAF's options have `module_name`, SCAN's have `cross_attn`, those of other models `system`.
+        opt: SGRAF's options have `module_name`, SCAN's have `cross_attn`, those of other models `system` or, in their
+            published checkpoints, the option `also` of their row.
 
     Raises:
         ValueError: they have none of these, or `system` is unknown.
@@ -229,9 +255,9 @@ def recognised(opt: Namespace) -> Entry:
             "build: opt has neither module_name (SGRAF) nor cross_attn (SCAN) nor system (the others), so no model "
             "fits it"
         )
-    rows = [row for row in CATALOGUE.values() if row.mark[0] == mark]
+    rows = [row for row in CATALOGUE.values() if mark in (row.mark[0], row.also)]
     for row in rows:
-        if row.mark[1] in (None, getattr(opt, mark)):
+        if mark == row.also or row.mark[1] in (None, getattr(opt, mark)):
             return row
     if mark == "system":
         known = ", ".join(sorted(str(row.mark[1]) for row in rows))
@@ -241,7 +267,8 @@ def recognised(opt: Namespace) -> Entry:
 
 def marked(opt: Namespace) -> str | None:
     """The option by which the model is recognised; None if the options have none."""
-    return next((name for name in ("system", "module_name", "cross_attn") if hasattr(opt, name)), None)
+    known = "system", "module_name", *(row.also for row in CATALOGUE.values() if row.also), "cross_attn"
+    return next((name for name in known if hasattr(opt, name)), None)
 
 
 def title(opt: Namespace) -> str:

@@ -240,6 +240,7 @@ class Matcher:
     """A model as published: one object with encoders, loss and optimizer, which is not an nn.Module."""
 
     parts: tuple[str, ...]  # attribute names of the modules, in the order of the checkpoint's list
+    scorer_without_name = False  # whether published files name the last part's weights without the part's name
     weighs_regions = False  # whether it has weights for each region, so that R is fixed
     logger: Any = None  # the training scripts assign one with `update(name, value, n)`
     vocab_checksum: str | None = None  # of the vocabulary that it was trained with, if known

@@ -7,6 +7,7 @@ from ._common import Matcher
 from ._load import Loaded, load
 from .dual_encoder import DualEncoder
 from .hgan import HGAN
+from .imram import IMRAM
 from .scan import SCAN
 from .sgraf import SGRAF
 from .shan import SHAN

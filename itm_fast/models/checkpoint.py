@@ -187,7 +187,7 @@ def _state_dicts(path: Path, key: str, model: object, opt: argparse.Namespace) -
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     if isinstance(model, dict) and kind is not None:
-        model = _by_part(model, kind.parts) or model
+        model = _by_part(model, kind.parts, kind.scorer_without_name) or model
     if not isinstance(model, (list, tuple)) or not model:
         raise ValueError(f"{path}: {key} must be a list of state dicts, holds {describe(model)}; {_WANTED}")
     for position, state in enumerate(model):
@@ -207,8 +207,11 @@ def _state_dicts(path: Path, key: str, model: object, opt: argparse.Namespace) -
     return [_without_prefix(state) for state in model]
 
 
-def _by_part(model: dict[Any, Any], parts: Sequence[str]) -> list[Any] | None:
-    """List the state dicts of a dict, or of one state dict whose names begin with the parts' names; None for others."""
+def _by_part(model: dict[Any, Any], parts: Sequence[str], last_without_name: bool) -> list[Any] | None:
+    """List the state dicts of a dict, or of one state dict whose names begin with the parts' names; None for others.
+
+    `last_without_name`: names that begin with no part's name are those of the last part.
+    """
     if set(model) == set(parts):
         return [model[part] for part in parts]
     if not all(isinstance(name, str) for name in model):
@@ -217,6 +220,8 @@ def _by_part(model: dict[Any, Any], parts: Sequence[str]) -> list[Any] | None:
     states: dict[str, State] = {part: collections.OrderedDict() for part in parts}
     for name, value in model.items():
         part, _, rest = name.partition(".")
+        if part not in states and last_without_name:
+            part, rest = parts[-1], name
         if part not in states:
             return None
         states[part][rest] = value

@@ -308,7 +308,7 @@ class SGRAF(Matcher):
     def __init__(self, opt: Namespace) -> None:
         require_options(opt, type(self).__name__, self.reads())
         super().__init__(opt)
-        self.img_enc = EncoderImage(opt.img_dim, opt.embed_size, opt.no_imgnorm)
+        self.img_enc = self.image(opt)
         self.txt_enc = self.text(opt)
         self.sim_enc = self.similarity(opt)
         self.criterion = ContrastiveLoss(opt.margin, opt.max_violation)
@@ -317,6 +317,10 @@ class SGRAF(Matcher):
     @classmethod
     def reads(cls) -> tuple[str, ...]:
         return (*OPTIONS, *cls.options)
+
+    def image(self, opt: Namespace) -> nn.Module:
+        """Make the image encoder; models with another one override this."""
+        return EncoderImage(opt.img_dim, opt.embed_size, opt.no_imgnorm)
 
     def text(self, opt: Namespace) -> nn.Module:
         """Make the text encoder; models with another text encoder override this."""

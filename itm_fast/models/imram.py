@@ -1,0 +1,198 @@
+"""IMRAM (Chen et al., CVPR 2020): iterative matching with recurrent attention memory, after HuiChen24/IMRAM's code.
+
+For one pair and the direction text (queries q the words, contexts x the regions; for image the other way round):
+
+    P_k  = attention of q^{k-1} over x, inverse temperature lambda, clipped l2 norm             (1)
+    s_k  = the mean over the queries of cos(q^0, P_k)                                           (2)
+    o    = tanh(W_l [q^{k-1}; P_k] + b_l),   g = sigmoid(W_g [q^{k-1}; P_k] + b_g)               (3)
+    q^k  = g q^{k-1} + (1 - g) o, scaled to unit length unless `no_IMRAM_norm`                  (4)
+    S    = s_1 + ... + s_K; the mode full adds both directions, each with weights of its own    (5)
+
+W [q; P] = W_q q + W_p P, and W_p P is the attended vector of W_p x, which is computed once per context. So a pair costs
+only W_q q of the steps from the second on; the first is computed per query, and the last step's q is not used.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from ..nn import PairScorer, State, xavier_
+from ..ops import _recompute, attended_vectors, cross_attention_score
+from ._common import OwnKeys, PaddedScorer, choice, encode_text, l2norm, without_padding
+from ._pair_blocks import blocks, mean_over_queries
+from ._rows import linear, sigmoid
+from .scan import EncoderText as _EncoderText
+from .sgraf import SGRAF
+
+NAME = "IterativeMatching"
+MODES = {"text_IMRAM": ("t2i",), "image_IMRAM": ("i2t",), "full_IMRAM": ("t2i", "i2t")}
+NORM = "clipped_l2norm"
+
+
+class EncoderImage(OwnKeys):
+    """Linear `fc_local` and l2norm: features [B, R, F] -> [B, R, D], unit rows unless `no_imgnorm`."""
+
+    def __init__(self, img_dim: int, embed_size: int, no_imgnorm: bool = False) -> None:
+        super().__init__()
+        self.no_imgnorm = no_imgnorm
+        self.fc_local = nn.Linear(img_dim, embed_size)
+        xavier_(self.fc_local)
+
+    def extra_repr(self) -> str:
+        return f"no_imgnorm={self.no_imgnorm}"
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.fc_local(images)
+        return features if self.no_imgnorm else l2norm(features, dim=-1)
+
+
+class EncoderText(_EncoderText):
+    """SCAN's text encoder: word ids [B, W] -> caption [B, longest, D]."""
+
+    def forward(self, x: Tensor, lengths) -> Tensor:  # type: ignore[override]
+        return encode_text(self.embed(x), lengths, self.rnn, self.no_txtnorm)[0]
+
+
+class IterativeMatching(PaddedScorer):
+    """IMRAM's pair scorer, (1) to (5).
+
+    Args:
+        embed_size: D.
+        model_mode: "text_IMRAM", "image_IMRAM" or "full_IMRAM". All modes have the weights of both directions.
+        iteration_step: K.
+        lambda_softmax: inverse temperature of the attention.
+        no_IMRAM_norm: leave refined queries as the gate makes them.
+
+    Raises:
+        ValueError: `model_mode` is unknown, or `iteration_step` is less than 1.
+
+    >>> scorer = IterativeMatching(8, "text_IMRAM")
+    >>> scorer(torch.randn(2, 36, 8), torch.randn(3, 5, 8), [5, 2, 4]).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        embed_size: int,
+        model_mode: str = "full_IMRAM",
+        iteration_step: int = 3,
+        lambda_softmax: float = 9.0,
+        no_IMRAM_norm: bool = False,
+    ) -> None:
+        super().__init__()
+        choice(NAME, "model_mode", model_mode, tuple(MODES))
+        if iteration_step < 1:
+            raise ValueError(f"{NAME}: iteration_step must be at least 1, got {iteration_step}")
+        self.model_mode, self.iteration_step = model_mode, int(iteration_step)
+        self.lambda_softmax, self.no_IMRAM_norm = float(lambda_softmax), bool(no_IMRAM_norm)
+        for name in ("linear_t2i", "gate_t2i", "linear_i2t", "gate_i2t"):
+            setattr(self, name, nn.Linear(2 * embed_size, embed_size))
+
+    def extra_repr(self) -> str:
+        options = "model_mode", "iteration_step", "lambda_softmax", "no_IMRAM_norm"
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
+
+    def score(
+        self,
+        image_state: State,
+        words: Tensor,
+        cu_seqlens: Tensor,
+        caption_state: State,
+        region_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Scores [I, T], sums of K cosines for each direction, of the images and captions given."""
+        (image,), total = image_state, None
+        for direction in MODES[self.model_mode]:
+            # The first step needs no attended vector but for the second.
+            found = cross_attention_score(
+                image, words, cu_seqlens, direction=direction, affinity_norm=NORM, scale=self.lambda_softmax,
+                pool="mean", region_lengths=region_lengths,
+            )  # fmt: skip
+            if self.iteration_step > 1:
+                found = found + self._later(direction, image, words, cu_seqlens, region_lengths)
+            total = found if total is None else total + found
+        assert total is not None
+        return total
+
+    def _later(self, direction: str, image, words, cu_seqlens, region_lengths) -> Tensor:
+        """s_2 + ... + s_K of all pairs."""
+        layers = getattr(self, f"linear_{direction}"), getattr(self, f"gate_{direction}")
+        weight, bias = (torch.cat([getattr(x, name) for x in layers]) for name in ("weight", "bias"))
+        R, D = image.shape[1:]
+
+        def pair_bytes(length: int) -> int:
+            return (length if direction == "t2i" else R) * D * 4 * 10
+
+        tensors, axes = (image, words, weight, bias), "IN.."
+        cut = partial(blocks, NAME, axes, pair_bytes, partial(self._block, direction))
+        return _recompute.score(cut, axes, tensors, cu_seqlens, region_lengths)
+
+    def _block(self, direction, length, cu_seqlens, region_lengths, image, words, weight, bias) -> Tensor:
+        if region_lengths is not None:
+            image, _ = without_padding(image, region_lengths)
+        D = image.shape[2]
+        context, first = (image, words) if direction == "t2i" else (words, image.unsqueeze(1))
+        of_query, of_attended = weight.to(image.dtype).split(D, 1)
+        mapped = linear(context, of_attended)
+        attend = partial(
+            attended_vectors, image, words, cu_seqlens, direction=direction, affinity_norm=NORM,
+            scale=self.lambda_softmax, region_lengths=region_lengths,
+        )  # fmt: skip
+        query, total, own = first, torch.zeros((), dtype=image.dtype, device=image.device), None
+        for step in range(1, self.iteration_step + 1):
+            last = step == self.iteration_step
+            values = [context] * (step > 1) + [mapped] * (not last)
+            found = attend(own, torch.cat(values, -1) if len(values) > 1 else values[0])
+            if step > 1:
+                mean = mean_over_queries(_cosine(first, found[..., :D]), length, direction, region_lengths)
+                total = total + mean
+            if not last:
+                candidate, gate = (linear(query, of_query, bias.to(image.dtype)) + found[..., -2 * D :]).split(D, -1)
+                gate = sigmoid(gate)
+                query = gate * query + (1 - gate) * candidate.tanh()
+                own = query = query if self.no_IMRAM_norm else l2norm(query)
+        return total
+
+
+def _cosine(x: Tensor, y: Tensor) -> Tensor:
+    """x . y / max(|x| |y|, 1e-8) along the last dimension."""
+    length = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
+    return (x * y).sum(-1) / length.clamp_min(1e-8)
+
+
+class IMRAM(SGRAF):
+    """Iterative matching with recurrent attention memory: encoders, `IterativeMatching`, loss and optimizer.
+
+    Args:
+        opt: the published options; `opt.device` is optional.
+
+    Raises:
+        ValueError: an option is missing or has an unknown value.
+
+    >>> model = IMRAM(Namespace(
+    ...     grad_clip=2.0, img_dim=6, embed_size=8, no_imgnorm=False, vocab_size=9, word_dim=5, num_layers=1,
+    ...     bi_gru=True, no_txtnorm=False, margin=0.2, max_violation=True, learning_rate=2e-4,
+    ...     model_mode="full_IMRAM", iteration_step=3, lambda_softmax=9.0, no_IMRAM_norm=False))
+    >>> sorted(model.state_dict()[2])[:2]
+    ['gate_i2t.bias', 'gate_i2t.weight']
+    """
+
+    weighs_regions = False
+    scorer_without_name = True
+    options = ("model_mode", "iteration_step", "lambda_softmax", "no_IMRAM_norm")
+
+    def image(self, opt: Namespace) -> nn.Module:
+        return EncoderImage(opt.img_dim, opt.embed_size, opt.no_imgnorm)
+
+    def text(self, opt: Namespace) -> nn.Module:
+        return EncoderText(opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm)
+
+    def similarity(self, opt: Namespace) -> PairScorer:
+        """The pair scorer that the options describe."""
+        return IterativeMatching(
+            opt.embed_size, opt.model_mode, opt.iteration_step, opt.lambda_softmax, opt.no_IMRAM_norm
+        )
