@@ -38,8 +38,8 @@ def stops(monkeypatch, where: str, how: str, call: int) -> None:
 @pytest.mark.parametrize("how, code", [("Ctrl-C", 130), ("SIGTERM", 143)])
 @pytest.mark.parametrize(
     "where, call, finished",
-    [("encode", 1, ()), ("encode", 2, ("s-1",)), ("metrics", 1, ("s-1",)), ("_mean_file", 1, ("s-1", "s-2")),
-     ("metrics", 3, ("s-1", "s-2", "s"))],
+    [("encode", 1, ()), ("encode", 2, ("s-1",)), ("count_matrix", 1, ("s-1",)), ("_mean_file", 1, ("s-1", "s-2")),
+     ("count_matrix", 3, ("s-1", "s-2", "s"))],
 )  # fmt: skip
 def test_a_stop_outside_scoring_names_the_finished_files(
     made, tmp_path, capsys, monkeypatch, where, call, finished, how, code

@@ -5,17 +5,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-from argparse import Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .._lock import Lock
 from .._names import BACKENDS
 from ._checkpoints import check_features, check_vocabulary, find_vocabulary, member_names, members
 from ._pictures import pictures_of
+from ._plans import plan_evaluation, plan_workload
 
 if TYPE_CHECKING:
-    from ..data import Split
+    from numpy.typing import NDArray
+
+    from ..evaluation import Report
+    from ..evaluation.html_report import Pictures
 
 HELP = """\
 Evaluate one checkpoint, or several and their ensemble, on precomputed region features.
@@ -28,6 +31,8 @@ and as the mean of their score matrices; SGRAF is the mean of an SGR and a SAF c
   COCO 5K,1K  itm-fast evaluate --checkpoint SGR.pth.tar --data data/coco_precomp --split testall --folds 5
   files       itm-fast evaluate ... --output results --trec 100
   long run    itm-fast evaluate ... --scores sgr.npy          (after an interruption: add --resume)
+              itm-fast evaluate ... --state run                   (after an interruption: the same command)
+  many jobs   itm-fast evaluate ... --state run3 --part 3/8, and then: itm-fast evaluate --merge run1 run2 ...
   memory      itm-fast evaluate --workload coco-eval-5k --dry-run
 
 Folds. --folds 5 also cuts the images into 5 equal, consecutive parts, ranks each against its own captions only, and
@@ -50,6 +55,7 @@ metrics are reported too (they need pip install '.[eccv]' in the source folder o
 
 # What the plan of a workload reads; --no-progress changes nothing there.
 _PLANNED = ("workload", "dry_run", "checkpoint", "scores", "memory_gb", "device", "backend", "no_progress")
+_MERGED = ("merge", "output", "trec", "no_progress")  # what --merge reads
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -115,12 +121,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compute.add_argument(
         "--batch-size", type=int, default=128, metavar="N", help="images, and captions, encoded at once (default: 128)"
     )
-    compute.add_argument("--dry-run", action="store_true", help="print the memory plan and stop")
+    compute.add_argument("--dry-run", action="store_true", help="print what memory, disk and time are needed, and stop")
     compute.add_argument(
         "--workload",
         choices=sorted(WORKLOADS),
         help="with --dry-run, in place of --data: print the plan for the sizes of this test set; without --checkpoint, "
         "for every model",
+    )
+    long = parser.add_argument_group("long runs")
+    long.add_argument(
+        "--state",
+        metavar="DIR",
+        help="keep the counts of the blocks that are scored here, every minute and after an interruption; the same "
+        "command goes on from there. Embeddings that do not fit in memory are in this folder too, for the time of the "
+        "run",
+    )
+    long.add_argument(
+        "--part",
+        type=_part,
+        metavar="K/N",
+        help="score only the K-th of N parts of the blocks, into a --state of its own, as one of N jobs that need not "
+        "know of each other",
+    )
+    long.add_argument(
+        "--merge",
+        nargs="+",
+        metavar="DIR",
+        help="in place of --checkpoint and --data: add up the --state folders of all parts and print the report",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -157,8 +184,8 @@ def run(args: argparse.Namespace) -> int:
 
     with use_backend(args.backend) if args.backend != "auto" else contextlib.nullcontext(), _output(args):
         if args.workload:
-            return _plan_workload(args)
-        return _evaluate(args)
+            return plan_workload(args)
+        return _merge(args) if args.merge else _evaluate(args)
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -169,18 +196,43 @@ def _check(args: argparse.Namespace) -> None:
             flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
             raise ValueError(f"the plan of a --workload does not read {flags}; leave that out")
         return
+    if args.merge:
+        if unread := [name for name in _given(args) if name not in _MERGED]:
+            flags = ", ".join(f"--{name.replace('_', '-')}" for name in unread)
+            raise ValueError(f"--merge reports what the parts were run with, and does not read {flags}; leave that out")
+        _check_trec(args)
+        return
     if not args.checkpoint or not args.data:
         raise ValueError("give --checkpoint (a model_best.pth.tar) and --data (a folder or an HDF5 file)")
     if args.resume and not args.scores:
         raise ValueError("--resume continues a score file; name it with --scores FILE.npy")
+    if args.scores and args.state:
+        raise ValueError("--scores FILE.npy is made to be resumed by itself (--resume); leave out --state")
+    if args.part and not args.state:
+        raise ValueError("--part scores some blocks into a folder of its own; name it with --state DIR")
+    if args.part and args.output:
+        raise ValueError("--part has no results yet; give --output when the parts are added up by --merge")
+    if not args.part:
+        _check_trec(args)
+    if args.folds is not None and args.folds < 1:
+        raise ValueError(f"--folds wants at least 1 part, got {args.folds}")
+
+
+def _check_trec(args: argparse.Namespace) -> None:
     if args.trec is not None and not args.output:
         raise ValueError("--trec writes its files to --output DIR; give that as well")
     if args.pictures and not args.output:
         raise ValueError("--pictures are for report.html, which --output DIR writes; give that as well")
     if args.trec is not None and args.trec < 1:
         raise ValueError(f"--trec wants how many items to write, at least 1, got {args.trec}")
-    if args.folds is not None and args.folds < 1:
-        raise ValueError(f"--folds wants at least 1 part, got {args.folds}")
+
+
+def _part(text: str) -> tuple[int, int]:
+    """Read K/N."""
+    k, _, n = text.partition("/")
+    if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
+        raise argparse.ArgumentTypeError(f"wants K/N, such as 3/8 for the third of eight parts, got {text}")
+    return int(k), int(n)
 
 
 def _given(args: argparse.Namespace) -> list[str]:
@@ -200,12 +252,10 @@ def _output(args: argparse.Namespace) -> contextlib.AbstractContextManager:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    from ..data import caption_batches, open_split
-    from ..evaluation import evaluate, memory_plan, write_trec
+    from ..data import open_split
+    from ..evaluation import evaluate
     from ..evaluation.html_report import WORST
-    from ..evaluation.pipeline import needs_matrix
-    from ..evaluation.report import speed_line
-    from ..evaluation.unknown_words import unknown_words, unknown_words_line
+    from ..evaluation.pipeline import Prepared
     from ..models._building import rebuild
     from ..models._common import usable_device
 
@@ -226,114 +276,77 @@ def _evaluate(args: argparse.Namespace) -> int:
         check_vocabulary(found, vocab_path, vocab)
     names = member_names(loaded)
     if args.dry_run:
-        captions = list(caption_batches(split.captions, vocab, args.batch_size))
-        matrix = args.trec is not None or needs_matrix(len(models), split, device)
-        no_matrix = args.scores is not None or not matrix
-        for name, model in zip(names, models, strict=True):
-            print(f"{name}: {memory_plan(model, split, captions, len(models), args.memory_gb, no_matrix)}")
-        if args.scores:
-            print(_room(args.scores, len(models), len(split.features), len(split.captions)))
-        if words := unknown_words_line(unknown_words(captions, vocab)):
-            print(words)
+        plan_evaluation(args, names, models, split, vocab)
+        return 0
+    settings = {
+        "checkpoints": [os.path.abspath(found.path) for found in loaded],
+        "epochs": [found.epoch for found in loaded],
+        "data": os.path.abspath(args.data),
+        "split": args.split,
+        "vocabulary": os.path.abspath(vocab_path),
+        "limit_captions": args.limit_captions,
+    }
+    given = {"names": names, "folds": args.folds, "ties": args.ties, "batch_size": args.batch_size}
+    given |= {"memory_gb": args.memory_gb, "settings": settings}
+    if args.part:
+        prepared = Prepared.of(models, split, vocab, **given)
+        tally = prepared.count(args.trec, args.state, args.part, not args.no_progress)
+        print(f"{tally.done.sum():,} of {len(tally.done):,} blocks are in {args.state}")
+        print("when all parts are done: itm-fast evaluate --merge DIR DIR ...")
         return 0
     report = evaluate(
         models,
         split,
         vocab,
-        names=names,
-        folds=args.folds,
-        ties=args.ties,
-        batch_size=args.batch_size,
-        memory_gb=args.memory_gb,
+        **given,
         scores=args.scores,
         resume=args.resume,
         progress=not args.no_progress,
-        keep_scores=args.trec is not None,
+        keep_scores=args.scores is not None and args.trec is not None,
         worst=WORST if args.output else 0,
+        best=None if args.scores else args.trec,
+        state=args.state,
     )
-    report.settings.update(
-        checkpoints=[os.path.abspath(found.path) for found in loaded],
-        epochs=[found.epoch for found in loaded],
-        data=os.path.abspath(args.data),
-        split=args.split,
-        vocabulary=os.path.abspath(vocab_path),
-        limit_captions=args.limit_captions,
-    )
+    _print(args, report, (split.image_ids, split.caption_ids), pictures)
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from ..evaluation.counted import report_of
+    from ..evaluation.snapshots import merged
+
+    tally = merged(args.merge)
+    if args.trec is not None and args.trec > (tally.asked.best or 0):
+        kept = f"only the {tally.asked.best} best items" if tally.asked.best else "no best items"
+        raise ValueError(f"--trec {args.trec}: the parts kept {kept} of each query; run them with --trec {args.trec}")
+    _print(args, report_of(tally), (tally.asked.image_ids, tally.asked.caption_ids))
+    return 0
+
+
+def _print(
+    args: argparse.Namespace,
+    report: Report,
+    ids: tuple[NDArray | None, NDArray | None],
+    pictures: Pictures | None = None,
+) -> None:
+    """Print the report and write its files."""
+    from ..evaluation import write_trec
+    from ..evaluation.report import speed_line
+
+    settings = report.settings
     print(report)
-    print(f"vocabulary: {vocab_path}")
-    print(f"captions: {report.settings['captions']:,}, {report.settings['distinct_captions']:,} distinct")
+    print(f"vocabulary: {settings['vocabulary']}")
+    print(f"captions: {settings['captions']:,}, {settings['distinct_captions']:,} distinct")
     for system in report.systems:
-        if line := speed_line(system, report.settings["device"]):
+        if line := speed_line(system, settings["device"]):
             print(line)
-    if report.relevance_missing and _has_ids(split):
+    if report.relevance_missing and any(one is not None for one in ids):
         print(report.relevance_missing)
-    if args.output:
-        written = report.save(args.output, pictures)
-        if report.score is not None:
-            written += write_trec(
-                args.output,
-                report.score,
-                split.caption_to_image,
-                top=args.trec,
-                image_ids=split.image_ids,
-                caption_ids=split.caption_ids,
-            )
-        print("written: " + ", ".join(map(str, written)))
-    return 0
-
-
-def _plan_workload(args: argparse.Namespace) -> int:
-    from ..evaluation import WORKLOADS, plan
-    from ..models import build
-    from ..models._building import rebuild
-    from ..models._catalogue import CATALOGUE
-    from ..models._common import usable_device
-
-    size = WORKLOADS[args.workload]
-    device = usable_device(args.device)
-    loaded = members(args.checkpoint)
-    if loaded:
-        models: list[Any] = [rebuild(found, device) for found in loaded]
-        names, dims = member_names(loaded), [found.opt.embed_size for found in loaded]
-    else:
-        models = [build(_published(name, size, device)) for name in CATALOGUE]
-        names, dims = list(CATALOGUE), [size.dim] * len(models)
-    for name, model, dim in zip(names, models, dims, strict=True):
-        found = plan(
-            model.scorer,
-            images=size.images,
-            regions=size.regions,
-            dim=dim,
-            lengths=size.lengths,
-            memory_gb=args.memory_gb,
-            matrices=0 if args.scores else min(len(loaded) or 1, 2),
-            device=device,
-        )
-        print(f"{args.workload}, {name}: {found}")
-    if not args.scores and len(loaded) < 2:
-        print("One checkpoint on the cpu backend, without CxC, ECCV and --trec, is ranked without the matrix.")
-    if args.scores:
-        print(_room(args.scores, len(loaded) or 1, size.images, len(size.lengths)))
-    return 0
-
-
-def _room(scores: str, models: int, images: int, captions: int) -> str:
-    from ..evaluation.pipeline import score_files
-    from ..evaluation.score_claim import check_room
-
-    return check_room(score_files(scores, models), (images, captions))
-
-
-def _published(name: str, size: Any, device: Any) -> Namespace:
-    """Published options of a model at this size; vocab_size is arbitrary, as the encoders are not run."""
-    from ..models._catalogue import CATALOGUE
-    from ..training import options
-
-    changes = {"img_dim": size.features, "embed_size": size.dim}
-    if "sim_dim" in CATALOGUE[name].options:
-        changes["sim_dim"] = size.similarity
-    return Namespace(**vars(options(name, **changes)), vocab_size=4, device=str(device))
-
-
-def _has_ids(split: Split) -> bool:
-    return split.image_ids is not None or split.caption_ids is not None
+    if not args.output:
+        return
+    written = report.save(args.output, pictures)
+    found = report.score if report.best is None else report.best
+    if args.trec is not None and found is not None and report.pairs is not None:
+        owner = report.pairs[0]  # a caption describes one image here
+        written += write_trec(args.output, found, owner, top=args.trec, image_ids=ids[0], caption_ids=ids[1])
+    print("written: " + ", ".join(map(str, written)))

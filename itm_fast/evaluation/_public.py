@@ -7,7 +7,8 @@ from .encoding import Encoded, encode
 from .kept_ranks import KeptRanks, load_ranks
 from .matrix_free import rank_all
 from .memory import MemoryPlan, plan
-from .pipeline import evaluate, memory_plan
+from .pipeline import evaluate
+from .planning import memory_plan
 from .ranking import fold_metrics, metrics, ranks
 from .rankings import Ranking
 from .rating import rate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from torch import Tensor
 from .._backends import recorded
 from .counting import require_finite
 from .encoding import Encoded, word_rows
+from .mapped import empty
 from .memory import CHUNK, MemoryPlan
 
 
@@ -136,7 +138,7 @@ def _image_states(scorer: Any, encoded: Encoded, device: torch.device, home: tor
         part = None if lengths is None else lengths[start:stop].to(device)
         return scorer.image_state(encoded.image[start:stop].to(device), part)[1:]
 
-    return encoded.image.to(home), *_in_chunks(state, np.arange(len(encoded.image) + 1), 0, home)
+    return encoded.image.to(home), *_in_chunks(state, np.arange(len(encoded.image) + 1), 0, home, encoded.folder)
 
 
 def _caption_states(
@@ -150,14 +152,16 @@ def _caption_states(
         bounds = (edges[start : stop + 1] - edges[start]).astype(np.int32)
         return scorer.caption_state(words, torch.from_numpy(bounds).to(device))
 
-    return _in_chunks(state, edges, _per_word(scorer), home)
+    return _in_chunks(state, edges, _per_word(scorer), home, encoded.folder)
 
 
 def _per_word(scorer: Any) -> int:
     return getattr(scorer, "per_word", 0)
 
 
-def _in_chunks(state: Any, edges: NDArray[np.integer], per_row: int, home: torch.device) -> tuple[Tensor, ...]:
+def _in_chunks(
+    state: Any, edges: NDArray[np.integer], per_row: int, home: torch.device, folder: Path | None
+) -> tuple[Tensor, ...]:
     """Call `state(start, stop)` for chunks of all items and concatenate the results, without holding them twice.
 
     The first `per_row` results have edges[i + 1] - edges[i] rows for item i, one per word; the others have one row.
@@ -170,7 +174,9 @@ def _in_chunks(state: Any, edges: NDArray[np.integer], per_row: int, home: torch
         rows = slice(int(edges[start]), int(edges[stop]))
         if start == 0:
             total = [int(edges[-1])] * per_row + [count] * (len(parts) - per_row)
-            whole = tuple(p.new_empty(n, *p.shape[1:], device=home) for p, n in zip(parts, total, strict=True))
+            folder = folder if home.type == "cpu" else None
+            shapes = [(n, *part.shape[1:]) for part, n in zip(parts, total, strict=True)]
+            whole = tuple(empty(shape, p.dtype, folder, home) for shape, p in zip(shapes, parts, strict=True))
         for k, (tensor, part) in enumerate(zip(whole, parts, strict=True)):
             tensor[rows if k < per_row else slice(start, stop)] = part
     return whole

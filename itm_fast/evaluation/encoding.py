@@ -7,6 +7,7 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from ..packing import pack
 from .distinct import columns, first_of_equals
+from .mapped import empty
 
 if TYPE_CHECKING:
     from ..data import Split, Vocabulary
@@ -39,6 +41,7 @@ class Encoded:
             with the interrupted one; the embeddings themselves may differ by rounding. If it is empty, `identity`
             uses checksums of the embeddings.
         seconds: time that the encoders took.
+        folder: where `image` and `words` are in files, and the states of a scorer should be too; None: in memory.
         first_of_equals: int64 [T], for each caption the index of the first one with the same word ids; only that one
             is scored. None: captions are the same if their rows of `words` are, bit for bit.
     """
@@ -52,6 +55,7 @@ class Encoded:
     fingerprint: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     first_of_equals: NDArray[np.int64] | None = None
+    folder: Path | None = None
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -84,6 +88,7 @@ def encode(
     batch_size: int = 128,
     progress: bool = True,
     captions: CaptionBatches | None = None,
+    folder: Path | None = None,
 ) -> Encoded:
     """Encode all images and all captions of a split.
 
@@ -99,6 +104,7 @@ def encode(
         batch_size: images, and captions, encoded at once.
         progress: show bars on standard error.
         captions: `list(caption_batches(split.captions, vocab, batch_size))`, if the caller has it already.
+        folder: keep the embeddings in temporary files there, as they do not fit in memory; None: in memory.
 
     Returns:
         `Encoded`, in the dtype of the model's parameters.
@@ -128,8 +134,8 @@ def encode(
     ids, edges = packed_ids(captions)
     first = first_of_equals(ids, edges)
     with evaluation_mode(model.img_enc, model.txt_enc), torch.no_grad():
-        image, features = _images(model.img_enc, split, batch_size, progress)
-        words = _captions(model.txt_enc, ids, edges, first, batch_size, image, progress)
+        image, features = _images(model.img_enc, split, batch_size, folder, progress)
+        words = _captions(model.txt_enc, ids, edges, first, batch_size, image, progress, folder)
     lengths = split.region_lengths
     return Encoded(
         image=image,
@@ -145,6 +151,7 @@ def encode(
         },
         seconds=time.perf_counter() - start,
         first_of_equals=first,
+        folder=folder,
     )
 
 
@@ -275,7 +282,9 @@ def embed(encoder: nn.Module, features: NDArray[np.float32]) -> Tensor:
         ) from error
 
 
-def _images(encoder: nn.Module, split: Split, batch_size: int, progress: bool) -> tuple[Tensor, str]:
+def _images(
+    encoder: nn.Module, split: Split, batch_size: int, folder: Path | None, progress: bool
+) -> tuple[Tensor, str]:
     from tqdm import tqdm
 
     count = len(split.features)
@@ -286,7 +295,7 @@ def _images(encoder: nn.Module, split: Split, batch_size: int, progress: bool) -
             checksum = _crc(features, checksum)
             embedded = embed(encoder, features)
             if start == 0:
-                image = torch.empty(count, *embedded.shape[1:], dtype=embedded.dtype)
+                image = empty((count, *embedded.shape[1:]), embedded.dtype, folder)
             image[start : start + len(embedded)] = embedded
             bar.update(len(embedded))
     return image, f"{_crc_of_shape((count, *features.shape[1:]), checksum):08x}"
@@ -300,11 +309,12 @@ def _captions(
     batch_size: int,
     image: Tensor,
     progress: bool,
+    folder: Path | None = None,
 ) -> Tensor:
     from tqdm import tqdm
 
     device = device_of(encoder)
-    words = image.new_empty(len(ids), image.shape[2])
+    words = empty((len(ids), image.shape[2]), image.dtype, folder)
     known = getattr(getattr(encoder, "embed", None), "num_embeddings", None)
     if known is not None and len(ids) and ids.max() >= known:
         raise ValueError(

@@ -23,6 +23,8 @@ from .encoding import device_of, evaluation_mode
 GB = 10**9
 SHARE = {"cpu": 0.7, "cuda": 0.8}  # of the available memory, used if no budget is given
 LEAST_WORKSPACE = 64 << 20
+_SPLIT = ("encoded images", "encoded captions", "states computed once")  # names of rows of the plan
+_OTHERS = "the same of the other models"
 GROWTH = 32 << 20  # what Python and torch still load and allocate for themselves while scores are computed
 ENCODING = 128 << 20  # memory that the allocator keeps after encoding in batches
 CHUNK = 256  # images, or captions, whose state is computed at once
@@ -46,7 +48,9 @@ class MemoryPlan:
         budget: the budget in bytes; `source` says how it was chosen.
         held: bytes of everything that must be in memory, by name.
         workspace: bytes of scratch that the scorer may use.
-        resident: whether the whole encoded split is kept on the device; if not, each block of it is copied there.
+        resident: whether the whole encoded split is kept on the device; if not, each block of it is copied there, or
+            on the CPU read from files.
+        on_disk: bytes of the encoded split and its states that are in files, of all models together.
         image_block, caption_block: size of a block; `blocks` is their number.
         pairs: images times distinct captions.
     """
@@ -63,6 +67,7 @@ class MemoryPlan:
     resident: bool
     image_block: int
     caption_block: int
+    on_disk: int = 0
 
     @property
     def blocks(self) -> int:
@@ -89,6 +94,11 @@ class MemoryPlan:
         return (rows.stop - rows.start) * (columns.stop - columns.start)
 
     @property
+    def split_bytes(self) -> int:
+        """Bytes of the encoded split and its states, if they are in memory."""
+        return sum(self.held.get(name, 0) for name in _SPLIT)
+
+    @property
     def total(self) -> int:
         """Bytes held at the peak."""
         return sum(self.held.values()) + self.workspace
@@ -104,6 +114,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         rows = self.rows()
+        cpu = self.device.type == "cpu"
         width = max(len(name) for name, _ in rows)
         distinct = "" if self.distinct == self.captions else f", {self.distinct:,} distinct"
         size = f"{self.images:,} images x {self.captions:,} captions{distinct} ({self.words:,} words)"
@@ -111,8 +122,10 @@ class MemoryPlan:
         lines += [f"  {name:<{width}}  {size / GB:8.3f} GB" for name, size in rows]
         lines.append(
             f"  {self.blocks:,} blocks of up to {self.image_block:,} images x {self.caption_block:,} captions"
-            + ("" if self.resident else "; encoded images and captions are copied to the device block by block")
+            + ("" if self.resident or cpu else "; encoded images and captions are copied to the device block by block")
         )
+        if self.on_disk:
+            lines.append(f"  {self.on_disk / GB:.3f} GB of embeddings and states in temporary files")
         return "\n".join(lines)
 
 
@@ -128,6 +141,8 @@ def plan(
     dtype: torch.dtype = torch.float32,
     matrices: int = 1,
     encoded: bool = False,
+    others: int = 0,
+    mapped: bool | None = False,
     block: tuple[int, int] | None = None,
     device: torch.device | None = None,
 ) -> MemoryPlan:
@@ -146,6 +161,8 @@ def plan(
         matrices: how many float32 [I, T] matrices will be allocated; 0 if the scores go to a file or
             are ranked without a matrix.
         encoded: whether the process already holds the encoded split.
+        others: bytes of the encoded splits and states of other models, which are kept at the same time.
+        mapped: on the CPU, whether these and those of this model are in files; None: if memory is too small for them.
         block: (images, captions) of a block, if an interrupted run has fixed it.
         device: where the scores are computed; None: the device of the scorer's parameters.
 
@@ -167,29 +184,33 @@ def plan(
     image_block, caption_block = block or _blocks(images, len(lengths), device)
     image_state, caption_state, word_state = _state_bytes(scorer, regions, dim, lengths, dtype, device)
     longest = int(lengths[:caption_block].sum())
-    embeddings = {"encoded images": images * regions * dim * item, "encoded captions": words * dim * item}
+    embeddings = dict(zip(_SPLIT, (images * regions * dim * item, words * dim * item), strict=False))
     states = images * image_state + len(lengths) * caption_state + int(lengths.sum()) * word_state
     # Each word of a block also has an int64 index; each score exists three times: on the device, on the host, permuted.
     one_block = longest * (dim * item + word_state + 8) + caption_block * (caption_state + image_block * 12)
-    process = _process_bytes(device) - (sum(embeddings.values()) if encoded and cpu else 0)
+    in_memory = encoded and cpu and not mapped
+    process = _process_bytes(device) - (sum(embeddings.values()) if in_memory else 0)
     held = {
         "Python, torch and the model" if cpu else "already on the device": (
             max(process, 0) + GROWTH + (0 if encoded else ENCODING)
         ),
         **embeddings,
-        "states computed once": states,
+        _SPLIT[2]: states,
+        **({_OTHERS: others} if others else {}),
         "one block": one_block,
     }
     if cpu and matrices:
         held["score matrix" if matrices == 1 else f"{matrices} score matrices"] = matrices * images * captions * 4
-    streamed = dict(held)
-    if not cpu:
-        del streamed["encoded images"], streamed["encoded captions"], streamed["states computed once"]
+    elsewhere = (*_SPLIT, _OTHERS)
+    streamed = {name: size for name, size in held.items() if name not in elsewhere}
+    if not cpu or mapped is not False:
         chunk = max(image_block, CHUNK) * (regions * dim * item + image_state)
         more = max(CHUNK - caption_block, 0) * int(lengths[0])
         streamed["one block"] += chunk + more * (dim * item + word_state)
-    budget, source = _budget(memory_gb, device, process, held, encoded)
+    budget, source = _budget(memory_gb, device, process, held, in_memory)
     resident = sum(held.values()) + LEAST_WORKSPACE <= budget
+    if cpu and mapped is not None:
+        resident = not mapped
     chosen = held if resident else streamed
     needed = sum(chosen.values())
     if needed + LEAST_WORKSPACE > budget:
@@ -213,6 +234,7 @@ def plan(
         resident=resident,
         image_block=image_block,
         caption_block=caption_block,
+        on_disk=sum(held.get(name, 0) for name in elsewhere) if cpu and not resident else 0,
     )
 
 
@@ -258,7 +280,7 @@ def _process_bytes(device: torch.device) -> int:
 
 
 def _budget(
-    memory_gb: float | None, device: torch.device, process: int, held: dict[str, int], encoded: bool
+    memory_gb: float | None, device: torch.device, process: int, held: dict[str, int], in_memory: bool
 ) -> tuple[int, str]:
     if memory_gb is not None:
         if not 0 < memory_gb <= GB:  # also refuses infinity, and sizes that overflow an integer
@@ -266,7 +288,7 @@ def _budget(
         return round(memory_gb * GB), "as given"
     available = available_bytes(device)
     share = SHARE.get(device.type, SHARE["cpu"])
-    mine = process + (held["encoded images"] + held["encoded captions"] if encoded and device.type == "cpu" else 0)
+    mine = process + (held["encoded images"] + held["encoded captions"] if in_memory else 0)
     return mine + int(share * available), f"{share:.0%} of the {available / GB:.1f} GB available"
 
 

@@ -56,10 +56,10 @@ def rankings_of(tally: Tally) -> tuple[Ranking, ...]:
         folds = tuple(tally.within[system].pool(part) for part in tally.parts)
         lists = {name: best.ranked() for name, best in tally.best[system].items()}
         best = {str(side): lists.pop(side) for side in ("i2t", "t2i") if side in lists}
-        image_ids, caption_ids = tally.asked.image_ids, tally.asked.caption_ids
         relevance = {}
-        if lists and image_ids is not None and caption_ids is not None:
+        if tally.asked.relevance:
             items = {name: ranked for name, (ranked, _) in lists.items()}
-            relevance = relevance_of_best(tally.wanted, items, image_ids, caption_ids)
+            ids = (tally.asked.image_ids, tally.asked.caption_ids)
+            relevance = relevance_of_best(tally.wanted, items, *ids)  # type: ignore[arg-type]
         found.append(Ranking(counters.pool(), folds, best, relevance))
     return tuple(found)

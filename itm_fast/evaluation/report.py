@@ -20,7 +20,7 @@ from .counting import Counts
 from .html_report import PAGE, Pictures, to_html
 from .kept_ranks import RANKS, KeptRanks, texts_checksum
 from .tables import DIRECTIONS, RELEVANCE, cutoff_table, recalls_at, table
-from .tie_rules import Direction, Metrics
+from .tie_rules import Direction, Metrics, average
 from .unknown_words import unknown_words_line
 from .worst import WorstQuery
 
@@ -45,6 +45,11 @@ class Pool:
         """What was ranked against what."""
         size = f"{self.metrics.images:,} images, {self.metrics.captions:,} captions"
         return f"mean of {len(self.folds)} folds of {size}" if self.folds else f"all {size}"
+
+
+def pools(whole: Metrics, folds: Sequence[Metrics]) -> tuple[Pool, ...]:
+    """The pools of a system: the mean over its folds, if there are any, and all images."""
+    return (Pool(average(folds), tuple(folds)), Pool(whole)) if folds else (Pool(whole),)
 
 
 @dataclass(frozen=True)
@@ -88,6 +93,8 @@ class Report:
         pairs: int64 [2, P], the right pairs of images and captions, as `many_right.pairs_of`; None if not known.
         captions: the T texts; None if they are not known.
         cutoffs: the k of R@k that are reported beside 1, 5 and 10, over the whole pool.
+        best: the best items of the last system, as `Ranking.best`; None if they were not asked for.
+        texts: checksum of the captions' texts where `captions` is None; "" if it is not known either.
     """
 
     systems: tuple[System, ...]
@@ -97,6 +104,8 @@ class Report:
     pairs: NDArray[np.int64] | None = field(default=None, repr=False)
     captions: Sequence[str] | None = field(default=None, repr=False)
     cutoffs: tuple[int, ...] = ()
+    best: dict[str, tuple[NDArray[np.int64], NDArray[np.float32]]] | None = field(default=None, repr=False)
+    texts: str = ""
 
     def __str__(self) -> str:
         parts = [self._recalls(number) for number in range(len(self.systems[0].pools))]
@@ -217,7 +226,7 @@ class Report:
         counts = [system.counts for system in self.systems if system.counts is not None]
         if self.pairs is None or len(counts) < len(self.systems):
             return None
-        data = "" if self.captions is None else texts_checksum(self.captions)
+        data = self.texts if self.captions is None else texts_checksum(self.captions)
         return KeptRanks(tuple(system.name for system in self.systems), tuple(counts), self.pairs, data)
 
     def _at_cutoffs(self, system: System) -> dict[str, Any]:

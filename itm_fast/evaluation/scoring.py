@@ -111,6 +111,7 @@ def plan_encoded(
         dtype=encoded.image.dtype,
         matrices=matrices,
         encoded=True,
+        mapped=encoded.folder is not None,
         block=block,
         device=encoded.device,
     )
@@ -181,7 +182,7 @@ def score_into(
     """As `score_all`, into the score file of a `Claim`; other arguments, result and errors as there."""
     plan = plan_for(scorer, encoded, memory_gb=memory_gb, out=claim.path)
     order, column = columns_of(encoded)
-    identity = {**encoded.identity(), "scorer": weights_checksum(scorer), **_settings(plan.device)}
+    identity = {**encoded.identity(), "scorer": weights_checksum(scorer), **score_settings(plan.device)}
     block = (plan.image_block, plan.caption_block)
     with ScoreFile(claim, (plan.images, plan.captions), column, block, identity) as file:
         if not file.finished:
@@ -233,7 +234,8 @@ def _blocks(
                 yield number, rows, place, block
 
 
-def _settings(device: torch.device) -> dict[str, str]:
+def score_settings(device: torch.device) -> dict[str, str]:
+    """What scores depend on beside their inputs."""
     return {
         "backend": requested(),
         "device type": device.type,

@@ -35,18 +35,22 @@ class Asked:
     Attributes:
         folds: also rank within this many parts of the images, or None.
         best: keep this many best items of every query, or None.
-        image_ids, caption_ids: COCO ids, for CxC and ECCV metrics; None without them.
+        image_ids, caption_ids: ids of the data such as COCO's; None without them.
+        relevance: whether CxC and ECCV metrics are asked for.
     """
 
     folds: int | None = None
     best: int | None = None
     image_ids: NDArray[np.int64] | None = None
     caption_ids: NDArray[np.int64] | None = None
+    relevance: bool = False
 
     def wanted(self) -> dict[str, Wanted]:
         """The lists of best items that answer this, by name."""
         found = {} if self.best is None else {side: Wanted(side, self.best, TieOrder()) for side in ("i2t", "t2i")}
-        if self.image_ids is not None and self.caption_ids is not None:
+        if self.relevance:
+            assert self.image_ids is not None
+            assert self.caption_ids is not None
             found |= wanted_for_relevance(self.image_ids, self.caption_ids)
         return found
 
@@ -169,7 +173,7 @@ class Tally:
             raise ValueError("a block was interrupted while it was counted, so this tally cannot be kept")
         about = {
             "version": _VERSION, "images": self.images, "folds": self.asked.folds, "best": self.asked.best,
-            "identity": self.identity, "about": self.about,
+            "relevance": self.asked.relevance, "identity": self.identity, "about": self.about,
         }  # fmt: skip
         arrays: dict[str, NDArray] = {
             "about": np.frombuffer(json.dumps(about).encode(), np.uint8),
@@ -177,8 +181,9 @@ class Tally:
             "owner": self.owner,
             "done": self.done,
         }
-        if self.asked.image_ids is not None and self.asked.caption_ids is not None:
-            arrays |= {"image ids": self.asked.image_ids, "caption ids": self.asked.caption_ids}
+        for name, ids in (("image ids", self.asked.image_ids), ("caption ids", self.asked.caption_ids)):
+            if ids is not None:
+                arrays[name] = ids
         for prefix, one in self._counters():
             arrays |= {f"{prefix} {name}": array for name, array in one.arrays().items()}
         for system, lists in enumerate(self.best):
@@ -210,7 +215,7 @@ class Tally:
                 if about["version"] != _VERSION:
                     raise ValueError(f"its format is number {about['version']}, and this itm-fast reads {_VERSION}")
                 ids = [arrays.get(key) for key in ("image ids", "caption ids")]
-                asked = Asked(about["folds"], about["best"], *ids)
+                asked = Asked(about["folds"], about["best"], ids[0], ids[1], about["relevance"])
                 done = arrays["done"]
                 identity, more = about["identity"], about["about"]
                 found = cls(arrays["right"], arrays["owner"], about["images"], len(done), asked, identity, np.inf, more)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -87,6 +87,18 @@ def rows_of_scorer(scorer: Any, encoded: Encoded, memory_gb: float | None = None
         part = _images(encoded, queries) if side == "i2t" else _captions(encoded, queries)
         score = score_all(scorer, part, memory_gb=memory_gb, progress=False)
         return score if side == "i2t" else score.T
+
+    return rows
+
+
+def rows_of_mean(members: Sequence[Rows]) -> Rows:
+    """Scores of queries by several scorers, averaged in float32 as in the report."""
+
+    def rows(side: str, queries: NDArray[np.int64]) -> NDArray[np.floating]:
+        total, *others = (member(side, queries) for member in members)
+        for one in others:
+            total = total + one
+        return total / np.float32(len(members)) if others else total
 
     return rows
 
