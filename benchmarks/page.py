@@ -19,7 +19,7 @@ from pathlib import Path
 if __name__ == "__main__":  # from a bare checkout, `benchmarks` lies beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import repositories, traffic_page
+from benchmarks import repositories, search, traffic_page
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KINDS = ("pair_scorers", "whole_step", "training_step", "maxsim")
@@ -355,7 +355,7 @@ def main() -> None:
         told = traffic_page.tables(json.loads(path.read_text()), RESULTS / f"gpu_{card}.json")
         parts.append(f"## {path.stem}\n\n{told}\n\n{raw}\n")
     tables = ("demo_recall.json", recall), ("precision_*.json", precision), ("trained_models.json", trained)
-    tables = *tables, ("repositories*.json", repositories.table)
+    tables = *tables, ("repositories*.json", repositories.table), ("search_*.json", search.table)
     for pattern, made in tables:
         for path in sorted(RESULTS.glob(pattern)):
             raw = f"Raw numbers: [{path.name}]({path.name})."

@@ -115,6 +115,19 @@ def test_captions_are_searched_in_groups(scan, tmp_path, small_parts):
     assert gallery.search(split.captions[:2], k=99).images.shape == (2, IMAGES)
 
 
+def test_a_model_in_training_is_searched_as_in_evaluation(sgr, tmp_path):
+    """Without dropout; afterwards it is in training again."""
+    gallery = Gallery.build(sgr, ragged(), tmp_path / "g", progress=False)
+    wanted = gallery.search(["red dog", "two cats"], k=4)
+    sgr.model.train_start()
+    try:
+        found = gallery.search(["red dog", "two cats"], k=4)
+        assert all(part.training for part in sgr.model.modules)
+    finally:
+        sgr.model.val_start()
+    np.testing.assert_array_equal(found.scores, wanted.scores)
+
+
 def test_half_precision_is_the_exact_search_of_rounded_rows(scan, tmp_path):
     split = ragged()
     whole = Gallery.build(scan, split, tmp_path / "g", progress=False)
