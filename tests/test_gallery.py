@@ -8,8 +8,6 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 import itm_fast
 from itm_fast import Gallery
@@ -17,7 +15,6 @@ from itm_fast.data import Split
 from itm_fast.evaluation import encode, metrics, score_all
 from itm_fast.gallery import gallery as module
 from itm_fast.gallery import measured, pooled, scoring
-from itm_fast.gallery.best import Best
 from itm_fast.gallery.pooled import FaissIndex, ProductIndex
 from itm_fast.models import Loaded, build
 
@@ -66,25 +63,6 @@ def small_parts(monkeypatch):
     """Rows of 5 images, and 7 captions, in memory at once."""
     monkeypatch.setattr(scoring, "_CHUNK", 5 * 36 * 8 * 4)
     monkeypatch.setattr(module, "_GROUP", 35)
-
-
-@given(st.data())
-@settings(max_examples=40, deadline=None)
-def test_the_best_are_those_of_a_stable_sort(data):
-    """Whatever the blocks and their order; few values, so that there are ties, zeros of both signs among them."""
-    queries, items = data.draw(st.integers(1, 4)), data.draw(st.integers(1, 12))
-    k = data.draw(st.integers(1, items))
-    values = st.sampled_from([-2.5, -1e-40, -0.0, 0.0, 1e-40, 0.5, 3e38])
-    score = np.array(data.draw(st.lists(values, min_size=queries * items, max_size=queries * items)), np.float32)
-    score = score.reshape(queries, items)
-    cuts = sorted(data.draw(st.sets(st.integers(1, items), max_size=3)) | {0, items})
-    best = Best(queries, k)
-    for start, stop in data.draw(st.permutations(list(zip(cuts[:-1], cuts[1:], strict=True)))):
-        for query in range(queries):
-            best.add(score[query : query + 1, start:stop], np.arange(start, stop), slice(query, query + 1))
-    wanted = np.argsort(-score, axis=1, kind="stable")[:, :k]
-    np.testing.assert_array_equal(best.items(), wanted)
-    np.testing.assert_array_equal(best.scores(), np.take_along_axis(score, wanted, axis=1))
 
 
 @pytest.mark.parametrize("kind", ["SCAN", "SGR"])

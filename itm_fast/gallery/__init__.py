@@ -1,7 +1,7 @@
 """Search in a gallery: the encoded images of a model in a folder, and the images that score best with a caption.
 
 `itm_fast.Gallery` is all that a user needs. `files` has the folder, `scoring` the exact scores, `pooled` the first
-stage of a two-stage search, `best` the k best of scores that come in blocks, `found` what a search returns.
+stage of a two-stage search, `measured` its recall, `found` what a search returns.
 """
 
 from .found import Found, Recall

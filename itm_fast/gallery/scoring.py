@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .._workspace import GIB, workspace
+from ..evaluation.best import Best
 from ..evaluation.block_scores import BlockScorer, score_blocks
 from ..evaluation.encoding import Encoded, device_of, evaluation_mode
 from ..evaluation.scoring import columns_of, plan_encoded
-from .best import Best
 
 _CHUNK = 256 << 20  # bytes of rows, as the model takes them, that are in memory at once
 
@@ -94,17 +94,19 @@ def search_all(
             )  # fmt: skip
             order, column = columns_of(encoded)
             if not start:
-                best = Best(len(order), k)
+                best = Best(len(order), len(images), k)
             plan = plan_encoded(images.scorer, encoded, memory_gb, 0)
             with workspace(plan.workspace / GIB):
                 blocks = score_blocks([BlockScorer(images.scorer, encoded, plan, order)], range(plan.blocks))
                 try:
                     for _, rows, place, (scores,) in blocks:
-                        best.add(scores.T, np.arange(start + rows.start, start + rows.stop), place)
+                        items = np.arange(start + rows.start, start + rows.stop)
+                        best.add(scores.T, np.arange(place.start, place.stop), items)
                 except ValueError as error:
                     raise ValueError(f"of the gallery's images from {start} on, counted from there: {error}") from error
             bar.update(chunk.stop - chunk.start)
-    return best.items()[column], best.scores()[column]
+    items, found = best.ranked()
+    return items[column], found[column]
 
 
 def search_among(
@@ -126,7 +128,7 @@ def search_among(
         for caption in tqdm(range(len(captions)), desc="scored", unit="caption", disable=not progress):
             words, bounds = captions.one(caption, images.device)
             state = images.scorer.caption_state(words, bounds)
-            best = Best(1, k)
+            best = Best(1, len(images), k)
             chosen = np.sort(candidates[caption])  # read in the order of the file
             for start in range(0, len(chosen), images.chunk):
                 part = chosen[start : start + images.chunk]
@@ -137,6 +139,6 @@ def search_among(
                 if not np.isfinite(scores).all():
                     bad = int(part[np.argmin(np.isfinite(scores))])
                     raise ValueError(f"the score of image {bad} and caption {caption} is not finite")
-                best.add(scores[None], part)
-            found[0][caption], found[1][caption] = best.items()[0], best.scores()[0]
+                best.add(scores[None], np.zeros(1, np.int64), part)
+            found[0][caption], found[1][caption] = (one[0] for one in best.ranked())
     return found[0], found[1]
