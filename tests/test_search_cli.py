@@ -14,9 +14,10 @@ from PIL import Image
 
 from itm_fast import Gallery
 from itm_fast.cli import main
-from itm_fast.cli._page import Pictures, page
+from itm_fast.cli._page import page
+from itm_fast.cli._pictures import pictures_by_name
 from itm_fast.data import save_splits
-from itm_fast.data.openclipart import CHECKPOINTS, FOLDER, picture_names
+from itm_fast.data.openclipart import CHECKPOINTS, FOLDER
 from itm_fast.gallery import Found, Recall
 from itm_fast.models import load
 from itm_fast.training import checkpoint
@@ -124,7 +125,7 @@ def test_a_page_holds_its_pictures_and_only_text_of_others(found, tmp_path):
     Image.new("L", (20, 10)).save(folder / "COCO_val2014_000000000007.jpg")
     Image.new("L", (20, 10)).save(tmp_path / "secret.png")
     (folder / "<b>.jpg").write_text("no picture")
-    text = page(found, Pictures(folder))
+    text = page(found, pictures_by_name(str(folder), 320))
     assert [one.size for one in shown(text)] == [(320, 160), (20, 10)]
     assert min(shown(text)[0].getpixel((5, 5))) > 250  # transparent is white
     assert text.count("no picture") == 2
@@ -144,6 +145,6 @@ def test_the_packaged_pictures_are_shown(tmp_path, capsys):
     capsys.readouterr()
     assert main(["search", *words, "-k", "5", "--json", "--html", f"{tmp_path}/x.html", "a yellow duck", "a tree"]) == 0
     results = json.loads(capsys.readouterr().out)["results"]
-    names = picture_names()
+    names = [line.split("\t")[0] for line in (FOLDER / "test_pictures.txt").read_text().splitlines()]
     assert all(names[one["image"]] == one["name"] for row in results for one in row["found"])
     assert [one.size for one in shown((tmp_path / "x.html").read_text())] == [(128, 128)] * 10

@@ -33,7 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--half", action="store_true", help="keep half precision: half the size, scores to 3 digits")
     parser.add_argument(
-        "--names", metavar="FILE", help="a name for each image, one a line (default: the image ids of the data, if any)"
+        "--names",
+        metavar="FILE",
+        help="a name for each image, one a line (default: the first words of the lines of SPLIT_pictures.txt beside "
+        "the features, else the image ids)",
     )
     parser.add_argument(
         "--pictures", metavar="DIR", help="the folder with the pictures of these names, for --html of itm-fast search"
@@ -57,10 +60,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Build the gallery; one line on standard output."""
     from ..data import open_split
-    from ..data.openclipart import FOLDER, picture_names
+    from ..data.openclipart import FOLDER
     from ..data.texts import text_lines
     from ..gallery import Gallery
     from ..models import load
+    from ._pictures import listed_names
 
     if args.pictures and not Path(args.pictures).is_dir():
         raise NotADirectoryError(f"--pictures {args.pictures} is not a folder")
@@ -70,9 +74,13 @@ def run(args: argparse.Namespace) -> int:
         captions_per_image=args.captions_per_image,
         mask_zero_regions=args.mask_zero_regions,
     )
-    names = [line.strip() for line in text_lines(args.names)] if args.names else None
-    if names is None and Path(args.data).resolve() == FOLDER and args.split == "test":
-        names, args.pictures = picture_names(), args.pictures or FOLDER
+    if args.names:
+        names: list[str] | None = [line.strip() for line in text_lines(args.names)]
+    else:
+        listed = listed_names(args.data, args.split, split)
+        names = listed and [name or str(row) for row, name in enumerate(listed)]
+    if args.pictures is None and Path(args.data).resolve() == FOLDER:
+        args.pictures = FOLDER  # its thumbnails
     gallery = Gallery.build(
         load(args.checkpoint, args.device),
         split,

@@ -102,11 +102,15 @@ def run(args: argparse.Namespace) -> int:
         json.dumps(found.to_dict(), indent=1, ensure_ascii=False) if args.json else f"{found} ({found.seconds:.2f} s)"
     )
     if args.html:
-        from ._page import Pictures, page
+        from ._page import SIDE, page
+        from ._pictures import pictures_by_name
 
-        pictures = args.pictures or gallery.about.pictures
+        folder = args.pictures or gallery.about.pictures
+        if folder and not Path(folder).is_dir():
+            print(f"itm-fast search: {folder} is gone; --pictures DIR says where its pictures are", file=sys.stderr)
+            folder = None
         with atomic_write(args.html) as file:
-            file.write(page(found, Pictures(Path(pictures)) if pictures else None))
+            file.write(page(found, pictures_by_name(folder, SIDE) if folder else None))
         print(f"written: {args.html}", file=sys.stderr if args.json else sys.stdout)
     return 0
 

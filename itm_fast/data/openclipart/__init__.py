@@ -29,16 +29,6 @@ THUMBNAIL = 128  # pixels a side
 _COLUMNS = 32
 
 
-def picture_names() -> list[str]:
-    """The name of each picture of the test split: its path in the library.
-
-    >>> picture_names()[4]
-    'animals/birds/baby_tux_01'
-    """
-    lines = (FOLDER / "test_pictures.txt").read_text(encoding="utf-8").splitlines()
-    return [line.split("\t")[0] for line in lines]
-
-
 def thumbnails(images: list[int]) -> list[Image]:
     """Pictures of the test split, 128 x 128 pixels, on white.
 
