@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
+
+from benchmarks.cards import Card
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Count:
         products: operations by their kind, as in `cards.PRODUCTS`, multiply-add = 2; tiles as they are, padding too.
         vector: float32 instructions outside matrix products, an estimate.
         by_mma: whether products are made by the instructions mma.sync, which warps wait for, on a card that has others.
+        by_wgmma: of `products`, those that are made by these others all the same.
     """
 
     programs: int
@@ -42,6 +46,7 @@ class Count:
     products: dict[str, float] = field(default_factory=dict)
     vector: float = 0.0
     by_mma: bool = False
+    by_wgmma: dict[str, float] = field(default_factory=dict)
 
     def reads(self, place: Any, distinct: int, requested: int) -> None:
         self.uses.append(Use((place,), distinct, requested, False))
@@ -49,9 +54,21 @@ class Count:
     def writes(self, place: Any, size: int) -> None:
         self.uses.append(Use((place,), size, size, True))
 
-    def dots(self, number: int, rows: int, columns: int, depth: int, kind: str) -> None:
+    def dots(self, number: int, rows: int, columns: int, depth: int, kind: str, wgmma: bool = False) -> None:
         """Add `number` products of [rows, depth] with [depth, columns]."""
-        self.products[kind] = self.products.get(kind, 0.0) + 2.0 * number * rows * columns * depth
+        for products in (self.products, self.by_wgmma)[: 1 + wgmma]:
+            products[kind] = products.get(kind, 0.0) + 2.0 * number * rows * columns * depth
+
+    def seconds(self, card: Card) -> float:
+        """What the products take at the card's peaks; NaN where it has no products of a kind."""
+
+        def rate(kind: str, by_mma: bool) -> float:
+            return card.rate(kind, by_mma) or math.nan
+
+        seconds = sum(n / rate(kind, False) for kind, n in self.by_wgmma.items())
+        for kind, n in self.products.items():
+            seconds += (n - self.by_wgmma.get(kind, 0.0)) / rate(kind, self.by_mma)
+        return seconds
 
     def requested(self, written: bool) -> int:
         return sum(use.requested for use in self.uses if use.written == written)

@@ -21,6 +21,7 @@ import torch
 
 from benchmarks.cards import Card
 from benchmarks.traffic_counts import Count, blocks
+from itm_fast import _cuda
 from itm_fast.ops import _attention
 from itm_fast.ops._cuda import _pairs, _tiles, similarity_score
 from itm_fast.packing import NodePlan, node_bounds, node_plan
@@ -87,7 +88,14 @@ class Problem:
     @cached_property
     def kernels(self) -> _pairs.Kernels | None:
         """The pair scorers' kernels, None if they do not fit the card."""
-        return _pairs.kernels(HEADS[self.op], FORMS[self.precision], self.R, self.S, self.capability)
+        specific = self.capability == _cuda.SPECIFIC
+        return _pairs.kernels(HEADS[self.op], FORMS[self.precision], self.R, self.S, self.capability, specific)
+
+    @property
+    def groups(self) -> bool:
+        """Whether groups of warps make most products of the head's kernel."""
+        assert self.kernels is not None
+        return self.kernels.head.specific
 
     @cached_property
     def nodes(self) -> NodePlan:
@@ -247,8 +255,8 @@ def _nodes(p: Problem, walks: int, weights: int) -> tuple[Count, list[tuple[int,
     done.reads("global nodes", held * overall, overall)
     done.writes("score", p.I * p.T * p.given)
     for rows, n in shapes:
-        done.dots(n, rows, p.D, _pairs.rounded_up(p.R, 16), p.kind)
-        done.dots(n, rows, p.S, p.D, p.kind)
+        done.dots(n, rows, p.D, _pairs.rounded_up(p.R, 16), p.kind, p.groups)
+        done.dots(n, rows, p.S, p.D, p.kind, p.groups)
         done.vector += n * rows * (p.D * (8 if p.size == 4 else 5) + p.S * 5)
     return done, shapes
 
@@ -264,7 +272,7 @@ def _steps(p: Problem, done: Count, shapes: list[tuple[int, int]]) -> None:
     done.vector += (p.K - 1) * seen * BLOCK**2 * 8
     repeated = max(p.S, WARPS * BLOCK)  # columns of a small S are computed by several warps
     for rows, n in shapes:
-        done.dots(2 * n * (p.K - 1), rows, p.S, p.S, p.kind)
+        done.dots(2 * n * (p.K - 1), rows, p.S, p.S, p.kind, p.groups)
         done.dots(2 * n, BLOCK, repeated, p.S, p.kind)
         done.dots(n, BLOCK, repeated + p.S, rows, p.kind)
         done.vector += n * ((p.K - 1) * rows + BLOCK) * p.S * 8 + n * BLOCK * rows * 8

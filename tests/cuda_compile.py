@@ -58,6 +58,8 @@ def problems(kernel: Kernel, architecture: int) -> Iterator[str]:
     shared, limit = built.shared + kernel.shared, SHARED[architecture]
     if not built.registers:
         yield "the log does not tell its registers"
+    if built.serialized:
+        yield "products of groups of warps wait for each other"
     if built.spilled > SPILLS.get((kernel.name, architecture), 0):
         yield f"{built.spilled} bytes spilled at {built.registers} registers"
     if -(-built.registers // 8) * 8 * kernel.threads > REGISTERS:

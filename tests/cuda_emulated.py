@@ -43,6 +43,13 @@ NODE_TILES = (
     *("BF16, 64, 128, 64, 48", "F16, 128, 128, 64, 48", "F16, 64, 128, 64, 48, true"),
     *(f"F16X3, 64, 128, 64, {n}" for n in (16, 48)),
 )
+GROUP_FAULTS = (
+    *("NOTHING", "NO_FENCE", "NO_COMMIT", "NO_WAIT", "NO_WAIT_EVER", "NO_COPY_FENCE", "NO_BARRIER", "REGISTERS"),
+    *("OVERWRITTEN", "HALF", "ODD_PLACE", "OUTSIDE"),
+)
+# Products by groups of warps.
+GROUPED_TILES = [f"{n}, true" for n in ("F16, 64, 128, 64, 48, false", "BF16, 64, 128, 64, 48, false")]
+GROUPED_TILES += ["F16, 64, 128, 64, 48, true, true", "BF16, 256, 128, 64, 48, false, true"]
 # The C++ names of kernel instances, by the stem of their file, here or in csrc/cuda.
 INSTANCES = {
     "faults": [
@@ -50,7 +57,9 @@ INSTANCES = {
         for fault in ("NOTHING", "NO_BARRIER", "NO_SECOND_BARRIER", "NO_WAIT", "NO_WAIT_EVER", "UNWRITTEN")
         + ("HALF_A_WARP", "HALF_A_BLOCK", "OUTSIDE", "ODD_ADDRESS")
     ]
-    + [f"matrices<{pitch}>" for pitch in (16, 32, 80, 128)],
+    + [f"matrices<{pitch}>" for pitch in (16, 32, 80, 128)]
+    + [f"grouped<GROUP_{fault}, false>" for fault in GROUP_FAULTS]
+    + ["grouped<GROUP_NOTHING, true>"],
     # Columns of an image, slots of words, warps side by side, stages of a product.
     "scan": [
         *instances(SCANS, KINDS, [f"{n}, 3" for n in ("12, 128, 2", "36, 128, 2", "72, 128, 2", "128, 128, 1")]),
@@ -69,12 +78,12 @@ INSTANCES = {
     "graph": [
         f"graph_scores<{n}>"
         for n in (*NODE_TILES, "F16, 256, 128, 32, 48", "F16X3, 256, 64, 32, 48", "F16, 256, 32, 16, 48")
-        + ("BF16, 256, 64, 16, 48", "F16X3, 64, 32, 32, 48")
+        + ("BF16, 256, 64, 16, 48", "F16X3, 64, 32, 32, 48", *GROUPED_TILES)
     ],
     "filter": [
         f"filter_scores<{n}>"
         for n in (*NODE_TILES, "F16, 256, 128, 64, 48", "F16X3, 256, 128, 32, 48", "F16, 256, 64, 16, 48")
-        + ("BF16, 256, 128, 16, 48", "F16X3, 64, 64, 32, 48")
+        + ("BF16, 256, 128, 16, 48", "F16X3, 64, 64, 32, 48", *GROUPED_TILES)
     ],
 }
 STRUCTURES = {
@@ -139,5 +148,6 @@ def device(emulated, monkeypatch):
     """A `Device` that the backend launches on."""
     made = Device(emulated)
     monkeypatch.setattr(_cuda, "launch", made.launch)
+    monkeypatch.setattr(_cuda, "_specific", {})
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: made.capability)
     return made

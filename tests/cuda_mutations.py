@@ -24,7 +24,9 @@ import torch
 
 from itm_fast import _cuda, _native
 
-WAITS = re.compile(r"(__syncthreads\(\)|sync_warp\(\)|wait_groups<.*?>\(\));")
+WAITS = re.compile(
+    r"(__syncthreads\(\)|sync_warp\(\)|wait_groups<.*?>\(\)|group_wait<.*?>\(.*?\)|group_fence\(.*?\)|fence_products\(\));"
+)
 ORDERS = (0, 1, 2, 3)
 # File -> (text, what takes its place).
 MASKS: dict[str, list[tuple[str, str]]] = {
@@ -128,8 +130,10 @@ def score(op: ModuleType) -> Iterator[torch.Tensor]:
             args[0][i, n:] = torch.nan  # which must not be read
         # A word of caption 4, in a tile with caption 2; the global vector of caption 1, in another tile with others.
         args[2][38, 3] = args[3][1, 0] = torch.nan
-        for dtype in (torch.float16, torch.float32):
-            yield getattr(op, f"similarity_{head}_score")(*cases.rounded(args, dtype))
+        run = getattr(op, f"similarity_{head}_score")
+        for capability, dtype in (((8, 0), torch.float16), ((8, 0), torch.float32), (_cuda.SPECIFIC, torch.float16)):
+            torch.cuda.get_device_capability = lambda *_, of=capability: of  # type: ignore[assignment]
+            yield run(*cases.rounded(args, dtype))
 
 
 class Judge(NamedTuple):
@@ -151,7 +155,7 @@ class Judge(NamedTuple):
 SCAN = Judge(("scan",), r"<(F16|F16X3|TF32X3), 36, 128, 2, 3>", "cross_attention_score", scan)
 SCORE = Judge(
     ("weights", "global_nodes", "graph", "filter"),
-    r"<(F16|F16X3), (36, 128, 2|64, 64, 64(, 48)?)>",
+    r"<(F16|F16X3), (36, 128, 2|64, 64, 64|64, 128, 64, 48(, false, true)?)>",
     "similarity_score",
     score,
 )

@@ -6,14 +6,18 @@ turn; `python tests/cuda_compile.py` compiles all for all.
 
 import os
 import re
+import subprocess
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
 
 import cuda_compile
 import pytest
 from cuda_cases import KERNEL, Affine, own_sources
 
 from itm_fast import _native
-from itm_fast._cuda import Kernel, nvrtc
+from itm_fast._cuda import Kernel, cubins, nvrtc
 
 pytestmark = pytest.mark.slow
 if nvrtc.why_not():
@@ -69,6 +73,48 @@ def test_a_few_kernels_cover_all_template_arguments():
     kernels = [Kernel("affine.cu", name, Affine, 32, 128) for name in names]
     assert [kernel.name for kernel in cuda_compile.covering(kernels)] == ["a<X, 1>", "a<Y, 2>", "b"]
     assert cuda_compile.covering([]) == []
+
+
+def test_kernels_of_one_gpu_multiply_by_groups_of_warps():
+    tool = find_spec("triton") and Path(find_spec("triton").origin).parent / "backends/nvidia/bin/nvdisasm"
+    if not tool or not tool.is_file():
+        pytest.skip("Triton brings the disassembler")
+    specific = [kernel for kernel, _ in JOBS if kernel.specific]
+    assert {kernel.source for kernel in specific} == {"graph.cu", "filter.cu"}
+    with tempfile.NamedTemporaryFile() as file:
+        for kernel in specific:
+            Path(file.name).write_bytes(cubins.build(kernel, COVERED).code)
+            said = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
+            assert "HGMMA.64x256x16.F32" in said
+            assert "HGMMA.64x64x16.F32" in said
+
+
+# The first product's sums are read before it is waited for.
+GROUPED = """
+#include "hopper.h"
+struct Problem { float *y; };
+__global__ void __launch_bounds__(128) grouped(Problem p) {
+    DYNAMIC_SHARED(memory);
+    float d[8][4] = {};
+    unsigned a[4] = {threadIdx.x, 1, 2, 3};
+    for (int i = 0; i < 9; ++i) {
+        group_fence(d);
+        group_multiply<F16, 64, true, false>(d, a, described(memory));
+        group_commit();
+        TOUCHED
+        group_wait<0>(d);
+    }
+    for (int n = 0; n < 8; ++n) p.y[threadIdx.x + n * 128] = d[n][0];
+}
+"""
+
+
+@pytest.mark.parametrize("touched", ["", "d[1][2] += 1;"])
+def test_products_that_wait_for_each_other_are_noticed(touched):
+    headers = dict(cubins._sources(_native.csrc_dir() / "cuda"))
+    source = GROUPED.replace("TOUCHED", touched)
+    built = nvrtc.compile(source, "grouped.cu", headers, "grouped", COVERED, specific=True)
+    assert built.serialized == bool(touched)
 
 
 @pytest.fixture

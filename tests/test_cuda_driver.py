@@ -2,6 +2,7 @@
 is needed, as a library that stands in for NVIDIA's driver takes the launches."""
 
 import ctypes
+import dataclasses
 import os
 import threading
 import types
@@ -45,7 +46,7 @@ def compiled(monkeypatch):
     seen, real = [], nvrtc.compile
 
     def compile(*args):
-        seen.append(args[-1])
+        seen.append(args[4])
         return real(*args)
 
     monkeypatch.setattr(nvrtc, "compile", compile)
@@ -88,6 +89,7 @@ def test_another_process_finds_the_compiled_kernel(gpu):
         {
             "kernel": "affine<3>", "architecture": 90, "nvrtc": nvrtc.library().version, "shared": 0, "spilled": 0,
             "entry": "_Z6affineILi3EEv6Affine", "registers": cubins.kept()[0]["registers"],
+            "serialized": False,
             "sha256": _native.cache.checksum([entry / "kernel.cubin"]),
         }
     ]  # fmt: skip
@@ -153,7 +155,10 @@ def test_whatever_the_code_depends_on_names_its_entry(gpu, monkeypatch):
         assert len(list(gpu.cache.glob("cubin-*"))) == k + 2
     affine(Kernel("affine.cu", "affine<4>", Affine, 32, 128))
     assert len(list(gpu.cache.glob("cubin-*"))) == len(changes) + 2
-    assert gpu.compiled == [90, *[86] * 6]
+    gpu.seen.capability = (9, 0)
+    affine(dataclasses.replace(KERNEL, specific=True))
+    assert len(list(gpu.cache.glob("cubin-*"))) == len(changes) + 3
+    assert gpu.compiled == [90, *[86] * 6, 90]
 
 
 def test_a_kernel_that_cannot_be_kept_runs_with_a_warning(gpu, monkeypatch):

@@ -14,7 +14,7 @@ from cuda_emulated import emulated
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import itm_fast
-from itm_fast import _backends
+from itm_fast import _backends, _cuda
 from itm_fast.ops import _examples as examples
 from itm_fast.ops import _first_use
 from itm_fast.ops._cuda import _blocks
@@ -34,6 +34,7 @@ def gpu(emulated, monkeypatch):
     """A process that sees GPUs, on which no op has run."""
     monkeypatch.setattr(_first_use, "_verdicts", {})
     monkeypatch.setattr(_backends, "_told", set())
+    monkeypatch.setattr(_cuda, "_specific", {})
     monkeypatch.setattr(examples, "SMALL", SIZE)
     with cuda_stub.installed(emulated.run, order=3) as seen:
         yield seen
@@ -99,7 +100,26 @@ def test_auto_takes_the_kernels_where_triton_cannot_run(op, gpu):
         call(op, torch.float64, "cuda")
 
 
+@pytest.mark.parametrize("head", ["graph", "filter"])
+def test_kernels_for_all_gpus_take_over_where_those_for_one_fail(head, gpu, emulated):
+    op, ran = f"similarity_{head}_score", []
+
+    def run(name, *given):
+        ran.append(name.endswith("true, true>") or name.endswith("false, true>"))
+        if not ran[-1]:
+            emulated.run(name, *given)
+
+    half = torch.float16
+    want = call(op, half, "torch")
+    with cuda_stub.installed(run), pytest.warns(UserWarning, match="without the instructions of this GPU alone"):
+        found = call(op, half, "cuda")
+    assert any(ran)
+    assert not ran[-1]
+    torch.testing.assert_close(found, want, rtol=0, atol=2e-3)
+
+
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.filterwarnings("ignore:.*without the instructions of this GPU alone")
 def test_a_kernel_that_writes_nothing_is_put_aside(op, gpu):
     failed = rf"cuda: {op} in float32 failed its check on cpu \(cpu, NVRTC 13\.5\): a result is off by nan"
     with cuda_stub.installed(lambda *_: None), _backends.recorded() as ran:

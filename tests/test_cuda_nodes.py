@@ -6,23 +6,27 @@ from cuda_emulated import device, emulated  # noqa: F401
 from pair_score_cases import drawer, edges, inputs
 
 import itm_fast
+from itm_fast import _cuda
 from itm_fast.ops._cuda import _pairs, similarity_score
 from itm_fast.ops._declare import DECLARED
 from itm_fast.testing import assert_accurate
 
-GPUS = {"sm_75": (7, 5), "sm_86": (8, 6), "sm_90": (9, 0)}
+GPUS = {"sm_75": (7, 5), "sm_86": (8, 6), "sm_90": (9, 0), "sm_90a": (9, 0)}  # sm_90: without what 9.0 alone has
 HEADS = "graph", "filter"
 F16, BF16 = torch.float16, torch.bfloat16
 
 
 @pytest.fixture
-def run(device):  # noqa: F811
+def run(device, monkeypatch):  # noqa: F811
     """The op's CUDA implementation, whose kernels run in the emulator; it returns what they counted as well."""
 
     def scores(head, args, dtype, order=0, gpu="sm_90"):
         device.launches.clear()
         device.order, device.capability = order, GPUS[gpu]
+        general = {(f"similarity_{head}_score", None): False} if gpu == "sm_90" else {}
+        monkeypatch.setattr(_cuda, "_specific", general)
         found = getattr(similarity_score, f"similarity_{head}_score")(*rounded(args, dtype))
+        assert gpu != "sm_90a" or not device.launches or device.launches[-1][0].specific
         return found, [counts for _, counts in device.launches]
 
     return scores
@@ -70,14 +74,17 @@ SHAPES = {
     "R7-ragged": dict(I=3, counts=(5, 9), R=7, D=200, regions=(7, 1, 4)),
     "R128-ragged": dict(I=2, counts=(5, 2), R=128, D=64, regions=(128, 65)),
     "W127": dict(I=1, counts=(7, 127, 70)),
+    "D200": dict(I=2, counts=(9, 30), D=200),  # more stages of a product than shared memory has
     "S128": dict(I=2, counts=(9, 20), S=128),
     "S256": dict(I=1, counts=(14, 20), S=256),
 }
 
 
-HALVES = [*((shape, F16, "sm_90") for shape in SHAPES), ("lengths", BF16, "sm_90")]
+HALVES = [*((shape, F16, "sm_90") for shape in SHAPES if shape != "D200"), ("lengths", BF16, "sm_90")]
 HALVES += [("S256", F16, "sm_75"), ("S256", BF16, "sm_86")]
-FLOATS = [(shape, "highest") for shape in ("lengths", "I1-T1-R1-W1-D8", "R7-ragged", "S256")] + [("lengths", "high")]
+HALVES += [("W127", F16, "sm_90a"), ("lengths", BF16, "sm_90a"), ("S256", BF16, "sm_90a")]
+FLOATS = [(shape, "highest", "sm_90") for shape in ("lengths", "I1-T1-R1-W1-D8", "R7-ragged", "S256")]
+FLOATS += [("lengths", "high", gpu) for gpu in ("sm_90", "sm_90a")]
 
 
 @pytest.mark.parametrize("shape,dtype,gpu", HALVES, ids=lambda x: str(x).removeprefix("torch."))
@@ -90,12 +97,12 @@ def test_scores_are_accurate(head, shape, dtype, gpu, run):
     assert not sum(c["bank_conflicts"] for c in counts)
 
 
-@pytest.mark.parametrize("shape,precision", FLOATS)
+@pytest.mark.parametrize("shape,precision,gpu", FLOATS)
 @pytest.mark.parametrize("head", HEADS)
-def test_float32_scores_are_accurate(head, shape, precision, run, monkeypatch):
+def test_float32_scores_are_accurate(head, shape, precision, gpu, run, monkeypatch):
     monkeypatch.setattr(_pairs, "matmul_precision", lambda: precision)
     args = case(head, **SHAPES[shape])
-    found, counts = run(head, args, torch.float32)
+    found, counts = run(head, args, torch.float32, gpu=gpu)
     assert found.dtype == torch.float32
     products = None if precision == "highest" else F16
     assert_accurate([found], reference(head, args, torch.float32), torch.float32, products=products)
@@ -123,7 +130,10 @@ def bits(scores):
 
 @pytest.mark.parametrize(
     "shape,gpu,dtype",
-    [("mixed", "sm_90", F16), ("W127", "sm_90", F16), ("S256", "sm_75", F16), ("S256", "sm_90", None)],
+    [
+        *(("mixed", "sm_90", F16), ("W127", "sm_90", F16), ("S256", "sm_75", F16), ("S256", "sm_90", None)),
+        *((shape, "sm_90a", F16) for shape in ("mixed", "D200")),
+    ],
 )
 @pytest.mark.parametrize("head", HEADS)
 def test_the_order_of_threads_and_copies_does_not_matter(head, shape, gpu, dtype, run):
@@ -149,7 +159,10 @@ def part(args, image, caption):
 
 @pytest.mark.parametrize(
     "shape,gpu,dtype",
-    [("mixed", "sm_90", F16), ("mixed", "sm_90", None), ("W127", "sm_90", F16), ("S256", "sm_75", F16)],
+    [
+        *(("mixed", "sm_90", F16), ("mixed", "sm_90", None), ("W127", "sm_90", F16), ("S256", "sm_75", F16)),
+        ("mixed", "sm_90a", F16),
+    ],
 )
 @pytest.mark.parametrize("head", HEADS)
 def test_a_pair_alone_has_the_same_bits(head, shape, gpu, dtype, run):
@@ -170,11 +183,15 @@ def test_less_scratch_does_not_change_bits(head, run):
     assert torch.equal(bits(found), bits(whole))
 
 
-@pytest.mark.parametrize("value,dtype", [("nan", F16), ("inf", F16), ("nan", torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    "value,dtype,gpu",
+    [("nan", F16, "sm_90"), ("inf", F16, "sm_90"), ("nan", torch.float32, "sm_90"), ("nan", F16, "sm_90a")],
+    ids=str,
+)
 @pytest.mark.parametrize("head", HEADS)
-def test_a_number_that_is_not_finite_stays_in_its_pairs(head, value, dtype, run):
+def test_a_number_that_is_not_finite_stays_in_its_pairs(head, value, dtype, gpu, run):
     args = case(head, **MIXED)
-    whole, _ = run(head, args, dtype)
+    whole, _ = run(head, args, dtype, gpu=gpu)
     # A word of caption 4, which shares its tiles with others; an image's region; global vectors of each.
     places = {"word": (2, 38), "region": (0, (1, 2)), "image": (1, 0), "caption": (3, 4)}
     spoiled = {
@@ -186,7 +203,7 @@ def test_a_number_that_is_not_finite_stays_in_its_pairs(head, value, dtype, run)
     for name, (k, row) in places.items():
         changed = [x.clone() if isinstance(x, torch.Tensor) else x for x in args]
         changed[k][row][3] = float(value)
-        found, _ = run(head, changed, dtype)
+        found, _ = run(head, changed, dtype, gpu=gpu)
         mask = torch.zeros_like(whole, dtype=torch.bool)
         mask[spoiled[name]] = True
         assert found[mask].isnan().all(), name

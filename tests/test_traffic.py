@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 
 import pytest
@@ -167,7 +168,8 @@ def test_the_cuda_kernels_do_all_that_is_needed(model, precision):
 def test_the_cuda_graph_kernel_has_the_reuse_of_its_design(rows, reuse, monkeypatch):
     """Operations a byte through L2 of full tiles."""
     tile = traffic_cuda._tiles.tile_of(36, (9, 0))
-    found = traffic_cuda._pairs.Kernels(tile, None, None, 64, None, rows)
+    head = traffic_cuda._cuda.Kernel("graph.cu", "graph_scores", ctypes.Structure, 256, 0)
+    found = traffic_cuda._pairs.Kernels(tile, head, head, 64, head, rows)
     monkeypatch.setattr(traffic_cuda._pairs, "kernels", lambda *_: found)
     edge = torch.arange(0, 15 * (rows // 16 * 100) + 1, 15, dtype=torch.int32)
     problem = traffic_cuda.Problem("similarity_graph_score", 100, 36, 1024, 256, 3, edge, H100, "bfloat16")

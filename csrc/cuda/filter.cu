@@ -23,9 +23,9 @@ template <class T> struct FilterShared {
 };
 
 // A block: one tile with one image. Grid: tiles x images.
-template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS, bool SCALED = KIND == F16X3>
+template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS, bool SCALED = KIND == F16X3, bool GROUPS = false>
 __global__ void __launch_bounds__(THREADS, 1) filter_scores(Filter p) {
-    using T = NodeTile<KIND, S, SLOTS, DEPTH, REGIONS, SCALED>;
+    using T = NodeTile<KIND, S, SLOTS, DEPTH, REGIONS, SCALED, GROUPS>;
     DYNAMIC_SHARED(memory, sizeof(FilterShared<T>));
     auto &sh = *reinterpret_cast<FilterShared<T> *>(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;

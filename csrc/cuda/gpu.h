@@ -11,7 +11,7 @@
 #include "emulator.h"
 #define DYNAMIC_SHARED(name, ...) unsigned char *name = emulator::shared_memory(__VA_ARGS__)
 #else
-#define DYNAMIC_SHARED(name, ...) extern __shared__ __align__(128) unsigned char name[]
+#define DYNAMIC_SHARED(name, ...) extern __shared__ __align__(1024) unsigned char name[]
 #endif
 
 // How the factors of matrix products are stored and multiplied.
@@ -41,6 +41,14 @@ __device__ __forceinline__ unsigned as_bits(float x) {
 #else
     return __float_as_uint(x);
 #endif
+}
+
+// x, of which the compiler knows nothing: what is computed from it in a loop holds no registers around the loop.
+__device__ __forceinline__ int opaque(int x) {
+#ifndef ITM_EMULATE
+    asm volatile("" : "+r"(x));
+#endif
+    return x;
 }
 
 // x of the lane whose number differs by `mask`.

@@ -65,6 +65,35 @@ __device__ __forceinline__ void weighted(float (&acc)[M][N][4], GraphShared<T> &
     }
 }
 
+// acc = A W^T by groups of warps, of the warp's 16 rows of A [SLOTS, S] from `first` on; else as `weighted`.
+template <class T>
+__device__ __forceinline__ void weighted_by_groups(typename T::Products &acc, GraphShared<T> &sh, const unsigned char *a,
+                                                   int first, const void *weight) {
+    constexpr int STEPS = T::S / T::DEPTH;
+    auto load = [&](int step) {
+        copy_rows<T::S, T::NARROW>(sh.tile.stage[step % 2], step * T::NARROW, T::WIDE, weight,
+                                   [&](int r) { return row_of(weight, r, T::WIDE); });
+        commit();
+    };
+    const int lane = threadIdx.x % 32;
+    unsigned own[T::DEPTH / 16][4];
+    clear(acc);
+    load(0);
+#pragma unroll 1
+    for (int step = 0; step < STEPS; ++step) {
+        group_wait<0>(own);
+#pragma unroll
+        for (int k = 0; k < T::DEPTH / 16; ++k)
+            load_matrices(own[k], a + place<T::WIDE>(first + lane % 16, step * T::NARROW + 2 * k + lane / 16));
+        wait_groups<0>();
+        fence_products();
+        __syncthreads();  // this stage has landed, and the other one has been read
+        if (step + 1 < STEPS) load(step + 1);
+        multiply_stage<T>(acc, own, sh.tile.stage[step % 2]);
+    }
+    group_wait<0>(acc[0]);
+}
+
 // Rows first to first + 15 of E, whose sums are 1 / share, from the same rows of Y. Row r sees the nodes of caption
 // `caption(r)`, which lie in the blocks of 16 slots from `begin` to `end` - 1; logits are products times `factor(r)`.
 // A warp's work.
@@ -178,9 +207,9 @@ __device__ __forceinline__ void find_tops(const float (&acc)[M][N][4], unsigned 
 }
 
 // A block: one tile with one image. Grid: tiles x images.
-template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS, bool SCALED = KIND == F16X3>
+template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS, bool SCALED = KIND == F16X3, bool GROUPS = false>
 __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
-    using T = NodeTile<KIND, S, SLOTS, DEPTH, REGIONS, SCALED>;
+    using T = NodeTile<KIND, S, SLOTS, DEPTH, REGIONS, SCALED, GROUPS>;
     DYNAMIC_SHARED(memory, sizeof(GraphShared<T>));
     auto &sh = *reinterpret_cast<GraphShared<T> *>(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -191,7 +220,12 @@ __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
     make_nodes<T>(p.nodes, sh.tile, *reinterpret_cast<typename T::Making *>(sh.room));
 
     auto matrix = [&](const void *weights, int step) { return row_of(weights, step * (long long)S, T::WIDE); };
-    auto own_row = [&](int r) { return first_row + r; };
+    auto multiplied = [&](typename T::Products &acc, const unsigned char *a, const void *weight) {
+        if constexpr (T::GROUPS)
+            weighted_by_groups<T>(acc, sh, a, first_row, weight);
+        else
+            weighted<T>(acc, sh, a, [&](int r) { return first_row + r; }, weight, column);
+    };
     auto sees = [&](int m, int k) {
         const int block = first_row / 16 + m;
         return sh.tile.begin[block] <= k && k < sh.tile.end[block];
@@ -204,13 +238,14 @@ __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
     for (int step = 0; step + 1 < p.steps; ++step) {
         typename T::Products acc;
         auto each = [&](auto change) {
+            const int top = T::GROUPS ? opaque(first_row + g) : first_row + g;
 #pragma unroll
             for (int m = 0; m < T::M; ++m)
 #pragma unroll
                 for (int n = 0; n < T::N; ++n)
 #pragma unroll
                     for (int j = 0; j < 2; ++j)
-                        change(first_row + m * 16 + g + 8 * j, column + n * 8 + 2 * t, acc[m][n] + 2 * j);
+                        change(top + m * 16 + 8 * j, column + n * 8 + 2 * t, acc[m][n] + 2 * j);
         };
         auto put_y = [&](Matrix which) {
             find_tops<T>(acc, sh.top[step % 2][which], first_row, [](int row) { return row; });
@@ -220,7 +255,7 @@ __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
             });
         };
         const float *shift = p.shift + step * S, *bias = p.bias + step * S;
-        weighted<T>(acc, sh, sh.x(), own_row, matrix(p.ask, step), column);
+        multiplied(acc, sh.x(), matrix(p.ask, step));
         each([&](int row, int c, float *x) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
@@ -244,7 +279,7 @@ __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
             x[0] *= factor, x[1] *= factor;
         });
         put_y(Z);  // Y has been read
-        weighted<T>(acc, sh, sh.y(), own_row, matrix(p.value, step), column);
+        multiplied(acc, sh.y(), matrix(p.value, step));
         each([&](int row, int c, float *x) {
 #pragma unroll
             for (int i = 0; i < 2; ++i) {

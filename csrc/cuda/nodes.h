@@ -12,7 +12,7 @@
 // A tile has SLOTS rows, each for one node or empty. A caption takes 16, 32, 64 or 128 of them from a multiple of that
 // number on, its global node first (`packing.node_plan`); so no sum depends on the captions beside it.
 #pragma once
-#include "tile.h"
+#include "groups.h"
 
 constexpr float EPS = 1e-8f;
 
@@ -36,16 +36,20 @@ struct Nodes {
 constexpr int UNIT = 8;  // exponent that numbers of at most 1 are stored with: times 2^UNIT
 
 // KIND: dtype of the factors of products. DEPTH: numbers of a row that a stage holds. REGIONS: a multiple of 16.
-template <Kind KIND_, int S_, int SLOTS_, int DEPTH_, int REGIONS_, bool SCALED_> struct NodeTile {
+// GROUPS: whether groups of four warps multiply (hopper.h).
+template <Kind KIND_, int S_, int SLOTS_, int DEPTH_, int REGIONS_, bool SCALED_, bool GROUPS_ = false> struct NodeTile {
     static constexpr Kind KIND = KIND_;
+    static constexpr bool GROUPS = GROUPS_;
     static constexpr bool SCALED = SCALED_, PAIRS = Numbers<KIND>::PAIRS;
     static constexpr int S = S_, SLOTS = SLOTS_, DEPTH = DEPTH_, REGIONS = REGIONS_, HALVES = PAIRS ? 2 : 1;
     static constexpr int WIDE = S / 8 * HALVES, NARROW = DEPTH / 8 * HALVES;  // chunks of a row: of nodes, of a stage
     static constexpr int FEW = REGIONS <= 16 ? 2 : REGIONS <= 32 ? 4 : REGIONS <= 64 ? 8 : 16;  // of attention weights
-    static constexpr int ROWS = SLOTS / 2, COLUMNS = S / 4;  // of one of 2 x 4 warps
+    static constexpr int SIDE = GROUPS ? 1 : 4, DOWN = WARPS / SIDE;   // warps that share rows, and columns
+    static constexpr int ROWS = SLOTS / DOWN, COLUMNS = S / SIDE;      // of one of them
     static constexpr int M = ROWS / 16, N = COLUMNS / 8, BLOCKS = SLOTS / 16;
     static constexpr int MATRIX = SLOTS * WIDE * 16;  // bytes
     static_assert(!PAIRS || DEPTH % 32 == 0);
+    static_assert(!GROUPS || (!PAIRS && ROWS == 16 && DEPTH == 64));
     using Products = float[M][N][4];
 
     struct Making {  // while the nodes are made, where the head's matrices will lie
@@ -53,7 +57,7 @@ template <Kind KIND_, int S_, int SLOTS_, int DEPTH_, int REGIONS_, bool SCALED_
     };
     struct Shared {
         unsigned char stage[2][S * NARROW * 16];
-        float part[4][SLOTS], inverse[SLOTS];
+        float part[SIDE == 1 ? 1 : 4][SIDE == 1 ? 1 : SLOTS], inverse[SLOTS];
         int owner[SLOTS], word[SLOTS];           // of each slot: its caption, and its word or -1
         int begin[BLOCKS], end[BLOCKS];          // of 16 slots: the blocks of 16 that their caption takes
         int first[BLOCKS], caption[BLOCKS];      // of each of `captions` captions: its first slot and its number
@@ -71,8 +75,10 @@ __device__ __forceinline__ int square_exponent(int above) {
 }
 
 // The first row and the first column that a warp owns of a product [SLOTS, S].
-template <class T> __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % 2 * T::ROWS; }
-template <class T> __device__ __forceinline__ int warp_column() { return threadIdx.x / 64 * T::COLUMNS; }
+template <class T> __device__ __forceinline__ int warp_row() { return threadIdx.x / 32 % T::DOWN * T::ROWS; }
+template <class T> __device__ __forceinline__ int warp_column() {
+    return T::SIDE == 1 ? 0 : threadIdx.x / 32 / T::DOWN * T::COLUMNS;
+}
 
 // Whether one of two 16-bit numbers is infinite or NaN.
 template <Kind KIND> __device__ __forceinline__ bool not_finite(unsigned word) {
@@ -145,7 +151,10 @@ __device__ __forceinline__ void add_bias(typename T::Products &acc, typename T::
                     square += x * x;
                 }
             square = quad_sum(square);
-            if (t == 0) sh.part[threadIdx.x / 64][row] = square;
+            if constexpr (T::SIDE == 1)
+                inverse[m][j] = square;
+            else if (t == 0)
+                sh.part[warp_column<T>() / T::COLUMNS][row] = square;
         }
     __syncthreads();
 #pragma unroll
@@ -153,7 +162,9 @@ __device__ __forceinline__ void add_bias(typename T::Products &acc, typename T::
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const int row = first_row + m * 16 + g + 8 * j;
-            const float square = sh.part[0][row] + sh.part[1][row] + (sh.part[2][row] + sh.part[3][row]);
+            float square = inverse[m][j];
+            if constexpr (T::SIDE == 4)
+                square = sh.part[0][row] + sh.part[1][row] + (sh.part[2][row] + sh.part[3][row]);
             inverse[m][j] = 1 / (sqrtf(square) + EPS);
         }
 }
@@ -245,7 +256,47 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
     };
     typename T::Products acc;
     float inverse[T::M][2];
-    project<T>(acc, sh, making.word, p.local_weight, p.chunks, load, difference);
+    if constexpr (T::GROUPS) {
+        const int first = warp_row<T>();
+        unsigned e[T::REGIONS / 16][4];
+        auto begin = [&](int step, float (&u)[T::DEPTH / 8][4]) {  // u = e V
+            const unsigned char *regions = making.region[step % 2];
+#pragma unroll
+            for (int k = 0; k < T::REGIONS / 16; ++k)
+                load_matrices(e[k], making.weight[0] + place<T::FEW>(first + lane % 16, 2 * k + lane / 16));
+            group_fence(e, u);
+            group_multiply<KIND, T::DEPTH, false, true>(u, e[0], described(regions));
+#pragma unroll
+            for (int k = 1; k < T::REGIONS / 16; ++k)
+                group_multiply<KIND, T::DEPTH, true, true>(u, e[k], described(regions + k * 16 * 128));
+            group_commit();
+        };
+        auto finish = [&](int step, float (&u)[T::DEPTH / 8][4]) {  // (u - q)^2
+            float unit[2] = {1, 1}, raised[2] = {1, 1}, factor[2];
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const int slot = first + g + 8 * j;
+                factor[j] = sh.inverse[slot];
+                if constexpr (T::SCALED)
+                    unit[j] = power(sh.exponent[slot]), raised[j] = power(square_exponent(sh.exponent[slot] + 9));
+            }
+#pragma unroll
+            for (int k = 0; k < T::DEPTH / 16; ++k) {
+                unsigned q[4];
+                load_matrices(q, making.word[step % 2] + place<T::NARROW>(first + lane % 16, 2 * k + lane / 16));
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int j = i % 2;
+                    float *both = u[2 * k + i / 2] + 2 * j;
+                    const float x = both[0] * factor[j] - low<KIND>(q[i]) * unit[j];
+                    const float y = both[1] * factor[j] - high<KIND>(q[i]) * unit[j];
+                    both[0] = x * x * raised[j], both[1] = y * y * raised[j];
+                }
+            }
+        };
+        project_by_groups<T>(acc, sh, p.local_weight, p.chunks, load, begin, finish);
+    } else
+        project<T>(acc, sh, making.word, p.local_weight, p.chunks, load, difference);
     auto lowered = [&](int slot) { return power(-square_exponent(sh.exponent[slot] + 9)); };
     add_bias<T>(acc, sh, p.local_bias, p.weight_exponent, lowered, inverse);
 

@@ -26,6 +26,9 @@ __all__ = ["LEAST", "Kernel", "Unavailable", "launch", "layout_checks", "why_not
 LEAST = (7, 5)  # least compute capability: it brought ldmatrix and the products m16n8k8 of float16
 BFLOAT16 = (8, 0)  # least compute capability for products of bfloat16
 
+SPECIFIC = (9, 0)  # the compute capability that some kernels have variants for, which no other GPU runs (wgmma)
+
+_specific: dict[tuple[str, int | None], bool] = {}  # (op, device) that asked for variants -> whether it may use them
 _functions: dict[tuple[Kernel, int | None], driver.Function] = {}
 _lock = threading.Lock()
 
@@ -46,6 +49,18 @@ def why_not(device: torch.device, dtype: torch.dtype | None) -> str | None:
     if _architecture(capability) not in library.architectures:
         return f"NVRTC {library.version} cannot compile for {name}; install a newer CUDA build of torch"
     return None
+
+
+def specific(op: str, device: torch.device) -> bool:
+    """Whether an op's kernels on a device may be variants that only GPUs of its compute capability run."""
+    return torch.cuda.get_device_capability(device) == SPECIFIC and _specific.setdefault((op, device.index), True)
+
+
+def do_without_specific(op: str, device: torch.device) -> bool:
+    """From now on use no such variants of an op on a device; return whether it has used any."""
+    used = _specific.get((op, device.index), False)
+    _specific[op, device.index] = False
+    return used
 
 
 def _architecture(capability: tuple[int, int]) -> int:

@@ -35,6 +35,8 @@ class Kernel:
         structure: the twin of its one argument, under the struct's name in C++.
         threads: in a block.
         shared: bytes of dynamic shared memory of a block.
+        specific: whether it needs instructions that only GPUs of one architecture have, as wgmma of compute capability
+            9.0; it is then compiled for sm_90a.
     """
 
     source: str
@@ -42,6 +44,7 @@ class Kernel:
     structure: type[ctypes.Structure]
     threads: int
     shared: int
+    specific: bool = False
 
 
 def build(kernel: Kernel, architecture: int) -> nvrtc.Compiled:
@@ -57,7 +60,7 @@ def build(kernel: Kernel, architecture: int) -> nvrtc.Compiled:
     with own:
         if found := cache.find(name, _load):
             return found
-        made = nvrtc.compile(source, kernel.source, headers, kernel.name, architecture)
+        made = nvrtc.compile(source, kernel.source, headers, kernel.name, architecture, kernel.specific)
         try:
             with cache.scratch("CUDA kernels") as (scratch, kept):
                 if kept:
@@ -73,7 +76,8 @@ def _entry(kernel: Kernel, architecture: int) -> tuple[str, str, dict[str, str]]
     texts = dict(_sources(_native.csrc_dir() / "cuda"))
     source = texts[kernel.source] + layout_checks(kernel.structure, kernel.structure.__name__)
     headers = {file: text for file, text in texts.items() if not file.endswith(".cu")}
-    parts = kernel.name, architecture, nvrtc.OPTIONS, nvrtc.release(), source, sorted(headers.items())
+    compiler = nvrtc.OPTIONS, nvrtc.release()
+    parts = kernel.name, architecture, kernel.specific, *compiler, source, sorted(headers.items())
     return f"cubin-sm_{architecture}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}", source, headers
 
 

@@ -42,6 +42,7 @@ class Compiled(NamedTuple):
     registers: int  # of a thread
     spilled: int  # bytes that a thread stores for want of registers
     shared: int  # bytes of shared memory beside the dynamic part
+    serialized: bool = False  # whether asynchronous products (wgmma) wait for each other, which ptxas says of bad code
 
 
 def why_not() -> str | None:
@@ -122,7 +123,9 @@ def _mapped() -> list[str]:
     return []
 
 
-def compile(source: str, file: str, headers: Mapping[str, str], name: str, architecture: int) -> Compiled:
+def compile(
+    source: str, file: str, headers: Mapping[str, str], name: str, architecture: int, specific: bool = False
+) -> Compiled:
     """Compile one kernel, or one instance of a template.
 
     Args:
@@ -131,27 +134,29 @@ def compile(source: str, file: str, headers: Mapping[str, str], name: str, archi
         headers: name, as included, -> text.
         name: the kernel as a C++ expression: "scale" or "scale<float, 4>".
         architecture: 75 for compute capability 7.5.
+        specific: whether to allow instructions that only this architecture has (sm_90a in place of sm_90).
 
     Raises:
         Unavailable: there is no NVRTC.
         RuntimeError: the source does not compile; the message has the first error.
     """
-    found, program = library(), ctypes.c_void_p()
+    found, program, target = library(), ctypes.c_void_p(), f"sm_{architecture}{'a' * specific}"
     call = functools.partial(_call, found.functions)
     names, texts = ((ctypes.c_char_p * len(headers))(*(t.encode() for t in ts)) for ts in (headers, headers.values()))
     call("nvrtcCreateProgram", ctypes.byref(program), source.encode(), file.encode(), len(headers), texts, names)
     try:
         call("nvrtcAddNameExpression", program, name.encode())
-        options = [option.encode() for option in (f"--gpu-architecture=sm_{architecture}", *OPTIONS)]
+        options = [option.encode() for option in (f"--gpu-architecture={target}", *OPTIONS)]
         code = found.functions.nvrtcCompileProgram(program, len(options), (ctypes.c_char_p * len(options))(*options))
         log = _text(call, program, "nvrtcGetProgramLog").rstrip(b"\0").decode(errors="replace")
         if code:
             why = useful(log) or _error(found.functions, code)
-            raise RuntimeError(f"NVRTC {found.version} cannot compile {name} of {file} for sm_{architecture}: {why}")
+            raise RuntimeError(f"NVRTC {found.version} cannot compile {name} of {file} for {target}: {why}")
         entry = ctypes.c_char_p()
         call("nvrtcGetLoweredName", program, name.encode(), ctypes.byref(entry))
         lowered = (entry.value or b"").decode()
-        return Compiled(_text(call, program, "nvrtcGetCUBIN"), lowered, *resources(log, lowered))
+        code = _text(call, program, "nvrtcGetCUBIN")
+        return Compiled(code, lowered, *resources(log, lowered), "wgmma.mma_async instructions are serialized" in log)
     finally:
         found.functions.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+import warnings
 
 import torch
 
@@ -51,7 +52,11 @@ def put_aside(op: str, backend: str, device: torch.device, dtype: torch.dtype) -
             if known in _verdicts:
                 return _verdicts[known]
         try:
-            problem = _alone(op, backend, torch.device(device.type, index), dtype, backward)
+            asked = torch.device(device.type, index)
+            problem = _alone(op, backend, asked, dtype, backward)
+            if problem and backend == "cuda" and _cuda.do_without_specific(op, asked):
+                warnings.warn(f"{problem}; it now runs without the instructions of this GPU alone", stacklevel=2)
+                problem = _alone(op, backend, asked, dtype, backward)
         except (torch.OutOfMemoryError, MemoryError):
             return None  # too little memory for the check: it says nothing about the kernels
         _verdicts[key] = problem

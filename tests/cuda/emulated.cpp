@@ -71,6 +71,109 @@ void multiply(void *const (&operands)[32], Numbers numbers, int K) {
 
 namespace {
 
+// The number of a product's factor B of a column and a place k: eight rows take 1024 bytes, each 128, and the chunks of
+// 16 bytes of a row are exchanged by its number.
+float number_of(const Product &product, size_t column, size_t k) {
+    const size_t row = product.transposed ? k : column, at = product.transposed ? column : k;
+    size_t place = product.lane[0].b + row / 8 * 1024 + row % 8 * 128 + at * 2;
+    place ^= (place >> 7 & 7) << 4;
+    if (place + 2 > shared_bytes) fail("a product reads outside of shared memory");
+    if (unseen[place / 16]) fail("a product reads what was copied without a fence");
+    unsigned short bits;
+    std::memcpy(&bits, shared.get() + place, 2);
+    if (product.numbers == Numbers::FLOAT16) return from_half(bits);
+    const unsigned word = unsigned(bits) << 16;
+    float x;
+    std::memcpy(&x, &word, 4);
+    return x;
+}
+
+// The sums of 16 rows, of which a lane has those that mma gives it.
+void run_product(const Product &product, std::vector<float> (&sums)[32]) {
+    std::vector<float> B(16 * product.columns);
+    for (int k = 0; k < 16; ++k)
+        for (int n = 0; n < product.columns; ++n) B[k * product.columns + n] = number_of(product, n, k);
+    std::vector<float> row(product.columns);
+    for (int m = 0; m < 16; ++m) {
+        std::fill(row.begin(), row.end(), 0.f);
+        for (int k = 0; k < 16; ++k) {
+            const unsigned word = product.lane[m % 8 * 4 + k % 8 / 2].a[k / 8 * 2 + m / 8];
+            const auto bits = static_cast<unsigned short>(word >> k % 2 * 16);
+            const unsigned wide = unsigned(bits) << 16;
+            float a = product.numbers == Numbers::FLOAT16 ? from_half(bits) : 0;
+            if (product.numbers == Numbers::BFLOAT16) std::memcpy(&a, &wide, 4);
+            const float *b = &B[k * product.columns];
+            for (int n = 0; n < product.columns; ++n) row[n] += a * b[n];
+        }
+        for (int n = 0; n < product.columns; ++n) {
+            float &sum = sums[m % 8 * 4 + n % 8 / 2][n / 8 * 4 + m / 8 * 2 + n % 2];
+            sum = product.add ? sum + row[n] : row[n];
+        }
+    }
+}
+
+}  // namespace
+
+void group_multiply(void *const (&operands)[32], Numbers numbers, int columns, bool add, bool transposed) {
+    Warp &warp = own_warp();
+    if (!warp.fenced) fail("a product of a group of warps without a fence before");
+    Product product{{}, numbers, columns, add, transposed};
+    for (int i = 0; i < 32; ++i) {
+        product.lane[i] = *static_cast<GroupOperands *>(operands[i]);
+        if (product.lane[i].b != product.lane[0].b) fail("lanes of a warp name different factors of a product");
+    }
+    const size_t within = product.lane[0].b % 1024;
+    if (within % 16 || within >= (transposed ? 1 : 128)) fail("a factor that does not begin at a multiple of 1024");
+    warp.started.push_back(product.lane[0].b);
+    counts.flops += 2 * 16 * columns * 16;
+    counts.group_flops += 2 * 16 * columns * 16;
+    std::vector<float> sums[32];
+    const size_t size = columns / 2;
+    for (int i = 0; i < 32; ++i) {
+        float *d = product.lane[i].d;
+        if (eager)
+            sums[i].assign(d, d + size);
+        else if (warp.sums.try_emplace(d, d, d + size).second)
+            std::fill(d, d + size, NAN);
+    }
+    if (eager) {
+        run_product(product, sums);
+        for (int i = 0; i < 32; ++i) std::copy(sums[i].begin(), sums[i].end(), product.lane[i].d);
+    }
+    warp.products.push_back(product);
+    ++warp.open;
+}
+
+void wait_group(size_t most) {
+    Warp &warp = own_warp();
+    warp.fenced = false;
+    while (warp.groups.size() > most) {
+        for (size_t i = 0; i < warp.groups[0] && !eager; ++i) {
+            const Product &product = warp.products[i];
+            std::vector<float> sums[32];
+            for (int lane = 0; lane < 32; ++lane) sums[lane].swap(warp.sums[product.lane[lane].d]);
+            run_product(product, sums);
+            for (int lane = 0; lane < 32; ++lane) sums[lane].swap(warp.sums[product.lane[lane].d]);
+        }
+        warp.products.erase(warp.products.begin(), warp.products.begin() + warp.groups[0]);
+        warp.groups.erase(warp.groups.begin());
+    }
+    auto pending = [&](float *d) {
+        return std::any_of(warp.products.begin(), warp.products.end(), [=](const Product &product) {
+            return std::any_of(product.lane, product.lane + 32, [=](const GroupOperands &lane) { return lane.d == d; });
+        });
+    };
+    for (auto found = warp.sums.begin(); found != warp.sums.end();)
+        if (pending(found->first))
+            ++found;
+        else {
+            std::copy(found->second.begin(), found->second.end(), found->first);
+            found = warp.sums.erase(found);
+        }
+}
+
+namespace {
+
 // Fibers end without returning, so AddressSanitizer still has marks around their last variables.
 void forget_variables() {
 #ifdef __SANITIZE_ADDRESS__
@@ -124,6 +227,9 @@ void run_block(unsigned order, std::mt19937 &random) {
             fiber.at_barrier = false;
         }
         if (ended && ended < fibers.size()) fail("a barrier that not all threads come to");
+        for (size_t w = 0; w < warps.size(); ++w)
+            if (warps[w].started != warps[w / 4 * 4].started) fail("the warps of a group start different products");
+        for (Warp &warp : warps) warp.started.clear();
         ++counts.barriers;
     }
 }
@@ -136,13 +242,14 @@ void launch(Dim g, Dim b, size_t bytes, unsigned order, std::function<void()> ke
     counts = {};
     forget_variables();
     stacks.resize(b.x * STACK);
-    shared.reset(static_cast<unsigned char *>(::operator new(max(bytes, size_t(1)), std::align_val_t(128))));
+    shared.reset(static_cast<unsigned char *>(::operator new(max(bytes, size_t(1)), std::align_val_t(1024))));
     shared_bytes = bytes;
     std::mt19937 random(order);
     for (unsigned y = 0; y < g.y; ++y)
         for (unsigned x = 0; x < g.x; ++x) {
             block_index = {x, y, 0};
             std::memset(shared.get(), 0xFF, bytes);
+            unseen.assign(bytes / 16 + 1, false);
             fibers.assign(b.x, {});
             warps.assign(b.x / 32, {});
             forget_variables();
@@ -163,7 +270,7 @@ PYBIND11_MODULE(cuda_emulated_module, m) {
         return std::map<std::string, long>{{"operations", c.operations},         {"products", c.products},
                                            {"matrices", c.matrices},             {"bank_conflicts", c.bank_conflicts},
                                            {"barriers", c.barriers},             {"copies", c.copies},
-                                           {"flops", c.flops}};
+                                           {"flops", c.flops},                   {"group_flops", c.group_flops}};
     });
     m.def("problem_bytes", [] {
         std::map<std::string, size_t> bytes;

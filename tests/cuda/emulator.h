@@ -10,6 +10,9 @@
 // What else it checks: shared memory holds NaN until it is written; asynchronous copies land only when they are waited
 // for (even orders) or at once (odd orders); all 32 lanes take part in an operation of the warp, all threads in a
 // barrier; addresses are aligned and lie in shared memory. Bank conflicts of ldmatrix are counted.
+//
+// Products of groups of warps (csrc/cuda/hopper.h) read their factors when they are waited for (even orders), while their
+// accumulators hold NaN, or at once (odd orders). They need their fences, and the warps of a group the same products.
 #pragma once
 #if !defined(__x86_64__) || !defined(__linux__)
 #error "the emulator switches stacks by instructions of x86-64 Linux"
@@ -51,20 +54,41 @@ struct Fiber {
     std::vector<Copy> copies;     // those that have not landed, in the order of their start
     std::vector<size_t> groups;   // of these, the number in each group that was committed
     size_t open = 0;              // and the number that was not
+    std::vector<size_t> unseen;   // pieces of shared memory that it has copied to since its last `fence_products`
+};
+enum class Numbers { FLOAT16, BFLOAT16, TF32 };
+// What a lane brings to a product of its group of warps: accumulators and a factor as to mma, and where B begins.
+struct GroupOperands {
+    float *d;
+    const unsigned *a;
+    unsigned long long b;
+};
+struct Product {
+    GroupOperands lane[32];
+    Numbers numbers;
+    int columns;
+    bool add, transposed;
 };
 struct Warp {
     void *brought[32];  // by each lane to the operation that it waits in
     const char *operation = nullptr;
     int arrived = 0, live = 32;
     long generation = 0;
+    std::vector<Product> products;                // of its group that are not done
+    std::vector<size_t> groups;                   // as of a fiber's copies
+    size_t open = 0;
+    std::map<float *, std::vector<float>> sums;   // accumulators of products that are not done
+    bool fenced = false;
+    std::vector<unsigned long long> started;      // where the B of each product since the last barrier begins
 };
 struct Counts {
     long operations = 0, matrices = 0, bank_conflicts = 0, barriers = 0;
     long products = 0, flops = 0;  // operations mma of a warp, and the numbers' multiplications and additions in them
     long copies = 0;               // of 16 bytes of global memory
+    long group_flops = 0;          // of `flops`, those of products of groups of warps
 };
 struct Release {
-    void operator()(unsigned char *p) const { ::operator delete(p, std::align_val_t(128)); }
+    void operator()(unsigned char *p) const { ::operator delete(p, std::align_val_t(1024)); }
 };
 
 inline Dim grid, block, block_index, thread_index;
@@ -74,6 +98,7 @@ inline std::vector<Warp> warps;
 inline std::vector<char> stacks;
 inline std::unique_ptr<unsigned char, Release> shared;
 inline size_t shared_bytes = 0;
+inline std::vector<bool> unseen;  // of each 16 bytes of shared memory: whether a product does not see what was copied
 inline Fiber *current = nullptr;
 inline void *scheduler = nullptr;
 inline std::function<void()> body;
@@ -97,6 +122,7 @@ inline void leave() { switch_stacks(&current->stack_pointer, scheduler); }
 inline void entry() {
     body();
     if (!current->copies.empty()) fail("a thread ends while copies are on their way");
+    if (!warps[current->thread / 32].products.empty()) fail("a thread ends while products are on their way");
     current->done = true;
     --warps[current->thread / 32].live;
     for (;;) leave();
@@ -144,6 +170,9 @@ inline void check_shared(const void *at, size_t bytes) {
 
 inline void land(const Copy &copy) {
     copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+    const size_t piece = (static_cast<unsigned char *>(copy.to) - shared.get()) / 16;
+    unseen[piece] = true;
+    current->unseen.push_back(piece);
 }
 inline void start_copy(void *to, const void *from) {
     check_shared(to, 16);
@@ -158,7 +187,8 @@ inline void commit() {
     current->open = 0;
 }
 inline void wait(size_t most) {
-    auto &[pointer, thread, done, at_barrier, copies, groups, open] = *current;
+    auto &copies = current->copies;
+    auto &groups = current->groups;
     while (groups.size() > most) {
         for (size_t i = 0; i < groups[0] && !eager; ++i) land(copies[i]);
         copies.erase(copies.begin(), copies.begin() + groups[0]);
@@ -183,9 +213,22 @@ struct Operands {
     float *d;
     const unsigned *a, *b;
 };
-enum class Numbers { FLOAT16, BFLOAT16, TF32 };
 // d += A B^T.
 void multiply(void *const (&operands)[32], Numbers numbers, int K);
+
+// Products of groups of warps, by one of its warps; see csrc/cuda/hopper.h.
+void group_multiply(void *const (&operands)[32], Numbers numbers, int columns, bool add, bool transposed);
+void wait_group(size_t most);
+inline Warp &own_warp() { return warps[current->thread / 32]; }
+inline void fence_group() { own_warp().fenced = true; }
+inline void commit_group() {
+    own_warp().groups.push_back(own_warp().open);
+    own_warp().open = 0;
+}
+inline void fence_products() {
+    for (size_t piece : current->unseen) unseen[piece] = false;
+    current->unseen.clear();
+}
 
 // float16 as its bits; `to_half` rounds to nearest, ties to even.
 float from_half(unsigned short bits);

@@ -2,7 +2,7 @@
 //
 // A block of 64 threads copies 2 x 64 pieces of 16 bytes to shared memory, each step into the same place, and thread i
 // adds up the first numbers of pieces 63 - i. So it reads what a thread of the other warp has copied.
-#include "gpu.h"
+#include "hopper.h"
 
 enum Fault {
     NOTHING,
@@ -48,4 +48,55 @@ template <int PITCH> __global__ void matrices(Unsound p) {
     unsigned r[4];
     load_matrices(r, memory + threadIdx.x * PITCH);
     p.to[threadIdx.x] = as_float(r[0]) + as_float(r[3]);
+}
+
+enum GroupFault {
+    GROUP_NOTHING,
+    GROUP_NO_FENCE,       // before a product
+    GROUP_NO_COMMIT,
+    GROUP_NO_WAIT,        // before sums are read
+    GROUP_NO_WAIT_EVER,   // not even before the end
+    GROUP_NO_COPY_FENCE,  // between a copy and the product that reads it
+    GROUP_NO_BARRIER,
+    GROUP_REGISTERS,      // of a factor are written before the product is done
+    GROUP_OVERWRITTEN,    // the factor in shared memory is, by another warp
+    GROUP_HALF,           // two of four warps start a product
+    GROUP_ODD_PLACE,      // of the factor in shared memory
+    GROUP_OUTSIDE,        // of shared memory
+};
+
+struct Grouped {
+    const unsigned *a;  // [64, 16] float16 numbers, by twos
+    const float4 *b;    // [64, 64] of them, by eights
+    float *to;          // [64, 64]
+};
+
+// A B^T by a group of four warps, of columns 16 to 31 of B; or A times rows 16 to 31 of B, TRANSPOSED.
+template <GroupFault FAULT, bool TRANSPOSED> __global__ void grouped(Grouped p) {
+    DYNAMIC_SHARED(memory, 9 << 10);
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
+    unsigned char *place = memory + (FAULT == GROUP_ODD_PLACE ? 512 : FAULT == GROUP_OUTSIDE ? 2048 : 0);
+    for (int i = threadIdx.x; i < 64 * 8; i += 128) {
+        const int row = i / 8, to = row * 128 + ((i % 8 ^ row % 8) << 4);
+        if (FAULT != GROUP_OUTSIDE || row < 56) copy_async(place + to, p.b + i, true);
+    }
+    commit();
+    wait_groups<0>();
+    if (FAULT != GROUP_NO_COPY_FENCE) fence_products();
+    if (FAULT != GROUP_NO_BARRIER) __syncthreads();
+    unsigned a[4];
+    for (int i = 0; i < 4; ++i) a[i] = p.a[(warp * 16 + g + i % 2 * 8) * 8 + i / 2 * 4 + t];
+    float d[8][4];
+    if (FAULT != GROUP_NO_FENCE) group_fence();
+    if (FAULT != GROUP_HALF || warp < 2)
+        group_multiply<F16, 64, false, TRANSPOSED>(d, a, described(place + (TRANSPOSED ? 16 * 128 : 32)));
+    if (FAULT != GROUP_NO_COMMIT) group_commit();
+    if (FAULT == GROUP_REGISTERS) a[1] = 0;
+    if (FAULT == GROUP_OVERWRITTEN && warp == 3)
+        for (int i = lane; i < 64 * 32; i += 32) reinterpret_cast<unsigned *>(place)[i] = 0;
+    if (FAULT != GROUP_NO_WAIT && FAULT != GROUP_NO_WAIT_EVER) group_wait<0>();
+    for (int n = 0; n < 8; ++n)
+        for (int j = 0; j < 4; ++j) p.to[(warp * 16 + g + j / 2 * 8) * 64 + n * 8 + 2 * t + j % 2] = d[n][j];
+    if (FAULT != GROUP_NO_WAIT_EVER) group_wait<0>();
+    __syncthreads();
 }

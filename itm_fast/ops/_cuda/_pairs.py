@@ -30,6 +30,7 @@ SIMILARITIES = (64, 128, 256)  # S
 # Rows of a tile of nodes, best first: each tile of each image reads the matrices of weights anew.
 SLOTS = (128, 64, 32)
 DEPTHS = (64, 32, 16)  # numbers of a row that a stage of a product holds, best first
+GROUPED = 128, 64  # slots and depth of tiles that groups of warps multiply
 WINDOW = 1 << 14  # the most nodes of one image in a launch
 # The most scratch of a launch: what the first kernels write is then still in the L2 cache when the last one reads it.
 LAUNCH_BYTES = 32 << 20
@@ -77,9 +78,10 @@ class Kind(NamedTuple):
     scaled: bool
     halves: int
 
-    def arguments(self, *sizes: int) -> str:
-        """Template arguments of a kernel."""
-        return ", ".join([self.name, *map(str, sizes), *["true"] * (self.scaled and self.halves == 1)])
+    def arguments(self, *sizes: int, groups: bool = False) -> str:
+        """Template arguments of a kernel; `groups`: whether groups of four warps multiply (csrc/cuda/hopper.h)."""
+        flags = [str(self.scaled).lower(), "true"] if groups else ["true"] * (self.scaled and self.halves == 1)
+        return ", ".join([self.name, *map(str, sizes), *flags])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -115,7 +117,7 @@ def rows_of(x: Tensor, kind: Kind) -> Rows:
     return Rows(found.rows.view(*x.shape[:-1], -1), found.exponent.view(x.shape[:-1]))
 
 
-Head = Callable[[Kind, int, int, int, int], Kernel]  # kind, S, slots, regions, depth -> the head's kernel
+Head = Callable[[Kind, int, int, int, int, bool], Kernel]  # kind, S, slots, regions, depth, groups -> the head's kernel
 
 
 def rounded_up(n: int, multiple: int) -> int:
@@ -127,9 +129,10 @@ def weight_kernel(kind: Kind, tile: Tile) -> Kernel:
     return Kernel("weights.cu", name, Weights, tile.threads, tile.shared)
 
 
-def tile_bytes(kind: Kind, S: int, slots: int, depth: int) -> int:
+def tile_bytes(kind: Kind, S: int, slots: int, depth: int, groups: bool = False) -> int:
     """Shared memory of `NodeTile::Shared`."""
-    return 4 * S * depth * kind.halves + 28 * slots + 20 * (slots // 16) + 4 + (4 * slots if kind.scaled else 4)
+    rows = 12 * slots + 20 * (slots // 16) + 4 + (4 * slots if kind.scaled else 4)
+    return 4 * S * depth * kind.halves + rows + (4 if groups else 16 * slots)
 
 
 def making_bytes(kind: Kind, slots: int, depth: int, regions: int) -> int:
@@ -171,11 +174,24 @@ class Kernels(NamedTuple):
         return min(self.head_slots - 1, self.tile.slots)
 
 
-def kernels(head: Head, kind: Kind, R: int, S: int, capability: tuple[int, int]) -> Kernels | None:
-    """The kernels that fit a GPU of a compute capability, None if there are none."""
+def kernels(
+    head: Head, kind: Kind, R: int, S: int, capability: tuple[int, int], specific: bool = False
+) -> Kernels | None:
+    """The kernels that fit a GPU of a compute capability, None if there are none.
+
+    Args:
+        head: the head's kernel.
+        kind: of the numbers.
+        R, S: sizes.
+        capability: of the GPU.
+        specific: whether to prefer variants that only GPUs of this compute capability run; see `_cuda.specific`.
+    """
     limit, tile = shared_limit(capability), tile_of(R, capability)
     weights, regions = weight_kernel(kind, tile), rounded_up(pitch_of(tile), 16)
-    found = fitting(lambda slots, depth: head(kind, S, slots, regions, depth), SLOTS, kind, limit)
+    found = fitting(lambda slots, depth: head(kind, S, slots, regions, depth, False), SLOTS, kind, limit)
+    if specific and kind.halves == 1 and found and found[1] == GROUPED[0]:
+        grouped = head(kind, S, GROUPED[0], regions, GROUPED[1], True)
+        found = (grouped, GROUPED[0]) if grouped.shared <= limit else found
     overall = fitting(partial(global_kernel, kind, S), (64, 32), kind, limit)
     if weights.shared > limit or not found or not overall:
         return None
@@ -225,8 +241,9 @@ def compilations(head: Head, capability: tuple[int, int]) -> Iterator[Kernel]:
     kinds = [Kind("F16", False, 1), Kind("F16", True, 1), Kind("F16X3", True, 2)]
     kinds += [Kind("BF16", False, 1)] * (capability >= TENSOR_FLOAT32)
     for kind in kinds:
-        if fit := kernels(head, kind, 36, SIMILARITIES[-1], capability):
-            yield from (fit.weights, fit.overall, fit.head)
+        for specific in {False, capability == _cuda.SPECIFIC}:
+            if fit := kernels(head, kind, 36, SIMILARITIES[-1], capability, specific):
+                yield from (fit.weights, fit.overall, fit.head)
 
 
 def scores(
@@ -259,7 +276,7 @@ def scores(
     if problem := why_not(head, image.dtype, dict(R=R, D=D, S=S), longest, capability):
         raise NotImplementedError(f"{op}: {problem}")
     kind = kind_of(image.dtype)
-    fit = kernels(head, kind, R, S, capability)
+    fit = kernels(head, kind, R, S, capability, _cuda.specific(op, device))
     assert fit is not None
     tile, pitch, itemsize = fit.tile, pitch_of(fit.tile), 2 * kind.halves
     rows = _rows.split_bytes(D, kind.halves == 2) if kind.scaled else 0

@@ -37,19 +37,19 @@ class Filter(ctypes.Structure):
     ]
 
 
-def graph_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int) -> Kernel:
+def graph_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, groups: bool) -> Kernel:
     room = max(making_bytes(kind, slots, depth, regions), 4 * slots * S * kind.halves)
     edges, tops = 2 * slots * slots * kind.halves, 24 * (slots if kind.scaled else 1)
-    shared = room + edges + tile_bytes(kind, S, slots, depth) + 4 * slots + 2 * THREADS + tops
-    name = f"graph_scores<{kind.arguments(S, slots, depth, regions)}>"
-    return Kernel("graph.cu", name, Graph, THREADS, shared)
+    shared = room + edges + tile_bytes(kind, S, slots, depth, groups) + 4 * slots + 2 * THREADS + tops
+    name = f"graph_scores<{kind.arguments(S, slots, depth, regions, groups=groups)}>"
+    return Kernel("graph.cu", name, Graph, THREADS, shared, specific=groups)
 
 
-def filter_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int) -> Kernel:
+def filter_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, groups: bool) -> Kernel:
     room = max(making_bytes(kind, slots, depth, regions), 2 * slots * S * kind.halves)
-    shared = room + tile_bytes(kind, S, slots, depth) + 4 * slots
-    name = f"filter_scores<{kind.arguments(S, slots, depth, regions)}>"
-    return Kernel("filter.cu", name, Filter, THREADS, shared)
+    shared = room + tile_bytes(kind, S, slots, depth, groups) + 4 * slots
+    name = f"filter_scores<{kind.arguments(S, slots, depth, regions, groups=groups)}>"
+    return Kernel("filter.cu", name, Filter, THREADS, shared, specific=groups)
 
 
 HEADS = {"similarity_graph_score": graph_kernel, "similarity_filter_score": filter_kernel}
