@@ -14,6 +14,7 @@ model, must import `itm_fast.ops` itself. These parts of the package are importe
     itm_fast.data         splits, vocabularies and batches of precomputed features
     itm_fast.training     the published recipes (`options`, `train`) and checkpoints
     itm_fast.nn           modules over the ops
+    itm_fast.attention    what a model attends to in an image and a caption
     itm_fast.patch        replaces the slow loops of a published repository, which stays as it is
     itm_fast.Gallery      search in a folder of encoded images
 """
@@ -36,11 +37,13 @@ from ._lazy import lazy  # noqa: E402
 if TYPE_CHECKING or "torch" in sys.modules:  # torch is loaded already: register the ops for torch.ops now
     from ._public import *
 if TYPE_CHECKING:
+    from .models import attention
     from .patching import patch, unpatch
 
 __all__ = [
     "Gallery",
     "attended_vectors",
+    "attention",
     "cross_attention_score",
     "cross_attention_similarity",
     "global_local_score",
@@ -62,7 +65,8 @@ __all__ = [
 ]
 
 _PARTS = ("data", "evaluation", "models", "nn", "training")
-_HOMES = {"patch": "patching", "unpatch": "patching"}  # names whose import costs more than the ops'
+# Names whose import costs more than the ops'.
+_HOMES = {"attention": "models", "patch": "patching", "unpatch": "patching"}
 
 __getattr__ = lazy(__name__, [name for name in __all__ if name not in _HOMES], _PARTS, _HOMES)
 

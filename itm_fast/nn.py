@@ -10,6 +10,7 @@ A pair scorer computes once what depends on a single image or caption (its state
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops import cross_attention_score, similarity_filter, similarity_graph
+from .ops._attention import affinity_norm, pooled
 from .packing import bounds
 
 State = tuple[Tensor, ...]
@@ -27,6 +29,22 @@ def xavier_(linear: nn.Linear) -> None:
     bound = math.sqrt(6.0) / math.sqrt(linear.in_features + linear.out_features)
     nn.init.uniform_(linear.weight, -bound, bound)
     nn.init.zeros_(linear.bias)
+
+
+@dataclass(frozen=True, eq=False)
+class Attention:
+    """What a pair scorer attends to in one image and one caption.
+
+    Attributes:
+        score: the pair's score, computed from these weights.
+        weights: by name. `regions` [W, R]: each word's distribution over the regions; `words` [R, W]: each region's
+            over the words; the others are the model's own.
+        tokens: the W words, where they are known.
+    """
+
+    score: float
+    weights: dict[str, Tensor]
+    tokens: tuple[str, ...] = ()
 
 
 class PairScorer(nn.Module):
@@ -61,6 +79,14 @@ class PairScorer(nn.Module):
         image_state = self.image_state(image, region_lengths)
         caption_state = self.caption_state(words, cu_seqlens)
         return self.score(image_state, words, cu_seqlens, caption_state, region_lengths)
+
+    def attention(self, image: Tensor, words: Tensor) -> Attention:
+        """What the scorer, in evaluation mode, attends to in one image [R, D] and one caption [W, D].
+
+        Raises:
+            NotImplementedError: it weighs nothing, or cannot tell.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no attention weights to show")
 
     def matched(self, image: Tensor, words: Tensor, cu_seqlens: Tensor, region_lengths: Tensor | None = None) -> Tensor:
         """Scores [B] of image i with caption i, as on the diagonal of `forward`, without the other B (B - 1) pairs.
@@ -142,6 +168,16 @@ class CrossAttentionScore(PairScorer):
     ) -> Tensor:
         (image,) = image_state
         return cross_attention_score(image, words, cu_seqlens, region_lengths=region_lengths, **self.options)
+
+    def attention(self, image: Tensor, words: Tensor) -> Attention:
+        """`regions` (t2i) or `words` (i2t), and the `cosines` [W] or [R] of the queries with what they attend to."""
+        t2i, options = self.options["direction"] == "t2i", self.options
+        query, context = (words, image) if t2i else (image, words)
+        affinity = affinity_norm(query @ context.t(), options["affinity_norm"], dim=0)  # [queries, contexts]
+        weight = (options["scale"] * affinity).softmax(1)
+        cosines = nn.functional.cosine_similarity(query, weight @ context)
+        score = pooled(cosines, options["pool"], options["pool_scale"], 0)
+        return Attention(float(score), {"regions" if t2i else "words": weight, "cosines": cosines})
 
 
 class GraphReasoning(nn.Module):

@@ -5,15 +5,12 @@ import math
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from itm_fast.cli import _comparison, _picture, demo, main
 from itm_fast.data import Vocabulary, encode_caption, open_split
 from itm_fast.data.openclipart import FOLDER, VOCABULARY
 from itm_fast.evaluation import metrics
-from itm_fast.models._saf_attention import saf_attention
-from itm_fast.models.sgraf import EncoderSimilarity
 
 
 def run(tmp_path, *options):
@@ -83,22 +80,6 @@ def test_bad_options_are_a_sentence(tmp_path, capsys, options, sentence):
     assert sentence in captured.err
     assert "Traceback" not in captured.err
     assert not list(tmp_path.iterdir())
-
-
-def test_attention_is_the_models_own():
-    torch.manual_seed(0)
-    scorer = EncoderSimilarity(16, 8, "SAF").eval()
-    scorer.SAF_module.bn.running_mean.fill_(0.3)
-    image = torch.nn.functional.normalize(torch.randn(36, 16), dim=1)
-    words = torch.nn.functional.normalize(torch.randn(7, 16), dim=1)
-    found = saf_attention(scorer, image, words)
-    with torch.no_grad():
-        expected = scorer(image[None], words, torch.tensor([0, 7])).item()
-    assert found.score == pytest.approx(expected, abs=1e-6)
-    assert found.regions.sum(1).numpy() == pytest.approx(np.ones(7), abs=1e-5)
-    assert float(found.nodes.sum()) == pytest.approx(1, abs=1e-5)
-    with pytest.raises(ValueError, match="must be SAF"):
-        saf_attention(EncoderSimilarity(16, 8, "SGR").eval(), image, words)
 
 
 def test_answers_that_only_rounding_tells_apart_count_as_wrong_on_both_sides():

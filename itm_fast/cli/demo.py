@@ -202,7 +202,6 @@ def _query(model: Any, image_state: Any, vocabulary: Vocabulary, text: str, righ
 
     from ..data import encode_caption, tokenize
     from ..data.openclipart import thumbnails
-    from ..models._saf_attention import saf_attention
     from ._picture import Query
 
     ids = torch.tensor([encode_caption(text, vocabulary)], device=image_state[0].device)
@@ -211,8 +210,8 @@ def _query(model: Any, image_state: Any, vocabulary: Vocabulary, text: str, righ
         words = model.txt_enc(ids, [ids.shape[1]])[0]
         bounds = torch.tensor([0, len(words)], dtype=torch.int32, device=words.device)
         score = model.scorer.score(image_state, words, bounds, model.scorer.caption_state(words, bounds))[:, 0]
-    order = score.argsort(descending=True, stable=True).tolist()
-    attention = saf_attention(model.scorer, image_state[0][order[0]], words)
+        order = score.argsort(descending=True, stable=True).tolist()
+        attention = model.scorer.attention(image_state[0][order[0]], words)
     place = None if right is None else order.index(right)
     count = f"{len(order):,}"
     note = f"score of the first of {count} pictures: {attention.score:.2f}"
@@ -224,6 +223,6 @@ def _query(model: Any, image_state: Any, vocabulary: Vocabulary, text: str, righ
         results=thumbnails(order[:RESULTS]),
         right=place if place is not None and place < RESULTS else None,
         words=["whole picture", "<start>", *known, "<end>"],
-        weights=attention.nodes.cpu().numpy(),
-        regions=attention.regions.cpu().numpy(),
+        weights=attention.weights["nodes"].cpu().numpy(),
+        regions=attention.weights["regions"].cpu().numpy(),
     )

@@ -28,6 +28,7 @@ __all__ = [
     "DualEncoder",
     "Loaded",
     "Matcher",
+    "attention",
     "build",
     "load",
     "model_class",

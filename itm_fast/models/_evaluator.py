@@ -180,4 +180,3 @@ def evalrank(
         print(f"Average {name} Recall: {sum(side.recalls) / 3:.1f}")
         print(f"{title}: " + " ".join(f"{x:.1f}" for x in (*side.recalls, side.medr, side.meanr)))
     return numbers
-

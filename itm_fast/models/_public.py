@@ -2,6 +2,7 @@
 
 # ruff: noqa: F401
 
+from ._attend import attention
 from ._building import build, model_class
 from ._common import Matcher
 from ._load import Loaded, load

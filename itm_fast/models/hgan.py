@@ -27,7 +27,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .._workspace import scratch_bytes
-from ..nn import PairScorer, State
+from ..nn import Attention, CrossAttentionScore, PairScorer, State
 from ..ops import cross_attention_score, global_local_score
 from ..packing import bounds, spans
 from ._common import l2norm, real_rows, sums
@@ -317,8 +317,35 @@ class HierarchicalAlignment(GlobalVectors):
         assert isinstance(total, Tensor)
         return total
 
+    def attention(self, image: Tensor, words: Tensor) -> Attention:
+        """`regions`, `words`, and what the global vectors attend to: `image_words` [W] and `caption_regions` [R]."""
+        cu_seqlens = torch.tensor([0, len(words)], dtype=torch.int32, device=words.device)
+        (_, regions, image_global), (rows, caption_global) = (
+            self.image_state(image[None]), self.caption_state(words, cu_seqlens)
+        )  # fmt: skip
+        weights, total = {}, 0.0
+        for name, direction, scale, share in (
+            ("regions", "t2i", self.scale_t2i, self.share_local),
+            ("words", "i2t", self.scale_i2t, 1 - self.share_local),
+        ):
+            one = CrossAttentionScore(direction, scale=scale, pool="mean").attention(regions[0], rows)
+            weights[name] = one.weights[name]
+            total += self.levels[0] * share * one.score
+        for name, vector, others, share in (
+            ("image_words", image_global[0], rows, self.share_global),
+            ("caption_regions", caption_global[0], regions[0], 1 - self.share_global),
+        ):
+            weights[name] = (self.scale_global * _cosine(vector, others)).softmax(0)
+            total += self.levels[1] * share * float(_cosine(vector, weights[name] @ others))
+        total += self.levels[2] * float(_cosine(image_global[0], caption_global[0]))
+        return Attention(total, weights)
+
     def _global_local(self, vector: Tensor, rows: Tensor, edge: Tensor) -> Tensor:
         return global_local_score(vector, rows, edge, scale=self.scale_global)
+
+
+def _cosine(x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.cosine_similarity(x, y, dim=-1)
 
 
 class HGAN(SGRAF):

@@ -20,8 +20,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..nn import PairScorer, State, xavier_
+from ..nn import Attention, PairScorer, State, xavier_
 from ..ops import _recompute, attended_vectors, cross_attention_score
+from ..ops._attention import affinity_norm
 from ._common import OwnKeys, PaddedScorer, choice, encode_text, l2norm, without_padding
 from ._pair_blocks import blocks, mean_over_queries
 from ._rows import linear, sigmoid
@@ -117,6 +118,26 @@ class IterativeMatching(PaddedScorer):
             total = found if total is None else total + found
         assert total is not None
         return total
+
+    def attention(self, image: Tensor, words: Tensor) -> Attention:
+        """`regions` and `words` of the last step, and of all steps, `regions_by_step` [K, W, R], `words_by_step`."""
+        weights: dict[str, Tensor] = {}
+        total = 0.0
+        for direction in MODES[self.model_mode]:
+            name, first, context = ("regions", words, image) if direction == "t2i" else ("words", image, words)
+            update, gate = getattr(self, f"linear_{direction}"), getattr(self, f"gate_{direction}")
+            query, steps = first, []
+            for _ in range(self.iteration_step):
+                affinity = affinity_norm(query @ context.t(), NORM, dim=0)
+                steps.append((self.lambda_softmax * affinity).softmax(1))
+                attended = steps[-1] @ context
+                total += float(_cosine(first, attended).mean())
+                both = torch.cat([query, attended], 1)
+                g = gate(both).sigmoid()
+                query = g * query + (1 - g) * update(both).tanh()
+                query = query if self.no_IMRAM_norm else l2norm(query)
+            weights |= {name: steps[-1], f"{name}_by_step": torch.stack(steps)}
+        return Attention(total, weights)
 
     def _later(self, direction: str, image, words, cu_seqlens, region_lengths) -> Tensor:
         """s_2 + ... + s_K of all pairs."""

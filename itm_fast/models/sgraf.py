@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .._share import share
 from .._workspace import GIB, scratch_bytes, workspace
-from ..nn import GraphReasoning, PairScorer, SimilarityFilter, SimilarityGraph, State, xavier_
+from ..nn import Attention, GraphReasoning, PairScorer, SimilarityFilter, SimilarityGraph, State, xavier_
 from ..ops import (
     hardest_negative_loss,
     similarity_filter_score,
@@ -32,6 +32,7 @@ from ._common import Dropout, Matcher, choice, encode_text, l1norm, l2norm, requ
 from ._evaluator import AverageMeter, LogCollector, encode_data, evalrank
 from ._recall import i2t, t2i
 from ._self_attention import GlobalVectors, TextSA, VisualSA
+from ._sgraf_attention import similarity_attention
 from .scan import EncoderImagePrecomp as EncoderImage
 from .scan import cosine_similarity, func_attention
 
@@ -211,6 +212,10 @@ class EncoderSimilarity(GlobalVectors):
         limit = scratch_bytes(words.device) // 2
         with workspace(limit / GIB):
             return self._score_together(*states, limit)
+
+    def attention(self, image: Tensor, words: Tensor) -> Attention:
+        """`regions`, `nodes` and, of SGR, `edges`: see `itm_fast.attention`."""
+        return similarity_attention(self, SMOOTH, image, words)
 
     def _score_pairs(self, score, head, image_state, words, cu_seqlens, caption_state, region_lengths) -> Tensor:
         """Score with one op, for which all pairs are independent."""

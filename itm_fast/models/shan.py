@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..nn import PairScorer, State
+from ..nn import Attention, PairScorer, State
 from ..ops import hierarchical_alignment_score
 from ._catalogue import CATALOGUE
 from ._common import PaddedScorer, choice, encode_text, l2norm, without_padding
@@ -227,6 +227,41 @@ class EncoderSimilarity(PaddedScorer):
             image, image_key, image_gate, words, word_key, word_gate, cu_seqlens, image_pool, caption_pool,
             region_lengths=region_lengths, **self.options,
         ).to(words.dtype)  # fmt: skip
+
+    def attention(self, image: Tensor, words: Tensor) -> Attention:
+        """`regions` and `words` (equations 4 and 5), and the share of each word and region in the caption's and the
+        image's context vector, `word_pool` [W] and `region_pool` [R] (equation 9)."""
+        cu_seqlens = torch.tensor([0, len(words)], dtype=torch.int32, device=words.device)
+        _, keys, gates = (x[0] for x in self.image_state(image[None]))
+        word_keys, word_gates = self.caption_state(words, cu_seqlens)
+        affinity = self.options["scale"] * (keys @ word_keys.t())  # [R, W]
+        weights: dict[str, Tensor] = {}
+        local, overall, vectors = [], [], {"region": image.mean(0), "word": words.mean(0)}
+        for side, alpha, mine, others, gate in (
+            ("region", affinity.softmax(1), image, words, lambda alpha: gates[:, 0] + alpha @ word_gates[:, 0]),
+            ("word", affinity.t().softmax(1), words, image, lambda alpha: word_gates[:, 1] + alpha @ gates[:, 1]),
+        ):
+            pool = getattr(self, {"region": "image_pool", "word": "caption_pool"}[side], None)
+            if pool is None:
+                continue
+            attended, g = alpha @ others, gate(alpha).sigmoid()
+            fused = g * mine + (1 - g) * attended
+            share = (fused @ pool.weight[0]).softmax(0)
+            context = share @ fused
+            found = _cosine(context, others).softmax(0) @ others
+            r = _cosine(mine, attended)
+            local.append(r.mean() if self.options["pool"] == "mean" else r.sum())
+            overall.append(_cosine(context, found))
+            vectors[side] = context + found
+            weights |= {{"region": "words", "word": "regions"}[side]: alpha, f"{side}_pool": share}
+        score = _cosine(vectors["region"], vectors["word"])
+        for terms, mix in ((local, self.options["local_mix"]), (overall, self.options["global_mix"])):
+            score = score + (terms[0] if len(terms) == 1 else mix * terms[0] + (1 - mix) * terms[1])
+        return Attention(float(score), weights)
+
+
+def _cosine(x: Tensor, y: Tensor) -> Tensor:
+    return nn.functional.cosine_similarity(x, y, dim=-1)
 
 
 class SHAN(SGRAF):

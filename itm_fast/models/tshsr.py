@@ -25,12 +25,14 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from .._workspace import GIB, scratch_bytes, workspace
-from ..nn import PairScorer, SimilarityGraph, State, xavier_
+from ..nn import Attention, PairScorer, SimilarityGraph, State, xavier_
 from ..ops import _recompute, cross_attention_similarity, similarity_context, similarity_graph
+from ..ops._attention import affinity_norm
 from ..packing import bounds, region_counts, spans
 from ._common import l2norm
 from ._rows import linear, sigmoid
 from ._self_attention import GlobalVectors
+from ._sgraf_attention import graph_attention
 from .sgraf import SGRAF
 
 NAME = "TwoStreamReasoning"
@@ -131,6 +133,29 @@ class TwoStreamReasoning(GlobalVectors):
         ]  # fmt: skip
         axes = "IINT" + "." * (len(tensors) - 4)
         return _recompute.score(self._cut, axes, tensors, cu_seqlens, region_lengths)
+
+    def attention(self, image: Tensor, words: Tensor) -> Attention:
+        """`regions` of the stream t2i, `words` of i2t, and the edges of their K steps over the M nodes, in the order
+        s_g, X^0, X^1, X^2: `edges_t2i` [K, M, M], `edges_i2t`."""
+        cu_seqlens = torch.tensor([0, len(words)], dtype=torch.int32, device=words.device)
+        (_, image_global), (caption_global,) = self.image_state(image[None]), self.caption_state(words, cu_seqlens)
+        overall = l2norm(self.sim_tranglo_w((image_global - caption_global).square()))
+        weights: dict[str, Tensor] = {}
+        total = 0.0
+        for name, stream, query, context, scale in (
+            ("regions", self.t2i, words, image, self.scale_t2i),
+            ("words", self.i2t, image, words, self.scale_i2t),
+        ):
+            weight = (scale * affinity_norm(query @ context.t(), "clipped_l2norm", dim=0)).softmax(1)
+            level = l2norm(stream.sim_tranloc_w((l2norm(weight @ context) - query).square()))
+            nodes = [overall, level]
+            for assignment in stream.context:
+                level = assignment(level).softmax(0).t() @ level
+                nodes.append(level)
+            logit, edges = graph_attention(stream.graph, stream.sim_eval_w, torch.cat(nodes))
+            weights |= {name: weight, f"edges_{'t2i' if name == 'regions' else 'i2t'}": edges}
+            total += float(logit.sigmoid()) / 2
+        return Attention(total, weights)
 
     def _cut(self, backward: bool, *args) -> Iterator[_recompute.Block]:
         """Yield blocks: images that have the same number of regions, with some captions."""

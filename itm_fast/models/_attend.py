@@ -1,0 +1,64 @@
+"""`itm_fast.attention`: what a trained model attends to in an image and a caption."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..nn import Attention
+from ._common import Matcher
+
+if TYPE_CHECKING:
+    from ..data import Vocabulary
+
+
+@torch.no_grad()
+def attention(model: Matcher, image: Tensor | np.ndarray[Any, Any], caption: str, vocab: Vocabulary) -> Attention:
+    """What a model attends to in one image and one caption.
+
+    Args:
+        model: a trained model of `itm_fast.models`, in evaluation mode.
+        image: features [R, F], without regions that are padding.
+        caption: text.
+        vocab: the vocabulary that the model was trained with.
+
+    Returns:
+        `itm_fast.nn.Attention`: the weights by name, the pair's score that follows from them, and the tokens. SCAN has
+        `regions` [W, R] (t2i) or `words` [R, W] (i2t). SGR and SAF have `regions` and `nodes` [1 + W], the share of the
+        whole picture and of each word in the score: SAF's gates, and in SGR what its last step takes; SGR has all
+        steps' `edges` [K, 1 + W, 1 + W] too. SHAN has `regions`, `words` and the shares of words and regions in its
+        context vectors, `word_pool` [W] and `region_pool` [R]. Other models: `attention` of their pair scorer.
+
+    Raises:
+        ValueError: the image has another shape, the caption is empty, or the model is in training mode.
+        NotImplementedError: the model weighs nothing.
+
+    >>> import itm_fast
+    >>> from itm_fast.data import open_split
+    >>> from itm_fast.data.openclipart import CHECKPOINTS, FOLDER
+    >>> loaded = itm_fast.models.load(CHECKPOINTS["saf"], "cpu")
+    >>> features = open_split(FOLDER, "test").features
+    >>> found = itm_fast.attention(loaded.model, features[:1][0], "a red apple", loaded.vocab)
+    >>> found.tokens
+    ('<start>', 'a', 'red', 'apple', '<end>')
+    >>> [(name, list(weights.shape)) for name, weights in found.weights.items()]
+    [('regions', [5, 36]), ('nodes', [6])]
+    """
+    from ..data import encode_caption, tokenize
+
+    features = torch.as_tensor(np.asarray(image) if not isinstance(image, Tensor) else image, dtype=torch.float32)
+    if features.dim() != 2 or not len(features):
+        raise ValueError(f"attention: image must be the features [R, F] of one image, got {list(features.shape)}")
+    if not caption.strip():
+        raise ValueError("attention: the caption is empty")
+    if any(part.training for part in model.modules):
+        raise ValueError("attention: the model is in training mode, in which dropout is drawn; call model.val_start()")
+    tokens = ("<start>", *tokenize(caption), "<end>")
+    ids = torch.tensor([encode_caption(caption, vocab)], device=model.device)
+    regions = model.img_enc(features[None].to(model.device))[0]
+    words = model.txt_enc(ids, [ids.shape[1]])[0]  # type: ignore[attr-defined]
+    return replace(model.scorer.attention(regions, words.reshape(-1, words.shape[-1])), tokens=tokens)  # type: ignore[attr-defined]
