@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,8 +16,9 @@ from torch import Tensor
 
 from . import _torchrun
 
-_PATIENCE = timedelta(days=1)  # others wait while rank 0 validates; torchrun notices processes that have ended
+_PATIENCE = timedelta(days=1)  # others wait while rank 0 writes files; torchrun notices processes that have ended
 Made = TypeVar("Made")
+Number = TypeVar("Number", int, float)
 
 
 @dataclass(frozen=True)
@@ -39,13 +41,23 @@ class Ranks:
         """Whether this process prints, and writes all files."""
         return self.rank == 0
 
-    def most(self, value: int) -> int:
-        """The largest value of any process."""
+    def most(self, value: Number, meanwhile: Callable[[], None] | None = None) -> Number:
+        """The largest value of any process.
+
+        Args:
+            value: of this process.
+            meanwhile: called ten times a second while other processes have not come so far; signals are handled then.
+        """
         if self.world == 1:
             return value
-        found = torch.tensor(value)
-        dist.all_reduce(found, dist.ReduceOp.MAX)
-        return int(found)
+        found = torch.tensor(float(value), dtype=torch.float64)
+        work = dist.all_reduce(found, dist.ReduceOp.MAX, async_op=meanwhile is not None)
+        while meanwhile is not None and not work.is_completed():
+            meanwhile()
+            time.sleep(0.1)
+        if work is not None:
+            work.wait()
+        return type(value)(found.item())
 
     def same(self, what: str, value: Any) -> None:
         """Refuse a value that is not the same in all processes.
@@ -80,6 +92,16 @@ class Ranks:
             return found[0]
         finally:
             dist.broadcast_object_list(found, 0)
+
+    def to_first(self, value: Made) -> list[Made] | None:
+        """The values of all processes, in the process of rank 0; None in the others."""
+        found: list[Any] | None = [None] * self.world if self.first else None
+        dist.gather_object(value, found)
+        return found
+
+    def store(self, name: str) -> dist.Store:
+        """The store that the processes share, for keys that begin with this name."""
+        return dist.PrefixStore(name, dist.distributed_c10d._get_default_store())
 
     def gather(self, x: Tensor, counts: Sequence[int]) -> Tensor:
         """The rows of all processes, one process after another; differentiable.

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import os
 import signal
+import time
 import traceback
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -16,7 +18,13 @@ from training_cases import SMALL, TRAIN, WORDS, run_tiny
 import itm_fast
 from itm_fast._ranks import Ranks
 from itm_fast.data import Split, TrainingBatches
+from itm_fast.evaluation import Encoded, memory
+from itm_fast.evaluation.matrix_free import blocks_of
+from itm_fast.evaluation.rankings import rankings_of
+from itm_fast.evaluation.tally import Asked
+from itm_fast.evaluation.together import count_together
 from itm_fast.models import build
+from itm_fast.nn import CrossAttentionScore
 from itm_fast.training import loop, options
 from itm_fast.training.losses import batch_loss
 
@@ -112,6 +120,66 @@ def runs(folder: Path, ranks: Ranks) -> dict:
     return found
 
 
+class ByBlock(CrossAttentionScore):
+    """Other last bits in blocks of another shape, as a backend may give them."""
+
+    def score(self, image_state, words, *rest):
+        return super().score(image_state, words, *rest) * (1 + 1e-6 * ((len(words) + len(image_state[0])) % 7))
+
+
+class Slow(CrossAttentionScore):
+    def score(self, *given):
+        time.sleep(0.05)
+        return super().score(*given)
+
+
+SCORERS = {
+    "two scorers": [CrossAttentionScore("t2i"), CrossAttentionScore("i2t", pool="mean")],
+    "bits by block": [ByBlock()],
+}
+BLOCK = (5, 7)  # images and captions of a block
+
+
+def embedded(images: int = 20, captions: int = 50) -> Encoded:
+    """Unit embeddings; some captions and some images are equal, and some images have no caption."""
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 9, captions)
+    lengths[::5] = 4
+    edges = np.concatenate([[0], np.cumsum(lengths)])
+    normal = torch.Generator().manual_seed(0)
+    image, words = torch.randn(images, 6, 8, generator=normal), torch.randn(int(edges[-1]), 8, generator=normal)
+    image[::4] = image[0]
+    for t in range(10, captions, 10):
+        words[edges[t] : edges[t] + 4] = words[:4]
+    unit = [torch.nn.functional.normalize(x, dim=-1) for x in (image, words)]
+    owner = rng.integers(0, images, captions)
+    return Encoded(unit[0], None, unit[1], torch.from_numpy(edges).int(), owner)
+
+
+def ranked(scorers, ranks: Ranks) -> tuple[list, int]:
+    """All arrays of the rankings, in the process of rank 0, and how many blocks this process has scored."""
+    counted = []
+    with mock.patch.dict(memory._BLOCK, cpu=BLOCK), blocks_of(scorers, [embedded()] * len(scorers)) as blocks:
+        tally = blocks.begin(Asked(folds=2, best=3)) if ranks.first else None
+        tally = count_together(blocks, tally, ranks, progress=False, after=lambda mine: counted.append(mine.done.sum()))
+    return [] if tally is None else arrays_of(tally), int(counted[-1])
+
+
+def arrays_of(tally) -> list[np.ndarray]:
+    found = []
+    for one in rankings_of(tally):
+        for counts in (one.counts, *one.folds):
+            found += [*counts.i2t, *counts.t2i, counts.query_images]
+        found += [array for side in ("i2t", "t2i") for array in one.best[side]]
+    return found
+
+
+def evaluations(ranks: Ranks) -> dict:
+    found = {name: ranked(scorers, ranks) for name, scorers in SCORERS.items()}
+    found["slow"] = ranked([(Slow if ranks.rank == ranks.world - 1 else CrossAttentionScore)()], ranks)
+    return found
+
+
 def caught(function) -> str:
     try:
         return f"returned {function()}"
@@ -124,8 +192,8 @@ def work(rank: int, world: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/group", rank=rank, world_size=world)
     ranks = Ranks(rank, world)
     try:
-        found = {"gradients": all_gradients(ranks)}
-        torch.save(found, folder / f"gradients{rank}")
+        torch.save({"gradients": all_gradients(ranks)}, folder / f"gradients{rank}")
+        torch.save(evaluations(ranks), folder / f"evaluations{rank}")
         torch.save(runs(folder, ranks), folder / f"runs{rank}")
     except BaseException:
         (folder / f"error{rank}").write_text(traceback.format_exc())

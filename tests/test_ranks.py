@@ -6,10 +6,11 @@ import os
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
-from ranks_cases import CASES, MODELS, all_gradients, gradients, work
+from ranks_cases import CASES, MODELS, all_gradients, evaluations, gradients, work
 from training_cases import DEV, TRAIN, assert_same_run, log_rows, run_tiny, tensors_of
 
 from itm_fast import _torchrun
@@ -71,6 +72,22 @@ def test_a_batch_encoded_in_parts_has_the_same_gradients(alone, name):
     difference = [a - b for a, b in zip(parts["gradients"], whole["gradients"], strict=True)]
     assert norm(difference) <= 1e-12 * norm(whole["gradients"])
     assert torch.equal(parts["random"], whole["random"])
+
+
+@pytest.mark.slow
+def test_an_evaluation_has_the_bits_of_one_process(together):
+    count, folder, _, _ = together
+    found = [torch.load(folder / f"evaluations{rank}", weights_only=False) for rank in range(count)]
+    blocks = 4 * 7  # of 20 images and 46 distinct captions
+    for name, (wanted, all_blocks) in evaluations(Ranks()).items():
+        assert all_blocks == blocks
+        mine, counted = found[0][name]
+        assert len(mine) == len(wanted) > 10
+        assert all(np.array_equal(a, b) for a, b in zip(mine, wanted, strict=True))
+        assert sum(each[name][1] for each in found) == blocks
+        assert not any(each[name][0] for each in found[1:])
+    assert wanted[6].any(), "no captions have images with equal scores"
+    assert found[-1]["slow"][1] < blocks / 2 / count, "the slow process has taken as many blocks as the others"
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +76,7 @@ class BlockScorer:
 
 
 def score_blocks(
-    scorers: Sequence[BlockScorer], numbers: Sequence[int]
+    scorers: Sequence[BlockScorer], numbers: Iterable[int]
 ) -> Iterator[tuple[int, slice, slice, list[NDArray[np.float32]]]]:
     """Yield these blocks of the plan, which all scorers share: number, rows, columns, and the scores of each scorer.
 

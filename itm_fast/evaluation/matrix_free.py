@@ -9,7 +9,7 @@ band around the scores of right pairs, so that the ranks are those of the matrix
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from .scoring import columns_of, plan_encoded, with_equal_captions
 from .tally import Asked, Tally
 
 _GROUP = 16  # images that are scored together with their own captions, in the first pass
-_WIDER = 16  # how much wider than the largest difference seen a band is made; it costs little
+WIDER = 16  # how much wider than the largest difference seen a band is made; it costs little
 
 
 def rank_all(
@@ -115,15 +115,18 @@ class Blocks:
         self._captions_of = _ByKey(column, self.plan.distinct)
 
     def begin(
-        self, asked: Asked, identity: Mapping[str, str] | None = None, about: Mapping[str, Any] | None = None
+        self,
+        asked: Asked | None = None,
+        identity: Mapping[str, str] | None = None,
+        about: Mapping[str, Any] | None = None,
     ) -> Tally:
         """Score the right pairs; return a tally of no block. Arguments as for `Tally`."""
-        images = self.plan.images
+        images, asked = self.plan.images, asked or Asked()
         Tally([], self._owner, images, 0, asked)  # refuses folds that do not fit before anything is scored
         right = _with_mean(_right_scores(self.members, self._owner, self._column, _ByKey(self._owner, images)))
         return Tally(right, self._owner, images, self.plan.blocks, asked, identity, about=about)
 
-    def add(self, tally: Tally, numbers: Sequence[int]) -> Iterator[int]:
+    def add(self, tally: Tally, numbers: Iterable[int]) -> Iterator[int]:
         """Score these blocks and add them to the tally; yield the number of each.
 
         Raises:
@@ -167,7 +170,7 @@ class Blocks:
                         after(tally)
                     return tally
                 except BandExceeded as exceeded:
-                    tally = tally.widened(_WIDER * exceeded.difference)
+                    tally = tally.widened(WIDER * exceeded.difference)
 
     def _pieces(
         self, columns: slice, scores: list[NDArray[np.float32]]

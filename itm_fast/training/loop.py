@@ -31,6 +31,7 @@ from .vectors import word_vectors
 
 if TYPE_CHECKING:
     from ..data import Batch, Split, Vocabulary
+    from ..evaluation import Metrics
 
 _SAVE_EVERY = 600.0  # seconds after which resume.pt is written again within an epoch
 
@@ -126,7 +127,7 @@ class Run:
             while self.epoch < self.opt.num_epochs and not reached:
                 reached = self._train_epoch(max_steps)
                 self._save_resume()
-                self.stop.at_once = self.ranks.first
+                self.stop.at_once = True
                 self._validate(decide=True)
                 self.stop.at_once = False
                 if self.step >= self.steps:
@@ -211,19 +212,29 @@ class Run:
 
     def _validate(self, *, decide: bool) -> None:
         """Evaluate the dev split and log the result; with `decide`, also write the checkpoints of this epoch."""
+        found = self._dev_metrics()
 
         def on_first() -> tuple[float | None, int | None]:
-            self._validate_here(decide)
+            assert found is not None
+            self._record(found, decide)
             return self.best_rsum, self.best_epoch
 
         self.best_rsum, self.best_epoch = self.ranks.on_first(on_first)
 
-    def _validate_here(self, decide: bool) -> None:
-        from ..evaluation import encode, metrics, score_all
+    def _dev_metrics(self) -> Metrics | None:
+        """Evaluate the dev split, by all processes together; None in those that are not of rank 0."""
+        from ..evaluation import encode
+        from ..evaluation.matrix_free import blocks_of
+        from ..evaluation.rankings import rankings_of
+        from ..evaluation.together import count_together
 
         encoded = encode(self.model, self.dev_split, self.vocabulary, progress=self.progress)
-        score = score_all(self.model.scorer, encoded, progress=self.progress)
-        found = metrics(score, encoded.caption_to_image)
+        with blocks_of([self.model.scorer], [encoded]) as blocks:
+            begun = blocks.begin() if self.ranks.first else None
+            tally = count_together(blocks, begun, self.ranks, progress=self.progress)
+        return None if tally is None else rankings_of(tally)[0].metrics()
+
+    def _record(self, found: Metrics, decide: bool) -> None:
         epoch = self.epoch + 1
         self.log.add(epoch, self.iterations, dev_values(found))
         if decide:

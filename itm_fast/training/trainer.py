@@ -54,7 +54,7 @@ def train(
     If torchrun started several processes, or torch.distributed has a process group, all of them call this function with
     the same arguments and train one model together. Each batch is divided among them, and every caption has its
     negatives in the whole batch. Losses, gradients and random numbers are those of one process, apart from rounding, so
-    the number of processes may change when a run is resumed. The process of rank 0 validates and writes; all must see
+    the number of processes may change when a run is resumed. The process of rank 0 writes all files; all must see
     the data and `output`.
 
     Args:

@@ -1,0 +1,151 @@
+"""Count the blocks of one evaluation by several processes, which take the blocks from a shared queue.
+
+A block is counted by whichever process is free, and tallies of blocks add up to the same bits in any order. So the
+result is that of one process, for any number of processes, also if some are slower than others.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from .._ranks import Ranks
+from .counters import BandExceeded
+from .matrix_free import WIDER, Blocks
+from .tally import Tally, named_blocks
+
+_evaluations = itertools.count()  # all processes count alike, so each evaluation has a queue of its own
+
+
+def count_together(
+    blocks: Blocks,
+    tally: Tally | None,
+    ranks: Ranks,
+    *,
+    progress: bool = True,
+    after: Callable[[Tally], None] = lambda _: None,
+) -> Tally | None:
+    """Add all blocks that a tally lacks, each by one of the processes; all must call this.
+
+    Args:
+        blocks: the blocks of the same evaluation in every process.
+        tally: in the process of rank 0, what is added to; None in the others.
+        ranks: the processes.
+        progress: show one bar, of all processes together, on standard error of the process of rank 0.
+        after: called after each block with what this process has counted; in the process of rank 0 that is `tally`.
+            Called once more when it waits for the others.
+
+    Returns:
+        In the process of rank 0 the tally of all blocks, which is another one if it had to begin again with a wider
+        band; None in the others.
+
+    Raises:
+        RuntimeError: another process has ended.
+    """
+    if ranks.world == 1:
+        assert tally is not None
+        return blocks.all(tally, progress=progress, after=after)
+    mine, lacking = _shared_out(tally, ranks)
+    while True:
+        exceeded = _count(blocks, mine, lacking, ranks, progress, after)
+        if not exceeded:
+            break
+        mine = mine.widened(WIDER * exceeded)
+        lacking = list(range(blocks.plan.blocks))
+    found = ranks.to_first(_bytes(mine) if ranks.rank else b"")
+    if found is None:
+        return None
+    for other in found[1:]:
+        mine.merge(Tally.load(io.BytesIO(other)))
+    if not mine.done.all():
+        raise RuntimeError(f"{named_blocks(~mine.done)} of {len(mine.done)} were counted by no process")
+    return mine
+
+
+def _shared_out(tally: Tally | None, ranks: Ranks) -> tuple[Tally, list[int]]:
+    """What this process adds to, and the numbers of the blocks that are to be counted."""
+
+    def first() -> tuple[bytes, list[int]]:
+        assert tally is not None
+        band = tally.counters[0].band
+        args = tally.right, tally.owner, tally.images, len(tally.done), tally.asked, tally.identity, band, tally.about
+        return _bytes(Tally(*args)), (~tally.done).nonzero()[0].tolist()
+
+    empty, lacking = ranks.on_first(first)
+    return Tally.load(io.BytesIO(empty)) if tally is None else tally, lacking
+
+
+def _count(
+    blocks: Blocks,
+    mine: Tally,
+    lacking: Sequence[int],
+    ranks: Ranks,
+    progress: bool,
+    after: Callable[[Tally], None],
+) -> float:
+    """Count blocks until the queue is empty in all processes; return how far a band was exceeded, 0 if it was not."""
+    from tqdm import tqdm
+
+    queue = _Queue(ranks, blocks, lacking)
+    total, exceeded = queue.pairs(range(blocks.plan.blocks)), 0.0
+    begun = total - queue.pairs(lacking)
+    show = progress and ranks.first
+    with tqdm(total=total, initial=begun, desc="scores", unit="pair", unit_scale=True, disable=not show) as bar:
+
+        def refresh() -> None:
+            if show:
+                bar.update(begun + queue.counted() - bar.n)
+
+        try:
+            for number in blocks.add(mine, queue):
+                queue.finished(number)
+                refresh()
+                after(mine)
+        except BandExceeded as error:
+            exceeded = error.difference
+            queue.stop()
+        else:
+            after(mine)
+        exceeded = ranks.most(exceeded, meanwhile=refresh)
+        refresh()
+    return exceeded
+
+
+class _Queue:
+    """Numbers of blocks, each of which one process gets, those with the longest captions first.
+
+    The last blocks are then short ones, and all processes end at about the same time.
+    """
+
+    def __init__(self, ranks: Ranks, blocks: Blocks, numbers: Sequence[int]) -> None:
+        self._plan, self._each = blocks.plan, len(blocks.members)
+        self._store = ranks.store(f"itm_fast/evaluation {next(_evaluations)}")
+        # Columns are sorted by length, and numbers go row by row.
+        self._numbers = sorted(numbers, key=lambda number: (self._plan.block(number)[1].start, number))
+
+    def __iter__(self) -> Iterator[int]:
+        while (ticket := self._store.add("tickets", 1)) <= len(self._numbers):
+            yield self._numbers[ticket - 1]
+
+    def stop(self) -> None:
+        """Let no process take another number."""
+        self._store.add("tickets", len(self._numbers))
+
+    def pairs(self, numbers: Sequence[int] | range) -> int:
+        """Pairs that are scored for these blocks, by all scorers."""
+        return sum(self._plan.pairs_of(number) for number in numbers) * self._each
+
+    def finished(self, number: int) -> None:
+        self._store.add("pairs", self.pairs([number]))
+
+    def counted(self) -> int:
+        """Pairs of the blocks that all processes have finished."""
+        return self._store.add("pairs", 0)
+
+
+def _bytes(tally: Tally) -> bytes:
+    file: Any = io.BytesIO()
+    tally.save(file)
+    return file.getvalue()
