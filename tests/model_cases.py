@@ -8,10 +8,11 @@ import torch
 from sgraf_cases import LENGTHS, D, R, S
 from torch import Tensor, nn
 
-from itm_fast.models import hgan, imram, sgraf, shan, tshsr
+from itm_fast.models import hgan, imram, rcar, sgraf, shan, tshsr
 from itm_fast.testing import hgan as hgan_loop
 from itm_fast.testing import imram as imram_loop
 from itm_fast.testing import op_checks
+from itm_fast.testing import rcar as rcar_loop
 from itm_fast.testing import sgraf as sgraf_loop
 from itm_fast.testing import shan as shan_loop
 from itm_fast.testing import tshsr as tshsr_loop
@@ -103,6 +104,18 @@ def of_imram(**options: Any) -> Model:
     return Model("attended_vectors", make, enlarge, lambda _: (imram_loop.loop, options), silent_ways(options), False)
 
 
+def of_rcar(**options: Any) -> Model:
+    def make(D: int, S: int) -> nn.Module:
+        return rcar.RegulatedMatching(D, S, **options)
+
+    def run(module: Any) -> tuple[Callable[..., Tensor], dict[str, Any]]:
+        names = "attn_type", "self_regulator", "step", "smooth"
+        return rcar_loop.loop, {name: getattr(module, name) for name in names}
+
+    silent = ("rar_v_w.0.bias", *(("sim_eval_w",) if options.get("self_regulator") == "only_rcr" else ()))
+    return Model("attended_vectors", make, {"rcr": 2.0, "rar": 3.0, "sim_eval_w": 4.0}, run, silent)
+
+
 def silent_ways(options: dict[str, Any]) -> tuple[str, ...]:
     """The weights of the direction that a mode does not use."""
     return {"text_IMRAM": ("i2t",), "image_IMRAM": ("t2i",)}.get(options.get("model_mode", ""), ())
@@ -151,9 +164,11 @@ MODELS = {
     "TSHSR-one-level": of_tshsr(context_nodes=(2,), steps=1),
     "IMRAM": of_imram(),
     "IMRAM-text": of_imram(model_mode="text_IMRAM", iteration_step=2, no_IMRAM_norm=True),
+    "RCAR": of_rcar(),
+    "RCAR-i2t": of_rcar(attn_type="i2t", step=3),
     **{f"SHAN-{name}": _shan(**options) for name, options in SHAN_VARIANTS.items()},
 }
-PUBLISHED = ("SGR", "SAF", "HGAN", "TSHSR", "SHAN-full", "IMRAM")
+PUBLISHED = ("SGR", "SAF", "HGAN", "TSHSR", "SHAN-full", "IMRAM", "RCAR")
 
 
 def over(*names: str) -> pytest.MarkDecorator:

@@ -104,7 +104,7 @@ def test_what_looks_like_an_option_and_is_none():
         ("--batch-size 1", "--batch-size must be at least 2, got 1"),
         ("--batch-size -1", "--batch-size must be at least 2, got -1"),
         ("--lambda-softmax 9 --levels 1 1 1", "sgr has no option --lambda-softmax, --levels; its options are --b"),
-        ("--direction i2t", "--direction is for --model scan or shan"),
+        ("--direction i2t", "--direction is for --model scan or rcar or shan"),
         ("--vocab v.json --min-count 3", "--min-count is for a vocabulary built here"),
     ],
 )  # fmt: skip
@@ -128,7 +128,7 @@ def test_every_published_option_has_its_flag():
             wanted = "None" if option.default is None else True if not given else option.default
             assert getattr(parsed, name) == wanted, flag
             found.add(flag)
-    assert len(found) == 42
+    assert len(found) == 48
     assert {"--lr", "--epochs", "--imgnorm", "--sgr-steps", "--levels", "--gate-sharing", "--word-vectors"} <= found
 
 

@@ -214,7 +214,7 @@ def test_empty(model, I, lengths, grad):
         assert model.scorer()(image, words, cu_seqlens).shape == (I, len(lengths))
 
 
-@over(*(name for name in PUBLISHED if MODELS[name].trains))
+@over(*(name for name in PUBLISHED if MODELS[name].trains and name != "RCAR"))  # which has no weights for regions
 def test_another_number_of_regions_is_refused(model):
     image, caption = features()
     with pytest.raises(ValueError, match=r"R = 6 regions, got \[5, 4, 16\]"):

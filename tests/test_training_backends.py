@@ -24,6 +24,7 @@ EVERY_MODEL = {
     "sgr": options("sgr", sim_dim=4, sgr_step=1, **TINY),
     "saf": options("saf", sim_dim=4, **TINY),
     "imram": options("imram", model_mode="full_IMRAM", iteration_step=2, **TINY),
+    "rcar": options("rcar", sim_dim=4, **TINY),
     "shan": options("shan", **TINY),
     "hgan": options("hgan", granularities=[2], graph_layers=1, **TINY),
     "tshsr": options("tshsr", sim_dim=4, context_nodes=[2], sgr_step=1, **TINY),
@@ -74,7 +75,7 @@ def test_every_model_trains_with_the_compiled_kernels(tmp_path, monkeypatch, ran
 def test_every_model_steps_with_the_triton_kernels(ran, model):
     """Under the interpreter, which is slow: one step, of the model's own training code."""
     torch.manual_seed(0)
-    regions = {} if model in ("scan t2i", "scan i2t", "imram", "shan", "dual") else {"num_region": 2}
+    regions = {} if model in ("scan t2i", "scan i2t", "imram", "rcar", "shan", "dual") else {"num_region": 2}
     opt = Namespace(**vars(EVERY_MODEL[model]), vocab_size=9, device="cpu", **regions)
     built = build(opt)
     built.train_start()

@@ -61,7 +61,7 @@ def test_sgraf_options_and_changes():
 @pytest.mark.parametrize(
     "arguments, changes, sentence",
     [
-        (("sgraf",), {}, "model must be one of sgr, saf, scan, imram, shan, hgan, tshsr, dual, got 'sgraf'"),
+        (("sgraf",), {}, "model must be one of sgr, saf, scan, imram, rcar, shan, hgan, tshsr, dual, got 'sgraf'"),
         (("sgr",), {"recipe": "vg"}, "recipe must be one of f30k, coco, got 'vg'"),
         (("scan",), {"direction": "both"}, "direction must be one of t2i, i2t"),
         (("scan",), {"sim_dim": 8}, "scan has no option sim_dim; its options are agg_func"),

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HGAN",
     "IMRAM",
+    "RCAR",
     "SCAN",
     "SGRAF",
     "SHAN",

@@ -147,5 +147,5 @@ COMMON = {**TRAINING, **ENCODERS, **OTHERS}
 MARKS = {
     "num_region": size(36),
     "vocab_size": size(1),
-    **dict.fromkeys(("system", "module_name", "cross_attn", "alignment"), Option("")),
+    **dict.fromkeys(("system", "module_name", "cross_attn", "alignment", "attn_type"), Option("")),
 }

@@ -9,6 +9,7 @@ from ._load import Loaded, load
 from .dual_encoder import DualEncoder
 from .hgan import HGAN
 from .imram import IMRAM
+from .rcar import RCAR
 from .scan import SCAN
 from .sgraf import SGRAF
 from .shan import SHAN

@@ -1,0 +1,305 @@
+"""RCAR (Diao et al., IEEE TIP 2023): regulated cross-attention, after Paranioar/RCAR's code.
+
+For one pair, with queries q and contexts x of the direction, channel weights M and temperature c of each query:
+
+    u     = l2norm(attention of M q over x at temperature c),   M = 1 and c = smooth at first   (1)
+    s_j^k = l2norm(W_k (q_j - u_j)^2 + b_k)                                                     (2)
+    M    <- clamp(tanh(B tanh(A s)) + M, -1, 1),   c <- relu(F tanh(E s) + c)                   (3)
+    w     = softmax over the queries of v . (tanh(K s_j) o tanh(Q g)),   g <- l2norm(sum w s)    (4)
+
+`coop_rcar`, n steps: (1), (2), (3) but not in the last step, (4), with g = the mean of s at first. `only_rar`: (1) and
+(2) once, (4) n times. Both end in S = sigmoid(w_e . g + b_e). `only_rcr`: (1) to (3) n times, then S = the mean of
+cos(q, u) with u of (1).
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..nn import PairScorer, State, xavier_
+from ..ops import _recompute, attended_vectors, cross_attention_similarity
+from ..packing import bounds
+from ._common import OwnKeys, PaddedScorer, choice, encode_text, l2norm, without_padding
+from ._pair_blocks import blocks
+from ._rows import linear, sigmoid
+from .scan import EncoderText as _EncoderText
+from .sgraf import SGRAF
+
+NAME = "RegulatedMatching"
+REGULATORS = ("coop_rcar", "only_rar", "only_rcr")
+DIRECTIONS = ("t2i", "i2t")
+SMOOTH = {"t2i": 10.0, "i2t": 3.0}
+
+
+class MLP(nn.Module):
+    """Linear, BatchNorm over all rows, ReLU, Linear. The second BatchNorm is in published checkpoints, but unused."""
+
+    def __init__(self, input_dim: int, hidden_dim: int, output_dim: int) -> None:
+        super().__init__()
+        sizes = (input_dim, hidden_dim), (hidden_dim, output_dim)
+        self.layers = nn.ModuleList(nn.Linear(*size) for size in sizes)
+        self.bns = nn.ModuleList(nn.BatchNorm1d(size) for _, size in sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.layers[0](x.flatten(0, -2))
+        return self.layers[1](self.bns[0](hidden).relu()).view(*x.shape[:-1], -1)
+
+
+class EncoderImage(OwnKeys):
+    """Linear plus `MLP`, and l2norm: features [B, R, F] -> [B, R, D], unit rows unless `no_imgnorm`."""
+
+    def __init__(self, img_dim: int, embed_size: int, no_imgnorm: bool = False) -> None:
+        super().__init__()
+        self.no_imgnorm = no_imgnorm
+        self.fc = nn.Linear(img_dim, embed_size)
+        self.mlp = MLP(img_dim, max(1, embed_size // 2), embed_size)
+        xavier_(self.fc)
+
+    def extra_repr(self) -> str:
+        return f"no_imgnorm={self.no_imgnorm}"
+
+    def forward(self, images: Tensor) -> Tensor:
+        features = self.mlp(images) + self.fc(images)
+        return features if self.no_imgnorm else l2norm(features, dim=-1)
+
+
+class EncoderText(_EncoderText):
+    """SCAN's text encoder with dropout 0.4: word ids [B, W] -> caption [B, longest, D]."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.dropout = nn.Dropout(0.4)
+
+    def forward(self, x: Tensor, lengths) -> Tensor:  # type: ignore[override]
+        return encode_text(self.dropout(self.embed(x)), lengths, self.rnn, self.no_txtnorm)[0]
+
+
+def _mlp(first: int, hidden: int, last: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(first, hidden), nn.Tanh(), nn.Linear(hidden, last))
+
+
+class AggregationRegulator(nn.Module):
+    """The weights of (4)."""
+
+    def __init__(self, sim_dim: int) -> None:
+        super().__init__()
+        for name in ("rar_q_w", "rar_k_w"):
+            setattr(self, name, nn.Sequential(nn.Linear(sim_dim, sim_dim), nn.Tanh(), nn.Dropout(0.4)))
+        self.rar_v_w = nn.Sequential(nn.Linear(sim_dim, 1))
+
+
+class CorrespondenceRegulator(nn.Module):
+    """The weights of (3)."""
+
+    def __init__(self, sim_dim: int, embed_dim: int) -> None:
+        super().__init__()
+        self.rcr_smooth_w = _mlp(sim_dim, sim_dim // 2, 1)
+        self.rcr_matrix_w = _mlp(sim_dim, sim_dim * 2, embed_dim)
+
+
+class AlignmentVector(nn.Module):
+    """The weights of (2)."""
+
+    def __init__(self, sim_dim: int, embed_dim: int) -> None:
+        super().__init__()
+        self.sim_transform_w = nn.Linear(embed_dim, sim_dim)
+
+
+class RegulatedMatching(PaddedScorer):
+    """RCAR's pair scorer, (1) to (4).
+
+    Args:
+        embed_dim: D.
+        sim_dim: S, at least 2.
+        attn_type: "t2i" (words attend to regions) or "i2t".
+        self_regulator: "coop_rcar", "only_rar" or "only_rcr".
+        step: n.
+        smooth: the first temperature; None: as published, 10 for t2i and 3 for i2t.
+
+    Raises:
+        ValueError: an option has an unknown value, or a number is out of its range.
+
+    >>> scorer = RegulatedMatching(8, 4).eval()
+    >>> scorer(torch.randn(2, 36, 8), torch.randn(3, 5, 8), [5, 2, 4]).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(
+        self,
+        embed_dim: int,
+        sim_dim: int,
+        attn_type: str = "t2i",
+        self_regulator: str = "coop_rcar",
+        step: int = 2,
+        smooth: float | None = None,
+    ) -> None:
+        super().__init__()
+        choice(NAME, "attn_type", attn_type, DIRECTIONS)
+        choice(NAME, "self_regulator", self_regulator, REGULATORS)
+        if step < 1 or sim_dim < 2:
+            raise ValueError(f"{NAME}: step must be at least 1 and sim_dim at least 2, got {step} and {sim_dim}")
+        self.attn_type, self.self_regulator, self.step = attn_type, self_regulator, int(step)
+        self.smooth = SMOOTH[attn_type] if smooth is None else float(smooth)
+        rar = 0 if self_regulator == "only_rcr" else step
+        rcr = {"coop_rcar": step - 1, "only_rar": 0, "only_rcr": step}[self_regulator]
+        alv = 1 if self_regulator == "only_rar" else step
+        self.sim_eval_w = nn.Linear(sim_dim, 1)
+        self.rar_modules = nn.ModuleList(AggregationRegulator(sim_dim) for _ in range(rar))
+        self.rcr_modules = nn.ModuleList(CorrespondenceRegulator(sim_dim, embed_dim) for _ in range(rcr))
+        self.alv_modules = nn.ModuleList(AlignmentVector(sim_dim, embed_dim) for _ in range(alv))
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                xavier_(module)
+
+    def extra_repr(self) -> str:
+        names = "attn_type", "self_regulator", "step", "smooth"
+        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+
+    @property
+    def _drops(self) -> float:
+        """The share that dropout sets to zero, now."""
+        rates = [x.p for x in self.rar_modules.modules() if isinstance(x, nn.Dropout) and x.training]
+        return rates[0] if rates else 0.0
+
+    def score(
+        self,
+        image_state: State,
+        words: Tensor,
+        cu_seqlens: Tensor,
+        caption_state: State,
+        region_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Scores [I, T], in (0, 1) but for `only_rcr`, of the images and captions given.
+
+        In training, dropout is drawn caption by caption for all images, as in the published loop.
+        """
+        (image,) = image_state
+        names, parameters = zip(*self.named_parameters(), strict=True)
+        R, D = image.shape[1:]
+        run = partial(self._block, names)
+        if self._drops:
+            return self._by_caption(run, image, words, cu_seqlens, region_lengths, parameters)
+
+        def pair_bytes(length: int) -> int:
+            return (length if self.attn_type == "t2i" else R) * D * 4 * 8
+
+        axes = "IN" + "." * len(parameters)
+        cut = partial(blocks, NAME, axes, pair_bytes, run)
+        return _recompute.score(cut, axes, (image, words, *parameters), cu_seqlens, region_lengths)
+
+    def _by_caption(self, run, image, words, cu_seqlens, region_lengths, parameters) -> Tensor:
+        edge, columns = bounds(cu_seqlens, len(words), NAME), []
+        device = image.device.type
+        for t, (start, stop) in enumerate(zip(edge, edge[1:], strict=False)):
+            again = partial(_recompute.as_now(device), partial(run, stop - start, cu_seqlens[t : t + 2] - start))
+            given = region_lengths, image, words[start:stop], *parameters
+            columns.append(checkpoint(again, *given, use_reentrant=False) if torch.is_grad_enabled() else again(*given))
+        return torch.cat(columns, 1) if columns else image.new_empty(len(image), 0)
+
+    def _block(self, names, length, cu_seqlens, region_lengths, image, words, *parameters) -> Tensor:
+        """Scores [b, c] of a block; queries have four dimensions inside, [b, c, q, ...]."""
+        valid = None
+        if region_lengths is not None:
+            image, valid = without_padding(image, region_lengths)
+        t2i, options = self.attn_type == "t2i", {"direction": self.attn_type, "region_lengths": region_lengths}
+        query = words.unflatten(0, (-1, length))[None] if t2i else image[:, None]
+        mask = None if t2i or valid is None else valid[:, None]  # [b, 1, q]
+        weights = {name: x.to(image.dtype) for name, x in zip(names, parameters, strict=True)}
+
+        def layer(name: str, x: Tensor) -> Tensor:
+            return linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+        def shaped(x: Tensor) -> Tensor:
+            return x.unflatten(1, (-1, length)) if t2i else x
+
+        def mean(x: Tensor) -> Tensor:
+            if mask is None:
+                return x.mean(2)
+            return x.sum(2) / region_lengths.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
+
+        def attended(matrix: Tensor, smooth: Tensor) -> Tensor:
+            own = query * matrix
+            given = (own.flatten(1, 2), smooth.flatten(1)) if t2i else (own, smooth)
+            found = attended_vectors(image, words, cu_seqlens, given[0], scale=given[1], **options)
+            return l2norm(shaped(found))
+
+        def vectors(k: int) -> Tensor:
+            name = f"alv_modules.{k}.sim_transform_w"
+            if k == 0:
+                first = weights[f"{name}.weight"], weights[f"{name}.bias"]
+                return shaped(
+                    cross_attention_similarity(image, words, cu_seqlens, *first, scale=self.smooth, **options)
+                )
+            found = l2norm(layer(name, (query - attended(matrix, smooth)).square()))
+            return found if mask is None else found.masked_fill(~mask[..., None], 0.0)
+
+        matrix: Any = 1.0
+        smooth: Any = self.smooth
+        similar = vectors(0)
+        overall = mean(similar)
+        for k in range(self.step):
+            if k and self.self_regulator != "only_rar":
+                similar = vectors(k)
+            if self.self_regulator == "only_rcr" or (self.self_regulator == "coop_rcar" and k < self.step - 1):
+                of_matrix, of_smooth = (f"rcr_modules.{k}.{name}" for name in ("rcr_matrix_w", "rcr_smooth_w"))
+                change = layer(f"{of_matrix}.2", layer(f"{of_matrix}.0", similar).tanh()).tanh()
+                matrix = (change + matrix).clamp(-1, 1)
+                change = layer(f"{of_smooth}.2", layer(f"{of_smooth}.0", similar).tanh())
+                smooth = (change[..., 0] + smooth).relu()
+            if self.self_regulator != "only_rcr":
+                name, drop = f"rar_modules.{k}", self._drops
+                key = F.dropout(layer(f"{name}.rar_k_w.0", similar).tanh(), drop, drop > 0)
+                ask = F.dropout(layer(f"{name}.rar_q_w.0", overall).tanh(), drop, drop > 0)
+                logit = layer(f"{name}.rar_v_w.0", key * ask.unsqueeze(2))[..., 0]
+                logit = logit if mask is None else logit.masked_fill(~mask, float("-inf"))
+                overall = l2norm((logit.softmax(2).unsqueeze(3) * similar).sum(2))
+        if self.self_regulator == "only_rcr":
+            u = attended(matrix, smooth)
+            size = torch.linalg.vector_norm(query, dim=-1) * torch.linalg.vector_norm(u, dim=-1)
+            return mean((query * u).sum(-1) / size.clamp_min(1e-8))
+        return sigmoid(layer("sim_eval_w", overall)[..., 0])
+
+
+class RCAR(SGRAF):
+    """Regulated cross-attention: encoders, `RegulatedMatching`, loss and optimizer.
+
+    Args:
+        opt: the published options; `opt.device` is optional.
+
+    Raises:
+        ValueError: an option is missing or has an unknown value.
+
+    >>> model = RCAR(Namespace(
+    ...     grad_clip=2.0, img_dim=6, embed_size=8, no_imgnorm=False, vocab_size=9, word_dim=5, num_layers=1,
+    ...     bi_gru=True, no_txtnorm=False, margin=0.2, max_violation=True, learning_rate=2e-4, sim_dim=4,
+    ...     attn_type="t2i", self_regulator="coop_rcar", rcar_step=2, rar_step=3, rcr_step=2, t2i_smooth=10.0,
+    ...     i2t_smooth=3.0))
+    >>> model.sim_enc.step
+    2
+    """
+
+    weighs_regions = False
+    options = (
+        "sim_dim", "attn_type", "self_regulator", "rcar_step", "rar_step", "rcr_step", "t2i_smooth", "i2t_smooth",
+    )  # fmt: skip
+
+    def image(self, opt: Namespace) -> nn.Module:
+        return EncoderImage(opt.img_dim, opt.embed_size, opt.no_imgnorm)
+
+    def text(self, opt: Namespace) -> nn.Module:
+        return EncoderText(opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm)
+
+    def similarity(self, opt: Namespace) -> PairScorer:
+        """The pair scorer that the options describe."""
+        choice(NAME, "attn_type", opt.attn_type, DIRECTIONS)
+        choice(NAME, "self_regulator", opt.self_regulator, REGULATORS)
+        step = getattr(opt, f"{opt.self_regulator.removeprefix('only_').removeprefix('coop_')}_step")
+        smooth = getattr(opt, f"{opt.attn_type}_smooth")
+        return RegulatedMatching(opt.embed_size, opt.sim_dim, opt.attn_type, opt.self_regulator, step, smooth)

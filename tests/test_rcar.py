@@ -1,0 +1,74 @@
+"""RCAR's scorer and encoder against vectors of the published code, and its published checkpoints."""
+
+import argparse
+
+import pytest
+import torch
+from family_cases import check, golden
+from sgraf_cases import dropout, under
+
+import itm_fast
+from itm_fast.models import build, load, rcar
+from itm_fast.testing.rcar import loop
+from itm_fast.training import options
+
+FILES = "t2i_rcar2", "i2t_rcar3", "i2t_rar2", "t2i_rcr2", "i2t_rcr3"
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize("name", FILES)
+def test_published_vectors(name, backend):
+    if backend == "cpu" and (reason := itm_fast.why_not("cpu")):
+        pytest.skip(reason)
+    want = golden(f"rcar_{name}")
+    scorer = rcar.RegulatedMatching(64, 32, **under(want, "option/")).double().train(backend == "cpu")
+    dropout(scorer, 0.0)
+    check(want, scorer, backend)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_loop_is_the_published_one(name):
+    want = golden(f"rcar_{name}")
+    score = loop(under(want, "param/"), want["image"], want["caption"], want["lengths"], **under(want, "option/"))
+    torch.testing.assert_close(score, want["score"], rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_published_vectors_of_the_image_encoder(mode):
+    want = golden(f"encoder_rcar_{mode}")
+    state = under(want, "param/")
+    encoder = rcar.EncoderImage(want["features"].shape[2], want["image"].shape[2]).double().train(mode == "train")
+    assert set(encoder.state_dict()) == set(state)
+    encoder.load_state_dict(state)
+    features = want["features"].requires_grad_()
+    image = encoder(features)
+    image.backward(want["d_image"])
+    torch.testing.assert_close(image, want["image"], rtol=0, atol=1e-10)
+    torch.testing.assert_close(features.grad, want["d_features"], rtol=0, atol=1e-8)
+    for name, gradient in under(want, "grad/").items():
+        found = encoder.get_parameter(name).grad
+        torch.testing.assert_close(torch.zeros_like(gradient) if found is None else found, gradient, rtol=0, atol=1e-8)
+    for name, buffer in under(want, "after/").items():
+        torch.testing.assert_close(encoder.state_dict()[name], buffer, rtol=0, atol=1e-10)
+
+
+def test_a_published_checkpoint_of_several_gpus_is_read(tmp_path):
+    opt = argparse.Namespace(**vars(options("rcar", sim_dim=4, img_dim=6, embed_size=8, word_dim=4)), vocab_size=9)
+    torch.manual_seed(0)
+    model = build(opt)
+    weights = {}
+    for part in model.parts:
+        weights |= {f"module.{part}.{name}": x for name, x in getattr(model, part).state_dict().items()}
+    assert {"module.img_enc.mlp.bns.1.weight", "module.sim_enc.rcr_modules.0.rcr_matrix_w.2.bias"} <= set(weights)
+    del opt.system, opt.vocab_size
+    torch.save({"model": weights, "opt": opt}, tmp_path / "model_best.pth.tar")
+    loaded = load(tmp_path, "cpu")
+    assert loaded.name == "RCAR t2i"
+    assert all(torch.equal(a, b) for a, b in zip(loaded.model.params, model.params, strict=True))
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="step must be at least 1 and sim_dim at least 2, got 0 and 4"):
+        rcar.RegulatedMatching(8, 4, step=0)
+    with pytest.raises(ValueError, match="self_regulator must be one of coop_rcar, only_rar, only_rcr, got 'rar'"):
+        rcar.RegulatedMatching(8, 4, self_regulator="rar")
