@@ -17,6 +17,7 @@ from itm_fast.gallery import gallery as module
 from itm_fast.gallery import measured, pooled, scoring
 from itm_fast.gallery.pooled import FaissIndex, ProductIndex
 from itm_fast.models import Loaded, build
+from itm_fast.models.dual_encoder import MeanCosine
 
 from .test_evaluation_report import options, pets
 
@@ -84,11 +85,15 @@ def test_exact_search_is_the_ranking_of_evaluation(kind, tmp_path, small_parts):
     assert "APPROXIMATE" not in str(found)
 
 
-def test_captions_are_searched_in_groups(scan, tmp_path, small_parts):
+def test_captions_are_searched_in_groups(scan, tmp_path, small_parts, monkeypatch):
     split = ragged()
     gallery = Gallery.build(scan, split, tmp_path / "g", progress=False)
+    read = []
+    real = scoring.Images.read
+    monkeypatch.setattr(scoring.Images, "read", lambda self, images: read.append(images) or real(self, images))
     found = gallery.search(split.captions, k=3)
     assert len(split.captions) > module._GROUP
+    assert read == [slice(0, 5), slice(5, 10), slice(10, 12)] * 2  # so many rows are in memory at once
     np.testing.assert_allclose(found.scores, -np.sort(-matrix(scan, split), axis=0)[:3].T, rtol=1e-5, atol=1e-6)
     assert gallery.search(split.captions[:2], k=99).images.shape == (2, IMAGES)
 
@@ -163,6 +168,16 @@ def test_recall_is_that_of_the_sample_and_is_measured_once(sgr, scan, tmp_path, 
     (tmp_path / "g" / "recall.json").write_text("{")
     monkeypatch.undo()
     assert Gallery.open(tmp_path / "g", sgr).recall(3, candidates=5, first=scan) == found.recall
+
+
+def test_candidates_are_the_nearest_by_the_first_checkpoint(sgr, scan, tmp_path):
+    """Of its own mean regions and mean words, padding left out."""
+    split = ragged()
+    gallery = Gallery.build(sgr, split, tmp_path / "g", first=scan, progress=False)
+    texts = split.captions[:8]
+    found = gallery.search(texts, k=4, candidates=4, first=scan, sample=texts[:2])
+    cosines = score_all(MeanCosine(), encode(scan.model, split, scan.vocab, progress=False), progress=False)[:, :8]
+    np.testing.assert_array_equal(np.sort(found.images), np.sort(ranked(cosines)[:, :4]))
 
 
 def test_an_index_of_the_callers(scan, tmp_path):
