@@ -106,6 +106,10 @@ def test_building_again_checks_and_adds(copy, scan, made):
     assert gallery.names == Gallery.open(made, scan).names
     assert gallery.about.pictures.endswith("some/where")
     assert gallery.search(["a cat"], k=2, candidates=12, first=first).recall.value == 1.0
+    split = ragged()
+    split.image_ids = np.arange(IMAGES)  # names that were given stay
+    assert Gallery.build(scan, split, copy, progress=False).names == gallery.names
+    assert Gallery.build(scan, split, copy.with_name("ids"), progress=False).names[11] == "11"
     data = bytearray((copy / "image.npy").read_bytes())
     data[-3] ^= 64
     (copy / "image.npy").write_bytes(data)

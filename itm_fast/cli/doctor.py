@@ -26,6 +26,7 @@ _REQUIRED = {
 _OPTIONAL = {
     "eccv-caption": "`evaluate` with CxC and ECCV metrics",
     "tensorboard": "`train --tensorboard`",
+    "faiss-cpu": "`search --candidates` above a million images",
     "triton": "Triton kernels on CUDA devices",
 }
 _VARIABLES = (

@@ -63,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from ..data.openclipart import FOLDER
     from ..data.texts import text_lines
     from ..gallery import Gallery
+    from ..gallery.files import ABOUT
     from ..models import load
     from ._pictures import listed_names
 
@@ -74,9 +75,10 @@ def run(args: argparse.Namespace) -> int:
         captions_per_image=args.captions_per_image,
         mask_zero_regions=args.mask_zero_regions,
     )
+    names: list[str] | None = None  # those of a finished gallery stay
     if args.names:
-        names: list[str] | None = [line.strip() for line in text_lines(args.names)]
-    else:
+        names = [line.strip() for line in text_lines(args.names)]
+    elif not (Path(args.gallery) / ABOUT).exists():
         listed = listed_names(args.data, args.split, split)
         names = listed and [name or str(row) for row, name in enumerate(listed)]
     if args.pictures is None and Path(args.data).resolve() == FOLDER:

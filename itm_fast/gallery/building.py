@@ -47,8 +47,6 @@ def build(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if first is not None:
         pooled.require_usable(require_loaded(first))
-    if names is None and split.image_ids is not None:
-        names = [str(number) for number in split.image_ids]
     _require_names(names, len(split.features))
     _claim(folder)
     with Lock(folder / files.LOCK, str(folder)):
@@ -60,6 +58,8 @@ def build(
             files.verify(rows, about.rows, folder / files.ROWS, progress)
         else:
             about = _encode(model, split, folder, dtype, batch_size, progress)
+        if names is None and about.names is None and split.image_ids is not None:
+            names = [str(number) for number in split.image_ids]
         if names is not None:
             files.write_names(folder, names)
             about = dataclasses.replace(about, names=files.names_checksum(names))

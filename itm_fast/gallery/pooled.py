@@ -219,7 +219,7 @@ class Stage:
     """
 
     def __init__(self, folder: Path, about: files.About, first: Loaded, index: Index | None) -> None:
-        self.first, self._given, self._images = first, index, about.images
+        self.first, self._images = first, about.images
         self.index: Index = index or index_over(_open_vectors(folder, about, first), device_of(first.model.img_enc))
         self.name: str = getattr(self.index, "name", type(self.index).__name__)
         encoders = weights_checksum(first.model.img_enc, first.model.txt_enc)
