@@ -273,6 +273,20 @@ def test_float32_of_any_magnitude(head, image, words, nodes, run):
     assert_accurate([found], reference(head, args, torch.float32), torch.float32)
 
 
+@pytest.mark.parametrize("words,overall,gpu", [(3000, 1, "sm_90"), (1, 3000, "sm_90"), (3000, 3000, "sm_90a")])
+@pytest.mark.parametrize("head", HEADS)
+def test_float16_rows_whose_squared_differences_lie_beyond_float16(head, words, overall, gpu, run):
+    args = case(head, **SHAPES["lengths"])
+    large = args[2][7].abs().max()
+    args[2][7:] *= words / large  # some rows of each tile
+    args[3][3:] *= overall / args[3].abs().max()
+    found, _ = run(head, args, F16, gpu=gpu)
+    # The reference in float16 overflows; in float32 it only leaves less to be off.
+    exact = reference(head, args, F16)
+    assert exact(F16)[0].isnan().any()
+    assert_accurate([found], lambda kind: exact(torch.float32 if kind == F16 else kind), F16, products=F16)
+
+
 @pytest.mark.parametrize("head", HEADS)
 def test_float32_rows_of_a_wide_spread(head, run):
     # Most of a row's numbers lie below what two float16 numbers hold of its largest one.

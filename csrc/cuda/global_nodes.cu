@@ -5,7 +5,8 @@ struct GlobalNodes {
     const void *image, *caption;  // [images, D], [captions, D] global vectors
     const void *weight;           // [S, D]
     const float *bias;            // [S]
-    const int *image_exponent, *caption_exponent, *weight_exponent;  // [images], [captions], [S]; SCALED only
+    const int *image_exponent, *caption_exponent;  // [images], [captions] numbers are below 2^(exponent + 9); SQUARED
+    const int *weight_exponent;                    // [S]; SCALED only
     void *result;                 // [images, captions, S]
     int captions, chunks;         // chunks of a row of D numbers
 };
@@ -24,14 +25,14 @@ __global__ void __launch_bounds__(THREADS, 1) global_nodes(GlobalNodes p) {
     auto &sh = *reinterpret_cast<GlobalShared<T> *>(memory);
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first = blockIdx.x * SLOTS;
     const auto *image = static_cast<const unsigned *>(row_of(p.image, blockIdx.y, p.chunks));
-    const int image_exponent = SCALED ? p.image_exponent[blockIdx.y] : 0;
-    if (SCALED && threadIdx.x < SLOTS) {
+    const int image_exponent = T::SQUARED ? p.image_exponent[blockIdx.y] : 0;
+    if (T::SQUARED && threadIdx.x < SLOTS) {
         const int caption = first + threadIdx.x;
         sh.tile.exponent[threadIdx.x] = caption < p.captions ? p.caption_exponent[caption] : 0;
     }
     auto square = [&](int row) {  // the exponent of a row's squares
         const int exponent = sh.tile.exponent[row];
-        return square_exponent((exponent > image_exponent ? exponent : image_exponent) + 9);
+        return squared(exponent > image_exponent ? exponent : image_exponent);
     };
     auto load = [&](int step) {
         copy_rows<SLOTS, T::NARROW>(sh.caption[step % 2], step * T::NARROW, p.chunks, p.caption, [&](int row) {
@@ -50,8 +51,8 @@ __global__ void __launch_bounds__(THREADS, 1) global_nodes(GlobalNodes p) {
             if constexpr (T::PAIRS) v.x += half_of(word(Rows::REST), false), v.y += half_of(word(Rows::REST), true);
             const float2 q = get<KIND, T::NARROW>(sh.caption[step % 2], row, column);
             float v_unit = 1, q_unit = 1, raised = 1;
-            if constexpr (SCALED)
-                v_unit = power(image_exponent), q_unit = power(sh.tile.exponent[row]), raised = power(square(row));
+            if constexpr (SCALED) v_unit = power(image_exponent), q_unit = power(sh.tile.exponent[row]);
+            if constexpr (T::SQUARED) raised = power(square(row));
             const float x = v.x * v_unit - q.x * q_unit, y = v.y * v_unit - q.y * q_unit;
             put<KIND, T::NARROW>(sh.caption[step % 2], row, column, x * x * raised, y * y * raised);
         }

@@ -7,7 +7,8 @@
 // product: `global_nodes` (global_nodes.cu) writes them to memory, and each tile reads its own.
 //
 // float32 numbers lie as one or two float16 numbers times a power of two (SCALED): words, regions and the matrix of a
-// product have an exponent for each row, which `_rows.split_rows` has found, and what is computed here gets one.
+// product have an exponent for each row, which `_rows.split_rows` has found, and what is computed here gets one. Words and
+// global vectors in float16 have exponents too, but lie as they are: only squares of differences would leave its range.
 //
 // A tile has SLOTS rows, each for one node or empty. A caption takes 16, 32, 64 or 128 of them from a multiple of that
 // number on, its global node first (`packing.node_plan`); so no sum depends on the captions beside it.
@@ -23,7 +24,8 @@ struct Nodes {
     const void *overall;          // [images, captions, S] global nodes of the window's captions
     const void *local_weight;     // [S, D]
     const float *local_bias;      // [S]
-    const int *word_exponent, *weight_exponent;  // [N], [S]; SCALED only
+    const int *word_exponent;     // [N] numbers are below 2^(exponent + 9); SQUARED only
+    const int *weight_exponent;   // [S]; SCALED only
     const int *row, *owner;       // [tiles * SLOTS] packed node and caption of each slot, or -1
     const int *start;             // [T + 1] first packed node of each caption
     const int *count;             // [images] regions of each image; or null: all
@@ -41,6 +43,7 @@ template <Kind KIND_, int S_, int SLOTS_, int DEPTH_, int REGIONS_, bool SCALED_
     static constexpr Kind KIND = KIND_;
     static constexpr bool GROUPS = GROUPS_;
     static constexpr bool SCALED = SCALED_, PAIRS = Numbers<KIND>::PAIRS;
+    static constexpr bool SQUARED = KIND != BF16;  // squares of differences are multiplied by `squared`
     static constexpr int S = S_, SLOTS = SLOTS_, DEPTH = DEPTH_, REGIONS = REGIONS_, HALVES = PAIRS ? 2 : 1;
     static constexpr int WIDE = S / 8 * HALVES, NARROW = DEPTH / 8 * HALVES;  // chunks of a row: of nodes, of a stage
     static constexpr int FEW = REGIONS <= 16 ? 2 : REGIONS <= 32 ? 4 : REGIONS <= 64 ? 8 : 16;  // of attention weights
@@ -63,15 +66,16 @@ template <Kind KIND_, int S_, int SLOTS_, int DEPTH_, int REGIONS_, bool SCALED_
         int first[BLOCKS], caption[BLOCKS];      // of each of `captions` captions: its first slot and its number
         float spoiled[BLOCKS];                   // of the caption that begins there: NaN where a node is not finite
         int captions;
-        int exponent[SCALED ? SLOTS : 1];        // of each slot's word
+        int exponent[SQUARED ? SLOTS : 1];       // of each slot's word
     };
     __device__ static float scale() { return SCALED ? 1 << UNIT : 1; }  // what nodes of `make_nodes` are multiplied by
 };
 
-// The exponent that squares of differences get, of vectors whose numbers are below 2^`above` and of unit vectors.
-__device__ __forceinline__ int square_exponent(int above) {
-    const int exponent = 14 - 2 * ((above > 0 ? above : 0) + 1);
-    return exponent < -126 ? -126 : exponent;
+// The exponent that squares of differences get, so that they are at most 2^14: of vectors whose numbers are below
+// 2^(exponent + 9), and of unit vectors.
+__device__ __forceinline__ int squared(int exponent) {
+    const int above = exponent + 9, found = 14 - 2 * ((above > 0 ? above : 0) + 1);
+    return found < -126 ? -126 : found;
 }
 
 // The first row and the first column that a warp owns of a product [SLOTS, S].
@@ -128,7 +132,7 @@ __device__ __forceinline__ void project(typename T::Products &acc, typename T::S
     }
 }
 
-// acc += bias, after a row was multiplied by `row_factor(row)` and a column by 2^exponent (SCALED); and returns
+// acc += bias, after a row was multiplied by `row_factor(row)` (SQUARED) and a column by 2^exponent (SCALED); and returns
 // 1 / (|row| + eps) of the thread's rows. All threads have finished `project` when it returns.
 template <class T, class RowFactor>
 __device__ __forceinline__ void add_bias(typename T::Products &acc, typename T::Shared &sh, const float *bias,
@@ -146,7 +150,10 @@ __device__ __forceinline__ void add_bias(typename T::Products &acc, typename T::
                 for (int i = 0; i < 2; ++i) {
                     const int c = column + n * 8 + 2 * t + i;
                     float &x = acc[m][n][2 * j + i];
-                    if constexpr (T::SCALED) x *= row_factor(row) * power(exponent[c]);
+                    if constexpr (T::SCALED)
+                        x *= row_factor(row) * power(exponent[c]);
+                    else if constexpr (T::SQUARED)
+                        x *= row_factor(row);
                     x += bias[c];
                     square += x * x;
                 }
@@ -177,7 +184,7 @@ template <class T> __device__ __forceinline__ void read_slots(const Nodes &p, ty
         const bool word = owner >= 0 && node != p.start[owner];
         sh.owner[slot] = owner;
         sh.word[slot] = word ? node - owner - 1 : -1;  // each caption before it has one node more than words
-        if constexpr (T::SCALED) sh.exponent[slot] = word ? p.word_exponent[sh.word[slot]] : 0;
+        if constexpr (T::SQUARED) sh.exponent[slot] = word ? p.word_exponent[sh.word[slot]] : 0;
         sh.inverse[slot] = word ? p.inverse[blockIdx.y * (long long)p.size + sh.word[slot] - p.first_word] : 0;
     }
     __syncthreads();
@@ -246,8 +253,8 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
                     const int slot = row + g + 8 * j, c = column + n * 8 + 2 * t;
                     const float2 q = get<KIND, T::NARROW>(making.word[step % 2], slot, c);
                     float unit = 1, raised = 1;
-                    if constexpr (T::SCALED)
-                        unit = power(sh.exponent[slot]), raised = power(square_exponent(sh.exponent[slot] + 9));
+                    if constexpr (T::SCALED) unit = power(sh.exponent[slot]);
+                    if constexpr (T::SQUARED) raised = power(squared(sh.exponent[slot]));
                     const float x = u[n][2 * j] * sh.inverse[slot] - q.x * unit;
                     const float y = u[n][2 * j + 1] * sh.inverse[slot] - q.y * unit;
                     put<KIND, T::NARROW>(making.word[step % 2], slot, c, x * x * raised, y * y * raised);
@@ -277,8 +284,8 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
             for (int j = 0; j < 2; ++j) {
                 const int slot = first + g + 8 * j;
                 factor[j] = sh.inverse[slot];
-                if constexpr (T::SCALED)
-                    unit[j] = power(sh.exponent[slot]), raised[j] = power(square_exponent(sh.exponent[slot] + 9));
+                if constexpr (T::SCALED) unit[j] = power(sh.exponent[slot]);
+                if constexpr (T::SQUARED) raised[j] = power(squared(sh.exponent[slot]));
             }
 #pragma unroll
             for (int k = 0; k < T::DEPTH / 16; ++k) {
@@ -297,7 +304,7 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
         project_by_groups<T>(acc, sh, p.local_weight, p.chunks, load, begin, finish);
     } else
         project<T>(acc, sh, making.word, p.local_weight, p.chunks, load, difference);
-    auto lowered = [&](int slot) { return power(-square_exponent(sh.exponent[slot] + 9)); };
+    auto lowered = [&](int slot) { return power(-squared(sh.exponent[slot])); };
     add_bias<T>(acc, sh, p.local_bias, p.weight_exponent, lowered, inverse);
 
     auto *nodes = reinterpret_cast<unsigned char *>(&making);

@@ -84,6 +84,11 @@ class Kind(NamedTuple):
         return ", ".join([self.name, *map(str, sizes), *flags])
 
     @property
+    def squared(self) -> bool:
+        """Whether squares of differences need exponents: `SQUARED` in nodes.h."""
+        return self.name != "BF16"
+
+    @property
     def dtype(self) -> torch.dtype:
         return torch.bfloat16 if self.name == "BF16" else torch.float16
 
@@ -96,7 +101,7 @@ def kind_of(dtype: torch.dtype) -> Kind:
 
 
 class Rows(NamedTuple):
-    """Rows [..., n, D] as the kernels read them; see `_rows.split_rows`."""
+    """Rows [..., n, D] as the kernels read them, and their exponents; see `_rows.split_rows` and `compared_rows`."""
 
     data: Tensor
     exponent: Tensor | None
@@ -117,6 +122,18 @@ def rows_of(x: Tensor, kind: Kind) -> Rows:
     return Rows(found.rows.view(*x.shape[:-1], -1), found.exponent.view(x.shape[:-1]))
 
 
+def compared_rows(x: Tensor, kind: Kind) -> Rows:
+    """`rows_of` x [n, D], and exponents in float16 too, beyond whose range squares of differences may lie.
+
+    All numbers of a row are below 2^(exponent + 9), as those of `_rows.split_rows` are.
+    """
+    found = rows_of(x, kind)
+    if kind.scaled or not kind.squared:
+        return found
+    largest = torch.linalg.vector_norm(found.data, torch.inf, dim=1).float()
+    return Rows(found.data, (largest.frexp().exponent - 9).clamp(-9, 7))  # of infinity and NaN: any number
+
+
 Head = Callable[[Kind, int, int, int, int, bool], Kernel]  # kind, S, slots, regions, depth, groups -> the head's kernel
 
 
@@ -131,7 +148,7 @@ def weight_kernel(kind: Kind, tile: Tile) -> Kernel:
 
 def tile_bytes(kind: Kind, S: int, slots: int, depth: int, groups: bool = False) -> int:
     """Shared memory of `NodeTile::Shared`."""
-    rows = 12 * slots + 20 * (slots // 16) + 4 + (4 * slots if kind.scaled else 4)
+    rows = 12 * slots + 20 * (slots // 16) + 4 + (4 * slots if kind.squared else 4)
     return 4 * S * depth * kind.halves + rows + (4 if groups else 16 * slots)
 
 
@@ -279,7 +296,7 @@ def scores(
     fit = kernels(head, kind, R, S, capability, _cuda.specific(op, device))
     assert fit is not None
     tile, pitch, itemsize = fit.tile, pitch_of(fit.tile), 2 * kind.halves
-    rows = _rows.split_bytes(D, kind.halves == 2) if kind.scaled else 0
+    rows = _rows.split_bytes(D, kind.halves == 2) if kind.scaled else 16 * kind.squared  # or of making an exponent
     image_bytes = (R + 1) * rows + 4 * pitch * (pitch + 1) + R * copied_bytes(image)
     needed = image_bytes, 2 * rows + copied_bytes(words)  # a caption of one word has two rows
     cut = _blocks.blocks(I, edge, *needed, 0, _blocks.room(device) - 2 * S * rows)
@@ -292,9 +309,8 @@ def scores(
             score[images, captions] = scores(op, some, head, argument_of)
         return score
     factors = _rows.image_factors(image, count, pitch)
-    regions, query, v, t, local, overall_weight = (
-        rows_of(x, kind) for x in (image, words, image_global, caption_global, local_weight, global_weight)
-    )
+    regions, local, overall_weight = (rows_of(x, kind) for x in (image, local_weight, global_weight))
+    query, v, t = (compared_rows(x, kind) for x in (words, image_global, caption_global))
     local_bias, global_bias = aligned(local_bias.float()), aligned(global_bias.float())
     chunks = query.data.shape[1] // 8
     attention = Attention.of("clipped_l2norm", scale)
@@ -313,7 +329,7 @@ def scores(
             overall = image.new_empty(some, size, kind.halves * S, dtype=kind.dtype)
             x, counts = regions.part(images), None if count is None else count[images].data_ptr()
             pairs = Pairs(
-                query.addresses[0], x.addresses[0], query.addresses[1], x.addresses[1], counts,
+                query.addresses[0], x.addresses[0], query.addresses[1] if kind.scaled else None, x.addresses[1], counts,
                 *(y.data_ptr() for y in (tiles.first, tiles.caption, tiles.begin, tiles.end, tiles.row, tiles.owner)),
                 None, some, R, size, chunks, tiles.tiles, False,
             )  # fmt: skip
