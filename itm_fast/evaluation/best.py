@@ -112,18 +112,19 @@ class Best:
             raise TypeError(f"Best.add: a block must be float32, got {block.dtype}")
         least = self._least[queries]
         if block.flags.f_contiguous and not block.flags.c_contiguous:  # numpy searches in the order of memory
-            column, row = np.nonzero(least <= block.T)
-            by_row = np.argsort(row, kind="stable")
+            column, row = np.divmod(np.flatnonzero(least <= block.T), len(queries))
+            by_row = np.argsort(row.astype(np.min_scalar_type(len(queries))), kind="stable")
             row, column = row[by_row], column[by_row]
         else:
-            row, column = np.nonzero(block >= least[:, None])
+            row, column = np.divmod(np.flatnonzero(block >= least[:, None]), len(items))
         if len(row):
             query, item = queries[row], items[column]
             key = _ordered(block[row, column]) << 32 | self.order.places(query, item, self.items)
-            chosen, first, count = np.unique(row, return_index=True, return_counts=True)
-            found = np.full((len(chosen), int(count.max())), _NONE)
-            found[np.repeat(np.arange(len(chosen)), count), np.arange(len(row)) - np.repeat(first, count)] = key
-            self._keep(queries[chosen], found)
+            first = np.flatnonzero(np.diff(row, prepend=-1))
+            count = np.diff(first, append=len(row))
+            found = np.full((len(first), int(count.max())), _NONE)
+            found[np.repeat(np.arange(len(first)), count), np.arange(len(row)) - np.repeat(first, count)] = key
+            self._keep(query[first], found)
 
     def merge(self, other: Best) -> None:
         """Add what another `Best` of the same queries, items, k and order has found in other blocks.
