@@ -155,7 +155,8 @@ def table(result: dict) -> str:
     ]
     for one in result["pools"]:
         sizes = f"{one['images']:,} x {one['captions']:,} | {one['best'] or '-'} | {one['part']} | {one['pairs']:,}"
-        cost = f"{one['seconds']:.0f} | {one['overhead_ns_per_pair']:.1f} | {one['peak_gb']:.2f} | {one['matrix_gb']:.1f}"
+        memory = f"{one['peak_gb']:.2f} | {one['matrix_gb']:.1f}"
+        cost = f"{one['seconds']:.0f} | {one['overhead_ns_per_pair']:.1f} | {memory}"
         lines.append(f"| {sizes} | {cost} |")
     lines += [
         "",

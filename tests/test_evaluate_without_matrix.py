@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import zlib
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -132,6 +133,12 @@ def test_embeddings_that_do_not_fit_are_in_files(kinds, monkeypatch, tmp_path):
     assert len(names) > 2 * len(kinds)
     assert str(found) == str(expected)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["tally.npz"]
+
+
+    monkeypatch.setattr(mapped.shutil, "disk_usage", lambda _: Namespace(free=0))
+    monkeypatch.setattr("itm_fast.evaluation.counted.encode", lambda *_, **__: pytest.fail("the disk is full"))
+    with pytest.raises(OSError, match="1 MB are needed for embeddings that do not fit in memory"):
+        evaluate(nets, split, vocabulary, keep_scores=False, progress=False, state=tmp_path / "other")
 
 
 def command(folder, *kinds: str) -> list[str]:

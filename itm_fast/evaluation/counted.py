@@ -61,7 +61,7 @@ def count_blocks(
     """
     with contextlib.ExitStack() as stack:
         snapshots = None if state is None else stack.enter_context(Snapshots(state))
-        folder = folder_of(bool(plans[0].on_disk), state)
+        folder = folder_of(plans[0].on_disk, state)
         encoded = [
             encode(model, split, vocab, batch_size=batch_size, progress=progress, captions=captions, folder=folder)
             for model in models

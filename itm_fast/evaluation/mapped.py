@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -38,14 +40,31 @@ def empty(
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            message = (
-                f"{os.strerror(error.errno or 0)}; {megabytes(size)} are needed for embeddings that do not fit in "
-                "memory: make room, or name another folder by the environment variable TMPDIR"
-            )
-            raise OSError(error.errno or 0, message, str(folder)) from error
+            raise _no_room(size, folder) from error
         return torch.from_numpy(np.memmap(file, np.uint8, "r+", shape=(size,))).view(dtype).view(shape)
 
 
-def folder_of(mapped: bool, folder: str | os.PathLike[str] | None) -> Path | None:
-    """Where tensors go: `folder` or, if it is None, the folder for temporary files; None to keep them in memory."""
-    return Path(folder or tempfile.gettempdir()) if mapped else None
+def folder_of(size: int, folder: str | os.PathLike[str] | None) -> Path | None:
+    """Where tensors go: `folder` or, if it is None, the folder for temporary files; None to keep them in memory.
+
+    Args:
+        size: bytes that will be in files; 0 to keep them in memory.
+        folder: exists.
+
+    Raises:
+        OSError: the disk has no room for them.
+    """
+    if not size:
+        return None
+    place = Path(folder or tempfile.gettempdir())
+    if shutil.disk_usage(place).free < size:
+        raise _no_room(size, place)
+    return place
+
+
+def _no_room(size: int, folder: Path) -> OSError:
+    message = (
+        f"{os.strerror(errno.ENOSPC)}; {megabytes(size)} are needed for embeddings that do not fit in memory: make "
+        "room, or name another folder by the environment variable TMPDIR (or --state)"
+    )
+    return OSError(errno.ENOSPC, message, str(folder))

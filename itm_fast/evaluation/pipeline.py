@@ -222,7 +222,7 @@ def _with_matrices(
     systems: list[System] = []
     total: NDArray[np.float32] | None = None
     for number, (name, model) in enumerate(zip(prepared.names, prepared.models, strict=True)):
-        folder = folder_of(bool(plans[number].on_disk), None)
+        folder = folder_of(plans[number].on_disk, None)
         encoded = encode(
             model, split, prepared.vocab,
             batch_size=prepared.batch_size, progress=progress, captions=captions, folder=folder,
