@@ -1,5 +1,7 @@
 """What the wheel and the sdist contain, and that the package works from each of them and from a bare checkout."""
 
+import os
+import re
 import subprocess
 import sys
 import tarfile
@@ -7,6 +9,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from itm_fast import _native
+from itm_fast._native import compiling
+
+_wheel = pytest.importorskip("itm_fast._native._wheel", reason="needs setuptools")
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = [
@@ -28,19 +35,24 @@ def installed_name(path):
     return path if path.startswith("itm_fast/") else f"itm_fast/{path}"
 
 
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    out = tmp_path_factory.mktemp("dist")
+def build(out, *options, levels=""):
     pytest.importorskip("build")
     # With isolation the build fetches setuptools anew; what is installed here serves when it is there.
     isolation = [] if _has_setuptools() is False else ["--no-isolation"]
     done = subprocess.run(
-        [sys.executable, "-m", "build", *isolation, "--outdir", str(out), str(ROOT)],
+        [sys.executable, "-m", "build", *isolation, *options, "--outdir", str(out), str(ROOT)],
         capture_output=True,
         text=True,
         check=False,
+        env={**os.environ, "ITM_FAST_LEVELS": levels},
     )
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    out = tmp_path_factory.mktemp("dist")
+    build(out)
     (wheel,), (sdist,) = out.glob("*.whl"), out.glob("*.tar.gz")
     return wheel, sdist
 
@@ -61,8 +73,78 @@ def test_the_sdist_holds_the_tree(built):
     assert tracked() | {"pyproject.toml", "README.md", "LICENSE"} <= names
 
 
-def test_the_wheel_is_small(built):
-    assert built[0].stat().st_size < 20_000_000
+def test_the_wheel_is_small_and_for_every_platform(built):
+    assert built[0].name.endswith("-py3-none-any.whl")
+    files = zipfile.ZipFile(built[0]).infolist()
+    assert sum(file.compress_size for file in files if "/openclipart/" in file.filename) < 10_000_000
+    assert sum(file.compress_size for file in files) < 11_000_000
+
+
+SCORE = """
+import hashlib, sys
+import torch
+import itm_fast
+from itm_fast import _native
+from itm_fast.testing import inputs
+torch.set_num_threads(1)
+given = inputs(5, (3, 12, 7), 36, 64)
+score = itm_fast.cross_attention_score(*given, backend="cpu")
+print(_native.outcome().level, _native.outcome().path, hashlib.sha256(score.numpy().tobytes()).hexdigest())
+"""
+
+
+@pytest.mark.skipif(_native.why_not() is not None, reason="needs a compiler")
+def test_a_wheel_with_the_library_needs_no_compiler_and_gives_the_same_bits(tmp_path):
+    """The library of this machine's level is the one that the other tests have compiled."""
+    level = _native.outcome().level
+    build(tmp_path / "dist", "--wheel", levels=level)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    assert re.fullmatch(r"itm_fast-[\d.]+-py3-none-(?!any)\w+\.whl", wheel.name)
+    names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
+    extra = set(names) - {installed_name(path) for path in tracked()}
+    (folder,) = {Path(name).parent.as_posix() for name in extra}
+    assert folder.startswith(f"itm_fast/_native/libraries/{level}-")
+    assert {Path(name).name for name in extra} == {"itm_fast.so", "build.json"}
+    zipfile.ZipFile(wheel).extractall(tmp_path / "installed")
+    found = []
+    for path, environment in ((tmp_path / "installed", {"PATH": str(tmp_path / "nothing")}), (ROOT, {})):
+        kept = {key: value for key, value in os.environ.items() if key not in ("CXX", "ITM_FAST_CACHE_DIR")}
+        here = {"PYTHONPATH": str(path), "ITM_FAST_BACKEND": "cpu", **environment}
+        if environment:
+            here["ITM_FAST_CACHE_DIR"] = str(tmp_path / "cache")
+        elif "ITM_FAST_CACHE_DIR" in os.environ:
+            here["ITM_FAST_CACHE_DIR"] = os.environ["ITM_FAST_CACHE_DIR"]
+        done = subprocess.run(
+            [sys.executable, "-c", SCORE], capture_output=True, text=True, check=False, cwd=tmp_path, env=kept | here
+        )
+        assert done.returncode == 0, done.stderr
+        found.append(done.stdout.split())
+    assert found[0][1] == str(tmp_path / "installed" / folder / "itm_fast.so")
+    assert found[0][::2] == found[1][::2]
+    assert not (tmp_path / "cache").exists()
+
+
+def test_levels_are_asked_for_by_name():
+    assert _wheel.levels_asked("all") == list(_native.LEVELS)
+    assert _wheel.levels_asked("none") == []
+    with pytest.raises(ValueError, match=r"must be all, none or some of avx512_bf16, .*, got avx1024"):
+        _wheel.levels_asked("avx2,avx1024")
+
+
+@pytest.mark.skipif(_native.why_not() is not None, reason="needs a compiler")
+def test_the_generic_level_has_nothing_of_x86():
+    """So it compiles for any processor: no header, no intrinsic and no assembly of x86 remains after preprocessing."""
+    compiler = compiling.find_compiler().command
+    sources = sorted((ROOT / "csrc" / "cpu").glob("*.cpp"))
+    unit = "".join(f'#include "{source}"\n' for source in sources)
+    command = [*compiler, *compiling.FLAGS, "-I", str(ROOT / "csrc"), "-E", "-x", "c++", "-"]
+    done = subprocess.run(command, input=unit, capture_output=True, text=True, check=True)
+    headers = set(re.findall(r'^# \d+ "([^"]+)"', done.stdout, re.MULTILINE))
+    assert {str(source) for source in sources} <= headers
+    assert not [header for header in headers if header.endswith(("intrin.h", "cpuid.h"))]
+    ours = re.split(r'^# \d+ "', done.stdout, flags=re.MULTILINE)
+    ours = "".join(part for part in ours if part.startswith(str(ROOT)))
+    assert not re.findall(r"\b_mm\d*_\w+|__builtin_ia32\w+|\basm\b|__asm\w*", ours)
 
 
 @pytest.mark.parametrize("form", ["wheel", "checkout"])

@@ -6,8 +6,8 @@ build's object files (`compiling`), in one process at a time.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import hashlib
 import os
 import shutil
 import sys
@@ -21,7 +21,7 @@ import torch
 
 from . import cache, compiling, peaks
 from .cache import LIBRARY, Build, Unavailable, cache_dir
-from .compiling import BACKWARD_FLAGS, FLAGS, LEVELS
+from .compiling import LEVELS
 
 __all__ = [
     "LEVELS", "Build", "Unavailable", "bfloat16_products", "build", "cache_dir", "call", "csrc_dir", "level", "outcome",
@@ -127,7 +127,7 @@ def call(name: str, argument: Any) -> None:
 
 
 def build(csrc: Path, level: str) -> Build:
-    """Load the library of `csrc/cpu/*.cpp` from the cache folder, after compiling it if it is not there.
+    """Load the library of `csrc/cpu/*.cpp` from the wheel or the cache folder, after compiling it if it is in neither.
 
     Args:
         csrc: the folder that contains cpu/.
@@ -136,20 +136,22 @@ def build(csrc: Path, level: str) -> Build:
     Raises:
         Unavailable: there is no compiler, it fails or takes too long, or the library does not load.
     """
-    files = sorted(file for ending in ("cpp", "h") for file in (csrc / "cpu").glob(f"*.{ending}"))
-    sources = {file.relative_to(csrc).as_posix(): file.read_bytes() for file in files}
-    parts = hashlib.sha256(repr((FLAGS, BACKWARD_FLAGS, LEVELS[level])).encode())
-    for name, content in sources.items():
-        parts.update(repr((name, len(content))).encode() + content)
-    name = f"{level}-{parts.hexdigest()[:16]}"
+    sources = compiling.sources_in(csrc)
+    name = compiling.library_name(level, sources)
+    if found := _shipped(name):
+        return found
     try:
         compiler = compiling.find_compiler()
     except Unavailable:
+        names = list(LEVELS)
+        for lower in names[names.index(level) + 1 :]:
+            if found := _shipped(compiling.library_name(lower, sources)):
+                return found
         # On a cluster, another node that shares this home folder may have a compiler and have built the library.
         if found := cache.find(f"{name}-*", cache.load):
             return found
         raise
-    compiled_by = hashlib.sha256(repr(tuple(compiler)).encode()).hexdigest()[:8]
+    compiled_by = compiling.compiler_name(compiler)
     name += f"-{compiled_by}"
     if found := cache.find(name, cache.load):
         return found
@@ -172,6 +174,15 @@ def build(csrc: Path, level: str) -> Build:
                 cache.keep_objects(scratch / "objects", objects)
             home = cache.publish(scratch / "result", scratch.parent / name, cache.load)
             return found._replace(path=home and home / LIBRARY)
+
+
+def _shipped(name: str) -> Build | None:
+    """The library of this name in the package, where a wheel has brought it; None if there is none that loads."""
+    folder = Path(__file__).resolve().parent / "libraries" / name
+    if folder.is_dir():
+        with contextlib.suppress(OSError, ValueError):
+            return cache.load(folder)
+    return None
 
 
 def _compiled(compiler: compiling.Compiler, level: str, sources: dict[str, bytes], scratch: Path) -> Build:

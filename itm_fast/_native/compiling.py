@@ -7,6 +7,7 @@ output to a file `.log` and, if it fails, its exit status to a file `.failed`.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import os
 import re
@@ -84,6 +85,25 @@ def find_compiler() -> Compiler:
         why = _stopped(status, said) or useful(said) or f"it ends with status {status} and says nothing"
         raise Unavailable(f"{shlex.join(command)} --version fails: {why}; set CXX to g++ or clang++")
     return Compiler(command, said.strip().partition("\n")[0])
+
+
+def sources_in(csrc: Path) -> dict[str, bytes]:
+    """The sources and headers of csrc/cpu by their path relative to csrc."""
+    files = sorted(file for ending in ("cpp", "h") for file in (csrc / "cpu").glob(f"*.{ending}"))
+    return {file.relative_to(csrc).as_posix(): file.read_bytes() for file in files}
+
+
+def library_name(level: str, sources: Mapping[str, bytes]) -> str:
+    """The name of the library of these sources: its level, and a digest of the flags and of all sources."""
+    parts = hashlib.sha256(repr((FLAGS, BACKWARD_FLAGS, LEVELS[level])).encode())
+    for name, content in sources.items():
+        parts.update(repr((name, len(content))).encode() + content)
+    return f"{level}-{parts.hexdigest()[:16]}"
+
+
+def compiler_name(compiler: Compiler) -> str:
+    """A digest of a compiler's command and version."""
+    return hashlib.sha256(repr(tuple(compiler)).encode()).hexdigest()[:8]
 
 
 def find_ninja() -> str:
