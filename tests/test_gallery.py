@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from itm_fast.models import Loaded, build
 from itm_fast.models.dual_encoder import MeanCosine
 
 from .test_evaluation_report import options, pets
+from .test_rebuild import OPTIONS
 
 IMAGES = 12
 
@@ -143,6 +145,19 @@ def test_two_stages_with_all_candidates_are_exact_search(kind, scan, tmp_path, s
         assert "of the 4 best of exact search are found (95 % interval" in text
     assert json.loads(shown)["approximate"] is True
     assert json.loads(shown)["recall_of_exact_search"]["of_exact_search"] == found.recall.value
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_model_is_searched(name, scan, tmp_path):
+    split, vocabulary = ragged(), scan.vocab
+    torch.manual_seed(0)
+    opt = Namespace(**vars(OPTIONS[name]), vocab_size=len(vocabulary), device="cpu")
+    model = Loaded(build(opt), vocabulary, name)
+    gallery = Gallery.build(model, split, tmp_path / "g", first=scan, progress=False)
+    texts = split.captions[:6]
+    wanted = -np.sort(-matrix(model, split)[:, :6], axis=0)[:5].T
+    for more in ({}, {"candidates": IMAGES, "first": scan, "sample": texts[:2]}):
+        np.testing.assert_allclose(gallery.search(texts, k=5, **more).scores, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_recall_is_that_of_the_sample_and_is_measured_once(sgr, scan, tmp_path, monkeypatch):

@@ -135,7 +135,7 @@ def encode(
     first = first_of_equals(ids, edges)
     with evaluation_mode(model.img_enc, model.txt_enc), torch.no_grad():
         image, features = _images(model.img_enc, split, batch_size, folder, progress)
-        words = _captions(model.txt_enc, ids, edges, first, batch_size, image, progress, folder)
+        words = _captions(model.txt_enc, ids, edges, first, batch_size, image.dtype, progress, folder)
     lengths = split.region_lengths
     return Encoded(
         image=image,
@@ -175,9 +175,8 @@ def encode_captions(
     require_vocabulary(model, vocab)
     ids, edges = packed_ids(list(caption_batches(captions, vocab, batch_size)))
     first = first_of_equals(ids, edges)
-    like = torch.empty(0, 0, model.txt_enc.embed_size, dtype=_dtype(model.txt_enc))
     with evaluation_mode(model.txt_enc), torch.no_grad():
-        words = _captions(model.txt_enc, ids, edges, first, batch_size, like, False)
+        words = _captions(model.txt_enc, ids, edges, first, batch_size, _dtype(model.txt_enc), False)
     return words, torch.from_numpy(edges.astype(np.int32)), first
 
 
@@ -307,14 +306,13 @@ def _captions(
     edges: NDArray[np.int64],
     first: NDArray[np.int64],
     batch_size: int,
-    image: Tensor,
+    dtype: torch.dtype,
     progress: bool,
     folder: Path | None = None,
 ) -> Tensor:
     from tqdm import tqdm
 
     device = device_of(encoder)
-    words = empty((len(ids), image.shape[2]), image.dtype, folder)
     known = getattr(getattr(encoder, "embed", None), "num_embeddings", None)
     if known is not None and len(ids) and ids.max() >= known:
         raise ValueError(
@@ -330,6 +328,8 @@ def _captions(
             batch[np.arange(lengths[0]) < lengths[:, None]] = ids[rows]
             padded = encoder(torch.from_numpy(batch).to(device), lengths.tolist())
             padded = padded if isinstance(padded, Tensor) else padded[0]  # SCAN's encoder also returns the lengths
+            if not start:
+                words = empty((len(ids), padded.shape[2]), dtype, folder)
             words[torch.from_numpy(rows)] = pack(padded, lengths.tolist())[0].cpu()
             bar.update(len(chosen))
     again = np.flatnonzero(first != np.arange(len(first)))
