@@ -121,7 +121,7 @@ def problems(row: dict, arch: int) -> Iterator[str]:
     if "error" in row:
         yield f"{name}: {row['error']}"
         return
-    if row["registers"] <= 8:  # seen with Triton 3.6 for sm_100
+    if row["registers"] <= 8:  # as Triton 3.6 makes for sm_100 where tensor memory is too small
         yield f"{name}: {row['registers']} registers: it does nothing"
     if row["spilled"]:
         yield f"{name}: {row['spilled']} bytes spilled at {row['registers']} registers"
