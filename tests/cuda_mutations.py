@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
@@ -120,8 +121,11 @@ def scan(op: ModuleType) -> Iterator[torch.Tensor]:
         _rows.LOW = low
 
 
-def score(op: ModuleType) -> Iterator[torch.Tensor]:
-    """Scores of the pair scorers in float16 and float32."""
+HALF_BY_GROUPS = (_cuda.SPECIFIC, torch.float16)  # products by groups of warps
+
+
+def score(op: ModuleType, runs: tuple[tuple[tuple[int, int], torch.dtype], ...]) -> Iterator[torch.Tensor]:
+    """Scores of the pair scorers for GPUs of some compute capabilities in some dtypes."""
     import test_cuda_nodes as cases
 
     for head, steps in (("graph", 3), ("graph", 1), ("filter", 1)):
@@ -131,7 +135,7 @@ def score(op: ModuleType) -> Iterator[torch.Tensor]:
         # A word of caption 4, in a tile with caption 2; the global vector of caption 1, in another tile with others.
         args[2][38, 3] = args[3][1, 0] = torch.nan
         run = getattr(op, f"similarity_{head}_score")
-        for capability, dtype in (((8, 0), torch.float16), ((8, 0), torch.float32), (_cuda.SPECIFIC, torch.float16)):
+        for capability, dtype in runs:
             torch.cuda.get_device_capability = lambda *_, of=capability: of  # type: ignore[assignment]
             yield run(*cases.rounded(args, dtype))
 
@@ -155,13 +159,18 @@ class Judge(NamedTuple):
 SCAN = Judge(("scan",), r"<(F16|F16X3|TF32X3), 36, 128, 2, 3>", "cross_attention_score", scan)
 SCORE = Judge(
     ("weights", "global_nodes", "graph", "filter"),
-    r"<(F16|F16X3), (36, 128, 2|64, 64, 64|64, 128, 64, 48(, false, true)?)>",
+    r"<(F16|F16X3), (36, 128, 2|64, (64|128), 64|64, 128, 64, 48(, false, true)?)>",
     "similarity_score",
-    score,
+    partial(score, runs=(((8, 0), torch.float16), ((8, 0), torch.float32), HALF_BY_GROUPS)),
+)
+GROUPS = SCORE._replace(
+    instances=r"<F16, (36, 128, 2|64, 128, 64|64, 128, 64, 48, false, true)>",
+    results=partial(score, runs=(HALF_BY_GROUPS,)),
 )
 JUDGES: dict[str, Judge] = {
     **dict.fromkeys(("affinity.h", "attention.h", "scan.cu"), SCAN),
     **dict.fromkeys(("tile.h", "nodes.h", "graph.cu", "filter.cu", "global_nodes.cu", "weights.cu"), SCORE),
+    "groups.h": GROUPS,
 }
 
 
