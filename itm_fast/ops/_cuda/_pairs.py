@@ -163,15 +163,16 @@ def global_kernel(kind: Kind, S: int, slots: int, depth: int) -> Kernel:
     return Kernel("global_nodes.cu", f"global_nodes<{kind.arguments(S, slots, depth)}>", GlobalNodes, THREADS, shared)
 
 
-def fitting(
-    make: Callable[[int, int], Kernel], slots: Iterable[int], kind: Kind, limit: int
-) -> tuple[Kernel, int] | None:
-    """The kernel of the first of `slots` that fits, at its greatest depth, and its slots.
+def node_tiles(slots: Iterable[int], kind: Kind) -> Iterator[tuple[int, int]]:
+    """Slots and depths of tiles of nodes, best first. Pairs of halves lie in blocks of 32 numbers."""
+    return ((n, depth) for n in slots for depth in DEPTHS if depth % 32 == 0 or kind.halves == 1)
 
-    Pairs of halves lie in blocks of 32 numbers.
-    """
-    depths = [depth for depth in DEPTHS if depth % 32 == 0 or kind.halves == 1]
-    made = ((make(n, depth), n) for n in slots for depth in depths)
+
+def fitting(
+    make: Callable[[int, int], Kernel], tiles: Iterable[tuple[int, int]], limit: int
+) -> tuple[Kernel, int] | None:
+    """The kernel of the first of `tiles` (slots, depth) that fits, and its slots."""
+    made = ((make(*tile), tile[0]) for tile in tiles)
     return next(((kernel, n) for kernel, n in made if kernel.shared <= limit), None)
 
 
@@ -205,11 +206,13 @@ def kernels(
     """
     limit, tile = shared_limit(capability), tile_of(R, capability)
     weights, regions = weight_kernel(kind, tile), rounded_up(pitch_of(tile), 16)
-    found = fitting(lambda slots, depth: head(kind, S, slots, regions, depth, False), SLOTS, kind, limit)
+    found = fitting(lambda slots, depth: head(kind, S, slots, regions, depth, False), node_tiles(SLOTS, kind), limit)
     if specific and kind.halves == 1 and found and found[1] == GROUPED[0]:
         grouped = head(kind, S, GROUPED[0], regions, GROUPED[1], True)
         found = (grouped, GROUPED[0]) if grouped.shared <= limit else found
-    overall = fitting(partial(global_kernel, kind, S), (64, 32), kind, limit)
+    # The nodes leave through the stages of the matrix. 128 rows of pairs of halves do not fit the registers.
+    fewer = node_tiles(SLOTS[kind.halves == 2 :], kind)
+    overall = fitting(partial(global_kernel, kind, S), (tile for tile in fewer if tile[0] <= 2 * tile[1]), limit)
     if weights.shared > limit or not found or not overall:
         return None
     return Kernels(tile, weights, *overall, *found)
