@@ -13,6 +13,7 @@ from itm_fast.data.openclipart import CHECKPOINTS, FOLDER
 from itm_fast.models.dual_encoder import MeanCosine
 
 WORDS = 6
+WITHOUT = ("RCAR",)  # models that cannot tell
 
 
 def pair(dtype=torch.float64):
@@ -26,7 +27,7 @@ def expected(scorer, image, words):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith(WITHOUT)])
 def test_the_weights_of_every_model_give_its_score(name):
     scorer = MODELS[name].scorer()
     image, words = pair()

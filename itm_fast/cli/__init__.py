@@ -26,6 +26,7 @@ _SUMMARIES = {
     "compare": "confidence intervals and p-values of the recalls of two evaluated models",
     "search": "find the images of a gallery that score best with a caption",
     "gallery": "encode the images of a data set into a gallery, for search",
+    "attend": "draw what a model attends to in an image and its captions",
     "train": "train a model with the published recipe, or continue an interrupted run",
     "demo": "evaluate the trained models inside the package on its pictures, and draw what SAF attends to",
     "convert": "turn SCAN's .npy folder into HDF5, or back",

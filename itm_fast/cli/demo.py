@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
     scores = {row.name: row.scores.fast for row in compared}
     rows = _rows(loaded["saf"].model, split, vocabulary, asked, args.seed, scores.get("SAF"))
     chosen = DRAWN_TITLE if asked is None else ""
-    picture = draw("What SAF attends to", SUBTITLE + chosen, rows)
+    picture = draw("What SAF attends to", SUBTITLE + chosen, rows).to_image()
     with atomic_write(output / "attention.png", "wb") as file:
         picture.save(file, "PNG")
     with atomic_write(output / "demo.json") as file:

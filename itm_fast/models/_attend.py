@@ -29,9 +29,10 @@ def attention(model: Matcher, image: Tensor | np.ndarray[Any, Any], caption: str
     Returns:
         `itm_fast.nn.Attention`: the weights by name, the pair's score that follows from them, and the tokens. SCAN has
         `regions` [W, R] (t2i) or `words` [R, W] (i2t). SGR and SAF have `regions` and `nodes` [1 + W], the share of the
-        whole picture and of each word in the score: SAF's gates, and in SGR what its last step takes; SGR has all
-        steps' `edges` [K, 1 + W, 1 + W] too. SHAN has `regions`, `words` and the shares of words and regions in its
-        context vectors, `word_pool` [W] and `region_pool` [R]. Other models: `attention` of their pair scorer.
+        whole picture and of each word in the score: SAF's gates, and in SGR what reaches node 0 by the edges of all
+        steps; SGR has these `edges` [K, 1 + W, 1 + W] too. SHAN has `regions`, `words` and the shares of words and
+        regions in its context vectors, `word_pool` [W] and `region_pool` [R]. Other models: `attention` of their pair
+        scorer.
 
     Raises:
         ValueError: the image has another shape, the caption is empty, or the model is in training mode.

@@ -36,7 +36,7 @@ def similarity_attention(scorer: Any, smooth: float, image: Tensor, words: Tenso
     else:
         logit, edges = graph_attention(scorer.SGR_module, scorer.sim_eval_w, nodes)
         if len(edges):
-            weights |= {"nodes": edges[-1, 0], "edges": edges}
+            weights |= {"nodes": reaching(edges), "edges": edges}
     return Attention(float(logit if scorer.output == "logit" else logit.sigmoid()), weights)
 
 
@@ -47,3 +47,11 @@ def graph_attention(graph: nn.ModuleList, final: nn.Module, nodes: Tensor) -> tu
         edges.append((step.graph_query_w(nodes) @ step.graph_key_w(nodes).t()).softmax(1))  # type: ignore[operator]
         nodes = step.sim_graph_w(edges[-1] @ nodes).relu()  # type: ignore[operator]
     return final(nodes[0]), torch.stack(edges) if edges else nodes.new_empty(0, len(nodes), len(nodes))
+
+
+def reaching(edges: Tensor) -> Tensor:
+    """The share of each first node in node 0 after all steps, by the edges alone: [K, M, M] -> [M]."""
+    share = edges[-1, 0]
+    for step in reversed(edges[:-1]):
+        share = share @ step
+    return share
