@@ -59,7 +59,7 @@ def test_table_files_and_ensemble(made, tmp_path, capsys):
     mean = (scores[0] + scores[1]) / 2
     np.testing.assert_array_equal(np.load(tmp_path / "s.npy"), mean)
     found = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [system["name"] for system in found["systems"]] == ["SGR", "SAF", "mean of the scores"]
+    assert [system["name"] for system in found["systems"]] == ["SGR", "SAF", "SGRAF"]
     for system, score in zip(found["systems"], [*scores, mean], strict=True):
         assert system["pools"][1]["rsum"] == metrics(score, split.caption_to_image).rsum
     assert found["settings"]["epochs"] == [3, 3]

@@ -172,11 +172,15 @@ def test_latex_is_a_booktabs_table_with_every_number_under_its_direction():
             found = system.pools[number].metrics
             cells = one_digit(*found.i2t.recalls, *found.t2i.recalls, found.rsum)
             expected.append(" & ".join([name, *cells]) + r" \\")
+        first = made.systems[0].pools[number].metrics
+        by_chance = [*first.i2t.chance, *first.t2i.chance]
+        expected.append(" & ".join(["chance", *one_digit(*by_chance, sum(by_chance))]) + r" \\")
         for name, system in ((r"SGR\_50\%", made.systems[0]), ("SAF", made.systems[1])):
             low, high, mid = ties_of(system, number)
             line = f"{name}, ties: rsum {low} to {high}; {mid} by the published order"
             expected.append(rf"\multicolumn{{8}}{{l}}{{\footnotesize {line}}} \\")
-    assert lines[5:] == [*expected, r"\bottomrule", r"\end{tabular}"]
+    rule = r"\multicolumn{8}{l}{\footnotesize Ties are ranked by the rule: published.} \\"
+    assert lines[5:] == [*expected, r"\midrule", rule, r"\bottomrule", r"\end{tabular}"]
 
 
 def ties_of(system: System, number: int) -> list[str]:

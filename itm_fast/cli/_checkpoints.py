@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..data import Split, Vocabulary
+    from ..evaluation import Report
     from ..models.checkpoint import Checkpoint
 
 
@@ -65,3 +67,11 @@ def member_names(loaded: list[Checkpoint]) -> list[str]:
             break
         names = [f"{name} ({'/'.join(part[-depth:])})" for name, part in zip(plain, parts, strict=True)]
     return names
+
+
+def with_name_of_ensemble(report: Report) -> Report:
+    """The report, with the mean of an SGR and a SAF checkpoint under its published name, SGRAF."""
+    *members, last = report.systems
+    if sorted(system.name for system in members) != ["SAF", "SGR"]:
+        return report
+    return replace(report, systems=(*members, replace(last, name="SGRAF")))

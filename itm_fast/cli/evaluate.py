@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 
 from .._lock import Lock
 from .._names import BACKENDS
-from ._checkpoints import check_features, check_vocabulary, find_vocabulary, member_names, members
+from ._checkpoints import (
+    check_features,
+    check_vocabulary,
+    find_vocabulary,
+    member_names,
+    members,
+    with_name_of_ensemble,
+)
 from ._pictures import pictures_of
 from ._plans import plan_evaluation, plan_workload
 
@@ -334,6 +341,7 @@ def _print(
     from ..evaluation.report import speed_line
 
     settings = report.settings
+    report = with_name_of_ensemble(report)
     print(report)
     print(f"vocabulary: {settings['vocabulary']}")
     print(f"captions: {settings['captions']:,}, {settings['distinct_captions']:,} distinct")

@@ -19,7 +19,8 @@ FILE says which image each caption describes. Images count from 0. A caption may
   .json  a list with a number, or a list of numbers, for each caption
   else   text: a line for each caption with one or more numbers, separated by spaces or commas
 A query's rank is that of its best right item; its other right items do not lower it. An image without captions is no
-query, but stays in the pool as a wrong answer.
+query, but stays in the pool as a wrong answer. With COCO's ids of the 5K test set, CxC and ECCV Caption metrics are
+reported too (pip install '.[eccv]'), and with --pmrp Plausible Match R-Precision.
 
 --output DIR gets the files of `itm-fast evaluate --output`, so that `itm-fast compare` can read them."""
 
@@ -43,6 +44,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--captions", metavar="FILE", help="the captions' texts, one a line, for the lists of queries in report.html"
     )
+    parser.add_argument(
+        "--image-ids", metavar="FILE", help="COCO's ids of the images, .npy or one a line, for CxC and ECCV metrics"
+    )
+    parser.add_argument("--caption-ids", metavar="FILE", help="COCO's ids of the captions")
+    parser.add_argument(
+        "--pmrp",
+        metavar="DIR",
+        help="also report PMRP: the folder of pm_image_to_caption.json and pm_caption_to_image.json of eccv-caption",
+    )
     parser.add_argument("--output", metavar="DIR", help="write report.html, results.* and ranks.npz here")
 
 
@@ -53,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     from .._lock import Lock
     from ..evaluation.html_report import WORST
     from ..evaluation.many_right import pairs_of, read_right_pairs
-    from ..evaluation.rating import open_scores, rate
+    from ..evaluation.rating import open_scores, rate, read_ids
 
     score = open_scores(args.scores)
     images, captions = score.shape
@@ -70,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
     texts = None
     if args.captions:
         texts = Path(args.captions).read_text(encoding="utf-8-sig").splitlines()
+    ids = [None if path is None else read_ids(path) for path in (args.image_ids, args.caption_ids)]
     folder = Path(args.output) if args.output else None
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -77,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     with lock:
         report = rate(
             score, pairs, name=args.name or Path(args.scores).stem, cutoffs=args.at, folds=args.folds, ties=args.ties,
-            captions=texts, worst=WORST if args.output else 0,
+            captions=texts, image_ids=ids[0], caption_ids=ids[1], pmrp=args.pmrp, worst=WORST if args.output else 0,
         )  # fmt: skip
         print(report)
         if folder is not None:

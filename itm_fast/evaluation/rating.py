@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,9 @@ from numpy.typing import NDArray
 from .. import __version__
 from .._files import require_regular
 from .many_right import count_pairs, pairs_of
+from .plausible import load_plausible, plausible_r_precision
 from .ranking import fold_metrics
+from .relevance import relevance_by_ties, ties_of_relevance, why_no_relevance
 from .report import Pool, Report, System
 from .tie_rules import average, metrics_of
 from .worst import rows_of_matrix, worst_queries
@@ -30,6 +33,9 @@ def rate(
     ties: str = "pessimistic",
     captions: Sequence[str] | None = None,
     worst: int = 0,
+    image_ids: NDArray[np.integer] | None = None,
+    caption_ids: NDArray[np.integer] | None = None,
+    pmrp: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Report on a score matrix: recalls, median and mean rank of both directions.
 
@@ -43,6 +49,8 @@ def rate(
         ties: as for `metrics`.
         captions: T texts, for the report's lists of queries.
         worst: as for `evaluate`.
+        image_ids, caption_ids: [I] and [T] COCO ids; with them CxC and ECCV Caption metrics are reported too.
+        pmrp: the folder of the plausible matches, as for `plausible.load_plausible`; PMRP is then reported too.
 
     Returns:
         `Report`, with `settings` of this computation alone.
@@ -50,7 +58,7 @@ def rate(
     Raises:
         TypeError: a dtype is not as stated.
         ValueError: shapes disagree, an index is out of range, a caption has no right image, a score is NaN or infinite,
-            a cut-off is less than 1, or the images do not divide into the folds.
+            a cut-off is less than 1, the images do not divide into the folds, or ids do not fit.
 
     >>> score = np.array([[0.9, 0.8], [0.1, 0.2], [0.3, 0.4]], np.float32)
     >>> pairs = np.array([[0, 1, 0], [0, 1, 1]])         # caption 1 is right for images 0 and 1
@@ -63,6 +71,9 @@ def rate(
     if any(k < 1 for k in cutoffs):
         raise ValueError(f"rate: cut-offs must be at least 1, got {list(cutoffs)}")
     shape = tuple(score.shape)
+    for what, ids, size in (("image_ids", image_ids, shape[0]), ("caption_ids", caption_ids, shape[-1])):
+        if ids is not None and (np.asarray(ids).shape != (size,) or np.asarray(ids).dtype.kind not in "iu"):
+            raise ValueError(f"rate: {what} must be {size:,} integers, got {list(np.asarray(ids).shape)}")
     if captions is not None and len(shape) == 2 and len(captions) != shape[1]:
         raise ValueError(f"rate: there are {len(captions):,} captions, and the scores have {shape[1]:,} columns")
     if given.ndim == 1 and len(shape) == 2 and len(given) != shape[1]:
@@ -78,15 +89,26 @@ def rate(
             raise ValueError("rate: folds cut captions with their image, and some captions have several right images")
         parts = tuple(fold_metrics(score, pairs[0], folds, ties=ties))
         pools = (Pool(average(parts), parts), *pools)
-    settings = {
+    settings: dict[str, Any] = {
         "itm_fast": __version__, "numpy": np.__version__, "python": platform.python_version(),
         "images": counts.images, "captions": counts.captions, "right_pairs": pairs.shape[1], "folds": folds,
         "ties": ties,
     }  # fmt: skip
     matrix = score.detach().float().cpu().numpy() if isinstance(score, torch.Tensor) else score
     found = worst_queries(counts, pairs, ties, worst, rows_of_matrix(matrix)) if worst else ()
-    system = System(name, pools, counts=counts, worst=found)
-    return Report((system,), settings, None, None, pairs, captions, tuple(cutoffs))
+    missing = why_no_relevance(image_ids, caption_ids)
+    by_ties = {} if missing else relevance_by_ties(matrix, image_ids, caption_ids)  # type: ignore[arg-type]
+    if pmrp is not None:
+        if image_ids is None or caption_ids is None:
+            raise ValueError("rate: PMRP needs COCO image and caption ids")
+        for rule, sides in plausible_r_precision(matrix, image_ids, caption_ids, load_plausible(pmrp)).items():
+            by_ties.setdefault(rule, {})["pmrp"] = sides
+    relevance = None
+    if by_ties:
+        settings["relevance_ties"] = ties_of_relevance(ties)
+        relevance = by_ties[settings["relevance_ties"]]
+    system = System(name, pools, relevance, counts=counts, worst=found, relevance_by_ties=by_ties)
+    return Report((system,), settings, missing, None, pairs, captions, tuple(cutoffs))
 
 
 def open_scores(path: str | os.PathLike[str]) -> NDArray[np.floating]:
@@ -110,3 +132,23 @@ def open_scores(path: str | os.PathLike[str]) -> NDArray[np.floating]:
     if found.ndim != 2 or found.dtype.kind != "f" or 0 in found.shape:
         raise ValueError(f"{path} must hold floating-point scores [images, captions], got {found.dtype} {found.shape}")
     return found
+
+
+def read_ids(path: str | os.PathLike[str]) -> NDArray[np.int64]:
+    """Ids from a .npy file of integers [n], or from a text with one a line.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is not as stated.
+    """
+    require_regular(path)
+    try:
+        if Path(path).suffix.lower() == ".npy":
+            found = np.load(path, allow_pickle=False)
+        else:
+            found = np.array([int(line) for line in Path(path).read_text(encoding="utf-8-sig").split()])
+        if found.ndim != 1 or found.dtype.kind not in "iu":
+            raise ValueError(f"got {found.dtype} {list(found.shape)}")
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} must hold integers, one for each image or caption ({error})") from None
+    return found.astype(np.int64)

@@ -19,6 +19,7 @@ from . import TIES
 from .counting import Counts
 from .html_report import PAGE, Pictures, to_html
 from .kept_ranks import RANKS, KeptRanks, texts_checksum
+from .latex import escape, relevance_table, row
 from .tables import DIRECTIONS, RELEVANCE, cutoff_table, recalls_at, table
 from .tie_rules import Direction, Metrics, average
 from .unknown_words import unknown_words_line
@@ -109,9 +110,10 @@ class Report:
 
     def __str__(self) -> str:
         parts = [self._recalls(number) for number in range(len(self.systems[0].pools))]
-        if any(system.relevance for system in self.systems):
-            head = ["", *RELEVANCE.values(), *RELEVANCE.values()]
-            parts.append(table(self._relevance_title(), [head, *self._relevance()], (1, 7, 13)))
+        if keys := self._relevance_keys():
+            titles = [RELEVANCE[key] for key in keys]
+            groups = (1, 1 + len(keys), 1 + 2 * len(keys))
+            parts.append(table(self._relevance_title(), [["", *titles, *titles], *self._relevance()], groups))
         if self.cutoffs:
             counted = [(system.name, system.counts) for system in self.systems if system.counts is not None]
             parts.append(cutoff_table(counted, self.cutoffs, self.settings["ties"]))
@@ -135,7 +137,7 @@ class Report:
             "meanr", "rsum", "chance_r1", "chance_r5", "chance_r10", "ties", *(f"rsum_{rule}" for rule in TIES),
         ]  # fmt: skip
         rules = list(dict.fromkeys(rule for system in self.systems for rule in system.relevance_by_ties))
-        columns += [f"{key}_{rule}" for key in RELEVANCE for rule in rules]
+        columns += [f"{key}_{rule}" for key in self._relevance_keys() for rule in rules]
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns)
         for system in self.systems:
@@ -148,7 +150,8 @@ class Report:
                     for name in DIRECTIONS:
                         side: Direction = getattr(metrics, name)
                         found = {} if pool.folds else system.relevance_by_ties
-                        relevance = [found[rule][key][name] if found else "" for key in RELEVANCE for rule in rules]
+                        keys = self._relevance_keys()
+                        relevance = [found[rule][key][name] if found else "" for key in keys for rule in rules]
                         writer.writerow(
                             [system.name, title, fold, name, metrics.images, metrics.captions, side.queries,
                              *side.recalls, side.medr, side.meanr, metrics.rsum, *side.chance, metrics.ties, *by_ties,
@@ -159,7 +162,8 @@ class Report:
     def to_latex(self) -> str:
         r"""A `tabular` for the booktabs package (`\usepackage{booktabs}`): one row per system, grouped by pool.
 
-        A second one holds CxC and ECCV Caption metrics, where there are any.
+        Each pool ends with the recalls of chance; the last line states the rule for ties. A second table holds CxC and
+        ECCV Caption metrics, where there are any.
         """
         lines = [
             r"\begin{tabular}{lccccccc}",
@@ -169,27 +173,18 @@ class Report:
             r"Model & R@1 & R@5 & R@10 & R@1 & R@5 & R@10 & rSum \\",
         ]
         for number, pool in enumerate(self.systems[0].pools):
-            lines += [r"\midrule", rf"\multicolumn{{8}}{{l}}{{{_escape(pool.title)}}} \\"]
-            for system in self.systems:
-                metrics = system.pools[number].metrics
-                cells = [f"{value:.1f}" for value in (*metrics.i2t.recalls, *metrics.t2i.recalls, metrics.rsum)]
-                lines.append(" & ".join([_escape(system.name), *cells]) + r" \\")
-            lines += [rf"\multicolumn{{8}}{{l}}{{\footnotesize {_escape(line)}}} \\" for line in self._ties(number)]
+            lines += [r"\midrule", rf"\multicolumn{{8}}{{l}}{{{escape(pool.title)}}} \\"]
+            rows = [(system.name, system.pools[number].metrics) for system in self.systems]
+            for name, found in rows:
+                lines.append(row(name, [*found.i2t.recalls, *found.t2i.recalls, found.rsum]))
+            by_chance = [*rows[0][1].i2t.chance, *rows[0][1].t2i.chance]
+            lines.append(row("chance", [*by_chance, sum(by_chance)]))
+            lines += [rf"\multicolumn{{8}}{{l}}{{\footnotesize {escape(line)}}} \\" for line in self._ties(number)]
+        rule = f"Ties are ranked by the rule: {self.systems[0].pools[0].metrics.ties}."
+        lines += [r"\midrule", rf"\multicolumn{{8}}{{l}}{{\footnotesize {rule}}} \\"]
         lines += [r"\bottomrule", r"\end{tabular}", ""]
-        if any(system.relevance for system in self.systems):
-            lines += [
-                r"\begin{tabular}{lcccccccccccc}",
-                r"\toprule",
-                r" & \multicolumn{6}{c}{Image to text} & \multicolumn{6}{c}{Text to image} \\",
-                r"\cmidrule(lr){2-7}\cmidrule(lr){8-13}",
-                " & ".join(["Model", *RELEVANCE.values(), *RELEVANCE.values()]) + r" \\",
-                r"\midrule",
-                rf"\multicolumn{{13}}{{l}}{{{_escape(self._relevance_title())}}} \\",
-                *(" & ".join([_escape(name), *cells]) + r" \\" for name, *cells in self._relevance("--")),
-                r"\bottomrule",
-                r"\end{tabular}",
-                "",
-            ]
+        if keys := self._relevance_keys():
+            lines += relevance_table([RELEVANCE[key] for key in keys], self._relevance_title(), self._relevance("--"))
         return "\n".join(lines)
 
     def save(self, folder: str | os.PathLike[str], pictures: Pictures | None = None) -> list[Path]:
@@ -260,9 +255,14 @@ class Report:
             lines.append(f"{self._of(system)}ties: {found}")
         return lines
 
+    def _relevance_keys(self) -> list[str]:
+        found = next((system.relevance for system in self.systems if system.relevance), {})
+        return [key for key in RELEVANCE if key in found]
+
     def _relevance_title(self) -> str:
         ties = self.settings.get("relevance_ties")
-        return "CxC and ECCV Caption relevance, %" + (f", ties {ties}" if ties else "")
+        what = "plausible matches" if self._relevance_keys() == ["pmrp"] else "CxC and ECCV Caption relevance"
+        return f"{what}, %" + (f", ties {ties}" if ties else "")
 
     def _relevance(self, to: str = "-") -> list[list[str]]:
         """A row per system; then, for each that depends on the rule for ties, its ranges and its published numbers."""
@@ -285,7 +285,7 @@ class Report:
 
 
 def _in_columns(relevance: dict[str, dict[str, float]]) -> list[float]:
-    return [relevance[key][side] for side in DIRECTIONS for key in RELEVANCE]
+    return [relevance[key][side] for side in DIRECTIONS for key in RELEVANCE if key in relevance]
 
 
 def _digits(low: float, high: float) -> int:
@@ -370,9 +370,3 @@ def _metrics(metrics: Metrics) -> dict[str, Any]:
 
 def _values(side: Direction) -> dict[str, float]:
     return {"r1": side.r1, "r5": side.r5, "r10": side.r10, "medr": side.medr, "meanr": side.meanr}
-
-
-def _escape(text: str) -> str:
-    special = {character: f"\\{character}" for character in "&%$#_{}"}
-    special |= {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    return "".join(special.get(character, character) for character in text)

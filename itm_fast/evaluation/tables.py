@@ -16,6 +16,7 @@ RELEVANCE = {
     "cxc_r1": "CxC R@1",
     "cxc_r5": "CxC R@5",
     "cxc_r10": "CxC R@10",
+    "pmrp": "PMRP",  # only where its labels are given
 }
 
 

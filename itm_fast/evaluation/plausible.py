@@ -1,0 +1,105 @@
+"""Plausible Match R-Precision (PMRP) of the COCO 5K test set (Chun et al., CVPR 2021).
+
+Two images match plausibly if their COCO object labels differ in few classes, and then so do their captions. With R
+right items under these labels, a query's R-precision is the share of right items among its first R; PMRP is the mean
+over all queries. The labels are files of 140 MB that the eccv-caption project offers for download:
+`pm_image_to_caption.json` and `pm_caption_to_image.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .relevance import query_rows
+
+FILES = {"i2t": "pm_image_to_caption.json", "t2i": "pm_caption_to_image.json"}
+_TIES = ("pessimistic", "optimistic", "published")
+
+
+def load_plausible(folder: str | os.PathLike[str]) -> dict[str, dict[int, list[int]]]:
+    """Read the plausible matches: the ids of the right items of each query's id, by direction.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is not as stated.
+    """
+    found = {}
+    for side, name in FILES.items():
+        path = Path(folder) / name
+        try:
+            content = json.loads(path.read_bytes())
+            found[side] = {int(query): [int(item) for item in items] for query, items in content.items()}
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
+            raise ValueError(f"{path} must hold an object: query id -> list of item ids ({error})") from error
+    return found
+
+
+def plausible_r_precision(
+    score: NDArray[np.floating],
+    image_ids: NDArray[np.integer],
+    caption_ids: NDArray[np.integer],
+    plausible: dict[str, dict[int, list[int]]],
+) -> dict[str, dict[str, float]]:
+    """PMRP in percent under each rule for ties.
+
+    Args:
+        score: [I, T], finite.
+        image_ids: [I] COCO image ids.
+        caption_ids: [T] COCO caption ids.
+        plausible: as `load_plausible` returns it. All its ids must be in the data.
+
+    Returns:
+        `{rule: {"i2t": ..., "t2i": ...}}` for "pessimistic" (wrong items first among equal scores), "optimistic" and
+        "published" (descending index).
+
+    Raises:
+        ValueError: an id of the labels is not in the data.
+
+    >>> score, ids = np.array([[0.9, 0.8], [0.7, 0.1]]), np.array([7, 8])
+    >>> plausible = {"i2t": {7: [7], 8: [7]}, "t2i": {7: [7, 8], 8: [8]}}
+    >>> plausible_r_precision(score, ids, ids, plausible)["pessimistic"]
+    {'i2t': 100.0, 't2i': 50.0}
+    """
+    found: dict[str, dict[str, float]] = {rule: {} for rule in _TIES}
+    for side, query_ids, item_ids in (("i2t", image_ids, caption_ids), ("t2i", caption_ids, image_ids)):
+        labels, place = plausible[side], {int(item): index for index, item in enumerate(item_ids)}
+        known = set(np.asarray(query_ids).tolist())
+        absent = [query for query in labels if query not in known]
+        absent += [item for items in labels.values() for item in items if item not in place]
+        if absent:
+            raise ValueError(
+                f"PMRP is of COCO's 5K test set, and {len(absent):,} of its ids, such as {absent[0]}, are not in this "
+                "data"
+            )
+        precisions: dict[str, list[float]] = {rule: [] for rule in _TIES}
+        for index, row in query_rows(score, side):
+            items = labels.get(int(query_ids[index]))
+            if not items:
+                continue
+            is_right = np.zeros(len(row), bool)
+            is_right[[place[item] for item in items]] = True
+            for rule, right in _right_among_first(row, is_right).items():
+                precisions[rule].append(right / int(is_right.sum()))
+        for rule in _TIES:
+            found[rule][side] = 100.0 * float(np.mean(precisions[rule]))
+    return found
+
+
+def _right_among_first(row: NDArray[np.floating], is_right: NDArray[np.bool_]) -> dict[str, int]:
+    """How many of the first R items are right, R = the number of right items, under each rule for ties."""
+    r = int(is_right.sum())
+    mark = np.partition(row, len(row) - r)[len(row) - r]  # the score at place R
+    above, level = row > mark, row == mark
+    sure, left = int((above & is_right).sum()), r - int(above.sum())
+    tied, tied_right = int(level.sum()), int((level & is_right).sum())
+    last = np.flatnonzero(level)[::-1][:left]
+    return {
+        "pessimistic": sure + max(0, left - (tied - tied_right)),
+        "optimistic": sure + min(left, tied_right),
+        "published": sure + int(is_right[last].sum()),
+    }

@@ -1,0 +1,91 @@
+"""PMRP: against the eccv-caption package, against sorted lists where scores are equal, and what is refused."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from itm_fast.cli import main
+from itm_fast.evaluation.plausible import FILES, load_plausible, plausible_r_precision
+
+
+@pytest.fixture
+def case(tmp_path):
+    rng = np.random.default_rng(0)
+    images, captions = np.arange(12) + 100, np.arange(30) + 500
+    right = rng.random((12, 30)) < 0.3
+    right[0, :] = True
+    labels = {
+        "i2t": {int(images[i]): captions[right[i]].tolist() for i in range(12) if right[i].any()},
+        "t2i": {int(captions[t]): images[right[:, t]].tolist() for t in range(30)},
+    }
+    for side, name in FILES.items():
+        (tmp_path / name).write_text(json.dumps(labels[side]))
+    return images, captions, right, tmp_path
+
+
+def test_the_numbers_are_those_of_eccv_caption(case):
+    package = pytest.importorskip("eccv_caption")
+    images, captions, _, folder = case
+    score = np.random.default_rng(1).permutation(360).reshape(12, 30).astype(np.float32)
+    found = plausible_r_precision(score, images, captions, load_plausible(folder))
+    ranked = {
+        "i2t": {int(images[i]): captions[np.argsort(-score[i])].tolist() for i in range(12)},
+        "t2i": {int(captions[t]): images[np.argsort(-score[:, t])].tolist() for t in range(30)},
+    }
+    expected = package.Metrics(extra_file_dir=str(folder)).pmrp(ranked, "all")
+    for rule in ("pessimistic", "optimistic", "published"):
+        assert found[rule] == pytest.approx({side: 100 * value for side, value in expected.items()})
+
+
+@pytest.mark.parametrize("rule", ["pessimistic", "optimistic", "published"])
+def test_ties_are_ranked_by_their_rule(case, rule):
+    images, captions, right, folder = case
+    score = np.random.default_rng(2).integers(0, 4, (12, 30)).astype(np.float32)
+    found = plausible_r_precision(score, images, captions, load_plausible(folder))[rule]
+    for side, rows, marks in (("i2t", score, right), ("t2i", score.T, right.T)):
+        shares = []
+        for row, own in zip(rows, marks, strict=True):
+            second = {"pessimistic": own, "optimistic": ~own, "published": -np.arange(len(row))}[rule]
+            shares.append(own[np.lexsort((second, -row))][: own.sum()].mean())
+        assert found[side] == pytest.approx(100 * np.mean(shares))
+
+
+def test_the_metrics_command_reports_it(case, capsys):
+    images, captions, right, folder = case
+    score = np.random.default_rng(3).integers(0, 9, (12, 30)).astype(np.float32)
+    np.save(folder / "scores.npy", score)
+    np.save(folder / "images.npy", images)
+    (folder / "captions.txt").write_text("\n".join(map(str, captions)))
+    owner = [int(np.flatnonzero(right[:, t])[0]) for t in range(30)]
+    (folder / "owner.json").write_text(json.dumps(owner))
+    words = ["metrics", f"{folder}/scores.npy", "--captions-to-images", f"{folder}/owner.json"]
+    words += ["--image-ids", f"{folder}/images.npy", "--pmrp", str(folder), "--ties", "optimistic"]
+    assert main(words) == 2
+    assert "PMRP needs COCO image and caption ids" in capsys.readouterr().err
+    words += ["--caption-ids", f"{folder}/captions.txt", "--output", f"{folder}/out"]
+    assert main(words) == 0
+    assert "plausible matches, %, ties optimistic" in capsys.readouterr().out
+    found = json.loads((folder / "out" / "results.json").read_text())["systems"][0]
+    expected = plausible_r_precision(score, images, captions, load_plausible(folder))
+    assert found["relevance"] == {"pmrp": expected["optimistic"]}
+    assert found["relevance_by_ties"]["published"] == {"pmrp": expected["published"]}
+    assert "pmrp_optimistic" in (folder / "out" / "results.csv").read_text()
+    assert r"Model & PMRP & PMRP \\" in (folder / "out" / "results.tex").read_text()
+    (folder / "captions.txt").write_text("a b")
+    assert main(words) == 2
+    assert "must hold integers, one for each image or caption" in capsys.readouterr().err
+
+
+def test_labels_that_do_not_fit_are_refused(case):
+    images, captions, _, folder = case
+    labels = load_plausible(folder)
+    with pytest.raises(ValueError, match="1 of its ids, such as 100, are not in this data"):
+        plausible_r_precision(np.zeros((11, 30), np.float32), images[1:], captions, {**labels, "t2i": {}})
+    (folder / FILES["t2i"]).write_text("[1, 2]")
+    with pytest.raises(ValueError, match="must hold an object"):
+        load_plausible(folder)
+    with pytest.raises(OSError, match="No such file"):
+        load_plausible(folder / "none")
