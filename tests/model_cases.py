@@ -8,7 +8,8 @@ import torch
 from sgraf_cases import LENGTHS, D, R, S
 from torch import Tensor, nn
 
-from itm_fast.models import hgan, imram, rcar, sgraf, shan, tshsr
+from itm_fast.models import cmcan, hgan, imram, rcar, sgraf, shan, tshsr
+from itm_fast.testing import cmcan as cmcan_loop
 from itm_fast.testing import hgan as hgan_loop
 from itm_fast.testing import imram as imram_loop
 from itm_fast.testing import op_checks
@@ -116,6 +117,16 @@ def of_rcar(**options: Any) -> Model:
     return Model("attended_vectors", make, {"rcr": 2.0, "rar": 3.0, "sim_eval_w": 4.0}, run, silent)
 
 
+def of_cmcan(**options: Any) -> Model:
+    def make(D: int, S: int) -> nn.Module:
+        return cmcan.ConfidenceMatching(D, S, num_region=R, **options)
+
+    enlarge = {"query": 6.0, "key": 6.0, "sim_eval_w": 4.0, "emb_similarity": 4.0, "emb_common": 4.0}
+    # A softmax, or the LayerNorm, drops these.
+    silent = ("embedding_common.0.bias", "emb_common.bias", "emb_similarity.bias", "graph_key_w.bias")
+    return Model("attended_vectors", make, enlarge, lambda _: (cmcan_loop.loop, options), silent)
+
+
 def silent_ways(options: dict[str, Any]) -> tuple[str, ...]:
     """The weights of the direction that a mode does not use."""
     return {"text_IMRAM": ("i2t",), "image_IMRAM": ("t2i",)}.get(options.get("model_mode", ""), ())
@@ -166,9 +177,10 @@ MODELS = {
     "IMRAM-text": of_imram(model_mode="text_IMRAM", iteration_step=2, no_IMRAM_norm=True),
     "RCAR": of_rcar(),
     "RCAR-i2t": of_rcar(attn_type="i2t", step=3),
+    "CMCAN": of_cmcan(),
     **{f"SHAN-{name}": _shan(**options) for name, options in SHAN_VARIANTS.items()},
 }
-PUBLISHED = ("SGR", "SAF", "HGAN", "TSHSR", "SHAN-full", "IMRAM", "RCAR")
+PUBLISHED = ("SGR", "SAF", "HGAN", "TSHSR", "SHAN-full", "IMRAM", "RCAR", "CMCAN")
 
 
 def over(*names: str) -> pytest.MarkDecorator:

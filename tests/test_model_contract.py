@@ -127,10 +127,11 @@ def test_padding_never_leaks(model):
     module, (image, caption) = model.scorer(), features()
     regions = [6, 1, 3, 6, 5]
     want = []
-    for i, n in enumerate(regions):  # an image alone, cut to its regions; the BatchNorm's channel is the region index
+    by_region = "v_global_w.embedding_local.1.", "sim_embv.emb_local_bn.", "sim_embv.ln."  # of the region index
+    for i, n in enumerate(regions):  # an image alone, cut to its regions
         state = copied(module)
         for name in state:
-            if name.startswith("v_global_w.embedding_local.1.") and state[name].dim():
+            if name.startswith(by_region) and state[name].dim():
                 state[name] = state[name][:n]
         want.append(model.looped(module, image[i : i + 1, :n], caption, state=state))
     for t, n in enumerate(LENGTHS):

@@ -23,6 +23,7 @@ OPTIONS = {
     "scan mean": options("scan", agg_func="Mean", **SIZES),
     "imram": options("imram", iteration_step=2, **SIZES),
     "rcar": options("rcar", sim_dim=4, **SIZES),
+    "cmcan": options("cmcan", sim_dim=4, **SIZES),
     "shan": options("shan", **SIZES),
     "hgan": options("hgan", granularities=[1, 2], **SIZES),
     "tshsr": options("tshsr", sim_dim=4, context_nodes=[2], **SIZES),

@@ -25,6 +25,7 @@ EVERY_MODEL = {
     "saf": options("saf", sim_dim=4, **TINY),
     "imram": options("imram", model_mode="full_IMRAM", iteration_step=2, **TINY),
     "rcar": options("rcar", sim_dim=4, **TINY),
+    "cmcan": options("cmcan", sim_dim=4, self_layers=1, **TINY),
     "shan": options("shan", **TINY),
     "hgan": options("hgan", granularities=[2], graph_layers=1, **TINY),
     "tshsr": options("tshsr", sim_dim=4, context_nodes=[2], sgr_step=1, **TINY),

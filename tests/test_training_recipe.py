@@ -12,6 +12,7 @@ import torch
 
 from itm_fast.data import Batch
 from itm_fast.models import build
+from itm_fast.models._catalogue import CATALOGUE
 from itm_fast.training import learning_rate, options
 from itm_fast.training.log import COLUMNS, Log
 from itm_fast.training.losses import batch_loss
@@ -61,7 +62,7 @@ def test_sgraf_options_and_changes():
 @pytest.mark.parametrize(
     "arguments, changes, sentence",
     [
-        (("sgraf",), {}, "model must be one of sgr, saf, scan, imram, rcar, shan, hgan, tshsr, dual, got 'sgraf'"),
+        (("sgraf",), {}, f"model must be one of {', '.join(CATALOGUE)}, got 'sgraf'"),
         (("sgr",), {"recipe": "vg"}, "recipe must be one of f30k, coco, got 'vg'"),
         (("scan",), {"direction": "both"}, "direction must be one of t2i, i2t"),
         (("scan",), {"sim_dim": 8}, "scan has no option sim_dim; its options are agg_func"),

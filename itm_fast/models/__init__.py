@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ._public import *
 
 __all__ = [
+    "CMCAN",
     "HGAN",
     "IMRAM",
     "RCAR",

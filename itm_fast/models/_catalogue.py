@@ -185,6 +185,20 @@ _ROWS = (
         },
     ),
     Entry(
+        "cmcan",
+        "CMCAN",
+        "cmcan:CMCAN",
+        "CMCAN, AAAI 2022",
+        "paper and published code; regions have neighbours only where `adjacency` is given, as boxes are not read",
+        ("system", "CMCAN"),
+        {
+            "sim_dim": _SIM_DIM,
+            "self_layers": Option(3, "steps of both graphs", "K", least=1, most=DEEPEST),
+        },
+        also="self_layers",
+        differs={"f30k": {"num_epochs": 60, "lr_update": 40}},
+    ),
+    Entry(
         "shan",
         "SHAN",
         "shan:SHAN",

@@ -6,6 +6,7 @@ from ._attend import attention
 from ._building import build, model_class
 from ._common import Matcher
 from ._load import Loaded, load
+from .cmcan import CMCAN
 from .dual_encoder import DualEncoder
 from .hgan import HGAN
 from .imram import IMRAM

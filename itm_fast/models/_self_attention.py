@@ -107,14 +107,14 @@ def _normalised(norm: nn.Module, x: Tensor, valid: Tensor | None = None) -> Tens
         valid = x.new_ones(x.shape[:2], dtype=torch.bool)
     rows = x if x.dim() == 3 else rearrange(x, "b c -> b c 1")
     total = now.ranks.sum if now is not None and divided else _itself
-    return _masked_batch_norm(cast(nn.BatchNorm1d, norm), rows, valid, total).view_as(x)
+    return masked_batch_norm(cast(nn.BatchNorm1d, norm), rows, valid, total).view_as(x)
 
 
 def _itself(x: Tensor) -> Tensor:
     return x
 
 
-def _masked_batch_norm(norm: nn.BatchNorm1d, x: Tensor, valid: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+def masked_batch_norm(norm: nn.BatchNorm1d, x: Tensor, valid: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
     """BatchNorm1d in training mode over [B, R, D] with R as channel; statistics are over the valid rows of a channel.
 
     `total` adds up a tensor [R] over the processes that have a part of the batch. The running statistics of a channel
@@ -178,6 +178,20 @@ class TextSA(_SelfAttention):
         weights = padded.softmax(1)[real]
         return l2norm(sums(rearrange(weights, "n -> n 1") * words, lengths).to(words.dtype), dim=-1)
 
+    def in_parts(self, words: Tensor, cu_seqlens: Tensor, name: str) -> Tensor:
+        """`packed`, in evaluation for some captions at a time, so that its temporaries fit the workspace; `name` is
+        what errors name."""
+        if torch.is_grad_enabled() or self.training:
+            return self.packed(words, cu_seqlens)
+        edge = bounds(cu_seqlens, len(words), name)
+        longest = int(cu_seqlens.diff().max()) if len(edge) > 1 else 1
+        size = max(1, scratch_bytes(words.device) // (6 * longest * words[:1].nbytes or 1))
+        parts = [
+            self.packed(words[edge[at.start] : edge[at.stop]], cu_seqlens[at.start : at.stop + 1])
+            for at in spans(len(edge) - 1, size)
+        ]
+        return torch.cat(parts) if parts else words
+
     def _dropped(self, l_emb: Tensor, g_emb: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Both embeddings after their dropouts, drawn in the shapes and order of the published loop.
 
@@ -239,13 +253,4 @@ class GlobalVectors(PaddedScorer):
 
     def caption_state(self, words: Tensor, cu_seqlens: Tensor) -> State:
         """The captions' global vectors: words [N, D] -> [T, D]."""
-        if torch.is_grad_enabled() or self.t_global_w.training:
-            return (self.t_global_w.packed(words, cu_seqlens),)
-        edge = bounds(cu_seqlens, len(words), type(self).__name__)
-        longest = int(cu_seqlens.diff().max()) if len(edge) > 1 else 1
-        size = max(1, scratch_bytes(words.device) // (6 * longest * words[:1].nbytes or 1))
-        parts = [
-            self.t_global_w.packed(words[edge[at.start] : edge[at.stop]], cu_seqlens[at.start : at.stop + 1])
-            for at in spans(len(edge) - 1, size)
-        ]
-        return (torch.cat(parts) if parts else words,)
+        return (self.t_global_w.in_parts(words, cu_seqlens, type(self).__name__),)

@@ -23,7 +23,7 @@ def linear(state: State, name: str, x: Tensor) -> Tensor:
     return F.linear(x, state[f"{name}.weight"], state[f"{name}.bias"])
 
 
-def _batch_norm(state: State, name: str, x: Tensor, training: bool) -> Tensor:
+def batch_norm(state: State, name: str, x: Tensor, training: bool) -> Tensor:
     """torch.nn.BatchNorm1d with its defaults; in training it updates the buffers in `state`."""
     if training:
         state[f"{name}.num_batches_tracked"].add_(1)
@@ -36,11 +36,11 @@ def self_attention(state: State, name: str, local: Tensor, training: bool, dropo
     mean = torch.mean(local, 1)
     local_embedding = linear(state, f"{name}.embedding_local.0", local)
     if f"{name}.embedding_local.1.weight" in state:
-        local_embedding = _batch_norm(state, f"{name}.embedding_local.1", local_embedding, training)
+        local_embedding = batch_norm(state, f"{name}.embedding_local.1", local_embedding, training)
     local_embedding = F.dropout(torch.tanh(local_embedding), dropout, training)
     global_embedding = linear(state, f"{name}.embedding_global.0", mean)
     if f"{name}.embedding_global.1.weight" in state:
-        global_embedding = _batch_norm(state, f"{name}.embedding_global.1", global_embedding, training)
+        global_embedding = batch_norm(state, f"{name}.embedding_global.1", global_embedding, training)
     global_embedding = F.dropout(torch.tanh(global_embedding), dropout, training)
     global_embedding = global_embedding.unsqueeze(1).repeat(1, local_embedding.size(1), 1)
     common = local_embedding.mul(global_embedding)
@@ -59,7 +59,7 @@ def reason(state: State, name: str, nodes: Tensor) -> Tensor:
 def filtrate(state: State, nodes: Tensor, training: bool) -> Tensor:
     """SAF over nodes [I, M, S] -> [I, S]: BatchNorm's statistics are over the I x M values of one caption."""
     gate = linear(state, "SAF_module.attn_sim_w", nodes).permute(0, 2, 1)
-    gate = l1norm(torch.sigmoid(_batch_norm(state, "SAF_module.bn", gate, training)), -1)
+    gate = l1norm(torch.sigmoid(batch_norm(state, "SAF_module.bn", gate, training)), -1)
     return l2norm(torch.matmul(gate, nodes).squeeze(1), -1)
 
 

@@ -1,0 +1,296 @@
+"""CMCAN (Zhang et al., AAAI 2022): cross-modal confidence-aware network, after CrossmodalGroup/CMCAN's code.
+
+With vec(W; d) = l2norm(relu(W d^2 + b)), regions v, words t, and the attention of SCAN at inverse temperature 9:
+
+    e     = VisualSA's logits of the regions,   u = sum softmax(e) v,   N = |u| + 1e-8,   v_g = u / N    (1)
+    p_r   = the sum of softmax(e) v over r's neighbours, and r itself up to 5 regions, divided by N      (2)
+    s_g   = vec(tranglo; v_g - t_g),   t_g as in SGRAF                                                   (3)
+    s^t_j = vec(tranloc_wt; l2norm(P_j) - t_j),   s^v_i = vec(tranloc_wv; l2norm(P_i) - v_i)             (4)
+    c     = sigmoid(LayerNorm over the regions of w . (vec(tranpar_wv; p_i - t_g) o s_g) + b)            (5)
+    z_t   = node 0 of SGR over [s_g; s^t],   z_v = node 0 of SGR over [s_g; c o s^v]                     (6)
+    S     = sigmoid(w_e . [z_t; z_v] + b_e)                                                              (7)
+
+A region's neighbours are the ones of its row in `adjacency`, which follows from the regions' boxes; without it a region
+has no neighbour but itself.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from .._workspace import scratch_bytes
+from ..nn import PairScorer, SimilarityGraph, State, xavier_
+from ..ops import _recompute, attended_vectors, similarity_graph
+from ..packing import spans
+from ._common import PaddedScorer, l2norm, without_padding
+from ._pair_blocks import blocks
+from ._rows import linear, sigmoid
+from ._self_attention import TextSA, masked_batch_norm
+from .sgraf import SGRAF
+
+NAME = "ConfidenceMatching"
+SMOOTH = 9.0
+PARTIAL = 5
+GRAPH = 6  # tensors of `SimilarityGraph.stacked`
+
+
+class GraphEmbt(nn.Module):
+    """The weights of the words' similarity vectors."""
+
+    def __init__(self, embed_size: int, sim_dim: int) -> None:
+        super().__init__()
+        self.sim_tranloc_wt = nn.Linear(embed_size, sim_dim)
+        xavier_(self.sim_tranloc_wt)
+
+
+class GraphEmbv(nn.Module):
+    """Global vectors, (1) to (3), and the weights of the regions' similarity vectors and confidences."""
+
+    def __init__(self, embed_size: int, sim_dim: int, num_region: int, dropout_rate: float) -> None:
+        super().__init__()
+        self.t_global_w = TextSA(embed_size, dropout_rate)
+        self.emb_local_li = nn.Linear(embed_size, embed_size)
+        self.emb_local_bn = nn.BatchNorm1d(num_region)
+        self.emb_global_li = nn.Linear(embed_size, embed_size)
+        self.emb_global_bn = nn.BatchNorm1d(embed_size)
+        self.emb_common = nn.Linear(embed_size, 1)
+        self.dropout = nn.Dropout(dropout_rate)
+        for name in ("sim_tranloc_wv", "sim_tranpar_wv", "sim_tranglo_w"):
+            setattr(self, name, nn.Linear(embed_size, sim_dim))
+        self.emb_similarity = nn.Linear(sim_dim, 1)
+        self.ln = nn.LayerNorm(num_region)
+        for module in self.children():
+            if isinstance(module, nn.Linear):
+                xavier_(module)
+
+    def image(self, image: Tensor, adjacency: Tensor | None, region_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(1) and (2): image [I, R, D] -> v_g [I, D] and p [I, R, D]."""
+        valid = None
+        if region_lengths is not None:
+            image, valid = without_padding(image, region_lengths)
+        count = image.shape[1] if region_lengths is None else region_lengths[:, None].to(image.dtype)
+        local, mean = self._linear(self.emb_local_li, image), image.sum(1) / count
+        masked = valid is not None and self.emb_local_bn.training
+        local = masked_batch_norm(self.emb_local_bn, local, valid) if masked else self.emb_local_bn(local)  # type: ignore
+        local = self.dropout(local.tanh())
+        overall = self.dropout(self.emb_global_bn(self._linear(self.emb_global_li, mean)).tanh())
+        logits = self._linear(self.emb_common, local * overall[:, None])[..., 0]  # [I, R]
+        if valid is not None:
+            logits = logits.masked_fill(~valid, float("-inf"))
+        total = (logits.softmax(1)[..., None] * image).sum(1)
+        size = torch.linalg.vector_norm(total, dim=-1, keepdim=True) + 1e-8
+        near = self._weights(logits, adjacency)
+        return total / size, torch.bmm(near, image) / size[:, None]
+
+    @staticmethod
+    def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+        return linear(x, layer.weight, layer.bias)
+
+    @staticmethod
+    def _weights(logits: Tensor, adjacency: Tensor | None) -> Tensor:
+        """softmax(e) over a region's neighbours, [I, R, R]; it counts as often as there are places left of the five."""
+        (I, R), alone = logits.shape, torch.eye(logits.shape[1], dtype=logits.dtype, device=logits.device)
+        if adjacency is None:
+            return alone.expand(I, R, R)
+        near = adjacency.to(logits).eq(1).to(logits.dtype)
+        times = near + alone * (PARTIAL - near.sum(-1, keepdim=True))
+        padding = logits.isinf()
+        times = times.masked_fill(padding[:, None, :], 0.0) + alone * padding[:, :, None]
+        return (logits.masked_fill(padding, 0.0)[:, None] + times.log()).softmax(-1)
+
+
+class GraphReasoner(nn.Module):
+    """The weights of (6) and (7)."""
+
+    def __init__(self, sim_dim: int, self_layers: int) -> None:
+        super().__init__()
+        self.sim_eval_w = nn.Linear(2 * sim_dim, 1)
+        self.module_t = SimilarityGraph(sim_dim, self_layers)
+        self.module_v = SimilarityGraph(sim_dim, self_layers)
+        xavier_(self.sim_eval_w)
+
+
+class ConfidenceMatching(PaddedScorer):
+    """CMCAN's pair scorer, (1) to (7).
+
+    Args:
+        embed_size: D.
+        sim_dim: S.
+        self_layers: steps of both graphs.
+        num_region: R.
+        dropout_rate: of both self-attentions.
+
+    Raises:
+        ValueError: `self_layers` is less than 1.
+
+    >>> scorer = ConfidenceMatching(8, 4).eval()
+    >>> scorer(torch.randn(2, 36, 8), torch.randn(3, 5, 8), [5, 2, 4]).shape
+    torch.Size([2, 3])
+    """
+
+    def __init__(
+        self, embed_size: int, sim_dim: int, self_layers: int = 3, num_region: int = 36, dropout_rate: float = 0.4
+    ) -> None:
+        super().__init__()
+        if self_layers < 1:
+            raise ValueError(f"{NAME}: self_layers must be at least 1, got {self_layers}")
+        self.sim_embt = GraphEmbt(embed_size, sim_dim)
+        self.sim_embv = GraphEmbv(embed_size, sim_dim, num_region, dropout_rate)
+        self.sim_enc = GraphReasoner(sim_dim, self_layers)
+
+    def forward(  # type: ignore[override]
+        self, img_emb: Tensor, cap_emb: Tensor, cap_lens, region_lengths: Tensor | None = None,
+        adjacency: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """Score every image against every caption; arguments as `PaddedScorer.forward`.
+
+        Args:
+            adjacency: [I, R, R], 1 where a region (row) has a neighbour, at most 5 a row; None: no neighbours.
+
+        Raises:
+            ValueError: a shape or length is wrong, or a region has more than 5 neighbours.
+        """
+        self._adjacency = self._checked(adjacency, img_emb)
+        try:
+            return super().forward(img_emb, cap_emb, cap_lens, region_lengths)
+        finally:
+            self._adjacency = None
+
+    _adjacency: Tensor | None = None
+
+    def _checked(self, adjacency: Tensor | None, image: Tensor) -> Tensor | None:
+        if adjacency is None:
+            return None
+        if adjacency.shape != (len(image), image.shape[1], image.shape[1]):
+            said = list(adjacency.shape)
+            raise ValueError(
+                f"{NAME}: adjacency must be [I, R, R] with I = {len(image)} and the R of image, got {said}"
+            )
+        if int(adjacency.eq(1).sum(-1).max() if adjacency.numel() else 0) > PARTIAL:
+            raise ValueError(f"{NAME}: a region has more than {PARTIAL} neighbours in adjacency, and no rule chooses")
+        return adjacency
+
+    def image_state(self, image: Tensor, region_lengths: Tensor | None = None) -> State:
+        """The image [I, R, D], its global vector [I, D] and its partial vectors [I, R, D]."""
+        R = self.sim_embv.emb_local_bn.num_features
+        if image.dim() != 3 or image.shape[1] != R:
+            raise ValueError(
+                f"{NAME}: image must be [I, R, D] with R = {R} regions, got {list(image.shape)}; pad images that have "
+                "fewer and give region_lengths, or build the model with num_region"
+            )
+        if torch.is_grad_enabled() or self.sim_embv.training:
+            return image, *self.sim_embv.image(image, self._adjacency, region_lengths)
+        size = max(1, scratch_bytes(image.device) // (6 * image[:1].nbytes or 1))
+        given = self._adjacency, region_lengths
+        found = [
+            self.sim_embv.image(image[at], *(None if x is None else x[at] for x in given))
+            for at in spans(len(image), size)
+        ]
+        if not found:
+            return image, image[:, 0], image
+        return image, torch.cat([x for x, _ in found]), torch.cat([x for _, x in found])
+
+    def caption_state(self, words: Tensor, cu_seqlens: Tensor) -> State:
+        """The captions' global vectors: words [N, D] -> [T, D]."""
+        return (self.sim_embv.t_global_w.in_parts(words, cu_seqlens, NAME),)
+
+    def score(
+        self,
+        image_state: State,
+        words: Tensor,
+        cu_seqlens: Tensor,
+        caption_state: State,
+        region_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Scores in (0, 1), [I, T], of the images and captions whose states are given."""
+        v, final = self.sim_embv, self.sim_enc
+        layers = (
+            v.sim_tranglo_w, self.sim_embt.sim_tranloc_wt, v.sim_tranloc_wv, v.sim_tranpar_wv, v.emb_similarity, v.ln,
+            final.sim_eval_w,
+        )  # fmt: skip
+        weights: list[Tensor] = [getattr(layer, name) for layer in layers for name in ("weight", "bias")]
+        weights += [*final.module_t.stacked(), *final.module_v.stacked()]
+        tensors = *image_state, words, *caption_state, *weights
+        R, D = image_state[0].shape[1:]
+
+        def pair_bytes(length: int) -> int:
+            return (length + R) * D * 4 * 4
+
+        axes = "IIINT" + "." * (len(tensors) - 5)
+        cut = partial(blocks, NAME, axes, pair_bytes, self._block)
+        return _recompute.score(cut, axes, tensors, cu_seqlens, region_lengths)
+
+    def _block(self, length, cu_seqlens, region_lengths, image, image_global, part, *rest) -> Tensor:
+        """Scores of a block, images with the same number of regions at a time."""
+        if region_lengths is None:
+            return self._scores(length, cu_seqlens, image, image_global, part, *rest)
+        order, found = [], []
+        for n in region_lengths.unique().tolist():
+            own = (region_lengths == n).nonzero().flatten()
+            found.append(self._scores(length, cu_seqlens, image[own, :n], image_global[own], part[own, :n], *rest))
+            order.append(own)
+        return torch.cat(found)[torch.cat(order).argsort()]
+
+    def _scores(self, length, edge, image, image_global, part, words, caption_global, *weights) -> Tensor:
+        glo, wt, wv, par, common, norm, final = (weights[k : k + 2] for k in range(0, 14, 2))
+        n, c = image.shape[1], len(caption_global)
+
+        def vectors(layer, a: Tensor, b: Tensor) -> Tensor:
+            return l2norm(linear((a - b).square(), *layer).relu())
+
+        def reasoned(overall: Tensor, local: Tensor, graph) -> Tensor:
+            nodes = torch.cat([overall[:, :, None], local], 2)  # [b, c, 1 + n, S]
+            bounds = torch.arange(c + 1, dtype=edge.dtype, device=edge.device) * nodes.shape[2]
+            return similarity_graph(nodes.flatten(1, 2), bounds, *graph)
+
+        overall = vectors(glo, image_global[:, None], caption_global)
+        u = l2norm(attended_vectors(image, words, edge, scale=SMOOTH))
+        z_t = reasoned(overall, vectors(wt, u, words).unflatten(1, (c, length)), weights[14 : 14 + GRAPH])
+        confidence = vectors(par, part[:, None], caption_global[None, :, None]) * overall[:, :, None]
+        confidence = linear(confidence, *common)[..., 0]
+        confidence = sigmoid(nn.functional.layer_norm(confidence, (n,), norm[0][:n], norm[1][:n]))
+        u = l2norm(attended_vectors(image, words, edge, scale=SMOOTH, direction="i2t"))
+        z_v = reasoned(overall, confidence[..., None] * vectors(wv, u, image[:, None]), weights[14 + GRAPH :])
+        return sigmoid(linear(torch.cat([z_t, z_v], -1), *final)[..., 0])
+
+
+class CMCAN(SGRAF):
+    """Cross-modal confidence-aware network: SGRAF's encoders, `ConfidenceMatching`, loss and optimizer.
+
+    Args:
+        opt: the published options; `opt.device` and `opt.num_region` are optional.
+
+    Raises:
+        ValueError: an option is missing or has an unknown value.
+
+    >>> model = CMCAN(Namespace(
+    ...     grad_clip=2.0, img_dim=6, embed_size=8, no_imgnorm=False, vocab_size=9, word_dim=5, num_layers=1,
+    ...     bi_gru=True, no_txtnorm=False, margin=0.2, max_violation=True, learning_rate=2e-4, sim_dim=4,
+    ...     self_layers=3))
+    >>> len(model.state_dict())
+    5
+    """
+
+    parts = ("img_enc", "txt_enc", "sim_embt", "sim_embv", "sim_reason")
+    options = ("sim_dim", "self_layers")
+
+    def similarity(self, opt: Namespace) -> PairScorer:
+        """The pair scorer that the options describe."""
+        return ConfidenceMatching(opt.embed_size, opt.sim_dim, opt.self_layers, getattr(opt, "num_region", 36))
+
+    @property
+    def sim_embt(self) -> nn.Module:
+        return self.sim_enc.get_submodule("sim_embt")
+
+    @property
+    def sim_embv(self) -> nn.Module:
+        return self.sim_enc.get_submodule("sim_embv")
+
+    @property
+    def sim_reason(self) -> nn.Module:
+        """What the published object calls `sim_enc`."""
+        return self.sim_enc.get_submodule("sim_enc")
