@@ -6,7 +6,7 @@ import csv
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from .._files import atomic_write, open_regular
 
@@ -23,6 +23,19 @@ NAME = "log.csv"
 COLUMNS = ("epoch", "iteration", *STEP, *DEV)
 
 
+class Callback(Protocol):
+    """What `train(callback=...)` calls after each optimiser step and each validation; `wandb.log` is one."""
+
+    def __call__(self, data: dict[str, Any], /, *, step: int) -> Any:
+        """Take numbers.
+
+        Args:
+            data: "train/loss", "train/learning_rate", "train/grad_norm", "train/samples_per_second" after an optimiser
+                step; "dev/i2t_r1", ..., "dev/rsum" after a validation.
+            step: optimiser steps so far.
+        """
+
+
 class Log:
     """Writes `log.csv`: a row for each optimiser step, and for each validation one with the dev columns filled.
 
@@ -32,6 +45,7 @@ class Log:
             save, are dropped.
         validated: False if the run will repeat the validation after step `iterations`; its row is dropped then.
         tensorboard: write `folder/tensorboard` as well.
+        callback: called with the values of each row, as `Callback` says.
 
     Raises:
         ImportError: `tensorboard` is true, and TensorBoard is not installed.
@@ -47,7 +61,16 @@ class Log:
     '1,1,2.5,0.'
     """
 
-    def __init__(self, folder: Path, iterations: int, *, validated: bool = True, tensorboard: bool = False) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        iterations: int,
+        *,
+        validated: bool = True,
+        tensorboard: bool = False,
+        callback: Callback | None = None,
+    ) -> None:
+        self._callback = callback
         self._writer = _tensorboard(folder / "tensorboard", iterations) if tensorboard else None
         path = folder / NAME
         text = io.StringIO()
@@ -72,9 +95,12 @@ class Log:
             values: by the names in `STEP` and `DEV`.
         """
         self._rows.writerow({"epoch": epoch, "iteration": iteration, **{n: f"{v:.7g}" for n, v in values.items()}})
+        named = {f"{'train' if name in STEP else 'dev'}/{name}": float(value) for name, value in values.items()}
         if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{'train' if name in STEP else 'dev'}/{name}", value, iteration)
+            for name, value in named.items():
+                self._writer.add_scalar(name, value, iteration)
+        if self._callback is not None:
+            self._callback(named, step=iteration)
 
     def close(self) -> None:
         """Flush and close."""

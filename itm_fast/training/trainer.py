@@ -17,7 +17,7 @@ from .._ranks import joined
 from ..models._catalogue import check
 from . import resume
 from .interrupt import signals
-from .log import Log
+from .log import Callback, Log
 from .loop import Result, Run
 from .setup import completed, enough_known_words, refuse_existing, usable, warn_of_same_image
 
@@ -42,6 +42,7 @@ def train(
     progress: bool = True,
     arguments: Mapping[str, Any] | None = None,
     chunk: int | None = None,
+    callback: Callback | None = None,
 ) -> Result:
     """Train one model with Adam, hardest negatives, a step schedule and clipped gradients.
 
@@ -73,6 +74,10 @@ def train(
         arguments: plain values that are stored in `resume.pt` for the caller.
         chunk: encode so many captions and images at a time, and once more in the backward pass, to save memory in large
             batches; None: a batch at once. The losses are the same.
+        callback: called as `callback({"train/loss": ..., ...}, step=n)` after each optimiser step and, with "dev/rsum"
+            and the other recalls, after each validation: `callback=wandb.log` or `wandb.init(...).log` sends all to
+            Weights & Biases. Of several processes the first calls it. What it raises ends the run; `resuming` goes on
+            from its last save.
 
     Returns:
         `Result`.
@@ -128,7 +133,7 @@ def train(
         run.build(resume.load(output) if resuming else None)
         if ranks.first:
             validated = run.step < run.steps
-            run.log = Log(output, run.iterations, validated=validated, tensorboard=tensorboard)
+            run.log = Log(output, run.iterations, validated=validated, tensorboard=tensorboard, callback=callback)
             stack.callback(run.log.close)
             if not run.vocabulary_file.exists():
                 vocabulary.save(run.vocabulary_file)
