@@ -69,6 +69,8 @@ _PARTS = ("data", "evaluation", "models", "nn", "training")
 _HOMES = {"attention": "models", "patch": "patching", "unpatch": "patching"}
 
 __getattr__ = lazy(__name__, [name for name in __all__ if name not in _HOMES], _PARTS, _HOMES)
+if "pdoc" in sys.modules:  # it documents the parts that __all__ names
+    __all__ += _PARTS
 
 
 def __dir__() -> list[str]:

@@ -32,4 +32,6 @@ def lazy(
         vars(sys.modules[package]).update({each: getattr(public, each) for each in names})
         return getattr(public, name)
 
+    if "pdoc" in sys.modules:  # it documents what a package's dictionary holds, and asks for no name
+        vars(sys.modules[package]).update({each: __getattr__(each) for each in (*names, *elsewhere)})
     return __getattr__

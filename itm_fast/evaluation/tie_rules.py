@@ -54,6 +54,10 @@ class Ranks(NamedTuple):
     images: NDArray[np.int64]
 
 
+# The constructor of a NamedTuple belongs to no module in which a tool could look its annotations up.
+Ranks.__new__.__annotations__ = dict.fromkeys(Ranks._fields, NDArray[np.int64])
+
+
 @dataclass(frozen=True)
 class Direction:
     """Metrics of one direction; recalls in percent.
