@@ -125,9 +125,18 @@ def measure(
 
 def table(result: dict) -> str:
     """The results page's table."""
+    made, first = result["environment"], result["results"][0]
+    held = [one for one in result["results"] if one["exact_memory_bytes"] and one["index"] == first["index"]]
+    memory = ", ".join(
+        f"{one['exact_memory_bytes'] / 1e6:,.0f} MB for {one['bytes'] / 1e6:,.0f} MB of rows ({one['gallery']}, "
+        f"{one['model']}, {one['dtype']})"
+        for one in held
+    )
     lines = [
+        f"{made['device']}; {made['threads']} thread; torch {made['torch']}; {made['date']}; commit {made['commit']}. "
         "The share of the 10 best images of exact search that two-stage search finds, which is no recall of the model; "
-        "milliseconds a caption, alone and each of all captions at once.",
+        "milliseconds a caption, the median of one searched alone, and each of all captions searched at once. Memory "
+        f"of exact search with all captions: {memory}.",
         "",
         "| gallery | model, first stage, index | candidates | found (95 % interval) | alone | exact alone | at once | "
         "exact at once |",
