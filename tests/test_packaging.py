@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from itm_fast import _native
-from itm_fast._native import compiling
+from itm_fast._native import cache, compiling
 
 _wheel = pytest.importorskip("itm_fast._native._wheel", reason="needs setuptools")
 
@@ -122,6 +122,19 @@ def test_a_wheel_with_the_library_needs_no_compiler_and_gives_the_same_bits(tmp_
     assert found[0][1] == str(tmp_path / "installed" / folder / "itm_fast.so")
     assert found[0][::2] == found[1][::2]
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.skipif(_native.why_not() is not None, reason="needs a compiler")
+def test_a_level_that_was_never_compiled_is_compiled_for_the_wheel(tmp_path, monkeypatch):
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    (tmp_path / "csrc" / "cpu" / "seven.cpp").write_text(f'extern "C" int seven() {{ return 7; }} // {tmp_path}')
+    monkeypatch.setattr(_wheel, "_csrc", lambda: tmp_path / "csrc")
+    monkeypatch.chdir(tmp_path)
+    _wheel.build_libraries(["generic", "avx2"], Path("libraries"))
+    folders = sorted(path.name for path in (tmp_path / "libraries").iterdir())
+    assert [name.partition("-")[0] for name in folders] == ["avx2", "generic"]
+    loaded = cache.load(tmp_path / "libraries" / folders[1])
+    assert (loaded.level, loaded.library.seven()) == ("generic", 7)
 
 
 def test_levels_are_asked_for_by_name():

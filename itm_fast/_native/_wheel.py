@@ -84,6 +84,7 @@ def build_libraries(levels: list[str], into: Path) -> None:
         Unavailable: there is no compiler, it does not know a level, or it fails.
     """
     cache, compiling = _modules()
+    into = into.absolute()  # the compiler runs in another folder
     compiler = compiling.find_compiler()
     sources = compiling.sources_in(_csrc())
     into.mkdir(parents=True)
