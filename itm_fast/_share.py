@@ -79,6 +79,10 @@ class Share:
         index = shift.repeat_interleave(size) + torch.arange(int(size.sum()))
         return self.ranks.gather(x, counts)[index.to(x.device)]
 
+    def of_rows(self, whole: Tensor) -> Tensor:
+        """This process's rows of what all captions, or images, of the batch have: [B, ...] -> [len(rows), ...]."""
+        return whole[self.rows.start :: self.rows.step]
+
     def dropout(self, module: nn.Dropout, x: Tensor) -> Tensor:
         """Dropout of rows [n, ...] that belong to the captions, or images, being encoded.
 
@@ -89,7 +93,7 @@ class Share:
         mask = self.masks.get(id(module))
         if mask is None:
             drawn = nn.functional.dropout(x.new_ones(len(self.lengths), *x.shape[1:]), module.p)
-            mask = self.masks[id(module)] = drawn[self.rows.start :: self.rows.step] != 0
+            mask = self.masks[id(module)] = self.of_rows(drawn) != 0
         return x * (mask[self.part].to(x.dtype) / (1 - module.p))
 
 

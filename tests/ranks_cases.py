@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -13,15 +14,15 @@ from unittest import mock
 import numpy as np
 import torch
 import torch.distributed as dist
-from training_cases import SMALL, TRAIN, WORDS, run_tiny
+from training_cases import DEV, SMALL, TRAIN, WORDS, run_tiny, tiny_options
 
 import itm_fast
 from itm_fast._ranks import Ranks
 from itm_fast.data import Split, TrainingBatches
-from itm_fast.evaluation import Encoded, memory
-from itm_fast.evaluation.matrix_free import blocks_of
+from itm_fast.evaluation import Encoded, evaluate, memory, snapshots
+from itm_fast.evaluation.matrix_free import Blocks, blocks_of
 from itm_fast.evaluation.rankings import rankings_of
-from itm_fast.evaluation.tally import Asked
+from itm_fast.evaluation.tally import Asked, Tally
 from itm_fast.evaluation.together import count_together
 from itm_fast.models import build
 from itm_fast.models._catalogue import CATALOGUE
@@ -45,6 +46,11 @@ CASES = {
     "float64": {"split": RAGGED, "chunk": 3, "max_violation": False, "exclude_same_image": True},
     "float32": {"dtype": torch.float32},
 }
+
+def cases() -> list[tuple[str, str]]:
+    return [*((model, "float64") for model in MODELS), *((model, "float32") for model in ("scan", "sgr", "saf"))]
+
+
 BATCH = 14  # not a multiple of the numbers of processes
 
 
@@ -73,10 +79,9 @@ def gradients(name: str, ranks: Ranks, *, dtype=torch.float64, split=TRAIN, chun
 
 def all_gradients(ranks: Ranks) -> dict:
     found = {}
-    for case, given in CASES.items():
-        if ranks.world == 1:
-            given = {**given, "chunk": None}
-        found |= {(model, case): gradients(model, ranks, **given) for model in MODELS}
+    for model, case in cases():
+        in_parts = ranks.world > 1 and model != "rcar"  # whose image encoder has a BatchNorm
+        found[model, case] = gradients(model, ranks, **(CASES[case] if in_parts else {**CASES[case], "chunk": None}))
     with itm_fast.workspace(1e-5):  # so little scratch that SAF scores its captions in several blocks
         found["saf", "blocks"] = gradients("saf", ranks)
     found["sgr", "two"] = gradients("sgr", ranks, size=2)  # fewer than three processes
@@ -102,15 +107,24 @@ def runs(folder: Path, ranks: Ranks) -> dict:
     found["steps before"] = len(calls)
     found["resumed"] = run_tiny(folder / "parts", "saf", resuming=True)
     run_tiny(folder / "changed", "saf", max_steps=5)
+    return found
+
+
+def end(folder: Path, ranks: Ranks) -> str:
+    """What the others find when the last process dies: two processes in training, three in an evaluation."""
+    last = ranks.rank == ranks.world - 1
+    if ranks.world == 3:
+        with after_blocks(1 if last else -1, lambda: os._exit(0), pause=0.05):
+            return caught(lambda: evaluated(state=folder / "dead"))
+    update = loop.Run._update
 
     def dies(self, batch):
-        if self.iterations == 2 and ranks.rank == ranks.world - 1:
+        if self.iterations == 2 and last:
             os._exit(0)
         return update(self, batch)
 
     loop.Run._update = dies
-    found["dead"] = caught(lambda: run_tiny(folder / "dead"))
-    return found
+    return caught(lambda: run_tiny(folder / "dead"))
 
 
 class ByBlock(CrossAttentionScore):
@@ -149,13 +163,28 @@ def embedded(images: int = 20, captions: int = 50) -> Encoded:
     return Encoded(unit[0], None, unit[1], torch.from_numpy(edges).int(), owner)
 
 
+class Own:
+    """In place of snapshots: how many blocks this process has counted."""
+
+    def after(self, tally) -> None:
+        self.blocks = int(tally.done.sum())
+
+    def save(self) -> None:
+        pass
+
+    collect = save
+
+    def kept(self):
+        return contextlib.nullcontext()
+
+
 def ranked(scorers, ranks: Ranks) -> tuple[list, int]:
     """All arrays of the rankings, in the process of rank 0, and how many blocks this process has scored."""
-    counted = []
+    own = Own()
     with mock.patch.dict(memory._BLOCK, cpu=BLOCK), blocks_of(scorers, [embedded()] * len(scorers)) as blocks:
         tally = blocks.begin(Asked(folds=2, best=3)) if ranks.first else None
-        tally = count_together(blocks, tally, ranks, progress=False, after=lambda mine: counted.append(mine.done.sum()))
-    return [] if tally is None else arrays_of(tally), int(counted[-1])
+        tally = count_together(blocks, tally, ranks, snapshots=own, progress=False)
+    return [] if tally is None else arrays_of(tally), own.blocks
 
 
 def arrays_of(tally) -> list[np.ndarray]:
@@ -173,6 +202,60 @@ def evaluations(ranks: Ranks) -> dict:
     return found
 
 
+def evaluated(together: bool = True, **more) -> tuple[str, list[np.ndarray]]:
+    """The report, without the lines on speed, and the best items of two models on 8 images and 24 captions."""
+    models = []
+    for name in ("scan", "saf"):
+        opt = tiny_options(name)
+        opt.vocab_size, opt.device = len(WORDS), "cpu"
+        torch.manual_seed(0)
+        models.append(build(opt))
+    with mock.patch.dict(memory._BLOCK, cpu=(3, 4)):
+        report = evaluate(
+            models, DEV, WORDS, folds=2, keep_scores=False, best=3, worst=2, progress=False, together=together, **more
+        )
+    return str(report), [array for side in ("i2t", "t2i") for array in report.best[side]]
+
+
+@contextlib.contextmanager
+def after_blocks(number: int, action, pause: float = 0.0):
+    """Inside, `action` is called once this process has counted and kept so many blocks; `pause` makes it slow."""
+    real = Blocks.add
+
+    def add(self, tally, numbers):
+        for count, block in enumerate(real(self, tally, numbers), 1):
+            yield block
+            time.sleep(pause)
+            if count == number:
+                action()
+
+    with (
+        mock.patch.object(Blocks, "add", add),
+        mock.patch.object(snapshots, "_EVERY", -1.0),
+        mock.patch.object(snapshots, "_SHARE", np.inf),
+    ):
+        yield
+
+
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def reports(folder: Path, ranks: Ranks) -> dict:
+    """Reports of all processes together: of a new evaluation, and of one that one process alone has begun."""
+    found = {"new": evaluated()}
+    if ranks.first:
+        with after_blocks(5, interrupt):
+            found["begun"] = caught(lambda: evaluated(together=False, state=folder / "begun"))
+    blocks = []
+    with mock.patch.object(Tally, "add", lambda self, *given: blocks.append(1) or add(self, *given)):
+        found["gone on"] = evaluated(state=folder / "begun")
+    return {**found, "blocks": len(blocks), "left": sorted(str(p.name) for p in (folder / "begun").iterdir())}
+
+
+add = Tally.add
+
+
 def caught(function) -> str:
     try:
         return f"returned {function()}"
@@ -187,7 +270,10 @@ def work(rank: int, world: int, folder: Path) -> None:
     try:
         torch.save({"gradients": all_gradients(ranks)}, folder / f"gradients{rank}")
         torch.save(evaluations(ranks), folder / f"evaluations{rank}")
-        torch.save(runs(folder, ranks), folder / f"runs{rank}")
+        torch.save(reports(folder, ranks), folder / f"reports{rank}")
+        other = caught(lambda: ranks.same("kind of device", "cpu" if ranks.first else "cuda"))
+        found = {**runs(folder, ranks), "other": other, "dead": end(folder, ranks)}
+        torch.save(found, folder / f"runs{rank}")
     except BaseException:
         (folder / f"error{rank}").write_text(traceback.format_exc())
         raise

@@ -99,8 +99,8 @@ def test_the_report_is_the_same(kinds, backend, folds, ties, block, monkeypatch,
 
 def test_a_matrix_has_no_snapshots_and_keeps_its_own_best_items(tmp_path):
     split, vocabulary = pets(2, 1)
-    for given in (dict(best=1), dict(state=tmp_path)):
-        with pytest.raises(ValueError, match="best and state are for evaluations without a matrix"):
+    for given in (dict(best=1), dict(state=tmp_path), dict(together=True)):
+        with pytest.raises(ValueError, match="best, state and together are for evaluations without a matrix"):
             evaluate(models(vocabulary, "SAF"), split, vocabulary, **given)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -10,17 +11,18 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
-from ranks_cases import CASES, MODELS, all_gradients, evaluations, gradients, work
+from ranks_cases import CASES, all_gradients, cases, evaluated, evaluations, gradients, work
 from training_cases import DEV, TRAIN, assert_same_run, log_rows, run_tiny, tensors_of
 
 from itm_fast import _torchrun
 from itm_fast._ranks import Ranks
 from itm_fast.cli import main
 from itm_fast.data import save_splits
+from itm_fast.evaluation.tally import Tally
 from itm_fast.training import resume
 
 COUNTS = (2, 3)
-KEYS = [*((model, case) for model in MODELS for case in CASES), ("saf", "blocks"), ("sgr", "two")]
+KEYS = [*cases(), ("saf", "blocks"), ("sgr", "two")]
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,45 @@ def test_an_evaluation_has_the_bits_of_one_process(together):
     assert found[-1]["slow"][1] < blocks / 2 / count, "the slow process has taken as many blocks as the others"
 
 
+def same_report(found, wanted) -> bool:
+    return found[0] == wanted[0] and all(np.array_equal(a, b) for a, b in zip(found[1], wanted[1], strict=True))
+
+
+BLOCKS = 3 * 6  # of 8 images and 24 captions
+
+
+@pytest.mark.slow
+def test_reports_are_those_of_one_process(together):
+    count, folder, _, _ = together
+    wanted = evaluated(together=False)
+    found = [torch.load(folder / f"reports{rank}", weights_only=False) for rank in range(count)]
+    assert found[0]["begun"].startswith(f"KeyboardInterrupt: interrupted; 5 of {BLOCKS} blocks are kept")
+    for one in found:
+        assert same_report(one["new"], wanted)
+        assert same_report(one["gone on"], wanted)
+    assert sum(one["blocks"] for one in found) == BLOCKS - 5
+    assert "tally.npz" in found[0]["left"]
+    assert not [name for name in (folder / "begun").iterdir() if name.is_dir()]
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_where_another_has_died(tmp_path, together):
+    count, folder, _, living = together
+    assert all(found["dead"].startswith("ConnectionError: stopped, because another process") for found in living)
+    if count < 3:  # it has died in training
+        return
+    state = tmp_path / "dead"
+    shutil.copytree(folder / "dead", state)
+    assert Tally.load(state / "process-2" / "tally.npz").done.sum() == 1
+    add, again = Tally.add, []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tally, "add", lambda self, *given: again.append(given[0]) or add(self, *given))
+        found = evaluated(together=False, state=state)
+    assert same_report(found, evaluated(together=False))
+    assert len(again) == 1  # the block that it had taken and not finished
+    assert not list(state.glob("process-*"))
+
+
 @pytest.mark.slow
 def test_a_run_is_that_of_one_process(tmp_path, together):
     count, folder, _, living = together
@@ -133,7 +174,15 @@ def test_what_stops_one_process_stops_all_with_one_reason(together):
     for found in living:
         assert "the loss is nan" in found["broken"]
         assert "training image 5 hold NaN" in found["broken"]
-        assert found["dead"].startswith("ConnectionError: stopped, because another process")
+        assert "all processes must have the same kind of device, got cpu in process 0, cuda in" in found["other"]
+
+
+def test_encoders_with_batch_norm_are_not_run_in_parts(tmp_path):
+    with pytest.raises(ValueError, match=r"the encoders of RCAR have a BatchNorm, .* leave chunk"):
+        run_tiny(tmp_path / "run", "rcar", chunk=4)
+    with pytest.raises(ValueError, match="chunk must be at least 1, got 0"):
+        run_tiny(tmp_path / "run", chunk=0)
+    run_tiny(tmp_path / "run", chunk=4, max_steps=1)
 
 
 def test_other_commands_refuse_several_processes(monkeypatch, capsys):
@@ -146,25 +195,40 @@ def test_other_commands_refuse_several_processes(monkeypatch, capsys):
         out, err = capsys.readouterr()
         assert ("torchrun started 4 processes, and this command runs in one" in err) == printed
         assert not out
+    monkeypatch.setenv("RANK", "0")
+    for words, flag in ((["--scores", "s.npy"], "--scores"), (["--workload", "coco-eval-5k"], "--workload")):
+        assert main(["evaluate", *words]) == 2
+        assert f"torchrun started 4 processes, and {flag} is for one" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "one")
     with pytest.raises(ValueError, match="RANK, which torchrun sets, must be a whole number, got 'one'"):
         _torchrun.rank()
 
 
-@pytest.mark.slow
-def test_torchrun_trains_one_model_with_two_processes(tmp_path):
-    save_splits(tmp_path / "tiny.h5", {"train": TRAIN, "dev": DEV})
+def torchrun(*words: object) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "itm_fast"]
+    alone = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return subprocess.run([*command, *map(str, words)], capture_output=True, text=True, check=False, env=alone)
+
+
+@pytest.mark.slow
+def test_torchrun_trains_and_evaluates_one_model_with_two_processes(tmp_path, capsys):
+    data, run = tmp_path / "tiny.h5", tmp_path / "run"
+    save_splits(data, {"train": TRAIN, "dev": DEV})
     small = "--embed-size 16 --word-dim 8 --batch-size 8 --epochs 2 --min-count 1 --device cpu --max-steps 2 --chunk 2"
-    more = ["train", "--model", "scan", "--data", str(tmp_path / "tiny.h5"), "--output", str(tmp_path / "run")]
-    done = subprocess.run(
-        [*command, *more, *small.split()],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")},
-    )
+    done = torchrun("train", "--model", "scan", "--data", data, "--output", run, *small.split())
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("stopped after 2 steps") == 1
     assert done.stderr.count("42 captions of 14 images") == 1
-    assert len([row for row in log_rows(tmp_path / "run") if row["loss"]]) == 2
+    assert len([row for row in log_rows(run) if row["loss"]]) == 2
+
+    words = ["evaluate", "--checkpoint", run, "--data", data, "--split", "dev", "--device", "cpu", "--trec", 2]
+    done = torchrun(*words, "--output", tmp_path / "together")
+    assert done.returncode == 0, done.stderr
+    assert main([*map(str, words), "--output", str(tmp_path / "alone")]) == 0
+    assert done.stdout.splitlines()[:6] == capsys.readouterr().out.splitlines()[:6]
+    assert done.stdout.count("written: ") == 1
+    for name in ("results.csv", "ranks.npz"):
+        assert (tmp_path / "together" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+    runs = [sorted((tmp_path / folder).glob("*.run*")) for folder in ("together", "alone")]
+    assert runs[0]
+    assert [path.read_text() for path in runs[0]] == [path.read_text() for path in runs[1]]

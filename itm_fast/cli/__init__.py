@@ -33,7 +33,7 @@ _SUMMARIES = {
     "doctor": "versions, devices, which backends can run here, and why the others cannot",
 }
 COMMANDS = tuple(_SUMMARIES)
-DIVIDED = ("train",)  # commands that several processes, started by torchrun, run together
+DIVIDED = ("evaluate", "train")  # commands that several processes, started by torchrun, run together
 _EXPECTED = (ValueError, TypeError, OSError, NotImplementedError, ImportError, LockedError)
 
 

@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .. import _torchrun
 from .._lock import Lock
 from .._names import BACKENDS
 from ._checkpoints import (
@@ -39,6 +40,7 @@ and as the mean of their score matrices; SGRAF is the mean of an SGR and a SAF c
   files       itm-fast evaluate ... --output results --trec 100
   long run    itm-fast evaluate ... --scores sgr.npy          (after an interruption: add --resume)
               itm-fast evaluate ... --state run                   (after an interruption: the same command)
+  many GPUs   torchrun --nproc-per-node 8 -m itm_fast evaluate ...    (the same numbers, bit for bit; --state too)
   many jobs   itm-fast evaluate ... --state run3 --part 3/8, and then: itm-fast evaluate --merge run1 run2 ...
   memory      itm-fast evaluate --workload coco-eval-5k --dry-run
 
@@ -62,6 +64,7 @@ metrics are reported too (they need pip install '.[eccv]' in the source folder o
 
 # What the plan of a workload reads; --no-progress changes nothing there.
 _PLANNED = ("workload", "dry_run", "checkpoint", "scores", "memory_gb", "device", "backend", "no_progress")
+_ALONE = ("scores", "resume", "part", "merge", "dry_run", "workload")  # what several processes cannot do together
 _MERGED = ("merge", "output", "trec", "no_progress")  # what --merge reads
 
 
@@ -196,6 +199,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
+    if _torchrun.world() > 1 and (alone := [name for name in _given(args) if name in _ALONE]):
+        raise ValueError(
+            f"torchrun started {_torchrun.world()} processes, and --{alone[0].replace('_', '-')} is for one; leave it "
+            "out, or start the command without torchrun"
+        )
     if args.workload:
         if not args.dry_run:
             raise ValueError("--workload has no data to evaluate, only sizes to plan for; give --dry-run as well")
@@ -251,7 +259,7 @@ def _given(args: argparse.Namespace) -> list[str]:
 
 def _output(args: argparse.Namespace) -> contextlib.AbstractContextManager:
     """Create and lock --output before anything is scored: if that cannot be done, hours of scoring would be lost."""
-    if not args.output or args.dry_run:
+    if not args.output or args.dry_run or _torchrun.rank():
         return contextlib.nullcontext()
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
@@ -298,6 +306,7 @@ def _evaluate(args: argparse.Namespace) -> int:
     if args.part:
         prepared = Prepared.of(models, split, vocab, **given)
         tally = prepared.count(args.trec, args.state, args.part, not args.no_progress)
+        assert tally is not None
         print(f"{tally.done.sum():,} of {len(tally.done):,} blocks are in {args.state}")
         print("when all parts are done: itm-fast evaluate --merge DIR DIR ...")
         return 0
@@ -313,7 +322,10 @@ def _evaluate(args: argparse.Namespace) -> int:
         worst=WORST if args.output else 0,
         best=None if args.scores else args.trec,
         state=args.state,
+        together=args.scores is None,
     )
+    if _torchrun.rank():
+        return 0
     _print(args, report, (split.image_ids, split.caption_ids), pictures)
     return 0
 

@@ -10,7 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__
+from .. import __version__, _torchrun
+from .._ranks import Ranks
 from .encoding import encode, weights_checksum
 from .kept_ranks import texts_checksum
 from .many_right import pairs_of
@@ -23,6 +24,7 @@ from .report import Report, System, backend_names, pools
 from .scoring import score_settings
 from .snapshots import Snapshots
 from .tally import Asked, Tally
+from .together import count_together, process_folder
 from .worst import rows_of_mean, rows_of_scorer, worst_queries
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from .encoding import CaptionBatches, Encoded
 
 MEAN = "mean of the scores"  # the name of the ensemble
+_ALONE = Ranks()
 
 
 def count_blocks(
@@ -49,10 +52,12 @@ def count_blocks(
     part: tuple[int, int] | None,
     progress: bool,
     worst: int = 0,
-) -> Tally:
-    """Encode, and count all blocks or those of one part.
+    ranks: Ranks = _ALONE,
+) -> Tally | None:
+    """Encode, and count all blocks or those of one part; None in all processes but that of rank 0.
 
     Args:
+        ranks: the processes that count together.
         models, split, vocab, names, ties, batch_size, memory_gb, state, part, progress, worst: as for `evaluate`.
         plans: one per model.
         captions: `list(caption_batches(split.captions, vocab, batch_size))`.
@@ -60,8 +65,9 @@ def count_blocks(
         asked: what is to be found.
     """
     with contextlib.ExitStack() as stack:
-        snapshots = None if state is None else stack.enter_context(Snapshots(state))
-        folder = folder_of(plans[0].on_disk, state)
+        snapshots = None if state is None else stack.enter_context(Snapshots(process_folder(state, ranks)))
+        progress = progress and ranks.first
+        folder = folder_of(plans[0].on_disk * _torchrun.local_world(), state)  # each process has files of its own
         encoded = [
             encode(model, split, vocab, batch_size=batch_size, progress=progress, captions=captions, folder=folder)
             for model in models
@@ -76,8 +82,8 @@ def count_blocks(
             "resumed": False,
         }
         scorers = [model.scorer for model in models]
-        tally = _counted(scorers, encoded, asked, about, memory_gb, snapshots, progress)
-        if worst and tally.done.all():
+        tally = _counted(scorers, encoded, asked, about, memory_gb, snapshots, progress, ranks)
+        if tally is not None and worst and tally.done.all():
             rows = rows_of_mean([rows_of_scorer(*one, memory_gb) for one in zip(scorers, encoded, strict=True)])
             counts = rankings_of(tally)[-1].counts
             tally.about["worst"] = worst_queries(counts, pairs_of(tally.owner), ties, worst, rows)
@@ -92,20 +98,26 @@ def _counted(
     memory_gb: float | None,
     snapshots: Snapshots | None,
     progress: bool,
-) -> Tally:
+    ranks: Ranks,
+) -> Tally | None:
     start = time.perf_counter()
     with blocks_of(scorers, encoded, memory_gb) as blocks:
         about["backends"] = [member.ran for member in blocks.members]  # filled while blocks are scored
         identity = _identity(scorers, encoded, blocks, asked, about["ties"])
-        if snapshots is None:
-            tally = blocks.all(blocks.begin(asked, identity, about), progress=progress)
-        else:
-            tally = snapshots.begin(lambda: blocks.begin(asked, identity, about), identity, about)
-            with snapshots.kept():
-                numbers = part_of(blocks.plan.blocks, about["part"])
-                tally = blocks.all(tally, numbers, progress=progress, after=snapshots.after)
+        for name, value in identity.items():
+            ranks.same(name, value)
+        begun = None
+        if ranks.first and snapshots is not None:
+            begun = snapshots.begin(lambda: blocks.begin(asked, identity, about), identity, about)
+            snapshots.collect()
+        elif ranks.first:
+            begun = blocks.begin(asked, identity, about)
+        numbers = part_of(blocks.plan.blocks, about["part"])
+        tally = count_together(blocks, begun, ranks, numbers, snapshots=snapshots, progress=progress)
         seconds = time.perf_counter() - start
         own = [member.seconds for member in blocks.members]
+    if tally is None:
+        return None
     shared = (seconds - sum(own)) / len(own)  # what is not the scoring of one model's blocks
     tally.about["seconds"] = [
         {"encode": one.seconds, "score": mine + shared} for one, mine in zip(encoded, own, strict=True)

@@ -17,9 +17,10 @@ from numpy.typing import NDArray
 
 from .._backends import recorded
 from .._files import FULL
+from .._ranks import Ranks, joined
 from .counted import MEAN, count_blocks, report_of
 from .counting import count as count_matrix
-from .encoding import encode, require_vocabulary
+from .encoding import device_of, encode, require_vocabulary
 from .many_right import pairs_of
 from .mapped import folder_of
 from .memory import MemoryPlan
@@ -58,6 +59,7 @@ def evaluate(
     best: int | None = None,
     state: str | os.PathLike[str] | None = None,
     settings: Mapping[str, Any] | None = None,
+    together: bool = False,
 ) -> Report:
     """Encode, score, rank and report. Several models are reported one by one and as the mean of their score matrices.
 
@@ -84,24 +86,30 @@ def evaluate(
         state: without a matrix, a folder for snapshots of the counts, every minute and after an interruption. The same
             call goes on from there, and uses the folder for embeddings that do not fit in memory.
         settings: what else the report's settings should have, as plain values.
+        together: without a matrix, whether the processes that torchrun started, or those of torch.distributed's process
+            group, divide the blocks among them; all must call this with the same arguments.
 
     Returns:
-        `Report`.
+        `Report`; the same in all processes.
 
     Raises:
         ValueError: the images do not divide into equal folds, the budget is too small, a score is NaN or infinite, or
-            features or vocabulary do not fit a model; `best` or `state` is given with a matrix; the snapshot in `state`
-            is of another evaluation.
+            features or vocabulary do not fit a model; `best`, `state` or `together` is given with a matrix; the
+            snapshot in `state` is of another evaluation.
         FileExistsError: a score file exists and `resume` is false.
         RuntimeError: another run writes to a score file or a snapshot; the message names its process and host.
         OSError: the disk has no room for the score files; this is checked before anything is encoded.
     """
     prepared = Prepared.of(models, split, vocab, names, folds, ties, batch_size, memory_gb, settings)
     if scores is None and not keep_scores:
-        found = report_of(prepared.count(best, state, None, progress, worst))
+        with joined(device_of(prepared.models[0].img_enc)) if together else contextlib.nullcontext(Ranks()) as ranks:
+            tally = prepared.count(best, state, None, progress, worst, ranks)
+            found = ranks.on_first(lambda: report_of(tally))  # type: ignore[arg-type]
         return replace(found, captions=split.captions)
-    if best is not None or state is not None:
-        raise ValueError("evaluate: best and state are for evaluations without a matrix; give keep_scores=False too")
+    if best is not None or state is not None or together:
+        raise ValueError(
+            "evaluate: best, state and together are for evaluations without a matrix; give keep_scores=False too"
+        )
     with contextlib.ExitStack() as stack:
         claims: list[Claim] = []
         if scores is not None:
@@ -173,8 +181,13 @@ class Prepared:
         part: tuple[int, int] | None,
         progress: bool,
         worst: int = 0,
-    ) -> Tally:
-        """Evaluate without a matrix: count all blocks of scores, or those of part (k, n), the k-th of n."""
+        ranks: Ranks | None = None,
+    ) -> Tally | None:
+        """Evaluate without a matrix: count all blocks of scores, or those of part (k, n), the k-th of n.
+
+        Several processes count together; the result is None in those that are not of rank 0.
+        """
+        ranks = ranks or Ranks()
         captions, split = self.captions(), self.split
         plans = memory_plans(self.models, split, captions, self.memory_gb)
         related = why_no_relevance(split.image_ids, split.caption_ids) is None
@@ -194,6 +207,7 @@ class Prepared:
             part=part,
             progress=progress,
             worst=worst,
+            ranks=ranks,
         )
 
 

@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .._lock import Lock
+from .._lock import Lock, LockedError
 from .tally import Tally, named_blocks
 
 NAME = "tally.npz"
+_LOCK = "tally.lock"
+PROCESS = "process-"  # begins the names of the folders in which other processes of the same run keep theirs
 _EVERY = 60.0  # seconds between snapshots
 _SHARE = 0.02  # of the time that writing snapshots may take, if they are large
 
@@ -35,7 +37,7 @@ class Snapshots:
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._lock = Lock(self.folder / "tally.lock", str(self.folder / NAME))
+        self._lock = Lock(self.folder / _LOCK, str(self.folder / NAME))
         self._tally: Tally | None = None
         self._written, self._took = time.monotonic(), 0.0
 
@@ -73,6 +75,29 @@ class Snapshots:
         self._tally = found
         return found
 
+    def collect(self) -> None:
+        """Add what the other processes of a run have kept, write the sum, and delete their files.
+
+        Raises:
+            ValueError: a file is damaged, or of another evaluation; the message names it.
+        """
+        assert self._tally is not None
+        paths = sorted(self.folder.glob(f"{PROCESS}*/{NAME}"))
+        for path in paths:
+            try:
+                other = Tally.load(path)
+                if np.any(other.done & ~self._tally.done):  # if not, it was added before an interruption
+                    self._tally.merge(other)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}; delete it to count its blocks again") from error
+        self._tally.about["resumed"] |= bool(self._tally.done.any())
+        self.save()
+        for path in paths:
+            path.unlink()
+            with contextlib.suppress(LockedError, OSError):  # a process that has not ended removes its folder itself
+                Lock(path.parent / _LOCK, str(path)).release()
+                path.parent.rmdir()
+
     def after(self, tally: Tally) -> None:
         """Write a snapshot if the last one is old."""
         self._tally = tally
@@ -107,6 +132,9 @@ class Snapshots:
     def release(self) -> None:
         """Let other processes write there; further calls do nothing."""
         self._lock.release()
+        if self.folder.name.startswith(PROCESS):
+            with contextlib.suppress(OSError):  # its snapshot is still there, as the run was not finished
+                self.folder.rmdir()
 
     def __enter__(self) -> Snapshots:
         return self

@@ -6,14 +6,18 @@ result is that of one process, for any number of processes, also if some are slo
 
 from __future__ import annotations
 
+import contextlib
 import io
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from .._ranks import Ranks
 from .counters import BandExceeded
 from .matrix_free import WIDER, Blocks
+from .snapshots import PROCESS, Snapshots
 from .tally import Tally, named_blocks
 
 _evaluations = itertools.count()  # all processes count alike, so each evaluation has a queue of its own
@@ -23,9 +27,10 @@ def count_together(
     blocks: Blocks,
     tally: Tally | None,
     ranks: Ranks,
+    numbers: Sequence[int] | None = None,
     *,
+    snapshots: Snapshots | None = None,
     progress: bool = True,
-    after: Callable[[Tally], None] = lambda _: None,
 ) -> Tally | None:
     """Add all blocks that a tally lacks, each by one of the processes; all must call this.
 
@@ -33,9 +38,9 @@ def count_together(
         blocks: the blocks of the same evaluation in every process.
         tally: in the process of rank 0, what is added to; None in the others.
         ranks: the processes.
+        numbers: which blocks; None: all.
+        snapshots: where this process keeps what it has counted; see `process_folder`.
         progress: show one bar, of all processes together, on standard error of the process of rank 0.
-        after: called after each block with what this process has counted; in the process of rank 0 that is `tally`.
-            Called once more when it waits for the others.
 
     Returns:
         In the process of rank 0 the tally of all blocks, which is another one if it had to begin again with a wider
@@ -44,24 +49,49 @@ def count_together(
     Raises:
         RuntimeError: another process has ended.
     """
+    numbers = range(blocks.plan.blocks) if numbers is None else numbers
+    keeping = contextlib.nullcontext() if snapshots is None else snapshots.kept()
     if ranks.world == 1:
         assert tally is not None
-        return blocks.all(tally, progress=progress, after=after)
+        with keeping:
+            return blocks.all(tally, numbers, progress=progress, after=snapshots.after if snapshots else _nothing)
     mine, lacking = _shared_out(tally, ranks)
-    while True:
-        exceeded = _count(blocks, mine, lacking, ranks, progress, after)
-        if not exceeded:
-            break
-        mine = mine.widened(WIDER * exceeded)
-        lacking = list(range(blocks.plan.blocks))
-    found = ranks.to_first(_bytes(mine) if ranks.rank else b"")
+    lacking = [number for number in numbers if number in set(lacking)]
+    if snapshots is not None:
+        snapshots.after(mine)
+    with keeping:
+        while True:
+            exceeded = _count(blocks, mine, lacking, numbers, ranks, progress, snapshots)
+            if not exceeded:
+                break
+            mine, lacking = mine.widened(WIDER * exceeded), list(numbers)
+            if snapshots is not None:  # what was counted without the band is of no use any more
+                snapshots.after(mine)
+                snapshots.save()
+        found = ranks.to_first(_bytes(mine) if ranks.rank else b"")
+        for other in found[1:] if found else ():
+            mine.merge(Tally.load(io.BytesIO(other)))
+    ranks.most(0)  # all have kept what they counted
     if found is None:
         return None
-    for other in found[1:]:
-        mine.merge(Tally.load(io.BytesIO(other)))
-    if not mine.done.all():
+    if not mine.done[list(numbers)].all():
         raise RuntimeError(f"{named_blocks(~mine.done)} of {len(mine.done)} were counted by no process")
+    if snapshots is not None:
+        snapshots.collect()
     return mine
+
+
+def process_folder(state: str | os.PathLike[str], ranks: Ranks) -> Path:
+    """Where a process keeps its snapshots; that of rank 0, which adds up all, in `state` itself.
+
+    >>> process_folder("run", Ranks(0, 4)).name, process_folder("run", Ranks(3, 4)).name
+    ('run', 'process-3')
+    """
+    return Path(state) if ranks.first else Path(state) / f"{PROCESS}{ranks.rank}"
+
+
+def _nothing(_: Tally) -> None:
+    pass
 
 
 def _shared_out(tally: Tally | None, ranks: Ranks) -> tuple[Tally, list[int]]:
@@ -81,15 +111,16 @@ def _count(
     blocks: Blocks,
     mine: Tally,
     lacking: Sequence[int],
+    numbers: Sequence[int],
     ranks: Ranks,
     progress: bool,
-    after: Callable[[Tally], None],
+    snapshots: Snapshots | None,
 ) -> float:
     """Count blocks until the queue is empty in all processes; return how far a band was exceeded, 0 if it was not."""
     from tqdm import tqdm
 
     queue = _Queue(ranks, blocks, lacking)
-    total, exceeded = queue.pairs(range(blocks.plan.blocks)), 0.0
+    total, exceeded = queue.pairs(numbers), 0.0
     begun = total - queue.pairs(lacking)
     show = progress and ranks.first
     with tqdm(total=total, initial=begun, desc="scores", unit="pair", unit_scale=True, disable=not show) as bar:
@@ -102,12 +133,13 @@ def _count(
             for number in blocks.add(mine, queue):
                 queue.finished(number)
                 refresh()
-                after(mine)
+                if snapshots is not None:
+                    snapshots.after(mine)
         except BandExceeded as error:
             exceeded = error.difference
             queue.stop()
-        else:
-            after(mine)
+        if snapshots is not None and mine.whole:
+            snapshots.save()  # another process may end while this one waits
         exceeded = ranks.most(exceeded, meanwhile=refresh)
         refresh()
     return exceeded

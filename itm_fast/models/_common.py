@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from .. import _torchrun
 from .._share import share
 from ..nn import PairScorer
 from ..packing import pack
@@ -86,8 +87,10 @@ def device_of(opt: Namespace) -> torch.device:
 def usable_device(device: str | torch.device | None) -> torch.device:
     """The device of that name; None: CUDA if there is a GPU, else the CPU.
 
+    Of the processes that torchrun starts on a machine, each has the GPU of its own number.
+
     Raises:
-        ValueError: the device does not exist.
+        ValueError: the device does not exist, or several processes would share a GPU.
     """
     try:
         chosen = device_of(Namespace(device=device))
@@ -95,6 +98,19 @@ def usable_device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device must be such as cpu, cuda or cuda:1, got {device!r}") from error
     if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"device {chosen} is not there; torch sees {torch.cuda.device_count()} CUDA devices")
+    if chosen.type == "cuda" and _torchrun.world() > 1:
+        if chosen.index is not None:
+            raise ValueError(
+                f"device is {chosen}, and torchrun started {_torchrun.world()} processes, which need a GPU each; give "
+                "cuda, or leave it out"
+            )
+        there, wanted = torch.cuda.device_count(), _torchrun.local_world()
+        if wanted > there:
+            raise ValueError(
+                f"torchrun started {wanted} processes on this machine, and torch sees {there} CUDA devices; start at "
+                "most one process for each, or give device cpu"
+            )
+        chosen = torch.device("cuda", _torchrun.local_rank())
     return chosen
 
 

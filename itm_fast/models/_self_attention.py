@@ -85,13 +85,13 @@ class VisualSA(_SelfAttention):
             [B, D], unit rows.
         """
         linear, norm, tanh, dropout = self.embedding_local
-        l_emb = dropout(tanh(_normalised(norm, linear(local), valid)))
+        l_emb = dropout(tanh(normalised(norm, linear(local), valid)))
         linear, norm, tanh, dropout = self.embedding_global
-        g_emb = dropout(tanh(_normalised(norm, linear(raw_global))))
+        g_emb = dropout(tanh(normalised(norm, linear(raw_global))))
         return self.pooled(local, l_emb, g_emb, valid)
 
 
-def _normalised(norm: nn.Module, x: Tensor, valid: Tensor | None = None) -> Tensor:
+def normalised(norm: nn.Module, x: Tensor, valid: Tensor | None = None) -> Tensor:
     """BatchNorm1d over [B, C] or [B, C, L]; in training its statistics are over the valid rows of the whole batch.
 
     Args:

@@ -23,12 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .._share import share
 from ..nn import PairScorer, State, xavier_
 from ..ops import _recompute, attended_vectors, cross_attention_similarity
 from ..packing import bounds
-from ._common import OwnKeys, PaddedScorer, choice, encode_text, l2norm, without_padding
+from ._common import Dropout, OwnKeys, PaddedScorer, choice, encode_text, l2norm, without_padding
 from ._pair_blocks import blocks
 from ._rows import linear, sigmoid
+from ._self_attention import normalised
 from .scan import EncoderText as _EncoderText
 from .sgraf import SGRAF
 
@@ -49,7 +51,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.layers[0](x.flatten(0, -2))
-        return self.layers[1](self.bns[0](hidden).relu()).view(*x.shape[:-1], -1)
+        return self.layers[1](normalised(self.bns[0], hidden).relu()).view(*x.shape[:-1], -1)
 
 
 class EncoderImage(OwnKeys):
@@ -75,7 +77,7 @@ class EncoderText(_EncoderText):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.dropout = nn.Dropout(0.4)
+        self.dropout = Dropout(0.4)
 
     def forward(self, x: Tensor, lengths) -> Tensor:  # type: ignore[override]
         return encode_text(self.dropout(self.embed(x)), lengths, self.rnn, self.no_txtnorm)[0]
@@ -183,7 +185,7 @@ class RegulatedMatching(PaddedScorer):
         (image,) = image_state
         names, parameters = zip(*self.named_parameters(), strict=True)
         R, D = image.shape[1:]
-        run = partial(self._block, names)
+        run = partial(self._block, names, share())
         if self._drops:
             return self._by_caption(run, image, words, cu_seqlens, region_lengths, parameters)
 
@@ -203,7 +205,7 @@ class RegulatedMatching(PaddedScorer):
             columns.append(checkpoint(again, *given, use_reentrant=False) if torch.is_grad_enabled() else again(*given))
         return torch.cat(columns, 1) if columns else image.new_empty(len(image), 0)
 
-    def _block(self, names, length, cu_seqlens, region_lengths, image, words, *parameters) -> Tensor:
+    def _block(self, names, now, length, cu_seqlens, region_lengths, image, words, *parameters) -> Tensor:
         """Scores [b, c] of a block; queries have four dimensions inside, [b, c, q, ...]."""
         valid = None
         if region_lengths is not None:
@@ -215,6 +217,12 @@ class RegulatedMatching(PaddedScorer):
 
         def layer(name: str, x: Tensor) -> Tensor:
             return linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+        def dropped(x: Tensor) -> Tensor:
+            if not self._drops or now is None or not now.divided:
+                return F.dropout(x, self._drops, self._drops > 0)
+            # Drawn for all images of the batch, of which this process has some.
+            return x * now.of_rows(F.dropout(x.new_ones(len(now.lengths), *x.shape[1:]), self._drops))
 
         def shaped(x: Tensor) -> Tensor:
             return x.unflatten(1, (-1, length)) if t2i else x
@@ -254,9 +262,9 @@ class RegulatedMatching(PaddedScorer):
                 change = layer(f"{of_smooth}.2", layer(f"{of_smooth}.0", similar).tanh())
                 smooth = (change[..., 0] + smooth).relu()
             if self.self_regulator != "only_rcr":
-                name, drop = f"rar_modules.{k}", self._drops
-                key = F.dropout(layer(f"{name}.rar_k_w.0", similar).tanh(), drop, drop > 0)
-                ask = F.dropout(layer(f"{name}.rar_q_w.0", overall).tanh(), drop, drop > 0)
+                name = f"rar_modules.{k}"
+                key = dropped(layer(f"{name}.rar_k_w.0", similar).tanh())
+                ask = dropped(layer(f"{name}.rar_q_w.0", overall).tanh())
                 logit = layer(f"{name}.rar_v_w.0", key * ask.unsqueeze(2))[..., 0]
                 logit = logit if mask is None else logit.masked_fill(~mask, float("-inf"))
                 overall = l2norm((logit.softmax(2).unsqueeze(3) * similar).sum(2))

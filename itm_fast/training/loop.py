@@ -26,7 +26,7 @@ from .checkpoint import LAST
 from .interrupt import Stop
 from .log import STEP, Log, dev_values, table
 from .recipe import learning_rate
-from .setup import affordable, identity, same_run
+from .setup import affordable, identity, refuse_chunk, same_run
 from .vectors import word_vectors
 
 if TYPE_CHECKING:
@@ -104,6 +104,8 @@ class Run:
             affordable(self.opt, self.device)
         torch.manual_seed(self.opt.seed)
         self.model = build(argparse.Namespace(**{**vars(self.opt), "device": str(self.device)}))
+        if self.chunk is not None:
+            refuse_chunk(self.model)
         if vectors is not None:
             self.model.txt_enc.set_vectors(vectors)
         if found is not None:

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .. import _torchrun
 from .._backends import requested, why_not
 from ..evaluation.memory import GB, available_bytes
 from ..models import model_class
@@ -36,26 +35,13 @@ _MAY_DIFFER = ("num_epochs", "val_step", "data_path", "vocab_path", "model_name"
 
 
 def usable(device: str | torch.device | None) -> torch.device:
-    """The device of a run. Of the processes that torchrun starts on a machine, each has the GPU of its own number.
+    """The device of a run.
 
     Raises:
-        ValueError: the device does not exist, or several processes would share a GPU.
+        ValueError: as `usable_device`.
         NotImplementedError: the requested backend cannot run on it; the message says why.
     """
     chosen = usable_device(device)
-    if chosen.type == "cuda" and _torchrun.world() > 1:
-        if chosen.index is not None:
-            raise ValueError(
-                f"device is {chosen}, and torchrun started {_torchrun.world()} processes, which need a GPU each; give "
-                "cuda, or leave it out"
-            )
-        there, wanted = torch.cuda.device_count(), _torchrun.local_world()
-        if wanted > there:
-            raise ValueError(
-                f"torchrun started {wanted} processes on this machine, and torch sees {there} CUDA devices; start at "
-                "most one process for each, or give device cpu"
-            )
-        chosen = torch.device("cuda", _torchrun.local_rank())
     asked = requested()
     reason = None if asked == "auto" else why_not(asked, chosen)
     if reason is not None:
@@ -159,6 +145,20 @@ def enough_known_words(train_split: Split, dev_split: Split, vocabulary: Vocabul
             raise ValueError(message)
         if suspicious:
             warnings.warn(message, stacklevel=3)
+
+
+def refuse_chunk(model: Any) -> None:
+    """Refuse to encode batches in parts with encoders that compute statistics over the batch.
+
+    Raises:
+        ValueError: names the model.
+    """
+    for encoder in (model.img_enc, model.txt_enc):
+        if any(isinstance(part, torch.nn.modules.batchnorm._BatchNorm) for part in encoder.modules()):
+            raise ValueError(
+                f"chunk: the encoders of {type(model).__name__} have a BatchNorm, whose statistics are over the whole "
+                "batch, so a batch cannot be encoded in parts; leave chunk (--chunk) out"
+            )
 
 
 def warn_of_same_image(opt: argparse.Namespace, split: Split) -> None:

@@ -87,7 +87,8 @@ def train(
             vocabulary file with other words.
         FileNotFoundError: `resuming` is true, and `output` holds no run to resume.
         ValueError: the options do not fit the data; options or data are not those of the interrupted run; the
-            vocabulary has almost no word of the training captions; or a loss is not finite.
+            vocabulary has almost no word of the training captions; `chunk` is given, and the encoders have a BatchNorm;
+            or a loss is not finite.
         ConnectionError: another process of the run has ended.
         KeyboardInterrupt: after Ctrl-C or SIGTERM, once `resume.pt` is written; the message says how to continue.
 
