@@ -5,9 +5,9 @@
 
 A step is what training does, from features and word ids to gradients: encoders, scores of all B x B pairs, the loss
 over the hardest negatives, backward. Sizes are small, so that batches of 4,096 take seconds on a CPU. Each row is
-measured in a process of its own, by the processor's time and not the clock's; its loss and gradients are first compared with those of the batch encoded at once.
-Memory is what a step reaches above features, parameters and gradients. `--write NAME` saves
-benchmarks/results/large_batches_NAME.json.
+measured in a process of its own; its loss and gradients are first compared with those of the batch encoded at once.
+Time is the processor's, not the clock's. Memory is what a step reaches above features, parameters and gradients.
+`--write NAME` saves benchmarks/results/large_batches_NAME.json.
 """
 
 from __future__ import annotations
