@@ -40,7 +40,6 @@ def build_module(name, level, sources, options=(), flags=compiling.FLAGS):
         for file, text in sources.items():
             (folder / file).write_text(text)
         patch.setenv("CXX", shlex.join(command))
-        patch.setattr(_native, "FLAGS", flags)
         patch.setattr(compiling, "FLAGS", flags)
         built = _native.build(folder.parent, level)
     if built.path is None:
