@@ -138,6 +138,8 @@ def score(op: ModuleType, runs: tuple[tuple[tuple[int, int], torch.dtype], ...])
         for capability, dtype in runs:
             torch.cuda.get_device_capability = lambda *_, of=capability: of  # type: ignore[assignment]
             yield run(*cases.rounded(args, dtype))
+    if HALF_BY_GROUPS in runs:  # several stages of a step's matrices
+        yield op.similarity_graph_score(*cases.rounded(cases.case("graph", **cases.SHAPES["S256"]), torch.bfloat16))
 
 
 class Judge(NamedTuple):
@@ -157,14 +159,15 @@ class Judge(NamedTuple):
 
 
 SCAN = Judge(("scan",), r"<(F16|F16X3|TF32X3), 36, 128, 2, 3>", "cross_attention_score", scan)
+MORE_STAGES = "BF16, (36, 128, 2|256, 128, 64(, 48, false, true)?)"
 SCORE = Judge(
     ("weights", "global_nodes", "graph", "filter"),
-    r"<(F16|F16X3), (36, 128, 2|64, (64|128), 64|64, 128, 64, 48(, false, true)?)>",
+    r"<((F16|F16X3), (36, 128, 2|64, (64|128), 64|64, 128, 64, 48(, false, true)?)|" + MORE_STAGES + ")>",
     "similarity_score",
     partial(score, runs=(((8, 0), torch.float16), ((8, 0), torch.float32), HALF_BY_GROUPS)),
 )
 GROUPS = SCORE._replace(
-    instances=r"<F16, (36, 128, 2|64, 128, 64|64, 128, 64, 48, false, true)>",
+    instances=r"<(F16, (36, 128, 2|64, 128, 64|64, 128, 64, 48, false, true)|" + MORE_STAGES + ")>",
     results=partial(score, runs=(HALF_BY_GROUPS,)),
 )
 JUDGES: dict[str, Judge] = {

@@ -2,6 +2,8 @@
 that stands in for the driver, the emulated kernel, and the backward pass of another backend."""
 
 import contextlib
+import ctypes
+import re
 import weakref
 from functools import partial
 from importlib import import_module
@@ -17,7 +19,7 @@ import itm_fast
 from itm_fast import _backends, _cuda
 from itm_fast.ops import _examples as examples
 from itm_fast.ops import _first_use
-from itm_fast.ops._cuda import _blocks
+from itm_fast.ops._cuda import _blocks, similarity_score
 from itm_fast.ops._declare import DECLARED
 
 __all__ = ["emulated"]
@@ -101,20 +103,28 @@ def test_auto_takes_the_kernels_where_triton_cannot_run(op, gpu):
 
 
 @pytest.mark.parametrize("head", ["graph", "filter"])
-def test_kernels_for_all_gpus_take_over_where_those_for_one_fail(head, gpu, emulated):
-    op, ran = f"similarity_{head}_score", []
+@pytest.mark.parametrize("wrong", ["writes nothing", "differs"])
+def test_kernels_for_all_gpus_take_over_where_those_for_one_fail(wrong, head, gpu, emulated, monkeypatch):
+    op, specific, half = f"similarity_{head}_score", [], torch.float16
+    real = similarity_score.Graph if head == "graph" else similarity_score.Filter
 
-    def run(name, *given):
-        ran.append(name.endswith("true, true>") or name.endswith("false, true>"))
-        if not ran[-1]:
-            emulated.run(name, *given)
+    def run(name, address, *given):
+        specific.append(name.endswith((", false, true>", ", true, true>")))
+        if specific[-1] and wrong == "writes nothing":
+            return
+        emulated.run(name, address, *given)
+        if specific[-1]:  # by less than the comparison with the reference allows
+            score = ctypes.cast(real.from_address(address).score, ctypes.POINTER(ctypes.c_uint16))
+            score[0] += 5
 
-    half = torch.float16
     want = call(op, half, "torch")
-    with cuda_stub.installed(run), pytest.warns(UserWarning, match="without the instructions of this GPU alone"):
+    warned = pytest.warns(UserWarning, match="without the instructions of this GPU alone")
+    with cuda_stub.installed(run), warned as told:
         found = call(op, half, "cuda")
-    assert any(ran)
-    assert not ran[-1]
+    said = "off by .* of the others" if wrong == "differs" else "off by nan"
+    assert re.search(said, str(told[0].message))
+    assert any(specific)
+    assert not specific[-1]
     torch.testing.assert_close(found, want, rtol=0, atol=2e-3)
 
 

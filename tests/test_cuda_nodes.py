@@ -23,7 +23,7 @@ def run(device, monkeypatch):  # noqa: F811
     def scores(head, args, dtype, order=0, gpu="sm_90"):
         device.launches.clear()
         device.order, device.capability = order, GPUS[gpu]
-        general = {(f"similarity_{head}_score", None): False} if gpu == "sm_90" else {}
+        general = {(f"similarity_{head}_score", None, dtype): False} if gpu == "sm_90" else {}
         monkeypatch.setattr(_cuda, "_specific", general)
         found = getattr(similarity_score, f"similarity_{head}_score")(*rounded(args, dtype))
         assert gpu != "sm_90a" or not device.launches or device.launches[-1][0].specific
@@ -132,7 +132,7 @@ def bits(scores):
     "shape,gpu,dtype",
     [
         *(("mixed", "sm_90", F16), ("W127", "sm_90", F16), ("S256", "sm_75", F16), ("S256", "sm_90", None)),
-        *((shape, "sm_90a", F16) for shape in ("mixed", "D200")),
+        *(("mixed", "sm_90a", F16), ("D200", "sm_90a", F16), ("S256", "sm_90a", BF16)),
     ],
 )
 @pytest.mark.parametrize("head", HEADS)

@@ -28,7 +28,8 @@ BFLOAT16 = (8, 0)  # least compute capability for products of bfloat16
 
 SPECIFIC = (9, 0)  # the compute capability that some kernels have variants for, which no other GPU runs (wgmma)
 
-_specific: dict[tuple[str, int | None], bool] = {}  # (op, device) that asked for variants -> whether it may use them
+# (op, device, dtype) that asked for variants -> whether it may use them
+_specific: dict[tuple[str, int | None, torch.dtype], bool] = {}
 _functions: dict[tuple[Kernel, int | None], driver.Function] = {}
 _lock = threading.Lock()
 
@@ -51,16 +52,20 @@ def why_not(device: torch.device, dtype: torch.dtype | None) -> str | None:
     return None
 
 
-def specific(op: str, device: torch.device) -> bool:
-    """Whether an op's kernels on a device may be variants that only GPUs of its compute capability run."""
-    return torch.cuda.get_device_capability(device) == SPECIFIC and _specific.setdefault((op, device.index), True)
+def specific(op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether an op's kernels may be variants that only GPUs of the device's compute capability run."""
+    of_gpu = torch.cuda.get_device_capability(device) == SPECIFIC
+    return of_gpu and _specific.setdefault((op, device.index, dtype), True)
 
 
-def do_without_specific(op: str, device: torch.device) -> bool:
-    """From now on use no such variants of an op on a device; return whether it has used any."""
-    used = _specific.get((op, device.index), False)
-    _specific[op, device.index] = False
-    return used
+def has_asked_for_specific(op: str, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether an op has run on a device in a dtype, and could use such variants."""
+    return _specific.get((op, device.index, dtype), False)
+
+
+def allow_specific(op: str, device: torch.device, dtype: torch.dtype, allowed: bool) -> None:
+    """From now on use such variants of an op, or use none."""
+    _specific[op, device.index, dtype] = allowed
 
 
 def _architecture(capability: tuple[int, int]) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import _cuda
 from .._checks import matmul_precision
 from ._declare import DECLARED, Floats
 from ._draws import Size
@@ -106,6 +107,37 @@ def problem(op: str, backend: str, device: torch.device, dtype: torch.dtype, bac
     """
     found = (_problem(op, backend, device, dtype, backward, kind) for kind in kinds(op))
     return next((line for line in found if line), None)
+
+
+def variants_differ(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Tell how results of CUDA kernels for one GPU alone differ from those of the kernels for all, if they do.
+
+    Both round the same numbers to the dtype, and add in another order.
+
+    Args:
+        op: name of the op.
+        device: where to run.
+        dtype: the dtype to run in.
+
+    Returns:
+        None, or one line.
+    """
+    size = PUBLISHED if device.type == "cuda" else SMALL
+    results = []
+    try:
+        for allowed in (True, False):
+            _cuda.allow_specific(op, device, dtype, allowed)
+            results.append(outcome(op, "cuda", device, dtype, size=size, backward=False)[0].double())
+    except (torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # as in `_problem`
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    finally:
+        _cuda.allow_specific(op, device, dtype, True)
+    mine, plain = results
+    off, unit = (mine - plain).abs().max().item(), TF32 if dtype == torch.float32 else UNITS[dtype]
+    most = 2 * unit * plain.abs().max().item()
+    return None if off <= most else f"kernels for this GPU alone are off by {off:.1e} of the others, allowed {most:.1e}"
 
 
 def _problem(op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool, kind: int) -> str | None:

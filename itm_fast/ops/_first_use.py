@@ -3,6 +3,9 @@
 Some versions of Triton compile some kernels wrongly for some GPUs, and so may NVRTC. So before an op first runs on a
 device in a precision, its result for two captions is compared with the reference. If it fails, the process does not use
 these kernels of this op again ("put aside"); other ops keep theirs.
+
+Of CUDA kernels that have variants for one GPU alone, such as those by wgmma, the variants are compared with the others
+too: both do the same products in another order. Where they are at fault, the op goes on with the others.
 """
 
 from __future__ import annotations
@@ -10,6 +13,8 @@ from __future__ import annotations
 import importlib
 import threading
 import warnings
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -52,11 +57,7 @@ def put_aside(op: str, backend: str, device: torch.device, dtype: torch.dtype) -
             if known in _verdicts:
                 return _verdicts[known]
         try:
-            asked = torch.device(device.type, index)
-            problem = _alone(op, backend, asked, dtype, backward)
-            if problem and backend == "cuda" and _cuda.do_without_specific(op, asked):
-                warnings.warn(f"{problem}; it now runs without the instructions of this GPU alone", stacklevel=2)
-                problem = _alone(op, backend, asked, dtype, backward)
+            problem = _checked(op, backend, torch.device(device.type, index), dtype, backward)
         except (torch.OutOfMemoryError, MemoryError):
             return None  # too little memory for the check: it says nothing about the kernels
         _verdicts[key] = problem
@@ -67,8 +68,23 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _alone(op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool) -> str | None:
-    """Run the check in a new thread, where none of the caller's modes is active: autocast, inference mode, fake
+def _checked(op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool) -> str | None:
+    """The check, after which an op does without the variants of its CUDA kernels for one GPU if these are at fault."""
+    problem = _alone(op, backend, device, dtype, partial(_examples.problem, op, backend, device, dtype, backward))
+    if backend != "cuda" or not _cuda.has_asked_for_specific(op, device, dtype):
+        return problem
+    problem = problem or _alone(op, backend, device, dtype, partial(_examples.variants_differ, op, device, dtype))
+    if problem:
+        _cuda.allow_specific(op, device, dtype, False)
+        warnings.warn(f"{problem}; it now runs without the instructions of this GPU alone", stacklevel=3)
+        problem = _alone(op, backend, device, dtype, partial(_examples.problem, op, backend, device, dtype, backward))
+    return problem
+
+
+def _alone(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, check: Callable[[], str | None]
+) -> str | None:
+    """Run a check in a new thread, where none of the caller's modes is active: autocast, inference mode, fake
     tensors, tracing, default device, `use_backend`."""
     found: list[str | None] = []
     raised: list[BaseException] = []
@@ -76,7 +92,7 @@ def _alone(op: str, backend: str, device: torch.device, dtype: torch.dtype, back
     def work() -> None:
         _thread.checks = True
         try:
-            found.append(_examples.problem(op, backend, device, dtype, backward))
+            found.append(check())
         except BaseException as error:
             raised.append(error)
 

@@ -296,7 +296,7 @@ def scores(
     if problem := why_not(head, image.dtype, dict(R=R, D=D, S=S), longest, capability):
         raise NotImplementedError(f"{op}: {problem}")
     kind = kind_of(image.dtype)
-    fit = kernels(head, kind, R, S, capability, _cuda.specific(op, device))
+    fit = kernels(head, kind, R, S, capability, _cuda.specific(op, device, image.dtype))
     assert fit is not None
     tile, pitch, itemsize = fit.tile, pitch_of(fit.tile), 2 * kind.halves
     rows = _rows.split_bytes(D, kind.halves == 2) if kind.scaled else 16 * kind.squared  # or of making an exponent
