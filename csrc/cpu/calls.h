@@ -12,13 +12,15 @@
 
 namespace itm_fast {
 
-constexpr char CALLS[] = "5a456b1e193fa4a9";  // a hash of the structs, which Python compares with its own
+constexpr char CALLS[] = "a1f07fec1d46373b";  // a hash of the structs, which Python compares with its own
 
 enum class Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum class Direction : int64_t { T2I, I2T, BOTH };
 enum class Norm : int64_t { SOFTMAX, L2NORM, CLIPPED_L2NORM, L1NORM, CLIPPED_L1NORM, CLIPPED, NONE, COSINE };
-enum class Pool : int64_t { LSE, MAX, SUM, MEAN };
 enum class Output : int64_t { SCORE, LOGIT };
+enum class Pool : int64_t { LSE, MAX, SUM, MEAN, NEGATIVE, SMOOTHED_NEGATIVE };
+enum class Weights : int64_t { SOFTMAX, FOCAL_EQUAL, FOCAL_PROB, HARD, THRESHOLD };
+enum class Similarity : int64_t { COSINE, PRODUCT, PROJECTION };
 
 struct AttendedVectorsCall {
   const void* image;              // [I, R, D]
@@ -58,6 +60,9 @@ struct CrossAttentionScoreCall {
   double scale;
   Pool pool;
   double pool_scale;
+  Weights weights;
+  double threshold;
+  Similarity similarity;
   void* score;                    // [I, T]
   const void* grad;               // of score
   void* d_image;                  // or null
@@ -71,7 +76,7 @@ struct CrossAttentionScoreCall {
   int64_t bfloat16;               // products may multiply bfloat16 values
   int64_t threads;
 };
-static_assert(sizeof(CrossAttentionScoreCall) == 8 * 21);
+static_assert(sizeof(CrossAttentionScoreCall) == 8 * 24);
 
 struct CrossAttentionSimilarityCall {
   const void* image;              // [I, R, D]

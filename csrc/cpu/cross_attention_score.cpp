@@ -19,11 +19,11 @@ void scores(const Problem& problem, void* score, int64_t threads) {
   const RowSets &context = problem.context, &query = problem.query;
   const std::vector<Chunk> blocks = context_blocks<T>(context);
   if (blocks.empty()) return;
-  for_windows<T, E>(query, CHUNK_BYTES / int64_t(sizeof(T)), WINDOW_BYTES, threads, [&](const Window<T, E>& window) {
+  for_windows<T, E>(problem, CHUNK_BYTES / int64_t(sizeof(T)), WINDOW_BYTES, threads, [&](const Window<T, E>& window) {
     const int64_t count = int64_t(blocks.size()), columns = int64_t(window.chunks.size());
     const int64_t groups = least(columns, (PARTS + count - 1) / count);
     parallel(count * groups, threads, [&] {
-      return [&, block = Block<T, E>(context, blocks),
+      return [&, block = Block<T, E>(problem, blocks),
               work = Cosines<T>(problem, Block<T>::most_rows(blocks), context.most,
                                 Block<T>::most_rows(window.chunks))](int64_t part) mutable {
         const int64_t group = part % groups;
@@ -32,9 +32,10 @@ void scores(const Problem& problem, void* score, int64_t threads) {
           const Chunk& chunk = window.chunks[size_t(c)];
           work.affinities(block, window, c);
           for (int64_t set = block.run.first; set < block.run.last; ++set) {
-            work.cosines(block, set, window, c, [](int64_t, int64_t, Vec<T>) {});
+            if (problem.maxima()) work.maxima(context.edge[set] - block.run.begin, context.length(set), chunk.rows);
+            else work.cosines(block, set, window, c, [](int64_t, int64_t, Vec<T>) {});
             for (int64_t q = chunk.first; q < chunk.last; ++q) {
-              const T one = work.pooled(query.edge[q] - chunk.begin, query.length(q));
+              const T one = work.pooled(query.edge[q] - chunk.begin, query.length(q), window.smooth_of(q));
               write(score, query.source.dtype, set * problem.context_step + q * problem.query_step, 1, &one, T(1));
             }
           }

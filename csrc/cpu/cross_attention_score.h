@@ -19,18 +19,28 @@ struct Problem {
   RowSets context, query;
   Norm norm;
   Pool pool;
-  double scale, pool_scale;
+  Weights weights;
+  Similarity similarity;
+  double scale, pool_scale, threshold;
   int64_t context_step, query_step;
 
   explicit Problem(const CrossAttentionScoreCall& call)
       : Problem(call, regions({call.image, call.dtype}, call.I, call.R, call.D, call.region_lengths),
                 captions({call.words, call.dtype}, call.T, call.D, call.cu_seqlens)) {}
 
+  // Whether |P| is needed, and so the contexts' Gram matrices.
+  bool lengths() const { return similarity != Similarity::PRODUCT || norm == Norm::COSINE; }
+  // Whether r is the largest affinity, for which no attention is computed.
+  bool maxima() const {
+    return weights == Weights::HARD && similarity == Similarity::PRODUCT && norm != Norm::COSINE && !over_queries(norm);
+  }
+
  private:
   Problem(const CrossAttentionScoreCall& call, const RowSets& images, const RowSets& captions)
       : context(call.direction == Direction::T2I ? images : captions),
         query(call.direction == Direction::T2I ? captions : images), norm(call.affinity_norm), pool(call.pool),
-        scale(call.scale), pool_scale(call.pool_scale), context_step(call.direction == Direction::T2I ? call.T : 1),
+        weights(call.weights), similarity(call.similarity), scale(call.scale), pool_scale(call.pool_scale),
+        threshold(call.threshold), context_step(call.direction == Direction::T2I ? call.T : 1),
         query_step(call.direction == Direction::T2I ? 1 : call.T) {}
 };
 
@@ -119,11 +129,12 @@ inline T attend(const T* const* row, int64_t n, Weight weight, int64_t first, in
   return sum<T>(square);
 }
 
-// A block of contexts as the left side of the affinities, with each set's Gram matrix. Owned by one thread. E is what
+// A block of contexts as the left side of the affinities, with each set's Gram matrix where |P| is needed. Owned by one thread. E is what
 // the affinities multiply: T, or pairs of bfloat16 values.
 template <class T, class E = T>
 struct Block {
   const RowSets& sets;
+  const bool lengths;  // whether it has Gram matrices
   Rows<T> rows;
   Buffer<E> packed;
   Buffer<T> grams;
@@ -131,9 +142,9 @@ struct Block {
   std::vector<int64_t> gram_at;
   std::vector<T> highest;  // of each Gram matrix's diagonal
 
-  Block(const RowSets& sets, const std::vector<Chunk>& runs)
-      : sets(sets), rows(sets, most_rows(runs)), packed(packed_size(most_rows(runs), depth<E>(sets.D))),
-        grams(most_gram(sets, runs)) {}
+  Block(const Problem& problem, const std::vector<Chunk>& runs)
+      : sets(problem.context), lengths(problem.lengths()), rows(sets, most_rows(runs)),
+        packed(packed_size(most_rows(runs), depth<E>(sets.D))), grams(lengths ? most_gram(sets, runs) : 0) {}
 
   static int64_t most_rows(const std::vector<Chunk>& runs) {
     int64_t most = 0;
@@ -163,9 +174,10 @@ struct Block {
     highest.clear();
     for (int64_t s = run.first, at = 0; s < run.last; ++s) {
       const int64_t n = sets.length(s), ld = round_up(n, ROW_STEP);
+      gram_at.push_back(at);
+      if (!lengths) continue;
       const T* const* row = rows + (sets.edge[s] - run.begin);
       gram_matrix<T>([&](int64_t x) { return row[x]; }, n, sets.D, nullptr, grams + at, ld);
-      gram_at.push_back(at);
       T top = 0;
       for (int64_t x = 0; x < n; ++x) top = std::max(top, grams[at + x * ld + x]);
       highest.push_back(top);
@@ -184,10 +196,26 @@ struct Window {
   int64_t K;                    // rows of a panel
   Buffer<E> panels;
   Buffer<T> length;  // |q| of each column
+  // For pool "smoothed_negative": of each set, from its place on, [n][ld] weights exp(lambda (q_j . q_k - largest)) of
+  // query k (row) in the mean for query j (column).
+  const double smoothing;            // lambda, or 0
+  std::vector<int64_t> smooth_at{0};
+  Buffer<T> smooth;
 
-  Window(const RowSets& sets, std::vector<Chunk> runs)
-      : sets(sets), chunks(std::move(runs)), column(begins(chunks)), K(depth<E>(sets.D)),
-        panels(column.back() * K), length(column.back()) {}
+  Window(const Problem& problem, std::vector<Chunk> runs)
+      : sets(problem.query), chunks(std::move(runs)), column(begins(chunks)), K(depth<E>(sets.D)),
+        panels(column.back() * K), length(column.back()),
+        smoothing(problem.pool == Pool::SMOOTHED_NEGATIVE ? problem.pool_scale : 0), smooth(places()) {}
+
+  static int64_t smooth_ld(int64_t n) { return round_up(n, std::max<int64_t>(LANES<T>, ROW_STEP)); }
+  int64_t places() {
+    for (int64_t s = chunks.front().first; smoothing > 0 && s < chunks.back().last; ++s)
+      smooth_at.push_back(smooth_at.back() + sets.length(s) * smooth_ld(sets.length(s)));
+    return smooth_at.back();
+  }
+  T* smooth_of(int64_t set) const {
+    return smoothing > 0 ? smooth + smooth_at[size_t(set - chunks.front().first)] : nullptr;
+  }
 
   static std::vector<int64_t> begins(const std::vector<Chunk>& chunks) {
     std::vector<int64_t> column{0};
@@ -203,7 +231,8 @@ struct Window {
   void fill(int64_t threads) {
     parallel(int64_t(chunks.size()), threads, [&] {
       return [&, rows = Rows<T>(sets, Block<T>::most_rows(chunks)),
-              room = Buffer<T>(IS_PAIR<E> ? sets.D * TILE_COLUMNS<T> : 0)](int64_t c) mutable {
+              room = Buffer<T>(IS_PAIR<E> ? sets.D * TILE_COLUMNS<T> : 0),
+              total = Buffer<T>(smoothing > 0 ? smooth_ld(sets.most) : 0)](int64_t c) mutable {
         rows.take(chunks[c]);
         for (int64_t j = 0; j < chunks[c].rows; j += TILE_COLUMNS<T>) {
           E* const panel = panels + (column[c] + j) * K;
@@ -226,21 +255,30 @@ struct Window {
           }
           length[column[c] + j] = std::sqrt(sum<T>(square));
         }
+        for (int64_t s = chunks[c].first; smoothing > 0 && s < chunks[c].last; ++s) {
+          const int64_t n = sets.length(s), ld = smooth_ld(n);
+          const T* const* row = rows + (sets.edge[s] - chunks[c].begin);
+          T* const near = smooth_of(s);
+          gram_matrix<T>([&](int64_t x) { return row[x]; }, n, sets.D, nullptr, near, ld);
+          for (int64_t i = 0; i < n * ld; i += LANES<T>) store(near + i, load(near + i) * T(smoothing));
+          exponentials<T>(n, n, near, ld, total);
+        }
       };
     });
   }
 };
 
-// Cuts `sets` into windows of at most `bytes` of packed queries, one chunk at the least, and runs body on each.
+// Cuts the queries into windows of at most `bytes` of packed rows, one chunk at the least, and runs body on each.
 template <class T, class E = T, class Body>
-void for_windows(const RowSets& sets, int64_t columns, int64_t bytes, int64_t threads, Body body) {
+void for_windows(const Problem& problem, int64_t columns, int64_t bytes, int64_t threads, Body body) {
+  const RowSets& sets = problem.query;
   const std::vector<Chunk> all = chunks(sets.edge.data(), sets.count(), columns);
   for (size_t first = 0; first < all.size();) {
     size_t last = first;
     int64_t size = 0;
     do size += round_up(all[last++].rows, TILE_COLUMNS<T>) * sets.D * int64_t(sizeof(T));
     while (last < all.size() && size + all[last].rows * sets.D * int64_t(sizeof(T)) <= bytes);
-    Window<T, E> window(sets, {all.begin() + int64_t(first), all.begin() + int64_t(last)});
+    Window<T, E> window(problem, {all.begin() + int64_t(first), all.begin() + int64_t(last)});
     window.fill(threads);
     body(window);
     first = last;
@@ -287,7 +325,8 @@ struct Cosines {
     const Chunk& chunk = window.chunks[c];
     const int64_t at = block.sets.edge[set] - block.run.begin, n = block.sets.length(set);
     const int64_t columns = chunk.rows, k = set - block.run.first;
-    const T *a = s + at * ld, *gram = block.grams + block.gram_at[size_t(k)];
+    const T* const a = s + at * ld;
+    const T* const gram = block.grams + block.gram_at[size_t(k)];
     const T *length = window.length + window.column[c], scale = T(problem.scale);
     if (problem.norm == Norm::COSINE) {
       for (int64_t x = 0; x < n; ++x) {
@@ -299,7 +338,7 @@ struct Cosines {
       logits<T>(problem.norm, scale, n, window.sets.edge.data() + chunk.first, chunk.last - chunk.first, a, weight, ld,
                 factor);
     }
-    for (int64_t j = 0; j < columns; j += LANES<T>) {
+    for (int64_t j = 0; problem.weights == Weights::SOFTMAX && j < columns; j += LANES<T>) {
       Vec<T> top = load(weight + j), all{}, product{};
       for (int64_t x = 1; x < n; ++x) top = max<T>(top, load(weight + x * ld + j));
       for (int64_t x = 0; x < n; ++x) {
@@ -312,24 +351,101 @@ struct Cosines {
       store(dot + j, product);
       store(square + j, Vec<T>{});
     }
+    if (problem.weights != Weights::SOFTMAX) kept_weights(n, columns, a);
+    exact.clear();
+    if (problem.similarity == Similarity::PRODUCT) {
+      for (int64_t j = 0; j < columns; j += LANES<T>) store(r + j, load(dot + j) / load(total + j));
+      return;
+    }
     gemm<T>(n, columns, n, Left<T>{gram, round_up(n, ROW_STEP)}, Right<T>{weight, ld},
             [](int64_t, int64_t) { return Vec<T>{}; },
             [&](int64_t x, int64_t j, Vec<T> v) {
               each(x, j, v);
               store(square + j, load(square + j) + v * load(weight + x * ld + j));
             });
-    exact.clear();
     const T least_square = T(CANCELLED) * block.highest[size_t(k)];
     for (int64_t j = 0; j < columns; j += LANES<T>) {
       const Vec<T> inverse = T(1) / load(total + j);
       Vec<T> p = load(square + j) * inverse * inverse;
-      const Vec<Int<T>> poor = (p < least_square) & inside<T>(j, 0, columns);
+      const Vec<Int<T>> poor = (p < least_square) & inside<T>(j, 0, columns) & (inverse > 0);
       for (int64_t i = 0; i < LANES<T>; ++i)
         if (poor[i]) p[i] = exact_square(block.rows + at, n, j + i);
       store(square + j, p);
-      const Vec<T> both = load(length + j) * root(max<T>(p, splat(std::numeric_limits<T>::min())));
+      const Vec<T> both = query_length(length + j) * root(max<T>(p, splat(std::numeric_limits<T>::min())));
       store(r + j, load(dot + j) * inverse / max<T>(both, splat(T(EPS))));
     }
+  }
+
+  // |q| as (1) has it.
+  Vec<T> query_length(const T* length) const {
+    return problem.similarity == Similarity::COSINE ? load(length) : splat(T(1));
+  }
+
+  // From the logits in `weight`: weights e = exp(logit - largest) of the contexts that are kept, 0 of the others, their
+  // sum `total` and `dot`, of set by set with affinities a. A column that keeps no context has an infinite total, and so
+  // alpha = 0. Comparisons are such that NaN is kept.
+  void kept_weights(int64_t n, int64_t columns, const T* a) {
+    const Weights how = problem.weights;
+    const bool focal = how == Weights::FOCAL_EQUAL || how == Weights::FOCAL_PROB;
+    for (int64_t j = 0; j < columns; j += LANES<T>) {
+      Vec<T> top = load(weight + j), cut{}, all{}, product{};
+      for (int64_t x = 1; x < n; ++x) top = max<T>(top, load(weight + x * ld + j));
+      if (focal) {
+        Vec<T> roots{}, powers{};
+        for (int64_t x = 0; x < n; ++x) {
+          const Vec<T> e = exp<T>(load(weight + x * ld + j) - top);
+          store(weight + x * ld + j, e);
+          all += e;
+          if (how == Weights::FOCAL_EQUAL) continue;
+          const Vec<T> half = root(e);
+          roots += half;
+          powers += e * half;
+        }
+        cut = how == Weights::FOCAL_EQUAL ? all / T(n) : powers / roots;
+        cut = cut < 1 ? cut : Vec<T>{};  // all weights are equal, and none is above: all are kept
+        all = Vec<T>{};
+      } else {
+        cut = how == Weights::HARD ? top : splat(T(problem.scale * problem.threshold));
+      }
+      for (int64_t x = 0; x < n; ++x) {
+        const Vec<T> logit = load(weight + x * ld + j);
+        Vec<T> e;
+        if (focal) e = logit <= cut ? Vec<T>{} : logit;  // it is e already
+        else if (how == Weights::HARD) e = logit < cut ? Vec<T>{} : logit * T(0) + T(1);
+        else e = logit <= cut ? Vec<T>{} : exp<T>(logit - top);
+        store(weight + x * ld + j, e);
+        all += e;
+        product += e * load(a + x * ld + j);
+      }
+      store(total + j, all == T(0) ? splat(INFINITY + T(0)) : all);
+      store(dot + j, product);
+      store(square + j, Vec<T>{});
+    }
+  }
+
+  // r of all columns for one set whose affinities begin at row `at`: the largest of each.
+  void maxima(int64_t at, int64_t n, int64_t columns) {
+    const T* const a = s + at * ld;
+    for (int64_t j = 0; j < columns; j += LANES<T>) {
+      Vec<T> top = load(a + j), all = top;
+      for (int64_t x = 1; x < n; ++x) {
+        const Vec<T> one = load(a + x * ld + j);
+        top = max<T>(top, one);
+        all += one;
+      }
+      store(r + j, all == all ? top : all);  // NaN stays NaN
+    }
+  }
+
+  // The queries from j on, of a set whose r begin at `from`, that the pools of negative similarities count.
+  Vec<Int<T>> unmatched(const T* from, int64_t j, int64_t n, const T* smooth) const {
+    const T threshold = T(problem.threshold);
+    Vec<T> mean = load(from + j) - threshold;
+    if (smooth) {
+      mean = Vec<T>{};
+      for (int64_t k = 0; k < n; ++k) mean += load(smooth + k * Window<T>::smooth_ld(n) + j) * (from[k] - threshold);
+    }
+    return ~(mean >= 0);
   }
 
   // |P_j|^2 from P itself, where the terms of the Gram form cancel.
@@ -340,9 +456,15 @@ struct Cosines {
   }
 
   // (2) for a set of queries whose columns are begin .. begin + n.
-  T pooled(int64_t begin, int64_t n) const {
+  T pooled(int64_t begin, int64_t n, const T* smooth) const {
     const T* from = r + begin;
     Vec<T> all{}, top = splat(-INFINITY + T(0));
+    if (problem.pool == Pool::NEGATIVE || problem.pool == Pool::SMOOTHED_NEGATIVE) {
+      for (int64_t j = 0; j < n; j += LANES<T>)
+        all += select<T>(unmatched(from, j, n, smooth) & inside<T>(j, 0, n), load(from + j) - T(problem.threshold),
+                         Vec<T>{});
+      return sum<T>(all) / T(n);
+    }
     for (int64_t j = 0; j < n; j += LANES<T>) {
       const Vec<T> a = load(from + j);
       const Vec<Int<T>> real = inside<T>(j, 0, n);

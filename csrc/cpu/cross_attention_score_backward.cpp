@@ -122,15 +122,16 @@ struct Contexts {
   std::vector<Buffer<T>> d_gram;             // of each chunk
   std::vector<std::vector<Exact<T>>> exact;  // of each chunk and block
 
-  Contexts(const RowSets& sets, const Chunk* first, const Chunk* last, const Queries<T>& queries, int64_t threads)
+  Contexts(const Problem& problem, const Chunk* first, const Chunk* last, const Queries<T>& queries, int64_t threads)
       : begin(first->begin), rows(last[-1].begin + last[-1].rows - begin),
-        features(round_up(sets.D, TILE_COLUMNS<T>) * rows),
+        features(round_up(problem.context.D, TILE_COLUMNS<T>) * rows),
         d_affinity((rows + (last - first) * (ROW_STEP - 1)) * queries.columns),
         exact(queries.span_of.size() * size_t(last - first)) {
+    const RowSets& sets = problem.context;
     for (const Chunk* run = first; run < last; ++run) {
-      block.emplace_back(sets, std::vector<Chunk>{*run});
+      block.emplace_back(problem, std::vector<Chunk>{*run});
       row.push_back(row.back() + round_up(run->rows, ROW_STEP));
-      gram.push_back(gram.back() + Block<T>::most_gram(sets, {*run}));
+      gram.push_back(gram.back() + (problem.lengths() ? Block<T>::most_gram(sets, {*run}) : 0));
     }
     for (size_t c = 0; c < queries.span_of.size(); ++c) d_gram.emplace_back(gram.back());
     parallel(int64_t(block.size()), threads, [&] {
@@ -166,10 +167,15 @@ struct Backward {
   };
 
   // (4): d r of the columns begin .. begin + n of a set of queries, given d score.
-  void pool_backward(Work& work, int64_t begin, int64_t n, T g) const {
+  void pool_backward(Work& work, int64_t begin, int64_t n, const T* smooth, T g) const {
     const T *r = work.r + begin, scale = T(problem.pool_scale);
     T* d_r = work.d_r + begin;
-    const T score = problem.pool == Pool::LSE || problem.pool == Pool::MAX ? work.pooled(begin, n) : T(0);
+    if (problem.pool == Pool::NEGATIVE || problem.pool == Pool::SMOOTHED_NEGATIVE) {
+      for (int64_t j = 0; j < n; j += LANES<T>)
+        store(d_r + j, select<T>(work.unmatched(r, j, n, smooth), splat(g / T(n)), Vec<T>{}));
+      return;
+    }
+    const T score = problem.pool == Pool::LSE || problem.pool == Pool::MAX ? work.pooled(begin, n, smooth) : T(0);
     for (int64_t j = 0; j < n; j += LANES<T>) {
       if (problem.pool == Pool::LSE) store(d_r + j, exp<T>((load(r + j) - score) * scale) * g);
       else store(d_r + j, splat(problem.pool == Pool::MAX ? T(0) : problem.pool == Pool::SUM ? g : g / T(n)));
@@ -181,15 +187,25 @@ struct Backward {
   void column_gradients(Work& work, const T* length, int64_t columns) const {
     constexpr T tiny = std::numeric_limits<T>::min();
     for (int64_t j = 0; j < columns; j += LANES<T>) {
-      const Vec<T> inverse = T(1) / load(work.total + j), square = load(work.square + j), q = load(length + j);
+      const Vec<T> inverse = T(1) / load(work.total + j), square = load(work.square + j);
+      const Vec<T> q = work.query_length(length + j);
       const Vec<T> p = root(max<T>(square, splat(tiny))), both = p * q;
       const Vec<T> d_dot = load(work.d_r + j) / max<T>(both, splat(T(EPS)));
       const Vec<T> d_both = both >= T(EPS) ? -d_dot * load(work.r + j) : Vec<T>{};
       const Vec<T> d_square = square >= tiny ? d_both * q / p : Vec<T>{};  // twice that of |P|^2
-      store(work.d_length + j, load(work.d_length + j) + d_both * p);
+      if (problem.similarity == Similarity::COSINE) store(work.d_length + j, load(work.d_length + j) + d_both * p);
       store(work.direct + j, d_dot * inverse);
       store(work.twice + j, d_square * inverse * inverse);
       store(work.rest + j, (d_dot * load(work.dot + j) * inverse + d_square * square) * inverse);
+    }
+  }
+
+  // The same for similarity "product", where r is alpha . s.
+  void product_gradients(Work& work, int64_t columns) const {
+    for (int64_t j = 0; j < columns; j += LANES<T>) {
+      const Vec<T> direct = load(work.d_r + j) / load(work.total + j);
+      store(work.direct + j, direct);
+      store(work.rest + j, direct * load(work.r + j));
     }
   }
 
@@ -228,16 +244,24 @@ struct Backward {
     T *s = work.s + at * ld, *weight = work.weight, *slope = work.slope;
     work.cosines(block, set, window, c, [&](int64_t x, int64_t j, Vec<T> v) { store(slope + x * ld + j, v); });
     for (int64_t q = chunk.first; q < chunk.last; ++q)
-      pool_backward(work, query.edge[q] - chunk.begin, query.length(q),
+      pool_backward(work, query.edge[q] - chunk.begin, query.length(q), window.smooth_of(q),
                     grad[set * problem.context_step + q * problem.query_step]);
     const T *length = window.length + window.column[size_t(c)], *gram = block.grams + gram_at;
-    column_gradients(work, length, chunk.rows);
+    const bool product = problem.similarity == Similarity::PRODUCT;
+    if (product) product_gradients(work, chunk.rows);
+    else column_gradients(work, length, chunk.rows);
     for (int64_t j = 0; j < chunk.rows; j += LANES<T>) {
       const Vec<T> direct = load(work.direct + j), twice = load(work.twice + j), rest = load(work.rest + j);
-      for (int64_t x = 0; x < n; ++x) {
+      for (int64_t x = 0; !product && x < n; ++x) {
         const int64_t i = x * ld + j;
         store(slope + i, load(weight + i) * (load(s + i) * direct + load(slope + i) * twice - rest));
       }
+      for (int64_t x = 0; product && x < n; ++x) {
+        const int64_t i = x * ld + j;
+        store(slope + i, load(weight + i) * (load(s + i) * direct - rest));
+      }
+      for (int64_t x = 0; problem.weights == Weights::HARD && x < n; ++x)
+        store(slope + x * ld + j, Vec<T>{});  // which contexts are the largest is a constant
     }
     const auto direct = [&](int64_t x, int64_t j) { return load(work.direct + j) * load(weight + x * ld + j); };
     const bool cosine = problem.norm == Norm::COSINE;
@@ -245,7 +269,7 @@ struct Backward {
     else
       logits_backward<T>(problem.norm, T(problem.scale), n, query.edge.data() + chunk.first, chunk.last - chunk.first,
                          s, slope, ld, direct);
-    if (!d_context) return;
+    if (!d_context || !problem.lengths()) return;
     for (const int64_t j : work.exact) {
       const T total = work.total[j];
       Exact<T> one{set, work.twice[j] * total * total, {}};
@@ -254,7 +278,7 @@ struct Backward {
       work.twice[j] = 0;
     }
     T* const d_gram = contexts.d_gram[size_t(c)] + contexts.gram[size_t(b)] + gram_at;
-    gram_matrix<T>([&](int64_t x) { return weight + x * ld; }, n, chunk.rows, work.twice, d_gram, gram_ld);
+    if (!product) gram_matrix<T>([&](int64_t x) { return weight + x * ld; }, n, chunk.rows, work.twice, d_gram, gram_ld);
     for (int64_t x = 0; cosine && x < n; ++x) d_gram[x * gram_ld + x] += work.factor[x];
   }
 
@@ -311,7 +335,7 @@ struct Backward {
       gradient.add(0, block.run.rows, span.columns, Left<T>{contexts.left(b, span), 0}, queries.features[s],
                    span.columns * TILE_COLUMNS<T>, first, last);
     }
-    for (int64_t set = block.run.first; set < block.run.last; ++set) {
+    for (int64_t set = block.run.first; problem.lengths() && set < block.run.last; ++set) {
       const int64_t n = context.length(set), at = context.edge[set] - block.run.begin;
       const int64_t gram_at = contexts.gram[size_t(b)] + block.gram_at[size_t(set - block.run.first)];
       Buffer<T> d_gram(Block<T>::gram_size(n));
@@ -336,14 +360,14 @@ struct Backward {
     const RowSets &context = problem.context, &query = problem.query;
     const int64_t D = context.D;
     const std::vector<Chunk> blocks = context_blocks<T>(context);
-    for_windows<T>(query, COLUMN_BYTES / int64_t(sizeof(T)), QUERY_BYTES, threads, [&](const Window<T>& window) {
+    for_windows<T>(problem, COLUMN_BYTES / int64_t(sizeof(T)), QUERY_BYTES, threads, [&](const Window<T>& window) {
       const Queries<T> queries(window, d_context, threads);
       const int64_t most = CONTEXT_BYTES / int64_t(sizeof(T)) / (2 * D + queries.columns);
       for (size_t first = 0, last; first < blocks.size(); first = last) {
         int64_t rows = blocks[first].rows;
         for (last = first + 1; last < blocks.size() && rows + blocks[last].rows <= most; ++last)
           rows += blocks[last].rows;
-        Contexts<T> contexts(context, blocks.data() + first, blocks.data() + last, queries, threads);
+        Contexts<T> contexts(problem, blocks.data() + first, blocks.data() + last, queries, threads);
         parallel(int64_t(window.chunks.size()), threads, [&] {
           return [&, work = Work(problem, Block<T>::most_rows(blocks), context.most,
                                  Block<T>::most_rows(window.chunks), rows)](int64_t c) mutable {

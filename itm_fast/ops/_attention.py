@@ -2,8 +2,18 @@
 
     A     = x q^T                                                        [X, Q]
     A'    = the affinity norm of A, over the queries
-    alpha = softmax over the contexts of scale * A'
+    alpha = softmax over the contexts of scale * A', or over those of them that `weights` keeps
     P     = alpha^T x                                                    [Q, D]
+
+Which contexts x of a query are kept, with a_x the softmax over all n of them; the others have alpha_x = 0:
+
+    focal_equal   a_x > sum_y a_y / n                                 (BFAN, equal attention)
+    focal_prob    sum_y (a_x - a_y) sqrt(a_y) > 0                     (BFAN, attention by probability)
+    hard          A'_x is the largest; equal ones share the weight    (ColBERT's MaxSim, CHAN)
+    threshold     A'_x > threshold; if there is none, alpha = 0       (NAAF)
+
+If all a_x are equal, as with one context, the focal rules keep none, where BFAN's code divides 0 by 0; here all are
+kept then. The gradient takes which contexts are kept as constant.
 
 Direction t2i: the queries q are the words, the contexts x the regions. i2t: the other way round.
 """
@@ -24,6 +34,10 @@ DIRECTIONS = ("t2i", "i2t")
 NORMS = ("softmax", "l2norm", "clipped_l2norm", "l1norm", "clipped_l1norm", "clipped", "none")
 POOLS = ("lse", "max", "sum", "mean")
 OUTPUTS = "score", "logit"  # of pair scorers that end in a sigmoid
+NEGATIVE = ("negative", "smoothed_negative")  # pools of `cross_attention_score` alone
+WEIGHTS = ("softmax", "focal_equal", "focal_prob", "hard", "threshold")
+SIMILARITIES = ("cosine", "product", "projection")
+DEFAULT = ("softmax", 0.0, "cosine")  # weights, threshold and similarity of SCAN
 SLOPE = 0.1  # the papers write ReLU; the published code clips with this slope
 EPS = 1e-8
 # A squared length |P|^2 or |v|^2 that is summed from terms such as alpha^T G alpha, not computed from the vector, has
@@ -65,11 +79,40 @@ def affinity_norm(affinity: Tensor, norm: str, dim: int) -> Tensor:
     return affinity
 
 
-def attend(query: Tensor, context: Tensor, norm: str, scale: float) -> Tensor:
+def attend(
+    query: Tensor, context: Tensor, norm: str, scale: float, weights: str = "softmax", threshold: float = 0.0
+) -> Tensor:
     """The attended vectors P [Q, D]: for each query [Q, D] its weighted sum of the contexts [X, D]."""
     affinity = context @ query.t()
-    alpha = (scale * affinity_norm(affinity, norm, dim=1)).softmax(dim=0)
+    alpha = attention_weights(scale * affinity_norm(affinity, norm, dim=1), weights, scale * threshold, dim=0)
     return alpha.t() @ context
+
+
+def attention_weights(logits: Tensor, weights: str, bound: float, dim: int) -> Tensor:
+    """alpha from the logits scale * A' of the contexts, which lie along `dim`; those of masked contexts are -inf.
+
+    `bound` is scale * threshold.
+    """
+    alpha = logits.softmax(dim)
+    if weights == "softmax":
+        return alpha
+    with torch.no_grad():  # comparisons are such that NaN is kept
+        if weights == "hard":
+            largest = (~(logits < logits.amax(dim, keepdim=True))).to(alpha.dtype)
+            return largest / largest.sum(dim, keepdim=True)
+        if weights == "threshold":
+            kept = ~(logits <= bound)
+        else:
+            if weights == "focal_equal":
+                cut = 1.0 / (logits != float("-inf")).sum(dim, keepdim=True).to(alpha.dtype)
+            else:
+                root = alpha.sqrt()
+                cut = (alpha * root).sum(dim, keepdim=True) / root.sum(dim, keepdim=True)
+            kept = ~(alpha <= cut)
+            kept |= ~kept.any(dim, keepdim=True)
+    chosen = alpha * kept
+    total = chosen.sum(dim, keepdim=True)
+    return chosen / total.masked_fill(total == 0, 1.0)
 
 
 def pooled(r: Tensor, pool: str, pool_scale: float, dim: int) -> Tensor:
@@ -79,6 +122,28 @@ def pooled(r: Tensor, pool: str, pool_scale: float, dim: int) -> Tensor:
     if pool == "max":
         return r.max(dim).values
     return r.sum(dim) if pool == "sum" else r.mean(dim)
+
+
+def negative(
+    r: Tensor, query: Tensor, pool: str, pool_scale: float, threshold: float, mask: Tensor | None = None
+) -> Tensor:
+    """What the pools of `NEGATIVE` average: r - threshold of the queries that match no context, 0 of the others.
+
+    Args:
+        r: [..., Q].
+        query: [..., Q, D]; its leading dimensions are those of r, or broadcast to them.
+        mask: [..., Q] of the real queries; None: all are.
+    """
+    r = r - threshold
+    with torch.no_grad():
+        smooth = r
+        if pool == "smoothed_negative":
+            near = pool_scale * (query @ query.transpose(-1, -2))
+            if mask is not None:
+                near = near.masked_fill(~mask[..., None, :], float("-inf"))
+            smooth = (near.softmax(-1) @ r[..., None])[..., 0]
+        kept = ~(smooth >= 0)
+    return r * (kept if mask is None else kept & mask)
 
 
 def pairs(image: Tensor, words: Tensor, edge: list[int], region_lengths: Tensor | None, op: str):

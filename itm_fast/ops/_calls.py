@@ -26,8 +26,10 @@ ENUMS = {
     "Dtype": ("float32", "float64", "bfloat16", "float16"),
     "Direction": (*_attention.DIRECTIONS, "both"),
     "Norm": (*_attention.NORMS, "cosine"),  # cosine, for global_local_score: the affinity is divided by both lengths
-    "Pool": _attention.POOLS,
     "Output": _attention.OUTPUTS,
+    "Pool": (*_attention.POOLS, *_attention.NEGATIVE),
+    "Weights": _attention.WEIGHTS,
+    "Similarity": _attention.SIMILARITIES,
 }
 # Of csrc/cuda, where the LeakyReLU before a norm is a number of its own.
 CUDA_ENUMS = {

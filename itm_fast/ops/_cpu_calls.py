@@ -18,7 +18,7 @@ from torch import Tensor
 from .. import _native
 from .._checks import matmul_precision, work_dtype
 from ..packing import bounds, region_counts
-from . import _calls
+from . import _attention, _calls
 from ._declare import DECLARED, Choice, Counts, Declaration, Floats
 
 DTYPES = {getattr(torch, name): code for code, name in enumerate(_calls.ENUMS["Dtype"])}
@@ -159,7 +159,7 @@ def implementation(name: str) -> Any:
     calls = Calls(DECLARED["cross_attention_score"], said=name, more={"affinity_norm": ("cosine",)})
 
     def arguments(vector: Tensor, words: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Any, ...]:
-        return vector[:, None], words, cu_seqlens, None, "i2t", "cosine", scale, "sum", 1.0
+        return vector[:, None], words, cu_seqlens, None, "i2t", "cosine", scale, "sum", 1.0, *_attention.DEFAULT
 
     def backward(grad: Tensor, needs: Sequence[bool], vector: Tensor, *rest: Any) -> list[Tensor]:
         found = calls.backward(grad, needs, *arguments(vector, *rest))

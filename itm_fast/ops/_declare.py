@@ -102,12 +102,12 @@ class Number(Argument):
 
 @dataclass
 class Positive(Number):
-    """A finite number more than 0; with `when` = (argument, value), checked only if that argument has that value."""
+    """A finite number more than 0; with `when` = (argument, values), checked only if that argument has one of them."""
 
-    when: tuple[str, Any] | None = None
+    when: tuple[str, tuple[Any, ...]] | None = None
 
     def check(self, check: Arguments, given: Given) -> None:
-        if self.when is None or given[self.when[0]] == self.when[1]:
+        if self.when is None or given[self.when[0]] in self.when[1]:
             check.positive(self.name, given[self.name])
 
 

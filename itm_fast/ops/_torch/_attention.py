@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._attention import CANCELLED, EPS, SLOPE
+from .._attention import CANCELLED, EPS, SLOPE, attention_weights
 
 
 def valid(lengths: Tensor, n: int) -> Tensor:
@@ -40,6 +40,8 @@ def attention(
     scale: float,
     context_mask: Tensor | None,
     query_mask: Tensor | None,
+    weights: str = "softmax",
+    threshold: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """Affinities and attention weights, both [B, X, C * Q]; those of masked contexts and queries are zero."""
     B, X, D = context.shape
@@ -48,7 +50,8 @@ def attention(
     logits = scaled(affinity, norm, scale, query_mask)
     if context_mask is not None:
         logits = logits.masked_fill(~context_mask[:, :, None, None], float("-inf"))
-    return affinity.view(B, X, C * Q), logits.view(B, X, C * Q).softmax(1)
+    alpha = attention_weights(logits.view(B, X, C * Q), weights, scale * threshold, dim=1)
+    return affinity.view(B, X, C * Q), alpha
 
 
 def attended_norm(alpha: Tensor, gram: Tensor, context: Tensor) -> Tensor:

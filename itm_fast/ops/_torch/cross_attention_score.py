@@ -44,7 +44,7 @@ def backward(grad: Tensor, needs: list[bool], image: Tensor, words: Tensor, *res
     return [d for d in (d_image, d_words) if d is not None]
 
 
-def _image_spans(backward, image, words, cu_seqlens, region_lengths, direction, affinity_norm, scale, pool, pool_scale):
+def _image_spans(backward, image, words, cu_seqlens, region_lengths, direction, *options):
     """Cut the images so that their Gram matrices and copies fill at most a quarter of the scratch memory.
 
     Yields the images' slice, the blocks' arguments (image, words and for t2i the Gram matrices) and the blocks.
@@ -54,14 +54,14 @@ def _image_spans(backward, image, words, cu_seqlens, region_lengths, direction, 
     region_counts(region_lengths, image, op)
     work, device = work_dtype(image), image.device
     entries = _recompute.tile_bytes(device, backward) // (COPIES * work.itemsize)
-    function = partial(_score, direction, affinity_norm, scale, pool, pool_scale)
+    function = partial(_score, direction, *options)
     each = work.itemsize * R * (R + D)  # an image's Gram matrix, and its copy where it is masked or widened
     for images in spans(I, max(1, scratch_bytes(device) // (4 * each))):
         part, lengths = image[images], None if region_lengths is None else region_lengths[images]
         if lengths is not None:
             part = part.masked_fill(~valid(lengths, R)[:, :, None], 0.0)
         args: tuple[Tensor, ...] = (part, words)
-        if direction == "t2i":
+        if direction == "t2i" and options[-1] != "product":
             args = (part, words, part.to(work) @ part.to(work).transpose(1, 2))
         yield images, args, _rectangles(len(part), R, edge, device, entries, lengths, function, len(args))
 
@@ -77,23 +77,45 @@ def _rectangles(I, R, edge, device, entries, region_lengths, function, arguments
             )
 
 
-def _score(direction, norm, scale, pool, pool_scale, length, region_lengths, image, words, gram=None):
+def _score(
+    direction, norm, scale, pool, pool_scale, weights, threshold, similarity, length, region_lengths, image, words,
+    gram=None,
+):  # fmt: skip
     work = work_dtype(image)
     image, caption = image.to(work), words.to(work).view(-1, length, words.shape[-1])
     mask = None if region_lengths is None else valid(region_lengths, image.shape[1])
     t2i = direction == "t2i"
     context, query = (image, caption) if t2i else (caption, image)
-    if gram is None:
-        gram = context @ context.transpose(1, 2)
-    affinity, alpha = attention(context, query, norm, scale, mask if t2i else None, None if t2i else mask)
+    masks = mask if t2i else None, None if t2i else mask
     B, (C, Q) = len(context), query.shape[:2]
-    # r_j = alpha_j . s_j / max(|q_j| |P_j|, eps)
-    length_P = attended_norm(alpha, gram, context).view(B, C, Q)
-    length_q = torch.linalg.vector_norm(query, dim=-1)
-    r = (alpha * affinity).sum(1).view(B, C, Q) / (length_q * length_P).clamp_min(_attention.EPS)
+    if (weights, similarity, norm) == ("hard", "product", "none"):
+        r = _largest(context, query, masks[0])
+    else:
+        if gram is None and similarity != "product":
+            gram = context @ context.transpose(1, 2)
+        affinity, alpha = attention(context, query, norm, scale, *masks, weights, threshold)
+        length = None
+        if gram is not None:
+            length = attended_norm(alpha, gram, context).view(B, C, Q)
+        if similarity == "cosine":
+            length = torch.linalg.vector_norm(query, dim=-1) * length
+        # r_j = alpha_j . s_j / max(|q_j| |P_j|, eps)
+        r = (alpha * affinity).sum(1).view(B, C, Q)
+        r = r if length is None else r / length.clamp_min(_attention.EPS)
+    if pool in _attention.NEGATIVE:
+        r = _attention.negative(r, query, pool, pool_scale, threshold, masks[1])
+        pool = "mean"
     if not t2i and mask is not None:
         if pool == "mean":
             return (r.sum(-1) / mask.sum(-1)).t()
         r = r.masked_fill(~mask, 0.0 if pool == "sum" else float("-inf"))
     score = _attention.pooled(r, pool, pool_scale, dim=-1)
     return score if t2i else score.t()
+
+
+def _largest(context: Tensor, query: Tensor, context_mask: Tensor | None) -> Tensor:
+    """The largest affinity of each query [C, Q, D] with the contexts [B, X, D]: [B, C, Q]."""
+    affinity = (context.flatten(0, 1) @ query.flatten(0, 1).t()).view(*context.shape[:2], *query.shape[:2])
+    if context_mask is not None:
+        affinity = affinity.masked_fill(~context_mask[:, :, None, None], float("-inf"))
+    return affinity.amax(1)
