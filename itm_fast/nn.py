@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .ops import cross_attention_score, similarity_filter, similarity_graph
-from .ops._attention import affinity_norm, pooled
+from .ops._attention import NEGATIVE, affinity_norm, attention_weights, negative, pooled, similarities
 from .packing import bounds
 
 State = tuple[Tensor, ...]
@@ -145,6 +145,9 @@ class CrossAttentionScore(PairScorer):
         scale: float = 9.0,
         pool: str = "lse",
         pool_scale: float = 6.0,
+        weights: str = "softmax",
+        threshold: float = 0.0,
+        similarity: str = "cosine",
     ) -> None:
         super().__init__()
         self.options: dict[str, Any] = {
@@ -153,6 +156,9 @@ class CrossAttentionScore(PairScorer):
             "scale": scale,
             "pool": pool,
             "pool_scale": pool_scale,
+            "weights": weights,
+            "threshold": threshold,
+            "similarity": similarity,
         }
 
     def extra_repr(self) -> str:
@@ -170,14 +176,17 @@ class CrossAttentionScore(PairScorer):
         return cross_attention_score(image, words, cu_seqlens, region_lengths=region_lengths, **self.options)
 
     def attention(self, image: Tensor, words: Tensor) -> Attention:
-        """`regions` (t2i) or `words` (i2t), and the `cosines` [W] or [R] of the queries with what they attend to."""
+        """`regions` (t2i) or `words` (i2t), and the `cosines` [W] or [R] of the queries with what they attend to, or
+        what else `similarity` is."""
         t2i, options = self.options["direction"] == "t2i", self.options
         query, context = (words, image) if t2i else (image, words)
         affinity = affinity_norm(query @ context.t(), options["affinity_norm"], dim=0)  # [queries, contexts]
-        weight = (options["scale"] * affinity).softmax(1)
-        cosines = nn.functional.cosine_similarity(query, weight @ context)
-        score = pooled(cosines, options["pool"], options["pool_scale"], 0)
-        return Attention(float(score), {"regions" if t2i else "words": weight, "cosines": cosines})
+        bound = options["scale"] * options["threshold"]
+        weight = attention_weights(options["scale"] * affinity, options["weights"], bound, dim=1)
+        r = similarities(query, weight @ context, options["similarity"])
+        pool = options["pool"], options["pool_scale"]
+        score = negative(r, query, *pool, options["threshold"]).mean() if pool[0] in NEGATIVE else pooled(r, *pool, 0)
+        return Attention(float(score), {"regions" if t2i else "words": weight, "cosines": r})
 
 
 class GraphReasoning(nn.Module):

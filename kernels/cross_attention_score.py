@@ -28,6 +28,9 @@ def forward(
     scale: float,
     pool: str,
     pool_scale: float,
+    weights: str,
+    threshold: float,
+    similarity: str,
 ) -> Tensor:
     """Scores [I, T]."""
     score = image.new_empty(image.shape[0], len(cu_seqlens) - 1)
@@ -55,6 +58,9 @@ def backward(
     scale: float,
     pool: str,
     pool_scale: float,
+    weights: str,
+    threshold: float,
+    similarity: str,
 ) -> list[Tensor]:
     """Float32 gradients of image and words, those that `needs` marks."""
     with _launch.on(image.device):

@@ -8,10 +8,13 @@ import torch
 from sgraf_cases import LENGTHS, D, R, S
 from torch import Tensor, nn
 
-from itm_fast.models import cmcan, hgan, imram, rcar, sgraf, shan, tshsr
+from itm_fast.models import bfan, chan, cmcan, hgan, imram, naaf, rcar, sgraf, shan, tshsr
+from itm_fast.testing import bfan as bfan_loop
+from itm_fast.testing import chan as chan_loop
 from itm_fast.testing import cmcan as cmcan_loop
 from itm_fast.testing import hgan as hgan_loop
 from itm_fast.testing import imram as imram_loop
+from itm_fast.testing import naaf as naaf_loop
 from itm_fast.testing import op_checks
 from itm_fast.testing import rcar as rcar_loop
 from itm_fast.testing import sgraf as sgraf_loop
@@ -132,6 +135,21 @@ def silent_ways(options: dict[str, Any]) -> tuple[str, ...]:
     return {"text_IMRAM": ("i2t",), "image_IMRAM": ("t2i",)}.get(options.get("model_mode", ""), ())
 
 
+def _without_weights(scorer: Callable[..., nn.Module], loop: Callable[..., Tensor], **options: Any) -> Model:
+    def make(D: int, S: int) -> nn.Module:
+        return scorer(**options)
+
+    return Model("cross_attention_score", make, {}, lambda _: (loop, options), (), False)
+
+
+def _naaf(training: bool) -> Model:
+    def make(D: int, S: int) -> nn.Module:
+        return naaf.NegativeAware(thres=0.1, thres_safe=0.1, mode="train" if training else "test")
+
+    options = {"threshold": 0.1, "training": training}
+    return Model("cross_attention_score", make, {}, lambda _: (naaf_loop.loop, options), (), False)
+
+
 def as_loop(options: dict[str, Any]) -> dict[str, Any]:
     """SHAN's options in the words of its loop."""
     names = {"alignment": "direction", "lambda_softmax": "scale", "pooling": "pool", "affinity": "affinity"}
@@ -178,6 +196,14 @@ MODELS = {
     "RCAR": of_rcar(),
     "RCAR-i2t": of_rcar(attn_type="i2t", step=3),
     "CMCAN": of_cmcan(),
+    "BFAN": _without_weights(bfan.FocalAttention, bfan_loop.loop),
+    "BFAN-prob": _without_weights(bfan.FocalAttention, bfan_loop.loop, focal_type="prob", lambda_softmax=9.0),
+    "CHAN": _without_weights(chan.SimsEncoder, chan_loop.loop, belta=0.3),
+    "CHAN-regions": _without_weights(
+        chan.SimsEncoder, chan_loop.loop, coding_type="THACoding", pooling_type="MeanPooling"
+    ),
+    "NAAF": _naaf(False),
+    "NAAF-training": _naaf(True),
     **{f"SHAN-{name}": _shan(**options) for name, options in SHAN_VARIANTS.items()},
 }
 PUBLISHED = ("SGR", "SAF", "HGAN", "TSHSR", "SHAN-full", "IMRAM", "RCAR", "CMCAN")

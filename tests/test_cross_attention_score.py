@@ -13,7 +13,7 @@ import itm_fast
 from itm_fast import _native
 from itm_fast.ops import _recompute
 from itm_fast.ops import cross_attention_score as op
-from itm_fast.ops._attention import DIRECTIONS, NORMS, POOLS
+from itm_fast.ops._attention import DEFAULT, DIRECTIONS, NORMS, POOLS
 from itm_fast.testing import assert_accurate, inputs, op_checks
 
 BACKENDS = op_checks.backends("cross_attention_score")
@@ -93,12 +93,12 @@ def test_torch_contracts(backend):
     op_checks.check_strided(call, args, backend)
     image, words, cu_seqlens = inputs(2, (3, 2), 4, 8, requires_grad=True)
     permuted = image.detach().transpose(0, 1).contiguous().transpose(0, 1)
-    options = (None, "t2i", "l2norm", 9.0, "lse", 6.0)
+    options = (None, "t2i", "l2norm", 9.0, "lse", 6.0, *DEFAULT)
     op_checks.check_fake_backward("cross_attention_score", (permuted, words, cu_seqlens, *options), 2, backend)
     for region_lengths in (None, torch.tensor([4, 2])):
         torch.library.opcheck(
             torch.ops.itm_fast.cross_attention_score.default,
-            (image, words, cu_seqlens, region_lengths, "i2t", "l1norm", 4.0, "mean", 6.0, backend),
+            (image, words, cu_seqlens, region_lengths, "i2t", "l1norm", 4.0, "mean", 6.0, *DEFAULT, backend),
         )
 
 
@@ -261,7 +261,7 @@ def test_the_kernels_keep_to_their_scratch(direction):
             return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
 
         torch.set_num_threads(2)
-        rest = None, "{direction}", "clipped_l2norm", 9.0, "lse", 6.0
+        rest = None, "{direction}", "clipped_l2norm", 9.0, "lse", 6.0, "softmax", 0.0, "cosine"
         small = inputs(2, (3, 2), 4, 8)
         cpu.backward(cpu.forward(*small, *rest), [True, True], *small, *rest)
         image, words = torch.randn({images}, 12, 1024), torch.randn({words}, 1024)

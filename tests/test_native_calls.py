@@ -91,14 +91,14 @@ def test_bounds_and_options_are_checked_where_the_public_function_is_passed_by()
     image, words, cu_seqlens = inputs(2, (3, 2), 4, 8)
     score = torch.ops.itm_fast.cross_attention_score.default
     with pytest.raises(ValueError, match=r"affinity_norm must be one of softmax, .*, got 'cosine'"):
-        score(image, words, cu_seqlens, None, "t2i", "cosine", 9.0, "lse", 6.0, "cpu")
+        score(image, words, cu_seqlens, None, "t2i", "cosine", 9.0, "lse", 6.0, "softmax", 0.0, "cosine", "cpu")
 
 
 @needs_cpu
 def test_a_default_device_changes_nothing():
     features = inputs(2, (3, 2), 4, 8)
     call = _cpu_calls.implementation("cross_attention_score")
-    options = None, "t2i", "clipped_l2norm", 9.0, "lse", 6.0
+    options = None, "t2i", "clipped_l2norm", 9.0, "lse", 6.0, "softmax", 0.0, "cosine"
     with torch.device("meta"):
         score = call.forward(*features, *options)
         gradients = call.backward(torch.ones(2, 2, device="cpu"), [True, True], *features, *options)

@@ -35,10 +35,11 @@ KNOWN = {
         None,
     ),
     "cross_attention_score": (
-        f"Tensor image, Tensor words, {REST}str direction, str affinity_norm, float scale, str pool, float pool_scale",
+        f"Tensor image, Tensor words, {REST}str direction, str affinity_norm, float scale, str pool, float pool_scale, "
+        "str weights, float threshold, str similarity",
         "Tensor",
         2,
-        "INEI.....",
+        "INEI........",
     ),
     "cross_attention_similarity": (
         f"Tensor image, Tensor words, Tensor weight, Tensor bias, {REST}str direction, str affinity_norm, float scale",

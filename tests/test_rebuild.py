@@ -27,6 +27,10 @@ OPTIONS = {
     "shan": options("shan", **SIZES),
     "hgan": options("hgan", granularities=[1, 2], **SIZES),
     "tshsr": options("tshsr", sim_dim=4, context_nodes=[2], **SIZES),
+    "bfan": options("bfan", **SIZES),
+    "chan": options("chan", **SIZES),
+    "naaf": options("naaf", **SIZES),
+    "maxsim": options("maxsim", **SIZES),
     "dual": options("dual", **SIZES),
 }
 FOR_TRAINING = ("max_violation", "learning_rate", "grad_clip", "margin", "batch_size", "seed", "num_epochs", "val_step")

@@ -41,7 +41,7 @@ def precision(request):
 
 def scan(direction, dtype):
     image, words, edge = inputs(I, LENGTHS, R, D)
-    options = direction, "clipped_l2norm", 9.0, "lse", 6.0
+    options = direction, "clipped_l2norm", 9.0, "lse", 6.0, "softmax", 0.0, "cosine"
     cross_attention_score.forward(image.to(dtype), words.to(dtype), edge, None, *options)
     return edge
 

@@ -47,12 +47,12 @@ template <class T>
 Windows<T> windows(itm_fast::Source rows, int64_t D, const std::vector<int64_t>& edge, int64_t bytes, int64_t columns,
                    int64_t threads);
 
-// gram_matrix() of cross_attention_score.h: products of rows [n, K] with each other, each term times weight [K], unless
+// gram_matrix() of cross_attention_rows.h: products of rows [n, K] with each other, each term times weight [K], unless
 // that is null.
 template <class T>
 void gram_matrix(Matrix<T> rows, const T* weight, Matrix<T> gram);
 
-// attend() of cross_attention_score.h: out[first .. last] = sum over rows x of weight[x] times row x; returns the sum's
+// attend() of cross_attention_rows.h: out[first .. last] = sum over rows x of weight[x] times row x; returns the sum's
 // squared length over these features.
 template <class T>
 T weighted_sum(Matrix<T> rows, const T* weight, int64_t first, int64_t last, T* out);

@@ -1,8 +1,8 @@
-// Sums over rows of cross_attention_score.h for the tests: see white_box.h. Apart from white_box_attention.cpp, as
-// windows.h and cross_attention_score.h each have a CHUNK_BYTES of their own.
+// Sums over rows of cross_attention_rows.h for the tests: see white_box.h. Apart from white_box_attention.cpp, as
+// windows.h and cross_attention_rows.h each have a CHUNK_BYTES of their own.
 #include "white_box.h"
 
-#include "cross_attention_score.h"
+#include "cross_attention_rows.h"
 
 using namespace itm_fast;
 

@@ -1,6 +1,7 @@
 """Models with the names, arguments and state_dict keys of their papers: `scan`, `sgraf` and models that build on them.
 
-`load` returns a trained model from a checkpoint file, `build` a new model from its options.
+`load` returns a trained model from a checkpoint file, `build` a new model from its options, `scorer` a model's pair
+scorer alone.
 
 >>> from itm_fast.data.openclipart import CHECKPOINTS
 >>> from itm_fast.models import load
@@ -19,9 +20,12 @@ if TYPE_CHECKING:
     from ._public import *
 
 __all__ = [
+    "BFAN",
+    "CHAN",
     "CMCAN",
     "HGAN",
     "IMRAM",
+    "NAAF",
     "RCAR",
     "SCAN",
     "SGRAF",
@@ -30,10 +34,12 @@ __all__ = [
     "DualEncoder",
     "Loaded",
     "Matcher",
+    "MaxSim",
     "attention",
     "build",
     "load",
     "model_class",
+    "scorer",
 ]
 
 _PARTS = ("checkpoint", *dict.fromkeys(row.home.partition(":")[0] for row in CATALOGUE.values()))

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ._catalogue import CATALOGUE, check, recognised
+from ..nn import PairScorer
+from ._catalogue import ALONE, CATALOGUE, check, recognised
 from ._common import Matcher
 from ._options import TRAINING
 from .checkpoint import Checkpoint
@@ -30,6 +33,70 @@ def model_class(opt: argparse.Namespace) -> type[Matcher]:
     'DualEncoder'
     """
     return recognised(opt).model()
+
+
+def scorer(
+    name: str,
+    *,
+    dim: int = 1024,
+    sim_dim: int = 256,
+    regions: int = 36,
+    direction: str | None = None,
+    **options: Any,
+) -> PairScorer:
+    """Build a model's pair scorer alone, with new weights and in training mode, as modules are.
+
+    It is called as `scorer(image, words, cu_seqlens, region_lengths)` -> scores [I, T]; its parameters have the names
+    of the published checkpoint's part.
+
+    Args:
+        name: a model's name for `itm-fast train --model`; or "laps", "teran" or "aladin".
+        dim: D.
+        sim_dim: S, for models with similarity vectors.
+        regions: R, for models with weights for each region.
+        direction: which side attends, for models that have the choice; None: the published default.
+        **options: the model's own options under their published names; those of the F30K recipe are the default.
+
+    Raises:
+        ValueError: the name, the direction or an option is unknown, or a value is out of its range.
+
+    >>> import itm_fast
+    >>> scorer = itm_fast.models.scorer("bfan", dim=64, focal_type="prob")
+    >>> words, cu_seqlens = itm_fast.pack(torch.randn(3, 12, 64), [12, 5, 8])
+    >>> scorer(torch.randn(2, 36, 64), words, cu_seqlens).shape
+    torch.Size([2, 3])
+    """
+    if name not in CATALOGUE and name not in ALONE:
+        raise ValueError(f"scorer: name must be one of {', '.join((*CATALOGUE, *ALONE))}, got {name!r}")
+    if name in ALONE:
+        return _alone(name, direction, options)
+    row = CATALOGUE[name]
+    if row.directions:
+        direction = direction or options.pop(row.direction, row.directions[0])
+    if direction is not None and direction not in row.directions:
+        known = f"must be one of {', '.join(row.directions)}" if row.directions else f"is not an option of {name}"
+        raise ValueError(f"scorer: direction {known}, got {direction!r}")
+    chosen = row.published("f30k", direction)
+    own = {option for option in row.model().options if option in row.options}
+    if unknown := sorted(set(options) - own):
+        known = ", ".join(sorted(own)) or "none"
+        raise ValueError(f"scorer: {name} has no option {', '.join(unknown)}; it has {known}")
+    chosen |= {"embed_size": dim, "num_region": regions, **options}
+    if "sim_dim" in own:
+        chosen["sim_dim"] = sim_dim
+    check(chosen)
+    return row.model().similarity(argparse.Namespace(**chosen))
+
+
+def _alone(name: str, direction: str | None, options: dict[str, Any]) -> PairScorer:
+    home, known = ALONE[name]
+    unknown = sorted(set(options) - set(known)) + ["direction"] * (direction is not None)
+    if unknown:
+        raise ValueError(f"scorer: {name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
+    for option, value in options.items():
+        known[option].check(option, value)
+    module, cls = home.split(":")
+    return getattr(importlib.import_module(f"{__package__}.{module}"), cls)(**options)
 
 
 def build(opt: argparse.Namespace) -> Matcher:

@@ -83,6 +83,7 @@ _STEPS = Option(3, "reasoning steps", "K", flag="sgr_steps", least=1, most=DEEPE
 _SGR_STEPS = replace(_STEPS, help="reasoning steps; 0 scores the global similarity vector alone", least=0)
 _T2I = Option(9.0, "inverse temperature of words attending to regions", "X")
 _I2T = Option(4.0, "inverse temperature of regions attending to words", "X")
+_IMAGE_ENCODER = Option("basic", "image encoder", choices=("basic", "weight_norm"))
 _LONG = {"num_epochs": 40, "lr_update": 30}
 
 _ROWS = (
@@ -121,7 +122,7 @@ _ROWS = (
             "agg_func": Option("LogSumExp", "pooling of the cosines", choices=("LogSumExp", "Mean", "Max", "Sum")),
             "lambda_softmax": Option(9.0, "inverse temperature of the attention", "X", above=0),
             "lambda_lse": Option(6.0, "inverse temperature of LogSumExp", "X", above=0),
-            "precomp_enc_type": Option("basic", "image encoder", choices=("basic", "weight_norm")),
+            "precomp_enc_type": _IMAGE_ENCODER,
         },
         "cross_attn",
         ("t2i", "i2t"),
@@ -268,6 +269,89 @@ _ROWS = (
         differs={"f30k": _LONG},
     ),
     Entry(
+        "bfan",
+        "BFAN",
+        "bfan:BFAN",
+        "BFAN, ACM MM 2019",
+        "published code",
+        ("system", "BFAN"),
+        {
+            "focal_type": Option("equal", "which regions and words share the attention", choices=("equal", "prob")),
+            "lambda_softmax": Option(20.0, "inverse temperature of the attention", "X", above=0),
+            "precomp_enc_type": _IMAGE_ENCODER,
+        },
+        also="focal_type",
+        differs={"f30k": {"num_epochs": 15, "lr_update": 15}, "coco": {"lr_update": 15, "learning_rate": 5e-4}},
+    ),
+    Entry(
+        "chan",
+        "CHAN",
+        "chan:CHAN",
+        "CHAN, CVPR 2023",
+        "published code, with the GRU; it trains as SCAN does",
+        ("system", "CHAN"),
+        {
+            "coding_type": Option(
+                "VHACoding",
+                "what is coded by what it finds: words by their largest region (VHA), regions by their largest word "
+                "(THA), or regions by a softmax over words (VSA)",
+                choices=("VHACoding", "THACoding", "VSACoding"),
+            ),
+            "pooling_type": Option(
+                "LSEPooling",
+                "pooling of what is found",
+                choices=("LSEPooling", "MeanPooling", "MaxPooling", "SumPooling"),
+            ),
+            "belta": Option(0.1, "temperature of LSEPooling", "X", above=0),
+            "alpha": Option(0.1, above=0),
+            "precomp_enc_type": Option("basic", choices=("basic", "selfattention")),
+        },
+        also="coding_type",
+        differs={
+            recipe: {"num_epochs": 25, "lr_update": 15, "learning_rate": 5e-4, "margin": 0.05} for recipe in RECIPES
+        },
+    ),
+    Entry(
+        "naaf",
+        "NAAF",
+        "naaf:NAAF",
+        "NAAF, CVPR 2022",
+        "published code",
+        ("system", "NAAF"),
+        {
+            "lambda_softmax": Option(20.0, "inverse temperature of the attention", "X", above=0),
+            "thres": Option(0.0),
+            "thres_safe": Option(0.0),
+            "intra_lambda": Option(5.0, above=0),
+            "alpha": Option(2.0, above=0),
+            "mode": Option("", choices=("", "train_online", "train", "test")),
+            "precomp_enc_type": _IMAGE_ENCODER,
+            "precomp_enc_text_type": Option("basic", choices=("basic", "GloVe")),
+        },
+        also="thres_safe",
+        differs={
+            "f30k": {"num_epochs": 20, "lr_update": 10, "learning_rate": 5e-4},
+            "coco": {"num_epochs": 20, "lr_update": 10, "learning_rate": 5e-4, "batch_size": 256},
+        },
+    ),
+    Entry(
+        "maxsim",
+        "MaxSim",
+        "maxsim:MaxSim",
+        "ColBERT, SIGIR 2020",
+        "the pair score of ColBERT, ColPali and FILIP, with SCAN's encoders",
+        ("system", "MaxSim"),
+        {
+            "maxsim": Option(
+                "t2i",
+                "each word takes its largest region (t2i), each region its largest word (i2t), or both",
+                choices=("t2i", "i2t", "both"),
+            ),
+            "agg_func": Option("Mean", "pooling of what is taken", choices=("Mean", "Sum")),
+            "precomp_enc_type": _IMAGE_ENCODER,
+        },
+    ),
+    Entry(
         "dual",
         "DualEncoder",
         "dual_encoder:DualEncoder",
@@ -277,6 +361,16 @@ _ROWS = (
     ),
 )
 CATALOGUE = {row.name: row for row in _ROWS}
+# Pair scorers without a model: name -> module and class, options. Their models have other encoders than ours.
+_ALIGNMENT = (
+    "maxsim:Alignment",
+    {"aggregation": Option("MrSw", choices=("MrSw", "MwSr", "symm", "MrAVGw"))},
+)
+ALONE: dict[str, tuple[str, dict[str, Option]]] = {
+    "laps": ("maxsim:MaxMean", {"i2t": Option(True), "scan": Option(True)}),
+    "teran": _ALIGNMENT,
+    "aladin": _ALIGNMENT,
+}
 
 
 def recognised(opt: Namespace) -> Entry:

@@ -257,6 +257,7 @@ class Matcher:
 
     parts: tuple[str, ...]  # attribute names of the modules, in the order of the checkpoint's list
     scorer_without_name = False  # whether published files name the last part's weights without the part's name
+    options: tuple[str, ...] = ()  # those that the pair scorer reads
     weighs_regions = False  # whether it has weights for each region, so that R is fixed
     logger: Any = None  # the training scripts assign one with `update(name, value, n)`
     vocab_checksum: str | None = None  # of the vocabulary that it was trained with, if known
@@ -274,6 +275,15 @@ class Matcher:
     def reads(cls) -> tuple[str, ...]:
         """Names of the options that the model needs."""
         raise NotImplementedError
+
+    @classmethod
+    def similarity(cls, opt: Namespace) -> PairScorer:
+        """Make the pair scorer that the options describe, without its encoders."""
+        raise NotImplementedError
+
+    def learned_options(self) -> dict[str, Any]:
+        """Options that training has changed, for the checkpoint's options."""
+        return {}
 
     @property
     def modules(self) -> list[nn.Module]:

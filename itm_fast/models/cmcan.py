@@ -278,7 +278,8 @@ class CMCAN(SGRAF):
     parts = ("img_enc", "txt_enc", "sim_embt", "sim_embv", "sim_reason")
     options = ("sim_dim", "self_layers")
 
-    def similarity(self, opt: Namespace) -> PairScorer:
+    @classmethod
+    def similarity(cls, opt: Namespace) -> PairScorer:
         """The pair scorer that the options describe."""
         return ConfidenceMatching(opt.embed_size, opt.sim_dim, opt.self_layers, getattr(opt, "num_region", 36))
 

@@ -66,6 +66,7 @@ class DualEncoder(SGRAF):
     weighs_regions = False
     options = ()
 
-    def similarity(self, opt: Namespace) -> PairScorer:
+    @classmethod
+    def similarity(cls, opt: Namespace) -> PairScorer:
         """The means' cosines."""
         return MeanCosine()

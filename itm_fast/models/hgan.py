@@ -376,7 +376,8 @@ class HGAN(SGRAF):
         "share_global",
     )  # fmt: skip
 
-    def similarity(self, opt: Namespace) -> PairScorer:
+    @classmethod
+    def similarity(cls, opt: Namespace) -> PairScorer:
         """The pair scorer that the options describe."""
         return HierarchicalAlignment(
             opt.embed_size, opt.graph_layers, opt.granularities, opt.levels, opt.lambda_t2i, opt.lambda_i2t,

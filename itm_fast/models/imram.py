@@ -212,7 +212,8 @@ class IMRAM(SGRAF):
     def text(self, opt: Namespace) -> nn.Module:
         return EncoderText(opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm)
 
-    def similarity(self, opt: Namespace) -> PairScorer:
+    @classmethod
+    def similarity(cls, opt: Namespace) -> PairScorer:
         """The pair scorer that the options describe."""
         return IterativeMatching(
             opt.embed_size, opt.model_mode, opt.iteration_step, opt.lambda_softmax, opt.no_IMRAM_norm

@@ -304,7 +304,8 @@ class RCAR(SGRAF):
     def text(self, opt: Namespace) -> nn.Module:
         return EncoderText(opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm)
 
-    def similarity(self, opt: Namespace) -> PairScorer:
+    @classmethod
+    def similarity(cls, opt: Namespace) -> PairScorer:
         """The pair scorer that the options describe."""
         choice(NAME, "attn_type", opt.attn_type, DIRECTIONS)
         choice(NAME, "self_regulator", opt.self_regulator, REGULATORS)

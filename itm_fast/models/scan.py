@@ -16,12 +16,11 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from ..nn import CrossAttentionScore, xavier_
+from ..nn import CrossAttentionScore, PairScorer
 from ..ops import hardest_negative_loss
 from ..ops._attention import affinity_norm
 from ._common import (
     Matcher,
-    OwnKeys,
     choice,
     device_of,
     encode_text,
@@ -32,6 +31,7 @@ from ._common import (
     score_arrays,
 )
 from ._evaluator import AverageMeter, LogCollector, encode_data, evalrank
+from ._image_encoders import EncoderImage, EncoderImagePrecomp, EncoderImageWeightNormPrecomp
 from ._recall import i2t, t2i
 
 NORMS = {
@@ -41,8 +41,7 @@ NORMS = {
 POOLS = {"LogSumExp": "lse", "Max": "max", "Sum": "sum", "Mean": "mean"}
 OPTIONS = (
     "grad_clip", "img_dim", "embed_size", "precomp_enc_type", "no_imgnorm", "vocab_size", "word_dim",
-    "num_layers", "bi_gru", "no_txtnorm", "margin", "max_violation", "learning_rate", "cross_attn",
-    "raw_feature_norm", "agg_func", "lambda_softmax", "lambda_lse",
+    "num_layers", "bi_gru", "no_txtnorm", "margin", "max_violation", "learning_rate",
 )  # fmt: skip
 
 __all__ = [
@@ -67,79 +66,6 @@ __all__ = [
     "xattn_score_i2t",
     "xattn_score_t2i",
 ]
-
-
-def EncoderImage(
-    data_name: str, img_dim: int, embed_size: int, precomp_enc_type: str = "basic", no_imgnorm: bool = False
-) -> nn.Module:
-    """Make the image encoder for precomputed features.
-
-    Args:
-        data_name: not used, as published.
-        img_dim: F.
-        embed_size: D.
-        precomp_enc_type: "basic" or "weight_norm".
-        no_imgnorm: leave the rows as the Linear gives them.
-
-    Raises:
-        ValueError: `precomp_enc_type` is unknown.
-
-    >>> EncoderImage("coco_precomp", 6, 8)(torch.randn(2, 3, 6)).shape
-    torch.Size([2, 3, 8])
-    """
-    choice("EncoderImage", "precomp_enc_type", precomp_enc_type, ("basic", "weight_norm"))
-    if precomp_enc_type == "basic":
-        return EncoderImagePrecomp(img_dim, embed_size, no_imgnorm)
-    return EncoderImageWeightNormPrecomp(img_dim, embed_size, no_imgnorm)
-
-
-class _EncoderImage(OwnKeys):
-    """The linear map `fc` and l2norm."""
-
-    def __init__(self, fc: nn.Module, embed_size: int, no_imgnorm: bool) -> None:
-        super().__init__()
-        self.embed_size = embed_size
-        self.no_imgnorm = no_imgnorm
-        self.fc = fc
-
-    def extra_repr(self) -> str:
-        """The option that changes embeddings but no weight; `weights_checksum` includes it through `repr`."""
-        return f"no_imgnorm={self.no_imgnorm}"
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Embed features [B, R, F] -> [B, R, D], unit rows unless `no_imgnorm`."""
-        features = self.fc(images)
-        return features if self.no_imgnorm else l2norm(features, dim=-1)
-
-
-class EncoderImagePrecomp(_EncoderImage):
-    """Linear and l2norm: features [B, R, F] -> [B, R, D]."""
-
-    def __init__(self, img_dim: int, embed_size: int, no_imgnorm: bool = False) -> None:
-        linear = nn.Linear(img_dim, embed_size)
-        xavier_(linear)
-        super().__init__(linear, embed_size, no_imgnorm)
-
-
-class _WeightNormLinear(nn.Module):
-    """Linear with weight g v / |v|, |v| over the whole matrix, under the published checkpoints' keys."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        linear = nn.Linear(in_features, out_features)
-        self.bias = linear.bias
-        self.weight_g = nn.Parameter(linear.weight.detach().norm())
-        self.weight_v = linear.weight
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm()), self.bias)
-
-
-class EncoderImageWeightNormPrecomp(_EncoderImage):
-    """Weight-normalised Linear and l2norm: features [B, R, F] -> [B, R, D]."""
-
-    def __init__(self, img_dim: int, embed_size: int, no_imgnorm: bool = False) -> None:
-        super().__init__(_WeightNormLinear(img_dim, embed_size), embed_size, no_imgnorm)
 
 
 class EncoderText(nn.Module):
@@ -276,8 +202,12 @@ class ContrastiveLoss(nn.Module):
         self, im: Tensor, s: Tensor, s_l: Sequence[int] | Tensor, region_lengths: Tensor | None = None
     ) -> Tensor:
         """Images [B, R, D], captions [B, W, D] and their lengths -> loss, 0-d."""
-        scores = _xattn_score(self.opt.cross_attn, im, s, s_l, self.opt, region_lengths)
+        scores = self.scores(im, s, s_l, region_lengths)
         return hardest_negative_loss(scores, margin=self.margin, hardest=self.max_violation)
+
+    def scores(self, im: Tensor, s: Tensor, s_l: Sequence[int] | Tensor, region_lengths: Tensor | None) -> Tensor:
+        """Scores [B, B] of the batch; other models with this loss override this."""
+        return _xattn_score(self.opt.cross_attn, im, s, s_l, self.opt, region_lengths)
 
 
 class SCAN(Matcher):
@@ -300,21 +230,37 @@ class SCAN(Matcher):
     """
 
     parts = ("img_enc", "txt_enc")
+    # Those that the pair scorer reads.
+    options: tuple[str, ...] = ("cross_attn", "raw_feature_norm", "agg_func", "lambda_softmax", "lambda_lse")
 
     def __init__(self, opt: Namespace) -> None:
-        require_options(opt, "SCAN", self.reads())
+        require_options(opt, type(self).__name__, self.reads())
         super().__init__(opt)
-        self.scorer = _scorer(opt.cross_attn, opt)
-        self.img_enc = EncoderImage("", opt.img_dim, opt.embed_size, opt.precomp_enc_type, opt.no_imgnorm)
-        self.txt_enc = EncoderText(
-            opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm
-        )
-        self.criterion = ContrastiveLoss(opt, opt.margin, opt.max_violation)
+        self.scorer = self.similarity(opt)
+        self.img_enc = self.image(opt)
+        self.txt_enc = self.text(opt)
+        self.criterion = self.loss(opt)
         self.optimise((self.txt_enc, self.img_enc), opt)
 
     @classmethod
     def reads(cls) -> tuple[str, ...]:
-        return OPTIONS
+        return (*OPTIONS, *cls.options)
+
+    @classmethod
+    def similarity(cls, opt: Namespace) -> PairScorer:
+        return _scorer(opt.cross_attn, opt)
+
+    def image(self, opt: Namespace) -> nn.Module:
+        """Make the image encoder; models with another one override this."""
+        return EncoderImage("", opt.img_dim, opt.embed_size, opt.precomp_enc_type, opt.no_imgnorm)
+
+    def text(self, opt: Namespace) -> nn.Module:
+        """Make the text encoder; models with another text encoder override this."""
+        return EncoderText(opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm)
+
+    def loss(self, opt: Namespace) -> nn.Module:
+        """Make the loss; models with other scores override this."""
+        return ContrastiveLoss(opt, opt.margin, opt.max_violation)
 
     def forward_emb(
         self, images: Tensor, captions: Tensor, lengths: Sequence[int] | Tensor, volatile: bool = False

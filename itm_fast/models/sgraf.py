@@ -331,7 +331,8 @@ class SGRAF(Matcher):
         """Make the text encoder; models with another text encoder override this."""
         return EncoderText(opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm)
 
-    def similarity(self, opt: Namespace) -> PairScorer:
+    @classmethod
+    def similarity(cls, opt: Namespace) -> PairScorer:
         """Make the pair scorer; other models with these encoders override this."""
         return EncoderSimilarity(
             opt.embed_size, opt.sim_dim, opt.module_name, opt.sgr_step, getattr(opt, "num_region", 36)

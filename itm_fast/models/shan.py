@@ -296,5 +296,6 @@ class SHAN(SGRAF):
             opt.vocab_size, opt.word_dim, opt.vector_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm
         )
 
-    def similarity(self, opt: Namespace) -> PairScorer:
-        return EncoderSimilarity(opt.embed_size, **{name: getattr(opt, name) for name in self.options[1:]})
+    @classmethod
+    def similarity(cls, opt: Namespace) -> PairScorer:
+        return EncoderSimilarity(opt.embed_size, **{name: getattr(opt, name) for name in cls.options[1:]})

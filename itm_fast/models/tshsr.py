@@ -237,7 +237,8 @@ class TSHSR(SGRAF):
 
     options = ("sim_dim", "context_nodes", "sgr_step", "lambda_t2i", "lambda_i2t")
 
-    def similarity(self, opt: Namespace) -> PairScorer:
+    @classmethod
+    def similarity(cls, opt: Namespace) -> PairScorer:
         """The pair scorer that the options describe."""
         return TwoStreamReasoning(
             opt.embed_size, opt.sim_dim, opt.context_nodes, opt.sgr_step, opt.lambda_t2i, opt.lambda_i2t,

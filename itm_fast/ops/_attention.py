@@ -98,7 +98,7 @@ def attention_weights(logits: Tensor, weights: str, bound: float, dim: int) -> T
         return alpha
     with torch.no_grad():  # comparisons are such that NaN is kept
         if weights == "hard":
-            largest = (~(logits < logits.amax(dim, keepdim=True))).to(alpha.dtype)
+            largest = (~(logits < logits.max(dim, keepdim=True).values)).to(alpha.dtype)
             return largest / largest.sum(dim, keepdim=True)
         if weights == "threshold":
             kept = ~(logits <= bound)
@@ -113,6 +113,17 @@ def attention_weights(logits: Tensor, weights: str, bound: float, dim: int) -> T
     chosen = alpha * kept
     total = chosen.sum(dim, keepdim=True)
     return chosen / total.masked_fill(total == 0, 1.0)
+
+
+def similarities(query: Tensor, P: Tensor, similarity: str) -> Tensor:
+    """r of queries [Q, D] and their attended vectors [Q, D]."""
+    r = (query * P).sum(1)
+    if similarity == "product":
+        return r
+    length = torch.linalg.vector_norm(P, dim=1)
+    if similarity == "cosine":
+        length = torch.linalg.vector_norm(query, dim=1) * length
+    return r / length.clamp_min(EPS)
 
 
 def pooled(r: Tensor, pool: str, pool_scale: float, dim: int) -> Tensor:

@@ -80,12 +80,7 @@ def reference(
         for regions, caption in row:
             query, context = (caption, regions) if direction == "t2i" else (regions, caption)
             P = _attention.attend(query, context, affinity_norm, scale, weights, threshold)
-            r = (query * P).sum(1)
-            if similarity != "product":
-                length = torch.linalg.vector_norm(P, dim=1)
-                if similarity == "cosine":
-                    length = torch.linalg.vector_norm(query, dim=1) * length
-                r = r / length.clamp_min(_attention.EPS)
+            r = _attention.similarities(query, P, similarity)
             if pool in _attention.NEGATIVE:
                 rows.append(_attention.negative(r, query, pool, pool_scale, threshold).mean())
             else:
@@ -154,8 +149,8 @@ def cross_attention_score(
 ) -> Tensor:
     """Score every image with every caption: the pair score of SCAN, and with other options of BFAN, CHAN and NAAF.
 
-    `scale` and `pool_scale` are SCAN's lambda 1 and lambda 2. MaxSim, the mean or sum over words of the largest affinity
-    with a region, is `weights="hard", similarity="product", affinity_norm="none"` with pool "mean" or "sum".
+    `scale` and `pool_scale` are SCAN's lambda 1 and lambda 2. MaxSim, the mean or sum over words of the largest
+    affinity with a region, is `weights="hard", similarity="product", affinity_norm="none"` with pool "mean" or "sum".
 
     Args:
         image: [I, R, D] region features, float64, float32, float16 or bfloat16.
@@ -173,8 +168,8 @@ def cross_attention_score(
             `threshold`).
         threshold: a number for `weights` "threshold", where it is compared with the normalised affinities, and for the
             pools "negative" and "smoothed_negative".
-        similarity: of a query q with its attended vector P: cosine, product (q . P, the attended affinity) or projection
-            (q . P / |P|).
+        similarity: of a query q with its attended vector P: cosine, product (q . P, the attended affinity) or
+            projection (q . P / |P|).
         region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
         backend: "triton", "cuda", "cpu", "torch" or "reference"; None lets itm_fast choose.
 
@@ -194,6 +189,6 @@ def cross_attention_score(
     """
     return _op(
         image=image, words=words, cu_seqlens=cu_seqlens, region_lengths=region_lengths, direction=direction,
-        affinity_norm=affinity_norm, scale=scale, pool=pool, pool_scale=pool_scale, weights=weights, threshold=threshold,
-        similarity=similarity, backend=backend,
+        affinity_norm=affinity_norm, scale=scale, pool=pool, pool_scale=pool_scale, weights=weights,
+        threshold=threshold, similarity=similarity, backend=backend,
     )  # fmt: skip

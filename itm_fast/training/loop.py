@@ -259,7 +259,7 @@ class Run:
             epoch=self.epoch + (not hasattr(self.opt, "cross_attn")),
             model=self.model.state_dict(),
             best_rsum=self.best_rsum or 0.0,
-            opt=self.opt,
+            opt=argparse.Namespace(**{**vars(self.opt), **self.model.learned_options()}),
             iterations=self.iterations,
         )
 

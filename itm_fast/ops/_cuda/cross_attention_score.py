@@ -15,7 +15,6 @@ from ..._checks import matmul_precision
 from ...packing import bounds, checked, region_counts
 from .. import _attention
 from .._calls import CUDA_ENUMS
-from .._declare import empty
 from . import _blocks, _rows, _tiles
 from ._tiles import Pairs, Tile
 
@@ -107,13 +106,16 @@ def forward(
     scale: float,
     pool: str,
     pool_scale: float,
+    weights: str = "softmax",
+    threshold: float = 0.0,
+    similarity: str = "cosine",
 ) -> Tensor:
-    """Scores [I, T].
+    """Scores [I, T]; `weights`, `threshold` and `similarity` have these values always, as the declaration sees to.
 
     Raises:
         NotImplementedError: the kernels do not take these sizes.
     """
-    score = empty(OP, image, words, cu_seqlens, region_lengths, direction, affinity_norm, scale, pool, pool_scale)
+    score = image.new_empty(len(image), len(cu_seqlens) - 1)
     (I, R, D), device = image.shape, image.device
     if not score.numel():
         return score

@@ -1,0 +1,158 @@
+"""`cross_attention_score` with other weights than the softmax, other similarities than the cosine, and the pools of
+negative similarities."""
+
+import itertools
+
+import pytest
+import torch
+
+import itm_fast
+from itm_fast.ops import cross_attention_score as op
+from itm_fast.ops._attention import NEGATIVE, SIMILARITIES, WEIGHTS, attention_weights
+from itm_fast.ops._declare import DECLARED
+from itm_fast.testing import inputs, op_checks
+from itm_fast.testing.bfan import attend
+
+BACKENDS = op_checks.backends("cross_attention_score")
+over_backends = pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
+COUNTS = torch.tensor([6, 1, 4])
+SCALED = {"scale": 5.0, "pool_scale": 4.0}
+OTHERS = [pair for pair in itertools.product(WEIGHTS, SIMILARITIES) if pair != ("softmax", "cosine")]
+
+
+def case(region_lengths=None, lengths=(4, 1, 9), R=6, **options):
+    """Rows that are no unit vectors, of images one of which may have one region."""
+    image, words, cu_seqlens = inputs(3, lengths, R, 16, dtype=torch.float64)
+
+    def call(image, words, backend):
+        edge, counts = op_checks.beside(image, cu_seqlens, region_lengths)
+        return op(image, words, edge, region_lengths=counts, backend=backend, **{**SCALED, **options})
+
+    return call, (1.3 * image, 0.8 * words)
+
+
+def norms(weights):
+    """Norms under which no two affinities are equal: with l2norm those of a caption of one word are all 1."""
+    return ("none", "clipped") if weights in ("hard", "threshold") else ("clipped_l2norm", "none")
+
+
+@pytest.mark.parametrize("direction", ["t2i", "i2t"])
+@pytest.mark.parametrize("weights,similarity", OTHERS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_forward_and_gradients(backend, weights, similarity, direction):
+    pools = ("mean", "lse"), NEGATIVE
+    for region_lengths, norm, pool in zip((None, COUNTS), norms(weights), pools[SIMILARITIES.index(similarity) % 2]):
+        options = dict(direction=direction, affinity_norm=norm, weights=weights, similarity=similarity, pool=pool)
+        call, args = case(region_lengths, threshold=0.45, **options)
+        for dtype in (torch.float64, torch.float32):
+            op_checks.check_forward(call, args, dtype, backend)
+        op_checks.check_gradients(call, args, torch.float64, backend)
+
+
+@pytest.mark.parametrize("pool", NEGATIVE)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_sets_longer_than_a_vector_and_a_chunk(backend, pool):
+    for direction in ("t2i", "i2t"):
+        call, args = case(
+            None, (460, 3), 40, direction=direction, affinity_norm="none", weights="hard", similarity="product",
+            pool=pool, threshold=0.5,
+        )  # fmt: skip
+        op_checks.check_forward(call, args, torch.float64, backend)
+        op_checks.check_gradients(call, args, torch.float64, backend)
+
+
+@over_backends
+def test_maxsim_is_a_product_and_a_maximum(backend):
+    image, words, cu_seqlens = inputs(4, (3, 1, 7), 5, 24, dtype=torch.float64)
+    largest = (image @ words.t()).amax(1).split(cu_seqlens.diff().tolist(), 1)
+    maxsim = dict(affinity_norm="none", weights="hard", similarity="product", backend=backend)
+    for pool, want in (("mean", [x.mean(1) for x in largest]), ("sum", [x.sum(1) for x in largest])):
+        found = op(image, words, cu_seqlens, pool=pool, **maxsim)
+        torch.testing.assert_close(found, torch.stack(want, 1), rtol=0, atol=1e-14)
+
+
+@over_backends
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_equal_contexts_share(backend, similarity):
+    """Twice the same region: twice as much of it for focal weights, half the gradient each for the largest."""
+    image, words, cu_seqlens = inputs(1, (3,), 4, 16, dtype=torch.float64)
+    twice = torch.cat([image, image], 1).requires_grad_()
+    once = image.clone().requires_grad_()
+    options = dict(affinity_norm="none", weights="hard", similarity=similarity, backend=backend)
+    scores = [op(x, words, cu_seqlens, **options) for x in (once, twice)]
+    torch.testing.assert_close(*scores, rtol=0, atol=1e-14)
+    torch.autograd.backward(scores, [torch.ones_like(s) for s in scores])
+    torch.testing.assert_close(twice.grad, torch.cat([once.grad, once.grad], 1) / 2, rtol=0, atol=1e-14)
+
+
+@over_backends
+@pytest.mark.parametrize("weights", ["focal_equal", "focal_prob"])
+def test_contexts_of_equal_weight_are_all_kept(backend, weights):
+    image, words, cu_seqlens = inputs(3, (4, 1), 6, 16, dtype=torch.float64, requires_grad=True)
+    options = dict(direction="i2t", scale=20.0, backend=backend)
+    focal, soft = (op(image, words, cu_seqlens, weights=w, **options) for w in (weights, "softmax"))
+    torch.testing.assert_close(focal[:, 1], soft[:, 1], rtol=0, atol=1e-14)  # one word has all the weight
+    assert (focal[:, 0] - soft[:, 0]).abs().min() > 1e-4
+    focal.sum().backward()
+    assert image.grad.isfinite().all()
+
+
+@over_backends
+@pytest.mark.parametrize("similarity", SIMILARITIES)
+def test_a_word_above_no_threshold_counts_zero_and_has_no_gradient(backend, similarity):
+    image, words, cu_seqlens = inputs(2, (3, 2), 5, 16, dtype=torch.float64, requires_grad=True)
+    options = dict(affinity_norm="none", weights="threshold", threshold=2.0, pool="sum", backend=backend)
+    score = op(image, words, cu_seqlens, similarity=similarity, **options)
+    score.sum().backward()
+    assert score.eq(0).all()
+    assert image.grad.eq(0).all()
+    assert words.grad.eq(0).all()
+
+
+@over_backends
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_nan_stays_nan_and_in_its_caption(backend, weights):
+    for pool, similarity in itertools.product(("mean", *NEGATIVE), ("product", "cosine")):
+        call, (image, words) = case(None, (3, 2, 4), affinity_norm="none", weights=weights, similarity=similarity)
+        words = words.clone()
+        words[4, 3] = torch.nan
+        assert call(image, words, backend).isnan().tolist() == [[False, True, False]] * 3, pool
+
+
+def test_focal_weights_are_those_of_the_published_functions():
+    generator = torch.Generator().manual_seed(5)
+    logits = 4 * torch.rand(1, 7, 9, generator=generator, dtype=torch.float64)
+    for focal_type in ("equal", "prob"):
+        context = torch.eye(7, dtype=torch.float64)[None]  # so that the attended vectors are the weights
+        query = logits.transpose(1, 2)
+        loop = attend(query, context, 20.0, focal_type)[0]
+        affinity = torch.nn.functional.leaky_relu(logits, 0.1)
+        affinity = affinity / (affinity.norm(dim=2, keepdim=True) + 1e-8)
+        found = attention_weights(20.0 * affinity, f"focal_{focal_type}", 0.0, dim=1)
+        torch.testing.assert_close(found[0].t(), loop, rtol=0, atol=1e-14)
+
+
+def test_kernels_for_gpus_say_what_they_lack():
+    op_ = DECLARED["cross_attention_score"]
+    image, words, cu_seqlens = inputs(2, (3, 2), 5, 16)
+    given = dict(image=image, words=words, cu_seqlens=cu_seqlens, weights="softmax", similarity="cosine", pool="lse")
+    size = {"I": 2, "R": 5, "D": 16}
+    for backend in ("triton", "cuda"):
+        assert op_.too_large(backend, size, given) is None
+        for change in ({"weights": "hard"}, {"similarity": "product"}, {"pool": "negative"}):
+            assert "softmax weights, cosines and the pools" in op_.too_large(backend, size, {**given, **change})
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (dict(weights="max"), "weights must be one of softmax, focal_equal, focal_prob, hard, threshold, got 'max'"),
+        (dict(similarity="dot"), "similarity must be one of cosine, product, projection, got 'dot'"),
+        (dict(threshold=float("nan")), "threshold must be a finite number, got nan"),
+        (dict(pool="smoothed_negative", pool_scale=-1.0), "pool_scale must be more than 0"),
+    ],
+    ids=str,
+)
+def test_refusals(change, message):
+    with pytest.raises(ValueError, match=message):
+        itm_fast.cross_attention_score(*inputs(2, (3, 2), 5, 16), **change)

@@ -1,0 +1,75 @@
+"""The pair scorers of the family against vectors that their published code computed, on every backend."""
+
+import pytest
+import torch
+from family_cases import FOLDER, check, golden
+from sgraf_cases import under
+
+import itm_fast
+from itm_fast.models import scorer
+from itm_fast.testing import inputs, op_checks
+
+MODELS = ("bfan", "chan", "naaf", "laps")
+FILES = sorted(path.stem for path in FOLDER.glob("*.npz") if path.stem.startswith(MODELS))
+BACKENDS = [*op_checks.backends("cross_attention_score"), "reference"]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("file", FILES)
+def test_published_vectors(file, backend):
+    want = golden(file)
+    (_, R, D), options = want["image"].shape, under(want, "option/")
+    module = scorer(file.partition("_")[0], dim=D, regions=R, **options)
+    after = {name: want.pop(f"after/{name}") for name in under(want, "after/")}  # thresholds, which are no buffers
+    check(want, module, backend, region_lengths=want.get("image_lengths"))
+    for name, value in after.items():
+        assert getattr(module, name) == pytest.approx(value.item(), abs=1e-10), name
+
+
+def test_thresholds_follow_a_batch_of_matching_pairs_alone():
+    image, words, cu_seqlens = inputs(3, (4, 2), 5, 8)
+    module = scorer("naaf", dim=8)
+    with pytest.raises(ValueError, match=r"caption t must belong to image t, .* 3 images and 2 captions"):
+        module(image, words, cu_seqlens)
+    assert module.eval()(image, words, cu_seqlens).shape == (3, 2)
+    module.train()(image[:2], words, cu_seqlens)
+    assert (module.thres, module.thres_safe) == (0.0, 0.0)  # fewer than 200 words
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_padding_counts_as_zero_in_the_maxima_of_teran_s_training(backend):
+    """As in its batches [B, B, R, W], in which the affinities of padding are set to 0."""
+    generator = torch.Generator().manual_seed(4)
+    image, caption = (torch.randn(3, n, 8, generator=generator, dtype=torch.float64) - 1 for n in (4, 6))
+    lengths, counts = [6, 2, 1], torch.tensor([4, 1, 3])
+    caption = -caption  # so that most affinities are negative
+    real = torch.arange(4)[None, :] < counts[:, None]
+    affinity = torch.einsum("ird,twd->itrw", image, caption)
+    mask = real[:, None, :, None] & (torch.arange(6) < torch.tensor(lengths)[:, None])[None, :, None, :]
+    affinity = affinity.masked_fill(~mask, 0.0)
+    want = {"MrSw": affinity.amax(2).sum(2), "MwSr": affinity.amax(3).sum(2)}
+    want["symm"] = want["MrSw"] + want["MwSr"]
+    for aggregation, total in want.items():
+        module = scorer("teran", aggregation=aggregation)
+        with itm_fast.use_backend(backend):
+            torch.testing.assert_close(module(image, caption, lengths, counts), total, rtol=0, atol=1e-12)
+            alone = module.eval()(image[1:2, :1], caption[1:2, :2], [2])
+            torch.testing.assert_close(module(image, caption, lengths, counts)[1:2, 1:2], alone, rtol=0, atol=1e-12)
+
+
+def test_a_scorer_is_asked_for_by_name_and_options():
+    assert scorer("sgr", dim=8, sim_dim=4, regions=5, sgr_step=2).training
+    assert scorer("scan", dim=8, direction="i2t").options["direction"] == "i2t"
+    assert scorer("scan", dim=8, cross_attn="i2t").options["direction"] == "i2t"
+    for wrong, sentence in (
+        ({"name": "vse"}, "name must be one of sgr, .*, aladin, got 'vse'"),
+        ({"name": "bfan", "focal": "prob"}, "bfan has no option focal; it has focal_type, lambda_softmax"),
+        ({"name": "bfan", "focal_type": "both"}, "focal_type must be one of equal, prob, got 'both'"),
+        ({"name": "bfan", "lambda_softmax": 0.0}, "lambda_softmax must be more than 0, got 0.0"),
+        ({"name": "bfan", "direction": "t2i"}, "direction is not an option of bfan, got 't2i'"),
+        ({"name": "laps", "direction": "t2i", "scale": 2.0}, "laps has no option scale, direction; it has i2t, scan"),
+        ({"name": "teran", "aggregation": "sum"}, "aggregation must be one of MrSw, MwSr, symm, MrAVGw, got 'sum'"),
+        ({"name": "scan", "direction": "both"}, "direction must be one of t2i, i2t, got 'both'"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            scorer(**wrong)
