@@ -76,7 +76,7 @@ class NegativeAware(PaddedScorer):
         """n, f and r."""
         trains = self.training if not self.mode else self.mode != "test"
         threshold, scale = self.thres if trains else self.thres_safe, self.lambda_softmax
-        plain = {"affinity_norm": "none", "scale": scale, "threshold": threshold}
+        plain: dict[str, Any] = {"affinity_norm": "none", "scale": scale, "threshold": threshold}
         pool = "negative" if trains else "smoothed_negative"
         return [
             CrossAttentionScore(

@@ -229,7 +229,7 @@ class SCAN(Matcher):
     [2, 9]
     """
 
-    parts = ("img_enc", "txt_enc")
+    parts: tuple[str, ...] = ("img_enc", "txt_enc")
     # Those that the pair scorer reads.
     options: tuple[str, ...] = ("cross_attn", "raw_feature_norm", "agg_func", "lambda_softmax", "lambda_lse")
 
