@@ -128,7 +128,7 @@ def test_every_published_option_has_its_flag():
             wanted = "None" if option.default is None else True if not given else option.default
             assert getattr(parsed, name) == wanted, flag
             found.add(flag)
-    assert len(found) == 49
+    assert len(found) == 54
     assert {"--lr", "--epochs", "--imgnorm", "--sgr-steps", "--levels", "--gate-sharing", "--word-vectors"} <= found
 
 
