@@ -19,7 +19,7 @@ from pathlib import Path
 if __name__ == "__main__":  # from a bare checkout, `benchmarks` lies beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import large_batches, large_pools, repositories, search, traffic_page
+from benchmarks import large_batches, large_pools, repositories, scale_plan, search, traffic_page
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KINDS = ("pair_scorers", "whole_step", "training_step", "maxsim")
@@ -49,7 +49,8 @@ Each contender's results are compared with the loop's before it is timed.
 
 Sections named traffic_CARD are predicted, not measured: what bounds the kernels on a GPU, from a model of their memory,
 cache and operations. Where `gpu_suite.py` has run on that card, and its file lies here as gpu_CARD.json, what it
-measured stands beside the prediction.
+measured stands beside the prediction. [large_scale.md](large_scale.md) has what 8 and 64 GPUs, and ten million images,
+need for exact ranks: bytes, seconds and network, by formula.
 """
 
 
@@ -362,6 +363,8 @@ def main() -> None:
             raw = f"Raw numbers: [{path.name}]({path.name})."
             parts.append(f"## {path.stem}\n\n{raw} {made(json.loads(path.read_text()))}\n")
     (RESULTS / "README.md").write_text("\n".join([HEAD, *parts]))
+    if (RESULTS / "large_pools.json").exists():
+        (RESULTS / "large_scale.md").write_text(scale_plan.page())
     top = RESULTS.parents[1] / "README.md"
     top.write_text(readme(top.read_text()))
 

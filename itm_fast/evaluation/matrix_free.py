@@ -2,8 +2,9 @@
 
 The right pairs are scored first: a block of 16 images with their own captions at a time, 16 / I of all the work. Then
 every block of `score_all` is scored once and compared with them; see `counters` for what is counted. A backend may give
-a pair other last bits in another block. This is noticed by a right pair, and the blocks are then counted again with a
-band around the scores of right pairs, so that the ranks are those of the matrix that `score_all` makes of these blocks.
+a pair other last bits in another block; the scores within a band around those of right pairs are then kept until the
+end, so that the ranks are those of the matrix that `score_all` makes of these blocks. If a right pair's score leaves
+its band, counting begins again with a wider one.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .._backends import requested, why_not
 from .._workspace import GIB, workspace
 from .block_scores import BlockScorer, score_blocks
 from .counters import BandExceeded
@@ -124,7 +126,8 @@ class Blocks:
         images, asked = self.plan.images, asked or Asked()
         Tally([], self._owner, images, 0, asked)  # refuses folds that do not fit before anything is scored
         right = _with_mean(_right_scores(self.members, self._owner, self._column, _ByKey(self._owner, images)))
-        return Tally(right, self._owner, images, self.plan.blocks, asked, identity, about=about)
+        tally = Tally(right, self._owner, images, self.plan.blocks, asked, identity, about=about)
+        return tally if _same_bits(self.plan.device) else tally.widened(0.0)
 
     def add(self, tally: Tally, numbers: Iterable[int]) -> Iterator[int]:
         """Score these blocks and add them to the tally; yield the number of each.
@@ -214,6 +217,12 @@ def _right_scores(
             for member, known in zip(members, right, strict=True):
                 known[chosen] = member.score(images, part).on_host()[owner[chosen] - start, place]
     return right
+
+
+def _same_bits(device: torch.device) -> bool:
+    """Whether a pair is expected to have the same bits in every block; if it has not, the blocks are begun again."""
+    on_cpu = requested() in ("auto", "cpu") and why_not("cpu", device) is None
+    return on_cpu and not torch.is_autocast_enabled("cpu")
 
 
 def _with_mean(scores: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
