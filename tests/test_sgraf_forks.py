@@ -3,9 +3,10 @@
 import pytest
 import torch
 from model_cases import MODELS, PUBLISHED
-from sgraf_cases import HEADS, LENGTHS, R, dropout, features
+from sgraf_cases import HEADS, LENGTHS, D, R, S, dropout, features
 
 import itm_fast
+from itm_fast.models import forks
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -66,3 +67,26 @@ def test_matching_needs_one_caption_per_image():
     image, caption = features(I=3)
     with pytest.raises(ValueError, match=r"EncoderSimilarity\.matched: one caption per image is needed, got 3 and 7"):
         MODELS["SGR"].scorer().matched(image, caption, LENGTHS)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_forks_have_what_their_repositories_call(head):
+    image, caption = features(I=len(LENGTHS))
+    made = {}
+    for name in forks.__all__:
+        made[name] = getattr(forks, name)(D, S, head, num_region=R).double().eval()
+        made[name].load_state_dict(MODELS[head].scorer().state_dict())
+    want = MODELS[head].scorer()(image, caption, LENGTHS)
+    for name in "NCR", "RCL", "CRCL", "BiCro":
+        torch.testing.assert_close(made[name](image, caption, LENGTHS), want, rtol=0, atol=1e-12)
+    logit = made["DECL"](image, caption, LENGTHS)
+    torch.testing.assert_close(torch.sigmoid(logit), want, rtol=0, atol=1e-12)
+    score, own = made["L2RM"](image, caption, LENGTHS)
+    torch.testing.assert_close(score, want, rtol=0, atol=1e-12)
+    assert not own.requires_grad
+    torch.testing.assert_close(own, want.diagonal(), rtol=0, atol=1e-12)
+    alone = made["L2RM"].forward_individual(image, caption, LENGTHS)
+    torch.testing.assert_close(alone, want.diagonal()[:, None], rtol=0, atol=1e-12)
+    means = torch.stack([caption[t, :n].mean(0) for t, n in enumerate(LENGTHS)])
+    for found, mean in zip(made["BiCro"].glo_emb(image, caption, LENGTHS), (image.mean(1), means), strict=True):
+        torch.testing.assert_close(found, mean, rtol=0, atol=1e-12)
