@@ -20,9 +20,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .._workspace import scratch_bytes
 from ..nn import Attention, PairScorer, State, xavier_
 from ..ops import _recompute, attended_vectors, cross_attention_score
 from ..ops._attention import affinity_norm
+from ..packing import spans
 from ._common import OwnKeys, PaddedScorer, choice, encode_text, l2norm, without_padding
 from ._pair_blocks import blocks, mean_over_queries
 from ._rows import linear, sigmoid
@@ -143,22 +145,31 @@ class IterativeMatching(PaddedScorer):
         """s_2 + ... + s_K of all pairs."""
         layers = getattr(self, f"linear_{direction}"), getattr(self, f"gate_{direction}")
         weight, bias = (torch.cat([getattr(x, name) for x in layers]) for name in ("weight", "bias"))
-        R, D = image.shape[1:]
+        (I, R, D), t2i = image.shape, direction == "t2i"
+        of_query, of_attended = weight.to(image.dtype).split(D, 1)
 
         def pair_bytes(length: int) -> int:
-            return (length if direction == "t2i" else R) * D * 4 * 10
+            return (length if t2i else R) * D * 4 * 10
 
-        tensors, axes = (image, words, weight, bias), "IN.."
-        cut = partial(blocks, NAME, axes, pair_bytes, partial(self._block, direction))
-        return _recompute.score(cut, axes, tensors, cu_seqlens, region_lengths)
+        axes = "IIN.." if t2i else "INN.."
+        found = []
+        # Mapped regions take as much memory as two images; those of some images are made at a time.
+        for images in spans(I, max(1, scratch_bytes(image.device) // (16 * image[:1].nbytes or 1))):
+            counts = None if region_lengths is None else region_lengths[images]
+            some = image[images]
+            if counts is not None:
+                some, _ = without_padding(some, counts)
+            mapped = linear(some if t2i else words, of_attended)
+            tensors = (some, mapped, words) if t2i else (some, words, mapped)
+            cut = partial(blocks, NAME, axes, pair_bytes, partial(self._block, direction))
+            found.append(_recompute.score(cut, axes, (*tensors, of_query, bias), cu_seqlens, counts))
+        return torch.cat(found) if found else image.new_empty(0, len(cu_seqlens) - 1)
 
-    def _block(self, direction, length, cu_seqlens, region_lengths, image, words, weight, bias) -> Tensor:
-        if region_lengths is not None:
-            image, _ = without_padding(image, region_lengths)
+    def _block(self, direction, length, cu_seqlens, region_lengths, image, second, third, of_query, bias) -> Tensor:
+        """A block of s_2 + ... + s_K; `mapped` are the contexts x as W_p x of both layers."""
+        mapped, words = (second, third) if direction == "t2i" else (third, second)
         D = image.shape[2]
         context, first = (image, words) if direction == "t2i" else (words, image.unsqueeze(1))
-        of_query, of_attended = weight.to(image.dtype).split(D, 1)
-        mapped = linear(context, of_attended)
         attend = partial(
             attended_vectors, image, words, cu_seqlens, direction=direction, affinity_norm=NORM,
             scale=self.lambda_softmax, region_lengths=region_lengths,
