@@ -90,7 +90,7 @@ def measure(images: int, captions: int, best: int | None, parts: int) -> dict:
     }
 
 
-def against_scan(images: int, captions: int, rounds: int) -> dict:
+def against_scan(images: int, captions: int, rounds: int, block: tuple[int, int] = (500, 256)) -> dict:
     """What ranking adds to scores alone and to their matrix, and what SCAN's scores take."""
     encoded, scorer = pool(images, captions), Dot()
 
@@ -111,7 +111,7 @@ def against_scan(images: int, captions: int, rounds: int) -> dict:
             call()
             times[name].append(time.process_time() - start)
     found = {name: statistics.median(values) for name, values in times.items()}
-    pair, right = scan_seconds(rounds)
+    pair, right = scan_seconds(rounds, block)
     scan, first_pass = pair * images * captions, right * 16 * captions  # a caption is scored with 16 images
     return {
         "images": images,
@@ -124,23 +124,24 @@ def against_scan(images: int, captions: int, rounds: int) -> dict:
     }
 
 
-def scan_seconds(rounds: int) -> tuple[float, float]:
+def scan_seconds(rounds: int, block: tuple[int, int]) -> tuple[float, float]:
     """Seconds of SCAN (t2i, D 1024, COCO's lengths) per pair of a whole block, and per pair of a block of right pairs.
 
-    Medians, alternating. A block has up to 500 images and 256 captions, one of right pairs 16 and their 80 captions.
+    Medians, alternating. One of right pairs has 16 images and their 80 captions.
     """
+    images, captions = block
     size = WORKLOADS["coco-eval-5k"]
-    lengths = np.random.default_rng(0).choice(size.lengths, 256)
+    lengths = np.random.default_rng(0).choice(size.lengths, captions)
     edges = torch.from_numpy(np.concatenate([[0], np.cumsum(lengths)])).int()
     normal = torch.Generator().manual_seed(0)
-    image = normalize(torch.randn(500, size.regions, size.dim, generator=normal), dim=-1)
+    image = normalize(torch.randn(images, size.regions, size.dim, generator=normal), dim=-1)
     words = normalize(torch.randn(int(edges[-1]), size.dim, generator=normal), dim=-1)
-    encoded = Encoded(image, None, words, edges, np.arange(256), first_of_equals=np.arange(256))
+    encoded = Encoded(image, None, words, edges, np.arange(captions) % images, first_of_equals=np.arange(captions))
     found: tuple[list[float], list[float]] = ([], [])
     with blocks_of([CrossAttentionScore("t2i")], [encoded], None) as blocks:
         (member,) = blocks.members
         for _ in range(rounds + 1):
-            for times, rows, columns in ((found[0], 500, 256), (found[1], 16, 80)):
+            for times, rows, columns in ((found[0], images, captions), (found[1], 16, 80)):
                 start = time.process_time()
                 member.score(slice(0, rows), np.arange(columns)).on_host()
                 times.append((time.process_time() - start) / (rows * columns))
@@ -177,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny pools, as the tests run it")
     parser.add_argument("--name", default="large_pools", help="of the file in benchmarks/results")
     args = parser.parse_args(argv)
-    pools, coco = (QUICK, QUICK_COCO) if args.quick else (POOLS, COCO)
+    pools, coco, more = (QUICK, QUICK_COCO, (1, (16, 80))) if args.quick else (POOLS, COCO, (3, (500, 256)))
     path = harness.RESULTS / f"{args.name}.json"
     before = json.loads(path.read_text())["pools"] if path.exists() else []
     known = {(one["images"], one["captions"], one["best"], one["part"]): one for one in before}
@@ -189,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
             row = run(images, captions, best, parts)
         found.append(row)
         progress(str(row))
-    result = {"environment": environment(), "pools": found, "coco": against_scan(*coco, 1 if args.quick else 3)}
+    result = {"environment": environment(), "pools": found, "coco": against_scan(*coco, *more)}
     write(args.name, result)
     print(table(result))
 

@@ -39,7 +39,7 @@ from itm_fast.nn import CrossAttentionScore, PairScorer
 
 from .test_evaluation_scoring import Scorer, random_encoded, with_copies
 
-quick = settings(deadline=None, max_examples=60, database=None, derandomize=True)
+quick = settings(deadline=None, max_examples=40, database=None, derandomize=True)
 
 
 def require_equal(found: Counts, expected: Counts) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from itm_fast.evaluation.best import Best, TieOrder, right_pairs
 
-quick = settings(deadline=None, max_examples=60, database=None, derandomize=True)
+quick = settings(deadline=None, max_examples=40, database=None, derandomize=True)
 
 
 def sorted_here(score: np.ndarray, right: list, rule: str) -> np.ndarray:

@@ -18,7 +18,7 @@ from itm_fast.evaluation.tally import Asked, Tally
 
 from .test_counting import require_equal
 
-quick = settings(deadline=None, max_examples=40, database=None, derandomize=True)
+quick = settings(deadline=None, max_examples=25, database=None, derandomize=True)
 
 
 def again(tally: Tally) -> Tally:
