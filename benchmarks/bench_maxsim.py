@@ -2,13 +2,15 @@
 
     python benchmarks/bench_maxsim.py --threads 2 --rounds 3 --write cpu
 
-maxsim: sum over words of the largest word-region product. itm-fast has no op for it, but cross_attention_score (t2i,
-affinity_norm "none", pool "sum", unit rows) approaches it: at scale 1e10 the softmax is 1 at the largest product, and
-the cosine with that region is the product. So itm-fast computes a whole attention here for a result that needs none;
-the operations that a result needs are counted as the products only. D is 128 in ColBERT and 1024 in SCAN and SGRAF.
+maxsim: sum over words of the largest word-region product, cross_attention_score with weights "hard", similarity
+"product" and pool "sum". The operations that a result needs are counted as the products only. D is 128 in ColBERT and
+1024 in SCAN and SGRAF.
 
 attention: mean over words of the cosine with the softmax-weighted regions (scale 9), which is cross_attention_score
 with affinity_norm "none" and pool "mean"; in KeOps it is one `sumsoftmaxweight`.
+
+bfan, chan, naaf: the pair scores of these models in evaluation, against the loops of their published code. Which
+regions count in BFAN and NAAF may differ by a rounding, so their results are compared in float64.
 
 The packages are optional: pip install maxsim-cpu pykeops. Each is tried in a new process first. If it is missing or
 crashes, it is left out, and the result says why.
@@ -17,6 +19,7 @@ crashes, it is left out, and the result says why.
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import statistics
 import sys
@@ -33,10 +36,17 @@ import itm_fast
 from benchmarks import harness, machine
 from benchmarks.shapes import Shape
 from itm_fast.evaluation.workloads import WORKLOADS
-from itm_fast.testing import inputs, scan
+from itm_fast.models import scorer
+from itm_fast.testing import bfan, chan, inputs, naaf, scan
 
-TASKS = {"maxsim-d128": 128, "maxsim-d1024": 1024, "attention-d1024": 1024}  # D
-HARD, SOFT = 1e10, 9.0
+MODELS: dict[str, tuple[dict, Callable[..., Tensor], dict]] = {  # a model's options, its loop, and the loop's options
+    "bfan": ({}, bfan.loop, {}),
+    "chan": ({}, chan.loop, {}),
+    "naaf": ({"thres_safe": 0.2}, naaf.loop, {"threshold": 0.2}),
+}
+# D
+TASKS = {"maxsim-d128": 128, "maxsim-d1024": 1024, "attention-d1024": 1024} | {f"{m}-d1024": 1024 for m in MODELS}
+SOFT = 9.0
 ALLOWED = 1e-4
 Scores = Callable[[], Tensor]
 
@@ -59,13 +69,35 @@ class Block:
         return value.new_zeros(len(value), self.captions).index_add_(1, self.owner, value)
 
     def flops(self, task: str) -> float:
-        """Word-region products; for attention also the Gram form's quadratic, as in `shapes.needed_flops`."""
-        per_word = 2 * self.dim + (2 * self.regions + 4 if task.startswith("attention") else 0)
-        return float(self.images * self.regions * sum(self.lengths) * per_word)
+        """Word-region products; where there is attention also the Gram form's quadratic, as in `shapes.needed_flops`:
+        for BFAN in both directions, for NAAF of one of its two attentions."""
+        quadratic = {"maxsim": 0, "chan": 0}.get(model_of(task), 2 * self.regions + 4)
+        found = 0.0
+        for n in self.lengths:
+            both = 2 * n + 4 if model_of(task) == "bfan" else 0
+            found += n * (2 * self.dim + quadratic + both)
+        return self.images * self.regions * found
+
+    def double(self, images: int, captions: int) -> Block:
+        """A part of the block in float64."""
+        part = copy.copy(self)
+        part.images, part.captions, part.lengths = images, captions, self.lengths[:captions]
+        n = sum(part.lengths)
+        part.image, part.words = self.image[:images].double(), self.words[:n].double()
+        part.cu_seqlens, part.caption = self.cu_seqlens[: captions + 1], self.caption[:captions].double()
+        return part
+
+
+def model_of(task: str) -> str:
+    """ "maxsim", "attention" or a model's name."""
+    return task.partition("-")[0]
 
 
 def loop(block: Block, task: str) -> Scores:
-    """One caption an iteration, all images at once."""
+    """One caption an iteration, all images at once; CHAN's code takes the whole block."""
+    if model_of(task) in MODELS:
+        _, run, own = MODELS[model_of(task)]
+        return lambda: run({}, block.image, block.caption, block.lengths, **own)
     if task.startswith("attention"):
         options = {"affinity_norm": "none", "scale": SOFT, "pool": "mean"}
         return lambda: scan.loop(block.image, block.caption, block.lengths, **options)
@@ -90,10 +122,18 @@ def one_product(block: Block, task: str) -> Scores:
 
 
 def ours(block: Block, task: str, backend: str) -> Scores:
-    """cross_attention_score, for maxsim in its limit."""
-    hard = task.startswith("maxsim")
-    options = {"affinity_norm": "none", "scale": HARD if hard else SOFT, "pool": "sum" if hard else "mean"}
+    """cross_attention_score, or a model's pair scorer."""
     arguments = block.image, block.words, block.cu_seqlens
+    if model_of(task) in MODELS:
+        model = scorer(model_of(task), dim=block.dim, **MODELS[model_of(task)][0]).eval()
+
+        def run() -> Tensor:
+            with torch.no_grad(), itm_fast.use_backend(backend):
+                return model(*arguments)
+
+        return run
+    hard = {"weights": "hard", "similarity": "product", "pool": "sum"}
+    options = {"affinity_norm": "none", **(hard if task.startswith("maxsim") else {"scale": SOFT, "pool": "mean"})}
     return lambda: itm_fast.cross_attention_score(*arguments, backend=backend, **options)
 
 
@@ -169,9 +209,10 @@ def flash_maxsim(block: Block) -> Callable[[], Tensor]:
 def measure(task: str, images: int, captions: int, rounds: int, device: str) -> dict:
     """All contenders of one task."""
     block = Block(images, captions, TASKS[task], device)
-    calls = {"loop over captions": loop(block, task), "one matrix product": one_product(block, task)}
-    left_out: dict[str, str] = {}
-    for name, make in PACKAGES.items():
+    calls, left_out = {"loop over captions": loop(block, task)}, dict[str, str]()
+    if model_of(task) not in MODELS:
+        calls["one matrix product"] = one_product(block, task)
+    for name, make in PACKAGES.items() if model_of(task) not in MODELS else ():
         if name == "maxsim-cpu" and task.startswith("attention"):
             continue
         if why := unusable(name, task, images, captions):
@@ -180,11 +221,16 @@ def measure(task: str, images: int, captions: int, rounds: int, device: str) -> 
             calls[name] = make(block, task)
     for backend in harness.backends(device):
         calls[f"itm-fast {backend}"] = ours(block, task, backend)
-    exact = loop(block, task)()
     off: dict[str, float] = {}
-    for name, call in list(calls.items()):
+    if model_of(task) in MODELS:
+        part = block.double(min(images, 16), min(captions, 16))
+        checked = {n: ours(part, task, n.split()[-1]) for n in calls if n.startswith("itm-fast")}
+        exact, checked = loop(part, task)(), {**calls, **checked, "loop over captions": loop(part, task)}
+    else:
+        exact, checked = loop(block, task)(), calls
+    for name in list(calls):
         try:
-            off[name] = harness.largest_difference(call(), exact)
+            off[name] = harness.largest_difference(checked[name](), exact)
         except NotImplementedError as why:
             left_out[name] = str(why)
             del calls[name]
