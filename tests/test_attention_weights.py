@@ -113,7 +113,8 @@ def test_a_word_above_no_threshold_counts_zero_and_has_no_gradient(backend, simi
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_nan_stays_nan_and_in_its_caption(backend, weights):
     for pool, similarity in itertools.product(("mean", *NEGATIVE), ("product", "cosine")):
-        call, (image, words) = case(None, (3, 2, 4), affinity_norm="none", weights=weights, similarity=similarity)
+        options = dict(affinity_norm="none", weights=weights, similarity=similarity, pool=pool)
+        call, (image, words) = case(None, (3, 2, 4), **options)
         words = words.clone()
         words[4, 3] = torch.nan
         assert call(image, words, backend).isnan().tolist() == [[False, True, False]] * 3, pool

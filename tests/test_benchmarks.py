@@ -183,11 +183,13 @@ def test_kendalls_tau():
     assert bench_precision.kendall(exact[:1], torch.tensor([[1.0, 1, 2, 3]])) == pytest.approx(5 / (6 * 5) ** 0.5)
 
 
-def test_maxsim_is_the_limit_of_hard_attention(monkeypatch, tmp_path):
+def test_maxsim_attention_and_the_models_beside_it(monkeypatch, tmp_path):
     monkeypatch.setattr(bench_maxsim.importlib.util, "find_spec", lambda name: None)
-    arguments = ("--tasks", "maxsim-d128", "attention-d1024", "--images", "3", "--captions", "4")
+    arguments = ("--tasks", "maxsim-d128", "attention-d1024", "naaf-d1024", "--images", "3", "--captions", "4")
     result = written(bench_maxsim, "maxsim", monkeypatch, tmp_path, *arguments)
-    hard, soft = result["results"]
+    hard, soft, naaf = result["results"]
+    assert [r["name"] for r in naaf["rows"]][0] == "loop over captions"
+    assert all(row["largest_difference"] < 1e-12 for row in naaf["rows"])
     assert hard["left_out"]["maxsim-cpu"] == hard["left_out"]["pykeops"] == "it is not installed"
     for one in (hard, soft):
         assert [r["name"] for r in one["rows"]][:2] == ["loop over captions", "one matrix product"]
