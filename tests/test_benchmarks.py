@@ -188,7 +188,7 @@ def test_maxsim_attention_and_the_models_beside_it(monkeypatch, tmp_path):
     arguments = ("--tasks", "maxsim-d128", "attention-d1024", "naaf-d1024", "--images", "3", "--captions", "4")
     result = written(bench_maxsim, "maxsim", monkeypatch, tmp_path, *arguments)
     hard, soft, naaf = result["results"]
-    assert [r["name"] for r in naaf["rows"]][0] == "loop over captions"
+    assert naaf["rows"][0]["name"] == "loop over captions"
     assert all(row["largest_difference"] < 1e-12 for row in naaf["rows"])
     assert hard["left_out"]["maxsim-cpu"] == hard["left_out"]["pykeops"] == "it is not installed"
     for one in (hard, soft):
