@@ -145,10 +145,15 @@ def joined(device: torch.device) -> Iterator[Ranks]:
         device: where this process computes; all must be on the CPU, or each on a GPU of its own.
 
     Raises:
-        ValueError: some processes are on a CPU and some on a GPU.
+        ValueError: some processes are on a CPU and some on a GPU, or a process group has no backend for the CPU.
         ConnectionError: another process has ended.
     """
     there = dist.is_available() and dist.is_initialized()
+    if there and dist.get_backend() == "nccl":
+        raise ValueError(
+            "the process group has NCCL alone, and numbers are exchanged on the CPU too; make it by "
+            'torch.distributed.init_process_group("cpu:gloo,cuda:nccl")'
+        )
     if not there and _torchrun.world() == 1:
         yield Ranks()
         return

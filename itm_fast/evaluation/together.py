@@ -14,6 +14,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .._ranks import Ranks
 from .counters import BandExceeded
 from .matrix_free import WIDER, Blocks
@@ -55,8 +58,8 @@ def count_together(
         assert tally is not None
         with keeping:
             return blocks.all(tally, numbers, progress=progress, after=snapshots.after if snapshots else _nothing)
-    mine, lacking = _shared_out(tally, ranks)
-    lacking = [number for number in numbers if number in set(lacking)]
+    mine, done = _shared_out(tally, ranks)
+    lacking = [number for number in numbers if not done[number]]
     if snapshots is not None:
         snapshots.after(mine)
     with keeping:
@@ -94,17 +97,17 @@ def _nothing(_: Tally) -> None:
     pass
 
 
-def _shared_out(tally: Tally | None, ranks: Ranks) -> tuple[Tally, list[int]]:
-    """What this process adds to, and the numbers of the blocks that are to be counted."""
+def _shared_out(tally: Tally | None, ranks: Ranks) -> tuple[Tally, NDArray[np.bool_]]:
+    """What this process adds to, and bool [blocks], which blocks are counted already."""
 
-    def first() -> tuple[bytes, list[int]]:
+    def first() -> tuple[bytes, NDArray[np.bool_]]:
         assert tally is not None
         band = tally.counters[0].band
         args = tally.right, tally.owner, tally.images, len(tally.done), tally.asked, tally.identity, band, tally.about
-        return _bytes(Tally(*args)), (~tally.done).nonzero()[0].tolist()
+        return _bytes(Tally(*args)), tally.done.copy()
 
-    empty, lacking = ranks.on_first(first)
-    return Tally.load(io.BytesIO(empty)) if tally is None else tally, lacking
+    empty, done = ranks.on_first(first)
+    return Tally.load(io.BytesIO(empty)) if tally is None else tally, done
 
 
 def _count(
