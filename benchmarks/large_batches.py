@@ -95,7 +95,7 @@ def table(result: dict) -> str:
     """A Markdown row per model and batch."""
     e, sizes = result["environment"], result["sizes"]
     lines = [
-        f"{e['device']}; {e['threads']} threads; torch {e['torch']}; {e['date']}; commit {e['commit']}. A step from "
+        f"{e['device']}; threads: {e['threads']}; torch {e['torch']}; {e['date']}; commit {e['commit']}. A step from "
         f"features [B, {result['regions']}, {sizes['img_dim']}] to gradients, D {sizes['embed_size']}, float32; in "
         f"parts: `--chunk {result['chunk']}`, with the same loss and gradients. Memory above features, parameters and "
         "gradients.\n",

@@ -33,14 +33,16 @@ class Share:
         lengths: [B], the words of all captions of the batch.
         rows: the places in the batch of this process's captions: r, r + W, ..., or all.
         part: those of its captions that are being encoded.
-        masks: the dropout masks that were drawn, for this process's rows.
+        masks: the dropout masks that were drawn, for this process's rows, by module and how often it was called before.
+        calls: how often each dropout module was called for this part.
     """
 
     ranks: Ranks
     lengths: Sequence[int]
     rows: range
     part: slice = field(default_factory=lambda: slice(None))
-    masks: dict[int, Tensor] = field(default_factory=dict)
+    masks: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    calls: dict[int, int] = field(default_factory=dict)
 
     @property
     def divided(self) -> bool:
@@ -50,7 +52,7 @@ class Share:
     @contextlib.contextmanager
     def active(self, part: slice = slice(None)) -> Iterator[None]:
         """Inside the `with`, `share()` returns this, with that part of its captions being encoded."""
-        token = _share.set(dataclasses.replace(self, part=part))
+        token = _share.set(dataclasses.replace(self, part=part, calls={}))
         try:
             yield
         finally:
@@ -90,10 +92,12 @@ class Share:
         """
         if not module.training or not module.p:
             return x
-        mask = self.masks.get(id(module))
+        key = id(module), self.calls.get(id(module), 0)
+        self.calls[id(module)] = key[1] + 1
+        mask = self.masks.get(key)
         if mask is None:
             drawn = nn.functional.dropout(x.new_ones(len(self.lengths), *x.shape[1:]), module.p)
-            mask = self.masks[id(module)] = self.of_rows(drawn) != 0
+            mask = self.masks[key] = self.of_rows(drawn) != 0
         return x * (mask[self.part].to(x.dtype) / (1 - module.p))
 
 

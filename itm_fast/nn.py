@@ -52,6 +52,8 @@ class PairScorer(nn.Module):
 
     # In training, whether a caption's scores depend on all images of the batch, as by SAF's batch statistics.
     all_images = False
+    # In training, whether scores depend on those of other pairs, so that every process scores the whole batch.
+    all_pairs = False
     per_word = 0  # the first `per_word` tensors of `caption_state` have a row per word, the others a row per caption
 
     def image_state(self, image: Tensor, region_lengths: Tensor | None = None) -> State:

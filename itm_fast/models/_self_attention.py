@@ -107,14 +107,14 @@ def normalised(norm: nn.Module, x: Tensor, valid: Tensor | None = None) -> Tenso
         valid = x.new_ones(x.shape[:2], dtype=torch.bool)
     rows = x if x.dim() == 3 else rearrange(x, "b c -> b c 1")
     total = now.ranks.sum if now is not None and divided else _itself
-    return masked_batch_norm(cast(nn.BatchNorm1d, norm), rows, valid, total).view_as(x)
+    return _masked_batch_norm(cast(nn.BatchNorm1d, norm), rows, valid, total).view_as(x)
 
 
 def _itself(x: Tensor) -> Tensor:
     return x
 
 
-def masked_batch_norm(norm: nn.BatchNorm1d, x: Tensor, valid: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
+def _masked_batch_norm(norm: nn.BatchNorm1d, x: Tensor, valid: Tensor, total: Callable[[Tensor], Tensor]) -> Tensor:
     """BatchNorm1d in training mode over [B, R, D] with R as channel; statistics are over the valid rows of a channel.
 
     `total` adds up a tensor [R] over the processes that have a part of the batch. The running statistics of a channel

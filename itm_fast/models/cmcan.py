@@ -26,10 +26,10 @@ from .._workspace import scratch_bytes
 from ..nn import PairScorer, SimilarityGraph, State, xavier_
 from ..ops import _recompute, attended_vectors, similarity_graph
 from ..packing import spans
-from ._common import PaddedScorer, l2norm, without_padding
+from ._common import Dropout, PaddedScorer, l2norm, without_padding
 from ._pair_blocks import blocks
 from ._rows import linear, sigmoid
-from ._self_attention import TextSA, masked_batch_norm
+from ._self_attention import TextSA, normalised
 from .sgraf import SGRAF
 
 NAME = "ConfidenceMatching"
@@ -58,7 +58,7 @@ class GraphEmbv(nn.Module):
         self.emb_global_li = nn.Linear(embed_size, embed_size)
         self.emb_global_bn = nn.BatchNorm1d(embed_size)
         self.emb_common = nn.Linear(embed_size, 1)
-        self.dropout = nn.Dropout(dropout_rate)
+        self.dropout = Dropout(dropout_rate)
         for name in ("sim_tranloc_wv", "sim_tranpar_wv", "sim_tranglo_w"):
             setattr(self, name, nn.Linear(embed_size, sim_dim))
         self.emb_similarity = nn.Linear(sim_dim, 1)
@@ -74,10 +74,8 @@ class GraphEmbv(nn.Module):
             image, valid = without_padding(image, region_lengths)
         count = image.shape[1] if region_lengths is None else region_lengths[:, None].to(image.dtype)
         local, mean = self._linear(self.emb_local_li, image), image.sum(1) / count
-        masked = valid is not None and self.emb_local_bn.training
-        local = masked_batch_norm(self.emb_local_bn, local, valid) if masked else self.emb_local_bn(local)  # type: ignore
-        local = self.dropout(local.tanh())
-        overall = self.dropout(self.emb_global_bn(self._linear(self.emb_global_li, mean)).tanh())
+        local = self.dropout(normalised(self.emb_local_bn, local, valid).tanh())
+        overall = self.dropout(normalised(self.emb_global_bn, self._linear(self.emb_global_li, mean)).tanh())
         logits = self._linear(self.emb_common, local * overall[:, None])[..., 0]  # [I, R]
         if valid is not None:
             logits = logits.masked_fill(~valid, float("-inf"))

@@ -54,6 +54,8 @@ class NegativeAware(PaddedScorer):
     torch.Size([2, 3])
     """
 
+    all_pairs = True  # the thresholds follow the batch, caption by caption
+
     def __init__(
         self,
         lambda_softmax: float = 20.0,

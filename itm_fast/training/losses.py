@@ -98,18 +98,21 @@ def _bounds(lengths: Any, device: torch.device) -> Tensor:
 def _scores(
     scorer: Any, share: Share, image: Tensor, words: Tensor, cu_seqlens: Tensor, region_lengths: Tensor | None
 ) -> Tensor:
-    """Scores [B, B] of the whole batch, of which each process computes its images' or its captions'."""
+    """Scores [B, B] of the whole batch, of which each process computes its images' or its captions', or all."""
     image_state = scorer.image_state(image, region_lengths)
     caption_state = scorer.caption_state(words, cu_seqlens)
     if not share.divided:
         return scorer.score(image_state, words, cu_seqlens, caption_state, region_lengths)
-    if scorer.all_images:
+    if scorer.all_images or scorer.all_pairs:
         image_state = tuple(share.whole(x) for x in image_state)
         if region_lengths is not None:
             region_lengths = share.whole(region_lengths)
-        return share.whole(scorer.score(image_state, words, cu_seqlens, caption_state, region_lengths).t()).t()
-    caption_state = tuple(
-        share.whole_words(x) if k < scorer.per_word else share.whole(x) for k, x in enumerate(caption_state)
-    )
-    cu_seqlens = _bounds(share.lengths, words.device)
-    return share.whole(scorer.score(image_state, share.whole_words(words), cu_seqlens, caption_state, region_lengths))
+    if scorer.all_pairs or not scorer.all_images:
+        words, cu_seqlens = share.whole_words(words), _bounds(share.lengths, words.device)
+        caption_state = tuple(
+            share.whole_words(x) if k < scorer.per_word else share.whole(x) for k, x in enumerate(caption_state)
+        )
+    score = scorer.score(image_state, words, cu_seqlens, caption_state, region_lengths)
+    if scorer.all_pairs:
+        return score
+    return share.whole(score.t()).t() if scorer.all_images else share.whole(score)
