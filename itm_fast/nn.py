@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ._names import AnyPool, Direction, Norm, Similarity, Weights
 from .ops import cross_attention_score, similarity_filter, similarity_graph
 from .ops._attention import NEGATIVE, affinity_norm, attention_weights, negative, pooled, similarities
 from .packing import bounds
@@ -142,14 +143,14 @@ class CrossAttentionScore(PairScorer):
 
     def __init__(
         self,
-        direction: str = "t2i",
-        affinity_norm: str = "clipped_l2norm",
+        direction: Direction = "t2i",
+        affinity_norm: Norm = "clipped_l2norm",
         scale: float = 9.0,
-        pool: str = "lse",
+        pool: AnyPool = "lse",
         pool_scale: float = 6.0,
-        weights: str = "softmax",
+        weights: Weights = "softmax",
         threshold: float = 0.0,
-        similarity: str = "cosine",
+        similarity: Similarity = "cosine",
     ) -> None:
         super().__init__()
         self.options: dict[str, Any] = {

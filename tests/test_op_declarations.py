@@ -4,12 +4,15 @@ import ast
 import inspect
 import re
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 
 import itm_fast
-from itm_fast import ops
+from itm_fast import evaluation, ops
+from itm_fast._names import BACKENDS, Backend, Ties
+from itm_fast.evaluation import TIES
 from itm_fast.ops._declare import DECLARED, Choice, Floats, Integers, Result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -167,6 +170,22 @@ def test_the_docstring_gives_the_declared_shapes_and_choices(op):
             assert all(re.search(rf"\b{choice}\b", line) for choice in argument.choices), line
     assert tuple(re.findall(r'"(\w+)"', said["backend"])) == DECLARED[op].offered
     assert set(said) == {"backend", "ValueError", "TypeError", "NotImplementedError"}
+
+
+@over_ops
+def test_the_types_of_options_name_their_choices(op):
+    types = get_type_hints(getattr(itm_fast, op))
+    for argument in DECLARED[op].arguments:
+        if isinstance(argument, Choice):
+            assert get_args(types[argument.name]) == argument.choices
+    assert types["backend"] == Backend | None
+
+
+def test_the_types_of_rules_and_backends_name_them_all():
+    assert get_args(Ties) == TIES
+    assert get_args(Backend) == ("auto", *BACKENDS) == ("auto", *itm_fast._backends.NAMES)
+    for name in ("evaluate", "metrics", "fold_metrics", "ranks", "rate", "compare", "relevance_metrics"):
+        assert inspect.signature(getattr(evaluation, name)).parameters["ties"].annotation == "Ties"
 
 
 def test_an_argument_has_one_line_in_all_docstrings():

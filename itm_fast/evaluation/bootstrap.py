@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .._names import Ties
 from . import TIES
 from .kept_ranks import KeptRanks, hits
 
@@ -90,7 +91,7 @@ def compare(
     b: KeptRanks | Sequence[KeptRanks],
     *,
     cutoffs: Sequence[int] = (1, 5, 10),
-    ties: str = "pessimistic",
+    ties: Ties = "pessimistic",
     samples: int = 10_000,
     seed: int = 0,
     confidence: float = 0.95,

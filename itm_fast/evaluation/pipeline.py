@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from .._backends import recorded
 from .._files import FULL
+from .._names import Ties
 from .._ranks import Ranks, joined
 from .counted import MEAN, count_blocks, report_of
 from .counting import count as count_matrix
@@ -48,7 +49,7 @@ def evaluate(
     *,
     names: Sequence[str] | None = None,
     folds: int | None = None,
-    ties: str = "pessimistic",
+    ties: Ties = "pessimistic",
     batch_size: int = 128,
     memory_gb: float | None = None,
     scores: str | os.PathLike[str] | None = None,
@@ -129,7 +130,7 @@ class Prepared:
     vocab: Vocabulary
     names: list[str]
     folds: int | None
-    ties: str
+    ties: Ties
     batch_size: int
     memory_gb: float | None
     more: Mapping[str, Any]
@@ -142,7 +143,7 @@ class Prepared:
         vocab: Vocabulary,
         names: Sequence[str] | None = None,
         folds: int | None = None,
-        ties: str = "pessimistic",
+        ties: Ties = "pessimistic",
         batch_size: int = 128,
         memory_gb: float | None = None,
         settings: Mapping[str, Any] | None = None,

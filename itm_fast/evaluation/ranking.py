@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from .._names import Ties
 from .counting import checked, count
 from .tie_rules import Metrics, Ranks, known_rule, metrics_of, ranks_of, require_one_rank
 
@@ -15,7 +16,7 @@ from .tie_rules import Metrics, Ranks, known_rule, metrics_of, ranks_of, require
 def ranks(
     score: NDArray[np.floating] | torch.Tensor,
     caption_to_image: NDArray[np.integer] | Sequence[int],
-    ties: str = "pessimistic",
+    ties: Ties = "pessimistic",
 ) -> Ranks:
     """Rank every caption's image and every image's best caption.
 
@@ -52,7 +53,7 @@ def metrics(
     score: NDArray[np.floating] | torch.Tensor,
     caption_to_image: NDArray[np.integer] | Sequence[int],
     *,
-    ties: str = "pessimistic",
+    ties: Ties = "pessimistic",
 ) -> Metrics:
     """Recalls, median and mean rank of both directions over the whole pool.
 
@@ -84,7 +85,7 @@ def fold_metrics(
     caption_to_image: NDArray[np.integer] | Sequence[int],
     folds: int = 5,
     *,
-    ties: str = "pessimistic",
+    ties: Ties = "pessimistic",
 ) -> list[Metrics]:
     """Metrics of equal, consecutive parts of the images, each against the captions of that part alone.
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from .. import __version__
 from .._files import require_regular
+from .._names import Ties
 from .many_right import count_pairs, pairs_of
 from .plausible import load_plausible, plausible_r_precision
 from .ranking import fold_metrics
@@ -30,7 +31,7 @@ def rate(
     name: str = "scores",
     cutoffs: Sequence[int] = (),
     folds: int | None = None,
-    ties: str = "pessimistic",
+    ties: Ties = "pessimistic",
     captions: Sequence[str] | None = None,
     worst: int = 0,
     image_ids: NDArray[np.integer] | None = None,

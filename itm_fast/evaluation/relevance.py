@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .._names import Ties
 from .best import TieOrder, Wanted, contenders, right_pairs
 
 _COLUMNS = 256  # captions transposed at once
@@ -67,7 +68,7 @@ def relevance_metrics(
     image_ids: NDArray[np.integer],
     caption_ids: NDArray[np.integer],
     *,
-    ties: str = "pessimistic",
+    ties: Ties = "pessimistic",
 ) -> dict[str, dict[str, float]]:
     """CxC R@1/5/10 and ECCV Caption mAP@R, R-Precision and R@1 in both directions, in percent.
 

@@ -26,6 +26,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from .._names import Direction
 from .._workspace import scratch_bytes
 from ..nn import Attention, CrossAttentionScore, PairScorer, State
 from ..ops import cross_attention_score, global_local_score
@@ -293,10 +294,11 @@ class HierarchicalAlignment(GlobalVectors):
         local, between, overall = self.levels
         total: Tensor | float = 0.0
         if local:
-            for direction, scale, share in (
+            ways: tuple[tuple[Direction, float, float], ...] = (
                 ("t2i", self.scale_t2i, self.share_local),
                 ("i2t", self.scale_i2t, 1 - self.share_local),
-            ):
+            )
+            for direction, scale, share in ways:
                 if share:
                     total = total + local * share * cross_attention_score(
                         regions, words, cu_seqlens, direction=direction, scale=scale, pool="mean",
@@ -324,10 +326,11 @@ class HierarchicalAlignment(GlobalVectors):
             self.image_state(image[None]), self.caption_state(words, cu_seqlens)
         )  # fmt: skip
         weights, total = {}, 0.0
-        for name, direction, scale, share in (
+        ways: tuple[tuple[str, Direction, float, float], ...] = (
             ("regions", "t2i", self.scale_t2i, self.share_local),
             ("words", "i2t", self.scale_i2t, 1 - self.share_local),
-        ):
+        )
+        for name, direction, scale, share in ways:
             one = CrossAttentionScore(direction, scale=scale, pool="mean").attention(regions[0], rows)
             weights[name] = one.weights[name]
             total += self.levels[0] * share * one.score

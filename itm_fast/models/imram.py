@@ -20,6 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from .._names import Direction, Norm
 from .._workspace import scratch_bytes
 from ..nn import Attention, PairScorer, State, xavier_
 from ..ops import _recompute, attended_vectors, cross_attention_score
@@ -32,8 +33,12 @@ from .scan import EncoderText as _EncoderText
 from .sgraf import SGRAF
 
 NAME = "IterativeMatching"
-MODES = {"text_IMRAM": ("t2i",), "image_IMRAM": ("i2t",), "full_IMRAM": ("t2i", "i2t")}
-NORM = "clipped_l2norm"
+MODES: dict[str, tuple[Direction, ...]] = {
+    "text_IMRAM": ("t2i",),
+    "image_IMRAM": ("i2t",),
+    "full_IMRAM": ("t2i", "i2t"),
+}
+NORM: Norm = "clipped_l2norm"
 
 
 class EncoderImage(OwnKeys):

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._names import Negative
 from ..nn import Attention, CrossAttentionScore, State
 from ..packing import bounds
 from ._common import PaddedScorer, choice
@@ -79,7 +80,7 @@ class NegativeAware(PaddedScorer):
         trains = self.training if not self.mode else self.mode != "test"
         threshold, scale = self.thres if trains else self.thres_safe, self.lambda_softmax
         plain: dict[str, Any] = {"affinity_norm": "none", "scale": scale, "threshold": threshold}
-        pool = "negative" if trains else "smoothed_negative"
+        pool: Negative = "negative" if trains else "smoothed_negative"
         return [
             CrossAttentionScore(
                 **plain, weights="hard", similarity="product", pool=pool, pool_scale=self.intra_lambda

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from argparse import Namespace
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from .._names import Direction, Norm, Pool
 from ..nn import CrossAttentionScore, PairScorer
 from ..ops import hardest_negative_loss
 from ..ops._attention import affinity_norm
@@ -34,11 +35,8 @@ from ._evaluator import AverageMeter, LogCollector, encode_data, evalrank
 from ._image_encoders import EncoderImage, EncoderImagePrecomp, EncoderImageWeightNormPrecomp
 from ._recall import i2t, t2i
 
-NORMS = {
-    name: {"no_norm": "none"}.get(name, name)
-    for name in ("softmax", "l2norm", "clipped_l2norm", "l1norm", "clipped_l1norm", "clipped", "no_norm")
-}
-POOLS = {"LogSumExp": "lse", "Max": "max", "Sum": "sum", "Mean": "mean"}
+NORMS: dict[str, Norm] = {"no_norm" if name == "none" else name: name for name in get_args(Norm)}
+POOLS: dict[str, Pool] = {"LogSumExp": "lse", "Max": "max", "Sum": "sum", "Mean": "mean"}
 OPTIONS = (
     "grad_clip", "img_dim", "embed_size", "precomp_enc_type", "no_imgnorm", "vocab_size", "word_dim",
     "num_layers", "bi_gru", "no_txtnorm", "margin", "max_violation", "learning_rate",
@@ -128,7 +126,7 @@ def cosine_similarity(x1: Tensor, x2: Tensor, dim: int = 1, eps: float = 1e-8) -
     return ((x1 * x2).sum(dim) / length.clamp(min=eps)).squeeze()
 
 
-def _scorer(direction: str, opt: Namespace) -> CrossAttentionScore:
+def _scorer(direction: Direction, opt: Namespace) -> CrossAttentionScore:
     choice("SCAN", "cross_attn", direction, ("t2i", "i2t"))
     choice("SCAN", "raw_feature_norm", opt.raw_feature_norm, tuple(NORMS))
     choice("SCAN", "agg_func", opt.agg_func, tuple(POOLS))
@@ -293,7 +291,9 @@ class SCAN(Matcher):
         return self.forward_loss(*self.forward_emb(images, captions, lengths), region_lengths=region_lengths)
 
 
-def _shard(direction: str, images: np.ndarray | Tensor, captions: np.ndarray | Tensor, caplens, opt) -> np.ndarray:
+def _shard(
+    direction: Direction, images: np.ndarray | Tensor, captions: np.ndarray | Tensor, caplens, opt
+) -> np.ndarray:
     # The published evaluators collect a model's float32 embeddings in float64 arrays, which kernels on a GPU refuse.
     dtype = torch.get_default_dtype() if images.dtype == np.float64 else torch.as_tensor(images[:0]).dtype
     return score_arrays(_scorer(direction, opt), images, captions, caplens, device_of(opt), dtype)

@@ -24,6 +24,7 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
+from .._names import Direction
 from .._workspace import GIB, scratch_bytes, workspace
 from ..nn import Attention, PairScorer, SimilarityGraph, State, xavier_
 from ..ops import _recompute, cross_attention_similarity, similarity_context, similarity_graph
@@ -36,7 +37,7 @@ from ._sgraf_attention import graph_attention
 from .sgraf import SGRAF
 
 NAME = "TwoStreamReasoning"
-DIRECTIONS = ("t2i", "i2t")
+DIRECTIONS: tuple[Direction, ...] = ("t2i", "i2t")
 CPU_BLOCK = 128 << 20  # bytes of a block's nodes: smaller blocks lose time to calls, larger ones to fresh memory
 CAPTIONS = 32  # most captions of a block, so that it has several images too
 _STREAM = 11  # number of tensors that `Stream.tensors` returns

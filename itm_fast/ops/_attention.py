@@ -21,22 +21,23 @@ Direction t2i: the queries q are the words, the contexts x the regions. i2t: the
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
+from .._names import Direction, Negative, Norm, Output, Pool, Similarity, Weights
 from ..packing import kept, region_counts
 
-DIRECTIONS = ("t2i", "i2t")
-NORMS = ("softmax", "l2norm", "clipped_l2norm", "l1norm", "clipped_l1norm", "clipped", "none")
-POOLS = ("lse", "max", "sum", "mean")
-OUTPUTS = "score", "logit"  # of pair scorers that end in a sigmoid
-NEGATIVE = ("negative", "smoothed_negative")  # pools of `cross_attention_score` alone
-WEIGHTS = ("softmax", "focal_equal", "focal_prob", "hard", "threshold")
-SIMILARITIES = ("cosine", "product", "projection")
+DIRECTIONS: tuple[Direction, ...] = get_args(Direction)
+NORMS: tuple[Norm, ...] = get_args(Norm)
+POOLS: tuple[Pool, ...] = get_args(Pool)
+OUTPUTS: tuple[Output, ...] = get_args(Output)  # of pair scorers that end in a sigmoid
+NEGATIVE: tuple[Negative, ...] = get_args(Negative)  # pools of `cross_attention_score` alone
+WEIGHTS: tuple[Weights, ...] = get_args(Weights)
+SIMILARITIES: tuple[Similarity, ...] = get_args(Similarity)
 DEFAULT = ("softmax", 0.0, "cosine")  # weights, threshold and similarity of SCAN
 SLOPE = 0.1  # the papers write ReLU; the published code clips with this slope
 EPS = 1e-8

@@ -29,6 +29,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._names import Backend, Direction, Norm
 from ..packing import bounds
 from . import _attention, _draws
 from ._declare import Choice, Floats, Given, Integers, Result
@@ -127,11 +128,11 @@ def attended_vectors(
     queries: Tensor | None = None,
     values: Tensor | None = None,
     *,
-    direction: str = "t2i",
-    affinity_norm: str = "clipped_l2norm",
+    direction: Direction = "t2i",
+    affinity_norm: Norm = "clipped_l2norm",
     scale: float | Tensor = 9.0,
     region_lengths: Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """The attended vector of every query of every image and caption.
 

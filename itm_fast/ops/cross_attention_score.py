@@ -50,6 +50,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._names import AnyPool, Backend, Direction, Norm, Similarity, Weights
 from ..packing import bounds
 from . import _attention, _draws
 from ._declare import Choice, Floats, Integers, Number, Positive, Result
@@ -136,16 +137,16 @@ def cross_attention_score(
     words: Tensor,
     cu_seqlens: Tensor,
     *,
-    direction: str = "t2i",
-    affinity_norm: str = "clipped_l2norm",
+    direction: Direction = "t2i",
+    affinity_norm: Norm = "clipped_l2norm",
     scale: float = 9.0,
-    pool: str = "lse",
+    pool: AnyPool = "lse",
     pool_scale: float = 6.0,
-    weights: str = "softmax",
+    weights: Weights = "softmax",
     threshold: float = 0.0,
-    similarity: str = "cosine",
+    similarity: Similarity = "cosine",
     region_lengths: Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Score every image with every caption: the pair score of SCAN, and with other options of BFAN, CHAN and NAAF.
 

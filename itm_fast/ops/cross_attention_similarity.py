@@ -30,6 +30,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._names import Backend, Direction, Norm
 from ..packing import bounds
 from . import _attention, _draws
 from ._declare import Choice, Floats, Given, Integers, Positive, Result, empty
@@ -101,11 +102,11 @@ def cross_attention_similarity(
     weight: Tensor,
     bias: Tensor,
     *,
-    direction: str = "t2i",
-    affinity_norm: str = "clipped_l2norm",
+    direction: Direction = "t2i",
+    affinity_norm: Norm = "clipped_l2norm",
     scale: float = 9.0,
     region_lengths: Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Similarity vectors of every query and its attended vector: SGRAF's local alignments.
 

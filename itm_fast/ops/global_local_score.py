@@ -35,6 +35,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._names import Backend
 from ..packing import bounds
 from . import _attention, _draws
 from ._declare import Floats, Integers, Positive, Result
@@ -76,7 +77,7 @@ _op = Op(
 
 @_op.public
 def global_local_score(
-    vector: Tensor, words: Tensor, cu_seqlens: Tensor, *, scale: float = 1.0, backend: str | None = None
+    vector: Tensor, words: Tensor, cu_seqlens: Tensor, *, scale: float = 1.0, backend: Backend | None = None
 ) -> Tensor:
     """Cosine of every vector with what it attends to in every caption: a global-to-local score.
 

@@ -33,6 +33,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from .._names import Backend
 from ._declare import Flag, Floats, Given, Integers, Number, Result
 from ._negatives import columns, positives
 from ._register import Op
@@ -88,7 +89,7 @@ def hardest_negative_loss(
     image_ids: Tensor | None = None,
     positive: Tensor | None = None,
     both: bool = True,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Triplet ranking loss of a batch, with its hardest negatives.
 

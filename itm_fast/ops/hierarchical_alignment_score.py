@@ -51,9 +51,12 @@ Saved for backward: the inputs. Everything per pair is computed again, block by 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
+from .._names import Backend
 from .._triton import REGIONS
 from ..packing import bounds, region_counts
 from . import _attention, _draws
@@ -187,13 +190,13 @@ def hierarchical_alignment_score(
     image_pool: Tensor,
     caption_pool: Tensor,
     *,
-    direction: str = "both",
+    direction: Literal["t2i", "i2t", "both"] = "both",
     scale: float = 15.0,
-    pool: str = "mean",
+    pool: Literal["mean", "sum"] = "mean",
     local_mix: float = 0.3,
     global_mix: float = 0.5,
     region_lengths: Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Score all pairs by local-to-local, global-to-local and global-to-global alignment: SHAN's pair score.
 

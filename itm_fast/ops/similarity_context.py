@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._names import Backend
 from ..packing import bounds
 from . import _draws
 from ._declare import Counts, Floats, Given, Integers, Result, empty
@@ -97,7 +98,7 @@ def similarity_context(
     assignment: Tensor,
     sizes: Sequence[int],
     *,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Compute each pair's context nodes, and join them to its global node and its local nodes.
 

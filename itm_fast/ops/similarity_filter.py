@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from .._checks import work_dtype
+from .._names import Backend
 from ..packing import bounds
 from . import _attention, _draws
 from ._declare import Flag, Floats, Given, Integers, Positive, Result
@@ -122,7 +123,7 @@ def similarity_filter(
     *,
     training: bool = False,
     eps: float = 1e-5,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Weigh each pair's similarity vectors by significance and add them up: SGRAF's SAF.
 

@@ -31,6 +31,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._names import Backend
 from ..packing import bounds
 from . import _draws
 from ._declare import Floats, Given, Integers, Result
@@ -102,7 +103,7 @@ def similarity_graph(
     value_weight: Tensor,
     value_bias: Tensor,
     *,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> Tensor:
     """Reason over each pair's graph of similarity vectors and return the global node: SGRAF's SGR.
 

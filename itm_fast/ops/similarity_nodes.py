@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._names import Backend
 from ..packing import bounds, node_bounds, region_counts
 from . import _attention, _draws
 from ._declare import Floats, Given, Integers, Positive, Result
@@ -99,7 +100,7 @@ def similarity_nodes(
     *,
     scale: float = 9.0,
     region_lengths: Tensor | None = None,
-    backend: str | None = None,
+    backend: Backend | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute the input of SGR and SAF: for every pair its global similarity vector, then one of each word.
 

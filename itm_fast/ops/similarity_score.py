@@ -46,6 +46,7 @@ from torch._subclasses.fake_tensor import is_fake
 
 from .._backends import autocast_dtype
 from .._checks import work_dtype
+from .._names import Backend, Output
 from .._workspace import current_gib, scratch_bytes, workspace
 from ..packing import kept, node_bounds, spans
 from . import _attention, _draws
@@ -228,8 +229,8 @@ def similarity_graph_score(
     *,
     scale: float = 9.0,
     region_lengths: Tensor | None = None,
-    output: str = "score",
-    backend: str | None = None,
+    output: Output = "score",
+    backend: Backend | None = None,
 ) -> Tensor:
     """Score all pairs as SGRAF with its graph reasoning does (SGR), from encoded images and captions.
 
@@ -308,8 +309,8 @@ def similarity_filter_score(
     scale: float = 9.0,
     eps: float = 1e-5,
     region_lengths: Tensor | None = None,
-    output: str = "score",
-    backend: str | None = None,
+    output: Output = "score",
+    backend: Backend | None = None,
 ) -> Tensor:
     """Score all pairs as SGRAF with its attention filtration does in evaluation (SAF), from encoded inputs.
 
