@@ -43,7 +43,8 @@ def blocks(
     half = scratch_bytes(image.device) // 2
     limit = half // KEPT if backward else half
     limit = min(limit, CPU_BLOCK) if image.device.type == "cpu" else limit
-    for some in runs(edge, image.device, ROWS):
+    rows = max(1, min(ROWS, limit // max(1, pair_bytes(1))))  # so few that one image with them fits
+    for some in runs(edge, image.device, rows):
         own = torch.arange(some.size + 1, dtype=cu_seqlens.dtype, device=cu_seqlens.device) * some.length
         most = limit // (pair_bytes(some.length) * max(1, image.element_size() // 4) * some.size)
         for images in spans(len(image), max(1, most)):
