@@ -27,6 +27,7 @@ _SUMMARIES = {
     "search": "find the images of a gallery that score best with a caption",
     "gallery": "encode the images of a data set into a gallery, for search",
     "attend": "draw what a model attends to in an image and its captions",
+    "features": "make a split from a folder of pictures, or of one array per image, and a file of captions",
     "train": "train a model with the published recipe, or continue an interrupted run",
     "demo": "evaluate the trained models inside the package on its pictures, and draw what SAF attends to",
     "convert": "turn SCAN's .npy folder into HDF5, or back",

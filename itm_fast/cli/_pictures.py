@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..features.pictures import KINDS, open_rgb
+
 if TYPE_CHECKING:
     from PIL import Image
 
     from ..data import Split
 
 _SIDE = 144  # pixels of the longer side
-_KINDS = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 
 def pictures_of(folder: str | None, data: str, name: str, split: Split) -> Callable[[int], bytes | None] | None:
@@ -102,40 +103,34 @@ def _list(data: str | Path, name: str) -> Path:
 
 
 def _first_words(path: Path) -> list[str]:
-    return [line.split()[0] if line.split() else "" for line in path.read_text(encoding="utf-8").splitlines()]
+    """Of each line what stands before the first tab, or else the first word."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line.split("\t")[0].strip() if "\t" in line else "".join(line.split()[:1]) for line in lines]
 
 
 def _numbered(root: Path) -> dict[int, str]:
     """File names of pictures by the number in which they end."""
     found = {}
     for file in root.iterdir():
-        if file.suffix.lower() in _KINDS and (digits := re.search(r"\d+$", file.stem)):
+        if file.suffix.lower() in KINDS and (digits := re.search(r"\d+$", file.stem)):
             found[int(digits[0])] = file.name
     return found
 
 
 def _read(root: Path, name: str, side: int) -> bytes | None:
-    from PIL import Image
-
-    for ending in ("", *_KINDS):
+    for ending in ("", *KINDS):
         file = (root / f"{name}{ending}").resolve()
         if file.is_file() and root in file.parents:  # a name such as ../../x leads out of the folder
             try:
-                with Image.open(file) as picture:
-                    return _jpeg(picture, side)
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+                return _jpeg(open_rgb(file), side)
+            except (OSError, ValueError):
                 return None
     return None
 
 
 def _jpeg(picture: Image.Image, side: int) -> bytes:
-    """A small copy on white, as JPEG has no transparency."""
-    from PIL import Image
-
+    """A small copy of an RGB picture."""
     picture.thumbnail((side, side))
-    small = Image.new("RGB", picture.size, "white")
-    whole = picture.convert("RGBA")
-    small.paste(whole, mask=whole)
     file = io.BytesIO()
-    small.save(file, "JPEG", quality=80)
+    picture.save(file, "JPEG", quality=80)
     return file.getvalue()

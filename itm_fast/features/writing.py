@@ -1,0 +1,214 @@
+"""Make a split of SCAN's folder from pictures and a backbone, or from arrays; an interrupted call can go on."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .._files import atomic_write
+from .._lock import Lock
+from ..data import Split
+from ..data.folder import FILES, needs_map
+from ..data.stored import damaged
+from ..gallery.files import journal, names_checksum, read_json, write_rows
+from . import arrays, pictures
+from .backbones import Backbone, cells, regions
+
+_WRITTEN = (*FILES, "pictures.txt")
+
+
+@dataclass
+class Images:
+    """The images of a split: where their features come from.
+
+    Attributes:
+        names: of their files.
+        shape: R, F.
+        produce: `produce(start, stop)` returns these images' features [n, R, F].
+        origin: what the features are computed from, as plain values; when it differs, a begun split is refused.
+        boxes: [I, R, 4] or, if all images have the same, [1, R, 4]; None if unknown.
+        lengths: [I] regions of each image; None if all have R.
+    """
+
+    names: Sequence[str]
+    shape: tuple[int, int]
+    produce: Callable[[int, int], NDArray[np.floating]]
+    origin: Mapping[str, Any] = field(default_factory=dict)
+    boxes: NDArray[np.float32] | None = None
+    lengths: NDArray[np.int32] | None = None
+
+
+def from_pictures(
+    folder: Path, names: Sequence[str], backbone: Backbone, grid: int, *, origin: Mapping[str, Any], workers: int
+) -> Images:
+    """The grid features of pictures: the backbone's last feature map, pooled to grid x grid regions.
+
+    Raises:
+        ValueError: the backbone cannot take pictures of its size, or its feature map is smaller than the grid.
+    """
+    with damaged(f"the backbone has no feature map of a picture of {' x '.join(map(str, backbone.size))} pixels"):
+        empty = backbone.map(np.zeros((1, *backbone.size, 3), np.uint8))
+    _, F, height, width = empty.shape
+    boxes = cells(height, width, grid)[None]
+
+    def produce(start: int, stop: int) -> NDArray[np.floating]:
+        def pixels(name: str) -> NDArray[np.uint8]:
+            return backbone.pixels(pictures.open_rgb(folder / name))
+
+        read = np.stack(pictures.each(pixels, names[start:stop], "", False, workers))
+        return regions(backbone.map(read), grid).cpu().numpy()
+
+    return Images(names, (grid * grid, F), produce, {**origin, "grid": grid, "size": list(backbone.size)}, boxes)
+
+
+def from_arrays(folder: Path, names: Sequence[str], *, progress: bool) -> Images:
+    """The features of one file per image; shorter ones are filled up with zeros, and the regions counted.
+
+    Raises:
+        ValueError: a file is damaged, or files do not fit each other; the message names it.
+    """
+
+    def shape(name: str) -> tuple[tuple[int, ...], NDArray[np.float32] | None]:
+        features, found = arrays.read(folder / name)
+        return features.shape, found
+
+    seen = pictures.each(shape, names, "checking", progress, workers=1)
+    F = seen[0][0][1]
+    for name, ((_, size), found) in zip(names, seen, strict=True):
+        if size != F:
+            raise ValueError(f"{folder / name} has {size} features for each region, and {names[0]} has {F}")
+        if (found is None) != (seen[0][1] is None):
+            with_boxes, without = (names[0], name) if found is None else (name, names[0])
+            raise ValueError(f"{folder / with_boxes} has boxes, and {without} has none")
+    lengths = np.array([length for (length, _), _ in seen], np.int32)
+    R = int(lengths.max())
+    boxes = None
+    if seen[0][1] is not None:
+        boxes = np.zeros((len(names), R, 4), np.float32)
+        for row, (_, found) in enumerate(seen):
+            boxes[row, : lengths[row]] = found
+
+    def produce(start: int, stop: int) -> NDArray[np.floating]:
+        block = np.zeros((stop - start, R, F), np.float32)
+        for row, name in enumerate(names[start:stop]):
+            features = arrays.read(folder / name)[0]
+            if features.shape != (lengths[start + row], F):
+                raise ValueError(f"{folder / name} has changed while it was read; do the same again")
+            block[row, : len(features)] = features
+        return block
+
+    return Images(names, (R, F), produce, {"regions": R}, boxes, None if (lengths == R).all() else lengths)
+
+
+def write(
+    output: Path,
+    split: str,
+    folder: Path,
+    images: Images,
+    captions: Sequence[Sequence[str]],
+    *,
+    dtype: str,
+    batch_size: int,
+    progress: bool,
+) -> None:
+    """Write the split's files into `output`. Features appear there last, when everything is complete.
+
+    Until then they lie in `output/.SPLIT.unfinished`, where the next call with the same images goes on.
+
+    Args:
+        output: SCAN's folder; made if it does not exist.
+        split: the split's name.
+        folder: of the images.
+        images: what to write.
+        captions: of each image.
+        dtype: float32 or float16, in which features are stored.
+        batch_size: images computed at once.
+        progress: show a progress bar.
+
+    Raises:
+        FileExistsError: `output` has files of this split already.
+        ValueError: an interrupted call was made with other images or settings, or features are not finite.
+        OSError: there is no room on the disk (this is checked first), or writing fails.
+        KeyboardInterrupt: after Ctrl-C; the message says what is kept.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    unfinished = output / f".{split}.unfinished"
+    rows = unfinished / "ims.npy"
+    with Lock(output / f".{split}.lock", str(output)):
+        there = [name for name in (f"{split}_{file}" for file in _WRITTEN) if (output / name).exists()]
+        if there and (f"{split}_ims.npy" in there or not unfinished.exists()):
+            raise FileExistsError(
+                f"{output / there[0]} exists already; delete the files of {split}, or give another folder or --split"
+            )
+        unfinished.mkdir(exist_ok=True)
+        identity = {**_identity(folder, images), "precision": dtype}
+        _require_same(unfinished, rows, identity)
+
+        def produce(start: int, stop: int) -> tuple[NDArray[np.floating], NDArray]:
+            found = images.produce(start, stop)
+            with np.errstate(over="ignore"):
+                good = np.isfinite(found.astype(dtype)).reshape(stop - start, -1).all(axis=1)
+            if not good.all():
+                name = folder / images.names[start + int(np.argmin(good))]
+                remedy = "; leave out --half" if dtype == "float16" else ", in float32; check it and the weights"
+                raise ValueError(f"the features of {name} have a value that is not finite{remedy}")
+            return found, np.empty(0)  # a checksum of the pictures is not needed: their sizes and dates are known
+
+        write_rows(
+            rows, (len(images.names), *images.shape), dtype, identity, produce, step=batch_size, what="images",
+            progress=progress,
+        )  # fmt: skip
+        _write_rest(output, split, images, captions)
+        os.replace(rows, output / f"{split}_ims.npy")
+        shutil.rmtree(unfinished)
+
+
+def _write_rest(output: Path, split: str, images: Images, captions: Sequence[Sequence[str]]) -> None:
+    owner = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
+    lines = [text for texts in captions for text in texts]
+    whole = Split(np.empty((len(images.names), *images.shape), np.float16), lines, owner)
+    boxes = images.boxes
+    if boxes is not None and len(boxes) < len(images.names):
+        boxes = np.repeat(boxes, len(images.names), axis=0)
+    optional = {
+        "caption_to_image.npy": owner if needs_map(whole) else None,
+        "region_lengths.npy": images.lengths,
+        "boxes.npy": boxes,
+    }
+    for file, array in optional.items():
+        (output / f"{split}_{file}").unlink(missing_ok=True)  # of a call that was interrupted here
+        if array is not None:
+            with atomic_write(output / f"{split}_{file}", "wb") as out:
+                np.save(out, array, allow_pickle=False)
+    # A name with a space ends at the tab, where readers would take the first word.
+    names = [f"{name}\t" if " " in name else name for name in map(arrays.label, images.names)]
+    for file, texts in (("caps.txt", lines), ("pictures.txt", names)):
+        with atomic_write(output / f"{split}_{file}") as out:
+            out.writelines(f"{line}\n" for line in texts)
+
+
+def _identity(folder: Path, images: Images) -> dict[str, Any]:
+    states = [(folder / name).stat() for name in images.names]
+    files = [
+        f"{name} {state.st_size} {state.st_mtime_ns}" for name, state in zip(images.names, states, strict=True)
+    ]
+    return {**images.origin, "images": [len(files), *images.shape, names_checksum(files)]}
+
+
+def _require_same(unfinished: Path, rows: Path, identity: Mapping[str, Any]) -> None:
+    if not journal(rows).exists():
+        return
+    begun = read_json(journal(rows)).get("identity") or {}
+    differ = sorted(name for name in {*identity, *begun} if identity.get(name) != begun.get(name))
+    if differ:
+        raise ValueError(
+            f"{unfinished} holds features that an interrupted command made with another {', '.join(differ)}; give that "
+            "command again, or delete this folder to begin anew"
+        )

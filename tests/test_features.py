@@ -1,0 +1,330 @@
+"""`itm-fast features`: splits from pictures, arrays and files of captions; and the guide's commands, on tiny data."""
+
+import json
+import re
+import shlex
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from itm_fast.cli import main
+from itm_fast.data import open_split
+from itm_fast.features import backbones, captions, pictures
+
+GUIDE = Path(__file__).resolve().parents[1] / ".github" / "GUIDE.md"
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
+NORMALISED = ((0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+class Tiny(torch.nn.Module):
+    """A backbone as timm makes them: the mean of 4 x 4 pixels, in six channels."""
+
+    num_features = 6
+
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 6, 4, stride=4)
+        self.fc = torch.nn.Identity()
+
+    def forward_features(self, image):
+        return self.conv(image)
+
+
+@pytest.fixture(autouse=True)
+def timm(monkeypatch):
+    """A module with the functions of timm that are called; `made` lists the models that it made."""
+    module = types.ModuleType("timm")
+    module.made = []
+    module.is_model = lambda name: name.startswith(("resnet50", "tiny"))
+    module.create_model = lambda name, **options: module.made.append(options) or Tiny()
+    settings = {"input_size": (3, 32, 32), "mean": NORMALISED[0], "std": NORMALISED[1]}
+    module.data = types.SimpleNamespace(resolve_model_data_config=lambda model: settings)
+    monkeypatch.setitem(sys.modules, "timm", module)
+    return module
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """Pictures with two captions each, also two folders deep and with a space in the name."""
+    monkeypatch.chdir(tmp_path)
+    rows = ["image,caption"]
+    for split, count in (("train", 12), ("dev", 5), ("test", 6)):
+        (tmp_path / "pictures" / split / "more").mkdir(parents=True)
+        for number in range(count):
+            colour = list(COLOURS)[number % 4]
+            name = f"more/{split} {number}.png" if number == 1 else f"{split}{number}.jpg"
+            Image.new("RGB", (40, 30), COLOURS[colour]).save(tmp_path / "pictures" / split / name)
+            rows += [f"{name.split('/')[-1]},a {colour} square", f'{name},"{colour}, all over"']
+    (tmp_path / "captions.csv").write_text("\n".join(rows))
+    return tmp_path
+
+
+def features(*words, captions="captions.csv", split="test", source=("--backbone", "timm:tiny"), images=None):
+    images = images or f"pictures/{split}"
+    if "--backbone" in source:
+        source += ("--grid", "4", "--weights", "random")
+    given = ["--split", split, "--captions", captions, *source, "--no-progress", *words]
+    return main(["features", images, "data", *given])
+
+
+def test_a_split_of_pictures(folder, capsys):
+    assert features() == 0
+    out, err = capsys.readouterr()
+    assert out == "data: test, 6 images of 16 regions x 6 features, 12 captions\n"
+    assert "of 19 images named in the captions there is no file" in err
+    split = open_split("data", "test")
+    names = (folder / "data/test_pictures.txt").read_text().splitlines()
+    assert names == ["more/test 1.png\t", "test0.jpg", "test2.jpg", "test3.jpg", "test4.jpg", "test5.jpg"]
+    assert split.captions[:3] == ["a green square", "green, all over", "a red square"]
+    assert split.caption_to_image.tolist() == np.arange(6).repeat(2).tolist()
+    boxes = split.boxes[:]
+    assert boxes[5, 6].tolist() == [0.5, 0.25, 0.75, 0.5]  # row 1, column 2 of 4
+    # All pixels of a picture are the same, so each region is the network's answer to its colour.
+    backbone = backbones.load("timm:tiny", "random")
+    pixels = np.tile(np.array(COLOURS["green"], np.uint8), (1, 32, 32, 1))
+    wanted = backbone.map(pixels)[0, :, 0, 0].numpy()
+    assert split.features[:1][0] == pytest.approx(np.tile(wanted, (16, 1)), abs=1e-5)
+    assert not list(folder.glob("data/.*"))
+    assert features() == 2
+    assert "test_ims.npy exists already" in capsys.readouterr().err
+
+
+def test_regions_lie_where_their_boxes_say():
+    white = np.zeros((1, 28, 28, 3), np.uint8)
+    white[0, 4:8, 20:24] = 255  # of the map [7, 7] row 1, column 5
+    maps = torch.from_numpy(white[:, ::4, ::4]).permute(0, 3, 1, 2).float()
+    found = backbones.regions(maps, 3)[0].sum(1) > 0
+    centre = np.array([5.5, 1.5]) / 7
+    boxes = backbones.cells(7, 7, 3)
+    assert found.tolist() == [bool((box[:2] < centre).all() and (centre < box[2:]).all()) for box in boxes]
+    with pytest.raises(ValueError, match="too few for --grid 8"):
+        backbones.cells(7, 7, 8)
+
+
+def test_an_interrupted_command_goes_on(folder, capsys, monkeypatch):
+    done = []
+    whole = backbones.Backbone.map
+
+    def interrupted(self, pixels):
+        done.append(len(pixels))
+        if len(done) == 4:  # the first call finds the shape of the map
+            raise KeyboardInterrupt
+        return whole(self, pixels)
+
+    monkeypatch.setattr(backbones.Backbone, "map", interrupted)
+    assert features("--batch-size", "2") == 130
+    assert "4 of 6 images are kept" in capsys.readouterr().err
+    assert not (folder / "data/test_ims.npy").exists()
+    assert features("--batch-size", "2", "--half") == 2
+    assert "an interrupted command made with another precision" in capsys.readouterr().err
+    done[:] = [0] * 4
+    assert features("--batch-size", "2") == 0
+    assert done[4:] == [1, 2]
+    first = open_split("data", "test").features[:]
+    for file in (folder / "data").iterdir():
+        file.unlink()
+    assert features() == 0
+    assert open_split("data", "test").features[:] == pytest.approx(first, abs=1e-6)
+
+
+def test_all_kinds_of_pictures_become_rgb(tmp_path):
+    red, size = (255, 0, 0), (8, 6)
+    turned = Image.new("RGB", size, red)
+    turned.paste((0, 0, 255), (0, 0, 4, 6))  # its left half is blue
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise: left becomes top
+    turned.save(tmp_path / "turned.png", exif=exif)
+    clear = Image.new("RGBA", size, (*red, 0))
+    clear.save(tmp_path / "clear.png")
+    Image.new("CMYK", size, (0, 255, 255, 0)).save(tmp_path / "cmyk.tif")
+    Image.new("RGB", size, red).save(
+        tmp_path / "moving.gif", save_all=True, append_images=[Image.new("RGB", size, (0, 0, 255))]
+    )
+    Image.fromarray(np.full((6, 8), 128 << 8, np.uint16)).save(tmp_path / "deep.png")
+    Image.fromarray(np.ones((6, 8), np.float32)).save(tmp_path / "float.tif")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "turned.png").read_bytes()[:-40])
+    (tmp_path / "text.jpg").write_text("no picture")
+
+    upright = pictures.open_rgb(tmp_path / "turned.png")
+    assert upright.size == (6, 8)
+    assert [upright.getpixel((3, y)) for y in (0, 7)] == [(0, 0, 255), red]
+    colours = {name: pictures.open_rgb(tmp_path / name).getpixel((1, 1)) for name in
+               ("clear.png", "cmyk.tif", "moving.gif", "deep.png")}  # fmt: skip
+    assert colours == {
+        "clear.png": (255, 255, 255), "cmyk.tif": red, "moving.gif": red, "deep.png": (128, 128, 128)
+    }  # fmt: skip
+    wrong, animated = pictures.check(tmp_path, pictures.find(tmp_path), False, 2)
+    assert sorted(wrong) == ["cut.png", "float.tif", "text.jpg"]
+    assert all(str(tmp_path / name) in sentence for name, sentence in wrong.items())
+    assert animated == ["moving.gif"]
+
+
+def test_bombs_and_broken_pictures_are_named(folder, capsys, monkeypatch):
+    (folder / "pictures/test/test2.jpg").write_text("no picture")
+    assert features() == 2
+    assert "test2.jpg is no whole picture" in capsys.readouterr().err
+    assert features("--leave-out-broken") == 0
+    out, err = capsys.readouterr()
+    assert "1 picture that cannot be read left out: test2.jpg" in err
+    assert "5 images" in out
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    assert features(split="dev") == 2
+    assert "decompression bomb" in capsys.readouterr().err
+
+
+FORMS = {
+    "a.csv": "image,caption\nk.jpg,a kite\nb,\"one\nball\"\n",
+    "a.tsv": "id\timage\tcaption\n1\tk.jpg\ta kite\n2\tb\tone ball\n3\tb\t \n",
+    "list.json": json.dumps([{"image": "k.jpg", "caption": "a kite"}, {"image": "b", "captions": ["one  ball"]}]),
+    "object.json": json.dumps({"k.jpg": ["a kite"], "b": "one ball"}),
+    "coco.json": json.dumps({
+        "images": [{"id": 7, "file_name": "k.jpg"}, {"id": 9, "file_name": "b"}],
+        "annotations": [{"image_id": 7, "caption": "a kite"}, {"image_id": 9, "caption": "one ball\n"}],
+    }),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_forms_of_captions(tmp_path, name):
+    (tmp_path / name).write_text(FORMS[name], newline="")
+    found, empty = captions.read_captions(tmp_path / name)
+    assert found == {"k.jpg": ["a kite"], "b": ["one ball"]}
+    assert empty == (name == "a.tsv")
+    assert captions.match(found, ["inner/b.png", "k.jpg"]) == ([["one ball"], ["a kite"]], [])
+
+
+@pytest.mark.parametrize(
+    "name, content, sentence",
+    [
+        ("a.csv", "image;caption\nk.jpg;a kite\n", "must name the columns image and caption with a comma between them"),
+        ("a.csv", "image,caption\nk.jpg,a kite, red\n", "line 2: has more columns than the first line; put quotes"),
+        ("a.tsv", "image\tcaption\nk.jpg\n", "line 2: has fewer columns"),
+        ("a.csv", "", "must name the columns"),
+        ("a.csv", 'image,caption\nk.jpg,"a kite\n', "cannot be read as a row with quotes"),
+        ("a.json", "{", "is not JSON"),
+        ("a.json", "3", "it must be a list of"),
+        ("a.json", '[{"image": "k.jpg"}]', "entry 0: has no caption"),
+        ("a.json", '[{"caption": "a kite"}]', "entry 0: names no image, got None"),
+        ("a.json", '{"k.jpg": [5]}', "image 'k.jpg': the caption must be a text"),
+        ("a.json", '{"images": [], "annotations": [{"image_id": 5, "caption": "x"}]}', "no image with the id 5"),
+        ("a.json", "[]", "holds no captions"),
+        ("a.xls", "", "captions are read from a .csv, .tsv or .json file"),
+    ],
+)
+def test_mistakes_in_captions_are_a_sentence(tmp_path, name, content, sentence):
+    (tmp_path / name).write_text(content)
+    with pytest.raises((ValueError, TypeError), match=re.escape(sentence)):
+        captions.read_captions(tmp_path / name)
+
+
+def test_a_name_that_fits_two_pictures_is_refused():
+    with pytest.raises(ValueError, match=re.escape("an image 'k', which is a/k.jpg or b/k.png")):
+        captions.match({"k": ["a kite"]}, ["a/k.jpg", "b/k.png"])
+    assert captions.match({"b/k.png": ["a kite"]}, ["a/k.jpg", "b/k.png"]) == ([[], ["a kite"]], [])
+
+
+def arrays(folder, third):
+    rng = np.random.default_rng(0)
+    (folder / "arrays").mkdir()
+    kept = [rng.standard_normal((R, 6)).astype(np.float32) for R in (3, 2)]
+    bbox = np.array([[0, 0, 50, 20], [10, 10, 100, 40]], np.float32)
+    np.savez(folder / "arrays/test0.jpg.npz", x=kept[0], boxes=np.full((3, 4), 0.5, np.float32))
+    np.savez(folder / "arrays/test2.npz", features=kept[1], bbox=bbox, image_w=100, image_h=40)
+    if third is not None:
+        np.save(folder / "arrays/test3.npy", third, allow_pickle=True)
+    return kept
+
+
+def test_one_array_per_image(folder, capsys):
+    kept = arrays(folder, None)
+    assert features(images="arrays", source=("--from-arrays",)) == 0
+    assert capsys.readouterr().out == "data: test, 2 images of 3 regions x 6 features, 4 captions\n"
+    split = open_split("data", "test")
+    assert split.region_lengths.tolist() == [3, 2]
+    assert np.array_equal(split.features[:][0], kept[0])
+    assert np.array_equal(split.features[:][1, :2], kept[1])
+    assert split.boxes[:][1, :2] == pytest.approx(np.array([[0, 0, 0.5, 0.5], [0.1, 0.25, 1, 1]]))
+    assert (folder / "data/test_pictures.txt").read_text() == "test0.jpg\ntest2\n"
+
+
+@pytest.mark.parametrize(
+    "third, sentence",
+    [
+        (np.zeros((2, 5), np.float32), "test3.npy has 5 features for each region, and test0.jpg.npz has 6"),
+        (np.zeros((2, 6), np.float32), "test0.jpg.npz has boxes, and test3.npy has none"),
+        (np.zeros((2, 6), np.int64), "must be [regions, features] of floating-point numbers, got int64 [2, 6]"),
+        (np.array([{}]), "test3.npy is not a whole .npy file of numbers"),
+    ],
+)
+def test_arrays_that_do_not_fit_are_named(folder, capsys, third, sentence):
+    arrays(folder, third)
+    assert features(images="arrays", source=("--from-arrays",)) == 2
+    assert sentence in capsys.readouterr().err
+
+
+def test_weights_of_your_own(folder, capsys, timm):
+    own = Tiny()
+    torch.save({"state_dict": {f"module.{k}": v for k, v in own.state_dict().items()} | {"fc.weight": torch.ones(2)}},
+               "own.pt")  # fmt: skip
+    loaded = backbones.load("timm:tiny", "own.pt")
+    pixels = np.random.default_rng(0).integers(0, 255, (1, 32, 32, 3)).astype(np.uint8)
+    mean, std = (torch.tensor(each)[:, None, None] for each in NORMALISED)
+    image = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - mean) / std
+    assert loaded.map(pixels).numpy() == pytest.approx(own.conv(image).detach().numpy(), abs=1e-5)
+    assert not timm.made[-1]["pretrained"]
+    backbones.load("timm:tiny")
+    assert timm.made[-1]["pretrained"]
+    torch.save({"conv.weight": torch.ones(2)}, "other.pt")
+    torch.save(own, "whole.pt")
+    for file, sentence in (("other.pt", "2 of its tensors are missing"), ("whole.pt", "wants a state_dict")):
+        with pytest.raises(ValueError, match=sentence):
+            backbones.load("timm:tiny", file)
+
+
+@pytest.mark.parametrize(
+    "words, sentence",
+    [
+        (["--backbone", "resnet50"], "a backbone is timm:NAME or torchvision:NAME"),
+        (["--backbone", "timm:nothing"], "timm has no model 'nothing'"),
+        (["--backbone", "torchvision:resnet18"], "needs the package torchvision: pip install 'itm-fast[features]'"),
+        (["--grid", "9"], "8 x 8 entries, too few for --grid 9"),
+        (["--grid", "0"], "--grid must be at least 1, got 0"),
+        (["--split", "a/b"], "--split must be a name such as train"),
+        (["--captions", "none.csv"], "none.csv"),
+        (["--captions", "other.json"], "no caption fits a file: other.json names 'x.jpg'"),
+    ],
+)
+def test_mistakes_are_a_sentence(folder, capsys, monkeypatch, words, sentence):
+    monkeypatch.setitem(sys.modules, "torchvision", None)
+    (folder / "other.json").write_text('{"x.jpg": "a kite"}')
+    assert features(*words) == 2
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.skipif(not GUIDE.is_file(), reason="needs a checkout")
+def test_the_guides_commands_run_one_after_another(folder, capsys):
+    text = GUIDE.read_text()
+    blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    # A small network and few steps; all else is as the guide has it.
+    small = ["--max-steps", "2", "--batch-size", "4", "--embed-size", "16", "--word-dim", "8", "--min-count", "1"]
+    extra = {"features": ["--weights", "random"], "train": [*small, "--quiet"]}
+    ran = []
+    for line in filter(None, "\n".join(blocks).splitlines()):
+        program, command, *words = shlex.split(line)
+        assert program == "itm-fast"
+        assert main([command, *words, *extra.get(command, [])]) == 0, f"{line}\n{capsys.readouterr().err}"
+        ran.append(command)
+    assert set(ran) == {"features", "train", "evaluate", "attend", "compare", "gallery", "search"}
+    for name in ("data/mine/train_ims.npy", "figure.svg", "tables/difference.json", "found.html"):
+        assert (folder / name).stat().st_size
+    for name in re.findall(r"`tables/saf/(\w+\.\w+)`", text):
+        assert (folder / "tables/saf" / name).stat().st_size, name
+    assert "<image" in (folder / "figure.svg").read_text()
+    assert "data:image/jpeg" in (folder / "found.html").read_text()
