@@ -188,6 +188,8 @@ def outline(opt: argparse.Namespace) -> Matcher:
         ValueError: as `build`, or a size is too large for torch.
     """
     try:
+        # An optimiser imports torch._dynamo, whose import in torch 2.6 computes with tensors of the default device.
+        importlib.import_module("torch._dynamo")
         with torch.device("meta"):
             return build(argparse.Namespace(**{**vars(opt), "device": "meta"}))
     except (RuntimeError, OverflowError) as error:
