@@ -24,13 +24,13 @@ template <class T> struct GraphShared {
     unsigned char room[ROOM];  // X, then Y or Z
     unsigned char edges[T::SLOTS * AMONG * 16];
     typename T::Shared tile;
-    float share[T::SLOTS];      // of each row of E: 1 / its sum
     float part[WARPS][16];
     // The bits of the largest number in each row of Y and Z, and in each caption's rows of X, at its first slot. Those
     // of one step are filled while those of the other are read.
     unsigned top[2][3][T::SCALED ? T::SLOTS : 1];
     __device__ unsigned char *x() { return room; }
     __device__ unsigned char *y() { return room + T::MATRIX; }
+    __device__ float *share() { return tile.inverse; }  // of each row of E: 1 / its sum, once the nodes are made
 };
 
 // Numbers are stored times 2^exponent, so that they stay below 2^(UNIT + 1). `bits`: those of the largest, as float32.
@@ -142,7 +142,7 @@ __device__ __forceinline__ void edges(GraphShared<T> &sh, int first, int begin, 
             put<KIND, GraphShared<T>::AMONG>(sh.edges, row, n * 8 + 2 * t, p * T::scale(), q * T::scale());
         }
         total = quad_sum(total);
-        if (t == 0) sh.share[row] = 1 / (total * T::scale());
+        if (t == 0) sh.share()[row] = 1 / (total * T::scale());
     }
 }
 
@@ -275,7 +275,7 @@ __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
         __syncthreads();
         gathered<T>(acc, sh, first_row, column, sees);
         each([&](int row, int, float *x) {
-            const float factor = SCALED ? sh.share[row] * power(-exponent(step, X, caption_slot(row))) : sh.share[row];
+            const float factor = SCALED ? sh.share()[row] * power(-exponent(step, X, caption_slot(row))) : sh.share()[row];
             x[0] *= factor, x[1] *= factor;
         });
         put_y(Z);  // Y has been read
@@ -340,7 +340,7 @@ __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
     __syncthreads();
     gathered<T>(acc, sh, 0, mine, [](int, int) { return true; });
     each([&](int row, int, float *x) {
-        const float factor = SCALED ? sh.share[row] * power(-exponent(last, X, first_slot(row))) : sh.share[row];
+        const float factor = SCALED ? sh.share()[row] * power(-exponent(last, X, first_slot(row))) : sh.share()[row];
         x[0] *= factor, x[1] *= factor;
     });
     put_y(Z);

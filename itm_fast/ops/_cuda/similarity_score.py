@@ -40,7 +40,7 @@ class Filter(ctypes.Structure):
 def graph_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, groups: bool) -> Kernel:
     room = max(making_bytes(kind, slots, depth, regions), 4 * slots * S * kind.halves)
     edges, tops = 2 * slots * slots * kind.halves, 24 * (slots if kind.scaled else 1)
-    shared = room + edges + tile_bytes(kind, S, slots, depth, groups) + 4 * slots + 2 * THREADS + tops
+    shared = room + edges + tile_bytes(kind, S, slots, depth, groups) + 2 * THREADS + tops
     name = f"graph_scores<{kind.arguments(S, slots, depth, regions, groups=groups)}>"
     return Kernel("graph.cu", name, Graph, THREADS, shared, specific=groups)
 
