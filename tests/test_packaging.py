@@ -35,12 +35,13 @@ def installed_name(path):
     return path if path.startswith("itm_fast/") else f"itm_fast/{path}"
 
 
-def build(out, *options, levels=""):
+def build(out, levels=""):
+    """Build the sdist, and the wheel from it: in a folder of its own, without what an older build left in the tree."""
     pytest.importorskip("build")
     # With isolation the build fetches setuptools anew; what is installed here serves when it is there.
     isolation = [] if _has_setuptools() is False else ["--no-isolation"]
     done = subprocess.run(
-        [sys.executable, "-m", "build", *isolation, *options, "--outdir", str(out), str(ROOT)],
+        [sys.executable, "-m", "build", *isolation, "--outdir", str(out), str(ROOT)],
         capture_output=True,
         text=True,
         check=False,
@@ -97,7 +98,7 @@ print(_native.outcome().level, _native.outcome().path, hashlib.sha256(score.nump
 def test_a_wheel_with_the_library_needs_no_compiler_and_gives_the_same_bits(tmp_path):
     """The library of this machine's level is the one that the other tests have compiled."""
     level = _native.outcome().level
-    build(tmp_path / "dist", "--wheel", levels=level)
+    build(tmp_path / "dist", levels=level)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
     assert re.fullmatch(r"itm_fast-[\d.]+-py3-none-(?!any)\w+\.whl", wheel.name)
     names = [name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name]
