@@ -23,8 +23,9 @@ def pictures_of(folder: str | None, data: str, name: str, split: Split) -> Calla
 
     Args:
         folder: of the pictures; None: only the demo's pictures are known.
-        data: the folder or HDF5 file of the features. If `<name>_pictures.txt` lies in or beside it, the first word of
-            its line i names picture i, with or without its ending; else files are found by the split's image ids.
+        data: the folder or HDF5 file of the features. If `<name>_pictures.txt` lies in or beside it, its line i
+            names picture i, up to a tab or else by its first word, with or without its ending; else files are found by
+            the split's image ids.
         name: of the split.
         split: the split.
 

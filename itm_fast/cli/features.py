@@ -62,6 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from ..features import arrays, captions, pictures, writing
 
     folder, output, progress = Path(args.images), Path(args.output), not args.no_progress
+    writing.require_new(output, args.split)  # before pictures are read
     workers = min(8, os.cpu_count() or 1)
     names = pictures.find(folder, arrays.KINDS if args.from_arrays else pictures.KINDS)
     texts, empty = captions.read_captions(args.captions)

@@ -30,8 +30,9 @@ def find(folder: str | os.PathLike[str], kinds: Collection[str] = KINDS) -> list
     for inner, folders, files in os.walk(root):
         folders[:] = [each for each in folders if not each.startswith(".")]
         for file in files:
-            if not file.startswith(".") and Path(file).suffix.lower() in kinds:
-                found.append((Path(inner) / file).relative_to(root).as_posix())
+            path = Path(inner) / file
+            if not file.startswith(".") and path.suffix.lower() in kinds and path.is_file():
+                found.append(path.relative_to(root).as_posix())
     if not found:
         raise ValueError(f"{folder} holds no files that end in {', '.join(kinds)}")
     for name in found:

@@ -139,14 +139,10 @@ def write(
         KeyboardInterrupt: after Ctrl-C; the message says what is kept.
     """
     output.mkdir(parents=True, exist_ok=True)
-    unfinished = output / f".{split}.unfinished"
+    unfinished = _unfinished(output, split)
     rows = unfinished / "ims.npy"
     with Lock(output / f".{split}.lock", str(output)):
-        there = [name for name in (f"{split}_{file}" for file in _WRITTEN) if (output / name).exists()]
-        if there and (f"{split}_ims.npy" in there or not unfinished.exists()):
-            raise FileExistsError(
-                f"{output / there[0]} exists already; delete the files of {split}, or give another folder or --split"
-            )
+        require_new(output, split)
         unfinished.mkdir(exist_ok=True)
         identity = {**_identity(folder, images), "precision": dtype}
         _require_same(unfinished, rows, identity)
@@ -168,6 +164,23 @@ def write(
         _write_rest(output, split, images, captions)
         os.replace(rows, output / f"{split}_ims.npy")
         shutil.rmtree(unfinished)
+
+
+def require_new(output: Path, split: str) -> None:
+    """Refuse to replace files of a split, except those of a call that was interrupted.
+
+    Raises:
+        FileExistsError: there are such files.
+    """
+    there = [name for name in (f"{split}_{file}" for file in _WRITTEN) if (output / name).exists()]
+    if there and (f"{split}_ims.npy" in there or not _unfinished(output, split).exists()):
+        raise FileExistsError(
+            f"{output / there[0]} exists already; delete the files of {split}, or give another folder or --split"
+        )
+
+
+def _unfinished(output: Path, split: str) -> Path:
+    return output / f".{split}.unfinished"
 
 
 def _write_rest(output: Path, split: str, images: Images, captions: Sequence[Sequence[str]]) -> None:
