@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from itm_fast.cli import main
+from itm_fast.cli._pictures import pictures_of
 from itm_fast.data import open_split
 from itm_fast.features import backbones, captions, pictures
 
@@ -90,6 +91,8 @@ def test_a_split_of_pictures(folder, capsys):
     wanted = backbone.map(pixels)[0, :, 0, 0].numpy()
     assert split.features[:1][0] == pytest.approx(np.tile(wanted, (16, 1)), abs=1e-5)
     assert not list(folder.glob("data/.*"))
+    small = pictures_of("pictures/test", "data", "test", split)
+    assert all(small(row) for row in range(6))  # also that with a space in its name
     assert features() == 2
     assert "test_ims.npy exists already" in capsys.readouterr().err
 
