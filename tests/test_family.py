@@ -4,10 +4,12 @@ import pytest
 import torch
 from family_cases import FOLDER, check, golden
 from sgraf_cases import under
+from training_cases import SMALL, run_tiny
 
 import itm_fast
-from itm_fast.models import scorer
+from itm_fast.models import NAAF, checkpoint, scorer
 from itm_fast.testing import inputs, op_checks
+from itm_fast.training import options
 
 MODELS = ("bfan", "chan", "naaf", "laps")
 FILES = sorted(path.stem for path in FOLDER.glob("*.npz") if path.stem.startswith(MODELS))
@@ -34,6 +36,16 @@ def test_thresholds_follow_a_batch_of_matching_pairs_alone():
     assert module.eval()(image, words, cu_seqlens).shape == (3, 2)
     module.train()(image[:2], words, cu_seqlens)
     assert (module.thres, module.thres_safe) == (0.0, 0.0)  # fewer than 200 words
+
+
+def test_a_checkpoint_has_the_thresholds_that_training_found(tmp_path, monkeypatch):
+    def learned(model):
+        return {"thres": model.scorer.thres + 0.25, "thres_safe": model.scorer.thres_safe + 0.125}
+
+    monkeypatch.setattr(NAAF, "learned_options", learned)
+    run_tiny(tmp_path / "run", opt=options("naaf", **{**SMALL, "batch_size": 4, "num_epochs": 1}), max_steps=1)
+    found = checkpoint.load(tmp_path / "run" / "checkpoint.pth.tar").opt
+    assert (found.thres, found.thres_safe) == (0.25, 0.125)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
