@@ -49,8 +49,8 @@ SCAN = dict(affinity_norm="clipped_l2norm", scale=9.0, pool="lse", pool_scale=6.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {  # name in `shapes.needed_flops` -> (op, its options)
     "scan-t2i": ("cross_attention_score", dict(SCAN, direction="t2i")),
     "scan-i2t": ("cross_attention_score", dict(SCAN, direction="i2t")),
-    "sgr": ("similarity_graph_score", dict(scale=9.0, output="score")),
-    "saf": ("similarity_filter_score", dict(scale=9.0, eps=1e-5, output="score")),
+    "sgr": ("similarity_graph_score", dict(scale=9.0)),
+    "saf": ("similarity_filter_score", dict(scale=9.0, eps=1e-5)),
 }
 
 

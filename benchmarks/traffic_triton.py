@@ -15,6 +15,7 @@ multiply, in the forms that these ops use.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
@@ -303,9 +304,11 @@ def arguments(op: str, sizes: dict[str, int], dtype: torch.dtype, lengths: list[
         sizes: the letters of the shapes.
         dtype: of the tensors of floats.
         lengths: words of each caption.
-        given: the arguments that are no tensors of floats, but for `cu_seqlens` and `region_lengths`.
+        given: those that are no tensors of floats, but for `cu_seqlens` and `region_lengths`; else the op's defaults.
     """
+    parameters = inspect.signature(DECLARED[op].function).parameters.values()
     edge = torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+    given = {p.name: p.default for p in parameters} | given | {"cu_seqlens": edge, "region_lengths": None}
     sizes = sizes | {"T": len(lengths), "N": sum(lengths)}
     found: list[Any] = []
     for argument in DECLARED[op].arguments:
@@ -313,5 +316,5 @@ def arguments(op: str, sizes: dict[str, int], dtype: torch.dtype, lengths: list[
             shape = [sizes[x] if x in sizes else int(x) for x in argument.letters.split()]
             found.append(torch.empty(shape, dtype=dtype))
         else:
-            found.append({"cu_seqlens": edge, "region_lengths": None, **given}[argument.name])
+            found.append(given[argument.name])
     return found
