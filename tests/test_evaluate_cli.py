@@ -99,6 +99,7 @@ def test_every_option_reaches_the_evaluation(made, tmp_path, monkeypatch):
             "worst": 12,  # for report.html
             "best": None,
             "state": None,
+            "together": False,  # as --scores is given
             "settings": asked[0]["settings"],  # tested below
         }
     ]

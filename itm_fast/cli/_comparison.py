@@ -183,7 +183,8 @@ def _loop(scorer: Any, encoded: Encoded, done: Callable[[int], object]) -> NDArr
     image = encoded.image.to(encoded.device)
     caption = unpack(encoded.words.to(encoded.device), encoded.cu_seqlens.to(encoded.device))
     lengths = encoded.lengths.tolist()
-    options = getattr(scorer, "options", None)  # only SCAN's scorer has options; it has no parameters
+    of_scan = "direction", "affinity_norm", "scale", "pool", "pool_scale"
+    options = {name: scorer.options[name] for name in of_scan} if hasattr(scorer, "options") else None
     state = scorer.state_dict()
     score = np.empty((len(image), len(caption)), np.float32)
     for i in range(0, len(image), SHARD):
