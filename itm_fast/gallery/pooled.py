@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -180,7 +180,8 @@ class FaissIndex:
         import faiss
 
         lists = max(1, int(4 * len(vectors) ** 0.5))
-        self._index = faiss.index_factory(vectors.shape[1], f"IVF{lists},Flat", faiss.METRIC_INNER_PRODUCT)
+        kind = f"IVF{lists},Flat"
+        self._index = cast(Any, faiss.index_factory(vectors.shape[1], kind, faiss.METRIC_INNER_PRODUCT))
         self._index.nprobe = max(1, lists // 16)
         rng = np.random.default_rng(0)
         sample = np.sort(rng.choice(len(vectors), min(len(vectors), 64 * lists), replace=False))
