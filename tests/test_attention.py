@@ -13,7 +13,6 @@ from itm_fast.data.openclipart import CHECKPOINTS, FOLDER
 from itm_fast.models.dual_encoder import MeanCosine
 
 WORDS = 6
-WITHOUT = ("CMCAN", "RCAR")  # models that cannot tell
 
 
 def pair(dtype=torch.float64):
@@ -27,7 +26,7 @@ def expected(scorer, image, words):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", [name for name in MODELS if not name.startswith(WITHOUT)])
+@pytest.mark.parametrize("name", MODELS)
 def test_the_weights_of_every_model_give_its_score(name):
     scorer = MODELS[name].scorer()
     image, words = pair()
@@ -37,6 +36,8 @@ def test_the_weights_of_every_model_give_its_score(name):
     assert found.weights
     for kind, weights in found.weights.items():
         assert list(weights.shape) == shapes.get(kind, list(weights.shape))
+        if kind in ("cosines", "confidence"):
+            continue
         torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights.sum(-1)), rtol=0, atol=1e-6)
 
 

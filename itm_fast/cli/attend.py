@@ -122,6 +122,8 @@ def _row(found: Attention, caption: str, picture, boxes: NDArray[np.float32] | N
         words, counts = [_WHOLE, *words], weights["nodes"]
     elif "word_pool" in weights:  # SHAN
         counts = weights["word_pool"]
+    elif "query_shares" in weights and len(weights["query_shares"]) == len(words):  # RCAR t2i
+        counts = weights["query_shares"]
     elif "words" in weights:  # of every region's attention, what this word gets on average
         counts = weights["words"].mean(0)
     elif "cosines" in weights:  # SCAN t2i

@@ -23,13 +23,15 @@ import torch
 from torch import Tensor, nn
 
 from .._workspace import scratch_bytes
-from ..nn import PairScorer, SimilarityGraph, State, xavier_
+from ..nn import Attention, PairScorer, SimilarityGraph, State, xavier_
 from ..ops import _recompute, attended_vectors, similarity_graph
+from ..ops._attention import affinity_norm
 from ..packing import spans
 from ._common import Dropout, PaddedScorer, l2norm, without_padding
 from ._pair_blocks import blocks
 from ._rows import linear, sigmoid
 from ._self_attention import TextSA, normalised
+from ._sgraf_attention import graph_attention
 from .sgraf import SGRAF
 
 NAME = "ConfidenceMatching"
@@ -221,6 +223,33 @@ class ConfidenceMatching(PaddedScorer):
         axes = "IIINT" + "." * (len(tensors) - 5)
         cut = partial(blocks, NAME, axes, pair_bytes, self._block)
         return _recompute.score(cut, axes, tensors, cu_seqlens, region_lengths)
+
+    def attention(self, image: Tensor, words: Tensor) -> Attention:
+        """`regions`, `words`, the regions' `confidence` [R] of (5), and the edges of both graphs, `edges_words`
+        [K, 1 + W, 1 + W] and `edges_regions` [K, 1 + R, 1 + R]."""
+        cu_seqlens = torch.tensor([0, len(words)], dtype=torch.int32, device=words.device)
+        _, image_global, part = self.image_state(image[None])
+        (caption_global,) = self.caption_state(words, cu_seqlens)
+        v, final = self.sim_embv, self.sim_enc
+
+        def vector(layer: nn.Module, difference: Tensor) -> Tensor:
+            return l2norm(layer(difference.square()).relu())
+
+        overall = vector(v.sim_tranglo_w, image_global - caption_global)
+        confidence = v.emb_similarity(vector(v.sim_tranpar_wv, part[0] - caption_global) * overall)[:, 0]
+        weights = {"confidence": v.ln(confidence).sigmoid()}
+        read = []
+        for name, query, context, layer, graph in (
+            ("regions", words, image, self.sim_embt.sim_tranloc_wt, final.module_t),
+            ("words", image, words, v.sim_tranloc_wv, final.module_v),
+        ):
+            weights[name] = (SMOOTH * affinity_norm(query @ context.t(), "clipped_l2norm", dim=0)).softmax(1)
+            local = vector(layer, l2norm(weights[name] @ context) - query)
+            local = local if name == "regions" else weights["confidence"][:, None] * local
+            node, edges = graph_attention(graph, nn.Identity(), torch.cat([overall, local]))
+            weights[{"regions": "edges_words", "words": "edges_regions"}[name]] = edges
+            read.append(node)
+        return Attention(float(final.sim_eval_w(torch.cat(read)).sigmoid()), weights)
 
     def _block(self, length, cu_seqlens, region_lengths, image, image_global, part, *rest) -> Tensor:
         """Scores of a block, images with the same number of regions at a time."""

@@ -24,8 +24,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .._share import share
-from ..nn import PairScorer, State, xavier_
+from ..nn import Attention, PairScorer, State, xavier_
 from ..ops import _recompute, attended_vectors, cross_attention_similarity
+from ..ops._attention import affinity_norm
 from ..packing import bounds
 from ._common import Dropout, OwnKeys, PaddedScorer, choice, encode_text, l2norm, without_padding
 from ._pair_blocks import blocks
@@ -195,6 +196,36 @@ class RegulatedMatching(PaddedScorer):
         axes = "IN" + "." * len(parameters)
         cut = partial(blocks, NAME, axes, pair_bytes, run)
         return _recompute.score(cut, axes, (image, words, *parameters), cu_seqlens, region_lengths)
+
+    def attention(self, image: Tensor, words: Tensor) -> Attention:
+        """`regions` (t2i) or `words` (i2t) of the last step, all steps' under `regions_by_step` [K, W, R] or
+        `words_by_step`, and the queries' weights in (4), `query_shares` [W] or [R]."""
+        name, query, context = ("regions", words, image) if self.attn_type == "t2i" else ("words", image, words)
+        only_rar, only_rcr = (self.self_regulator == each for each in ("only_rar", "only_rcr"))
+        matrix, smooth = torch.ones_like(query), query.new_full((len(query),), self.smooth)
+        steps: list[Tensor] = []
+        share = overall = similar = query.new_empty(0)
+
+        def attended() -> Tensor:
+            affinity = affinity_norm((query * matrix) @ context.t(), "clipped_l2norm", dim=0)
+            steps.append((smooth[:, None] * affinity).softmax(1))
+            return l2norm(steps[-1] @ context)
+
+        for k in range(self.step):
+            if not (k and only_rar):
+                similar = l2norm(self.alv_modules[k].sim_transform_w((query - attended()).square()))
+            overall = overall if k else similar.mean(0)
+            if only_rcr or (not only_rar and k < self.step - 1):
+                of = self.rcr_modules[k]
+                matrix = (of.rcr_matrix_w(similar).tanh() + matrix).clamp(-1, 1)
+                smooth = (of.rcr_smooth_w(similar)[:, 0] + smooth).relu()
+            if not only_rcr:
+                of = self.rar_modules[k]
+                share = of.rar_v_w(of.rar_k_w(similar) * of.rar_q_w(overall))[:, 0].softmax(0)
+                overall = l2norm(share @ similar)
+        score = F.cosine_similarity(query, attended()).mean() if only_rcr else self.sim_eval_w(overall).sigmoid()
+        weights = {name: steps[-1], f"{name}_by_step": torch.stack(steps)}
+        return Attention(float(score), weights if only_rcr else weights | {"query_shares": share})
 
     def _by_caption(self, run, image, words, cu_seqlens, region_lengths, parameters) -> Tensor:
         edge, columns = bounds(cu_seqlens, len(words), NAME), []
