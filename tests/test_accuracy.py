@@ -151,18 +151,18 @@ def test_the_reference_passes(make, dtype):
 attend = _attention.attend
 
 
-def without_a_region(query, context, norm, scale):
-    return attend(query, context[:-1] if len(context) > 1 else context, norm, scale)
+def without_a_region(query, context, norm, scale, *weights):
+    return attend(query, context[:-1] if len(context) > 1 else context, norm, scale, *weights)
 
 
-def without_a_feature(query, context, norm, scale):
+def without_a_feature(query, context, norm, scale, *weights):
     """One of the 16 terms of an affinity."""
     affinity = context[:, 1:] @ query[:, 1:].t()
     return (scale * _attention.affinity_norm(affinity, norm, 1)).softmax(0).t() @ context
 
 
-def another_scale(query, context, norm, scale):
-    return attend(query, context, norm, 1.01 * scale)
+def another_scale(query, context, norm, scale, *weights):
+    return attend(query, context, norm, 1.01 * scale, *weights)
 
 
 MISTAKES = [(m, d) for m in (without_a_region, without_a_feature) for d in DTYPES]
