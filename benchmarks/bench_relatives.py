@@ -72,6 +72,25 @@ def measure(scorer, loop, options, images: int, repeats: int) -> dict:
     }
 
 
+def table(result: dict) -> str:
+    """The results page's table."""
+    e = result["environment"]
+    lines = [
+        f"{e['device']}; {result['threads']} thread; torch {e['torch']}; {e['date']}; commit {e['commit']}. D {D}, "
+        f"S {S}, R {R}; itm-fast by its backend `cpu` against one caption an iteration, alternating, medians.",
+        "",
+        "| model | loop, pairs/s | itm-fast, pairs/s | x loop | by processor time | largest difference |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for title, one in result["models"].items():
+        rate = one["pairs_per_second"]
+        lines.append(
+            f"| {title} | {rate['loop']:,.0f} | {rate['itm-fast']:,.0f} | {one['times_as_fast']:.1f} | "
+            f"{one['times_as_fast_by_processor_time']:.1f} | {one['largest_difference']:.0e} |"
+        )
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=16)

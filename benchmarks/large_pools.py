@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import resource
 import statistics
 import sys
@@ -26,7 +25,6 @@ from torch.nn.functional import normalize
 if __name__ == "__main__":  # from a bare checkout, `benchmarks` lies beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import harness
 from benchmarks.harness import progress, write
 from benchmarks.machine import environment, in_fresh_process
 from itm_fast.evaluation import WORKLOADS, Encoded, rank_all, score_all
@@ -152,7 +150,8 @@ def table(result: dict) -> str:
     """The tables of the page of results."""
     environment, coco = result["environment"], result["coco"]
     lines = [
-        f"A scorer of {2 * DIM} operations a pair, {environment['threads']} thread of {environment['device']}; the "
+        f"A scorer of {2 * DIM} operations a pair, {environment['threads']} thread of {environment['device']}; "
+        f"{environment['date']}; commit {environment['commit']}. The "
         "overhead is the processor's time beyond that of the scores.",
         "",
         "| pool | best kept | part | pairs | processor, s | overhead, ns a pair | peak, GB | its matrix, GB |",
@@ -179,15 +178,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--name", default="large_pools", help="of the file in benchmarks/results")
     args = parser.parse_args(argv)
     pools, coco, more = (QUICK, QUICK_COCO, (1, (16, 80))) if args.quick else (POOLS, COCO, (3, (500, 256)))
-    path = harness.RESULTS / f"{args.name}.json"
-    before = json.loads(path.read_text())["pools"] if path.exists() else []
-    known = {(one["images"], one["captions"], one["best"], one["part"]): one for one in before}
+    run = measure if args.quick else functools.partial(in_fresh_process, measure)
     found = []
     for images, captions, best, parts in pools:
-        row = known.get((images, captions, best, f"1/{parts}"))
-        if row is None:
-            run = measure if args.quick else functools.partial(in_fresh_process, measure)
-            row = run(images, captions, best, parts)
+        row = run(images, captions, best, parts)
         found.append(row)
         progress(str(row))
     result = {"environment": environment(), "pools": found, "coco": against_scan(*coco, *more)}

@@ -19,7 +19,7 @@ from pathlib import Path
 if __name__ == "__main__":  # from a bare checkout, `benchmarks` lies beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import large_batches, large_pools, repositories, scale_plan, search, traffic_page
+from benchmarks import bench_relatives, large_batches, large_pools, repositories, scale_plan, search, traffic_page
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KINDS = ("pair_scorers", "whole_step", "training_step", "maxsim")
@@ -358,6 +358,7 @@ def main() -> None:
     tables = ("demo_recall.json", recall), ("precision_*.json", precision), ("trained_models.json", trained)
     tables = *tables, ("repositories*.json", repositories.table), ("search_*.json", search.table)
     tables = *tables, ("large_batches_*.json", large_batches.table), ("large_pools.json", large_pools.table)
+    tables = *tables, ("relatives_*.json", bench_relatives.table)
     for pattern, made in tables:
         for path in sorted(RESULTS.glob(pattern)):
             raw = f"Raw numbers: [{path.name}]({path.name})."

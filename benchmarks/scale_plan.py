@@ -37,21 +37,26 @@ Only the cost of counting on this page is measured ([large_pools.json](large_poo
 that the traffic model predicts for an H100 (SXM, 80 GB) in bfloat16: kernels will be slower.
 
 With I images, T captions of W = {words:.1f} words, R = {regions} regions, D = {dim}, b = {bytes} bytes a number, G GPUs
-({per_node} a node), F = 1 with folds and 0 without, and k best items kept:
+({per_node} a node), and F = 1 with folds and 0 without:
 
     pairs      P = I T
-    embeddings E = (I R + T W) D b                          bytes, one copy a node: in memory, or mapped from its disk
-    counters   C = (24 (1 + F) + 8 k) (I + T) + 4 (2 + F) T     bytes a process and system: a snapshot, and the sum
+    embeddings E = (I R + T W) D b                          bytes, one copy a process in the host's memory; without a
+                                                            GPU mapped from disk where memory is short
+    counters   C = 24 (1 + F) (I + T) + 4 (2 + F) T             bytes a process and system: a snapshot
+                                                            8 k (I + T) more where the k best items are kept
     matrix       = 4 P                                      bytes that are not needed
     scores       = s P / G                                  s seconds a pair, from the traffic model
-    counting     = {count:.1f} ns P / G                            one core of the host for each GPU
+    counting     = {count:.1f} ns P / G                            one core of the host for each GPU; {kept:.1f} ns with
+                                                            the 10 best items
     to the GPU   = (I R / G + ceil(I / (G {band})) T W) D b / {pcie:.0f} GB/s
                                                             {band} images are on a GPU, and all captions pass by them
     queue        = P / ({block:,} G) x {ticket:.0f} ms             numbers of blocks, taken from one store
-    network      = 2 C / {network:.0f} GB/s                           one sum of the counters at the end, between nodes
+    network      = (G - 1) C / {network:.0f} GB/s                     the first process gathers the counters of all
+                                                            others, and holds them
 
-Scores, counting, copies and the queue overlap: the longest of them is the time. The sum of the counters is the only
-communication, and parts (`--part`, `--merge`) need none: each node encodes the split or gets a copy of it.
+Scores, counting, copies and the queue overlap: the longest of them is the time, after encoding, which is not in this
+table: every process encodes the whole split. {pcie:.0f} and {network:.0f} GB/s and {ticket:.0f} ms a number are
+assumed. The counters are the only communication, and parts (`--part`, `--merge`) need none.
 
 """
 
@@ -80,13 +85,14 @@ def pair_seconds() -> dict[str, float]:
     }
 
 
-def counting_seconds() -> float:
-    """Seconds that counting a pair took, as measured on the largest pool."""
-    found = json.loads((RESULTS / "large_pools.json").read_text())
-    return max(found["pools"], key=lambda one: one["images"])["overhead_ns_per_pair"] * 1e-9
+def counting_seconds(best: int = 0) -> float:
+    """Seconds that counting a pair took, as measured on the largest pool with so many best items kept."""
+    pools = json.loads((RESULTS / "large_pools.json").read_text())["pools"]
+    largest = max((one for one in pools if (one["best"] or 0) == best), key=lambda one: one["images"])
+    return largest["overhead_ns_per_pair"] * 1e-9
 
 
-def row(images: int, captions: int, gpus: int, best: int = 10, folds: int = 0) -> Row:
+def row(images: int, captions: int, gpus: int, best: int = 0, folds: int = 0) -> Row:
     """The formula of the page."""
     words = float(WORKLOADS["coco-eval-5k"].lengths.mean())
     pairs = images * captions
@@ -98,10 +104,10 @@ def row(images: int, captions: int, gpus: int, best: int = 10, folds: int = 0) -
         counters=counters,
         matrix=4 * pairs,
         scores={model: seconds * pairs / gpus for model, seconds in pair_seconds().items()},
-        counting=counting_seconds() * pairs / gpus,
+        counting=counting_seconds(best) * pairs / gpus,
         to_gpu=(images / gpus * REGIONS + bands * captions * words) * number / PCIE,
         queue=pairs / BLOCK / gpus * TICKET,
-        network=0.0 if gpus <= PER_NODE else 2 * counters / NETWORK,
+        network=0.0 if gpus <= PER_NODE else (gpus - 1) * counters / NETWORK,
     )
 
 
@@ -110,11 +116,12 @@ def page() -> str:
     words = float(WORKLOADS["coco-eval-5k"].lengths.mean())
     head = HEAD.format(
         words=words, regions=REGIONS, dim=DIM, bytes=BYTES, per_node=PER_NODE, band=BAND, block=BLOCK,
-        count=counting_seconds() * 1e9, pcie=PCIE / 1e9, ticket=TICKET * 1e3, network=NETWORK / 1e9,
+        count=counting_seconds() * 1e9, kept=counting_seconds(10) * 1e9, pcie=PCIE / 1e9, ticket=TICKET * 1e3,
+        network=NETWORK / 1e9,
     )  # fmt: skip
     names = [MODELS[model] for model in pair_seconds()]
     lines = [
-        f"| pool | GPUs | embeddings | counters, k 10 | matrix | {' | '.join(names)} | counting | "
+        f"| pool | GPUs | embeddings | counters | matrix | {' | '.join(names)} | counting | "
         "to the GPU | queue | network |",
         "|---|---:|---:|---:|---:" + "|---:" * (len(names) + 4) + "|",
     ]
@@ -132,14 +139,16 @@ def _reading() -> str:
     """What follows from the table."""
     eight, most = row(100_000, 500_000, 8), row(10_000_000, 50_000_000, 64)
     return (
-        f"Eight GPUs rank 100,000 x 500,000 by SGR in {span(eight.scores['sgr'])}, with {size(eight.embeddings)} of "
-        f"embeddings on the node and no matrix of {size(eight.matrix)}. By SCAN the scores take "
+        f"Eight GPUs rank 100,000 x 500,000 by SGR in {span(eight.scores['sgr'])}, with "
+        f"{size(8 * eight.embeddings)} of embeddings in the node's memory, a copy for each process, and no matrix of "
+        f"{size(eight.matrix)}. By SCAN the scores take "
         f"{span(eight.scores['scan-t2i'])} and counting on one core a GPU {span(eight.counting)}: counting has to move "
         "to the GPU, or to several cores, before faster scores help.\n\n"
-        f"Ten million images are {size(most.embeddings)} of embeddings on every node's disk. 64 GPUs take "
+        f"Ten million images are {size(most.embeddings)} of embeddings, more than a process of today's code can hold "
+        "beside a GPU: one copy a node, mapped from its disk, has to come first. 64 GPUs then take "
         f"{span(max(most.scores['scan-t2i'], most.counting))} by SCAN and {span(most.scores['sgr'])} by SGR for exact "
-        f"ranks. The counters are {size(most.counters)} a process; without the best items "
-        f"{size(row(10_000_000, 50_000_000, 64, best=0).counters)}.\n"
+        f"ranks. The counters are {size(most.counters)} a process; with the ten best items "
+        f"{size(row(10_000_000, 50_000_000, 64, best=10).counters)}.\n"
     )
 
 

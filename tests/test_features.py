@@ -294,7 +294,7 @@ def test_weights_of_your_own(folder, capsys, timm):
     [
         (["--backbone", "resnet50"], "a backbone is timm:NAME or torchvision:NAME"),
         (["--backbone", "timm:nothing"], "timm has no model 'nothing'"),
-        (["--backbone", "torchvision:resnet18"], "needs the package torchvision: pip install 'itm-fast[features]'"),
+        (["--backbone", "torchvision:resnet18"], "needs the package torchvision: pip install '.[features]'"),
         (["--grid", "9"], "8 x 8 entries, too few for --grid 9"),
         (["--grid", "0"], "--grid must be at least 1, got 0"),
         (["--split", "a/b"], "--split must be a name such as train"),

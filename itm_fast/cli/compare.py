@@ -66,6 +66,11 @@ def runs_in(path: str) -> list[KeptRanks]:
     from ..evaluation.kept_ranks import RANKS
 
     folder = Path(path)
+    if (folder / RANKS).exists() and (below := sorted(folder.glob(f"*/{RANKS}"))):
+        raise ValueError(
+            f"{path} holds a run itself, and others in folders such as {below[0].parent.name}; give the folder of one "
+            "run, or one that holds nothing but the folders of the seeds"
+        )
     if folder.is_dir() and not (folder / RANKS).exists():
         found = sorted(folder.glob(f"*/{RANKS}"))
         if not found:

@@ -27,6 +27,8 @@ _OPTIONAL = {
     "eccv-caption": "`evaluate` with CxC and ECCV metrics",
     "tensorboard": "`train --tensorboard`",
     "faiss-cpu": "`search --candidates` above a million images",
+    "timm": "`features --backbone timm:NAME`",
+    "torchvision": "`features --backbone torchvision:NAME`",
     "triton": "Triton kernels on CUDA devices",
 }
 _VARIABLES = (

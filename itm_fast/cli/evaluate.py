@@ -40,7 +40,7 @@ and as the mean of their score matrices; SGRAF is the mean of an SGR and a SAF c
   files       itm-fast evaluate ... --output results --trec 100
   long run    itm-fast evaluate ... --scores sgr.npy          (after an interruption: add --resume)
               itm-fast evaluate ... --state run                   (after an interruption: the same command)
-  many GPUs   torchrun --nproc-per-node 8 -m itm_fast evaluate ...    (the same numbers, bit for bit; --state too)
+  many GPUs   torchrun --nproc-per-node 8 -m itm_fast evaluate ...    (the numbers of one process; --state too)
   many jobs   itm-fast evaluate ... --state run3 --part 3/8, and then: itm-fast evaluate --merge run1 run2 ...
   memory      itm-fast evaluate --workload coco-eval-5k --dry-run
 
@@ -78,8 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE",
-        help="model_best.pth.tar of SCAN, SGRAF or itm-fast train, or its folder; repeat the option for an ensemble; a "
-        "file that holds two networks (model_A, model_B) counts as two members",
+        help="model_best.pth.tar of a published model or of itm-fast train, or its folder; repeat the option for an "
+        "ensemble; a file that holds two networks (model_A, model_B) counts as two members",
     )
     parser.add_argument("--data", metavar="DIR_OR_H5", help="SCAN's folder of .npy and .txt files, or an HDF5 file")
     parser.add_argument("--split", default="test", help="dev, test, testall, ... (default: test)")
@@ -125,8 +125,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="GB",
         help="memory budget in GB (10^9 bytes). On the CPU it covers the whole process: Python, torch, model, encoded "
-        "data, scores and scratch; on a GPU, the memory of the GPU. Default: 70 %% of the memory available on the CPU, "
-        "80 %% on a GPU",
+        "data, scores and scratch; on a GPU, the memory of the GPU. Under torchrun it is for each process. Default: "
+        "70 %% of the memory available on the CPU, 80 %% on a GPU",
     )
     compute.add_argument(
         "--batch-size", type=int, default=128, metavar="N", help="images, and captions, encoded at once (default: 128)"
@@ -157,7 +157,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--merge",
         nargs="+",
         metavar="DIR",
-        help="in place of --checkpoint and --data: add up the --state folders of all parts and print the report",
+        help="in place of --checkpoint and --data: add up the --state folders of all parts and print the report; "
+        "its report.html has no list of failed queries",
     )
     output = parser.add_argument_group("output")
     output.add_argument(
@@ -225,6 +226,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--scores FILE.npy is made to be resumed by itself (--resume); leave out --state")
     if args.part and not args.state:
         raise ValueError("--part scores some blocks into a folder of its own; name it with --state DIR")
+    if args.part and args.pictures:
+        raise ValueError("--part writes no report, so that --pictures has no use; leave it out")
     if args.part and args.output:
         raise ValueError("--part has no results yet; give --output when the parts are added up by --merge")
     if not args.part:

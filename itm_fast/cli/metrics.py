@@ -91,6 +91,8 @@ def run(args: argparse.Namespace) -> int:
             captions=texts, image_ids=ids[0], caption_ids=ids[1], pmrp=args.pmrp, worst=WORST if args.output else 0,
         )  # fmt: skip
         print(report)
+        if report.relevance_missing and any(one is not None for one in ids):
+            print(report.relevance_missing)
         if folder is not None:
             print("written: " + ", ".join(map(str, report.save(folder))))
     return 0

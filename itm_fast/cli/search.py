@@ -20,8 +20,9 @@ Find the images of a gallery that score best with captions. `itm-fast gallery` m
 The model scores every image of the gallery. In a large gallery that takes long, and --candidates N lets it score only
 N images per caption: those whose mean region is closest to the caption's mean word, by the gallery's own SCAN or
 DualEncoder checkpoint or by that of --first. The answer is then called approximate, and says how many of the images of
-exact search it finds: this is measured once, on captions of the data that the gallery was built from, and kept in the
-gallery. It is not the recall of the model; `itm-fast evaluate` measures that, with every pair scored."""
+exact search it finds: this is measured on the first such search, which therefore scores every image with 100 sample
+captions of the gallery's data, and kept in the gallery. It is not the recall of the model; `itm-fast evaluate` measures
+that, with every pair scored."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,6 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="with --candidates: the SCAN or DualEncoder checkpoint that chooses them; the gallery was built with it; "
         "default: the model itself if it is one of these",
+    )
+    parser.add_argument(
+        "--first-vocab", metavar="JSON", help="the vocabulary of --first; default: the one beside it, as for --vocab"
     )
     compute = parser.add_argument_group("speed and memory")
     compute.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
@@ -75,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     captions = _captions(args.captions)
     if args.first and args.candidates is None:
         raise ValueError("--first chooses the candidates of an approximate search; say how many with --candidates N")
+    if args.first_vocab and not args.first:
+        raise ValueError("--first-vocab is the vocabulary of --first; name its checkpoint with --first FILE")
     if args.pictures and not args.html:
         raise ValueError("--pictures are for a page; name it with --html PAGE")
     if args.pictures and not Path(args.pictures).is_dir():
@@ -87,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
     from ..models import load
 
     model = load(args.checkpoint, args.device, vocab=args.vocab)
-    first = load(args.first, args.device) if args.first else None
+    first = load(args.first, args.device, vocab=args.first_vocab) if args.first else None
     gallery = Gallery.open(args.gallery, model)
     with use_backend(args.backend) if args.backend != "auto" else contextlib.nullcontext():
         found = gallery.search(

@@ -121,7 +121,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_count,
         metavar="N",
         help="encode N captions and their images at a time, and again in the backward pass: less memory for large "
-        "batches, and the same losses (default: a process encodes its captions at once)",
+        "batches, and the same losses; not for encoders with a BatchNorm (default: a process encodes its captions at "
+        "once)",
     )
     run.add_argument("--tensorboard", action="store_true", help="write OUTPUT/tensorboard in addition to log.csv")
     run.add_argument("--quiet", action="store_true", help="no progress bars and no table after each epoch")

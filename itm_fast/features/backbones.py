@@ -81,7 +81,9 @@ def load(name: str, weights: str | None = None, size: int | None = None, device:
             if error.name != package:
                 raise
             raise ModuleNotFoundError(
-                f"--backbone {name} needs the package {package}: pip install 'itm-fast[features]'", name="itm_fast"
+                f"--backbone {name} needs the package {package}: pip install '.[features]' in the source folder of "
+                "itm-fast",
+                name="itm_fast",
             ) from None
     if weights not in (None, "random"):
         _load_weights(network, Path(weights))  # type: ignore[arg-type]

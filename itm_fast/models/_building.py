@@ -50,7 +50,8 @@ def scorer(
     of the published checkpoint's part.
 
     Args:
-        name: a model's name for `itm-fast train --model`; or "laps", "teran" or "aladin".
+        name: a model's name for `itm-fast train --model`; or "laps", "teran", "aladin", for the pair
+            scores of these papers, which have no parameters and read none of `dim`, `sim_dim` and `regions`.
         dim: D.
         sim_dim: S, for models with similarity vectors.
         regions: R, for models with weights for each region.

@@ -128,7 +128,8 @@ _ROWS = (
         "CMCAN",
         "cmcan:CMCAN",
         "CMCAN, AAAI 2022",
-        "paper and published code; regions have neighbours only where `adjacency` is given, as boxes are not read",
+        "paper and published code, but boxes are not read: without `adjacency=` a region has no neighbour but itself, "
+        "so that published checkpoints do not give the paper's numbers",
         ("system", "CMCAN"),
         {
             "sim_dim": _SIM_DIM,

@@ -48,7 +48,7 @@ def load(
     in the folder where the model was trained.
 
     Args:
-        path: `model_best.pth.tar` of SCAN, SGRAF or `itm-fast train`, or its folder.
+        path: `model_best.pth.tar` of a published model or of `itm-fast train`, or its folder.
         device: the model's device: "cpu", "cuda", "cuda:1", ...; None: CUDA if there is a GPU, else the CPU.
         network: which network to load from a file that holds two, `model_A` and `model_B`: "A" or "B".
         vocab: the file of the vocabulary that the model was trained with.

@@ -27,8 +27,8 @@ from .torch_file import ALLOWED, describe, load_plain
 State: TypeAlias = collections.OrderedDict[str, Tensor]
 BEST = "model_best.pth.tar"
 _WANTED = (
-    "a checkpoint is the model_best.pth.tar that SCAN, SGRAF or `itm-fast train` wrote: a dict with opt and model (or "
-    "state_dict, or model_A and model_B)"
+    "a checkpoint is the model_best.pth.tar that a published model or `itm-fast train` wrote: a dict with opt and "
+    "model (or state_dict, or model_A and model_B)"
 )
 
 

@@ -39,7 +39,7 @@ def patch(*targets: ModuleType | str | Path) -> Report:
 
     Args:
         targets: modules of the repository; or the path of its folder or of one of its .py files, which are imported
-            with the folder on `sys.path`, so that the repository's own imports find the same modules.
+            with the folder on `sys.path`, where it stays, so that the repository's own imports find the same modules.
 
     Returns:
         A row for each thing found; its text is a table.
@@ -74,9 +74,15 @@ def unpatch(*modules: ModuleType) -> None:
     Args:
         modules: the modules that define it; none means all that were patched.
 
+    Raises:
+        TypeError: something is no module, such as the path that `patch` was given.
+
     >>> import itm_fast
     >>> itm_fast.unpatch()
     """
+    for module in modules:
+        if not isinstance(module, ModuleType):
+            raise TypeError(f"unpatch takes modules, or nothing to restore all that was replaced; got {module!r}")
     for key in [id(module) for module in modules] or list(_patched):
         for undo in reversed(_patched.pop(key, [])):
             undo()
