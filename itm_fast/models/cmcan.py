@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from argparse import Namespace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -232,7 +233,7 @@ class ConfidenceMatching(PaddedScorer):
         (caption_global,) = self.caption_state(words, cu_seqlens)
         v, final = self.sim_embv, self.sim_enc
 
-        def vector(layer: nn.Module, difference: Tensor) -> Tensor:
+        def vector(layer: Any, difference: Tensor) -> Tensor:
             return l2norm(layer(difference.square()).relu())
 
         overall = vector(v.sim_tranglo_w, image_global - caption_global)

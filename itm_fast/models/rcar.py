@@ -211,12 +211,13 @@ class RegulatedMatching(PaddedScorer):
             steps.append((smooth[:, None] * affinity).softmax(1))
             return l2norm(steps[-1] @ context)
 
+        alv: Any = self.alv_modules
         for k in range(self.step):
             if not (k and only_rar):
-                similar = l2norm(self.alv_modules[k].sim_transform_w((query - attended()).square()))
+                similar = l2norm(alv[k].sim_transform_w((query - attended()).square()))
             overall = overall if k else similar.mean(0)
             if only_rcr or (not only_rar and k < self.step - 1):
-                of = self.rcr_modules[k]
+                of: Any = self.rcr_modules[k]
                 matrix = (of.rcr_matrix_w(similar).tanh() + matrix).clamp(-1, 1)
                 smooth = (of.rcr_smooth_w(similar)[:, 0] + smooth).relu()
             if not only_rcr:
