@@ -35,7 +35,7 @@ from itm_fast.evaluation.tally import Asked
 from itm_fast.nn import CrossAttentionScore, PairScorer
 
 DIM = 16
-POOLS = [(31_000, 155_000, None, 1), (31_000, 155_000, 10, 8), (100_000, 500_000, None, 8)]  # best items, parts
+POOLS = [(31_000, 155_000, None, 1), (31_000, 155_000, 10, 8), (100_000, 500_000, None, 1)]  # best items, parts
 QUICK = [(60, 300, None, 1), (60, 300, 10, 2)]
 COCO, QUICK_COCO = (5000, 25_000), (60, 300)
 
