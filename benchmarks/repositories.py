@@ -39,7 +39,7 @@ from itm_fast.patching._proof import in_float64, published
 OPTIONS = Namespace(
     raw_feature_norm="clipped_l2norm", agg_func="LogSumExp", lambda_softmax=9.0, lambda_lse=6.0, cross_attn="t2i"
 )
-SIZES = (64, 320, 1024, 256)  # images, captions, D and S of the timed scoring
+SIZES = (32, 160, 1024, 256)  # images, captions, D and S of the timed scoring
 EMPTY = (
     "nltk", "ot", "prefetch_generator", "pycocotools", "pycocotools.coco", "scipy", "scipy.io", "scipy.optimize",
     "scipy.spatial", "scipy.stats", "sklearn", "sklearn.cluster", "sklearn.metrics", "sklearn.metrics.pairwise",

@@ -48,6 +48,23 @@ def test_a_checkpoint_has_the_thresholds_that_training_found(tmp_path, monkeypat
     assert (found.thres, found.thres_safe) == (0.25, 0.125)
 
 
+def test_a_resumed_run_has_the_thresholds_that_training_found(tmp_path, monkeypatch):
+    chosen = options("naaf", **{**SMALL, "batch_size": 4, "num_epochs": 1})
+    restored = []
+    with monkeypatch.context() as patch:
+        patch.setattr(NAAF, "learned_options", lambda model: {"thres": 0.25, "thres_safe": 0.125})
+        run_tiny(tmp_path / "run", opt=chosen, max_steps=1)
+    restore = NAAF.restore_learned
+
+    def seen(model, found):
+        restore(model, found)
+        restored.append((model.scorer.thres, model.scorer.thres_safe))
+
+    monkeypatch.setattr(NAAF, "restore_learned", seen)
+    run_tiny(tmp_path / "run", opt=chosen, resuming=True)
+    assert restored == [(0.25, 0.125)]
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_padding_counts_as_zero_in_the_maxima_of_teran_s_training(backend):
     """As in its batches [B, B, R, W], in which the affinities of padding are set to 0."""

@@ -267,8 +267,15 @@ def test_modules_that_differ_from_the_published_keep_their_own_forward(repositor
     weight = changed.sim_tranloc_w.weight.detach()
     del changed.sim_tranloc_w.weight
     changed.sim_tranloc_w.register_buffer("weight", weight)  # the library's scorer has a parameter here
+
+    class Derived(cls):
+        pass
+
+    derived = Derived(16, 8, "SAF").eval()
+    derived.load_state_dict(changed.state_dict())
     monkeypatch.setattr(EncoderSimilarity, "score", None)
     torch.testing.assert_close((hooked(*embeddings()), changed(*embeddings())), expected)
+    torch.testing.assert_close(derived(*embeddings()), expected[1])
 
 
 def test_an_import_that_has_no_effect_is_told(repository):

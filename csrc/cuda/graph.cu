@@ -77,6 +77,7 @@ __device__ __forceinline__ void weighted_by_groups(typename T::Products &acc, Gr
     };
     const int lane = threadIdx.x % 32;
     unsigned own[T::DEPTH / 16][4];
+    sync_warp();  // other lanes of the warp have written its rows
     clear(acc);
     load(0);
 #pragma unroll 1

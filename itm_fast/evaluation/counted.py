@@ -110,6 +110,7 @@ def _counted(
         if ranks.first and snapshots is not None:
             begun = snapshots.begin(lambda: blocks.begin(asked, identity, about), identity, about)
             snapshots.collect()
+            begun.about["resumed"] |= bool(begun.done.any())
         elif ranks.first:
             begun = blocks.begin(asked, identity, about)
         numbers = part_of(blocks.plan.blocks, about["part"])

@@ -90,7 +90,6 @@ class Snapshots:
                     self._tally.merge(other)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}; delete it to count its blocks again") from error
-        self._tally.about["resumed"] |= bool(self._tally.done.any())
         self.save()
         for path in paths:
             path.unlink()

@@ -186,7 +186,7 @@ def _unfinished(output: Path, split: str) -> Path:
 def _write_rest(output: Path, split: str, images: Images, captions: Sequence[Sequence[str]]) -> None:
     owner = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
     lines = [text for texts in captions for text in texts]
-    whole = Split(np.empty((len(images.names), *images.shape), np.float16), lines, owner)
+    whole = Split(np.broadcast_to(np.float16(0), (len(images.names), *images.shape)), lines, owner)  # takes no memory
     boxes = images.boxes
     if boxes is not None and len(boxes) < len(images.names):
         boxes = np.repeat(boxes, len(images.names), axis=0)

@@ -285,6 +285,9 @@ class Matcher:
         """Options that training has changed, for the checkpoint's options."""
         return {}
 
+    def restore_learned(self, found: Mapping[str, Any]) -> None:
+        """Go on from these `learned_options` of an interrupted run."""
+
     @property
     def modules(self) -> list[nn.Module]:
         """The modules in the order of the checkpoint's list."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Any
 
@@ -227,6 +228,10 @@ class NAAF(SCAN):
 
     def learned_options(self) -> dict[str, float]:
         return {"thres": self.scorer.thres, "thres_safe": self.scorer.thres_safe}
+
+    def restore_learned(self, found: Mapping[str, Any]) -> None:
+        for name, value in found.items():
+            setattr(self.scorer, name, float(value))
 
     def train_start(self) -> None:
         """Switch to training mode: thresholds follow the batches."""

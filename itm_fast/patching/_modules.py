@@ -31,6 +31,8 @@ _SKIPPED = ("site-packages", "node_modules")
 def patch(*targets: ModuleType | str | Path) -> Report:
     """Replace the slow functions and classes of a published repository by the library's, where these prove equal.
 
+    Call it once, before threads start: while it proves, tensors stay on the CPU.
+
     Known by name and arguments are `EncoderSimilarity` (its `forward`, on the class itself, so that its other methods
     and every reference to it stay), `xattn_score_t2i`, `xattn_score_i2t`, their `shard_` forms and `i2t` and `t2i` (in
     every imported module that has them), and `ContrastiveLoss`. Each is run beside the very code that it replaces on a
@@ -125,7 +127,7 @@ def _scorer(module: ModuleType, where: str, cls: Any) -> Iterator[Row]:
         more = "" if returned[mode] == "scores" else f", returns {returned[mode]}"
         yield Row(where, f"{SCORER} ({mode})", REPLACED, f"differs by {apart:.0e}{more}")
     if returned:
-        _set_method(module, cls, _sgraf.forward(cls.forward, returned))
+        _set_method(module, cls, _sgraf.forward(cls, returned))
 
 
 def _reason(error: Exception) -> str:

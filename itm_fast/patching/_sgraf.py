@@ -14,6 +14,7 @@ from ._proof import Disagrees, Fails, agreed, difference, published, with_gradie
 
 MODES = ("SGR", "SAF")
 _D, _S, _R = 16, 8, 36
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _TWINS: weakref.WeakKeyDictionary[nn.Module, EncoderSimilarity] = weakref.WeakKeyDictionary()
 
 
@@ -51,8 +52,11 @@ def twin(module: Any) -> EncoderSimilarity:
             ours = EncoderSimilarity(D, S, module.module_name, len(getattr(module, "SGR_module", ())), regions)
         _TWINS[module] = ours
     own = dict(module.named_modules())
-    if any(part._forward_hooks or part._forward_pre_hooks for name, part in own.items() if name):
+    inside = [part for name, part in own.items() if name]
+    if any(getattr(part, hooks) for part in inside for hooks in _HOOKS):
         raise Unlike("it has hooks inside")
+    if {name for name, _ in module.named_parameters()} != {name for name, _ in ours.named_parameters()}:
+        raise Unlike("it has other parameters")
     for name, part in ours.named_modules():
         try:
             source = own[name]
@@ -65,16 +69,18 @@ def twin(module: Any) -> EncoderSimilarity:
     return ours
 
 
-def forward(original: Callable[..., Any], returned: dict[str, str]) -> Callable[..., Any]:
+def forward(cls: type[nn.Module], returned: dict[str, str]) -> Callable[..., Any]:
     """A replacement of the published `forward`.
 
     Args:
-        original: called for modules that are built otherwise.
+        cls: the class that was proved; subclasses, and modules that are built otherwise, keep its own forward.
         returned: "SGR" and "SAF", where they were proved -> a key of `RETURNS`.
     """
 
+    original: Callable[..., Any] = cls.forward
+
     def forward(self, img_emb, cap_emb, cap_lens):
-        kind = returned.get(self.module_name)
+        kind = returned.get(str(self.module_name)) if type(self) is cls else None
         if kind is None:
             return original(self, img_emb, cap_emb, cap_lens)
         try:

@@ -32,10 +32,13 @@ class Stop:
         self.asked: type[KeyboardInterrupt] | None = None
         self.at_once = False
 
-    def agree(self, ranks: Ranks) -> None:
-        """If the process of any rank was asked to stop, all are, so that all stop after the same step."""
+    def agree(self, ranks: Ranks) -> type[KeyboardInterrupt] | None:
+        """What all processes raise now, so that all stop after the same step; None if none of them was asked to stop.
+
+        A signal that comes while this waits for the others is seen at the next step.
+        """
         kinds: tuple[type[KeyboardInterrupt] | None, ...] = (None, KeyboardInterrupt, Terminated)
-        self.asked = kinds[ranks.most(kinds.index(self.asked))]
+        return kinds[ranks.most(kinds.index(self.asked))]
 
     def __call__(self, number: int, *_: object) -> None:
         interrupt = Terminated if number == signal.SIGTERM else KeyboardInterrupt

@@ -97,6 +97,7 @@ class Run:
         """Build the model: with new weights, or as an interrupted run left it."""
         if found is not None:
             same_run(found, self.output, self.opt, self.data, self.vocabulary, self.vocabulary_file)
+            vars(self.opt).pop(resume.LEARNED, None)  # the caller may have read it from the file
         vectors = word_vectors(self.opt, self.vocabulary, self.progress) if found is None else None
         if vectors is not None:
             self.opt.vector_dim = vectors.shape[1]
@@ -115,6 +116,7 @@ class Run:
         try:
             self.model.load_state_dict(found.model)
             self.model.optimizer.load_state_dict(found.optimizer)
+            self.model.restore_learned(found.options.get(resume.LEARNED, {}))
             resume.set_random_state(found.rng, self.device, alone=self.ranks.world == 1)
         except (ValueError, RuntimeError, TypeError, KeyError, IndexError) as error:
             path = self.output / resume.NAME
@@ -169,10 +171,9 @@ class Run:
                     self.log.add(self.epoch + 1, self.iterations, row)
                 bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
                 bar.update()
-                self.stop.agree(self.ranks)
-                if self.stop.asked:
+                if asked := self.stop.agree(self.ranks):
                     self._save_resume()
-                    raise self.stop.asked
+                    raise asked
                 if time.monotonic() - saved > _SAVE_EVERY:
                     self._save_resume()
                     saved = time.monotonic()
@@ -267,10 +268,11 @@ class Run:
         if not self.ranks.first:
             return
         self.lock.check()
+        learned = self.model.learned_options()
         resume.save(
             self.output,
             resume.Progress(
-                options=vars(self.opt),
+                options=vars(self.opt) | ({resume.LEARNED: learned} if learned else {}),
                 arguments=self.arguments,
                 data=self.data,
                 epoch=self.epoch,

@@ -18,6 +18,7 @@ from ..models.torch_file import describe, load_plain
 from .recipe import TRAINING
 
 NAME = "resume.pt"
+LEARNED = "learned"
 _FORMAT = "itm-fast resume 1"
 _KINDS: dict[str, Any] = {  # attribute of `Progress` -> its type
     **dict.fromkeys(("options", "arguments", "optimizer", "rng"), dict),
@@ -33,7 +34,7 @@ class Progress:
     """The state of a training run.
 
     Attributes:
-        options: the run's options, by their published names.
+        options: the run's options, by their published names; under `LEARNED` those that training has changed, if any.
         arguments: plain values that the caller of `train` wants back, such as paths and names of splits.
         data: how many captions and images the training split has, then checksums (`setup.identity`) of the training
             and the dev split, so that a run is not resumed with other data. Files of older versions have only the two
