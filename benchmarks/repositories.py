@@ -171,8 +171,9 @@ def repository(name: str, folder: Path, rounds: int) -> dict[str, Any]:
         rows = [measure(one, rounds) for one in found]
     finally:
         sys.path[:] = path
+        own = {file.stem for file in folder.iterdir()}
         for key in set(sys.modules) - set(modules):
-            if str(getattr(sys.modules[key], "__file__", "")).startswith(str(folder.resolve())):
+            if key.partition(".")[0] in own:
                 del sys.modules[key]
     return {"repository": name, "patch": [vars(row) for row in report], "scorers": rows}
 
