@@ -121,7 +121,7 @@ def project(
     if backward:
         return _row(8, 2, BLOCK_Q=32, BLOCK_K=32, BLOCK_S=256, CHUNK=0)  # untuned
     if precision == "tf32x3":
-        # For sm_100 Triton 3.6 takes 528 columns of tensor memory for this, of the 512 that there are, and refuses the
+        # For sm_100 Triton 3.6 takes 528 or 640 of the 512 columns of tensor memory for this, and refuses the
         # launch; later versions take 512. BLOCK_S 128 would fit, but computes all products twice.
         return _row(8, 3, BLOCK_Q=64, BLOCK_K=16, BLOCK_S=256, CHUNK=16)  # untuned
     if arch == 80 or S > 256 or (dtype == torch.float32 and overall):
