@@ -355,10 +355,16 @@ def main() -> None:
         raw = f"Raw numbers: [{path.name}]({path.name})."
         told = traffic_page.tables(json.loads(path.read_text()), RESULTS / f"gpu_{card}.json")
         parts.append(f"## {path.stem}\n\n{told}\n\n{raw}\n")
-    tables = ("demo_recall.json", recall), ("precision_*.json", precision), ("trained_models.json", trained)
-    tables = *tables, ("repositories*.json", repositories.table), ("search_*.json", search.table)
-    tables = *tables, ("large_batches_*.json", large_batches.table), ("large_pools.json", large_pools.table)
-    tables = *tables, ("relatives_*.json", bench_relatives.table)
+    tables = (
+        ("demo_recall.json", recall),
+        ("precision_*.json", precision),
+        ("trained_models.json", trained),
+        ("repositories*.json", repositories.table),
+        ("search_*.json", search.table),
+        ("large_batches_*.json", large_batches.table),
+        ("large_pools.json", large_pools.table),
+        ("relatives_*.json", bench_relatives.table),
+    )
     for pattern, made in tables:
         for path in sorted(RESULTS.glob(pattern)):
             raw = f"Raw numbers: [{path.name}]({path.name})."

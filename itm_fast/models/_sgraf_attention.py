@@ -20,8 +20,7 @@ def similarity_attention(scorer: Any, smooth: float, image: Tensor, words: Tenso
         image: [R, D], unit rows.
         words: [W, D], unit rows.
     """
-    affinity = affinity_norm(image @ words.t(), "clipped_l2norm", dim=1)
-    regions = (smooth * affinity).softmax(0).t()  # [W, R]
+    regions = pair_attention(words, image, smooth)  # [W, R]
     local = l2norm(scorer.sim_tranloc_w((l2norm(regions @ image) - words).square()))
     cu_seqlens = torch.tensor([0, len(words)], dtype=torch.int32, device=words.device)
     (_, image_global), (caption_global,) = scorer.image_state(image[None]), scorer.caption_state(words, cu_seqlens)
@@ -38,6 +37,11 @@ def similarity_attention(scorer: Any, smooth: float, image: Tensor, words: Tenso
         if len(edges):
             weights |= {"nodes": reaching(edges), "edges": edges}
     return Attention(float(logit if scorer.output == "logit" else logit.sigmoid()), weights)
+
+
+def pair_attention(query: Tensor, context: Tensor, scale: float | Tensor) -> Tensor:
+    """SCAN's attention of one pair's queries [Q, D] over its contexts [X, D], [Q, X]; `scale` may be [Q, 1]."""
+    return (scale * affinity_norm(query @ context.t(), "clipped_l2norm", dim=0)).softmax(1)
 
 
 def graph_attention(graph: nn.ModuleList, final: nn.Module, nodes: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,13 +26,12 @@ from torch import Tensor, nn
 from .._workspace import scratch_bytes
 from ..nn import Attention, PairScorer, SimilarityGraph, State, xavier_
 from ..ops import _recompute, attended_vectors, similarity_graph
-from ..ops._attention import affinity_norm
 from ..packing import spans
 from ._common import Dropout, PaddedScorer, l2norm, without_padding
 from ._pair_blocks import blocks
 from ._rows import linear, sigmoid
 from ._self_attention import TextSA, normalised
-from ._sgraf_attention import graph_attention
+from ._sgraf_attention import graph_attention, pair_attention
 from .sgraf import SGRAF
 
 NAME = "ConfidenceMatching"
@@ -244,7 +243,7 @@ class ConfidenceMatching(PaddedScorer):
             ("regions", words, image, self.sim_embt.sim_tranloc_wt, final.module_t),
             ("words", image, words, v.sim_tranloc_wv, final.module_v),
         ):
-            weights[name] = (SMOOTH * affinity_norm(query @ context.t(), "clipped_l2norm", dim=0)).softmax(1)
+            weights[name] = pair_attention(query, context, SMOOTH)
             local = vector(layer, l2norm(weights[name] @ context) - query)
             local = local if name == "regions" else weights["confidence"][:, None] * local
             node, edges = graph_attention(graph, nn.Identity(), torch.cat([overall, local]))

@@ -24,11 +24,11 @@ from .._names import Direction, Norm
 from .._workspace import scratch_bytes
 from ..nn import Attention, PairScorer, State, xavier_
 from ..ops import _recompute, attended_vectors, cross_attention_score
-from ..ops._attention import affinity_norm
 from ..packing import spans
 from ._common import OwnKeys, PaddedScorer, choice, encode_text, l2norm, without_padding
 from ._pair_blocks import blocks, mean_over_queries
 from ._rows import linear, sigmoid
+from ._sgraf_attention import pair_attention
 from .scan import EncoderText as _EncoderText
 from .sgraf import SGRAF
 
@@ -135,8 +135,7 @@ class IterativeMatching(PaddedScorer):
             update, gate = getattr(self, f"linear_{direction}"), getattr(self, f"gate_{direction}")
             query, steps = first, []
             for _ in range(self.iteration_step):
-                affinity = affinity_norm(query @ context.t(), NORM, dim=0)
-                steps.append((self.lambda_softmax * affinity).softmax(1))
+                steps.append(pair_attention(query, context, self.lambda_softmax))
                 attended = steps[-1] @ context
                 total += float(_cosine(first, attended).mean())
                 both = torch.cat([query, attended], 1)

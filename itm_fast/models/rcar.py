@@ -26,12 +26,12 @@ from torch.utils.checkpoint import checkpoint
 from .._share import share
 from ..nn import Attention, PairScorer, State, xavier_
 from ..ops import _recompute, attended_vectors, cross_attention_similarity
-from ..ops._attention import affinity_norm
 from ..packing import bounds
 from ._common import Dropout, OwnKeys, PaddedScorer, choice, encode_text, l2norm, without_padding
 from ._pair_blocks import blocks
 from ._rows import linear, sigmoid
 from ._self_attention import normalised
+from ._sgraf_attention import pair_attention
 from .scan import EncoderText as _EncoderText
 from .sgraf import SGRAF
 
@@ -207,8 +207,7 @@ class RegulatedMatching(PaddedScorer):
         share = overall = similar = query.new_empty(0)
 
         def attended() -> Tensor:
-            affinity = affinity_norm((query * matrix) @ context.t(), "clipped_l2norm", dim=0)
-            steps.append((smooth[:, None] * affinity).softmax(1))
+            steps.append(pair_attention(query * matrix, context, smooth[:, None]))
             return l2norm(steps[-1] @ context)
 
         alv: Any = self.alv_modules

@@ -28,12 +28,11 @@ from .._names import Direction
 from .._workspace import GIB, scratch_bytes, workspace
 from ..nn import Attention, PairScorer, SimilarityGraph, State, xavier_
 from ..ops import _recompute, cross_attention_similarity, similarity_context, similarity_graph
-from ..ops._attention import affinity_norm
 from ..packing import bounds, region_counts, spans
 from ._common import l2norm
 from ._rows import linear, sigmoid
 from ._self_attention import GlobalVectors
-from ._sgraf_attention import graph_attention
+from ._sgraf_attention import graph_attention, pair_attention
 from .sgraf import SGRAF
 
 NAME = "TwoStreamReasoning"
@@ -147,7 +146,7 @@ class TwoStreamReasoning(GlobalVectors):
             ("regions", self.t2i, words, image, self.scale_t2i),
             ("words", self.i2t, image, words, self.scale_i2t),
         ):
-            weight = (scale * affinity_norm(query @ context.t(), "clipped_l2norm", dim=0)).softmax(1)
+            weight = pair_attention(query, context, scale)
             level = l2norm(stream.sim_tranloc_w((l2norm(weight @ context) - query).square()))
             nodes = [overall, level]
             for assignment in stream.context:
