@@ -79,11 +79,17 @@ def test_every_option_reaches_the_evaluation(made, tmp_path, monkeypatch):
     """Each value differs from its default."""
     asked, trec = [], []
     real = evaluation.evaluate
-    monkeypatch.setattr(evaluation, "evaluate", lambda *given, **named: asked.append(named) or real(*given, **named))
+
+    def evaluate(*given, **named):
+        asked.append(named)
+        return real(*given, **(named | {"pmrp": None}))  # these data are not COCO's
+
+    monkeypatch.setattr(evaluation, "evaluate", evaluate)
     monkeypatch.setattr(evaluation, "write_trec", lambda *given, **named: trec.append((given, named)) or [])
     words = ["evaluate", "--checkpoint", f"{made}/SAF.pth.tar", "--data", f"{made}/pets_precomp", "--no-progress"]
     words += ["--ties", "published", "--batch-size", "7", "--memory-gb", "9.5", "--folds", "2", "--trec", "3"]
     words += ["--scores", f"{tmp_path}/s.npy", "--resume", "--limit-captions", "40", "--output", f"{tmp_path}/out"]
+    words += ["--pmrp", "labels"]
     assert main(words) == 0
     assert asked == [
         {
@@ -100,6 +106,7 @@ def test_every_option_reaches_the_evaluation(made, tmp_path, monkeypatch):
             "best": None,
             "state": None,
             "together": False,  # as --scores is given
+            "pmrp": "labels",
             "settings": asked[0]["settings"],  # tested below
         }
     ]

@@ -8,6 +8,7 @@ import pytest
 import itm_fast
 from itm_fast.data import Split, Vocabulary, caption_batches
 from itm_fast.evaluation import TIES, average, evaluate, fold_metrics, memory_plan, metrics, pipeline, relevance
+from itm_fast.evaluation import plausible as plausible_module
 from itm_fast.evaluation.unknown_words import unknown_words
 from itm_fast.models import build
 
@@ -121,7 +122,7 @@ def test_cxc_and_eccv_take_the_rule_for_ties_and_say_which(ties: str, monkeypatc
     values = {rule: {key: {"i2t": x, "t2i": x + 1} for key in metrics} for rule, x in rules.items()}
     asked = []
     monkeypatch.setattr(pipeline, "why_no_relevance", lambda *_: None)
-    monkeypatch.setattr(pipeline, "relevance_by_ties", lambda *ids: asked.append(ids[1:]) or values)
+    monkeypatch.setattr(plausible_module, "relevance_by_ties", lambda *ids: asked.append(ids[1:]) or values)
     found = evaluate(models(vocabulary, "SAF"), split, vocabulary, ties=ties, progress=False)
     rule = "pessimistic" if ties == "expected" else ties
     ((images, captions),) = asked

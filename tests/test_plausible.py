@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 
 from itm_fast.cli import main
-from itm_fast.evaluation.plausible import FILES, load_plausible, plausible_r_precision
+from itm_fast.data import Split
+from itm_fast.evaluation import evaluate
+from itm_fast.evaluation.plausible import FILES, load_plausible, plausible_of, plausible_r_precision
+
+from .test_evaluation_report import models, pets
 
 
 @pytest.fixture
@@ -81,11 +85,42 @@ def test_the_metrics_command_reports_it(case, capsys):
 
 def test_labels_that_do_not_fit_are_refused(case):
     images, captions, _, folder = case
-    labels = load_plausible(folder)
-    with pytest.raises(ValueError, match="1 of its ids, such as 100, are not in this data"):
-        plausible_r_precision(np.zeros((11, 30), np.float32), images[1:], captions, {**labels, "t2i": {}})
+    with pytest.raises(ValueError, match=r"\d+ of its ids, such as 100, are not in this data"):
+        plausible_of(folder, images[1:], captions)
     (folder / FILES["t2i"]).write_text("[1, 2]")
     with pytest.raises(ValueError, match="must hold an object"):
         load_plausible(folder)
     with pytest.raises(OSError, match="No such file"):
         load_plausible(folder / "none")
+
+
+def test_evaluate_reports_it_where_there_is_a_matrix(case):
+    _, _, _, folder = case
+    split, vocabulary = pets()
+    given = (split.features, split.captions, split.caption_to_image)
+    split = Split(*given, image_ids=np.arange(10) + 100, caption_ids=np.arange(50) + 500)
+    right = np.random.default_rng(4).random((10, 50)) < 0.3
+    labels = {
+        "i2t": {100 + i: (500 + np.flatnonzero(right[i])).tolist() for i in range(10)},
+        "t2i": {500 + t: (100 + np.flatnonzero(right[:, t])).tolist() for t in range(50) if right[:, t].any()},
+    }
+    for side, name in FILES.items():
+        (folder / name).write_text(json.dumps(labels[side]))
+    nets = models(vocabulary, "SCAN", "SAF")
+    found = evaluate(nets, split, vocabulary, scores=folder / "s.npy", progress=False, pmrp=folder, ties="optimistic")
+    for system, file in zip(found.systems, ("s-1.npy", "s-2.npy", "s.npy"), strict=True):
+        expected = plausible_r_precision(np.load(folder / file), split.image_ids, split.caption_ids, labels)
+        assert system.relevance["pmrp"] == expected["optimistic"]
+        assert {rule: sides["pmrp"] for rule, sides in system.relevance_by_ties.items()} == expected
+    assert found.settings["relevance_ties"] == "optimistic"
+    with pytest.raises(ValueError, match="PMRP is computed from the score matrix; give scores"):
+        evaluate(nets, split, vocabulary, keep_scores=False, pmrp=folder)
+    # What does not fit is refused before anything is scored.
+    with pytest.raises(ValueError, match="PMRP needs COCO image and caption ids"):
+        evaluate(nets, Split(*given), vocabulary, scores=folder / "none.npy", progress=False, pmrp=folder)
+    assert not list(folder.glob("none*"))
+
+
+def test_evaluate_says_that_it_needs_the_scores(capsys):
+    assert main(["evaluate", "--checkpoint", "x.pth.tar", "--data", "x", "--pmrp", "labels"]) == 2
+    assert "keep it with --scores FILE.npy" in capsys.readouterr().err

@@ -59,7 +59,8 @@ NaN and infinite scores are refused; the message names the image and the caption
 
 Captions. An image may have any number of captions. Its rank is that of its best caption. An image without captions is
 no query, but stays in the pool as a wrong answer. If the data have COCO's image and caption ids, CxC and ECCV Caption
-metrics are reported too (they need pip install '.[eccv]' in the source folder of itm-fast)."""
+metrics are reported too (they need pip install '.[eccv]' in the source folder of itm-fast), and with --scores and
+--pmrp DIR Plausible Match R-Precision."""
 
 
 # What the plan of a workload reads; --no-progress changes nothing there.
@@ -185,6 +186,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--resume", action="store_true", help="continue interrupted --scores files and reuse finished ones"
     )
+    output.add_argument(
+        "--pmrp",
+        metavar="DIR",
+        help="with --scores, also report PMRP: the folder of pm_image_to_caption.json and pm_caption_to_image.json of "
+        "eccv-caption",
+    )
     output.add_argument("--no-progress", action="store_true", help="no progress bars on standard error")
 
 
@@ -222,6 +229,8 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("give --checkpoint (a model_best.pth.tar) and --data (a folder or an HDF5 file)")
     if args.resume and not args.scores:
         raise ValueError("--resume continues a score file; name it with --scores FILE.npy")
+    if args.pmrp and not args.scores:
+        raise ValueError("PMRP (--pmrp) is computed from the whole score matrix; keep it with --scores FILE.npy")
     if args.scores and args.state:
         raise ValueError("--scores FILE.npy is made to be resumed by itself (--resume); leave out --state")
     if args.part and not args.state:
@@ -326,6 +335,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         best=None if args.scores else args.trec,
         state=args.state,
         together=args.scores is None,
+        pmrp=args.pmrp,
     )
     if _torchrun.rank():
         return 0

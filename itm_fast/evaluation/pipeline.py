@@ -26,8 +26,9 @@ from .many_right import pairs_of
 from .mapped import folder_of
 from .memory import MemoryPlan
 from .planning import memory_plan, memory_plans, settings_of
+from .plausible import Plausible, plausible_of, relevance_with_plausible
 from .ranking import fold_metrics
-from .relevance import relevance_by_ties, ties_of_relevance, why_no_relevance
+from .relevance import ties_of_relevance, why_no_relevance
 from .report import Report, System, backend_names, pools
 from .score_claim import Claim, check_room, score_path
 from .score_file import STRIPE, ScoreFile
@@ -61,6 +62,7 @@ def evaluate(
     state: str | os.PathLike[str] | None = None,
     settings: Mapping[str, Any] | None = None,
     together: bool = False,
+    pmrp: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Encode, score, rank and report. Several models are reported one by one and as the mean of their score matrices.
 
@@ -88,21 +90,24 @@ def evaluate(
             call goes on from there, and uses the folder for embeddings that do not fit in memory.
         settings: what else the report's settings should have, as plain values.
         together: without a matrix, whether the processes that torchrun started, or those of torch.distributed's process
-            group, divide the blocks among them; all must call this with the same arguments.
+            divide the blocks among them; all must call this with the same arguments.
+        pmrp: with a matrix, the folder of the plausible matches, as for `rate`; PMRP is then reported too.
 
     Returns:
         `Report`; the same in all processes.
 
     Raises:
         ValueError: the images do not divide into equal folds, the budget is too small, a score is NaN or infinite, or
-            features or vocabulary do not fit a model; `best`, `state` or `together` is given with a matrix; the
-            snapshot in `state` is of another evaluation.
+            features or vocabulary do not fit a model; `best`, `state` or `together` is given with a matrix, or `pmrp`
+            without one, or it does not fit the data; the snapshot in `state` is of another evaluation.
         FileExistsError: a score file exists and `resume` is false.
         RuntimeError: another run writes to a score file or a snapshot; the message names its process and host.
         OSError: the disk has no room for the score files; this is checked before anything is encoded.
     """
     prepared = Prepared.of(models, split, vocab, names, folds, ties, batch_size, memory_gb, settings)
     if scores is None and not keep_scores:
+        if pmrp is not None:
+            raise ValueError("evaluate: PMRP is computed from the score matrix; give scores or keep_scores=True too")
         with joined(device_of(prepared.models[0].img_enc)) if together else contextlib.nullcontext(Ranks()) as ranks:
             tally = prepared.count(best, state, None, progress, worst, ranks)
             found = ranks.on_first(lambda: report_of(tally))  # type: ignore[arg-type]
@@ -111,6 +116,7 @@ def evaluate(
         raise ValueError(
             "evaluate: best, state and together are for evaluations without a matrix; give keep_scores=False too"
         )
+    plausible = None if pmrp is None else plausible_of(pmrp, split.image_ids, split.caption_ids)
     with contextlib.ExitStack() as stack:
         claims: list[Claim] = []
         if scores is not None:
@@ -118,7 +124,7 @@ def evaluate(
             claims = [stack.enter_context(Claim(file, resume)) for file in files]
             check_room(files, (len(split.features), len(split.captions)))
             stack.enter_context(_naming_kept_files(claims))
-        return _with_matrices(prepared, claims, resume, progress, keep_scores, worst)
+        return _with_matrices(prepared, claims, resume, progress, keep_scores, worst, plausible)
 
 
 @dataclass(frozen=True)
@@ -213,7 +219,13 @@ class Prepared:
 
 
 def _with_matrices(
-    prepared: Prepared, claims: list[Claim], resume: bool, progress: bool, keep_scores: bool, worst: int
+    prepared: Prepared,
+    claims: list[Claim],
+    resume: bool,
+    progress: bool,
+    keep_scores: bool,
+    worst: int,
+    plausible: Plausible | None,
 ) -> Report:
     """Score one model after another into matrices in memory, or into the files of these claims."""
     split, folds, ties, memory_gb = prepared.split, prepared.folds, prepared.ties, prepared.memory_gb
@@ -228,11 +240,8 @@ def _with_matrices(
         parts = [] if folds is None else fold_metrics(score, split.caption_to_image, folds, ties=ties)
         counts = count_matrix(score, split.caption_to_image, "evaluate")
         found = pools(metrics_of(counts, ties), parts)
-        assert split.image_ids is not None or missing
-        if missing:
-            return System(name, found, counts=counts)
-        by_ties = relevance_by_ties(score, split.image_ids, split.caption_ids)  # type: ignore
-        return System(name, found, by_ties[relevance_ties], relevance_by_ties=by_ties, counts=counts)
+        by_ties = relevance_with_plausible(score, split.image_ids, split.caption_ids, missing, plausible)
+        return System(name, found, by_ties.get(relevance_ties), relevance_by_ties=by_ties, counts=counts)
 
     systems: list[System] = []
     total: NDArray[np.float32] | None = None
@@ -263,7 +272,7 @@ def _with_matrices(
             total /= count
         systems.append(system(MEAN, total))
     settings["backend"] = backend_names(systems) or (None if resume else "torch")  # a dual encoder runs no itm-fast op
-    if not missing:
+    if systems[-1].relevance:
         settings["relevance_ties"] = relevance_ties
     pairs = pairs_of(split.caption_to_image)
     assert total is not None

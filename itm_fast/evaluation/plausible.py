@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from .relevance import query_rows
+from .relevance import query_rows, relevance_by_ties
 
 FILES = {"i2t": "pm_image_to_caption.json", "t2i": "pm_caption_to_image.json"}
 _TIES = ("pessimistic", "optimistic", "published")
+Plausible = dict[str, dict[int, list[int]]]
 
 
-def load_plausible(folder: str | os.PathLike[str]) -> dict[str, dict[int, list[int]]]:
+def load_plausible(folder: str | os.PathLike[str]) -> Plausible:
     """Read the plausible matches: the ids of the right items of each query's id, by direction.
 
     Raises:
@@ -39,11 +40,63 @@ def load_plausible(folder: str | os.PathLike[str]) -> dict[str, dict[int, list[i
     return found
 
 
+def plausible_of(
+    folder: str | os.PathLike[str], image_ids: NDArray[np.integer] | None, caption_ids: NDArray[np.integer] | None
+) -> Plausible:
+    """Read the plausible matches for data with these ids; before anything is scored, as it may not fit them.
+
+    Raises:
+        OSError: a file cannot be read.
+        ValueError: a file is not as stated, the data have no COCO ids, or an id of the labels is not in the data.
+    """
+    if image_ids is None or caption_ids is None:
+        raise ValueError("PMRP needs COCO image and caption ids")
+    labels = load_plausible(folder)
+    for side, queries, items in (("i2t", image_ids, caption_ids), ("t2i", caption_ids, image_ids)):
+        known, places = set(np.asarray(queries).tolist()), set(np.asarray(items).tolist())
+        absent = [query for query in labels[side] if query not in known]
+        absent += [item for own in labels[side].values() for item in own if item not in places]
+        if absent:
+            raise ValueError(
+                f"PMRP is of COCO's 5K test set, and {len(absent):,} of its ids, such as {absent[0]}, are not in this "
+                "data"
+            )
+    return labels
+
+
+def relevance_with_plausible(
+    score: NDArray[np.floating],
+    image_ids: NDArray[np.integer] | None,
+    caption_ids: NDArray[np.integer] | None,
+    missing: str | None,
+    plausible: Plausible | None,
+) -> dict[str, dict[str, dict[str, float]]]:
+    """All metrics of COCO's other labels, under each rule for ties: CxC and ECCV Caption ones, and PMRP.
+
+    Args:
+        score: [I, T], finite.
+        image_ids: [I] COCO image ids.
+        caption_ids: [T] COCO caption ids.
+        missing: why there are no CxC and ECCV Caption metrics (`why_no_relevance`), which are then left out.
+        plausible: from `plausible_of`; PMRP is left out if None.
+
+    Returns:
+        `{rule: {metric: {"i2t": ..., "t2i": ...}}}` in percent; empty if both are left out.
+    """
+    found = {} if missing else relevance_by_ties(score, image_ids, caption_ids)  # type: ignore[arg-type]
+    if plausible is not None:
+        assert image_ids is not None
+        assert caption_ids is not None
+        for rule, sides in plausible_r_precision(score, image_ids, caption_ids, plausible).items():
+            found.setdefault(rule, {})["pmrp"] = sides
+    return found
+
+
 def plausible_r_precision(
     score: NDArray[np.floating],
     image_ids: NDArray[np.integer],
     caption_ids: NDArray[np.integer],
-    plausible: dict[str, dict[int, list[int]]],
+    plausible: Plausible,
 ) -> dict[str, dict[str, float]]:
     """PMRP in percent under each rule for ties.
 
@@ -51,14 +104,11 @@ def plausible_r_precision(
         score: [I, T], finite.
         image_ids: [I] COCO image ids.
         caption_ids: [T] COCO caption ids.
-        plausible: as `load_plausible` returns it. All its ids must be in the data.
+        plausible: as `plausible_of` returns it, so that all its ids are in the data.
 
     Returns:
         `{rule: {"i2t": ..., "t2i": ...}}` for "pessimistic" (wrong items first among equal scores), "optimistic" and
         "published" (descending index).
-
-    Raises:
-        ValueError: an id of the labels is not in the data.
 
     >>> score, ids = np.array([[0.9, 0.8], [0.7, 0.1]]), np.array([7, 8])
     >>> plausible = {"i2t": {7: [7], 8: [7]}, "t2i": {7: [7, 8], 8: [8]}}
@@ -68,14 +118,6 @@ def plausible_r_precision(
     found: dict[str, dict[str, float]] = {rule: {} for rule in _TIES}
     for side, query_ids, item_ids in (("i2t", image_ids, caption_ids), ("t2i", caption_ids, image_ids)):
         labels, place = plausible[side], {int(item): index for index, item in enumerate(item_ids)}
-        known = set(np.asarray(query_ids).tolist())
-        absent = [query for query in labels if query not in known]
-        absent += [item for items in labels.values() for item in items if item not in place]
-        if absent:
-            raise ValueError(
-                f"PMRP is of COCO's 5K test set, and {len(absent):,} of its ids, such as {absent[0]}, are not in this "
-                "data"
-            )
         precisions: dict[str, list[float]] = {rule: [] for rule in _TIES}
         for index, row in query_rows(score, side):
             items = labels.get(int(query_ids[index]))

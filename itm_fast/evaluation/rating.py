@@ -16,9 +16,9 @@ from .. import __version__
 from .._files import require_regular
 from .._names import Ties
 from .many_right import count_pairs, pairs_of
-from .plausible import load_plausible, plausible_r_precision
+from .plausible import plausible_of, relevance_with_plausible
 from .ranking import fold_metrics
-from .relevance import relevance_by_ties, ties_of_relevance, why_no_relevance
+from .relevance import ties_of_relevance, why_no_relevance
 from .report import Pool, Report, System
 from .tie_rules import average, metrics_of
 from .worst import rows_of_matrix, worst_queries
@@ -51,7 +51,8 @@ def rate(
         captions: T texts, for the report's lists of queries.
         worst: as for `evaluate`.
         image_ids, caption_ids: [I] and [T] COCO ids; with them CxC and ECCV Caption metrics are reported too.
-        pmrp: the folder of the plausible matches, as for `plausible.load_plausible`; PMRP is then reported too.
+        pmrp: the folder of the plausible matches, as for `plausible.load_plausible`; PMRP is then reported too, and
+            the ids must be given.
 
     Returns:
         `Report`, with `settings` of this computation alone.
@@ -82,6 +83,7 @@ def rate(
             f"rate: right has {len(given):,} captions, and the scores have {shape[1]:,} columns ({shape[0]:,} rows); a "
             "transposed score matrix looks like this"
         )
+    plausible = None if pmrp is None else plausible_of(pmrp, image_ids, caption_ids)
     pairs = pairs_of(given) if given.ndim == 1 else given.astype(np.int64)
     counts = count_pairs(score, pairs, "rate")
     pools: tuple[Pool, ...] = (Pool(metrics_of(counts, ties)),)
@@ -98,12 +100,7 @@ def rate(
     matrix = score.detach().float().cpu().numpy() if isinstance(score, torch.Tensor) else score
     found = worst_queries(counts, pairs, ties, worst, rows_of_matrix(matrix)) if worst else ()
     missing = why_no_relevance(image_ids, caption_ids)
-    by_ties = {} if missing else relevance_by_ties(matrix, image_ids, caption_ids)  # type: ignore[arg-type]
-    if pmrp is not None:
-        if image_ids is None or caption_ids is None:
-            raise ValueError("rate: PMRP needs COCO image and caption ids")
-        for rule, sides in plausible_r_precision(matrix, image_ids, caption_ids, load_plausible(pmrp)).items():
-            by_ties.setdefault(rule, {})["pmrp"] = sides
+    by_ties = relevance_with_plausible(matrix, image_ids, caption_ids, missing, plausible)
     relevance = None
     if by_ties:
         settings["relevance_ties"] = ties_of_relevance(ties)
