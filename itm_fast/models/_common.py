@@ -34,6 +34,16 @@ def l2norm(X: Tensor, dim: int = -1, eps: float = 1e-8) -> Tensor:
     return X / (torch.linalg.vector_norm(X, dim=dim, keepdim=True) + eps)
 
 
+def cosine(x: Tensor, y: Tensor, eps: float = 1e-8) -> Tensor:
+    """x . y / max(|x| |y|, eps) along the last dimension.
+
+    >>> cosine(torch.tensor([3.0, 4.0]), torch.tensor([[4.0, 3.0], [0.0, 0.0]]))
+    tensor([0.9600, 0.0000])
+    """
+    length = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
+    return (x * y).sum(-1) / length.clamp_min(eps)
+
+
 def sums(x: Tensor, lengths: Tensor) -> Tensor:
     """Sums over each caption's rows, in float32 or better: x [N, D], lengths [T] int64 -> [T, D]."""
     owner = torch.repeat_interleave(lengths, output_size=len(x))

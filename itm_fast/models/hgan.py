@@ -31,7 +31,7 @@ from .._workspace import scratch_bytes
 from ..nn import Attention, CrossAttentionScore, PairScorer, State
 from ..ops import cross_attention_score, global_local_score
 from ..packing import bounds, spans
-from ._common import l2norm, real_rows, sums
+from ._common import cosine, l2norm, real_rows, sums
 from ._rows import apart, linear
 from ._self_attention import GlobalVectors
 from .sgraf import SGRAF
@@ -338,17 +338,13 @@ class HierarchicalAlignment(GlobalVectors):
             ("image_words", image_global[0], rows, self.share_global),
             ("caption_regions", caption_global[0], regions[0], 1 - self.share_global),
         ):
-            weights[name] = (self.scale_global * _cosine(vector, others)).softmax(0)
-            total += self.levels[1] * share * float(_cosine(vector, weights[name] @ others))
-        total += self.levels[2] * float(_cosine(image_global[0], caption_global[0]))
+            weights[name] = (self.scale_global * cosine(vector, others)).softmax(0)
+            total += self.levels[1] * share * float(cosine(vector, weights[name] @ others))
+        total += self.levels[2] * float(cosine(image_global[0], caption_global[0]))
         return Attention(total, weights)
 
     def _global_local(self, vector: Tensor, rows: Tensor, edge: Tensor) -> Tensor:
         return global_local_score(vector, rows, edge, scale=self.scale_global)
-
-
-def _cosine(x: Tensor, y: Tensor) -> Tensor:
-    return nn.functional.cosine_similarity(x, y, dim=-1)
 
 
 class HGAN(SGRAF):

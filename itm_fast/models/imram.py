@@ -25,7 +25,7 @@ from .._workspace import scratch_bytes
 from ..nn import Attention, PairScorer, State, xavier_
 from ..ops import _recompute, attended_vectors, cross_attention_score
 from ..packing import spans
-from ._common import OwnKeys, PaddedScorer, choice, encode_text, l2norm, without_padding
+from ._common import OwnKeys, PaddedScorer, choice, cosine, encode_text, l2norm, without_padding
 from ._pair_blocks import blocks, mean_over_queries
 from ._rows import linear, sigmoid
 from ._sgraf_attention import pair_attention
@@ -137,7 +137,7 @@ class IterativeMatching(PaddedScorer):
             for _ in range(self.iteration_step):
                 steps.append(pair_attention(query, context, self.lambda_softmax))
                 attended = steps[-1] @ context
-                total += float(_cosine(first, attended).mean())
+                total += float(cosine(first, attended).mean())
                 both = torch.cat([query, attended], 1)
                 g = gate(both).sigmoid()
                 query = g * query + (1 - g) * update(both).tanh()
@@ -184,7 +184,7 @@ class IterativeMatching(PaddedScorer):
             values = [context] * (step > 1) + [mapped] * (not last)
             found = attend(own, torch.cat(values, -1) if len(values) > 1 else values[0])
             if step > 1:
-                mean = mean_over_queries(_cosine(first, found[..., :D]), length, direction, region_lengths)
+                mean = mean_over_queries(cosine(first, found[..., :D]), length, direction, region_lengths)
                 total = total + mean
             if not last:
                 candidate, gate = (linear(query, of_query, bias.to(image.dtype)) + found[..., -2 * D :]).split(D, -1)
@@ -192,12 +192,6 @@ class IterativeMatching(PaddedScorer):
                 query = gate * query + (1 - gate) * candidate.tanh()
                 own = query = query if self.no_IMRAM_norm else l2norm(query)
         return total
-
-
-def _cosine(x: Tensor, y: Tensor) -> Tensor:
-    """x . y / max(|x| |y|, 1e-8) along the last dimension."""
-    length = torch.linalg.vector_norm(x, dim=-1) * torch.linalg.vector_norm(y, dim=-1)
-    return (x * y).sum(-1) / length.clamp_min(1e-8)
 
 
 class IMRAM(SGRAF):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..nn import Attention, PairScorer, State
 from ..ops import hierarchical_alignment_score
 from ._catalogue import CATALOGUE
-from ._common import PaddedScorer, choice, encode_text, l2norm, without_padding
+from ._common import PaddedScorer, choice, cosine, encode_text, l2norm, without_padding
 from ._rows import linear
 from .sgraf import SGRAF, EncoderImage
 
@@ -248,20 +248,16 @@ class EncoderSimilarity(PaddedScorer):
             fused = g * mine + (1 - g) * attended
             share = (fused @ pool.weight[0]).softmax(0)
             context = share @ fused
-            found = _cosine(context, others).softmax(0) @ others
-            r = _cosine(mine, attended)
+            found = cosine(context, others).softmax(0) @ others
+            r = cosine(mine, attended)
             local.append(r.mean() if self.options["pool"] == "mean" else r.sum())
-            overall.append(_cosine(context, found))
+            overall.append(cosine(context, found))
             vectors[side] = context + found
             weights |= {{"region": "words", "word": "regions"}[side]: alpha, f"{side}_pool": share}
-        score = _cosine(vectors["region"], vectors["word"])
+        score = cosine(vectors["region"], vectors["word"])
         for terms, mix in ((local, self.options["local_mix"]), (overall, self.options["global_mix"])):
             score = score + (terms[0] if len(terms) == 1 else mix * terms[0] + (1 - mix) * terms[1])
         return Attention(float(score), weights)
-
-
-def _cosine(x: Tensor, y: Tensor) -> Tensor:
-    return nn.functional.cosine_similarity(x, y, dim=-1)
 
 
 class SHAN(SGRAF):
