@@ -217,6 +217,13 @@ def evaluated(together: bool = True, **more) -> tuple[str, list[np.ndarray]]:
     return str(report), [array for side in ("i2t", "t2i") for array in report.best[side]]
 
 
+BLOCKS = 3 * 6  # of 8 images and 24 captions, in `evaluated`
+
+
+def same_report(found, wanted) -> bool:
+    return found[0] == wanted[0] and all(np.array_equal(a, b) for a, b in zip(found[1], wanted[1], strict=True))
+
+
 @contextlib.contextmanager
 def after_blocks(number: int, action, pause: float = 0.0):
     """Inside, `action` is called once this process has counted and kept so many blocks; `pause` makes it slow."""

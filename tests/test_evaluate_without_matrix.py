@@ -80,7 +80,7 @@ def test_the_report_is_the_same(kinds, backend, folds, ties, block, monkeypatch,
     given = dict(folds=folds, ties=ties, progress=False)
     with itm_fast.use_backend(backend):
         expected = evaluate(nets, split, vocabulary, **given)
-        for name in ("score_all", "score_into", "fold_metrics", "count_matrix", "relevance_by_ties"):
+        for name in ("score_all", "score_into", "fold_metrics", "count_matrix", "relevance_with_plausible"):
             monkeypatch.setattr(pipeline, name, lambda *_, **__: pytest.fail("asked for the matrix"))
         found = evaluate(nets, split, vocabulary, keep_scores=False, best=7, **given)
     assert found.score is None

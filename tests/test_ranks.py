@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
-from ranks_cases import CASES, all_gradients, cases, evaluated, evaluations, gradients, work
+from ranks_cases import BLOCKS, CASES, all_gradients, cases, evaluated, evaluations, gradients, same_report, work
 from training_cases import DEV, TRAIN, assert_same_run, log_rows, run_tiny, tensors_of
 
 from itm_fast import _torchrun
@@ -90,13 +90,6 @@ def test_an_evaluation_has_the_bits_of_one_process(together):
         assert not any(each[name][0] for each in found[1:])
     assert wanted[6].any(), "no captions have images with equal scores"
     assert found[-1]["slow"][1] < blocks / 2 / count, "the slow process has taken as many blocks as the others"
-
-
-def same_report(found, wanted) -> bool:
-    return found[0] == wanted[0] and all(np.array_equal(a, b) for a, b in zip(found[1], wanted[1], strict=True))
-
-
-BLOCKS = 3 * 6  # of 8 images and 24 captions
 
 
 @pytest.mark.slow

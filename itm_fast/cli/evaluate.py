@@ -144,8 +144,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--state",
         metavar="DIR",
         help="keep the counts of the blocks that are scored here, every minute and after an interruption; the same "
-        "command goes on from there. Embeddings that do not fit in memory are in this folder too, for the time of the "
-        "run",
+        "command goes on from there. During the run, embeddings that do not fit in memory, or that the processes of "
+        "torchrun share, are here too (with several machines: in the folder for temporary files of each)",
     )
     long.add_argument(
         "--part",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor
 from .._backends import recorded
 from .counting import require_finite
 from .encoding import Encoded, word_rows
-from .mapped import empty
+from .mapped import Part, Place
 from .memory import CHUNK, MemoryPlan
 
 
@@ -138,7 +137,7 @@ def _image_states(scorer: Any, encoded: Encoded, device: torch.device, home: tor
         part = None if lengths is None else lengths[start:stop].to(device)
         return scorer.image_state(encoded.image[start:stop].to(device), part)[1:]
 
-    return encoded.image.to(home), *_in_chunks(state, np.arange(len(encoded.image) + 1), 0, home, encoded.folder)
+    return encoded.image.to(home), *_in_chunks(state, np.arange(len(encoded.image) + 1), 0, home, encoded.place)
 
 
 def _caption_states(
@@ -152,7 +151,7 @@ def _caption_states(
         bounds = (edges[start : stop + 1] - edges[start]).astype(np.int32)
         return scorer.caption_state(words, torch.from_numpy(bounds).to(device))
 
-    return _in_chunks(state, edges, _per_word(scorer), home, encoded.folder)
+    return _in_chunks(state, edges, _per_word(scorer), home, encoded.place)
 
 
 def _per_word(scorer: Any) -> int:
@@ -160,26 +159,24 @@ def _per_word(scorer: Any) -> int:
 
 
 def _in_chunks(
-    state: Any, edges: NDArray[np.integer], per_row: int, home: torch.device, folder: Path | None
+    state: Any, edges: NDArray[np.integer], per_row: int, home: torch.device, place: Place
 ) -> tuple[Tensor, ...]:
     """Call `state(start, stop)` for chunks of all items and concatenate the results, without holding them twice.
 
     The first `per_row` results have edges[i + 1] - edges[i] rows for item i, one per word; the others have one row.
     """
     count = len(edges) - 1
-    whole: tuple[Tensor, ...] = ()
-    for start in range(0, count, CHUNK):
-        stop = min(start + CHUNK, count)
-        parts = state(start, stop)
-        rows = slice(int(edges[start]), int(edges[stop]))
-        if start == 0:
-            total = [int(edges[-1])] * per_row + [count] * (len(parts) - per_row)
-            folder = folder if home.type == "cpu" else None
-            shapes = [(n, *part.shape[1:]) for part, n in zip(parts, total, strict=True)]
-            whole = tuple(empty(shape, p.dtype, folder, home) for shape, p in zip(shapes, parts, strict=True))
-        for k, (tensor, part) in enumerate(zip(whole, parts, strict=True)):
-            tensor[rows if k < per_row else slice(start, stop)] = part
-    return whole
+
+    def produce(step: int) -> list[Part]:
+        start, stop = step * CHUNK, min((step + 1) * CHUNK, count)
+        words = slice(int(edges[start]), int(edges[stop]))
+        return [(words if k < per_row else slice(start, stop), part) for k, part in enumerate(state(start, stop))]
+
+    def rows(first: Sequence[Tensor]) -> list[int]:
+        return [int(edges[-1]) if k < per_row else count for k in range(len(first))]
+
+    place = place if home.type == "cpu" else Place()  # each device has its own
+    return tuple(place.fill(-(-count // CHUNK), produce, rows, home))
 
 
 def _require_finite(

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from .. import __version__, _torchrun
+from .. import __version__
 from .._ranks import Ranks
 from .encoding import encode, weights_checksum
 from .kept_ranks import texts_checksum
 from .many_right import pairs_of
-from .mapped import folder_of
+from .mapped import place_of
 from .matrix_free import Blocks, blocks_of
 from .memory import MemoryPlan
 from .rankings import rankings_of
@@ -67,9 +67,11 @@ def count_blocks(
     with contextlib.ExitStack() as stack:
         snapshots = None if state is None else stack.enter_context(Snapshots(process_folder(state, ranks)))
         progress = progress and ranks.first
-        folder = folder_of(plans[0].on_disk * _torchrun.local_world(), state)  # each process has files of its own
+        node = ranks.node or _ALONE
+        # The folder of several machines is on a network; each machine has its own copy in its folder for such files.
+        place = place_of(plans[0].on_disk, state if node.world == ranks.world else None, node)
         encoded = [
-            encode(model, split, vocab, batch_size=batch_size, progress=progress, captions=captions, folder=folder)
+            encode(model, split, vocab, batch_size=batch_size, progress=progress, captions=captions, place=place)
             for model in models
         ]
         about: dict[str, Any] = {

@@ -7,7 +7,6 @@ import time
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,12 +16,13 @@ from torch import Tensor, nn
 
 from ..packing import pack
 from .distinct import columns, first_of_equals
-from .mapped import empty
+from .mapped import Part, Place
 
 if TYPE_CHECKING:
     from ..data import Split, Vocabulary
 
 
+_MEMORY = Place()
 CaptionBatches = list[tuple[Tensor, Tensor, list[int]]]  # as itm_fast.data.caption_batches yields them
 
 
@@ -41,7 +41,7 @@ class Encoded:
             with the interrupted one; the embeddings themselves may differ by rounding. If it is empty, `identity`
             uses checksums of the embeddings.
         seconds: time that the encoders took.
-        folder: where `image` and `words` are in files, and the states of a scorer should be too; None: in memory.
+        place: where `image` and `words` are, and the states of a scorer should be too.
         first_of_equals: int64 [T], for each caption the index of the first one with the same word ids; only that one
             is scored. None: captions are the same if their rows of `words` are, bit for bit.
     """
@@ -55,7 +55,7 @@ class Encoded:
     fingerprint: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
     first_of_equals: NDArray[np.int64] | None = None
-    folder: Path | None = None
+    place: Place = _MEMORY
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -88,7 +88,7 @@ def encode(
     batch_size: int = 128,
     progress: bool = True,
     captions: CaptionBatches | None = None,
-    folder: Path | None = None,
+    place: Place = _MEMORY,
 ) -> Encoded:
     """Encode all images and all captions of a split.
 
@@ -104,7 +104,7 @@ def encode(
         batch_size: images, and captions, encoded at once.
         progress: show bars on standard error.
         captions: `list(caption_batches(split.captions, vocab, batch_size))`, if the caller has it already.
-        folder: keep the embeddings in temporary files there, as they do not fit in memory; None: in memory.
+        place: where the embeddings are kept; processes that share them divide the encoding and must all call this.
 
     Returns:
         `Encoded`, in the dtype of the model's parameters.
@@ -113,6 +113,7 @@ def encode(
         ValueError: the features do not fit the image encoder; the vocabulary is not the one that the model was
             trained with (if the model has its checksum); a word id is larger than the model's vocabulary; or
             batch_size is less than 1.
+        OSError: the disk has no room for the embeddings.
 
     >>> from types import SimpleNamespace
     >>> from itm_fast.data import Split, Vocabulary
@@ -134,8 +135,8 @@ def encode(
     ids, edges = packed_ids(captions)
     first = first_of_equals(ids, edges)
     with evaluation_mode(model.img_enc, model.txt_enc), torch.no_grad():
-        image, features = _images(model.img_enc, split, batch_size, folder, progress)
-        words = _captions(model.txt_enc, ids, edges, first, batch_size, image.dtype, progress, folder)
+        image, features = _images(model.img_enc, split, batch_size, place, progress)
+        words = _captions(model.txt_enc, ids, edges, first, batch_size, image.dtype, progress, place)
     lengths = split.region_lengths
     return Encoded(
         image=image,
@@ -151,7 +152,7 @@ def encode(
         },
         seconds=time.perf_counter() - start,
         first_of_equals=first,
-        folder=folder,
+        place=place,
     )
 
 
@@ -260,6 +261,30 @@ def _crc(array: NDArray, value: int) -> int:
     return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data, value)
 
 
+def joined_crc(before: int, after: int, size: int) -> int:
+    """The CRC-32 of bytes whose parts have the CRC-32s `before` and `after`; the second part has `size` bytes.
+
+    >>> joined_crc(zlib.crc32(b"a cat"), zlib.crc32(b" sits"), 5) == zlib.crc32(b"a cat sits")
+    True
+    """
+    power, square = 1 << 31, 1 << 23  # x^0 and x^8, the shift by a byte; the highest bit is the lowest power
+    while size:
+        if size & 1:
+            power = _times(power, square)
+        square = _times(square, square)
+        size >>= 1
+    return _times(power, before) ^ after
+
+
+def _times(a: int, b: int) -> int:
+    """The product of two polynomials over GF(2), modulo that of CRC-32."""
+    found = 0
+    for bit in range(31, -1, -1):
+        found ^= b * (a >> bit & 1)
+        b = (b >> 1) ^ (0xEDB88320 * (b & 1))
+    return found
+
+
 def _crc_of_shape(shape: tuple[int, ...], value: int) -> int:
     return zlib.crc32(repr(shape).encode(), value)
 
@@ -281,23 +306,28 @@ def embed(encoder: nn.Module, features: NDArray[np.float32]) -> Tensor:
         ) from error
 
 
-def _images(
-    encoder: nn.Module, split: Split, batch_size: int, folder: Path | None, progress: bool
-) -> tuple[Tensor, str]:
+def _images(encoder: nn.Module, split: Split, batch_size: int, place: Place, progress: bool) -> tuple[Tensor, str]:
     from tqdm import tqdm
 
     count = len(split.features)
-    checksum = 0
+    checksums: dict[int, tuple[int, int]] = {}  # of each batch of features, and its bytes
     with tqdm(total=count, desc="images", unit="image", disable=not progress) as bar:
-        for start in range(0, count, batch_size):
-            features = split.read(slice(start, start + batch_size))
-            checksum = _crc(features, checksum)
+
+        def produce(step: int) -> list[Part]:
+            rows = slice(step * batch_size, min((step + 1) * batch_size, count))
+            features = split.read(rows)
+            checksums[step] = _crc(features, 0), features.nbytes
             embedded = embed(encoder, features)
-            if start == 0:
-                image = empty((count, *embedded.shape[1:]), embedded.dtype, folder)
-            image[start : start + len(embedded)] = embedded
-            bar.update(len(embedded))
-    return image, f"{_crc_of_shape((count, *features.shape[1:]), checksum):08x}"
+            bar.update(rows.stop - bar.n)  # other processes have come about as far
+            return [(rows, embedded)]
+
+        (image,) = place.fill(-(-count // batch_size), produce, lambda _: [count])
+        bar.update(count - bar.n)
+    every = {step: found for part in place.node.each(checksums) for step, found in part.items()}
+    checksum = 0
+    for step in sorted(every):
+        checksum = joined_crc(checksum, *every[step])
+    return image, f"{_crc_of_shape((count, *split.features.shape[1:]), checksum):08x}"
 
 
 def _captions(
@@ -308,7 +338,7 @@ def _captions(
     batch_size: int,
     dtype: torch.dtype,
     progress: bool,
-    folder: Path | None = None,
+    place: Place = _MEMORY,
 ) -> Tensor:
     from tqdm import tqdm
 
@@ -319,23 +349,27 @@ def _captions(
             f"encode: word id {ids.max()} lies beyond the {known} words that the checkpoint embeds; use "
             "the vocabulary that it was trained with"
         )
-    order, _ = columns(first, edges[1:] - edges[:-1])
+    order, column = columns(first, edges[1:] - edges[:-1])
+    by_column = np.argsort(column, kind="stable")  # all captions, equal ones beside each other
     with tqdm(total=len(order), desc="captions", unit="caption", disable=not progress) as bar:
-        for start in range(0, len(order), batch_size):
+
+        def produce(step: int) -> list[Part]:
+            start = step * batch_size
             chosen = order[start : start + batch_size]
             lengths, rows = edges[chosen + 1] - edges[chosen], word_rows(edges, chosen)
             batch = np.zeros((len(chosen), lengths[0]), np.int64)
             batch[np.arange(lengths[0]) < lengths[:, None]] = ids[rows]
             padded = encoder(torch.from_numpy(batch).to(device), lengths.tolist())
             padded = padded if isinstance(padded, Tensor) else padded[0]  # SCAN's encoder also returns the lengths
-            if not start:
-                words = empty((len(ids), padded.shape[2]), dtype, folder)
-            words[torch.from_numpy(rows)] = pack(padded, lengths.tolist())[0].cpu()
-            bar.update(len(chosen))
-    again = np.flatnonzero(first != np.arange(len(first)))
-    for start in range(0, len(again), batch_size):
-        chosen = again[start : start + batch_size]
-        words[torch.from_numpy(word_rows(edges, chosen))] = words[torch.from_numpy(word_rows(edges, first[chosen]))]
+            words = pack(padded, lengths.tolist())[0].to("cpu", dtype)
+            stop = start + len(chosen)
+            bar.update(stop - bar.n)  # other processes have come about as far
+            equal = by_column[slice(*np.searchsorted(column[by_column], [start, stop]))]
+            source = word_rows(np.concatenate([[0], np.cumsum(lengths)]), column[equal] - start)
+            return [(torch.from_numpy(word_rows(edges, equal)), words[torch.from_numpy(source)])]
+
+        (words,) = place.fill(-(-len(order) // batch_size), produce, lambda _: [len(ids)])
+        bar.update(len(order) - bar.n)
     return words
 
 

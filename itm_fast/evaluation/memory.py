@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .. import _torchrun
+from .._ranks import local_world
 from .._workspace import scratch_bytes
 from .encoding import device_of, evaluation_mode
 
@@ -162,7 +162,8 @@ def plan(
             are ranked without a matrix.
         encoded: whether the process already holds the encoded split.
         others: bytes of the encoded splits and states of other models, which are kept at the same time.
-        mapped: on the CPU, whether these and those of this model are in files; None: if memory is too small for them.
+        mapped: whether these and those of this model are in files on the host; None: on the CPU, if memory is too small
+            for them.
         block: (images, captions) of a block, if an interrupted run has fixed it.
         device: where the scores are computed; None: the device of the scorer's parameters.
 
@@ -221,6 +222,7 @@ def plan(
             f"the least that can is {_round_up(needed + LEAST_WORKSPACE):.2f} GB "
             f"({what}, scratch {LEAST_WORKSPACE / GB:.3f}){hint}"
         )
+    files = (*_SPLIT[:2], _OTHERS) if resident else elsewhere  # a device that has room for the states holds them
     return MemoryPlan(
         images=images,
         captions=captions,
@@ -234,14 +236,14 @@ def plan(
         resident=resident,
         image_block=image_block,
         caption_block=caption_block,
-        on_disk=sum(held.get(name, 0) for name in elsewhere) if cpu and not resident else 0,
+        on_disk=sum(held.get(name, 0) for name in files) if mapped or (cpu and not resident) else 0,
     )
 
 
 def available_bytes(device: torch.device) -> int:
     """Memory that this process can still allocate on a device, within the limits of its container.
 
-    Host memory is shared out equally among the processes that torchrun started on this machine.
+    Host memory is shared out equally among the processes of this run on this machine.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
@@ -251,7 +253,7 @@ def available_bytes(device: torch.device) -> int:
             found.append(int(Path(limit).read_text()) - int(Path(used).read_text()))
         except (OSError, ValueError):  # no such limit: absent, or the word "max"
             continue
-    return max(min(found), 0) // _torchrun.local_world()
+    return max(min(found), 0) // local_world()
 
 
 def _meminfo() -> int:

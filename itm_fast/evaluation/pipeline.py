@@ -23,7 +23,7 @@ from .counted import MEAN, count_blocks, report_of
 from .counting import count as count_matrix
 from .encoding import device_of, encode, require_vocabulary
 from .many_right import pairs_of
-from .mapped import folder_of
+from .mapped import place_of
 from .memory import MemoryPlan
 from .planning import memory_plan, memory_plans, settings_of
 from .plausible import Plausible, plausible_of, relevance_with_plausible
@@ -87,10 +87,11 @@ def evaluate(
             a matrix their scores are computed again.
         best: without a matrix, also keep this many best items of each query, for `write_trec`.
         state: without a matrix, a folder for snapshots of the counts, every minute and after an interruption. The same
-            call goes on from there, and uses the folder for embeddings that do not fit in memory.
+            call goes on from there, and uses the folder for embeddings that do not fit in memory or are shared.
         settings: what else the report's settings should have, as plain values.
         together: without a matrix, whether the processes that torchrun started, or those of torch.distributed's process
-            divide the blocks among them; all must call this with the same arguments.
+            divide encoding and blocks among them; all must call this with the same arguments. Those of a machine share
+            one copy of the embeddings, in a temporary file.
         pmrp: with a matrix, the folder of the plausible matches, as for `rate`; PMRP is then reported too.
 
     Returns:
@@ -196,7 +197,7 @@ class Prepared:
         """
         ranks = ranks or Ranks()
         captions, split = self.captions(), self.split
-        plans = memory_plans(self.models, split, captions, self.memory_gb)
+        plans = memory_plans(self.models, split, captions, self.memory_gb, ranks.shared)
         related = why_no_relevance(split.image_ids, split.caption_ids) is None
         return count_blocks(
             self.models,
@@ -246,10 +247,10 @@ def _with_matrices(
     systems: list[System] = []
     total: NDArray[np.float32] | None = None
     for number, (name, model) in enumerate(zip(prepared.names, prepared.models, strict=True)):
-        folder = folder_of(plans[number].on_disk, None)
         encoded = encode(
             model, split, prepared.vocab,
-            batch_size=prepared.batch_size, progress=progress, captions=captions, folder=folder,
+            batch_size=prepared.batch_size, progress=progress, captions=captions,
+            place=place_of(plans[number].on_disk, None),
         )  # fmt: skip
         start = time.perf_counter()
         with recorded() as ran:

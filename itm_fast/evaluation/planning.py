@@ -22,11 +22,16 @@ if TYPE_CHECKING:
 
 
 def memory_plans(
-    models: Sequence[Any], split: Split, captions: CaptionBatches, memory_gb: float | None = None
+    models: Sequence[Any],
+    split: Split,
+    captions: CaptionBatches,
+    memory_gb: float | None = None,
+    shared: bool = False,
 ) -> list[MemoryPlan]:
     """The plan of each model where all are scored at the same time, without a matrix; see `memory_plan`.
 
-    The encoded splits and states of all models are in memory or, if they do not fit, all in files.
+    The encoded splits and states of all models are in memory or, if they do not fit or processes share them, all in
+    files.
     """
     alone = [memory_plan(model, split, captions, 1, GB, True) for model in models] if len(models) > 1 else []
     kept = [found.split_bytes for found in alone] or [0]
@@ -37,6 +42,8 @@ def memory_plans(
             for model, mine in zip(models, kept, strict=True)
         ]
 
+    if shared:
+        return plans(True)
     found = plans(False)
     return plans(True) if any(one.on_disk for one in found) else found
 

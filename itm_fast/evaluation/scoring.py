@@ -111,7 +111,7 @@ def plan_encoded(
         dtype=encoded.image.dtype,
         matrices=matrices,
         encoded=True,
-        mapped=encoded.folder is not None,
+        mapped=encoded.place.folder is not None,
         block=block,
         device=encoded.device,
     )

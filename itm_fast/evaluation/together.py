@@ -71,11 +71,9 @@ def count_together(
             if snapshots is not None:  # what was counted without the band is of no use any more
                 snapshots.after(mine)
                 snapshots.save()
-        found = ranks.to_first(_bytes(mine) if ranks.rank else b"")
-        for other in found[1:] if found else ():
-            mine.merge(Tally.load(io.BytesIO(other)))
-    ranks.most(0)  # all have kept what they counted
-    if found is None:
+    # From here on `mine` has blocks of other processes too, which have kept them in snapshots of their own.
+    ranks.add_up(lambda: _bytes(mine), lambda other: mine.merge(Tally.load(io.BytesIO(other))))
+    if not ranks.first:
         return None
     if not mine.done[list(numbers)].all():
         raise RuntimeError(f"{named_blocks(~mine.done)} of {len(mine.done)} were counted by no process")

@@ -108,7 +108,7 @@ def _images(encoded: Encoded, images: NDArray[np.int64]) -> Encoded:
     owner = np.zeros_like(encoded.caption_to_image)  # not read for scores
     return replace(
         encoded, image=encoded.image[images], region_lengths=None if lengths is None else lengths[images],
-        caption_to_image=owner, fingerprint={},
+        caption_to_image=owner, fingerprint={}, place=encoded.place.alone(),
     )  # fmt: skip
 
 
@@ -118,5 +118,5 @@ def _captions(encoded: Encoded, captions: NDArray[np.int64]) -> Encoded:
     bounds = torch.tensor([0, *np.cumsum(encoded.lengths[captions])], dtype=torch.int32)
     return replace(
         encoded, words=words, cu_seqlens=bounds, caption_to_image=encoded.caption_to_image[captions], fingerprint={},
-        first_of_equals=None,
+        first_of_equals=None, place=encoded.place.alone(),
     )  # fmt: skip

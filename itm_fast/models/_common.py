@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from .. import _torchrun
+from .._ranks import own_group
 from .._share import share
 from ..nn import PairScorer
 from ..packing import pack
@@ -97,7 +98,8 @@ def device_of(opt: Namespace) -> torch.device:
 def usable_device(device: str | torch.device | None) -> torch.device:
     """The device of that name; None: CUDA if there is a GPU, else the CPU.
 
-    Of the processes that torchrun starts on a machine, each has the GPU of its own number.
+    Of the processes that torchrun starts on a machine, each has the GPU of its own number. Processes of a process group
+    that the program made have the GPU that torch.cuda.set_device chose, or that of their rank.
 
     Raises:
         ValueError: the device does not exist, or several processes would share a GPU.
@@ -121,6 +123,8 @@ def usable_device(device: str | torch.device | None) -> torch.device:
                 "most one process for each, or give device cpu"
             )
         chosen = torch.device("cuda", _torchrun.local_rank())
+    elif chosen.type == "cuda" and chosen.index is None and (rank := own_group()) is not None:
+        chosen = torch.device("cuda", torch.cuda.current_device() or rank % torch.cuda.device_count())
     return chosen
 
 
