@@ -128,8 +128,10 @@ def _attend(a: Any) -> None:
     size = _sizes(a.size_ptr, slice(a.set_first, a.set_first + a.sets))
     tiles = blocks(a.queries, a.BLOCK_Q)
     parts = blocks(size, a.BLOCK_X) if not a.WHOLE else torch.ones_like(size)
-    # A set of several tiles is read again for each tile of G's columns, and again to store e.
-    again = torch.where(parts == 1, 0, parts + 1 + int(a.MODE == "weights"))
+    # A set of several tiles is read again to tell which contexts are kept and what these add up to, for each tile of
+    # G's columns and with these, and to store e.
+    rule = {"softmax": 0, "hard": 1, "threshold": 1}.get(a.WEIGHTS, 2) + int(a.MODE == "weights")
+    again = torch.where(parts == 1, 0, rule + (parts + 1 if a.GRAM else 0 * parts))
     passes = (1 + again) * size
     rows = tiles * a.BLOCK_Q
     contexts = int(size.sum())
@@ -137,13 +139,15 @@ def _attend(a: Any) -> None:
     if a.NORM != "none":
         first, last = a.owner_ptr[[a.query_first, a.query_first + a.queries - 1]].tolist()
         a.reads("norm_ptr", (last - first + 1) * contexts, rows * passes.sum())
-    a.reads("gram_ptr", (size**2).sum(), tiles * (size**2 + size).sum())
-    if a.MODE == "score":
+    if a.GRAM:
+        a.reads("gram_ptr", (size**2).sum(), tiles * (size**2 + size).sum())
+        products = tiles * int((parts**2).sum())
+        a.count.dots(products, a.BLOCK_Q, a.BLOCK_X, a.BLOCK_X, kind(torch.float32, a.PRECISION))
+    if a.MODE == "score" and a.GRAM:
         a.reads("length_ptr", a.queries, rows * a.sets, a.query_first, a.queries)
-    else:
+    if a.MODE != "score":
         a.writes("alpha_ptr", a.queries * contexts)
     a.writes("out_ptr", a.queries * a.sets)
-    a.count.dots(tiles * int((parts**2).sum()), a.BLOCK_Q, a.BLOCK_X, a.BLOCK_X, kind(torch.float32, a.PRECISION))
     a.count.vector = rows * a.BLOCK_X * int((parts * (12 + 6 * again)).sum())
 
 

@@ -14,6 +14,7 @@ For the similarity (`_projection_backward`), F = x . d u, and w1 and w2 turn d u
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import triton
@@ -21,16 +22,20 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch, _tiles
-from ._attention import Attended, Norm, norm_of, with_grams
+from ._attention import Attended, with_grams
+from ._norms import Norm, norm_of
 from ._tl import EPS, leaky_slope, normalised
 
 
 @triton.jit
 def tile_gradient(
     logit_ptr, norm, alpha_ptr, product_ptr, f_ptr, w0_ptr, w1_ptr, w2_ptr, at, at_b, inside, scale,
-    NORM: tl.constexpr, CLIP: tl.constexpr, DIRECT: tl.constexpr,
+    NORM: tl.constexpr, CLIP: tl.constexpr, DIRECT: tl.constexpr, GRAM: tl.constexpr,
 ):  # fmt: skip
-    """A, A' and d A' of a tile, and the part of d A that does not pass through A' (w1 alpha when DIRECT, else 0)."""
+    """A, A' and d A' of a tile, and the part of d A that does not pass through A' (w1 alpha when DIRECT, else 0).
+
+    Without GRAM there is no w2 (G alpha).
+    """
     s = tl.load(logit_ptr + at, mask=inside, other=0.0)
     alpha = tl.load(alpha_ptr + at, mask=inside, other=0.0)
     f = s
@@ -38,8 +43,9 @@ def tile_gradient(
         f = tl.load(f_ptr + at, mask=inside, other=0.0)
     w1 = tl.load(w1_ptr + at_b, mask=inside, other=0.0)
     d_alpha = w1 * f - tl.load(w0_ptr + at_b, mask=inside, other=0.0)
-    product = tl.load(product_ptr + at, mask=inside, other=0.0)
-    d_alpha += tl.load(w2_ptr + at_b, mask=inside, other=0.0) * product
+    if GRAM:
+        product = tl.load(product_ptr + at, mask=inside, other=0.0)
+        d_alpha += tl.load(w2_ptr + at_b, mask=inside, other=0.0) * product
     direct = 0.0 * w1
     if DIRECT:
         direct = w1 * alpha
@@ -53,12 +59,13 @@ def _logit_gradient(
     logit_ptr, norm_ptr, alpha_ptr, product_ptr, f_ptr, w0_ptr, w1_ptr, w2_ptr, start_ptr, size_ptr,
     context_start_ptr, context_size_ptr, context_owner_ptr, out_ptr,
     set_first, sets, row_first, context_first, contexts, b_first, ld16, in16, scale,
-    NORM: tl.constexpr, CLIP: tl.constexpr, DIRECT: tl.constexpr,
+    NORM: tl.constexpr, CLIP: tl.constexpr, DIRECT: tl.constexpr, GRAM: tl.constexpr,
     SETS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr,
 ):  # fmt: skip
     """out [queries, contexts] = d A. `logit_ptr`, `alpha_ptr`, `product_ptr` (G alpha) and `f_ptr` are laid out alike.
 
-    `norm_ptr` [sets, contexts]; w0, w1, w2 [queries, context sets]. DIRECT: F is A, and d A += w1 alpha.
+    `norm_ptr` [sets, contexts]; w0, w1, w2 [queries, context sets]. DIRECT: F is A, and d A += w1 alpha. Without GRAM
+    w2 and G alpha are not read.
     One program: SETS sets of queries with BLOCK_X context rows. Grid: groups of sets x blocks of context rows.
     """
     chunks = tl.cdiv(contexts, BLOCK_X)
@@ -87,7 +94,7 @@ def _logit_gradient(
             at, at_b = line * (ld16 * 16) + x[None, :], line * (in16 * 16) + b[None, :]
             _, a, d_a, _ = tile_gradient(
                 logit_ptr, spread, alpha_ptr, product_ptr, f_ptr, w0_ptr, w1_ptr, w2_ptr, at, at_b, inside, scale,
-                NORM, CLIP, DIRECT,
+                NORM, CLIP, DIRECT, GRAM,
             )  # fmt: skip
             along += tl.sum(tl.where(inside, a * d_a, 0.0).reshape(SETS, BLOCK_Q, BLOCK_X), 1)
     if NORM == "l2norm":
@@ -100,7 +107,7 @@ def _logit_gradient(
         at, at_b = line * (ld16 * 16) + x[None, :], line * (in16 * 16) + b[None, :]
         s, a, d_a, direct = tile_gradient(
             logit_ptr, spread, alpha_ptr, product_ptr, f_ptr, w0_ptr, w1_ptr, w2_ptr, at, at_b, inside, scale,
-            NORM, CLIP, DIRECT,
+            NORM, CLIP, DIRECT, GRAM,
         )  # fmt: skip
         if NORM == "softmax":
             d_s = a * (d_a - total)
@@ -202,8 +209,16 @@ class Gradients:
         if self.context is not None:
             self.context[piece.x].addmm_(logits.t(), query.rows[piece.q].float())
 
-    def with_grams(self, pieces: Iterable[_launch.Piece]) -> Iterator[tuple[_launch.Piece, Tensor, Tensor]]:
-        """Every piece with its contexts' Gram matrices and M; M is applied after the last piece that adds to it."""
+    def with_grams(
+        self, pieces: Iterable[_launch.Piece], needed: bool = True
+    ) -> Iterator[tuple[_launch.Piece, Any, Any]]:
+        """Every piece with its contexts' Gram matrices and M; M is applied after the last piece that adds to it.
+
+        If the Gram matrices are not `needed`, None is in their place and in that of M.
+        """
+        if not needed:
+            yield from ((piece, None, None) for piece in pieces)
+            return
         done, m = slice(0, 0), torch.empty(0)
         for piece, gram in with_grams(self.sets[1], pieces):
             if done != piece.contexts:
@@ -241,15 +256,17 @@ def logit_gradient(
     norm: Norm,
     scale: float,
 ) -> Tensor:
-    """d A of a piece, shaped like its affinities; f is F, or None when F is A."""
+    """d A of a piece, shaped like its affinities; f is F, or None when F is A. w: w0, w1 and, with |P|^2, w2."""
     out = torch.zeros_like(attended.logits)
     sets, contexts = piece.queries.stop - piece.queries.start, piece.x.stop - piece.x.start
     tile = _tiles.logit_gradient(query.rows.dtype, _launch.arch(out.device))
     _logit_gradient[(_launch.blocks(sets, tile["SETS"]) * _launch.blocks(contexts, tile["BLOCK_X"]),)](
-        attended.logits, attended.norms, attended.alpha, attended.product, attended.logits if f is None else f, *w[:3],
+        attended.logits, attended.norms, attended.alpha, attended.product, attended.logits if f is None else f,
+        w[0], w[1], w[2] if attended.gram else w[1],
         query.start, query.size, context.start, context.size, context.owner, out,
         piece.queries.start, sets, piece.q.start, piece.x.start, contexts, piece.contexts.start,
-        out.stride(0) // 16, w[0].stride(0) // 16, scale, NORM=norm.NORM, CLIP=norm.CLIP, DIRECT=f is None, **tile,
+        out.stride(0) // 16, w[0].stride(0) // 16, scale, NORM=norm.NORM, CLIP=norm.CLIP, DIRECT=f is None,
+        GRAM=attended.gram, **tile,
     )  # fmt: skip
     return out
 
@@ -268,8 +285,8 @@ def gram_gradient(context: _launch.Sets, piece: _launch.Piece, attended: Attende
 def compilations(arch: int) -> Iterator[_tiles.Compilation]:
     for name in ("softmax", "l1norm", "clipped_l2norm", "none"):
         types = "*fp32 " * 8 + "*i32 " * 5 + "*fp32" + " i32" * 8 + " fp32"
-        for direct in (True, False):
-            constants = dict(norm_of(name)._asdict(), DIRECT=direct)
+        for direct, gram in ((True, True), (False, True), (True, False), (False, False)):
+            constants = dict(norm_of(name)._asdict(), DIRECT=direct, GRAM=gram)
             yield _tiles.Compilation(_logit_gradient, types, constants, _tiles.logit_gradient(torch.float32, arch))
     for dtype, t in _tiles.NAMES.items():
         constants = dict(PRECISION=_tiles.exact(dtype))

@@ -12,8 +12,8 @@ from torch import Tensor
 from itm_fast.packing import bounds
 
 from . import _attention, _launch
-from ._attention import norm_of
 from ._graph import Block, Rows
+from ._norms import norm_of
 from ._projection import project
 
 NORM = "clipped_l2norm"

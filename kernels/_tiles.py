@@ -88,12 +88,20 @@ def lengths(dtype: torch.dtype, arch: int) -> Tile:
 
 
 def query_norms(dtype: torch.dtype, arch: int) -> Tile:
-    """kernels/_attention.py: _query_norms."""
+    """kernels/_norms.py: _query_norms."""
     return _row(4, 2, SETS=4, BLOCK_Q=16, BLOCK_X=64)  # untuned
 
 
-def attend(dtype: torch.dtype, arch: int, backward: bool, whole: bool, cosine: bool) -> Tile:
-    """kernels/_attention.py: _attend. whole: every context set fits a tile; cosine: the norm is "cosine"."""
+def attend(dtype: torch.dtype, arch: int, backward: bool, whole: bool, cosine: bool, fused: bool = True) -> Tile:
+    """kernels/_attention.py: _attend.
+
+    whole: every context set fits a tile; cosine: the norm is "cosine"; fused: whether a product and a sum may be
+    rounded together.
+    """
+    return dict(_attend(dtype, arch, backward, whole, cosine), enable_fp_fusion=fused)
+
+
+def _attend(dtype: torch.dtype, arch: int, backward: bool, whole: bool, cosine: bool) -> Tile:
     if arch == 80 and dtype != torch.float32 and cosine:
         return _row(4, 1, BLOCK_Q=32, BLOCK_D=16)  # untuned
     if dtype == torch.float32 and backward and not whole:
@@ -106,6 +114,11 @@ def attend(dtype: torch.dtype, arch: int, backward: bool, whole: bool, cosine: b
 def pool(dtype: torch.dtype, arch: int) -> Tile:
     """kernels/_pooling.py: _pool."""
     return _row(4, 1, SETS=8, BLOCK_Q=16, BLOCK_B=16)  # untuned
+
+
+def smooth(dtype: torch.dtype, arch: int) -> Tile:
+    """kernels/_pooling.py: _smooth."""
+    return _row(4, 1, BLOCK_Q=32, BLOCK_B=64)  # untuned
 
 
 PIECE = 32 << 20  # the most affinities (query rows x context rows) computed at a time; untuned

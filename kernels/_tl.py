@@ -69,3 +69,61 @@ def relu(x):
 def finite(x):
     """x with 0 in place of NaN and infinities."""
     return tl.where(x - x == 0, x, 0.0).to(x.dtype)
+
+
+@triton.jit
+def scaled(
+    logits, norms, length, x, size, scale, NORM: tl.constexpr, CLIP: tl.constexpr, INVERSE: tl.constexpr
+):
+    """A and the logits scale * A' of a tile; context rows beyond the set have A = 0 and logit -inf."""
+    inside = (x < size)[None, :]
+    s = tl.load(logits + x[None, :], mask=inside, other=0.0)
+    norm = 0.0
+    if NORM == "cosine":
+        norm = length[:, None] * tl.load(norms + x, mask=x < size, other=0.0)[None, :]
+    elif NORM != "none":
+        norm = tl.load(norms + x[None, :], mask=inside, other=0.0)
+    return s, tl.where(inside, scale * normalised(s, norm, NORM, CLIP, INVERSE), NEVER)
+
+
+@triton.jit
+def average(e, inside, WEIGHTS: tl.constexpr):
+    """Sums over a tile whose quotient, over the set, is what focal weights compare e with: (mean e, or that by sqrt e).
+
+    `inside`: [1, BLOCK_X], which columns are rows of the set.
+    """
+    if WEIGHTS == "focal_equal":
+        return tl.sum(e, 1), tl.sum(tl.where(inside, 1.0, tl.zeros_like(e)), 1)
+    root = tl.sqrt(e)
+    return tl.sum(e * root, 1), tl.sum(root, 1)
+
+
+@triton.jit
+def cut_of(above, below):
+    """What e of a kept context exceeds, from `average`. Where all e are 1 none exceeds their mean; all are kept."""
+    cut = tl.div_rn(above, below)
+    return tl.where(cut < 1, cut, 0.0)
+
+
+@triton.jit
+def kept(a, m, cut, bound, WEIGHTS: tl.constexpr):
+    """e = exp(a - m) of the contexts that WEIGHTS keep, 0 of the others, from the logits a; "hard": 1 of the largest.
+
+    m is the maximum over the whole set and cut that of `cut_of`. The comparisons are such that NaN is kept.
+    """
+    if WEIGHTS == "hard":
+        return tl.where(a < m[:, None], 0.0, 1.0)
+    e = tl.exp(a - m[:, None])
+    if WEIGHTS == "threshold":
+        e = tl.where(a <= bound, 0.0, e)
+    elif WEIGHTS != "softmax":
+        e = tl.where(e <= cut[:, None], 0.0, e)
+    return e
+
+
+@triton.jit
+def denominator(z, WEIGHTS: tl.constexpr):
+    """z, the sum of all e; 1 where a threshold keeps no context, so that alpha = 0."""
+    if WEIGHTS == "threshold":
+        return tl.where(z == 0, 1.0, z)
+    return z

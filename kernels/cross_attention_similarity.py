@@ -13,6 +13,7 @@ from itm_fast._workspace import scratch_bytes
 
 from . import _attention, _launch, _tiles
 from ._attention_backward import EACH_ROW, EACH_SET, Gradients, coefficients, gram_gradient, logit_gradient
+from ._norms import norm_of
 from ._projection import project
 from ._projection_backward import context_products, difference_gradient, weighted_sum
 
@@ -35,7 +36,7 @@ def forward(
     result = image.new_empty((I, N, S) if direction == "t2i" else (I, T, R, S))
     with _launch.on(image.device):
         query, context = _launch.sets(OP, image, words, cu_seqlens, region_lengths, direction)
-        weight, bias, norm = _launch.aligned(weight), _launch.aligned(bias), _attention.norm_of(affinity_norm)
+        weight, bias, norm = _launch.aligned(weight), _launch.aligned(bias), norm_of(affinity_norm)
         place, out = places(result, direction)
         limit, each = scratch_bytes(image.device), (_attention.EACH_ROW, _attention.EACH_SET)
         pieces = _launch.pieces(query, context, *each, limit, _tiles.PIECE)
@@ -72,7 +73,7 @@ def backward(
     with _launch.on(image.device):
         image = _launch.zero_padding(image, region_lengths)
         query, context = _launch.sets(OP, image, words, cu_seqlens, region_lengths, direction)
-        weight, bias, norm = _launch.aligned(weight), _launch.aligned(bias), _attention.norm_of(affinity_norm)
+        weight, bias, norm = _launch.aligned(weight), _launch.aligned(bias), norm_of(affinity_norm)
         place, grad = places(_launch.aligned(grad), direction)
         t2i = direction == "t2i"
         sums = Gradients(query, context, (needs[1], needs[0]) if t2i else (needs[0], needs[1]))

@@ -19,8 +19,9 @@ from itm_fast.packing import bounds
 
 from . import _attention, _launch, _tiles
 from ._affinity import lengths
-from ._attention import COSINE, Attended
+from ._attention import Attended
 from ._attention_backward import Gradients, gram_gradient, tile_gradient
+from ._norms import COSINE
 from ._pooling import pool_backward
 from ._tl import EPS
 
@@ -53,7 +54,7 @@ def _product_gradient(
     at, at_b = line * (ld16 * 16) + x[None, :], line * (in16 * 16) + b[None, :]
     _, c, d_c, direct = tile_gradient(
         logit_ptr, both, alpha_ptr, product_ptr, logit_ptr, w0_ptr, w1_ptr, w2_ptr, at, at_b, inside, scale,
-        "cosine", False, True,
+        "cosine", False, True, True,
     )  # fmt: skip
     tl.debug_barrier()  # both have been read before they are overwritten
     tl.store(product_ptr + at, d_c / tl.maximum(both, EPS) + direct, mask=inside)

@@ -1,10 +1,11 @@
-"""Gradients of cross-attention where a function has no derivative: they are PyTorch's, whatever the backend."""
+"""Cross-attention where a function has no derivative or jumps: gradients are PyTorch's, and the same contexts and
+queries count, whatever the backend."""
 
 import pytest
 import torch
 
 import itm_fast
-from itm_fast.ops._attention import DIRECTIONS
+from itm_fast.ops._attention import DIRECTIONS, WEIGHTS
 from itm_fast.testing import op_checks
 
 OPS = ("cross_attention_score", "cross_attention_similarity")
@@ -16,13 +17,13 @@ def each(*ops):
 
 
 def check(op, backend, image, words, counts, **options):
-    """Gradients of float32 in a backend are the reference's; returns the words' gradient."""
+    """Results and gradients of float32 in a backend are the reference's; returns the gradients."""
     found = {}
     for name in (backend, "reference"):
         leaves = [x.clone().requires_grad_() for x in (image, words)]
         options["cu_seqlens"] = torch.tensor([0, *counts]).cumsum(0)
         result = getattr(itm_fast, op)(*leaves, backend=name, **options)
-        found[name] = torch.autograd.grad(result, leaves, op_checks.upstream(result))
+        found[name] = torch.autograd.grad(result, leaves, op_checks.upstream(result)) + (result,)
     for a, b in zip(found[backend], found["reference"], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     return found[backend]
@@ -54,3 +55,24 @@ def test_the_first_of_equal_cosines_gets_the_gradient_of_their_maximum(op, backe
     else:
         gradient = check(op, backend, query[None], context, (1, 1, 1), pool="max", direction=direction)[0][0]
     assert (gradient.abs().sum(1) > 1e-6).nonzero().flatten().tolist() == [1]  # -query, the row before, is no maximum
+
+
+SUBSETS = [(w, s) for w in WEIGHTS if w != "softmax" for s in ("product", "cosine")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights,similarity", SUBSETS)
+@each("cross_attention_score")
+def test_contexts_and_queries_at_a_threshold_and_equal_ones(op, backend, weights, similarity):
+    """Affinities are whole numbers: many are the largest of a query together, or exactly the threshold, as are products
+    r of hard weights. Words of zeros have equal affinities, which no threshold keeps.
+    """
+    generator = torch.Generator().manual_seed(2)
+    image, words = (torch.randint(-1, 2, n, generator=generator).float() for n in ((3, 7, 8), (9, 8)))
+    words[[2, 8]] = 0
+    affinity = image @ words.t()
+    assert (affinity == 1).float().mean() > 0.1
+    assert ((affinity == affinity.amax(1, keepdim=True)).sum(1) > 1).float().mean() > 0.3
+    options = dict(affinity_norm="none", scale=2.0, weights=weights, threshold=1.0, similarity=similarity)
+    for direction, pool in zip(DIRECTIONS, ("negative", "sum")):
+        check(op, backend, image, words, (4, 3, 2), direction=direction, pool=pool, **options)

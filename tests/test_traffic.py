@@ -25,6 +25,7 @@ interpreted = unless("triton", "cpu")
 COCO, SLOW = "coco-eval-5k", pytest.mark.slow
 H100 = CARDS["h100"]
 PUBLISHED = dict(direction="t2i", affinity_norm="clipped_l2norm", pool="lse")
+MAXSIM = dict(direction="i2t", affinity_norm="none", weights="hard", similarity="product", pool="mean")
 SIZES = {
     "small": examples.Size(5, (13, 1, 4, 34, 7, 20), 9, 40, 16, 3),
     "wide": examples.Size(2, (5, 2), 70, 32, 300, 2),  # images of two tiles of regions, S of two blocks
@@ -36,7 +37,7 @@ MATMUL = {"float32": "highest", "tf32": "high", "float16": "highest"}
 
 def of(op, size, precision, **options):
     long = SLOW if op.startswith("similarity") else ()
-    kind = options.get("direction", ""), options.get("affinity_norm", "")
+    kind = (options.get(name, "") for name in ("direction", "affinity_norm", "weights"))
     name = "-".join(filter(None, (op, *kind, size, precision)))
     return pytest.param(op, options, size, precision, marks=long, id=name)
 
@@ -47,6 +48,8 @@ CASES = [
     of(SCORE, "wide", "tf32", **PUBLISHED),
     of(SCORE, "small", "float32", direction="i2t", affinity_norm="softmax", pool="mean"),
     of(SCORE, "small", "float16", direction="i2t", affinity_norm="none", pool="max"),
+    of(SCORE, "small", "float32", **MAXSIM),
+    of(SCORE, "wide", "float32", **PUBLISHED | dict(weights="focal_equal", pool="mean")),
     *(of("similarity_graph_score", "small", precision) for precision in MATMUL),
     of("similarity_graph_score", "long", "tf32"),
     of("similarity_graph_score", "deep", "float16"),

@@ -96,9 +96,9 @@ def _refuse(size: dict[str, int], given: Mapping[str, Any]) -> str | None:
 
 
 def _too_large(backend: str, size: Mapping[str, int], given: Mapping[str, Any]) -> str | None:
-    """Why the kernels of a backend for GPUs cannot take a call's arguments, or None."""
+    """Why the CUDA kernels cannot take a call's arguments, or None; those in Triton take all."""
     asked = given["weights"], given["similarity"]
-    if asked != ("softmax", "cosine") or given["pool"] in _attention.NEGATIVE:
+    if backend == "cuda" and (asked != ("softmax", "cosine") or given["pool"] in _attention.NEGATIVE):
         return (
             f"its kernels have softmax weights, cosines and the pools {', '.join(_attention.POOLS)} only, got "
             f"weights={asked[0]!r}, similarity={asked[1]!r}, pool={given['pool']!r}"
