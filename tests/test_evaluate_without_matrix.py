@@ -15,6 +15,7 @@ import itm_fast
 from itm_fast.cli import main
 from itm_fast.data import Split
 from itm_fast.evaluation import evaluate, mapped, memory, pipeline, relevance, tally, write_trec
+from itm_fast.evaluation.counters import Counters
 
 from .test_evaluate_cli import made  # noqa: F401
 from .test_evaluation_pipeline import tied
@@ -175,6 +176,10 @@ def test_parts_are_merged_into_the_report_of_one_process(made, tmp_path, capsys,
     assert capsys.readouterr().out.splitlines()[:-1] == expected
     for name in ("results.txt", "results.csv", "results.tex", "i2t.run", "t2i.run", "i2t.qrels", "t2i.qrels"):
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "merged" / name).read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr(Counters, "outside", lambda self: np.arange(len(self.right)) == 3)
+        with pytest.warns(UserWarning, match=r"the scores of 1 right pairs differ .* computed first is ranked"):
+            assert main(["evaluate", "--merge", *folders]) == 0
     for wrong, sentence in (
         (folders[:2], "blocks 8-11 of 12 are missing in"),
         ([*folders, folders[0]], f"{folders[0]} and {folders[0]} both have blocks 0-3; leave one of them out"),

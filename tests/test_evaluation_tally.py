@@ -10,13 +10,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from itm_fast.evaluation import memory
+from itm_fast.evaluation.block_scores import score_blocks
+from itm_fast.evaluation.counted import part_of
 from itm_fast.evaluation.counters import BandExceeded
 from itm_fast.evaluation.counting import count
+from itm_fast.evaluation.matrix_free import blocks_of
 from itm_fast.evaluation.ranking import fold_metrics
 from itm_fast.evaluation.rankings import rankings_of
 from itm_fast.evaluation.tally import Asked, Tally
 
-from .test_counting import require_equal
+from .test_counting import Levels, require_equal, small_integers
 
 quick = settings(deadline=None, max_examples=25, database=None, derandomize=True)
 
@@ -82,22 +86,61 @@ def test_any_division_of_the_blocks_adds_up_to_the_matrix(folds, of_a_fold, more
         np.testing.assert_array_equal(found.best["t2i"][0], np.argsort(-matrix.T, axis=1, kind="stable")[:, :3])
 
 
-def test_the_band_must_hold_every_right_pair():
-    """A tally without a band refuses other bits; so do merged ones of which one had no band."""
+def test_a_part_must_hold_its_right_pairs_in_its_band():
     _, score, _, blocks, empty = example(3, band=0.25)
-    wide, narrow = empty(), empty(0)
-    for number in range(len(blocks)):
-        try:
-            add(narrow, score, blocks, number)
-        except BandExceeded:
-            narrow = empty(0)
-            add(wide, score, blocks, number)
-    wide.merge(narrow)
-    assert wide.done.sum() < len(blocks)
+    narrow, own = empty(0), np.arange(score.shape[2])
+    off = np.flatnonzero(narrow.right[0] != score[0][narrow.owner, own])[0]
+    number = next(k for k, (a, b, captions) in enumerate(blocks) if off in captions and a <= narrow.owner[off] < b)
     with pytest.raises(BandExceeded, match=r"differs by 0\.125 between two blocks, by more than the 0 that was"):
-        wide.counters[0].pool()
-    assert narrow.widened(0.01).counters[0].band == 0.01
-    assert 0 < narrow.widened(0).counters[0].band < 1e-5
+        add(narrow, score, blocks, number)
+    assert narrow.widened(0.01).band == 0.01
+    assert 0 < narrow.widened(0).band < 1e-5
+
+
+@quick
+@given(st.integers(1, 3), st.integers(1, 4), st.integers(0, 20), st.sampled_from([0, 0.2]), st.integers(0, 2**32 - 1))
+def test_parts_with_other_bands_are_merged(folds, of_a_fold, more, narrow, seed):
+    """A right pair that has left the narrower band has the score that was computed first, in the middle of both."""
+    images = folds * of_a_fold
+    rng, score, owner, blocks, _ = example(seed, images, images + more, folds=folds)
+    every = np.arange(len(owner))
+    right = score[0, owner, every] + (rng.integers(-2, 3, len(owner)) / 8).astype(np.float32)
+    wide, other = (Tally([right], owner, images, len(blocks), Asked(folds), None, band) for band in (0.3, narrow))
+    left = np.abs(score[0, owner, every] - right) > narrow
+    for number in rng.permutation(len(blocks)):
+        first, stop, captions = blocks[number]
+        has_left = left[captions[(owner[captions] >= first) & (owner[captions] < stop)]].any()
+        add(wide if has_left or rng.random() < 0.5 else other, score, blocks, number)
+    wide.merge(other)
+    (found,) = rankings_of(wide)
+    score[0, owner[left], every[left]] = right[left]
+    require_equal(found.counts, count(score[0], owner, "test"))
+    assert found.fold_metrics() == fold_metrics(score[0], owner, folds)
+
+
+def test_parts_are_merged_of_a_scorer_whose_bits_depend_on_the_block(monkeypatch):
+    monkeypatch.setitem(memory._BLOCK, "cpu", (4, 6))
+    rng = np.random.default_rng(0)
+    owner = rng.integers(0, 10, 30)
+    scorer, encoded = Levels(), small_integers(rng, 10, 30, 4, owner)
+    tallies, matrix = [], np.zeros((10, 30), np.float32)
+    with blocks_of([scorer], [encoded]) as blocks:
+        for k, noise in ((1, 0.0), (2, 1e-3)):
+            scorer.factor = 1.0
+            begun, numbers = blocks.begin(), part_of(blocks.plan.blocks, (k, 2))
+            scorer.factor = 1 + noise
+            tallies.append(blocks.all(begun, numbers, progress=False))
+            for _, rows, columns, (score,) in score_blocks(blocks.members, numbers):
+                for captions, (part,) in blocks._pieces(columns, [score]):
+                    matrix[rows, captions] = part
+    first, second = tallies
+    assert first.band < second.band
+    right = first.right[0]
+    left = matrix[owner, np.arange(30)] != right
+    assert 0 < left.sum() < 30
+    first.merge(second)
+    matrix[owner, np.arange(30)] = right
+    require_equal(rankings_of(first)[0].counts, count(matrix, owner, "test"))
 
 
 def test_tallies_that_do_not_add_up_are_refused():

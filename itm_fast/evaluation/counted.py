@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+import warnings
 import zlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -110,8 +111,8 @@ def _counted(
             ranks.same(name, value)
         begun = None
         if ranks.first and snapshots is not None:
-            begun = snapshots.begin(lambda: blocks.begin(asked, identity, about), identity, about)
-            snapshots.collect()
+            snapshots.begin(lambda: blocks.begin(asked, identity, about), identity, about)
+            begun = snapshots.collect()
             begun.about["resumed"] |= bool(begun.done.any())
         elif ranks.first:
             begun = blocks.begin(asked, identity, about)
@@ -148,6 +149,13 @@ def report_of(tally: Tally) -> Report:
     ties, missing = about["ties"], about["relevance_missing"]
     rule = ties_of_relevance(ties)
     found = rankings_of(tally)
+    settled = max(int(counters.outside().sum()) for counters in tally.counters)
+    if settled:
+        warnings.warn(
+            f"the scores of {settled} right pairs differ between two blocks by more than a part had allowed for "
+            f"({tally.band:.3g}); the one that was computed first is ranked",
+            stacklevel=2,
+        )
     names = [*about["names"], MEAN][: len(found)]
     systems = []
     for number, (name, ranking) in enumerate(zip(names, found, strict=True)):

@@ -4,6 +4,10 @@ A block is counted against the scores of the right pairs, which are computed bef
 may give a pair other last bits in another block, scores within a band around a right pair's are kept one by one, and
 counted at the end against the score that the right pair had in its own block. So the counts are exactly those of the
 matrix that these blocks form. Without a band every right pair is required to have the same bits in both blocks.
+
+Counters that were merged may have had bands of different widths, as jobs that do not know of each other choose theirs.
+A right pair that has left the narrowest of them has the score from before, which lies in the middle of every band: the
+counts are then exactly those of the matrix with this score in place of the other.
 """
 
 from __future__ import annotations
@@ -21,7 +25,7 @@ _IN_CACHE = 1 << 16  # scores that are compared at once, so that the comparisons
 
 
 class BandExceeded(ValueError):
-    """A right pair has a score outside its band; `difference` is how far the scores of right pairs differ."""
+    """A right pair of a block has a score outside its band; `difference` is how far scores of right pairs differ."""
 
     def __init__(self, difference: float, band: float) -> None:
         super().__init__(
@@ -73,7 +77,9 @@ class Counters:
         owner = self.owner[captions]
         mine = np.flatnonzero((owner >= first_image) & (owner < first_image + len(block)))
         found = block[owner[mine] - first_image, mine]
-        self._require_band(found, self.right[captions[mine]])
+        right = self.right[captions[mine]]
+        if _outside(found, right, self.band).any():
+            raise BandExceeded(float(np.abs(found.astype(np.float64) - right).max()), self.band)
         self.found[captions[mine]] = found
         of_captions = np.zeros((3, len(captions)), np.int64)
         step = max(1, _IN_CACHE // len(captions))
@@ -117,14 +123,14 @@ class Counters:
             near.merge({name: arrays[f"{side} {name}"] for name in FIELDS})
         self.band = min(self.band, float(arrays["band"]))
 
-    def pool(self, images: slice | None = None) -> Counts:
-        """The counts of these images and of their captions, or of all; every block must have been added.
+    def outside(self) -> NDArray[np.bool_]:
+        """[T], which right pairs have a score in their own block that is outside the narrowest band merged here."""
+        return _outside(self.found, self.right, self.band)
 
-        Raises:
-            BandExceeded: a right pair's score in its block is outside the band of counters that were merged.
-        """
-        self._require_band(self.found, self.right)
-        right = np.where(np.isnan(self.found), self.right, self.found)
+    def pool(self, images: slice | None = None) -> Counts:
+        """The counts of these images and of their captions, or of all; every block must have been added."""
+        outside = self.outside()
+        right = np.where(outside | np.isnan(self.found), self.right, self.found)
         best, is_best, last = best_right(right, self.owner, len(self.best))
         of_images, of_captions = (
             near.settle(mark, place)
@@ -137,12 +143,15 @@ class Counters:
         )
         of_images += self.of_images
         of_captions += self.of_captions
+        # Pairs outside were counted by their scores in their own blocks, and `pool` takes those equal to the mark away.
+        own = np.flatnonzero(outside)
+        mine, found, mark = self.owner[own], self.found[own], best[self.owner[own]]
+        np.subtract.at(of_images[0], mine, found > mark)
+        np.add.at(of_images[1], mine, is_best[own].astype(np.int64) - (found == mark))
+        np.subtract.at(of_images[2], mine, (found == mark) & (own > last[mine]))
+        of_captions[0] -= outside & (self.found > right)
+        of_captions[1] += outside
         return pool(of_images, of_captions, is_best, self.owner, images or slice(0, len(best)))
-
-    def _require_band(self, found: NDArray[np.floating], right: NDArray[np.floating]) -> None:
-        band = right.dtype.type(self.band)
-        if np.any((found < right - band) | (found > right + band)):  # NaN, not found yet, is neither
-            raise BandExceeded(float(np.nanmax(np.abs(found.astype(np.float64) - right))), self.band)
 
     def _near_images(self, block: NDArray, images: NDArray[np.int64], captions: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many captions of a block are above each image's band; those within it are kept."""
@@ -162,6 +171,11 @@ class Counters:
     def _place(self, image: NDArray[np.int64], caption: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many captions of an image have a lower index than some caption."""
         return np.searchsorted(self._own, image * len(self.right) + caption) - self._first_own[image]
+
+
+def _outside(found: NDArray[np.floating], right: NDArray[np.floating], band: float) -> NDArray[np.bool_]:
+    width = right.dtype.type(band)
+    return (found < right - width) | (found > right + width)  # NaN, not found yet, is neither
 
 
 def _around(

@@ -47,7 +47,7 @@ def rankings_of(tally: Tally) -> tuple[Ranking, ...]:
     """One `Ranking` per system of a tally that has every block.
 
     Raises:
-        ValueError: a block is missing, or tallies were merged that need a wider band (`BandExceeded`).
+        ValueError: a block is missing.
     """
     if not tally.done.all():
         raise ValueError(f"{named_blocks(~tally.done)} of {len(tally.done)} have not been scored")

@@ -75,8 +75,14 @@ class Snapshots:
         self._tally = found
         return found
 
-    def collect(self) -> None:
+    def collect(self) -> Tally:
         """Add what the other processes of a run have kept, write the sum, and delete their files.
+
+        When a band is found to be too narrow, all processes begin again with a wider one. If they were killed then,
+        what some have kept without it is dropped.
+
+        Returns:
+            The sum.
 
         Raises:
             ValueError: a file is damaged, or of another evaluation; the message names it.
@@ -86,7 +92,10 @@ class Snapshots:
         for path in paths:
             try:
                 other = Tally.load(path)
-                if np.any(other.done & ~self._tally.done):  # if not, it was added before an interruption
+                if other.band > self._tally.band:
+                    self._tally = self._tally.widened(other.band)
+                # Without a block that is new it was added before an interruption.
+                if np.any(other.done & ~self._tally.done) and other.band == self._tally.band:
                     self._tally.merge(other)
             except ValueError as error:
                 raise ValueError(f"{path}: {error}; delete it to count its blocks again") from error
@@ -96,6 +105,7 @@ class Snapshots:
             with contextlib.suppress(LockedError, OSError):  # a process that has not ended removes its folder itself
                 Lock(path.parent / _LOCK, str(path)).release()
                 path.parent.rmdir()
+        return self._tally
 
     def after(self, tally: Tally) -> None:
         """Write a snapshot if the last one is old."""

@@ -140,6 +140,11 @@ class Tally:
         blocks = len(self.done)
         return Tally(self.right, self.owner, self.images, blocks, self.asked, self.identity, band, self.about)
 
+    @property
+    def band(self) -> float:
+        """The narrowest band that blocks were counted with."""
+        return self.counters[0].band
+
     def merge(self, other: Tally) -> None:
         """Add the blocks of another tally of the same evaluation.
 

@@ -100,8 +100,8 @@ def _shared_out(tally: Tally | None, ranks: Ranks) -> tuple[Tally, NDArray[np.bo
 
     def first() -> tuple[bytes, NDArray[np.bool_]]:
         assert tally is not None
-        band = tally.counters[0].band
-        args = tally.right, tally.owner, tally.images, len(tally.done), tally.asked, tally.identity, band, tally.about
+        sizes = tally.images, len(tally.done)
+        args = tally.right, tally.owner, *sizes, tally.asked, tally.identity, tally.band, tally.about
         return _bytes(Tally(*args)), tally.done.copy()
 
     empty, done = ranks.on_first(first)
