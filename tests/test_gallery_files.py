@@ -117,6 +117,32 @@ def test_building_again_checks_and_adds(copy, scan, made):
         Gallery.build(scan, ragged(), copy, progress=False)
 
 
+class Killed(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("step, wanted", [("write_names", "a/3 é.jpg"), ("write_about", "b/3")])
+def test_names_are_whole_when_the_process_that_adds_some_is_killed(copy, scan, monkeypatch, step, wanted):
+    """They are the old ones until gallery.json is replaced, then the new ones; also if the next call is killed."""
+
+    def killed(step: str, names: str) -> str | None:
+        def function(*given):
+            getattr(files, f"real_{step}")(*given)
+            raise Killed
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, f"real_{step}", getattr(files, step), raising=False)
+            patch.setattr(files, step, function)
+            with pytest.raises(Killed):
+                Gallery.build(scan, ragged(), copy, names=[f"{names}/{n}" for n in range(IMAGES)], progress=False)
+        return Gallery.open(copy, scan).name(3)
+
+    assert killed(step, "b") == wanted
+    assert killed("write_names", "c") == wanted
+    assert Gallery.build(scan, ragged(), copy, progress=False).name(3) == wanted
+    assert not list(copy.glob("*.next"))
+
+
 def test_first_vectors_of_other_images_are_not_kept(copy, scan):
     """Images that differ after the first few, which alone are compared at once."""
     split, first = ragged(), loaded("SCAN", 5)

@@ -53,6 +53,7 @@ def build(
         if (folder / files.ABOUT).exists():
             about = files.read_about(folder)
             require_model(folder, about, model)
+            files.settle_names(folder, about)
             _require_same(folder, about, split, dtype)
             rows = files.open_rows(folder / files.ROWS, about.shape, about.dtype)
             files.verify(rows, about.rows, folder / files.ROWS, progress)
@@ -68,6 +69,7 @@ def build(
         if sample := drawn(split.captions):
             about = dataclasses.replace(about, sample=sample)
         files.write_about(folder, about)
+        files.settle_names(folder, about)
         files.finished(folder / files.ROWS)
         if pooled.usable(model):
             pooled.write(folder, about, model, _own_vectors(model, folder, about), about.rows, _STEP, progress)

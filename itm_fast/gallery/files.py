@@ -4,6 +4,7 @@
     image.npy               [I, R, D] encoded regions, float32 or float16
     region_lengths.npy      [I] int32 regions of each image, if they differ
     names.txt               a name for each image, one a line, if names were given
+    names.txt.next          names that are to replace these; if gallery.json has their checksum, they have
     pooled-CHECKSUM.npy     [I, D'] pooled vectors by the image encoder of a first checkpoint, with a .json of its own
     recall.json             the recall of two-stage searches, as measured
     *.journal               beside an array that is being written: how far it is, for the next attempt
@@ -143,18 +144,37 @@ def open_names(folder: Path, about: About) -> list[str] | None:
     """The images' names, or None; errors as `open_rows`."""
     if about.names is None:
         return None
-    if not (folder / NAMES).exists():
+    there = [path for path in (folder / NAMES, _next(folder)) if path.exists()]
+    if not there:
         raise ValueError(f"{folder / NAMES} is missing; {_again(folder)}")
-    found = [line.rstrip("\n") for line in text_lines(folder / NAMES)]
-    if names_checksum(found) != about.names:
-        raise ValueError(f"{folder / NAMES} is damaged (its checksum differs); {_again(folder)}")
-    return found
+    for path in there:
+        found = _names(path)
+        if names_checksum(found) == about.names:
+            return found
+    raise ValueError(f"{there[0]} is damaged (its checksum differs); {_again(folder)}")
 
 
 def write_names(folder: Path, names: Sequence[str]) -> None:
-    """Write names.txt."""
-    with atomic_write(folder / NAMES) as file:
+    """Write names beside those of the gallery; once gallery.json has their checksum, `settle_names` replaces those."""
+    with atomic_write(_next(folder)) as file:
         file.writelines(f"{name}\n" for name in names)
+
+
+def settle_names(folder: Path, about: About) -> None:
+    """Keep one file of names, names.txt, of those that an interrupted call or `write_names` has left."""
+    if _next(folder).exists():
+        if names_checksum(_names(_next(folder))) == about.names:
+            os.replace(_next(folder), folder / NAMES)
+        else:
+            _next(folder).unlink()
+
+
+def _next(folder: Path) -> Path:
+    return folder / f"{NAMES}.next"
+
+
+def _names(path: Path) -> list[str]:
+    return [line.rstrip("\n") for line in text_lines(path)]
 
 
 def names_checksum(names: Sequence[str]) -> str:
