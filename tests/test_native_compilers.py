@@ -19,7 +19,10 @@ __all__ = ["cache", "compiler", "csrc"]  # fixtures
 
 def test_no_compiler(csrc, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert _native.why_not() == "no C++ compiler on PATH; install g++ or clang++, or set CXX"
+    assert _native.why_not() == (
+        "no C++ compiler on PATH; install g++ or clang++, or set CXX, or install a wheel that holds the kernels, which "
+        "`ITM_FAST_LEVELS=all pip wheel --no-deps .` makes on another machine"
+    )
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler on PATH"):
         _native.call("itm_scale", None)
 

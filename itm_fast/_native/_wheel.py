@@ -4,6 +4,8 @@
     ITM_FAST_LEVELS=avx2,generic pip wheel --no-deps .  # these alone
     pip wheel --no-deps .                              # py3-none-any; each machine compiles its level at first use
 
+`pip install .` asks for a wheel by the same call, and nothing in it tells the two apart. Four levels take minutes, and
+an installation needs one of them at most, so the libraries are put in only where ITM_FAST_LEVELS asks for them.
 The library is loaded by ctypes and uses neither Python's nor torch's headers, so one serves every Python and torch.
 setuptools loads this file where torch is not installed, and pyproject.toml names its classes.
 """
@@ -22,6 +24,10 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 _HERE = Path(__file__).resolve().parent
+_WITHOUT = (
+    "itm-fast: this wheel holds no compiled CPU kernels: each machine compiles them at first use. With "
+    "ITM_FAST_LEVELS=all it holds those of every instruction level (one or two minutes each on one core)"
+)
 
 
 class BuildPy(build_py):
@@ -50,6 +56,8 @@ class BdistWheel(bdist_wheel):
             self.distribution.has_ext_modules = lambda: True  # type: ignore[method-assign]
             command: Any = self.get_finalized_command("build_py")
             command.libraries = into
+        else:
+            print(_WITHOUT, file=sys.stderr)  # pip shows it with -v, `python -m build` always
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:

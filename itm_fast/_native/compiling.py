@@ -77,7 +77,10 @@ def find_compiler() -> Compiler:
             raise Unavailable(
                 f"CXX names {command[0]!r}, which cannot be run; set it to g++ 11 or newer, or to clang++"
             )
-        raise Unavailable("no C++ compiler on PATH; install g++ or clang++, or set CXX")
+        raise Unavailable(
+            "no C++ compiler on PATH; install g++ or clang++, or set CXX, or install a wheel that holds the kernels, "
+            "which `ITM_FAST_LEVELS=all pip wheel --no-deps .` makes on another machine"
+        )
     if os.path.dirname(command[0]):
         command[0] = os.path.abspath(found)  # absolute, as it runs in other folders
     status, said = _run([*command, "--version"], None, time.monotonic() + 60)
