@@ -189,16 +189,53 @@ FORMS = {
         "images": [{"id": 7, "file_name": "k.jpg"}, {"id": 9, "file_name": "b"}],
         "annotations": [{"image_id": 7, "caption": "a kite"}, {"image_id": 9, "caption": "one ball\n"}],
     }),
+    "results.token": "k.jpg#0\ta kite\r\nb#0\tone ball \n\n",
+    "dataset_mine.json": json.dumps({"dataset": "mine", "images": [
+        {"filename": "k.jpg", "split": "train", "sentences": [{"raw": "a kite", "tokens": ["a", "kite"]}]},
+        {"filename": "b", "split": "restval", "sentences": [{"raw": "one ball"}]},
+    ]}),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_forms_of_captions(tmp_path, name):
     (tmp_path / name).write_text(FORMS[name], newline="")
-    found, empty = captions.read_captions(tmp_path / name)
-    assert found == {"k.jpg": ["a kite"], "b": ["one ball"]}
+    found, empty = captions.read_captions(tmp_path / name, "train")
+    kite, ball = captions.Caption("a kite"), captions.Caption("one ball")
+    assert found == {"k.jpg": [kite], "b": [ball]}
     assert empty == (name == "a.tsv")
-    assert captions.match(found, ["inner/b.png", "k.jpg"]) == ([["one ball"], ["a kite"]], [])
+    assert captions.match(found, ["inner/b.png", "k.jpg"]) == ([[ball], [kite]], [])
+
+
+def karpathy(name, part, cocoid, *texts):
+    """An image of Karpathy's splits of COCO."""
+    sentences = [{"raw": f" {text}.\n", "sentid": cocoid + 1000 + n} for n, text in enumerate(texts)]
+    entry = {"filepath": "val2014", "filename": name, "split": part, "sentences": sentences, "cocoid": cocoid}
+    return entry | {"imgid": 0, "sentids": [each["sentid"] for each in sentences]}
+
+
+def test_a_part_of_karpathys_splits_keeps_cocos_ids(folder, capsys):
+    images = [karpathy(f"test{n}.jpg", "test", 50 + n, f"picture {n}", "a square") for n in (2, 0)]
+    images += [karpathy("train0.jpg", "train", 7, "first"), karpathy("train2.jpg", "restval", 8, "second")]
+    (folder / "dataset_coco.json").write_text(json.dumps({"dataset": "coco", "images": images}))
+    assert features(captions="dataset_coco.json", split="testall", images="pictures/test") == 0
+    split = open_split("data", "testall")
+    assert split.captions == ["picture 0.", "a square.", "picture 2.", "a square."]
+    assert split.image_ids.tolist() == [50, 52]
+    assert split.caption_ids.tolist() == [1050, 1051, 1052, 1053]
+    assert features(captions="dataset_coco.json", split="train") == 0
+    assert open_split("data", "train").image_ids.tolist() == [7, 8]
+    capsys.readouterr()
+    assert features(captions="dataset_coco.json", split="dev") == 2
+    assert "has no images of a split 'dev'; it has restval, test, train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name, known", [("COCO_val2014_000000000012.jpg", True), ("12.jpg", True), ("112.jpg", False)])
+def test_ids_are_cocos_where_the_pictures_are_named_by_them(tmp_path, name, known):
+    content = {"images": [{"id": 12, "file_name": name}], "annotations": [{"id": 3, "image_id": 12, "caption": "x"}]}
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    ((caption,),) = captions.read_captions(tmp_path / "a.json")[0].values()
+    assert caption == captions.Caption("x", *((3, 12) if known else ()))
 
 
 @pytest.mark.parametrize(
@@ -216,7 +253,9 @@ def test_forms_of_captions(tmp_path, name):
         ("a.json", '{"k.jpg": [5]}', "image 'k.jpg': the caption must be a text"),
         ("a.json", '{"images": [], "annotations": [{"image_id": 5, "caption": "x"}]}', "no image with the id 5"),
         ("a.json", "[]", "holds no captions"),
-        ("a.xls", "", "captions are read from a .csv, .tsv or .json file"),
+        ("a.token", "k.jpg#0\ta kite\nk.jpg a kite\n", "line 2: must be NAME#NUMBER, a tab and a caption"),
+        ("a.json", '{"dataset": "x", "images": [{"filename": "k.jpg"}]}', "is no file of Karpathy's splits: split"),
+        ("a.xls", "", "captions are read from a .csv, .tsv, .json or .token file"),
     ],
 )
 def test_mistakes_in_captions_are_a_sentence(tmp_path, name, content, sentence):
@@ -227,8 +266,9 @@ def test_mistakes_in_captions_are_a_sentence(tmp_path, name, content, sentence):
 
 def test_a_name_that_fits_two_pictures_is_refused():
     with pytest.raises(ValueError, match=re.escape("an image 'k', which is a/k.jpg or b/k.png")):
-        captions.match({"k": ["a kite"]}, ["a/k.jpg", "b/k.png"])
-    assert captions.match({"b/k.png": ["a kite"]}, ["a/k.jpg", "b/k.png"]) == ([[], ["a kite"]], [])
+        captions.match({"k": [captions.Caption("a kite")]}, ["a/k.jpg", "b/k.png"])
+    kite = captions.Caption("a kite")
+    assert captions.match({"b/k.png": [kite]}, ["a/k.jpg", "b/k.png"]) == ([[], [kite]], [])
 
 
 def arrays(folder, third):
@@ -309,6 +349,18 @@ def test_mistakes_are_a_sentence(folder, capsys, monkeypatch, words, sentence):
     err = capsys.readouterr().err
     assert sentence in err
     assert "Traceback" not in err
+
+
+def test_a_torchvision_for_another_torch_is_named(folder, capsys, monkeypatch):
+    (folder / "modules/torchvision").mkdir(parents=True)
+    (folder / "modules/torchvision/__init__.py").write_text("raise RuntimeError('operator nms does not exist')")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(folder / "modules")
+    assert features("--backbone", "torchvision:resnet18") == 2
+    err = capsys.readouterr().err
+    assert "needs torchvision, which is installed and cannot be imported (operator nms does not exist)" in err
+    assert f"built for this torch, {torch.__version__}" in err
 
 
 @pytest.mark.skipif(not GUIDE.is_file(), reason="needs a checkout")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from ..models._common import usable_device
 from ..models.torch_file import load_plain
 
 if TYPE_CHECKING:
@@ -64,31 +66,45 @@ def load(name: str, weights: str | None = None, size: int | None = None, device:
 
     Raises:
         ValueError: there is no such network, it has no feature map, or the weights do not fit it.
-        ImportError: timm or torchvision is not installed.
+        ImportError: timm or torchvision is not installed, or cannot be imported.
         OSError: the file of weights cannot be opened.
     """
-    package, _, model = name.partition(":")
-    if package not in _PACKAGES or not model:
+    family, _, model = name.partition(":")
+    if family not in _FAMILIES or not model:
         raise ValueError(f"{_FORMS}, got {name!r}")
     if size is not None and size < 1:
         raise ValueError(f"size must be at least 1 pixel, got {size}")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    state = None if weights in (None, "random") else state_dict(Path(weights))  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)  # random weights are the same when an interrupted command goes on
-        try:
-            network, features, own, mean, std = _PACKAGES[package](model, weights is None, size)
-        except ModuleNotFoundError as error:
-            if error.name != package:
-                raise
-            raise ModuleNotFoundError(
-                f"--backbone {name} needs the package {package}: pip install '.[features]' in the source folder of "
-                "itm-fast",
-                name="itm_fast",
-            ) from None
-    if weights not in (None, "random"):
-        _load_weights(network, Path(weights))  # type: ignore[arg-type]
-    network.requires_grad_(False).eval().to(place)
-    return Backbone(features, (size, size) if size else own, tuple(mean), tuple(std), place)
+        network, features, own, mean, std = _FAMILIES[family](package(family, name), model, weights is None, size)
+    if state is not None:
+        fit(network, state, Path(weights))  # type: ignore[arg-type]
+    network.requires_grad_(False).eval().to(where := usable_device(device))
+    return Backbone(features, (size, size) if size else own, tuple(mean), tuple(std), where)
+
+
+def package(family: str, name: str) -> Any:
+    """The module timm or torchvision, for a backbone of this name.
+
+    Raises:
+        ImportError: it is not installed, or it cannot be imported, as when it was built for another torch.
+    """
+    try:
+        return importlib.import_module(family)
+    except ModuleNotFoundError as error:
+        if error.name not in ("timm", "torchvision"):
+            raise
+        raise ModuleNotFoundError(
+            f"--backbone {name} needs the package {error.name}: pip install '.[features]' in the source folder of "
+            "itm-fast",
+            name="itm_fast",
+        ) from None
+    except Exception as error:  # torchvision raises what its compiled operators raise
+        raise ImportError(
+            f"--backbone {name} needs {family}, which is installed and cannot be imported ({error}); torchvision must "
+            f"be built for this torch, {torch.__version__}: install both by one command from one package index"
+        ) from error
 
 
 def regions(maps: Tensor, grid: int) -> Tensor:
@@ -132,9 +148,7 @@ def cells(height: int, width: int, grid: int) -> NDArray[np.float32]:
 _Parts = tuple[nn.Module, Callable[[Tensor], Tensor], tuple[int, int], Any, Any]
 
 
-def _timm(name: str, pretrained: bool, size: int | None) -> _Parts:
-    import timm
-
+def _timm(timm: Any, name: str, pretrained: bool, size: int | None) -> _Parts:
     if not timm.is_model(name):
         raise ValueError(f"timm has no model {name!r}; timm.list_models() lists them")
     model = timm.create_model(name, pretrained=pretrained, num_classes=0)
@@ -155,11 +169,10 @@ def _timm(name: str, pretrained: bool, size: int | None) -> _Parts:
     return model, features, tuple(config["input_size"][1:]), config["mean"], config["std"]
 
 
-def _torchvision(name: str, pretrained: bool, size: int | None) -> _Parts:
-    from torchvision import models
-
+def _torchvision(torchvision: Any, name: str, pretrained: bool, size: int | None) -> _Parts:
+    models = torchvision.models
     if name not in models.list_models(module=models):
-        raise ValueError(f"torchvision has no classifier {name!r}; torchvision.models.list_models() lists all models")
+        raise ValueError(f"torchvision has no network {name!r}; torchvision.models.list_models() lists them")
     model = models.get_model(name, weights="DEFAULT" if pretrained else None)
     prepared = models.get_model_weights(name).DEFAULT.transforms()
 
@@ -180,11 +193,16 @@ def _torchvision(name: str, pretrained: bool, size: int | None) -> _Parts:
     return model, features, (side, side), prepared.mean, prepared.std
 
 
-_PACKAGES = {"timm": _timm, "torchvision": _torchvision}
+_FAMILIES = {"timm": _timm, "torchvision": _torchvision}
 
 
-def _load_weights(network: nn.Module, path: Path) -> None:
-    """Load a state_dict from a file that may also hold it under `state_dict` or `model`; classifiers are left out."""
+def state_dict(path: Path) -> dict[str, Tensor]:
+    """The state_dict of a file, which may also hold it under `state_dict` or `model`; without classifiers.
+
+    Raises:
+        ValueError: the file holds something else.
+        OSError: it cannot be opened.
+    """
     content, _ = load_plain(path, wanted="--weights wants a state_dict that torch.save wrote")
     for key in ("state_dict", "model"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
@@ -192,7 +210,15 @@ def _load_weights(network: nn.Module, path: Path) -> None:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ValueError(f"{path} holds no state_dict (names and tensors)")
     given = {str(name).removeprefix("module."): value for name, value in content.items()}
-    given = {name: value for name, value in given.items() if not name.startswith(_HEADS)}
+    return {name: value for name, value in given.items() if not name.startswith(_HEADS)}
+
+
+def fit(network: nn.Module, given: Mapping[str, Tensor], path: Path) -> None:
+    """Load a state_dict into a network; what the classifier has keeps its values.
+
+    Raises:
+        ValueError: a tensor is missing, unknown or of another shape; the message names `path`.
+    """
     own = network.state_dict()
     wanted = {name: value for name, value in own.items() if not name.startswith(_HEADS)}
     wrong = sorted(

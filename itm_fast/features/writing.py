@@ -1,11 +1,11 @@
-"""Make a split of SCAN's folder from pictures and a backbone, or from arrays; an interrupted call can go on."""
+"""Make a split of SCAN's folder from pictures and a network, or from arrays; an interrupted call can go on."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,11 @@ from ..data.stored import damaged
 from ..gallery.files import journal, names_checksum, read_json, write_rows
 from . import arrays, pictures
 from .backbones import Backbone, cells, regions
+from .captions import Caption
+from .detectors import Detector
 
 _WRITTEN = (*FILES, "pictures.txt")
+_BOXES = "boxes.npy"  # of the images that are written already, in the folder of an unfinished split
 
 
 @dataclass
@@ -31,15 +34,16 @@ class Images:
     Attributes:
         names: of their files.
         shape: R, F.
-        produce: `produce(start, stop)` returns these images' features [n, R, F].
+        produce: `produce(start, stop)` returns these images' features [n, R, F]; and their boxes [n, R, 4] where they
+            are known only then, else None. Regions that an image lacks are zeros in both.
         origin: what the features are computed from, as plain values; when it differs, a begun split is refused.
-        boxes: [I, R, 4] or, if all images have the same, [1, R, 4]; None if unknown.
-        lengths: [I] regions of each image; None if all have R.
+        boxes: [I, R, 4] or, if all images have the same, [1, R, 4]; None if unknown, or known to `produce` alone.
+        lengths: [I] regions of each image; None if all have R, or if it follows from the boxes of `produce`.
     """
 
     names: Sequence[str]
     shape: tuple[int, int]
-    produce: Callable[[int, int], NDArray[np.floating]]
+    produce: Callable[[int, int], tuple[NDArray[np.floating], NDArray[np.float32] | None]]
     origin: Mapping[str, Any] = field(default_factory=dict)
     boxes: NDArray[np.float32] | None = None
     lengths: NDArray[np.int32] | None = None
@@ -58,14 +62,34 @@ def from_pictures(
     _, F, height, width = empty.shape
     boxes = cells(height, width, grid)[None]
 
-    def produce(start: int, stop: int) -> NDArray[np.floating]:
+    def produce(start: int, stop: int) -> tuple[NDArray[np.floating], None]:
         def pixels(name: str) -> NDArray[np.uint8]:
             return backbone.pixels(pictures.open_rgb(folder / name))
 
         read = np.stack(pictures.each(pixels, names[start:stop], "", False, workers))
-        return regions(backbone.map(read), grid).cpu().numpy()
+        return regions(backbone.map(read), grid).cpu().numpy(), None
 
     return Images(names, (grid * grid, F), produce, {**origin, "grid": grid, "size": list(backbone.size)}, boxes)
+
+
+def from_detector(
+    folder: Path, names: Sequence[str], detector: Detector, *, origin: Mapping[str, Any], workers: int
+) -> Images:
+    """The features of the boxes that a detector is surest of; an image may have fewer than `detector.count`."""
+    shape = (detector.count, detector.feature_size)
+
+    def produce(start: int, stop: int) -> tuple[NDArray[np.floating], NDArray[np.float32]]:
+        features = np.zeros((stop - start, *shape), np.float32)
+        boxes = np.zeros((stop - start, detector.count, 4), np.float32)
+        opened = pictures.each(lambda name: pictures.open_rgb(folder / name), names[start:stop], "", False, workers)
+        for row, picture in enumerate(opened):
+            found, where = detector.regions(picture)
+            if not len(found):
+                raise ValueError(f"the detector proposes no box in {folder / names[start + row]}; remove this picture")
+            features[row, : len(found)], boxes[row, : len(found)] = found, where
+        return features, boxes
+
+    return Images(names, shape, produce, {**origin, "regions": detector.count, "sides": detector.sides})
 
 
 def from_arrays(folder: Path, names: Sequence[str], *, progress: bool) -> Images:
@@ -95,14 +119,14 @@ def from_arrays(folder: Path, names: Sequence[str], *, progress: bool) -> Images
         for row, (_, found) in enumerate(seen):
             boxes[row, : lengths[row]] = found
 
-    def produce(start: int, stop: int) -> NDArray[np.floating]:
+    def produce(start: int, stop: int) -> tuple[NDArray[np.floating], None]:
         block = np.zeros((stop - start, R, F), np.float32)
         for row, name in enumerate(names[start:stop]):
             features = arrays.read(folder / name)[0]
             if features.shape != (lengths[start + row], F):
                 raise ValueError(f"{folder / name} has changed while it was read; do the same again")
             block[row, : len(features)] = features
-        return block
+        return block, None
 
     return Images(names, (R, F), produce, {"regions": R}, boxes, None if (lengths == R).all() else lengths)
 
@@ -112,7 +136,7 @@ def write(
     split: str,
     folder: Path,
     images: Images,
-    captions: Sequence[Sequence[str]],
+    captions: Sequence[Sequence[Caption]],
     *,
     dtype: str,
     batch_size: int,
@@ -148,7 +172,9 @@ def write(
         _require_same(unfinished, rows, identity)
 
         def produce(start: int, stop: int) -> tuple[NDArray[np.floating], NDArray]:
-            found = images.produce(start, stop)
+            found, boxes = images.produce(start, stop)
+            if boxes is not None:
+                _keep_boxes(unfinished / _BOXES, (len(images.names), *boxes.shape[1:]), start, boxes)
             with np.errstate(over="ignore"):
                 good = np.isfinite(found.astype(dtype)).reshape(stop - start, -1).all(axis=1)
             if not good.all():
@@ -161,6 +187,10 @@ def write(
             rows, (len(images.names), *images.shape), dtype, identity, produce, step=batch_size, what="images",
             progress=progress,
         )  # fmt: skip
+        if (unfinished / _BOXES).exists():
+            boxes = np.load(unfinished / _BOXES, allow_pickle=False)
+            lengths = (boxes[..., 2:] > boxes[..., :2]).all(axis=2).sum(axis=1, dtype=np.int32)
+            images = replace(images, boxes=boxes, lengths=None if (lengths == boxes.shape[1]).all() else lengths)
         _write_rest(output, split, images, captions)
         os.replace(rows, output / f"{split}_ims.npy")
         shutil.rmtree(unfinished)
@@ -183,9 +213,20 @@ def _unfinished(output: Path, split: str) -> Path:
     return output / f".{split}.unfinished"
 
 
-def _write_rest(output: Path, split: str, images: Images, captions: Sequence[Sequence[str]]) -> None:
-    owner = np.repeat(np.arange(len(captions)), [len(texts) for texts in captions])
-    lines = [text for texts in captions for text in texts]
+def _keep_boxes(path: Path, shape: tuple[int, ...], start: int, boxes: NDArray[np.float32]) -> None:
+    """Write boxes of images from `start` on. This comes before their features, so that each written row has them."""
+    if not path.exists():
+        with atomic_write(path, "wb") as out:
+            np.save(out, np.zeros(shape, np.float32))
+    kept = np.load(path, mmap_mode="r+", allow_pickle=False)
+    kept[start : start + len(boxes)] = boxes
+    kept.flush()
+
+
+def _write_rest(output: Path, split: str, images: Images, captions: Sequence[Sequence[Caption]]) -> None:
+    owner = np.repeat(np.arange(len(captions)), [len(own) for own in captions])
+    flat = [caption for own in captions for caption in own]
+    lines = [caption.text for caption in flat]
     whole = Split(np.broadcast_to(np.float16(0), (len(images.names), *images.shape)), lines, owner)  # takes no memory
     boxes = images.boxes
     if boxes is not None and len(boxes) < len(images.names):
@@ -202,9 +243,14 @@ def _write_rest(output: Path, split: str, images: Images, captions: Sequence[Seq
                 np.save(out, array, allow_pickle=False)
     # A name with a space ends at the tab, where readers would take the first word.
     names = [f"{name}\t" if " " in name else name for name in map(arrays.label, images.names)]
-    for file, texts in (("caps.txt", lines), ("pictures.txt", names)):
+    texts = {"caps.txt": lines, "pictures.txt": names}
+    if not any(caption.id is None for caption in flat):  # COCO's ids, for CxC and ECCV metrics
+        texts |= {"ids.txt": [str(own[0].image_id) for own in captions], "capids.txt": [str(each.id) for each in flat]}
+    for file in ("ids.txt", "capids.txt"):
+        (output / f"{split}_{file}").unlink(missing_ok=True)
+    for file, content in texts.items():
         with atomic_write(output / f"{split}_{file}") as out:
-            out.writelines(f"{line}\n" for line in texts)
+            out.writelines(f"{line}\n" for line in content)
 
 
 def _identity(folder: Path, images: Images) -> dict[str, Any]:
