@@ -14,8 +14,9 @@ Forward, with the global vectors v of the image and t of the caption, and the lo
 Backward: (4) to (7) of `cross_attention_similarity` for s_j. For s_g (4) and (5) hold with u = v and q = t, and
 d v = d u.
 
-Saved for backward: the inputs, the nodes, and in the cpu backend `inverse` = 1 / (|y| + 1e-8) of each node. From these
-y = node / inverse, so backward does not repeat the most expensive product, that of (2) in `cross_attention_similarity`.
+Saved for backward: the inputs, the nodes, and in the backends cpu and torch `inverse` = 1 / (|y| + 1e-8) of each node.
+From these y = node / inverse, so backward does not repeat the most expensive product, that of (2) in
+`cross_attention_similarity`.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def reference(
 
 
 def _kept(size: dict[str, int], given: Given) -> tuple[int, ...]:
-    return (size["I"], size["N"] + size["T"]) if given["backend"] == "cpu" else (0,)
+    return (size["I"], size["N"] + size["T"]) if given["backend"] in ("cpu", "torch") else (0,)
 
 
 _op = Op(

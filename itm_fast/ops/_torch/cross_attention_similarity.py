@@ -45,6 +45,20 @@ def _cut(backward, image, words, weight, bias, cu_seqlens, region_lengths, direc
 def similarity(direction, norm, scale, length, region_lengths, image, words, weight, bias):
     """A block: images [B, R, D], captions of one length [C * L, D] -> [B, C * L, S], or i2t [C, B, R, S]."""
     work = work_dtype(image)
+    square = squares(direction, norm, scale, length, region_lengths, image, words)
+    B, C, Q, D = square.shape
+    similar = _attention.l2norm(linear(square.view(B * C * Q, D), weight.to(work), bias.to(work)))
+    if direction == "t2i":
+        return similar.view(B, C * Q, -1)
+    similar = similar.view(B, C, Q, -1).transpose(0, 1)
+    if region_lengths is None:
+        return similar
+    return similar.masked_fill(~valid(region_lengths, image.shape[1])[:, None, :, None], 0.0)
+
+
+def squares(direction, norm, scale, length, region_lengths, image, words) -> Tensor:
+    """(P - q)^2 of a block's queries [C, Q, D] in all contexts, [B, C, Q, D]."""
+    work = work_dtype(image)
     image, caption = image.to(work), words.to(work).view(-1, length, words.shape[-1])
     mask = None if region_lengths is None else valid(region_lengths, image.shape[1])
     if mask is not None:
@@ -57,8 +71,4 @@ def similarity(direction, norm, scale, length, region_lengths, image, words, wei
     alpha = alpha / (length_P + _attention.EPS)[:, None, :]
     difference = torch.baddbmm(query.reshape(1, C * Q, D), alpha.transpose(1, 2), context, beta=-1)
     square = difference.square() if torch.is_grad_enabled() else difference.square_()
-    similar = _attention.l2norm(linear(square.view(B * C * Q, D), weight.to(work), bias.to(work)))
-    if t2i:
-        return similar.view(B, C * Q, -1)
-    similar = similar.view(B, C, Q, -1).transpose(0, 1)
-    return similar if mask is None else similar.masked_fill(~mask[:, None, :, None], 0.0)
+    return square.view(B, C, Q, D)
