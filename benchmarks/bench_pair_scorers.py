@@ -27,7 +27,7 @@ if __name__ == "__main__":  # from a bare checkout, `benchmarks` and `itm_fast` 
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import itm_fast
-from benchmarks import harness, machine, reconstructions, rewrites, shan, shapes
+from benchmarks import harness, machine, reconstructions, relatives, rewrites, shan, shapes
 from benchmarks.shapes import SHAPES, Shape
 from itm_fast.evaluation.workloads import WORKLOADS
 from itm_fast.models.sgraf import EncoderSimilarity
@@ -35,7 +35,8 @@ from itm_fast.nn import CrossAttentionScore, PairScorer
 from itm_fast.testing import scan, sgraf
 
 MODELS = ("scan-t2i", "scan-i2t", "sgr", "saf")
-OTHERS: dict[str, Any] = {model: part for part in (shan, reconstructions) for model in part.MODELS}  # run by name
+# Run by name.
+OTHERS: dict[str, Any] = {model: part for part in (shan, reconstructions, relatives) for model in part.MODELS}
 SCALE = {"t2i": 9.0, "i2t": 4.0}
 CHUNK = 32 << 20  # the most bytes of a temporary of the rewrites
 ALLOWED = {"float32": 1e-4, "bfloat16": 2e-2}  # of a score, which is about 1; a bfloat16 has 8 bits

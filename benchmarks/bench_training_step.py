@@ -47,13 +47,13 @@ ALLOWED = 1e-3  # of the largest gradient
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def ranking_loss(score: Tensor, hardest: bool) -> Tensor:
+def ranking_loss(score: Tensor, hardest: bool, margin: float = MARGIN) -> Tensor:
     """The papers' loss of scores [I, T], T <= I, where caption t belongs to image t."""
     I, T = score.shape
     match = score.diagonal()
     own = torch.eye(I, T, dtype=torch.bool, device=score.device)
-    of_captions = (MARGIN + score - match).clamp_min(0).masked_fill(own, 0)
-    of_images = (MARGIN + score[:T] - match[:, None]).clamp_min(0).masked_fill(own[:T], 0)
+    of_captions = (margin + score - match).clamp_min(0).masked_fill(own, 0)
+    of_images = (margin + score[:T] - match[:, None]).clamp_min(0).masked_fill(own[:T], 0)
     if hardest:
         return of_captions.amax(0).sum() + of_images.amax(1).sum()
     return of_captions.sum() + of_images.sum()
@@ -207,21 +207,31 @@ def main(doc=__doc__, measure=measure, stem="training_step", what="a training st
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds (default: 3)")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
     parser.add_argument("--no-fresh", action="store_true", help="leave peak memory out")
-    parser.add_argument("--write", metavar="NAME", help=f"save benchmarks/results/{stem}_NAME.json")
+    parser.add_argument("--write", metavar="NAME", help=f"save benchmarks/results/{stem}_NAME.json, after each model")
+    parser.add_argument("--add", action="store_true", help="keep the other models of that file: a long run in pieces")
     args = parser.parse_args()
+    if args.add and not args.write:
+        parser.error("--add adds to a file: give --write NAME")
     if args.threads:
         torch.set_num_threads(args.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape, peak, results = Shape("coco-eval-5k", args.batch, args.batch), machine.peaks(device), []
+    block, kept = f"coco-train-b{args.batch}", []
+    if args.add:
+        kept, before = harness.earlier(f"{stem}_{args.write}", machine.head(block, args.rounds, peak))
+        peak = machine.higher(peak, before or peak)
     for model in args.models:
         results.append(measure(model, shape, device, args))
         peak = machine.higher(peak, machine.peaks(device))
         harness.hold_against(peak, results)
         title = f"{model}: {what} of {shape.images} images x {shape.captions} captions"
         harness.show(title, results[-1]["rows"], results[-1]["left_out"])
-    if args.write:
-        head = machine.head(f"coco-train-b{args.batch}", args.rounds, peak)
-        print(harness.write(f"{stem}_{args.write}", {**head, "results": results}))
+        if args.write:
+            new = {one["model"]: one for one in (*kept, *results)}
+            harness.hold_against(peak, list(new.values()))
+            together = [new[name] for name in (*MODELS, *OTHERS) if name in new]
+            head = machine.head(block, args.rounds, peak)
+            print(harness.write(f"{stem}_{args.write}", {**head, "results": together}))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,10 @@
 
     python benchmarks/bench_whole_step.py --threads 2 --rounds 2 --write cpu
 
+A run in pieces of a model each, for the same file:
+
+    python benchmarks/bench_whole_step.py --models rcar --loop-captions 16 --threads 2 --rounds 2 --write cpu --add
+
 Each contender starts from the same weights. The loss and the clipped gradients of its first step are compared with
 those of the published step before anything is timed. A row says where its seconds go: to the encoders, forward and
 backward; to scores and loss, forward and backward; to clipping and Adam.
@@ -31,15 +35,18 @@ from itm_fast.evaluation.workloads import WORKLOADS
 
 
 def encoder_flops(model: str, shape: Shape) -> float:
-    """Operations of the image's Linear and of the GRU, multiply-add = 2.
+    """Operations of the image's Linear layers and of the GRU, multiply-add = 2.
 
     Backward needs as many for the weights' gradients, and as many again for the inputs', which features do not have.
     """
     whole, opt = WORKLOADS[shape.workload], options_of(model, shape, "cpu")
-    image = 2.0 * shape.images * whole.regions * whole.features * whole.dim
-    gates, directions = 3, 2 if opt.bi_gru else 1
+    rows = 2.0 * shape.images * whole.regions
+    image, hidden = rows * whole.features * whole.dim, 0.0
+    if model == "rcar":  # two more layers, with dim / 2 numbers between them
+        image, hidden = 1.5 * image, rows * whole.dim * whole.dim / 2
+    gates, directions = 3, 2 if getattr(opt, "bi_gru", True) else 1
     text = 2.0 * sum(shape.lengths) * directions * gates * whole.dim * (opt.word_dim + whole.dim)
-    return 2 * image + 3 * text
+    return 2 * image + 3 * (hidden + text)
 
 
 def compare(model: str, names: list[str], shape: Shape, device: str) -> tuple[dict[str, float], dict[str, str]]:

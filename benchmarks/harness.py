@@ -121,6 +121,30 @@ def mebibytes(count: float | None) -> str:
     return "-" if count is None else f"{count / 2**20:,.0f}"
 
 
+def earlier(name: str, head: dict) -> tuple[list[dict], dict[str, float | None] | None]:
+    """The models' results in a result file and its peaks (`machine.peaks`), for a run that adds models to the file.
+
+    Args:
+        name: the file's, without .json; it need not exist.
+        head: of this run's file, as `machine.head` makes it.
+
+    Raises:
+        SystemExit: the file was measured elsewhere, at another commit, or in another way.
+    """
+    path = RESULTS / f"{name}.json"
+    if not path.exists():
+        return [], None
+    found = json.loads(path.read_text())
+    for name, now in {"shape": head["shape"], "rounds": head["rounds"], **head["environment"]}.items():
+        was = found.get(name, found["environment"].get(name))
+        if was != now and name != "date":
+            why = f"{path.name} has {name} {was}, and this run {now}"
+            raise SystemExit(f"{why}: give another --write, or leave --add out")
+    giga = {"matmul_float32": found["matmul_peak_gflops"]}
+    giga |= {f"fma_{dtype}": rate for dtype, rate in found["fma_peak_gflops"].items()}
+    return found["results"], {name: rate and 1e9 * rate for name, rate in giga.items()}
+
+
 def write(name: str, result: dict) -> Path:
     """Write one result file atomically."""
     RESULTS.mkdir(exist_ok=True)

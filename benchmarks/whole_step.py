@@ -2,7 +2,7 @@
 
 Ours is `train_emb` of the drop-in model. The baselines take the same weights through what the papers' code does: its
 encoders, its loop over captions (or the vectorised rewrite in the loop's place), its loss, `clip_grad_norm_` and Adam.
-SHAN, HGAN and TSHSR have no published encoders: theirs are the package's, which are plain PyTorch.
+The other models' encoders are the package's in all contenders.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def options_of(model: str, shape: Shape, device: str) -> Namespace:
     """The published recipe for COCO, in the sizes of the workload."""
     whole = WORKLOADS[shape.workload]
     sizes = {"img_dim": whole.features, "embed_size": whole.dim}
-    if model in ("sgr", "saf", "tshsr"):
+    if model in ("sgr", "saf", "tshsr", "rcar", "cmcan"):
         sizes["sim_dim"] = whole.similarity
     if model in shan.MODELS:
         alignment, gate = shan.MODELS[model]
@@ -117,6 +117,7 @@ class Step:
         torch.manual_seed(0)
         self.matcher, self.batch = build(opt), batch(shape, device)
         self.matcher.train_start()
+        self._margin = opt.margin
         self.parts: dict[str, list[float]] = {name: [] for name in PARTS}
         self._marks: dict[str, float] = {}
         self._encode = self.matcher.forward_emb
@@ -179,7 +180,7 @@ class Step:
     def _as_published(self) -> Tensor:
         model = self.matcher
         model.optimizer.zero_grad()
-        loss = ranking_loss(self._score(*model.forward_emb(*self.batch)), hardest=True)
+        loss = ranking_loss(self._score(*model.forward_emb(*self.batch)), hardest=True, margin=self._margin)
         loss.backward()
         clip_grad_norm_(model.params, model.grad_clip)
         model.optimizer.step()

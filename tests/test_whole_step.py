@@ -5,16 +5,17 @@ from argparse import Namespace
 
 import pytest
 import torch
-from benchmark_cases import shrink, written
+from benchmark_cases import PEAK, shrink, written
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import bench_training_step, bench_whole_step, harness, machine, page, rewrites, whole_step
-from benchmarks.bench_training_step import LOOP
+from benchmarks import bench_training_step, bench_whole_step, harness, machine, page, relatives, rewrites, whole_step
+from benchmarks.bench_training_step import LOOP, MODELS, OTHERS
 from benchmarks.shapes import Shape
 from benchmarks.whole_step import PARTS, REWRITE, Step
+from itm_fast.models._catalogue import CATALOGUE
 
 SHAPE = Shape("coco-eval-5k", 4, 4)
-BASELINES = {"scan-t2i": [REWRITE], "scan-i2t": [REWRITE], "sgr": [REWRITE], "saf": [REWRITE], "hgan": [], "shan": []}
+BASELINES = {**{model: [REWRITE] for model in MODELS}, **{model: [] for model in ("hgan", "shan", *relatives.MODELS)}}
 
 
 @pytest.fixture(autouse=True)
@@ -46,6 +47,28 @@ def test_a_row_for_each_contender_and_their_parts_add_up(model, more, monkeypatc
     text = page.section("whole_step", page.RESULTS / "whole_step_here.json")
     share = base["seconds_encoders"] / base["seconds_median"]
     assert f"| {base['seconds_median']:.2f} | 1.0 | {base['seconds_encoders']:.2f} | {share:.0%} |" in text
+
+
+def test_every_model_that_trains_can_be_measured():
+    assert {name.split("-")[0] for name in (*MODELS, *OTHERS)} == set(CATALOGUE)
+
+
+def test_a_run_in_pieces_fills_one_file(monkeypatch, tmp_path):
+    def piece(model, *more):
+        arguments = ("--batch", "4", "--no-fresh", "--add", "--models", model, *more)
+        return written(bench_whole_step, "whole_step", monkeypatch, tmp_path, *arguments)
+
+    first = piece("dual")["results"][0]["rows"]
+    monkeypatch.setattr(machine, "peaks", lambda device: {name: 2 * rate for name, rate in PEAK.items()})
+    monkeypatch.setattr("benchmark_cases.PEAK", {name: 2 * rate for name, rate in PEAK.items()})
+    found = piece("maxsim")
+    assert [one["model"] for one in found["results"]] == ["maxsim", "dual"]
+    assert found["fma_peak_gflops"]["float32"] == 2e-9 * PEAK["fma_float32"]
+    for was, now in zip(first, found["results"][1]["rows"], strict=True):
+        assert now == {**was, **{name: was[name] / 2 for name in ("fraction_of_peak", "fraction_of_matmul_peak")}}
+    assert [one["model"] for one in piece("dual")["results"]] == ["maxsim", "dual"]
+    with pytest.raises(SystemExit, match=r"whole_step_here\.json has shape coco-train-b4, and this run coco-train-b5"):
+        piece("dual", "--batch", "5")
 
 
 def test_a_loop_on_fewer_captions_is_extended_with_the_parts_that_depend_on_words(monkeypatch, tmp_path):
@@ -167,14 +190,15 @@ def test_seconds_go_to_the_part_that_took_them(contender, monkeypatch):
     assert step.parts == {"encoders": [33, 33], "scores_and_loss": [1100, 1100], "clipping_and_adam": [60000, 60000]}
 
 
-def test_operations_of_the_encoders_are_those_that_torch_counts():
+@pytest.mark.parametrize("model", ["scan-t2i", "rcar"])
+def test_operations_of_the_encoders_are_those_that_torch_counts(model):
     """But for gradients of the GRU's first hidden states, zeros, which torch leaves out."""
     shape = Shape("coco-eval-5k", 3, 5)
-    step = Step("scan-t2i", LOOP, shape, "cpu")
+    step = Step(model, LOOP, shape, "cpu")
     with FlopCounterMode(display=False) as counter:
-        image, caption, _ = whole_step.published_encoders(step.matcher, *step.batch)
+        image, caption, _ = step.matcher.forward_emb(*step.batch)
         (image.sum() + caption.sum()).backward()
-    counted = bench_whole_step.encoder_flops("scan-t2i", shape)
+    counted = bench_whole_step.encoder_flops(model, shape)
     assert counted == pytest.approx(counter.get_total_flops(), rel=2e-3)
 
 
