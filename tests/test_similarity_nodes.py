@@ -81,6 +81,27 @@ def test_each_captions_global_vector_comes_before_its_words(backend):
     assert bounds.dtype == torch.int32
 
 
+@pytest.mark.parametrize("backend", [b for b in BACKENDS if b in ("cpu", "torch")])
+def test_backward_computes_no_node_again(backend):
+    """It takes them, and 1 / (|y| + 1e-8) of each, from the forward pass: the bias has no other way to the gradient."""
+    counts = (5, 3, 5)
+    _, args = case(4, counts)
+    image, v, words, t, *layers = args
+    rest = edges(counts), None, 9.0
+    results = torch.ops.itm_fast.similarity_nodes.default(*args, *rest, backend)
+    y = (v[:, None] - t).square() @ layers[2].t() + layers[3]
+    first = torch.tensor([0, 6, 10])
+    torch.testing.assert_close(results[1][:, first], 1 / (y.norm(dim=-1) + 1e-8), rtol=1e-12, atol=0)
+    grad = torch.rand_like(results[0])
+    found = [
+        torch.ops.itm_fast.similarity_nodes_backward.default(
+            grad, [True] * 8, image, v, words, t, weight, bias, *layers[2:], *rest, list(results), backend
+        )
+        for weight, bias in (layers[:2], (layers[0], layers[1] + 1))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 @pytest.mark.parametrize("I,counts", [(0, (3, 2)), (2, ()), (0, ())])
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_empty(backend, I, counts):
