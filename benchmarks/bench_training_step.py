@@ -105,7 +105,8 @@ def step(
 
     def run() -> dict[str, Tensor]:
         result = score(image, words, cu_seqlens)
-        found = torch.autograd.grad(ranking_loss(result, hardest), list(leaves.values()))
+        loss = ranking_loss(result, hardest)
+        found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         return {"score": result.detach(), **dict(zip(leaves, found))}
 
     return run

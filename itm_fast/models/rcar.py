@@ -21,12 +21,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .._share import share
 from ..nn import Attention, PairScorer, State, xavier_
 from ..ops import _recompute, attended_vectors, cross_attention_similarity
-from ..packing import bounds
+from . import _by_caption
 from ._common import Dropout, OwnKeys, PaddedScorer, choice, encode_text, l2norm, without_padding
 from ._pair_blocks import blocks
 from ._rows import linear, sigmoid
@@ -186,15 +185,15 @@ class RegulatedMatching(PaddedScorer):
         (image,) = image_state
         names, parameters = zip(*self.named_parameters(), strict=True)
         R, D = image.shape[1:]
-        run = partial(self._block, names, share())
+        run = partial(self._block, names, share(), len(image))
         if self._drops:
-            return self._by_caption(run, image, words, cu_seqlens, region_lengths, parameters)
+            return _by_caption.score(run, image, words, cu_seqlens, region_lengths, parameters)
 
         def pair_bytes(length: int) -> int:
             return (length if self.attn_type == "t2i" else R) * D * 4 * 8
 
         axes = "IN" + "." * len(parameters)
-        cut = partial(blocks, NAME, axes, pair_bytes, run)
+        cut = partial(blocks, NAME, axes, pair_bytes, partial(_of_all, run))
         return _recompute.score(cut, axes, (image, words, *parameters), cu_seqlens, region_lengths)
 
     def attention(self, image: Tensor, words: Tensor) -> Attention:
@@ -227,17 +226,11 @@ class RegulatedMatching(PaddedScorer):
         weights = {name: steps[-1], f"{name}_by_step": torch.stack(steps)}
         return Attention(float(score), weights if only_rcr else weights | {"query_shares": share})
 
-    def _by_caption(self, run, image, words, cu_seqlens, region_lengths, parameters) -> Tensor:
-        edge, columns = bounds(cu_seqlens, len(words), NAME), []
-        device = image.device.type
-        for t, (start, stop) in enumerate(zip(edge, edge[1:], strict=False)):
-            again = partial(_recompute.as_now(device), partial(run, stop - start, cu_seqlens[t : t + 2] - start))
-            given = region_lengths, image, words[start:stop], *parameters
-            columns.append(checkpoint(again, *given, use_reentrant=False) if torch.is_grad_enabled() else again(*given))
-        return torch.cat(columns, 1) if columns else image.new_empty(len(image), 0)
+    def _block(self, names, now, count, length, cu_seqlens, rows, region_lengths, image, words, *parameters) -> Tensor:
+        """Scores [b, c] of a block; queries have four dimensions inside, [b, c, q, ...].
 
-    def _block(self, names, now, length, cu_seqlens, region_lengths, image, words, *parameters) -> Tensor:
-        """Scores [b, c] of a block; queries have four dimensions inside, [b, c, q, ...]."""
+        Dropout is drawn for all `count` images, of which `rows` are given, and of all processes that have some.
+        """
         valid = None
         if region_lengths is not None:
             image, valid = without_padding(image, region_lengths)
@@ -250,10 +243,12 @@ class RegulatedMatching(PaddedScorer):
             return linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
 
         def dropped(x: Tensor) -> Tensor:
-            if not self._drops or now is None or not now.divided:
-                return F.dropout(x, self._drops, self._drops > 0)
-            # Drawn for all images of the batch, of which this process has some.
-            return x * now.of_rows(F.dropout(x.new_ones(len(now.lengths), *x.shape[1:]), self._drops))
+            if not self._drops:
+                return x
+            divided = now is not None and now.divided
+            mask = F.dropout(x.new_ones(len(now.lengths) if divided else count, *x.shape[1:]), self._drops)
+            mask = now.of_rows(mask) if divided else mask
+            return x * (mask if rows is None else mask[rows])
 
         def shaped(x: Tensor) -> Tensor:
             return x.unflatten(1, (-1, length)) if t2i else x
@@ -304,6 +299,11 @@ class RegulatedMatching(PaddedScorer):
             size = torch.linalg.vector_norm(query, dim=-1) * torch.linalg.vector_norm(u, dim=-1)
             return mean((query * u).sum(-1) / size.clamp_min(1e-8))
         return sigmoid(layer("sim_eval_w", overall)[..., 0])
+
+
+def _of_all(run, length, cu_seqlens, region_lengths, *tensors: Tensor) -> Tensor:
+    """A block without dropout, for which the images' places in the batch do not matter."""
+    return run(length, cu_seqlens, None, region_lengths, *tensors)
 
 
 class RCAR(SGRAF):
