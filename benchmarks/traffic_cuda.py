@@ -88,14 +88,19 @@ class Problem:
     @cached_property
     def kernels(self) -> _pairs.Kernels | None:
         """The pair scorers' kernels, None if they do not fit the card."""
-        specific = self.capability == _cuda.SPECIFIC
-        return _pairs.kernels(HEADS[self.op], FORMS[self.precision], self.R, self.S, self.capability, specific)
+        variant = _cuda.CLUSTERS if self.capability == _cuda.SPECIFIC else _cuda.GENERAL
+        return _pairs.kernels(HEADS[self.op], FORMS[self.precision], self.R, self.S, self.capability, variant)
 
     @property
     def groups(self) -> bool:
         """Whether groups of warps make most products of the head's kernel."""
         assert self.kernels is not None
         return self.kernels.head.specific
+
+    def readers(self, blocks_: int) -> int:
+        """How often blocks of the head's kernel read the matrices of weights, once for a cluster."""
+        assert self.kernels is not None
+        return blocks_ // self.kernels.head.cluster
 
     @cached_property
     def nodes(self) -> NodePlan:
@@ -248,7 +253,7 @@ def _nodes(p: Problem, walks: int, weights: int) -> tuple[Count, list[tuple[int,
     done, words = Count(number, p.launches), p.N * p.D * p.size
     done.reads("words", words * walks, words * p.I)
     done.reads("image", p.I * p.R * p.D * p.size, number * p.R * p.D * p.size)
-    done.reads("local weight", p.S * p.D * p.size, number * p.S * p.D * p.size)
+    done.reads("local weight", p.S * p.D * p.size, p.readers(number) * p.S * p.D * p.size)
     held = 0 if p.card.cache > _pairs.LAUNCH_BYTES else 1  # in L2 since they were written
     overall = p.I * p.T * p.S * p.size
     done.reads("weights", held * weights, weights)
@@ -264,7 +269,7 @@ def _nodes(p: Problem, walks: int, weights: int) -> tuple[Count, list[tuple[int,
 def _steps(p: Problem, done: Count, shapes: list[tuple[int, int]]) -> None:
     """Add the steps of reasoning, the last one at the first nodes only."""
     for name in ("ask", "value"):
-        done.reads(name, p.K * p.S**2 * p.size, done.programs * p.K * p.S**2 * p.size)
+        done.reads(name, p.K * p.S**2 * p.size, p.readers(done.programs) * p.K * p.S**2 * p.size)
     # Pairs of blocks of an image's nodes with a weight: all of one caption; an empty block has itself.
     held = blocks(p.edge.diff() + 1, BLOCK)
     seen = p.I * int((held**2 - held).sum()) + sum(rows * n for rows, n in shapes) // BLOCK

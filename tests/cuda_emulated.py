@@ -47,9 +47,14 @@ GROUP_FAULTS = (
     *("NOTHING", "NO_FENCE", "NO_COMMIT", "NO_WAIT", "NO_WAIT_EVER", "NO_COPY_FENCE", "NO_BARRIER", "REGISTERS"),
     *("OVERWRITTEN", "HALF", "ODD_PLACE", "OUTSIDE"),
 )
+CLUSTER_FAULTS = (
+    *("NOTHING", "NO_FENCE", "NO_FIRST_BARRIER", "NO_LAST_BARRIER", "NO_ARRIVAL", "TWO_ARRIVALS", "FEW_BYTES"),
+    *("MANY_BYTES", "NO_WAIT", "NO_OTHER_WAIT", "PARITY"),
+)
 # Products by groups of warps.
 GROUPED_TILES = [f"{n}, true" for n in ("F16, 64, 128, 64, 48, false", "BF16, 64, 128, 64, 48, false")]
 GROUPED_TILES += ["F16, 64, 128, 64, 48, true, true", "BF16, 256, 128, 64, 48, false, true"]
+CLUSTERED_TILES = [n.removesuffix(", true") for n in GROUPED_TILES]
 # The C++ names of kernel instances, by the stem of their file, here or in csrc/cuda.
 INSTANCES = {
     "faults": [
@@ -59,7 +64,8 @@ INSTANCES = {
     ]
     + [f"matrices<{pitch}>" for pitch in (16, 32, 80, 128)]
     + [f"grouped<GROUP_{fault}, false>" for fault in GROUP_FAULTS]
-    + ["grouped<GROUP_NOTHING, true>"],
+    + ["grouped<GROUP_NOTHING, true>"]
+    + [f"clustered<CLUSTER_{fault}>" for fault in CLUSTER_FAULTS],
     # Columns of an image, slots of words, warps side by side, stages of a product.
     "scan": [
         *instances(SCANS, KINDS, [f"{n}, 3" for n in ("12, 128, 2", "36, 128, 2", "72, 128, 2", "128, 128, 1")]),
@@ -80,12 +86,14 @@ INSTANCES = {
         f"graph_scores<{n}>"
         for n in (*NODE_TILES, "F16, 256, 128, 32, 48", "F16X3, 256, 64, 32, 48", "F16, 256, 32, 16, 48")
         + ("BF16, 256, 64, 16, 48", "F16X3, 64, 32, 32, 48", *GROUPED_TILES)
-    ],
+    ]
+    + [f"graph_scores_in_clusters<{n}>" for n in CLUSTERED_TILES],
     "filter": [
         f"filter_scores<{n}>"
         for n in (*NODE_TILES, "F16, 256, 128, 64, 48", "F16X3, 256, 128, 32, 48", "F16, 256, 64, 16, 48")
         + ("BF16, 256, 128, 16, 48", "F16X3, 64, 64, 32, 48", *GROUPED_TILES)
-    ],
+    ]
+    + [f"filter_scores_in_clusters<{n}>" for n in CLUSTERED_TILES],
 }
 STRUCTURES = {
     "scan": [Scan],
@@ -99,12 +107,16 @@ STRUCTURES = {
 def sources():
     """File name -> text of what the module is built from."""
     cuda = _native.csrc_dir() / "cuda"
-    found = {file.name: file.read_text() for file in [*cuda.glob("*.h"), *HERE.glob("*.h"), HERE / "emulated.cpp"]}
+    files = [*cuda.glob("*.h"), *HERE.glob("*.h"), HERE / "emulated.cpp", HERE / "products.cpp"]
+    found = {file.name: file.read_text() for file in files}
     for stem, names in INSTANCES.items():
         file = next(place / f"{stem}.cu" for place in (cuda, HERE) if (place / f"{stem}.cu").is_file())
         lines = ['#include "gpu.h"', f"namespace {stem} {{", f'#line 1 "{file.name}"', file.read_text()]
         lines += [_cuda.layout_checks(twin, twin.__name__) for twin in STRUCTURES.get(stem, ())]
-        lines += [f'static bool offered{i} = emulator::offer("{n}", {n});' for i, n in enumerate(names)]
+        lines += [
+            f'static bool offered{i} = emulator::offer("{n}", {n}, {2 if "cluster" in n else 1});'
+            for i, n in enumerate(names)
+        ]
         found[f"{stem}.cpp"] = "\n".join([*lines, "}", ""])
     return found
 
@@ -149,6 +161,8 @@ def device(emulated, monkeypatch):
     """A `Device` that the backend launches on."""
     made = Device(emulated)
     monkeypatch.setattr(_cuda, "launch", made.launch)
-    monkeypatch.setattr(_cuda, "_specific", {})
+    monkeypatch.setattr(_cuda, "_variants", {})
+    monkeypatch.setattr(_cuda, "_gave_up", {})
+    monkeypatch.setattr(_cuda, "_without_clusters", set())
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: made.capability)
     return made

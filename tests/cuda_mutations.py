@@ -26,7 +26,9 @@ import torch
 from itm_fast import _cuda, _native
 
 WAITS = re.compile(
-    r"(__syncthreads\(\)|sync_warp\(\)|wait_groups<.*?>\(\)|group_wait<.*?>\(.*?\)|group_fence\(.*?\)|fence_products\(\));"
+    r"(__syncthreads\(\)|sync_warp\(\)|wait_groups<.*?>\(\)|group_wait<.*?>\(.*?\)|group_fence\(.*?\)|fence_products\(\)"
+    r"|cluster_barrier\(\)|fence_barriers\(\)|arrive_at_other\(.*?\)|expect_bytes\(.*?\)|wait_for\(.*\)"
+    r"|matrices\.(?:wait|pass)\(\));"
 )
 ORDERS = (0, 1, 2, 3)
 # File -> (text, what takes its place).
@@ -121,11 +123,14 @@ def scan(op: ModuleType) -> Iterator[torch.Tensor]:
         _rows.LOW = low
 
 
-HALF_BY_GROUPS = (_cuda.SPECIFIC, torch.float16)  # products by groups of warps
+# Products by groups of warps, of blocks alone and in clusters.
+HALF_BY_GROUPS = (_cuda.SPECIFIC, torch.float16, _cuda.GROUPS)
+HALF_IN_CLUSTERS = (_cuda.SPECIFIC, torch.float16, _cuda.CLUSTERS)
+Run = tuple[tuple[int, int], torch.dtype, int]
 
 
-def score(op: ModuleType, runs: tuple[tuple[tuple[int, int], torch.dtype], ...]) -> Iterator[torch.Tensor]:
-    """Scores of the pair scorers for GPUs of some compute capabilities in some dtypes."""
+def score(op: ModuleType, runs: tuple[Run, ...]) -> Iterator[torch.Tensor]:
+    """Scores of the pair scorers: for GPUs of some compute capabilities in some dtypes, by variants of the kernels."""
     import test_cuda_nodes as cases
 
     for head, steps in (("graph", 3), ("graph", 1), ("filter", 1)):
@@ -134,12 +139,22 @@ def score(op: ModuleType, runs: tuple[tuple[tuple[int, int], torch.dtype], ...])
             args[0][i, n:] = torch.nan  # which must not be read
         # A word of caption 4, in a tile with caption 2; the global vector of caption 1, in another tile with others.
         args[2][38, 3] = args[3][1, 0] = torch.nan
-        run = getattr(op, f"similarity_{head}_score")
-        for capability, dtype in runs:
+        name = f"similarity_{head}_score"
+        for capability, dtype, variant in runs:
             torch.cuda.get_device_capability = lambda *_, of=capability: of  # type: ignore[assignment]
-            yield run(*cases.rounded(args, dtype))
-    if HALF_BY_GROUPS in runs:  # several stages of a step's matrices
-        yield op.similarity_graph_score(*cases.rounded(cases.case("graph", **cases.SHAPES["S256"]), torch.bfloat16))
+            _cuda.allow_variant(name, args[0].device, dtype, variant)
+            yield getattr(op, name)(*cases.rounded(args, dtype))
+    for capability, dtype, variant in runs:
+        if variant == _cuda.GENERAL:
+            continue
+        torch.cuda.get_device_capability = lambda *_, of=capability: of  # type: ignore[assignment]
+        for head in ("graph", "filter"):  # several stages of each matrix
+            name, args = f"similarity_{head}_score", cases.case(head, **cases.SHAPES["S256"])
+            _cuda.allow_variant(name, args[0].device, torch.bfloat16, variant)
+            yield getattr(op, name)(*cases.rounded(args, torch.bfloat16))
+            if head == "filter":  # more than there are places for
+                args = cases.case(head, **cases.SHAPES["odd"] | dict(D=600))
+                yield getattr(op, name)(*cases.rounded(args, dtype))
 
 
 class Judge(NamedTuple):
@@ -159,21 +174,29 @@ class Judge(NamedTuple):
 
 
 SCAN = Judge(("scan",), r"<(F16|F16X3|TF32X3), 36, 128, 2, 3>", "cross_attention_score", scan)
-MORE_STAGES = "BF16, (36, 128, 2|256, 128, 64(, 48, false, true)?)"
+MORE_STAGES = "BF16, (36, 128, 2|256, 128, 64(, 48, false(, true)?)?)"
 SCORE = Judge(
     ("weights", "global_nodes", "graph", "filter"),
-    r"<((F16|F16X3), (36, 128, 2|64, (64|128), 64|64, 128, 64, 48(, false, true)?)|" + MORE_STAGES + ")>",
+    r"<((F16|F16X3), (36, 128, 2|64, (64|128), 64|64, 128, 64, 48(, false(, true)?)?)|" + MORE_STAGES + ")>",
     "similarity_score",
-    partial(score, runs=(((8, 0), torch.float16), ((8, 0), torch.float32), HALF_BY_GROUPS)),
+    partial(
+        score,
+        runs=(((8, 0), torch.float16, 0), ((8, 0), torch.float32, 0), HALF_BY_GROUPS, HALF_IN_CLUSTERS),
+    ),
 )
 GROUPS = SCORE._replace(
-    instances=r"<(F16, (36, 128, 2|64, 128, 64|64, 128, 64, 48, false, true)|" + MORE_STAGES + ")>",
-    results=partial(score, runs=(HALF_BY_GROUPS,)),
+    instances=r"<(F16, (36, 128, 2|64, 128, 64|64, 128, 64, 48, false(, true)?)|" + MORE_STAGES + ")>",
+    results=partial(score, runs=(HALF_BY_GROUPS, HALF_IN_CLUSTERS)),
+)
+CLUSTERS = GROUPS._replace(
+    instances=r"<(F16, (36, 128, 2|64, 128, 64|64, 128, 64, 48, false)|" + MORE_STAGES.replace("(, true)?", "") + ")>",
+    results=partial(score, runs=(HALF_IN_CLUSTERS,)),
 )
 JUDGES: dict[str, Judge] = {
     **dict.fromkeys(("affinity.h", "attention.h", "scan.cu"), SCAN),
     **dict.fromkeys(("tile.h", "nodes.h", "graph.cu", "filter.cu", "global_nodes.cu", "weights.cu"), SCORE),
     "groups.h": GROUPS,
+    **dict.fromkeys(("stream.h", "cluster.h"), CLUSTERS),
 }
 
 

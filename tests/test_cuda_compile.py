@@ -87,6 +87,8 @@ def test_kernels_of_one_gpu_multiply_by_groups_of_warps():
             said = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
             assert "HGMMA.64x256x16.F32" in said
             assert "HGMMA.64x64x16.F32" in said
+            in_clusters = {"UBLKCP.S.G.MULTICAST", "SYNCS.PHASECHK.TRANS64.TRYWAIT", "SYNCS.ARRIVE.TRANS64.RED"}
+            assert {name in said for name in in_clusters} == {kernel.cluster > 1}
 
 
 # The first product's sums are read before it is waited for.

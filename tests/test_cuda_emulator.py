@@ -1,6 +1,7 @@
 """The emulator of CUDA kernels notices what a kernel does wrong."""
 
 import ctypes
+import re
 
 import pytest
 import torch
@@ -121,6 +122,63 @@ def test_a_race_with_a_product_changes_the_result(emulated, fault):
 def test_what_a_product_does_not_allow_is_an_error(emulated, fault, message):
     with pytest.raises(RuntimeError, match=message):
         products(emulated, fault)
+
+
+class Clustered(ctypes.Structure):
+    _fields_ = [("from_", ctypes.c_void_p), ("to", ctypes.c_void_p), ("failed", ctypes.c_void_p)]
+
+
+def sums(emulated, fault, order):
+    """What two blocks of a cluster compute; what they should; and whether one has given up waiting."""
+    given, to = torch.arange(8 * 256.0).view(8, 256), torch.full((2, 256), torch.nan)
+    failed = torch.zeros(1, dtype=torch.int32)
+    problem = Clustered(*(x.data_ptr() for x in (given, to, failed)))
+    emulated.run(f"clustered<CLUSTER_{fault}>", ctypes.addressof(problem), 1, 2, 64, 2 * 1024 + 40, order)
+    return to, given.sum(0).expand(2, -1), bool(failed)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_two_blocks_of_a_cluster(order, emulated):
+    found, want, failed = sums(emulated, "NOTHING", order)
+    assert torch.equal(found, want)
+    assert not failed
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("NO_FENCE", "an mbarrier without a fence"),
+        ("NO_FIRST_BARRIER", "an mbarrier that has not been made"),
+        ("NO_LAST_BARRIER", "a block uses the shared memory of one that has ended"),
+        ("NO_ARRIVAL", "a wait for an mbarrier that nothing ends"),
+        ("TWO_ARRIVALS", "a wait for an mbarrier that nothing ends"),
+        ("FEW_BYTES", None),
+        ("MANY_BYTES", "a wait for an mbarrier that nothing ends"),
+        ("NO_WAIT", None),
+        ("NO_OTHER_WAIT", None),
+        ("PARITY", None),
+    ],
+)
+def test_a_fault_between_the_blocks_of_a_cluster_is_noticed(fault, message, emulated):
+    noticed = set()
+    for order in ORDERS:
+        try:
+            found, want, _ = sums(emulated, fault, order)
+            noticed |= set() if torch.equal(found, want) else {"a wrong result"}
+        except RuntimeError as error:
+            noticed.add(str(error))
+    assert noticed
+    assert message is None or any(re.search(message, said) for said in noticed)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_waits_for_a_message_that_is_lost_end(order, emulated):
+    for message in range(0, 24, 3):  # two blocks each send 8 copies and 6 arrivals that are waited for
+        emulated.lose(message)
+        found, want, failed = sums(emulated, "NOTHING", order)
+        assert failed
+        assert found.isnan().any()
+        assert torch.equal(found[~found.isnan()], want[~found.isnan()])
 
 
 def test_an_instance_that_was_not_built(emulated):

@@ -4,6 +4,7 @@ that stands in for the driver, the emulated kernel, and the backward pass of ano
 import contextlib
 import ctypes
 import re
+import warnings
 import weakref
 from functools import partial
 from importlib import import_module
@@ -36,7 +37,9 @@ def gpu(emulated, monkeypatch):
     """A process that sees GPUs, on which no op has run."""
     monkeypatch.setattr(_first_use, "_verdicts", {})
     monkeypatch.setattr(_backends, "_told", set())
-    monkeypatch.setattr(_cuda, "_specific", {})
+    monkeypatch.setattr(_cuda, "_variants", {})
+    monkeypatch.setattr(_cuda, "_gave_up", {})
+    monkeypatch.setattr(_cuda, "_without_clusters", set())
     monkeypatch.setattr(examples, "SMALL", SIZE)
     with cuda_stub.installed(emulated.run, order=3) as seen:
         yield seen
@@ -103,33 +106,39 @@ def test_auto_takes_the_kernels_where_triton_cannot_run(op, gpu):
 
 
 @pytest.mark.parametrize("head", ["graph", "filter"])
-@pytest.mark.parametrize("wrong", ["writes nothing", "differs"])
-def test_kernels_for_all_gpus_take_over_where_those_for_one_fail(wrong, head, gpu, emulated, monkeypatch):
-    op, specific, half = f"similarity_{head}_score", [], torch.float16
+@pytest.mark.parametrize("wrong", ["writes nothing", "differs", "waits in vain"])
+def test_less_special_kernels_take_over_where_those_for_one_gpu_fail(wrong, head, gpu, emulated, monkeypatch):
+    op, variants, half = f"similarity_{head}_score", [], torch.float16
     real = similarity_score.Graph if head == "graph" else similarity_score.Filter
 
     def run(name, address, *given):
-        specific.append(name.endswith((", false, true>", ", true, true>")))
-        if specific[-1] and wrong == "writes nothing":
+        groups = name.endswith((", false, true>", ", true, true>"))
+        variants.append(_cuda.CLUSTERS if "_in_clusters" in name else _cuda.GROUPS if groups else _cuda.GENERAL)
+        if wrong == "waits in vain" and variants[-1] == _cuda.CLUSTERS:
+            emulated.lose(1)
+        if variants[-1] and wrong == "writes nothing":
             return
         emulated.run(name, address, *given)
-        if specific[-1]:  # by less than the comparison with the reference allows
+        if variants[-1] and wrong == "differs":  # by less than the comparison with the reference allows
             score = ctypes.cast(real.from_address(address).score, ctypes.POINTER(ctypes.c_uint16))
             score[0] += 5
 
     want = call(op, half, "torch")
-    warned = pytest.warns(UserWarning, match="without the instructions of this GPU alone")
-    with cuda_stub.installed(run), warned as told:
+    with cuda_stub.installed(run), warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
         found = call(op, half, "cuda")
-    said = "off by .* of the others" if wrong == "differs" else "off by nan"
-    assert re.search(said, str(told[0].message))
-    assert any(specific)
-    assert not specific[-1]
+    said = [str(warning.message) for warning in told]
+    assert "without clusters of blocks" in said[0]
+    assert re.search("off by .* of the others" if wrong == "differs" else "off by nan", said[0])
+    last = _cuda.GROUPS if wrong == "waits in vain" else _cuda.GENERAL
+    assert any("without the instructions of this GPU alone" in message for message in said) == (last == _cuda.GENERAL)
+    assert _cuda.CLUSTERS in variants
+    assert last == max(variants[-3:])
     torch.testing.assert_close(found, want, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.filterwarnings("ignore:.*without the instructions of this GPU alone")
+@pytest.mark.filterwarnings("ignore:.*without (the instructions of this GPU alone|clusters)")
 def test_a_kernel_that_writes_nothing_is_put_aside(op, gpu):
     failed = rf"cuda: {op} in float32 failed its check on cpu \(cpu, NVRTC 13\.5\): a result is off by nan"
     with cuda_stub.installed(lambda *_: None), _backends.recorded() as ran:

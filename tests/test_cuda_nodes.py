@@ -11,7 +11,10 @@ from itm_fast.ops._cuda import _pairs, similarity_score
 from itm_fast.ops._declare import DECLARED
 from itm_fast.testing import assert_accurate
 
-GPUS = {"sm_75": (7, 5), "sm_86": (8, 6), "sm_90": (9, 0), "sm_90a": (9, 0)}  # sm_90: without what 9.0 alone has
+GPUS = {"sm_75": (7, 5), "sm_86": (8, 6), "sm_90": (9, 0), "sm_90a": (9, 0), "clusters": (9, 0)}
+# On sm_90 what runs on all GPUs, on sm_90a products by groups of warps, and these in clusters of blocks.
+VARIANTS = {"sm_90": _cuda.GENERAL, "sm_90a": _cuda.GROUPS, "clusters": _cuda.CLUSTERS}
+GPUS["groups from now on"] = GPUS["clusters"]
 HEADS = "graph", "filter"
 F16, BF16 = torch.float16, torch.bfloat16
 
@@ -23,10 +26,12 @@ def run(device, monkeypatch):  # noqa: F811
     def scores(head, args, dtype, order=0, gpu="sm_90"):
         device.launches.clear()
         device.order, device.capability = order, GPUS[gpu]
-        general = {(f"similarity_{head}_score", None, dtype): False} if gpu == "sm_90" else {}
-        monkeypatch.setattr(_cuda, "_specific", general)
+        best = VARIANTS.get(gpu, _cuda.CLUSTERS)
+        monkeypatch.setattr(_cuda, "_variants", {(f"similarity_{head}_score", None, dtype): best})
         found = getattr(similarity_score, f"similarity_{head}_score")(*rounded(args, dtype))
-        assert gpu != "sm_90a" or not device.launches or device.launches[-1][0].specific
+        if device.launches and gpu in VARIANTS:
+            kernel = device.launches[-1][0]
+            assert (kernel.specific, kernel.cluster) == (VARIANTS[gpu] > 0, 2 if gpu == "clusters" else 1)
         return found, [counts for _, counts in device.launches]
 
     return scores
@@ -75,16 +80,18 @@ SHAPES = {
     "R128-ragged": dict(I=2, counts=(5, 2), R=128, D=64, regions=(128, 65)),
     "W127": dict(I=1, counts=(7, 127, 70)),
     "D200": dict(I=2, counts=(9, 30), D=200),  # more stages of a product than shared memory has
+    "odd": dict(I=3, counts=(9, 30), D=200),  # a cluster with one image
     "S128": dict(I=2, counts=(9, 20), S=128),
     "S256": dict(I=1, counts=(14, 20), S=256),
 }
 
 
-HALVES = [*((shape, F16, "sm_90") for shape in SHAPES if shape != "D200"), ("lengths", BF16, "sm_90")]
+HALVES = [*((shape, F16, "sm_90") for shape in SHAPES if shape not in ("D200", "odd")), ("lengths", BF16, "sm_90")]
 HALVES += [("S256", F16, "sm_75"), ("S256", BF16, "sm_86")]
 HALVES += [("W127", F16, "sm_90a"), ("lengths", BF16, "sm_90a"), ("S256", BF16, "sm_90a")]
+HALVES += [("D200", F16, "clusters"), ("lengths", F16, "clusters"), ("S256", BF16, "clusters")]
 FLOATS = [(shape, "highest", "sm_90") for shape in ("lengths", "I1-T1-R1-W1-D8", "R7-ragged", "S256")]
-FLOATS += [("lengths", "high", gpu) for gpu in ("sm_90", "sm_90a")]
+FLOATS += [("lengths", "high", gpu) for gpu in VARIANTS]
 
 
 @pytest.mark.parametrize("shape,dtype,gpu", HALVES, ids=lambda x: str(x).removeprefix("torch."))
@@ -133,6 +140,7 @@ def bits(scores):
     [
         *(("mixed", "sm_90", F16), ("W127", "sm_90", F16), ("S256", "sm_75", F16), ("S256", "sm_90", None)),
         *(("mixed", "sm_90a", F16), ("D200", "sm_90a", F16), ("S256", "sm_90a", BF16)),
+        *(("mixed", "clusters", F16), ("odd", "clusters", F16), ("S256", "clusters", BF16)),
     ],
 )
 @pytest.mark.parametrize("head", HEADS)
@@ -144,6 +152,29 @@ def test_the_order_of_threads_and_copies_does_not_matter(head, shape, gpu, dtype
     for order in (1, 2, 3):
         again, _ = run(head, args, dtype, order, gpu=gpu)
         assert torch.equal(bits(again), bits(first))
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_blocks_in_clusters_give_the_bits_of_blocks_alone(head, run):
+    args = case(head, **MIXED)
+    alone, counts = run(head, args, F16, gpu="sm_90a")
+    found, fewer = run(head, args, F16, gpu="clusters")
+    assert torch.equal(bits(found), bits(alone))
+    assert fewer[-1]["copies"] < counts[-1]["copies"]
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_scores_of_blocks_that_have_waited_in_vain_are_nan_and_said_to_be(head, emulated, run):  # noqa: F811
+    args = case(head, **MIXED)
+    want, _ = run(head, args, F16, gpu="clusters")
+    emulated.lose(2)
+    found, _ = run(head, args, F16, gpu="clusters")
+    assert found.isnan().any()
+    right = ~found.isnan()
+    assert torch.equal(bits(found)[right], bits(want)[right])
+    with pytest.warns(UserWarning, match="waited in vain for each other, and scores .* may be NaN: compute them again"):
+        again, _ = run(head, args, F16, gpu="groups from now on")
+    assert torch.equal(bits(again), bits(want))
 
 
 def part(args, image, caption):
@@ -162,6 +193,7 @@ def part(args, image, caption):
     [
         *(("mixed", "sm_90", F16), ("mixed", "sm_90", None), ("W127", "sm_90", F16), ("S256", "sm_75", F16)),
         ("mixed", "sm_90a", F16),
+        ("odd", "clusters", F16),
     ],
 )
 @pytest.mark.parametrize("head", HEADS)
@@ -185,7 +217,7 @@ def test_less_scratch_does_not_change_bits(head, run):
 
 @pytest.mark.parametrize(
     "value,dtype,gpu",
-    [("nan", F16, "sm_90"), ("inf", F16, "sm_90"), ("nan", torch.float32, "sm_90"), ("nan", F16, "sm_90a")],
+    [("nan", F16, "sm_90"), ("inf", F16, "sm_90"), ("nan", torch.float32, "sm_90"), ("nan", F16, "clusters")],
     ids=str,
 )
 @pytest.mark.parametrize("head", HEADS)

@@ -23,13 +23,16 @@ template <class T> struct FilterShared {
 };
 
 // A block: one tile with one image. Grid: tiles x images.
-template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS, bool SCALED = KIND == F16X3, bool GROUPS = false>
-__global__ void __launch_bounds__(THREADS, 1) filter_scores(Filter p) {
-    using T = NodeTile<KIND, S, SLOTS, DEPTH, REGIONS, SCALED, GROUPS>;
+template <class T> __device__ __forceinline__ void score_filter(const Filter &p) {
+    constexpr Kind KIND = T::KIND;
+    constexpr int S = T::S, SLOTS = T::SLOTS;
+    constexpr bool SCALED = T::SCALED;
     DYNAMIC_SHARED(memory, sizeof(FilterShared<T>));
     auto &sh = *reinterpret_cast<FilterShared<T> *>(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    make_nodes<T>(p.nodes, sh.tile, *reinterpret_cast<typename T::Making *>(sh.room));
+    typename T::Matrices matrices;
+    make_nodes<T>(p.nodes, sh.tile, *reinterpret_cast<typename T::Making *>(sh.room), matrices);
+    const float gave_up = matrices.end();
     auto pair = [&](int row, int column) {
         float2 x = get<KIND, T::WIDE>(sh.room, row, column);
         if constexpr (SCALED) x.x /= T::scale(), x.y /= T::scale();
@@ -66,10 +69,19 @@ __global__ void __launch_bounds__(THREADS, 1) filter_scores(Filter p) {
         }
         square = warp_sum(square);
         dot = warp_sum(dot);
-        if (lane == 0) {
-            const float sum = dot / (sqrtf(square) + EPS) + *p.score_bias + sh.tile.spoiled[first / 16];
+        if (lane == 0 && int(blockIdx.y) < p.nodes.images) {
+            const float sum = dot / (sqrtf(square) + EPS) + *p.score_bias + gave_up + sh.tile.spoiled[first / 16];
             const long long at = blockIdx.y * (long long)p.all_captions + sh.tile.caption[caption];
             put_score<T>(p.score, at, sum, p.logit);
         }
     }
+}
+
+template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS, bool SCALED = KIND == F16X3, bool GROUPS = false>
+__global__ void __launch_bounds__(THREADS, 1) filter_scores(Filter p) {
+    score_filter<NodeTile<KIND, S, SLOTS, DEPTH, REGIONS, SCALED, GROUPS>>(p);
+}
+template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS, bool SCALED>
+__global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) filter_scores_in_clusters(Filter p) {
+    score_filter<NodeTile<KIND, S, SLOTS, DEPTH, REGIONS, SCALED, true, 4>>(p);
 }

@@ -45,9 +45,9 @@ __device__ __forceinline__ float relu(float x) { return x < 0 ? 0.f : x; }  // N
 // `column` on. The caller has passed a barrier since a stage was last read.
 template <class T, int M, int N, class Row>
 __device__ __forceinline__ void weighted(float (&acc)[M][N][4], GraphShared<T> &sh, const unsigned char *a, Row row,
-                                         const void *weight, int column) {
+                                         const void *weight, typename T::Matrices &matrices, int column) {
     auto load = [&](int step) {
-        if (step * T::DEPTH < T::S)
+        if (!T::CLUSTERS && step * T::DEPTH < T::S)
             copy_rows<T::S, T::NARROW>(sh.tile.stage[step % 2], step * T::NARROW, T::WIDE, weight,
                                        [&](int r) { return row_of(weight, r, T::WIDE); });
         commit();
@@ -57,20 +57,25 @@ __device__ __forceinline__ void weighted(float (&acc)[M][N][4], GraphShared<T> &
 #pragma unroll 1
     for (int step = 0; step * T::DEPTH < T::S; ++step) {
         wait_groups<0>();
+        const int stage = T::CLUSTERS ? matrices.place() : step % 2;
+        matrices.wait();
         __syncthreads();  // this stage has landed, and the other one has been read
+        matrices.pass();
         load(step + 1);
         product<T::KIND, T::NARROW>(
             acc, [&](int r, int chunk) { return a + place<T::WIDE>(row(r), step * T::NARROW + chunk); },
-            sh.tile.stage[step % 2], column);
+            sh.tile.stage[stage], column);
     }
 }
 
 // acc = A W^T by groups of warps, of the warp's 16 rows of A [SLOTS, S] from `first` on; else as `weighted`.
 template <class T>
 __device__ __forceinline__ void weighted_by_groups(typename T::Products &acc, GraphShared<T> &sh, const unsigned char *a,
-                                                   int first, const void *weight) {
+                                                   int first, const void *weight,
+                                                   typename T::Matrices &matrices) {
     constexpr int STEPS = T::S / T::DEPTH;
     auto load = [&](int step) {
+        if constexpr (T::CLUSTERS) return;
         copy_rows<T::S, T::NARROW>(sh.tile.stage[step % 2], step * T::NARROW, T::WIDE, weight,
                                    [&](int r) { return row_of(weight, r, T::WIDE); });
         commit();
@@ -86,11 +91,14 @@ __device__ __forceinline__ void weighted_by_groups(typename T::Products &acc, Gr
 #pragma unroll
         for (int k = 0; k < T::DEPTH / 16; ++k)
             load_matrices(own[k], a + place<T::WIDE>(first + lane % 16, step * T::NARROW + 2 * k + lane / 16));
+        const int stage = T::CLUSTERS ? matrices.place() : step % 2;
+        matrices.wait();
         wait_groups<0>();
         fence_products();
         __syncthreads();  // this stage has landed, and the other one has been read
         if (step + 1 < STEPS) load(step + 1);
-        multiply_stage<T>(acc, own, sh.tile.stage[step % 2]);
+        multiply_stage<T>(acc, own, sh.tile.stage[stage]);
+        matrices.pass();
     }
     group_wait<0>(acc[0]);
 }
@@ -208,9 +216,10 @@ __device__ __forceinline__ void find_tops(const float (&acc)[M][N][4], unsigned 
 }
 
 // A block: one tile with one image. Grid: tiles x images.
-template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS, bool SCALED = KIND == F16X3, bool GROUPS = false>
-__global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
-    using T = NodeTile<KIND, S, SLOTS, DEPTH, REGIONS, SCALED, GROUPS>;
+template <class T> __device__ __forceinline__ void score_graph(const Graph &p) {
+    constexpr Kind KIND = T::KIND;
+    constexpr int S = T::S, SLOTS = T::SLOTS;
+    constexpr bool SCALED = T::SCALED;
     DYNAMIC_SHARED(memory, sizeof(GraphShared<T>));
     auto &sh = *reinterpret_cast<GraphShared<T> *>(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -218,14 +227,15 @@ __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
     if constexpr (SCALED)
         for (int i = threadIdx.x; i < 6 * SLOTS; i += THREADS)
             (&sh.top[0][0][0])[i] = i < SLOTS ? as_bits(1.f) : 0;  // nodes are at most 1
-    make_nodes<T>(p.nodes, sh.tile, *reinterpret_cast<typename T::Making *>(sh.room));
+    typename T::Matrices matrices;
+    make_nodes<T>(p.nodes, sh.tile, *reinterpret_cast<typename T::Making *>(sh.room), matrices);
 
     auto matrix = [&](const void *weights, int step) { return row_of(weights, step * (long long)S, T::WIDE); };
     auto multiplied = [&](typename T::Products &acc, const unsigned char *a, const void *weight) {
         if constexpr (T::GROUPS)
-            weighted_by_groups<T>(acc, sh, a, first_row, weight);
+            weighted_by_groups<T>(acc, sh, a, first_row, weight, matrices);
         else
-            weighted<T>(acc, sh, a, [&](int r) { return first_row + r; }, weight, column);
+            weighted<T>(acc, sh, a, [&](int r) { return first_row + r; }, weight, matrices, column);
     };
     auto sees = [&](int m, int k) {
         const int block = first_row / 16 + m;
@@ -323,7 +333,7 @@ __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
         });
     };
     auto first_slot = [&](int row) { return sh.tile.first[row % T::BLOCKS]; };
-    weighted<T>(acc, sh, sh.y(), [](int r) { return 16 + r; }, matrix(p.ask, last), mine);
+    weighted<T>(acc, sh, sh.y(), [](int r) { return 16 + r; }, matrix(p.ask, last), matrices, mine);
     each([&](int row, int c, float *x) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
@@ -345,7 +355,7 @@ __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
         x[0] *= factor, x[1] *= factor;
     });
     put_y(Z);
-    weighted<T>(acc, sh, sh.y(), [](int r) { return r; }, matrix(p.value, last), mine);
+    weighted<T>(acc, sh, sh.y(), [](int r) { return r; }, matrix(p.value, last), matrices, mine);
 #pragma unroll
     for (int j = 0; j < 2; ++j) {
         float sum = 0;
@@ -362,10 +372,20 @@ __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
         if (t == 0) sh.part[warp][g + 8 * j] = sum;
     }
     __syncthreads();
-    if (int(threadIdx.x) < sh.tile.captions) {
-        float sum = *p.score_bias + sh.tile.spoiled[sh.tile.first[threadIdx.x] / 16];
+    const float gave_up = matrices.end();
+    if (int(threadIdx.x) < sh.tile.captions && int(blockIdx.y) < p.nodes.images) {
+        float sum = *p.score_bias + gave_up + sh.tile.spoiled[sh.tile.first[threadIdx.x] / 16];
         for (int w = 0; w < OWNERS; ++w) sum += sh.part[w][threadIdx.x];
         const long long at = blockIdx.y * (long long)p.all_captions + sh.tile.caption[threadIdx.x];
         put_score<T>(p.score, at, sum, p.logit);
     }
+}
+
+template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS, bool SCALED = KIND == F16X3, bool GROUPS = false>
+__global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
+    score_graph<NodeTile<KIND, S, SLOTS, DEPTH, REGIONS, SCALED, GROUPS>>(p);
+}
+template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS, bool SCALED>
+__global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) graph_scores_in_clusters(Graph p) {
+    score_graph<NodeTile<KIND, S, SLOTS, DEPTH, REGIONS, SCALED, true, 2>>(p);
 }

@@ -1,6 +1,7 @@
 // Products of a tile of nodes by groups of four warps (`NodeTile` with GROUPS, nodes.h); see hopper.h.
 #pragma once
 #include "hopper.h"
+#include "stream.h"
 #include "tile.h"
 
 // acc += A W^T by groups of warps, over the numbers of a stage of W. A warp's 16 rows of A are `a`.
@@ -19,9 +20,10 @@ __device__ __forceinline__ void multiply_stage(typename T::Products &acc, unsign
 // warp's rows of what these give.
 template <class T, class Load, class Begin, class Finish>
 __device__ __forceinline__ void project_by_groups(typename T::Products &acc, typename T::Shared &sh, const void *weight,
-                                                  int chunks, Load load, Begin begin, Finish finish) {
+                                                  int chunks, typename T::Matrices &matrices, Load load, Begin begin,
+                                                  Finish finish) {
     auto start = [&](int step, int made) {
-        if (step >= 0 && step * T::NARROW < chunks)
+        if (!T::CLUSTERS && step >= 0 && step * T::NARROW < chunks)
             copy_rows<T::S, T::NARROW>(sh.stage[step % 2], step * T::NARROW, chunks, weight,
                                        [&](int row) { return row_of(weight, row, chunks); });
         if (made * T::NARROW < chunks) load(made);
@@ -54,16 +56,20 @@ __device__ __forceinline__ void project_by_groups(typename T::Products &acc, typ
     keep();
 #pragma unroll 1
     for (int step = 0; step < last; ++step) {
+        matrices.wait();
         landed();
         start(step + 1, step + 2);
         begin(step + 1, made);
-        multiply_stage<T>(acc, a, sh.stage[step % 2]);
+        multiply_stage<T>(acc, a, sh.stage[T::CLUSTERS ? matrices.place() : step % 2]);
+        matrices.pass();
         group_wait<1>(made);
         finish(step + 1, made);
         group_wait<0>(acc[0], made, a);
         keep();
     }
+    matrices.wait();
     landed();
-    multiply_stage<T>(acc, a, sh.stage[last % 2]);
+    multiply_stage<T>(acc, a, sh.stage[T::CLUSTERS ? matrices.place() : last % 2]);
+    matrices.pass();
     group_wait<0>(acc[0]);
 }

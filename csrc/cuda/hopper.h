@@ -71,7 +71,7 @@ __device__ __forceinline__ void fence_products() {
 // offset is then without effect, and has the same value.
 __device__ __forceinline__ unsigned long long described(const unsigned char *at) {
 #ifdef ITM_EMULATE
-    return at - emulator::shared.get();
+    return at - emulator::own_shared();
 #else
     const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(at));
     return 1ull << 62 | 64ull << 32 | 64ull << 16 | (address & 0x3ffff) >> 4;

@@ -33,15 +33,21 @@ struct Nodes {
     int chunks;                   // of a row of D numbers
     int first_word, size;         // the window's words
     int first_caption, captions;  // the window's captions
+    int images;
+    int stages;                   // of `stream`
+    const void *stream;           // for clusters: local_weight and the head's matrices, as stream.h takes them
+    int *failed;                  // for clusters: whether any block has ever given up waiting
 };
 
 constexpr int UNIT = 8;  // exponent that numbers of at most 1 are stored with: times 2^UNIT
 
 // KIND: dtype of the factors of products. DEPTH: numbers of a row that a stage holds. REGIONS: a multiple of 16.
-// GROUPS: whether groups of four warps multiply (hopper.h).
-template <Kind KIND_, int S_, int SLOTS_, int DEPTH_, int REGIONS_, bool SCALED_, bool GROUPS_ = false> struct NodeTile {
+// GROUPS: whether groups of four warps multiply (hopper.h). PLACES: 0; or those of a stream (stream.h) of W and the head's
+// matrices, which two blocks share, that have the same captions and neighbouring images.
+template <Kind KIND_, int S_, int SLOTS_, int DEPTH_, int REGIONS_, bool SCALED_, bool GROUPS_ = false, int PLACES_ = 0>
+struct NodeTile {
     static constexpr Kind KIND = KIND_;
-    static constexpr bool GROUPS = GROUPS_;
+    static constexpr bool GROUPS = GROUPS_, CLUSTERS = PLACES_ > 0;
     static constexpr bool SCALED = SCALED_, PAIRS = Numbers<KIND>::PAIRS;
     static constexpr bool SQUARED = KIND != BF16;  // squares of differences are multiplied by `squared`
     static constexpr int S = S_, SLOTS = SLOTS_, DEPTH = DEPTH_, REGIONS = REGIONS_, HALVES = PAIRS ? 2 : 1;
@@ -53,13 +59,14 @@ template <Kind KIND_, int S_, int SLOTS_, int DEPTH_, int REGIONS_, bool SCALED_
     static constexpr int MATRIX = SLOTS * WIDE * 16;  // bytes
     static_assert(!PAIRS || DEPTH % 32 == 0);
     static_assert(!GROUPS || (!PAIRS && ROWS == 16 && DEPTH == 64));
+    static_assert(GROUPS || !CLUSTERS);
     using Products = float[M][N][4];
 
     struct Making {  // while the nodes are made, where the head's matrices will lie
         unsigned char word[2][SLOTS * NARROW * 16], region[2][REGIONS * NARROW * 16], weight[HALVES][SLOTS * FEW * 16];
     };
-    struct Shared {
-        unsigned char stage[2][S * NARROW * 16];
+    struct Own {
+        unsigned char stage[CLUSTERS ? PLACES_ : 2][S * NARROW * 16];
         float part[SIDE == 1 ? 1 : 4][SIDE == 1 ? 1 : SLOTS], inverse[SLOTS];
         int owner[SLOTS], word[SLOTS];           // of each slot: its caption, and its word or -1
         int begin[BLOCKS], end[BLOCKS];          // of 16 slots: the blocks of 16 that their caption takes
@@ -68,6 +75,8 @@ template <Kind KIND_, int S_, int SLOTS_, int DEPTH_, int REGIONS_, bool SCALED_
         int captions;
         int exponent[SQUARED ? SLOTS : 1];       // of each slot's word
     };
+    struct Shared : Own, Ring<PLACES_> {};
+    using Matrices = Stream<PLACES_, S * NARROW * 16>;
     __device__ static float scale() { return SCALED ? 1 << UNIT : 1; }  // what nodes of `make_nodes` are multiplied by
 };
 
@@ -176,6 +185,9 @@ __device__ __forceinline__ void add_bias(typename T::Products &acc, typename T::
         }
 }
 
+// This block's image. The last block of a cluster may have none, and then does the same as the first.
+__device__ __forceinline__ int image_of(const Nodes &p) { return min(int(blockIdx.y), p.images - 1); }
+
 // What the slots of this block's tile hold. Before `begin` and what follows it are read, the caller passes a barrier.
 template <class T> __device__ __forceinline__ void read_slots(const Nodes &p, typename T::Shared &sh) {
     const int slot = threadIdx.x;
@@ -185,7 +197,7 @@ template <class T> __device__ __forceinline__ void read_slots(const Nodes &p, ty
         sh.owner[slot] = owner;
         sh.word[slot] = word ? node - owner - 1 : -1;  // each caption before it has one node more than words
         if constexpr (T::SQUARED) sh.exponent[slot] = word ? p.word_exponent[sh.word[slot]] : 0;
-        sh.inverse[slot] = word ? p.inverse[blockIdx.y * (long long)p.size + sh.word[slot] - p.first_word] : 0;
+        sh.inverse[slot] = word ? p.inverse[image_of(p) * (long long)p.size + sh.word[slot] - p.first_word] : 0;
     }
     __syncthreads();
     if (slot < T::BLOCKS) {
@@ -209,10 +221,12 @@ template <class T> __device__ __forceinline__ void read_slots(const Nodes &p, ty
 
 // The tile's nodes, X [SLOTS, S], over `making`. Empty slots have finite numbers, unless parameters have not.
 template <class T>
-__device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &sh, typename T::Making &making) {
+__device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &sh, typename T::Making &making,
+                                           typename T::Matrices &matrices) {
     constexpr Kind KIND = T::KIND;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, image = blockIdx.y;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, image = image_of(p);
     const int count = p.count ? p.count[image] : p.regions;
+    matrices.begin(sh, p.stream, p.stages, p.failed);
     read_slots<T>(p, sh);
 #pragma unroll
     for (int half = 0; half < T::HALVES; ++half)
@@ -301,7 +315,7 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
                 }
             }
         };
-        project_by_groups<T>(acc, sh, p.local_weight, p.chunks, load, begin, finish);
+        project_by_groups<T>(acc, sh, p.local_weight, p.chunks, matrices, load, begin, finish);
     } else
         project<T>(acc, sh, making.word, p.local_weight, p.chunks, load, difference);
     auto lowered = [&](int slot) { return power(-squared(sh.exponent[slot])); };

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import threading
+import warnings
 
 import torch
 
@@ -26,10 +27,16 @@ __all__ = ["LEAST", "Kernel", "Unavailable", "launch", "layout_checks", "why_not
 LEAST = (7, 5)  # least compute capability: it brought ldmatrix and the products m16n8k8 of float16
 BFLOAT16 = (8, 0)  # least compute capability for products of bfloat16
 
-SPECIFIC = (9, 0)  # the compute capability that some kernels have variants for, which no other GPU runs (wgmma)
+SPECIFIC = (9, 0)  # the compute capability that some kernels have variants for, which no other GPU runs
+# Variants of kernels: for all GPUs; by wgmma; by wgmma, in clusters of blocks that share what they read.
+GENERAL, GROUPS, CLUSTERS = range(3)
 
-# (op, device, dtype) that asked for variants -> whether it may use them
-_specific: dict[tuple[str, int | None, torch.dtype], bool] = {}
+# (op, device, dtype) that asked for variants -> the best that it may use
+_variants: dict[tuple[str, int | None, torch.dtype], int] = {}
+# Of each device: where kernels write whether a block of a cluster has given up waiting for another, in memory of the
+# host that the GPU can write to; and those devices where one has.
+_gave_up: dict[int | None, torch.Tensor] = {}
+_without_clusters: set[int | None] = set()
 _functions: dict[tuple[Kernel, int | None], driver.Function] = {}
 _lock = threading.Lock()
 
@@ -52,20 +59,41 @@ def why_not(device: torch.device, dtype: torch.dtype | None) -> str | None:
     return None
 
 
-def specific(op: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether an op's kernels may be variants that only GPUs of the device's compute capability run."""
-    of_gpu = torch.cuda.get_device_capability(device) == SPECIFIC
-    return of_gpu and _specific.setdefault((op, device.index, dtype), True)
+def variant(op: str, device: torch.device, dtype: torch.dtype) -> int:
+    """The best variant of an op's kernels that may run on a device: `GENERAL`, `GROUPS` or `CLUSTERS`."""
+    if torch.cuda.get_device_capability(device) != SPECIFIC:
+        return GENERAL
+    found = _variants.setdefault((op, device.index, dtype), CLUSTERS)
+    if found == CLUSTERS and device.index not in _without_clusters and cluster_fault(device):
+        _without_clusters.add(device.index)
+        warnings.warn(
+            f"thread blocks on {device} waited in vain for each other, and scores that {op} or another op has returned "
+            "since the last call may be NaN: compute them again. From now on kernels run without clusters there",
+            stacklevel=2,
+        )
+    return min(found, GROUPS) if device.index in _without_clusters else found
 
 
-def has_asked_for_specific(op: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether an op has run on a device in a dtype, and could use such variants."""
-    return _specific.get((op, device.index, dtype), False)
+def asked_variant(op: str, device: torch.device, dtype: torch.dtype) -> int:
+    """The variant that an op may use at best, if it has run on a device in a dtype; else `GENERAL`."""
+    return _variants.get((op, device.index, dtype), GENERAL)
 
 
-def allow_specific(op: str, device: torch.device, dtype: torch.dtype, allowed: bool) -> None:
-    """From now on use such variants of an op, or use none."""
-    _specific[op, device.index, dtype] = allowed
+def allow_variant(op: str, device: torch.device, dtype: torch.dtype, best: int) -> None:
+    """From now on use no better variant of an op than `best`."""
+    _variants[op, device.index, dtype] = best
+
+
+def fault_address(device: torch.device) -> int:
+    """Where kernels on a device write whether a block of a cluster has given up waiting."""
+    if device.index not in _gave_up:
+        _gave_up[device.index] = torch.zeros(1, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return _gave_up[device.index].data_ptr()
+
+
+def cluster_fault(device: torch.device) -> bool:
+    """Whether a block of a cluster on a device has given up waiting, as far as kernels have come."""
+    return device.index in _gave_up and bool(_gave_up[device.index].item())
 
 
 def _architecture(capability: tuple[int, int]) -> int:

@@ -37,6 +37,7 @@ class Kernel:
         shared: bytes of dynamic shared memory of a block.
         specific: whether it needs instructions that only GPUs of one architecture have, as wgmma of compute capability
             9.0; it is then compiled for sm_90a.
+        cluster: blocks of a cluster, neighbours in y; blocks in y are a multiple of it.
     """
 
     source: str
@@ -45,6 +46,7 @@ class Kernel:
     threads: int
     shared: int
     specific: bool = False
+    cluster: int = 1
 
 
 def build(kernel: Kernel, architecture: int) -> nvrtc.Compiled:

@@ -123,17 +123,17 @@ def variants_differ(op: str, device: torch.device, dtype: torch.dtype) -> str | 
         None, or one line.
     """
     size = PUBLISHED if device.type == "cuda" else SMALL
-    results = []
+    results, best = [], _cuda.asked_variant(op, device, dtype)
     try:
-        for allowed in (True, False):
-            _cuda.allow_specific(op, device, dtype, allowed)
+        for allowed in (best, _cuda.GENERAL):
+            _cuda.allow_variant(op, device, dtype, allowed)
             results.append(outcome(op, "cuda", device, dtype, size=size, backward=False)[0].double())
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # as in `_problem`
         return f"{type(error).__name__}: {error}".splitlines()[0]
     finally:
-        _cuda.allow_specific(op, device, dtype, True)
+        _cuda.allow_variant(op, device, dtype, best)
     mine, plain = results
     off, unit = (mine - plain).abs().max().item(), TF32 if dtype == torch.float32 else UNITS[dtype]
     most = 2 * unit * plain.abs().max().item()

@@ -70,14 +70,18 @@ def _capturing(device: torch.device) -> bool:
 
 def _checked(op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool) -> str | None:
     """The check, after which an op does without the variants of its CUDA kernels for one GPU if these are at fault."""
-    problem = _alone(op, backend, device, dtype, partial(_examples.problem, op, backend, device, dtype, backward))
-    if backend != "cuda" or not _cuda.has_asked_for_specific(op, device, dtype):
-        return problem
-    problem = problem or _alone(op, backend, device, dtype, partial(_examples.variants_differ, op, device, dtype))
-    if problem:
-        _cuda.allow_specific(op, device, dtype, False)
-        warnings.warn(f"{problem}; it now runs without the instructions of this GPU alone", stacklevel=3)
-        problem = _alone(op, backend, device, dtype, partial(_examples.problem, op, backend, device, dtype, backward))
+    given = op, backend, device, dtype
+    whole = partial(_alone, *given, partial(_examples.problem, *given, backward))
+    problem = whole()
+    while backend == "cuda" and (best := _cuda.asked_variant(op, device, dtype)):
+        if not problem:
+            problem = _alone(*given, partial(_examples.variants_differ, op, device, dtype))
+        if not problem:
+            break
+        _cuda.allow_variant(op, device, dtype, best - 1)
+        less = "clusters of blocks" if best == _cuda.CLUSTERS else "the instructions of this GPU alone"
+        warnings.warn(f"{problem}; it now runs without {less}", stacklevel=3)
+        problem = whole()
     return problem
 
 

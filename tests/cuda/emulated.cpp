@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <utility>
+
 #include "emulator.h"
 #ifdef __SANITIZE_ADDRESS__
 #include <sanitizer/asan_interface.h>
@@ -25,153 +27,6 @@ switch_stacks:
 
 namespace emulator {
 
-float from_half(unsigned short bits) {
-    _Float16 x;
-    std::memcpy(&x, &bits, 2);
-    return float(x);
-}
-unsigned short to_half(float x) {
-    auto half = static_cast<_Float16>(x);
-    unsigned short bits;
-    std::memcpy(&bits, &half, 2);
-    return bits;
-}
-
-void multiply(void *const (&operands)[32], Numbers numbers, int K) {
-    typedef float Row __attribute__((vector_size(32)));
-    const int each = numbers == Numbers::TF32 ? 1 : 2;  // numbers in a word
-    auto value = [=](unsigned word, int e) {
-        if (numbers == Numbers::FLOAT16) return from_half(static_cast<unsigned short>(word >> 16 * e));
-        unsigned bits = numbers == Numbers::TF32 ? word & ~0x1fffu : e ? word & 0xffff0000u : word << 16;
-        float x;
-        std::memcpy(&x, &bits, 4);
-        return x;
-    };
-    float A[16][16];
-    Row columns[16];
-    for (int lane = 0; lane < 32; ++lane) {
-        const Operands &mine = *static_cast<Operands *>(operands[lane]);
-        for (int chunk = 0; chunk < K / (4 * each); ++chunk)
-            for (int e = 0; e < each; ++e) {
-                int k = (chunk * 4 + lane % 4) * each + e;
-                A[lane / 4][k] = value(mine.a[2 * chunk], e);
-                A[lane / 4 + 8][k] = value(mine.a[2 * chunk + 1], e);
-                columns[k][lane / 4] = value(mine.b[chunk], e);
-            }
-    }
-    for (int m = 0; m < 16; ++m) {
-        Row sum = {};
-        for (int k = 0; k < K; ++k) sum += A[m][k] * columns[k];
-        for (int n = 0; n < 8; ++n)
-            static_cast<Operands *>(operands[m % 8 * 4 + n / 2])->d[m / 8 * 2 + n % 2] += sum[n];
-    }
-    ++counts.products;
-    counts.flops += 2 * 16 * 8 * K;
-}
-
-namespace {
-
-// The number of a product's factor B of a column and a place k: eight rows take 1024 bytes, each 128, and the chunks of
-// 16 bytes of a row are exchanged by its number.
-float number_of(const Product &product, size_t column, size_t k) {
-    const size_t row = product.transposed ? k : column, at = product.transposed ? column : k;
-    size_t place = product.lane[0].b + row / 8 * 1024 + row % 8 * 128 + at * 2;
-    place ^= (place >> 7 & 7) << 4;
-    if (place + 2 > shared_bytes) fail("a product reads outside of shared memory");
-    if (unseen[place / 16]) fail("a product reads what was copied without a fence");
-    unsigned short bits;
-    std::memcpy(&bits, shared.get() + place, 2);
-    if (product.numbers == Numbers::FLOAT16) return from_half(bits);
-    const unsigned word = unsigned(bits) << 16;
-    float x;
-    std::memcpy(&x, &word, 4);
-    return x;
-}
-
-// The sums of 16 rows, of which a lane has those that mma gives it.
-void run_product(const Product &product, std::vector<float> (&sums)[32]) {
-    std::vector<float> B(16 * product.columns);
-    for (int k = 0; k < 16; ++k)
-        for (int n = 0; n < product.columns; ++n) B[k * product.columns + n] = number_of(product, n, k);
-    std::vector<float> row(product.columns);
-    for (int m = 0; m < 16; ++m) {
-        std::fill(row.begin(), row.end(), 0.f);
-        for (int k = 0; k < 16; ++k) {
-            const unsigned word = product.lane[m % 8 * 4 + k % 8 / 2].a[k / 8 * 2 + m / 8];
-            const auto bits = static_cast<unsigned short>(word >> k % 2 * 16);
-            const unsigned wide = unsigned(bits) << 16;
-            float a = product.numbers == Numbers::FLOAT16 ? from_half(bits) : 0;
-            if (product.numbers == Numbers::BFLOAT16) std::memcpy(&a, &wide, 4);
-            const float *b = &B[k * product.columns];
-            for (int n = 0; n < product.columns; ++n) row[n] += a * b[n];
-        }
-        for (int n = 0; n < product.columns; ++n) {
-            float &sum = sums[m % 8 * 4 + n % 8 / 2][n / 8 * 4 + m / 8 * 2 + n % 2];
-            sum = product.add ? sum + row[n] : row[n];
-        }
-    }
-}
-
-}  // namespace
-
-void group_multiply(void *const (&operands)[32], Numbers numbers, int columns, bool add, bool transposed) {
-    Warp &warp = own_warp();
-    if (!warp.fenced) fail("a product of a group of warps without a fence before");
-    Product product{{}, numbers, columns, add, transposed};
-    for (int i = 0; i < 32; ++i) {
-        product.lane[i] = *static_cast<GroupOperands *>(operands[i]);
-        if (product.lane[i].b != product.lane[0].b) fail("lanes of a warp name different factors of a product");
-    }
-    const size_t within = product.lane[0].b % 1024;
-    if (within % 16 || within >= (transposed ? 1 : 128)) fail("a factor that does not begin at a multiple of 1024");
-    warp.started.push_back(product.lane[0].b);
-    counts.flops += 2 * 16 * columns * 16;
-    counts.group_flops += 2 * 16 * columns * 16;
-    std::vector<float> sums[32];
-    const size_t size = columns / 2;
-    for (int i = 0; i < 32; ++i) {
-        float *d = product.lane[i].d;
-        if (eager)
-            sums[i].assign(d, d + size);
-        else if (warp.sums.try_emplace(d, d, d + size).second)
-            std::fill(d, d + size, NAN);
-    }
-    if (eager) {
-        run_product(product, sums);
-        for (int i = 0; i < 32; ++i) std::copy(sums[i].begin(), sums[i].end(), product.lane[i].d);
-    }
-    warp.products.push_back(product);
-    ++warp.open;
-}
-
-void wait_group(size_t most) {
-    Warp &warp = own_warp();
-    warp.fenced = false;
-    while (warp.groups.size() > most) {
-        for (size_t i = 0; i < warp.groups[0] && !eager; ++i) {
-            const Product &product = warp.products[i];
-            std::vector<float> sums[32];
-            for (int lane = 0; lane < 32; ++lane) sums[lane].swap(warp.sums[product.lane[lane].d]);
-            run_product(product, sums);
-            for (int lane = 0; lane < 32; ++lane) sums[lane].swap(warp.sums[product.lane[lane].d]);
-        }
-        warp.products.erase(warp.products.begin(), warp.products.begin() + warp.groups[0]);
-        warp.groups.erase(warp.groups.begin());
-    }
-    auto pending = [&](float *d) {
-        return std::any_of(warp.products.begin(), warp.products.end(), [=](const Product &product) {
-            return std::any_of(product.lane, product.lane + 32, [=](const GroupOperands &lane) { return lane.d == d; });
-        });
-    };
-    for (auto found = warp.sums.begin(); found != warp.sums.end();)
-        if (pending(found->first))
-            ++found;
-        else {
-            std::copy(found->second.begin(), found->second.end(), found->first);
-            found = warp.sums.erase(found);
-        }
-}
-
 namespace {
 
 // Fibers end without returning, so AddressSanitizer still has marks around their last variables.
@@ -181,80 +36,231 @@ void forget_variables() {
 #endif
 }
 
-void prepare(unsigned thread) {
-    auto top = reinterpret_cast<uintptr_t>(stacks.data() + (thread + 1) * STACK) & ~uintptr_t(15);
+void prepare(Fiber &fiber, size_t index) {
+    auto top = reinterpret_cast<uintptr_t>(stacks.data() + (index + 1) * STACK) & ~uintptr_t(15);
     void **pointer = reinterpret_cast<void **>(top - 8);
     *--pointer = reinterpret_cast<void *>(&entry);
     for (int i = 0; i < 6; ++i) *--pointer = nullptr;  // the registers that `switch_stacks` restores
-    fibers[thread].stack_pointer = pointer;
-    fibers[thread].thread = thread;
+    fiber.stack_pointer = pointer;
+    fiber.thread = index % block.x, fiber.block = index / block.x;
 }
 
-// Runs a warp until all its lanes wait at the barrier or have ended.
+bool is_open(const Fiber &fiber) { return fiber.awaited->phase % 2 != fiber.parity; }
+bool waits(const Fiber &fiber) {
+    return fiber.at_cluster_barrier || fiber.held || (fiber.awaited && !fiber.gave_up && !is_open(fiber));
+}
+bool stopped(const Fiber &fiber) { return fiber.done || fiber.at_barrier || waits(fiber); }
+
+// Runs a warp until none of its lanes can go on.
 void run_warp(unsigned w, const std::vector<unsigned> &lanes) {
-    Warp &warp = warps[w];
-    for (int waiting = 0; waiting < 32;) {
-        auto before = std::make_pair(warp.generation, warp.arrived);
-        int stopped = 0, moved = 0;
-        for (unsigned lane : lanes) {
-            Fiber &fiber = fibers[w * 32 + lane];
-            if (!fiber.done && !fiber.at_barrier) {
-                resume(fiber);
-                moved += fiber.done || fiber.at_barrier;
-            }
-            stopped += fiber.done || fiber.at_barrier;
-        }
-        if (!moved && before == std::make_pair(warp.generation, warp.arrived) && warp.arrived)
-            fail(std::string("not all lanes of a warp come to ") + warp.operation);
-        waiting = stopped;
+    const auto first = fibers.begin() + w * 32;
+    for (long before = -1; before != progress;) {
+        before = progress;
+        for (unsigned lane : lanes)
+            if (!stopped(first[lane])) resume(first[lane]);
     }
+    if (std::all_of(first, first + 32, stopped) || std::any_of(first, first + 32, waits)) return;
+    fail(std::string("not all lanes of a warp come to ") + warps[w].operation);
 }
 
-void run_block(unsigned order, std::mt19937 &random) {
+// Lets the threads of a block go on that all wait at its barrier.
+void open_barrier(unsigned of) {
+    const auto first = fibers.begin() + of * block.x;
+    const auto ended = std::count_if(first, first + block.x, [](Fiber &fiber) { return fiber.done; });
+    const auto there = std::count_if(first, first + block.x, [](Fiber &fiber) { return fiber.at_barrier; });
+    if (!there || ended + there < block.x) return;
+    if (ended) fail("a barrier that not all threads come to");
+    for (unsigned i = 0; i < block.x; ++i) first[i].at_barrier = false;
+    const auto warp = warps.begin() + of * (block.x / 32);
+    for (unsigned w = 0; w < block.x / 32; ++w)
+        if (warp[w].started != warp[w / 4 * 4].started) fail("the warps of a group start different products");
+    for (unsigned w = 0; w < block.x / 32; ++w) warp[w].started.clear();
+    ++counts.barriers, ++progress;
+}
+
+void end_phase(Barrier &barrier) {
+    ++progress;
+    if (barrier.missing < 0) fail("an mbarrier with more arrivals than it expects");
+    if (barrier.missing || barrier.bytes) return;
+    ++barrier.phase, barrier.missing = 1;
+}
+
+bool has_ended(unsigned of) {
+    return std::any_of(fibers.begin() + of * block.x, fibers.begin() + (of + 1) * block.x, [](Fiber &f) { return f.done; });
+}
+
+void land(const Bulk &bulk) {
+    if (has_ended(bulk.block)) fail("a block ends while copies that it has started are on their way");
+    std::memcpy(bulk.to, bulk.from, bulk.bytes);
+    bulk.counted->bytes -= bulk.bytes;
+    end_phase(*bulk.counted);
+}
+
+// What all threads of a cluster wait for when none can go on.
+void open_cluster() {
+    auto any = [](auto which) { return std::any_of(fibers.begin(), fibers.end(), which); };
+    if (any([](Fiber &fiber) { return fiber.held; })) {
+        for (Fiber &fiber : fibers) fiber.held = false;
+        return;
+    }
+    if (std::all_of(fibers.begin(), fibers.end(), [](Fiber &fiber) { return fiber.at_cluster_barrier; })) {
+        for (Fiber &fiber : fibers) fiber.at_cluster_barrier = false;
+        return;
+    }
+    std::vector<Bulk> wanted;
+    std::erase_if(bulks, [&](const Bulk &bulk) {
+        const bool some = any([&](Fiber &fiber) { return fiber.awaited == bulk.counted && !is_open(fiber); });
+        if (some) wanted.push_back(bulk);
+        return some;
+    });
+    for (const Bulk &bulk : wanted) land(bulk);
+    if (!wanted.empty()) return;
+    bool some = false;
+    for (Fiber &fiber : fibers) some |= fiber.gave_up = fiber.awaited && may_give_up;
+    if (some) return;
+    if (any([](Fiber &fiber) { return fiber.awaited; })) fail("a wait for an mbarrier that nothing ends");
+    if (any([](Fiber &fiber) { return fiber.at_cluster_barrier; })) fail("a cluster barrier that not all threads come to");
+    fail("a barrier that not all threads come to");
+}
+
+void run_cluster(unsigned order) {
+    const unsigned each = block.x / 32;
     std::vector<unsigned> sequence(warps.size()), lanes(32);
     for (unsigned i = 0; i < sequence.size(); ++i) sequence[i] = i;
     for (unsigned i = 0; i < 32; ++i) lanes[i] = i;
     if (order == 1) std::reverse(sequence.begin(), sequence.end()), std::reverse(lanes.begin(), lanes.end());
-    for (size_t ended = 0; ended < fibers.size();) {
+    auto run = [&](size_t first, size_t number) {
         if (order > 1) {
-            std::shuffle(sequence.begin(), sequence.end(), random);
-            std::shuffle(lanes.begin(), lanes.end(), random);
+            std::shuffle(sequence.begin() + first, sequence.begin() + first + number, random_order);
+            std::shuffle(lanes.begin(), lanes.end(), random_order);
         }
-        for (unsigned w : sequence) run_warp(w, lanes);
-        ended = 0;
-        for (Fiber &fiber : fibers) {
-            ended += fiber.done;
-            fiber.at_barrier = false;
-        }
-        if (ended && ended < fibers.size()) fail("a barrier that not all threads come to");
-        for (size_t w = 0; w < warps.size(); ++w)
-            if (warps[w].started != warps[w / 4 * 4].started) fail("the warps of a group start different products");
-        for (Warp &warp : warps) warp.started.clear();
-        ++counts.barriers;
+        for (size_t i = first; i < first + number; ++i) run_warp(sequence[i], lanes);
+        for (unsigned b = 0; b < cluster; ++b) open_barrier(b);
+    };
+    while (!std::all_of(fibers.begin(), fibers.end(), [](Fiber &fiber) { return fiber.done; })) {
+        const long before = progress;
+        if (order > 1)
+            run(0, sequence.size());
+        else
+            for (unsigned b = 0; b < cluster; ++b)
+                for (long last = -1; last != progress;) {
+                    last = progress;
+                    run(b * each, each);
+                }
+        if (before == progress) open_cluster();
     }
+    for (size_t w = 0; w < warps.size(); ++w)
+        if (warps[w].started != warps[w / 4 * 4].started) fail("the warps of a group start different products");
+    if (may_give_up) return;
+    if (!bulks.empty()) fail("a cluster ends while copies between its blocks are on their way");
+    for (const auto &[at, barrier] : mbarriers)
+        if (barrier.bytes || barrier.missing != 1) fail("a cluster ends in the middle of an mbarrier's phase");
+}
+
+// The mbarrier at the same place in block `of` of the cluster.
+Barrier &barrier_at(void *at, unsigned of) {
+    check_shared(at, 8);
+    auto found = mbarriers.find(static_cast<unsigned char *>(at) + (long(of) - long(current->block)) * long(shared_pitch));
+    if (found == mbarriers.end()) fail("an mbarrier that has not been made");
+    if (!found->second.fenced) fail("an mbarrier without a fence after it was made");
+    if (has_ended(of)) fail("a block uses the shared memory of one that has ended");
+    return found->second;
+}
+
+// Whether a message of this thread arrives. In some orders the thread goes on after it only when no other can.
+bool sent() {
+    if (cluster == 1) fail("a message to the other block of a cluster, of which there is none");
+    return losing < 0 || losing-- != 0;
+}
+void hold() {
+    current->held = holds && random_order() % 2;
+    while (current->held) leave();
 }
 
 }  // namespace
 
-void launch(Dim g, Dim b, size_t bytes, unsigned order, std::function<void()> kernel) {
+void cluster_barrier() {
+    current->at_cluster_barrier = true;
+    ++progress;
+    while (current->at_cluster_barrier) leave();
+}
+
+void make_barrier(void *at) {
+    check_shared(at, 8);
+    if (!mbarriers.try_emplace(at).second) fail("an mbarrier that is there already");
+    mbarriers[at].block = current->block;
+}
+void fence_barriers() {
+    for (auto &[at, barrier] : mbarriers) barrier.fenced |= barrier.block == current->block;
+}
+
+void arrive_at_other(void *at) {
+    if (sent()) {
+        Barrier &barrier = barrier_at(at, 1 - current->block);
+        --barrier.missing;
+        end_phase(barrier);
+    }
+    hold();
+}
+
+void expect_bytes(void *at, size_t bytes) {
+    Barrier &barrier = barrier_at(at, current->block);
+    --barrier.missing, barrier.bytes += bytes;
+    end_phase(barrier);
+    hold();
+}
+
+void copy_to_both(void *to, const void *from, size_t bytes, void *counted) {
+    check_shared(to, 16);
+    check_shared(static_cast<unsigned char *>(to) + bytes - 16, 16);
+    if (bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("a copy of bytes that are not aligned");
+    counts.copies += bytes / 16;
+    const bool arrives = sent();
+    for (unsigned of = 0; of < cluster; ++of) {
+        auto *there = static_cast<unsigned char *>(to) + (long(of) - long(current->block)) * long(shared_pitch);
+        const Bulk bulk{there, static_cast<const unsigned char *>(from), bytes, &barrier_at(counted, of), current->block};
+        if (!arrives) continue;
+        if (eager)
+            land(bulk);
+        else
+            bulks.push_back(bulk);
+    }
+    hold();
+}
+
+bool wait_for(void *at, unsigned parity) {
+    Barrier &barrier = barrier_at(at, current->block);
+    current->awaited = &barrier, current->parity = parity;
+    while (waits(*current)) leave();
+    const bool ended = is_open(*current);
+    current->awaited = nullptr, current->gave_up = false;
+    ++progress;
+    return ended;
+}
+
+void launch(Dim g, Dim b, unsigned of_cluster, size_t bytes, unsigned order, std::function<void()> kernel) {
     if (b.x % 32) throw std::runtime_error("a block must be whole warps");
-    grid = g, block = b, body = std::move(kernel), eager = order % 2, failure.clear();
+    if (g.y % of_cluster) throw std::runtime_error("a grid must be whole clusters");
+    grid = g, block = b, cluster = of_cluster, body = std::move(kernel), failure.clear();
+    eager = order % 2, eager_products = order < 2, holds = order > 1;
+    losing = cluster > 1 ? std::exchange(lose, -1) : -1, may_give_up = losing >= 0;
     counts = {};
     forget_variables();
-    stacks.resize(b.x * STACK);
-    shared.reset(static_cast<unsigned char *>(::operator new(max(bytes, size_t(1)), std::align_val_t(1024))));
-    shared_bytes = bytes;
-    std::mt19937 random(order);
-    for (unsigned y = 0; y < g.y; ++y)
+    stacks.resize(cluster * b.x * STACK);
+    shared_bytes = bytes, shared_pitch = (bytes / 1024 + 1) * 1024;
+    shared.reset(static_cast<unsigned char *>(::operator new(cluster * shared_pitch, std::align_val_t(1024))));
+    random_order.seed(order);
+    for (unsigned y = 0; y < g.y; y += cluster)
         for (unsigned x = 0; x < g.x; ++x) {
-            block_index = {x, y, 0};
-            std::memset(shared.get(), 0xFF, bytes);
-            unseen.assign(bytes / 16 + 1, false);
-            fibers.assign(b.x, {});
-            warps.assign(b.x / 32, {});
+            first_block = {x, y, 0};
+            std::memset(shared.get(), 0xFF, cluster * shared_pitch);
+            unseen.assign(cluster * shared_pitch / 16, false);
+            mbarriers.clear(), bulks.clear();
+            fibers.assign(cluster * b.x, {});
+            warps.assign(fibers.size() / 32, {});
             forget_variables();
-            for (unsigned t = 0; t < b.x; ++t) prepare(t);
-            run_block(order, random);
+            for (size_t i = 0; i < fibers.size(); ++i) prepare(fibers[i], i);
+            run_cluster(order);
         }
 }
 
@@ -272,6 +278,7 @@ PYBIND11_MODULE(cuda_emulated_module, m) {
                                            {"barriers", c.barriers},             {"copies", c.copies},
                                            {"flops", c.flops},                   {"group_flops", c.group_flops}};
     });
+    m.def("lose", [](int messages) { emulator::lose = messages; });
     m.def("problem_bytes", [] {
         std::map<std::string, size_t> bytes;
         for (const auto &[name, instance] : emulator::instances()) bytes[name] = instance.problem_bytes;

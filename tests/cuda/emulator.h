@@ -1,18 +1,25 @@
 // Runs a CUDA kernel's source on the CPU, so that its results and its synchronisation can be tested without a GPU.
 //
 // Each thread of a block is a fiber: a stack of its own that is left and entered by `switch_stacks`. Blocks run one
-// after the other, in one OS thread. Between two barriers the warps run one after the other, and so do the lanes between
-// two operations of a whole warp; `order` chooses in which sequence. A kernel without races gives the same bits in all:
+// after the other, in one OS thread, but those of a cluster together. Between two barriers the warps run one after the
+// other, and so do the lanes between two operations of a whole warp; `order` chooses in which sequence. A kernel without
+// races gives the same bits in all:
 //
-//   order 0, 1: ascending and descending, so that of any two threads each runs before the other once.
-//   other orders: shuffled anew after every barrier.
+//   order 0, 1: ascending and descending, so that of any two threads each runs before the other once. Of the blocks of a
+//     cluster one runs until it waits for the other.
+//   other orders: shuffled anew after every barrier, warps of all blocks of a cluster. Threads that do something to the
+//     other block are held back now and then, until all others wait.
 //
 // What else it checks: shared memory holds NaN until it is written; asynchronous copies land only when they are waited
 // for (even orders) or at once (odd orders); all 32 lanes take part in an operation of the warp, all threads in a
 // barrier; addresses are aligned and lie in shared memory. Bank conflicts of ldmatrix are counted.
 //
-// Products of groups of warps (csrc/cuda/hopper.h) read their factors when they are waited for (even orders), while their
-// accumulators hold NaN, or at once (odd orders). They need their fences, and the warps of a group the same products.
+// Products of groups of warps (csrc/cuda/hopper.h) read their factors at once (orders 0, 1), or when they are waited for,
+// while their accumulators hold NaN (others). They need their fences, and the warps of a group the same products.
+//
+// An mbarrier (csrc/cuda/cluster.h) needs its fence before the other block uses it, and the bytes that it is told to
+// expect. A block may not end while the other uses its memory, or while copies that it has started are on their way. A wait that nothing can end is an error; but where `lose` has a message between the
+// blocks lost, it gives up as on a GPU.
 #pragma once
 #if !defined(__x86_64__) || !defined(__linux__)
 #error "the emulator switches stacks by instructions of x86-64 Linux"
@@ -49,8 +56,10 @@ struct Copy {
 };
 struct Fiber {
     void *stack_pointer = nullptr;
-    unsigned thread = 0;
-    bool done = false, at_barrier = false;
+    unsigned thread = 0, block = 0;  // within the block, and of that within the cluster
+    bool done = false, at_barrier = false, at_cluster_barrier = false, held = false, gave_up = false;
+    struct Barrier *awaited = nullptr;
+    unsigned parity = 0;
     std::vector<Copy> copies;     // those that have not landed, in the order of their start
     std::vector<size_t> groups;   // of these, the number in each group that was committed
     size_t open = 0;              // and the number that was not
@@ -81,29 +90,52 @@ struct Warp {
     bool fenced = false;
     std::vector<unsigned long long> started;      // where the B of each product since the last barrier begins
 };
+struct Barrier {  // an mbarrier, whose phases take one arrival
+    unsigned phase = 0;
+    long missing = 1, bytes = 0;  // arrivals and bytes that this phase lacks
+    unsigned block = 0;
+    bool fenced = false;
+};
+struct Bulk {  // a copy to one block of a cluster that has not landed
+    unsigned char *to;
+    const unsigned char *from;
+    size_t bytes;
+    Barrier *counted;
+    unsigned block;  // that has started it
+};
 struct Counts {
     long operations = 0, matrices = 0, bank_conflicts = 0, barriers = 0;
     long products = 0, flops = 0;  // operations mma of a warp, and the numbers' multiplications and additions in them
-    long copies = 0;               // of 16 bytes of global memory
+    long copies = 0;               // of 16 bytes of global memory, those to both blocks of a cluster once
     long group_flops = 0;          // of `flops`, those of products of groups of warps
 };
 struct Release {
     void operator()(unsigned char *p) const { ::operator delete(p, std::align_val_t(1024)); }
 };
 
-inline Dim grid, block, block_index, thread_index;
+inline Dim grid, block, block_index, thread_index, first_block;  // the last: of the cluster
 inline Counts counts;
 inline std::vector<Fiber> fibers;
 inline std::vector<Warp> warps;
 inline std::vector<char> stacks;
-inline std::unique_ptr<unsigned char, Release> shared;
-inline size_t shared_bytes = 0;
+inline std::unique_ptr<unsigned char, Release> shared;  // of the blocks of a cluster, one after the other
+inline size_t shared_bytes = 0, shared_pitch = 0;       // of one of them, and from one to the next
 inline std::vector<bool> unseen;  // of each 16 bytes of shared memory: whether a product does not see what was copied
+inline std::map<void *, Barrier> mbarriers;
+inline std::vector<Bulk> bulks;
+inline unsigned cluster = 1;      // blocks
+inline long progress = 0;         // grows with all that threads do to each other
+// Messages between the blocks of a cluster until one is lost; below 0: none is. The first: in the next launch with clusters.
+inline int lose = -1, losing = -1;
+inline bool may_give_up = false;
 inline Fiber *current = nullptr;
 inline void *scheduler = nullptr;
 inline std::function<void()> body;
 inline std::string failure;
 inline bool eager = false;  // whether copies land at once
+inline bool eager_products = false;
+inline bool holds = false;  // whether threads are held back
+inline std::mt19937 random_order;
 constexpr size_t STACK = 96 << 10;
 
 // Saves the registers that a call preserves, and continues where `to` was saved. Written in emulated.cpp.
@@ -119,18 +151,23 @@ inline void leave() { switch_stacks(&current->stack_pointer, scheduler); }
     for (;;) leave();
 }
 
+inline Warp &own_warp() { return warps[current->block * (block.x / 32) + current->thread / 32]; }
+inline unsigned char *own_shared() { return shared.get() + current->block * shared_pitch; }
+
 inline void entry() {
     body();
     if (!current->copies.empty()) fail("a thread ends while copies are on their way");
-    if (!warps[current->thread / 32].products.empty()) fail("a thread ends while products are on their way");
+    if (!own_warp().products.empty()) fail("a thread ends while products are on their way");
     current->done = true;
-    --warps[current->thread / 32].live;
+    ++progress;
+    --own_warp().live;
     for (;;) leave();
 }
 
 inline void resume(Fiber &fiber) {
     current = &fiber;
     thread_index = {fiber.thread, 0, 0};
+    block_index = {first_block.x, first_block.y + fiber.block, 0};
     switch_stacks(&scheduler, fiber.stack_pointer);
     current = nullptr;
     if (!failure.empty()) throw std::runtime_error(failure);
@@ -138,12 +175,14 @@ inline void resume(Fiber &fiber) {
 
 inline void barrier() {
     current->at_barrier = true;
+    ++progress;
     while (current->at_barrier) leave();
 }
 
 // An operation of the whole warp: every lane brings `mine`, and the last to come does `work` for all of them.
 template <class Work> void together(const char *operation, void *mine, Work work) {
-    Warp &warp = warps[current->thread / 32];
+    Warp &warp = own_warp();
+    ++progress;
     if (warp.arrived && std::strcmp(warp.operation, operation))
         fail(std::string("lanes of a warp meet in ") + operation + " and in " + warp.operation);
     warp.operation = operation;
@@ -159,11 +198,11 @@ template <class Work> void together(const char *operation, void *mine, Work work
 
 inline unsigned char *shared_memory(size_t bytes = 0) {
     if (bytes > shared_bytes) fail("the launch gives less shared memory than the kernel uses");
-    return shared.get();
+    return own_shared();
 }
 
 inline void check_shared(const void *at, size_t bytes) {
-    auto offset = static_cast<const unsigned char *>(at) - shared.get();
+    auto offset = static_cast<const unsigned char *>(at) - own_shared();
     if (offset < 0 || size_t(offset) + bytes > shared_bytes) fail("an address outside of shared memory");
     if (offset % bytes) fail("an address in shared memory that is not aligned");
 }
@@ -219,7 +258,6 @@ void multiply(void *const (&operands)[32], Numbers numbers, int K);
 // Products of groups of warps, by one of its warps; see csrc/cuda/hopper.h.
 void group_multiply(void *const (&operands)[32], Numbers numbers, int columns, bool add, bool transposed);
 void wait_group(size_t most);
-inline Warp &own_warp() { return warps[current->thread / 32]; }
 inline void fence_group() { own_warp().fenced = true; }
 inline void commit_group() {
     own_warp().groups.push_back(own_warp().open);
@@ -230,13 +268,22 @@ inline void fence_products() {
     current->unseen.clear();
 }
 
+// What blocks of a cluster do to each other; see csrc/cuda/cluster.h.
+void cluster_barrier();
+void make_barrier(void *at);
+void fence_barriers();
+void arrive_at_other(void *at);
+void expect_bytes(void *at, size_t bytes);
+void copy_to_both(void *to, const void *from, size_t bytes, void *counted);
+bool wait_for(void *at, unsigned parity);
+
 // float16 as its bits; `to_half` rounds to nearest, ties to even.
 float from_half(unsigned short bits);
 unsigned short to_half(float x);
 
-// Runs `kernel` for every thread of the grid.
+// Runs `kernel` for every thread of the grid, whose blocks are in clusters of neighbours in y.
 // Throws std::runtime_error where a check fails.
-void launch(Dim grid, Dim block, size_t shared_bytes, unsigned order, std::function<void()> kernel);
+void launch(Dim grid, Dim block, unsigned cluster, size_t shared_bytes, unsigned order, std::function<void()> kernel);
 
 // The kernels of the module, by the C++ expression of their instance.
 struct Instance {
@@ -247,11 +294,11 @@ inline std::map<std::string, Instance> &instances() {
     static std::map<std::string, Instance> all;
     return all;
 }
-template <class Problem> bool offer(const char *name, void (*kernel)(Problem)) {
+template <class Problem> bool offer(const char *name, void (*kernel)(Problem), unsigned cluster = 1) {
     instances()[name] = {sizeof(Problem), [=](const void *at, Dim grid, unsigned threads, size_t bytes, unsigned order) {
                              Problem problem;
                              std::memcpy(&problem, at, sizeof problem);
-                             launch(grid, {threads, 1, 1}, bytes, order, [&] { kernel(problem); });
+                             launch(grid, {threads, 1, 1}, cluster, bytes, order, [&] { kernel(problem); });
                          }};
     return true;
 }

@@ -2,6 +2,7 @@
 //
 // A block of 64 threads copies 2 x 64 pieces of 16 bytes to shared memory, each step into the same place, and thread i
 // adds up the first numbers of pieces 63 - i. So it reads what a thread of the other warp has copied.
+#include "cluster.h"
 #include "hopper.h"
 
 enum Fault {
@@ -99,4 +100,65 @@ template <GroupFault FAULT, bool TRANSPOSED> __global__ void grouped(Grouped p) 
         for (int j = 0; j < 4; ++j) p.to[(warp * 16 + g + j / 2 * 8) * 64 + n * 8 + 2 * t + j % 2] = d[n][j];
     if (FAULT != GROUP_NO_WAIT_EVER) group_wait<0>();
     __syncthreads();
+}
+
+enum ClusterFault {
+    CLUSTER_NOTHING,
+    CLUSTER_NO_FENCE,          // after the mbarriers were made
+    CLUSTER_NO_FIRST_BARRIER,  // before the other block's are used
+    CLUSTER_NO_LAST_BARRIER,   // before a block ends
+    CLUSTER_NO_ARRIVAL,        // at the other block
+    CLUSTER_TWO_ARRIVALS,
+    CLUSTER_FEW_BYTES,         // are expected
+    CLUSTER_MANY_BYTES,
+    CLUSTER_NO_WAIT,           // for a copy before its use
+    CLUSTER_NO_OTHER_WAIT,     // for the other block, before the copy that takes the place of what it reads
+    CLUSTER_PARITY,            // is always 0
+};
+
+struct Clustered {
+    const float *from;  // [8, 256]
+    float *to;          // [2, 256]
+    int *failed;
+};
+
+// Both blocks of a cluster add up the rows of `from`, of which each copies one half to both, into two places in turn.
+// Warps of 32 threads add the same numbers, one after the other.
+template <ClusterFault FAULT> __global__ void IN_CLUSTERS clustered(Clustered p) {
+    DYNAMIC_SHARED(memory, 2 * 1024 + 40);
+    auto *barriers = reinterpret_cast<Barrier *>(memory + 2 * 1024);  // full, full, empty, empty
+    auto *given_up = reinterpret_cast<int *>(barriers + 4);
+    const int half = place_in_cluster() * 512;
+    auto wait = [&](int which, int phase) {
+        wait_for(barriers + which, FAULT == CLUSTER_PARITY ? 0 : phase % 2, given_up, p.failed);
+    };
+    auto fill = [&](int step) {
+        unsigned char *to = memory + step % 2 * 1024 + half;
+        expect_bytes(barriers + step % 2, FAULT == CLUSTER_FEW_BYTES ? 512 : FAULT == CLUSTER_MANY_BYTES ? 2048 : 1024);
+        copy_to_both(to, p.from + step * 256 + half / 4, 512, barriers + step % 2);
+    };
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < 4; ++i) make_barrier(barriers + i);
+        *given_up = 0;
+        if (FAULT != CLUSTER_NO_FENCE) fence_barriers();
+    }
+    if (FAULT != CLUSTER_NO_FIRST_BARRIER) cluster_barrier();
+    if (threadIdx.x == 0) fill(0), fill(1);
+    float sum[8] = {};
+    for (int step = 0; step < 8; ++step) {
+        if (FAULT != CLUSTER_NO_WAIT) wait(step % 2, step / 2);
+        sync_warp();
+        for (int i = 0; i < 8; ++i)
+            sum[i] += reinterpret_cast<const float *>(memory + step % 2 * 1024)[i * 32 + threadIdx.x % 32];
+        __syncthreads();
+        if (threadIdx.x == 0 && !*given_up) {
+            if (FAULT != CLUSTER_NO_ARRIVAL) arrive_at_other(barriers + 2 + step % 2);
+            if (FAULT == CLUSTER_TWO_ARRIVALS) arrive_at_other(barriers + 2 + step % 2);
+            if (step > 5) continue;
+            if (FAULT != CLUSTER_NO_OTHER_WAIT) wait(2 + step % 2, step / 2);
+            if (!*given_up) fill(step + 2);
+        }
+    }
+    if (FAULT != CLUSTER_NO_LAST_BARRIER) cluster_barrier();
+    for (int i = 0; i < 8; ++i) p.to[blockIdx.y * 256 + i * 32 + threadIdx.x % 32] = *given_up ? as_float(0x7fc00000u) : sum[i];
 }

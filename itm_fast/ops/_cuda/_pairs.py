@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ... import _cuda
 from ..._checks import matmul_precision
-from ..._cuda import Kernel
+from ..._cuda import CLUSTERS, GENERAL, GROUPS, Kernel
 from ...packing import bounds, checked, kept, node_bounds, node_plan, region_counts, spans
 from .. import _attention
 from .._attention import TENSOR_FLOAT32
@@ -34,7 +34,7 @@ GROUPED = 128, 64  # slots and depth of tiles that groups of warps multiply
 WINDOW = 1 << 14  # the most nodes of one image in a launch
 # The most scratch of a launch: what the first kernels write is then still in the L2 cache when the last one reads it.
 LAUNCH_BYTES = 32 << 20
-BLOCKS_Y = 65535  # the most blocks of a grid in y
+BLOCKS_Y = 65534  # the most blocks of a grid in y, in whole clusters
 
 
 class Weights(ctypes.Structure):
@@ -67,7 +67,8 @@ class Nodes(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("local_bias", "word_exponent", "weight_exponent")),
         *((name, ctypes.c_void_p) for name in ("row", "owner", "start", "count")),
         *((name, ctypes.c_int) for name in ("regions", "pitch", "chunks", "first_word", "size")),
-        *((name, ctypes.c_int) for name in ("first_caption", "captions")),
+        *((name, ctypes.c_int) for name in ("first_caption", "captions", "images", "stages")),
+        *((name, ctypes.c_void_p) for name in ("stream", "failed")),
     ]
 
 
@@ -78,10 +79,10 @@ class Kind(NamedTuple):
     scaled: bool
     halves: int
 
-    def arguments(self, *sizes: int, groups: bool = False) -> str:
-        """Template arguments of a kernel; `groups`: whether groups of four warps multiply (csrc/cuda/hopper.h)."""
-        flags = [str(self.scaled).lower(), "true"] if groups else ["true"] * (self.scaled and self.halves == 1)
-        return ", ".join([self.name, *map(str, sizes), *flags])
+    def arguments(self, *sizes: int, variant: int = GENERAL) -> str:
+        """Template arguments of a kernel."""
+        flags = [str(self.scaled).lower()] * (variant != GENERAL or (self.scaled and self.halves == 1))
+        return ", ".join([self.name, *map(str, sizes), *flags, *["true"] * (variant == GROUPS)])
 
     @property
     def squared(self) -> bool:
@@ -134,11 +135,28 @@ def compared_rows(x: Tensor, kind: Kind) -> Rows:
     return Rows(found.data, (largest.frexp().exponent - 9).clamp(-9, 7))  # of infinity and NaN: any number
 
 
-Head = Callable[[Kind, int, int, int, int, bool], Kernel]  # kind, S, slots, regions, depth, groups -> the head's kernel
+Head = Callable[[Kind, int, int, int, int, int], Kernel]  # kind, S, slots, regions, depth, variant -> the head's kernel
 
 
 def rounded_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
+
+
+def stages(*matrices: Tensor) -> Tensor:
+    """The stages of matrices [S, n] of 16-bit numbers, one after the other, as csrc/cuda/stream.h takes them.
+
+    A stage has 64 numbers of each row, in chunks of 8 that are exchanged as `place` of tile.h does it.
+
+    Returns:
+        [all stages, S, 8, 8].
+    """
+    found = []
+    for matrix in matrices:
+        S, n = matrix.shape
+        chunks = torch.nn.functional.pad(matrix, (0, -n % 64)).view(S, -1, 8, 8).transpose(0, 1)
+        at = torch.arange(8, device=matrix.device) ^ torch.arange(S, device=matrix.device)[:, None] % 8
+        found.append(chunks.gather(2, at[:, :, None].expand_as(chunks)))
+    return torch.cat(found)
 
 
 def weight_kernel(kind: Kind, tile: Tile) -> Kernel:
@@ -146,10 +164,11 @@ def weight_kernel(kind: Kind, tile: Tile) -> Kernel:
     return Kernel("weights.cu", name, Weights, tile.threads, tile.shared)
 
 
-def tile_bytes(kind: Kind, S: int, slots: int, depth: int, groups: bool = False) -> int:
-    """Shared memory of `NodeTile::Shared`."""
+def tile_bytes(kind: Kind, S: int, slots: int, depth: int, variant: int = GENERAL, places: int = 2) -> int:
+    """Shared memory of `NodeTile::Shared`; `places`: stages of S rows that it holds."""
     rows = 12 * slots + 20 * (slots // 16) + 4 + (4 * slots if kind.squared else 4)
-    return 4 * S * depth * kind.halves + rows + (4 if groups else 16 * slots)
+    own = 2 * places * S * depth * kind.halves + rows + (16 * slots if variant == GENERAL else 4)
+    return rounded_up(own, 8) + 16 * places + 8 if variant == CLUSTERS else own
 
 
 def making_bytes(kind: Kind, slots: int, depth: int, regions: int) -> int:
@@ -193,7 +212,7 @@ class Kernels(NamedTuple):
 
 
 def kernels(
-    head: Head, kind: Kind, R: int, S: int, capability: tuple[int, int], specific: bool = False
+    head: Head, kind: Kind, R: int, S: int, capability: tuple[int, int], variant: int = GENERAL
 ) -> Kernels | None:
     """The kernels that fit a GPU of a compute capability, None if there are none.
 
@@ -202,14 +221,14 @@ def kernels(
         kind: of the numbers.
         R, S: sizes.
         capability: of the GPU.
-        specific: whether to prefer variants that only GPUs of this compute capability run; see `_cuda.specific`.
+        variant: the best one of the head's kernel to take; see `_cuda.variant`.
     """
     limit, tile = shared_limit(capability), tile_of(R, capability)
     weights, regions = weight_kernel(kind, tile), rounded_up(pitch_of(tile), 16)
-    found = fitting(lambda slots, depth: head(kind, S, slots, regions, depth, False), node_tiles(SLOTS, kind), limit)
-    if specific and kind.halves == 1 and found and found[1] == GROUPED[0]:
-        grouped = head(kind, S, GROUPED[0], regions, GROUPED[1], True)
-        found = (grouped, GROUPED[0]) if grouped.shared <= limit else found
+    found = fitting(lambda slots, depth: head(kind, S, slots, regions, depth, GENERAL), node_tiles(SLOTS, kind), limit)
+    if kind.halves == 1 and found and found[1] == GROUPED[0]:
+        better = (head(kind, S, GROUPED[0], regions, GROUPED[1], v) for v in range(variant, GENERAL, -1))
+        found = next(((kernel, GROUPED[0]) for kernel in better if kernel.shared <= limit), found)
     # The nodes leave through the stages of the matrix. 128 rows of pairs of halves do not fit the registers.
     fewer = node_tiles(SLOTS[kind.halves == 2 :], kind)
     overall = fitting(partial(global_kernel, kind, S), (tile for tile in fewer if tile[0] <= 2 * tile[1]), limit)
@@ -261,14 +280,15 @@ def compilations(head: Head, capability: tuple[int, int]) -> Iterator[Kernel]:
     kinds = [Kind("F16", False, 1), Kind("F16", True, 1), Kind("F16X3", True, 2)]
     kinds += [Kind("BF16", False, 1)] * (capability >= TENSOR_FLOAT32)
     for kind in kinds:
-        for specific in {False, capability == _cuda.SPECIFIC}:
-            if fit := kernels(head, kind, 36, SIMILARITIES[-1], capability, specific):
+        for variant in range(CLUSTERS + 1 if capability == _cuda.SPECIFIC else 1):
+            if fit := kernels(head, kind, 36, SIMILARITIES[-1], capability, variant):
                 yield from (fit.weights, fit.overall, fit.head)
 
 
 def scores(
-    op: str, arguments: Sequence[Any], head: Head, argument_of: Callable[[Nodes, int, int], ctypes.Structure]
-) -> Tensor:
+    op: str, arguments: Sequence[Any], head: Head, argument_of: Callable[[Nodes, int, int], ctypes.Structure],
+    matrices: Sequence[Tensor] = (),
+) -> Tensor:  # fmt: skip
     """Scores [I, T] of a pair scorer.
 
     Args:
@@ -276,6 +296,7 @@ def scores(
         arguments: those of `similarity_nodes`.
         head: the head's kernel.
         argument_of: the head's argument for some nodes, the address of the scores of its first image, and T.
+        matrices: what the head multiplies nodes with, each [S, S] as products read it, in this order.
 
     Raises:
         NotImplementedError: the kernels cannot score these shapes on this device; the message says why.
@@ -296,7 +317,7 @@ def scores(
     if problem := why_not(head, image.dtype, dict(R=R, D=D, S=S), longest, capability):
         raise NotImplementedError(f"{op}: {problem}")
     kind = kind_of(image.dtype)
-    fit = kernels(head, kind, R, S, capability, _cuda.specific(op, device, image.dtype))
+    fit = kernels(head, kind, R, S, capability, _cuda.variant(op, device, image.dtype))
     assert fit is not None
     tile, pitch, itemsize = fit.tile, pitch_of(fit.tile), 2 * kind.halves
     rows = _rows.split_bytes(D, kind.halves == 2) if kind.scaled else 16 * kind.squared  # or of making an exponent
@@ -309,11 +330,13 @@ def scores(
             given = image[images], image_global[images], words[edge[captions.start] : edge[captions.stop]]
             lengths = _blocks.part(cu_seqlens, region_lengths, images, captions)
             some = *given, caption_global[captions], *weights, *lengths, scale
-            score[images, captions] = scores(op, some, head, argument_of)
+            score[images, captions] = scores(op, some, head, argument_of, matrices)
         return score
     factors = _rows.image_factors(image, count, pitch)
     regions, local, overall_weight = (rows_of(x, kind) for x in (image, local_weight, global_weight))
     query, v, t = (compared_rows(x, kind) for x in (words, image_global, caption_global))
+    stream = stages(*(x.to(kind.dtype) for x in (local.data, *matrices))) if fit.head.cluster > 1 else None
+    shared = (0, None, None) if stream is None else (len(stream), stream.data_ptr(), _cuda.fault_address(device))
     local_bias, global_bias = aligned(local_bias.float()), aligned(global_bias.float())
     chunks = query.data.shape[1] // 8
     attention = Attention.of("clipped_l2norm", scale)
@@ -358,8 +381,9 @@ def scores(
                     query.addresses[0], x.addresses[0], weight.data_ptr(), inverse.data_ptr(), overall.data_ptr(),
                     local.addresses[0], local_bias.data_ptr(), query.addresses[1], local.addresses[1],
                     plan.row[group.first :].data_ptr(), plan.owner[group.first :].data_ptr(), plan.start.data_ptr(),
-                    counts, R, pitch, chunks, first_word, many, captions.start, size,
+                    counts, R, pitch, chunks, first_word, many, captions.start, size, some,
+                    *shared,
                 )  # fmt: skip
                 argument = argument_of(part, score[images].data_ptr(), T)
-                _cuda.launch(fit.head, argument, (group.number, some), device)
+                _cuda.launch(fit.head, argument, (group.number, rounded_up(some, fit.head.cluster)), device)
     return score

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..._cuda import Kernel
+from ..._cuda import CLUSTERS, GENERAL, Kernel
 from ..._folding import folded_exactly
 from . import _pairs
 from ._pairs import THREADS, Kind, Nodes, kind_of, making_bytes, rows_of, scores, tile_bytes
@@ -37,19 +37,26 @@ class Filter(ctypes.Structure):
     ]
 
 
-def graph_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, groups: bool) -> Kernel:
+def _kernel(
+    file: str, stem: str, structure: type[ctypes.Structure], shared: int, variant: int, arguments: str
+) -> Kernel:
+    name, cluster = (f"{stem}_in_clusters", 2) if variant == CLUSTERS else (stem, 1)
+    return Kernel(file, f"{name}<{arguments}>", structure, THREADS, shared, variant != GENERAL, cluster)
+
+
+def graph_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, variant: int) -> Kernel:
     room = max(making_bytes(kind, slots, depth, regions), 4 * slots * S * kind.halves)
     edges, tops = 2 * slots * slots * kind.halves, 24 * (slots if kind.scaled else 1)
-    shared = room + edges + tile_bytes(kind, S, slots, depth, groups) + 2 * THREADS + tops
-    name = f"graph_scores<{kind.arguments(S, slots, depth, regions, groups=groups)}>"
-    return Kernel("graph.cu", name, Graph, THREADS, shared, specific=groups)
+    shared = room + edges + tile_bytes(kind, S, slots, depth, variant) + 2 * THREADS + tops
+    arguments = kind.arguments(S, slots, depth, regions, variant=variant)
+    return _kernel("graph.cu", "graph_scores", Graph, shared, variant, arguments)
 
 
-def filter_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, groups: bool) -> Kernel:
+def filter_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, variant: int) -> Kernel:
     room = max(making_bytes(kind, slots, depth, regions), 2 * slots * S * kind.halves)
-    shared = room + tile_bytes(kind, S, slots, depth, groups) + 4 * slots
-    name = f"filter_scores<{kind.arguments(S, slots, depth, regions, groups=groups)}>"
-    return Kernel("filter.cu", name, Filter, THREADS, shared, specific=groups)
+    shared = room + tile_bytes(kind, S, slots, depth, variant, 4 if variant == CLUSTERS else 2) + 4 * slots
+    arguments = kind.arguments(S, slots, depth, regions, variant=variant)
+    return _kernel("filter.cu", "filter_scores", Filter, shared, variant, arguments)
 
 
 HEADS = {"similarity_graph_score": graph_kernel, "similarity_filter_score": filter_kernel}
@@ -88,7 +95,8 @@ def similarity_graph_score(
     def problem(part: Nodes, score: int, captions: int) -> Graph:
         return Graph(part, *pointers, score, len(query_weight), captions, output == "logit")
 
-    return scores("similarity_graph_score", nodes, graph_kernel, problem)
+    steps = [matrix for step in zip(ask.data, value.data) for matrix in step]
+    return scores("similarity_graph_score", nodes, graph_kernel, problem, steps)
 
 
 def similarity_filter_score(
