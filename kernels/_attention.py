@@ -15,6 +15,7 @@ the largest e is exactly 1.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -26,7 +27,8 @@ from torch import Tensor
 from . import _launch, _tiles
 from ._affinity import affinity, gram, leading
 from ._norms import COSINE, Norm, norm_of, query_norms
-from ._tl import CANCELLED, EPS, NEVER, average, cut_of, denominator, kept, scaled
+from ._pair_rows import PairRows, context_products
+from ._tl import CANCELLED, EPS, NEVER, average, cut_of, denominator, kept, norms_of, scale_of, scaled
 
 
 @triton.jit
@@ -179,22 +181,24 @@ def _attend_tiles(
 
 @triton.jit(
     do_not_specialize=[
-        "set_first", "sets", "context_first", "query_first", "queries", "owner_first", "ld16", "gram16", "out16",
+        "set_first", "sets", "context_first", "query_first", "queries", "owner_first", "part", "ld16", "gram16",
+        "out16",
     ]
 )
 def _attend(
     logits_ptr, norm_ptr, gram_ptr, context_ptr, start_ptr, size_ptr, owner_ptr, length_ptr,
-    alpha_ptr, product_ptr, dot_ptr, out_ptr,
-    set_first, sets, context_first, query_first, queries, owner_first, ld16, gram16, out16, scale,
-    bound, MODE: tl.constexpr, WEIGHTS: tl.constexpr, GRAM: tl.constexpr, NORM: tl.constexpr, CLIP: tl.constexpr,
-    WHOLE: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    alpha_ptr, product_ptr, dot_ptr, out_ptr, scale_ptr, place_ptr,
+    set_first, sets, context_first, query_first, queries, owner_first, part, ld16, gram16, out16,
+    scale, bound, SCALE: tl.constexpr, MODE: tl.constexpr, WEIGHTS: tl.constexpr, GRAM: tl.constexpr,
+    NORM: tl.constexpr, CLIP: tl.constexpr, WHOLE: tl.constexpr, D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Attention of every query over every set of contexts. `logits_ptr`: A; results [queries, sets] go to `out_ptr`.
 
     MODE "score": r. "backward": |P|^2, t in `dot_ptr`, and alpha and G alpha, laid out like A. "weights":
     1 / (z (|P| + eps)), and e = z alpha (at most 1) which overwrites A. Without GRAM r = t, and 1 / z takes the place
     of 1 / (z (|P| + eps)); there is no |P|^2 nor G alpha. `bound`: what logits exceed with WEIGHTS "threshold".
+    SCALE: as in `scale_of`.
     One program: BLOCK_Q packed queries with one set. Grid: blocks of queries x sets.
     """
     INVERSE: tl.constexpr = MODE != "backward" and WEIGHTS == "softmax"  # others: the same logits in both passes
@@ -206,14 +210,14 @@ def _attend(
     # 64-bit scalar offsets to the tile, 32-bit offsets within it.
     ld, column = ld16 * 16, start - context_first
     corner, within = first.to(tl.int64) * ld + column, q[:, None] * ld
-    owner = tl.load(owner_ptr + query_first + first + q)
-    low = tl.min(owner, 0)
+    row = query_first + first + q
+    scale = scale_of(scale_ptr, scale, place_ptr, row, set_first + b, part, SCALE)
     length = 0.0
     if NORM == "cosine":
         norms = norm_ptr + start
-        length = tl.load(length_ptr + query_first + first + q)
+        length = tl.load(length_ptr + row)
     else:
-        norms = norm_ptr + (low - owner_first).to(tl.int64) * ld + column + (owner - low)[:, None] * ld
+        norms = norms_of(norm_ptr, owner_ptr, row, owner_first, ld, column)
     gram = gram_ptr + column.to(tl.int64) * (gram16 * 16)
     context = context_ptr + start.to(tl.int64) * D
     x = tl.arange(0, BLOCK_X)
@@ -243,7 +247,7 @@ def _attend(
     if MODE == "score":
         r = dot / z
         if GRAM:
-            r = r / tl.maximum(tl.load(length_ptr + query_first + first + q) * (tl.sqrt(square) / z), EPS)
+            r = r / tl.maximum(tl.load(length_ptr + row) * (tl.sqrt(square) / z), EPS)
         tl.store(out_ptr + out, r, mask=real)
     elif MODE == "weights":
         length = z
@@ -293,6 +297,8 @@ def attend(
     context_lengths: Tensor | None = None,
     weights: str = "softmax",
     bound: float = 0.0,
+    own: PairRows | None = None,
+    scales: PairRows | None = None,
 ) -> Attended:
     """Compute the affinities of a piece, their norms over the queries, and attention.
 
@@ -303,9 +309,10 @@ def attend(
         context_lengths: lengths of all context rows; needed for cosines.
         weights: which contexts are kept, as in `ops/_attention.py`.
         bound: scale * threshold.
+        own: queries of each pair's own, in place of the rows of `query`.
+        scales: in place of `scale`, a number in memory (part 0) or one for each query and set.
     """
-    rows, device = query.rows, query.rows.device
-    arch = _launch.arch(device)
+    rows, device, arch = query.rows, query.rows.device, _launch.arch(query.rows.device)
     queries, sets = piece.q.stop - piece.q.start, piece.contexts.stop - piece.contexts.start
     contexts = piece.x.stop - piece.x.start
 
@@ -313,7 +320,10 @@ def attend(
         return torch.empty(n, leading(columns), dtype=torch.float32, device=device)
 
     logits = empty(queries, contexts)
-    affinity(rows, context.rows, piece.q, piece.x, logits, _tiles.products(rows.dtype))
+    if own is None:
+        affinity(rows, context.rows, piece.q, piece.x, logits, _tiles.products(rows.dtype))
+    else:
+        context_products(context, piece, own, logits)
     norms = logits if context_lengths is None else context_lengths
     backward = mode == "backward"
     if norm.NORM not in ("none", "cosine"):
@@ -322,14 +332,16 @@ def attend(
     alpha = torch.empty_like(logits) if backward else logits
     product = torch.empty_like(logits) if backward and gram is not None else alpha
     dot = torch.empty_like(out) if backward else out
+    how = "argument" if scales is None else "pairs" if scales.part else "number"
+    temperatures, place, part = (out, query.owner, 0) if scales is None else scales
     tile = _tiles.attend(rows.dtype, arch, backward, context.whole, norm.NORM == "cosine", weights == "softmax")
     _attend[(_launch.blocks(queries, tile["BLOCK_Q"]) * sets,)](
         logits, norms, logits if gram is None else gram, context.rows, context.start, context.size, query.owner,
-        out if lengths is None else lengths, alpha, product, dot, out,
-        piece.contexts.start, sets, piece.x.start, piece.q.start, queries, piece.queries.start,
+        out if lengths is None else lengths, alpha, product, dot, out, temperatures, place,
+        piece.contexts.start, sets, piece.x.start, piece.q.start, queries, piece.queries.start, part,
         logits.stride(0) // 16, 0 if gram is None else gram.stride(0) // 16, out.stride(0) // 16, scale, bound,
-        MODE=mode, WEIGHTS=weights, GRAM=gram is not None, NORM=norm.NORM, CLIP=norm.CLIP, WHOLE=context.whole,
-        D=rows.shape[1], PRECISION=_tiles.exact(rows.dtype), BLOCK_X=context.tile, **tile,
+        SCALE=how, MODE=mode, WEIGHTS=weights, GRAM=gram is not None, NORM=norm.NORM, CLIP=norm.CLIP,
+        WHOLE=context.whole, D=rows.shape[1], PRECISION=_tiles.exact(rows.dtype), BLOCK_X=context.tile, **tile,
     )  # fmt: skip
     return Attended(logits, norms, out, alpha, product, dot, gram is not None)
 
@@ -345,10 +357,7 @@ def grams(context: _launch.Sets, piece: _launch.Piece) -> Tensor:
 def with_grams(
     context: _launch.Sets, pieces: Iterable[_launch.Piece], needed: bool = True
 ) -> Iterator[tuple[_launch.Piece, Any]]:
-    """Every piece with its contexts' Gram matrices, computed once for consecutive pieces that share contexts.
-
-    None is in their place if they are not `needed`.
-    """
+    """Every piece with its contexts' Gram matrices (None if not `needed`), computed once for those in a row."""
     done, gram = None, None
     for piece in pieces:
         if needed and done != piece.contexts:
@@ -359,8 +368,7 @@ def with_grams(
 def compilations(arch: int) -> Iterator[_tiles.Compilation]:
     norms = [norm_of(n) for n in ("softmax", "l1norm", "clipped_l2norm", "clipped", "none")]
     # (dtype, mode, norm, whole, rows of a tile of contexts)
-    single, half, brain = _tiles.NAMES
-    clipped = norms[2]
+    (single, half, _), clipped = _tiles.NAMES, norms[2]
     wide, narrow = _launch.REGIONS, _launch.WORDS
     ways = [(dtype, "score", clipped, True, wide) for dtype in _tiles.NAMES]
     ways += [(half, "score", norm, True, wide) for norm in norms if norm != clipped]
@@ -369,7 +377,6 @@ def compilations(arch: int) -> Iterator[_tiles.Compilation]:
     ways += [(half, "score", clipped, False, narrow)]
     ways += [(dtype, mode, COSINE, False, narrow) for dtype in _tiles.NAMES for mode in ("score", "backward")]
     rules = [(*way, "softmax", True) for way in ways]
-    rules += [(half, "weights", clipped, True, wide, "softmax", False)]
     # BFAN; NAAF's three terms, the first of which is CHAN's and MaxSim's
     for weights, norm, lengths in (
         ("focal_equal", clipped, True), ("focal_prob", clipped, True), ("hard", norms[4], False),
@@ -377,9 +384,16 @@ def compilations(arch: int) -> Iterator[_tiles.Compilation]:
     ):  # fmt: skip
         for whole, x in ((True, wide), (False, narrow)):
             rules += [(single, mode, norm, whole, x, weights, lengths) for mode in ("score", "backward")]
-    for dtype, mode, norm, whole, x, weights, lengths in rules:
-        types = f"*fp32 *fp32 *fp32 *{_tiles.NAMES[dtype]} *i32 *i32 *i32" + " *fp32" * 5 + " i32" * 9 + " fp32 fp32"
-        constants = dict(norm._asdict(), MODE=mode, WEIGHTS=weights, GRAM=lengths, WHOLE=whole, D=1024)
+    # `attended_vectors`: one scale, or one for each pair
+    scaled_by = [(*rule, "argument") for rule in rules]
+    for dtype, how, mode in itertools.product((single, half), ("pairs", "number"), ("weights", "backward")):
+        for whole, x in ((True, wide), (False, narrow)):
+            scaled_by.append((dtype, mode, clipped, whole, x, "softmax", False, how))
+    for dtype, mode, norm, whole, x, weights, lengths, how in scaled_by:
+        t = _tiles.NAMES[dtype]
+        scale = "*fp32 *i32" if how == "argument" else f"*{t} *i64"
+        types = f"*fp32 *fp32 *fp32 *{t} *i32 *i32 *i32" + " *fp32" * 5 + f" {scale}" + " i32" * 10 + " fp32 fp32"
+        constants = dict(norm._asdict(), SCALE=how, MODE=mode, WEIGHTS=weights, GRAM=lengths, WHOLE=whole, D=1024)
         constants |= dict(PRECISION=_tiles.exact(dtype), BLOCK_X=x)
         tile = _tiles.attend(dtype, arch, mode == "backward", whole, norm == COSINE, weights == "softmax")
         yield _tiles.Compilation(_attend, types, constants, tile)

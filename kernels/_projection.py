@@ -19,39 +19,8 @@ from torch import Tensor
 
 from . import _launch, _tiles
 from ._attention import Attended
+from ._pair_rows import attended_columns
 from ._tl import EPS, rows_of
-
-
-@triton.jit
-def _plus_rows(u, alphas, context, size, x, column, D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr):
-    """u plus the share of context rows `x` in alpha x."""
-    a = tl.load(alphas + x[None, :], mask=(x < size)[None, :], other=0.0).to(context.dtype.element_ty)
-    v = rows_of(context, tl.minimum(x, size - 1), column, D, BLOCK_K)
-    return tl.dot(a, v, u, input_precision=PRECISION)
-
-
-@triton.jit
-def _attended(
-    alphas, alpha, context, size, x, column, D: tl.constexpr, WHOLE: tl.constexpr, GLOBAL: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_K: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """alpha x [BLOCK_Q, BLOCK_K], for BLOCK_K columns of D; GLOBAL: the one context row, for all queries."""
-    if GLOBAL:
-        v = tl.load(context + column, mask=column < D, other=0.0).to(tl.float32)
-        return tl.broadcast_to(v[None, :], (BLOCK_Q, BLOCK_K))
-    elif WHOLE and BLOCK_X == ROWS:
-        # Rows past the set load its last row, whose weight is 0 there.
-        v = rows_of(context, tl.minimum(x, size - 1), column, D, BLOCK_K)
-        return tl.dot(alpha, v, input_precision=PRECISION)
-    else:
-        u = tl.zeros((BLOCK_Q, BLOCK_K), tl.float32)
-        if WHOLE:  # unrolled: only a loop without a loop inside is pipelined, here that over D
-            for j in tl.static_range(0, ROWS, BLOCK_X):
-                u = _plus_rows(u, alphas, context, size, j + x, column, D, PRECISION, BLOCK_K)
-        else:
-            for j in range(0, size, BLOCK_X):
-                u = _plus_rows(u, alphas, context, size, j + x, column, D, PRECISION, BLOCK_K)
-        return u
 
 
 @triton.jit
@@ -66,7 +35,7 @@ def _products(
     acc = tl.zeros((BLOCK_Q, BLOCK_S), tl.float32)
     for step in range(0, D, BLOCK_K):
         column = step + k
-        u = _attended(
+        u = attended_columns(
             alphas, alpha, context, size, x, column, D, WHOLE, GLOBAL, PRECISION, BLOCK_Q, BLOCK_X, BLOCK_K, ROWS
         )
         difference = u * inverse - rows_of(query, q, column, D, BLOCK_K).to(tl.float32)

@@ -1,8 +1,8 @@
 """Backward of the similarity vectors over D: (4) to (6) of `ops/cross_attention_similarity.py`.
 
     d u = 2 (u - q) W^T d y,    (u - q)^2 for d W                                               `_difference_gradient`
-    F_x = x . d u,    k = d u . u = sum_x alpha_x F_x / (|P| + eps)                             `_context_products`
-    d x += sum_q alpha_x d u / (|P| + eps)                                                      `_weighted_sum`
+    F_x = x . d u,    k = d u . u = sum_x alpha_x F_x / (|P| + eps)                             `_pair_rows`
+    d x += sum_q alpha_x d u / (|P| + eps)                                                      `_pair_rows`
 
 d u and (u - q)^2 [queries, sets, D] of a piece are workspaces. With p = |P|,
 d P = d u / (p + eps) - k P / (p (p + eps)), so `_attention_backward` is given w1 = 1 / (p + eps),
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from . import _launch, _tiles
 from ._attention import Attended
-from ._projection import _attended
+from ._pair_rows import attended_columns
 from ._tl import EPS, rows_of
 
 
@@ -50,7 +50,7 @@ def _difference_gradient(
     alpha = 0.0
     if WHOLE:
         alpha = tl.load(alphas + x[None, :], mask=(x < size)[None, :], other=0.0).to(context_ptr.dtype.element_ty)
-    u = _attended(
+    u = attended_columns(
         alphas, alpha, context, size, x, column, D, WHOLE, False, PRECISION, BLOCK_Q, BLOCK_X, BLOCK_K, BLOCK_X
     )
     square = tl.load(square_ptr + first.to(tl.int64) * (in16 * 16) + b + q * (in16 * 16))
@@ -68,79 +68,6 @@ def _difference_gradient(
     inside = (tl.arange(0, BLOCK_Q) < queries - first)[:, None] & (column < D)[None, :]
     tl.store(du_ptr + at, 2 * difference * along, mask=inside)
     tl.store(squares_ptr + at, difference * difference, mask=inside)
-
-
-@triton.jit(do_not_specialize=["set_first", "sets", "context_first", "queries", "ld16", "in16"])
-def _context_products(
-    alpha_ptr, square_ptr, du_ptr, context_ptr, start_ptr, size_ptr, f_ptr, w0_ptr, w1_ptr, w2_ptr,
-    set_first, sets, context_first, queries, ld16, in16,
-    D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """F = x . d u [queries, context rows], laid out like alpha, and w0, w1, w2 [queries, sets], from du.
-
-    One program: BLOCK_Q queries with one set of contexts. Grid: blocks of queries x sets.
-    """
-    tile, b = tl.program_id(0) // sets, tl.program_id(0) % sets
-    first = tile * BLOCK_Q
-    q = tl.minimum(tl.arange(0, BLOCK_Q), queries - first - 1)
-    real = tl.arange(0, BLOCK_Q) < queries - first
-    start = tl.load(start_ptr + set_first + b)
-    size = tl.load(size_ptr + set_first + b)
-    context = context_ptr + start.to(tl.int64) * D
-    du = du_ptr + (first.to(tl.int64) * sets + b) * D
-    corner = first.to(tl.int64) * (ld16 * 16) + start - context_first
-    along = tl.zeros((BLOCK_Q,), tl.float32)
-    for j in range(0, size, BLOCK_X):
-        x = j + tl.arange(0, BLOCK_X)
-        f = tl.zeros((BLOCK_Q, BLOCK_X), tl.float32)
-        for step in range(0, D, BLOCK_K):
-            column = step + tl.arange(0, BLOCK_K)
-            left = rows_of(du, q * sets, column, D, BLOCK_K)
-            v = rows_of(context, tl.minimum(x, size - 1), column, D, BLOCK_K).to(tl.float32)
-            f = tl.dot(left, v.T, f, input_precision=PRECISION)
-        at = corner + q[:, None] * (ld16 * 16) + x[None, :]
-        alpha = tl.load(alpha_ptr + at, mask=(x < size)[None, :], other=0.0)
-        along += tl.sum(alpha * f, 1)
-        tl.store(f_ptr + at, f, mask=real[:, None] & (x < size)[None, :])
-    at_b = first.to(tl.int64) * (in16 * 16) + b + q * (in16 * 16)
-    p = tl.sqrt(tl.load(square_ptr + at_b))
-    w1 = 1 / (p + EPS)
-    k = along * w1
-    tl.store(w0_ptr + at_b, k * EPS * w1, mask=real)
-    tl.store(w1_ptr + at_b, w1, mask=real)
-    tl.store(w2_ptr + at_b, tl.where(p > 0, -k * w1 / tl.where(p > 0, p, 1.0), 0.0), mask=real)
-
-
-@triton.jit(do_not_specialize=["set_first", "sets", "context_first", "queries", "chunks", "ld16", "in16"])
-def _weighted_sum(
-    alpha_ptr, w1_ptr, du_ptr, start_ptr, size_ptr, out_ptr,
-    set_first, sets, context_first, queries, chunks, ld16, in16,
-    D: tl.constexpr, PRECISION: tl.constexpr, BLOCK_X: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """out [all context rows, D] += sum_q alpha_x w1 d u: the gradient of x through the sum u.
-
-    One program: BLOCK_X rows and BLOCK_K columns of one set. Grid: sets x chunks of rows x chunks of columns.
-    """
-    columns: tl.constexpr = (D + BLOCK_K - 1) // BLOCK_K
-    pid = tl.program_id(0)
-    b, i, d = pid // (chunks * columns), (pid // columns) % chunks, pid % columns
-    start = tl.load(start_ptr + set_first + b)
-    size = tl.load(size_ptr + set_first + b)
-    if i * BLOCK_X < size:
-        x, k = i * BLOCK_X + tl.arange(0, BLOCK_X), d * BLOCK_K + tl.arange(0, BLOCK_K)
-        acc = tl.zeros((BLOCK_X, BLOCK_K), tl.float32)
-        for first in range(0, queries, BLOCK_Q):
-            q = (first + tl.arange(0, BLOCK_Q)).to(tl.int64)
-            real = q < queries
-            alphas = alpha_ptr + start - context_first + q[:, None] * (ld16 * 16) + x[None, :]
-            alpha = tl.load(alphas, mask=real[:, None] & (x < size)[None, :], other=0.0)
-            alpha *= tl.load(w1_ptr + q * (in16 * 16) + b, mask=real, other=0.0)[:, None]
-            inside = real[:, None] & (k < D)[None, :]
-            du = tl.load(du_ptr + (q * sets + b)[:, None] * D + k[None, :], mask=inside, other=0.0)
-            acc = tl.dot(alpha.T, du, acc, input_precision=PRECISION)
-        out = out_ptr + (start + x).to(tl.int64)[:, None] * D + k[None, :]
-        inside = (x < size)[:, None] & (k < D)[None, :]
-        tl.store(out, tl.load(out, mask=inside, other=0.0) + acc, mask=inside)
 
 
 def difference_gradient(
@@ -163,38 +90,6 @@ def difference_gradient(
     return du, squares
 
 
-def context_products(
-    context: _launch.Sets, piece: _launch.Piece, attended: Attended, du: Tensor, w: tuple[Tensor, ...]
-) -> Tensor:
-    """Return F of a piece, shaped like its affinities, and write w0, w1 and w2 into w."""
-    queries, sets, D = du.shape
-    f = torch.empty_like(attended.alpha)
-    dtype = context.rows.dtype
-    precision = _tiles.products(dtype)
-    tile = _tiles.context_products(dtype, _launch.arch(du.device), precision)
-    _context_products[(_launch.blocks(queries, tile["BLOCK_Q"]) * sets,)](
-        attended.alpha, attended.out, du, context.rows, context.start, context.size, f, *w,
-        piece.contexts.start, sets, piece.x.start, queries, f.stride(0) // 16, attended.out.stride(0) // 16,
-        D=D, PRECISION=precision, BLOCK_X=context.tile, **tile,
-    )  # fmt: skip
-    return f
-
-
-def weighted_sum(
-    context: _launch.Sets, piece: _launch.Piece, attended: Attended, w1: Tensor, du: Tensor, out: Tensor
-) -> None:
-    """Add what reaches the contexts of a piece through P's sum over them to out [all context rows, D]."""
-    queries, sets, D = du.shape
-    dtype = context.rows.dtype
-    precision = _tiles.products(dtype)
-    tile = _tiles.weighted_sum(dtype, _launch.arch(du.device), precision)
-    chunks = _launch.blocks(context.longest, tile["BLOCK_X"])
-    _weighted_sum[(sets * chunks * _launch.blocks(D, tile["BLOCK_K"]),)](
-        attended.alpha, w1, du, context.start, context.size, out, piece.contexts.start, sets, piece.x.start, queries,
-        chunks, attended.alpha.stride(0) // 16, w1.stride(0) // 16, D=D, PRECISION=precision, **tile,
-    )  # fmt: skip
-
-
 def compilations(arch: int) -> Iterator[_tiles.Compilation]:
     wide, narrow = _launch.REGIONS, _launch.WORDS
     for dtype, t in _tiles.NAMES.items():
@@ -204,12 +99,3 @@ def compilations(arch: int) -> Iterator[_tiles.Compilation]:
                 constants = dict(D=1024, S=256, WHOLE=whole, PRECISION=precision, BLOCK_X=rows)
                 tile = _tiles.difference_gradient(dtype, arch, precision)
                 yield _tiles.Compilation(_difference_gradient, types, constants, tile)
-            types = f"*fp32 *fp32 *fp32 *{t} *i32 *i32" + " *fp32" * 4 + " i32" * 6
-            for rows in (wide, narrow):
-                constants = dict(D=1024, PRECISION=precision, BLOCK_X=rows)
-                tile = _tiles.context_products(dtype, arch, precision)
-                yield _tiles.Compilation(_context_products, types, constants, tile)
-    for precision in ("tf32", "tf32x3"):
-        types = "*fp32 *fp32 *fp32 *i32 *i32 *fp32" + " i32" * 7
-        tile = _tiles.weighted_sum(torch.float32, arch, precision)
-        yield _tiles.Compilation(_weighted_sum, types, dict(D=1024, PRECISION=precision), tile)

@@ -237,13 +237,24 @@ def difference_gradient(dtype: torch.dtype, arch: int, precision: str) -> Tile:
 
 
 def context_products(dtype: torch.dtype, arch: int, precision: str) -> Tile:
-    """kernels/_projection_backward.py: _context_products."""
+    """kernels/_pair_rows.py: _context_products."""
     return _row(8, 2, BLOCK_Q=32 if precision == "tf32x3" else 64, BLOCK_K=32)  # untuned
 
 
 def weighted_sum(dtype: torch.dtype, arch: int, precision: str) -> Tile:
-    """kernels/_projection_backward.py: _weighted_sum."""
+    """kernels/_pair_rows.py: _weighted_sum."""
     return _row(8, 2, BLOCK_X=64, BLOCK_Q=32, BLOCK_K=64)  # untuned
+
+
+def combine(dtype: torch.dtype, arch: int, precision: str) -> Tile:
+    """kernels/_pair_rows.py: _combine."""
+    rows = 32 if precision == "tf32x3" else 64
+    return _row(8, 2, BLOCK_Q=rows, BLOCK_K=32 if arch == 100 else rows)  # untuned
+
+
+def through_scale(dtype: torch.dtype, arch: int) -> Tile:
+    """kernels/attended_vectors.py: _through_scale."""
+    return _row(4, 1, BLOCK_Q=32)  # untuned
 
 
 def context(dtype: torch.dtype, arch: int, precision: str) -> Tile:

@@ -127,3 +127,26 @@ def denominator(z, WEIGHTS: tl.constexpr):
     if WEIGHTS == "threshold":
         return tl.where(z == 0, 1.0, z)
     return z
+
+
+@triton.jit
+def norms_of(norm_ptr, owner_ptr, row, owner_first, ld, column):
+    """Pointers [rows, 1] to where the norms of the sets of queries `row` begin, for the context row `column`."""
+    owner = tl.load(owner_ptr + row)
+    low = tl.min(owner, 0)
+    return norm_ptr + (low - owner_first).to(tl.int64) * ld + column + (owner - low)[:, None] * ld
+
+
+@triton.jit
+def scale_of(scale_ptr, scale, place_ptr, row, b, part, SCALE: tl.constexpr):
+    """What the logits of queries `row` with set b are A' times: the argument, a number in memory or one for each pair.
+
+    "pairs": [rows, 1], from place[row] + b * part of `scale_ptr`.
+    """
+    if SCALE == "argument":
+        return scale
+    elif SCALE == "number":
+        return tl.load(scale_ptr).to(tl.float32)
+    else:
+        at = tl.load(place_ptr + row) + b.to(tl.int64) * part
+        return tl.load(scale_ptr + at).to(tl.float32)[:, None]

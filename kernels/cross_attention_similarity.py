@@ -14,8 +14,9 @@ from itm_fast._workspace import scratch_bytes
 from . import _attention, _launch, _tiles
 from ._attention_backward import EACH_ROW, EACH_SET, Gradients, coefficients, gram_gradient, logit_gradient
 from ._norms import norm_of
+from ._pair_rows import context_products, pair_rows, weighted_sum
 from ._projection import project
-from ._projection_backward import context_products, difference_gradient, weighted_sum
+from ._projection_backward import difference_gradient
 
 OP = "cross_attention_similarity"
 
@@ -37,22 +38,16 @@ def forward(
     with _launch.on(image.device):
         query, context = _launch.sets(OP, image, words, cu_seqlens, region_lengths, direction)
         weight, bias, norm = _launch.aligned(weight), _launch.aligned(bias), norm_of(affinity_norm)
-        place, out = places(result, direction)
+        out = pair_rows(result, I, T, R, direction)
         limit, each = scratch_bytes(image.device), (_attention.EACH_ROW, _attention.EACH_SET)
         pieces = _launch.pieces(query, context, *each, limit, _tiles.PIECE)
         for piece, gram in _attention.with_grams(context, pieces):
             attended = _attention.attend("weights", query, context, piece, gram, None, norm, scale)
-            project(query, context, piece, attended, weight, bias, place, out, out_first=piece.contexts.start)
+            project(
+                query, context, piece, attended, weight, bias, out.place, result.flatten(0, -3),
+                out_first=piece.contexts.start,
+            )  # fmt: skip
     return result
-
-
-def places(result: Tensor, direction: str) -> tuple[Tensor, Tensor]:
-    """Each query's row in a context set's part of the result, and the result as [context sets, rows of a part, S]."""
-    if direction == "t2i":
-        return torch.arange(result.shape[1], device=result.device), result
-    I, T, R, S = result.shape
-    image = torch.arange(I, device=result.device)[:, None] * (T * R)
-    return (image + torch.arange(R, device=result.device)).flatten(), result.view(I * T, R, S)
 
 
 def backward(
@@ -74,7 +69,7 @@ def backward(
         image = _launch.zero_padding(image, region_lengths)
         query, context = _launch.sets(OP, image, words, cu_seqlens, region_lengths, direction)
         weight, bias, norm = _launch.aligned(weight), _launch.aligned(bias), norm_of(affinity_norm)
-        place, grad = places(_launch.aligned(grad), direction)
+        out = pair_rows(_launch.aligned(grad), len(image), len(cu_seqlens) - 1, image.shape[1], direction)
         t2i = direction == "t2i"
         sums = Gradients(query, context, (needs[1], needs[0]) if t2i else (needs[0], needs[1]))
         d_weight = torch.zeros_like(weight, dtype=torch.float32) if needs[2] else None
@@ -86,7 +81,7 @@ def backward(
             queries, sets = piece.q.stop - piece.q.start, piece.contexts.stop - piece.contexts.start
             dy = torch.empty(queries, sets, S, dtype=torch.float32, device=image.device)
             project(
-                query, context, piece, attended, weight, bias, place, grad,
+                query, context, piece, attended, weight, bias, out.place, out.rows.flatten(0, -3),
                 out_first=piece.contexts.start, gradient=dy,
             )  # fmt: skip
             du, squares = difference_gradient(query, context, piece, attended, weight, dy)
@@ -99,9 +94,10 @@ def backward(
             if sums.query is None and sums.context is None:
                 continue
             w = coefficients(attended.out, 3)
-            f = context_products(context, piece, attended, du, w)
+            f = torch.empty_like(attended.alpha)
+            context_products(context, piece, du, f, attended, w)
             if sums.context is not None:
-                weighted_sum(context, piece, attended, w[1], du, sums.context)
+                weighted_sum(context, piece, attended.alpha, w[1], du, sums.context)
             gram_gradient(context, piece, attended, w[2], m)
             sums.add(piece, logit_gradient(query, context, piece, attended, f, w, norm, scale))
         d_image, d_words = (sums.context, sums.query) if t2i else (sums.query, sums.context)

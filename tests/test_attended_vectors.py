@@ -1,5 +1,8 @@
 """`attended_vectors` on every backend that runs on a CPU."""
 
+from functools import partial
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cpu_cases import at_level, needs_cpu, over_lesser_processors
@@ -35,6 +38,9 @@ def case(I, lengths, R, D, S=None, regions=None, own=False, **options):
         )
 
     return call, args
+
+
+OWN = SimpleNamespace(case=partial(case, own=True))
 
 
 @over_directions
@@ -174,7 +180,7 @@ WRONG = [
     ({"values": torch.zeros(4, 8), "direction": "i2t"}, ValueError, r"values must be \[N, S\], as the words, got 4"),
     ({"words": torch.zeros(5)}, ValueError, r"words must be \[N, D\], got \[5\]"),
     ({"direction": "v2t"}, ValueError, "direction must be one of t2i, i2t"),
-    ({"backend": "triton"}, NotImplementedError, "attended_vectors has no such backend; it offers cpu"),
+    ({"backend": "cuda"}, NotImplementedError, "attended_vectors cannot run on cpu: cuda: needs CUDA tensors"),
 ]
 
 

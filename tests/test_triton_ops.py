@@ -3,6 +3,7 @@
 import itertools
 
 import pytest
+import test_attended_vectors
 import test_cross_attention_score
 import test_cross_attention_similarity
 import test_global_local_score
@@ -33,6 +34,10 @@ CASES = {
     "cross_attention_score": (
         test_cross_attention_score,
         {"one": (1, (1,), 1, 1), "ragged": (3, COUNTS, 36, 64), "prime": (3, (5, 5, 2), 17, 31)},
+    ),
+    "attended_vectors": (
+        test_attended_vectors.OWN,
+        {"one": (1, (1,), 1, 1, 1), "ragged": (3, COUNTS, 9, 32, 16), "prime": (3, (5, 5, 2), 7, 31, 11, (7, 1, 4))},
     ),
     "cross_attention_similarity": (
         test_cross_attention_similarity,
@@ -110,7 +115,7 @@ def test_a_float64_default_changes_nothing(op, device, backend):
 
 
 @EVERYWHERE
-@pytest.mark.parametrize("op", [op for op in OPS if op.startswith("cross_attention")])
+@pytest.mark.parametrize("op", [op for op in OPS if op.startswith("cross_attention") or op == "attended_vectors"])
 def test_i2t(op, device, backend):
     call, args = case(op, "prime", device, direction="i2t")
     for dtype in dtypes(device):
@@ -213,6 +218,10 @@ def test_empty(op, I, T, device, backend):
 
 def one_pair(op, args, i, start, stop, t):
     """The arguments of image i with caption t alone, whose words or nodes are rows start to stop."""
+    if op == "attended_vectors":
+        image, words, queries, values, scale = args
+        pair = slice(i, i + 1), slice(start, stop)
+        return [image[pair[0]], words[pair[1]], queries[pair], values[pair[0]], scale[pair]]
     at = {"I": slice(i, i + 1), "T": slice(t, t + 1), "N": slice(start, stop), "M": slice(start, stop)}
     shapes = [argument.shape.labels for argument in DECLARED[op].arguments[: len(args)]]
     return [a[tuple(at.get(letter, slice(None)) for letter in shape)] for a, shape in zip(args, shapes, strict=True)]
@@ -241,7 +250,7 @@ def test_a_pair_has_the_same_bits_in_any_block(op, device, backend):
             found = op_checks.first(found)
             if op == "similarity_nodes":
                 same(found[0], whole[i, edge[t] + t : edge[t + 1] + t + 1])
-            elif op == "cross_attention_similarity":
+            elif op in ("cross_attention_similarity", "attended_vectors"):
                 same(found[0], whole[i, edge[t] : edge[t + 1]])
             elif op == "similarity_context":
                 same(found[0], whole[i, edge[t] + 6 * t : edge[t + 1] + 6 * t + 6])

@@ -172,9 +172,9 @@ class Declaration:
         refuse: (sizes by letter, arguments by name) -> what is wrong that the rows do not check, or None.
         too_large: ("triton" or "cuda", sizes by letter, arguments by name) -> why that backend's kernels cannot take
             them, or None.
-        backward: for an op whose kernels (C++, Triton) have a forward pass only: the backend whose backward they use,
-            or a function that is called as an implementation's `backward` with the backend in front. A forward pass
-            in "cuda" uses the backward pass of "triton" or "torch".
+        backward: for an op whose kernels in C++, and in Triton unless their file has `backward`, have a forward pass
+            only: the backend whose backward they use, or a function that is called as an implementation's `backward`
+            with the backend in front. A forward pass in "cuda" uses the backward pass of "triton" or "torch".
         keeps: the results are saved for backward, which gets them as `results=`.
         widens: autocast converts the tensors to float32 instead of its own dtype.
     """

@@ -150,6 +150,8 @@ class Op(Declaration):
         if backend not in KERNELS or self.backward is None:
             return found
         if isinstance(self.backward, str):
+            if backend == "triton" and hasattr(found, "backward"):
+                return found
             return SimpleNamespace(forward=found.forward, backward=self.implementation(self.backward).backward)
         return SimpleNamespace(forward=found.forward, backward=partial(self.backward, backend))
 

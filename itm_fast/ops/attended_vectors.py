@@ -35,7 +35,7 @@ from . import _attention, _draws
 from ._declare import Choice, Floats, Given, Integers, Result
 from ._register import Op
 
-OFFERED = ("cpu", "torch", "reference")
+OFFERED = ("triton", "cpu", "torch", "reference")
 
 
 def reference(
@@ -98,6 +98,13 @@ def _refuse(size: dict[str, int], given: Given) -> str | None:
     return None
 
 
+def _own_example(size: _draws.Size, draw: _draws.Draw) -> list[Tensor]:
+    """Queries of each pair's own, and other values than the regions."""
+    image, words, edge = _draws.attention(size, draw)
+    queries = words + draw(len(image), *words.shape) / words.shape[1] ** 0.5
+    return [image, words, edge, queries, draw(*image.shape[:2], size.similarity)]
+
+
 _op = Op(
     "attended_vectors",
     [
@@ -114,7 +121,7 @@ _op = Op(
     [Result("attended", _shape)],
     offered=OFFERED,
     reference=reference,
-    examples=[lambda size, draw: _draws.attention(size, draw)],
+    examples=[lambda size, draw: _draws.attention(size, draw), _own_example],
     refuse=_refuse,
     backward="torch",
 )
@@ -152,7 +159,7 @@ def attended_vectors(
         scale: [C, P] inverse temperatures of the attention's softmax: a number, or a tensor with one for each query,
             [I, N] or, for i2t, [I, T, R]; 0 gives equal weights.
         region_lengths: [I] int32 or int64 regions of each image, from 1 to R; None means R for all.
-        backend: "cpu", "torch" or "reference"; None lets itm_fast choose.
+        backend: "triton", "cpu", "torch" or "reference"; None lets itm_fast choose.
 
     Returns:
         t2i: [I, N, S], one vector per image and word. i2t: [I, T, R, S], one per caption and region; those of padding
