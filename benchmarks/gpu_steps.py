@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -40,6 +41,18 @@ from itm_fast import _backends, _cuda
 from itm_fast.ops import _examples as examples
 
 ROOT = Path(__file__).resolve().parents[1]
+# op -> options of other models: of BFAN and of NAAF's three terms, the first of which is CHAN's and MaxSim's too. The
+# kernels in CUDA C++ have none of them.
+WAYS: dict[str, dict[str, dict[str, Any]]] = {
+    "cross_attention_score": {
+        "bfan equal": dict(weights="focal_equal", pool="mean"),
+        "bfan prob": dict(weights="focal_prob", similarity="projection", pool="mean", direction="i2t"),
+        "maxima": dict(weights="hard", similarity="product", affinity_norm="none", pool="smoothed_negative"),
+        # Not the projection, in which the reference in float16 divides by 0 where no region passes the threshold.
+        "threshold": dict(weights="threshold", similarity="product", affinity_norm="none", pool="mean"),
+        "products": dict(similarity="product", pool="negative", direction="i2t"),
+    },
+}
 SYSTEMS = ("shan", "shan-vector", "hgan", "tshsr")
 
 
@@ -73,11 +86,14 @@ def check_step(rows: Rows, sizes: Sizes, op: str) -> None:
         for backend in backends_of(op):
             with precision(name) as dtype:
                 rows.attempt(f"{op} {name} {backend}", partial(_checked, op, backend, device, dtype))
+                for way, options in WAYS.get(op, {}).items() if backend != "cuda" else ():
+                    said = f"{op} {name} {backend} {way}"
+                    rows.attempt(said, partial(_checked, op, backend, device, dtype, **options))
 
 
-def _checked(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> dict:
+def _checked(op: str, backend: str, device: torch.device, dtype: torch.dtype, **options: Any) -> dict:
     start = time.perf_counter()
-    wrong = examples.problem(op, backend, device, dtype, True)
+    wrong = examples.problem(op, backend, device, dtype, True, **options)
     return {"problem": wrong, "seconds_with_compiling": time.perf_counter() - start}
 
 

@@ -2,10 +2,13 @@
 
 import pytest
 import torch
+from family_cases import golden
+from sgraf_cases import under
 from test_attended_vectors import LENGTHS, case
 from triton_cases import HALVES, TRITON, placed
 
 import itm_fast
+from itm_fast.models import rcar
 from itm_fast.ops._attention import DIRECTIONS, NORMS
 from itm_fast.testing import op_checks
 
@@ -81,3 +84,19 @@ def test_padded_regions_never_leak(own, direction, device, backend):
         grad[1, :, 1:] = float("nan")  # of vectors that are zero whatever the inputs
     found.backward(grad)
     assert all(x.grad.isfinite().all() for x in leaves)
+
+
+@TRITON
+def test_published_vectors_of_rcar(device, backend):
+    """In float32, whose own loops are off by 1e-6 in scores and by 5e-5 in gradients of the inputs."""
+    want = golden("rcar_t2i_rcar2")
+    scorer = rcar.RegulatedMatching(64, 32, **under(want, "option/")).eval()
+    scorer.load_state_dict(under(want, "param/"))
+    names = ("image", "caption", "d_score", "score", "d_image", "d_caption")
+    image, caption, d_score, *expected = (want[name].to(device, torch.float32) for name in names)
+    with itm_fast.use_backend(backend):
+        score = scorer.to(device)(image.requires_grad_(), caption.requires_grad_(), want["lengths"].tolist())
+        score.backward(d_score)
+    found = (score, image.grad, caption.grad)
+    for mine, value, allowed in zip(found, expected, (1e-5, 2e-4, 2e-4), strict=True):
+        torch.testing.assert_close(mine, value, rtol=0, atol=allowed * max(1.0, value.abs().max().item()))

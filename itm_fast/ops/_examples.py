@@ -46,6 +46,7 @@ def outcome(
     size: Size = SMALL,
     backward: bool = True,
     kind: int = 0,
+    **options: Any,
 ) -> list[Tensor]:
     """An op's results on an example, and the gradients of the first result.
 
@@ -58,6 +59,7 @@ def outcome(
         size: of the example.
         backward: whether to compute gradients too.
         kind: number of the example.
+        options: further arguments of the public function.
 
     Returns:
         Tensors on the CPU.
@@ -75,7 +77,7 @@ def outcome(
             if backward and name not in fixed:
                 leaves.append(arguments[k].requires_grad_())
     with torch.set_grad_enabled(backward):
-        results = DECLARED[op].function(*arguments, backend=backend)
+        results = DECLARED[op].function(*arguments, backend=backend, **options)
         results = results if isinstance(results, tuple) else (results,)
         results = tuple(x for x in results if x.is_floating_point())  # without the bounds that some ops return
         # Unequal weights: the plain sum of squares of unit vectors has no gradient.
@@ -84,7 +86,9 @@ def outcome(
     return [x.detach().cpu() for x in (*results, *found)]
 
 
-def problem(op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool) -> str | None:
+def problem(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool, **options: Any
+) -> str | None:
     """Tell what is wrong with an op's backend on a device, if anything.
 
     Meant to find broken kernels, so the tolerance is wide: each result and gradient may have eight times the error of
@@ -96,6 +100,7 @@ def problem(op: str, backend: str, device: torch.device, dtype: torch.dtype, bac
         device: the device to run on.
         dtype: the dtype to run in; float32 with the products that `torch.get_float32_matmul_precision` allows.
         backward: whether to check gradients too.
+        options: of the op, where they are not the default ones.
 
     Returns:
         None, or one line: the exception that was raised, or what is wrong by how much.
@@ -105,7 +110,7 @@ def problem(op: str, backend: str, device: torch.device, dtype: torch.dtype, bac
     >>> problem("similarity_graph", "torch", torch.device("cpu"), torch.float32, backward=True) is None
     True
     """
-    found = (_problem(op, backend, device, dtype, backward, kind) for kind in kinds(op))
+    found = (_problem(op, backend, device, dtype, backward, kind, **options) for kind in kinds(op))
     return next((line for line in found if line), None)
 
 
@@ -140,16 +145,18 @@ def variants_differ(op: str, device: torch.device, dtype: torch.dtype) -> str | 
     return None if off <= most else f"kernels for this GPU alone are off by {off:.1e} of the others, allowed {most:.1e}"
 
 
-def _problem(op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool, kind: int) -> str | None:
+def _problem(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool, kind: int, **options: Any
+) -> str | None:
     size = PUBLISHED if device.type == "cuda" else SMALL
     try:
-        found = outcome(op, backend, device, dtype, size=size, backward=backward, kind=kind)
+        found = outcome(op, backend, device, dtype, size=size, backward=backward, kind=kind, **options)
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # whatever a compiler, a driver or a launch raises is the finding
         return f"{type(error).__name__}: {error}".splitlines()[0]
     same, exact = (
-        outcome(op, "reference", "cpu", work, rounded=dtype, size=size, backward=backward, kind=kind)
+        outcome(op, "reference", "cpu", work, rounded=dtype, size=size, backward=backward, kind=kind, **options)
         for work in (dtype, torch.float64)
     )
     narrowed = dtype == torch.float32 and matmul_precision() != "highest"
