@@ -16,7 +16,6 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Mapping
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -109,13 +108,22 @@ class NegativeAware(PaddedScorer):
                 "NAAF: in training caption t must belong to image t, as the thresholds follow such pairs; got "
                 f"{len(image_state[0])} images and {len(edge) - 1} captions. mode='train' holds the thresholds fixed"
             )
-        found, seen = [], _Seen()
-        for t, (start, stop) in enumerate(pairwise(edge)):  # n and f change with the thresholds, r does not
+        found, seen, t, ahead = [words.new_empty(len(image_state[0]), 0)], _Seen(), 0, 1
+        relevance = r.score(*rest)  # which does not change with the thresholds, as n and f do
+        while t < len(edge) - 1:
+            # Score some captions with the thresholds of now, and keep those up to the first that moves them.
             n, f, _ = self._terms()
-            one = image_state, words[start:stop], cu_seqlens[t : t + 2] - start, (), region_lengths
-            found.append(n.score(*one) + f.score(*one) + r.score(*one))
-            self.mine(seen, t, image_state[0], words[start:stop], found[-1][:, 0], region_lengths)
-        return torch.cat(found, 1) if found else words.new_empty(len(image_state[0]), 0)
+            last, now = min(t + ahead, len(edge) - 1), (self.thres, self.thres_safe)
+            some = words[edge[t] : edge[last]], cu_seqlens[t : last + 1] - edge[t], (), region_lengths
+            score = n.score(image_state, *some) + f.score(image_state, *some) + relevance[:, t:last]
+            first = t
+            while t < last and now == (self.thres, self.thres_safe):
+                own = words[edge[t] : edge[t + 1]]
+                self.mine(seen, t, image_state[0], own, score[:, t - first], region_lengths)
+                t += 1
+            found.append(score[:, : t - first])
+            ahead = 2 * ahead if now == (self.thres, self.thres_safe) else 1
+        return torch.cat(found, 1)
 
     @torch.no_grad()
     def mine(
