@@ -3,17 +3,20 @@
     python benchmarks/large_pools.py [--quick]
 
 The scorer is one product of 16 numbers, so that nearly all of the time is the evaluation's own: counting both
-directions under every rule for ties and, in some rows, keeping the ten best items of every query. The last row holds
-what ranking adds to a SCAN evaluation of COCO 5K's sizes against the time that SCAN itself takes for it. Pools that
-the file of results holds already are not measured again.
+directions under every rule for ties and, in some rows, keeping the ten best items of every query. One row is of two
+processes that torchrun starts. The last line holds what ranking adds to a SCAN evaluation of COCO 5K's sizes against
+the time that SCAN itself takes for it. What the file of results holds already is not measured again.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
+import os
 import resource
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -25,18 +28,21 @@ from torch.nn.functional import normalize
 if __name__ == "__main__":  # from a bare checkout, `benchmarks` lies beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.harness import progress, write
+from benchmarks.harness import RESULTS, progress, write
 from benchmarks.machine import environment, in_fresh_process
+from itm_fast._ranks import joined
 from itm_fast.evaluation import WORKLOADS, Encoded, rank_all, score_all
 from itm_fast.evaluation.block_scores import score_blocks
 from itm_fast.evaluation.counted import part_of
-from itm_fast.evaluation.matrix_free import blocks_of
+from itm_fast.evaluation.matrix_free import Blocks, blocks_of
 from itm_fast.evaluation.tally import Asked
+from itm_fast.evaluation.together import count_together
 from itm_fast.nn import CrossAttentionScore, PairScorer
 
 DIM = 16
 POOLS = [(31_000, 155_000, None, 1), (31_000, 155_000, 10, 8), (100_000, 500_000, None, 1)]  # best items, parts
 QUICK = [(60, 300, None, 1), (60, 300, 10, 2)]
+TOGETHER, QUICK_TOGETHER = (100_000, 500_000, 1), (60, 300, 1)  # by two processes; the last number: parts
 COCO, QUICK_COCO = (5000, 25_000), (60, 300)
 
 
@@ -68,11 +74,7 @@ def measure(images: int, captions: int, best: int | None, parts: int) -> dict:
         tally = blocks.all(tally, numbers, progress=False)
         elapsed, cpu = time.perf_counter() - start, time.process_time() - cpu
         pairs = sum(blocks.plan.pairs_of(number) for number in numbers)
-        some = numbers[: max(1, len(numbers) // 20)]
-        alone = time.process_time()
-        for _ in score_blocks(blocks.members, some):
-            pass
-        alone = (time.process_time() - alone) / sum(blocks.plan.pairs_of(number) for number in some)
+        alone = scores_alone(blocks, numbers)
     return {
         "images": images,
         "captions": captions,
@@ -86,6 +88,48 @@ def measure(images: int, captions: int, best: int | None, parts: int) -> dict:
         "before_gb": held * 1024 / 1e9,
         "matrix_gb": 4 * images * captions / 1e9,
     }
+
+
+def scores_alone(blocks: Blocks, numbers: range) -> float:
+    """Seconds of the processor that the scores of a pair take without counting, on a twentieth of these blocks."""
+    some = numbers[: max(1, len(numbers) // 20)]
+    start = time.process_time()
+    for _ in score_blocks(blocks.members, some):
+        pass
+    return (time.process_time() - start) / sum(blocks.plan.pairs_of(number) for number in some)
+
+
+def measure_together(images: int, captions: int, parts: int, processes: int = 2) -> dict:
+    """Rank a pool by processes of torchrun."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    words = [__file__, "--process", str(images), str(captions), str(parts)]
+    load = os.getloadavg()[0]
+    done = subprocess.run([*launch, *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return {**json.loads(done.stdout.splitlines()[-1]), "load_before": load, "environment": environment()}
+
+
+def one_of_several(images: int, captions: int, parts: int) -> None:
+    """What a process of `measure_together` does; that of rank 0 prints the result."""
+    encoded = pool(images, captions)
+    with joined(torch.device("cpu")) as ranks:
+        start, cpu = time.perf_counter(), time.process_time()
+        with blocks_of([Dot()], [encoded], None) as blocks:
+            numbers = part_of(blocks.plan.blocks, (1, parts))
+            begun = blocks.begin() if ranks.first else None
+            count_together(blocks, begun, ranks, numbers, progress=False)
+            elapsed, cpu = time.perf_counter() - start, time.process_time() - cpu
+            alone = scores_alone(blocks, numbers)
+            pairs = sum(blocks.plan.pairs_of(number) for number in numbers)
+        each = ranks.each((cpu, alone, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9))
+    if ranks.first:
+        total = sum(cpu for cpu, _, _ in each)
+        scores = statistics.mean(alone for _, alone, _ in each)
+        found = {"images": images, "captions": captions, "best": None, "part": f"1/{parts}", "processes": len(each)}
+        found |= {"pairs": pairs, "seconds": elapsed, "cpu_seconds": total}
+        found |= {"overhead_ns_per_pair": (total / pairs - scores) * 1e9, "peak_gb": max(peak for _, _, peak in each)}
+        print(json.dumps({**found, "matrix_gb": 4 * images * captions / 1e9}))
 
 
 def against_scan(images: int, captions: int, rounds: int, block: tuple[int, int] = (500, 256)) -> dict:
@@ -146,19 +190,25 @@ def scan_seconds(rounds: int, block: tuple[int, int]) -> tuple[float, float]:
     return statistics.median(found[0][1:]), statistics.median(found[1][1:])
 
 
+def _key(row: dict) -> tuple:
+    return row["images"], row["captions"], row["best"], row["part"], row.get("processes", 1)
+
+
 def table(result: dict) -> str:
     """The tables of the page of results."""
     environment, coco = result["environment"], result["coco"]
     lines = [
-        f"A scorer of {2 * DIM} operations a pair, {environment['threads']} thread of {environment['device']}; "
-        f"{environment['date']}; commit {environment['commit']}. The "
+        f"A scorer of {2 * DIM} operations a pair, {environment['threads']} thread a process of "
+        f"{environment['device']}; {environment['date']}; commit {environment['commit']}. The "
         "overhead is the processor's time beyond that of the scores.",
         "",
-        "| pool | best kept | part | pairs | processor, s | overhead, ns a pair | peak, GB | its matrix, GB |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "| pool | best kept | part | processes | pairs | time, s | processor, s | overhead, ns a pair | peak, GB each "
+        "| its matrix, GB |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for one in result["pools"]:
-        sizes = f"{one['images']:,} x {one['captions']:,} | {one['best'] or '-'} | {one['part']} | {one['pairs']:,}"
+        sizes = f"{one['images']:,} x {one['captions']:,} | {one['best'] or '-'} | {one['part']} | "
+        sizes += f"{one.get('processes', 1)} | {one['pairs']:,} | {one['seconds']:.0f}"
         memory = f"{one['peak_gb']:.2f} | {one['matrix_gb']:.1f}"
         cost = f"{one['cpu_seconds']:.0f} | {one['overhead_ns_per_pair']:.1f} | {memory}"
         lines.append(f"| {sizes} | {cost} |")
@@ -176,15 +226,30 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="tiny pools, as the tests run it")
     parser.add_argument("--name", default="large_pools", help="of the file in benchmarks/results")
+    parser.add_argument("--process", type=int, nargs=3, help=argparse.SUPPRESS)  # one of those that torchrun starts
     args = parser.parse_args(argv)
+    if args.process:
+        one_of_several(*args.process)
+        return
     pools, coco, more = (QUICK, QUICK_COCO, (1, (16, 80))) if args.quick else (POOLS, COCO, (3, (500, 256)))
     run = measure if args.quick else functools.partial(in_fresh_process, measure)
+    *pool_together, parts_together = QUICK_TOGETHER if args.quick else TOGETHER
+    path = RESULTS / f"{args.name}.json"
+    kept = json.loads(path.read_text()) if path.exists() else {"pools": []}
+    known = {_key(row): row for row in kept["pools"]}
     found = []
     for images, captions, best, parts in pools:
-        row = run(images, captions, best, parts)
+        row = known.get((images, captions, best, f"1/{parts}", 1)) or run(images, captions, best, parts)
         found.append(row)
         progress(str(row))
-    result = {"environment": environment(), "pools": found, "coco": against_scan(*coco, *more)}
+    asked = (*pool_together, None, f"1/{parts_together}", 2)
+    found.append(known.get(asked) or measure_together(*pool_together, parts_together))
+    progress(str(found[-1]))
+    result = {
+        "environment": kept.get("environment") or environment(),
+        "pools": found,
+        "coco": kept.get("coco") or against_scan(*coco, *more),
+    }
     write(args.name, result)
     print(table(result))
 

@@ -2,13 +2,14 @@
 
     python benchmarks/scale_plan.py      # writes benchmarks/results/large_scale.md
 
-Nothing here is measured but the counting (large_pools.json). A pair's time is predicted by the traffic model
+Nothing here is measured but the counting on a host (large_pools.json). A pair's time is predicted by the traffic model
 (traffic_h100.json), which is a bound: no kernel can be faster, and kernels will be slower.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -23,6 +24,8 @@ from itm_fast.evaluation import WORKLOADS
 REGIONS, DIM, BYTES = 36, 1024, 2  # of an embedding in bfloat16
 PCIE, NETWORK, DISK = 50e9, 3e9, 3e9  # bytes/s: to one GPU, of one node (25 Gbit/s), read from one node's disk
 PER_NODE = 8  # GPUs
+CALLS, CALL = 36, 1e-5  # kernels and copies of PyTorch that count a block on a GPU, and seconds for each
+TOUCHED, HBM = 72, 3.35e12  # bytes that these read and write for each pair; bytes/s
 BAND = 2500  # images of a block on a GPU
 TICKET = 1e-3  # seconds for a process to take the number of its next block from a shared queue
 BLOCK = 2500 * 512  # pairs of a block
@@ -33,30 +36,31 @@ GPUS = [1, 8, 64]
 HEAD = """\
 # Past the machines at hand
 
-Only the cost of counting on this page is measured ([large_pools.json](large_pools.json)). Times of scores are bounds
+Only the cost of counting on a host is measured ([large_pools.json](large_pools.json)). Times of scores are bounds
 that the traffic model predicts for an H100 (SXM, 80 GB) in bfloat16: kernels will be slower.
 
 With I images, T captions of W = {words:.1f} words, R = {regions} regions, D = {dim}, b = {bytes} bytes a number, G GPUs
 ({per_node} a node), and F = 1 with folds and 0 without:
 
     pairs      P = I T
-    embeddings E = (I R + T W) D b                          bytes, one copy a process in the host's memory; without a
-                                                            GPU mapped from disk where memory is short
+    embeddings E = (I R + T W) D b                          bytes, one copy a node, in a file that its processes map
     counters   C = 24 (1 + F) (I + T) + 4 (2 + F) T             bytes a process and system: a snapshot
                                                             8 k (I + T) more where the k best items are kept
     matrix       = 4 P                                      bytes that are not needed
     scores       = s P / G                                  s seconds a pair, from the traffic model
-    counting     = {count:.1f} ns P / G                            one core of the host for each GPU; {kept:.1f} ns with
-                                                            the 10 best items
+    counting     = ({calls} x {call:.0f} us / {block:,} + {touched} B / {hbm:.2f} TB/s) P / G    on the GPU that scores;
+                   {kept:.1f} ns P / G on one core of the host for each GPU, if the 10 best items are kept,
+                   {count:.1f} ns P / G without them and without a GPU
     to the GPU   = (I R / G + ceil(I / (G {band})) T W) D b / {pcie:.0f} GB/s
                                                             {band} images are on a GPU, and all captions pass by them
     queue        = P / ({block:,} G) x {ticket:.0f} ms             numbers of blocks, taken from one store
-    network      = (G - 1) C / {network:.0f} GB/s                     the first process gathers the counters of all
-                                                            others, and holds them
+    network      = ceil(log2(G / {per_node})) C / {network:.0f} GB/s           processes add up counters in pairs, then
+                                                            pairs of pairs; each holds those of one other
 
-Scores, counting, copies and the queue overlap: the longest of them is the time, after encoding, which is not in this
-table: every process encodes the whole split. {pcie:.0f} and {network:.0f} GB/s and {ticket:.0f} ms a number are
-assumed. The counters are the only communication, and parts (`--part`, `--merge`) need none.
+Copies and the queue overlap with scores, counting follows them on the GPU, after encoding, which is not in this table:
+the processes of a node divide it. {pcie:.0f} and {network:.0f} GB/s, {ticket:.0f} ms a number of a block and
+{call:.0f} us a call are assumed; calls and bytes are counted in the operations that counting runs. The counters are the
+only communication, and parts (`--part`, `--merge`) need none.
 
 """
 
@@ -92,6 +96,11 @@ def counting_seconds(best: int = 0) -> float:
     return largest["overhead_ns_per_pair"] * 1e-9
 
 
+def counting_on_gpu() -> float:
+    """Seconds that counting a pair on a GPU takes, from the number of calls and bytes."""
+    return CALLS * CALL / BLOCK + TOUCHED / HBM
+
+
 def row(images: int, captions: int, gpus: int, best: int = 0, folds: int = 0) -> Row:
     """The formula of the page."""
     words = float(WORKLOADS["coco-eval-5k"].lengths.mean())
@@ -104,10 +113,10 @@ def row(images: int, captions: int, gpus: int, best: int = 0, folds: int = 0) ->
         counters=counters,
         matrix=4 * pairs,
         scores={model: seconds * pairs / gpus for model, seconds in pair_seconds().items()},
-        counting=counting_seconds(best) * pairs / gpus,
+        counting=(counting_seconds(best) if best else counting_on_gpu()) * pairs / gpus,
         to_gpu=(images / gpus * REGIONS + bands * captions * words) * number / PCIE,
         queue=pairs / BLOCK / gpus * TICKET,
-        network=0.0 if gpus <= PER_NODE else (gpus - 1) * counters / NETWORK,
+        network=max(0, math.ceil(math.log2(gpus / PER_NODE))) * counters / NETWORK,
     )
 
 
@@ -117,7 +126,7 @@ def page() -> str:
     head = HEAD.format(
         words=words, regions=REGIONS, dim=DIM, bytes=BYTES, per_node=PER_NODE, band=BAND, block=BLOCK,
         count=counting_seconds() * 1e9, kept=counting_seconds(10) * 1e9, pcie=PCIE / 1e9, ticket=TICKET * 1e3,
-        network=NETWORK / 1e9,
+        network=NETWORK / 1e9, calls=CALLS, call=CALL * 1e6, touched=TOUCHED, hbm=HBM / 1e12,
     )  # fmt: skip
     names = [MODELS[model] for model in pair_seconds()]
     lines = [
@@ -138,16 +147,19 @@ def page() -> str:
 def _reading() -> str:
     """What follows from the table."""
     eight, most = row(100_000, 500_000, 8), row(10_000_000, 50_000_000, 64)
+    kept = row(100_000, 500_000, 8, best=10)
+    words = size(50_000_000 * float(WORKLOADS["coco-eval-5k"].lengths.mean()) * DIM * BYTES)
+    disk = span(PER_NODE * most.to_gpu * PCIE / DISK)
+    scan, sgr = (span(most.scores[name] + most.counting) for name in ("scan-t2i", "sgr"))
     return (
-        f"Eight GPUs rank 100,000 x 500,000 by SGR in {span(eight.scores['sgr'])}, with "
-        f"{size(8 * eight.embeddings)} of embeddings in the node's memory, a copy for each process, and no matrix of "
-        f"{size(eight.matrix)}. By SCAN the scores take "
-        f"{span(eight.scores['scan-t2i'])} and counting on one core a GPU {span(eight.counting)}: counting has to move "
-        "to the GPU, or to several cores, before faster scores help.\n\n"
-        f"Ten million images are {size(most.embeddings)} of embeddings, more than a process of today's code can hold "
-        "beside a GPU: one copy a node, mapped from its disk, has to come first. 64 GPUs then take "
-        f"{span(max(most.scores['scan-t2i'], most.counting))} by SCAN and {span(most.scores['sgr'])} by SGR for exact "
-        f"ranks. The counters are {size(most.counters)} a process; with the ten best items "
+        f"Eight GPUs rank 100,000 x 500,000 by SGR in {span(eight.scores['sgr'] + eight.counting)} and by SCAN in "
+        f"{span(eight.scores['scan-t2i'] + eight.counting)}, with {size(eight.embeddings)} of embeddings in the node's "
+        f"memory and no matrix of {size(eight.matrix)}. With the ten best items of every query a core a GPU counts for "
+        f"{span(kept.counting)}, longer than SCAN's scores take.\n\n"
+        f"Ten million images are {size(most.embeddings)} of embeddings on each node's disk. All captions, {words}, "
+        f"pass by every {BAND:,} images: if the node's memory holds them, 64 GPUs take {scan} by SCAN and {sgr} by SGR "
+        f"for exact ranks; a disk of {DISK / 1e9:.0f} GB/s alone would take {disk} to bring them to its {PER_NODE} "
+        f"GPUs. The counters are {size(most.counters)} a process; with the ten best items "
         f"{size(row(10_000_000, 50_000_000, 64, best=10).counters)}.\n"
     )
 

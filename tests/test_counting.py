@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import subprocess
@@ -111,6 +112,23 @@ def matrices(scorers, encoded) -> list[np.ndarray]:
     return [*scores, total]
 
 
+@contextlib.contextmanager
+def counted_on_device():
+    """The CPU is the device; nothing but tensors is compared with the bands."""
+    real = counters_module._around
+
+    def around(block, *given):
+        assert isinstance(block, torch.Tensor)
+        return real(block, *given)
+
+    with (
+        mock.patch.object(matrix_free, "_on_device", return_value=True),
+        mock.patch.object(matrix_free, "_same_bits", return_value=False),
+        mock.patch.object(counters_module, "_around", around),
+    ):
+        yield
+
+
 @quick
 @given(
     st.integers(1, 4), st.integers(1, 4), st.integers(0, 30), st.integers(1, 4), st.integers(1, 3),
@@ -141,9 +159,13 @@ def test_ranks_without_the_matrix_are_those_of_the_matrix(
     ):
         found = rank_all(scorers, encoded, folds=folds, best=k, progress=False)
         scores = matrices(scorers, encoded)
-    assert len(found) == len(scores) == (members if members == 1 else members + 1)
-    for one, score in zip(found, scores, strict=True):
+        with counted_on_device():
+            counted = rank_all(scorers, encoded, folds=folds, progress=False)
+    assert len(found) == len(counted) == len(scores) == (members if members == 1 else members + 1)
+    for one, again, score in zip(found, counted, scores, strict=True):
         require_equal(one.counts, count(score, owner, "test"))
+        for a, b in zip((one.counts, *one.folds), (again.counts, *again.folds), strict=True):
+            require_equal(a, b)
         for ties in ("pessimistic", "optimistic", "published"):
             for a, b in zip(one.ranks(ties), ranks(score, owner, ties), strict=True):
                 np.testing.assert_array_equal(a, b)
@@ -261,12 +283,14 @@ def test_the_bar_counts_the_pairs_of_all_scorers(capsys):
     assert "154/154" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("right", [True, False])
-def test_nan_is_refused_by_name(right):
+@pytest.mark.parametrize("right, device", [(True, False), (False, False), (False, True)])
+def test_nan_is_refused_by_name(right, device, monkeypatch):
+    monkeypatch.setattr(matrix_free, "_GROUP", 1)  # the other images' scores are not computed with right pairs
     owner = np.zeros(7, np.int64) if not right else np.arange(7)
     encoded = dataclasses.replace(random_encoded(7, 7), caption_to_image=owner)
     encoded.image[5, 1, 2] = torch.nan
-    with pytest.raises(ValueError, match=r"the score of image 5 and caption \d is NaN .*Not finite: that image's emb"):
+    message = r"the score of image 5 and caption \d is NaN .*Not finite: that image's emb"
+    with counted_on_device() if device else contextlib.nullcontext(), pytest.raises(ValueError, match=message):
         rank_all(Scorer(), encoded, progress=False)
 
 

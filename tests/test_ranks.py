@@ -43,27 +43,46 @@ def together(request, tmp_path_factory):
     return request.param, folder, found, living
 
 
+@pytest.fixture(scope="module")
+def exact():
+    """The gradients of the float32 cases, computed in float64 by one process."""
+    names = [name for name, case in cases() if case == "float32"]
+    return {name: gradients(name, Ranks(), **{**CASES["float32"], "dtype": torch.float64}) for name in names}
+
+
 def norm(gradients):
     return sum(g.double().norm() ** 2 for g in gradients if g is not None) ** 0.5
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("key", KEYS, ids=" ".join)
-def test_losses_gradients_and_statistics_are_those_of_one_process(alone, together, key):
+def test_losses_gradients_and_statistics_are_those_of_one_process(alone, exact, together, key):
+    """To 1e-10 of the gradients' norm in float64. In float32 the gradients of one process, which are sums of thousands
+    of terms, are themselves 1.3e-5 to 1.9e-5 of the norm off those in float64: several processes, which add the terms
+    up in another order (0.9e-6 to 7e-6 from one process, as measured), may be off twice as far, as all kernels may.
+    The losses agree to 1e-6."""
     wanted = alone[key]
-    dtype = wanted["loss"].dtype
-    # The parameters' gradients are sums of thousands of terms, which several processes add up in another order.
-    tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+    in_float64 = wanted["loss"].dtype == torch.float64
+    tolerance = 1e-10 if in_float64 else 1e-5
     for found in together[2]:
         mine = found[key]
-        assert mine["loss"].dtype == dtype
+        assert mine["loss"].dtype == wanted["loss"].dtype
         assert mine["loss"].item() == pytest.approx(wanted["loss"].item(), rel=min(tolerance, 1e-6))
-        assert [g is None for g in mine["gradients"]] == [g is None for g in wanted["gradients"]]
-        pairs = zip(mine["gradients"], wanted["gradients"], strict=True)
-        assert norm([a - b for a, b in pairs if a is not None]) <= tolerance * norm(wanted["gradients"])
+        if in_float64:
+            assert difference(mine, wanted) <= tolerance * norm(wanted["gradients"])
+        else:
+            judge = exact[key[0]]
+            assert difference(mine, judge) <= 2 * difference(wanted, judge) < 5e-5 * norm(judge["gradients"])
         for a, b in zip(mine["buffers"], wanted["buffers"], strict=True):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
         assert torch.equal(mine["random"], wanted["random"]), "a resumed run would draw other numbers"
+
+
+def difference(one, other):
+    """The norm of the difference of the gradients, which have the same parameters."""
+    assert [g is None for g in one["gradients"]] == [g is None for g in other["gradients"]]
+    pairs = zip(one["gradients"], other["gradients"], strict=True)
+    return norm([a.double() - b for a, b in pairs if a is not None])
 
 
 @pytest.mark.slow
@@ -71,8 +90,7 @@ def test_losses_gradients_and_statistics_are_those_of_one_process(alone, togethe
 def test_a_batch_encoded_in_parts_has_the_same_gradients(alone, name):
     whole, parts = alone[name, "float64"], gradients(name, Ranks(), **CASES["float64"])
     assert parts["loss"].item() == pytest.approx(whole["loss"].item(), rel=1e-12)
-    difference = [a - b for a, b in zip(parts["gradients"], whole["gradients"], strict=True)]
-    assert norm(difference) <= 1e-12 * norm(whole["gradients"])
+    assert difference(parts, whole) <= 1e-12 * norm(whole["gradients"])
     assert torch.equal(parts["random"], whole["random"])
 
 

@@ -48,8 +48,11 @@ class BlockScorer:
         self._images = slice(0, 0)
         self._block_images: tuple[Tensor, ...] = ()
 
-    def score(self, images: slice, columns: slice | NDArray[np.int64]) -> PendingScores:
-        """Score some images with the captions in these columns; the result is copied to the host meanwhile."""
+    def score(self, images: slice, columns: slice | NDArray[np.int64], *, stay: bool = False) -> PendingScores:
+        """Score some images with the captions in these columns.
+
+        The result is copied to the host while the caller goes on, unless it is to `stay` on the device.
+        """
         device = self.plan.device
         if images != self._images:
             self._images, self._block_images = images, tuple(state[images].to(device) for state in self._image_state)
@@ -71,36 +74,37 @@ class BlockScorer:
                 tuple(state[rows if k < per_word else place].to(device) for k, state in enumerate(self._caption_state)),
                 None if self._region_lengths is None else self._region_lengths[images],
             )
-        return PendingScores(score, images.start, captions, self)
+        return PendingScores(score, images.start, captions, self, stay)
 
 
 def score_blocks(
-    scorers: Sequence[BlockScorer], numbers: Iterable[int]
-) -> Iterator[tuple[int, slice, slice, list[NDArray[np.float32]]]]:
+    scorers: Sequence[BlockScorer], numbers: Iterable[int], *, stay: bool = False
+) -> Iterator[tuple[int, slice, slice, list[Any]]]:
     """Yield these blocks of the plan, which all scorers share: number, rows, columns, and the scores of each scorer.
 
-    The images of a block are scored with all captions before the next images, so that a file is filled band by band.
+    The scores are float32 arrays or, if they are to `stay` on the device, tensors. The images of a block are scored
+    with all captions before the next images, so that a file is filled band by band.
     """
     plan = scorers[0].plan
     before: tuple[int, slice, slice, list[PendingScores]] | None = None  # copied while the next block is computed
     for number in numbers:
         rows, columns = plan.block(number)
         try:
-            scores = [_timed(scorer, rows, columns, len(scorers) > 1) for scorer in scorers]
+            scores = [_timed(scorer, rows, columns, len(scorers) > 1, stay) for scorer in scorers]
         except KeyboardInterrupt:  # keep the block that is scored already
             if before is not None:
-                yield *before[:3], [score.on_host() for score in before[3]]
+                yield *before[:3], [score.checked() for score in before[3]]
             raise
         if before is not None:
-            yield *before[:3], [score.on_host() for score in before[3]]
+            yield *before[:3], [score.checked() for score in before[3]]
         before = number, rows, columns, scores
     if before is not None:
-        yield *before[:3], [score.on_host() for score in before[3]]
+        yield *before[:3], [score.checked() for score in before[3]]
 
 
-def _timed(scorer: BlockScorer, rows: slice, columns: slice, several: bool) -> PendingScores:
+def _timed(scorer: BlockScorer, rows: slice, columns: slice, several: bool, stay: bool) -> PendingScores:
     start = time.perf_counter()
-    found = scorer.score(rows, columns)
+    found = scorer.score(rows, columns, stay=stay)
     if several:
         if scorer.plan.device.type == "cuda":
             torch.cuda.synchronize(scorer.plan.device)
@@ -109,12 +113,16 @@ def _timed(scorer: BlockScorer, rows: slice, columns: slice, several: bool) -> P
 
 
 class PendingScores:
-    """The scores of a block, while they are copied to the host."""
+    """The scores of a block, while they are copied to the host, or on the device if they are to `stay` there."""
 
-    def __init__(self, score: Tensor, first_image: int, captions: NDArray[np.int64], source: BlockScorer) -> None:
-        self.first_image, self.captions, self.source = first_image, captions, source
+    def __init__(
+        self, score: Tensor, first_image: int, captions: NDArray[np.int64], source: BlockScorer, stay: bool
+    ) -> None:
+        self.first_image, self.captions, self.source, self.stay = first_image, captions, source, stay
         self.event = None
-        if score.device.type == "cuda":
+        if stay:
+            self.score = score.float()
+        elif score.device.type == "cuda":
             self.score = torch.empty(score.shape, dtype=torch.float32, pin_memory=True)
             self.score.copy_(score, non_blocking=True)
             self.event = torch.cuda.Event()
@@ -122,13 +130,24 @@ class PendingScores:
         else:
             self.score = score.float().cpu()
 
+    def checked(self) -> Any:
+        """The scores as `score_blocks` yields them; scores that are not finite are refused."""
+        if not self.stay:
+            return self.on_host()
+        if not self.score.isfinite().all():
+            self._require_finite(self.score.cpu().numpy())
+        return self.score
+
     def on_host(self) -> NDArray[np.float32]:
         """Wait for the copy and refuse scores that are not finite."""
         if self.event is not None:
             self.event.synchronize()
-        block = self.score.numpy()
-        _require_finite(block, self.first_image, self.captions, self.source.encoded, self.source.scorer)
+        block = self.score.cpu().numpy()
+        self._require_finite(block)
         return block
+
+    def _require_finite(self, block: NDArray[np.float32]) -> None:
+        _require_finite(block, self.first_image, self.captions, self.source.encoded, self.source.scorer)
 
 
 def _image_states(scorer: Any, encoded: Encoded, device: torch.device, home: torch.device) -> tuple[Tensor, ...]:

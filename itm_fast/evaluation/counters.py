@@ -13,9 +13,12 @@ counts are then exactly those of the matrix with this score in place of the othe
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .counting import Counts, best_right, pool
 from .near import FIELDS, Near
@@ -64,11 +67,12 @@ class Counters:
         self._own = np.sort(owner * len(right) + np.arange(len(right)))
         self._first_own = np.searchsorted(self._own, np.arange(images) * len(right))
 
-    def add(self, block: NDArray[np.floating], first_image: int, captions: NDArray[np.int64]) -> None:
+    def add(self, block: NDArray[np.floating] | Tensor, first_image: int, captions: NDArray[np.int64]) -> None:
         """Count the pairs of a block; every pair of the matrix must be in exactly one block.
 
         Args:
-            block: [n, m] scores of images first_image, first_image + 1, ...
+            block: [n, m] scores of images first_image, first_image + 1, ... With a band, a tensor is compared on its
+                device, and only counts and the scores near the marks are copied to the host.
             captions: int64 [m], which captions the columns are, each once.
 
         Raises:
@@ -76,20 +80,27 @@ class Counters:
         """
         owner = self.owner[captions]
         mine = np.flatnonzero((owner >= first_image) & (owner < first_image + len(block)))
-        found = block[owner[mine] - first_image, mine]
+        own_rows = owner[mine] - first_image
+        if isinstance(block, torch.Tensor):
+            found = block[_index(own_rows, block), _index(mine, block)].cpu().numpy()
+        else:
+            found = block[own_rows, mine]
         right = self.right[captions[mine]]
         if _outside(found, right, self.band).any():
             raise BandExceeded(float(np.abs(found.astype(np.float64) - right).max()), self.band)
         self.found[captions[mine]] = found
         of_captions = np.zeros((3, len(captions)), np.int64)
-        step = max(1, _IN_CACHE // len(captions))
+        # A device compares all of a block at once.
+        step = len(block) if isinstance(block, torch.Tensor) else max(1, _IN_CACHE // len(captions))
         for start in range(0, len(block), step):
-            part = block[start : start + step]
+            part: Any = block[start : start + step]
             images = np.arange(first_image + start, first_image + start + len(part))
             if self.band:
                 self.of_images[0, images] += self._near_images(part, images, captions)
                 of_captions[0] += self._near_captions(part, images, captions)
                 continue
+            if isinstance(part, torch.Tensor):
+                part = part.cpu().numpy()
             self.of_images[:, images] += _compared(part, 1, self.best[images, None], captions, self.last[images])
             of_captions += _compared(part, 0, self.right[captions], images, owner)
         self.of_captions[:, captions] += of_captions
@@ -153,19 +164,17 @@ class Counters:
         of_captions[1] += outside
         return pool(of_images, of_captions, is_best, self.owner, images or slice(0, len(best)))
 
-    def _near_images(self, block: NDArray, images: NDArray[np.int64], captions: NDArray[np.int64]) -> NDArray[np.int64]:
+    def _near_images(self, block: Any, images: NDArray[np.int64], captions: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many captions of a block are above each image's band; those within it are kept."""
-        row, column, above = _around(block, self.best[images, None], self.band, 1)
-        self._near[0].add(images[row], self._place(images[row], captions[column]), block[row, column])
+        row, column, score, above = _around(block, self.best[images, None], self.band, 1)
+        self._near[0].add(images[row], self._place(images[row], captions[column]), score)
         return above
 
-    def _near_captions(
-        self, block: NDArray, images: NDArray[np.int64], captions: NDArray[np.int64]
-    ) -> NDArray[np.int64]:
+    def _near_captions(self, block: Any, images: NDArray[np.int64], captions: NDArray[np.int64]) -> NDArray[np.int64]:
         """How many images of a block are above each caption's band; those within it are kept."""
-        row, column, above = _around(block, self.right[captions], self.band, 0)
+        row, column, score, above = _around(block, self.right[captions], self.band, 0)
         after = (images[row] > self.owner[captions[column]]).astype(np.int64)
-        self._near[1].add(captions[column], after, block[row, column])
+        self._near[1].add(captions[column], after, score)
         return above
 
     def _place(self, image: NDArray[np.int64], caption: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -178,14 +187,26 @@ def _outside(found: NDArray[np.floating], right: NDArray[np.floating], band: flo
     return (found < right - width) | (found > right + width)  # NaN, not found yet, is neither
 
 
-def _around(
-    block: NDArray[np.floating], mark: NDArray[np.floating], band: float, axis: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Rows and columns of the scores of a block within `band` of `mark`, and the number above it along `axis`."""
+def _around(block: Any, mark: NDArray[np.floating], band: float, axis: int) -> tuple[NDArray, ...]:
+    """Rows, columns and scores of a block within `band` of `mark`, and the number above it along `axis`."""
     width = mark.dtype.type(band)
-    above = block > mark + width
-    row, column = np.nonzero((block >= mark - width) & ~above)
-    return row, column, np.count_nonzero(above, axis)
+    lowest, highest = mark - width, mark + width
+    if isinstance(block, torch.Tensor):
+        above = block > torch.from_numpy(highest).to(block.device)
+        near = (block >= torch.from_numpy(lowest).to(block.device)) & ~above
+        places = near.nonzero()
+        scores = block[places[:, 0], places[:, 1]].cpu().numpy()
+        row, column = places.T.cpu().numpy()
+        return row, column, scores, above.sum(axis).cpu().numpy()
+    above = block > highest
+    count = above.view(np.uint8).sum(axis, dtype=np.min_scalar_type(block.shape[axis]))
+    near = np.not_equal(block >= lowest, above, out=above)
+    row, column = np.divmod(np.flatnonzero(near), block.shape[1])
+    return row, column, block[row, column], count
+
+
+def _index(places: NDArray[np.int64], block: Tensor) -> Tensor:
+    return torch.from_numpy(places).to(block.device)
 
 
 def _compared(

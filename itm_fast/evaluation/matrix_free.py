@@ -135,7 +135,8 @@ class Blocks:
         Raises:
             BandExceeded: the scores of a right pair differ by more than the tally's band; begin again with `widened`.
         """
-        for number, rows, columns, found in score_blocks(self.members, numbers):
+        stay = _on_device(self.plan.device) and tally.band > 0 and not tally.wanted  # best items are kept on the host
+        for number, rows, columns, found in score_blocks(self.members, numbers, stay=stay):
             tally.add(number, rows.start, self._pieces(columns, _with_mean(found)))
             yield number
 
@@ -175,9 +176,7 @@ class Blocks:
                 except BandExceeded as exceeded:
                     tally = tally.widened(WIDER * exceeded.difference)
 
-    def _pieces(
-        self, columns: slice, scores: list[NDArray[np.float32]]
-    ) -> Iterator[tuple[NDArray[np.int64], list[NDArray[np.float32]]]]:
+    def _pieces(self, columns: slice, scores: list[Any]) -> Iterator[tuple[NDArray[np.int64], list[Any]]]:
         """The captions whose scores are in these columns, at most a block of them at a time, and their scores."""
         captions = self._captions_of[columns]
         if len(captions) == columns.stop - columns.start:
@@ -225,14 +224,20 @@ def _same_bits(device: torch.device) -> bool:
     return on_cpu and not torch.is_autocast_enabled("cpu")
 
 
-def _with_mean(scores: list[NDArray[np.float32]]) -> list[NDArray[np.float32]]:
-    """Scores of several scorers and their mean; of one alone, only these."""
+def _on_device(device: torch.device) -> bool:
+    """Whether blocks are counted on the device that scores them: a core of the host takes longer than a GPU scores."""
+    return device.type != "cpu"
+
+
+def _with_mean(scores: list[Any]) -> list[Any]:
+    """Scores of several scorers, arrays or tensors, and their mean; of one alone, only these."""
     if len(scores) == 1:
         return scores
-    mean = scores[0].copy()
-    for one in scores[1:]:
+    mean, count = scores[0] + scores[1], len(scores)
+    for one in scores[2:]:
         mean += one
-    mean /= len(scores)
+    # CUDA multiplies by the reciprocal of a number that is not on the device.
+    mean /= torch.tensor(float(count), device=mean.device) if isinstance(mean, torch.Tensor) else count
     return [*scores, mean]
 
 
