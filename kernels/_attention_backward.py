@@ -259,7 +259,7 @@ def logit_gradient(
     """d A of a piece, shaped like its affinities; f is F, or None when F is A. w: w0, w1 and, with |P|^2, w2."""
     out = torch.zeros_like(attended.logits)
     sets, contexts = piece.queries.stop - piece.queries.start, piece.x.stop - piece.x.start
-    tile = _tiles.logit_gradient(query.rows.dtype, _launch.arch(out.device))
+    tile = _tiles.logit_gradient(query.rows.dtype, _launch.arch(out.device), attended.gram)
     _logit_gradient[(_launch.blocks(sets, tile["SETS"]) * _launch.blocks(contexts, tile["BLOCK_X"]),)](
         attended.logits, attended.norms, attended.alpha, attended.product, attended.logits if f is None else f,
         w[0], w[1], w[2] if attended.gram else w[1],
@@ -287,7 +287,8 @@ def compilations(arch: int) -> Iterator[_tiles.Compilation]:
         types = "*fp32 " * 8 + "*i32 " * 5 + "*fp32" + " i32" * 8 + " fp32"
         for direct, gram in ((True, True), (False, True), (True, False), (False, False)):
             constants = dict(norm_of(name)._asdict(), DIRECT=direct, GRAM=gram)
-            yield _tiles.Compilation(_logit_gradient, types, constants, _tiles.logit_gradient(torch.float32, arch))
+            tile = _tiles.logit_gradient(torch.float32, arch, gram)
+            yield _tiles.Compilation(_logit_gradient, types, constants, tile)
     for dtype, t in _tiles.NAMES.items():
         constants = dict(PRECISION=_tiles.exact(dtype))
         if dtype != torch.bfloat16:

@@ -211,9 +211,12 @@ def pool_backward(dtype: torch.dtype, arch: int) -> Tile:
     return _row(8, 1, SETS=8, BLOCK_Q=16, BLOCK_B=16)  # untuned
 
 
-def logit_gradient(dtype: torch.dtype, arch: int) -> Tile:
-    """kernels/_attention_backward.py: _logit_gradient."""
-    return _row(8, 1, SETS=2, BLOCK_Q=16, BLOCK_X=32)  # untuned
+def logit_gradient(dtype: torch.dtype, arch: int, gram: bool) -> Tile:
+    """kernels/_attention_backward.py: _logit_gradient. gram: whether there is |P|^2.
+
+    Without it Triton 3.6 spills registers with 32 columns, as ptxas then fits three blocks on a processor.
+    """
+    return _row(8, 1, SETS=2, BLOCK_Q=16, BLOCK_X=32 if gram else 16)  # untuned
 
 
 def gram_gradient(dtype: torch.dtype, arch: int) -> Tile:

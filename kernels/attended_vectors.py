@@ -157,7 +157,8 @@ def backward(
         d_values = torch.zeros_like(values, dtype=torch.float32) if needs[3] else None
         d_queries = call.placed(torch.zeros_like(own.rows)) if needs[2] and own is not None else None
         d_scale = torch.zeros_like(scale, dtype=torch.float32) if needs[4] else None
-        whole = context._replace(rows=context.rows.float())
+        # d A times the contexts in float32, as half precision has no room for small gradients.
+        whole = context if d_queries is None else context._replace(rows=context.rows.float())
         through = d_queries is not None or sums.query is not None or sums.context is not None
         for piece in call.pieces(EACH_ROW, EACH_SET):
             attended = call.attend("backward", piece, norm)

@@ -52,6 +52,12 @@ def test_every_norm(k, norm, device, backend):
 def test_sets_of_several_tiles_and_many_pieces(own, direction, device, backend):
     lengths, R = ((3, 1), 66) if direction == "t2i" else ((34, 1), 3)
     call, args = case(2, lengths, R, 12, 40, own=own, direction=direction)
+    if not own:  # one scale, whose gradient is a sum over all pieces
+        shared, args = call, [*args, torch.full((1, 1), 4.0, dtype=torch.float64)]
+
+        def call(image, words, scale, backend):
+            return shared(image, words, None, None, scale, backend=backend)
+
     check(call, args, device, backend)
     args = placed(args, device, torch.float32)
     whole = op_checks.gradients(call, args, torch.float32, backend, torch.float32)
