@@ -160,7 +160,7 @@ def measure(model: str, shape: Shape, device: str, args: argparse.Namespace) -> 
     """All contenders of one model."""
     whole = args.loop_captions or shape.captions
     cut, least = (Shape(shape.workload, shape.images, min(n, shape.captions)) for n in (whole, 2))
-    off, left_out = compare(model, harness.backends(device), cut, device)
+    off, left_out = compare(model, args.backends or harness.backends(device), cut, device)
     calls = {LOOP: step(model, LOOP, cut, device)}
     if cut != shape:
         calls[f"{LOOP}, {least.captions} captions"] = step(model, LOOP, least, device)
@@ -207,6 +207,7 @@ def main(doc=__doc__, measure=measure, stem="training_step", what="a training st
     parser.add_argument("--loop-captions", type=int, metavar="N", help="captions of the loop's steps (default: all)")
     parser.add_argument("--rounds", type=int, default=3, help="alternating rounds (default: 3)")
     parser.add_argument("--threads", type=int, help="torch threads (default: torch's)")
+    parser.add_argument("--backends", nargs="+", metavar="NAME", help="measure these alone (default: all that can run)")
     parser.add_argument("--no-fresh", action="store_true", help="leave peak memory out")
     parser.add_argument("--write", metavar="NAME", help=f"save benchmarks/results/{stem}_NAME.json, after each model")
     parser.add_argument("--add", action="store_true", help="keep the other models of that file: a long run in pieces")

@@ -4,7 +4,7 @@
 
 A run in pieces of a model each, for the same file:
 
-    python benchmarks/bench_whole_step.py --models rcar --loop-captions 16 --threads 2 --rounds 2 --write cpu --add
+    python benchmarks/bench_whole_step.py --models rcar --loop-captions 8 --threads 2 --rounds 2 --write cpu --add
 
 Each contender starts from the same weights. The loss and the clipped gradients of its first step are compared with
 those of the published step before anything is timed. A row says where its seconds go: to the encoders, forward and
@@ -76,7 +76,7 @@ def measure(model: str, shape: Shape, device: str, args: argparse.Namespace) -> 
     """All contenders of one model."""
     count = min(args.loop_captions or shape.captions, shape.captions)
     cut, least = (Shape(shape.workload, shape.images, n) for n in (count, 2))
-    names = harness.backends(device) if model in OTHERS else [REWRITE, *harness.backends(device)]
+    names = [*([] if model in OTHERS else [REWRITE]), *(args.backends or harness.backends(device))]
     off, left_out = compare(model, names, Shape(shape.workload, count, count), device)
     steps = {LOOP: Step(model, LOOP, cut, device)}
     if cut != shape:

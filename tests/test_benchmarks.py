@@ -110,7 +110,7 @@ def test_ratios_are_of_medians(script, monkeypatch):
     seconds = {True: [9.0, 1.0, 6.0], False: [1.0, 7.0, 2.0]}  # of the loop, of others
     by_name = lambda calls, rounds: {name: seconds[name == "paper's loop"] for name in calls}  # noqa: E731
     monkeypatch.setattr(harness, "alternate", by_name)
-    args = Namespace(no_compile=True, no_fresh=True, rounds=3, loop_captions=None)
+    args = Namespace(no_compile=True, no_fresh=True, rounds=3, loop_captions=None, backends=None)
     medium = [False] if script is bench_pair_scorers else []
     rows = script.measure("scan-t2i", Shape("coco-eval-5k", 3, 3), "cpu", *medium, args)["rows"]
     assert [row["times_faster_than_loop"] for row in rows] == [1.0] + [3.0] * (len(rows) - 1)

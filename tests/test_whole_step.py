@@ -55,7 +55,7 @@ def test_every_model_that_trains_can_be_measured():
 
 def test_a_run_in_pieces_fills_one_file(monkeypatch, tmp_path):
     def piece(model, *more):
-        arguments = ("--batch", "4", "--no-fresh", "--add", "--models", model, *more)
+        arguments = ("--batch", "4", "--no-fresh", "--add", "--backends", "torch", "--models", model, *more)
         return written(bench_whole_step, "whole_step", monkeypatch, tmp_path, *arguments)
 
     first = piece("dual")["results"][0]["rows"]
@@ -63,6 +63,7 @@ def test_a_run_in_pieces_fills_one_file(monkeypatch, tmp_path):
     monkeypatch.setattr("benchmark_cases.PEAK", {name: 2 * rate for name, rate in PEAK.items()})
     found = piece("maxsim")
     assert [one["model"] for one in found["results"]] == ["maxsim", "dual"]
+    assert [row["name"] for row in first] == [LOOP, "itm-fast torch"]
     assert found["fma_peak_gflops"]["float32"] == 2e-9 * PEAK["fma_float32"]
     for was, now in zip(first, found["results"][1]["rows"], strict=True):
         assert now == {**was, **{name: was[name] / 2 for name in ("fraction_of_peak", "fraction_of_matmul_peak")}}
@@ -99,7 +100,7 @@ def test_medians_leave_the_first_round_out(monkeypatch):
 
     monkeypatch.setattr(harness, "alternate", alternate)
     monkeypatch.setattr(bench_whole_step, "compare", lambda model, names, shape, device: ({"torch": 0.1}, {}))
-    args = Namespace(loop_captions=None, rounds=3, no_fresh=True)
+    args = Namespace(loop_captions=None, backends=None, rounds=3, no_fresh=True)
     loop, ours = bench_whole_step.measure("scan-t2i", SHAPE, "cpu", args)["rows"]
     assert (loop["seconds_median"], ours["seconds_median"], ours["times_faster_than_loop"]) == (8, 2, 4)
     assert [ours[f"seconds_{part}"] for part in PARTS] == [2, 4, 6]
