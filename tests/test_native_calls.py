@@ -9,7 +9,7 @@ from cpu_cases import needs_cpu
 import itm_fast
 from itm_fast import _native, ops
 from itm_fast.ops import _calls, _cpu_calls
-from itm_fast.ops._declare import DECLARED, Choice
+from itm_fast.ops._declare import CPU_ONLY, DECLARED, Choice
 from itm_fast.testing import inputs
 
 COMMAND = r"`python -m itm_fast\.ops\._calls`"
@@ -25,7 +25,7 @@ def test_the_headers_are_what_the_declarations_give():
 
 def test_every_op_with_kernels_has_a_struct():
     offered = {op for op in ops.__all__ if "cpu" in DECLARED[op].offered}
-    assert set(CALLED) == offered - {"global_local_score"} | {"linear"}
+    assert set(CALLED) == offered - {"global_local_score"} | set(CPU_ONLY)
     assert set(_cpu_calls.BFLOAT16) | set(_cpu_calls.WRITTEN) <= set(CALLED)
     assert set(_cpu_calls.IN_FLOAT64) | set(_cpu_calls.TOGETHER) <= set(CALLED)
 

@@ -1,14 +1,16 @@
 """What the native pair scorers promise beyond the other backends: the same bits, bounded scratch, every processor."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from cpu_cases import at_level, needs_cpu, over_lesser_processors, scratch_of
 from pair_score_cases import edges
-from test_similarity_score import over_scorers
+from test_similarity_score import GRAPH, over_scorers
 
 from itm_fast import _native
 from itm_fast.ops import similarity_score
-from itm_fast.testing import op_checks
+from itm_fast.testing import assert_accurate, op_checks
 
 pytestmark = needs_cpu
 COUNTS = (5, 3, 6, 300, 10, 5, 2, *[12] * 40)  # one caption longer than a chunk, and several chunks
@@ -60,6 +62,80 @@ def test_gradients_from_a_few_images_at_a_time(scorer, monkeypatch):
     monkeypatch.setattr(similarity_score, "CPU_NODES", 2 * 2 * 16 * 8 * 8)  # nodes and gradients of two images
     for part, exact in zip(op_checks.gradients(call, args, torch.float64, "cpu", torch.float64), whole, strict=True):
         torch.testing.assert_close(part, exact, rtol=1e-11, atol=1e-13)
+
+
+def gradients_of(scorer, grad, threads=1, I=20, dtype=torch.float64):
+    """The gradients of pairs [I, 6] with the upstream gradient `grad`, on some threads."""
+    call, args = scorer.case(I, (4, 2, 7, 3, 5, 1), R=5, D=20, S=9)
+    leaves, before = op_checks.leaves([a.to(dtype) for a in args], dtype), torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        return torch.autograd.grad(call(*leaves, backend="cpu"), leaves, grad.to(dtype))
+    finally:
+        torch.set_num_threads(before)
+
+
+def few_of(grad):
+    """`grad` where about one pair in three has a gradient, and some images have none."""
+    keep = torch.rand(grad.shape, generator=torch.Generator().manual_seed(2)) < 0.4
+    keep[5:8] = False
+    return grad * keep
+
+
+@over_scorers
+def test_gradients_of_few_pairs_at_a_time(scorer, monkeypatch):
+    grad = few_of(torch.randn(20, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
+    single = [gradients_of(scorer, grad, threads, dtype=torch.float32) for threads in (1, 2, 3)]
+    assert all(torch.equal(a, b) for found in single[1:] for a, b in zip(found, single[0], strict=True))
+    few = gradients_of(scorer, grad)
+    monkeypatch.setattr(similarity_score, "CPU_NODES", 12 * (2 * 9 + 20) * 8)  # twelve nodes, and one pair at the least
+    parts = gradients_of(scorer, grad)
+    monkeypatch.setattr(similarity_score, "FEW", 1 << 40)
+    for exact, *others in zip(gradients_of(scorer, grad), few, parts, strict=True):
+        for found in others:
+            torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
+
+
+def test_nodes_that_are_kept_are_used_once(monkeypatch):
+    call, args = GRAPH.case(5, (4, 2, 7))
+    leaves = op_checks.leaves(args, torch.float64)
+    row, made = 16 * (8 + 1) * 8, []  # bytes of an image's nodes
+    nodes = torch.ops.itm_fast.similarity_nodes.default
+    counting = SimpleNamespace(default=lambda *given: made.append(len(given[0])) or nodes(*given))
+    monkeypatch.setattr(similarity_score.torch.ops.itm_fast, "similarity_nodes", counting)
+    found = {}
+    for images in (0, 3, 9):
+        monkeypatch.setattr(similarity_score, "MOST_KEPT", images * row)
+        score = call(*leaves, backend="cpu")
+        made.clear()
+        found[images] = torch.autograd.grad(score.sum(), leaves, retain_graph=True)
+        assert made == {0: [5], 3: [2], 9: []}[images]
+        again = torch.autograd.grad(score.sum(), leaves)
+        assert sum(made) == 5 + {0: 5, 3: 2, 9: 0}[images]
+        for a, b, c in zip(found[images], again, found[0], strict=True):
+            torch.testing.assert_close(a, c, rtol=1e-10, atol=1e-12)
+            torch.testing.assert_close(b, c, rtol=1e-10, atol=1e-12)
+
+
+@over_scorers
+@pytest.mark.parametrize("few", [False, True])
+def test_gradients_by_products_of_bfloat16(scorer, few):
+    call, args = scorer.case(6, (9, 4, 12), R=9, D=64, S=32)
+    single, grad = [a.float() for a in args], torch.randn(6, 3, generator=torch.Generator().manual_seed(1))
+    grad = few_of(grad) if few else grad
+
+    def gradients(dtype, backend):
+        leaves = op_checks.leaves([a.to(dtype) for a in single], dtype)
+        return list(torch.autograd.grad(call(*leaves, backend=backend), leaves, grad.to(dtype)))
+
+    exact = gradients(torch.float32, "cpu")
+    try:
+        torch.set_float32_matmul_precision("medium")
+        found = gradients(torch.float32, "cpu")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(found[4], exact[4]) == (_native.outcome().level != "avx512_bf16")
+    assert_accurate(found, lambda dtype: gradients(dtype, "reference"), torch.float32, products=torch.bfloat16)
 
 
 @over_scorers

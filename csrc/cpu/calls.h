@@ -1,6 +1,6 @@
 // The structs that Python passes to C++: one per op, with its arguments, results, gradients and sizes.
 //
-// Each is taken by the exported function <op>(call) and, unless the op has no backward in C++, by <op>_backward(call).
+// Each is taken by the exported functions <op>(call) and <op>_backward(call), or by the one of them that C++ has.
 // They return nullptr, or an error as a sentence that stays valid until the thread's next call. All tensors are
 // contiguous, in host memory, owned by the caller and alive during the call; C++ keeps no pointer to them. Forward
 // writes every element of the results; `grad` and d_... are null then. Backward reads `grad`, and adds to or writes the
@@ -12,7 +12,7 @@
 
 namespace itm_fast {
 
-constexpr char CALLS[] = "a1f07fec1d46373b";  // a hash of the structs, which Python compares with its own
+constexpr char CALLS[] = "3422aa4536714f60";  // a hash of the structs, which Python compares with its own
 
 enum class Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum class Direction : int64_t { T2I, I2T, BOTH };
@@ -34,17 +34,7 @@ struct AttendedVectorsCall {
   Norm affinity_norm;
   void* attended;
   Dtype dtype;                    // of all tensors of floats
-  int64_t I;
-  int64_t R;
-  int64_t T;
-  int64_t N;
-  int64_t M;
-  int64_t D;
-  int64_t P;
-  int64_t S;
-  int64_t C;
-  int64_t B;
-  int64_t Q;
+  int64_t I, R, T, N, M, D, P, S, C, B, Q;
   int64_t bfloat16;               // products may multiply bfloat16 values
   int64_t threads;
 };
@@ -68,11 +58,7 @@ struct CrossAttentionScoreCall {
   void* d_image;                  // or null
   void* d_words;                  // or null
   Dtype dtype;                    // of all tensors of floats
-  int64_t I;
-  int64_t R;
-  int64_t T;
-  int64_t N;
-  int64_t D;
+  int64_t I, R, T, N, D;
   int64_t bfloat16;               // products may multiply bfloat16 values
   int64_t threads;
 };
@@ -95,12 +81,7 @@ struct CrossAttentionSimilarityCall {
   void* d_weight;                 // or null
   void* d_bias;                   // or null
   Dtype dtype;                    // of all tensors of floats
-  int64_t I;
-  int64_t R;
-  int64_t T;
-  int64_t N;
-  int64_t D;
-  int64_t S;
+  int64_t I, R, T, N, D, S;
   int64_t bfloat16;               // products may multiply bfloat16 values
   int64_t threads;
 };
@@ -124,13 +105,7 @@ struct HierarchicalAlignmentScoreCall {
   double global_mix;
   void* score;                    // [I, T]
   Dtype dtype;                    // of all tensors of floats
-  int64_t I;
-  int64_t R;
-  int64_t T;
-  int64_t N;
-  int64_t D;
-  int64_t P;
-  int64_t K;
+  int64_t I, R, T, N, D, P, K;
   int64_t bfloat16;               // products may multiply bfloat16 values
   int64_t threads;
 };
@@ -142,9 +117,7 @@ struct LinearCall {
   const void* bias;               // [S]
   void* product;                  // [N, S]
   Dtype dtype;                    // of all tensors of floats
-  int64_t N;
-  int64_t S;
-  int64_t K;
+  int64_t N, S, K;
   int64_t bfloat16;               // products may multiply bfloat16 values
   int64_t threads;
 };
@@ -162,11 +135,7 @@ struct SimilarityContextCall {
   void* d_local;                  // or null
   void* d_assignment;             // or null
   Dtype dtype;                    // of all tensors of floats
-  int64_t I;
-  int64_t T;
-  int64_t N;
-  int64_t S;
-  int64_t C;
+  int64_t I, T, N, S, C;
   int64_t bfloat16;               // products may multiply bfloat16 values
   int64_t threads;
 };
@@ -193,10 +162,7 @@ struct SimilarityFilterCall {
   void* d_norm_weight;            // or null
   void* d_norm_bias;              // or null
   Dtype dtype;                    // of all tensors of floats
-  int64_t I;
-  int64_t T;
-  int64_t M;
-  int64_t S;
+  int64_t I, T, M, S;
   int64_t bfloat16;               // products may multiply bfloat16 values
   int64_t threads;
 };
@@ -226,12 +192,7 @@ struct SimilarityFilterScoreCall {
   Output output;
   void* score;                    // [I, T]
   Dtype dtype;                    // of all tensors of floats
-  int64_t I;
-  int64_t R;
-  int64_t T;
-  int64_t N;
-  int64_t D;
-  int64_t S;
+  int64_t I, R, T, N, D, S;
   int64_t bfloat16;               // products may multiply bfloat16 values
   int64_t threads;
 };
@@ -256,15 +217,41 @@ struct SimilarityGraphCall {
   void* d_value_weight;           // or null
   void* d_value_bias;             // or null
   Dtype dtype;                    // of all tensors of floats
-  int64_t I;
-  int64_t T;
-  int64_t M;
-  int64_t S;
-  int64_t K;
+  int64_t I, T, M, S, K;
   int64_t bfloat16;               // products may multiply bfloat16 values
   int64_t threads;
 };
 static_assert(sizeof(SimilarityGraphCall) == 8 * 25);
+
+struct SimilarityGraphHeadCall {
+  const void* nodes;              // [I, M, S]
+  const void* query_weight;       // [K, S, S]
+  const void* query_bias;         // [K, S]
+  const void* key_weight;         // [K, S, S]
+  const void* key_bias;           // [K, S]
+  const void* value_weight;       // [K, S, S]
+  const void* value_bias;         // [K, S]
+  const void* score_weight;       // [S]
+  const void* score_bias;         // [1]
+  const int64_t* cu_seqlens;      // [T+1]
+  Output output;
+  void* score;                    // [I, T]
+  const void* grad;               // of score
+  void* d_nodes;                  // or null
+  void* d_query_weight;           // or null
+  void* d_query_bias;             // or null
+  void* d_key_weight;             // or null
+  void* d_key_bias;               // or null
+  void* d_value_weight;           // or null
+  void* d_value_bias;             // or null
+  void* d_score_weight;           // or null
+  void* d_score_bias;             // or null
+  Dtype dtype;                    // of all tensors of floats
+  int64_t I, T, M, S, K;
+  int64_t bfloat16;               // products may multiply bfloat16 values
+  int64_t threads;
+};
+static_assert(sizeof(SimilarityGraphHeadCall) == 8 * 30);
 
 struct SimilarityGraphScoreCall {
   const void* image;              // [I, R, D]
@@ -289,17 +276,43 @@ struct SimilarityGraphScoreCall {
   Output output;
   void* score;                    // [I, T]
   Dtype dtype;                    // of all tensors of floats
-  int64_t I;
-  int64_t R;
-  int64_t T;
-  int64_t N;
-  int64_t D;
-  int64_t S;
-  int64_t K;
+  int64_t I, R, T, N, D, S, K;
   int64_t bfloat16;               // products may multiply bfloat16 values
   int64_t threads;
 };
 static_assert(sizeof(SimilarityGraphScoreCall) == 8 * 31);
+
+struct SimilarityGraphScoreKeptCall {
+  const void* image;              // [I, R, D]
+  const void* image_global;       // [I, D]
+  const void* words;              // [N, D]
+  const void* caption_global;     // [T, D]
+  const void* local_weight;       // [S, D]
+  const void* local_bias;         // [S]
+  const void* global_weight;      // [S, D]
+  const void* global_bias;        // [S]
+  const void* query_weight;       // [K, S, S]
+  const void* query_bias;         // [K, S]
+  const void* key_weight;         // [K, S, S]
+  const void* key_bias;           // [K, S]
+  const void* value_weight;       // [K, S, S]
+  const void* value_bias;         // [K, S]
+  const void* score_weight;       // [S]
+  const void* score_bias;         // [1]
+  const int64_t* cu_seqlens;      // [T+1]
+  const int64_t* region_lengths;  // [I], or null
+  double scale;
+  Output output;
+  const int64_t* kept;
+  void* score;                    // [I, T]
+  void* nodes;
+  void* inverse;
+  Dtype dtype;                    // of all tensors of floats
+  int64_t I, R, T, N, D, S, K;
+  int64_t bfloat16;               // products may multiply bfloat16 values
+  int64_t threads;
+};
+static_assert(sizeof(SimilarityGraphScoreKeptCall) == 8 * 34);
 
 struct SimilarityNodesCall {
   const void* image;              // [I, R, D]
@@ -325,15 +338,43 @@ struct SimilarityNodesCall {
   void* d_global_weight;          // or null
   void* d_global_bias;            // or null
   Dtype dtype;                    // of all tensors of floats
-  int64_t I;
-  int64_t R;
-  int64_t T;
-  int64_t N;
-  int64_t D;
-  int64_t S;
+  int64_t I, R, T, N, D, S;
   int64_t bfloat16;               // products may multiply bfloat16 values
   int64_t threads;
 };
 static_assert(sizeof(SimilarityNodesCall) == 8 * 31);
+
+struct SimilarityNodesOfPairsCall {
+  const void* image;              // [I, R, D]
+  const void* image_global;       // [I, D]
+  const void* words;              // [N, D]
+  const void* caption_global;     // [T, D]
+  const void* local_weight;       // [S, D]
+  const void* local_bias;         // [S]
+  const void* global_weight;      // [S, D]
+  const void* global_bias;        // [S]
+  const int64_t* cu_seqlens;      // [T+1]
+  const int64_t* region_lengths;  // [I], or null
+  double scale;
+  const int64_t* pair_image;      // [B]
+  const int64_t* pair_caption;    // [B]
+  const int64_t* pair_bounds;     // [B+1]
+  void* nodes;
+  void* inverse;
+  const void* grad;               // of nodes
+  void* d_image;                  // or null
+  void* d_image_global;           // or null
+  void* d_words;                  // or null
+  void* d_caption_global;         // or null
+  void* d_local_weight;           // or null
+  void* d_local_bias;             // or null
+  void* d_global_weight;          // or null
+  void* d_global_bias;            // or null
+  Dtype dtype;                    // of all tensors of floats
+  int64_t I, R, T, N, D, S, B;
+  int64_t bfloat16;               // products may multiply bfloat16 values
+  int64_t threads;
+};
+static_assert(sizeof(SimilarityNodesOfPairsCall) == 8 * 35);
 
 }  // namespace itm_fast

@@ -5,30 +5,9 @@
 // window's chunks at a time, and the rows of the result that belong to them. Tile and caches: similarity.h. Scratch:
 // the window, 16 MiB (one chunk if that is more), W, and per thread one tile, 1.1 MiB at R 36, D 1024 and S 256.
 #include "cross_attention_similarity.h"
-#include "write.h"
 
 namespace itm_fast {
 namespace {
-
-// Where the similarity vectors go: as rows of S values in the inputs' dtype, and, unless null, 1 / (|y| + eps) of each.
-struct Result {
-  void* rows;
-  void* inverse;
-};
-
-// Writes column j of a tile, for j < count, to row row(j) of the result. `room` holds TILE_COLUMNS rows of S values.
-template <class T, class E, class Row>
-void write_columns(const SimilarityTile<T, E>& tile, int64_t count, int64_t S, Dtype dtype, T* room, Result result,
-                   Row row) {
-  constexpr int64_t WIDE = TILE_COLUMNS<T>;
-  for (int64_t j = 0; j < count; ++j) {
-    if (j % WIDE == 0) transpose_by_squares<T>(tile.similar.at(0, j), WIDE, S, least(WIDE, count - j), room, S);
-    T* y = room + j % WIDE * S;
-    const int64_t at = row(j);
-    write(result.rows, dtype, at * S, S, y, tile.inverse[j]);
-    if (result.inverse) static_cast<T*>(result.inverse)[at] = tile.inverse[j];
-  }
-}
 
 // Writes the similarity vectors of a chunk as rows of the result; those of padding regions are zeros.
 template <class T, class E>

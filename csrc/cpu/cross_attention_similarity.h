@@ -1,7 +1,9 @@
-// The arguments of cross_attention_similarity and of similarity_nodes, for their forward and backward passes.
+// The arguments of cross_attention_similarity and of similarity_nodes, for their forward and backward passes, and how
+// their results are written.
 #pragma once
-#include "windows.h"
 #include "shuffle.h"
+#include "windows.h"
+#include "write.h"
 
 namespace itm_fast {
 
@@ -50,5 +52,25 @@ struct SimilarityProblem {
 
   int64_t global_row(int64_t image, int64_t caption) const { return row(image, caption, captions.edge[caption]) - 1; }
 };
+
+// Where the similarity vectors go: as rows of S values in the inputs' dtype, and, unless null, 1 / (|y| + eps) of each.
+struct Result {
+  void* rows;
+  void* inverse;
+};
+
+// Writes column j of a tile, for j < count, to row row(j) of the result. `room` holds TILE_COLUMNS rows of S values.
+template <class T, class E, class Row>
+void write_columns(const SimilarityTile<T, E>& tile, int64_t count, int64_t S, Dtype dtype, T* room, Result result,
+                   Row row) {
+  constexpr int64_t WIDE = TILE_COLUMNS<T>;
+  for (int64_t j = 0; j < count; ++j) {
+    if (j % WIDE == 0) transpose_by_squares<T>(tile.similar.at(0, j), WIDE, S, least(WIDE, count - j), room, S);
+    T* y = room + j % WIDE * S;
+    const int64_t at = row(j);
+    write(result.rows, dtype, at * S, S, y, tile.inverse[j]);
+    if (result.inverse) static_cast<T*>(result.inverse)[at] = tile.inverse[j];
+  }
+}
 
 }  // namespace itm_fast

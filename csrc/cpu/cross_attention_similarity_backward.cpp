@@ -15,47 +15,13 @@
 #include <memory>
 
 #include "cross_attention_similarity.h"
-#include "similarity_backward.h"
+#include "similarity_sums.h"
 
 namespace itm_fast {
 namespace {
 
 constexpr int64_t SLOT_BYTES = int64_t(48) << 20, MOST_SLOTS = 16;
 constexpr int64_t CONTEXT_ROWS = 144, MOST_CONTEXTS = 16;  // held at a time
-
-// Where the gradients go, in T; null where none is wanted.
-struct Gradients {
-  void *context, *query, *weight, *bias;
-  bool any() const { return context || query || weight || bias; }
-};
-
-// The similarity vectors of the forward pass and their 1 / (|y| + eps), if they were saved; else rows is null.
-struct Known {
-  Source rows;
-  const void* inverse;
-};
-
-template <class T>
-void add_rows(const RowSets& sets, int64_t set, void* to, const FeaturePanels<T>& from, int64_t row) {
-  for (int64_t r = 0; r < sets.length(set); ++r)
-    from.add_row_to(static_cast<T*>(to) + (sets.first[set] + r) * from.D, row + r);
-}
-
-// A slot's sums of the gradients of one projection, over all windows.
-template <class T>
-SimilaritySums<T> sums_of(const Gradients& wanted, int64_t D, int64_t S) {
-  return {wanted.context != nullptr, wanted.query != nullptr, wanted.weight != nullptr, wanted.bias != nullptr,
-          FeaturePanels<T>(D, S), Buffer<T>(round_up(S, LANES<T>))};
-}
-
-template <class T>
-void add_sums(const std::vector<SimilaritySums<T>>& sums, const Gradients& wanted, int64_t D, int64_t S) {
-  for (const SimilaritySums<T>& one : sums) {
-    for (int64_t s = 0; wanted.weight && s < S; ++s)
-      one.weight.add_row_to(static_cast<T*>(wanted.weight) + s * D, s);
-    for (int64_t s = 0; wanted.bias && s < S; ++s) static_cast<T*>(wanted.bias)[s] += one.bias[s];
-  }
-}
 
 // A chunk's queries, feature by feature, and their gradients.
 template <class T>
@@ -65,7 +31,7 @@ struct Slot {
 };
 
 // globals_wanted is for p.globals; its context is the images' global vectors.
-template <class T>
+template <class T, class E = T>
 void backward(const SimilarityProblem& p, Source grad, Known known, const Gradients& wanted,
               const Gradients& globals_wanted, int64_t threads) {
   const RowSets &contexts = p.contexts(), &queries = p.queries();
@@ -73,8 +39,8 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
   const bool global = p.globals && globals_wanted.any();
   std::unique_ptr<Projection<T>> projection;
   if (!known.inverse) projection = std::make_unique<Projection<T>>(p.weight, p.bias, S, D);
-  FeaturePanels<T> w(D, S), global_w(D, global ? S : 0);
-  w.read_rows(p.weight, 0, S, 0);
+  const FeaturePanels<E> w = feature_rows<T, E>(p.weight, S, D);
+  FeaturePanels<T> global_w(D, global ? S : 0);
   if (global) global_w.read_rows(p.globals->weight, 0, S, 0);
 
   const int64_t context_rows = std::max(contexts.most, CONTEXT_ROWS);
@@ -110,7 +76,8 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
         if (global) overall[c].rows.read_rows(p.globals->caption, chunk.first, chunk.last - chunk.first, 0);
       };
     });
-    std::vector<SimilarityGradient<T>> tiles, global_tiles;  // one for each thread
+    std::vector<SimilarityGradient<T>> global_tiles;
+    std::vector<SimilarityGradient<T, E>> tiles;  // one for each thread
     for (int64_t k = 0; k < least(threads, count); ++k) {
       tiles.emplace_back(context_rows, contexts.most, window.widest, D, S);
       if (global) global_tiles.emplace_back(0, 0, widest, D, S);
@@ -191,6 +158,15 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
   add_sums(global_sums, globals_wanted, D, S);
 }
 
+void run(const SimilarityProblem& p, Source grad, Known known, const Gradients& wanted, const Gradients& globals_wanted,
+         [[maybe_unused]] int64_t bfloat16, int64_t threads) {
+  if (p.weight.dtype == Dtype::FLOAT64) return backward<double>(p, grad, known, wanted, globals_wanted, threads);
+#if defined(__AVX512BF16__)
+  if (bfloat16) return backward<float, Pair>(p, grad, known, wanted, globals_wanted, threads);
+#endif
+  backward<float>(p, grad, known, wanted, globals_wanted, threads);
+}
+
 }  // namespace
 }  // namespace itm_fast
 
@@ -203,8 +179,7 @@ extern "C" const char* cross_attention_similarity_backward(const itm_fast::Cross
     const Gradients wanted{p.t2i ? call.d_image : call.d_words, p.t2i ? call.d_words : call.d_image, call.d_weight,
                            call.d_bias};
     const Source grad{call.grad, call.dtype};
-    if (call.dtype == Dtype::FLOAT64) backward<double>(p, grad, {}, wanted, {}, call.threads);
-    else backward<float>(p, grad, {}, wanted, {}, call.threads);
+    run(p, grad, {}, wanted, {}, call.bfloat16, call.threads);
   });
 }
 
@@ -219,7 +194,6 @@ extern "C" const char* similarity_nodes_backward(const itm_fast::SimilarityNodes
     const Gradients wanted{call.d_image, call.d_words, call.d_local_weight, call.d_local_bias};
     const Gradients globals_wanted{call.d_image_global, call.d_caption_global, call.d_global_weight,
                                    call.d_global_bias};
-    if (call.dtype == Dtype::FLOAT64) backward<double>(p, grad, known, wanted, globals_wanted, call.threads);
-    else backward<float>(p, grad, known, wanted, globals_wanted, call.threads);
+    run(p, grad, known, wanted, globals_wanted, call.bfloat16, call.threads);
   });
 }

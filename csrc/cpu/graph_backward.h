@@ -22,9 +22,24 @@ struct GraphGradient {
   void* d_nodes;
   void *d_query_weight, *d_query_bias, *d_key_weight, *d_value_weight, *d_value_bias;  // in the work dtype
   int64_t threads;
+  // Of similarity_graph_head, where grad is that of the score, (4) of itm_fast/ops/similarity_score.py; else null.
+  Source score_weight{}, score_bias{};
+  Output output = Output::LOGIT;
+  void *d_score_weight = nullptr, *d_score_bias = nullptr;
 
-  explicit GraphGradient(const SimilarityGraphCall& c)
-      : nodes{c.nodes, c.dtype}, query_weight{c.query_weight, c.dtype}, query_bias{c.query_bias, c.dtype},
+  explicit GraphGradient(const SimilarityGraphHeadCall& c) : GraphGradient(c, c.nodes) {
+    score_weight = {c.score_weight, c.dtype};
+    score_bias = {c.score_bias, c.dtype};
+    output = c.output;
+    d_score_weight = c.d_score_weight;
+    d_score_bias = c.d_score_bias;
+  }
+  explicit GraphGradient(const SimilarityGraphCall& c) : GraphGradient(c, c.nodes) {}
+
+ private:
+  template <class Call>
+  GraphGradient(const Call& c, const void* nodes)
+      : nodes{nodes, c.dtype}, query_weight{c.query_weight, c.dtype}, query_bias{c.query_bias, c.dtype},
         key_weight{c.key_weight, c.dtype}, value_weight{c.value_weight, c.dtype}, value_bias{c.value_bias, c.dtype},
         grad{c.grad, c.dtype}, I(c.I), M(c.M), S(c.S), steps(c.K), T(c.T), cu_seqlens(c.cu_seqlens),
         d_nodes(c.d_nodes), d_query_weight(c.d_query_weight), d_query_bias(c.d_query_bias),
@@ -63,13 +78,20 @@ struct Turned {
   Buffer<T> M;                     // [steps][S][ld] M^T
   Buffer<T> value;                 // [steps][S][ld] Wr
   Buffer<E> M_pairs, value_pairs;  // of the rows of both, when E is Pair
+  Buffer<T> score_weight;          // [ld], where there is one
+  T score_bias = 0;
 
   explicit Turned(const GraphGradient& p)
       : forward(p.S, p.steps, p.query_weight, p.query_bias, p.key_weight, p.value_weight, p.value_bias),
         M(p.steps * p.S * forward.ld), value(p.steps * p.S * forward.ld),
         M_pairs(IS_PAIR<E> ? p.steps * depth<E>(p.S) * forward.ld : 0),
-        value_pairs(IS_PAIR<E> ? p.steps * depth<E>(p.S) * forward.ld : 0) {
+        value_pairs(IS_PAIR<E> ? p.steps * depth<E>(p.S) * forward.ld : 0), score_weight(forward.ld) {
     const int64_t S = p.S, ld = forward.ld;
+    if (p.score_weight.data) {
+      Buffer<T> room(S);
+      std::copy_n(read<T>(p.score_weight, 0, S, room), S, score_weight + 0);
+      score_bias = *read<T>(p.score_bias, 0, 1, room);
+    }
     for (int64_t step = 0; step < p.steps; ++step) {
       const int64_t at = step * S * ld;
       transpose_by_squares<T>(forward.M + at, ld, S, S, M + at, ld);
@@ -92,17 +114,21 @@ struct Turned {
   }
 };
 
-// The gradients of M, Wr, u and br, summed over the parts of one group.
+// The gradients of M, Wr, u, br, w_e and b_e, summed over the parts of one group.
 template <class T>
 struct Sums {
   Buffer<T> M, value, shift, bias;  // [steps][S][ld] twice, with rows for tiles that pass the last; [steps][ld] twice
+  Buffer<double> score_weight;      // [S]
+  double score_bias = 0;
 
   Sums(int64_t steps, int64_t S, int64_t ld)
-      : M((steps * S + 3) * ld), value((steps * S + 3) * ld), shift(steps * ld), bias(steps * ld) {}
+      : M((steps * S + 3) * ld), value((steps * S + 3) * ld), shift(steps * ld), bias(steps * ld), score_weight(S) {}
 
   void add(const Sums& other, int64_t steps, int64_t S, int64_t ld) {
     for (int64_t k = 0; k < steps * S * ld; ++k) M[k] += other.M[k], value[k] += other.value[k];
     for (int64_t k = 0; k < steps * ld; ++k) shift[k] += other.shift[k], bias[k] += other.bias[k];
+    for (int64_t s = 0; s < S; ++s) score_weight[s] += other.score_weight[s];
+    score_bias += other.score_bias;
   }
 };
 
@@ -193,13 +219,18 @@ class Walk {
       std::fill_n(z + t * ldS, ldS, T(0));
       for (int64_t j = 0; j < n; ++j) add(part[j] /= all, key + j * ldS, z + t * ldS);
     }
-    const T* from = read<T>(p.grad, (image * p.T + chunk->first) * S, count * S, room);
-    for (int64_t t = 0; t < count; ++t) std::copy_n(from + t * S, S, d_p + t * ldS);
-    turned_product(z, w.value + at, [&](int64_t, int64_t j) { return load(br + j); },
-                   [&](int64_t i, int64_t j, Vec<T> c) {
-                     T* const to = d_p + i * ldS + j;
-                     store(to, c > 0 ? load(to) : Vec<T>{});
-                   });
+    const auto added = [&](int64_t, int64_t j) { return load(br + j); };
+    if (p.score_weight.data) {
+      turned_product(z, w.value + at, added, put<T>(d_p, ldS));
+      through_scores(image, d_p, sums);
+    } else {
+      const T* from = read<T>(p.grad, (image * p.T + chunk->first) * S, count * S, room);
+      for (int64_t t = 0; t < count; ++t) std::copy_n(from + t * S, S, d_p + t * ldS);
+      turned_product(z, w.value + at, added, [&](int64_t i, int64_t j, Vec<T> c) {
+        T* const to = d_p + i * ldS + j;
+        store(to, c > 0 ? load(to) : Vec<T>{});
+      });
+    }
     if (sums) {
       outer<T>(count, d_p, z, sums->value + at);
       add_rows(count, d_p, sums->bias + step * ldS);
@@ -231,6 +262,25 @@ class Walk {
       T* const to = d_x + begin(i) * ldS + j;
       store(to, load(to) + c);
     });
+  }
+
+  // (3) and (4) of similarity_score.py: `result` [captions][ldS], the last step's results before their relu, become
+  // their gradients.
+  void through_scores(int64_t image, T* result, Sums<T>* sums) {
+    const int64_t count = chunk->last - chunk->first;
+    const T *const weight = turned.score_weight, *const grad = read<T>(p.grad, image * p.T + chunk->first, count, room);
+    for (int64_t t = 0; t < count; ++t) {
+      T *const at = result + t * ldS, d = grad[t];
+      for (int64_t s = 0; s < S; s += LANES<T>) store(at + s, load(at + s) < 0 ? Vec<T>{} : load(at + s));
+      if (p.output == Output::SCORE) {
+        const T score = 1 / (1 + std::exp(-(dot(at, weight) + turned.score_bias)));
+        d *= score * (1 - score);
+      }
+      for (int64_t s = 0; sums && s < S; ++s) sums->score_weight[s] += double(d) * double(at[s]);
+      if (sums) sums->score_bias += double(d);
+      for (int64_t s = 0; s < S; s += LANES<T>)
+        store(at + s, load(at + s) > 0 ? load(weight + s) * d : Vec<T>{});
+    }
   }
 
   // d_x: from the gradient of nodes(step + 1) to that of nodes(step).

@@ -8,6 +8,8 @@
 //     t = sum of a g,   c = t (p + eps) / p,   d logit_x = a_x (g_x - c (G a)_x - t' (p + eps))
 //     t' = sum of a (g - c G a),   d x = a du^T - (a c a^T) x + d A q^T,   d q = -du + d A^T x
 //
+// E is what the two products with W's size multiply: T, or pairs of bfloat16 values with sums in float32.
+//
 // Caches: dy in both layouts (2 x 240 KB) stays in L2 with three panels of 28 KB; the gradients of W and of q, 1 MB
 // each, pass by once a tile, and what the affinities give q once for all contexts held.
 #pragma once
@@ -43,6 +45,20 @@ struct FeaturePanels : Panels<T> {
   }
 };
 
+// W [S, D], its features along the lanes: S rows, or rows of pairs when E is Pair.
+template <class T, class E>
+FeaturePanels<E> feature_rows(Source w, int64_t S, int64_t D) {
+  FeaturePanels<T> rows(D, S);
+  rows.read_rows(w, 0, S, 0);
+  if constexpr (IS_PAIR<E>) {
+    FeaturePanels<E> pairs(D, depth<E>(S));
+    for (int64_t d = 0; d < D; d += rows.WIDE) pair_rows(S, rows.WIDE, rows.at(0, d), rows.WIDE, pairs.at(0, d));
+    return pairs;
+  } else {
+    return rows;
+  }
+}
+
 // Which gradients are wanted; and the gradients of W and b, to which every tile of one slot adds.
 template <class T>
 struct SimilaritySums {
@@ -60,25 +76,28 @@ struct SimilarityVector {
 
 // One thread's scratch for the gradients of one chunk of queries with the contexts held, and the functions that fill
 // it.
-template <class T>
+template <class T, class E = T>
 struct SimilarityGradient {
   static constexpr int64_t WIDE = TILE_COLUMNS<T>, BLOCK = round_up(FEATURES, WIDE);
   SimilarityTile<T> tile;  // with the affinities of all contexts held, later their gradients
-  int64_t ld, ldn, ldx, lds;
+  int64_t S, ld, ldn, ldx, lds;
   Buffer<T> s_rows, d_y, d_y_rows;                 // [WIDE][lds], [S][ld], [columns][lds]
   Buffer<T> weight_rows, scaled_rows, mixed;       // [columns][ldn] a, -c a; [rows][ldn] a c a^T of every set
   Buffer<T> affinity_rows;                         // [columns][ldx] d A of all sets
   Buffer<T> g, gram_weight, d_logit, along;        // [n][ld] three times, c
   Buffer<T> d_u_columns;                           // [BLOCK][ld]
-  FeaturePanels<T> difference, squares, d_u;       // one panel each
+  FeaturePanels<T> difference, d_u;                // one panel each
+  FeaturePanels<E> squares;
+  Buffer<E> d_y_pairs, d_y_rows_pairs;             // of d_y and of d_y_rows, when E is Pair
 
   // For sets of at most `most` contexts, together at most `rows`.
   SimilarityGradient(int64_t rows, int64_t most, int64_t columns, int64_t D, int64_t S)
-      : tile(rows, columns, D, S), ld(tile.ld), ldn(padded<T>(most)), ldx(padded<T>(rows)), lds(padded<T>(S)),
+      : tile(rows, columns, D, S), S(S), ld(tile.ld), ldn(padded<T>(most)), ldx(padded<T>(rows)), lds(padded<T>(S)),
         s_rows(WIDE * lds), d_y(S * ld), d_y_rows(columns * lds), weight_rows(columns * ldn),
         scaled_rows(columns * ldn), mixed(rows * ldn), affinity_rows(columns * ldx), g(most * ld),
         gram_weight(most * ld), d_logit(most * ld), along(ld), d_u_columns(BLOCK * ld), difference(WIDE, columns),
-        squares(WIDE, columns), d_u(WIDE, columns) {}
+        d_u(WIDE, columns), squares(WIDE, depth<E>(columns)), d_y_pairs(IS_PAIR<E> ? depth<E>(S) * ld : 0),
+        d_y_rows_pairs(IS_PAIR<E> ? depth<E>(columns) * lds : 0) {}
 
   // Adds the gradients of a chunk's tiles to `sums`, to d_q [columns] and to d_x [x.n]. W is given as w [S], its
   // features along the lanes, and as `projection`; the queries as `query` and as `query_rows`. upstream(k, j, room)
@@ -86,7 +105,7 @@ struct SimilarityGradient {
   // vector; there is no use for `projection` then.
   template <class Upstream, class Known>
   void run(const HeldContexts<T>& x, Norm norm, T scale, const int64_t* edge, int64_t sets,
-           const Projection<T>* projection, const FeaturePanels<T>& w, const Panels<T>& query,
+           const Projection<T>* projection, const FeaturePanels<E>& w, const Panels<T>& query,
            const FeaturePanels<T>& query_rows, Upstream upstream, Known known, SimilaritySums<T>& sums,
            FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
     const int64_t columns = edge[sets] - edge[0];
@@ -101,16 +120,16 @@ struct SimilarityGradient {
         for (int64_t j = 0; j < columns; ++j) {
           const int64_t in = j % WIDE;
           if (in == 0)
-            transpose_by_squares<T>(tile.similar.at(0, j), WIDE, w.rows, least(WIDE, columns - j), s_rows, lds);
+            transpose_by_squares<T>(tile.similar.at(0, j), WIDE, S, least(WIDE, columns - j), s_rows, lds);
           T* s_j = s_rows + in * lds;
-          for (int64_t s = 0; s < w.rows; ++s) s_j[s] *= tile.inverse[j];
+          for (int64_t s = 0; s < S; ++s) s_j[s] *= tile.inverse[j];
           upstream(k, j, d_y_rows + j * lds);
-          backward_of_norm(d_y_rows + j * lds, w.rows, {s_j, tile.inverse[j]});
+          backward_of_norm(d_y_rows + j * lds, S, {s_j, tile.inverse[j]});
         }
       } else {
         for (int64_t j = 0; j < columns; ++j) {
           upstream(k, j, d_y_rows + j * lds);
-          backward_of_norm(d_y_rows + j * lds, w.rows, known(k, j));
+          backward_of_norm(d_y_rows + j * lds, S, known(k, j));
         }
       }
       products(set, columns, w, query_rows, sums, d_q, d_x);
@@ -123,7 +142,7 @@ struct SimilarityGradient {
   // As many contexts at a time as make at most `columns` pairs.
   template <class Upstream, class Known>
   void run_unweighted(const FeaturePanels<T>& x, int64_t count, int64_t queries, int64_t columns,
-                      const FeaturePanels<T>& w, const FeaturePanels<T>& query_rows, Upstream upstream, Known known,
+                      const FeaturePanels<E>& w, const FeaturePanels<T>& query_rows, Upstream upstream, Known known,
                       SimilaritySums<T>& sums, FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
     const int64_t step = std::max<int64_t>(1, columns / queries);
     for (int64_t first = 0; first < count; first += step) {
@@ -132,10 +151,10 @@ struct SimilarityGradient {
         for (int64_t j = 0; j < queries; ++j) {
           T* d = d_y_rows + (k * queries + j) * lds;
           upstream(first + k, j, d);
-          backward_of_norm(d, w.rows, known(first + k, j));
+          backward_of_norm(d, S, known(first + k, j));
         }
-      sum_bias(pairs, w.rows, sums);
-      transpose_by_squares<T>(d_y_rows, lds, pairs, w.rows, d_y, ld);
+      sum_bias(pairs, S, sums);
+      transpose_by_squares<T>(d_y_rows, lds, pairs, S, d_y, ld);
       for (int64_t p = 0; p < w.D; p += WIDE) {
         const auto each = [&](auto visit) {  // of a pair's vectors in this panel
           for (int64_t k = 0; k < some; ++k)
@@ -150,7 +169,7 @@ struct SimilarityGradient {
           store(squares.data + pair, u * u);
         });
         const int64_t wide = least(WIDE, w.D - p);
-        weight_gradient(p, wide, pairs, w, sums);
+        weight_gradient(p, wide, pairs, sums);
         if (!sums.needs_context && !sums.needs_query) continue;
         difference_gradient(p, wide, pairs, w, fresh(), [](int64_t, int64_t, Vec<T>) {});
         T *dx = d_x.at(0, p), *dq = d_q.at(0, p);
@@ -201,37 +220,46 @@ struct SimilarityGradient {
   }
 
   // d W += dy^T (u - q)^2 for `wide` features from p on.
-  void weight_gradient(int64_t p, int64_t wide, int64_t columns, const FeaturePanels<T>& w, SimilaritySums<T>& sums) {
+  void weight_gradient(int64_t p, int64_t wide, int64_t columns, SimilaritySums<T>& sums) {
     if (!sums.needs_weight) return;
     T* to = sums.weight.at(0, p);
-    gemm<T>(w.rows, wide, columns, {d_y_rows, lds}, {squares.data, WIDE}, fetched(to, WIDE), add_to(to, WIDE));
+    const E* rows;
+    if constexpr (IS_PAIR<E>) rows = d_y_rows_pairs;
+    else rows = d_y_rows;
+    gemm<E>(S, wide, depth<E>(columns), {rows, lds}, {squares.data, WIDE}, fetched(to, WIDE), add_to(to, WIDE));
   }
 
   // d_u = 2 (u - q) (dy W), of which also(i, j, v) sees every vector. Half of S at a time: with all of it a panel of W
   // and the rows of dy that meet it push each other out of the first cache.
   template <class Begin, class Also>
-  void difference_gradient(int64_t p, int64_t wide, int64_t columns, const FeaturePanels<T>& w, Begin begin,
+  void difference_gradient(int64_t p, int64_t wide, int64_t columns, const FeaturePanels<E>& w, Begin begin,
                            Also also) {
     T *u = difference.data, *du = d_u.data;
-    const int64_t half = w.rows / 2;
-    gemm<T>(columns, wide, half, {d_y, ld}, {w.at(0, p), WIDE}, begin, to(du, WIDE));
-    gemm<T>(columns, wide, w.rows - half, {d_y + half * ld, ld}, {w.at(half, p), WIDE},
-            [=](int64_t i, int64_t j) { return load(du + i * WIDE + j); },
-            [=](int64_t i, int64_t j, Vec<T> v) {
-              v *= T(2) * load(u + i * WIDE + j);
-              store(du + i * WIDE + j, v);
-              also(i, j, v);
-            });
+    const auto finish = [=](int64_t i, int64_t j, Vec<T> v) {
+      v *= T(2) * load(u + i * WIDE + j);
+      store(du + i * WIDE + j, v);
+      also(i, j, v);
+    };
+    if constexpr (IS_PAIR<E>) {
+      gemm<E>(columns, wide, depth<E>(S), {d_y_pairs, ld}, {w.at(0, p), WIDE}, begin, finish);
+    } else {
+      const int64_t half = S / 2;
+      gemm<T>(columns, wide, half, {d_y, ld}, {w.at(0, p), WIDE}, begin, to(du, WIDE));
+      gemm<T>(columns, wide, S - half, {d_y + half * ld, ld}, {w.at(half, p), WIDE},
+              [=](int64_t i, int64_t j) { return load(du + i * WIDE + j); }, finish);
+    }
   }
 
   // (5), and g.
-  void products(const HeldSet<T>& x, int64_t columns, const FeaturePanels<T>& w, const FeaturePanels<T>& query_rows,
+  void products(const HeldSet<T>& x, int64_t columns, const FeaturePanels<E>& w, const FeaturePanels<T>& query_rows,
                 SimilaritySums<T>& sums, FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
-    const int64_t n = x.n, S = w.rows, D = x.D;
+    const int64_t n = x.n, D = x.D;
     sum_bias(columns, S, sums);
     const bool attends = sums.needs_context || sums.needs_query;
+    if constexpr (IS_PAIR<E>) pair_rows(columns, lds, d_y_rows, lds, d_y_rows_pairs);
     if (attends) {
       transpose_by_squares<T>(d_y_rows, lds, columns, S, d_y, ld);
+      if constexpr (IS_PAIR<E>) pair_rows(S, columns, d_y, ld, d_y_pairs);
       transpose_by_squares<T>(tile.weight, ld, n, columns, weight_rows, ldn);
       std::fill_n(g + 0, n * ld, T(0));
     }
@@ -246,21 +274,29 @@ struct SimilarityGradient {
   }
 
   // (5) for `wide` features from p on, of the block that begins with d.
-  void panel(const HeldSet<T>& x, int64_t p, int64_t wide, int64_t columns, int64_t d, const FeaturePanels<T>& w,
+  void panel(const HeldSet<T>& x, int64_t p, int64_t wide, int64_t columns, int64_t d, const FeaturePanels<E>& w,
              const FeaturePanels<T>& query_rows, SimilaritySums<T>& sums, FeaturePanels<T>& d_q,
              FeaturePanels<T>& d_x) {
-    T *u = difference.data, *square = squares.data;
+    T* const u = difference.data;
+    E* const square = squares.data;
     const T* q = query_rows.at(0, p);
+    [[maybe_unused]] Vec<T> even[TILE_VECTORS];
     gemm<T>(columns, wide, x.n, {tile.weight, ld}, {x.row + p, x.row_ld},
             [=](int64_t i, int64_t j) {
               __builtin_prefetch(q + (i + TILE_ROWS) * WIDE + j);
               return -load(q + i * WIDE + j);
             },
-            [=](int64_t i, int64_t j, Vec<T> v) {
+            [&, columns](int64_t i, int64_t j, Vec<T> v) {
               store(u + i * WIDE + j, v);
-              store(square + i * WIDE + j, v * v);
+              v *= v;
+              if constexpr (IS_PAIR<E>) {
+                if (i % 2 == 0) even[j / LANES<T>] = v;
+                if (i % 2 == 0 && i + 1 < columns) return;
+                v = in_pairs(even[j / LANES<T>], i % 2 ? v : Vec<T>{});
+              }
+              std::memcpy(square + (depth<E>(i + 1) - 1) * WIDE + j, &v, sizeof v);
             });
-    weight_gradient(p, wide, columns, w, sums);
+    weight_gradient(p, wide, columns, sums);
     if (!sums.needs_context && !sums.needs_query) return;
     T* dq = d_q.at(0, p);
     difference_gradient(p, wide, columns, w, fetched(dq, WIDE), [=](int64_t i, int64_t j, Vec<T> v) {

@@ -1,4 +1,4 @@
-// Backward of similarity_graph: (4) to (7) of itm_fast/ops/similarity_graph.py.
+// Backward of similarity_graph: (4) to (7) of itm_fast/ops/similarity_graph.py; and of the scores made of its results.
 //
 // A part is one image with one chunk of captions, and its rows of d nodes belong to it alone. A thread owns one group
 // of parts at a time. Where gradients of the weights are wanted there are at most 16 groups: the gradients are summed
@@ -61,6 +61,21 @@ void backward(const GraphGradient& p) {
   if (!summed) return;
   for (int64_t g = 1; g < groups; ++g) sums[0].add(sums[size_t(g)], p.steps, p.S, ld);
   fold<T>(p, ld, sums[0]);
+  if (!p.score_weight.data) return;
+  for (int64_t s = 0; s < p.S; ++s) static_cast<T*>(p.d_score_weight)[s] = T(sums[0].score_weight[s]);
+  *static_cast<T*>(p.d_score_bias) = T(sums[0].score_bias);
+}
+
+template <class Call>
+const char* guarded_backward(const Call& call) {
+  return guarded([&] {
+    const GraphGradient p(call);
+    if (call.dtype == Dtype::FLOAT64) return backward<double>(p);
+#if defined(__AVX512BF16__)
+    if (call.bfloat16) return backward<float, Pair>(p);
+#endif
+    backward<float>(p);
+  });
 }
 
 }  // namespace
@@ -70,13 +85,10 @@ void backward(const GraphGradient& p) {
 // all null or hold zeros, float, or double if the nodes are double; that of the key bias is zero and stays so. grad has
 // the shape and dtype of z.
 extern "C" const char* similarity_graph_backward(const itm_fast::SimilarityGraphCall& call) {
-  using namespace itm_fast;
-  return guarded([&] {
-    const GraphGradient p(call);
-    if (call.dtype == Dtype::FLOAT64) return backward<double>(p);
-#if defined(__AVX512BF16__)
-    if (call.bfloat16) return backward<float, Pair>(p);
-#endif
-    backward<float>(p);
-  });
+  return itm_fast::guarded_backward(call);
+}
+
+// The same of the scores that score_weight and score_bias make of z, whose gradients follow too; z is computed again.
+extern "C" const char* similarity_graph_head_backward(const itm_fast::SimilarityGraphHeadCall& call) {
+  return itm_fast::guarded_backward(call);
 }

@@ -5,10 +5,10 @@
 namespace itm_fast {
 
 // Compiled in files of their own, which takes as long as this one: similarity_score_float64.cpp and _bfloat16.cpp.
-extern template void score<double, double>(const SimilarityGraphScoreCall&);
+extern template void graph_scores<double, double>(const PairScore&, const GraphWeights<double>&, KeptNodes<double>);
 extern template void score<double, double>(const SimilarityFilterScoreCall&);
 #if defined(__AVX512BF16__)
-extern template void score<float, Pair>(const SimilarityGraphScoreCall&);
+extern template void graph_scores<float, Pair>(const PairScore&, const GraphWeights<float, Pair>&, KeptNodes<float>);
 extern template void score<float, Pair>(const SimilarityFilterScoreCall&);
 #endif
 
@@ -28,8 +28,13 @@ const char* guarded_score(const Call& call) {
 }  // namespace
 }  // namespace itm_fast
 
-// Both write score [I, T] in the dtype of the tensors; shapes and who owns what: calls.h.
+// All write score [I, T] in the dtype of the tensors; shapes and who owns what: calls.h.
 extern "C" const char* similarity_graph_score(const itm_fast::SimilarityGraphScoreCall& call) {
+  return itm_fast::guarded_score(call);
+}
+
+// Writes nodes and inverse of the first kept[0] images too, float, or double if the tensors are double.
+extern "C" const char* similarity_graph_score_kept(const itm_fast::SimilarityGraphScoreKeptCall& call) {
   return itm_fast::guarded_score(call);
 }
 

@@ -35,13 +35,21 @@ struct PairScore {
         S(c.S), scale(c.scale), output(c.output), threads(c.threads) {}
 };
 
+// Where the nodes of the first `images` images, [images, N + T, S], and their 1 / (|y| + eps) are kept for the backward
+// pass; nowhere if there are none.
+template <class T>
+struct KeptNodes {
+  T *nodes = nullptr, *inverse = nullptr;
+  int64_t images = 0;
+};
+
 // Scores of all pairs. T is the type of sums, E what the large products multiply. head(nodes, longest) makes a thread's
 // head, for chunks of at most `nodes` nodes and captions of at most `longest`: it has nodes(), the matrix [S][stride()]
 // that this function fills with a chunk's similarity vectors, and run(edge, first, last, z, ldz), which turns them into
 // one vector z [S] per caption. The score is sigmoid(score_weight . z + score_bias), the logit the
 // argument of the sigmoid.
 template <class T, class E, class MakeHead>
-void score_pairs(const PairScore& p, MakeHead head) {
+void score_pairs(const PairScore& p, KeptNodes<T> kept, MakeHead head) {
   const RowSets images = regions(p.image, p.I, p.R, p.D, p.region_lengths),
                 words = captions(p.words, p.T, p.D, p.cu_seqlens);
   const Projection<T, E> local(p.local_weight, p.local_bias, p.S, p.D);
@@ -102,6 +110,14 @@ void score_pairs(const PairScore& p, MakeHead head) {
             for (int64_t s = 0; s < p.S; ++s)
               nodes[s * reason.stride() + edge[k]] = y[s * TILE_COLUMNS<T>] * overall.inverse[column];
           }
+          if (i < kept.images) {
+            const int64_t row = i * (p.cu_seqlens[p.T] + p.T) + chunk.begin + chunk.first;
+            transpose_by_squares<T>(nodes, reason.stride(), p.S, edge[sets], kept.nodes + row * p.S, p.S);
+            for (int64_t k = 0; k < sets; ++k) {
+              kept.inverse[row + edge[k]] = overall.inverse[chunk.first + k - caption(g)];
+              std::copy_n(tile.inverse + edge[k] - k, edge[k + 1] - edge[k] - 1, kept.inverse + row + edge[k] + 1);
+            }
+          }
           reason.run(edge, 0, sets, z, ldz);
           for (int64_t k = 0; k < sets; ++k) {
             Vec<T> dot{};
@@ -117,18 +133,28 @@ void score_pairs(const PairScore& p, MakeHead head) {
   });
 }
 
-// Scores of the call, with the head that it is of. T and E: as of score_pairs().
+// Scores with graph reasoning as head. T and E: as of score_pairs().
+template <class T, class E>
+void graph_scores(const PairScore& p, const GraphWeights<T, E>& weights, KeptNodes<T> kept) {
+  score_pairs<T, E>(p, kept, [&](int64_t nodes, int64_t longest) { return Graph<T, E>(weights, nodes, longest); });
+}
+
+// Scores of the call, with the head that it is of.
 template <class T, class E>
 void score(const SimilarityGraphScoreCall& call) {
-  const GraphWeights<T, E> weights(call);
-  score_pairs<T, E>(PairScore(call),
-                    [&](int64_t nodes, int64_t longest) { return Graph<T, E>(weights, nodes, longest); });
+  graph_scores<T, E>(PairScore(call), GraphWeights<T, E>(call), {});
+}
+
+template <class T, class E>
+void score(const SimilarityGraphScoreKeptCall& call) {
+  graph_scores<T, E>(PairScore(call), GraphWeights<T, E>(call),
+                     {static_cast<T*>(call.nodes), static_cast<T*>(call.inverse), *call.kept});
 }
 
 template <class T, class E>
 void score(const SimilarityFilterScoreCall& call) {
   const FilterWeights<T> weights(call);
-  score_pairs<T, E>(PairScore(call), [&](int64_t nodes, int64_t) { return Filter<T>(weights, nodes); });
+  score_pairs<T, E>(PairScore(call), {}, [&](int64_t nodes, int64_t) { return Filter<T>(weights, nodes); });
 }
 
 }  // namespace itm_fast

@@ -2,6 +2,8 @@
 #include "similarity_score.h"
 
 #if defined(__AVX512BF16__)
-template void itm_fast::score<float, itm_fast::Pair>(const SimilarityGraphScoreCall&);
-template void itm_fast::score<float, itm_fast::Pair>(const SimilarityFilterScoreCall&);
+namespace itm_fast {
+template void graph_scores<float, Pair>(const PairScore&, const GraphWeights<float, Pair>&, KeptNodes<float>);
+template void score<float, Pair>(const SimilarityFilterScoreCall&);
+}  // namespace itm_fast
 #endif

@@ -17,10 +17,8 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
-import torch
-
 from . import _attention
-from ._declare import DECLARED, Choice, Counts, Declaration, Flag, Floats, Integers, Result
+from ._declare import CPU_ONLY, DECLARED, Choice, Counts, Declaration, Flag, Floats, Integers, Result, cpu_only
 
 ENUMS = {
     "Dtype": ("float32", "float64", "bfloat16", "float16"),
@@ -48,14 +46,11 @@ class Field(NamedTuple):
     comment: str = ""
 
 
-# x W^T + b, which models apply to each image and each caption alone. It is not a public op, but is called like one.
-LINEAR = Declaration(
+# x W^T + b, which models apply to each image and each caption alone.
+LINEAR = cpu_only(
     "linear",
     [Floats("x", "N K"), Floats("weight", "S K"), Floats("bias", "S", optional=True)],
     [Result("product", "N S")],
-    offered=("cpu",),
-    reference=torch.nn.functional.linear,
-    examples=[],
     backward="torch",
 )
 
@@ -63,7 +58,7 @@ LINEAR = Declaration(
 def called() -> list[Declaration]:
     """The declarations that have a struct; `global_local_score` calls C++ with that of `cross_attention_score`."""
     ops = (op for op in DECLARED.values() if "cpu" in op.offered and op.name != "global_local_score")
-    return sorted([*ops, LINEAR], key=lambda op: op.name)
+    return sorted([*ops, *CPU_ONLY.values()], key=lambda op: op.name)
 
 
 def fields(op: Declaration) -> Iterator[Field]:
@@ -121,7 +116,10 @@ def _structs() -> str:
         count = 0
         for field in fields(op):
             code = f"  {field.cpp} {field.name};"
-            lines.append(f"{code:<34}// {field.comment}" if field.comment else code)
+            if field.name in SIZES and lines[-1].startswith("  int64_t"):  # all sizes share a line
+                lines[-1] = f"{lines[-1][:-1]}, {field.name};"
+            else:
+                lines.append(f"{code:<34}// {field.comment}" if field.comment else code)
             count += 1
         lines += ["};", f"static_assert(sizeof({_title(op.name)}) == 8 * {count});"]
     return "\n".join(lines)
@@ -137,7 +135,7 @@ def header() -> str:
     """The text of calls.h."""
     return f"""// The structs that Python passes to C++: one per op, with its arguments, results, gradients and sizes.
 //
-// Each is taken by the exported function <op>(call) and, unless the op has no backward in C++, by <op>_backward(call).
+// Each is taken by the exported functions <op>(call) and <op>_backward(call), or by the one of them that C++ has.
 // They return nullptr, or an error as a sentence that stays valid until the thread's next call. All tensors are
 // contiguous, in host memory, owned by the caller and alive during the call; C++ keeps no pointer to them. Forward
 // writes every element of the results; `grad` and d_... are null then. Backward reads `grad`, and adds to or writes the

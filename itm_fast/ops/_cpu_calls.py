@@ -19,21 +19,23 @@ from .. import _native
 from .._checks import matmul_precision, work_dtype
 from ..packing import bounds, region_counts
 from . import _attention, _calls
-from ._declare import DECLARED, Choice, Counts, Declaration, Floats
+from ._declare import CPU_ONLY, DECLARED, Choice, Counts, Declaration, Floats
 
 DTYPES = {getattr(torch, name): code for code, name in enumerate(_calls.ENUMS["Dtype"])}
 BFLOAT16 = {  # ops whose products may multiply bfloat16 values
     "cross_attention_score", "cross_attention_similarity", "similarity_filter_score", "similarity_graph",
-    "similarity_graph_score", "similarity_nodes",
+    "similarity_graph_head", "similarity_graph_score", "similarity_graph_score_kept", "similarity_nodes",
+    "similarity_nodes_of_pairs",
 }  # fmt: skip
 # Gradients that C++ overwrites, in the dtype of the tensor. To all others it adds, so they begin as zeros.
 WRITTEN = {
     "similarity_context": ("overall", "local"),
     "similarity_filter": ("nodes",),
     "similarity_graph": ("nodes",),
+    "similarity_graph_head": ("nodes",),
 }
 IN_FLOAT64 = {"similarity_context", "similarity_filter"}  # ops that sum gradients in float64; others in `work_dtype`
-TOGETHER = {"similarity_graph"}  # ops that sum the gradients of all parameters, or of none
+TOGETHER = {"similarity_graph", "similarity_graph_head"}  # ops that sum the gradients of all parameters, or of none
 
 
 def bfloat16_products(dtype: torch.dtype) -> bool:
@@ -154,7 +156,7 @@ def _same_structs() -> None:
 def implementation(name: str) -> Any:
     """An op's forward and backward pass in C++."""
     if name != "global_local_score":
-        return Calls(DECLARED[name])
+        return Calls(DECLARED.get(name) or CPU_ONLY[name])
     # Direction i2t with images of one region, the vector, which attends to words; affinities are cosines.
     calls = Calls(DECLARED["cross_attention_score"], said=name, more={"affinity_norm": ("cosine",)})
 

@@ -22,6 +22,7 @@ from .._checks import Arguments, Shape, autocast, work_dtype
 from ._draws import Example
 
 DECLARED: dict[str, Declaration] = {}  # the ops by name, filled as each is registered
+CPU_ONLY: dict[str, Declaration] = {}  # what ops call in C++ without its being a registered op, likewise
 F = TypeVar("F", bound=Callable[..., Any])
 Given = Mapping[str, Any]  # the arguments of a call by name
 
@@ -265,6 +266,20 @@ class Declaration:
         return tuple(
             first.new_empty(shape, dtype=wide if r.wide else first.dtype) for r, shape in zip(self.results, shapes)
         )
+
+
+def cpu_only(
+    name: str, arguments: Sequence[Argument], results: Sequence[Result], *, backward: str | None = None
+) -> Declaration:
+    """Declare what ops call in C++ only: functions `<name>` and `<name>_backward` that are called like an op's, but
+    are not registered with torch. `backward` is as in `Declaration`."""
+    found = Declaration(name, arguments, results, offered=("cpu",), reference=_none, examples=[], backward=backward)
+    CPU_ONLY[name] = found
+    return found
+
+
+def _none(*args: Any) -> Any:
+    raise NotImplementedError("this is a part of an op, and has no reference")
 
 
 def empty(op: str, *args: Any, backend: str = "torch") -> Any:

@@ -8,7 +8,7 @@ imported only when it runs. In a module of several ops the functions have the na
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 from .._backends import KERNELS, OFFERS, ON_GPU, TooLarge, backward_of_cuda, resolve
 from .._workspace import current_gib, workspace
@@ -31,11 +32,24 @@ def _told(reasons: dict[str, str | None], backend: str) -> str | None:
     return reasons[backend]
 
 
-class Op(Declaration):
-    """A declared op, registered as one of `torch.ops.itm_fast`; a call checks its arguments and chooses the backend."""
+def refuse_second(name: str) -> None:
+    """Raise a NotImplementedError if the backward pass of an op is itself to be differentiated."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(f"{name} has no second derivative; differentiate it without create_graph=True")
 
-    def __init__(self, *args: Any, **options: Any) -> None:
+
+class Op(Declaration):
+    """A declared op, registered as one of `torch.ops.itm_fast`; a call checks its arguments and chooses the backend.
+
+    Args:
+        args, options: of `Declaration`.
+        keeping: the differentiable function of the registered op's arguments that runs the op in the cpu backend where
+            a gradient may be asked for, and keeps more for that than inputs and results; torch.compile does without.
+    """
+
+    def __init__(self, *args: Any, keeping: Callable[..., Any] | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
+        self.keeping = keeping
         name, schema, keeps = self.name, self.schema, self.keeps
         differentiable, pairs = self.differentiable, self.pairs
         DECLARED[name], OFFERS[name] = self, self.offered
@@ -53,10 +67,11 @@ class Op(Declaration):
         @torch.library.impl(backward, "CompositeExplicitAutograd")
         def _backward(grad, needs, *args):
             with torch.autocast(args[0].device.type, enabled=False):
-                dense = self.implementation(self.chosen(args)).backward
+                chosen = self.implementation(self.chosen(args))
+                dense = chosen.backward
                 if keeps:
                     found = dense(grad, needs, *args[:-2], results=args[-2])
-                elif pairs is None:
+                elif pairs is None or getattr(chosen, "few", False):
                     found = dense(grad, needs, *args[:-1])
                 else:
                     found = _recompute.of_pairs(dense, pairs, grad, needs, args[:-1])
@@ -82,10 +97,7 @@ class Op(Declaration):
             ctx.rest = [a for a in inputs if not isinstance(a, Tensor)]
 
         def differentiate(ctx, grad, *_):
-            if torch.is_grad_enabled():
-                raise NotImplementedError(
-                    f"{name} has no second derivative; differentiate it without create_graph=True"
-                )
+            refuse_second(name)
             tensors, rest = iter(ctx.saved_tensors), iter(ctx.rest)
             args = [next(tensors) if t else next(rest) for t in ctx.is_tensor]
             needs = list(ctx.needs_input_grad[:differentiable])
@@ -111,7 +123,11 @@ class Op(Declaration):
         dtype = first.dtype if self.has_kernels else None  # PyTorch takes all dtypes
         too_large, traced = self.refused_sizes(size, given), torch.compiler.is_compiling()
         name = resolve(self.name, backend, first.device, dtype, too_large, put_aside, traced)
-        return self.call(*self.convert(given), name)
+        args, keeping = self.convert(given), self.keeping
+        if keeping is not None and name == "cpu" and not traced and not is_fake(first) and torch.is_grad_enabled():
+            wanted = any(x.requires_grad for x in args[: self.differentiable])
+            return keeping(*args) if wanted else self.call(*args, name)
+        return self.call(*args, name)
 
     def chosen(self, args: Sequence[Any]) -> str:
         """The backend of a call of the registered op, whose last argument is it, or "auto" if a trace left it open."""
@@ -153,7 +169,8 @@ class Op(Declaration):
             if backend == "triton" and hasattr(found, "backward"):
                 return found
             return SimpleNamespace(forward=found.forward, backward=self.implementation(self.backward).backward)
-        return SimpleNamespace(forward=found.forward, backward=partial(self.backward, backend))
+        few = backend == "cpu"
+        return SimpleNamespace(forward=found.forward, backward=partial(self.backward, backend), few=few)
 
     def _backward_of_cuda(self, grad: Tensor, needs: list[bool], *args: Any, **kept: Any) -> list[Tensor]:
         """The backward pass of a forward pass in "cuda", in the backend that can run it here."""

@@ -27,7 +27,7 @@ from torch import Tensor
 from .._names import Backend
 from ..packing import bounds, node_bounds, region_counts
 from . import _attention, _draws
-from ._declare import Floats, Given, Integers, Positive, Result
+from ._declare import Floats, Given, Integers, Positive, Result, cpu_only
 from ._register import Op
 from .cross_attention_similarity import reference as similarity
 
@@ -76,6 +76,24 @@ def _kept(size: dict[str, int], given: Given) -> tuple[int, ...]:
     return (size["I"], size["N"] + size["T"]) if given["backend"] in ("cpu", "torch") else (0,)
 
 
+def _rows(size: dict[str, int], given: Given) -> tuple[int, ...]:
+    return (int(given["pair_bounds"][-1]),)
+
+
+def _pair_nodes(size: dict[str, int], given: Given) -> tuple[int, ...]:
+    return (*_rows(size, given), size["S"])
+
+
+# The nodes of B pairs of an image and a caption, pair after pair, with bounds `pair_bounds`; sorted by image.
+OF_PAIRS = cpu_only(
+    "similarity_nodes_of_pairs",
+    [
+        *INPUTS,
+        *REST,
+        *(Integers(f"pair_{name}", shape) for name, shape in (("image", "B"), ("caption", "B"), ("bounds", "B+1"))),
+    ],
+    [Result("nodes", _pair_nodes), Result("inverse", _rows, wide=True)],
+)
 _op = Op(
     "similarity_nodes",
     [*INPUTS, *REST],
