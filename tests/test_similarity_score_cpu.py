@@ -9,7 +9,7 @@ from pair_score_cases import edges
 from test_similarity_score import GRAPH, over_scorers
 
 from itm_fast import _native
-from itm_fast.ops import similarity_score
+from itm_fast.ops import _score_backward
 from itm_fast.testing import assert_accurate, op_checks
 
 pytestmark = needs_cpu
@@ -59,7 +59,7 @@ def test_the_same_bits_with_any_number_of_threads(scorer):
 def test_gradients_from_a_few_images_at_a_time(scorer, monkeypatch):
     call, args = scorer.case(5, (4, 2, 7))
     whole = op_checks.gradients(call, args, torch.float64, "cpu", torch.float64)
-    monkeypatch.setattr(similarity_score, "CPU_NODES", 2 * 2 * 16 * 8 * 8)  # nodes and gradients of two images
+    monkeypatch.setattr(_score_backward, "CPU_NODES", 2 * 2 * 16 * 8 * 8)  # nodes and gradients of two images
     for part, exact in zip(op_checks.gradients(call, args, torch.float64, "cpu", torch.float64), whole, strict=True):
         torch.testing.assert_close(part, exact, rtol=1e-11, atol=1e-13)
 
@@ -88,9 +88,9 @@ def test_gradients_of_few_pairs_at_a_time(scorer, monkeypatch):
     single = [gradients_of(scorer, grad, threads, dtype=torch.float32) for threads in (1, 2, 3)]
     assert all(torch.equal(a, b) for found in single[1:] for a, b in zip(found, single[0], strict=True))
     few = gradients_of(scorer, grad)
-    monkeypatch.setattr(similarity_score, "CPU_NODES", 12 * (2 * 9 + 20) * 8)  # twelve nodes, and one pair at the least
+    monkeypatch.setattr(_score_backward, "CPU_NODES", 12 * (2 * 9 + 20) * 8)  # twelve nodes, and one pair at the least
     parts = gradients_of(scorer, grad)
-    monkeypatch.setattr(similarity_score, "FEW", 1 << 40)
+    monkeypatch.setattr(_score_backward, "FEW", 1 << 40)
     for exact, *others in zip(gradients_of(scorer, grad), few, parts, strict=True):
         for found in others:
             torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
@@ -102,10 +102,10 @@ def test_nodes_that_are_kept_are_used_once(monkeypatch):
     row, made = 16 * (8 + 1) * 8, []  # bytes of an image's nodes
     nodes = torch.ops.itm_fast.similarity_nodes.default
     counting = SimpleNamespace(default=lambda *given: made.append(len(given[0])) or nodes(*given))
-    monkeypatch.setattr(similarity_score.torch.ops.itm_fast, "similarity_nodes", counting)
+    monkeypatch.setattr(torch.ops.itm_fast, "similarity_nodes", counting)
     found = {}
     for images in (0, 3, 9):
-        monkeypatch.setattr(similarity_score, "MOST_KEPT", images * row)
+        monkeypatch.setattr(_score_backward, "MOST_KEPT", images * row)
         score = call(*leaves, backend="cpu")
         made.clear()
         found[images] = torch.autograd.grad(score.sum(), leaves, retain_graph=True)

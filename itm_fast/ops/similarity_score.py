@@ -35,99 +35,25 @@ an eighth of the scratch memory holds. Everything else per pair is computed agai
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
-from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
 from .._backends import autocast_dtype
-from .._checks import work_dtype
 from .._names import Backend, Output
-from .._workspace import current_gib, scratch_bytes, workspace
-from ..packing import kept, node_bounds, spans
+from ..packing import kept, node_bounds
 from . import _attention, _draws
-from ._cpu_calls import implementation
-from ._declare import Argument, Choice, Counts, Floats, Given, Integers, Positive, Result, cpu_only
-from ._register import Op, refuse_second
-from .similarity_filter import reference as filtered
-from .similarity_graph import PARAMETERS, refuse
-from .similarity_graph import reference as reasoned
-from .similarity_nodes import INPUTS, OF_PAIRS, REST
+from ._declare import Given, Result
+from ._register import Op
+from ._score_backward import Keeping, backward
+from ._score_heads import FILTER, GRAPH, Head, scored
 from .similarity_nodes import reference as make_nodes
 
 OFFERED = ("triton", "cuda", "cpu", "torch", "reference")
-SCORE = Floats("score_weight", "S"), Floats("score_bias", "1")
-OUTPUT = (Choice("output", _attention.OUTPUTS, "Output"),)
-CPU_NODES = 192 << 20  # bytes of the nodes and of their gradients, of the pairs that the `cpu` backend takes at a time
-MOST_KEPT = 96 << 20  # bytes of the nodes that `cpu` keeps for the backward pass; at most 1/8 of the scratch memory
-FEW = 2  # `cpu` leaves out pairs without a gradient where at most one in 2 has one
-
-
-@dataclass(frozen=True)
-class Head:
-    """An op that turns a pair's nodes into one vector z [S], and the arguments that a scorer passes to it.
-
-    Attributes:
-        op: its name.
-        reference: its reference.
-        vectors: (run, nodes, bounds, parameters, statistics, options) -> z [I, T, S], where `run` is the op or its
-            reference.
-        draw: makes an example's parameters and statistics.
-        parameters: its differentiable arguments.
-        statistics: its other tensors.
-        options: its arguments that are not tensors.
-        refuse: as in `Declaration`.
-    """
-
-    op: str
-    reference: Callable[..., Any]
-    vectors: Callable[..., Tensor]
-    draw: _draws.Example
-    parameters: tuple[Argument, ...]
-    statistics: tuple[Argument, ...] = ()
-    options: tuple[Argument, ...] = ()
-    refuse: Callable[[dict[str, int], Given], str | None] | None = None
-
-    @property
-    def groups(self) -> tuple[tuple[Argument, ...], ...]:
-        """The scorer's arguments by group, in the order of the registered op."""
-        return INPUTS, self.parameters, SCORE, self.statistics, REST, self.options, OUTPUT
-
-    def split(self, args: Sequence[Any]) -> list[list[Any]]:
-        """The values of a call's arguments, a list for each group."""
-        values = iter(args)
-        return [list(islice(values, len(group))) for group in self.groups]
-
-
-def _graph(run: Callable[..., Any], nodes: Tensor, bounds: Tensor, parameters, statistics, options) -> Tensor:
-    return run(nodes, *parameters, bounds)
-
-
-def _filter(run: Callable[..., Any], nodes: Tensor, bounds: Tensor, parameters, statistics, options) -> Tensor:
-    return run(nodes, *parameters, *(x.to(nodes.dtype) for x in statistics), bounds, False, *options)[0]
-
-
-GRAPH = Head("similarity_graph", reasoned, _graph, _draws.graph_weights, PARAMETERS, refuse=refuse)
-FILTER = Head(
-    "similarity_filter",
-    filtered,
-    _filter,
-    _draws.filter_weights,
-    (Floats("filter_weight", "S"), Floats("filter_bias", "1"), Floats("norm_weight", "1"), Floats("norm_bias", "1")),
-    (Floats("running_mean", "1", fixed=True), Floats("running_var", "1", fixed=True)),
-    (Positive("eps"),),
-)
-
-
-def _result(output: str, z: Tensor, score_weight: Tensor, score_bias: Tensor) -> Tensor:
-    """(3): z [I, T, S] -> [I, T]."""
-    logit = z @ score_weight + score_bias
-    return logit if output == "logit" else logit.sigmoid()
 
 
 def reference(head: Head, *args: Any) -> Tensor:
@@ -135,126 +61,7 @@ def reference(head: Head, *args: Any) -> Tensor:
     inputs, parameters, score, statistics, rest, options, (output,) = head.split(args)
     nodes, _ = make_nodes(*inputs, *rest)
     z = head.vectors(head.reference, nodes, node_bounds(rest[0]), parameters, statistics, options)
-    return _result(output, z, *score)
-
-
-class _Part(NamedTuple):
-    """Some pairs, as images [I] that are all paired with captions [T], in the backward pass.
-
-    Attributes:
-        images: where the gradients of their image and image_global belong.
-        nodes: [I, M, S], computed again.
-        bounds: [T + 1] of the captions' nodes.
-        grad: [I, T], the gradient of their results.
-        back: d_nodes -> the gradients of the inputs that need one.
-    """
-
-    images: slice
-    nodes: Tensor
-    bounds: Tensor
-    grad: Tensor
-    back: Callable[[Tensor], list[Tensor]]
-
-
-def _some_images(
-    backend: str,
-    grad: Tensor,
-    needs: Sequence[bool],
-    inputs: Sequence[Tensor],
-    rest: Sequence[Any],
-    most: int,
-    held: Sequence[Tensor],
-) -> Iterator[_Part]:
-    """All pairs: as many images at a time as have at most `most` nodes, one at the least; twice as many of those whose
-    nodes are held."""
-    cu_seqlens, region_lengths, scale = rest
-    size, known = max(1, most // max(1, len(inputs[2]) + len(inputs[3]))), len(held[0]) if held else 0
-    later = (slice(known + at.start, known + at.stop) for at in spans(len(grad) - known, size))
-    for images in (*spans(known, 2 * size), *later):
-        part: list[Any] = [inputs[0][images], inputs[1][images], *inputs[2:]]
-        part += [cu_seqlens, None if region_lengths is None else region_lengths[images], scale]
-        if images.start < known:
-            nodes, saved = (x[images] for x in held)
-        else:
-            nodes, saved = torch.ops.itm_fast.similarity_nodes.default(*part, backend)
-
-        def back(d_nodes, part=part, results=(nodes, saved)):
-            return torch.ops.itm_fast.similarity_nodes_backward.default(d_nodes, needs, *part, list(results), backend)
-
-        yield _Part(images, nodes, node_bounds(cu_seqlens), grad[images], back)
-
-
-def _few_pairs(
-    grad: Tensor, needs: Sequence[bool], inputs: Sequence[Tensor], rest: Sequence[Any], most: int
-) -> Iterator[_Part]:
-    """The pairs that have a gradient, in C++, as one image with as many captions: at most `most` nodes at a time."""
-    run, all_images, all_captions = implementation(OF_PAIRS.name), *grad.nonzero(as_tuple=True)
-    edge = torch.nn.functional.pad((rest[0].diff().long() + 1)[all_captions].cumsum(0), (1, 0))
-    start = 0
-    while start < len(all_images):
-        stop = max(start + 1, int(torch.searchsorted(edge, edge[start] + most, right=True)) - 1)
-        image, caption, bounds = all_images[start:stop], all_captions[start:stop], edge[start : stop + 1] - edge[start]
-        args = *inputs, *rest, image, caption, bounds
-        nodes, saved = run.forward(*args)
-
-        def back(d_nodes, args=args, results=(nodes, saved)):
-            return run.backward(d_nodes[0], needs, *args, results=results)
-
-        yield _Part(slice(None), nodes[None], bounds, grad[image, caption][None], back)
-        start = stop
-
-
-def _backward(
-    head: Head, backend: str, grad: Tensor, needs: Sequence[bool], *args: Any, held: list[Tensor] | None = None
-) -> list[Tensor]:
-    """(4) to (6) by the backward passes of `similarity_nodes` and of the head in `backend`, some pairs at a time.
-
-    The nodes of these pairs are computed again first, unless they are in `held`: nodes and `inverse` of the first
-    images. The list is emptied if they are of no use.
-    """
-    inputs, parameters, score, statistics, rest, options, (output,) = head.split(args)
-    n, work = len(inputs), work_dtype(grad)
-    # Triton's kernels multiply what the inputs' dtype holds; the C++ ones widen all they read.
-    made = grad.dtype if backend == "triton" else work
-    tensors = [x.detach().to(made) for x in (*inputs, *parameters, *score)]
-    total = [torch.zeros_like(x, dtype=work) if need else None for x, need in zip(tensors, needs, strict=True)]
-    inputs, D, S = tensors[:n], tensors[0].shape[2], len(tensors[4])
-    grad = grad.to(made)
-    # The nodes and their gradients take half of the scratch, and the ops that run on them the other.
-    room, wanted = scratch_bytes(grad.device) // 2, needs[:n]
-    if backend == "cpu":
-        room = min(room, CPU_NODES)
-    if backend == "cpu" and grad.count_nonzero() * FEW <= grad.numel():
-        if held:
-            held.clear()
-        parts = _few_pairs(grad, wanted, inputs, rest, room // ((2 * S + D) * made.itemsize or 1))
-    else:
-        parts = _some_images(backend, grad, wanted, inputs, rest, room // (2 * S * made.itemsize or 1), held or ())
-    with workspace(current_gib() / 2):
-        for part in parts:
-            of_head = [any(wanted), *needs[n:]]
-            found = _through_head(head, backend, part, of_head, tensors[n:], statistics, options, output)
-            d_inputs = part.back(found.pop(0)) if any(wanted) else []
-            added = iter([*d_inputs, *found])
-            for k, whole in enumerate(total):
-                if whole is not None:
-                    (whole[part.images] if k < 2 else whole).add_(next(added))
-    return [x for x in total if x is not None]
-
-
-def _through_head(
-    head: Head, backend: str, part: _Part, needs: Sequence[bool], tensors, statistics, options, output: str
-) -> list[Tensor]:
-    """(4) and (5): the gradients of the nodes, of the head's parameters and of the score's that `needs` marks."""
-    if backend == "cpu" and head is GRAPH:
-        run = implementation(GRAPH_HEAD.name)
-        return run.backward(part.grad, needs, part.nodes, *tensors, part.bounds, output)
-    op = partial(getattr(torch.ops.itm_fast, head.op).default, backend=backend)
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_(need) for x, need in zip((part.nodes, *tensors), needs, strict=True)]
-        z = head.vectors(op, leaves[0], part.bounds, leaves[1:-2], statistics, options)
-        result = _result(output, z, *leaves[-2:])
-    return list(torch.autograd.grad(result, [x for x in leaves if x.requires_grad], part.grad))
+    return scored(output, z, *score)
 
 
 def _too_large(name: str, backend: str, size: dict[str, int], given: Given) -> str | None:
@@ -281,62 +88,12 @@ def _op(name: str, head: Head, keeping: Callable[..., Tensor] | None = None) -> 
         examples=[lambda size, draw: [x for part in parts for x in part(size, draw)]],
         refuse=head.refuse,
         too_large=partial(_too_large, name),
-        backward=partial(_backward, head),
+        backward=partial(backward, head),
         keeping=keeping,
     )
 
 
-def _kept_rows(size: dict[str, int], given: Given) -> tuple[int, ...]:
-    return given["kept"][0], size["N"] + size["T"]
-
-
-def _kept_nodes(size: dict[str, int], given: Given) -> tuple[int, ...]:
-    return (*_kept_rows(size, given), size["S"])
-
-
-# The backward pass of (2), with the graph as head, and of (3): from nodes on.
-GRAPH_HEAD = cpu_only(
-    "similarity_graph_head",
-    [Floats("nodes", "I M S"), *PARAMETERS, *SCORE, Integers("cu_seqlens", "T+1"), *OUTPUT],
-    [Result("score", "I T")],
-)
-# Forward, which keeps the nodes of the first `kept[0]` images and what their backward pass needs beside them.
-KEPT = cpu_only(
-    "similarity_graph_score_kept",
-    [*(argument for group in GRAPH.groups for argument in group), Counts("kept")],
-    [Result("score", "I T"), Result("nodes", _kept_nodes, wide=True), Result("inverse", _kept_rows, wide=True)],
-    backward="torch",
-)
-
-
-class _Keeping(torch.autograd.Function):
-    """`similarity_graph_score` in C++ where a gradient may be asked for: some images' nodes are kept for backward."""
-
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        image, words, caption_global, weight = args[0], args[2], args[3], args[4]
-        row = (len(words) + len(caption_global)) * (len(weight) + 1) * work_dtype(image).itemsize
-        room = min(MOST_KEPT, scratch_bytes(image.device) // 8)
-        images = min(len(image), room // (row or 1))
-        score, *ctx.held = implementation(KEPT.name).forward(*args, [images])
-        ctx.scratch, ctx.is_tensor = current_gib(), [isinstance(a, Tensor) for a in args]
-        ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)))
-        ctx.rest = [a for a in args if not isinstance(a, Tensor)]
-        return score
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        refuse_second(_graph_op.name)
-        tensors, rest = iter(ctx.saved_tensors), iter(ctx.rest)
-        args = [next(tensors) if t else next(rest) for t in ctx.is_tensor]
-        needs = ctx.needs_input_grad[: _graph_op.differentiable]
-        with workspace(ctx.scratch * 7 / 8), torch.autocast("cpu", enabled=False):
-            held, ctx.held = ctx.held, []  # freed as soon as they are of no use; a second backward pass does without
-            found = iter(_backward(GRAPH, "cpu", grads[0], needs, *args, held=held))
-        return (*(next(found).to(x.dtype) if n else None for x, n in zip(args, ctx.needs_input_grad)),)
-
-
-_graph_op = _op("similarity_graph_score", GRAPH, keeping=_Keeping.apply)
+_graph_op = _op("similarity_graph_score", GRAPH, keeping=Keeping.apply)
 _filter_op = _op("similarity_filter_score", FILTER)
 
 

@@ -1,0 +1,196 @@
+"""The backward pass of the pair scorers in `similarity_score` by those of `similarity_nodes` and of the head.
+
+Numbers of equations are those of `similarity_score`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import work_dtype
+from .._workspace import current_gib, scratch_bytes, workspace
+from ..packing import node_bounds, spans
+from ._cpu_calls import implementation
+from ._declare import Counts, Floats, Given, Integers, Result, cpu_only
+from ._register import refuse_second
+from ._score_heads import GRAPH, OUTPUT, SCORE, Head, scored
+from .similarity_graph import PARAMETERS
+from .similarity_nodes import INPUTS, OF_PAIRS
+
+CPU_NODES = 192 << 20  # bytes of the nodes and of their gradients, of the pairs that the `cpu` backend takes at a time
+MOST_KEPT = 96 << 20  # bytes of the nodes that `cpu` keeps for the backward pass; at most 1/8 of the scratch memory
+FEW = 2  # `cpu` leaves out pairs without a gradient where at most one in 2 has one
+
+
+def _kept_rows(size: dict[str, int], given: Given) -> tuple[int, ...]:
+    return given["kept"][0], size["N"] + size["T"]
+
+
+def _kept_nodes(size: dict[str, int], given: Given) -> tuple[int, ...]:
+    return (*_kept_rows(size, given), size["S"])
+
+
+# The backward pass of (2), with the graph as head, and of (3): from nodes on.
+GRAPH_HEAD = cpu_only(
+    "similarity_graph_head",
+    [Floats("nodes", "I M S"), *PARAMETERS, *SCORE, Integers("cu_seqlens", "T+1"), *OUTPUT],
+    [Result("score", "I T")],
+)
+# Forward, which keeps the nodes of the first `kept[0]` images and what their backward pass needs beside them.
+KEPT = cpu_only(
+    "similarity_graph_score_kept",
+    [*(argument for group in GRAPH.groups for argument in group), Counts("kept")],
+    [Result("score", "I T"), Result("nodes", _kept_nodes, wide=True), Result("inverse", _kept_rows, wide=True)],
+    backward="torch",
+)
+
+
+class _Part(NamedTuple):
+    """Some pairs, as images [I] that are all paired with captions [T], in the backward pass.
+
+    Attributes:
+        images: where the gradients of their image and image_global belong.
+        nodes: [I, M, S], computed again.
+        bounds: [T + 1] of the captions' nodes.
+        grad: [I, T], the gradient of their results.
+        back: d_nodes -> the gradients of the inputs that need one.
+    """
+
+    images: slice
+    nodes: Tensor
+    bounds: Tensor
+    grad: Tensor
+    back: Callable[[Tensor], list[Tensor]]
+
+
+def _some_images(
+    backend: str,
+    grad: Tensor,
+    needs: Sequence[bool],
+    inputs: Sequence[Tensor],
+    rest: Sequence[Any],
+    most: int,
+    held: Sequence[Tensor],
+) -> Iterator[_Part]:
+    """All pairs: as many images at a time as have at most `most` nodes, one at the least; twice as many of those whose
+    nodes are held."""
+    cu_seqlens, region_lengths, scale = rest
+    size, known = max(1, most // max(1, len(inputs[2]) + len(inputs[3]))), len(held[0]) if held else 0
+    later = (slice(known + at.start, known + at.stop) for at in spans(len(grad) - known, size))
+    for images in (*spans(known, 2 * size), *later):
+        part: list[Any] = [inputs[0][images], inputs[1][images], *inputs[2:]]
+        part += [cu_seqlens, None if region_lengths is None else region_lengths[images], scale]
+        if images.start < known:
+            nodes, saved = (x[images] for x in held)
+        else:
+            nodes, saved = torch.ops.itm_fast.similarity_nodes.default(*part, backend)
+
+        def back(d_nodes, part=part, results=(nodes, saved)):
+            return torch.ops.itm_fast.similarity_nodes_backward.default(d_nodes, needs, *part, list(results), backend)
+
+        yield _Part(images, nodes, node_bounds(cu_seqlens), grad[images], back)
+
+
+def _few_pairs(
+    grad: Tensor, needs: Sequence[bool], inputs: Sequence[Tensor], rest: Sequence[Any], most: int
+) -> Iterator[_Part]:
+    """The pairs that have a gradient, in C++, as one image with as many captions: at most `most` nodes at a time."""
+    run, all_images, all_captions = implementation(OF_PAIRS.name), *grad.nonzero(as_tuple=True)
+    edge = torch.nn.functional.pad((rest[0].diff().long() + 1)[all_captions].cumsum(0), (1, 0))
+    start = 0
+    while start < len(all_images):
+        stop = max(start + 1, int(torch.searchsorted(edge, edge[start] + most, right=True)) - 1)
+        image, caption, bounds = all_images[start:stop], all_captions[start:stop], edge[start : stop + 1] - edge[start]
+        args = *inputs, *rest, image, caption, bounds
+        nodes, saved = run.forward(*args)
+
+        def back(d_nodes, args=args, results=(nodes, saved)):
+            return run.backward(d_nodes[0], needs, *args, results=results)
+
+        yield _Part(slice(None), nodes[None], bounds, grad[image, caption][None], back)
+        start = stop
+
+
+def backward(
+    head: Head, backend: str, grad: Tensor, needs: Sequence[bool], *args: Any, held: list[Tensor] | None = None
+) -> list[Tensor]:
+    """(4) to (6) by the backward passes of `similarity_nodes` and of the head in `backend`, some pairs at a time.
+
+    The nodes of these pairs are computed again first, unless they are in `held`: nodes and `inverse` of the first
+    images. The list is emptied if they are of no use.
+    """
+    inputs, parameters, score, statistics, rest, options, (output,) = head.split(args)
+    n, work = len(inputs), work_dtype(grad)
+    # Triton's kernels multiply what the inputs' dtype holds; the C++ ones widen all they read.
+    made = grad.dtype if backend == "triton" else work
+    tensors = [x.detach().to(made) for x in (*inputs, *parameters, *score)]
+    total = [torch.zeros_like(x, dtype=work) if need else None for x, need in zip(tensors, needs, strict=True)]
+    inputs, D, S = tensors[:n], tensors[0].shape[2], len(tensors[4])
+    grad = grad.to(made)
+    # The nodes and their gradients take half of the scratch, and the ops that run on them the other.
+    room, wanted = scratch_bytes(grad.device) // 2, needs[:n]
+    if backend == "cpu":
+        room = min(room, CPU_NODES)
+    if backend == "cpu" and grad.count_nonzero() * FEW <= grad.numel():
+        if held:
+            held.clear()
+        parts = _few_pairs(grad, wanted, inputs, rest, room // ((2 * S + D) * made.itemsize or 1))
+    else:
+        parts = _some_images(backend, grad, wanted, inputs, rest, room // (2 * S * made.itemsize or 1), held or ())
+    with workspace(current_gib() / 2):
+        for part in parts:
+            of_head = [any(wanted), *needs[n:]]
+            found = _through_head(head, backend, part, of_head, tensors[n:], statistics, options, output)
+            d_inputs = part.back(found.pop(0)) if any(wanted) else []
+            added = iter([*d_inputs, *found])
+            for k, whole in enumerate(total):
+                if whole is not None:
+                    (whole[part.images] if k < 2 else whole).add_(next(added))
+    return [x for x in total if x is not None]
+
+
+def _through_head(
+    head: Head, backend: str, part: _Part, needs: Sequence[bool], tensors, statistics, options, output: str
+) -> list[Tensor]:
+    """(4) and (5): the gradients of the nodes, of the head's parameters and of the score's that `needs` marks."""
+    if backend == "cpu" and head is GRAPH:
+        run = implementation(GRAPH_HEAD.name)
+        return run.backward(part.grad, needs, part.nodes, *tensors, part.bounds, output)
+    op = partial(getattr(torch.ops.itm_fast, head.op).default, backend=backend)
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_(need) for x, need in zip((part.nodes, *tensors), needs, strict=True)]
+        z = head.vectors(op, leaves[0], part.bounds, leaves[1:-2], statistics, options)
+        scores = scored(output, z, *leaves[-2:])
+    return list(torch.autograd.grad(scores, [x for x in leaves if x.requires_grad], part.grad))
+
+
+class Keeping(torch.autograd.Function):
+    """`similarity_graph_score` in C++ where a gradient may be asked for: some images' nodes are kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        image, words, caption_global, weight = args[0], args[2], args[3], args[4]
+        row = (len(words) + len(caption_global)) * (len(weight) + 1) * work_dtype(image).itemsize
+        room = min(MOST_KEPT, scratch_bytes(image.device) // 8)
+        images = min(len(image), room // (row or 1))
+        score, *ctx.held = implementation(KEPT.name).forward(*args, [images])
+        ctx.scratch, ctx.is_tensor = current_gib(), [isinstance(a, Tensor) for a in args]
+        ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)))
+        ctx.rest = [a for a in args if not isinstance(a, Tensor)]
+        return score
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        refuse_second("similarity_graph_score")
+        tensors, rest = iter(ctx.saved_tensors), iter(ctx.rest)
+        args = [next(tensors) if t else next(rest) for t in ctx.is_tensor]
+        needs = ctx.needs_input_grad[: len(INPUTS) + len(PARAMETERS) + len(SCORE)]
+        with workspace(ctx.scratch * 7 / 8), torch.autocast("cpu", enabled=False):
+            held, ctx.held = ctx.held, []  # freed as soon as they are of no use; a second backward pass does without
+            found = iter(backward(GRAPH, "cpu", grads[0], needs, *args, held=held))
+        return (*(next(found).to(x.dtype) if n else None for x, n in zip(args, ctx.needs_input_grad)),)
