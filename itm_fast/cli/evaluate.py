@@ -126,8 +126,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="GB",
         help="memory budget in GB (10^9 bytes). On the CPU it covers the whole process: Python, torch, model, encoded "
-        "data, scores and scratch; on a GPU, the memory of the GPU. Under torchrun it is for each process. Default: "
-        "70 %% of the memory available on the CPU, 80 %% on a GPU",
+        "data, scores and scratch; on a GPU, the memory of the GPU. Under torchrun it is for each process, and the "
+        "encoded data are in a file that the processes of a machine share. Default: 70 %% of the memory available on "
+        "the CPU, 80 %% on a GPU",
     )
     compute.add_argument(
         "--batch-size", type=int, default=128, metavar="N", help="images, and captions, encoded at once (default: 128)"

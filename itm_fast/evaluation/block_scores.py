@@ -121,7 +121,7 @@ class PendingScores:
         self.first_image, self.captions, self.source, self.stay = first_image, captions, source, stay
         self.event = None
         if stay:
-            self.score = score.float()
+            self.score = score.to(torch.float32, copy=True)  # the next block may be scored into the same tensor
         elif score.device.type == "cuda":
             self.score = torch.empty(score.shape, dtype=torch.float32, pin_memory=True)
             self.score.copy_(score, non_blocking=True)
