@@ -268,8 +268,8 @@ def _require_own_gpus(node: Ranks, device: torch.device) -> None:
     if device.type != "cuda":
         return
     index = torch.cuda.current_device() if device.index is None else device.index
-    name = str(getattr(torch.cuda.get_device_properties(index), "uuid", index))
-    names = node.each(f"{os.environ.get('CUDA_VISIBLE_DEVICES')} {name}")
+    uuid = getattr(torch.cuda.get_device_properties(index), "uuid", None)
+    names = node.each(str(uuid) if uuid else f"{index} of {os.environ.get('CUDA_VISIBLE_DEVICES')}")
     if len(set(names)) < len(names):
         raise ValueError(
             f"processes of this machine share a GPU ({device}), and each needs its own; call "

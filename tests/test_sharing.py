@@ -115,8 +115,7 @@ def test_processes_of_a_group_that_torchrun_did_not_make_have_a_gpu_each(monkeyp
         monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
         assert str(usable_device(asked)) == wanted
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(uuid=f"GPU-{index}"))
-    others = SimpleNamespace(each=lambda name: [name, "None GPU-0"])
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    others = SimpleNamespace(each=lambda name: [name, "GPU-0"])
     _require_own_gpus(others, torch.device("cuda", 1))
     with pytest.raises(
         ValueError, match=r"share a GPU \(cuda:0\), and each needs its own; call torch\.cuda\.set_device"
