@@ -283,7 +283,7 @@ def caption(kind: str, result: dict) -> str:
     D = "" if kind == "maxsim" else ", D 1024, S 256"
     fma = result.get("fma_peak_gflops", {})
     peaks = "".join(f" {dtype} FMA {rate:.0f}," for dtype, rate in fma.items() if rate)
-    more = _extended(block) if kind in ("training_step", "whole_step") else ""
+    more = _extended(result["results"]) if kind in ("training_step", "whole_step") else ""
     return (
         f"{e['device']}; {_threads(e)}; torch {e['torch']}; {e['date']}; commit {e['commit']}. "
         f"{block['images']} images x {block['captions']} captions of `{result['shape']}`, R 36{D}, "
@@ -292,12 +292,18 @@ def caption(kind: str, result: dict) -> str:
     )
 
 
-def _extended(one: dict) -> str:
-    """How the loop's row was found when it did not run on the whole batch."""
-    measured = one["rows"][0]["measured_captions"]
-    if measured == one["captions"]:
-        return ""
-    return f" The loop ran on {measured} captions and on 2, and is extended to {one['captions']} on a straight line."
+def _extended(results: list[dict]) -> str:
+    """How the loop's rows were found where it did not run on the whole batch."""
+    models: dict[tuple[int, int], list[str]] = {}
+    for one in results:
+        measured = one["rows"][0]["measured_captions"]
+        if measured != one["captions"]:
+            models.setdefault((measured, one["captions"]), []).append(one["model"])
+    said = ""
+    for (measured, whole), of in models.items():
+        loop = "The loop" if len(of) == len(results) else f"The loop of {', '.join(of)}"
+        said += f" {loop} ran on {measured} captions and on 2, and is extended to {whole} on a straight line."
+    return said
 
 
 def plot(result: dict) -> str:

@@ -82,6 +82,17 @@ def test_the_readme_compares_itm_fast_with_the_loop_on_each_processor(folder):
     assert page.readme(text) == text
 
 
+def test_loops_that_ran_on_fewer_captions_are_named():
+    made = result("AMD EPYC", loop=1.0)
+    for model, measured in (("rcar", 2), ("cmcan", 3), ("tshsr", 2)):
+        made["results"].append(copy.deepcopy(made["results"][0]) | {"model": model})
+        made["results"][-1]["rows"][0]["measured_captions"] = measured
+    text = page.caption("whole_step", made)
+    assert "The loop of rcar, tshsr ran on 2 captions and on 2, and is extended to 4 on a straight line." in text
+    assert "The loop of cmcan ran on 3 captions and on 2," in text
+    assert text.count("ran on") == 2
+
+
 def test_what_is_left_out_is_said_once_for_all_models():
     made = result("AMD EPYC", loop=1.0)
     other = copy.deepcopy(made["results"][0]) | {"model": "sgr"}
