@@ -275,7 +275,7 @@ def test_a_folder_in_the_place_of_a_file_is_left_alone(tmp_path):
     ("source", "destination", "words"),
     [
         ("folder", "other", "is a folder, so .*other must end in .h5 or .hdf5"),
-        ("set.h5", "other.h5", "is a file, so .*other.h5 must not end in .h5 or .hdf5"),
+        ("set.h5", "other.h5", r"is a file \(HDF5 becomes a folder\), so .*other.h5 must not end in .h5 or .hdf5"),
         ("empty", "other.h5", "holds no splits"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 import torch
 
 from itm_fast.cli import main
-from itm_fast.evaluation import load_ranks, metrics, rate
+from itm_fast.evaluation import load_ranks, metrics, rate, report
 from itm_fast.evaluation.many_right import count_pairs, read_right_pairs, right_items
 from itm_fast.evaluation.tie_rules import ranks_of
 
@@ -123,6 +124,17 @@ def test_the_command_prints_any_cutoff_and_writes_what_compare_reads(files, case
     np.testing.assert_array_equal(load_ranks(files / "out").pairs, pairs)
 
 
+def test_a_full_disk_costs_the_page_and_not_what_compare_reads(files, monkeypatch, capsys):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device", "report.html")
+
+    monkeypatch.setattr(report, "to_html", full)
+    words = ["metrics", f"{files}/scores.npy", "--captions-to-images", f"{files}/right.txt", "--output", f"{files}/out"]
+    assert main(words) == 2
+    assert "report.html: No space left on device" in capsys.readouterr().err
+    assert load_ranks(files / "out").names == ("scores",)
+
+
 @pytest.mark.parametrize(
     "words, sentence",
     [
@@ -137,10 +149,12 @@ def test_the_command_prints_any_cutoff_and_writes_what_compare_reads(files, case
         ("scores.npy --captions-per-image 5", "7 images (rows) and 20 captions (columns)"),
         ("sims.npy --captions-per-image 5", "save the matrix alone: numpy.save(path, scores)"),
         ("whole.npy --captions-per-image 5", "must hold floating-point scores"),
-        ("cut.npy --captions-per-image 5", "is not a .npy file of numbers"),
+        ("cut.npy --captions-per-image 5", "is not a whole .npy file of numbers"),
     ],
 )
 def test_mistakes_are_told(files, monkeypatch, capsys, words, sentence):
     monkeypatch.chdir(files)
     assert main(["metrics", *words.split()]) == 2
-    assert sentence in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert "allow_pickle" not in err  # numpy's advice for files of objects is not ours

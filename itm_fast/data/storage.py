@@ -159,7 +159,7 @@ def convert(
     source, destination = _existing(source), Path(destination)
     if source.is_dir() != (destination.suffix in SUFFIXES):
         raise ValueError(
-            f"{source} is a {'folder' if source.is_dir() else 'file'}, so {destination} must "
+            f"{source} is a {'folder' if source.is_dir() else 'file (HDF5 becomes a folder)'}, so {destination} must "
             f"{'' if source.is_dir() else 'not '}end in {' or '.join(SUFFIXES)}"
         )
     names = split_names(source) if splits is None else list(dict.fromkeys(splits))

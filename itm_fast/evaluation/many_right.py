@@ -16,6 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from .._files import require_regular
+from ..data.stored import open_npy
 from .counting import Counts, Standings, checked, count, require_finite
 
 _COMPARED = 1 << 20  # scores compared at once
@@ -135,10 +136,7 @@ def read_right_pairs(path: str | os.PathLike[str], images: int, captions: int) -
     require_regular(path)
     kind = path.suffix.lower()
     if kind == ".npy":
-        try:
-            found = np.load(path, allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is not a .npy file of numbers: {error}") from None
+        found = open_npy(path)
         if found.dtype == np.bool_ and found.ndim == 2:
             if found.shape != (images, captions):
                 raise ValueError(f"{path} holds {list(found.shape)}, and the scores are {[images, captions]}")

@@ -50,7 +50,7 @@ def plausible_of(
         ValueError: a file is not as stated, the data have no COCO ids, or an id of the labels is not in the data.
     """
     if image_ids is None or caption_ids is None:
-        raise ValueError("PMRP needs COCO image and caption ids")
+        raise ValueError("PMRP needs COCO image and caption ids, and this data has not both")
     labels = load_plausible(folder)
     for side, queries, items in (("i2t", image_ids, caption_ids), ("t2i", caption_ids, image_ids)):
         known, places = set(np.asarray(queries).tolist()), set(np.asarray(items).tolist())

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from .. import __version__
 from .._files import require_regular
 from .._names import Ties
+from ..data.stored import open_npy
 from .many_right import count_pairs, pairs_of
 from .plausible import plausible_of, relevance_with_plausible
 from .ranking import fold_metrics
@@ -117,16 +118,10 @@ def open_scores(path: str | os.PathLike[str]) -> NDArray[np.floating]:
         ValueError: it is not a .npy file of floating-point numbers [I, T]; the message says what it holds.
     """
     path = Path(path)
-    require_regular(path)
     try:
-        found = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        why = str(error).partition("\n")[0]
-        raise ValueError(
-            f"{path} is not a .npy file of numbers ({why}); save the matrix alone: numpy.save(path, scores)"
-        ) from None
-    if not isinstance(found, np.ndarray):
-        raise ValueError(f"{path} is an archive of several arrays; save the matrix alone: numpy.save(path, scores)")
+        found = open_npy(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; save the matrix alone: numpy.save(path, scores)") from None
     if found.ndim != 2 or found.dtype.kind != "f" or 0 in found.shape:
         raise ValueError(f"{path} must hold floating-point scores [images, captions], got {found.dtype} {found.shape}")
     return found

@@ -201,19 +201,20 @@ class Report:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
+        written = []
+        if (kept := self.kept_ranks()) is not None:
+            written.append(kept.save(folder / RANKS))
         contents = {
             "results.txt": f"{self}\n",
             "results.json": json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n",
             "results.csv": self.to_csv(),
             "results.tex": self.to_latex(),
-            PAGE: to_html(self, pictures),
+            PAGE: to_html(self, pictures),  # last: with pictures it is the largest, and a disk may be full
         }
         for name, content in contents.items():
             with atomic_write(folder / name) as file:
                 file.write(content)
-        written = [folder / name for name in contents]
-        if (kept := self.kept_ranks()) is not None:
-            written.append(kept.save(folder / RANKS))
+            written.append(folder / name)
         return written
 
     def kept_ranks(self) -> KeptRanks | None:
