@@ -351,6 +351,17 @@ def test_mistakes_are_a_sentence(folder, capsys, monkeypatch, words, sentence):
     assert "Traceback" not in err
 
 
+def test_weights_that_cannot_be_downloaded_are_named(timm, monkeypatch):
+    def offline(name, **options):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(timm, "create_model", offline)
+    with pytest.raises(OSError, match=r"weights of timm:tiny were not downloaded .Name.*give their file by --weights"):
+        backbones.load("timm:tiny")
+    with pytest.raises(OSError, match=r"^Name or service not known$"):
+        backbones.load("timm:tiny", "random")
+
+
 def test_a_torchvision_for_another_torch_is_named(folder, capsys, monkeypatch):
     (folder / "modules/torchvision").mkdir(parents=True)
     (folder / "modules/torchvision/__init__.py").write_text("raise RuntimeError('operator nms does not exist')")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -67,7 +68,7 @@ def load(name: str, weights: str | None = None, size: int | None = None, device:
     Raises:
         ValueError: there is no such network, it has no feature map, or the weights do not fit it.
         ImportError: timm or torchvision is not installed, or cannot be imported.
-        OSError: the file of weights cannot be opened.
+        OSError: the file of weights cannot be opened, or the package's own cannot be downloaded.
     """
     family, _, model = name.partition(":")
     if family not in _FAMILIES or not model:
@@ -77,11 +78,27 @@ def load(name: str, weights: str | None = None, size: int | None = None, device:
     state = None if weights in (None, "random") else state_dict(Path(weights))  # type: ignore[arg-type]
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)  # random weights are the same when an interrupted command goes on
-        network, features, own, mean, std = _FAMILIES[family](package(family, name), model, weights is None, size)
+        made_by = package(family, name)
+        with downloads(name, weights is None):
+            network, features, own, mean, std = _FAMILIES[family](made_by, model, weights is None, size)
     if state is not None:
         fit(network, state, Path(weights))  # type: ignore[arg-type]
     network.requires_grad_(False).eval().to(where := usable_device(device))
     return Backbone(features, (size, size) if size else own, tuple(mean), tuple(std), where)
+
+
+@contextlib.contextmanager
+def downloads(name: str, pretrained: bool) -> Iterator[None]:
+    """Say what to do where a package cannot download the weights of this name."""
+    try:
+        yield
+    except OSError as error:
+        if not pretrained:
+            raise
+        raise OSError(
+            f"the weights of {name} were not downloaded ({error}); where there is no network, give their file by "
+            "--weights FILE"
+        ) from error
 
 
 def package(family: str, name: str) -> Any:

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ..models._common import usable_device
-from .backbones import fit, package, state_dict
+from .backbones import downloads, fit, package, state_dict
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -100,7 +100,7 @@ def load(name: str, weights: str | None, size: int | None, device: str | None, c
     Raises:
         ValueError: the detector has no features of boxes, or the weights do not fit it.
         ImportError: torchvision cannot be imported.
-        OSError: the file of weights cannot be opened.
+        OSError: the file of weights cannot be opened, or the package's own cannot be downloaded.
     """
     models = package("torchvision", name).models
     model = name.partition(":")[2]
@@ -111,7 +111,7 @@ def load(name: str, weights: str | None, size: int | None, device: str | None, c
     if "rcnn" not in model:  # SSD, RetinaNet and FCOS classify cells of feature maps, and have no vector for a box
         known = [each for each in models.list_models(module=models.detection) if "rcnn" in each]
         raise ValueError(f"{name} computes no features of boxes; take one of {', '.join(known)}")
-    with torch.random.fork_rng(devices=()):
+    with torch.random.fork_rng(devices=()), downloads(name, weights is None):
         torch.manual_seed(0)  # random weights are the same when an interrupted command goes on
         network = models.get_model(model, **options)
     if state is not None:
