@@ -5,7 +5,7 @@ import torch
 from family_cases import golden
 from sgraf_cases import under
 from test_attended_vectors import LENGTHS, case
-from triton_cases import HALVES, TRITON, placed
+from triton_cases import HALVES, TRITON, check_blocks, placed
 
 import itm_fast
 from itm_fast.models import rcar
@@ -59,12 +59,7 @@ def test_sets_of_several_tiles_and_many_pieces(own, direction, device, backend):
             return shared(image, words, None, None, scale, backend=backend)
 
     check(call, args, device, backend)
-    args = placed(args, device, torch.float32)
-    whole = op_checks.gradients(call, args, torch.float32, backend, torch.float32)
-    with itm_fast.workspace(2.0**-15):
-        pieces = op_checks.gradients(call, args, torch.float32, backend, torch.float32)
-    for a, b in zip(pieces, whole, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * b.abs().max().item())
+    check_blocks(call, placed(args, device), torch.float32, 2.0**-15, 1e-6)
 
 
 @TRITON

@@ -8,7 +8,7 @@ import torch
 from family_cases import golden
 from sgraf_cases import under
 from test_attention_weights import COUNTS, case, norms
-from triton_cases import HALVES, TRITON, placed
+from triton_cases import HALVES, TRITON, check_blocks, placed
 
 import itm_fast
 from itm_fast.models import scorer
@@ -60,12 +60,7 @@ def test_sets_of_several_tiles_and_half_precision(options, device, backend):
 @TRITON
 def test_gradients_of_many_pieces_are_those_of_one(device, backend):
     call, args = case(None, (13, 1, 40), threshold=0.4, **MODELS[2])
-    args = placed(args, device, torch.float32)
-    whole = op_checks.gradients(call, args, torch.float32, backend, torch.float32)
-    with itm_fast.workspace(2.0**-17):
-        pieces = op_checks.gradients(call, args, torch.float32, backend, torch.float32)
-    for a, b in zip(pieces, whole, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=1e-6 * b.abs().max().item())
+    check_blocks(call, placed(args, device), torch.float32, 2.0**-17, 1e-6)
 
 
 @TRITON
