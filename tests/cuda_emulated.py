@@ -71,6 +71,7 @@ INSTANCES = {
         *instances(SCANS, KINDS, [f"{n}, 3" for n in ("12, 128, 2", "36, 128, 2", "72, 128, 2", "128, 128, 1")]),
         *instances(SCANS, KINDS[2:], ["56, 128, 2, 3", "104, 128, 1, 3", "36, 128, 2, 2"]),
         *instances(SCANS, ["F16", "F16X3"], ["36, 128, 1, 2", "104, 64, 1, 2"]),
+        *instances([f"{scan}_in_clusters" for scan in SCANS], KINDS[:2], ["36, 128, 3"]),
     ],
     "weights": [f"weights<{n}>" for n in ("F16, 12, 128, 2", "F16, 36, 128, 2", "BF16, 36, 128, 2", "F16, 128, 128, 1")]
     + ["weights<F16, 36, 128, 1>", *(f"weights<F16X3, {n}>" for n in ("12, 128, 2", "36, 128, 2", "36, 128, 1"))],
@@ -161,6 +162,7 @@ def device(emulated, monkeypatch):
     """A `Device` that the backend launches on."""
     made = Device(emulated)
     monkeypatch.setattr(_cuda, "launch", made.launch)
+    monkeypatch.setattr(_pairs, "COMPARED", _pairs.SIMILARITIES)
     monkeypatch.setattr(_cuda, "_variants", {})
     monkeypatch.setattr(_cuda, "_gave_up", {})
     monkeypatch.setattr(_cuda, "_without_clusters", set())

@@ -24,11 +24,12 @@ from typing import NamedTuple
 import torch
 
 from itm_fast import _cuda, _native
+from itm_fast.ops._cuda import _pairs
 
 WAITS = re.compile(
     r"(__syncthreads\(\)|sync_warp\(\)|wait_groups<.*?>\(\)|group_wait<.*?>\(.*?\)|group_fence\(.*?\)|fence_products\(\)"
     r"|cluster_barrier\(\)|fence_barriers\(\)|arrive_at_other\(.*?\)|expect_bytes\(.*?\)|wait_for\(.*\)"
-    r"|matrices\.(?:wait|pass)\(\));"
+    r"|(?:matrices|regions)\.(?:wait|pass)\(\));"
 )
 ORDERS = (0, 1, 2, 3)
 # File -> (text, what takes its place).
@@ -173,7 +174,24 @@ class Judge(NamedTuple):
     results: Callable[..., Iterator[torch.Tensor]]
 
 
-SCAN = Judge(("scan",), r"<(F16|F16X3|TF32X3), 36, 128, 2, 3>", "cross_attention_score", scan)
+def scan_in_clusters(op: ModuleType) -> Iterator[torch.Tensor]:
+    """The same of blocks in clusters, of which one has no tile, with more stages than places for them."""
+    from itm_fast.testing import inputs
+
+    torch.cuda.get_device_capability = lambda *_: _cuda.SPECIFIC  # type: ignore[assignment]
+    image, words, edge = inputs(9, (127, 12, 100, 30, 1), 36, 328, dtype=torch.float32)
+    counts = torch.tensor([36, 2, 36, 19, 7, 36, 36, 1, 30])
+    for direction in ("t2i", "i2t"):
+        yield op.forward(image.half(), words.half(), edge, counts, direction, "clipped_l2norm", 9.0, "lse", 6.0)
+    torch.cuda.get_device_capability = lambda *_: (8, 0)  # type: ignore[assignment]
+
+
+def all_scans(op: ModuleType) -> Iterator[torch.Tensor]:
+    yield from scan(op)
+    yield from scan_in_clusters(op)
+
+
+SCAN = Judge(("scan",), r"<(F16|F16X3|TF32X3), 36, 128, (2, )?3>", "cross_attention_score", all_scans)
 MORE_STAGES = "BF16, (36, 128, 2|256, 128, 64(, 48, false(, true)?)?)"
 SCORE = Judge(
     ("weights", "global_nodes", "graph", "filter"),
@@ -213,6 +231,7 @@ def results(judge: Judge) -> list[torch.Tensor]:
     if isinstance(module, str):
         raise RuntimeError(module)
     device = cuda_emulated.Device(module)
+    _pairs.COMPARED = _pairs.SIMILARITIES
     _cuda.launch = device.launch  # type: ignore[assignment]
     torch.cuda.get_device_capability = lambda *_: device.capability  # type: ignore[assignment]
     op = importlib.import_module(f"itm_fast.ops._cuda.{judge.op}")

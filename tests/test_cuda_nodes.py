@@ -177,6 +177,13 @@ def test_scores_of_blocks_that_have_waited_in_vain_are_nan_and_said_to_be(head, 
     assert torch.equal(bits(again), bits(want))
 
 
+def test_variants_are_chosen_where_the_check_of_first_use_compares_them(device, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(_pairs, "COMPARED", (256,))
+    kind, sizes = _pairs.kind_of(F16), (64, 128, 256)
+    found = [_pairs.kernels(similarity_score.graph_kernel, kind, 36, S, (9, 0), _cuda.CLUSTERS) for S in sizes]
+    assert [fit.head.cluster for fit in found] == [1, 1, 2]
+
+
 def part(args, image, caption):
     """One image with one caption."""
     at = next(k for k, x in enumerate(args) if isinstance(x, torch.Tensor) and not x.is_floating_point())

@@ -3,8 +3,12 @@
 //
 // A tile has SLOTS slots for words, which hold at most CAPTIONS whole captions. An image takes COLUMNS columns; where it
 // has fewer regions, the others hold zeros. Warps stand SIDE by side, each has WARP_ROWS slots and whole images.
+//
+// CLUSTERS (compute capability 9.0): two blocks have neighbouring tiles and the same images, whose regions they share
+// (stream.h), and groups of warps multiply (hopper.h).
 #pragma once
-#include "gpu.h"
+#include "hopper.h"
+#include "stream.h"
 
 constexpr int CAPTIONS = 16;  // at most, in a tile
 constexpr int BAND = 16;      // groups of images that go through the tiles together, so that the L2 cache holds both sides
@@ -15,7 +19,7 @@ constexpr unsigned NOTHING = ~0u;
 // end[k] - 1.
 struct Pairs {
     const void *words;    // [N] rows
-    const void *regions;  // [images * R] rows
+    const void *regions;  // [images * R] rows; CLUSTERS: stages of each group of images, as stream.h takes them
     const int *word_exponent, *region_exponent;  // [N], [images * R]: a row holds x / 2^exponent; or null
     const int *count;     // [images] regions of each image; or null: R
     const int *first;     // [tiles + 1]
@@ -25,12 +29,15 @@ struct Pairs {
     const int *wide;      // [1 + captions + images] whether there is any wide row, and where; or null
     int images, R, captions, chunks, tiles;
     int for_wide;  // whether this launch computes the pairs with wide rows, or the others
+    int *failed;   // CLUSTERS: whether any block has ever given up waiting
 };
 
-template <Kind KIND_, int COLUMNS_, int SLOTS_, int SIDE_, int STAGES_ = 2> struct Tile {
+template <Kind KIND_, int COLUMNS_, int SLOTS_, int SIDE_, int STAGES_ = 2, bool CLUSTERS_ = false> struct Tile {
     static constexpr Kind KIND = KIND_;
+    static constexpr bool CLUSTERS = CLUSTERS_;
     static constexpr int COLUMNS = COLUMNS_, SLOTS = SLOTS_, SIDE = SIDE_;
-    static constexpr int WARP_IMAGES = COLUMNS > 72 ? 1 : 72 / COLUMNS, WARP_COLUMNS = WARP_IMAGES * COLUMNS;
+    static constexpr int MOST = CLUSTERS ? 288 : 72;  // columns of a warp, for more than one image
+    static constexpr int WARP_IMAGES = COLUMNS > MOST ? 1 : MOST / COLUMNS, WARP_COLUMNS = WARP_IMAGES * COLUMNS;
     static constexpr int WARP_ROWS = SIDE == 2 ? 32 : 16, THREADS = SLOTS / WARP_ROWS * SIDE * 32;
     static constexpr int IMAGES = SIDE * WARP_IMAGES, WIDTH = SIDE * WARP_COLUMNS;
     static constexpr int BLOCKS_M = WARP_ROWS / 16, BLOCKS_N = WARP_COLUMNS / 8;  // of accumulators [16, 8]
@@ -40,6 +47,8 @@ template <Kind KIND_, int COLUMNS_, int SLOTS_, int SIDE_, int STAGES_ = 2> stru
     // meets no bank twice.
     static constexpr int LD = (WIDTH + 7) / 32 * 32 + 24;
     static constexpr int VALUES = SLOTS * LD * 4, WORK = STAGES * STAGE > VALUES ? STAGES * STAGE : VALUES;
+    static constexpr int RING = sizeof(Ring<CLUSTERS ? STAGES : 0>);
+    static constexpr int SHARED = WORK + CAPTIONS * LD * 4 + (CLUSTERS ? RING : 0);
     static_assert(COLUMNS % 4 == 0 && WARP_COLUMNS % 8 == 0 && SLOTS % WARP_ROWS == 0);
     using Accumulators = float[BLOCKS_M][BLOCKS_N][4];
 };
@@ -51,14 +60,17 @@ template <class T> struct Place {
     int lane, warp_row, warp_image, g, t;
 
     __device__ __forceinline__ explicit Place(const Pairs &p) {
-        const int groups = (p.images + T::IMAGES - 1) / T::IMAGES, in_band = BAND * p.tiles;
+        const int tiles = T::CLUSTERS ? (p.tiles + 1) / 2 : p.tiles;  // or pairs of tiles
+        const int groups = (p.images + T::IMAGES - 1) / T::IMAGES, in_band = BAND * tiles;
         const int band = blockIdx.x / in_band, left = groups - band * BAND, high = left < BAND ? left : BAND;
         const int index = blockIdx.x % in_band;
-        tile = index / high;
+        tile = T::CLUSTERS ? index / high * 2 + blockIdx.y : index / high;
+        const bool empty = tile >= p.tiles;  // the second of the last two
+        if (empty) --tile;
         first_image = (band * BAND + index % high) * T::IMAGES;
         images = min(T::IMAGES, p.images - first_image);
         member = p.first[tile];
-        captions = p.first[tile + 1] - member;
+        captions = empty ? 0 : p.first[tile + 1] - member;
         const int warp = threadIdx.x / 32;
         lane = threadIdx.x % 32, g = lane / 4, t = lane % 4;
         warp_row = warp / T::SIDE * T::WARP_ROWS, warp_image = warp % T::SIDE * T::WARP_IMAGES;
@@ -131,6 +143,28 @@ __device__ __forceinline__ void multiply_stage(typename T::Accumulators &acc, co
     }
 }
 
+// Multiplies the affinities of rows that have exponents by these powers of two.
+template <class T>
+__device__ __forceinline__ void apply_exponents(typename T::Accumulators &acc, const Pairs &p, const Place<T> &at) {
+    if (!p.word_exponent) return;
+#pragma unroll
+    for (int n = 0; n < T::BLOCKS_N; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const int column = n * 8 + 2 * at.t + i, image = at.warp_image + column / T::COLUMNS;
+            const int region = column % T::COLUMNS;
+            if (region >= at.regions(p, image)) continue;  // redundant but for reading behind the last exponent
+            const int exponent = p.region_exponent[(at.first_image + image) * p.R + region];
+#pragma unroll
+            for (int m = 0; m < T::BLOCKS_M; ++m)
+#pragma unroll
+                for (int j = 0; j < 2; ++j) {
+                    const int row = p.row[at.tile * T::SLOTS + at.warp_row + m * 16 + at.g + 8 * j];
+                    if (row >= 0) acc[m][n][2 * j + i] = scaled(acc[m][n][2 * j + i], exponent + p.word_exponent[row]);
+                }
+        }
+}
+
 // The affinities of the tile's words with the group's regions. Uses the first STAGES stages of shared memory; on return
 // other threads may still read them.
 template <class T>
@@ -185,23 +219,71 @@ __device__ __forceinline__ void affinities(typename T::Accumulators &acc, unsign
         multiply_stage<T>(acc, shared + step % T::STAGES * T::STAGE, at);
     }
 
-    if (!p.word_exponent) return;
+    apply_exponents<T>(acc, p, at);
+}
+
+// The same in clusters. Uses all stages and the ring behind the work; returns 0, or NaN where the block has given up
+// waiting, and then the affinities are wrong. On return no thread reads a stage.
+template <class T>
+__device__ __forceinline__ float affinities_in_clusters(typename T::Accumulators &acc, unsigned char *shared,
+                                                        const Pairs &p, const Place<T> &at) {
+    constexpr int STAGE = T::WIDTH * 128, HALF = T::WIDTH / 2, ROWS = T::THREADS / 8, EACH = T::SLOTS / ROWS;
+    static_assert(T::SIDE == 1 && T::BLOCKS_M == 1 && STAGE % 1024 == 0 && HALF * 128 % 1024 == 0);
+    auto &left = reinterpret_cast<float(&)[HALF / 8][4]>(acc[0][0]);
+    auto &right = reinterpret_cast<float(&)[HALF / 8][4]>(acc[0][HALF / 8]);
+    const int steps = (p.chunks + 7) / 8, group = at.first_image / T::IMAGES;
+    Stream<T::STAGES, STAGE> regions;
+    regions.begin(shared, *reinterpret_cast<Ring<T::STAGES> *>(shared + T::SHARED - T::RING),
+                  static_cast<const char *>(p.regions) + group * (long long)steps * STAGE, steps, p.failed);
+    unsigned char *words = shared + T::STAGES * STAGE;  // a thread copies one chunk of every ROWS-th row
+    const int row0 = threadIdx.x / 8, chunk = threadIdx.x % 8;
+    int row[EACH];
+#pragma unroll
+    for (int i = 0; i < EACH; ++i) row[i] = p.row[at.tile * T::SLOTS + row0 + i * ROWS];
+    auto load = [&](int step) {
+        if (step < steps) {
+            unsigned char *to = words + step % T::STAGES * (T::SLOTS * 128) + swizzled(row0, chunk);
+#pragma unroll
+            for (int i = 0; i < EACH; ++i) {
+                const bool real = row[i] >= 0 && step * 8 + chunk < p.chunks;
+                const unsigned long long from = real ? (row[i] * (unsigned long long)p.chunks + step * 8 + chunk) * 16 : 0;
+                copy_async(to + i * ROWS * 128, static_cast<const char *>(p.words) + from, real);
+            }
+        }
+        commit();
+    };
 #pragma unroll
     for (int n = 0; n < T::BLOCKS_N; ++n)
 #pragma unroll
-        for (int i = 0; i < 2; ++i) {
-            const int column = n * 8 + 2 * at.t + i, image = at.warp_image + column / T::COLUMNS;
-            const int region = column % T::COLUMNS;
-            if (region >= at.regions(p, image)) continue;  // redundant but for reading behind the last exponent
-            const int exponent = p.region_exponent[(at.first_image + image) * p.R + region];
+        for (int j = 0; j < 4; ++j) acc[0][n][j] = 0;
 #pragma unroll
-            for (int m = 0; m < T::BLOCKS_M; ++m)
+    for (int step = 0; step < T::STAGES - 1; ++step) load(step);
+    unsigned own[4][4];
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+        group_wait<0>(own);
+        wait_groups<T::STAGES - 2>();
+        regions.wait();
+        __syncthreads();  // this step's stage has landed, and the step before has been read
+        load(step + T::STAGES - 1);
+        const unsigned char *mine = words + step % T::STAGES * (T::SLOTS * 128);
 #pragma unroll
-                for (int j = 0; j < 2; ++j) {
-                    const int row = p.row[at.tile * T::SLOTS + at.warp_row + m * 16 + at.g + 8 * j];
-                    if (row >= 0) acc[m][n][2 * j + i] = scaled(acc[m][n][2 * j + i], exponent + p.word_exponent[row]);
-                }
+        for (int k = 0; k < 4; ++k)
+            load_matrices(own[k], mine + swizzled(at.warp_row + at.lane % 16, 2 * k + at.lane / 16));
+        const unsigned char *stage = shared + regions.place() * STAGE;
+        group_fence(left, right, own);
+#pragma unroll
+        for (int k = 0; k < 4; ++k) {
+            group_multiply<T::KIND, HALF, true, false>(left, own[k], described(stage + k * 32));
+            group_multiply<T::KIND, HALF, true, false>(right, own[k], described(stage + HALF * 128 + k * 32));
         }
+        group_commit();
+        regions.pass();
+    }
+    group_wait<0>(left, right);
+    const float gave_up = regions.end();
+    apply_exponents<T>(acc, p, at);
+    return gave_up;
 }
 
 // Writes the accumulators to `values` [SLOTS][LD].

@@ -98,6 +98,9 @@ __device__ __forceinline__ unsigned long long described(const unsigned char *at)
 #define ITM_PRODUCT_128(dtype)                                                                                      \
     ITM_PRODUCT(128, dtype, ITM_TO_59 ",%60,%61,%62,%63", "%64", "%65", "%66", "%67", "%68", "%69", "%70",          \
                 ITM_D8(0), ITM_D8(8))
+#define ITM_PRODUCT_144(dtype)                                                                                      \
+    ITM_PRODUCT(144, dtype, ITM_TO_59 "," ITM_10(6) ",%70,%71", "%72", "%73", "%74", "%75", "%76", "%77", "%78",    \
+                ITM_D8(0), ITM_D8(8), ITM_D(16), ITM_D(17))
 #define ITM_PRODUCT_256(dtype)                                                                                      \
     ITM_PRODUCT(256, dtype, ITM_TO_119 "," ITM_8(12), "%128", "%129", "%130", "%131", "%132", "%133", "%134",       \
                 ITM_D8(0), ITM_D8(8), ITM_D8(16), ITM_D8(24))
@@ -126,6 +129,11 @@ __device__ __forceinline__ void group_multiply(float (&d)[COLUMNS / 8][4], const
             ITM_PRODUCT_128("f16");
         else
             ITM_PRODUCT_128("bf16");
+    } else if constexpr (COLUMNS == 144) {
+        if constexpr (KIND == F16)
+            ITM_PRODUCT_144("f16");
+        else
+            ITM_PRODUCT_144("bf16");
     } else {
         static_assert(COLUMNS == 256);
         if constexpr (KIND == F16)

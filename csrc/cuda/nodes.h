@@ -226,7 +226,7 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
     constexpr Kind KIND = T::KIND;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4, image = image_of(p);
     const int count = p.count ? p.count[image] : p.regions;
-    matrices.begin(sh, p.stream, p.stages, p.failed);
+    matrices.begin(sh.stage[0], sh, p.stream, p.stages, p.failed);
     read_slots<T>(p, sh);
 #pragma unroll
     for (int half = 0; half < T::HALVES; ++half)

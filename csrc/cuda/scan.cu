@@ -35,19 +35,30 @@ template <class Value> __device__ __forceinline__ float pooled(const Scan &p, in
     return top + logf(sum) / p.pool_scale;
 }
 
-// Words attend to regions. Grid: tiles x groups of images; see `Place`.
-template <Kind KIND, int COLUMNS, int SLOTS, int SIDE, int STAGES>
-__global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) scan_t2i(Scan p) {
-    using T = Tile<KIND, COLUMNS, SLOTS, SIDE, STAGES>;
-    DYNAMIC_SHARED(shared, T::WORK + CAPTIONS * T::LD * 4);
+// The affinities as both directions begin; returns 0, or NaN where they are wrong. On return no thread reads a stage.
+template <class T>
+__device__ __forceinline__ float begin(typename T::Accumulators &acc, unsigned char *shared, const Scan &p,
+                                       const Place<T> &at) {
+    if constexpr (T::CLUSTERS)
+        return affinities_in_clusters<T>(acc, shared, p.pairs, at);
+    else {
+        affinities<T>(acc, shared, p.pairs, at);
+        __syncthreads();
+        return 0;
+    }
+}
+
+// Words attend to regions.
+template <class T> __device__ __forceinline__ void score_words(const Scan &p) {
+    constexpr int SLOTS = T::SLOTS;
+    DYNAMIC_SHARED(shared, T::SHARED);
     float *norms = reinterpret_cast<float *>(shared + T::WORK);  // [CAPTIONS][LD]
     float *work = reinterpret_cast<float *>(shared);
     const Place<T> at(p.pairs);
     if (!at.computes_any(p.pairs)) return;  // redundant for results: scores are written pair by pair
 
     typename T::Accumulators acc;
-    affinities<T>(acc, shared, p.pairs, at);
-    __syncthreads();  // the stages have been read
+    const float gave_up = begin<T>(acc, shared, p, at);
     if (p.attention.norm != NONE) {
         norms_of_captions<T>(norms, work, acc, p.pairs, p.attention, at);
         __syncthreads();  // the norms are there, and the affinities have been read
@@ -76,19 +87,18 @@ __global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) 
         const int begin = p.pairs.begin[member], words = p.pairs.end[member] - begin;
         const float *r = cosine + image * SLOTS + begin;
         p.score[(long long)(at.first_image + image) * p.pairs.captions + p.pairs.caption[member]] =
-            pooled(p, words, [&](int q) { return r[q]; });
+            pooled(p, words, [&](int q) { return r[q]; }) + gave_up;
     }
 }
 
-// Regions attend to words. Grid: as `scan_t2i`.
+// Regions attend to words.
 //
 // A caption's words lie in several warps, so affinities pass through shared memory, and one thread has a caption with one
 // region. A caption's factor is [ceil(W / 4)][W][4]: of four rows of F, word by word.
-template <Kind KIND, int COLUMNS, int SLOTS, int SIDE, int STAGES>
-__global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) scan_i2t(Scan p) {
-    using T = Tile<KIND, COLUMNS, SLOTS, SIDE, STAGES>;
+template <class T> __device__ __forceinline__ void score_regions(const Scan &p) {
+    constexpr int COLUMNS = T::COLUMNS, SLOTS = T::SLOTS;
     static_assert(T::IMAGES * SLOTS <= CAPTIONS * T::LD);
-    DYNAMIC_SHARED(shared, T::WORK + CAPTIONS * T::LD * 4);
+    DYNAMIC_SHARED(shared, T::SHARED);
     float *norms = reinterpret_cast<float *>(shared + T::WORK);  // [IMAGES][SLOTS]
     // [SLOTS][LD]: affinities, then e times `size`, and then, in its first slot, a caption's cosines.
     float *values = reinterpret_cast<float *>(shared);
@@ -96,8 +106,7 @@ __global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) 
     if (!at.computes_any(p.pairs)) return;  // redundant for results: scores are written pair by pair
 
     typename T::Accumulators acc;
-    affinities<T>(acc, shared, p.pairs, at);
-    __syncthreads();  // the stages have been read
+    const float gave_up = begin<T>(acc, shared, p, at);
     store<T>(values, acc, at);
     if (p.attention.norm != NONE)
 #pragma unroll
@@ -151,6 +160,24 @@ __global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) 
         if (!at.computes(p.pairs, caption, image)) continue;
         const float *r = values + p.pairs.begin[member] * T::LD + image * COLUMNS;
         p.score[(long long)(at.first_image + image) * p.pairs.captions + p.pairs.caption[member]] =
-            pooled(p, at.regions(p.pairs, image), [&](int x) { return r[x]; });
+            pooled(p, at.regions(p.pairs, image), [&](int x) { return r[x]; }) + gave_up;
     }
+}
+
+// Grid: tiles x groups of images in x, or pairs of tiles, whose two are in y; see `Place`.
+template <Kind KIND, int COLUMNS, int SLOTS, int SIDE, int STAGES>
+__global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) scan_t2i(Scan p) {
+    score_words<Tile<KIND, COLUMNS, SLOTS, SIDE, STAGES>>(p);
+}
+template <Kind KIND, int COLUMNS, int SLOTS, int SIDE, int STAGES>
+__global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) scan_i2t(Scan p) {
+    score_regions<Tile<KIND, COLUMNS, SLOTS, SIDE, STAGES>>(p);
+}
+template <Kind KIND, int COLUMNS, int SLOTS, int STAGES>
+__global__ void IN_CLUSTERS __launch_bounds__(2 * SLOTS, 1) scan_t2i_in_clusters(Scan p) {
+    score_words<Tile<KIND, COLUMNS, SLOTS, 1, STAGES, true>>(p);
+}
+template <Kind KIND, int COLUMNS, int SLOTS, int STAGES>
+__global__ void IN_CLUSTERS __launch_bounds__(2 * SLOTS, 1) scan_i2t_in_clusters(Scan p) {
+    score_regions<Tile<KIND, COLUMNS, SLOTS, 1, STAGES, true>>(p);
 }

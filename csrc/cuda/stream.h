@@ -21,9 +21,9 @@ template <int PLACES, int BYTES> struct Stream {  // a thread's
     int *failed;
     int stages, now;  // all, and the one to take
 
-    // `shared` has `stage`, which is the places, and the ring. All threads of the cluster call this.
-    template <class Shared> __device__ __forceinline__ void begin(Shared &shared, const void *from, int stages, int *failed) {
-        places = shared.stage[0], ring = &shared, this->from = static_cast<const unsigned char *>(from);
+    // All threads of the cluster call this. `from`: the first stage in memory.
+    __device__ __forceinline__ void begin(unsigned char *places, Ring<PLACES> &own, const void *from, int stages, int *failed) {
+        this->places = places, ring = &own, this->from = static_cast<const unsigned char *>(from);
         this->stages = stages, this->failed = failed, now = 0;
         if (threadIdx.x == 0) {
             for (int i = 0; i < PLACES; ++i) make_barrier(&ring->full[i]), make_barrier(&ring->empty[i]);
@@ -62,7 +62,7 @@ private:
     }
 };
 template <int BYTES> struct Stream<0, BYTES> {
-    template <class Shared> __device__ __forceinline__ void begin(Shared &, const void *, int, int *) {}
+    __device__ __forceinline__ void begin(unsigned char *, Ring<0> &, const void *, int, int *) {}
     __device__ __forceinline__ int place() const { return 0; }
     __device__ __forceinline__ void wait() {}
     __device__ __forceinline__ void pass() {}

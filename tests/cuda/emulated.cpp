@@ -99,7 +99,12 @@ void land(const Bulk &bulk) {
 // What all threads of a cluster wait for when none can go on.
 void open_cluster() {
     auto any = [](auto which) { return std::any_of(fibers.begin(), fibers.end(), which); };
-    if (any([](Fiber &fiber) { return fiber.held; })) {
+    std::vector<Barrier *> awaited;  // those that copies on their way would serve
+    for (const Bulk &bulk : bulks)
+        if (any([&](Fiber &fiber) { return fiber.awaited == bulk.counted && !is_open(fiber); }))
+            awaited.push_back(bulk.counted);
+    const bool some_held = any([](Fiber &fiber) { return fiber.held; });
+    if (some_held && (awaited.empty() || random_order() % 2)) {
         for (Fiber &fiber : fibers) fiber.held = false;
         return;
     }
@@ -107,14 +112,16 @@ void open_cluster() {
         for (Fiber &fiber : fibers) fiber.at_cluster_barrier = false;
         return;
     }
-    std::vector<Bulk> wanted;
-    std::erase_if(bulks, [&](const Bulk &bulk) {
-        const bool some = any([&](Fiber &fiber) { return fiber.awaited == bulk.counted && !is_open(fiber); });
-        if (some) wanted.push_back(bulk);
-        return some;
-    });
-    for (const Bulk &bulk : wanted) land(bulk);
-    if (!wanted.empty()) return;
+    if (!awaited.empty()) {  // of one mbarrier, so that its block may run ahead
+        const Barrier *chosen = awaited[random_order() % awaited.size()];
+        std::vector<Bulk> wanted;
+        std::erase_if(bulks, [&](const Bulk &bulk) {
+            if (bulk.counted == chosen) wanted.push_back(bulk);
+            return bulk.counted == chosen;
+        });
+        for (const Bulk &bulk : wanted) land(bulk);
+        return;
+    }
     bool some = false;
     for (Fiber &fiber : fibers) some |= fiber.gave_up = fiber.awaited && may_give_up;
     if (some) return;

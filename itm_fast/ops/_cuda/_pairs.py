@@ -30,6 +30,7 @@ SIMILARITIES = (64, 128, 256)  # S
 # Rows of a tile of nodes, best first: each tile of each image reads the matrices of weights anew.
 SLOTS = (128, 64, 32)
 DEPTHS = (64, 32, 16)  # numbers of a row that a stage of a product holds, best first
+COMPARED = SIMILARITIES[-1:]  # S of variants for one GPU: what the check of first use compares with the other kernels
 GROUPED = 128, 64  # slots and depth of tiles that groups of warps multiply
 WINDOW = 1 << 14  # the most nodes of one image in a launch
 # The most scratch of a launch: what the first kernels write is then still in the L2 cache when the last one reads it.
@@ -142,23 +143,6 @@ def rounded_up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def stages(*matrices: Tensor) -> Tensor:
-    """The stages of matrices [S, n] of 16-bit numbers, one after the other, as csrc/cuda/stream.h takes them.
-
-    A stage has 64 numbers of each row, in chunks of 8 that are exchanged as `place` of tile.h does it.
-
-    Returns:
-        [all stages, S, 8, 8].
-    """
-    found = []
-    for matrix in matrices:
-        S, n = matrix.shape
-        chunks = torch.nn.functional.pad(matrix, (0, -n % 64)).view(S, -1, 8, 8).transpose(0, 1)
-        at = torch.arange(8, device=matrix.device) ^ torch.arange(S, device=matrix.device)[:, None] % 8
-        found.append(chunks.gather(2, at[:, :, None].expand_as(chunks)))
-    return torch.cat(found)
-
-
 def weight_kernel(kind: Kind, tile: Tile) -> Kernel:
     name = f"weights<{kind.name}, {tile.columns}, {tile.slots}, {tile.side}>"
     return Kernel("weights.cu", name, Weights, tile.threads, tile.shared)
@@ -226,7 +210,7 @@ def kernels(
     limit, tile = shared_limit(capability), tile_of(R, capability)
     weights, regions = weight_kernel(kind, tile), rounded_up(pitch_of(tile), 16)
     found = fitting(lambda slots, depth: head(kind, S, slots, regions, depth, GENERAL), node_tiles(SLOTS, kind), limit)
-    if kind.halves == 1 and found and found[1] == GROUPED[0]:
+    if kind.halves == 1 and S in COMPARED and found and found[1] == GROUPED[0]:
         better = (head(kind, S, GROUPED[0], regions, GROUPED[1], v) for v in range(variant, GENERAL, -1))
         found = next(((kernel, GROUPED[0]) for kernel in better if kernel.shared <= limit), found)
     # The nodes leave through the stages of the matrix. 128 rows of pairs of halves do not fit the registers.
@@ -335,7 +319,9 @@ def scores(
     factors = _rows.image_factors(image, count, pitch)
     regions, local, overall_weight = (rows_of(x, kind) for x in (image, local_weight, global_weight))
     query, v, t = (compared_rows(x, kind) for x in (words, image_global, caption_global))
-    stream = stages(*(x.to(kind.dtype) for x in (local.data, *matrices))) if fit.head.cluster > 1 else None
+    stream = None
+    if fit.head.cluster > 1:
+        stream = torch.cat([_rows.stages(x.to(kind.dtype)) for x in (local.data, *matrices)])
     shared = (0, None, None) if stream is None else (len(stream), stream.data_ptr(), _cuda.fault_address(device))
     local_bias, global_bias = aligned(local_bias.float()), aligned(global_bias.float())
     chunks = query.data.shape[1] // 8
@@ -357,7 +343,7 @@ def scores(
             pairs = Pairs(
                 query.addresses[0], x.addresses[0], query.addresses[1] if kind.scaled else None, x.addresses[1], counts,
                 *(y.data_ptr() for y in (tiles.first, tiles.caption, tiles.begin, tiles.end, tiles.row, tiles.owner)),
-                None, some, R, size, chunks, tiles.tiles, False,
+                None, some, R, size, chunks, tiles.tiles, False, None,
             )  # fmt: skip
             grams = Grams(factors.factor[images].data_ptr(), factors.size[images].data_ptr(), None)
             _cuda.launch(

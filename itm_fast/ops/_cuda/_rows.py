@@ -55,6 +55,20 @@ def split_rows(rows: Tensor, pairs: bool) -> Halves:
     return Halves(found, exponent, wide if pairs else None)
 
 
+def stages(rows: Tensor) -> Tensor:
+    """The stages of matrices [..., n, D] of 16-bit numbers, as csrc/cuda/stream.h takes them.
+
+    A stage has 64 numbers of each row, in chunks of 8 that are exchanged as `place` of csrc/cuda/tile.h does it.
+
+    Returns:
+        [..., stages, n, 8, 8].
+    """
+    n, D = rows.shape[-2:]
+    chunks = torch.nn.functional.pad(rows, (0, -D % 64)).unflatten(-1, (-1, 8, 8)).transpose(-4, -3)
+    at = torch.arange(8, device=rows.device) ^ torch.arange(n, device=rows.device)[:, None] % 8
+    return chunks.gather(-2, at[:, :, None].expand_as(chunks))
+
+
 def _split(x: Tensor, pairs: bool, blocks: int) -> tuple[Tensor, Tensor, Tensor]:
     exponent = torch.frexp(_finite(x.abs().amax(1)))[1] - TOP
     y = x * _power(-exponent)[:, None] * _power(-exponent, second=True)[:, None]

@@ -12,6 +12,7 @@ from ...packing import bounds, kept
 from .._attention import FEW_WORDS, NARROW, REGIONS, TENSOR_FLOAT32
 
 CAPTIONS = 16  # at most, in a tile
+IN_CLUSTERS = 288  # columns of a tile of blocks in clusters
 # Columns that an image may take in a tile: the smallest that holds its regions. 36 as in the papers, 56 for grids of
 # 7 x 7, 72 for 8 x 8, 104 for the 100 regions that detectors are often asked for.
 COLUMNS = (12, 36, 56, NARROW, 104, REGIONS)
@@ -29,6 +30,7 @@ class Pairs(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("words", "regions", "word_exponent", "region_exponent", "count")),
         *((name, ctypes.c_void_p) for name in ("first", "caption", "begin", "end", "row", "owner", "wide")),
         *((name, ctypes.c_int) for name in ("images", "R", "captions", "chunks", "tiles", "for_wide")),
+        ("failed", ctypes.c_void_p),
     ]
 
 
@@ -39,10 +41,11 @@ class Tile(NamedTuple):
     slots: int
     side: int
     stages: int = 2
+    clusters: bool = False
 
     @property
     def warp_images(self) -> int:
-        return max(1, NARROW // self.columns)
+        return max(1, (IN_CLUSTERS if self.clusters else NARROW) // self.columns)
 
     @property
     def images(self) -> int:
@@ -64,7 +67,8 @@ class Tile(NamedTuple):
 
     @property
     def shared(self) -> int:
-        return self.work + CAPTIONS * self.pitch * 4
+        ring = 16 * self.stages + 8 if self.clusters else 0
+        return self.work + CAPTIONS * self.pitch * 4 + ring
 
 
 def tile_of(R: int, capability: tuple[int, int]) -> Tile:

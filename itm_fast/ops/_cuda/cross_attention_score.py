@@ -19,6 +19,7 @@ from . import _blocks, _rows, _tiles
 from ._tiles import Pairs, Tile
 
 OP = "cross_attention_score"
+CLUSTERED = Tile(36, 128, 1, 3, True)  # of blocks in clusters (csrc/cuda/affinity.h)
 BLOCKS, BYTES = (1 << 31) - 1, 64 << 30  # of a grid; of rows, whose pieces of 16 bytes the kernels count in 32 bits
 
 
@@ -124,7 +125,10 @@ def forward(
     longest = max(b - a for a, b in zip(edge, edge[1:]))
     if problem := _attention.beyond_cuda(R, D, longest, capability < _attention.TENSOR_FLOAT32):
         raise NotImplementedError(f"{OP}: {problem}")
-    tile = tile_of(R, capability)
+    tile = in_clusters = tile_of(R, capability)
+    halves = image.dtype != torch.float32 or matmul_precision() != "highest"
+    if halves and clustered(tile, capability) and _cuda.variant(OP, device, image.dtype) == _cuda.CLUSTERS:
+        in_clusters = CLUSTERED
     columns = -(-tile.columns // 8) * 8
     if region_lengths is not None:
         region_counts(region_lengths, image, OP)
@@ -134,8 +138,12 @@ def forward(
     if direction == "i2t":
         image_bytes, word_bytes = R * (rows + 4), rows + 4 * (longest + 4)
     image_bytes, word_bytes = image_bytes + R * copied_bytes(image), word_bytes + copied_bytes(words)
+    rounding = 0
+    if in_clusters.clusters:  # the stages of regions, and what they are made of, for whole groups of images
+        staged = 2 * tile.columns * 2 * (D + -D % 64)
+        image_bytes, rounding = image_bytes + staged, (in_clusters.images - 1) * staged
     pair_bytes = 0 if score.dtype == torch.float32 else 4
-    cut = _blocks.blocks(I, edge, image_bytes, word_bytes, pair_bytes, _blocks.room(device))
+    cut = _blocks.blocks(I, edge, image_bytes, word_bytes, pair_bytes, _blocks.room(device) - rounding)
     if len(cut) > 1:
         for images, captions in cut:
             some = words[edge[captions.start] : edge[captions.stop]]
@@ -170,10 +178,16 @@ def forward(
             *(_address(x) for x in (form.words, form.regions, *exponents, count)),
             *(x.data_ptr() for x in (plan.first, plan.caption, plan.begin, plan.end, plan.row, plan.owner)),
             _address(form.wide), I, R, len(edge) - 1, form.words.shape[1] * form.words.itemsize // 16, plan.tiles,
-            form.for_wide,
+            form.for_wide, None,
         )  # fmt: skip
+        if in_clusters.clusters:
+            stages = region_stages(form.regions.view(I, R, -1), count, in_clusters)
+            pairs.regions, pairs.failed = stages.data_ptr(), _cuda.fault_address(device)
+            grid = -(-plan.tiles // 2) * len(stages), 2
+        else:
+            grid = plan.tiles * groups, 1
         problem_ = Scan(pairs, attention, grams, length.data_ptr(), result.data_ptr(), *pooling)
-        _cuda.launch(kernel(direction, form.kind, tile), problem_, (plan.tiles * groups, 1), device)
+        _cuda.launch(kernel(direction, form.kind, in_clusters), problem_, grid, device)
     return score if result is score else score.copy_(result)
 
 
@@ -192,8 +206,28 @@ def tile_of(R: int, capability: tuple[int, int]) -> Tile:
     return more if more.shared <= _tiles.shared_limit(capability) else tile
 
 
+def clustered(tile: Tile, capability: tuple[int, int]) -> bool:
+    """Whether blocks in clusters may take the place of those with this tile, for products of 16-bit numbers."""
+    return capability == _cuda.SPECIFIC and tile.columns == CLUSTERED.columns
+
+
+def region_stages(regions: Tensor, count: Tensor | None, tile: Tile) -> Tensor:
+    """Regions [I, R, D] of 16-bit numbers in stages for each group of images: [groups, stages, columns of all, 8, 8].
+
+    Zeros stand for regions beyond an image's `count` and behind the last image.
+    """
+    I, R, D = regions.shape
+    if count is not None:
+        regions = regions.masked_fill(torch.arange(R, device=count.device)[:, None] >= count[:, None, None], 0)
+    filled = torch.nn.functional.pad(regions, (0, -D % 64, 0, tile.columns - R, 0, -I % tile.images))
+    return _rows.stages(filled.view(-1, tile.images * tile.columns, filled.shape[-1]))
+
+
 def kernel(direction: str, kind: str, tile: Tile) -> _cuda.Kernel:
     """The instance for a kind of products."""
+    if tile.clusters:
+        name = f"scan_{direction}_in_clusters<{kind}, {tile.columns}, {tile.slots}, {tile.stages}>"
+        return _cuda.Kernel("scan.cu", name, Scan, tile.threads, tile.shared, specific=True, cluster=2)
     name = f"scan_{direction}<{kind}, {tile.columns}, {tile.slots}, {tile.side}, {tile.stages}>"
     return _cuda.Kernel("scan.cu", name, Scan, tile.threads, tile.shared)
 
@@ -202,4 +236,7 @@ def compilations(capability: tuple[int, int]) -> list[_cuda.Kernel]:
     """All that may run on a GPU of a compute capability."""
     kinds = ("F16", "F16X3", "BF16", "TF32X3") if capability >= _attention.TENSOR_FLOAT32 else ("F16", "F16X3")
     tiles = [tile_of(R, capability) for R in _tiles.COLUMNS]
-    return [kernel(*of) for of in itertools.product(_attention.DIRECTIONS, kinds, tiles)]
+    found = [kernel(*of) for of in itertools.product(_attention.DIRECTIONS, kinds, tiles)]
+    if capability == _cuda.SPECIFIC:
+        found += [kernel(*of) for of in itertools.product(_attention.DIRECTIONS, ("F16", "BF16"), [CLUSTERED])]
+    return found
