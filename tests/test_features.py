@@ -230,9 +230,11 @@ def test_a_part_of_karpathys_splits_keeps_cocos_ids(folder, capsys):
     assert "has no images of a split 'dev'; it has restval, test, train" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name, known", [("COCO_val2014_000000000012.jpg", True), ("12.jpg", True), ("112.jpg", False)])
-def test_ids_are_cocos_where_the_pictures_are_named_by_them(tmp_path, name, known):
-    content = {"images": [{"id": 12, "file_name": name}], "annotations": [{"id": 3, "image_id": 12, "caption": "x"}]}
+@pytest.mark.parametrize(
+    "name, id, known", [("val2014_0012.jpg", 12, True), ("112.jpg", 12, False), ("kite(.jpg", "kite(", False)]
+)
+def test_ids_are_cocos_where_the_pictures_are_named_by_them(tmp_path, name, id, known):
+    content = {"images": [{"id": id, "file_name": name}], "annotations": [{"id": 3, "image_id": id, "caption": "x"}]}
     (tmp_path / "a.json").write_text(json.dumps(content))
     ((caption,),) = captions.read_captions(tmp_path / "a.json")[0].values()
     assert caption == captions.Caption("x", *((3, 12) if known else ()))

@@ -209,7 +209,8 @@ def _coco(path: Path, content: dict[str, Any]) -> _Rows:
             names[entry["id"]] = _name(entry["file_name"], path, f"images[{number}]")
         annotations = [(entry["image_id"], entry["caption"], entry.get("id")) for entry in content["annotations"]]
     # Other data sets in this form number their images anew; the names of COCO's files end in the ids.
-    known = all(re.search(rf"(?<!\d)0*{image}\.\w+$", name) for image, name in names.items())
+    ends = {image: re.search(r"(\d+)\.\w+$", name) for image, name in names.items()}
+    known = all(end is not None and int(end[1]) == image for image, end in ends.items())
     for number, (image, text, own) in enumerate(annotations):
         if image not in names:
             raise ValueError(f"{path}, annotations[{number}]: there is no image with the id {image!r}")
