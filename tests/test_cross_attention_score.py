@@ -381,6 +381,7 @@ def test_medium_precision_may_multiply_bfloat16_values(direction):
     torch.set_float32_matmul_precision("medium")
     try:
         result = call(*args, backend="cpu")
+        gradients = op_checks.gradients(call, args, torch.float32, "cpu", torch.float32)
     finally:
         torch.set_float32_matmul_precision(torch_precision)
     assert torch.equal(result, before) == (_native.level() != "avx512_bf16")
@@ -389,3 +390,8 @@ def test_medium_precision_may_multiply_bfloat16_values(direction):
         return [call(*(a.to(dtype) for a in args), backend="reference")]
 
     assert_accurate([result], reference, torch.float32, products=torch.bfloat16)
+
+    def differentiated(dtype):
+        return op_checks.gradients(call, args, dtype, "reference", torch.float32)
+
+    assert_accurate(gradients, differentiated, torch.float32, products=torch.bfloat16, gradients=True)

@@ -12,7 +12,7 @@
 
 namespace itm_fast {
 
-constexpr char CALLS[] = "3422aa4536714f60";  // a hash of the structs, which Python compares with its own
+constexpr char CALLS[] = "38b7de4f7307b879";  // a hash of the structs, which Python compares with its own
 
 enum class Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum class Direction : int64_t { T2I, I2T, BOTH };
@@ -54,6 +54,7 @@ struct CrossAttentionScoreCall {
   double threshold;
   Similarity similarity;
   void* score;                    // [I, T]
+  void* affinity;                 // of any shape, or null
   const void* grad;               // of score
   void* d_image;                  // or null
   void* d_words;                  // or null
@@ -62,7 +63,7 @@ struct CrossAttentionScoreCall {
   int64_t bfloat16;               // products may multiply bfloat16 values
   int64_t threads;
 };
-static_assert(sizeof(CrossAttentionScoreCall) == 8 * 24);
+static_assert(sizeof(CrossAttentionScoreCall) == 8 * 25);
 
 struct CrossAttentionSimilarityCall {
   const void* image;              // [I, R, D]

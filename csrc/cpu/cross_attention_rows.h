@@ -5,6 +5,7 @@
 #pragma once
 #include "attention.h"
 #include "sets.h"
+#include "shuffle.h"
 
 namespace itm_fast {
 
@@ -24,6 +25,14 @@ struct Problem {
   explicit Problem(const CrossAttentionScoreCall& call)
       : Problem(call, regions({call.image, call.dtype}, call.I, call.R, call.D, call.region_lengths),
                 captions({call.words, call.dtype}, call.T, call.D, call.cu_seqlens)) {}
+
+  // The same options for some context sets and some query sets, where one of both is a single set: the pairs' scores
+  // lie one after the other.
+  Problem(const Problem& whole, const RowSets& contexts, const RowSets& queries) : Problem(whole) {
+    context = contexts;
+    query = queries;
+    context_step = query_step = 1;
+  }
 
   // Whether |P| is needed, and so the contexts' Gram matrices.
   bool lengths() const { return similarity != Similarity::PRODUCT || norm == Norm::COSINE; }
@@ -64,15 +73,6 @@ class Rows {
   std::vector<const T*> rows_;
 };
 
-// out[k][r] = row r's value k, for `count` rows of K values; out's rows lie `step` apart.
-template <class T>
-inline void interleave(const T* const* row, int64_t count, int64_t K, T* out, int64_t step) {
-  constexpr int64_t SIDE = 16;
-  for (int64_t k = 0; k < K; k += SIDE)
-    for (int64_t kk = k; kk < least(k + SIDE, K); ++kk)
-      for (int64_t r = 0; r < count; ++r) out[kk * step + r] = row[r][kk];
-}
-
 // The first n lanes from p, n >= 1, zeros beyond them.
 template <class T>
 inline Vec<T> head(const T* p, int64_t n) {
@@ -95,18 +95,22 @@ inline void gram_matrix(Row row, int64_t n, int64_t K, const T* weight, T* gram,
         left[i] = row(least(x + i, n - 1));
         right[i] = row(least(y + i, n - 1));
       }
-      for (int64_t k = 0; k < K; k += LANES<T>) {
+      const auto add = [&](int64_t k, auto read) {
         Vec<T> a[SIDE], b[SIDE];
+#pragma GCC unroll 4
         for (int64_t i = 0; i < SIDE; ++i) {
-          a[i] = head(left[i] + k, K - k);
-          b[i] = head(right[i] + k, K - k);
-          if (weight) b[i] *= head(weight + k, K - k);
+          a[i] = read(left[i] + k);
+          b[i] = read(right[i] + k);
+          if (weight) b[i] *= read(weight + k);
         }
 #pragma GCC unroll 4
         for (int64_t i = 0; i < SIDE; ++i)
 #pragma GCC unroll 4
           for (int64_t j = 0; j < SIDE; ++j) c[i][j] += a[i] * b[j];
-      }
+      };
+      int64_t k = 0;
+      for (; k + LANES<T> <= K; k += LANES<T>) add(k, [](const T* p) { return load(p); });
+      if (k < K) add(k, [&](const T* p) { return head(p, K - k); });
       for (int64_t i = 0; i < SIDE && x + i < n; ++i)
         for (int64_t j = 0; j < SIDE && y + j < n; ++j)
           gram[(x + i) * ld + y + j] = gram[(y + j) * ld + x + i] = sum<T>(c[i][j]);
@@ -126,12 +130,12 @@ inline T attend(const T* const* row, int64_t n, Weight weight, int64_t first, in
   return sum<T>(square);
 }
 
-// A block of contexts as the left side of the affinities, with each set's Gram matrix where |P| is needed. Owned by one thread. E is what
-// the affinities multiply: T, or pairs of bfloat16 values.
+// A block of contexts as the left side of the affinities, unless these are known, with each set's Gram matrix where |P|
+// is needed. Owned by one thread. E is what the affinities multiply: T, or pairs of bfloat16 values.
 template <class T, class E = T>
 struct Block {
   const RowSets& sets;
-  const bool lengths;  // whether it has Gram matrices
+  const bool lengths, known;  // whether it has Gram matrices; whether the affinities are known
   Rows<T> rows;
   Buffer<E> packed;
   Buffer<T> grams;
@@ -139,9 +143,10 @@ struct Block {
   std::vector<int64_t> gram_at;
   std::vector<T> highest;  // of each Gram matrix's diagonal
 
-  Block(const Problem& problem, const std::vector<Chunk>& runs)
-      : sets(problem.context), lengths(problem.lengths()), rows(sets, most_rows(runs)),
-        packed(packed_size(most_rows(runs), depth<E>(sets.D))), grams(lengths ? most_gram(sets, runs) : 0) {}
+  Block(const Problem& problem, const std::vector<Chunk>& runs, bool known = false)
+      : sets(problem.context), lengths(problem.lengths()), known(known), rows(sets, most_rows(runs)),
+        packed(known ? 0 : packed_size(most_rows(runs), depth<E>(sets.D))),
+        grams(lengths ? most_gram(sets, runs) : 0) {}
 
   static int64_t most_rows(const std::vector<Chunk>& runs) {
     int64_t most = 0;
@@ -159,14 +164,20 @@ struct Block {
     return most;
   }
 
-  void take(const Chunk& wanted) {
-    run = wanted;
-    rows.take(run);
-    if constexpr (IS_PAIR<E>) pack_rows(run.rows, sets.D, packed + 0, [&](int64_t i, int64_t k) { return rows[i][k]; });
-    else
+  void pack() {
+    if constexpr (IS_PAIR<E>) {
+      pack_rows(run.rows, sets.D, packed + 0, [&](int64_t i, int64_t k) { return rows[i][k]; });
+    } else {
       for (int64_t i = 0; i < run.rows; i += TILE_ROWS)
         interleave(rows + i, least(TILE_ROWS, run.rows - i), sets.D, packed + i * sets.D,
                    least(TILE_ROWS, round_up(run.rows - i, ROW_STEP)));
+    }
+  }
+
+  void take(const Chunk& wanted) {
+    run = wanted;
+    rows.take(run);
+    if (!known) pack();
     gram_at.clear();
     highest.clear();
     for (int64_t s = run.first, at = 0; s < run.last; ++s) {
@@ -183,11 +194,13 @@ struct Block {
   }
 };
 
-// A window of query sets as the right side of the affinities, shared by the threads: the columns of a chunk lie in
-// panels as wide as a tile, [panel][D][TILE_COLUMNS], which a product reads from end to end; of pairs, [D / 2].
+// A window of query sets as the right side of the affinities, unless these are known, shared by the threads: the
+// columns of a chunk lie in panels as wide as a tile, [panel][D][TILE_COLUMNS], which a product reads from end to end;
+// of pairs, [D / 2].
 template <class T, class E = T>
 struct Window {
   const RowSets& sets;
+  const bool known;  // whether the affinities are
   std::vector<Chunk> chunks;
   std::vector<int64_t> column;  // where a chunk's columns begin
   int64_t K;                    // rows of a panel
@@ -199,9 +212,9 @@ struct Window {
   std::vector<int64_t> smooth_at{0};
   Buffer<T> smooth;
 
-  Window(const Problem& problem, std::vector<Chunk> runs)
-      : sets(problem.query), chunks(std::move(runs)), column(begins(chunks)), K(depth<E>(sets.D)),
-        panels(column.back() * K), length(column.back()),
+  Window(const Problem& problem, std::vector<Chunk> runs, bool known)
+      : sets(problem.query), known(known), chunks(std::move(runs)), column(begins(chunks)), K(depth<E>(sets.D)),
+        panels(known ? 0 : column.back() * K), length(column.back()),
         smoothing(problem.pool == Pool::SMOOTHED_NEGATIVE ? problem.pool_scale : 0), smooth(places()) {}
 
   static int64_t smooth_ld(int64_t n) { return round_up(n, std::max<int64_t>(LANES<T>, ROW_STEP)); }
@@ -231,7 +244,7 @@ struct Window {
               room = Buffer<T>(IS_PAIR<E> ? sets.D * TILE_COLUMNS<T> : 0),
               total = Buffer<T>(smoothing > 0 ? smooth_ld(sets.most) : 0)](int64_t c) mutable {
         rows.take(chunks[c]);
-        for (int64_t j = 0; j < chunks[c].rows; j += TILE_COLUMNS<T>) {
+        for (int64_t j = 0; !known && j < chunks[c].rows; j += TILE_COLUMNS<T>) {
           E* const panel = panels + (column[c] + j) * K;
           const auto fill = [&](T* to) {
             interleave(rows + j, least(TILE_COLUMNS<T>, chunks[c].rows - j), sets.D, to, TILE_COLUMNS<T>);
@@ -267,7 +280,8 @@ struct Window {
 
 // Cuts the queries into windows of at most `bytes` of packed rows, one chunk at the least, and runs body on each.
 template <class T, class E = T, class Body>
-void for_windows(const Problem& problem, int64_t columns, int64_t bytes, int64_t threads, Body body) {
+void for_windows(const Problem& problem, int64_t columns, int64_t bytes, int64_t threads, Body body,
+                 bool known = false) {
   const RowSets& sets = problem.query;
   const std::vector<Chunk> all = chunks(sets.edge.data(), sets.count(), columns);
   for (size_t first = 0; first < all.size();) {
@@ -275,7 +289,7 @@ void for_windows(const Problem& problem, int64_t columns, int64_t bytes, int64_t
     int64_t size = 0;
     do size += round_up(all[last++].rows, TILE_COLUMNS<T>) * sets.D * int64_t(sizeof(T));
     while (last < all.size() && size + all[last].rows * sets.D * int64_t(sizeof(T)) <= bytes);
-    Window<T, E> window(problem, {all.begin() + int64_t(first), all.begin() + int64_t(last)});
+    Window<T, E> window(problem, {all.begin() + int64_t(first), all.begin() + int64_t(last)}, known);
     window.fill(threads);
     body(window);
     first = last;

@@ -33,6 +33,22 @@ struct Cosines {
               [&](int64_t i, int64_t jj, Vec<T> v) { store(s + i * ld + j + jj, v); });
   }
 
+  // The columns of a chunk for a block's rows in the affinities of all contexts and queries: `visit(own, whole)` gets a
+  // row of `s` and the same row there.
+  template <class E, class A, class Visit>
+  void each_row(const Block<T, E>& block, const Chunk& chunk, A* all, Visit visit) {
+    for (int64_t i = 0; i < block.run.rows; ++i)
+      visit(s + i * ld, all + (block.run.begin + i) * problem.query.edge.back() + chunk.begin);
+  }
+  template <class E>
+  void keep_affinities(const Block<T, E>& block, const Chunk& chunk, T* all) {
+    each_row(block, chunk, all, [&](const T* own, T* whole) { std::copy_n(own, chunk.rows, whole); });
+  }
+  template <class E>
+  void take_affinities(const Block<T, E>& block, const Chunk& chunk, const T* all) {
+    each_row(block, chunk, all, [&](T* own, const T* whole) { std::copy_n(whole, chunk.rows, own); });
+  }
+
   // (1) and (3) for one set: weight[x][j] = alpha * total_j, dot = q . P * total, square = |P|^2, r.
   // each(x, j, v) sees v = sum_y G_xy weight_yj.
   template <class E, class Each>

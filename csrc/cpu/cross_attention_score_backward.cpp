@@ -1,11 +1,16 @@
 // Gradients of cross_attention_score: (8) to (11) of itm_fast/ops/cross_attention_score.py.
 //
 // Queries and contexts are both passed through in windows. Each pair of windows takes two rounds. In the first a thread
-// owns one chunk of queries: it computes the affinities and weights with all blocks of contexts again as the forward
-// pass does, turns the affinities into their gradients in place, adds the gradient of its queries, and stores the
-// transposed affinity gradients and each set's Gram matrix gradient. In the second a thread owns one block of contexts
-// and some of the features: it adds the gradient of these contexts from what all chunks stored, chunk by chunk in
-// order. So every sum has one owner and one order, whatever the number of threads.
+// owns one chunk of queries: with all blocks of contexts it computes the weights again as the forward pass does, and
+// the affinities too unless that has kept them, turns the affinities into their gradients in place, adds the gradient
+// of its queries, and stores the transposed affinity gradients and each set's Gram matrix gradient. In the second a thread
+// owns one block of contexts and some of the features: it adds the gradient of these contexts from what all chunks
+// stored, chunk by chunk in order. So every sum has one owner and one order, whatever the number of threads.
+//
+// Where the forward pass multiplied bfloat16 values, so do the three large products: of the features for affinities,
+// and of the affinity gradients with the queries and with the contexts. All else is computed in float.
+//
+// Where few pairs have a gradient, only these are taken: see few_backward.
 //
 // Scratch beyond inputs and gradients: 48 MiB and 2 MiB a thread, more only where one set alone is larger.
 #include "cross_attention_score_backward.h"
@@ -13,21 +18,29 @@
 namespace itm_fast {
 namespace {
 
-template <class T>
+constexpr int64_t SPARSE = 8;  // with a gradient of at most one pair in 8, only such pairs are taken
+// `window_bytes` of each thread with few pairs; with affinities that the forward pass has kept.
+constexpr int64_t FEW_BYTES = 2 << 20, KNOWN_BYTES = 12 << 20;
+
+// E as for Block: the affinities and the products with their gradients multiply it.
+template <class T, class E>
 struct Backward {
   const Problem& problem;
   const T* grad;
   T *d_context, *d_query;
   int64_t threads;
+  int64_t window_bytes;         // of a window of contexts, and of one of queries, which has QUERY_BYTES at most
+  const T* affinity = nullptr;  // [contexts, queries] from the forward pass; null: they are computed again
 
   // A thread's arrays for one chunk of queries.
   struct Work : Cosines<T> {
     Buffer<T> slope, d_r, direct, twice, rest, d_length;
-    Buffer<T> turned;  // affinity gradients as a left side whose rows are queries
+    Buffer<T> room;    // of pack_left
+    Buffer<E> turned;  // affinity gradients as a left side whose rows are queries
     Work(const Problem& problem, int64_t rows, int64_t set_rows, int64_t columns, int64_t all_rows)
         : Cosines<T>(problem, rows, set_rows, columns), slope(round_up(set_rows, ROW_STEP) * this->ld), d_r(this->ld),
           direct(this->ld), twice(this->ld), rest(this->ld), d_length(this->ld),
-          turned(packed_size(columns, all_rows)) {}
+          room(IS_PAIR<E> ? TILE_ROWS * this->ld : 0), turned(packed_size(columns, depth<E>(all_rows))) {}
   };
 
   // (4): d r of the columns begin .. begin + n of a set of queries, given d score.
@@ -97,9 +110,9 @@ struct Backward {
 
   // For one context set and the queries of chunk c: overwrites the affinities in `work.s` by their gradients, and
   // writes the chunk's part of the gradient of the set's Gram matrix to `contexts.d_gram`.
-  void set_backward(Work& work, Contexts<T>& contexts, int64_t b, int64_t set, const Window<T>& window,
+  void set_backward(Work& work, Contexts<T, E>& contexts, int64_t b, int64_t set, const Window<T, E>& window,
                     int64_t c) const {
-    const Block<T>& block = contexts.block[size_t(b)];
+    const Block<T, E>& block = contexts.block[size_t(b)];
     const Chunk& chunk = window.chunks[size_t(c)];
     const RowSets &context = problem.context, &query = problem.query;
     const int64_t ld = work.ld, at = context.edge[set] - block.run.begin;
@@ -147,37 +160,26 @@ struct Backward {
   }
 
   // (9), and (11) for a chunk of queries, and what its columns leave for the contexts.
-  void queries_backward(Work& work, Contexts<T>& contexts, const Window<T>& window, const Queries<T>& queries,
+  void queries_backward(Work& work, Contexts<T, E>& contexts, const Window<T, E>& window, const Queries<T, E>& queries,
                         int64_t c) const {
     const Chunk& chunk = window.chunks[size_t(c)];
     const Span& span = queries.spans[size_t(queries.span_of[size_t(c)])];
-    const int64_t D = problem.query.D, ld = work.ld;
+    const int64_t D = problem.query.D, ld = work.ld, K = depth<E>(contexts.row.back());
     std::fill_n(static_cast<T*>(work.d_length), ld, T(0));
     for (int64_t b = 0; b < int64_t(contexts.block.size()); ++b) {
-      const Block<T>& block = contexts.block[size_t(b)];
-      const int64_t rows = block.run.rows, first = block.run.begin - contexts.begin;
-      work.affinities(block, window, c);
+      const Block<T, E>& block = contexts.block[size_t(b)];
+      const int64_t rows = block.run.rows, first = contexts.row[size_t(b)];
+      if (affinity) work.take_affinities(block, chunk, affinity);
+      else work.affinities(block, window, c);
       for (int64_t set = block.run.first; set < block.run.last; ++set) set_backward(work, contexts, b, set, window, c);
-      if (d_query)
-        for (int64_t x = 0; x < rows; ++x)
-          for (int64_t j = 0; j < chunk.rows; j += TILE_ROWS) {
-            const int64_t wide = least(TILE_ROWS, round_up(chunk.rows - j, ROW_STEP));
-            std::memcpy(static_cast<void*>(work.turned + j * contexts.rows + (first + x) * wide), work.s + x * ld + j,
-                        size_t(wide) * sizeof(T));
-          }
+      if (d_query) pack_turned<T, E>(work.s, ld, rows, chunk.rows, work.turned, K, first);
       if (d_context)
-        for (int64_t i = 0; i < rows; i += TILE_ROWS) {
-          const T* row[TILE_ROWS];
-          const int64_t count = least(TILE_ROWS, rows - i), wide = least(TILE_ROWS, round_up(rows - i, ROW_STEP));
-          for (int64_t r = 0; r < count; ++r) row[r] = work.s + (i + r) * ld;
-          interleave(row, count, chunk.rows, contexts.left(b, span) + i * span.columns + queries.at(window, c) * wide,
-                     wide);
-        }
+        pack_left<T, E>(work.s, ld, rows, chunk.rows, contexts.left(b, span), depth<E>(span.columns),
+                        queries.at[size_t(c)], work.room);
     }
     if (!d_query) return;
     const Gradient<T> gradient(d_query, problem.query, chunk);
-    gradient.add(0, chunk.rows, contexts.rows, Left<T>{work.turned, 0}, contexts.features,
-                 contexts.rows * TILE_COLUMNS<T>, 0, D);
+    gradient.template add<E>(0, chunk.rows, K, {work.turned, 0}, contexts.features, K * TILE_COLUMNS<T>, 0, D);
     Rows<T> rows(problem.query, chunk.rows);
     rows.take(chunk);
     for (int64_t j = 0; j < chunk.rows; ++j) {
@@ -189,15 +191,16 @@ struct Backward {
   }
 
   // (10) summed, and (11) for a block of contexts and the features from `first` to `last`.
-  void contexts_backward(T* P, Contexts<T>& contexts, int64_t b, const Queries<T>& queries, int64_t first,
+  void contexts_backward(T* P, Contexts<T, E>& contexts, int64_t b, const Queries<T, E>& queries, int64_t first,
                          int64_t last) const {
-    const Block<T>& block = contexts.block[size_t(b)];
+    const Block<T, E>& block = contexts.block[size_t(b)];
     const RowSets& context = problem.context;
     const Gradient<T> gradient(d_context, context, block.run);
     for (size_t s = 0; s < queries.spans.size(); ++s) {
       const Span& span = queries.spans[s];
-      gradient.add(0, block.run.rows, span.columns, Left<T>{contexts.left(b, span), 0}, queries.features[s],
-                   span.columns * TILE_COLUMNS<T>, first, last);
+      const int64_t K = depth<E>(span.columns);
+      gradient.template add<E>(0, block.run.rows, K, {contexts.left(b, span), 0}, queries.features[s],
+                               K * TILE_COLUMNS<T>, first, last);
     }
     for (int64_t set = block.run.first; problem.lengths() && set < block.run.last; ++set) {
       const int64_t n = context.length(set), at = context.edge[set] - block.run.begin;
@@ -205,9 +208,8 @@ struct Backward {
       Buffer<T> d_gram(Block<T>::gram_size(n));
       for (const Buffer<T>& one : contexts.d_gram)
         for (int64_t i = 0; i < Block<T>::gram_size(n); ++i) d_gram[i] += one[gram_at + i];
-      gradient.add(at, n, n, Left<T>{d_gram, round_up(n, ROW_STEP)},
-                   contexts.features + (context.edge[set] - contexts.begin) * TILE_COLUMNS<T>,
-                   contexts.rows * TILE_COLUMNS<T>, first, last);
+      gradient.template add<T>(at, n, n, {d_gram, round_up(n, ROW_STEP)}, contexts.features_of(b, at),
+                               contexts.row.back() * TILE_COLUMNS<T>, first, last);
     }
     for (size_t c = 0; c < queries.span_of.size(); ++c)
       for (const Exact<T>& one : contexts.exact_of(b, int64_t(c))) {
@@ -224,17 +226,19 @@ struct Backward {
     const RowSets &context = problem.context, &query = problem.query;
     const int64_t D = context.D;
     const std::vector<Chunk> blocks = context_blocks<T>(context);
-    for_windows<T>(problem, COLUMN_BYTES / int64_t(sizeof(T)), QUERY_BYTES, threads, [&](const Window<T>& window) {
-      const Queries<T> queries(window, d_context, threads);
-      const int64_t most = CONTEXT_BYTES / int64_t(sizeof(T)) / (2 * D + queries.columns);
+    const int64_t bytes = least(QUERY_BYTES, window_bytes);
+    for_windows<T, E>(problem, COLUMN_BYTES / int64_t(sizeof(T)), bytes, threads, [&](const Window<T, E>& window) {
+      const Queries<T, E> queries(window, d_context, threads);
+      const int64_t most = window_bytes / int64_t(sizeof(T)) / (2 * D + queries.columns);
       for (size_t first = 0, last; first < blocks.size(); first = last) {
         int64_t rows = blocks[first].rows;
         for (last = first + 1; last < blocks.size() && rows + blocks[last].rows <= most; ++last)
           rows += blocks[last].rows;
-        Contexts<T> contexts(problem, blocks.data() + first, blocks.data() + last, queries, threads);
+        Contexts<T, E> contexts(problem, blocks.data() + first, blocks.data() + last, queries, affinity != nullptr,
+                                threads);
         parallel(int64_t(window.chunks.size()), threads, [&] {
           return [&, work = Work(problem, Block<T>::most_rows(blocks), context.most,
-                                 Block<T>::most_rows(window.chunks), rows)](int64_t c) mutable {
+                                 Block<T>::most_rows(window.chunks), contexts.row.back())](int64_t c) mutable {
             queries_backward(work, contexts, window, queries, c);
           };
         });
@@ -247,9 +251,42 @@ struct Backward {
           };
         });
       }
-    });
+    }, affinity != nullptr);
   }
 };
+
+// The same gradients from the pairs alone whose score has one, as the hardest negatives give it to about three pairs of
+// a row. A thread owns one context set with all query sets that have a gradient with it, and adds the gradient of its
+// contexts; in a second round one query set with such context sets. So a pair is scored twice here.
+template <class T, class E>
+void few_backward(const Problem& problem, const T* grad, T* d_context, T* d_query, int64_t threads) {
+  const auto at = [&](int64_t context, int64_t query) {
+    return grad[context * problem.context_step + query * problem.query_step];
+  };
+  const auto round = [&](const RowSets& own, const RowSets& others, auto of, auto run) {
+    parallel(own.count(), threads, [&] {
+      return [&](int64_t set) {
+        std::vector<int64_t> partners;
+        std::vector<T> gradients;
+        for (int64_t k = 0; k < others.count(); ++k) {
+          if (of(set, k) == 0) continue;
+          partners.push_back(k);
+          gradients.push_back(of(set, k));
+        }
+        if (!partners.empty()) run(chosen(own, {set}), chosen(others, partners), gradients.data());
+      };
+    });
+  };
+  if (d_context)
+    round(problem.context, problem.query, at, [&](const RowSets& contexts, const RowSets& queries, const T* gradients) {
+      Backward<T, E>{Problem(problem, contexts, queries), gradients, d_context, nullptr, 1, FEW_BYTES}.run();
+    });
+  if (d_query)
+    round(problem.query, problem.context, [&](int64_t query, int64_t context) { return at(context, query); },
+          [&](const RowSets& queries, const RowSets& contexts, const T* gradients) {
+            Backward<T, E>{Problem(problem, contexts, queries), gradients, nullptr, d_query, 1, FEW_BYTES}.run();
+          });
+}
 
 }  // namespace
 }  // namespace itm_fast
@@ -261,12 +298,21 @@ extern "C" const char* cross_attention_score_backward(const itm_fast::CrossAtten
   return guarded([&] {
     const Problem problem(call);
     const bool t2i = call.direction == Direction::T2I;
-    const auto run = [&]<class F>(const F* grad) {
+    const auto run = [&]<class F, class E>(const F* grad, const E*) {
       F *first = static_cast<F*>(t2i ? call.d_image : call.d_words),
         *second = static_cast<F*>(t2i ? call.d_words : call.d_image);
-      Backward<F>{problem, grad, first, second, call.threads}.run();
+      const int64_t pairs = call.I * call.T, some = pairs - std::count(grad, grad + pairs, F(0));
+      const F* const affinity = static_cast<const F*>(call.affinity);
+      const int64_t bytes = affinity ? KNOWN_BYTES : CONTEXT_BYTES;
+      if (some * SPARSE > pairs) Backward<F, E>{problem, grad, first, second, call.threads, bytes, affinity}.run();
+      else few_backward<F, E>(problem, grad, first, second, call.threads);
     };
-    if (call.dtype == Dtype::FLOAT64) run(static_cast<const double*>(call.grad));
-    else run(static_cast<const float*>(call.grad));
+    const float* const single = static_cast<const float*>(call.grad);
+    const double* const twofold = static_cast<const double*>(call.grad);
+    if (call.dtype == Dtype::FLOAT64) return run(twofold, twofold);
+#if defined(__AVX512BF16__)
+    if (call.bfloat16) return run(single, static_cast<const Pair*>(nullptr));
+#endif
+    run(single, single);
   });
 }

@@ -35,6 +35,17 @@ inline RowSets captions(Source words, int64_t T, int64_t D, const int64_t* cu_se
   return sets;
 }
 
+// Some of the sets, in the order given.
+inline RowSets chosen(const RowSets& sets, const std::vector<int64_t>& wanted) {
+  RowSets some{sets.source, sets.D, {}, {0}};
+  for (const int64_t set : wanted) {
+    some.first.push_back(sets.first[size_t(set)]);
+    some.edge.push_back(some.edge.back() + sets.length(set));
+    some.most = std::max(some.most, sets.length(set));
+  }
+  return some;
+}
+
 // Every row of a tensor as a set of its own.
 inline RowSets single_rows(Source source, int64_t count, int64_t D) {
   RowSets sets{source, D, std::vector<int64_t>(count), std::vector<int64_t>(count + 1), 1};

@@ -43,13 +43,10 @@ inline Vec<T> sums(Vec<T> (&v)[LANES<T>]) {
   return v[0];
 }
 
-// Transposes LANES rows of LANES values, `step` apart, into rows `ld` apart. Each round interleaves rows half a square
-// apart.
+// Transposes LANES vectors in place. Each round interleaves vectors half a square apart.
 template <class T>
-inline void transpose_square(const T* from, int64_t step, T* to, int64_t ld) {
-  Vec<T> v[LANES<T>], w[LANES<T>];
-#pragma GCC unroll 16
-  for (int r = 0; r < LANES<T>; ++r) v[r] = load(from + r * step);
+inline void transpose_vectors(Vec<T> (&v)[LANES<T>]) {
+  Vec<T> w[LANES<T>];
 #pragma GCC unroll 4
   for (int count = LANES<T>; count > 1; count /= 2) {
 #pragma GCC unroll 8
@@ -60,8 +57,36 @@ inline void transpose_square(const T* from, int64_t step, T* to, int64_t ld) {
 #pragma GCC unroll 16
     for (int k = 0; k < LANES<T>; ++k) v[k] = w[k];
   }
+}
+
+// Transposes LANES rows of LANES values, `step` apart, into rows `ld` apart.
+template <class T>
+inline void transpose_square(const T* from, int64_t step, T* to, int64_t ld) {
+  Vec<T> v[LANES<T>];
+#pragma GCC unroll 16
+  for (int r = 0; r < LANES<T>; ++r) v[r] = load(from + r * step);
+  transpose_vectors<T>(v);
 #pragma GCC unroll 16
   for (int r = 0; r < LANES<T>; ++r) store(to + r * ld, v[r]);
+}
+
+// out[k][r] = row r's value k, for `count` rows of K values; out's rows lie `step` apart.
+template <class T>
+inline void interleave(const T* const* row, int64_t count, int64_t K, T* out, int64_t step) {
+  const int64_t whole = K / LANES<T> * LANES<T>;
+  for (int64_t r = 0; r < count; r += LANES<T>) {
+    const int64_t n = least(LANES<T>, count - r);
+    for (int64_t k = 0; k < whole; k += LANES<T>) {
+      Vec<T> v[LANES<T>];
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES<T>; ++i) v[i] = load(row[r + least(i, n - 1)] + k);
+      transpose_vectors<T>(v);
+#pragma GCC unroll 16
+      for (int i = 0; i < LANES<T>; ++i) store_head(out + (k + i) * step + r, v[i], n);
+    }
+    for (int64_t k = whole; k < K; ++k)
+      for (int64_t i = r; i < r + n; ++i) out[k * step + i] = row[i][k];
+  }
 }
 
 // The same result as transpose() of pack.h, faster: squares of LANES x LANES values, then the rest value by value.

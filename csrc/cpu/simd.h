@@ -42,6 +42,19 @@ inline void store(T* p, Vec<T> v) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// Stores the first n lanes, 1 <= n <= LANES.
+template <class T>
+inline void store_head(T* p, Vec<T> v, int64_t n) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) _mm512_mask_storeu_ps(p, __mmask16(0xffff >> (16 - n)), (__m512)v);
+  else _mm512_mask_storeu_pd(p, __mmask8(0xff >> (8 - n)), (__m512d)v);
+#else
+  if (n == LANES<T>) std::memcpy(p, &v, sizeof v);
+  else if (2 * n == LANES<T>) std::memcpy(p, &v, sizeof v / 2);
+  else std::memcpy(p, &v, size_t(n) * sizeof(T));
+#endif
+}
+
 template <class T>
 inline Vec<T> splat(T x) {
   return Vec<T>{} + x;

@@ -78,8 +78,10 @@ def fields(op: Declaration) -> Iterator[Field]:
             yield Field(argument.name, ctypes.c_int64, "int64_t", "0 or 1")
         else:
             yield Field(argument.name, ctypes.c_double, "double")
-    for result in op.results:
+    for result in op.written:
         comment = "" if callable(result.shape) else f"[{', '.join(result.shape.split())}]"
+        if result is op.trained:
+            comment = "of any shape, or null"
         yield Field(result.name, pointer, "void*", comment)
     if op.backward is None:
         yield Field("grad", pointer, "const void*", f"of {op.results[0].name}")

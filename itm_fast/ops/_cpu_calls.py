@@ -35,6 +35,7 @@ WRITTEN = {
     "similarity_graph_head": ("nodes",),
 }
 IN_FLOAT64 = {"similarity_context", "similarity_filter"}  # ops that sum gradients in float64; others in `work_dtype`
+FEW = {"cross_attention_score"}  # ops whose backward in C++ leaves out pairs that have no gradient
 TOGETHER = {"similarity_graph", "similarity_graph_head"}  # ops that sum the gradients of all parameters, or of none
 
 
@@ -58,11 +59,11 @@ class Calls:
         self, op: Declaration, said: str | None = None, more: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     ) -> None:
         self.op, self.said, self.struct = op, said or op.name, _calls.struct(op)
-        self.bfloat16 = op.name in BFLOAT16
+        self.bfloat16, self.few = op.name in BFLOAT16, op.name in FEW
         self.sizes = [letter for letter in _calls.SIZES if letter in op.places]
         self.packed = next((letter for letter in "NM" if letter in op.places), "")  # the rows that cu_seqlens bounds
         # Positions of the arguments that are converted before the call.
-        self.no_results = [None] * len(op.results)
+        self.no_results = [None] * len(op.written)
         self.written = [name in WRITTEN.get(op.name, ()) for name in op.names[: op.differentiable]]
         rows = list(enumerate(op.arguments))
         self.floats = [k for k, a in rows if isinstance(a, Floats)]
@@ -79,7 +80,14 @@ class Calls:
     def forward(self, *args: Any) -> Any:
         size = self.op.size(args)
         results = self.op.empty(args, "cpu", size)
-        self._call(self.op.name, args, size, [results] if isinstance(results, Tensor) else results)
+        written = [results] if isinstance(results, Tensor) else results
+        self._call(self.op.name, args, size, [*written, *self.no_results[len(written) :]])
+        return results
+
+    def forward_trained(self, *args: Any) -> tuple[Tensor, Tensor]:
+        """The result, and the op's `trained`, which backward takes as `results`."""
+        results = self.op.empty_trained(args, "cpu")
+        self._call(self.op.name, args, self.op.size(args), results)
         return results
 
     def backward(
@@ -95,7 +103,8 @@ class Calls:
             for x, make, written in zip(args, made, self.written)
         ]
         grad = (grad.to(work) if op.pairs else grad).contiguous()
-        self._call(f"{op.name}_backward", args, op.size(args), results or self.no_results, [grad, *gradients])
+        known = [*self.no_results, *(results or ())][len(results or ()) :]
+        self._call(f"{op.name}_backward", args, op.size(args), known, [grad, *gradients])
         return [d for d, need in zip(gradients, needs) if need]  # type: ignore[misc]
 
     def _call(
@@ -167,7 +176,7 @@ def implementation(name: str) -> Any:
         found = calls.backward(grad, needs, *arguments(vector, *rest))
         return [found[0].view(vector.shape), *found[1:]] if needs[0] else found
 
-    return SimpleNamespace(forward=lambda *args: calls.forward(*arguments(*args)), backward=backward)
+    return SimpleNamespace(forward=lambda *args: calls.forward(*arguments(*args)), backward=backward, few=calls.few)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

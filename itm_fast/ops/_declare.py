@@ -177,6 +177,8 @@ class Declaration:
             only: the backend whose backward they use, or a function that is called as an implementation's `backward`
             with the backend in front. A forward pass in "cuda" uses the backward pass of "triton" or "torch".
         keeps: the results are saved for backward, which gets them as `results=`.
+        trained: what C++ can write in a forward pass that will be differentiated, so that backward need not compute it
+            again.
         widens: autocast converts the tensors to float32 instead of its own dtype.
     """
 
@@ -194,13 +196,15 @@ class Declaration:
         too_large: Callable[[str, dict[str, int], Given], str | None] | None = None,
         backward: str | Callable[..., list[Tensor]] | None = None,
         keeps: bool = False,
+        trained: Result | None = None,
         widens: bool = False,
     ) -> None:
         self.name, self.arguments, self.results = name, tuple(arguments), tuple(results)
         self.stem = stem or name
         self.offered, self.reference, self.examples = offered, reference, tuple(examples)
         self.refuse, self.too_large, self.backward = refuse, too_large, backward
-        self.keeps, self.widens = keeps, widens
+        self.keeps, self.widens, self.trained = keeps, widens, trained
+        self.written = self.results + (() if trained is None else (trained,))  # all that C++ may write in forward
         self.names = [a.name for a in self.arguments]
         self.differentiable = sum(isinstance(a, Floats) and not a.fixed for a in self.arguments)
         self.schema = ", ".join(f"{a.type} {a.name}" for a in self.arguments)
@@ -266,6 +270,14 @@ class Declaration:
         return tuple(
             first.new_empty(shape, dtype=wide if r.wide else first.dtype) for r, shape in zip(self.results, shapes)
         )
+
+    def empty_trained(self, args: Sequence[Any], backend: str) -> tuple[Tensor, Tensor]:
+        """`empty` for an op with one result, and an uninitialised `trained`."""
+        result, size = self.empty(args, backend), self.size(args)
+        assert isinstance(result, Tensor)
+        assert self.trained is not None
+        shape = self.trained.sizes(size, dict(zip(self.names, args)))
+        return result, args[0].new_empty(shape, dtype=work_dtype(args[0]))
 
 
 def cpu_only(

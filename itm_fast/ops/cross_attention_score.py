@@ -38,7 +38,8 @@ P; p_j = |P_j|, and d c_j = 0 where c_j < 1e-8:
     d G = sum_j d (p^2)_j alpha_j alpha_j^T                                                    (10)
     d x += d s q + 2 d G x,    d q_j += x^T d s_j + d c_j p_j q_j / |q_j|                            (11)
 
-Saved for backward: the inputs. Everything per pair is computed again.
+Saved for backward: the inputs, and in the `cpu` backend the affinities of all pairs where these take an eighth of the
+workspace at most. Everything else per pair is computed again.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ from .._names import AnyPool, Backend, Direction, Norm, Similarity, Weights
 from ..packing import bounds
 from . import _attention, _draws
 from ._declare import Choice, Floats, Integers, Number, Positive, Result
+from ._kept_affinities import Keeping
 from ._register import Op
 
 OFFERED = ("triton", "cuda", "cpu", "torch", "reference")
@@ -123,6 +125,8 @@ _op = Op(
         Choice("similarity", _attention.SIMILARITIES, "Similarity"),
     ],
     [Result("score", "I T")],
+    keeping=Keeping.apply,
+    trained=Result("affinity", lambda size, given: (size["I"] * size["R"] * size["N"],), wide=True),
     offered=OFFERED,
     reference=reference,
     examples=[_draws.attention],
