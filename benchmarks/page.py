@@ -19,7 +19,16 @@ from pathlib import Path
 if __name__ == "__main__":  # from a bare checkout, `benchmarks` lies beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import bench_relatives, large_batches, large_pools, repositories, scale_plan, search, traffic_page
+from benchmarks import (
+    bench_maxsim,
+    bench_relatives,
+    large_batches,
+    large_pools,
+    repositories,
+    scale_plan,
+    search,
+    traffic_page,
+)
 
 RESULTS = Path(__file__).resolve().parent / "results"
 KINDS = ("pair_scorers", "whole_step", "training_step", "maxsim")
@@ -285,6 +294,9 @@ def caption(kind: str, result: dict) -> str:
     fma = result.get("fma_peak_gflops", {})
     peaks = "".join(f" {dtype} FMA {rate:.0f}," for dtype, rate in fma.items() if rate)
     more = _extended(result["results"]) if kind in ("training_step", "whole_step") else ""
+    models = [one["model"].partition("-")[0] for one in result["results"]]
+    if doubles := [model for model in models if model in bench_maxsim.MODELS]:
+        more += f" The differences of {', '.join(doubles)} are of results in float64, which are not timed."
     return (
         f"{e['device']}; {_threads(e)}; torch {e['torch']}; {e['date']}; commit {e['commit']}. "
         f"{block['images']} images x {block['captions']} captions of `{result['shape']}`, R 36{D}, "

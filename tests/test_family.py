@@ -86,6 +86,19 @@ def test_padding_counts_as_zero_in_the_maxima_of_teran_s_training(backend):
             torch.testing.assert_close(module(image, caption, lengths, counts)[1:2, 1:2], alone, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("file", ["rcar_t2i_rcar2", "rcar_i2t_rcr3", "rcar_i2t_rar2", "cmcan_eval", "cmcan_train"])
+def test_a_scorer_takes_the_options_of_the_published_vectors(file):
+    want = golden(file)
+    options, sim_dim = under(want, "option/"), 32
+    module = scorer(file.partition("_")[0], dim=want["image"].shape[2], sim_dim=sim_dim, regions=36, **options)
+    assert {name: x.shape for name, x in module.state_dict().items()} == {
+        name: x.shape for name, x in under(want, "param/").items()
+    }
+    assert module.training == (file != "cmcan_eval")
+    for name, value in options.items():
+        assert getattr(module, name, value) == value
+
+
 def test_a_scorer_is_asked_for_by_name_and_options():
     assert scorer("sgr", dim=8, sim_dim=4, regions=5, sgr_step=2).training
     assert scorer("scan", dim=8, direction="i2t").options["direction"] == "i2t"
@@ -98,6 +111,9 @@ def test_a_scorer_is_asked_for_by_name_and_options():
         ({"name": "bfan", "direction": "t2i"}, "direction is not an option of bfan, got 't2i'"),
         ({"name": "laps", "direction": "t2i", "scale": 2.0}, "laps has no option scale, direction; it has i2t, scan"),
         ({"name": "teran", "aggregation": "sum"}, "aggregation must be one of MrSw, MwSr, symm, MrAVGw, got 'sum'"),
+        ({"name": "cmcan", "smooth": 4.0}, "smooth must be 9, as in the published code, got 4.0"),
+        ({"name": "cmcan", "mode": "test"}, "mode must be eval or train, got 'test'"),
+        ({"name": "rcar", "step": 0}, "rcar_step must be at least 1, got 0"),
         ({"name": "scan", "direction": "both"}, "direction must be one of t2i, i2t, got 'both'"),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -278,6 +278,33 @@ def test_modules_that_differ_from_the_published_keep_their_own_forward(repositor
     torch.testing.assert_close(derived(*embeddings()), expected[1])
 
 
+def replica(module):
+    """A copy as DataParallel makes on each GPU: it has no parameters, but tensors that depend on the module's own."""
+    copy = module._replicate_for_data_parallel()
+    copy._former_parameters = {}
+    for name, child in module.named_children():
+        copy._modules[name] = replica(child)
+    for name, parameter in module._parameters.items():
+        copy._former_parameters[name] = parameter * 1.0
+        setattr(copy, name, copy._former_parameters[name])
+    return copy
+
+
+def test_replicas_of_data_parallel_use_the_kernels_too(repository, monkeypatch):
+    itm_fast.patch(repository(evaluation=""))
+    scorer = sys.modules["model"].EncoderSimilarity(16, 8, "SGR").eval()
+    expected, calls, score = scorer(*embeddings()), [], EncoderSimilarity.score
+    monkeypatch.setattr(EncoderSimilarity, "score", lambda *given: calls.append(1) or score(*given))
+    found = replica(scorer)(*embeddings())
+    assert calls == [1]
+    torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    own = {name: parameter.grad.clone() for name, parameter in scorer.named_parameters()}
+    scorer.zero_grad()
+    expected.sum().backward()
+    torch.testing.assert_close(own, {name: parameter.grad for name, parameter in scorer.named_parameters()})
+
+
 def test_an_import_that_has_no_effect_is_told(repository):
     line = "from itm_fast.models.sgraf import EncoderSimilarity\nimport torch\n"
     report = itm_fast.patch(repository(("import torch\n", line), evaluation=""))

@@ -25,6 +25,21 @@ def test_logits_are_what_the_sigmoid_takes(head, training):
     assert not any("sigmoid" in name for name in model.state_dict())
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("head", HEADS)
+def test_z_is_what_the_last_layer_takes(head, training):
+    image, caption = features()
+    model = MODELS[head].scorer().train(training)
+    dropout(model, 0.0)
+    score, said = model(image, caption, LENGTHS), repr(model)
+    model.output = "z"
+    z = model(image, caption, LENGTHS)
+    assert z.shape == (len(image), len(LENGTHS), S)
+    torch.testing.assert_close(model.sim_eval_w(z)[..., 0].sigmoid(), score, rtol=0, atol=1e-12)
+    assert repr(model) != said
+    assert model(image, caption[:0], []).shape == (len(image), 0, S)
+
+
 @pytest.mark.parametrize("kind", [*PUBLISHED, "SCAN"])
 @torch.no_grad()
 def test_matching_pairs_are_the_diagonal_bit_for_bit(kind):

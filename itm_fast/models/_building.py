@@ -44,7 +44,7 @@ def scorer(
     direction: str | None = None,
     **options: Any,
 ) -> PairScorer:
-    """Build a model's pair scorer alone, with new weights and in training mode, as modules are.
+    """Build a model's pair scorer alone, with new weights and, without `mode`, in training mode, as modules are.
 
     It is called as `scorer(image, words, cu_seqlens, region_lengths)` -> scores [I, T]; its parameters have the names
     of the published checkpoint's part.
@@ -56,7 +56,9 @@ def scorer(
         sim_dim: S, for models with similarity vectors.
         regions: R, for models with weights for each region.
         direction: which side attends, for models that have the choice; None: the published default.
-        **options: the model's own options under their published names; those of the F30K recipe are the default.
+        **options: the model's own options under their published names, or those of its pair scorer, as RCAR's step and
+            smooth; the defaults are the F30K recipe's. And mode, "train" or "eval", for models that have no option of
+            this name (NAAF has).
 
     Raises:
         ValueError: the name, the direction or an option is unknown, or a value is out of its range.
@@ -79,6 +81,10 @@ def scorer(
         raise ValueError(f"scorer: direction {known}, got {direction!r}")
     chosen = row.published("f30k", direction)
     own = {option for option in row.model().options if option in row.options}
+    mode = None if "mode" in own else options.pop("mode", None)
+    if mode not in (None, "eval", "train"):
+        raise ValueError(f"scorer: mode must be eval or train, got {mode!r}")
+    options = row.model().scorer_options(options, chosen)
     if unknown := sorted(set(options) - own):
         known = ", ".join(sorted(own)) or "none"
         raise ValueError(f"scorer: {name} has no option {', '.join(unknown)}; it has {known}")
@@ -86,7 +92,7 @@ def scorer(
     if "sim_dim" in own:
         chosen["sim_dim"] = sim_dim
     check(chosen)
-    return row.model().similarity(argparse.Namespace(**chosen))
+    return row.model().similarity(argparse.Namespace(**chosen)).train(mode != "eval")
 
 
 def _alone(name: str, direction: str | None, options: dict[str, Any]) -> PairScorer:

@@ -295,6 +295,16 @@ class Matcher:
         """Make the pair scorer that the options describe, without its encoders."""
         raise NotImplementedError
 
+    @classmethod
+    def scorer_options(cls, options: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of `models.scorer` under this model's own names, where its scorer has others.
+
+        Args:
+            options: what the caller gave, without the direction.
+            chosen: all options by default, with the direction.
+        """
+        return dict(options)
+
     def learned_options(self) -> dict[str, Any]:
         """Options that training has changed, for the checkpoint's options."""
         return {}

@@ -17,6 +17,7 @@ has no neighbour but itself.
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -304,6 +305,14 @@ class CMCAN(SGRAF):
 
     parts = ("img_enc", "txt_enc", "sim_embt", "sim_embv", "sim_reason")
     options = ("sim_dim", "self_layers")
+
+    @classmethod
+    def scorer_options(cls, options: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """Without `smooth` and `num_partial`, which have one value in the published code."""
+        for name, only in (("smooth", SMOOTH), ("num_partial", PARTIAL)):
+            if options.get(name, only) != only:
+                raise ValueError(f"{NAME}: {name} must be {only:g}, as in the published code, got {options[name]}")
+        return {name: value for name, value in options.items() if name not in ("smooth", "num_partial")}
 
     @classmethod
     def similarity(cls, opt: Namespace) -> PairScorer:

@@ -15,6 +15,7 @@ cos(q, u) with u of (1).
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -336,10 +337,22 @@ class RCAR(SGRAF):
         return EncoderText(opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.bi_gru, opt.no_txtnorm)
 
     @classmethod
+    def scorer_options(cls, options: Mapping[str, Any], chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """`step` and `smooth`, as the pair scorer calls them, are options of the regulator and of the direction."""
+        regulator = options.get("self_regulator", chosen["self_regulator"])
+        choice(NAME, "self_regulator", regulator, REGULATORS)
+        names = {"step": cls._step(regulator), "smooth": f"{chosen['attn_type']}_smooth"}
+        return {names.get(name, name): value for name, value in options.items()}
+
+    @staticmethod
+    def _step(regulator: str) -> str:
+        return f"{regulator.removeprefix('only_').removeprefix('coop_')}_step"
+
+    @classmethod
     def similarity(cls, opt: Namespace) -> PairScorer:
         """The pair scorer that the options describe."""
         choice(NAME, "attn_type", opt.attn_type, DIRECTIONS)
         choice(NAME, "self_regulator", opt.self_regulator, REGULATORS)
-        step = getattr(opt, f"{opt.self_regulator.removeprefix('only_').removeprefix('coop_')}_step")
+        step = getattr(opt, cls._step(opt.self_regulator))
         smooth = getattr(opt, f"{opt.attn_type}_smooth")
         return RegulatedMatching(opt.embed_size, opt.sim_dim, opt.attn_type, opt.self_regulator, step, smooth)

@@ -151,8 +151,9 @@ class EncoderSimilarity(GlobalVectors):
         num_region: R. The published code fixes 36.
 
     Attributes:
-        output: "score", or "logit" for the number before the sigmoid, whose gradient stays finite where a score is
-            rounded to 1.0. Set it on the object, or in a subclass.
+        output: "score"; "logit" for the number before the sigmoid, whose gradient stays finite where a score is rounded
+            to 1.0; or "z" for the vectors [I, T, S] before the last layer, as MSCN's meta network takes them. Set it on
+            the object, or in a subclass.
 
     Raises:
         ValueError: `module_name` is neither.
@@ -182,7 +183,7 @@ class EncoderSimilarity(GlobalVectors):
             xavier_(linear)
 
     def extra_repr(self) -> str:
-        """Whether the results are logits; `weights_checksum` includes it through `repr`."""
+        """Whether the results are no scores; `weights_checksum` includes it through `repr`."""
         return "" if self.output == "score" else f"output={self.output!r}"
 
     @property
@@ -198,14 +199,14 @@ class EncoderSimilarity(GlobalVectors):
         caption_state: State,
         region_lengths: Tensor | None = None,
     ) -> Tensor:
-        """Scores in (0, 1) or, by `output`, logits, [I, T], of the images and captions whose states are given.
+        """Scores in (0, 1), [I, T], of the images and captions whose states are given; by `output`, logits or z.
 
         In training all images of the batch must come in one call: SAF's statistics are over all of them.
         """
         states = image_state, words, cu_seqlens, caption_state, region_lengths
-        if self.module_name == "SGR" and len(self.SGR_module):
+        if self.output != "z" and self.module_name == "SGR" and len(self.SGR_module):
             return self._score_pairs(similarity_graph_score, self.SGR_module.stacked(), *states)
-        if self.module_name == "SAF" and not self.SAF_module.bn.training:
+        if self.output != "z" and self.module_name == "SAF" and not self.SAF_module.bn.training:
             score = partial(similarity_filter_score, eps=self.SAF_module.bn.eps)
             return self._score_pairs(score, self.SAF_module.arguments(), *states)
         # One half of the scratch is for a block's nodes and their gradients, the other for the ops that run on them.
@@ -243,7 +244,7 @@ class EncoderSimilarity(GlobalVectors):
             blocks.append(run_block(image, image_global, part, at, caption_global[start:stop], region_lengths))
             start = stop
         if not blocks:
-            return words.new_empty(I, 0)
+            return words.new_empty((I, 0, self.sim_eval_w.in_features) if self.output == "z" else (I, 0))
         scores, means, variances = zip(*blocks, strict=True)
         if len(means[0]):
             found = torch.cat(means), torch.cat(variances), I * (cu_seqlens.diff() + 1)
@@ -256,7 +257,7 @@ class EncoderSimilarity(GlobalVectors):
     def _block(
         self, image, image_global, words, cu_seqlens, caption_global, region_lengths
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores or logits [I, T], and in training SAF's mean and variance, each [T]."""
+        """Scores or logits [I, T] or z [I, T, S], and in training SAF's mean and variance, each [T]."""
         local, overall = self.sim_tranloc_w, self.sim_tranglo_w
         nodes, node_edge = similarity_nodes(
             image, image_global, words, caption_global, cu_seqlens, local.weight, local.bias,
@@ -267,6 +268,8 @@ class EncoderSimilarity(GlobalVectors):
             mean = var = z.new_empty(0)
         else:
             z, mean, var = self.SAF_module.filtered(nodes, node_edge)
+        if self.output == "z":
+            return z.to(words.dtype), mean, var
         logit = self.sim_eval_w(z).squeeze(2)
         return (logit if self.output == "logit" else logit.sigmoid()).to(words.dtype), mean, var
 

@@ -24,7 +24,7 @@ _LEFT = {
 }
 _KNOWN = (*_functions.SIGNATURES, SCORER, LOSS, *_LEFT)
 _Undo = Callable[[], None]
-_patched: dict[int, list[_Undo]] = {}  # id of a module -> what restores it
+_patched: dict[ModuleType, list[_Undo]] = {}  # what restores a module; kept alive here, so that no other has its id
 _SKIPPED = ("site-packages", "node_modules")
 
 
@@ -85,8 +85,8 @@ def unpatch(*modules: ModuleType) -> None:
     for module in modules:
         if not isinstance(module, ModuleType):
             raise TypeError(f"unpatch takes modules, or nothing to restore all that was replaced; got {module!r}")
-    for key in [id(module) for module in modules] or list(_patched):
-        for undo in reversed(_patched.pop(key, [])):
+    for module in list(modules) or list(_patched):
+        for undo in reversed(_patched.pop(module, [])):
             undo()
 
 
@@ -138,7 +138,7 @@ def _set_method(module: ModuleType, cls: Any, new: Callable[..., Any]) -> int:
     original = cls.forward
     new._itm_fast_patched = True  # type: ignore[attr-defined]
     cls.forward = new
-    _patched.setdefault(id(module), []).append(lambda: setattr(cls, "forward", original))
+    _patched.setdefault(module, []).append(lambda: setattr(cls, "forward", original))
     return 1
 
 
@@ -154,7 +154,7 @@ def _set_function(module: ModuleType, name: str, original: Any, new: Callable[..
     holders = [each for each in dict.fromkeys([module, *everywhere]) if vars(each).get(name) is original]
     for holder in holders:
         setattr(holder, name, replaced)
-        _patched.setdefault(id(module), []).append(functools.partial(setattr, holder, name, original))
+        _patched.setdefault(module, []).append(functools.partial(setattr, holder, name, original))
     return len(holders)
 
 

@@ -36,6 +36,17 @@ class Unlike(Disagrees):
     """The module lacks a parameter or buffer of the published one, or runs hooks inside."""
 
 
+def _parameters(part: nn.Module) -> dict[str, Any]:
+    """A module's own parameters. In the replicas of DataParallel they are tensors, which it keeps elsewhere."""
+    replica = getattr(part, "_is_replica", False)
+    return {**part._parameters, **(getattr(part, "_former_parameters", {}) if replica else {})}
+
+
+def _names(module: nn.Module) -> set[str]:
+    own = {name: _parameters(part) for name, part in module.named_modules()}
+    return {f"{name}.{key}" for name, found in own.items() for key, x in found.items() if x is not None}
+
+
 def twin(module: Any) -> EncoderSimilarity:
     """The library's scorer with this module's own parameters, buffers and modes.
 
@@ -55,14 +66,15 @@ def twin(module: Any) -> EncoderSimilarity:
     inside = [part for name, part in own.items() if name]
     if any(getattr(part, hooks) for part in inside for hooks in _HOOKS):
         raise Unlike("it has hooks inside")
-    if {name for name, _ in module.named_parameters()} != {name for name, _ in ours.named_parameters()}:
+    if _names(module) != _names(ours):
         raise Unlike("it has other parameters")
     for name, part in ours.named_modules():
         try:
             source = own[name]
             part.training = source.training
             # Linked at every call: moving a module to another device gives it new buffers.
-            part._parameters.update({key: source._parameters[key] for key in part._parameters})
+            given = _parameters(source)
+            part._parameters.update({key: given[key] for key in part._parameters})
             part._buffers.update({key: source._buffers[key] for key in part._buffers})
         except KeyError as error:
             raise Unlike(f"it has no {name}.{error.args[0]}") from error
