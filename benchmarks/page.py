@@ -19,17 +19,9 @@ from pathlib import Path
 if __name__ == "__main__":  # from a bare checkout, `benchmarks` lies beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import (
-    bench_maxsim,
-    bench_relatives,
-    large_batches,
-    large_pools,
-    repositories,
-    scale_plan,
-    search,
-    traffic_page,
-)
+from benchmarks import bench_relatives, large_batches, large_pools, repositories, scale_plan, search, traffic_page
 
+IN_FLOAT64 = ("bfan", "chan", "naaf")  # what bench_maxsim.py compares in float64
 RESULTS = Path(__file__).resolve().parent / "results"
 KINDS = ("pair_scorers", "whole_step", "training_step", "maxsim")
 MAKERS = ("AMD", "Intel")  # a result file's name may end in one, in small letters
@@ -295,7 +287,7 @@ def caption(kind: str, result: dict) -> str:
     peaks = "".join(f" {dtype} FMA {rate:.0f}," for dtype, rate in fma.items() if rate)
     more = _extended(result["results"]) if kind in ("training_step", "whole_step") else ""
     models = [one["model"].partition("-")[0] for one in result["results"]]
-    if doubles := [model for model in models if model in bench_maxsim.MODELS]:
+    if doubles := [model for model in models if model in IN_FLOAT64]:
         more += f" The differences of {', '.join(doubles)} are of results in float64, which are not timed."
     return (
         f"{e['device']}; {_threads(e)}; torch {e['torch']}; {e['date']}; commit {e['commit']}. "
