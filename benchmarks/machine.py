@@ -59,7 +59,10 @@ def head(shape: str, rounds: int, peak: dict[str, float | None]) -> dict:
 
 
 def _cpu() -> str:
-    name = _native.peaks.processor()["model name"]
+    """Model, cores and vectors; a name such as "AMD EPYC" stands for several generations, which the family tells."""
+    known = _native.peaks.processor()
+    numbers = [f"{field.removeprefix('cpu ')} {known[field]}" for field in ("cpu family", "model") if field in known]
+    name = f"{known['model name']} ({', '.join(numbers)})" if numbers else known["model name"]
     return f"{name}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
 
 
