@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from cpu_cases import needs_cpu
 from family_cases import FOLDER, check, golden
 from sgraf_cases import under
 from training_cases import SMALL, run_tiny
@@ -36,6 +37,21 @@ def test_thresholds_follow_a_batch_of_matching_pairs_alone():
     assert module.eval()(image, words, cu_seqlens).shape == (3, 2)
     module.train()(image[:2], words, cu_seqlens)
     assert (module.thres, module.thres_safe) == (0.0, 0.0)  # fewer than 200 words
+
+
+@needs_cpu
+@pytest.mark.parametrize("mode", ["test", "train"])
+def test_naaf_s_terms_in_one_pass_are_its_three_scores(mode):
+    module = scorer("naaf", mode=mode, thres=0.1, thres_safe=0.1)
+    image, words, cu_seqlens = inputs(3, (13, 250, 1, 7), 9, 64)
+    given = torch.nn.functional.normalize(image, dim=-1), torch.nn.functional.normalize(words, dim=-1), cu_seqlens
+    for counts in (None, torch.tensor([9, 2, 5])):
+        with itm_fast.use_backend("cpu"):
+            found = module(*given, counts)
+            parts = [term(*given, counts) for term in module._terms()]
+        assert torch.equal(found, parts[0] + parts[1] + parts[2])
+    with itm_fast.use_backend("cpu"), pytest.raises(ValueError, match=r"words must be \[N, D\] with D = 64"):
+        module(image, words[:, :5].contiguous(), cu_seqlens)
 
 
 def test_a_checkpoint_has_the_thresholds_that_training_found(tmp_path, monkeypatch):

@@ -12,14 +12,29 @@ namespace itm_fast {
 // Sizes that keep a block of contexts (<= 0.6 MB) and the affinities of a chunk (<= 0.3 MB) in a core's second cache.
 constexpr int64_t BLOCK_BYTES = 144 * 4096, BLOCK_ROWS = 144, CHUNK_BYTES = 448 * 4, PARTS = 48;
 
-// A call's arguments. score[c * context_step + q * query_step] belongs to context set c and query set q.
-struct Problem {
-  RowSets context, query;
+// A call's options.
+struct Options {
   Norm norm;
   Pool pool;
   Weights weights;
   Similarity similarity;
   double scale, pool_scale, threshold;
+
+  explicit Options(const CrossAttentionScoreCall& call)
+      : norm(call.affinity_norm), pool(call.pool), weights(call.weights), similarity(call.similarity),
+        scale(call.scale), pool_scale(call.pool_scale), threshold(call.threshold) {}
+
+  // Whether |P| is needed, and so the contexts' Gram matrices.
+  bool lengths() const { return similarity != Similarity::PRODUCT || norm == Norm::COSINE; }
+  // Whether r is the largest affinity, for which no attention is computed.
+  bool maxima() const {
+    return weights == Weights::HARD && similarity == Similarity::PRODUCT && norm != Norm::COSINE && !over_queries(norm);
+  }
+};
+
+// A call's arguments. score[c * context_step + q * query_step] belongs to context set c and query set q.
+struct Problem : Options {
+  RowSets context, query;
   int64_t context_step, query_step;
 
   explicit Problem(const CrossAttentionScoreCall& call)
@@ -34,19 +49,11 @@ struct Problem {
     context_step = query_step = 1;
   }
 
-  // Whether |P| is needed, and so the contexts' Gram matrices.
-  bool lengths() const { return similarity != Similarity::PRODUCT || norm == Norm::COSINE; }
-  // Whether r is the largest affinity, for which no attention is computed.
-  bool maxima() const {
-    return weights == Weights::HARD && similarity == Similarity::PRODUCT && norm != Norm::COSINE && !over_queries(norm);
-  }
-
  private:
   Problem(const CrossAttentionScoreCall& call, const RowSets& images, const RowSets& captions)
-      : context(call.direction == Direction::T2I ? images : captions),
-        query(call.direction == Direction::T2I ? captions : images), norm(call.affinity_norm), pool(call.pool),
-        weights(call.weights), similarity(call.similarity), scale(call.scale), pool_scale(call.pool_scale),
-        threshold(call.threshold), context_step(call.direction == Direction::T2I ? call.T : 1),
+      : Options(call), context(call.direction == Direction::T2I ? images : captions),
+        query(call.direction == Direction::T2I ? captions : images),
+        context_step(call.direction == Direction::T2I ? call.T : 1),
         query_step(call.direction == Direction::T2I ? 1 : call.T) {}
 };
 

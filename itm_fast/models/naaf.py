@@ -6,7 +6,7 @@ With D = T V^T, m_j = max_i D_ji, and t a threshold, the score is the mean over 
     r_j = sum_i alpha_ji D_ji, alpha SCAN's attention
     n_j = min(0, m_j - t) in training; in evaluation m_j - t where its mean over similar words is negative, else 0
 
-each by one call of `itm_fast.cross_attention_score`. In training the thresholds follow the affinities of the batch's
+each an `itm_fast.cross_attention_score`. In training the thresholds follow the affinities of the batch's
 words, caption by caption (`mine`). Captions of one word are scored like all others; the published code gives each the
 mean of f over all images.
 """
@@ -23,8 +23,10 @@ from torch import Tensor, nn
 
 from .._names import Negative
 from ..nn import Attention, CrossAttentionScore, State
+from ..ops._cpu_calls import score_sum
 from ..packing import bounds
 from ._common import PaddedScorer, choice
+from ._rows import apart
 from ._sums import ScoredLoss
 from .bfan import EncoderText
 from .scan import SCAN
@@ -98,10 +100,9 @@ class NegativeAware(PaddedScorer):
         region_lengths: Tensor | None = None,
     ) -> Tensor:
         """Scores [I, T]. Where thresholds follow the batch, caption t belongs to image t."""
-        n, f, r = self._terms()
         rest = image_state, words, cu_seqlens, (), region_lengths
         if self.mode in ("test", "train") or not (self.training or self.mode):
-            return n.score(*rest) + f.score(*rest) + r.score(*rest)
+            return self._sum(*rest)
         edge = bounds(cu_seqlens, len(words), "NAAF")
         if len(edge) - 1 != len(image_state[0]):
             raise ValueError(
@@ -109,7 +110,7 @@ class NegativeAware(PaddedScorer):
                 f"{len(image_state[0])} images and {len(edge) - 1} captions. mode='train' holds the thresholds fixed"
             )
         found, seen, t, ahead = [words.new_empty(len(image_state[0]), 0)], _Seen(), 0, 1
-        relevance = r.score(*rest)  # which does not change with the thresholds, as n and f do
+        relevance = self._terms()[2].score(*rest)  # which does not change with the thresholds, as n and f do
         while t < len(edge) - 1:
             # Score some captions with the thresholds of now, and keep those up to the first that moves them.
             n, f, _ = self._terms()
@@ -124,6 +125,14 @@ class NegativeAware(PaddedScorer):
             found.append(score[:, : t - first])
             ahead = 2 * ahead if now == (self.thres, self.thres_safe) else 1
         return torch.cat(found, 1)
+
+    def _sum(self, image_state: State, words: Tensor, cu_seqlens: Tensor, _: State, counts: Tensor | None) -> Tensor:
+        """n + f + r: in C++ from one pass over the affinities, where it scores and no gradient is recorded."""
+        terms, (image,) = self._terms(), image_state
+        if apart(image, words):
+            return score_sum(image, words, cu_seqlens, counts, [term.options for term in terms])
+        n, f, r = (term.score(image_state, words, cu_seqlens, (), counts) for term in terms)
+        return n + f + r
 
     @torch.no_grad()
     def mine(

@@ -90,6 +90,16 @@ class Calls:
         self._call(self.op.name, args, self.op.size(args), results)
         return results
 
+    def forward_sum(self, terms: Sequence[Sequence[Any]]) -> Tensor:
+        """The sum of the results of several calls, whose arguments differ in options only, by `<op>_sum`."""
+        size = self.op.size(terms[0])
+        result = self.op.empty(terms[0], "cpu", size)
+        assert isinstance(result, Tensor)
+        filled = [self._filled(args, size, [result, *self.no_results[1:]], ()) for args in terms]
+        calls = (self.struct * (len(terms) + 1))(*(call for call, _ in filled))  # the last one, of zeros, ends them
+        _native.call(f"{self.op.name}_sum", calls)
+        return result
+
     def backward(
         self, grad: Tensor, needs: Sequence[bool], *args: Any, results: Sequence[Tensor] | None = None
     ) -> list[Tensor]:
@@ -115,6 +125,17 @@ class Calls:
         results: Sequence[Tensor | None],
         gradients: Sequence[Tensor | None] = (),
     ) -> None:
+        call, _kept = self._filled(args, size, results, gradients)
+        _native.call(function, ctypes.byref(call))
+
+    def _filled(
+        self,
+        args: Sequence[Any],
+        size: dict[str, int],
+        results: Sequence[Tensor | None],
+        gradients: Sequence[Tensor | None],
+    ) -> tuple[ctypes.Structure, list[Tensor]]:
+        """The struct of a call, and the tensors that it points to, which the caller keeps until C++ has returned."""
         op, values = self.op, list(args)
         for k in self.floats:
             if values[k] is not None:
@@ -138,7 +159,6 @@ class Calls:
             gradients = [None] * (1 + op.differentiable)
         _same_structs()
         values += [None if x is None else x.contiguous() for x in (*results, *gradients)]
-        # Keeps the tensors alive until C++ has returned.
         given = [x for x in values if isinstance(x, Tensor)]
         assert all(x.is_cpu and x.is_contiguous() for x in given), f"{self.said}: tensors must be in host memory"
         call = self.struct(
@@ -148,7 +168,7 @@ class Calls:
             self.bfloat16 and bfloat16_products(args[0].dtype),
             torch.get_num_threads(),
         )
-        _native.call(function, ctypes.byref(call))
+        return call, given
 
 
 def _integers(values: Sequence[int]) -> Tensor:
@@ -177,6 +197,33 @@ def implementation(name: str) -> Any:
         return [found[0].view(vector.shape), *found[1:]] if needs[0] else found
 
     return SimpleNamespace(forward=lambda *args: calls.forward(*arguments(*args)), backward=backward, few=calls.few)
+
+
+def score_sum(
+    image: Tensor,
+    words: Tensor,
+    cu_seqlens: Tensor,
+    region_lengths: Tensor | None,
+    terms: Sequence[Mapping[str, Any]],
+) -> Tensor:
+    """The sum over the terms of `cross_attention_score` with a term's options, from one pass over the affinities.
+
+    Args:
+        image: [I, R, D], as the other tensors in host memory.
+        words: [N, D].
+        cu_seqlens: [T + 1].
+        region_lengths: [I] or None.
+        terms: all options of the op in each, with one direction.
+
+    Raises:
+        ValueError, TypeError: as `cross_attention_score`.
+    """
+    op = DECLARED["cross_attention_score"]
+    tensors = {"image": image, "words": words, "cu_seqlens": cu_seqlens, "region_lengths": region_lengths}
+    given = [tensors | term for term in terms]
+    for one in given:
+        op.check(one)
+    return implementation(op.name).forward_sum([op.convert(one) for one in given])
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
