@@ -4,12 +4,14 @@ import argparse
 
 import pytest
 import torch
+from cpu_cases import needs_cpu
 from family_cases import check, golden
 from sgraf_cases import LENGTHS, D, R, dropout, features, under
 
 import itm_fast
 from itm_fast.models import build, load
 from itm_fast.models.cmcan import ConfidenceMatching
+from itm_fast.testing import inputs
 from itm_fast.testing.cmcan import loop
 from itm_fast.training import options
 
@@ -23,6 +25,23 @@ def test_published_vectors(mode, backend):
     scorer = ConfidenceMatching(48, 32).double().train(mode == "train")
     dropout(scorer, 0.0)
     check(want, scorer, backend, adjacency=want["adjacency"])
+
+
+@needs_cpu
+@torch.no_grad()
+def test_one_pass_in_cpp_gives_the_scores_of_the_ops():
+    """Odd sizes, captions longer than a chunk of words, and images of fewer regions."""
+    torch.manual_seed(0)
+    scorer = ConfidenceMatching(37, 7, num_region=9).double().eval()
+    for parameter in scorer.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.3)
+    image, words, cu_seqlens = inputs(5, [13, 1, 130, 36, 15], 9, 37, dtype=torch.float64)
+    given = torch.nn.functional.normalize(image, dim=-1), torch.nn.functional.normalize(words, dim=-1), cu_seqlens
+    for counts in (None, torch.tensor([9, 3, 1, 9, 5])):
+        with itm_fast.use_backend("cpu"):
+            found = scorer(*given, counts)
+        with itm_fast.use_backend("torch"):
+            torch.testing.assert_close(found, scorer(*given, counts), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])

@@ -42,8 +42,9 @@ def test_the_top_level_is_fixed():
 
 @checkout
 def test_files_stay_short():
-    long = {p.name: n for p in tracked("*.py", "*.cpp", "*.h", "*.cu") if (n := len(p.read_text().splitlines())) > 400}
-    assert not long
+    generated = {"calls.h"}  # from the declarations
+    files = [p for p in tracked("*.py", "*.cpp", "*.h", "*.cu") if p.name not in generated]
+    assert not {p.name: n for p in files if (n := len(p.read_text().splitlines())) > 400}
 
 
 @checkout

@@ -4,11 +4,13 @@ import argparse
 
 import pytest
 import torch
+from cpu_cases import needs_cpu
 from family_cases import check, golden
 from sgraf_cases import dropout, under
 
 import itm_fast
 from itm_fast.models import build, load, rcar
+from itm_fast.testing import inputs
 from itm_fast.testing.rcar import loop
 from itm_fast.training import options
 
@@ -24,6 +26,24 @@ def test_published_vectors(name, backend):
     scorer = rcar.RegulatedMatching(64, 32, **under(want, "option/")).double().train(backend == "cpu")
     dropout(scorer, 0.0)
     check(want, scorer, backend)
+
+
+@needs_cpu
+@pytest.mark.parametrize("direction", rcar.DIRECTIONS)
+@pytest.mark.parametrize("regulator,step", [("coop_rcar", 1), ("coop_rcar", 3), ("only_rar", 2), ("only_rcr", 2)])
+def test_one_pass_in_cpp_gives_the_scores_of_the_ops(regulator, step, direction):
+    """Odd sizes, captions longer than a chunk of queries, and images of fewer regions."""
+    torch.manual_seed(0)
+    scorer = rcar.RegulatedMatching(37, 7, direction, regulator, step).double().eval()
+    for parameter in scorer.parameters():  # so that weights are clamped, and temperatures become 0
+        torch.nn.init.normal_(parameter, 0, 0.7)
+    image, words, cu_seqlens = inputs(5, [13, 1, 130, 36, 15], 9, 37, dtype=torch.float64)
+    given = torch.nn.functional.normalize(image, dim=-1), torch.nn.functional.normalize(words, dim=-1), cu_seqlens
+    for counts in (None, torch.tensor([9, 3, 1, 9, 5])):
+        with torch.no_grad(), itm_fast.use_backend("cpu"):
+            found = scorer(*given, counts)
+        with torch.no_grad(), itm_fast.use_backend("torch"):
+            torch.testing.assert_close(found, scorer(*given, counts), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -105,6 +105,20 @@ def test_sigmoid_is_within_the_bound_of_exp_and_two_roundings(blocks):
     assert places(blocks.sigmoid(x), wanted) <= 2 * bound(blocks.dtype) + 1 + 0.5
 
 
+def test_tanh_is_within_the_bound_of_exp_and_its_roundings(blocks):
+    """e / (e + 2) with e = q 2^n + (2^n - 1) and q = e^r - 1, |r| <= ln 2 / 2.
+
+    q has exp()'s absolute error, but |q| may be small: q's own relative error is at most that of exp() over the least
+    of e^r, sqrt(1/2), plus a rounding of its last product. |q| 2^n <= 1.42 e for every n >= 0. Rounding 2^n - 1, the
+    sum, e + 2 and the quotient each add half a place, or a whole one of the result's."""
+    x = everywhere(blocks)
+    assert places(blocks.tanh(x), exact(np.tanh, x)) <= 1.42 * (2 * math.sqrt(2) * bound(blocks.dtype) + 1) + 4
+    near = x[np.abs(x) < 20]
+    assert np.array_equal(blocks.tanh(-near), -blocks.tanh(near))
+    assert np.array_equal(blocks.tanh(np.asarray([0, np.inf, -np.inf], blocks.dtype)), [0, 1, -1])
+    assert np.isnan(blocks.tanh(np.asarray([np.nan, -np.nan], blocks.dtype))).all()
+
+
 def test_roots_are_rounded_right(blocks):
     x = np.abs(np.concatenate([draws(blocks, 1000), np.finfo(blocks.dtype).smallest_subnormal * np.arange(9)]))
     x = x.astype(blocks.dtype)

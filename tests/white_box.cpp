@@ -145,6 +145,7 @@ void define(py::module_ m) {
   m.def("gemm", &product<T>);
 
   m.def("exp", each<T>([](Vec<T> v) { return itm_fast::exp<T>(v); }));
+  m.def("tanh", each<T>([](Vec<T> v) { return itm_fast::tanh<T>(v); }));
   m.def("sigmoid", each<T>([](Vec<T> v) { return sigmoid<T>(v); }));
   m.def("root", each<T>([](Vec<T> v) { return root(v); }));
   m.def("sum_of_lanes", [](const Array& v) { return sum<T>(load(v.data())); });

@@ -12,7 +12,7 @@
 
 namespace itm_fast {
 
-constexpr char CALLS[] = "38b7de4f7307b879";  // a hash of the structs, which Python compares with its own
+constexpr char CALLS[] = "da98971a9c5807e8";  // a hash of the structs, which Python compares with its own
 
 enum class Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum class Direction : int64_t { T2I, I2T, BOTH };
@@ -21,6 +21,7 @@ enum class Output : int64_t { SCORE, LOGIT };
 enum class Pool : int64_t { LSE, MAX, SUM, MEAN, NEGATIVE, SMOOTHED_NEGATIVE };
 enum class Weights : int64_t { SOFTMAX, FOCAL_EQUAL, FOCAL_PROB, HARD, THRESHOLD };
 enum class Similarity : int64_t { COSINE, PRODUCT, PROJECTION };
+enum class Regulator : int64_t { COOP_RCAR, ONLY_RAR, ONLY_RCR };
 
 struct AttendedVectorsCall {
   const void* image;              // [I, R, D]
@@ -39,6 +40,48 @@ struct AttendedVectorsCall {
   int64_t threads;
 };
 static_assert(sizeof(AttendedVectorsCall) == 8 * 24);
+
+struct ConfidenceMatchingCall {
+  const void* image;              // [I, R, D]
+  const void* image_global;       // [I, D]
+  const void* part;               // [I, R, D]
+  const void* words;              // [N, D]
+  const void* caption_global;     // [T, D]
+  const void* global_weight;      // [S, D]
+  const void* global_bias;        // [S]
+  const void* word_weight;        // [S, D]
+  const void* word_bias;          // [S]
+  const void* region_weight;      // [S, D]
+  const void* region_bias;        // [S]
+  const void* part_weight;        // [S, D]
+  const void* part_bias;          // [S]
+  const void* common_weight;      // [S]
+  const void* common_bias;        // [1]
+  const void* norm_weight;        // [R]
+  const void* norm_bias;          // [R]
+  const void* score_weight;       // [B]
+  const void* score_bias;         // [1]
+  const void* word_query_weight;  // [K, S, S]
+  const void* word_query_bias;    // [K, S]
+  const void* word_key_weight;    // [K, S, S]
+  const void* word_key_bias;      // [K, S]
+  const void* word_value_weight;  // [K, S, S]
+  const void* word_value_bias;    // [K, S]
+  const void* region_query_weight;// [K, S, S]
+  const void* region_query_bias;  // [K, S]
+  const void* region_key_weight;  // [K, S, S]
+  const void* region_key_bias;    // [K, S]
+  const void* region_value_weight;// [K, S, S]
+  const void* region_value_bias;  // [K, S]
+  const int64_t* cu_seqlens;      // [T+1]
+  const int64_t* region_lengths;  // [I], or null
+  void* score;                    // [I, T]
+  Dtype dtype;                    // of all tensors of floats
+  int64_t I, R, T, N, D, S, K, B;
+  int64_t bfloat16;               // products may multiply bfloat16 values
+  int64_t threads;
+};
+static_assert(sizeof(ConfidenceMatchingCall) == 8 * 45);
 
 struct CrossAttentionScoreCall {
   const void* image;              // [I, R, D]
@@ -123,6 +166,39 @@ struct LinearCall {
   int64_t threads;
 };
 static_assert(sizeof(LinearCall) == 8 * 10);
+
+struct RegulatedMatchingCall {
+  const void* image;              // [I, R, D]
+  const void* words;              // [N, D]
+  const void* align_weight;       // [M, S, D]
+  const void* align_bias;         // [M, S]
+  const void* key_weight;         // [P, S, S]
+  const void* key_bias;           // [P, S]
+  const void* ask_weight;         // [P, S, S]
+  const void* ask_bias;           // [P, S]
+  const void* share_weight;       // [P, S]
+  const void* matrix_in_weight;   // [K, B, S]
+  const void* matrix_in_bias;     // [K, B]
+  const void* matrix_out_weight;  // [K, D, B]
+  const void* matrix_out_bias;    // [K, D]
+  const void* smooth_in_weight;   // [K, C, S]
+  const void* smooth_in_bias;     // [K, C]
+  const void* smooth_out_weight;  // [K, C]
+  const void* smooth_out_bias;    // [K]
+  const void* score_weight;       // [S]
+  const void* score_bias;         // [1]
+  const int64_t* cu_seqlens;      // [T+1]
+  const int64_t* region_lengths;  // [I], or null
+  Direction direction;
+  Regulator regulator;
+  double scale;
+  void* score;                    // [I, T]
+  Dtype dtype;                    // of all tensors of floats
+  int64_t I, R, T, N, M, D, P, S, K, C, B;
+  int64_t bfloat16;               // products may multiply bfloat16 values
+  int64_t threads;
+};
+static_assert(sizeof(RegulatedMatchingCall) == 8 * 39);
 
 struct SimilarityContextCall {
   const void* overall;            // [I, T, S]

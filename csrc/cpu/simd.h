@@ -145,6 +145,29 @@ inline Vec<T> exp(Vec<T> x) {
   return vanishes ? Vec<T>{} : p * (Vec<T>)power;
 }
 
+// tanh(x) = e / (e + 2) with e = e^(2|x|) - 1, and x's sign, off by a few units in the last place. e has no cancellation:
+// with 2|x| = n ln 2 + r as in exp(), it is (e^r - 1) 2^n + (2^n - 1), and e^r - 1 is a polynomial without its constant.
+// Beyond |x| = 20, where tanh is 1 in both types, e stays as it is there. NaN gives NaN.
+template <class T>
+inline Vec<T> tanh(Vec<T> x) {
+  constexpr bool single = sizeof(T) == 4;
+  constexpr int mantissa = single ? 23 : 52, degree = single ? 7 : 13;
+  constexpr T shift = T(1.5) * T(int64_t(1) << mantissa);
+  constexpr T high = single ? T(0.693359375) : T(6.93147180369123816490e-01);
+  constexpr T low = single ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
+  Vec<T> twice = (x < 0 ? -x : x) * T(2);
+  twice = twice > 40 ? splat(T(40)) : twice;
+  const Vec<T> biased = twice * T(1.44269504088896340736) + shift, n = biased - shift;
+  const Vec<T> r = (twice - n * high) - n * low;
+  T inverse[degree + 1] = {1};
+  for (int k = 1; k <= degree; ++k) inverse[k] = inverse[k - 1] / T(k);
+  Vec<T> p = splat(inverse[degree]);
+  for (int k = degree - 1; k >= 1; --k) p = p * r + inverse[k];
+  const Vec<T> power = (Vec<T>)(((Vec<Int<T>>)biased << mantissa) + (Int<T>(single ? 127 : 1023) << mantissa));
+  const Vec<T> e = p * r * power + (power - T(1)), positive = e / (e + T(2));
+  return x < 0 ? -positive : positive;
+}
+
 template <class T>
 inline Vec<T> sigmoid(Vec<T> x) {
   return T(1) / (T(1) + exp<T>(-x));

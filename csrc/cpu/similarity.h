@@ -125,11 +125,16 @@ struct SimilarityTile {
               [&](int64_t i, int64_t j, Vec<T> c) { store(affinity + i * ld + p + j, c); });
   }
 
-  // What attend() makes of the affinities [n][ld] of one set x.
+  // What attend() makes of the affinities [n][ld] of one set x; `scales`, unless null, are inverse temperatures of each
+  // column in addition to `scale`.
   template <class X>
-  void weigh(const X& x, const T* affinity, Norm norm, T scale, const int64_t* edge, int64_t sets) {
+  void weigh(const X& x, const T* affinity, Norm norm, T scale, const int64_t* edge, int64_t sets,
+             const T* scales = nullptr) {
     const int64_t columns = edge[sets] - edge[0], n = x.n;
     logits<T>(norm, scale, n, edge, sets, affinity, weight, ld, factor);
+    for (int64_t i = 0; scales && i < n; ++i)
+      for (int64_t j = 0; j < columns; j += LANES<T>)
+        store(weight + i * ld + j, load(weight + i * ld + j) * load(scales + j));
     exponentials<T>(n, columns, weight, ld, total);
     for (int64_t j = 0; j < columns; j += LANES<T>) store(length + j, Vec<T>{});
     gemm<T>(n, columns, n, {x.gram, x.ld}, {weight, ld}, zero,
@@ -149,9 +154,9 @@ struct SimilarityTile {
     }
   }
 
-  // y of the columns, block by block of features, and `inverse`.
+  // y of the columns, block by block of features, and `inverse`; with `relu`, of max(y, 0).
   template <class X>
-  void project(const X& x, const Projection<T, E>& w, int64_t columns, const Panels<T>& query) {
+  void project(const X& x, const Projection<T, E>& w, int64_t columns, const Panels<T>& query, bool relu = false) {
     const E* const shares = [&] {
       if constexpr (IS_PAIR<E>) pair_rows(x.n, columns, weight, ld, weight_pairs);
       if constexpr (IS_PAIR<E>) return static_cast<const E*>(weight_pairs);
@@ -187,8 +192,12 @@ struct SimilarityTile {
       }
     }
     for (int64_t j = 0; j < columns; j += LANES<T>) {
-      const T* y = similar.at(0, j) + j % WIDE;
+      T* y = similar.at(0, j) + j % WIDE;
       Vec<T> square{};
+      for (int64_t s = 0; relu && s < w.S; ++s) {
+        const Vec<T> v = load(y + s * WIDE);
+        store(y + s * WIDE, v < 0 ? Vec<T>{} : v);
+      }
       for (int64_t s = 0; s < w.S; ++s) square += load(y + s * WIDE) * load(y + s * WIDE);
       store(inverse + j, T(1) / (root(square) + T(EPS)));
     }

@@ -14,25 +14,18 @@
 
 namespace itm_fast {
 
-// The arguments that the calls of both pair scorers have; shapes: calls.h.
+// The arguments that the calls of both pair scorers have, and CMCAN's; shapes: calls.h.
 struct PairScore {
   Source image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias, score_weight,
       score_bias;
   const int64_t *cu_seqlens, *region_lengths;
   void* score;
+  Dtype score_dtype;
   int64_t I, R, T, D, S;
   double scale;
   Output output;
+  bool relu;  // whether similarity vectors are those of max(y, 0)
   int64_t threads;
-
-  template <class Call>  // SimilarityGraphScoreCall or SimilarityFilterScoreCall
-  explicit PairScore(const Call& c)
-      : image{c.image, c.dtype}, image_global{c.image_global, c.dtype}, words{c.words, c.dtype},
-        caption_global{c.caption_global, c.dtype}, local_weight{c.local_weight, c.dtype},
-        local_bias{c.local_bias, c.dtype}, global_weight{c.global_weight, c.dtype},
-        global_bias{c.global_bias, c.dtype}, score_weight{c.score_weight, c.dtype}, score_bias{c.score_bias, c.dtype},
-        cu_seqlens(c.cu_seqlens), region_lengths(c.region_lengths), score(c.score), I(c.I), R(c.R), T(c.T), D(c.D),
-        S(c.S), scale(c.scale), output(c.output), threads(c.threads) {}
 };
 
 // Where the nodes of the first `images` images, [images, N + T, S], and their 1 / (|y| + eps) are kept for the backward
@@ -42,6 +35,14 @@ struct KeptNodes {
   T *nodes = nullptr, *inverse = nullptr;
   int64_t images = 0;
 };
+
+template <class Call>  // SimilarityGraphScoreCall or SimilarityFilterScoreCall
+PairScore pair_score(const Call& c) {
+  const auto of = [&](const void* data) { return Source{data, c.dtype}; };
+  return {of(c.image), of(c.image_global), of(c.words), of(c.caption_global), of(c.local_weight), of(c.local_bias),
+          of(c.global_weight), of(c.global_bias), of(c.score_weight), of(c.score_bias), c.cu_seqlens, c.region_lengths,
+          c.score, c.dtype, c.I, c.R, c.T, c.D, c.S, c.scale, c.output, false, c.threads};
+}
 
 // Scores of all pairs. T is the type of sums, E what the large products multiply. head(nodes, longest) makes a thread's
 // head, for chunks of at most `nodes` nodes and captions of at most `longest`: it has nodes(), the matrix [S][stride()]
@@ -95,13 +96,13 @@ void score_pairs(const PairScore& p, KeptNodes<T> kept, MakeHead head) {
           summary.read(p.image_global, i, 1);
         }
         held = i;
-        overall.project(summary, global, caption(g + 1) - caption(g), summaries[g]);
+        overall.project(summary, global, caption(g + 1) - caption(g), summaries[g], p.relu);
         for (int64_t c = start(g); c < start(g + 1); ++c) {
           const Chunk& chunk = window.chunks[c];
           const int64_t sets = chunk.last - chunk.first, ldz = padded<T>(p.S);
           const int64_t* edge = edges[c].data();
           tile.attend(x, Norm::CLIPPED_L2NORM, T(p.scale), &p.cu_seqlens[chunk.first], sets, window.panels[c]);
-          tile.project(x, local, chunk.rows, window.panels[c]);
+          tile.project(x, local, chunk.rows, window.panels[c], p.relu);
           T* const nodes = reason.nodes();
           tile.place(&p.cu_seqlens[chunk.first], sets, p.S, nodes, reason.stride(), [&](int64_t k) { return edge[k] + 1; });
           for (int64_t k = 0; k < sets; ++k) {
@@ -125,7 +126,7 @@ void score_pairs(const PairScore& p, KeptNodes<T> kept, MakeHead head) {
               dot += select<T>(inside<T>(s, 0, p.S), load(z + k * ldz + s), Vec<T>{}) * load(score_weight + s);
             const T logit = sum<T>(dot) + score_bias;
             const T score = p.output == Output::LOGIT ? logit : 1 / (1 + std::exp(-logit));
-            write(p.score, p.image.dtype, i * p.T + chunk.first + k, 1, &score, T(1));
+            write(p.score, p.score_dtype, i * p.T + chunk.first + k, 1, &score, T(1));
           }
         }
       };
@@ -142,19 +143,19 @@ void graph_scores(const PairScore& p, const GraphWeights<T, E>& weights, KeptNod
 // Scores of the call, with the head that it is of.
 template <class T, class E>
 void score(const SimilarityGraphScoreCall& call) {
-  graph_scores<T, E>(PairScore(call), GraphWeights<T, E>(call), {});
+  graph_scores<T, E>(pair_score(call), GraphWeights<T, E>(call), {});
 }
 
 template <class T, class E>
 void score(const SimilarityGraphScoreKeptCall& call) {
-  graph_scores<T, E>(PairScore(call), GraphWeights<T, E>(call),
+  graph_scores<T, E>(pair_score(call), GraphWeights<T, E>(call),
                      {static_cast<T*>(call.nodes), static_cast<T*>(call.inverse), *call.kept});
 }
 
 template <class T, class E>
 void score(const SimilarityFilterScoreCall& call) {
   const FilterWeights<T> weights(call);
-  score_pairs<T, E>(PairScore(call), {}, [&](int64_t nodes, int64_t) { return Filter<T>(weights, nodes); });
+  score_pairs<T, E>(pair_score(call), {}, [&](int64_t nodes, int64_t) { return Filter<T>(weights, nodes); });
 }
 
 }  // namespace itm_fast

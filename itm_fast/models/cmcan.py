@@ -17,7 +17,7 @@ has no neighbour but itself.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -27,10 +27,12 @@ from torch import Tensor, nn
 from .._workspace import scratch_bytes
 from ..nn import Attention, PairScorer, SimilarityGraph, State, xavier_
 from ..ops import _recompute, attended_vectors, similarity_graph
-from ..packing import spans
+from ..ops._calls import CONFIDENCE_MATCHING
+from ..ops._cpu_calls import score as cpu_score
+from ..packing import bounds, region_counts, spans
 from ._common import Dropout, PaddedScorer, l2norm, without_padding
 from ._pair_blocks import blocks
-from ._rows import linear, sigmoid
+from ._rows import apart, linear, sigmoid
 from ._self_attention import TextSA, normalised
 from ._sgraf_attention import graph_attention, pair_attention
 from .sgraf import SGRAF
@@ -222,7 +224,16 @@ class ConfidenceMatching(PaddedScorer):
             return (length + R) * D * 4 * 4
 
         axes = "IIINT" + "." * (len(tensors) - 5)
-        cut = partial(blocks, NAME, axes, pair_bytes, self._block)
+
+        def cut(backward: bool, *args: Tensor) -> Iterator[_recompute.Block]:
+            if backward or not apart(*args[: len(axes)]):
+                yield from blocks(NAME, axes, pair_bytes, self._block, backward, *args)
+                return
+            bounds(cu_seqlens, len(words), NAME)
+            region_counts(region_lengths, image_state[0], NAME)
+            whole = partial(_in_one_pass, cu_seqlens, region_lengths)
+            yield _recompute.Block(((),) * len(axes), (), whole)
+
         return _recompute.score(cut, axes, tensors, cu_seqlens, region_lengths)
 
     def attention(self, image: Tensor, words: Tensor) -> Attention:
@@ -272,8 +283,8 @@ class ConfidenceMatching(PaddedScorer):
 
         def reasoned(overall: Tensor, local: Tensor, graph) -> Tensor:
             nodes = torch.cat([overall[:, :, None], local], 2)  # [b, c, 1 + n, S]
-            bounds = torch.arange(c + 1, dtype=edge.dtype, device=edge.device) * nodes.shape[2]
-            return similarity_graph(nodes.flatten(1, 2), bounds, *graph)
+            starts = torch.arange(c + 1, dtype=edge.dtype, device=edge.device) * nodes.shape[2]
+            return similarity_graph(nodes.flatten(1, 2), starts, *graph)
 
         overall = vectors(glo, image_global[:, None], caption_global)
         u = l2norm(attended_vectors(image, words, edge, scale=SMOOTH))
@@ -284,6 +295,18 @@ class ConfidenceMatching(PaddedScorer):
         u = l2norm(attended_vectors(image, words, edge, scale=SMOOTH, direction="i2t"))
         z_v = reasoned(overall, confidence[..., None] * vectors(wv, u, image[:, None]), weights[14 + GRAPH :])
         return sigmoid(linear(torch.cat([z_t, z_v], -1), *final)[..., 0])
+
+
+def _in_one_pass(cu_seqlens, region_lengths, *tensors: Tensor) -> Tensor:
+    """All scores [I, T] by csrc/cpu/confidence_matching.cpp, which has no gradients."""
+    layers = "global", "word", "region", "part", "common", "norm", "score"
+    graphs = (f"{of}_{name}" for of in ("word", "region") for name in ("query", "key", "value"))
+    names = [f"{layer}_{what}" for layer in (*layers, *graphs) for what in ("weight", "bias")]
+    names = ["image", "image_global", "part", "words", "caption_global", *names]
+    given = dict(zip(names, tensors, strict=True))
+    for name in ("common_weight", "score_weight"):
+        given[name] = given[name].flatten()
+    return cpu_score(CONFIDENCE_MATCHING, cu_seqlens=cu_seqlens, region_lengths=region_lengths, **given)
 
 
 class CMCAN(SGRAF):

@@ -15,7 +15,7 @@ cos(q, u) with u of (1).
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
@@ -26,17 +26,19 @@ from torch import Tensor, nn
 from .._share import share
 from ..nn import Attention, PairScorer, State, xavier_
 from ..ops import _recompute, attended_vectors, cross_attention_similarity
+from ..ops._calls import REGULATED_MATCHING, REGULATORS
+from ..ops._cpu_calls import score as cpu_score
+from ..packing import bounds, region_counts
 from . import _by_caption
 from ._common import Dropout, OwnKeys, PaddedScorer, choice, encode_text, l2norm, without_padding
 from ._pair_blocks import blocks
-from ._rows import linear, sigmoid
+from ._rows import apart, linear, sigmoid
 from ._self_attention import normalised
 from ._sgraf_attention import pair_attention
 from .scan import EncoderText as _EncoderText
 from .sgraf import SGRAF
 
 NAME = "RegulatedMatching"
-REGULATORS = ("coop_rcar", "only_rar", "only_rcr")
 DIRECTIONS = ("t2i", "i2t")
 SMOOTH = {"t2i": 10.0, "i2t": 3.0}
 
@@ -194,8 +196,45 @@ class RegulatedMatching(PaddedScorer):
             return (length if self.attn_type == "t2i" else R) * D * 4 * 8
 
         axes = "IN" + "." * len(parameters)
-        cut = partial(blocks, NAME, axes, pair_bytes, partial(_of_all, run))
+
+        def cut(backward: bool, *args: Tensor) -> Iterator[_recompute.Block]:
+            tensors = args[: len(axes)]
+            if backward or not apart(*tensors):
+                yield from blocks(NAME, axes, pair_bytes, partial(_of_all, run), backward, *args)
+                return
+            bounds(cu_seqlens, len(words), NAME)
+            region_counts(region_lengths, image, NAME)
+            whole = partial(self._in_one_pass, names, cu_seqlens, region_lengths)
+            yield _recompute.Block(((),) * len(axes), (), whole)
+
         return _recompute.score(cut, axes, (image, words, *parameters), cu_seqlens, region_lengths)
+
+    def _in_one_pass(self, names, cu_seqlens, region_lengths, image, words, *parameters) -> Tensor:
+        """All scores [I, T] by csrc/cpu/regulated_matching.cpp, which has no gradients and no dropout."""
+        S, D, weights = self.sim_eval_w.in_features, image.shape[2], dict(zip(names, parameters, strict=True))
+        given: dict[str, Any] = {
+            "score_weight": weights["sim_eval_w.weight"][0],
+            "score_bias": weights["sim_eval_w.bias"],
+        }
+        for kind, modules, layer, *sizes in (
+            ("align", "alv_modules", "sim_transform_w", S, D),
+            ("key", "rar_modules", "rar_k_w.0", S, S),
+            ("ask", "rar_modules", "rar_q_w.0", S, S),
+            ("share", "rar_modules", "rar_v_w.0", S),
+            ("matrix_in", "rcr_modules", "rcr_matrix_w.0", 2 * S, S),
+            ("matrix_out", "rcr_modules", "rcr_matrix_w.2", D, 2 * S),
+            ("smooth_in", "rcr_modules", "rcr_smooth_w.0", S // 2, S),
+            ("smooth_out", "rcr_modules", "rcr_smooth_w.2", S // 2),
+        ):
+            steps = range(len(getattr(self, modules)))
+            for what, shape in (("weight", sizes), ("bias", sizes[:-1])):
+                of = [weights[f"{modules}.{k}.{layer}.{what}"].view(shape) for k in steps]
+                given[f"{kind}_{what}"] = torch.stack(of) if of else image.new_empty(0, *shape)
+        del given["share_bias"]  # the softmax does not change with it
+        given |= {"direction": self.attn_type, "regulator": self.self_regulator, "scale": self.smooth}
+        return cpu_score(
+            REGULATED_MATCHING, image=image, words=words, cu_seqlens=cu_seqlens, region_lengths=region_lengths, **given
+        )
 
     def attention(self, image: Tensor, words: Tensor) -> Attention:
         """`regions` (t2i) or `words` (i2t) of the last step, all steps' under `regions_by_step` [K, W, R] or

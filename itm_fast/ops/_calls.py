@@ -18,8 +18,21 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from . import _attention
-from ._declare import CPU_ONLY, DECLARED, Choice, Counts, Declaration, Flag, Floats, Integers, Result, cpu_only
+from ._declare import (
+    CPU_ONLY,
+    DECLARED,
+    Choice,
+    Counts,
+    Declaration,
+    Flag,
+    Floats,
+    Integers,
+    Positive,
+    Result,
+    cpu_only,
+)
 
+REGULATORS = ("coop_rcar", "only_rar", "only_rcr")  # of RCAR
 ENUMS = {
     "Dtype": ("float32", "float64", "bfloat16", "float16"),
     "Direction": (*_attention.DIRECTIONS, "both"),
@@ -28,6 +41,7 @@ ENUMS = {
     "Pool": (*_attention.POOLS, *_attention.NEGATIVE),
     "Weights": _attention.WEIGHTS,
     "Similarity": _attention.SIMILARITIES,
+    "Regulator": REGULATORS,
 }
 # Of csrc/cuda, where the LeakyReLU before a norm is a number of its own.
 CUDA_ENUMS = {
@@ -53,6 +67,53 @@ LINEAR = cpu_only(
     [Result("product", "N S")],
     backward="torch",
 )
+
+# RCAR's pair score of all pairs, which its model asks for where no gradient is recorded and nothing is dropped. Layer k
+# of each kind belongs to step k.
+REGULATED_MATCHING = cpu_only(
+    "regulated_matching",
+    [
+        Floats("image", "I R D"), Floats("words", "N D"),
+        Floats("align_weight", "M S D"), Floats("align_bias", "M S"),
+        Floats("key_weight", "P S S"), Floats("key_bias", "P S"),
+        Floats("ask_weight", "P S S"), Floats("ask_bias", "P S"), Floats("share_weight", "P S"),
+        Floats("matrix_in_weight", "K B S"), Floats("matrix_in_bias", "K B"),
+        Floats("matrix_out_weight", "K D B"), Floats("matrix_out_bias", "K D"),
+        Floats("smooth_in_weight", "K C S"), Floats("smooth_in_bias", "K C"),
+        Floats("smooth_out_weight", "K C"), Floats("smooth_out_bias", "K"),
+        Floats("score_weight", "S"), Floats("score_bias", "1"),
+        Integers("cu_seqlens", "T+1"), Integers("region_lengths", "I", optional=True),
+        Choice("direction", _attention.DIRECTIONS, "Direction"), Choice("regulator", REGULATORS, "Regulator"),
+        Positive("scale"),
+    ],
+    [Result("score", "I T")],
+    backward="torch",
+)  # fmt: skip
+
+
+def _graph(of: str) -> list[Floats]:
+    names = (f"{of}_{name}" for name in ("query", "key", "value"))
+    return [x for name in names for x in (Floats(f"{name}_weight", "K S S"), Floats(f"{name}_bias", "K S"))]
+
+
+# CMCAN's pair score of all pairs, likewise.
+CONFIDENCE_MATCHING = cpu_only(
+    "confidence_matching",
+    [
+        Floats("image", "I R D"), Floats("image_global", "I D"), Floats("part", "I R D"),
+        Floats("words", "N D"), Floats("caption_global", "T D"),
+        Floats("global_weight", "S D"), Floats("global_bias", "S"),
+        Floats("word_weight", "S D"), Floats("word_bias", "S"),
+        Floats("region_weight", "S D"), Floats("region_bias", "S"),
+        Floats("part_weight", "S D"), Floats("part_bias", "S"),
+        Floats("common_weight", "S"), Floats("common_bias", "1"), Floats("norm_weight", "R"), Floats("norm_bias", "R"),
+        Floats("score_weight", "B"), Floats("score_bias", "1"),
+        *_graph("word"), *_graph("region"),
+        Integers("cu_seqlens", "T+1"), Integers("region_lengths", "I", optional=True),
+    ],
+    [Result("score", "I T")],
+    backward="torch",
+)  # fmt: skip
 
 
 def called() -> list[Declaration]:

@@ -219,8 +219,13 @@ def score_sum(
         ValueError, TypeError: as `cross_attention_score`.
     """
     op = DECLARED["cross_attention_score"]
-    tensors = {"image": image, "words": words, "cu_seqlens": cu_seqlens, "region_lengths": region_lengths}
-    given = [tensors | term for term in terms]
+    tensors: dict[str, Any] = {
+        "image": image,
+        "words": words,
+        "cu_seqlens": cu_seqlens,
+        "region_lengths": region_lengths,
+    }
+    given = [tensors | dict(term) for term in terms]
     for one in given:
         op.check(one)
     return implementation(op.name).forward_sum([op.convert(one) for one in given])
@@ -229,7 +234,15 @@ def score_sum(
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [N, K], weight [S, K] and bias [S] -> x W^T + b [N, S]: a row's bits depend on neither the rows beside it nor
     the number of threads."""
-    return _LINEAR.forward(x, weight, bias)
+    return implementation(_calls.LINEAR.name).forward(x, weight, bias)
 
 
-_LINEAR = Calls(_calls.LINEAR)
+def score(op: Declaration, **given: Any) -> Tensor:
+    """The scores [I, T] of a declaration that is C++'s only, from arguments given by name.
+
+    Raises:
+        ValueError: a shape or an option is wrong.
+        TypeError: a dtype is wrong.
+    """
+    op.check(given)
+    return implementation(op.name).forward(*op.convert(given))
