@@ -197,6 +197,11 @@ def table(result: dict) -> str:
                 f"| {one['repository']} | {row['mode']} | {row['largest_difference_of_losses']:.0e} | "
                 f"{row['largest_difference_of_scores']:.0e} | {both} | {row['times_faster']:.1f} | {kept} |"
             )
+    lines.append("\nWhy the refused stay as they are; a training step takes the gradients of all scorers above.\n")
+    for one in result["results"]:
+        for row in one["patch"]:
+            if row["outcome"] == "refused":
+                lines.append(f"- {one['repository']}, `{row['name']}` ({row['where']}): {row['detail']}")
     return "\n".join(lines)
 
 

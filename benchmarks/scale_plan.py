@@ -37,7 +37,8 @@ HEAD = """\
 # Past the machines at hand
 
 Only the cost of counting on a host is measured ([large_pools.json](large_pools.json)). Times of scores are bounds
-that the traffic model predicts for an H100 (SXM, 80 GB) in bfloat16: kernels will be slower.
+that the traffic model predicts for an H100 (SXM, 80 GB) in bfloat16: kernels will be slower. A model whose parameters
+are float32, as published ones are, is encoded in float32: E and the copies to the GPUs are then twice as large.
 
 With I images, T captions of W = {words:.1f} words, R = {regions} regions, D = {dim}, b = {bytes} bytes a number, G GPUs
 ({per_node} a node), and F = 1 with folds and 0 without:
