@@ -351,6 +351,7 @@ def _captions(
         )
     order, column = columns(first, edges[1:] - edges[:-1])
     by_column = np.argsort(column, kind="stable")  # all captions, equal ones beside each other
+    in_order = column[by_column]
     with tqdm(total=len(order), desc="captions", unit="caption", disable=not progress) as bar:
 
         def produce(step: int) -> list[Part]:
@@ -364,7 +365,7 @@ def _captions(
             words = pack(padded, lengths.tolist())[0].to("cpu", dtype)
             stop = start + len(chosen)
             bar.update(stop - bar.n)  # other processes have come about as far
-            equal = by_column[slice(*np.searchsorted(column[by_column], [start, stop]))]
+            equal = by_column[slice(*np.searchsorted(in_order, [start, stop]))]
             source = word_rows(np.concatenate([[0], np.cumsum(lengths)]), column[equal] - start)
             return [(torch.from_numpy(word_rows(edges, equal)), words[torch.from_numpy(source)])]
 
