@@ -20,7 +20,7 @@ import itm_fast
 from itm_fast import _backends, _cuda
 from itm_fast.ops import _examples as examples
 from itm_fast.ops import _first_use
-from itm_fast.ops._cuda import _blocks, _pairs, similarity_score
+from itm_fast.ops._cuda import _blocks, _pairs, cross_attention_score, similarity_score
 from itm_fast.ops._declare import DECLARED
 
 __all__ = ["emulated"]
@@ -209,6 +209,14 @@ def test_scratch_is_bounded(op, options, ragged, dtype, strided, gpu, monkeypatc
     copied = dtype == torch.float32 or strided or op == "cross_attention_score"
     assert bool(part.call_count) == copied
     assert bound / 3 * copied < watched[0].peak <= bound
+
+
+@pytest.mark.parametrize("count", [None, torch.full((16,), 30)], ids=["whole", "ragged"])
+def test_regions_in_stages_take_two_copies_at_a_time(count):
+    regions = torch.zeros(16, 36, 256, dtype=torch.bfloat16)  # of two groups, so that nothing is padded
+    with Memory() as memory:
+        cross_attention_score.region_stages(regions, count, cross_attention_score.CLUSTERED)
+    assert memory.peak <= 2.1 * regions.nbytes  # with small tables
 
 
 def test_a_count_out_of_range_names_its_image(gpu):

@@ -64,7 +64,9 @@ def stages(rows: Tensor) -> Tensor:
         [..., stages, n, 8, 8].
     """
     n, D = rows.shape[-2:]
-    chunks = torch.nn.functional.pad(rows, (0, -D % 64)).unflatten(-1, (-1, 8, 8)).transpose(-4, -3)
+    if D % 64:  # padding by nothing would copy
+        rows = torch.nn.functional.pad(rows, (0, -D % 64))
+    chunks = rows.unflatten(-1, (-1, 8, 8)).transpose(-4, -3)
     at = torch.arange(8, device=rows.device) ^ torch.arange(n, device=rows.device)[:, None] % 8
     return chunks.gather(-2, at[:, :, None].expand_as(chunks))
 

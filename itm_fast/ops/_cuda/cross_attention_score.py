@@ -152,7 +152,7 @@ def forward(
                 image[images], some, *lengths, direction, affinity_norm, scale, pool, pool_scale
             )
         return score
-    plan = _tiles.plan_tiles(cu_seqlens, len(words), OP, tile.slots)
+    plan = _tiles.plan_tiles(cu_seqlens, len(words), OP, in_clusters.slots)
     count = None
     if region_lengths is not None:
         count = aligned(checked(region_lengths).to(torch.int32))
@@ -220,6 +220,7 @@ def region_stages(regions: Tensor, count: Tensor | None, tile: Tile) -> Tensor:
     if count is not None:
         regions = regions.masked_fill(torch.arange(R, device=count.device)[:, None] >= count[:, None, None], 0)
     filled = torch.nn.functional.pad(regions, (0, -D % 64, 0, tile.columns - R, 0, -I % tile.images))
+    del regions  # the masked copy, which `forward` leaves no room for beside the next
     return _rows.stages(filled.view(-1, tile.images * tile.columns, filled.shape[-1]))
 
 
