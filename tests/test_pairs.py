@@ -1,10 +1,13 @@
 """Backward over the pairs that have a gradient: the same gradients, from fewer pairs."""
 
+import re
+
 import pytest
 import torch
 from test_similarity_score import FILTER, GRAPH
 
 import itm_fast
+from itm_fast import _native
 from itm_fast.ops import _recompute
 from itm_fast.testing import op_checks
 
@@ -64,6 +67,11 @@ def test_gradients_of_few_pairs(op, monkeypatch):
             torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
         own = backend == "cpu"  # C++ leaves pairs out itself
         assert pairs == ([] if own else [(4, 3), (4, 1), (2, 1)])
+
+
+def test_what_few_pairs_are_is_the_same_in_cpp():
+    source = (_native.csrc_dir() / "cpu" / "cross_attention_score_backward.cpp").read_text()
+    assert re.findall(r"\bSPARSE = (\d+);", source) == [str(_recompute.SPARSE)]
 
 
 @pytest.mark.parametrize("op", CASES)
