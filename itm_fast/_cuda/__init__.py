@@ -84,6 +84,17 @@ def allow_variant(op: str, device: torch.device, dtype: torch.dtype, best: int) 
     _variants[op, device.index, dtype] = best
 
 
+def drop_fault(device: torch.device) -> None:
+    """Use no clusters on a device any more if a block of one has given up waiting, and say nothing about scores.
+
+    For a check that has failed: what it computed is dropped. Of calls before the check, `variant` has told when it
+    began, as its arguments are copied to the device once these calls have ended.
+    """
+    if cluster_fault(device):
+        _without_clusters.add(device.index)
+        _gave_up[device.index].zero_()
+
+
 def fault_address(device: torch.device) -> int:
     """Where kernels on a device write whether a block of a cluster has given up waiting."""
     if device.index not in _gave_up:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _cuda
 from .._checks import matmul_precision
-from ._declare import DECLARED, Floats
+from ._declare import DECLARED, Choice, Floats
 from ._draws import Size
 
 SMALL = Size(3, (5, 2), 7, 16, 8, 3)
@@ -117,7 +117,8 @@ def problem(
 def variants_differ(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Tell how results of CUDA kernels for one GPU alone differ from those of the kernels for all, if they do.
 
-    Both round the same numbers to the dtype, and add in another order.
+    Both round the same numbers to the dtype, and add in another order. Each direction of an op is a kernel of its own
+    and is compared.
 
     Args:
         op: name of the op.
@@ -127,12 +128,18 @@ def variants_differ(op: str, device: torch.device, dtype: torch.dtype) -> str | 
     Returns:
         None, or one line.
     """
+    choices = (a.choices for a in DECLARED[op].arguments if isinstance(a, Choice) and a.name == "direction")
+    ways: list[dict[str, Any]] = [{"direction": way} for way in next(choices, ())] or [{}]
+    return next((line for way in ways if (line := _variants_differ(op, device, dtype, way))), None)
+
+
+def _variants_differ(op: str, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> str | None:
     size = PUBLISHED if device.type == "cuda" else SMALL
     results, best = [], _cuda.asked_variant(op, device, dtype)
     try:
         for allowed in (best, _cuda.GENERAL):
             _cuda.allow_variant(op, device, dtype, allowed)
-            results.append(outcome(op, "cuda", device, dtype, size=size, backward=False)[0].double())
+            results.append(outcome(op, "cuda", device, dtype, size=size, backward=False, **options)[0].double())
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # as in `_problem`

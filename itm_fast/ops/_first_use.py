@@ -79,6 +79,7 @@ def _checked(op: str, backend: str, device: torch.device, dtype: torch.dtype, ba
         if not problem:
             break
         _cuda.allow_variant(op, device, dtype, best - 1)
+        _cuda.drop_fault(device)
         less = "clusters of blocks" if best == _cuda.CLUSTERS else "the instructions of this GPU alone"
         warnings.warn(f"{problem}; it now runs without {less}", stacklevel=3)
         problem = whole()
