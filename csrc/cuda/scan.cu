@@ -55,7 +55,9 @@ template <class T> __device__ __forceinline__ void score_words(const Scan &p) {
     float *norms = reinterpret_cast<float *>(shared + T::WORK);  // [CAPTIONS][LD]
     float *work = reinterpret_cast<float *>(shared);
     const Place<T> at(p.pairs);
-    if (!at.computes_any(p.pairs)) return;  // redundant for results: scores are written pair by pair
+    if constexpr (!T::CLUSTERS) {  // a block of a cluster has to stay for the other
+        if (!at.computes_any(p.pairs)) return;  // redundant for results: scores are written pair by pair
+    }
 
     typename T::Accumulators acc;
     const float gave_up = begin<T>(acc, shared, p, at);
@@ -103,7 +105,9 @@ template <class T> __device__ __forceinline__ void score_regions(const Scan &p) 
     // [SLOTS][LD]: affinities, then e times `size`, and then, in its first slot, a caption's cosines.
     float *values = reinterpret_cast<float *>(shared);
     const Place<T> at(p.pairs);
-    if (!at.computes_any(p.pairs)) return;  // redundant for results: scores are written pair by pair
+    if constexpr (!T::CLUSTERS) {  // a block of a cluster has to stay for the other
+        if (!at.computes_any(p.pairs)) return;  // redundant for results: scores are written pair by pair
+    }
 
     typename T::Accumulators acc;
     const float gave_up = begin<T>(acc, shared, p, at);
