@@ -4,8 +4,10 @@
     ITM_FAST_LEVELS=avx2,generic pip wheel --no-deps .  # these alone
     pip wheel --no-deps .                              # py3-none-any; each machine compiles its level at first use
 
-`pip install .` asks for a wheel by the same call, and nothing in it tells the two apart. Four levels take minutes, and
-an installation needs one of them at most, so the libraries are put in only where ITM_FAST_LEVELS asks for them.
+A build cannot tell `pip wheel` from `pip install`, which makes a wheel and unpacks it. Four levels take minutes, and an
+installation needs one of them at most, so the libraries are put in only where ITM_FAST_LEVELS asks for them. PyPI takes
+no wheel that is named linux_x86_64: `auditwheel repair` names it by the glibc that its libraries need, for example
+manylinux_2_34 if GCC 12 has built them on Debian 12.
 The library is loaded by ctypes and uses neither Python's nor torch's headers, so one serves every Python and torch.
 setuptools loads this file where torch is not installed, and pyproject.toml names its classes.
 """
@@ -25,8 +27,9 @@ from setuptools.command.build_py import build_py
 
 _HERE = Path(__file__).resolve().parent
 _WITHOUT = (
-    "itm-fast: this wheel holds no compiled CPU kernels: each machine compiles them at first use. With "
-    "ITM_FAST_LEVELS=all it holds those of every instruction level (one or two minutes each on one core)"
+    "itm-fast: no CPU kernels are compiled now, since a build cannot tell `pip wheel` from `pip install`: each machine "
+    "compiles them at first use. With ITM_FAST_LEVELS=all a wheel holds those of every instruction level (one or two "
+    "minutes each on one core)"
 )
 
 
