@@ -46,18 +46,22 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
-def test_a_damaged_npy_is_one_sentence_with_its_name(tmp_path, content, recwarn):
+OTHER = {"text": "is not a .npy file", "zip archive": "is not a .npy file but an archive, such as .npz, which may hold"}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_npy_is_one_sentence_with_its_name(tmp_path, name, recwarn):
+    content, what = DAMAGED[name], OTHER.get(name, "is not a whole .npy file of numbers: ")
     (tmp_path / "test_ims.npy").write_bytes(content)
     (tmp_path / "test_caps.txt").write_text("a dog\n" * 20)
-    with pytest.raises(ValueError, match=r"^.*test_ims.npy is not a whole .npy file of numbers: [^\n]+$"):
+    with pytest.raises(ValueError, match=rf"^.*test_ims.npy {what}[^\n]*$"):
         open_split(tmp_path, "test")
-    for name in ("caption_to_image", "region_lengths", "boxes"):
+    for part in ("caption_to_image", "region_lengths", "boxes"):
         np.save(tmp_path / "test_ims.npy", FEATURES[:4])
-        (tmp_path / f"test_{name}.npy").write_bytes(content)
-        with pytest.raises(ValueError, match=f"test_{name}.npy is not a whole .npy file of numbers: "):
+        (tmp_path / f"test_{part}.npy").write_bytes(content)
+        with pytest.raises(ValueError, match=f"test_{part}.npy {what}"):
             open_split(tmp_path, "test")
-        (tmp_path / f"test_{name}.npy").unlink()
+        (tmp_path / f"test_{part}.npy").unlink()
     if content.startswith(b"\x93NUMPY"):  # word vectors may be other files too
         (tmp_path / "vectors").write_bytes(content)
         with pytest.raises(ValueError, match=r"vectors is not a whole .npy file of numbers: "):

@@ -170,7 +170,7 @@ def edit(path: Path, **changes) -> None:
         (lambda g: truncate(g / "image.npy"), r"image\.npy is not a whole \.npy file"),
         (lambda g: (g / "image.npy").unlink(), r"image\.npy is missing; delete .*/g and build the gallery again"),
         (lambda g: np.save(g / "image.npy", np.zeros((12, 36, 7), "f")), r"float32 \[12, 36, 7\], and should be"),
-        (lambda g: (g / "image.npy").write_bytes(pickle.dumps([1])), r"image\.npy is not a whole \.npy file"),
+        (lambda g: (g / "image.npy").write_bytes(pickle.dumps([1])), r"image\.npy is not a \.npy file"),
         (lambda g: np.save(g / "image.npy", np.array([{}] * 12), allow_pickle=True), "not a whole .npy file"),
         (lambda g: np.save(g / "region_lengths.npy", np.full(12, 99, np.int32)), r"region_lengths\.npy is damaged"),
         (lambda g: (g / "names.txt").unlink(), r"names\.txt is missing"),

@@ -97,6 +97,7 @@ def files(case, tmp_path):
         (tmp_path / name).write_text("\n".join(content) + "\n")
     (tmp_path / "true.json").write_text(json.dumps([True] * T))
     np.save(tmp_path / "sims.npy", {"sims": score}, allow_pickle=True)
+    np.savez(tmp_path / "sims.npz", sims=score)
     np.save(tmp_path / "whole.npy", score.astype(int))
     (tmp_path / "cut.npy").write_bytes((tmp_path / "scores.npy").read_bytes()[:300])
     return tmp_path
@@ -148,6 +149,8 @@ def test_a_full_disk_costs_the_page_and_not_what_compare_reads(files, monkeypatc
         ("scores.npy --captions-to-images right.txt --at 0", "cut-offs must be at least 1"),
         ("scores.npy --captions-per-image 5", "7 images (rows) and 20 captions (columns)"),
         ("sims.npy --captions-per-image 5", "save the matrix alone: numpy.save(path, scores)"),
+        ("sims.npz --captions-per-image 5", "an archive, such as .npz, which may hold several arrays; save the matrix"),
+        ("right.txt --captions-per-image 5", "right.txt is not a .npy file; save the matrix alone: numpy.save("),
         ("whole.npy --captions-per-image 5", "must hold floating-point scores"),
         ("cut.npy --captions-per-image 5", "is not a whole .npy file of numbers"),
     ],

@@ -43,7 +43,12 @@ def open_npy(path: Path) -> np.ndarray:
         OSError: the file cannot be opened.
         ValueError: it is not a .npy file, is shorter than its header says, or holds Python objects.
     """
-    open_regular(path).close()
+    with open_regular(path) as file:
+        head = file.read(len(np.lib.format.MAGIC_PREFIX))
+    if head.startswith(b"PK"):  # zip
+        raise ValueError(f"{path} is not a .npy file but an archive, such as .npz, which may hold several arrays")
+    if head and head != np.lib.format.MAGIC_PREFIX:
+        raise ValueError(f"{path} is not a .npy file")
     with damaged(f"{path} is not a whole .npy file of numbers"), np.errstate(all="raise"):
         # np.load would also try zip archives and pickles; open_memmap reads .npy files only.
         return np.lib.format.open_memmap(path, mode="r").view(np.ndarray)
