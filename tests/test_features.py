@@ -1,6 +1,7 @@
 """`itm-fast features`: splits from pictures, arrays and files of captions; and the guide's commands, on tiny data."""
 
 import json
+import os
 import re
 import shlex
 import sys
@@ -15,7 +16,7 @@ from PIL import Image
 from itm_fast.cli import main
 from itm_fast.cli._pictures import pictures_of
 from itm_fast.data import open_split
-from itm_fast.features import backbones, captions, pictures
+from itm_fast.features import backbones, detectors, pictures
 
 GUIDE = Path(__file__).resolve().parents[1] / ".github" / "GUIDE.md"
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255), "white": (255, 255, 255)}
@@ -124,7 +125,17 @@ def test_an_interrupted_command_goes_on(folder, capsys, monkeypatch):
     assert "4 of 6 images are kept" in capsys.readouterr().err
     assert not (folder / "data/test_ims.npy").exists()
     assert features("--batch-size", "2", "--half") == 2
-    assert "an interrupted command made with another precision" in capsys.readouterr().err
+    assert "an interrupted command made with another precision; give" in capsys.readouterr().err
+    picture = folder / "pictures/test/test5.jpg"
+    content, was = picture.read_bytes(), picture.stat()
+    picture.unlink()
+    assert features("--batch-size", "2") == 2
+    assert "an interrupted command made with 6 images, now 5; give" in capsys.readouterr().err
+    picture.write_bytes(content + b" ")
+    assert features("--batch-size", "2") == 2
+    assert "made with other images, or before one of them changed" in capsys.readouterr().err
+    picture.write_bytes(content)
+    os.utime(picture, ns=(was.st_atime_ns, was.st_mtime_ns))
     done[:] = [0] * 4
     assert features("--batch-size", "2") == 0
     assert done[4:] == [1, 2]
@@ -133,6 +144,43 @@ def test_an_interrupted_command_goes_on(folder, capsys, monkeypatch):
         file.unlink()
     assert features() == 0
     assert open_split("data", "test").features[:] == pytest.approx(first, abs=1e-6)
+
+
+class Boxes:
+    """A detector that proposes two boxes in a picture, and none in the green one."""
+
+    count, feature_size, sides = 3, 2, [30]
+
+    def regions(self, picture):
+        n = 0 if picture.getpixel((0, 0))[1] > 100 > picture.getpixel((0, 0))[0] else 2
+        return np.ones((n, 2), np.float32), np.tile(np.array([0, 0, 0.5, 0.5], np.float32), (n, 1))
+
+    def whole(self, picture):
+        return np.full((1, 2), 7, np.float32), np.array([[0, 0, 1, 1]], np.float32)
+
+
+def test_a_picture_without_boxes_becomes_one_region(folder, capsys, monkeypatch):
+    monkeypatch.setattr(detectors, "is_detector", lambda name: True)
+    monkeypatch.setattr(detectors, "load", lambda *_: Boxes())
+    monkeypatch.setattr(detectors, "Detector", Boxes)
+    words = ["features", "pictures/test", "data", "--captions", "captions.csv", "--backbone", "torchvision:boxes"]
+    assert main([*words, "--no-progress"]) == 0
+    kept = "the detector proposes no box in 2 pictures, kept as one whole-picture region: more/test 1.png, test5.jpg"
+    assert kept in capsys.readouterr().err
+    split = open_split("data", "test")
+    assert split.region_lengths.tolist() == [1, 2, 2, 2, 2, 1]
+    assert split.boxes[:][0].tolist() == [[0, 0, 1, 1], [0] * 4, [0] * 4]
+    assert split.features[:][0].tolist() == [[7, 7], [0, 0], [0, 0]]
+
+
+def test_features_that_are_not_finite_say_what_a_change_costs(folder, capsys, monkeypatch):
+    whole = backbones.Backbone.map
+    monkeypatch.setattr(backbones.Backbone, "map", lambda self, pixels: whole(self, pixels) * 1e9)
+    assert features("--half") == 2
+    err = capsys.readouterr().err
+    assert "test 1.png have a value that is not finite in float16; leave out --half, and delete data/.test.unfin" in err
+    (folder / "data/.test.unfinished").rename("elsewhere")
+    assert features() == 0
 
 
 def test_all_kinds_of_pictures_become_rgb(tmp_path):
@@ -180,33 +228,6 @@ def test_bombs_and_broken_pictures_are_named(folder, capsys, monkeypatch):
     assert "decompression bomb" in capsys.readouterr().err
 
 
-FORMS = {
-    "a.csv": "image,caption\nk.jpg,a kite\nb,\"one\nball\"\n",
-    "a.tsv": "id\timage\tcaption\n1\tk.jpg\ta kite\n2\tb\tone ball\n3\tb\t \n",
-    "list.json": json.dumps([{"image": "k.jpg", "caption": "a kite"}, {"image": "b", "captions": ["one  ball"]}]),
-    "object.json": json.dumps({"k.jpg": ["a kite"], "b": "one ball"}),
-    "coco.json": json.dumps({
-        "images": [{"id": 7, "file_name": "k.jpg"}, {"id": 9, "file_name": "b"}],
-        "annotations": [{"image_id": 7, "caption": "a kite"}, {"image_id": 9, "caption": "one ball\n"}],
-    }),
-    "results.token": "k.jpg#0\ta kite\r\nb#0\tone ball \n\n",
-    "dataset_mine.json": json.dumps({"dataset": "mine", "images": [
-        {"filename": "k.jpg", "split": "train", "sentences": [{"raw": "a kite", "tokens": ["a", "kite"]}]},
-        {"filename": "b", "split": "restval", "sentences": [{"raw": "one ball"}]},
-    ]}),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_forms_of_captions(tmp_path, name):
-    (tmp_path / name).write_text(FORMS[name], newline="")
-    found, empty = captions.read_captions(tmp_path / name, "train")
-    kite, ball = captions.Caption("a kite"), captions.Caption("one ball")
-    assert found == {"k.jpg": [kite], "b": [ball]}
-    assert empty == (name == "a.tsv")
-    assert captions.match(found, ["inner/b.png", "k.jpg"]) == ([[ball], [kite]], [])
-
-
 def karpathy(name, part, cocoid, *texts):
     """An image of Karpathy's splits of COCO."""
     sentences = [{"raw": f" {text}.\n", "sentid": cocoid + 1000 + n} for n, text in enumerate(texts)]
@@ -220,57 +241,19 @@ def test_a_part_of_karpathys_splits_keeps_cocos_ids(folder, capsys):
     (folder / "dataset_coco.json").write_text(json.dumps({"dataset": "coco", "images": images}))
     assert features(captions="dataset_coco.json", split="testall", images="pictures/test") == 0
     split = open_split("data", "testall")
-    assert split.captions == ["picture 0.", "a square.", "picture 2.", "a square."]
-    assert split.image_ids.tolist() == [50, 52]
-    assert split.caption_ids.tolist() == [1050, 1051, 1052, 1053]
+    assert split.captions == ["picture 2.", "a square.", "picture 0.", "a square."]  # in the order of that file
+    assert split.image_ids.tolist() == [52, 50]
+    assert split.caption_ids.tolist() == [1052, 1053, 1050, 1051]
+    assert (folder / "data/testall_pictures.txt").read_text() == "test2.jpg\ntest0.jpg\n"
+    blue = np.tile(np.array(COLOURS["blue"], np.uint8), (1, 32, 32, 1))
+    wanted = backbones.load("timm:tiny", "random").map(blue)[0, :, 0, 0].numpy()
+    assert split.features[:][0, 0] == pytest.approx(wanted, abs=0.1)  # JPEG's blue is a few steps of 255 off
+    assert split.features[:][1, 0] != pytest.approx(wanted, abs=0.1)
     assert features(captions="dataset_coco.json", split="train") == 0
     assert open_split("data", "train").image_ids.tolist() == [7, 8]
     capsys.readouterr()
     assert features(captions="dataset_coco.json", split="dev") == 2
     assert "has no images of a split 'dev'; it has restval, test, train" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "name, id, known", [("val2014_0012.jpg", 12, True), ("112.jpg", 12, False), ("kite(.jpg", "kite(", False)]
-)
-def test_ids_are_cocos_where_the_pictures_are_named_by_them(tmp_path, name, id, known):
-    content = {"images": [{"id": id, "file_name": name}], "annotations": [{"id": 3, "image_id": id, "caption": "x"}]}
-    (tmp_path / "a.json").write_text(json.dumps(content))
-    ((caption,),) = captions.read_captions(tmp_path / "a.json")[0].values()
-    assert caption == captions.Caption("x", *((3, 12) if known else ()))
-
-
-@pytest.mark.parametrize(
-    "name, content, sentence",
-    [
-        ("a.csv", "image;caption\nk.jpg;a kite\n", "must name the columns image and caption with a comma between them"),
-        ("a.csv", "image,caption\nk.jpg,a kite, red\n", "line 2: has more columns than the first line; put quotes"),
-        ("a.tsv", "image\tcaption\nk.jpg\n", "line 2: has fewer columns"),
-        ("a.csv", "", "must name the columns"),
-        ("a.csv", 'image,caption\nk.jpg,"a kite\n', "cannot be read as a row with quotes"),
-        ("a.json", "{", "is not JSON"),
-        ("a.json", "3", "it must be a list of"),
-        ("a.json", '[{"image": "k.jpg"}]', "entry 0: has no caption"),
-        ("a.json", '[{"caption": "a kite"}]', "entry 0: names no image, got None"),
-        ("a.json", '{"k.jpg": [5]}', "image 'k.jpg': the caption must be a text"),
-        ("a.json", '{"images": [], "annotations": [{"image_id": 5, "caption": "x"}]}', "no image with the id 5"),
-        ("a.json", "[]", "holds no captions"),
-        ("a.token", "k.jpg#0\ta kite\nk.jpg a kite\n", "line 2: must be NAME#NUMBER, a tab and a caption"),
-        ("a.json", '{"dataset": "x", "images": [{"filename": "k.jpg"}]}', "is no file of Karpathy's splits: split"),
-        ("a.xls", "", "captions are read from a .csv, .tsv, .json or .token file"),
-    ],
-)
-def test_mistakes_in_captions_are_a_sentence(tmp_path, name, content, sentence):
-    (tmp_path / name).write_text(content)
-    with pytest.raises((ValueError, TypeError), match=re.escape(sentence)):
-        captions.read_captions(tmp_path / name)
-
-
-def test_a_name_that_fits_two_pictures_is_refused():
-    with pytest.raises(ValueError, match=re.escape("an image 'k', which is a/k.jpg or b/k.png")):
-        captions.match({"k": [captions.Caption("a kite")]}, ["a/k.jpg", "b/k.png"])
-    kite = captions.Caption("a kite")
-    assert captions.match({"b/k.png": [kite]}, ["a/k.jpg", "b/k.png"]) == ([[], [kite]], [])
 
 
 def arrays(folder, third):

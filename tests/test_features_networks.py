@@ -135,11 +135,37 @@ def test_the_boxes_of_a_detector(folder, capsys, monkeypatch):
     monkeypatch.setattr(detectors.Detector, "regions", interrupted)
     assert features("--regions", "8", "--batch-size", "1") == 130
     assert features("--regions", "9", "--batch-size", "1") == 2
-    assert "made with another images, regions" in capsys.readouterr().err
+    assert "made with another regions; give that" in capsys.readouterr().err
     assert features("--regions", "8", "--batch-size", "2") == 0
     assert calls == [(120, 90), (60, 130), (60, 130), (200, 200)]
     for file in ("ims", "boxes"):
         assert (folder / f"data/test_{file}.npy").read_bytes() == (folder / f"whole/test_{file}.npy").read_bytes()
+
+
+def test_a_picture_without_boxes_is_one_region(folder, capsys, monkeypatch):
+    from torchvision.models.detection.rpn import RegionProposalNetwork
+
+    real = RegionProposalNetwork.filter_proposals
+
+    def filtered(self, proposals, objectness, sizes, levels):
+        boxes, scores = real(self, proposals, objectness, sizes, levels)
+        keep = slice(0) if sizes[0][0] > sizes[0][1] else slice(None)  # none in an upright picture
+        return [each[keep] for each in boxes], [each[keep] for each in scores]
+
+    monkeypatch.setattr(RegionProposalNetwork, "filter_proposals", filtered)
+    assert features("--regions", "8") == 0
+    assert "proposes no box in 1 picture, kept as one whole-picture region: 1.png" in capsys.readouterr().err
+    split = open_split("data", "test")
+    assert split.region_lengths.tolist() == [8, 1, 8]
+    assert split.boxes[:][1, 0].tolist() == [0, 0, 1, 1]
+    network = detectors.load(DETECTOR, "random", None, "cpu", 8).network
+    pixels = torch.from_numpy(np.array(pictures.open_rgb("pictures/1.png"))).permute(2, 0, 1) / 255
+    with torch.no_grad():
+        images, _ = network.transform([pixels])
+        height, width = images.image_sizes[0]
+        maps, box = network.backbone(images.tensors), torch.tensor([[0.0, 0.0, width, height]])
+        wanted = network.roi_heads.box_head(network.roi_heads.box_roi_pool(maps, [box], images.image_sizes))
+    assert split.features[:][1, 0] == pytest.approx(wanted[0].numpy(), abs=1e-3 * float(wanted.abs().max()))
 
 
 def test_a_picture_may_have_fewer_boxes_and_a_detector_its_own_classes(folder):

@@ -13,20 +13,25 @@ Make a split of SCAN's folder from a folder of pictures and a file of captions, 
 
   itm-fast features pictures/train data/mine --split train --captions captions.csv --backbone timm:resnet50.a1_in1k
   itm-fast features pictures/test data/mine --split test --captions captions.json --backbone torchvision:resnet50
-  itm-fast features val2014 data/coco --split testall --captions dataset_coco.json \\
+  itm-fast features coco data/coco --split train --captions dataset_coco.json \\
+    --backbone torchvision:fasterrcnn_resnet50_fpn    # coco holds the folders train2014 and val2014
+  itm-fast features coco data/coco --split testall --captions dataset_coco.json \\
     --backbone torchvision:fasterrcnn_resnet50_fpn
   itm-fast features arrays/test data/theirs --split test --captions captions.tsv --from-arrays
 
-The backbone's last feature map is pooled to a grid of regions, and each whole picture is resized to its square. With a
-detector of torchvision (its names have rcnn in them) the regions are the boxes that it is surest of, of pictures in
-their own shape. Take the same backbone and options for all splits. Pictures are turned upright by their EXIF tag, and
-laid on white where they are transparent; of an animation the first picture is taken.
+The backbone's last feature map is pooled to a grid of regions, and each whole picture is resized to its square. With
+one of torchvision's detectors whose name contains rcnn the regions are the boxes that it is surest of, of pictures in
+their own shape; a picture in which it proposes no box becomes one region, the whole picture. Take the same backbone and
+options for all splits. Pictures are turned upright by their EXIF tag, and laid on white where they are transparent; of
+an animation the first picture is taken.
 
 Captions: .csv or .tsv with the columns image and caption; .json with a list of {"image": NAME, "caption": TEXT} or
 {"image": NAME, "captions": [TEXT, ...]}, or {NAME: [TEXT, ...]}, or COCO's annotation file; Karpathy's
 dataset_coco.json and dataset_flickr30k.json, of which --split chooses the part (train: train and restval, dev: val,
-testall: test, else the part of this name); Flickr30K's results_20130124.token. A name may lack its folder and ending.
-Pictures without captions are left out. COCO's ids are kept, for CxC and ECCV metrics.
+testall: test, else the part of this name: test gives all 5,000 test images of COCO too, where SCAN's test has 1,000);
+Flickr30K's results_20130124.token. A name may lack its folder and ending. Pictures without captions are left out.
+COCO's ids are kept, for CxC and ECCV metrics. Images are written in the order of their file names, but with Karpathy's
+files in the order of that file, since `evaluate --folds 5` (COCO 1K) cuts the images by their order.
 
 With --from-arrays IMAGES holds one .npy or .npz file per image, [regions, features]; the number of regions may differ.
 An .npz file's array is called features or x, its boxes are called boxes ([regions, 4]: left, top, right and bottom as
@@ -41,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("images", metavar="IMAGES", help="folder of the pictures, or of the arrays")
     parser.add_argument("output", metavar="OUT", help="folder to write to; made if it does not exist")
-    parser.add_argument("--captions", required=True, metavar="FILE", help=".csv, .tsv, .json or .token")
+    parser.add_argument("--captions", required=True, metavar="FILE", help=".csv, .tsv, .json, .token or .token.txt")
     parser.add_argument("--split", default="test", metavar="NAME", help="train, dev, test, ... (default: test)")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--backbone", metavar="NAME", help="timm:NAME or torchvision:NAME; pip install '.[features]'")
@@ -61,7 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--leave-out-broken", action="store_true", help="leave out pictures that cannot be read (default: refuse them)"
     )
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: cuda if there is a GPU)")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images computed at once (default: 32)")
+    parser.add_argument(
+        "--batch-size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="images computed at once (default: 32); detectors: pictures opened at once, each is computed alone",
+    )
     parser.add_argument("--no-progress", action="store_true", help="no progress bars on standard error")
 
 
@@ -74,17 +85,17 @@ def run(args: argparse.Namespace) -> int:
     writing.require_new(output, args.split)  # before pictures are read
     workers = min(8, os.cpu_count() or 1)
     names = pictures.find(folder, arrays.KINDS if args.from_arrays else pictures.KINDS)
-    texts, empty = captions.read_captions(args.captions, args.split)
+    texts, empty, ordered = captions.read_captions(args.captions, args.split)
     found, lost = captions.match(texts, [arrays.label(name) for name in names])
     if len(lost) == len(texts):
         raise ValueError(
             f"no caption fits a file: {args.captions} names {lost[0]!r}, and {folder} holds {names[0]!r}, for example"
         )
     _tell(lost, "of {} named in the captions there is no file in the folder", "images")
-    _tell([n for n, own in zip(names, found, strict=True) if not own], "{} without captions left out", "files")
+    _tell([name for row, name in enumerate(names) if row not in found], "{} without captions left out", "files")
     if empty:
         print(f"itm-fast features: {empty:,} empty captions left out", file=sys.stderr)
-    kept = [(name, own) for name, own in zip(names, found, strict=True) if own]
+    kept = [(names[row], found[row]) for row in (found if ordered else sorted(found))]
     if args.from_arrays:
         images = writing.from_arrays(folder, [name for name, _ in kept], progress=progress)
     else:
@@ -112,10 +123,13 @@ def run(args: argparse.Namespace) -> int:
             images = writing.from_detector(folder, readable, network, origin=origin, workers=workers)
         else:
             images = writing.from_pictures(folder, readable, network, args.grid or 6, origin=origin, workers=workers)
-    writing.write(
-        output, args.split, folder, images, [own for _, own in kept], dtype="float16" if args.half else "float32",
-        batch_size=args.batch_size, progress=progress,
-    )  # fmt: skip
+    try:
+        writing.write(
+            output, args.split, folder, images, [own for _, own in kept], dtype="float16" if args.half else "float32",
+            batch_size=args.batch_size, progress=progress,
+        )  # fmt: skip
+    finally:  # also when interrupted: the next call does not see these pictures again
+        _tell(images.without_boxes, "the detector proposes no box in {}, kept as one whole-picture region", "pictures")
     count, (R, F) = sum(len(own) for _, own in kept), images.shape
     print(f"{output}: {args.split}, {len(kept):,} images of {R} regions x {F} features, {count:,} captions")
     return 0

@@ -40,7 +40,7 @@ class Caption(NamedTuple):
 
 def read_captions(
     path: str | os.PathLike[str], split: str | None = None
-) -> tuple[dict[str, list[Caption]], int]:
+) -> tuple[dict[str, list[Caption]], int, bool]:
     """The captions of each image of a file.
 
     White space within a caption, line breaks included, becomes one space: in SCAN's folder a caption is one line.
@@ -49,12 +49,13 @@ def read_captions(
         path: a `.csv` or `.tsv` file with the columns `image` and `caption`; or a `.json` file: a list of
             `{"image": NAME, "caption": TEXT}` or `{"image": NAME, "captions": [TEXT, ...]}`, an object
             `{NAME: [TEXT, ...]}`, COCO's annotation file, or a file of Karpathy's splits, such as `dataset_coco.json`;
-            or a `.token` file of Flickr30K, whose lines are `NAME#NUMBER`, a tab and a caption.
+            or a `.token` or `.token.txt` file of Flickr30K, whose lines are `NAME#NUMBER`, a tab and a caption.
         split: of Karpathy's splits, which part is read: `train` is train and restval, `dev` is val, `testall` is test;
             None: all parts.
 
     Returns:
-        Captions by the names of images, both in the order of the file; and the number of empty captions left out.
+        Captions by the names of images, both in the order of the file; the number of empty captions left out; and
+        whether the file is one of Karpathy's splits, whose order of images is part of the data set.
 
     Raises:
         OSError: the file cannot be opened.
@@ -69,15 +70,17 @@ def read_captions(
     """
     path = Path(path)
     kind = path.suffix.lower()
+    ordered = False
     if path.name.lower().endswith(_TOKEN):
         rows = _token(path)
     elif kind == ".json":
-        rows = _json(path, split)
+        rows, ordered = _json(path, split)
     elif kind in (".csv", ".tsv"):
         rows = _table(path, "\t" if kind == ".tsv" else ",")
     else:
         raise ValueError(
-            f"{path}: captions are read from a .csv, .tsv, .json or .token file, and this name ends in {kind!r}"
+            f"{path}: captions are read from a .csv, .tsv, .json, .token or .token.txt file, and this name ends in "
+            f"{kind!r}"
         )
     found: dict[str, list[Caption]] = {}
     empty = 0
@@ -90,12 +93,12 @@ def read_captions(
             empty += 1
     if not found:
         raise ValueError(f"{path} holds no captions")
-    return found, empty
+    return found, empty, ordered
 
 
 def match(
     captions: Mapping[str, Sequence[Caption]], names: Sequence[str]
-) -> tuple[list[list[Caption]], list[str]]:
+) -> tuple[dict[int, list[Caption]], list[str]]:
     """Give each picture its captions.
 
     A name in the file of captions may have or lack the picture's folder, and its ending; it may also have an ending
@@ -106,20 +109,21 @@ def match(
         names: of the pictures, with their folders and endings.
 
     Returns:
-        For each picture its captions, perhaps none; and the names of `captions` that are no picture's.
+        The captions of pictures that have any, by the picture's place in `names`, in the order of `captions`; and the
+        names of `captions` that are no picture's.
 
     Raises:
         ValueError: a name fits several pictures.
 
     >>> match({"kite": [Caption("a red kite")], "ball.png": [Caption("a ball")]}, ["toys/kite.jpg", "dog.jpg"])
-    ([[Caption(text='a red kite', id=None, image_id=None)], []], ['ball.png'])
+    ({0: [Caption(text='a red kite', id=None, image_id=None)]}, ['ball.png'])
     """
     known: list[dict[str, list[int]]] = [{}, {}, {}, {}]
     for row, name in enumerate(names):
         pure = PurePosixPath(name)
         for forms, form in zip(known, (name, pure.name, str(pure.with_suffix("")), pure.stem), strict=True):
             forms.setdefault(form, []).append(row)
-    found: list[list[Caption]] = [[] for _ in names]
+    found: dict[int, list[Caption]] = {}
     lost = []
     for name, own in captions.items():
         short = name.replace("\\", "/").removeprefix("./")
@@ -132,7 +136,7 @@ def match(
                 f"the captions name an image {name!r}, which is {first} or {second}; write its folder and ending"
             )
         if rows:
-            found[rows[0]] += own
+            found.setdefault(rows[0], []).extend(own)
         else:
             lost.append(name)
     return found, lost
@@ -179,14 +183,19 @@ def _table(path: Path, delimiter: str) -> _Rows:
         yield where, _name(row["image"].strip(), path, where), Caption(row["caption"])
 
 
-def _json(path: Path, split: str | None) -> _Rows:
+def _json(path: Path, split: str | None) -> tuple[_Rows, bool]:
+    """The captions, and whether the file is one of Karpathy's splits."""
     with damaged(f"{path} is not JSON"):
         content = json.loads("".join(text_lines(path)))
     if isinstance(content, dict) and {"images", "annotations"} <= set(content):
-        yield from _coco(path, content)
-    elif isinstance(content, dict) and isinstance(content.get("images"), list) and "dataset" in content:
-        yield from _karpathy(path, content["images"], split)
-    elif isinstance(content, dict):
+        return _coco(path, content), False
+    if isinstance(content, dict) and isinstance(content.get("images"), list) and "dataset" in content:
+        return _karpathy(path, content["images"], split), True
+    return _plain(path, content), False
+
+
+def _plain(path: Path, content: Any) -> _Rows:
+    if isinstance(content, dict):
         for name, texts in content.items():
             for text in _texts(texts):
                 yield f"image {name!r}", name, Caption(text)
@@ -219,9 +228,12 @@ def _coco(path: Path, content: dict[str, Any]) -> _Rows:
 
 
 def _karpathy(path: Path, images: list[Any], split: str | None) -> _Rows:
-    with damaged(f"{path} is no file of Karpathy's splits"):
-        entries = [(entry["filename"], entry["split"], entry.get("cocoid"), entry["sentences"]) for entry in images]
-    parts = {str(part) for _, part, _, _ in entries}
+    for number, entry in enumerate(images):
+        for key in ("filename", "split", "sentences"):
+            if not isinstance(entry, dict) or key not in entry:
+                raise ValueError(f"{path}: images[{number}] has no `{key}`, and those of Karpathy's splits have one")
+    entries = [(entry["filename"], str(entry["split"]), entry.get("cocoid"), entry["sentences"]) for entry in images]
+    parts = {part for _, part, _, _ in entries}
     wanted = parts if split is None else parts & set(_PARTS.get(split, (split,)))
     if not wanted:
         raise ValueError(

@@ -45,6 +45,7 @@ class Detector:
         transform = self.network.transform
         return [*transform.min_size, transform.max_size]
 
+    @torch.no_grad()
     def regions(self, picture: Image.Image) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The regions of one picture, RGB, the surest first.
 
@@ -58,20 +59,39 @@ class Detector:
         """
         from torchvision.ops import batched_nms
 
-        network, heads = self.network, self.network.roi_heads
-        pixels = torch.from_numpy(np.array(picture, np.uint8)).to(self.device).permute(2, 0, 1).float() / 255
-        with torch.no_grad():
-            images, _ = network.transform([pixels])
-            maps = network.backbone(images.tensors)
-            maps = {"0": maps} if isinstance(maps, torch.Tensor) else maps
-            proposals, _ = network.rpn(images, maps)
-            features = heads.box_head(heads.box_roi_pool(maps, proposals, images.image_sizes))
-            scores, classes = heads.box_predictor(features)[0].softmax(1)[:, 1:].max(1)
-            kept = batched_nms(proposals[0], scores, classes, OVERLAP)[: self.count]
-            height, width = images.image_sizes[0]
-            boxes = (proposals[0][kept] / pixels.new_tensor([width, height, width, height])).clamp(0, 1)
-            wide = (boxes[:, 2:] > boxes[:, :2]).all(1)  # boxes without area stand for regions that are not there
+        images, maps = self._maps(picture)
+        proposals, _ = self.network.rpn(images, maps)
+        features = self._features(images, maps, proposals[0])
+        scores, classes = self.network.roi_heads.box_predictor(features)[0].softmax(1)[:, 1:].max(1)
+        kept = batched_nms(proposals[0], scores, classes, OVERLAP)[: self.count]
+        height, width = images.image_sizes[0]
+        boxes = (proposals[0][kept] / scores.new_tensor([width, height, width, height])).clamp(0, 1)
+        wide = (boxes[:, 2:] > boxes[:, :2]).all(1)  # boxes without area stand for regions that are not there
         return features[kept][wide].cpu().numpy(), boxes[wide].cpu().numpy()
+
+    @torch.no_grad()
+    def whole(self, picture: Image.Image) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """The whole picture as one region, for a picture in which the network proposes no box.
+
+        Returns:
+            [1, F], and [1, 4] as `regions`.
+        """
+        images, maps = self._maps(picture)
+        height, width = images.image_sizes[0]
+        box = images.tensors.new_tensor([[0, 0, width, height]])
+        return self._features(images, maps, box).cpu().numpy(), np.array([[0, 0, 1, 1]], np.float32)
+
+    def _maps(self, picture: Image.Image) -> tuple[Any, dict[str, torch.Tensor]]:
+        """The resized picture, torchvision's `ImageList` of one, and its feature maps."""
+        pixels = torch.from_numpy(np.array(picture, np.uint8)).to(self.device).permute(2, 0, 1).float() / 255
+        images, _ = self.network.transform([pixels])
+        maps = self.network.backbone(images.tensors)
+        return images, {"0": maps} if isinstance(maps, torch.Tensor) else maps
+
+    def _features(self, images: Any, maps: dict[str, torch.Tensor], boxes: torch.Tensor) -> torch.Tensor:
+        """The box head's vectors [n, F] of boxes [n, 4] in pixels of the resized picture."""
+        heads = self.network.roi_heads
+        return heads.box_head(heads.box_roi_pool(maps, [boxes], images.image_sizes))
 
 
 def is_detector(name: str) -> bool:

@@ -39,6 +39,7 @@ class Images:
         origin: what the features are computed from, as plain values; when it differs, a begun split is refused.
         boxes: [I, R, 4] or, if all images have the same, [1, R, 4]; None if unknown, or known to `produce` alone.
         lengths: [I] regions of each image; None if all have R, or if it follows from the boxes of `produce`.
+        without_boxes: names of the images in which `produce` has found no box so far; the whole image is their region.
     """
 
     names: Sequence[str]
@@ -47,6 +48,7 @@ class Images:
     origin: Mapping[str, Any] = field(default_factory=dict)
     boxes: NDArray[np.float32] | None = None
     lengths: NDArray[np.int32] | None = None
+    without_boxes: list[str] = field(default_factory=list)
 
 
 def from_pictures(
@@ -75,8 +77,12 @@ def from_pictures(
 def from_detector(
     folder: Path, names: Sequence[str], detector: Detector, *, origin: Mapping[str, Any], workers: int
 ) -> Images:
-    """The features of the boxes that a detector is surest of; an image may have fewer than `detector.count`."""
+    """The features of the boxes that a detector is surest of; an image may have fewer than `detector.count`.
+
+    An image in which it proposes no box has one region, the whole image.
+    """
     shape = (detector.count, detector.feature_size)
+    without_boxes: list[str] = []
 
     def produce(start: int, stop: int) -> tuple[NDArray[np.floating], NDArray[np.float32]]:
         features = np.zeros((stop - start, *shape), np.float32)
@@ -85,11 +91,13 @@ def from_detector(
         for row, picture in enumerate(opened):
             found, where = detector.regions(picture)
             if not len(found):
-                raise ValueError(f"the detector proposes no box in {folder / names[start + row]}; remove this picture")
+                found, where = detector.whole(picture)
+                without_boxes.append(names[start + row])
             features[row, : len(found)], boxes[row, : len(found)] = found, where
         return features, boxes
 
-    return Images(names, shape, produce, {**origin, "regions": detector.count, "sides": detector.sides})
+    settings = {"regions": detector.count, "sides": detector.sides}
+    return Images(names, shape, produce, {**origin, **settings}, without_boxes=without_boxes)
 
 
 def from_arrays(folder: Path, names: Sequence[str], *, progress: bool) -> Images:
@@ -179,8 +187,11 @@ def write(
                 good = np.isfinite(found.astype(dtype)).reshape(stop - start, -1).all(axis=1)
             if not good.all():
                 name = folder / images.names[start + int(np.argmin(good))]
-                remedy = "; leave out --half" if dtype == "float16" else ", in float32; check it and the weights"
-                raise ValueError(f"the features of {name} have a value that is not finite{remedy}")
+                remedy = "leave out --half" if dtype == "float16" else "correct or remove it, or correct the weights"
+                raise ValueError(
+                    f"the features of {name} have a value that is not finite in {dtype}; {remedy}, and delete "
+                    f"{unfinished}, since the features of all images must then be computed anew"
+                )
             return found, np.empty(0)  # a checksum of the pictures is not needed: their sizes and dates are known
 
         write_rows(
@@ -266,8 +277,15 @@ def _require_same(unfinished: Path, rows: Path, identity: Mapping[str, Any]) -> 
         return
     begun = read_json(journal(rows)).get("identity") or {}
     differ = sorted(name for name in {*identity, *begun} if identity.get(name) != begun.get(name))
-    if differ:
-        raise ValueError(
-            f"{unfinished} holds features that an interrupted command made with another {', '.join(differ)}; give that "
-            "command again, or delete this folder to begin anew"
-        )
+    if not differ:
+        return
+    causes = [f"another {name}" for name in differ if name != "images"]
+    old, new = begun.get("images") or [0, None], identity["images"]  # their number first, a checksum last
+    if old[0] != new[0]:
+        causes.append(f"{old[0]:,} images, now {new[0]:,}")
+    elif old[-1] != new[-1] or not causes:
+        causes.append("other images, or before one of them changed, or in another order")
+    raise ValueError(
+        f"{unfinished} holds features that an interrupted command made with {', and with '.join(causes)}; give that "
+        "command again for the same images, or delete this folder to begin anew"
+    )
