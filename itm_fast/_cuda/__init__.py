@@ -64,13 +64,9 @@ def variant(op: str, device: torch.device, dtype: torch.dtype) -> int:
     if torch.cuda.get_device_capability(device) != SPECIFIC:
         return GENERAL
     found = _variants.setdefault((op, device.index, dtype), CLUSTERS)
-    if found == CLUSTERS and device.index not in _without_clusters and cluster_fault(device):
-        _without_clusters.add(device.index)
-        warnings.warn(
-            f"thread blocks on {device} waited in vain for each other, and scores that {op} or another op has returned "
-            "since the last call may be NaN: compute them again. From now on kernels run without clusters there",
-            stacklevel=2,
-        )
+    if found == CLUSTERS:
+        what = f"scores that {op} or another op has returned since the last call may be NaN: compute them again"
+        warn_of_fault(device, what)
     return min(found, GROUPS) if device.index in _without_clusters else found
 
 
@@ -104,7 +100,29 @@ def fault_address(device: torch.device) -> int:
 
 def cluster_fault(device: torch.device) -> bool:
     """Whether a block of a cluster on a device has given up waiting, as far as kernels have come."""
-    return device.index in _gave_up and bool(_gave_up[device.index].item())
+    index = _index(device)
+    return index in _gave_up and bool(_gave_up[index].item())
+
+
+def warn_of_fault(device: torch.device, what: str) -> None:
+    """If a block of a cluster on a device has given up waiting, say so once and use no clusters there any more.
+
+    Args:
+        device: any; on others than CUDA devices nothing happens.
+        what: what follows from it.
+    """
+    if cluster_fault(device) and _index(device) not in _without_clusters:
+        _without_clusters.add(_index(device))
+        warnings.warn(
+            f"thread blocks on {device} waited in vain for each other, and {what}. From now on kernels run without "
+            "clusters there",
+            stacklevel=3,
+        )
+
+
+def _index(device: torch.device) -> int | None:
+    """The number of a device, also of "cuda" without one; where no kernel has run CUDA is not asked."""
+    return torch.cuda.current_device() if device == torch.device("cuda") and _gave_up else device.index
 
 
 def _architecture(capability: tuple[int, int]) -> int:

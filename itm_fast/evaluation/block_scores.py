@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from .. import _cuda
 from .._backends import recorded
 from .counting import require_finite
 from .encoding import Encoded, word_rows
@@ -100,6 +101,7 @@ def score_blocks(
         before = number, rows, columns, scores
     if before is not None:
         yield *before[:3], [score.checked() for score in before[3]]
+    _cuda.warn_of_fault(plan.device, "they may do so again; the scores here have been checked, and none is NaN")
 
 
 def _timed(scorer: BlockScorer, rows: slice, columns: slice, several: bool, stay: bool) -> PendingScores:
@@ -147,7 +149,7 @@ class PendingScores:
         return block
 
     def _require_finite(self, block: NDArray[np.float32]) -> None:
-        _require_finite(block, self.first_image, self.captions, self.source.encoded, self.source.scorer)
+        _require_finite(block, self.first_image, self.captions, self.source)
 
 
 def _image_states(scorer: Any, encoded: Encoded, device: torch.device, home: torch.device) -> tuple[Tensor, ...]:
@@ -198,9 +200,8 @@ def _in_chunks(
     return tuple(place.fill(-(-count // CHUNK), produce, rows, home))
 
 
-def _require_finite(
-    block: NDArray[np.float32], first: int, captions: NDArray[np.int64], encoded: Encoded, scorer: Any
-) -> None:
+def _require_finite(block: NDArray[np.float32], first: int, captions: NDArray[np.int64], source: BlockScorer) -> None:
+    encoded, scorer = source.encoded, source.scorer
     try:
         require_finite(block, first, captions)
     except ValueError as error:
@@ -213,5 +214,10 @@ def _require_finite(
             "that caption's embedding": [encoded.words[rows]],
         }
         bad = [name for name, tensors in culprits.items() if not all(t.isfinite().all() for t in tensors)]
+        if not bad and np.isnan(block[row, column]) and _cuda.cluster_fault(source.plan.device):
+            raise ValueError(
+                f"the score of image {first + int(row)} and caption {caption} is NaN, as the GPU's blocks gave up "
+                "waiting for each other; run the command again"
+            ) from None
         found = " and ".join(bad) or "no input"
         raise ValueError(f"{error}. Not finite: {found}") from None
