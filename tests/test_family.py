@@ -130,6 +130,9 @@ def test_a_scorer_is_asked_for_by_name_and_options():
         ({"name": "cmcan", "smooth": 4.0}, "smooth must be 9, as in the published code, got 4.0"),
         ({"name": "cmcan", "mode": "test"}, "mode must be eval or train, got 'test'"),
         ({"name": "rcar", "step": 0}, "rcar_step must be at least 1, got 0"),
+        ({"name": "maxsim", "dim": "a"}, "^dim must be a whole number, got 'a'"),
+        ({"name": "sgr", "regions": 0}, "^regions must be at least 1, got 0"),
+        ({"name": "rcar", "attn_type": "x2y"}, "scorer: attn_type must be one of t2i, i2t, got 'x2y'"),
         ({"name": "scan", "direction": "both"}, "direction must be one of t2i, i2t, got 'both'"),
     ):
         with pytest.raises(ValueError, match=sentence):

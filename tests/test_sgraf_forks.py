@@ -1,11 +1,13 @@
 """What repositories that copy SGRAF's scorer change in it: logits for the loss, scores of matching pairs alone."""
 
+import numpy as np
 import pytest
 import torch
 from model_cases import MODELS, PUBLISHED
 from sgraf_cases import HEADS, LENGTHS, D, R, S, dropout, features
 
 import itm_fast
+from itm_fast.evaluation import Encoded, score_all
 from itm_fast.models import forks
 
 
@@ -38,6 +40,20 @@ def test_z_is_what_the_last_layer_takes(head, training):
     torch.testing.assert_close(model.sim_eval_w(z)[..., 0].sigmoid(), score, rtol=0, atol=1e-12)
     assert repr(model) != said
     assert model(image, caption[:0], []).shape == (len(image), 0, S)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_outputs_that_cannot_be_are_refused_by_name(head):
+    image, caption = features()
+    scorer = MODELS[head].scorer().eval()
+    words, cu_seqlens = itm_fast.pack(caption, LENGTHS)
+    encoded = Encoded(image, None, words, cu_seqlens, np.zeros(len(LENGTHS), np.int64))
+    scorer.output = "z"
+    with pytest.raises(ValueError, match=r"scorer\.output is 'z', vectors and not scores; set it to 'score'"):
+        score_all(scorer, encoded, progress=False)
+    scorer.output = "logits"
+    with pytest.raises(ValueError, match="EncoderSimilarity: output must be one of score, logit, z, got 'logits'"):
+        scorer(image, caption, LENGTHS)
 
 
 @pytest.mark.parametrize("kind", [*PUBLISHED, "SCAN"])

@@ -171,13 +171,15 @@ def plan(
         `MemoryPlan`.
 
     Raises:
-        ValueError: the budget is too small; the message names the smallest that is enough.
+        ValueError: the budget is too small; the message names the smallest that is enough. Or the scorer gives vectors.
 
     >>> from itm_fast.nn import CrossAttentionScore
     >>> found = plan(CrossAttentionScore(), images=1000, regions=36, dim=1024, lengths=np.full(5000, 13), memory_gb=8)
     >>> found.blocks, found.held["encoded images"]
     (40, 147456000)
     """
+    if getattr(scorer, "output", None) == "z":  # as `itm_fast.models.sgraf.EncoderSimilarity` has it
+        raise ValueError("scorer.output is 'z', vectors and not scores; set it to 'score' to evaluate")
     device = device or device_of(scorer)
     cpu = device.type == "cpu"
     captions, words, item = len(lengths), int(np.sum(lengths)), torch.finfo(dtype).bits // 8

@@ -73,12 +73,13 @@ def scorer(
         raise ValueError(f"scorer: name must be one of {', '.join((*CATALOGUE, *ALONE))}, got {name!r}")
     if name in ALONE:
         return _alone(name, direction, options)
-    row = CATALOGUE[name]
-    if row.directions:
-        direction = direction or options.pop(row.direction, row.directions[0])
+    row, asked = CATALOGUE[name], "direction"
+    if row.directions and direction is None:
+        asked = row.direction if row.direction in options else asked
+        direction = options.pop(row.direction, row.directions[0])
     if direction is not None and direction not in row.directions:
         known = f"must be one of {', '.join(row.directions)}" if row.directions else f"is not an option of {name}"
-        raise ValueError(f"scorer: direction {known}, got {direction!r}")
+        raise ValueError(f"scorer: {asked} {known}, got {direction!r}")
     chosen = row.published("f30k", direction)
     own = {option for option in row.model().options if option in row.options}
     mode = None if "mode" in own else options.pop("mode", None)
@@ -91,7 +92,8 @@ def scorer(
     chosen |= {"embed_size": dim, "num_region": regions, **options}
     if "sim_dim" in own:
         chosen["sim_dim"] = sim_dim
-    check(chosen)
+    spelled = {"embed_size": "dim", "num_region": "regions"}
+    check(chosen, lambda option: spelled.get(option, option))
     return row.model().similarity(argparse.Namespace(**chosen)).train(mode != "eval")
 
 

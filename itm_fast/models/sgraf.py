@@ -37,6 +37,7 @@ from .scan import EncoderImagePrecomp as EncoderImage
 from .scan import cosine_similarity, func_attention
 
 NAME = "EncoderSimilarity"
+OUTPUTS = ("score", "logit", "z")
 SMOOTH = 9.0  # hard-coded in the published code
 OPTIONS = (
     "grad_clip", "img_dim", "embed_size", "no_imgnorm", "vocab_size", "word_dim", "num_layers", "bi_gru",
@@ -156,7 +157,7 @@ class EncoderSimilarity(GlobalVectors):
             the object, or in a subclass.
 
     Raises:
-        ValueError: `module_name` is neither.
+        ValueError: `module_name` is neither, or `output`, when pairs are scored, none of the three.
 
     >>> scorer = EncoderSimilarity(8, 4, "SAF").eval()
     >>> scorer(torch.randn(2, 36, 8), torch.randn(3, 5, 8), [5, 2, 4]).shape
@@ -203,6 +204,8 @@ class EncoderSimilarity(GlobalVectors):
 
         In training all images of the batch must come in one call: SAF's statistics are over all of them.
         """
+        if self.output not in OUTPUTS:
+            raise ValueError(f"{NAME}: output must be one of {', '.join(OUTPUTS)}, got {self.output!r}")
         states = image_state, words, cu_seqlens, caption_state, region_lengths
         if self.output != "z" and self.module_name == "SGR" and len(self.SGR_module):
             return self._score_pairs(similarity_graph_score, self.SGR_module.stacked(), *states)
