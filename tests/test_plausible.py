@@ -85,12 +85,16 @@ def test_the_metrics_command_reports_it(case, capsys):
 
 def test_labels_that_do_not_fit_are_refused(case):
     images, captions, _, folder = case
-    with pytest.raises(ValueError, match=r"\d+ of its ids, such as 100, are not in this data"):
+    with pytest.raises(ValueError, match=r"1 of its image ids, 100, is not in this data; .* \(--split testall\)"):
         plausible_of(folder, images[1:], captions)
+    with pytest.raises(ValueError, match=r"30 of its caption ids, such as 500, are not in this data$"):
+        plausible_of(folder, images, captions + 30)
+    with pytest.raises(ValueError, match=r"this data has no caption ids: .* SPLIT_ids.txt and SPLIT_capids.txt"):
+        plausible_of(folder, images, None)
     (folder / FILES["t2i"]).write_text("[1, 2]")
     with pytest.raises(ValueError, match="must hold an object"):
         load_plausible(folder)
-    with pytest.raises(OSError, match="No such file"):
+    with pytest.raises(FileNotFoundError, match=r"No such file .* must hold pm_\S+ and pm_\S+, which the eccv-caption"):
         load_plausible(folder / "none")
 
 

@@ -51,7 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pmrp",
         metavar="DIR",
-        help="also report PMRP: the folder of pm_image_to_caption.json and pm_caption_to_image.json of eccv-caption",
+        help="also report PMRP: the folder of pm_image_to_caption.json and pm_caption_to_image.json, which the "
+        "eccv-caption project (github.com/naver-ai/eccv-caption) offers for download",
     )
     parser.add_argument("--output", metavar="DIR", help="write report.html, results.* and ranks.npz here")
 

@@ -26,7 +26,7 @@ def load_plausible(folder: str | os.PathLike[str]) -> Plausible:
     """Read the plausible matches: the ids of the right items of each query's id, by direction.
 
     Raises:
-        OSError: a file cannot be read.
+        OSError: a file cannot be read; if it is not there, the message says where it comes from.
         ValueError: a file is not as stated.
     """
     found = {}
@@ -35,6 +35,11 @@ def load_plausible(folder: str | os.PathLike[str]) -> Plausible:
         try:
             content = json.loads(path.read_bytes())
             found[side] = {int(query): [int(item) for item in items] for query, items in content.items()}
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                f"{path}: {error.strerror}; --pmrp DIR must hold {' and '.join(FILES.values())}, which the "
+                "eccv-caption project (github.com/naver-ai/eccv-caption) offers for download"
+            ) from error
         except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} must hold an object: query id -> list of item ids ({error})") from error
     return found
@@ -50,18 +55,31 @@ def plausible_of(
         ValueError: a file is not as stated, the data have no COCO ids, or an id of the labels is not in the data.
     """
     if image_ids is None or caption_ids is None:
-        raise ValueError("PMRP needs COCO image and caption ids, and this data has not both")
+        both = image_ids is None and caption_ids is None
+        lacks = "neither" if both else f"no {'image' if image_ids is None else 'caption'} ids"
+        raise ValueError(
+            f"PMRP needs COCO image and caption ids, and this data has {lacks}: they are in SPLIT_ids.txt and "
+            "SPLIT_capids.txt beside a split's features, and for a score matrix in --image-ids and --caption-ids"
+        )
     labels = load_plausible(folder)
-    for side, queries, items in (("i2t", image_ids, caption_ids), ("t2i", caption_ids, image_ids)):
-        known, places = set(np.asarray(queries).tolist()), set(np.asarray(items).tolist())
-        absent = [query for query in labels[side] if query not in known]
-        absent += [item for own in labels[side].values() for item in own if item not in places]
-        if absent:
+    ids = {"image": set(np.asarray(image_ids).tolist()), "caption": set(np.asarray(caption_ids).tolist())}
+    labelled = {kind: _ids_of(labels, kind) for kind in ids}
+    part = all(ids[kind] <= labelled[kind] for kind in ids)
+    for kind, known in ids.items():
+        if absent := sorted(labelled[kind] - known):
+            one = len(absent) == 1
+            which = f"{absent[0]}, is" if one else f"such as {absent[0]}, are"
+            hint = "; it is a part of that set, all of which is the split testall (--split testall)" if part else ""
             raise ValueError(
-                f"PMRP is of COCO's 5K test set, and {len(absent):,} of its ids, such as {absent[0]}, are not in this "
-                "data"
+                f"PMRP is of COCO's 5K test set, and {len(absent):,} of its {kind} ids, {which} not in this data{hint}"
             )
     return labels
+
+
+def _ids_of(labels: Plausible, kind: str) -> set[int]:
+    """All image, or all caption, ids of the labels."""
+    own, other = ("i2t", "t2i") if kind == "image" else ("t2i", "i2t")
+    return {*labels[own], *(item for items in labels[other].values() for item in items)}
 
 
 def relevance_with_plausible(
