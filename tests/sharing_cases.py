@@ -88,6 +88,12 @@ def full_disk(folder: Path) -> str:
         return caught(lambda: encoded(folder, ranks))
 
 
+def too_small_disk(folder: Path) -> str:
+    """What each process says when that is known before anything is encoded."""
+    with joined(CPU) as ranks, mock.patch.object(mapped.shutil, "disk_usage", return_value=mock.Mock(free=0)):
+        return caught(lambda: place_of(1, folder, ranks.node or Ranks()))
+
+
 def killed(folder: Path, rank: int) -> None:
     """An evaluation whose processes are all killed, each after it has counted some more blocks."""
     with after_blocks(1 + rank % 2, lambda: os.kill(os.getpid(), signal.SIGKILL), pause=0.05):
@@ -105,6 +111,7 @@ def work(rank: int, folder: Path) -> None:
         with mock.patch.object(_ranks, "_machine_name", return_value=f"machine {rank % 2}"):
             found["two machines"] = share(places[1 + rank % 2])
         found |= {"threads": torch.get_num_threads(), "full": full_disk(places[0])}
+        found["too small"] = too_small_disk(places[0])
         torch.set_num_threads(1)
         found["evaluations"], found["report"] = evaluations(ranks), evaluated()
         torch.save(found, folder / f"found{rank}")

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import tempfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -245,6 +247,14 @@ def test_dry_run_prints_the_plan_and_scores_nothing(made, capsys, monkeypatch):
     assert text.startswith("SAF: 10 images x 50 captions")
     assert "encoded images" in text
     assert "8.000 GB" in text
+    assert f"under torchrun: 0.000 GB of disk in {tempfile.gettempdir()}, " in text
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=1))
+    assert main([*words, "--state", "there/run"]) == 0
+    enough = "0.000 GB of disk in there/run, 0.000 GB free; NOT ENOUGH: name another folder by --state"
+    assert enough in capsys.readouterr().out
+    assert not Path("there").exists()
+    assert main([*words, "--scores", "s.npy"]) == 2
+    assert "torchrun" not in capsys.readouterr().out
 
 
 def test_full_size_plan_without_data(capsys):
@@ -252,6 +262,7 @@ def test_full_size_plan_without_data(capsys):
     text = capsys.readouterr().out
     for name in CATALOGUE:
         assert f"coco-eval-5k, {name}: 5,000 images x 25,000 captions (331,916 words) = 125,000,000 pairs" in text
+    assert text.count("under torchrun: ") == len(CATALOGUE)
     assert text.count("0.737 GB") == text.count("1.360 GB") == len(CATALOGUE)
     assert text.count("time: about ") == text.count(" to score (") == len(CATALOGUE)
     assert "score matri" not in text

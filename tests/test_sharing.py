@@ -72,9 +72,11 @@ def test_threads_are_shared_out_and_given_back(four):
 @pytest.mark.slow
 def test_a_full_disk_is_refused_by_the_one_that_finds_it(four):
     folder, found = four
-    assert found[0]["full"].startswith("OSError: [Errno 28] No space left on device; ")
-    assert f"are needed for embeddings that {PROCESSES} processes share: make room, or name" in found[0]["full"]
-    assert all(one["full"].startswith("ChildProcessError: ") for one in found[1:])
+    for when in ("full", "too small"):
+        assert found[0][when].startswith("OSError: [Errno 28] No space left on device; ")
+        assert f"are needed for embeddings that {PROCESSES} processes share: make room, or name" in found[0][when]
+        assert "--state" not in found[0][when]
+        assert all(one[when].startswith("ChildProcessError: ") for one in found[1:])
     assert not [*(folder / "one").iterdir(), *(folder / "first").iterdir(), *(folder / "second").iterdir()]
 
 

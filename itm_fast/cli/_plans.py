@@ -18,7 +18,8 @@ def plan_evaluation(args: Namespace, names: list[str], models: list[Any], split:
     """Print the plan for these models and data, with the time that a small block takes here."""
     from ..data import caption_batches
     from ..evaluation import memory_plan
-    from ..evaluation.calibration import calibrate_on, disk_line, time_line
+    from ..evaluation.calibration import calibrate_on, disk_line, time_line, torchrun_line
+    from ..evaluation.memory import GB
     from ..evaluation.planning import memory_plans
     from ..evaluation.unknown_words import unknown_words, unknown_words_line
 
@@ -32,6 +33,10 @@ def plan_evaluation(args: Namespace, names: list[str], models: list[Any], split:
         print(time_line(calibrate_on(model, split, vocab, captions, args.batch_size), found.pairs))
     if room := disk_line(plans[0], args.state):
         print(room)
+    if not args.scores and not args.part:  # which torchrun refuses
+        # On the CPU everything is in the file, whatever the budget, which is another one for each process.
+        budget = GB if plans[0].device.type == "cpu" else args.memory_gb
+        print(torchrun_line(memory_plans(models, split, captions, budget, shared=True)[0], args.state))
     if args.scores:
         print(_room(args.scores, len(models), len(split.features), len(split.captions)))
     if words := unknown_words_line(unknown_words(captions, vocab)):
@@ -41,7 +46,8 @@ def plan_evaluation(args: Namespace, names: list[str], models: list[Any], split:
 def plan_workload(args: Namespace) -> int:
     """Print the plan of each model for the sizes of a published test set."""
     from ..evaluation import WORKLOADS
-    from ..evaluation.calibration import calibrate, disk_line, time_line
+    from ..evaluation.calibration import calibrate, disk_line, time_line, torchrun_line
+    from ..evaluation.memory import GB
     from ..models import build
     from ..models._building import rebuild
     from ..models._catalogue import CATALOGUE
@@ -56,7 +62,7 @@ def plan_workload(args: Namespace) -> int:
     else:
         models = [build(_published(name, size, device)) for name in CATALOGUE]
         names, dims = list(CATALOGUE), [size.dim] * len(models)
-    alone = [_workload_plan(size, model, dim, 1e9, device) for model, dim in zip(models, dims, strict=True)]
+    alone = [_workload_plan(size, model, dim, GB, device) for model, dim in zip(models, dims, strict=True)]
     together = sum(found.split_bytes for found in alone) if loaded and not args.scores else 0
     for name, model, dim, mine in zip(names, models, dims, alone, strict=True):
         others = max(together - mine.split_bytes, 0)
@@ -64,6 +70,9 @@ def plan_workload(args: Namespace) -> int:
         print(f"{args.workload}, {name}: {found}")
         if room := disk_line(found):
             print(room)
+        if not args.scores:
+            budget = GB if device.type == "cpu" else args.memory_gb
+            print(torchrun_line(_workload_plan(size, model, dim, budget, device, others, True)))
         print(time_line(calibrate(model.scorer, size.regions, dim, size.lengths, device), found.pairs))
     if args.scores:
         print(_room(args.scores, len(loaded) or 1, size.images, len(size.lengths)))
@@ -71,7 +80,13 @@ def plan_workload(args: Namespace) -> int:
 
 
 def _workload_plan(
-    size: Workload, model: Any, dim: int, memory_gb: float | None, device: torch.device, others: int = 0
+    size: Workload,
+    model: Any,
+    dim: int,
+    memory_gb: float | None,
+    device: torch.device,
+    others: int = 0,
+    mapped: bool | None = None,
 ) -> MemoryPlan:
     from ..evaluation import plan
 
@@ -84,7 +99,7 @@ def _workload_plan(
         memory_gb=memory_gb,
         matrices=0,
         others=others,
-        mapped=None,
+        mapped=mapped,
         device=device,
     )
 

@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -88,10 +89,28 @@ def disk_line(plan: MemoryPlan, folder: str | os.PathLike[str] | None = None) ->
     """What the temporary files of a plan need, and what is free; "" if there are none."""
     if not plan.on_disk:
         return ""
-    place = folder if folder is not None and os.path.isdir(folder) else tempfile.gettempdir()
-    free = shutil.disk_usage(place).free
-    short = "" if free > plan.on_disk else "; NOT ENOUGH: name another folder by the environment variable TMPDIR"
+    place, free, short = _room(plan.on_disk, folder)
     return f"disk: {plan.on_disk / GB:.3f} GB of temporary files, {free / GB:.3f} GB are free in {place}{short}"
+
+
+def torchrun_line(plan: MemoryPlan, folder: str | os.PathLike[str] | None = None) -> str:
+    """What the file that the processes of torchrun on a machine share needs, and what is free.
+
+    Args:
+        plan: of an evaluation whose encoded splits are in files.
+        folder: of --state.
+    """
+    place, free, short = _room(plan.on_disk, folder)
+    return f"under torchrun: {plan.on_disk / GB:.3f} GB of disk in {place}, {free / GB:.3f} GB free{short}"
+
+
+def _room(size: int, folder: str | os.PathLike[str] | None) -> tuple[Path, int, str]:
+    """Where files of this size would lie, the bytes free there, and a warning if they do not suffice."""
+    place = Path(folder or tempfile.gettempdir())
+    there = next(one for one in (place.absolute(), *place.absolute().parents) if one.is_dir())
+    free = shutil.disk_usage(there).free
+    how = "--state" if folder else "the environment variable TMPDIR"
+    return place, free, "" if free > size else f"; NOT ENOUGH: name another folder by {how}"
 
 
 def _typical(lengths: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -70,7 +70,8 @@ def count_blocks(
         progress = progress and ranks.first
         node = ranks.node or _ALONE
         # The folder of several machines is on a network; each machine has its own copy in its folder for such files.
-        place = place_of(plans[0].on_disk, state if node.world == ranks.world else None, node)
+        one_machine = node.world == ranks.world
+        place = place_of(plans[0].on_disk, state if one_machine else None, node, by_state=one_machine)
         encoded = [
             encode(model, split, vocab, batch_size=batch_size, progress=progress, captions=captions, place=place)
             for model in models
@@ -151,9 +152,13 @@ def report_of(tally: Tally) -> Report:
     found = rankings_of(tally)
     settled = max(int(counters.outside().sum()) for counters in tally.counters)
     if settled:
+        one = settled == 1
         warnings.warn(
-            f"the scores of {settled} right pairs differ between two blocks by more than a part had allowed for "
-            f"({tally.band:.3g}); the one that was computed first is ranked",
+            f"{settled:,} right {'pair has' if one else 'pairs have'} scores that differ by more than {tally.band:.3g} "
+            "between the first pass, which every part makes over all right pairs, and the block of a part; the former "
+            f"is ranked. So the rank of up to {settled:,} {'query' if one else 'queries'} in each direction may not be "
+            "that of an evaluation without parts (one process, or torchrun). How scores are rounded depends on the "
+            "block, and between parts on their processors and --memory-gb",
             stacklevel=2,
         )
     names = [*about["names"], MEAN][: len(found)]

@@ -36,6 +36,7 @@ class Place:
     Attributes:
         folder: for temporary files; None: in memory.
         node: the processes of this machine, which divide the work and share one copy; needs a folder.
+        by_state: whether --state may name the folder, for the message of a full disk.
 
     >>> Place().fill(2, lambda step: [(slice(step, step + 1), torch.full((1, 3), step))], lambda parts: [2])
     [tensor([[0, 0, 0],
@@ -44,10 +45,11 @@ class Place:
 
     folder: Path | None = None
     node: Ranks = _ALONE
+    by_state: bool = False
 
     def alone(self) -> Place:
         """The same for tensors that this process has for itself."""
-        return Place(self.folder)
+        return Place(self.folder, by_state=self.by_state)
 
     def fill(
         self,
@@ -85,7 +87,7 @@ class Place:
             tensors = [torch.empty(shape, dtype=dtype, device=device) for shape, dtype in forms]
         else:
             sizes = [math.prod(shape) * dtype.itemsize for shape, dtype in forms]
-            files = [_file(self.folder, self.node, size) for size in sizes]
+            files = [_file(self, self.folder, size) for size in sizes]
             tensors = [_mapped(file, *form, "r+") for file, form in zip(files, forms, strict=True)]
         for step in range(self.node.rank, steps, self.node.world):
             for tensor, (place, part) in zip(tensors, produce(step) if step else begun.pop(), strict=True):
@@ -98,27 +100,37 @@ class Place:
         return tensors
 
 
-def place_of(size: int, folder: str | os.PathLike[str] | None, node: Ranks = _ALONE) -> Place:
+def place_of(
+    size: int, folder: str | os.PathLike[str] | None, node: Ranks = _ALONE, by_state: bool = False
+) -> Place:
     """The place for tensors of this many bytes.
 
     Args:
         size: bytes that will be in files; 0 to keep them in memory, if they are not shared.
         folder: exists; None: the folder for temporary files.
-        node: the processes that share them.
+        node: the processes that share them, which must all call this.
+        by_state: see `Place`.
 
     Raises:
         OSError: the disk has no room for them.
+        ChildProcessError: the same, in all processes of the machine but the first.
     """
     if not size and node.world == 1:
         return Place()
     found = Path(folder or tempfile.gettempdir())
-    if shutil.disk_usage(found).free < size:
-        raise _no_room(size, found, node)
-    return Place(found, node)
+    place = Place(found, node, by_state)
+
+    def check() -> None:
+        if shutil.disk_usage(found).free < size:
+            raise _no_room(size, found, place)
+
+    node.on_first(check)
+    return place
 
 
-def _file(folder: Path, node: Ranks, size: int) -> IO[bytes]:
+def _file(place: Place, folder: Path, size: int) -> IO[bytes]:
     """A file of this size that all processes of the machine have opened, and that has no name any more."""
+    node = place.node
 
     def made() -> str:
         descriptor, name = tempfile.mkstemp(prefix="itm-fast-", dir=folder)
@@ -139,7 +151,7 @@ def _file(folder: Path, node: Ranks, size: int) -> IO[bytes]:
         except OSError as error:
             if error.errno not in FULL:
                 raise
-            raise _no_room(size, folder, node) from error
+            raise _no_room(size, folder, place) from error
 
     node.on_first(sized)
     return file
@@ -154,10 +166,12 @@ def _mapped(file: IO[bytes], shape: tuple[int, ...], dtype: torch.dtype, mode: A
         return torch.from_numpy(np.memmap(file, np.uint8, mode, shape=(size,))).view(dtype).view(shape)
 
 
-def _no_room(size: int, folder: Path, node: Ranks) -> OSError:
-    why = "that do not fit in memory" if node.world == 1 else f"that {node.world} processes share"
+def _no_room(size: int, folder: Path, place: Place) -> OSError:
+    world = place.node.world
+    why = "that do not fit in memory" if world == 1 else f"that {world} processes share"
+    state = " (or --state)" if place.by_state else ""
     message = (
         f"{os.strerror(errno.ENOSPC)}; {megabytes(size)} are needed for embeddings {why}: make room, or name another "
-        "folder by the environment variable TMPDIR (or --state)"
+        f"folder by the environment variable TMPDIR{state}"
     )
     return OSError(errno.ENOSPC, message, str(folder))

@@ -90,8 +90,8 @@ def evaluate(
             call goes on from there, and uses the folder for embeddings that do not fit in memory or are shared.
         settings: what else the report's settings should have, as plain values.
         together: without a matrix, whether the processes that torchrun started, or those of torch.distributed's process
-            divide encoding and blocks among them; all must call this with the same arguments. Those of a machine share
-            one copy of the embeddings, in a temporary file.
+            group, divide encoding and blocks among them; all must call this with the same arguments. Those of a machine
+            share one copy of the embeddings, in a temporary file.
         pmrp: with a matrix, the folder of the plausible matches, as for `rate`; PMRP is then reported too.
 
     Returns:
