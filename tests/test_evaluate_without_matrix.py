@@ -138,7 +138,7 @@ def test_embeddings_that_do_not_fit_are_in_files(kinds, monkeypatch, tmp_path):
 
     monkeypatch.setattr(mapped.shutil, "disk_usage", lambda _: Namespace(free=0))
     monkeypatch.setattr("itm_fast.evaluation.counted.encode", lambda *_, **__: pytest.fail("the disk is full"))
-    with pytest.raises(OSError, match="1 MB are needed for embeddings that do not fit in memory"):
+    with pytest.raises(OSError, match=r"1 MB are needed .* that do not fit in memory: .* TMPDIR \(or --state\)"):
         evaluate(nets, split, vocabulary, keep_scores=False, progress=False, state=tmp_path / "other")
 
 
@@ -178,14 +178,14 @@ def test_parts_are_merged_into_the_report_of_one_process(made, tmp_path, capsys,
         assert (tmp_path / "one" / name).read_text() == (tmp_path / "merged" / name).read_text()
     with monkeypatch.context() as patch:
         patch.setattr(Counters, "outside", lambda self: np.arange(len(self.right)) == 3)
-        with pytest.warns(UserWarning, match=r"the scores of 1 right pairs differ .* computed first is ranked"):
+        with pytest.warns(UserWarning, match=r"^1 right pair has scores that differ .* rank of up to 1 query in each"):
             assert main(["evaluate", "--merge", *folders]) == 0
     for wrong, sentence in (
-        (folders[:2], "blocks 8-11 of 12 are missing in"),
+        (folders[:2], f"missing in {folders[0]}, {folders[1]}: blocks 8-11 of 12; run the other parts first"),
         ([*folders, folders[0]], f"{folders[0]} and {folders[0]} both have blocks 0-3; leave one of them out"),
         ([*folders, "--trec", "4", "--output", "x"], "the parts kept only the 3 best items of each query"),
         ([*folders, "--ties", "expected"], "does not read --ties; leave that out"),
-        ([f"{tmp_path}/one"], "No such file or directory"),
+        ([f"{tmp_path}/one"], f"one is no --state folder of a part; run `--part k/n --state {tmp_path}/one` first"),
     ):
         assert main(["evaluate", "--merge", *wrong]) == 2
         assert sentence in capsys.readouterr().err
@@ -194,6 +194,19 @@ def test_parts_are_merged_into_the_report_of_one_process(made, tmp_path, capsys,
     assert main([*command(made, "SAF", "SAF"), "--trec", "3", "--state", f"{tmp_path}/other", "--part", "3/3"]) == 0
     assert main(["evaluate", "--merge", *folders[:2], f"{tmp_path}/other"]) == 2
     assert "other encoders of model 1, scorer of model 1" in capsys.readouterr().err
+
+
+@needs_cpu
+def test_a_part_without_blocks_says_so_and_is_merged(made, tmp_path, capsys):  # noqa: F811
+    words = command(made, "SAF")
+    folders = [f"{tmp_path}/{k}" for k in (1, 2)]
+    assert main([*words, "--state", folders[0], "--part", "1/2"]) == 0
+    assert f"part 1/2 has none to do, as there is only 1 block; {folders[0]} may be merged" in capsys.readouterr().out
+    assert main(["evaluate", "--merge", folders[0]]) == 2
+    assert f"missing in {folders[0]}: block 0 of 1; run the other parts first" in capsys.readouterr().err
+    assert main([*words, "--state", folders[1], "--part", "2/2"]) == 0
+    assert f"1 of 1 block is in {folders[1]}" in capsys.readouterr().out
+    assert main(["evaluate", "--merge", *folders]) == 0
 
 
 @needs_cpu

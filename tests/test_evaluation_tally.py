@@ -150,7 +150,7 @@ def test_tallies_that_do_not_add_up_are_refused():
         add(one, score, blocks, number)
     with pytest.raises(ValueError, match="block 1 has been counted already"):
         add(one, score, blocks, 1)
-    with pytest.raises(ValueError, match=r"blocks 3-\d+ of \d+ have not been scored"):
+    with pytest.raises(ValueError, match=r"not scored yet: blocks 3-\d+ of \d+"):
         rankings_of(one)
     add(other, score, blocks, 2)
     with pytest.raises(ValueError, match="both have block 2"):

@@ -23,6 +23,7 @@ from ._pictures import pictures_of
 from ._plans import plan_evaluation, plan_workload
 
 if TYPE_CHECKING:
+    import numpy as np
     from numpy.typing import NDArray
 
     from ..evaluation import Report
@@ -146,7 +147,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="keep the counts of the blocks that are scored here, every minute and after an interruption; the same "
         "command goes on from there. During the run, embeddings that do not fit in memory, or that the processes of "
-        "torchrun share, are here too (with several machines: in the folder for temporary files of each)",
+        "torchrun share, are here too (several machines: in each one's TMPDIR)",
     )
     long.add_argument(
         "--part",
@@ -190,8 +191,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     output.add_argument(
         "--pmrp",
         metavar="DIR",
-        help="with --scores, also report PMRP: the folder of pm_image_to_caption.json and pm_caption_to_image.json of "
-        "eccv-caption",
+        help="with --scores, also report PMRP: the folder of pm_image_to_caption.json and pm_caption_to_image.json, "
+        "which the eccv-caption project (github.com/naver-ai/eccv-caption) offers for download",
     )
     output.add_argument("--no-progress", action="store_true", help="no progress bars on standard error")
 
@@ -320,7 +321,7 @@ def _evaluate(args: argparse.Namespace) -> int:
         prepared = Prepared.of(models, split, vocab, **given)
         tally = prepared.count(args.trec, args.state, args.part, not args.no_progress)
         assert tally is not None
-        print(f"{tally.done.sum():,} of {len(tally.done):,} blocks are in {args.state}")
+        print(_done(args.part, tally.done, args.state))
         print("when all parts are done: itm-fast evaluate --merge DIR DIR ...")
         return 0
     report = evaluate(
@@ -342,6 +343,15 @@ def _evaluate(args: argparse.Namespace) -> int:
         return 0
     _print(args, report, (split.image_ids, split.caption_ids), pictures)
     return 0
+
+
+def _done(part: tuple[int, int], done: NDArray[np.bool_], state: str) -> str:
+    """What a part has scored."""
+    count = int(done.sum())
+    if not count:
+        only = "is only 1 block" if len(done) == 1 else f"are only {len(done):,} blocks"
+        return f"part {part[0]}/{part[1]} has none to do, as there {only}; {state} may be merged all the same"
+    return f"{count:,} of {len(done):,} block{'s' if len(done) > 1 else ''} {'is' if count == 1 else 'are'} in {state}"
 
 
 def _merge(args: argparse.Namespace) -> int:

@@ -50,7 +50,7 @@ def rankings_of(tally: Tally) -> tuple[Ranking, ...]:
         ValueError: a block is missing.
     """
     if not tally.done.all():
-        raise ValueError(f"{named_blocks(~tally.done)} of {len(tally.done)} have not been scored")
+        raise ValueError(f"not scored yet: {named_blocks(~tally.done)} of {len(tally.done)}")
     found = []
     for system, counters in enumerate(tally.counters):
         folds = tuple(tally.within[system].pool(part) for part in tally.parts)

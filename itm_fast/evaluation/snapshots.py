@@ -156,7 +156,7 @@ def merged(folders: Sequence[str | os.PathLike[str]]) -> Tally:
     """The sum of the snapshots in these folders, which must have every block of one evaluation once.
 
     Raises:
-        OSError: there is no snapshot.
+        OSError: a folder has no snapshot, or it cannot be read.
         ValueError: a snapshot is damaged or of another evaluation, two have the same block, or a block is in none; the
             message names folders and blocks.
     """
@@ -164,7 +164,12 @@ def merged(folders: Sequence[str | os.PathLike[str]]) -> Tally:
         raise ValueError("merge: name the folders of at least one snapshot")
     total, seen = None, list[tuple[Path, NDArray[np.bool_]]]()
     for folder in map(Path, folders):
-        tally = Tally.load(folder / NAME)
+        try:
+            tally = Tally.load(folder / NAME)
+        except (FileNotFoundError, NotADirectoryError) as error:
+            raise FileNotFoundError(
+                f"{folder} is no --state folder of a part; run `--part k/n --state {folder}` first"
+            ) from error
         for other, done in seen:
             if done.shape == tally.done.shape and np.any(done & tally.done):
                 both = named_blocks(done & tally.done)
@@ -180,5 +185,6 @@ def merged(folders: Sequence[str | os.PathLike[str]]) -> Tally:
     assert total is not None
     if not total.done.all():
         names = ", ".join(str(folder) for folder, _ in seen)
-        raise ValueError(f"{named_blocks(~total.done)} of {len(total.done)} are missing in {names}; run them first")
+        lacking = named_blocks(~total.done)
+        raise ValueError(f"missing in {names}: {lacking} of {len(total.done)}; run the other parts first")
     return total

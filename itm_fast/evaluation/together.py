@@ -76,7 +76,7 @@ def count_together(
     if not ranks.first:
         return None
     if not mine.done[list(numbers)].all():
-        raise RuntimeError(f"{named_blocks(~mine.done)} of {len(mine.done)} were counted by no process")
+        raise RuntimeError(f"counted by no process: {named_blocks(~mine.done)} of {len(mine.done)}")
     if snapshots is not None:
         snapshots.collect()
     return mine
