@@ -10,7 +10,7 @@
 #include "gpu.h"
 
 constexpr int CLUSTER = 2;  // blocks
-#ifdef ITM_EMULATE
+#if defined(ITM_EMULATE) || __CUDA_ARCH__ < 900  // older GPUs have no clusters, and NVRTC refuses the attribute for them
 #define IN_CLUSTERS
 #else
 #define IN_CLUSTERS __cluster_dims__(1, CLUSTER, 1)  // neighbours in y
