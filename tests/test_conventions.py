@@ -1,5 +1,6 @@
 """Conventions of this repository that a program can check."""
 
+import collections
 import doctest
 import importlib
 import inspect
@@ -38,6 +39,16 @@ def tracked(*patterns):
 def test_the_top_level_is_fixed():
     names = {path.relative_to(ROOT).parts[0] for path in tracked()}
     assert {n for n in names if not n.startswith(".")} <= TOP_LEVEL
+
+
+@checkout
+def test_no_two_headers_of_cpp_declare_one_name():
+    """Two structs of one name in one library are undefined behaviour: the linker keeps one of their functions."""
+    names = collections.Counter()
+    for header in (ROOT / "csrc" / "cpu").glob("*.h"):
+        names.update(re.findall(r"^(?:struct|class) (\w+)", header.read_text(), re.MULTILINE))
+    assert len(names) > 10
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 @checkout

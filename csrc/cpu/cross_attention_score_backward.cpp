@@ -110,7 +110,7 @@ struct Backward {
 
   // For one context set and the queries of chunk c: overwrites the affinities in `work.s` by their gradients, and
   // writes the chunk's part of the gradient of the set's Gram matrix to `contexts.d_gram`.
-  void set_backward(Work& work, Contexts<T, E>& contexts, int64_t b, int64_t set, const Window<T, E>& window,
+  void set_backward(Work& work, ContextRows<T, E>& contexts, int64_t b, int64_t set, const Window<T, E>& window,
                     int64_t c) const {
     const Block<T, E>& block = contexts.block[size_t(b)];
     const Chunk& chunk = window.chunks[size_t(c)];
@@ -160,8 +160,8 @@ struct Backward {
   }
 
   // (9), and (11) for a chunk of queries, and what its columns leave for the contexts.
-  void queries_backward(Work& work, Contexts<T, E>& contexts, const Window<T, E>& window, const Queries<T, E>& queries,
-                        int64_t c) const {
+  void queries_backward(Work& work, ContextRows<T, E>& contexts, const Window<T, E>& window,
+                        const Queries<T, E>& queries, int64_t c) const {
     const Chunk& chunk = window.chunks[size_t(c)];
     const Span& span = queries.spans[size_t(queries.span_of[size_t(c)])];
     const int64_t D = problem.query.D, ld = work.ld, K = depth<E>(contexts.row.back());
@@ -191,7 +191,7 @@ struct Backward {
   }
 
   // (10) summed, and (11) for a block of contexts and the features from `first` to `last`.
-  void contexts_backward(T* P, Contexts<T, E>& contexts, int64_t b, const Queries<T, E>& queries, int64_t first,
+  void contexts_backward(T* P, ContextRows<T, E>& contexts, int64_t b, const Queries<T, E>& queries, int64_t first,
                          int64_t last) const {
     const Block<T, E>& block = contexts.block[size_t(b)];
     const RowSets& context = problem.context;
@@ -234,7 +234,7 @@ struct Backward {
         int64_t rows = blocks[first].rows;
         for (last = first + 1; last < blocks.size() && rows + blocks[last].rows <= most; ++last)
           rows += blocks[last].rows;
-        Contexts<T, E> contexts(problem, blocks.data() + first, blocks.data() + last, queries, affinity != nullptr,
+        ContextRows<T, E> contexts(problem, blocks.data() + first, blocks.data() + last, queries, affinity != nullptr,
                                 threads);
         parallel(int64_t(window.chunks.size()), threads, [&] {
           return [&, work = Work(problem, Block<T>::most_rows(blocks), context.most,

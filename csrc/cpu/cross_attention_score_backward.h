@@ -164,7 +164,7 @@ struct Queries {
 // Blocks of contexts that are in memory together, and what the chunks of queries leave for them. The rows of a block
 // begin at a multiple of ROW_STEP, zeros before it.
 template <class T, class E>
-struct Contexts {
+struct ContextRows {
   std::deque<Block<T, E>> block;
   std::vector<int64_t> row{0}, gram{0};  // where a block begins among padded rows, and its Gram matrices
   Buffer<E> features, d_affinity;
@@ -172,7 +172,7 @@ struct Contexts {
   std::vector<Buffer<T>> d_gram;             // of each chunk
   std::vector<std::vector<Exact<T>>> exact;  // of each chunk and block
 
-  Contexts(const Problem& problem, const Chunk* first, const Chunk* last, const Queries<T, E>& queries, bool known,
+  ContextRows(const Problem& problem, const Chunk* first, const Chunk* last, const Queries<T, E>& queries, bool known,
            int64_t threads)
       : row(begins(first, last)), features(wide(problem) * depth<E>(row.back())),
         d_affinity(row.back() * depth<E>(queries.columns)),
