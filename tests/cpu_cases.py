@@ -19,7 +19,7 @@ over_lesser_processors = pytest.mark.parametrize(
 
 
 def at_level(level, monkeypatch):
-    """Run the kernels of a lesser processor until the test ends; -O1 compiles them in half the time, and inlines less."""
+    """Run the kernels of a lesser processor until the test ends, compiled with -O1 in half the time."""
     monkeypatch.setattr(compiling, "FLAGS", ("-O1", *compiling.FLAGS[1:]))
     monkeypatch.setattr(compiling, "BACKWARD_FLAGS", ())
     monkeypatch.setattr(_native, "_outcome", _native.build(_native.csrc_dir(), level))
