@@ -23,8 +23,8 @@ from itm_fast._cuda import Kernel, cubins, nvrtc
 # The most bytes of shared memory that a block may take, by architecture.
 SHARED = {75: 64 << 10, 80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 REGISTERS = 65536  # that the threads of a block share
-# Bytes that a thread may spill, whose sums alone take half of the 255 registers. The second: by NVRTC 12.4.
-SPILLS = {("filter_scores<F16X3, 256, 128, 32, 48>", 100): 36, ("graph_scores<F16, 256, 32, 16, 48>", 75): 20}
+# Bytes that a thread may spill, whose sums alone take half of the 255 registers.
+SPILLS = {("filter_scores<F16X3, 256, 128, 32, 48>", 100): 36}
 
 
 def modules() -> list[ModuleType]:

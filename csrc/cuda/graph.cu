@@ -249,7 +249,7 @@ template <class T> __device__ __forceinline__ void score_graph(const Graph &p) {
     for (int step = 0; step + 1 < p.steps; ++step) {
         typename T::Products acc;
         auto each = [&](auto change) {
-            const int top = T::GROUPS ? opaque(first_row + g) : first_row + g;
+            const int top = opaque(first_row + g);
 #pragma unroll
             for (int m = 0; m < T::M; ++m)
 #pragma unroll
