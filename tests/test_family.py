@@ -12,7 +12,7 @@ from itm_fast.models import NAAF, checkpoint, scorer
 from itm_fast.testing import inputs, op_checks
 from itm_fast.training import options
 
-MODELS = ("bfan", "chan", "naaf", "laps")
+MODELS = ("bfan", "chan", "gsmn", "laps", "naaf")
 FILES = sorted(path.stem for path in FOLDER.glob("*.npz") if path.stem.startswith(MODELS))
 BACKENDS = [*op_checks.backends("cross_attention_score"), "reference"]
 
@@ -22,11 +22,53 @@ BACKENDS = [*op_checks.backends("cross_attention_score"), "reference"]
 def test_published_vectors(file, backend):
     want = golden(file)
     (_, R, D), options = want["image"].shape, under(want, "option/")
-    module = scorer(file.partition("_")[0], dim=D, regions=R, **options)
+    module = scorer(file if file == "laps_slim" else file.partition("_")[0], dim=D, regions=R, **options).double()
     after = {name: want.pop(f"after/{name}") for name in under(want, "after/")}  # thresholds, which are no buffers
-    check(want, module, backend, region_lengths=want.get("image_lengths"))
+    more = {"bbox": want["bbox"]} if "bbox" in want else {}
+    check(want, module, backend, region_lengths=want.get("image_lengths"), **more)
     for name, value in after.items():
         assert getattr(module, name) == pytest.approx(value.item(), abs=1e-10), name
+
+
+def test_a_caption_keeps_the_published_patches():
+    want = golden("laps_slim")
+    module = scorer("laps_slim", dim=64, **under(want, "option/")).double()
+    module.load_state_dict(under(want, "param/"))
+    with torch.no_grad():
+        for t, length in enumerate(want["lengths"].tolist()):
+            for i, image in enumerate(want["image"]):
+                found = module.attention(image, want["caption"][t, :length])
+                assert torch.equal(found.weights["kept"], want["mask"][t, i])
+                assert found.score == pytest.approx(want["score"][i, t].item(), abs=1e-10)
+
+
+def test_boxes_of_padding_are_not_read():
+    torch.manual_seed(0)
+    module, boxes = scorer("gsmn", num_block=4).double(), torch.rand(2, 5, 4, dtype=torch.float64)
+    image, words, cu_seqlens = inputs(2, (4, 1, 2), 5, 8, dtype=torch.float64)
+    with torch.no_grad():
+        alone = module(image[:1, :3], words, cu_seqlens, bbox=boxes[:1, :3])
+        image[0, 3:], boxes[0, 3:] = float("nan"), float("nan")
+        found = module(image, words, cu_seqlens, torch.tensor([3, 5]), bbox=boxes)
+        torch.testing.assert_close(found[:1], alone, rtol=0, atol=1e-12)
+        torch.testing.assert_close(found[1:], module(image[1:], words, cu_seqlens, bbox=boxes[1:]), rtol=0, atol=1e-12)
+        shown = module.attention(image[1], words[:4], boxes[1])
+        assert shown.score == pytest.approx(found[1, 0].item(), abs=1e-12)
+    with pytest.raises(ValueError, match=r"bbox must be \[2, 5, 4\], a box for each region, got none"):
+        module(image, words, cu_seqlens)
+    with pytest.raises(ValueError, match="a multiple of num_block = 4"):
+        module(image[..., :6], words[:, :6], cu_seqlens, bbox=boxes)
+
+
+def test_patches_that_do_not_fit_are_refused():
+    module = scorer("laps_slim", dim=8, num_patches=16)
+    image, words, cu_seqlens = inputs(2, (4, 1), 17, 8)
+    with pytest.raises(ValueError, match=r"16 patches and a class token, so \[I, 17, D\], got \[2, 16, 8\]"):
+        module(image[:, 1:], words, cu_seqlens)
+    with pytest.raises(ValueError, match="region_lengths must be None"):
+        module(image, words, cu_seqlens, torch.tensor([17, 4]))
+    with pytest.raises(ValueError, match="16 would be kept and 6 tokens be made of them, for embed_size = 8"):
+        scorer("laps_slim", dim=8, num_patches=16, sparse_ratio=1.0)
 
 
 def test_thresholds_follow_a_batch_of_matching_pairs_alone():
@@ -127,6 +169,9 @@ def test_a_scorer_is_asked_for_by_name_and_options():
         ({"name": "bfan", "direction": "t2i"}, "direction is not an option of bfan, got 't2i'"),
         ({"name": "laps", "direction": "t2i", "scale": 2.0}, "laps has no option scale, direction; it has i2t, scan"),
         ({"name": "teran", "aggregation": "sum"}, "aggregation must be one of MrSw, MwSr, symm, MrAVGw, got 'sum'"),
+        ({"name": "laps_slim", "embed_size": 8}, "laps_slim has no option embed_size; it has num_patches, "),
+        ({"name": "laps_slim", "dim": 0}, "^dim must be at least 1, got 0"),
+        ({"name": "gsmn", "num_block": 0}, "num_block must be at least 1, got 0"),
         ({"name": "cmcan", "smooth": 4.0}, "smooth must be 9, as in the published code, got 4.0"),
         ({"name": "cmcan", "mode": "test"}, "mode must be eval or train, got 'test'"),
         ({"name": "rcar", "step": 0}, "rcar_step must be at least 1, got 0"),

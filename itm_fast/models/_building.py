@@ -50,8 +50,9 @@ def scorer(
     of the published checkpoint's part.
 
     Args:
-        name: a model's name for `itm-fast train --model`; or "laps", "teran", "aladin", for the pair
-            scores of these papers, which have no parameters and read none of `dim`, `sim_dim` and `regions`.
+        name: a model's name for `itm-fast train --model`; or "laps", "teran" and "aladin" for the pair scores of these
+            papers, which have no parameters, "laps_slim" for LAPS' with its choice of patches, "gsmn" for GSMN's, which
+            is called with `bbox=`. Of these five, `laps_slim` alone reads `dim`, and none `sim_dim` and `regions`.
         dim: D.
         sim_dim: S, for models with similarity vectors.
         regions: R, for models with weights for each region.
@@ -72,7 +73,7 @@ def scorer(
     if name not in CATALOGUE and name not in ALONE:
         raise ValueError(f"scorer: name must be one of {', '.join((*CATALOGUE, *ALONE))}, got {name!r}")
     if name in ALONE:
-        return _alone(name, direction, options)
+        return _alone(name, direction, dim, options)
     row, asked = CATALOGUE[name], "direction"
     if row.directions and direction is None:
         asked = row.direction if row.direction in options else asked
@@ -97,15 +98,17 @@ def scorer(
     return row.model().similarity(argparse.Namespace(**chosen)).train(mode != "eval")
 
 
-def _alone(name: str, direction: str | None, options: dict[str, Any]) -> PairScorer:
+def _alone(name: str, direction: str | None, dim: int, options: dict[str, Any]) -> PairScorer:
     home, known = ALONE[name]
-    unknown = sorted(set(options) - set(known)) + ["direction"] * (direction is not None)
+    own = [option for option in known if option != "embed_size"]  # which is `dim` here
+    unknown = sorted(set(options) - set(own)) + ["direction"] * (direction is not None)
     if unknown:
-        raise ValueError(f"scorer: {name} has no option {', '.join(unknown)}; it has {', '.join(known)}")
-    for option, value in options.items():
-        known[option].check(option, value)
+        raise ValueError(f"scorer: {name} has no option {', '.join(unknown)}; it has {', '.join(own)}")
+    given = {"embed_size": dim, **options} if "embed_size" in known else options
+    for option, value in given.items():
+        known[option].check("dim" if option == "embed_size" else option, value)
     module, cls = home.split(":")
-    return getattr(importlib.import_module(f"{__package__}.{module}"), cls)(**options)
+    return getattr(importlib.import_module(f"{__package__}.{module}"), cls)(**given)
 
 
 def build(opt: argparse.Namespace) -> Matcher:

@@ -306,7 +306,25 @@ _ALIGNMENT = (
     {"aggregation": Option("MrSw", choices=("MrSw", "MwSr", "symm", "MrAVGw"))},
 )
 ALONE: dict[str, tuple[str, dict[str, Option]]] = {
+    "gsmn": (
+        "gsmn:StructuredMatching",
+        {
+            "num_block": Option(16, least=1, most=MOST),
+            "lambda_softmax": Option(20.0, above=0),
+            "is_sparse": Option(False),
+        },
+    ),
     "laps": ("maxsim:MaxMean", {"i2t": Option(True), "scan": Option(True)}),
+    "laps_slim": (
+        "laps:SlimmedMaxMean",
+        {
+            "embed_size": size(1024, "", "D"),
+            "num_patches": Option(196, least=1, most=MOST),
+            "sparse_ratio": Option(0.5, above=0, most=1),
+            "aggr_ratio": Option(0.4, above=0, most=1),
+            "has_cls": Option(True),
+        },
+    ),
     "teran": _ALIGNMENT,
     "aladin": _ALIGNMENT,
 }
