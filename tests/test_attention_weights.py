@@ -1,12 +1,14 @@
 """`cross_attention_score` with other weights than the softmax, other similarities than the cosine, and the pools of
 negative similarities."""
 
+import functools
 import itertools
 
 import pytest
 import torch
 
 import itm_fast
+from itm_fast.ops import _examples, _first_use
 from itm_fast.ops import cross_attention_score as op
 from itm_fast.ops._attention import NEGATIVE, SIMILARITIES, WEIGHTS, attention_weights
 from itm_fast.ops._declare import DECLARED
@@ -131,6 +133,39 @@ def test_focal_weights_are_those_of_the_published_functions():
         affinity = affinity / (affinity.norm(dim=2, keepdim=True) + 1e-8)
         found = attention_weights(20.0 * affinity, f"focal_{focal_type}", 0.0, dim=1)
         torch.testing.assert_close(found[0].t(), loop, rtol=0, atol=1e-14)
+
+
+def test_kernels_of_each_kind_are_checked_before_their_first_use(monkeypatch):
+    """Kernels of one kind of weights or similarities say nothing about those of another."""
+    checked = []
+    monkeypatch.setattr(_first_use, "_verdicts", {})
+    monkeypatch.setattr(_first_use._triton, "interpreted", lambda: False)
+    monkeypatch.setattr(_examples, "problem", lambda *args, chosen=(): checked.append(chosen))
+    op_, device = DECLARED["cross_attention_score"], torch.device("cpu")
+    for change in ({}, {"weights": "hard"}, {}, {"weights": "hard", "similarity": "product"}, {"weights": "hard"}):
+        aside = op_.put_aside({"weights": "softmax", "similarity": "cosine", **change})
+        assert aside("cross_attention_score", "triton", device, torch.float32) is None
+    assert [dict(chosen) for chosen in checked] == [
+        {}, {"weights": "hard"}, {"weights": "hard", "similarity": "product"},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("weights", WEIGHTS[1:])
+def test_the_check_of_first_use_finds_the_kernels_of_other_weights(weights, monkeypatch):
+    real, other = DECLARED["cross_attention_score"].function, {}
+
+    @functools.wraps(real)
+    def wrong(*args, backend, **options):
+        return real(*args, backend=backend, **options | (other if backend != "reference" else {}))
+
+    monkeypatch.setattr(_examples, "SMALL", _examples.SMALL._replace(regions=36, dim=40))
+    monkeypatch.setattr(DECLARED["cross_attention_score"], "function", wrong)
+    for dtype in (torch.float32, torch.float16):
+        for instead in WEIGHTS:
+            other["weights"] = instead
+            given = "cross_attention_score", "torch", torch.device("cpu"), dtype, True
+            found = _examples.problem(*given, chosen=(("weights", weights),))
+            assert (found is None) == (instead == weights), (instead, found)
 
 
 def test_kernels_in_cuda_say_what_they_lack():

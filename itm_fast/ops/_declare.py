@@ -155,6 +155,19 @@ class Result:
         return [size[d] if d in size else _sum(d, size) for d in self.shape.split()]
 
 
+@dataclass
+class Choosing:
+    """Options of words whose values choose among an op's kernels, each of which is checked before its first use.
+
+    The examples of the op check the kernels of the default values. Those of others are checked with the arguments that
+    `example` makes, and those by name in `given`.
+    """
+
+    defaults: dict[str, str]
+    example: Example
+    given: dict[str, Any]
+
+
 def _sum(text: str, size: dict[str, int]) -> int:
     return sum(math.prod(size[letter] for letter in product.split("*")) for product in text.split("+"))
 
@@ -170,6 +183,7 @@ class Declaration:
         reference: the equations in plain PyTorch, with the arguments in this order.
         examples: functions that make arguments in the order of the public function, for the checks of a backend.
         stem: the name of its files in each folder, where it shares them with other ops; None means `name`.
+        choosing: the options whose values choose among the op's kernels, or None.
         refuse: (sizes by letter, arguments by name) -> what is wrong that the rows do not check, or None.
         too_large: ("triton" or "cuda", sizes by letter, arguments by name) -> why that backend's kernels cannot take
             them, or None.
@@ -192,6 +206,7 @@ class Declaration:
         reference: Callable[..., Any],
         examples: Sequence[Example],
         stem: str | None = None,
+        choosing: Choosing | None = None,
         refuse: Callable[[dict[str, int], Given], str | None] | None = None,
         too_large: Callable[[str, dict[str, int], Given], str | None] | None = None,
         backward: str | Callable[..., list[Tensor]] | None = None,
@@ -202,6 +217,7 @@ class Declaration:
         self.name, self.arguments, self.results = name, tuple(arguments), tuple(results)
         self.stem = stem or name
         self.offered, self.reference, self.examples = offered, reference, tuple(examples)
+        self.choosing = choosing
         self.refuse, self.too_large, self.backward = refuse, too_large, backward
         self.keeps, self.widens, self.trained = keeps, widens, trained
         self.written = self.results + (() if trained is None else (trained,))  # all that C++ may write in forward
@@ -228,6 +244,11 @@ class Declaration:
         """Decorator: register the op's public function, so that the checks of a backend can call it."""
         self.function = function
         return function
+
+    def chosen_by(self, given: Given) -> tuple[tuple[str, str], ...]:
+        """Names and values of the options of `choosing` that have not their default values."""
+        plain = {} if self.choosing is None else self.choosing.defaults
+        return tuple((name, given[name]) for name, value in plain.items() if given[name] != value)
 
     def check(self, given: Given) -> dict[str, int]:
         """Check the arguments of a call and return the sizes by letter.

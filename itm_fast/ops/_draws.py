@@ -78,6 +78,24 @@ def attention(size: Size, draw: Draw) -> list[Tensor]:
     return list(inputs(size.images, size.lengths, size.regions, size.dim, dtype=torch.float64))
 
 
+def apart(size: Size, draw: Draw) -> list[Tensor]:
+    """image, words and cu_seqlens of affinities 0.2 to 0.6 of each word with five regions, and 0 with all others.
+
+    At scale 4 and threshold 0.35, each of `_attention.WEIGHTS` keeps other regions where R is 36, and which ones does
+    not change when products are rounded, be it to bfloat16. R is at least 7, and D larger than R.
+    """
+    R, D, N = size.regions, size.dim, sum(size.lengths)
+    axes = torch.linalg.qr(draw(D, D)).Q.t()
+    image = torch.nn.functional.normalize(axes[:R] + 0.02 * unit(draw, size.images, R, D), dim=-1)
+    word = torch.arange(N)
+    share = torch.zeros(N, D, dtype=axes.dtype)
+    for step, affinity in ((0, 0.4), (1, 0.2), (3, 0.6), (4, 0.3), (5, 0.5)):
+        share[word, (word + step) % R] = affinity
+    share[:, R:] = 0.3 * unit(draw, N, D - R)
+    edge = torch.tensor([0, *size.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    return [image, share @ axes, edge]
+
+
 def linear(size: Size, draw: Draw) -> list[Tensor]:
     """weight [S, D] and bias [S] of a similarity projection."""
     # Its inputs, squared differences of unit vectors, are about 1 / D.

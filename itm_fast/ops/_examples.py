@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _cuda
 from .._checks import matmul_precision
-from ._declare import DECLARED, Choice, Floats
+from ._declare import DECLARED, Choice, Choosing, Floats
 from ._draws import Size
 
 SMALL = Size(3, (5, 2), 7, 16, 8, 3)
@@ -19,16 +19,24 @@ TF32 = 2.0**-10
 UNITS = {torch.float32: 2.0**-16, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # float32 by three TF32 products
 
 
-def example(op: str, size: Size = SMALL, kind: int = 0) -> list[Any]:
-    """Arguments of an op in the order of its public function, in float64; `kind` is one of `kinds(op)`.
+def example(op: str, size: Size = SMALL, kind: int | None = 0) -> list[Any]:
+    """Arguments of an op in the order of its public function, in float64; `kind` is one of `kinds(op)`, or None for the
+    example of its `choosing`.
 
     >>> from itm_fast.ops._examples import example
     >>> [list(x.shape) for x in example("cross_attention_score")]
     [[3, 7, 16], [7, 16], [3]]
     """
     generator = torch.Generator().manual_seed(0)
-    make = DECLARED[op].examples[kind]
+    make = choosing_of(op).example if kind is None else DECLARED[op].examples[kind]
     return make(size, lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64))
+
+
+def choosing_of(op: str) -> Choosing:
+    """The `choosing` of an op that has one."""
+    found = DECLARED[op].choosing
+    assert found is not None, op
+    return found
 
 
 def kinds(op: str) -> range:
@@ -45,7 +53,7 @@ def outcome(
     rounded: torch.dtype | None = None,
     size: Size = SMALL,
     backward: bool = True,
-    kind: int = 0,
+    kind: int | None = 0,
     **options: Any,
 ) -> list[Tensor]:
     """An op's results on an example, and the gradients of the first result.
@@ -58,7 +66,7 @@ def outcome(
         rounded: dtype that the example is rounded to first; None means `dtype`.
         size: of the example.
         backward: whether to compute gradients too.
-        kind: number of the example.
+        kind: number of the example, or None, as in `example`.
         options: further arguments of the public function.
 
     Returns:
@@ -87,7 +95,13 @@ def outcome(
 
 
 def problem(
-    op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool, **options: Any
+    op: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backward: bool,
+    chosen: tuple[tuple[str, str], ...] = (),
+    **options: Any,
 ) -> str | None:
     """Tell what is wrong with an op's backend on a device, if anything.
 
@@ -100,7 +114,8 @@ def problem(
         device: the device to run on.
         dtype: the dtype to run in; float32 with the products that `torch.get_float32_matmul_precision` allows.
         backward: whether to check gradients too.
-        options: of the op, where they are not the default ones.
+        chosen: names and values of options that choose kernels, which have an example of their own.
+        options: further ones of the op, where they are not the default ones.
 
     Returns:
         None, or one line: the exception that was raised, or what is wrong by how much.
@@ -110,7 +125,10 @@ def problem(
     >>> problem("similarity_graph", "torch", torch.device("cpu"), torch.float32, backward=True) is None
     True
     """
-    found = (_problem(op, backend, device, dtype, backward, kind, **options) for kind in kinds(op))
+    if chosen:
+        options = {**choosing_of(op).given, **options, **dict(chosen)}
+    of = [None] if chosen else kinds(op)
+    found = (_problem(op, backend, device, dtype, backward, kind, **options) for kind in of)
     return next((line for line in found if line), None)
 
 
@@ -153,7 +171,7 @@ def _variants_differ(op: str, device: torch.device, dtype: torch.dtype, options:
 
 
 def _problem(
-    op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool, kind: int, **options: Any
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool, kind: int | None, **options: Any
 ) -> str | None:
     size = PUBLISHED if device.type == "cuda" else SMALL
     try:

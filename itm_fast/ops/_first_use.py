@@ -4,6 +4,9 @@ Some versions of Triton compile some kernels wrongly for some GPUs, and so may N
 device in a precision, its result for two captions is compared with the reference. If it fails, the process does not use
 these kernels of this op again ("put aside"); other ops keep theirs.
 
+An op with options whose values choose other kernels is checked for each of their values: kernels that are right for one
+say nothing about those for another.
+
 Of CUDA kernels that have variants for one GPU alone, such as those by wgmma, the variants are compared with the others
 too: both do the same products in another order. Where they are at fault, the op goes on with the others.
 """
@@ -22,17 +25,26 @@ from .. import _cuda, _triton
 from .._checks import matmul_precision
 from . import _examples
 
-# (op, backend, device, precision, with backward) -> why it is put aside, or None
+# (op, backend, device, precision, with backward, chosen) -> why it is put aside, or None
 _verdicts: dict[tuple, str | None] = {}
 _lock = threading.Lock()
 _thread = threading.local()  # .checks is True in a thread that runs a check: ops that run there are not checked
 
 
-def put_aside(op: str, backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def put_aside(
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, chosen: tuple[tuple[str, str], ...] = ()
+) -> str | None:
     """Check an op's kernels of a backend on a device, unless they have been checked before.
 
     Backward kernels are checked only when gradients are recorded, so an evaluation does not compile them. Nothing is
     checked while a CUDA graph is captured, as that allows no other work on the device, nor under Triton's interpreter.
+
+    Args:
+        op: name of the op.
+        backend: "triton" or "cuda".
+        device: where the kernels are to run.
+        dtype: in which they are to run.
+        chosen: as `Declaration.chosen_by` returns it.
 
     Returns:
         None if the op may use its kernels, else the reason why not.
@@ -44,7 +56,7 @@ def put_aside(op: str, backend: str, device: torch.device, dtype: torch.dtype) -
     precision = matmul_precision() if dtype == torch.float32 else None
     backward = torch.is_grad_enabled()
     whole, results_alone = (
-        (op, backend, device.type, index, dtype, precision, with_it) for with_it in (True, False)
+        (op, backend, device.type, index, dtype, precision, with_it, chosen) for with_it in (True, False)
     )  # fmt: skip
     key = whole if backward else results_alone
     for known in (whole, key):
@@ -57,7 +69,7 @@ def put_aside(op: str, backend: str, device: torch.device, dtype: torch.dtype) -
             if known in _verdicts:
                 return _verdicts[known]
         try:
-            problem = _checked(op, backend, torch.device(device.type, index), dtype, backward)
+            problem = _checked(op, backend, torch.device(device.type, index), dtype, backward, chosen)
         except (torch.OutOfMemoryError, MemoryError):
             return None  # too little memory for the check: it says nothing about the kernels
         _verdicts[key] = problem
@@ -68,10 +80,21 @@ def _capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _checked(op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool) -> str | None:
+def _checked(
+    op: str,
+    backend: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    backward: bool,
+    chosen: tuple[tuple[str, str], ...],
+) -> str | None:
     """The check, after which an op does without the variants of its CUDA kernels for one GPU if these are at fault."""
     given = op, backend, device, dtype
-    whole = partial(_alone, *given, partial(_examples.problem, *given, backward))
+    check = partial(_examples.problem, *given, backward)
+    if chosen:
+        check = partial(check, chosen=chosen)
+        given = f"{op} with {', '.join(f'{name} {value!r}' for name, value in chosen)}", *given[1:]
+    whole = partial(_alone, *given, check)
     problem = whole()
     while backend == "cuda" and (best := _cuda.asked_variant(op, device, dtype)):
         if not problem:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from .._backends import KERNELS, OFFERS, ON_GPU, TooLarge, backward_of_cuda, resolve
+from .._backends import KERNELS, OFFERS, ON_GPU, PutAside, TooLarge, backward_of_cuda, resolve
 from .._workspace import current_gib, workspace
 from . import _recompute
 from ._autograd import by_autograd
@@ -122,7 +122,7 @@ class Op(Declaration):
         first, size = given[self.arguments[0].name], self.check(given)
         dtype = first.dtype if self.has_kernels else None  # PyTorch takes all dtypes
         too_large, traced = self.refused_sizes(size, given), torch.compiler.is_compiling()
-        name = resolve(self.name, backend, first.device, dtype, too_large, put_aside, traced)
+        name = resolve(self.name, backend, first.device, dtype, too_large, self.put_aside(given), traced)
         args, keeping = self.convert(given), self.keeping
         if keeping is not None and name == "cpu" and not traced and not is_fake(first) and torch.is_grad_enabled():
             wanted = any(x.requires_grad for x in args[: self.differentiable])
@@ -133,8 +133,9 @@ class Op(Declaration):
         """The backend of a call of the registered op, whose last argument is it, or "auto" if a trace left it open."""
         if args[-1] != "auto":
             return args[-1]
-        too_large, first = self.refused_sizes(self.size(args), dict(zip(self.names, args))), args[0]
-        return resolve(self.name, "auto", first.device, first.dtype, too_large, put_aside)
+        given, first = dict(zip(self.names, args)), args[0]
+        too_large = self.refused_sizes(self.size(args), given)
+        return resolve(self.name, "auto", first.device, first.dtype, too_large, self.put_aside(given))
 
     def refused_sizes(self, size: dict[str, int], given: Given) -> TooLarge | None:
         """A function that says why the kernels of a backend for GPUs cannot take these sizes; None if all take all.
@@ -147,6 +148,11 @@ class Op(Declaration):
         if torch.compiler.is_compiling():  # which hands only constants to `resolve`
             return partial(_told, {name: too_large(name, size, given) for name in ON_GPU})
         return lambda backend: too_large(backend, size, given)
+
+    def put_aside(self, given: Given) -> PutAside:
+        """The check of first use for a call's arguments."""
+        chosen = self.chosen_by(given)
+        return partial(put_aside, chosen=chosen) if chosen else put_aside
 
     def implementation(self, backend: str) -> Any:
         """The op's `forward` and `backward` in a backend."""
@@ -174,6 +180,7 @@ class Op(Declaration):
 
     def _backward_of_cuda(self, grad: Tensor, needs: list[bool], *args: Any, **kept: Any) -> list[Tensor]:
         """The backward pass of a forward pass in "cuda", in the backend that can run it here."""
-        too_large = self.refused_sizes(self.size(args), dict(zip(self.names, args)))
-        name = backward_of_cuda(self.name, args[0].device, args[0].dtype, too_large, put_aside)
+        given = dict(zip(self.names, args))
+        too_large, aside = self.refused_sizes(self.size(args), given), self.put_aside(given)
+        name = backward_of_cuda(self.name, args[0].device, args[0].dtype, too_large, aside)
         return self.implementation(name).backward(grad, needs, *args, **kept)

@@ -54,7 +54,7 @@ from torch import Tensor
 from .._names import AnyPool, Backend, Direction, Norm, Similarity, Weights
 from ..packing import bounds
 from . import _attention, _draws
-from ._declare import Choice, Floats, Integers, Number, Positive, Result
+from ._declare import Choice, Choosing, Floats, Integers, Number, Positive, Result
 from ._kept_affinities import Keeping
 from ._register import Op
 
@@ -130,6 +130,11 @@ _op = Op(
     offered=OFFERED,
     reference=reference,
     examples=[_draws.attention],
+    choosing=Choosing(
+        {"weights": "softmax", "similarity": "cosine"},
+        _draws.apart,
+        {"affinity_norm": "none", "scale": 4.0, "threshold": 0.35},
+    ),
     refuse=_refuse,
     too_large=_too_large,
 )
