@@ -172,20 +172,20 @@ def _affinities(p: Problem, tiles: int, tile: _tiles.Tile, walks: int) -> Count:
     groups, words, image = blocks(p.I, tile.images), p.N * p.D * p.size, p.I * p.R * p.D * p.size
     done = Count(tiles * groups)
     done.reads("words", words * walks, words * groups)
-    if tile.clusters:  # two blocks read the regions once; stages of 64 numbers have zeros where there are none
+    if tile.clusters:  # two blocks read the regions once; stages of 128 bytes of a row have zeros where there are none
         tiles, staged = _pairs.rounded_up(tiles, 2), _staged(p, tile)
         done = replace(done, programs=tiles * groups)
         done.reads("stages", staged, staged * tiles // 2)
     else:
         done.reads("image", image, image * tiles)
-    depth = _pairs.rounded_up(p.D, 64) if tile.clusters else p.D
+    depth = _pairs.rounded_up(p.D, 128 // p.size) if tile.clusters else p.D
     done.dots(tiles * groups, tile.slots, tile.images * tile.columns, depth, p.kind, tile.clusters)
     return done
 
 
 def _staged(p: Problem, tile: _tiles.Tile) -> int:
     """Bytes of all images' regions in stages."""
-    return blocks(p.I, tile.images) * tile.images * tile.columns * _pairs.rounded_up(p.D, 64) * p.size
+    return blocks(p.I, tile.images) * tile.images * tile.columns * _pairs.rounded_up(p.D, 128 // p.size) * p.size
 
 
 def _attended(p: Problem, done: Count, tiles: int, tile: _tiles.Tile) -> None:
@@ -216,7 +216,7 @@ def _scan(p: Problem) -> Iterator[tuple[str, Count]]:
     lengths.vector = rows * p.D * 3
     yield "lengths", lengths
     tile = cross_attention_score.tile_of(p.R, p.capability)
-    if p.precision != "float32" and cross_attention_score.clustered(tile, p.capability):
+    if cross_attention_score.clustered(tile, p.capability):
         tile, staged = cross_attention_score.CLUSTERED, Count(1)
         staged.reads("image", p.I * p.R * p.D * p.size, p.I * p.R * p.D * p.size)
         staged.writes("stages", _staged(p, tile))

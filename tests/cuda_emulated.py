@@ -71,7 +71,7 @@ INSTANCES = {
         *instances(SCANS, KINDS, [f"{n}, 3" for n in ("12, 128, 2", "36, 128, 2", "72, 128, 2", "128, 128, 1")]),
         *instances(SCANS, KINDS[2:], ["56, 128, 2, 3", "104, 128, 1, 3", "36, 128, 2, 2"]),
         *instances(SCANS, ["F16", "F16X3"], ["36, 128, 1, 2", "104, 64, 1, 2"]),
-        *instances([f"{scan}_in_clusters" for scan in SCANS], KINDS[:2], ["36, 128, 3"]),
+        *instances([f"{scan}_in_clusters" for scan in SCANS], KINDS[:3], ["36, 128, 3"]),
     ],
     "weights": [f"weights<{n}>" for n in ("F16, 12, 128, 2", "F16, 36, 128, 2", "BF16, 36, 128, 2", "F16, 128, 128, 1")]
     + ["weights<F16, 36, 128, 1>", *(f"weights<F16X3, {n}>" for n in ("12, 128, 2", "36, 128, 2", "36, 128, 1"))],

@@ -69,9 +69,9 @@ def test_products_and_copies_are_those_of_the_emulated_kernels(model, precision,
     predicted = {name: count for name, count in traffic_cuda.counts(problem) if name in counted}
     assert set(predicted) == set(counted)
     for name, count in predicted.items():
-        flops = sum(n * (3 if kind.endswith("x3") else 1) for kind, n in count.products.items())
-        assert counted[name]["flops"] == flops, name
-        assert counted[name]["group_flops"] == sum(count.by_wgmma.values()), name
+        for counter, products in (("flops", count.products), ("group_flops", count.by_wgmma)):
+            flops = sum(n * (3 if kind.endswith("x3") else 1) for kind, n in products.items())
+            assert counted[name][counter] == flops, (name, counter)
         copied = sum(use.requested for use in count.uses if not use.written and use.place[0] not in LOADED)
         if name == "global_nodes":  # an image's global vector is loaded
             copied -= count.programs * D * problem.size

@@ -228,6 +228,7 @@ template <class T>
 __device__ __forceinline__ float affinities_in_clusters(typename T::Accumulators &acc, unsigned char *shared,
                                                         const Pairs &p, const Place<T> &at) {
     constexpr int STAGE = T::WIDTH * 128, HALF = T::WIDTH / 2, ROWS = T::THREADS / 8, EACH = T::SLOTS / ROWS;
+    constexpr Kind STORED = T::KIND == F16X3 ? F16 : T::KIND;
     static_assert(T::SIDE == 1 && T::BLOCKS_M == 1 && STAGE % 1024 == 0 && HALF * 128 % 1024 == 0);
     auto &left = reinterpret_cast<float(&)[HALF / 8][4]>(acc[0][0]);
     auto &right = reinterpret_cast<float(&)[HALF / 8][4]>(acc[0][HALF / 8]);
@@ -271,11 +272,17 @@ __device__ __forceinline__ float affinities_in_clusters(typename T::Accumulators
         for (int k = 0; k < 4; ++k)
             load_matrices(own[k], mine + swizzled(at.warp_row + at.lane % 16, 2 * k + at.lane / 16));
         const unsigned char *stage = shared + regions.place() * STAGE;
+        auto multiply = [&](int a, int b) {  // numbers 16 a to 16 a + 15 of the words by those from 16 b on of the regions
+            group_multiply<STORED, HALF, true, false>(left, own[a], described(stage + b * 32));
+            group_multiply<STORED, HALF, true, false>(right, own[a], described(stage + HALF * 128 + b * 32));
+        };
         group_fence(left, right, own);
+        if constexpr (T::KIND == F16X3) {
 #pragma unroll
-        for (int k = 0; k < 4; ++k) {
-            group_multiply<T::KIND, HALF, true, false>(left, own[k], described(stage + k * 32));
-            group_multiply<T::KIND, HALF, true, false>(right, own[k], described(stage + HALF * 128 + k * 32));
+            for (int k = 0; k < 2; ++k) multiply(2 + k, k), multiply(k, 2 + k), multiply(k, k);
+        } else {
+#pragma unroll
+            for (int k = 0; k < 4; ++k) multiply(k, k);
         }
         group_commit();
         regions.pass();

@@ -20,6 +20,7 @@ from ._tiles import Pairs, Tile
 
 OP = "cross_attention_score"
 CLUSTERED = Tile(36, 128, 1, 3, True)  # of blocks in clusters (csrc/cuda/affinity.h)
+CLUSTERED_KINDS = "F16", "BF16", "F16X3"  # of their products
 BLOCKS, BYTES = (1 << 31) - 1, 64 << 30  # of a grid; of rows, whose pieces of 16 bytes the kernels count in 32 bits
 
 
@@ -126,8 +127,7 @@ def forward(
     if problem := _attention.beyond_cuda(R, D, longest, capability < _attention.TENSOR_FLOAT32):
         raise NotImplementedError(f"{OP}: {problem}")
     tile = in_clusters = tile_of(R, capability)
-    halves = image.dtype != torch.float32 or matmul_precision() != "highest"
-    if halves and clustered(tile, capability) and _cuda.variant(OP, device, image.dtype) == _cuda.CLUSTERS:
+    if clustered(tile, capability) and _cuda.variant(OP, device, image.dtype) == _cuda.CLUSTERS:
         in_clusters = CLUSTERED
     columns = -(-tile.columns // 8) * 8
     if region_lengths is not None:
@@ -140,7 +140,7 @@ def forward(
     image_bytes, word_bytes = image_bytes + R * copied_bytes(image), word_bytes + copied_bytes(words)
     rounding = 0
     if in_clusters.clusters:  # the stages of regions, and what they are made of, for whole groups of images
-        staged = 2 * tile.columns * 2 * (D + -D % 64)
+        staged = 2 * tile.columns * 2 * staged_numbers(D, image.dtype)
         image_bytes, rounding = image_bytes + staged, (in_clusters.images - 1) * staged
     pair_bytes = 0 if score.dtype == torch.float32 else 4
     cut = _blocks.blocks(I, edge, image_bytes, word_bytes, pair_bytes, _blocks.room(device) - rounding)
@@ -180,14 +180,15 @@ def forward(
             _address(form.wide), I, R, len(edge) - 1, form.words.shape[1] * form.words.itemsize // 16, plan.tiles,
             form.for_wide, None,
         )  # fmt: skip
-        if in_clusters.clusters:
-            stages = region_stages(form.regions.view(I, R, -1), count, in_clusters)
+        own_tile = in_clusters if form.kind in CLUSTERED_KINDS else tile
+        if own_tile.clusters:
+            stages = region_stages(form.regions.view(I, R, -1), count, own_tile)
             pairs.regions, pairs.failed = stages.data_ptr(), _cuda.fault_address(device)
             grid = -(-plan.tiles // 2) * len(stages), 2
         else:
             grid = plan.tiles * groups, 1
         problem_ = Scan(pairs, attention, grams, length.data_ptr(), result.data_ptr(), *pooling)
-        _cuda.launch(kernel(direction, form.kind, in_clusters), problem_, grid, device)
+        _cuda.launch(kernel(direction, form.kind, own_tile), problem_, grid, device)
     return score if result is score else score.copy_(result)
 
 
@@ -207,8 +208,15 @@ def tile_of(R: int, capability: tuple[int, int]) -> Tile:
 
 
 def clustered(tile: Tile, capability: tuple[int, int]) -> bool:
-    """Whether blocks in clusters may take the place of those with this tile, for products of 16-bit numbers."""
+    """Whether blocks in clusters may take the place of those with this tile, for products of `CLUSTERED_KINDS`."""
     return capability == _cuda.SPECIFIC and tile.columns == CLUSTERED.columns
+
+
+def staged_numbers(D: int, dtype: torch.dtype) -> int:
+    """16-bit numbers of a row [D] in `region_stages`."""
+    if dtype == torch.float32 and matmul_precision() == "highest":
+        return 2 * (D + -D % _rows.BLOCK)
+    return D + -D % 64
 
 
 def region_stages(regions: Tensor, count: Tensor | None, tile: Tile) -> Tensor:
@@ -239,5 +247,5 @@ def compilations(capability: tuple[int, int]) -> list[_cuda.Kernel]:
     tiles = [tile_of(R, capability) for R in _tiles.COLUMNS]
     found = [kernel(*of) for of in itertools.product(_attention.DIRECTIONS, kinds, tiles)]
     if capability == _cuda.SPECIFIC:
-        found += [kernel(*of) for of in itertools.product(_attention.DIRECTIONS, ("F16", "BF16"), [CLUSTERED])]
+        found += [kernel(*of) for of in itertools.product(_attention.DIRECTIONS, CLUSTERED_KINDS, [CLUSTERED])]
     return found
