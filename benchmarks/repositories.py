@@ -32,13 +32,15 @@ if __name__ == "__main__":  # from a bare checkout, `benchmarks` lies beside thi
 import itm_fast
 from benchmarks.harness import alternate, largest_difference, progress, write
 from benchmarks.machine import environment
-from itm_fast.models.sgraf import EncoderSimilarity
 from itm_fast.ops import hardest_negative_loss
 from itm_fast.patching._proof import in_float64, published
+from itm_fast.patching._scorers import family
 
-OPTIONS = Namespace(
-    raw_feature_norm="clipped_l2norm", agg_func="LogSumExp", lambda_softmax=9.0, lambda_lse=6.0, cross_attn="t2i"
-)
+SCAN = {
+    "raw_feature_norm": "clipped_l2norm", "agg_func": "LogSumExp", "lambda_softmax": 9.0, "lambda_lse": 6.0,
+    "cross_attn": "t2i",
+}  # fmt: skip
+NAAF = {"lambda_softmax": 20.0, "thres": 0.0, "thres_safe": 0.1, "alpha": 2.0}
 SIZES = (32, 160, 1024, 256)  # images, captions, D and S of the timed scoring
 EMPTY = (
     "nltk", "ot", "prefetch_generator", "pycocotools", "pycocotools.coco", "scipy", "scipy.io", "scipy.optimize",
@@ -50,25 +52,30 @@ EMPTY = (
 class Contender(NamedTuple):
     """One pair scorer of a repository.
 
-    Args:
-        mode: "SGR", "SAF", or "SCAN t2i".
+    Attributes:
+        mode: what the class can be, or a name of the function with these options.
         module: defines it.
         name: of its class or function in the module.
+        options: the function's `opt`; None for a class.
+        square: caption t must be that of image t.
     """
 
     mode: str
     module: ModuleType
     name: str
+    options: dict[str, Any] | None = None
+    square: bool = False
 
     def make(self, D: int, S: int) -> nn.Module:
-        """A new scorer; SCAN's has no parameters."""
-        return nn.Module() if self.mode == "SCAN t2i" else getattr(self.module, self.name)(D, S, self.mode, 3)
+        """A new scorer; that of a function has no parameters."""
+        cls = getattr(self.module, self.name)
+        return nn.Module() if self.options else family(cls).make(cls, self.mode, D, S)
 
     def score(self) -> Callable[[nn.Module, Tensor, Tensor, list[int]], Tensor]:
         """The code that scores with such a scorer now: a change of it by `patch` later has no effect on this."""
         now = getattr(self.module, self.name)
-        if self.mode == "SCAN t2i":
-            return lambda scorer, image, caption, lengths: now(image, caption, lengths, OPTIONS)
+        if self.options:
+            return lambda scorer, *batch: now(*batch, Namespace(**self.options))
         forward = now.forward
         return lambda scorer, *batch: _scores(forward(scorer, *batch))
 
@@ -84,9 +91,17 @@ def contenders(modules: Sequence[ModuleType]) -> list[Contender]:
     for module in modules:
         own = {name for name, value in vars(module).items() if getattr(value, "__module__", "") == module.__name__}
         if "EncoderSimilarity" in own and len(signature(module.EncoderSimilarity.forward).parameters) == 4:
-            found += [Contender(mode, module, "EncoderSimilarity") for mode in ("SGR", "SAF")]
+            modes = family(module.EncoderSimilarity).modes
+            found += [Contender(mode, module, "EncoderSimilarity") for mode in modes]
         if "xattn_score_t2i" in own:
-            found.append(Contender("SCAN t2i", module, "xattn_score_t2i"))
+            found.append(Contender("SCAN t2i", module, "xattn_score_t2i", SCAN))
+        if "xattn_score_test" in own:
+            found.append(Contender("NAAF, evaluation", module, "xattn_score_test", NAAF))
+            found.append(Contender("NAAF, training", module, "xattn_score", NAAF, square=True))
+        elif "xattn_score" in own:
+            for kind in ("equal", "prob"):
+                options = {"lambda_softmax": 20.0, "focal_type": kind}
+                found.append(Contender(f"BFAN {kind}", module, "xattn_score", options))
     return found
 
 
@@ -122,10 +137,11 @@ def five_losses(one: Contender) -> list[float]:
 
 
 def checkpoint_both_ways(one: Contender) -> bool | None:
-    """Whether a state_dict loads into the library's scorer and back, strictly; None for SCAN, which has none."""
-    if one.mode == "SCAN t2i":
+    """Whether a state_dict loads into the library's scorer and back, strictly; None for functions, which have none."""
+    if one.options:
         return None
-    theirs, ours = one.make(32, 16), EncoderSimilarity(32, 16, one.mode)
+    theirs, known = one.make(32, 16), family(getattr(one.module, one.name))
+    ours = known.ours(theirs, known.options(theirs))
     ours.load_state_dict(theirs.state_dict())
     return not any(theirs.load_state_dict(ours.state_dict()))
 
@@ -142,7 +158,7 @@ def measure(one: Contender, rounds: int) -> dict[str, Any]:
         both_ways = published(lambda: checkpoint_both_ways(one))
     torch.manual_seed(0)
     images, captions, D, S = SIZES
-    scorer, given = published(lambda: one.make(D, S)).eval(), batch(images, captions, D)
+    scorer, given = published(lambda: one.make(D, S)).eval(), batch(images, images if one.square else captions, D)
     with torch.no_grad():
         calls = {"own": lambda: published(lambda: own(scorer, *given)), "patched": lambda: patched(scorer, *given)}
         apart = largest_difference(*(call() for call in calls.values()))

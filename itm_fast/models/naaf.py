@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,8 +34,9 @@ from .scan import SCAN
 MODES = ("", "train_online", "train", "test")
 ENOUGH = 200  # words of matching pairs before the thresholds follow them
 OPTIONS = ("lambda_softmax", "thres", "thres_safe", "intra_lambda", "alpha", "mode")
+LEARNED = ("thres", "thres_safe")  # which training moves
 
-__all__ = ["NAAF", "EncoderText", "GloveRNNEncoder", "NegativeAware"]
+__all__ = ["NAAF", "EncoderText", "GloveRNNEncoder", "NegativeAware", "xattn_score", "xattn_score_test"]
 
 
 class NegativeAware(PaddedScorer):
@@ -84,9 +85,7 @@ class NegativeAware(PaddedScorer):
         plain: dict[str, Any] = {"affinity_norm": "none", "scale": scale, "threshold": threshold}
         pool: Negative = "negative" if trains else "smoothed_negative"
         return [
-            CrossAttentionScore(
-                **plain, weights="hard", similarity="product", pool=pool, pool_scale=self.intra_lambda
-            ),
+            CrossAttentionScore(**plain, weights="hard", similarity="product", pool=pool, pool_scale=self.intra_lambda),
             CrossAttentionScore(**plain, weights="threshold", similarity="projection", pool="mean"),
             CrossAttentionScore(scale=scale, similarity="product", pool="mean"),
         ]
@@ -176,6 +175,38 @@ class NegativeAware(PaddedScorer):
         return Attention(sum(one.score for one in found), {"regions": found[2].weights["regions"]})
 
 
+def xattn_score(images: Tensor, captions: Tensor, cap_lens: Sequence[int] | Tensor, opt: Namespace) -> Tensor:
+    """Scores [I, I] of a batch for training, caption t that of image t; moves the thresholds of `opt`.
+
+    Args:
+        images: [I, R, D], unit rows.
+        captions: [I, W, D], padded, unit rows.
+        cap_lens: [I] tokens per caption.
+        opt: with lambda_softmax, thres, thres_safe and alpha.
+
+    >>> opt = Namespace(lambda_softmax=20.0, thres=0.1, thres_safe=0.1, alpha=2.0)
+    >>> xattn_score(torch.randn(3, 36, 8), torch.randn(3, 5, 8), [5, 2, 4], opt).shape, opt.thres
+    (torch.Size([3, 3]), 0.0)
+    """
+    scorer = NegativeAware(opt.lambda_softmax, opt.thres, opt.thres_safe, alpha=opt.alpha, mode="train_online")
+    score = scorer(images, captions, cap_lens)
+    for name in LEARNED:
+        setattr(opt, name, getattr(scorer, name))
+    return score
+
+
+def xattn_score_test(images: Tensor, captions: Tensor, cap_lens: Sequence[int] | Tensor, opt: Namespace) -> Tensor:
+    """Scores [I, T] in float64 for evaluation; arguments as `xattn_score`, with any captions.
+
+    >>> opt = Namespace(lambda_softmax=20.0, thres_safe=0.1)
+    >>> xattn_score_test(torch.randn(2, 36, 8), torch.randn(3, 5, 8), [5, 2, 4], opt).shape
+    torch.Size([2, 3])
+    """
+    return NegativeAware(opt.lambda_softmax, thres_safe=opt.thres_safe, mode="test")(
+        images, captions, cap_lens
+    ).double()
+
+
 class _Seen:
     """Largest affinities of the words of matching and of mismatching pairs in one batch."""
 
@@ -244,7 +275,7 @@ class NAAF(SCAN):
         return make(opt.vocab_size, opt.word_dim, opt.embed_size, opt.num_layers, opt.no_txtnorm)
 
     def learned_options(self) -> dict[str, float]:
-        return {"thres": self.scorer.thres, "thres_safe": self.scorer.thres_safe}
+        return {name: getattr(self.scorer, name) for name in LEARNED}
 
     def restore_learned(self, found: Mapping[str, Any]) -> None:
         for name, value in found.items():

@@ -5,31 +5,60 @@ from __future__ import annotations
 import inspect
 import itertools
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..models import scan
+from ..models import bfan, naaf, scan
 from ..models._recall import i2t, t2i
 from ..ops import hardest_negative_loss
 from ._proof import Disagrees, Fails, agreed, difference, published, with_gradients
 
 Function = Callable[..., Any]
-SCORES = {"xattn_score_t2i": scan.xattn_score_t2i, "xattn_score_i2t": scan.xattn_score_i2t}
-SHARDS = {"shard_xattn_t2i": scan.shard_xattn_t2i, "shard_xattn_i2t": scan.shard_xattn_i2t}
-RECALLS = {"i2t": i2t, "t2i": t2i}
-# Parameters of the published definitions; further ones with a default may follow.
-SIGNATURES = {
-    **dict.fromkeys(SCORES, ("images", "captions", "cap_lens", "opt")),
-    **dict.fromkeys(SHARDS, ("images", "captions", "caplens", "opt")),
-    **dict.fromkeys(RECALLS, ("images", "captions", "caplens", "sims")),
+
+
+class Known(NamedTuple):
+    """A published function that takes (images, captions, lengths, opt), where further parameters have a default.
+
+    Attributes:
+        ours: does the same.
+        options: the `opt`s with which both are tried.
+        third: the name of its third parameter.
+        arrays: it takes and returns arrays of NumPy, and has no gradients.
+        moves: the options that a call changes.
+    """
+
+    ours: Function
+    options: Sequence[dict[str, Any]]
+    third: str = "cap_lens"
+    arrays: bool = False
+    moves: tuple[str, ...] = ()
+
+
+_SCAN = [
+    {"raw_feature_norm": norm, "agg_func": pool, "lambda_softmax": 9.0, "lambda_lse": 6.0, "device": "cpu"}
+    for norm, pool in itertools.product(scan.NORMS, scan.POOLS)
+]
+_BFAN = [{"focal_type": kind, "lambda_softmax": 20.0, "device": "cpu"} for kind in bfan.FOCAL]
+_NAAF = {"lambda_softmax": 20.0, "thres": 0.1, "thres_safe": 0.15, "alpha": 2.0}
+FUNCTIONS: dict[str, tuple[Known, ...]] = {
+    "xattn_score_t2i": (Known(scan.xattn_score_t2i, _SCAN),),
+    "xattn_score_i2t": (Known(scan.xattn_score_i2t, _SCAN),),
+    "shard_xattn_t2i": (Known(scan.shard_xattn_t2i, _SCAN, "caplens", arrays=True),),
+    "shard_xattn_i2t": (Known(scan.shard_xattn_i2t, _SCAN, "caplens", arrays=True),),
+    "xattn_score": (Known(bfan.xattn_score, _BFAN), Known(naaf.xattn_score, [_NAAF], moves=naaf.LEARNED)),
+    "xattn_score_test": (Known(naaf.xattn_score_test, [_NAAF]),),
 }
-_COUNTED = ("npts", "sims", "per_captions", "return_ranks")  # i2t and t2i of the forks for noisy pairs
+RECALLS = {"i2t": i2t, "t2i": t2i}
+NAMES = (*FUNCTIONS, *RECALLS)
+_USUAL = {"per_captions": 5, "img_div": 5, "mode": "coco"}  # what i2t and t2i, where they take it, must be given
+_RECALL = ("images", "captions", "caplens", "sims", "npts", "return_ranks", *_USUAL)
 _LENGTHS = [5, 4, 3, 2]  # descending, and no single word, on which the published cosine fails
+_MATCHED = 22  # captions of ten words, more than the 200 from which NAAF's thresholds move
 
 
 def replacement(name: str, original: Function) -> tuple[Function, float]:
@@ -44,28 +73,45 @@ def replacement(name: str, original: Function) -> tuple[Function, float]:
     """
     if name in RECALLS:
         return _recall(name, original)
-    _check(original, SIGNATURES[name])
-    torch.manual_seed(0)
-    image = nn.functional.normalize(torch.randn(3, 6, 8), dim=2).requires_grad_()
-    caption = nn.functional.normalize(torch.randn(4, 5, 8), dim=2).requires_grad_()
-    arrays = image.detach().numpy(), caption.detach().numpy()
-    largest, failed = -1.0, Fails("")
-    for norm, pool in itertools.product(scan.NORMS, scan.POOLS):
-        opt = Namespace(raw_feature_norm=norm, agg_func=pool, lambda_softmax=9.0, lambda_lse=6.0, device="cpu")
-        if name in SCORES:
-            run = lambda function: with_gradients(lambda: function(image, caption, _LENGTHS, opt), [image, caption])  # noqa: B023, E731
-        else:
-            run = lambda function: function(*arrays, _LENGTHS, opt)  # noqa: B023, E731
+    refused: Exception = Disagrees("")
+    for known in FUNCTIONS[name]:
         try:
-            expected = published(lambda: run(original))  # noqa: B023
+            return known.ours, _proved(known, original)
+        except (Disagrees, Fails) as error:
+            refused = error if isinstance(error, Disagrees) or not str(refused) else refused
+    raise refused
+
+
+def _proved(known: Known, original: Function) -> float:
+    _check(original, ("images", "captions", known.third, "opt"))
+    torch.manual_seed(0)
+    if known.moves:  # caption t tells of image t, so that it scores highest
+        image = nn.functional.normalize(torch.randn(_MATCHED, 6, 8), dim=2)
+        words = image[:, torch.arange(10) % 6] + 0.1 * torch.randn(_MATCHED, 10, 8)
+        caption, lengths = nn.functional.normalize(words, dim=2), [10] * _MATCHED
+    else:
+        image = nn.functional.normalize(torch.randn(3, 6, 8), dim=2)
+        caption, lengths = nn.functional.normalize(torch.randn(4, 5, 8), dim=2), _LENGTHS
+    inputs = [image.requires_grad_(), caption.requires_grad_()]
+    largest, failed = -1.0, Fails("")
+    for options in known.options:
+
+        def run(function: Function, options: dict[str, Any] = options) -> list[Any]:
+            opt = Namespace(**options)
+            if known.arrays:
+                return [function(*(x.detach().numpy() for x in inputs), lengths, opt)]
+            found = with_gradients(lambda: function(*inputs, lengths, opt), inputs)
+            return [*found, *(getattr(opt, name) for name in known.moves)]
+
+        try:
+            expected = published(lambda: run(original))
         except Fails as error:  # as with the published l1 norms
             failed = error
             continue
-        ours = SCORES.get(name) or SHARDS[name]
-        largest = max(largest, agreed(difference(expected, run(ours))))
+        largest = max(largest, agreed(difference(expected, run(known.ours))))
     if largest < 0:
         raise failed
-    return SCORES.get(name) or SHARDS[name], largest
+    return largest
 
 
 def _check(function: Function, names: tuple[str, ...]) -> None:
@@ -76,34 +122,36 @@ def _check(function: Function, names: tuple[str, ...]) -> None:
 
 
 def _recall(name: str, original: Function) -> tuple[Function, float]:
-    """`i2t` or `t2i` in either published form."""
-    counted = tuple(inspect.signature(original).parameters) == _COUNTED
-    if not counted:
-        _check(original, SIGNATURES[name])
-    ours = RECALLS[name]
+    """`i2t` or `t2i` in any published form."""
+    takes, ours = inspect.signature(original), RECALLS[name]
+    if not {"sims", "return_ranks"} <= set(takes.parameters) <= set(_RECALL):
+        raise Disagrees(f"it takes ({', '.join(takes.parameters)}), known are only {', '.join(_RECALL)}")
+    with_ranks = True  # some forms return other things as ranks, which stay as they are
+
+    def new(*args: Any, **kwargs: Any) -> Any:
+        bound = takes.bind(*args, **kwargs)
+        bound.apply_defaults()
+        given = bound.arguments
+        usual = all(given.get(key, value) == value for key, value in _USUAL.items())
+        if not usual or (given["return_ranks"] and not with_ranks):
+            return original(*args, **kwargs)
+        count = len(given["sims"]) if given.get("npts") is None else given["npts"]
+        return ours(range(count), None, None, given["sims"], None, given["return_ranks"])
+
     rng = np.random.default_rng(0)
     sims = rng.permutation(7 * 35).reshape(7, 35) / 245.0 + np.kron(np.eye(7), np.full(5, 0.2))  # no two scores equal
-
-    def by_count(npts, sims, per_captions=1, return_ranks=False):
-        if return_ranks or per_captions != 5:  # it returns the order of all items, which `patch` does not make
-            return original(npts, sims, per_captions, return_ranks)
-        return ours(range(npts), None, None, sims)
-
-    if counted:
-        expected = published(lambda: original(7, sims, 5))
-        return by_count, agreed(difference(expected, by_count(7, sims, 5)))
-    images = np.zeros((7, 2, 2))
-
-    def by_images(images, captions, caplens, sims, npts=None, return_ranks=False, **more):
-        if more.get("img_div", 5) != 5:
-            return original(images, captions, caplens, sims, npts, return_ranks, **more)
-        return ours(images if images is not None else range(len(sims)), captions, caplens, sims, npts, return_ranks)
-
-    apart = 0.0
-    for ranks in (False, True):
-        expected = published(lambda: original(images, None, None, sims, return_ranks=ranks))  # noqa: B023
-        apart = max(apart, agreed(difference(expected, by_images(images, None, None, sims, return_ranks=ranks))))
-    return by_images, apart
+    tried = {"images": np.zeros((7, 2, 2)), "sims": sims, "captions": None, "caplens": None, **_USUAL}
+    if "images" not in takes.parameters:
+        tried["npts"] = 7
+    tried = {key: value for key, value in tried.items() if key in takes.parameters}
+    expected = published(lambda: original(**tried))
+    apart = agreed(difference(expected, new(**tried)))
+    try:
+        expected = published(lambda: original(**tried, return_ranks=True))
+        apart = max(apart, agreed(difference(expected, new(**tried, return_ranks=True))))
+    except Disagrees:
+        with_ranks = False
+    return new, apart
 
 
 def loss(cls: type[nn.Module], module: ModuleType) -> tuple[Function, float]:
@@ -126,25 +174,33 @@ def loss(cls: type[nn.Module], module: ModuleType) -> tuple[Function, float]:
     image = nn.functional.normalize(torch.randn(4, 6, 8), dim=2).requires_grad_()
     caption = nn.functional.normalize(torch.randn(4, 5, 8), dim=2).requires_grad_()
     opt = Namespace(
-        raw_feature_norm="clipped_l2norm", agg_func="LogSumExp", lambda_softmax=9.0, lambda_lse=6.0, cross_attn="t2i"
+        **{**_SCAN[0], **_BFAN[0], "raw_feature_norm": "clipped_l2norm", "cross_attn": "t2i", "margin": 0.2}
     )
-    if takes == ("self", "scores"):
-        make, inputs = (lambda hardest: cls(margin=0.2, max_violation=hardest)), [score]
-        arguments: tuple[Any, ...] = (score,)
 
-        def forward(self, scores):
+    def make(hardest: bool) -> Any:
+        opt.max_violation = hardest
+        with_opt = "opt" in inspect.signature(cls).parameters
+        return cls(*[opt] * with_opt, margin=0.2, max_violation=hardest)
+
+    arguments: tuple[Any, ...]
+    if takes in (("self", "scores"), ("self", "sims"), ("self", "scores", "length")):
+        inputs, arguments = [score], (score, *[len(score)] * (len(takes) - 2))
+
+        def forward(self, *args, **kwargs):
+            scores, *_ = (*args, *kwargs.values())
             return hardest_negative_loss(scores, margin=self.margin, hardest=self.max_violation)
 
     elif takes == ("self", "im", "s", "s_l"):
-        make, inputs = (lambda hardest: cls(opt, margin=0.2, max_violation=hardest)), [image, caption]
-        arguments = (image, caption, _LENGTHS)
+        inputs, arguments = [image, caption], (image, caption, _LENGTHS)
 
         def forward(self, im, s, s_l):  # type: ignore[misc]
-            scores = getattr(module, f"xattn_score_{self.opt.cross_attn}")(im, s, s_l, self.opt)
+            own = "xattn_score" if hasattr(module, "xattn_score") else f"xattn_score_{self.opt.cross_attn}"
+            scores = getattr(module, own)(im, s, s_l, self.opt)
             return hardest_negative_loss(scores, margin=self.margin, hardest=self.max_violation)
 
     else:
-        raise Disagrees(f"its forward takes ({', '.join(takes[1:])}), known are (scores) and (im, s, s_l)")
+        said = ", ".join(takes[1:])
+        raise Disagrees(f"its forward takes ({said}), known are (scores), (sims), (scores, length) and (im, s, s_l)")
     apart = 0.0
     for hardest in (False, True):
         made = published(lambda: make(hardest))  # noqa: B023

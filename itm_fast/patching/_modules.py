@@ -12,7 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import _functions, _sgraf
+from . import _functions, _scorers
 from ._proof import Disagrees, Fails, in_float64
 from ._report import LEFT, REFUSED, REPLACED, Report, Row
 
@@ -22,7 +22,7 @@ _LEFT = {
     "SCAN_attention": "attention of one caption; the class that calls it is replaced",
     "shard_attn_scores": "calls the model's EncoderSimilarity",
 }
-_KNOWN = (*_functions.SIGNATURES, SCORER, LOSS, *_LEFT)
+_KNOWN = (*_functions.NAMES, SCORER, LOSS, *_LEFT)
 _Undo = Callable[[], None]
 _patched: dict[ModuleType, list[_Undo]] = {}  # what restores a module; kept alive here, so that no other has its id
 _SKIPPED = ("site-packages", "node_modules")
@@ -117,17 +117,17 @@ def _scorer(module: ModuleType, where: str, cls: Any) -> Iterator[Row]:
         yield Row(where, SCORER, REFUSED, detail)
         return
     returned: dict[str, str] = {}
-    for mode in _sgraf.MODES:
+    for mode in _scorers.family(cls).modes:
         try:
             with in_float64():
-                returned[mode], apart = _sgraf.prove(cls, mode)
+                returned[mode], apart = _scorers.prove(cls, mode)
         except (Disagrees, Fails) as error:
             yield Row(where, f"{SCORER} ({mode})", REFUSED, _reason(error))
             continue
         more = "" if returned[mode] == "scores" else f", returns {returned[mode]}"
         yield Row(where, f"{SCORER} ({mode})", REPLACED, f"differs by {apart:.0e}{more}")
     if returned:
-        _set_method(module, cls, _sgraf.forward(cls, returned))
+        _set_method(module, cls, _scorers.forward(cls, returned))
 
 
 def _reason(error: Exception) -> str:

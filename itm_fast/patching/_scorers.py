@@ -1,21 +1,28 @@
-"""`EncoderSimilarity.forward` by the library's kernels, on the parameters of a repository's own class."""
+"""`EncoderSimilarity.forward` by the library's kernels, on the parameters of a repository's own class.
+
+Two published classes have this name and take (img_emb, cap_emb, cap_lens): SGRAF's and its forks', and RCAR's.
+"""
 
 from __future__ import annotations
 
+import inspect
+import itertools
 import weakref
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..models import rcar
 from ..models.sgraf import EncoderSimilarity
+from ..nn import PairScorer
 from ._proof import Disagrees, Fails, agreed, difference, published, with_gradients
 
-MODES = ("SGR", "SAF")
 _D, _S, _R = 16, 8, 36
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_TWINS: weakref.WeakKeyDictionary[nn.Module, EncoderSimilarity] = weakref.WeakKeyDictionary()
+_TWINS: weakref.WeakKeyDictionary[nn.Module, tuple[object, PairScorer]] = weakref.WeakKeyDictionary()
 
 
 class Returned(NamedTuple):
@@ -30,6 +37,67 @@ RETURNS = {
     "logits": Returned("logit", lambda logit: logit),
     "scores and their diagonal": Returned("score", lambda score: (score, score.detach().diagonal())),
 }
+
+
+class Family(NamedTuple):
+    """One published class.
+
+    Attributes:
+        modes: the kinds of scorer that it can be.
+        returns: what its forks return, keys of `RETURNS`.
+        make: (class, mode, D, S) -> a module of the mode.
+        mode: module -> its mode.
+        options: module -> what else the library's scorer is built from; if this changes, it is built anew.
+        ours: (module, options) -> the library's scorer.
+    """
+
+    modes: tuple[str, ...]
+    returns: tuple[str, ...]
+    make: Callable[[Any, str, int, int], Any]
+    mode: Callable[[Any], str]
+    options: Callable[[Any], Any]
+    ours: Callable[[Any, Any], PairScorer]
+
+
+def _sgraf_scorer(module: Any, options: object) -> PairScorer:
+    if not hasattr(module, "v_global_w"):
+        raise Unlike("it has no v_global_w")
+    D, S = module.sim_tranloc_w.in_features, module.sim_tranloc_w.out_features
+    regions = module.v_global_w.embedding_local[1].num_features
+    return EncoderSimilarity(D, S, module.module_name, len(getattr(module, "SGR_module", ())), regions)
+
+
+SGRAF = Family(
+    ("SGR", "SAF"),
+    tuple(RETURNS),
+    lambda cls, mode, D, S: cls(D, S, mode, 3),
+    lambda module: str(module.module_name),
+    lambda module: None,
+    _sgraf_scorer,
+)
+_RCAR_MODES = {f"{way} {how}": (way, how) for way, how in itertools.product(rcar.DIRECTIONS, rcar.REGULATORS)}
+_RCAR_OPTIONS = ("rcar_step", "rar_step", "rcr_step", "t2i_smooth", "i2t_smooth", "attn_type", "self_regulator")
+
+
+def _rcar_options(mode: str) -> Namespace:
+    return Namespace(**dict(zip(_RCAR_OPTIONS, (2, 2, 2, 10.0, 3.0, *_RCAR_MODES[mode]), strict=True)))
+
+
+RCAR = Family(
+    tuple(_RCAR_MODES),
+    ("scores",),
+    lambda cls, mode, D, S: cls(_rcar_options(mode), D, S),
+    lambda module: f"{module.opt.attn_type} {module.opt.self_regulator}",
+    lambda module: [getattr(module.opt, name) for name in _RCAR_OPTIONS],
+    lambda module, options: rcar.RCAR.similarity(
+        Namespace(**dict(zip(_RCAR_OPTIONS, options, strict=True)), embed_size=module.embed_dim, sim_dim=module.sim_dim)
+    ),
+)
+
+
+def family(cls: type[nn.Module]) -> Family:
+    """Which published class this is, by what it is built from."""
+    return RCAR if "opt" in inspect.signature(cls).parameters else SGRAF
 
 
 class Unlike(Disagrees):
@@ -47,21 +115,21 @@ def _names(module: nn.Module) -> set[str]:
     return {f"{name}.{key}" for name, found in own.items() for key, x in found.items() if x is not None}
 
 
-def twin(module: Any) -> EncoderSimilarity:
+def twin(known: Family, module: Any) -> PairScorer:
     """The library's scorer with this module's own parameters, buffers and modes.
 
     Raises:
         Unlike: there is none, as the module is built otherwise.
     """
-    ours = _TWINS.get(module)
-    if ours is None and not hasattr(module, "v_global_w"):
-        raise Unlike("it has no v_global_w")
-    if ours is None:
-        D, S = module.sim_tranloc_w.in_features, module.sim_tranloc_w.out_features
-        regions = module.v_global_w.embedding_local[1].num_features
-        with torch.device("meta"):  # takes no memory and draws no random numbers
-            ours = EncoderSimilarity(D, S, module.module_name, len(getattr(module, "SGR_module", ())), regions)
-        _TWINS[module] = ours
+    try:
+        options = known.options(module)
+        before, ours = _TWINS.get(module, (None, None))
+        if ours is None or before != options:
+            with torch.device("meta"):  # takes no memory and draws no random numbers
+                ours = known.ours(module, options)
+            _TWINS[module] = options, ours
+    except (AttributeError, ValueError) as error:
+        raise Unlike(str(error)) from error
     own = dict(module.named_modules())
     inside = [part for name, part in own.items() if name]
     if any(getattr(part, hooks) for part in inside for hooks in _HOOKS):
@@ -86,17 +154,17 @@ def forward(cls: type[nn.Module], returned: dict[str, str]) -> Callable[..., Any
 
     Args:
         cls: the class that was proved; subclasses, and modules that are built otherwise, keep its own forward.
-        returned: "SGR" and "SAF", where they were proved -> a key of `RETURNS`.
+        returned: the modes that were proved -> a key of `RETURNS`.
     """
-
     original: Callable[..., Any] = cls.forward
+    known = family(cls)
 
     def forward(self, img_emb, cap_emb, cap_lens):
-        kind = returned.get(str(self.module_name)) if type(self) is cls else None
+        kind = returned.get(known.mode(self)) if type(self) is cls else None
         if kind is None:
             return original(self, img_emb, cap_emb, cap_lens)
         try:
-            ours = twin(self)
+            ours = twin(known, self)
         except Unlike:
             return original(self, img_emb, cap_emb, cap_lens)
         return _returned(ours, kind, img_emb, cap_emb, cap_lens)
@@ -104,8 +172,10 @@ def forward(cls: type[nn.Module], returned: dict[str, str]) -> Callable[..., Any
     return forward
 
 
-def _returned(scorer: EncoderSimilarity, kind: str, *batch: Any) -> Any:
-    scorer.output, form = RETURNS[kind]
+def _returned(scorer: PairScorer, kind: str, *batch: Any) -> Any:
+    output, form = RETURNS[kind]
+    if isinstance(scorer, EncoderSimilarity):
+        scorer.output = output
     return form(scorer(*batch))
 
 
@@ -122,7 +192,8 @@ def prove(cls: type[nn.Module], mode: str) -> tuple[str, float]:
         Fails: the published class fails.
     """
     torch.manual_seed(0)
-    module = published(lambda: cls(_D, _S, mode, 3))
+    known = family(cls)
+    module = published(lambda: known.make(cls, mode, _D, _S))
     if not isinstance(module, nn.Module):
         raise Fails("it is no torch.nn.Module")
     with torch.no_grad():
@@ -133,21 +204,23 @@ def prove(cls: type[nn.Module], mode: str) -> tuple[str, float]:
     caption = nn.functional.normalize(torch.randn(4, 7, _D), dim=2).requires_grad_()
     inputs = [image, caption, *module.parameters()]
     refused = Disagrees("")
-    for kind in RETURNS:
+    for kind in known.returns:
         try:
-            return kind, max(_apart(module, kind, training, inputs, lengths) for training in (False, True))
+            return kind, max(_apart(known, module, kind, training, inputs, lengths) for training in (False, True))
         except Disagrees as error:
             refused = min(refused, error, key=lambda each: not str(each).startswith("the results differ"))
     raise refused
 
 
-def _apart(module: nn.Module, kind: str, training: bool, inputs: Sequence[Tensor], lengths: list[int]) -> float:
+def _apart(
+    known: Family, module: nn.Module, kind: str, training: bool, inputs: Sequence[Tensor], lengths: list[int]
+) -> float:
     """The largest difference between the module and the library's scorer that returns the same kind."""
     image, caption = inputs[:2]
     module.train(training)
     buffers = [buffer.clone() for buffer in module.buffers()]
     expected = published(lambda: _results(module, buffers, inputs, lambda: module(image, caption, lengths)))
-    found = _results(module, buffers, inputs, lambda: _returned(twin(module), kind, image, caption, lengths))
+    found = _results(module, buffers, inputs, lambda: _returned(twin(known, module), kind, image, caption, lengths))
     return agreed(difference(expected, found))
 
 
