@@ -27,7 +27,7 @@ from itm_fast import _cuda, _native
 from itm_fast.ops._cuda import _pairs
 
 WAITS = re.compile(
-    r"(__syncthreads\(\)|sync_warp\(\)|wait_groups<.*?>\(\)|group_wait<.*?>\(.*?\)|group_fence\(.*?\)|fence_products\(\)"
+    r"(?:emulator::)?(__syncthreads\(\)|sync_warp\(\)|wait_groups<.*?>\(\)|group_wait<.*?>\(.*?\)|group_fence\(.*?\)|fence_products\(\)"
     r"|cluster_barrier\(\)|fence_barriers\(\)|arrive_at_other\(.*?\)|expect_bytes\(.*?\)|wait_for\(.*\)"
     r"|(?:matrices|regions)\.(?:wait|pass)\(\));"
 )
@@ -57,12 +57,29 @@ MASKS: dict[str, list[tuple[str, str]]] = {
         ("region < count ? ", "true ? "),
         ("while (owner >= 0 && begin", "while (begin"),
     ],
+    "steps.h": [("if (sh.tile.owner[n * 8 + 2 * t + i] != mine) x = -INFINITE;", "")],
     "graph.cu": [
-        ("if (sh.tile.owner[n * 8 + 2 * t + i] != mine) x = -INFINITE;", ""),
         (" + sh.tile.spoiled[sh.tile.first[threadIdx.x] / 16]", ""),
         ("if (warp < OWNERS) put", "put"),
     ],
     "filter.cu": [("sh.tile.owner[row] < 0 ? 0 : ", ""), (" + sh.tile.spoiled[first / 16]", "")],
+    "stream.h": [
+        (" && i < stages", ""),
+        ("threadIdx.x != 0 || ", ""),
+        ("next >= stages || ", ""),
+        (" || ring->given_up", ""),
+        ("if (next >= PLACES) {", "{"),
+        ("if (!ring->given_up) fill", "fill"),
+        ("ring->given_up ? as_float(0x7fc00000u) : 0", "0"),
+        (" + half", ""),
+    ],
+    "cluster.h": [
+        ("*given_up || ", ""),
+        (" || i == TRIES", ""),
+        (" || (i % 1024 == 1023 && *failed)", ""),
+        ("*given_up = 1;", ""),
+        ("*failed = 1;", ""),
+    ],
     "weights.cu": [("row < 0 || in_group >= at.images", "row < 0"), ("region < regions ? ", "true ? ")],
     "scan.cu": [
         ("if (!at.computes_any(p.pairs)) return;", ""),
@@ -174,6 +191,26 @@ class Judge(NamedTuple):
     results: Callable[..., Iterator[torch.Tensor]]
 
 
+LOST = (0, 3, 8, 13, 21)  # messages between the blocks of a cluster before one that is lost
+
+
+def lossy(op: ModuleType) -> Iterator[torch.Tensor]:
+    """Scores by blocks in clusters, also where one waits in vain; and whether the host is told."""
+    import cuda_emulated
+    import test_cuda_nodes as cases
+
+    yield from score(op, (HALF_IN_CLUSTERS,))
+    capability, dtype, variant = HALF_IN_CLUSTERS
+    torch.cuda.get_device_capability = lambda *_: capability  # type: ignore[assignment]
+    args = cases.rounded(cases.case("filter", **cases.SHAPES["odd"] | dict(D=600)), dtype)
+    for message in LOST:
+        _cuda.allow_variant("similarity_filter_score", args[0].device, dtype, variant)
+        cuda_emulated.load().lose(message)
+        yield op.similarity_filter_score(*args)
+        yield torch.tensor([_cuda.cluster_fault(args[0].device)])
+        _cuda._gave_up.clear()
+
+
 def scan_in_clusters(op: ModuleType) -> Iterator[torch.Tensor]:
     """The same of blocks in clusters, of which one has no tile, with more stages than places for them."""
     from itm_fast.testing import inputs
@@ -208,11 +245,11 @@ GROUPS = SCORE._replace(
 )
 CLUSTERS = GROUPS._replace(
     instances=r"<(F16, (36, 128, 2|64, 128, 64|64, 128, 64, 48, false)|" + MORE_STAGES.replace("(, true)?", "") + ")>",
-    results=partial(score, runs=(HALF_IN_CLUSTERS,)),
+    results=lossy,
 )
 JUDGES: dict[str, Judge] = {
     **dict.fromkeys(("affinity.h", "attention.h", "scan.cu"), SCAN),
-    **dict.fromkeys(("tile.h", "nodes.h", "graph.cu", "filter.cu", "global_nodes.cu", "weights.cu"), SCORE),
+    **dict.fromkeys(("tile.h", "nodes.h", "steps.h", "graph.cu", "filter.cu", "global_nodes.cu", "weights.cu"), SCORE),
     "groups.h": GROUPS,
     **dict.fromkeys(("stream.h", "cluster.h"), CLUSTERS),
 }

@@ -140,13 +140,15 @@ def bits(scores):
     [
         *(("mixed", "sm_90", F16), ("W127", "sm_90", F16), ("S256", "sm_75", F16), ("S256", "sm_90", None)),
         *(("mixed", "sm_90a", F16), ("D200", "sm_90a", F16), ("S256", "sm_90a", BF16)),
-        *(("mixed", "clusters", F16), ("odd", "clusters", F16), ("S256", "clusters", BF16)),
+        *(("mixed", "clusters", "high"), ("odd", "clusters", F16), ("S256", "clusters", BF16)),
     ],
 )
 @pytest.mark.parametrize("head", HEADS)
-def test_the_order_of_threads_and_copies_does_not_matter(head, shape, gpu, dtype, run):
+def test_the_order_of_threads_and_copies_does_not_matter(head, shape, gpu, dtype, run, monkeypatch):
     # 0 and 1: threads in ascending and descending order; else a seed. Odd: copies land at once, else when waited for.
-    args, dtype = case(head, **SHAPES.get(shape, MIXED)), dtype or torch.float32
+    if dtype == "high":
+        monkeypatch.setattr(_pairs, "matmul_precision", lambda: "high")
+    args, dtype = case(head, **SHAPES.get(shape, MIXED)), dtype if dtype in (F16, BF16) else torch.float32
     first, _ = run(head, args, dtype, gpu=gpu)
     assert not first.isnan().any()
     for order in (1, 2, 3):

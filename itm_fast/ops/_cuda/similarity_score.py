@@ -46,7 +46,8 @@ def _kernel(
 
 def graph_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, variant: int) -> Kernel:
     room = max(making_bytes(kind, slots, depth, regions), 4 * slots * S * kind.halves)
-    edges, tops = 2 * slots * slots * kind.halves, 24 * (slots if kind.scaled else 1)
+    edges, rows = 2 * slots * slots * kind.halves, slots if variant == GENERAL else 16
+    tops = 8 * (slots // 16 if kind.scaled else 1) + (16 if variant == GENERAL else 8) * (rows if kind.scaled else 1)
     shared = room + edges + tile_bytes(kind, S, slots, depth, variant) + 2 * THREADS + tops
     arguments = kind.arguments(S, slots, depth, regions, variant=variant)
     return _kernel("graph.cu", "graph_scores", Graph, shared, variant, arguments)
