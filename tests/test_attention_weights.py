@@ -174,9 +174,9 @@ def test_kernels_in_cuda_say_what_they_lack():
     given = dict(image=image, words=words, cu_seqlens=cu_seqlens, weights="softmax", similarity="cosine", pool="lse")
     size = {"I": 2, "R": 5, "D": 16}
     assert op_.too_large("cuda", size, given) is None
-    for change in ({"weights": "hard"}, {"similarity": "product"}, {"pool": "negative"}):
-        assert "softmax weights, cosines and the pools" in op_.too_large("cuda", size, {**given, **change})
-        assert op_.too_large("triton", size, {**given, **change}) is None
+    given["pool"] = "smoothed_negative"
+    assert op_.too_large("cuda", size, given) == "its kernels have no pool 'smoothed_negative'"
+    assert op_.too_large("triton", size, given) is None
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ struct Attention {
     int norm;     // a `Norm`: how the affinities of a context are normalised over the queries
     float slope;  // of the LeakyReLU for negative affinities; 1: none
     float scale;  // inverse temperature of the softmax over the contexts
+    int weights;  // a `Sharing`: which contexts share the softmax
+    float threshold;  // what normalised affinities exceed with THRESHOLD
 };
 
 // What the lengths of attended vectors are computed from. F^T F is the Gram matrix of a set's contexts, each divided by
@@ -36,6 +38,24 @@ struct Quad {
     __device__ __forceinline__ static float sum(float x) { return quad_sum(x); }
     __device__ __forceinline__ static float largest(float x) { return quad_max(x); }
 };
+
+// Of a query's n contexts those share the attention whose e = exp(logit - the largest one) is above this number, in the
+// order of `ops/_attention.py`; below 0: all. `top` is the largest normalised affinity, and `each(f)` calls f with the e
+// that this thread has.
+template <class Owners, class Each>
+__device__ __forceinline__ float cut_of(const Attention &p, float top, int n, Each each) {
+    if (p.weights == ALL) return -1;
+    if (p.weights == THRESHOLD) return exp2f((p.threshold - top) * (p.scale * LOG2E));
+    float above = 0, below = 0;
+    each([&](float e) {
+        const float root = sqrtf(e);
+        above += p.weights == FOCAL_EQUAL ? e : e * root;
+        below += root;
+    });
+    above = Owners::sum(above), below = Owners::sum(below);
+    const float cut = above / (p.weights == FOCAL_EQUAL ? n : below);
+    return cut < 1 ? cut : 0;  // all e are 1, and none is above: all are kept
+}
 
 // The number that normalises one context's affinities with all queries of a set; see `normalised`. `each(f)` calls f with
 // those that this thread has.
@@ -105,18 +125,19 @@ __device__ __forceinline__ void norms_of_image(float *norms, const float (&acc)[
     }
 }
 
-// Softmax of words g and g + 8 over an image's regions.
+// Weights of words g and g + 8 over an image's regions.
 template <class T> struct Attended {
     float e[T::BLOCKS][4];  // exp(logit - the largest one), 0 beyond the regions, where `take_image` puts them
-    float z[2], dot[2], length[2];  // sum of e, of e times the affinity, and |sum of e times the region|
+    float z[2], dot[2], length[2];  // sum of e, infinite instead of 0; of e times the affinity; |sum of e times the region|
 };
 
-// Attends with 16 words, whose first slot is `row`, to an image, counted within the warp.
+// Attends with 16 words, whose first slot is `row`, to an image, counted within the warp. Without SUBSETS all regions
+// share the attention.
 //
 // The attended vector's length is |F v| with v = e times `size`, a sum of squares, which cannot cancel. Times powers of
 // two, F and v are sums of two float16 numbers below 2^9. F lies in memory times 2^9, [images][BLOCKS * 8][BLOCKS * 4][2]
 // words: the first and the second numbers of two neighbouring columns.
-template <class T>
+template <class T, bool SUBSETS = false>
 __device__ __forceinline__ void attend(Attended<T> &out, const float (&acc)[T::BLOCKS_N][4], const float *norms, int row,
                                        int image, const Pairs &p, const Attention &attention, const Grams &grams,
                                        const Place<T> &at) {
@@ -147,10 +168,28 @@ __device__ __forceinline__ void attend(Attended<T> &out, const float (&acc)[T::B
     for (int n = 0; n < BLOCKS; ++n)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            const float e = exp2f((out.e[n][j] - top[j / 2]) * (attention.scale * LOG2E));
+            out.e[n][j] = exp2f((out.e[n][j] - top[j / 2]) * (attention.scale * LOG2E));
+        }
+    if (SUBSETS && attention.weights != ALL) {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+            const float cut = cut_of<Quad>(attention, top[i], regions, [&](auto use) {
+#pragma unroll
+                for (int n = 0; n < BLOCKS; ++n) use(out.e[n][2 * i]), use(out.e[n][2 * i + 1]);
+            });
+#pragma unroll
+            for (int n = 0; n < BLOCKS; ++n)
+#pragma unroll
+                for (int j = 2 * i; j < 2 * i + 2; ++j) out.e[n][j] = out.e[n][j] <= cut ? 0 : out.e[n][j];
+        }
+    }
+#pragma unroll
+    for (int n = 0; n < BLOCKS; ++n)
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            const float e = out.e[n][j];
             out.z[j / 2] += e;
             out.dot[j / 2] += e * raw[n][j];
-            out.e[n][j] = e;
             const float v = e * size[n * 8 + 2 * t + j % 2];
             largest[j / 2] = v > largest[j / 2] ? v : largest[j / 2];
         }
@@ -190,6 +229,7 @@ __device__ __forceinline__ void attend(Attended<T> &out, const float (&acc)[T::B
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         out.z[i] = quad_sum(out.z[i]), out.dot[i] = quad_sum(out.dot[i]);
+        if (SUBSETS && out.z[i] == 0) out.z[i] = INFINITE;
         out.length[i] = sqrtf(quad_sum(square[i])) * unit[i];
     }
 }

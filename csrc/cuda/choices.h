@@ -4,4 +4,6 @@
 #pragma once
 
 enum Norm { SOFTMAX, L2NORM, L1NORM, NONE };
-enum Pool { LSE, MAX, SUM, MEAN };
+enum Pool { LSE, MAX, SUM, MEAN, NEGATIVE };
+enum Sharing { ALL, FOCAL_EQUAL, FOCAL_PROB, THRESHOLD };
+enum Similarity { COSINE, PRODUCT, PROJECTION };

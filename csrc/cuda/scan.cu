@@ -1,5 +1,5 @@
-// SCAN's pair scores in one kernel, `ops/cross_attention_score.py` (1) to (3): affinities, their norm, attention, cosines
-// and pooling. No number per pair but its score goes to memory.
+// SCAN's pair scores in one kernel, `ops/cross_attention_score.py` (1) to (3): affinities, their norm, attention,
+// similarities and pooling. No number per pair but its score goes to memory.
 #include "attention.h"
 
 struct Scan {
@@ -10,22 +10,27 @@ struct Scan {
     float *score;         // [images][captions]
     int pool;             // a `Pool`
     float pool_scale;
+    int similarity;  // a `Similarity`
 };
 
-// The cosine of a query and what it attends to. With its weights e before they are normalised: `z` is their sum, `dot`
+// The similarity of a query and what it attends to. With its weights e before they are normalised: `z` is their sum, `dot`
 // the sum of e times the affinity, `attended` the length of the sum of e times the context. `length`: |query|.
-__device__ __forceinline__ float cosine_of(float dot, float attended, float z, float length) {
-    const float both = length * (attended / z);
+__device__ __forceinline__ float similarity_of(const Scan &p, float dot, float attended, float z, float length) {
+    if (p.similarity == PRODUCT) return dot / z;
+    const float both = (p.similarity == COSINE ? length : 1) * (attended / z);
     return dot / z / (both > EPS ? both : EPS);
 }
 
-// One score of the cosines r(0) to r(n - 1).
+// One score of the similarities r(0) to r(n - 1).
 template <class Value> __device__ __forceinline__ float pooled(const Scan &p, int n, Value r) {
-    float top = -INFINITE, sum = 0;
+    float top = -INFINITE, sum = 0, below = 0;
     for (int q = 0; q < n; ++q) {
+        const float more = r(q) - p.attention.threshold;
         top = r(q) > top ? r(q) : top;
         sum += r(q);
+        below += more >= 0 ? 0 : more;
     }
+    if (p.pool == NEGATIVE) return below / n;
     if (sum != sum) return sum;  // `top` has passed over a NaN
     if (p.pool == MAX) return top;
     if (p.pool == SUM) return sum;
@@ -73,13 +78,13 @@ template <class T> __device__ __forceinline__ void score_words(const Scan &p) {
         for (int image = 0; image < T::WARP_IMAGES; ++image) {
             Attended<T> found;
             const int slot = at.warp_row + m * 16;
-            attend<T>(found, acc[m], norms, slot, image, p.pairs, p.attention, p.grams, at);
+            attend<T, true>(found, acc[m], norms, slot, image, p.pairs, p.attention, p.grams, at);
 #pragma unroll
             for (int i = 0; i < 2; ++i) {
                 const int mine = slot + at.g + 8 * i, row = p.pairs.row[at.tile * SLOTS + mine];
                 if (at.t == 0 && row >= 0)
                     cosine[(at.warp_image + image) * SLOTS + mine] =
-                        cosine_of(found.dot[i], found.length[i], found.z[i], p.length[row]);
+                        similarity_of(p, found.dot[i], found.length[i], found.z[i], p.length[row]);
             }
         }
     __syncthreads();
@@ -135,8 +140,13 @@ template <class T> __device__ __forceinline__ void score_regions(const Scan &p) 
             const float x = logit(w);
             top = x > top ? x : top;
         }
+        auto above = [&](int w) { return exp2f((logit(w) - top) * (p.attention.scale * LOG2E)); };
+        const float cut = cut_of<Alone>(p.attention, top, words, [&](auto use) {
+            for (int w = 0; w < words; ++w) use(above(w));
+        });
         for (int w = 0; w < words; ++w) {
-            const float e = exp2f((logit(w) - top) * (p.attention.scale * LOG2E));
+            float e = above(w);
+            e = e <= cut ? 0 : e;
             z += e;
             dot += e * value[w * T::LD];
             const float v = e * size[w];
@@ -156,7 +166,7 @@ template <class T> __device__ __forceinline__ void score_regions(const Scan &p) 
             square += a * a + b * b + c * c + d * d;
         }
         const float length = p.length[(long long)(at.first_image + image) * p.pairs.R + region];
-        *value = cosine_of(dot, sqrtf(square) * unit, z, length);
+        *value = similarity_of(p, dot, sqrtf(square) * unit, z == 0 ? INFINITE : z, length);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < at.captions * at.images; i += T::THREADS) {

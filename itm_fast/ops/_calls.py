@@ -43,11 +43,16 @@ ENUMS = {
     "Similarity": _attention.SIMILARITIES,
     "Regulator": REGULATORS,
 }
-# Of csrc/cuda, where the LeakyReLU before a norm is a number of its own.
+# Of csrc/cuda, where the LeakyReLU before a norm is a number of its own. All contexts share a softmax
+# with weights "softmax", and with "hard", where its scale is `HARD`.
 CUDA_ENUMS = {
     "Norm": tuple(dict.fromkeys(_attention.clipped(norm)[1] for norm in _attention.NORMS)),
-    "Pool": _attention.POOLS,
+    "Pool": (*_attention.POOLS, "negative"),
+    "Sharing": ("all", "focal_equal", "focal_prob", "threshold"),
+    "Similarity": _attention.SIMILARITIES,
 }
+# exp(HARD (a - b)) is 0 for float32 numbers a < b, unless both are below 2e-27.
+HARD = 2.0**120
 SIZES = "IRTNMDPSKCBQ"  # the order of the sizes in every struct
 
 

@@ -99,12 +99,8 @@ def _refuse(size: dict[str, int], given: Mapping[str, Any]) -> str | None:
 
 def _too_large(backend: str, size: Mapping[str, int], given: Mapping[str, Any]) -> str | None:
     """Why the CUDA kernels cannot take a call's arguments, or None; those in Triton take all."""
-    asked = given["weights"], given["similarity"]
-    if backend == "cuda" and (asked != ("softmax", "cosine") or given["pool"] in _attention.NEGATIVE):
-        return (
-            f"its kernels have softmax weights, cosines and the pools {', '.join(_attention.POOLS)} only, got "
-            f"weights={asked[0]!r}, similarity={asked[1]!r}, pool={given['pool']!r}"
-        )
+    if backend == "cuda" and given["pool"] == "smoothed_negative":
+        return "its kernels have no pool 'smoothed_negative'"
     return _attention.too_large(backend, size, given)
 
 

@@ -14,7 +14,7 @@ from ... import _cuda
 from ..._checks import matmul_precision
 from ...packing import bounds, checked, region_counts
 from .. import _attention
-from .._calls import CUDA_ENUMS
+from .._calls import CUDA_ENUMS, HARD
 from . import _blocks, _rows, _tiles
 from ._tiles import Pairs, Tile
 
@@ -31,13 +31,22 @@ class Attention(ctypes.Structure):
         ("norm", ctypes.c_int),
         ("slope", ctypes.c_float),
         ("scale", ctypes.c_float),
+        ("weights", ctypes.c_int),
+        ("threshold", ctypes.c_float),
     ]
 
     @classmethod
-    def of(cls, affinity_norm: str, scale: float) -> Attention:
-        """The attention with one of `_attention.NORMS`."""
+    def of(cls, affinity_norm: str, scale: float, weights: str = "softmax", threshold: float = 0.0) -> Attention:
+        """The attention with one of `_attention.NORMS` and one of `_attention.WEIGHTS`."""
         clipped, norm = _attention.clipped(affinity_norm)
-        return cls(CUDA_ENUMS["Norm"].index(norm), _attention.SLOPE if clipped else 1, scale)
+        share = "all" if weights in ("softmax", "hard") else weights
+        return cls(
+            CUDA_ENUMS["Norm"].index(norm),
+            _attention.SLOPE if clipped else 1,
+            HARD if weights == "hard" else scale,
+            CUDA_ENUMS["Sharing"].index(share),
+            threshold,
+        )
 
 
 class Grams(ctypes.Structure):
@@ -57,6 +66,7 @@ class Scan(ctypes.Structure):
         ("score", ctypes.c_void_p),
         ("pool", ctypes.c_int),
         ("pool_scale", ctypes.c_float),
+        ("similarity", ctypes.c_int),
     ]
 
 
@@ -112,7 +122,7 @@ def forward(
     threshold: float = 0.0,
     similarity: str = "cosine",
 ) -> Tensor:
-    """Scores [I, T]; `weights`, `threshold` and `similarity` have these values always, as the declaration sees to.
+    """Scores [I, T].
 
     Raises:
         NotImplementedError: the kernels do not take these sizes.
@@ -149,8 +159,9 @@ def forward(
             some = words[edge[captions.start] : edge[captions.stop]]
             lengths = _blocks.part(cu_seqlens, region_lengths, images, captions)
             score[images, captions] = forward(
-                image[images], some, *lengths, direction, affinity_norm, scale, pool, pool_scale
-            )
+                image[images], some, *lengths, direction, affinity_norm, scale, pool, pool_scale, weights, threshold,
+                similarity,
+            )  # fmt: skip
         return score
     plan = _tiles.plan_tiles(cu_seqlens, len(words), OP, in_clusters.slots)
     count = None
@@ -162,8 +173,8 @@ def forward(
         length, factors = _rows.lengths(words), _rows.image_factors(image, count, columns)
     else:
         length, factors = _rows.lengths(regions), _rows.caption_factors(words, cu_seqlens, edge, longest)
-    attention, grams = Attention.of(affinity_norm, scale), Grams(*map(_address, factors))
-    pooling = CUDA_ENUMS["Pool"].index(pool), pool_scale
+    attention, grams = Attention.of(affinity_norm, scale, weights, threshold), Grams(*map(_address, factors))
+    pooling = CUDA_ENUMS["Pool"].index(pool), pool_scale, CUDA_ENUMS["Similarity"].index(similarity)
     result = score if score.dtype == torch.float32 else score.new_empty(score.shape, dtype=torch.float32)
     groups = -(-I // tile.images)
     if plan.tiles * groups > BLOCKS or max(len(words), I * R) * D * 4 > BYTES:
