@@ -91,6 +91,9 @@ def test_the_page_has_the_numbers_of_the_tables(made):
     assert cells[1][:-1] == expected
     assert re.match(r"\d+\.\d<small>", cells[1][-1])  # rsum and its range
     assert len(cells[2]) == 1 + 2 * 2  # other cut-offs
+    page = Page(text)  # tables wider than a telephone scroll, also by keys, and the page says so there
+    assert [tag for tag, _ in page.tags].count("table") == text.count('<div class="wide" tabindex="0"><table')
+    assert page.text.count("Tables scroll sideways.") == 1
 
 
 def test_the_charts_show_recall_and_the_share_of_ranks(made):

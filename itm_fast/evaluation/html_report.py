@@ -48,6 +48,11 @@ polyline.chance { fill: none; stroke: var(--faint); stroke-dasharray: 4 4; } fig
 .query img { height: 72px; max-width: 108px; border-radius: 4px; vertical-align: middle; margin: 2px 6px 2px 0;
   background: #fff; }
 .query b { color: var(--ink); } .rank { color: var(--faint); }
+.scrolls { display: none; }
+@media (max-width: 52rem) { .scrolls { display: block; } th, td { padding: .25rem .4rem; }
+  .wide table:not(.words) :is(th, td):first-child { position: sticky; left: 0; background: var(--page);
+    white-space: normal; }
+  .wide tbody tr:nth-child(odd) td:first-child { background: var(--row); } }
 """
 
 
@@ -97,7 +102,8 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], *, kind: str = ""
     sides = "".join(f'<th colspan="{each}">{name}</th>' for name in DIRECTIONS.values())
     top = f"<tr><th></th>{sides}</tr>" if each else ""
     top += f"<tr>{''.join(f'<th>{cell}</th>' for cell in head)}</tr>"
-    return f'<div class="wide"><table class="{kind}"><thead>{top}</thead><tbody>{"".join(body)}</tbody></table></div>'
+    table = f'<table class="{kind}"><thead>{top}</thead><tbody>{"".join(body)}</tbody></table>'
+    return f'<div class="wide" tabindex="0">{table}</div>'  # tabindex: the arrow keys scroll it
 
 
 def _recalls(report: Report) -> list[str]:
@@ -105,6 +111,7 @@ def _recalls(report: Report) -> list[str]:
         "<p>R@k in percent; medr and meanr: median and mean rank. Under a number: its range between the rules for "
         "ties, where it depends on them. "
         f"Ties here are ranked by the rule “{escape(str(report.settings.get('ties', '')))}”.</p>"
+        '<p class="scrolls">Tables scroll sideways.</p>'
     ]
     for number, pool in enumerate(report.systems[0].pools):
         rows = []
