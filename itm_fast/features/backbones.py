@@ -246,6 +246,7 @@ def fit(network: nn.Module, given: Mapping[str, Tensor], path: Path) -> None:
     if wrong:
         raise ValueError(
             f"{path} does not fit the backbone: {len(wrong)} of its tensors are missing, unknown or of another shape, "
-            f"such as {wrong[0]}"
+            f"such as {wrong[0]}; name the backbone that these weights are of, or rename them as this one's, such as "
+            f"{next(iter(wanted), 'none')}"
         )
     network.load_state_dict(given, strict=False)
