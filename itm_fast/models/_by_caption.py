@@ -55,8 +55,9 @@ class _Columns(torch.autograd.Function):
         total = [
             torch.zeros_like(x, dtype=work_dtype(x)) if need else None for x, need in zip((image, *rest), needs)
         ]
-        for t, (length, own, at) in enumerate(_captions(cu_seqlens, words)):
-            rows = grad[:, t].nonzero().flatten()
+        scored = grad.ne(0)
+        rows_of = scored.t().nonzero()[:, 1].split(scored.sum(0).tolist())  # of all captions, so a GPU is awaited once
+        for t, ((length, own, at), rows) in enumerate(zip(_captions(cu_seqlens, words), rows_of, strict=True)):
             if not len(rows):
                 continue
             counts = None if region_lengths is None else region_lengths[rows]
