@@ -8,6 +8,7 @@ import textwrap
 
 import pytest
 import torch
+from cpu_cases import at_level, needs_cpu, over_lesser_processors
 
 import itm_fast
 from itm_fast import _native
@@ -168,9 +169,6 @@ def test_a_score_does_not_depend_on_its_block(backend, direction, monkeypatch):
         torch.testing.assert_close(run(image, words, cu_seqlens), whole, rtol=0, atol=1e-14)
 
 
-needs_cpu = pytest.mark.skipif("cpu" not in BACKENDS, reason=str(itm_fast.why_not("cpu")))
-
-
 @needs_cpu
 @pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("norm", NORMS)
@@ -211,7 +209,7 @@ def test_the_kernels_give_the_same_bits_for_any_number_of_threads(direction):
 
 
 def alone(code, **environment):
-    """Run a program in a process of its own, whose memory and processor level are not this one's."""
+    """Run a program in a process of its own, whose memory is not this one's."""
     program = textwrap.dedent(code)
     done = subprocess.run(
         [sys.executable, "-c", program], env={**os.environ, **environment}, capture_output=True, text=True, check=False
@@ -220,27 +218,15 @@ def alone(code, **environment):
     return done.stdout
 
 
-@pytest.mark.slow
 @needs_cpu
-@pytest.mark.parametrize("capability", ["avx2", "default"])
-def test_the_kernels_of_older_processors(capability):
-    code = """
-        import torch, itm_fast
-        from itm_fast import _native
-        from itm_fast.testing import inputs, op_checks
-
-        image, words, cu_seqlens = inputs(5, (13, 5, 40, 4, 7), 37, 23, dtype=torch.float64)
-        for direction in ("t2i", "i2t"):
-            def call(image, words, backend):
-                return itm_fast.cross_attention_score(image, words, cu_seqlens, direction=direction, backend=backend)
-
-            for dtype in (torch.float64, torch.float32, torch.bfloat16):
-                op_checks.check_forward(call, (image, words), dtype, "cpu")
-                op_checks.check_gradients(call, (image, words), dtype, "cpu")
-        print(_native.level())
-    """
-    level = alone(code, ATEN_CPU_CAPABILITY=capability).split()[-1]
-    assert level == {"avx2": "avx2", "default": "generic"}[capability] or level == "generic"
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@over_lesser_processors
+def test_older_processors(level, direction, monkeypatch):
+    at_level(level, monkeypatch)
+    call, args = case(5, (13, 5, 40, 4, 7), 37, 23, direction=direction)
+    for dtype in (torch.float64, torch.float32, torch.bfloat16):
+        op_checks.check_forward(call, args, dtype, "cpu")
+        op_checks.check_gradients(call, args, dtype, "cpu")
 
 
 @pytest.mark.slow

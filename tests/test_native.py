@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cpu_cases import over_lesser_processors
+from cpu_cases import at_level, over_lesser_processors
 from native_cases import cache, csrc, finished, fresh, scale, works
 
 import itm_fast
@@ -83,11 +83,12 @@ def test_the_level_is_what_torch_sees(monkeypatch, capability, bf16, expected):
 
 @pytest.mark.slow
 def test_nothing_is_built_by_importing(tmp_path):
-    code = "import itm_fast, itm_fast.models; from itm_fast import _native; print(_native._outcome)"
+    code = "import itm_fast, itm_fast.models; from itm_fast import _native; print(_native._outcome, _native.level())"
     environment = {**os.environ, "PYTHONPATH": str(Path(itm_fast.__file__).parents[1])}
+    environment["ATEN_CPU_CAPABILITY"] = "default"
     environment["ITM_FAST_CACHE_DIR"] = str(tmp_path / "cache")
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert (done.stdout.strip(), done.stderr) == ("None", "")
+    assert (done.stdout.strip(), done.stderr) == ("None generic", "")
     assert not (tmp_path / "cache").exists()
 
 
@@ -98,6 +99,6 @@ def test_the_kernels_are_plain_cpp():
 
 
 @over_lesser_processors
-def test_the_kernels_compile_for_older_processors(level):
-    built = _native.build(_native.csrc_dir(), level)
-    assert built.level == level or os.uname().machine not in ("x86_64", "AMD64")
+def test_the_kernels_compile_for_older_processors(level, monkeypatch):
+    at_level(level, monkeypatch)
+    assert _native.outcome().level == level or os.uname().machine not in ("x86_64", "AMD64")

@@ -55,8 +55,9 @@ def train(
     If torchrun started several processes, or torch.distributed has a process group, all of them call this function with
     the same arguments and train one model together. Each batch is divided among them, and every caption has its
     negatives in the whole batch. Losses, gradients and random numbers are those of one process, apart from rounding, so
-    the number of processes may change when a run is resumed. The process of rank 0 writes all files; all must see
-    the data and `output`.
+    the number of processes may change when a run is resumed. In float32 losses agree to 1e-6, and gradients, sums of
+    thousands of terms that are added up in another order, to about 1e-5 of their norm, which is as far as those of one
+    process are from float64's. The process of rank 0 writes all files; all must see the data and `output`.
 
     Args:
         opt: the options, as `options` returns them, with `img_dim` as in the data. `data_path` and `data_name` tell
