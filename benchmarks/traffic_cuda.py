@@ -276,7 +276,10 @@ def _nodes(p: Problem, walks: int, weights: int) -> tuple[Count, list[tuple[int,
     done.reads("global nodes", held * overall, overall)
     done.writes("score", p.I * p.T * p.given)
     for rows, n in shapes:
-        done.dots(n, rows, p.D, _pairs.rounded_up(p.R, 16), p.kind, p.groups)
+        if p.groups and p.precision == "float32":  # four products of halves, each of two numbers' worth
+            done.dots(n, rows, 2 * p.D, 2 * _pairs.rounded_up(p.R, 16), "float16", p.groups)
+        else:
+            done.dots(n, rows, p.D, _pairs.rounded_up(p.R, 16), p.kind, p.groups)
         done.dots(n, rows, p.S, p.D, p.kind, p.groups)
         done.vector += n * rows * (p.D * (8 if p.size == 4 else 5) + p.S * 5)
     return done, shapes

@@ -55,6 +55,7 @@ CLUSTER_FAULTS = (
 GROUPED_TILES = [f"{n}, true" for n in ("F16, 64, 128, 64, 48, false", "BF16, 64, 128, 64, 48, false")]
 GROUPED_TILES += ["F16, 64, 128, 64, 48, true, true", "BF16, 256, 128, 64, 48, false, true"]
 CLUSTERED_TILES = [n.removesuffix(", true") for n in GROUPED_TILES]
+PAIRS = "F16X3, 64, 128, 32, 48, true"
 # The C++ names of kernel instances, by the stem of their file, here or in csrc/cuda.
 INSTANCES = {
     "faults": [
@@ -92,9 +93,9 @@ INSTANCES = {
     "filter": [
         f"filter_scores<{n}>"
         for n in (*NODE_TILES, "F16, 256, 128, 64, 48", "F16X3, 256, 128, 32, 48", "F16, 256, 64, 16, 48")
-        + ("BF16, 256, 128, 16, 48", "F16X3, 64, 64, 32, 48", *GROUPED_TILES)
+        + ("BF16, 256, 128, 16, 48", "F16X3, 64, 64, 32, 48", *GROUPED_TILES, f"{PAIRS}, true")
     ]
-    + [f"filter_scores_in_clusters<{n}>" for n in CLUSTERED_TILES],
+    + [f"filter_scores_in_clusters<{n}>" for n in (*CLUSTERED_TILES, PAIRS)],
 }
 STRUCTURES = {
     "scan": [Scan],

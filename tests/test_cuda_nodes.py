@@ -92,6 +92,7 @@ HALVES += [("W127", F16, "sm_90a"), ("lengths", BF16, "sm_90a"), ("S256", BF16, 
 HALVES += [("D200", F16, "clusters"), ("lengths", F16, "clusters"), ("S256", BF16, "clusters")]
 FLOATS = [(shape, "highest", "sm_90") for shape in ("lengths", "I1-T1-R1-W1-D8", "R7-ragged", "S256")]
 FLOATS += [("lengths", "high", gpu) for gpu in VARIANTS]
+PAIRED = [("filter", "odd", "clusters"), ("filter", "lengths", "clusters"), ("filter", "lengths", "sm_90a")]
 
 
 @pytest.mark.parametrize("shape,dtype,gpu", HALVES, ids=lambda x: str(x).removeprefix("torch."))
@@ -102,6 +103,16 @@ def test_scores_are_accurate(head, shape, dtype, gpu, run):
     assert found.dtype == dtype
     assert_accurate([found], reference(head, args, dtype), dtype, products=dtype)
     assert not sum(c["bank_conflicts"] for c in counts)
+
+
+@pytest.mark.parametrize("head,shape,gpu", PAIRED)
+def test_float32_scores_by_groups_of_warps_are_accurate(head, shape, gpu, run):
+    args = case(head, **SHAPES[shape])
+    found, counts = run(head, args, torch.float32, gpu=gpu)
+    assert_accurate([found], reference(head, args, torch.float32), torch.float32)
+    assert not sum(c["bank_conflicts"] for c in counts)
+    for order in (1, 2, 3) if shape == "odd" else ():
+        assert torch.equal(bits(run(head, args, torch.float32, order, gpu=gpu)[0]), bits(found))
 
 
 @pytest.mark.parametrize("shape,precision,gpu", FLOATS)

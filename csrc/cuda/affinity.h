@@ -272,18 +272,11 @@ __device__ __forceinline__ float affinities_in_clusters(typename T::Accumulators
         for (int k = 0; k < 4; ++k)
             load_matrices(own[k], mine + swizzled(at.warp_row + at.lane % 16, 2 * k + at.lane / 16));
         const unsigned char *stage = shared + regions.place() * STAGE;
-        auto multiply = [&](int a, int b) {  // numbers 16 a to 16 a + 15 of the words by those from 16 b on of the regions
+        group_fence(left, right, own);
+        for_products<T::KIND>([&](int a, int b) {
             group_multiply<STORED, HALF, true, false>(left, own[a], described(stage + b * 32));
             group_multiply<STORED, HALF, true, false>(right, own[a], described(stage + HALF * 128 + b * 32));
-        };
-        group_fence(left, right, own);
-        if constexpr (T::KIND == F16X3) {
-#pragma unroll
-            for (int k = 0; k < 2; ++k) multiply(2 + k, k), multiply(k, 2 + k), multiply(k, k);
-        } else {
-#pragma unroll
-            for (int k = 0; k < 4; ++k) multiply(k, k);
-        }
+        });
         group_commit();
         regions.pass();
     }

@@ -83,5 +83,5 @@ __global__ void __launch_bounds__(THREADS, 1) filter_scores(Filter p) {
 }
 template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS, bool SCALED>
 __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) filter_scores_in_clusters(Filter p) {
-    score_filter<NodeTile<KIND, S, SLOTS, DEPTH, REGIONS, SCALED, true, 4>>(p);
+    score_filter<NodeTile<KIND, S, SLOTS, DEPTH, REGIONS, SCALED, true, KIND == F16X3 ? 3 : 4>>(p);
 }

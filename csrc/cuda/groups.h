@@ -4,20 +4,19 @@
 #include "stream.h"
 #include "tile.h"
 
-// acc += A W^T by groups of warps, over the numbers of a stage of W. A warp's 16 rows of A are `a`.
+// acc += A W^T by groups of warps, over the numbers of a stage of W. A warp's 16 rows of A are `a`, as in a stage.
 template <class T>
-__device__ __forceinline__ void multiply_stage(typename T::Products &acc, unsigned (&a)[T::DEPTH / 16][4],
-                                               const unsigned char *stage) {
+__device__ __forceinline__ void multiply_stage(typename T::Products &acc, unsigned (&a)[4][4], const unsigned char *stage) {
     group_fence(acc[0], a);
-#pragma unroll
-    for (int k = 0; k < T::DEPTH / 16; ++k)
-        group_multiply<T::KIND, T::S, true, false>(acc[0], a[k], described(stage + k * 32));
+    for_products<T::KIND>([&](int own, int of_stage) {
+        group_multiply<Numbers<T::KIND>::STORED, T::S, true, false>(acc[0], a[own], described(stage + of_stage * 32));
+    });
     group_commit();
 }
 
 // `project` by groups of warps, which make one stage of A while they multiply the one before: `load(step)` starts the
 // copies that it needs, `begin(step, made)` products, after a fence and as one group, and `finish(step, made)` makes the
-// warp's rows of what these give.
+// warp's rows of what these give, DEPTH numbers each.
 template <class T, class Load, class Begin, class Finish>
 __device__ __forceinline__ void project_by_groups(typename T::Products &acc, typename T::Shared &sh, const void *weight,
                                                   int chunks, typename T::Matrices &matrices, Load load, Begin begin,
@@ -34,15 +33,17 @@ __device__ __forceinline__ void project_by_groups(typename T::Products &acc, typ
         fence_products();
         __syncthreads();  // what was copied is there, and what the products before have read can be overwritten
     };
-    float made[T::DEPTH / 8][4];
-    unsigned a[T::DEPTH / 16][4];
+    float made[8][4];
+    unsigned a[4][4];
     auto keep = [&] {  // once no product reads `a`
 #pragma unroll
         for (int k = 0; k < T::DEPTH / 16; ++k)
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 const float *both = made[2 * k + i / 2] + i % 2 * 2;
-                a[k][i] = rounded<T::KIND>(both[0], both[1]);
+                a[k][i] = rounded<Numbers<T::KIND>::STORED>(both[0], both[1]);
+                if constexpr (T::PAIRS)
+                    a[2 + k][i] = to_halves(both[0] - half_of(a[k][i], false), both[1] - half_of(a[k][i], true));
             }
     };
     const int last = (chunks + T::NARROW - 1) / T::NARROW - 1;

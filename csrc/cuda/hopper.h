@@ -93,6 +93,11 @@ __device__ __forceinline__ unsigned long long described(const unsigned char *at)
                  transposed ";\n}"                                                                                  \
                  : __VA_ARGS__                                                                                      \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(ADD)), "n"(int(TRANSPOSED)))
+#define ITM_PRODUCT_OF_SHARED(dtype)                                                                                \
+    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." dtype "."  \
+                 dtype " {" ITM_TO_29 ",%30,%31}, %32, %33, p, 1, 1, 0, 1;\n}"                                      \
+                 : ITM_D8(0)                                                                                        \
+                 : "l"(a), "l"(b), "n"(int(ADD)))
 #define ITM_PRODUCT_64(dtype)                                                                                       \
     ITM_PRODUCT(64, dtype, ITM_TO_29 ",%30,%31", "%32", "%33", "%34", "%35", "%36", "%37", "%38", ITM_D8(0))
 #define ITM_PRODUCT_128(dtype)                                                                                      \
@@ -106,6 +111,16 @@ __device__ __forceinline__ unsigned long long described(const unsigned char *at)
                 ITM_D8(0), ITM_D8(8), ITM_D8(16), ITM_D8(24))
 #endif
 
+// Calls multiply(a, b) for all products of the numbers 16 a to 16 a + 15 of one factor's rows in a stage by those from 16 b
+// on of the other's. A row has 64 numbers; F16X3: 32 first halves and then 32 second ones.
+template <Kind KIND, class Multiply> __device__ __forceinline__ void for_products(Multiply multiply) {
+#pragma unroll
+    for (int k = 0; k < (KIND == F16X3 ? 2 : 4); ++k) {
+        if constexpr (KIND == F16X3) multiply(2 + k, k), multiply(k, 2 + k);
+        multiply(k, k);
+    }
+}
+
 // Starts d = a B^T, or += where ADD, of 16-bit numbers: a group's a [64, 16] and B [COLUMNS, 16], of which a warp has 16
 // rows of a and d as for `multiply`, all columns. B begins at a described place: its rows have 64 numbers, of which 16
 // are multiplied; or TRANSPOSED, 16 rows of B^T [16, 64].
@@ -113,7 +128,7 @@ template <Kind KIND, int COLUMNS, bool ADD, bool TRANSPOSED>
 __device__ __forceinline__ void group_multiply(float (&d)[COLUMNS / 8][4], const unsigned (&a)[4], unsigned long long b) {
     static_assert((KIND == F16 || KIND == BF16) && (COLUMNS == 64 || !TRANSPOSED));
 #ifdef ITM_EMULATE
-    emulator::GroupOperands mine{&d[0][0], a, b};
+    emulator::GroupOperands mine{&d[0][0], a, 0, b};
     emulator::together("group_multiply", &mine, [](void *const(&brought)[32]) {
         emulator::group_multiply(brought, KIND == F16 ? emulator::Numbers::FLOAT16 : emulator::Numbers::BFLOAT16, COLUMNS,
                                  ADD, TRANSPOSED);
@@ -141,5 +156,23 @@ __device__ __forceinline__ void group_multiply(float (&d)[COLUMNS / 8][4], const
         else
             ITM_PRODUCT_256("bf16");
     }
+#endif
+}
+
+// The same with 64 columns and TRANSPOSED of a [64, 16] in shared memory too, which begins at a described place.
+template <Kind KIND, bool ADD>
+__device__ __forceinline__ void group_multiply_shared(float (&d)[8][4], unsigned long long a, unsigned long long b) {
+    static_assert(KIND == F16 || KIND == BF16);
+#ifdef ITM_EMULATE
+    emulator::GroupOperands mine{&d[0][0], nullptr, a, b};
+    emulator::together("group_multiply_shared", &mine, [](void *const(&brought)[32]) {
+        emulator::group_multiply(brought, KIND == F16 ? emulator::Numbers::FLOAT16 : emulator::Numbers::BFLOAT16, 64, ADD,
+                                 true);
+    });
+#else
+    if constexpr (KIND == F16)
+        ITM_PRODUCT_OF_SHARED("f16");
+    else
+        ITM_PRODUCT_OF_SHARED("bf16");
 #endif
 }

@@ -52,18 +52,21 @@ struct NodeTile {
     static constexpr bool SQUARED = KIND != BF16;  // squares of differences are multiplied by `squared`
     static constexpr int S = S_, SLOTS = SLOTS_, DEPTH = DEPTH_, REGIONS = REGIONS_, HALVES = PAIRS ? 2 : 1;
     static constexpr int WIDE = S / 8 * HALVES, NARROW = DEPTH / 8 * HALVES;  // chunks of a row: of nodes, of a stage
-    static constexpr int FEW = REGIONS <= 16 ? 2 : REGIONS <= 32 ? 4 : REGIONS <= 64 ? 8 : 16;  // of attention weights
+    // Chunks of a row of attention weights: GROUPS: of one of PARTS.
+    static constexpr int FEW = GROUPS ? 8 : REGIONS <= 16 ? 2 : REGIONS <= 32 ? 4 : REGIONS <= 64 ? 8 : 16;
+    static constexpr int PARTS = GROUPS ? (REGIONS + 63) / 64 : 1;
     static constexpr int SIDE = GROUPS ? 1 : 4, DOWN = WARPS / SIDE;   // warps that share rows, and columns
     static constexpr int ROWS = SLOTS / DOWN, COLUMNS = S / SIDE;      // of one of them
     static constexpr int M = ROWS / 16, N = COLUMNS / 8, BLOCKS = SLOTS / 16;
     static constexpr int MATRIX = SLOTS * WIDE * 16;  // bytes
     static_assert(!PAIRS || DEPTH % 32 == 0);
-    static_assert(!GROUPS || (!PAIRS && ROWS == 16 && DEPTH == 64));
+    static_assert(!GROUPS || (ROWS == 16 && NARROW == 8));
     static_assert(GROUPS || !CLUSTERS);
     using Products = float[M][N][4];
 
     struct Making {  // while the nodes are made, where the head's matrices will lie
-        unsigned char word[2][SLOTS * NARROW * 16], region[2][REGIONS * NARROW * 16], weight[HALVES][SLOTS * FEW * 16];
+        unsigned char word[2][SLOTS * NARROW * 16], region[2][REGIONS * NARROW * 16];
+        unsigned char weight[HALVES * PARTS][SLOTS * FEW * 16];
     };
     struct Own {
         unsigned char stage[CLUSTERS ? PLACES_ : 2][S * NARROW * 16];
@@ -229,10 +232,10 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
     matrices.begin(sh.stage[0], sh, p.stream, p.stages, p.failed);
     read_slots<T>(p, sh);
 #pragma unroll
-    for (int half = 0; half < T::HALVES; ++half)
-        copy_rows<T::SLOTS, T::FEW>(making.weight[half], 0, p.pitch / 8, p.words, [&](int slot) {
+    for (int i = 0; i < T::HALVES * T::PARTS; ++i)
+        copy_rows<T::SLOTS, T::FEW>(making.weight[i], i % T::PARTS * T::FEW, p.pitch / 8, p.words, [&](int slot) {
             const long long row = image * (long long)p.size + sh.word[slot] - p.first_word;
-            return sh.word[slot] < 0 ? nullptr : row_of(p.weight, row * T::HALVES + half, p.pitch / 8);
+            return sh.word[slot] < 0 ? nullptr : row_of(p.weight, row * T::HALVES + i / T::PARTS, p.pitch / 8);
         });
     auto load = [&](int step) {
         copy_rows<T::SLOTS, T::NARROW>(making.word[step % 2], step * T::NARROW, p.chunks, p.words, [&](int slot) {
@@ -279,20 +282,28 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
     float inverse[T::M][2];
     if constexpr (T::GROUPS) {
         const int first = warp_row<T>();
-        unsigned e[T::REGIONS / 16][4];
-        auto begin = [&](int step, float (&u)[T::DEPTH / 8][4]) {  // u = e V
+        constexpr Kind STORED = Numbers<KIND>::STORED;
+        constexpr int EACH = T::REGIONS / 16;
+        // u = e V; PAIRS: both halves of e by the first halves of V, and beside them by its second ones. So the product of
+        // two second halves is made too, as columns of B cannot be left out.
+        auto begin = [&](int step, float (&u)[8][4]) {
+            auto weight = [&](int k) {  // second halves first
+                const int part = k % EACH / 4 + (T::HALVES - 1 - k / EACH) * T::PARTS;
+                return described(making.weight[part] + first / 64 * 64 * 128 + k % EACH % 4 * 32);
+            };
             const unsigned char *regions = making.region[step % 2];
 #pragma unroll
-            for (int k = 0; k < T::REGIONS / 16; ++k)
-                load_matrices(e[k], making.weight[0] + place<T::FEW>(first + lane % 16, 2 * k + lane / 16));
-            group_fence(e, u);
-            group_multiply<KIND, T::DEPTH, false, true>(u, e[0], described(regions));
+            for (int n = 0; n < 8; ++n)
 #pragma unroll
-            for (int k = 1; k < T::REGIONS / 16; ++k)
-                group_multiply<KIND, T::DEPTH, true, true>(u, e[k], described(regions + k * 16 * 128));
+                for (int j = 0; j < 4; ++j) u[n][j] = 0;  // else registers keep what was there, and are too few
+            group_fence(u);
+            group_multiply_shared<STORED, false>(u, weight(0), described(regions));
+#pragma unroll
+            for (int k = 1; k < T::HALVES * EACH; ++k)
+                group_multiply_shared<STORED, true>(u, weight(k), described(regions + k % EACH * 16 * 128));
             group_commit();
         };
-        auto finish = [&](int step, float (&u)[T::DEPTH / 8][4]) {  // (u - q)^2
+        auto finish = [&](int step, float (&u)[8][4]) {  // (u - q)^2
             float unit[2] = {1, 1}, raised[2] = {1, 1}, factor[2];
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
@@ -303,14 +314,20 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
             }
 #pragma unroll
             for (int k = 0; k < T::DEPTH / 16; ++k) {
-                unsigned q[4];
-                load_matrices(q, making.word[step % 2] + place<T::NARROW>(first + lane % 16, 2 * k + lane / 16));
+                Factor<KIND> q;
+                read_factor(q, [&](int rest) {
+                    return making.word[step % 2] + place<T::NARROW>(first + lane % 16, 2 * k + rest + lane / 16);
+                });
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const int j = i % 2;
                     float *both = u[2 * k + i / 2] + 2 * j;
-                    const float x = both[0] * factor[j] - low<KIND>(q[i]) * unit[j];
-                    const float y = both[1] * factor[j] - high<KIND>(q[i]) * unit[j];
+                    float2 word = {low<STORED>(q.words[i]), high<STORED>(q.words[i])};
+                    if constexpr (T::PAIRS) {
+                        both[0] += u[4 + 2 * k + i / 2][2 * j], both[1] += u[4 + 2 * k + i / 2][2 * j + 1];
+                        word.x += half_of(q.rest[i], false), word.y += half_of(q.rest[i], true);
+                    }
+                    const float x = both[0] * factor[j] - word.x * unit[j], y = both[1] * factor[j] - word.y * unit[j];
                     both[0] = x * x * raised[j], both[1] = y * y * raised[j];
                 }
             }

@@ -127,6 +127,4 @@ def similarity_context(
     >>> itm_fast.similarity_context(overall, local, cu_seqlens, torch.randn(5, 16), (4, 1)).shape
     torch.Size([4, 23, 16])
     """
-    return _op(
-        overall=overall, local=local, assignment=assignment, cu_seqlens=cu_seqlens, sizes=sizes, backend=backend
-    )
+    return _op(overall=overall, local=local, assignment=assignment, cu_seqlens=cu_seqlens, sizes=sizes, backend=backend)

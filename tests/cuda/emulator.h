@@ -66,11 +66,12 @@ struct Fiber {
     std::vector<size_t> unseen;   // pieces of shared memory that it has copied to since its last `fence_products`
 };
 enum class Numbers { FLOAT16, BFLOAT16, TF32 };
-// What a lane brings to a product of its group of warps: accumulators and a factor as to mma, and where B begins.
+// What a lane brings to a product of its group of warps: accumulators and a factor as to mma, or null and where A begins
+// in shared memory; and where B begins.
 struct GroupOperands {
     float *d;
     const unsigned *a;
-    unsigned long long b;
+    unsigned long long a_place, b;
 };
 struct Product {
     GroupOperands lane[32];
@@ -88,7 +89,7 @@ struct Warp {
     size_t open = 0;
     std::map<float *, std::vector<float>> sums;   // accumulators of products that are not done
     bool fenced = false;
-    std::vector<unsigned long long> started;      // where the B of each product since the last barrier begins
+    std::vector<unsigned long long> started;      // where B and A of each product since the last barrier begin
 };
 struct Barrier {  // an mbarrier, whose phases take one arrival
     unsigned phase = 0;

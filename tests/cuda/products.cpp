@@ -49,38 +49,43 @@ void multiply(void *const (&operands)[32], Numbers numbers, int K) {
 
 namespace {
 
-// The number of a product's factor B of a column and a place k: eight rows take 1024 bytes, each 128, and the chunks of
-// 16 bytes of a row are exchanged by its number.
-float number_of(const Product &product, size_t column, size_t k) {
-    const size_t row = product.transposed ? k : column, at = product.transposed ? column : k;
-    size_t place = product.lane[0].b + row / 8 * 1024 + row % 8 * 128 + at * 2;
-    place ^= (place >> 7 & 7) << 4;
-    if (place + 2 > shared_bytes) fail("a product reads outside of shared memory");
-    place += own_shared() - shared.get();
-    if (unseen[place / 16]) fail("a product reads what was copied without a fence");
-    unsigned short bits;
-    std::memcpy(&bits, shared.get() + place, 2);
-    if (product.numbers == Numbers::FLOAT16) return from_half(bits);
+float value_of(Numbers numbers, unsigned short bits) {
+    if (numbers == Numbers::FLOAT16) return from_half(bits);
     const unsigned word = unsigned(bits) << 16;
     float x;
     std::memcpy(&x, &word, 4);
     return x;
 }
 
+// Number `at` of a row of a product's factor that begins at `place`: eight rows take 1024 bytes, each 128, and the chunks
+// of 16 bytes of a row are exchanged by its number.
+float number_of(const Product &product, size_t place, size_t row, size_t at) {
+    place += row / 8 * 1024 + row % 8 * 128 + at * 2;
+    place ^= (place >> 7 & 7) << 4;
+    if (place + 2 > shared_bytes) fail("a product reads outside of shared memory");
+    place += own_shared() - shared.get();
+    if (unseen[place / 16]) fail("a product reads what was copied without a fence");
+    unsigned short bits;
+    std::memcpy(&bits, shared.get() + place, 2);
+    return value_of(product.numbers, bits);
+}
+
 // The sums of 16 rows, of which a lane has those that mma gives it.
 void run_product(const Product &product, std::vector<float> (&sums)[32]) {
     std::vector<float> B(16 * product.columns);
     for (int k = 0; k < 16; ++k)
-        for (int n = 0; n < product.columns; ++n) B[k * product.columns + n] = number_of(product, n, k);
+        for (int n = 0; n < product.columns; ++n) {
+            const int row = product.transposed ? k : n, at = product.transposed ? n : k;
+            B[k * product.columns + n] = number_of(product, product.lane[0].b, row, at);
+        }
     std::vector<float> row(product.columns);
     for (int m = 0; m < 16; ++m) {
         std::fill(row.begin(), row.end(), 0.f);
         for (int k = 0; k < 16; ++k) {
-            const unsigned word = product.lane[m % 8 * 4 + k % 8 / 2].a[k / 8 * 2 + m / 8];
-            const auto bits = static_cast<unsigned short>(word >> k % 2 * 16);
-            const unsigned wide = unsigned(bits) << 16;
-            float a = product.numbers == Numbers::FLOAT16 ? from_half(bits) : 0;
-            if (product.numbers == Numbers::BFLOAT16) std::memcpy(&a, &wide, 4);
+            const GroupOperands &lane = product.lane[m % 8 * 4 + k % 8 / 2];
+            const unsigned word = lane.a ? lane.a[k / 8 * 2 + m / 8] >> k % 2 * 16 : 0;
+            const float a = lane.a ? value_of(product.numbers, static_cast<unsigned short>(word))
+                                   : number_of(product, lane.a_place, current->thread / 32 % 4 * 16 + m, k);
             const float *b = &B[k * product.columns];
             for (int n = 0; n < product.columns; ++n) row[n] += a * b[n];
         }
@@ -99,11 +104,14 @@ void group_multiply(void *const (&operands)[32], Numbers numbers, int columns, b
     Product product{{}, numbers, columns, add, transposed};
     for (int i = 0; i < 32; ++i) {
         product.lane[i] = *static_cast<GroupOperands *>(operands[i]);
-        if (product.lane[i].b != product.lane[0].b) fail("lanes of a warp name different factors of a product");
+        if (product.lane[i].b != product.lane[0].b || product.lane[i].a_place != product.lane[0].a_place)
+            fail("lanes of a warp name different factors of a product");
     }
-    const size_t within = product.lane[0].b % 1024;
-    if (within % 16 || within >= (transposed ? 1 : 128)) fail("a factor that does not begin at a multiple of 1024");
+    const size_t within = product.lane[0].b % 1024, a_within = product.lane[0].a_place % 1024;
+    if (within % 16 || within >= (transposed ? 1 : 128) || a_within % 16 || a_within >= 128)
+        fail("a factor that does not begin at a multiple of 1024");
     warp.started.push_back(product.lane[0].b);
+    warp.started.push_back(product.lane[0].a_place);
     counts.flops += 2 * 16 * columns * 16;
     counts.group_flops += 2 * 16 * columns * 16;
     std::vector<float> sums[32];

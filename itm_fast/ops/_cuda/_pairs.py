@@ -31,7 +31,9 @@ SIMILARITIES = (64, 128, 256)  # S
 SLOTS = (128, 64, 32)
 DEPTHS = (64, 32, 16)  # numbers of a row that a stage of a product holds, best first
 COMPARED = SIMILARITIES[-1:]  # S of variants for one GPU: what the check of first use compares with the other kernels
-GROUPED = 128, 64  # slots and depth of tiles that groups of warps multiply
+# Slots, and 16-bit numbers of a stage's rows, of tiles that groups of warps multiply. Pairs of halves fit SAF alone:
+# SGR's X and Y, edges and two stages would be 2 * 128 * 256 * 4 + 128 * 128 * 4 + 2 * 256 * 128 = 393,216 bytes.
+GROUPED = 128, 64
 WINDOW = 1 << 14  # the most nodes of one image in a launch
 # The most scratch of a launch: what the first kernels write is then still in the L2 cache when the last one reads it.
 LAUNCH_BYTES = 32 << 20
@@ -155,9 +157,9 @@ def tile_bytes(kind: Kind, S: int, slots: int, depth: int, variant: int = GENERA
     return rounded_up(own, 8) + 16 * places + 8 if variant == CLUSTERS else own
 
 
-def making_bytes(kind: Kind, slots: int, depth: int, regions: int) -> int:
+def making_bytes(kind: Kind, slots: int, depth: int, regions: int, variant: int = GENERAL) -> int:
     """Shared memory of `NodeTile::Making`."""
-    few = next(n for n in (16, 32, 64, 128) if regions <= n)
+    few = next(n for n in (16, 32, 64, 128)[2 * (variant != GENERAL) :] if regions <= n)
     return kind.halves * (4 * (slots + regions) * depth + 2 * slots * few)
 
 
@@ -210,8 +212,9 @@ def kernels(
     limit, tile = shared_limit(capability), tile_of(R, capability)
     weights, regions = weight_kernel(kind, tile), rounded_up(pitch_of(tile), 16)
     found = fitting(lambda slots, depth: head(kind, S, slots, regions, depth, GENERAL), node_tiles(SLOTS, kind), limit)
-    if kind.halves == 1 and S in COMPARED and found and found[1] == GROUPED[0]:
-        better = (head(kind, S, GROUPED[0], regions, GROUPED[1], v) for v in range(variant, GENERAL, -1))
+    if S in COMPARED and found and found[1] == GROUPED[0]:
+        depth = GROUPED[1] // kind.halves
+        better = (head(kind, S, GROUPED[0], regions, depth, v) for v in range(variant, GENERAL, -1))
         found = next(((kernel, GROUPED[0]) for kernel in better if kernel.shared <= limit), found)
     # The nodes leave through the stages of the matrix. 128 rows of pairs of halves do not fit the registers.
     fewer = node_tiles(SLOTS[kind.halves == 2 :], kind)

@@ -45,7 +45,7 @@ def _kernel(
 
 
 def graph_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, variant: int) -> Kernel:
-    room = max(making_bytes(kind, slots, depth, regions), 4 * slots * S * kind.halves)
+    room = max(making_bytes(kind, slots, depth, regions, variant), 4 * slots * S * kind.halves)
     edges, rows = 2 * slots * slots * kind.halves, slots if variant == GENERAL else 16
     tops = 8 * (slots // 16 if kind.scaled else 1) + (16 if variant == GENERAL else 8) * (rows if kind.scaled else 1)
     shared = room + edges + tile_bytes(kind, S, slots, depth, variant) + 2 * THREADS + tops
@@ -54,8 +54,9 @@ def graph_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, varia
 
 
 def filter_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, variant: int) -> Kernel:
-    room = max(making_bytes(kind, slots, depth, regions), 2 * slots * S * kind.halves)
-    shared = room + tile_bytes(kind, S, slots, depth, variant, 4 if variant == CLUSTERS else 2) + 4 * slots
+    room = max(making_bytes(kind, slots, depth, regions, variant), 2 * slots * S * kind.halves)
+    places = 2 if variant != CLUSTERS else 4 if kind.halves == 1 else 3  # of more, room is short of 32 KB for S = 256
+    shared = room + tile_bytes(kind, S, slots, depth, variant, places) + 4 * slots
     arguments = kind.arguments(S, slots, depth, regions, variant=variant)
     return _kernel("filter.cu", "filter_scores", Filter, shared, variant, arguments)
 
