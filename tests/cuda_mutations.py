@@ -32,6 +32,7 @@ WAITS = re.compile(
     r"|(?:matrices|regions)\.(?:wait|pass)\(\));"
 )
 ORDERS = (0, 1, 2, 3)
+ENDLESS = 1800  # seconds: what takes longer waits in vain
 # File -> (text, what takes its place).
 MASKS: dict[str, list[tuple[str, str]]] = {
     "affinity.h": [
@@ -290,7 +291,10 @@ def judged(file: str, csrc: Path) -> list[torch.Tensor] | str:
     out.unlink(missing_ok=True)
     environment = {**os.environ, "ITM_FAST_CACHE_DIR": str(csrc / "cache")}
     command = [sys.executable, __file__, "--judge", file, str(csrc), str(out)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    try:
+        ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=ENDLESS)
+    except subprocess.TimeoutExpired:
+        return "does not end"
     if ended.returncode == 0:
         return torch.load(out)
     if ended.returncode < 0:

@@ -122,7 +122,8 @@ __device__ __forceinline__ bool ends(Barrier *at, unsigned parity) {
 // all. Where it gives up it sets that and `failed`, which the host reads: what the block computes is then wrong.
 __device__ __forceinline__ void wait_for(Barrier *at, unsigned parity, volatile int *given_up, volatile int *failed) {
     for (int i = 0; !ends(at, parity); ++i)
-        if (*given_up || i == TRIES || (i % 1024 == 1023 && *failed)) {
+        // Redundant but for the number of tries: what has failed before only ends this wait sooner.
+        if (*given_up || i == TRIES || (i % 1024 == 1023 && *failed)) {  // redundant, see above
             *given_up = 1;
             *failed = 1;
             return;

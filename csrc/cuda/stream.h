@@ -40,12 +40,12 @@ template <int PLACES, int BYTES> struct Stream {  // a thread's
     }
     __device__ __forceinline__ void pass() {
         const int next = now++ + PLACES - 1, place = next % PLACES;
-        if (threadIdx.x != 0 || next >= stages || ring->given_up) return;
+        if (threadIdx.x != 0 || next >= stages || ring->given_up) return;  // redundant, the last: waits end at once
         if (next >= PLACES) {
             arrive_at_other(&ring->empty[place]);
             wait_for(&ring->empty[place], (next / PLACES - 1) % 2, &ring->given_up, failed);
         }
-        if (!ring->given_up) fill(next);
+        if (!ring->given_up) fill(next);  // redundant where a message was lost; a block that is late still reads there
     }
     // 0, or NaN where the block has given up waiting. The threads of the cluster stay until none uses another's memory.
     __device__ __forceinline__ float end() {
