@@ -106,7 +106,8 @@ def problem(
     """Tell what is wrong with an op's backend on a device, if anything.
 
     Meant to find broken kernels, so the tolerance is wide: each result and gradient may have eight times the error of
-    the reference in the same dtype, plus 16 units of rounding of its largest value.
+    the reference in the same dtype, plus 16 units of rounding of its largest value. Of CUDA kernels those of each
+    direction are run.
 
     Args:
         op: name of the op.
@@ -128,8 +129,15 @@ def problem(
     if chosen:
         options = {**choosing_of(op).given, **options, **dict(chosen)}
     of = [None] if chosen else kinds(op)
-    found = (_problem(op, backend, device, dtype, backward, kind, **options) for kind in of)
+    ways = _ways(op) if backend == "cuda" and "direction" not in options else [{}]
+    found = (_problem(op, backend, device, dtype, backward, kind, **way, **options) for way in ways for kind in of)
     return next((line for line in found if line), None)
+
+
+def _ways(op: str) -> list[dict[str, Any]]:
+    """Options of calls that run all kernels of an op: each direction has its own."""
+    choices = (a.choices for a in DECLARED[op].arguments if isinstance(a, Choice) and a.name == "direction")
+    return [{"direction": way} for way in next(choices, ())] or [{}]
 
 
 def variants_differ(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
@@ -146,9 +154,7 @@ def variants_differ(op: str, device: torch.device, dtype: torch.dtype) -> str | 
     Returns:
         None, or one line.
     """
-    choices = (a.choices for a in DECLARED[op].arguments if isinstance(a, Choice) and a.name == "direction")
-    ways: list[dict[str, Any]] = [{"direction": way} for way in next(choices, ())] or [{}]
-    return next((line for way in ways if (line := _variants_differ(op, device, dtype, way))), None)
+    return next((line for way in _ways(op) if (line := _variants_differ(op, device, dtype, way))), None)
 
 
 def _variants_differ(op: str, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> str | None:
