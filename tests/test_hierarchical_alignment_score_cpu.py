@@ -8,11 +8,13 @@ from pair_score_cases import edges
 from test_hierarchical_alignment_score import DIRECTIONS
 
 import itm_fast
+from itm_fast.ops import _cpu_calls
 from itm_fast.testing import op_checks
 
 pytestmark = needs_cpu
 COUNTS = (5, 3, 6, 400, 10, 5, 2, *[12] * 60)  # one caption longer than a chunk, and several chunks
 GATES = ["scalar", "vector"]
+KEPT = "hierarchical_alignment_score_kept"
 
 
 def scored(gate, I=5, dtype=torch.float32, **options):
@@ -53,6 +55,89 @@ def test_the_same_bits_with_any_number_of_threads(gate):
     assert all(torch.equal(f, found[0]) for f in found)
 
 
+def small(dtype=torch.float64, **options):
+    """Images of fewer and fewer regions; captions enough for two parts of the first round."""
+    counts = (5, 3, 120, 6, 40, 2, 12)
+    call, args = test_hierarchical_alignment_score.case(5, counts, D=20, regions=(6, 1, 4, 6, 2), **options)
+    return call, [a.to(dtype) for a in args], edges(counts).tolist()
+
+
+def gradients(call, args, upstream, **kept):
+    leaves = [a.detach().requires_grad_() for a in args]
+    return torch.autograd.grad(call(*leaves, backend="cpu"), leaves, upstream, materialize_grads=True, **kept)
+
+
+def assert_equal(found, wanted):
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("few", [False, True])
+def test_gradients_have_the_same_bits_with_any_number_of_threads_and_again(few):
+    call, args, _ = small(torch.float32)
+    upstream = torch.linspace(-1, 1, 35).view(5, 7)
+    if few:
+        upstream = upstream * (torch.arange(35).view(5, 7) % 9 == 2)
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(gradients(call, args, upstream))
+    finally:
+        torch.set_num_threads(before)
+    assert all(x.any() for x in found[0])
+    for other in found[1:]:
+        assert_equal(other, found[0])
+    leaves = [a.requires_grad_() for a in args]
+    score = call(*leaves, backend="cpu")
+    torch.autograd.grad(score, leaves, upstream, retain_graph=True)  # overwrites what the forward pass has kept
+    for again, first in zip(torch.autograd.grad(score, leaves, upstream), found[0], strict=True):
+        torch.testing.assert_close(again, first, rtol=1e-4, atol=1e-4 * float(first.abs().max()))
+
+
+def test_gradients_are_the_same_where_nothing_is_kept():
+    call, args, _ = small()
+    upstream = torch.linspace(-1, 1, 35, dtype=torch.float64).view(5, 7)
+    whole = gradients(call, args, upstream)
+    with itm_fast.workspace(1e-9):
+        for a, b in zip(gradients(call, args, upstream), whole, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_a_pair_without_a_gradient_is_not_computed():
+    """NaN in an image and in a caption that no pair with a gradient has, where few pairs have one."""
+    call, args, edge = small()
+    upstream = torch.eye(5, 7, dtype=torch.float64)[:, [3, 0, 2, 6, 1, 5, 4]]
+    upstream[2], upstream[:, 4] = 0, 0
+    wanted, spoilt = gradients(call, args, upstream), [a.clone() for a in args]
+    for x in spoilt[:3]:
+        x[2] = float("nan")
+    for x in spoilt[3:6]:
+        x[edge[4] : edge[5]] = float("nan")
+    assert all(x.any() for x in wanted)
+    assert_equal(gradients(call, spoilt, upstream), wanted)
+    assert not any(x[2].any() for x in wanted[:3])
+    with itm_fast.workspace(1e-9):  # nothing is kept
+        for a, b in zip(gradients(call, args, upstream), wanted, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_pairs_whose_vectors_are_formed_have_their_gradients(monkeypatch):
+    """Rows that nearly cancel, in one image: C++ leaves its pairs to torch."""
+    call, args, _ = small()
+    args[0][3, 3:] = -args[0][3, :3] + 1e-3 * args[0][3, 3:]
+    args[1][3] = args[1][3, :1]
+    marks, whole = [], _cpu_calls.implementation(KEPT).backward
+
+    def noted(grad, needs, *rest, results):
+        marks.append(results[0][-16 - 35 : -16].view(5, 7).bool())
+        return whole(grad, needs, *rest, results=results)
+
+    monkeypatch.setattr(_cpu_calls.implementation(KEPT), "backward", noted)
+    op_checks.check_gradients(call, args, torch.float64, "cpu")
+    assert marks[0][3].all()
+    assert marks[0].sum() == 7
+
+
 @pytest.mark.parametrize("level,dtype", [(None, torch.float32), (None, torch.float64), ("generic", torch.float64)])
 @pytest.mark.parametrize("gate", GATES)
 def test_a_pair_does_not_see_what_was_scored_before_it(gate, level, dtype, monkeypatch):
@@ -80,6 +165,8 @@ def test_older_processors(gate, level, monkeypatch):
         call, args = test_hierarchical_alignment_score.case(1, COUNTS, D=20, gate=gate, direction=direction)
         for dtype in (torch.float64, torch.float32):
             op_checks.check_forward(call, args, dtype, "cpu")
+    call, args, _ = small(torch.float32, gate=gate)
+    op_checks.check_gradients(call, args, torch.float32, "cpu")
 
 
 @pytest.mark.slow

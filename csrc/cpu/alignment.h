@@ -3,13 +3,12 @@
 // With scalar gates no vector of D features is formed (`Coefficients`): each is a sum of the pair's rows, held as its
 // coefficients, (8) and (9), and its products follow from the affinities A, the products C of the rows (both with
 // regions along rows and words along lanes), the Gram matrices G and H, and a few numbers for each row. The vectors are
-// formed (`Explicit`) with vector gates, and for pairs where a squared length of `Coefficients` is dominated by
+// formed (`Explicit` of alignment_vectors.h) with vector gates, and for pairs where a squared length of `Coefficients` is dominated by
 // cancellation error. One thread works on one pair.
 #pragma once
 #include <limits>
 
 #include "attention.h"
-#include "write.h"
 
 namespace itm_fast {
 
@@ -95,19 +94,49 @@ struct Item {
   T* pool_other() const { return numbers + 4 * ld; }
 };
 
+// What one modality adds to a pair's score, with all that its backward pass needs. Its rows, "own", attend to those of
+// the other modality, "far". (Image side: p, q, V v_c, T v_c and t*_c of the op's equations.) weight and product are
+// [regions][words] on both sides; every array of numbers is zero beyond its rows. It has the room of three more rows of
+// weights, which backward takes.
+template <class T>
+struct AlignmentSide {
+  int64_t size;
+  Buffer<T> weight, product, numbers;           // attention; attention times the far rows' Gram matrix
+  T context_square = 0, with = 0, found_square = 0;  // |context|^2, context . found, |found|^2
+
+  AlignmentSide(int64_t R, int64_t L)
+      : size(Item<T>::whole(std::max(R, L))), weight((R + 3) * Item<T>::whole(L)), product(R * Item<T>::whole(L)),
+        numbers(11 * size) {}
+
+  T* array(int64_t k) const { return numbers + k * size; }
+  // Of own rows: products with, and squared lengths of, what they attend to; what that adds to their gates and to the
+  // pool's logits before the gate.
+  T *dot() const { return array(0); }
+  T *square() const { return array(1); }
+  T *gate() const { return array(2); }
+  T *pool() const { return array(3); }
+  T *own() const { return array(4); }        // gamma g
+  T *rest() const { return array(5); }       // gamma (1 - g)
+  T *far() const { return array(6); }        // of far rows: the context vector is own() of own rows + far() of far rows
+  T *with_own() const { return array(7); }   // products of the context vector with own rows
+  T *with_far() const { return array(8); }   // with far rows
+  T *found() const { return array(9); }      // of far rows: what the context vector attends to
+  T *found_gram() const { return array(10); }  // its products with far rows
+};
+
 // What one thread needs to score a pair with scalar gates: scratch for images of up to R regions and captions of up to
 // L words.
 template <class T>
 struct Coefficients {
   const Alignment& problem;
-  int64_t size;
-  Buffer<T> weight, numbers;
+  AlignmentSide<T> image_side, caption_side;
+  Buffer<T> x, y;
+  T square_v = 0, square_t = 0, both = 0;  // |v_g|^2, |t_g|^2, v_g . t_g
   bool poor = false;
 
   Coefficients(const Alignment& problem, int64_t R, int64_t L)
-      : problem(problem), size(Item<T>::whole(std::max(R, L))), weight(R * Item<T>::whole(L)), numbers(18 * size) {}
+      : problem(problem), image_side(R, L), caption_side(R, L), x(image_side.size), y(image_side.size) {}
 
-  T* array(int64_t k) { return numbers + k * size; }
   T watched(T square, T highest) {
     poor |= square < T(CANCELLED) * highest;
     return square;
@@ -153,6 +182,17 @@ struct Coefficients {
     for (int64_t i = round_up(side.n, LANES<T>); i < side.ld; ++i) values[i] = T(0);
   }
 
+  // Products of x = V^T v + T^T t with all rows; what lies beyond the real rows stays zero, as the coefficients do.
+  void products(const T* C, const Item<T>& image, const Item<T>& caption, const T* v, const T* t, T* with_v,
+                T* with_t) {
+    const int64_t R = image.n, ld = caption.ld, wide = image.ld;
+    across<T>(v, image.gram, R, wide, wide, with_v);
+    for (int64_t i = 0; i < R; ++i) with_v[i] += inner(C + i * ld, t, ld);
+    across(v, C, R, ld, ld, with_t);
+    across<T>(t, caption.gram, caption.n, ld, ld, x);
+    for (int64_t j = 0; j < ld; j += LANES<T>) store(with_t + j, load(with_t + j) + load(x + j));
+  }
+
   // The pair's score; `poor` is then true if vectors have to be formed instead (`Explicit`). A and C:
   // [image.n][caption.ld], zeros beyond the words.
   T score(const T* A, const T* C, const Item<T>& image, const Item<T>& caption);
@@ -163,40 +203,30 @@ T Coefficients<T>::score(const T* A, const T* C, const Item<T>& image, const Ite
   const int64_t R = image.n, L = caption.n, ld = caption.ld, wide = image.ld;
   const T scale = T(problem.scale), highest = std::max(image.highest, caption.highest);
   T local[2]{}, whole[2]{};
-  T *dot = array(0), *square = array(1), *gate = array(2), *pool = array(3), *x = array(4), *y = array(5);
-  T *p = array(6), *q = array(7), *w = array(8), *u = array(9), *alpha = array(10), *alpha_gram = array(11);
-  T *r = array(12), *s = array(13), *of_v = array(14), *of_t = array(15), *beta = array(16), *beta_gram = array(17);
-  T square_v = 0, square_t = 0;  // |v_g|^2, |t_g|^2
   poor = false;
-  // Products of x = V^T v + T^T t with all rows; what lies beyond the real rows stays zero, as the coefficients do.
-  const auto products = [&](const T* v, const T* t, T* with_v, T* with_t) {
-    across<T>(v, image.gram, R, wide, wide, with_v);
-    for (int64_t i = 0; i < R; ++i) with_v[i] += inner(C + i * ld, t, ld);
-    across(v, C, R, ld, ld, with_t);
-    across<T>(t, caption.gram, L, ld, ld, x);
-    for (int64_t j = 0; j < ld; j += LANES<T>) store(with_t + j, load(with_t + j) + load(x + j));
-  };
+  AlignmentSide<T>&v = image_side, &t = caption_side;
   if (problem.image_side) {
     for (int64_t i = 0; i < R; ++i) {
-      T* const row = weight + i * ld;
+      T *const row = v.weight + i * ld, *const product = v.product + i * ld;
       for (int64_t j = 0; j < ld; j += LANES<T>) store(row + j, load(A + i * ld + j) * scale);
       softmax(row, L);
-      dot[i] = inner(row, C + i * ld, ld);
-      gate[i] = inner(row, caption.other(), ld);
-      pool[i] = inner(row, caption.pool_other(), ld);
-      across<T>(row, caption.gram, L, ld, ld, x);
-      square[i] = inner(row, x, ld);
+      v.dot()[i] = inner(row, C + i * ld, ld);
+      v.gate()[i] = inner(row, caption.other(), ld);
+      v.pool()[i] = inner(row, caption.pool_other(), ld);
+      across<T>(row, caption.gram, L, ld, ld, product);
+      v.square()[i] = inner(row, product, ld);
     }
-    local[0] = pooled(dot, square, image, caption);
-    gated(image, gate, pool, p, y);
-    across<T>(y, weight, R, ld, ld, q);
-    products(p, q, w, u);
-    const T square_c = watched(inner(p, w, wide) + inner(q, u, ld), highest);
-    found(u, caption, square_c, alpha);
-    across<T>(alpha, caption.gram, L, ld, ld, alpha_gram);
-    const T with = inner(alpha, u, ld), own = watched(inner(alpha, alpha_gram, ld), caption.highest);
-    whole[0] = cosine(with, square_c, own);
-    square_v = watched(square_c + 2 * with + own, highest);
+    local[0] = pooled(v.dot(), v.square(), image, caption);
+    gated(image, v.gate(), v.pool(), v.own(), v.rest());
+    across<T>(v.rest(), v.weight, R, ld, ld, v.far());
+    products(C, image, caption, v.own(), v.far(), v.with_own(), v.with_far());
+    v.context_square = watched(inner(v.own(), v.with_own(), wide) + inner(v.far(), v.with_far(), ld), highest);
+    found(v.with_far(), caption, v.context_square, v.found());
+    across<T>(v.found(), caption.gram, L, ld, ld, v.found_gram());
+    v.with = inner(v.found(), v.with_far(), ld);
+    v.found_square = watched(inner(v.found(), v.found_gram(), ld), caption.highest);
+    whole[0] = cosine(v.with, v.context_square, v.found_square);
+    square_v = watched(v.context_square + 2 * v.with + v.found_square, highest);
   }
   if (problem.caption_side) {
     for (int64_t j = 0; j < ld; j += LANES<T>) {
@@ -204,35 +234,36 @@ T Coefficients<T>::score(const T* A, const T* C, const Item<T>& image, const Ite
       for (int64_t i = 0; i < R; ++i) top = max<T>(top, load(A + i * ld + j));
       for (int64_t i = 0; i < R; ++i) {
         const Vec<T> e = exp<T>((load(A + i * ld + j) - top) * scale);
-        store(weight + i * ld + j, e);
+        store(t.weight + i * ld + j, e);
         all += e;
         d += e * load(C + i * ld + j);
         g += e * image.other()[i];
         m += e * image.pool_other()[i];
       }
       const Vec<T> inverse = select<T>(inside<T>(j, 0, L), T(1) / all, Vec<T>{});
-      for (int64_t i = 0; i < R; ++i) store(weight + i * ld + j, load(weight + i * ld + j) * inverse);
-      store(dot + j, d * inverse);
-      store(gate + j, g * inverse);
-      store(pool + j, m * inverse);
-      store(square + j, Vec<T>{});
+      for (int64_t i = 0; i < R; ++i) store(t.weight + i * ld + j, load(t.weight + i * ld + j) * inverse);
+      store(t.dot() + j, d * inverse);
+      store(t.gate() + j, g * inverse);
+      store(t.pool() + j, m * inverse);
+      store(t.square() + j, Vec<T>{});
     }
-    gemm<T>(R, ld, R, Left<T>{image.gram, wide}, Right<T>{weight, ld}, [](int64_t, int64_t) { return Vec<T>{}; },
-            [&](int64_t i, int64_t j, Vec<T> v) {
-              store(square + j, load(square + j) + v * load(weight + i * ld + j));
+    gemm<T>(R, ld, R, Left<T>{image.gram, wide}, Right<T>{t.weight, ld}, [](int64_t, int64_t) { return Vec<T>{}; },
+            [&](int64_t i, int64_t j, Vec<T> c) {
+              store(t.product + i * ld + j, c);
+              store(t.square() + j, load(t.square() + j) + c * load(t.weight + i * ld + j));
             });
-    local[1] = pooled(dot, square, caption, image);
-    gated(caption, gate, pool, r, y);
-    along<T>(weight, R, ld, ld, y, s, wide);
-    products(s, r, of_v, of_t);
-    const T square_c = watched(inner(s, of_v, wide) + inner(r, of_t, ld), highest);
-    found(of_v, image, square_c, beta);
-    across<T>(beta, image.gram, R, wide, wide, beta_gram);
-    const T with = inner(beta, of_v, wide), own = watched(inner(beta, beta_gram, wide), image.highest);
-    whole[1] = cosine(with, square_c, own);
-    square_t = watched(square_c + 2 * with + own, highest);
+    local[1] = pooled(t.dot(), t.square(), caption, image);
+    gated(caption, t.gate(), t.pool(), t.own(), t.rest());
+    along<T>(t.weight, R, ld, ld, t.rest(), t.far(), wide);
+    products(C, image, caption, t.far(), t.own(), t.with_far(), t.with_own());
+    t.context_square = watched(inner(t.far(), t.with_far(), wide) + inner(t.own(), t.with_own(), ld), highest);
+    found(t.with_far(), image, t.context_square, t.found());
+    across<T>(t.found(), image.gram, R, wide, wide, t.found_gram());
+    t.with = inner(t.found(), t.with_far(), wide);
+    t.found_square = watched(inner(t.found(), t.found_gram(), wide), image.highest);
+    whole[1] = cosine(t.with, t.context_square, t.found_square);
+    square_t = watched(t.context_square + 2 * t.with + t.found_square, highest);
   }
-  T both;
   const auto total = [](const T* a, int64_t n) {
     T all = 0;
     for (int64_t i = 0; i < n; ++i) all += a[i];
@@ -242,112 +273,18 @@ T Coefficients<T>::score(const T* A, const T* C, const Item<T>& image, const Ite
     T all = 0;
     for (int64_t i = 0; i < R; ++i) all += total(image.gram + i * wide, R);
     square_v = watched(all / (T(R) * T(R)), image.highest);
-    both = (total(of_v, R) + total(beta_gram, R)) / T(R);
+    both = (total(t.with_far(), R) + total(t.found_gram(), R)) / T(R);
   } else if (!problem.caption_side) {
     T all = 0;
     for (int64_t j = 0; j < L; ++j) all += total(caption.gram + j * ld, L);
     square_t = watched(all / (T(L) * T(L)), caption.highest);
-    both = (total(u, L) + total(alpha_gram, L)) / T(L);
+    both = (total(v.with_far(), L) + total(v.found_gram(), L)) / T(L);
   } else {
-    along(C, R, ld, ld, alpha, x, wide);
-    both = inner(s, w, wide) + inner(beta, w, wide) + inner(r, u, ld) + inner(alpha, of_t, ld) + inner(beta, x, wide);
+    along<T>(C, R, ld, ld, v.found(), y, wide);
+    both = inner(t.far(), v.with_own(), wide) + inner(t.found(), v.with_own(), wide) +
+           inner(t.own(), v.with_far(), ld) + inner(v.found(), t.with_own(), ld) + inner<T>(t.found(), y, wide);
   }
   return problem.total(local, whole, cosine(both, square_v, square_t));
 }
-
-// What one thread needs to score a pair whose vectors are formed: scratch for images of up to R regions, captions of up
-// to L words, gates of width 1 or of all `wide` features.
-template <class T>
-struct Explicit {
-  const Alignment& problem;
-  int64_t wide, size;  // wide: D in whole vectors
-  Buffer<T> weight, turned, fused, gates, numbers, vectors;
-
-  Explicit(const Alignment& problem, int64_t R, int64_t L, int64_t wide)
-      : problem(problem), wide(wide), size(Item<T>::whole(std::max(R, L))), weight(R * Item<T>::whole(L)),
-        turned(L * Item<T>::whole(R)), fused(std::max(R, L) * wide), gates(std::max(R, L) * wide), numbers(4 * size),
-        vectors(5 * wide) {}
-
-  // One side, given the weights of its n rows over m others, [m][ld]: its terms of (7), and its global vector (6).
-  void side(const Item<T>& mine, const Item<T>& others, const T* weights, bool vector, const T* pool, T* local, T* whole,
-            T* global) {
-    const int64_t n = mine.n, m = others.n;
-    T *gate = numbers, *logit = gate + size, *similar = logit + size, *context = vectors, *star = context + wide;
-    const auto zero = [](int64_t, int64_t) { return Vec<T>{}; };
-    const auto into = [&](T* to) { return [to, this](int64_t i, int64_t d, Vec<T> v) { store(to + i * wide + d, v); }; };
-    gemm<T>(n, wide, m, Left<T>{weights, mine.ld}, Right<T>{others.rows, wide}, zero, into(fused));
-    if (vector) gemm<T>(n, wide, m, Left<T>{weights, mine.ld}, Right<T>{others.other_gates, wide}, zero, into(gates));
-    else across<T>(others.other(), weights, m, mine.ld, mine.ld, gate);
-    T all = 0;
-    for (int64_t i = 0; i < n; ++i) {
-      const T* const x = mine.rows + i * wide;
-      T* const at = fused + i * wide;
-      const Vec<T> one = sigmoid<T>(splat(mine.own()[i] + gate[i]));
-      Vec<T> dot{}, square{}, along_pool{};
-      for (int64_t d = 0; d < wide; d += LANES<T>) {
-        const Vec<T> v = load(x + d), u = load(at + d);
-        const Vec<T> g = vector ? sigmoid<T>(load(mine.own_gates + i * wide + d) + load(gates + i * wide + d)) : one;
-        dot += v * u;
-        square += u * u;
-        const Vec<T> f = u + g * (v - u);
-        along_pool += f * load(pool + d);
-        store(at + d, f);
-      }
-      logit[i] = sum<T>(along_pool);
-      const T length = std::sqrt(std::max(sum<T>(square), std::numeric_limits<T>::min()));
-      all += sum<T>(dot) / std::max(mine.norm()[i] * length, T(EPS));
-    }
-    *local = problem.mean ? all / T(n) : all;
-    softmax(logit, n);
-    across<T>(logit, fused, n, wide, wide, context);
-    along<T>(others.rows, m, wide, wide, context, similar, others.ld);
-    const T square = inner(context, context, wide);
-    const T length = std::sqrt(std::max(square, std::numeric_limits<T>::min()));
-    for (int64_t j = 0; j < m; ++j) similar[j] /= std::max(others.norm()[j] * length, T(EPS));
-    softmax(similar, m);
-    across<T>(similar, others.rows, m, wide, wide, star);
-    *whole = cosine(inner(context, star, wide), square, inner(star, star, wide));
-    for (int64_t d = 0; d < wide; ++d) global[d] = context[d] + star[d];
-  }
-
-  void mean_row(const Item<T>& item, T* out) {
-    T* const share = numbers;
-    for (int64_t i = 0; i < item.n; ++i) share[i] = T(1) / T(item.n);
-    across<T>(share, item.rows, item.n, wide, wide, out);
-  }
-
-  // A: [image.n][caption.ld]; the pools have `wide` numbers.
-  T score(const T* A, const Item<T>& image, const Item<T>& caption, bool vector, const T* image_pool,
-          const T* caption_pool) {
-    const int64_t R = image.n, L = caption.n, ld = caption.ld;
-    T local[2]{}, whole[2]{}, *const image_global = vectors + 2 * wide, *const caption_global = vectors + 3 * wide;
-    if (problem.image_side) {
-      for (int64_t i = 0; i < R; ++i) {
-        for (int64_t j = 0; j < ld; j += LANES<T>) store(weight + i * ld + j, load(A + i * ld + j) * T(problem.scale));
-        softmax(weight + i * ld, L);
-        for (int64_t j = 0; j < L; ++j) turned[j * image.ld + i] = weight[i * ld + j];
-      }
-      side(image, caption, turned, vector, image_pool, local, whole, image_global);
-    } else {
-      mean_row(image, image_global);
-    }
-    if (problem.caption_side) {
-      for (int64_t j = 0; j < L; ++j) {
-        T* const column = turned + j * image.ld;
-        for (int64_t i = 0; i < R; ++i) column[i] = A[i * ld + j] * T(problem.scale);
-        softmax(column, R);
-        for (int64_t i = 0; i < R; ++i) weight[i * ld + j] = column[i];
-      }
-      for (int64_t i = 0; i < R; ++i)
-        for (int64_t j = L; j < ld; ++j) weight[i * ld + j] = 0;
-      side(caption, image, weight, vector, caption_pool, local + 1, whole + 1, caption_global);
-    } else {
-      mean_row(caption, caption_global);
-    }
-    return problem.total(local, whole,
-                         cosine(inner(image_global, caption_global, wide), inner(image_global, image_global, wide),
-                                inner(caption_global, caption_global, wide)));
-  }
-};
 
 }  // namespace itm_fast

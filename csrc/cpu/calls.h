@@ -12,7 +12,7 @@
 
 namespace itm_fast {
 
-constexpr char CALLS[] = "da98971a9c5807e8";  // a hash of the structs, which Python compares with its own
+constexpr char CALLS[] = "2118e895ea36df13";  // a hash of the structs, which Python compares with its own
 
 enum class Dtype : int64_t { FLOAT32, FLOAT64, BFLOAT16, FLOAT16 };
 enum class Direction : int64_t { T2I, I2T, BOTH };
@@ -154,6 +154,40 @@ struct HierarchicalAlignmentScoreCall {
   int64_t threads;
 };
 static_assert(sizeof(HierarchicalAlignmentScoreCall) == 8 * 26);
+
+struct HierarchicalAlignmentScoreKeptCall {
+  const void* image;              // [I, R, D]
+  const void* image_key;          // [I, R, P]
+  const void* image_gate;         // [I, R, 2, K]
+  const void* words;              // [N, D]
+  const void* word_key;           // [N, P]
+  const void* word_gate;          // [N, 2, K]
+  const void* image_pool;         // [D]
+  const void* caption_pool;       // [D]
+  const int64_t* cu_seqlens;      // [T+1]
+  const int64_t* region_lengths;  // [I], or null
+  Direction direction;
+  double scale;
+  Pool pool;
+  double local_mix;
+  double global_mix;
+  void* score;                    // [I, T]
+  void* products;
+  const void* grad;               // of score
+  void* d_image;                  // or null
+  void* d_image_key;              // or null
+  void* d_image_gate;             // or null
+  void* d_words;                  // or null
+  void* d_word_key;               // or null
+  void* d_word_gate;              // or null
+  void* d_image_pool;             // or null
+  void* d_caption_pool;           // or null
+  Dtype dtype;                    // of all tensors of floats
+  int64_t I, R, T, N, D, P, K;
+  int64_t bfloat16;               // products may multiply bfloat16 values
+  int64_t threads;
+};
+static_assert(sizeof(HierarchicalAlignmentScoreKeptCall) == 8 * 36);
 
 struct LinearCall {
   const void* x;                  // [N, K]

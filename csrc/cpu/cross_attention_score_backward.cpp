@@ -199,7 +199,7 @@ struct Backward {
     for (size_t s = 0; s < queries.spans.size(); ++s) {
       const Span& span = queries.spans[s];
       const int64_t K = depth<E>(span.columns);
-      gradient.template add<E>(0, block.run.rows, K, {contexts.left(b, span), 0}, queries.features[s],
+      gradient.template add<E>(0, block.run.rows, K, {contexts.left(b, span), 0}, queries.features[s] + first * K,
                                K * TILE_COLUMNS<T>, first, last);
     }
     for (int64_t set = block.run.first; problem.lengths() && set < block.run.last; ++set) {
@@ -208,7 +208,8 @@ struct Backward {
       Buffer<T> d_gram(Block<T>::gram_size(n));
       for (const Buffer<T>& one : contexts.d_gram)
         for (int64_t i = 0; i < Block<T>::gram_size(n); ++i) d_gram[i] += one[gram_at + i];
-      gradient.template add<T>(at, n, n, {d_gram, round_up(n, ROW_STEP)}, contexts.features_of(b, at),
+      gradient.template add<T>(at, n, n, {d_gram, round_up(n, ROW_STEP)},
+                               contexts.features_of(b, at) + first * contexts.row.back(),
                                contexts.row.back() * TILE_COLUMNS<T>, first, last);
     }
     for (size_t c = 0; c < queries.span_of.size(); ++c)

@@ -97,12 +97,12 @@ struct Gradient {
   void put(int64_t i, int64_t k, Vec<T> v) const {
     std::memcpy(static_cast<void*>(data + row[size_t(i)] * D + k), &v, size_t(least(LANES<T>, D - k)) * sizeof(T));
   }
-  // Adds A B to `rows` rows from `first` on, features `from` to `to`; B's panels of features are `step` values apart.
+  // Adds A B to `rows` rows from `first` on, features `from` to `to`, whose panels, `step` values apart, B is.
   template <class E>
   void add(int64_t first, int64_t rows, int64_t K, Left<E> a, const E* panels, int64_t step, int64_t from,
            int64_t to) const {
     for (int64_t k = from; k < to; k += TILE_COLUMNS<T>) {
-      const E* const panel = panels + k / TILE_COLUMNS<T> * step;
+      const E* const panel = panels + (k - from) / TILE_COLUMNS<T> * step;
       gemm<E>(rows, least(TILE_COLUMNS<T>, D - k), K, a,
               Right<E>{panel, TILE_COLUMNS<T>, k + TILE_COLUMNS<T> < to ? panel + step : nullptr},
               [&](int64_t i, int64_t j) { return get(least(first + i, int64_t(row.size()) - 1), k + j); },

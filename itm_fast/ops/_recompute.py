@@ -76,6 +76,11 @@ def backward(blocks: Iterator[Block], args: Sequence[Tensor], needs: Sequence[bo
     return [t for t in total if t is not None]
 
 
+def few(grad: Tensor) -> bool:
+    """Whether so few pairs have a gradient that `of_pairs` leaves the others out."""
+    return bool(grad.count_nonzero() * SPARSE <= grad.numel())
+
+
 def of_pairs(
     dense: Callable[..., list[Tensor]], axes: str, grad: Tensor, needs: Sequence[bool], args: Sequence[Any]
 ) -> list[Tensor]:
@@ -92,7 +97,7 @@ def of_pairs(
     """
     gpu = grad.device.type == "cuda"
     # A captured CUDA graph is run again with other gradients, so it must not depend on which of this one are zero.
-    if (gpu and torch.cuda.is_current_stream_capturing()) or grad.count_nonzero() * SPARSE > grad.numel():
+    if (gpu and torch.cuda.is_current_stream_capturing()) or not few(grad):
         return dense(grad, needs, *args)
     cu_seqlens = args[axes.index("E")]
     start, length = cu_seqlens[:-1].long(), cu_seqlens.diff().long()

@@ -17,10 +17,10 @@ from .._workspace import current_gib, scratch_bytes, workspace
 from ..packing import node_bounds, spans
 from ._cpu_calls import implementation
 from ._declare import Counts, Floats, Given, Integers, Result, cpu_only
-from ._register import refuse_second
+from ._kept import Keeping, free
 from ._score_heads import GRAPH, OUTPUT, SCORE, Head, scored
 from .similarity_graph import PARAMETERS
-from .similarity_nodes import INPUTS, OF_PAIRS
+from .similarity_nodes import OF_PAIRS
 
 CPU_NODES = 192 << 20  # bytes of the nodes and of their gradients, of the pairs that the `cpu` backend takes at a time
 MOST_KEPT = 96 << 20  # bytes of the nodes that `cpu` keeps for the backward pass; at most 1/8 of the scratch memory
@@ -138,7 +138,7 @@ def backward(
         room = min(room, CPU_NODES)
     if backend == "cpu" and grad.count_nonzero() * FEW <= grad.numel():
         if held:
-            held.clear()
+            free(held)
         parts = _few_pairs(grad, wanted, inputs, rest, room // ((2 * S + D) * made.itemsize or 1))
     else:
         parts = _some_images(backend, grad, wanted, inputs, rest, room // (2 * S * made.itemsize or 1), held or ())
@@ -169,28 +169,19 @@ def _through_head(
     return list(torch.autograd.grad(scores, [x for x in leaves if x.requires_grad], part.grad))
 
 
-class Keeping(torch.autograd.Function):
-    """`similarity_graph_score` in C++ where a gradient may be asked for: some images' nodes are kept for backward."""
+def _keep(*args: Any) -> tuple[Tensor, list[Tensor]]:
+    """`similarity_graph_score` in C++ where a gradient may be asked for, and some images' nodes."""
+    image, words, caption_global, weight = args[0], args[2], args[3], args[4]
+    row = (len(words) + len(caption_global)) * (len(weight) + 1) * work_dtype(image).itemsize
+    room = min(MOST_KEPT, scratch_bytes(image.device) // 8)
+    images = min(len(image), room // (row or 1))
+    score, *kept = implementation(KEPT.name).forward(*args, [images])
+    return score, kept
 
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Tensor:
-        image, words, caption_global, weight = args[0], args[2], args[3], args[4]
-        row = (len(words) + len(caption_global)) * (len(weight) + 1) * work_dtype(image).itemsize
-        room = min(MOST_KEPT, scratch_bytes(image.device) // 8)
-        images = min(len(image), room // (row or 1))
-        score, *ctx.held = implementation(KEPT.name).forward(*args, [images])
-        ctx.scratch, ctx.is_tensor = current_gib(), [isinstance(a, Tensor) for a in args]
-        ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)))
-        ctx.rest = [a for a in args if not isinstance(a, Tensor)]
-        return score
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Any) -> Any:
-        refuse_second("similarity_graph_score")
-        tensors, rest = iter(ctx.saved_tensors), iter(ctx.rest)
-        args = [next(tensors) if t else next(rest) for t in ctx.is_tensor]
-        needs = ctx.needs_input_grad[: len(INPUTS) + len(PARAMETERS) + len(SCORE)]
-        with workspace(ctx.scratch * 7 / 8), torch.autocast("cpu", enabled=False):
-            held, ctx.held = ctx.held, []  # freed as soon as they are of no use; a second backward pass does without
-            found = iter(backward(GRAPH, "cpu", grads[0], needs, *args, held=held))
-        return (*(next(found).to(x.dtype) if n else None for x, n in zip(args, ctx.needs_input_grad)),)
+def _with_kept(grad: Tensor, needs: Sequence[bool], *args: Any, kept: list[Tensor]) -> list[Tensor]:
+    with workspace(current_gib() * 7 / 8):
+        return backward(GRAPH, "cpu", grad, needs, *args, held=kept)
+
+
+KEEPING = Keeping("similarity_graph_score", _keep, _with_kept)

@@ -55,7 +55,7 @@ from .._names import AnyPool, Backend, Direction, Norm, Similarity, Weights
 from ..packing import bounds
 from . import _attention, _draws
 from ._declare import Choice, Choosing, Floats, Integers, Number, Positive, Result
-from ._kept_affinities import Keeping
+from ._kept_affinities import KEEPING
 from ._register import Op
 
 OFFERED = ("triton", "cuda", "cpu", "torch", "reference")
@@ -121,7 +121,7 @@ _op = Op(
         Choice("similarity", _attention.SIMILARITIES, "Similarity"),
     ],
     [Result("score", "I T")],
-    keeping=Keeping.apply,
+    keeping=KEEPING,
     trained=Result("affinity", lambda size, given: (size["I"] * size["R"] * size["N"],), wide=True),
     offered=OFFERED,
     reference=reference,

@@ -46,7 +46,8 @@ and c_2 of the rows Z = [V; T], and K = Z Z^T,
     d A = scale (alpha (d alpha - sum_j alpha d alpha) + beta (d beta - sum_i beta d beta)),
     d k_i = sum_j d A_ij k_j,   d k_j = sum_i d A_ij k_i                                                    (11)
 
-Saved for backward: the inputs. Everything per pair is computed again, block by block.
+Saved for backward: the inputs, and with scalar gates in the `cpu` backend A and C of all pairs where these take an
+eighth of the workspace at most. Everything else per pair is computed again.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ from .._names import Backend
 from .._triton import REGIONS
 from ..packing import bounds, region_counts
 from . import _attention, _draws
-from ._declare import Choice, Floats, Given, Integers, Positive, Result, Share
+from ._alignment_backward import KEEPING, backward
+from ._declare import Choice, Floats, Given, Integers, Positive, Result, Share, cpu_only
 from ._register import Op
 
 OFFERED = ("triton", "cpu", "torch", "reference")
@@ -150,31 +152,44 @@ def _too_large(backend: str, size: dict[str, int], given: Given) -> str | None:
     return f"image has {R} regions, and its kernels take at most {REGIONS}" if R > REGIONS else None
 
 
+_ARGUMENTS = [
+    Floats("image", "I R D"),
+    Floats("image_key", "I R P"),
+    Floats("image_gate", "I R 2 K=1|D"),
+    Floats("words", "N D"),
+    Floats("word_key", "N P"),
+    Floats("word_gate", "N 2 K"),
+    Floats("image_pool", "D"),
+    Floats("caption_pool", "D"),
+    Integers("cu_seqlens", "T+1"),
+    Integers("region_lengths", "I", optional=True),
+    Choice("direction", (*_attention.DIRECTIONS, "both"), "Direction"),
+    Positive("scale"),
+    Choice("pool", ("mean", "sum"), "Pool"),
+    Share("local_mix"),
+    Share("global_mix"),
+]
+
+
+def _products(size: dict[str, int], given: Given) -> tuple[int, ...]:
+    """Of A and of C in (8), of which pairs had their vectors formed, and a vector's room that C++ may read."""
+    return (2 * size["I"] * size["R"] * size["N"] + size["I"] * size["T"] + 16,)
+
+
+# Forward with scalar gates, which keeps what its backward pass takes, and that pass.
+cpu_only(
+    "hierarchical_alignment_score_kept", _ARGUMENTS, [Result("score", "I T"), Result("products", _products, wide=True)]
+)
 _op = Op(
     "hierarchical_alignment_score",
-    [
-        Floats("image", "I R D"),
-        Floats("image_key", "I R P"),
-        Floats("image_gate", "I R 2 K=1|D"),
-        Floats("words", "N D"),
-        Floats("word_key", "N P"),
-        Floats("word_gate", "N 2 K"),
-        Floats("image_pool", "D"),
-        Floats("caption_pool", "D"),
-        Integers("cu_seqlens", "T+1"),
-        Integers("region_lengths", "I", optional=True),
-        Choice("direction", (*_attention.DIRECTIONS, "both"), "Direction"),
-        Positive("scale"),
-        Choice("pool", ("mean", "sum"), "Pool"),
-        Share("local_mix"),
-        Share("global_mix"),
-    ],
+    _ARGUMENTS,
     [Result("score", "I T")],
     offered=OFFERED,
     reference=reference,
     examples=[_example, _example_of_vectors],
     too_large=_too_large,
-    backward="torch",
+    keeping=KEEPING,
+    backward=backward,
 )
 
 

@@ -49,7 +49,7 @@ from ..packing import kept, node_bounds
 from . import _attention, _draws
 from ._declare import Given, Result
 from ._register import Op
-from ._score_backward import Keeping, backward
+from ._score_backward import KEEPING, backward
 from ._score_heads import FILTER, GRAPH, Head, scored
 from .similarity_nodes import reference as make_nodes
 
@@ -93,7 +93,7 @@ def _op(name: str, head: Head, keeping: Callable[..., Tensor] | None = None) -> 
     )
 
 
-_graph_op = _op("similarity_graph_score", GRAPH, keeping=Keeping.apply)
+_graph_op = _op("similarity_graph_score", GRAPH, keeping=KEEPING)
 _filter_op = _op("similarity_filter_score", FILTER)
 
 

@@ -1,0 +1,91 @@
+// A call of hierarchical_alignment_score, forward or backward, and its images and captions as Items (alignment.h).
+#pragma once
+#include "alignment.h"
+#include "cross_attention_score.h"
+
+namespace itm_fast {
+
+// The arguments of a call.
+struct AlignmentCall {
+  Source image, image_key, image_gate, words, word_key, word_gate, image_pool, caption_pool;
+  int64_t I, R, D, P, K, T;
+  const int64_t *cu_seqlens, *region_lengths;
+  Alignment problem;
+  void* score;
+  int64_t threads;
+
+  template <class Call>
+  explicit AlignmentCall(const Call& c)
+      : image{c.image, c.dtype}, image_key{c.image_key, c.dtype}, image_gate{c.image_gate, c.dtype},
+        words{c.words, c.dtype}, word_key{c.word_key, c.dtype}, word_gate{c.word_gate, c.dtype},
+        image_pool{c.image_pool, c.dtype}, caption_pool{c.caption_pool, c.dtype}, I(c.I), R(c.R), D(c.D), P(c.P),
+        K(c.K), T(c.T), cu_seqlens(c.cu_seqlens), region_lengths(c.region_lengths),
+        problem{c.direction != Direction::T2I, c.direction != Direction::I2T, c.pool == Pool::MEAN, c.scale,
+                c.local_mix, c.global_mix},
+        score(c.score), threads(c.threads) {}
+
+  bool vector() const { return K > 1; }
+  int64_t regions(int64_t i) const { return region_lengths ? region_lengths[i] : R; }
+};
+
+// One modality's tensors. `own`: 0 for images, 1 for words; it is also which of a row's two gate terms belongs to the
+// gate of its own side, the other one being for the other side's gate.
+struct Modality {
+  Source rows, gates;
+  int64_t own;
+};
+
+template <class T>
+struct Pools {
+  int64_t wide;
+  Buffer<T> image, caption;
+
+  explicit Pools(const AlignmentCall& call)
+      : wide(round_up(call.D, LANES<T>)), image(wide), caption(wide) {
+    Buffer<T> room(call.D);
+    std::copy_n(read<T>(call.image_pool, 0, call.D, room), call.D, image + 0);
+    std::copy_n(read<T>(call.caption_pool, 0, call.D, room), call.D, caption + 0);
+  }
+};
+
+// Rows first .. first + n as an Item; `formed`: the item will be used where vectors of a pair are formed.
+template <class T>
+Item<T> item(const AlignmentCall& call, const Modality& from, int64_t first, int64_t n, const Pools<T>& pools,
+             bool formed) {
+  const int64_t D = call.D, K = call.K, wide = pools.wide;
+  Item<T> made(n, !formed, formed ? wide : 0, formed && call.vector());
+  Buffer<T> room(2 * std::max(D, K)), passing(formed ? 0 : n * wide);
+  const T *own = from.own ? pools.caption : pools.image, *other = from.own ? pools.image : pools.caption;
+  std::vector<const T*> row;
+  for (int64_t i = 0; i < n; ++i) {
+    T* const x = (formed ? made.rows : passing) + i * wide;
+    std::copy_n(read<T>(from.rows, (first + i) * D, D, room), D, x);
+    row.push_back(x);
+    const T square = inner(x, x, wide);
+    made.norm()[i] = std::sqrt(square);
+    made.highest = std::max(made.highest, square);
+    const T* const gate = read<T>(from.gates, (first + i) * 2 * K, 2 * K, room);
+    if (!call.vector()) {
+      made.own()[i] = gate[from.own];
+      made.other()[i] = gate[1 - from.own];
+      made.pool_own()[i] = inner(x, own, wide);
+      made.pool_other()[i] = inner(x, other, wide);
+    } else if (formed) {
+      std::copy_n(gate + from.own * K, K, made.own_gates + i * wide);
+      std::copy_n(gate + (1 - from.own) * K, K, made.other_gates + i * wide);
+    }
+  }
+  if (!formed) gram_matrix<T>([&](int64_t i) { return row[size_t(i)]; }, n, wide, nullptr, made.gram, made.ld);
+  return made;
+}
+
+// Copies the columns of a caption's words, n rows of them that lie `step` apart, to [n][caption.ld], with zeros beyond
+// the words. Reads up to a whole vector.
+template <class T>
+void gather(const T* from, int64_t step, int64_t n, const Item<T>& caption, T* to) {
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t j = 0; j < caption.ld; j += LANES<T>)
+      store(to + i * caption.ld + j, select<T>(inside<T>(j, 0, caption.n), load(from + i * step + j), Vec<T>{}));
+}
+
+}  // namespace itm_fast

@@ -1,0 +1,309 @@
+// Gradients of hierarchical_alignment_score with scalar gates: (10) and (11) of
+// itm_fast/ops/hierarchical_alignment_score.py.
+//
+// The forward pass has kept the affinities and the products of features of all pairs. In the first round a thread owns
+// some captions: pair by pair it overwrites both by their gradients (alignment_backward.h), and sums the gradients of
+// the captions' numbers and Gram matrices, and its part of the images'. In the second a thread owns an image or a
+// caption: it adds the parts in order, and what numbers and Gram matrix give the rows. In the third it owns some
+// features of all images or of all words: it adds the products with the gradients of the first round, and what the
+// pools get. So every sum has one owner and one order, whatever the number of threads.
+//
+// Where few pairs have a gradient, these alone are taken, and in the third round a thread owns an image or a caption:
+// its products are with the rows of those that it has a gradient with.
+//
+// Scratch beyond inputs, gradients and what was kept: Gram matrices of all captions and of all images, the latter for
+// about 16 parts, and 2 MiB a thread.
+#include <memory>
+
+#include "alignment_backward.h"
+#include "alignment_items.h"
+#include "cross_attention_score_backward.h"
+
+namespace itm_fast {
+namespace {
+
+constexpr int64_t SPARSE_PAIRS = 8;  // few: a gradient of at most one pair in 8
+constexpr int64_t PARTS_AT_MOST = 16, PART_ROWS = 128;  // of the first round: about so many; words of one at the least
+constexpr int64_t DEPTH_BYTES = 1024 * 4, LEFT_ROWS = 96;  // of the third: a product's depth, and its rows at a time
+
+template <class T>
+using Items = std::vector<std::unique_ptr<Item<T>>>;
+
+template <class T>
+struct AlignmentBackward {
+  const HierarchicalAlignmentScoreKeptCall& given;
+  const AlignmentCall call;
+  const Pools<T> pools;
+  const int64_t N;
+  T *const affinity, *const product;   // [I][R][N]
+  const T *const formed, *const grad;  // [I][T]
+  const RowSets image_sets, caption_sets;
+  const bool few;
+
+  explicit AlignmentBackward(const HierarchicalAlignmentScoreKeptCall& c)
+      : given(c), call(c), pools(call), N(c.N), affinity(static_cast<T*>(c.products)),
+        product(affinity + c.I * c.R * N), formed(product + c.I * c.R * N), grad(static_cast<const T*>(c.grad)),
+        image_sets(regions(call.image, c.I, c.R, c.D, c.region_lengths)),
+        caption_sets(captions(call.words, c.T, c.D, c.cu_seqlens)),
+        few((c.I * c.T - std::count(grad, grad + c.I * c.T, T(0))) * SPARSE_PAIRS <= c.I * c.T) {}
+
+  void run() const {
+    Items<T> images = items(image_sets, 0), captions = items(caption_sets, 1), d_captions = zeros(caption_sets);
+    const std::vector<Chunk> parts =
+        chunks(caption_sets.edge.data(), call.T, std::max(PART_ROWS, (N + PARTS_AT_MOST - 1) / PARTS_AT_MOST));
+    std::vector<Items<T>> d_images(parts.size());
+    parallel(int64_t(parts.size()), call.threads, [&] {
+      return [&, pair = AlignmentGradient<T>(call.problem, call.R, caption_sets.most),
+              room = Buffer<T>(2 * call.R * Item<T>::whole(caption_sets.most))](int64_t part) mutable {
+        d_images[size_t(part)] = zeros(image_sets);
+        for (int64_t i = 0; i < call.I; ++i)
+          for (int64_t t = parts[size_t(part)].first; t < parts[size_t(part)].last; ++t)
+            take_pair(pair, room, i, t, *images[size_t(i)], *captions[size_t(t)], *d_images[size_t(part)][size_t(i)],
+                      *d_captions[size_t(t)]);
+      };
+    });
+    Items<T> all_images = zeros(image_sets);
+    parallel(call.I + call.T, call.threads, [&] {
+      return [&](int64_t k) {
+        if (few && !(k < call.I ? has_gradient(k, true) : has_gradient(k - call.I, false))) return;
+        if (k < call.I) {
+          for (const Items<T>& part : d_images) sum(*part[size_t(k)], *all_images[size_t(k)]);
+          finish(image_sets, k, *images[size_t(k)], *all_images[size_t(k)], 0);
+        } else {
+          finish(caption_sets, k - call.I, *captions[size_t(k - call.I)], *d_captions[size_t(k - call.I)], 1);
+        }
+      };
+    });
+    if (few) multiply_few();
+    else multiply_all();
+    sum_pools(all_images, d_captions);
+  }
+
+ private:
+  Items<T> items(const RowSets& sets, int64_t own) const {
+    const Modality from{sets.source, own ? call.word_gate : call.image_gate, own};
+    Items<T> made(size_t(sets.count()));
+    parallel(sets.count(), call.threads, [&] {
+      return [&](int64_t k) {
+        made[size_t(k)] =
+            std::make_unique<Item<T>>(item<T>(call, from, sets.first[size_t(k)], sets.length(k), pools, false));
+      };
+    });
+    return made;
+  }
+  static Items<T> zeros(const RowSets& sets) {
+    Items<T> made;
+    for (int64_t k = 0; k < sets.count(); ++k)
+      made.push_back(std::make_unique<Item<T>>(sets.length(k), true, 0, false));
+    return made;
+  }
+  static void sum(const Item<T>& part, Item<T>& whole) {
+    const auto add = [](const T* x, T* to, int64_t n) {
+      for (int64_t k = 0; k < n; k += LANES<T>) store(to + k, load(to + k) + load(x + k));
+    };
+    add(part.numbers, whole.numbers, 5 * whole.ld);
+    add(part.gram, whole.gram, whole.n * whole.ld);
+  }
+
+  // The gradient of a pair's score, 0 if its vectors have to be formed.
+  T gradient_of(int64_t i, int64_t t) const { return formed[i * call.T + t] ? T(0) : grad[i * call.T + t]; }
+
+  // Whether a pair of an image or of a caption has a gradient.
+  bool has_gradient(int64_t set, bool of_images) const {
+    for (int64_t k = 0; k < (of_images ? call.T : call.I); ++k)
+      if (of_images ? gradient_of(set, k) != 0 : gradient_of(k, set) != 0) return true;
+    return false;
+  }
+
+  // A pair without a gradient leaves zeros, which nothing reads where few have one.
+  void take_pair(AlignmentGradient<T>& pair, T* room, int64_t i, int64_t t, const Item<T>& image,
+                 const Item<T>& caption, Item<T>& d_image, Item<T>& d_caption) const {
+    const T g = gradient_of(i, t);
+    if (few && g == 0) return;
+    T* const at[] = {affinity + i * call.R * N + call.cu_seqlens[t], product + i * call.R * N + call.cu_seqlens[t]};
+    T* const own[] = {room, room + call.R * caption.ld};
+    for (int k = 0; g != 0 && k < 2; ++k) gather(at[k], N, image.n, caption, own[k]);
+    if (g != 0) pair.run(own[0], own[1], image, caption, g, d_image, d_caption);
+    for (int k = 0; k < 2; ++k)
+      for (int64_t r = 0; r < call.R; ++r) {
+        if (g != 0 && r < image.n) std::copy_n(own[k] + r * caption.ld, caption.n, at[k] + r * N);
+        else std::fill_n(at[k] + r * N, caption.n, T(0));
+      }
+  }
+
+  // What the numbers and the Gram matrix of a set give its rows and its gates.
+  void finish(const RowSets& sets, int64_t set, const Item<T>& item, const Item<T>& d_item, int64_t own) const {
+    const int64_t n = item.n, ld = item.ld, D = call.D, wide = pools.wide, first = sets.first[size_t(set)];
+    if (T* const gate = static_cast<T*>(own ? given.d_word_gate : given.d_image_gate))
+      for (int64_t i = 0; i < n; ++i) {
+        gate[(first + i) * 2 + own] = d_item.own()[i];
+        gate[(first + i) * 2 + 1 - own] = d_item.other()[i];
+      }
+    T* const out = static_cast<T*>(own ? given.d_words : given.d_image);
+    if (!out) return;
+    Buffer<T> square(round_up(n, ROW_STEP) * ld), rows(n * wide);
+    for (int64_t i = 0; i < n; ++i) {
+      for (int64_t j = 0; j < n; ++j) square[i * ld + j] = d_item.gram[i * ld + j] + d_item.gram[j * ld + i];
+      if (item.norm()[i] > 0) square[i * ld + i] += d_item.norm()[i] / item.norm()[i];
+      T* const row = rows + i * wide;
+      const T* const from = read<T>(sets.source, (first + i) * D, D, row);
+      if (from != row) std::copy_n(from, D, row);
+    }
+    const T *const pool_own = own ? pools.caption : pools.image, *const pool_other = own ? pools.image : pools.caption;
+    gemm<T>(n, D, n, Left<T>{square, ld}, Right<T>{rows, wide},
+            [&](int64_t i, int64_t k) {
+              i = least(i, n - 1);
+              return load(pool_own + k) * d_item.pool_own()[i] + load(pool_other + k) * d_item.pool_other()[i];
+            },
+            [&](int64_t i, int64_t k, Vec<T> v) {
+              std::memcpy(out + (first + i) * D + k, &v, size_t(least(LANES<T>, D - k)) * sizeof(T));
+            });
+  }
+
+  // One of the products of (10) and (11): the factor [images' rows][N], or its transpose, with the rows `far`, which is
+  // added to the gradient of the rows `own`.
+  struct Product {
+    const Source own, far;
+    const int64_t D;
+    const T* factor;
+    void* out;
+    bool of_images;
+  };
+
+  // d V += d C T, d T += d C^T V, and the same of the keys with d A.
+  std::vector<Product> all_products() const {
+    return {{call.image, call.words, call.D, product, given.d_image, true},
+            {call.words, call.image, call.D, product, given.d_words, false},
+            {call.image_key, call.word_key, call.P, affinity, given.d_image_key, true},
+            {call.word_key, call.image_key, call.P, affinity, given.d_word_key, false}};
+  }
+
+  void multiply_all() const {
+    const std::vector<Product> all = all_products();
+    const int64_t rows = call.I * call.R, D = std::max(call.D, call.P);
+    const int64_t wide = round_up((D + call.threads - 1) / call.threads, TILE_COLUMNS<T>), each = (D + wide - 1) / wide;
+    parallel(int64_t(all.size()) * each, call.threads, [&] {
+      return [&](int64_t part) {
+        const Product& one = all[size_t(part / each)];
+        const int64_t from = part % each * wide, to = least(from + wide, one.D);
+        const RowSets own = single_rows(one.own, one.of_images ? rows : N, one.D);
+        if (one.out && from < to)
+          multiply(one, own, single_rows(one.far, one.of_images ? N : rows, one.D), one.factor, N, from, to);
+      };
+    });
+  }
+
+  // The rows of some sets as sets of their own.
+  static RowSets rows_of(const RowSets& sets) {
+    RowSets rows{sets.source, sets.D, {}, {0}, 1};
+    for (int64_t set = 0; set < sets.count(); ++set)
+      for (int64_t r = 0; r < sets.length(set); ++r) {
+        rows.first.push_back(sets.first[size_t(set)] + r);
+        rows.edge.push_back(rows.count());
+      }
+    return rows;
+  }
+
+  void multiply_few() const {
+    parallel(call.I + call.T, call.threads, [&] {
+      return [&](int64_t k) {
+        const bool of_images = k < call.I;
+        const RowSets &mine = of_images ? image_sets : caption_sets, &others = of_images ? caption_sets : image_sets;
+        const int64_t set = of_images ? k : k - call.I;
+        std::vector<int64_t> partners;
+        for (int64_t other = 0; other < others.count(); ++other)
+          if (of_images ? gradient_of(set, other) != 0 : gradient_of(other, set) != 0) partners.push_back(other);
+        if (partners.empty()) return;
+        const RowSets some = chosen(mine, {set}), other = chosen(others, partners);
+        const RowSets &images = of_images ? some : other, &words = of_images ? other : some;
+        RowSets own = rows_of(some), far = rows_of(other);
+        const int64_t ld = words.edge.back();
+        Buffer<T> factor(images.edge.back() * ld);
+        for (const Product& one : all_products()) {
+          if (one.of_images != of_images || !one.out) continue;
+          for (int64_t i = 0; i < images.count(); ++i)
+            for (int64_t r = 0; r < images.length(i); ++r)
+              for (int64_t t = 0; t < words.count(); ++t)
+                std::copy_n(one.factor + (images.first[size_t(i)] + r) * N + words.first[size_t(t)], words.length(t),
+                            factor + (images.edge[size_t(i)] + r) * ld + words.edge[size_t(t)]);
+          own.source = one.own, far.source = one.far, own.D = far.D = one.D;
+          multiply(one, own, far, factor, ld, 0, one.D);
+        }
+      };
+    });
+  }
+
+  // Adds the factor, whose rows lie ld apart, or its transpose, times the features from `from` to `to` of the rows
+  // `far` to those of the gradient of the rows `own`. Padding regions have a factor of zeros and count as zeros.
+  void multiply(const Product& one, const RowSets& own, const RowSets& far, const T* factor, int64_t ld, int64_t from,
+                int64_t to) const {
+    const int64_t most = least(DEPTH_BYTES / int64_t(sizeof(T)), round_up(far.count(), ROW_STEP));
+    const Gradient<T> gradient(static_cast<T*>(one.out), own, {0, own.count(), 0, own.count()});
+    Buffer<T> panels(round_up(to - from, TILE_COLUMNS<T>) * most);
+    Buffer<T> left(round_up(least(LEFT_ROWS, own.count()), TILE_ROWS) * most), room(0);
+    const Buffer<T> none(far.D);
+    Rows<T> rows(far, most);
+    std::vector<const T*> row;
+    for (int64_t k = 0; k < far.count(); k += most) {
+      const int64_t count = least(most, far.count() - k), K = one.of_images ? count : round_up(count, ROW_STEP);
+      rows.take({k, k + count, k, count});
+      row.clear();
+      for (int64_t r = 0; r < count; ++r) row.push_back((padding(one, k + r) ? none + 0 : rows[r]) + from);
+      feature_panels(row.data(), count, to - from, panels + 0, K);
+      for (int64_t i = 0; i < own.count(); i += LEFT_ROWS) {
+        const int64_t n = least(LEFT_ROWS, own.count() - i);
+        if (one.of_images) pack_left<T, T>(factor + i * ld + k, ld, n, count, left, K, 0, room);
+        else pack_turned<T, T>(factor + k * ld + i, ld, count, n, left, K, 0);
+        gradient.template add<T>(i, n, K, {left, 0}, panels + 0, K * TILE_COLUMNS<T>, from, to);
+      }
+    }
+  }
+  bool padding(const Product& one, int64_t row) const {
+    return !one.of_images && !few && row % call.R >= call.regions(row / call.R);
+  }
+
+  // The pools' gradients: what the logits of the rows that they weigh give them.
+  void sum_pools(const Items<T>& d_images, const Items<T>& d_captions) const {
+    T* const image_pool = static_cast<T*>(given.d_image_pool);
+    T* const caption_pool = static_cast<T*>(given.d_caption_pool);
+    const int64_t step = 128;
+    if (!image_pool && !caption_pool) return;
+    parallel((call.D + step - 1) / step, call.threads, [&] {
+      return [&, room = Buffer<T>(step), sums = Buffer<T>(2 * step)](int64_t part) {
+        const int64_t from = part * step, n = least(step, call.D - from);
+        std::fill_n(sums + 0, 2 * step, T(0));
+        const auto add = [&](const RowSets& sets, const Items<T>& d_items, T* own, T* other) {
+          for (int64_t set = 0; set < sets.count(); ++set)
+            for (int64_t i = 0; i < sets.length(set); ++i) {
+              const T a = d_items[size_t(set)]->pool_own()[i], b = d_items[size_t(set)]->pool_other()[i];
+              if (a == 0 && b == 0) continue;
+              const T* const x = read<T>(sets.source, (sets.first[size_t(set)] + i) * call.D + from, n, room);
+              for (int64_t k = 0; k < n; k += LANES<T>) {
+                store(own + k, load(own + k) + head(x + k, n - k) * a);
+                store(other + k, load(other + k) + head(x + k, n - k) * b);
+              }
+            }
+        };
+        add(image_sets, d_images, sums, sums + step);
+        add(caption_sets, d_captions, sums + step, sums);
+        if (image_pool) std::copy_n(sums + 0, n, image_pool + from);
+        if (caption_pool) std::copy_n(sums + step, n, caption_pool + from);
+      };
+    });
+  }
+};
+
+}  // namespace
+}  // namespace itm_fast
+
+// Adds to the gradients that are not null, which hold zeros, and overwrites `products`, the forward pass's; these and
+// grad [I, T] are float, or double if the tensors are double. Scalar gates only. A pair that `products` marks
+// as one whose vectors were formed adds nothing: the `torch` backend computes its gradients.
+extern "C" const char* hierarchical_alignment_score_kept_backward(
+    const itm_fast::HierarchicalAlignmentScoreKeptCall& call) {
+  using namespace itm_fast;
+  return guarded([&] {
+    if (call.dtype == Dtype::FLOAT64) AlignmentBackward<double>(call).run();
+    else AlignmentBackward<float>(call).run();
+  });
+}
