@@ -69,7 +69,8 @@ INSTANCES = {
     + [f"clustered<CLUSTER_{fault}>" for fault in CLUSTER_FAULTS],
     # Columns of an image, slots of words, warps side by side, stages of a product.
     "scan": [
-        *instances(SCANS, KINDS, [f"{n}, 3" for n in ("12, 128, 2", "36, 128, 2", "72, 128, 2", "128, 128, 1")]),
+        *instances(SCANS, KINDS, ["12, 128, 2, 3", "36, 128, 2, 3"]),
+        *instances(SCANS, [kind for kind in KINDS if kind != "BF16"], ["72, 128, 2, 3", "128, 128, 1, 3"]),
         *instances(SCANS, KINDS[2:], ["56, 128, 2, 3", "104, 128, 1, 3", "36, 128, 2, 2"]),
         *instances(SCANS, ["F16", "F16X3"], ["36, 128, 1, 2", "104, 64, 1, 2"]),
         *instances([f"{scan}_in_clusters" for scan in SCANS], KINDS[:3], ["36, 128, 3"]),
