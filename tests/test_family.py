@@ -1,5 +1,7 @@
 """The pair scorers of the family against vectors that their published code computed, on every backend."""
 
+import argparse
+
 import pytest
 import torch
 from cpu_cases import needs_cpu
@@ -9,6 +11,7 @@ from training_cases import SMALL, run_tiny
 
 import itm_fast
 from itm_fast.models import NAAF, checkpoint, scorer
+from itm_fast.models.naaf import xattn_score
 from itm_fast.testing import inputs, op_checks
 from itm_fast.training import options
 
@@ -28,6 +31,21 @@ def test_published_vectors(file, backend):
     check(want, module, backend, region_lengths=want.get("image_lengths"), **more)
     for name, value in after.items():
         assert getattr(module, name) == pytest.approx(value.item(), abs=1e-10), name
+
+
+def test_a_sparse_gsmn_scores_as_a_dense_one():
+    want = golden("gsmn_dense")
+    check(want, scorer("gsmn", is_sparse=True).double(), "torch", bbox=want["bbox"])
+
+
+def test_naaf_s_function_moves_the_thresholds_of_opt_as_published():
+    want = golden("naaf_train_online")
+    given = {name.removeprefix("option/"): value for name, value in want.items() if name.startswith("option/")}
+    opt = argparse.Namespace(**given)
+    score = xattn_score(want["image"], want["caption"], want["lengths"].tolist(), opt)
+    torch.testing.assert_close(score, want["score"], rtol=0, atol=1e-10)
+    for name in ("thres", "thres_safe", "mean_pos", "mean_neg", "stnd_pos", "stnd_neg"):
+        assert getattr(opt, name) == pytest.approx(want[f"after/{name}"].item(), abs=1e-10), name
 
 
 def test_a_caption_keeps_the_published_patches():

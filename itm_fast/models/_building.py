@@ -51,8 +51,8 @@ def scorer(
 
     Args:
         name: a model's name for `itm-fast train --model`; or "laps", "teran" and "aladin" for the pair scores of these
-            papers, which have no parameters, "laps_slim" for LAPS' with its choice of patches, "gsmn" for GSMN's, which
-            is called with `bbox=`. Of these five, `laps_slim` alone reads `dim`, and none `sim_dim` and `regions`.
+            papers, which have no parameters; "laps_slim" for LAPS' with its choice of patches, which reads `dim` and
+            `num_patches`; "gsmn" for GSMN's, which is called with `bbox=`. The others of these five read no size.
         dim: D.
         sim_dim: S, for models with similarity vectors.
         regions: R, for models with weights for each region.

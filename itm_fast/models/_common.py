@@ -222,7 +222,7 @@ class PaddedScorer(PairScorer):
         Raises:
             ValueError: a shape or length is wrong.
         """
-        return super().forward(img_emb, *_packed(cap_emb, cap_lens), region_lengths)
+        return super().forward(img_emb, *packed(cap_emb, cap_lens), region_lengths)
 
     def matched(  # type: ignore[override]
         self,
@@ -232,10 +232,10 @@ class PaddedScorer(PairScorer):
         region_lengths: Tensor | None = None,
     ) -> Tensor:
         """Scores [B] of image i with caption i alone; arguments as `forward`, and see `itm_fast.nn.PairScorer`."""
-        return super().matched(img_emb, *_packed(cap_emb, cap_lens), region_lengths)
+        return super().matched(img_emb, *packed(cap_emb, cap_lens), region_lengths)
 
 
-def _packed(caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+def packed(caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
     """Padded captions [T, W, D] packed, and packed ones [N, D] as they are."""
     return pack_padded(caption, lengths) if caption.dim() == 3 else (caption, torch.as_tensor(lengths))
 

@@ -11,7 +11,8 @@ lambda, clipped l2 norm), and vectors of size D split into B blocks:
 
 rho and theta are the distance and the angle between the centres of two regions' boxes. As published, every neighbour of
 a node is a copy of the node, so that nothing passes along the edges of either graph: the words' graph has no effect,
-dense and sparse models give the same scores, and `params` has none. (3) and (4) follow from the boxes alone.
+dense and sparse models give the same scores, and `params` has none. (3) and (4) follow from the boxes alone. Captions
+of one word, on which the published code fails, are scored as all others.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from ..nn import Attention, State
 from ..ops import _recompute, attended_vectors
 from ..packing import region_counts
-from ._common import PaddedScorer, cosine, real_rows, without_padding
+from ._common import PaddedScorer, cosine, packed, real_rows, without_padding
 from ._pair_blocks import blocks, mean_over_queries
 from ._rows import linear
 from ._sgraf_attention import pair_attention
@@ -143,26 +144,25 @@ class StructuredMatching(PaddedScorer):
         Raises:
             ValueError: a shape or length is wrong, or there are no boxes.
         """
-        self._bbox = bbox
-        try:
-            return super().forward(img_emb, cap_emb, cap_lens, region_lengths)
-        finally:
-            self._bbox = None
+        words, cu_seqlens = packed(cap_emb, cap_lens)
+        image_state = self.image_state(img_emb, region_lengths, bbox)
+        return self.score(image_state, words, cu_seqlens, (), region_lengths)
 
-    _bbox: Tensor | None = None
-
-    def image_state(self, image: Tensor, region_lengths: Tensor | None = None) -> State:
+    def image_state(self, image: Tensor, region_lengths: Tensor | None = None, bbox: Tensor | None = None) -> State:
         """The image [I, R, D] and the sums of (4), [I, R, 8]."""
         if image.dim() != 3 or image.shape[2] % self.num_block:
             raise ValueError(
                 f"{NAME}: image must be [I, R, D] with D a multiple of num_block = {self.num_block}, "
                 f"got {list(image.shape)}"
             )
-        if self._bbox is None or self._bbox.shape != (*image.shape[:2], 4):
-            said = "none" if self._bbox is None else str(list(self._bbox.shape))
-            raise ValueError(f"{NAME}: bbox must be {[*image.shape[:2], 4]}, a box for each region, got {said}")
+        if bbox is None or bbox.shape != (*image.shape[:2], 4):
+            said = "none" if bbox is None else str(list(bbox.shape))
+            raise ValueError(
+                f"{NAME}: bbox must be {[*image.shape[:2], 4]}, a box for each region, got {said}; call the scorer "
+                "with bbox=. Evaluation, search and matched have no boxes"
+            )
         region_counts(region_lengths, image, NAME)
-        kernels, bbox = self.i2t_match_G.graph_convolution_1, self._bbox.to(image)
+        kernels, bbox = self.i2t_match_G.graph_convolution_1, bbox.to(image)
         if region_lengths is not None:
             bbox, _ = without_padding(bbox, region_lengths)
         return image, kernels(bbox, region_lengths)  # type: ignore[operator]

@@ -35,6 +35,7 @@ MODES = ("", "train_online", "train", "test")
 ENOUGH = 200  # words of matching pairs before the thresholds follow them
 OPTIONS = ("lambda_softmax", "thres", "thres_safe", "intra_lambda", "alpha", "mode")
 LEARNED = ("thres", "thres_safe")  # which training moves
+MOVED = (*LEARNED, "mean_pos", "mean_neg", "stnd_pos", "stnd_neg")  # what the published function writes into `opt`
 
 __all__ = ["NAAF", "EncoderText", "GloveRNNEncoder", "NegativeAware", "xattn_score", "xattn_score_test"]
 
@@ -176,7 +177,7 @@ class NegativeAware(PaddedScorer):
 
 
 def xattn_score(images: Tensor, captions: Tensor, cap_lens: Sequence[int] | Tensor, opt: Namespace) -> Tensor:
-    """Scores [I, I] of a batch for training, caption t that of image t; moves the thresholds of `opt`.
+    """Scores [I, I] of a batch for training, caption t that of image t; moves `opt`'s thresholds and their statistics.
 
     Args:
         images: [I, R, D], unit rows.
@@ -190,8 +191,9 @@ def xattn_score(images: Tensor, captions: Tensor, cap_lens: Sequence[int] | Tens
     """
     scorer = NegativeAware(opt.lambda_softmax, opt.thres, opt.thres_safe, alpha=opt.alpha, mode="train_online")
     score = scorer(images, captions, cap_lens)
-    for name in LEARNED:
-        setattr(opt, name, getattr(scorer, name))
+    for name in MOVED:
+        if name in LEARNED or scorer.stnd_pos:  # there are means once there are enough words
+            setattr(opt, name, getattr(scorer, name))
     return score
 
 
@@ -202,9 +204,9 @@ def xattn_score_test(images: Tensor, captions: Tensor, cap_lens: Sequence[int] |
     >>> xattn_score_test(torch.randn(2, 36, 8), torch.randn(3, 5, 8), [5, 2, 4], opt).shape
     torch.Size([2, 3])
     """
-    return NegativeAware(opt.lambda_softmax, thres_safe=opt.thres_safe, mode="test")(
-        images, captions, cap_lens
-    ).double()
+    opt.using_intra_info = True  # as the published function leaves it
+    scorer = NegativeAware(opt.lambda_softmax, thres_safe=opt.thres_safe, mode="test")
+    return scorer(images, captions, cap_lens).double()
 
 
 class _Seen:

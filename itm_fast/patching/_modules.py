@@ -33,11 +33,13 @@ def patch(*targets: ModuleType | str | Path) -> Report:
 
     Call it once, before threads start: while it proves, tensors stay on the CPU.
 
-    Known by name and arguments are `EncoderSimilarity` (its `forward`, on the class itself, so that its other methods
-    and every reference to it stay), `xattn_score_t2i`, `xattn_score_i2t`, their `shard_` forms and `i2t` and `t2i` (in
-    every imported module that has them), and `ContrastiveLoss`. Each is run beside the very code that it replaces on a
-    small random problem in float64, with gradients, in evaluation and in training with the same random state; what
-    differs by more than 1e-6 is refused. Code that cannot run here is refused too.
+    Known by name and arguments are `EncoderSimilarity` of SGRAF, its forks and RCAR (its `forward`, on the class, so
+    that its other methods and every reference to it stay); `xattn_score_t2i`, `xattn_score_i2t` and their `shard_`
+    forms of SCAN, `xattn_score` and `shard_xattn` of BFAN, `xattn_score` and `xattn_score_test` of NAAF, and `i2t` and
+    `t2i` (in every imported module that has them); and `ContrastiveLoss` of scores or of embeddings. Each is run beside
+    the very code that it replaces on a small random problem in float64, with gradients, in evaluation and in training
+    with the same random state; what differs by more than 1e-6 is refused. Code that cannot run here is refused too.
+    Captions of one word get the library's score; on them SCAN's and BFAN's code fails, and NAAF's averages over images.
 
     Args:
         targets: modules of the repository; or the path of its folder or of one of its .py files, which are imported

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -60,6 +61,36 @@ def published(call: Callable[[], Any]) -> Any:
     except Exception as error:
         said = str(error).strip().splitlines()
         raise Fails(f"{type(error).__name__}: {said[0] if said else ''}".rstrip(": ")) from error
+
+
+def replacing(call: Callable[[], Any]) -> Any:
+    """Run the library's code on what the published code took.
+
+    Raises:
+        Disagrees: it raises.
+    """
+    try:
+        return call()
+    except Disagrees:
+        raise
+    except Exception as error:
+        said = str(error).strip().splitlines()
+        raise Disagrees(f"the replacement cannot take it: {said[0] if said else type(error).__name__}") from error
+
+
+def constructed(cls: Any, *args: Any, **kwargs: Any) -> Any:
+    """An object of a published class.
+
+    Raises:
+        Disagrees: it is constructed otherwise.
+        Fails: it raises.
+    """
+    takes = inspect.signature(cls)
+    try:
+        takes.bind(*args, **kwargs)
+    except TypeError as error:
+        raise Disagrees(f"its constructor takes ({', '.join(takes.parameters)}): {error}") from error
+    return published(lambda: cls(*args, **kwargs))
 
 
 def difference(expected: Any, found: Any) -> float:

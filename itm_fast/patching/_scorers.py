@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..models import rcar
 from ..models.sgraf import EncoderSimilarity
 from ..nn import PairScorer
-from ._proof import Disagrees, Fails, agreed, difference, published, with_gradients
+from ._proof import Disagrees, Fails, agreed, constructed, difference, published, replacing, with_gradients
 
 _D, _S, _R = 16, 8, 36
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -45,7 +45,7 @@ class Family(NamedTuple):
     Attributes:
         modes: the kinds of scorer that it can be.
         returns: what its forks return, keys of `RETURNS`.
-        make: (class, mode, D, S) -> a module of the mode.
+        arguments: (mode, D, S) -> what a module of the mode is constructed with.
         mode: module -> its mode.
         options: module -> what else the library's scorer is built from; if this changes, it is built anew.
         ours: (module, options) -> the library's scorer.
@@ -53,7 +53,7 @@ class Family(NamedTuple):
 
     modes: tuple[str, ...]
     returns: tuple[str, ...]
-    make: Callable[[Any, str, int, int], Any]
+    arguments: Callable[[str, int, int], tuple[Any, ...]]
     mode: Callable[[Any], str]
     options: Callable[[Any], Any]
     ours: Callable[[Any, Any], PairScorer]
@@ -70,7 +70,7 @@ def _sgraf_scorer(module: Any, options: object) -> PairScorer:
 SGRAF = Family(
     ("SGR", "SAF"),
     tuple(RETURNS),
-    lambda cls, mode, D, S: cls(D, S, mode, 3),
+    lambda mode, D, S: (D, S, mode, 3),
     lambda module: str(module.module_name),
     lambda module: None,
     _sgraf_scorer,
@@ -86,7 +86,7 @@ def _rcar_options(mode: str) -> Namespace:
 RCAR = Family(
     tuple(_RCAR_MODES),
     ("scores",),
-    lambda cls, mode, D, S: cls(_rcar_options(mode), D, S),
+    lambda mode, D, S: (_rcar_options(mode), D, S),
     lambda module: f"{module.opt.attn_type} {module.opt.self_regulator}",
     lambda module: [getattr(module.opt, name) for name in _RCAR_OPTIONS],
     lambda module, options: rcar.RCAR.similarity(
@@ -97,7 +97,8 @@ RCAR = Family(
 
 def family(cls: type[nn.Module]) -> Family:
     """Which published class this is, by what it is built from."""
-    return RCAR if "opt" in inspect.signature(cls).parameters else SGRAF
+    takes = inspect.signature(cls).parameters
+    return RCAR if "opt" in takes and "module_name" not in takes else SGRAF
 
 
 class Unlike(Disagrees):
@@ -110,9 +111,17 @@ def _parameters(part: nn.Module) -> dict[str, Any]:
     return {**part._parameters, **(getattr(part, "_former_parameters", {}) if replica else {})}
 
 
-def _names(module: nn.Module) -> set[str]:
+def _shapes(module: nn.Module) -> dict[str, torch.Size]:
     own = {name: _parameters(part) for name, part in module.named_modules()}
-    return {f"{name}.{key}" for name, found in own.items() for key, x in found.items() if x is not None}
+    return {f"{name}.{key}": x.shape for name, found in own.items() for key, x in found.items() if x is not None}
+
+
+_WITH_CONSTANTS = (nn.Dropout, nn.BatchNorm1d, nn.LayerNorm)
+
+
+def _constants(part: nn.Module) -> list[Any]:
+    """What else such a module computes with."""
+    return [getattr(part, name, None) for name in ("p", "eps", "momentum")]
 
 
 def twin(known: Family, module: Any) -> PairScorer:
@@ -134,11 +143,13 @@ def twin(known: Family, module: Any) -> PairScorer:
     inside = [part for name, part in own.items() if name]
     if any(getattr(part, hooks) for part in inside for hooks in _HOOKS):
         raise Unlike("it has hooks inside")
-    if _names(module) != _names(ours):
-        raise Unlike("it has other parameters")
+    if _shapes(module) != _shapes(ours):
+        raise Unlike("it has other parameters, or of other shapes")
     for name, part in ours.named_modules():
         try:
             source = own[name]
+            if isinstance(part, _WITH_CONSTANTS) and _constants(part) != _constants(source):
+                raise Unlike(f"{name} has another rate or constant")
             part.training = source.training
             # Linked at every call: moving a module to another device gives it new buffers.
             given = _parameters(source)
@@ -193,7 +204,7 @@ def prove(cls: type[nn.Module], mode: str) -> tuple[str, float]:
     """
     torch.manual_seed(0)
     known = family(cls)
-    module = published(lambda: known.make(cls, mode, _D, _S))
+    module = constructed(cls, *known.arguments(mode, _D, _S))
     if not isinstance(module, nn.Module):
         raise Fails("it is no torch.nn.Module")
     with torch.no_grad():
@@ -220,7 +231,8 @@ def _apart(
     module.train(training)
     buffers = [buffer.clone() for buffer in module.buffers()]
     expected = published(lambda: _results(module, buffers, inputs, lambda: module(image, caption, lengths)))
-    found = _results(module, buffers, inputs, lambda: _returned(twin(known, module), kind, image, caption, lengths))
+    run = lambda: _returned(twin(known, module), kind, image, caption, lengths)  # noqa: E731
+    found = replacing(lambda: _results(module, buffers, inputs, run))
     return agreed(difference(expected, found))
 
 
