@@ -11,6 +11,9 @@ In a fork the import goes below the class that it replaces, as an import above i
 | `L2RM` | hhc1997/L2RM | scores of matching pairs as well |
 | `BiCro` | xu5zhao/BiCro | `glo_emb`, the means of regions and of words |
 
+hhc1997/MSCN is not among them: its training differentiates the gradients of the scores once more, which the ops refuse.
+In evaluation `EncoderSimilarity` with `output` "z" gives the vectors that its meta network takes.
+
 `itm_fast.models.load(path, network="A")` reads NCR's checkpoints, which hold `model_A` and `model_B`.
 """
 
