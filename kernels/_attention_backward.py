@@ -24,7 +24,7 @@ from torch import Tensor
 from . import _launch, _tiles
 from ._attention import Attended, with_grams
 from ._norms import Norm, norm_of
-from ._tl import EPS, leaky_slope, normalised
+from ._tl import EPS, leaky_slope, normalised, query_lanes
 
 
 @triton.jit
@@ -70,10 +70,8 @@ def _logit_gradient(
     """
     chunks = tl.cdiv(contexts, BLOCK_X)
     group, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    lane = tl.arange(0, SETS * BLOCK_Q)
-    c = group * SETS + lane // BLOCK_Q
-    start = tl.load(start_ptr + set_first + c, mask=c < sets, other=0) - row_first
-    size = tl.load(size_ptr + set_first + c, mask=c < sets, other=0)
+    lane, start, size = query_lanes(start_ptr, size_ptr, set_first, group, sets, SETS, BLOCK_Q)
+    start -= row_first
     x = chunk * BLOCK_X + tl.arange(0, BLOCK_X)
     row = context_first + tl.minimum(x, contexts - 1)
     b = tl.load(context_owner_ptr + row)
@@ -88,7 +86,7 @@ def _logit_gradient(
     along = tl.zeros((SETS, BLOCK_X), tl.float32)  # sum over the queries of A' . d A'
     if NORM != "none":
         for first in range(0, tl.max(size, 0), BLOCK_Q):
-            q = first + lane % BLOCK_Q
+            q = first + lane
             inside = (q < size)[:, None] & counted[None, :]
             line = (start + q).to(tl.int64)[:, None]
             at, at_b = line * (ld16 * 16) + x[None, :], line * (in16 * 16) + b[None, :]
@@ -101,7 +99,7 @@ def _logit_gradient(
         along = tl.where(norm > 0, along * (norm + EPS) / norm, 0.0)
     total = tl.broadcast_to(along[:, None, :], (SETS, BLOCK_Q, BLOCK_X)).reshape(SETS * BLOCK_Q, BLOCK_X)
     for first in range(0, tl.max(size, 0), BLOCK_Q):
-        q = first + lane % BLOCK_Q
+        q = first + lane
         inside = (q < size)[:, None] & counted[None, :]
         line = (start + q).to(tl.int64)[:, None]
         at, at_b = line * (ld16 * 16) + x[None, :], line * (in16 * 16) + b[None, :]

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _launch, _tiles
-from ._tl import EPS, NEVER, leaky
+from ._tl import EPS, NEVER, leaky, query_lanes
 
 
 @triton.jit(do_not_specialize=["set_first", "sets", "row_first", "contexts", "ld16"])
@@ -32,15 +32,13 @@ def _query_norms(
     """
     chunks = tl.cdiv(contexts, BLOCK_X)
     group, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    lane = tl.arange(0, SETS * BLOCK_Q)
-    c = group * SETS + lane // BLOCK_Q
-    start = tl.load(start_ptr + set_first + c, mask=c < sets, other=0) - row_first
-    size = tl.load(size_ptr + set_first + c, mask=c < sets, other=0)
+    lane, start, size = query_lanes(start_ptr, size_ptr, set_first, group, sets, SETS, BLOCK_Q)
+    start -= row_first
     x = chunk * BLOCK_X + tl.arange(0, BLOCK_X)
     m = tl.full((SETS, BLOCK_X), NEVER, tl.float32)
     total = tl.zeros((SETS, BLOCK_X), tl.float32)
     for first in range(0, tl.max(size, 0), BLOCK_Q):
-        q = first + lane % BLOCK_Q
+        q = first + lane
         inside = (q < size)[:, None] & (x < contexts)[None, :]
         at = (start + q).to(tl.int64)[:, None] * (ld16 * 16) + x[None, :]
         if NORM == "softmax":

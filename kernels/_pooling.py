@@ -23,7 +23,7 @@ from . import _launch, _tiles
 from ._affinity import gram, leading
 from ._attention import Attended
 from ._attention_backward import coefficients
-from ._tl import EPS, NEVER
+from ._tl import EPS, NEVER, query_lanes
 
 
 @triton.jit
@@ -49,15 +49,13 @@ def _pool(
     """
     chunks = tl.cdiv(columns, BLOCK_B)
     group, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    lane = tl.arange(0, SETS * BLOCK_Q)
-    c = group * SETS + lane // BLOCK_Q
-    start = tl.load(start_ptr + set_first + c, mask=c < sets, other=0) - row_first
-    size = tl.load(size_ptr + set_first + c, mask=c < sets, other=0)
+    lane, start, size = query_lanes(start_ptr, size_ptr, set_first, group, sets, SETS, BLOCK_Q)
+    start -= row_first
     b = chunk * BLOCK_B + tl.arange(0, BLOCK_B)
     m = tl.full((SETS, BLOCK_B), NEVER, tl.float32)
     total = tl.zeros((SETS, BLOCK_B), tl.float32)
     for first in range(0, tl.max(size, 0), BLOCK_Q):
-        q = first + lane % BLOCK_Q
+        q = first + lane
         inside = (q < size)[:, None] & (b < columns)[None, :]
         at = r_ptr + (start + q).to(tl.int64)[:, None] * (in16 * 16) + b[None, :]
         if POOL == "lse" or POOL == "max":
@@ -168,10 +166,7 @@ def _pool_backward(
     """
     chunks = tl.cdiv(columns, BLOCK_B)
     group, chunk = tl.program_id(0) // chunks, tl.program_id(0) % chunks
-    lane = tl.arange(0, SETS * BLOCK_Q)
-    c_lane = group * SETS + lane // BLOCK_Q
-    start = tl.load(start_ptr + set_first + c_lane, mask=c_lane < sets, other=0)
-    size = tl.load(size_ptr + set_first + c_lane, mask=c_lane < sets, other=0)
+    lane, start, size = query_lanes(start_ptr, size_ptr, set_first, group, sets, SETS, BLOCK_Q)
     b = chunk * BLOCK_B + tl.arange(0, BLOCK_B)
     set_ = group * SETS + tl.arange(0, SETS)
     m = tl.full((SETS, BLOCK_B), NEVER, tl.float32)
@@ -179,7 +174,7 @@ def _pool_backward(
     best = tl.zeros((SETS, BLOCK_B), tl.int32)
     if POOL == "lse" or POOL == "max":
         for first in range(0, tl.max(size, 0), BLOCK_Q):
-            q = first + lane % BLOCK_Q
+            q = first + lane
             inside = (q < size)[:, None] & (b < columns)[None, :]
             at = (start - row_first + q).to(tl.int64)[:, None] * (in16 * 16) + b[None, :]
             _, _, _, r, _ = _similarity(dot_ptr, square_ptr, length_ptr, at, start + q, q < size, inside, GRAM)
@@ -204,7 +199,7 @@ def _pool_backward(
         grad = grad / count.to(tl.float32)[:, None]
     base = m + tl.log(total)
     for first in range(0, tl.max(size, 0), BLOCK_Q):
-        q = first + lane % BLOCK_Q
+        q = first + lane
         inside = (q < size)[:, None] & (b < columns)[None, :]
         at = (start - row_first + q).to(tl.int64)[:, None] * (in16 * 16) + b[None, :]
         dot, square, c, r, length = _similarity(

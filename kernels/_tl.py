@@ -130,6 +130,18 @@ def denominator(z, WEIGHTS: tl.constexpr):
 
 
 @triton.jit
+def query_lanes(start_ptr, size_ptr, set_first, group, sets, SETS: tl.constexpr, BLOCK_Q: tl.constexpr):
+    """For SETS sets of queries, BLOCK_Q lanes each: every lane's place among its set's, the set's first row and size.
+
+    The group's first set is `set_first` + `group` * SETS; sets from `sets` on have no queries.
+    """
+    lane = tl.arange(0, SETS * BLOCK_Q)
+    c = group * SETS + lane // BLOCK_Q
+    start = tl.load(start_ptr + set_first + c, mask=c < sets, other=0)
+    return lane % BLOCK_Q, start, tl.load(size_ptr + set_first + c, mask=c < sets, other=0)
+
+
+@triton.jit
 def norms_of(norm_ptr, owner_ptr, row, owner_first, ld, column):
     """Pointers [rows, 1] to where the norms of the sets of queries `row` begin, for the context row `column`."""
     owner = tl.load(owner_ptr + row)
