@@ -15,6 +15,7 @@ from native_cases import cache, csrc, finished, fresh, scale, works
 
 import itm_fast
 from itm_fast import _native
+from itm_fast._native import amx
 
 __all__ = ["cache", "csrc"]  # fixtures
 
@@ -66,19 +67,52 @@ def test_threads_that_ask_at_once_share_one_build(csrc, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "capability,bf16,expected",
+    "capability,bf16,tiles,expected",
     [
-        ("AVX512", True, "avx512_bf16"),
-        ("AVX512", False, "avx512"),
-        ("AVX2", True, "avx2"),
-        ("DEFAULT", True, "generic"),
-        ("SVE256", False, "generic"),
+        ("AVX512", True, True, "amx_bf16"),
+        ("AVX512", True, False, "avx512_bf16"),
+        ("AVX512", False, True, "avx512"),
+        ("AVX2", True, True, "avx2"),
+        ("DEFAULT", True, False, "generic"),
+        ("SVE256", False, False, "generic"),
     ],
 )
-def test_the_level_is_what_torch_sees(monkeypatch, capability, bf16, expected):
+def test_the_level_is_what_torch_sees_and_linux_grants(monkeypatch, capability, bf16, tiles, expected):
+    monkeypatch.setattr(amx, "granted", lambda: tiles)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     assert _native.level() == expected
+
+
+@pytest.mark.parametrize(
+    "flags,answer,granted",
+    [("fpu amx_bf16 amx_tile amx_int8", 0, True), ("amx_bf16 amx_tile", -1, False), ("amx_tile avx512_bf16", 0, False)],
+)
+def test_linux_is_asked_for_tiles_where_the_processor_has_them(monkeypatch, flags, answer, granted):
+    asked = []
+
+    class Linux:
+        def __init__(self, name):
+            self.syscall = lambda *numbers: asked.append(tuple(n.value for n in numbers)) or answer
+
+    monkeypatch.setattr(amx.Path, "read_text", lambda self: f"model name : x\nflags : {flags}\n\nprocessor : 1\n")
+    monkeypatch.setattr(amx.ctypes, "CDLL", Linux)
+    assert amx.granted.__wrapped__() is granted
+    assert asked == ([(158, 0x1023, 18)] if "amx_bf16" in flags else [])  # arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)
+
+
+@pytest.mark.parametrize("fault", [None, "their products are wrong"])
+def test_tiles_that_compute_something_else_are_left_out(csrc, monkeypatch, fault):
+    monkeypatch.setattr(_native, "level", lambda: "amx_bf16")
+    monkeypatch.setattr(amx, "fault", lambda library: fault)
+    if _native.build(csrc, "amx_bf16").level != "amx_bf16":
+        pytest.skip("the compiler does not know AMX")
+    if fault is None:
+        assert _native.outcome().level == "amx_bf16"
+    else:
+        with pytest.warns(UserWarning, match="AMX: their products are wrong; its level is avx512_bf16 now"):
+            assert _native.outcome().level == "avx512_bf16"
+    assert works()
 
 
 @pytest.mark.slow

@@ -146,7 +146,7 @@ def test_a_level_that_was_never_compiled_is_compiled_for_the_wheel(tmp_path, mon
 def test_levels_are_asked_for_by_name():
     assert _wheel.levels_asked("all") == list(_native.LEVELS)
     assert _wheel.levels_asked("none") == []
-    with pytest.raises(ValueError, match=r"must be all, none or some of avx512_bf16, .*, got avx1024"):
+    with pytest.raises(ValueError, match=r"must be all, none or some of amx_bf16, .*, got avx1024"):
         _wheel.levels_asked("avx2,avx1024")
 
 

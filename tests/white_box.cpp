@@ -51,23 +51,74 @@ void product(const py::array_t<T>& a, const py::array_t<T>& b, py::array_t<T> c,
           begin, end);
 }
 
+// A matrix rounded to bfloat16, as k-major pairs in rows ld apart, zeros beyond it.
+Buffer<Pair> k_major_pairs(Matrix<float> from, int64_t ld) {
+  Buffer<Pair> pairs(depth<Pair>(from.rows) * ld);
+  for (int64_t k = 0; k < from.rows; ++k)
+    for (int64_t i = 0; i < from.columns; ++i)
+      pairs[k / 2 * ld + i].bits |= narrow_bfloat16(from.row(k)[i]) << (k % 2 ? 16 : 0);
+  return pairs;
+}
+
+// The left side of a product of pairs, either way, and the distance of its rows.
+std::pair<Buffer<Pair>, int64_t> left_pairs(Matrix<float> A, bool packed) {
+  const int64_t M = A.columns, K = A.rows, ld = round_up(M, LANES<float>);
+  if (!packed) return {k_major_pairs(A, ld), ld};
+  Buffer<Pair> left(packed_size(M, depth<Pair>(K)));
+  pack_rows(M, K, left + 0, [&](int64_t i, int64_t k) { return A.row(k)[i]; });
+  return {std::move(left), 0};
+}
+
 #if defined(__AVX512BF16__)
-// The same of pairs of bfloat16 values, which A and B are rounded to.
+// The same as product() of pairs of bfloat16 values, which A and B are rounded to.
 void product_of_pairs(const py::array_t<float>& a, const py::array_t<float>& b, py::array_t<float> c, bool packed) {
   const Matrix<float> A = matrix(a), B = matrix(b), C = matrix(c);
-  const int64_t M = A.columns, N = B.columns, K = A.rows, ld = round_up(M, LANES<float>);
-  Buffer<Pair> left(packed ? packed_size(M, depth<Pair>(K)) : depth<Pair>(K) * ld), right(depth<Pair>(K) * B.ld);
-  if (packed) pack_rows(M, K, left + 0, [&](int64_t i, int64_t k) { return A.row(k)[i]; });
-  else
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t i = 0; i < M; ++i)
-        left[k / 2 * ld + i].bits |= narrow_bfloat16(A.row(k)[i]) << (k % 2 ? 16 : 0);
-  pair_rows(K, N, B.data, B.ld, right + 0);
-  gemm<Pair>(M, N, depth<Pair>(K), {left, packed ? 0 : ld}, {right, B.ld},
+  const auto [left, ld] = left_pairs(A, packed);
+  Buffer<Pair> right(depth<Pair>(A.rows) * B.ld);
+  pair_rows(A.rows, B.columns, B.data, B.ld, right + 0);
+  gemm<Pair>(A.columns, B.columns, depth<Pair>(A.rows), {left, ld}, {right, B.ld},
              [&](int64_t i, int64_t j) { return load(C.row(i) + j); },
              [&](int64_t i, int64_t j, Vec<float> v) { store(C.row(i) + j, v); });
 }
 #endif
+
+// The same product by the kernel for AMX, whose tiles are plain C++ here. What it must not read is NaN; returned is
+// what it wrote, rows as long as it may write, 7 where it wrote nothing.
+py::array_t<float> product_by_tiles(const py::array_t<float>& a, const py::array_t<float>& b, bool packed) {
+  const Matrix<float> A = matrix(a), B = matrix(b);
+  const int64_t M = A.columns, N = B.columns, K = depth<Pair>(A.rows), wide = round_up(N, SIDE), ldb = wide + SIDE + 1;
+  const auto [left, ld] = left_pairs(A, packed);
+  const Buffer<Pair> pairs = k_major_pairs(B, ldb);
+  Buffer<Pair> right((K + SIDE) * ldb);
+  for (int64_t k = 0; k < K + SIDE; ++k)
+    for (int64_t j = 0; j < ldb; ++j) right[k * ldb + j] = k < K && j < wide ? pairs[k * ldb + j] : Pair{0x7fc07fc0};
+  std::vector<float> c(size_t((M + ROW_STEP) * ldb), 7);
+  multiply_by_tiles(
+      PlainTiles(TileShapes()), M, N, K, Left<Pair>{left, ld}, Right<Pair>{right, ldb, right},
+      [](int64_t i, int64_t j) {
+        SumRow sums;
+        for (int k = 0; k < SIDE; ++k) sums[k] = float(100 * i + j + k);
+        return sums;
+      },
+      [&](int64_t i, int64_t j, SumRow v) { std::memcpy(&c[size_t(i * ldb + j)], &v, sizeof v); });
+  return array(c, M + ROW_STEP, ldb);
+}
+
+// Does what a product does with tiles of these shapes, of which the plain ones refuse what a processor refuses.
+void try_tiles(int palette, const std::vector<int>& rows, const std::vector<int>& bytes) {
+  TileShapes shapes;
+  shapes.palette = uint8_t(palette);
+  for (size_t t = 0; t < rows.size(); ++t) {
+    shapes.rows[t] = uint8_t(rows[t]);
+    shapes.bytes[t] = uint16_t(bytes[t]);
+  }
+  PairRow memory[SIDE] = {};
+  PlainTiles tiles(shapes);
+  tiles.load<4>(memory, sizeof(PairRow));
+  tiles.load<6>(memory, sizeof(PairRow));
+  tiles.multiply_add<0, 4, 6>();
+  tiles.store<0>(memory, sizeof(PairRow));
+}
 
 // Neighbours in one word as narrow_bfloat16() rounds them, and as the processor's instruction does, where it has one.
 py::tuple pairs(const py::array_t<float>& even, const py::array_t<float>& odd) {
@@ -273,6 +324,8 @@ PYBIND11_MODULE(white_box_module, m) {
 #if defined(__AVX512BF16__)
   m.def("product_of_pairs", &product_of_pairs);
 #endif
+  m.def("product_by_tiles", &product_by_tiles);
+  m.def("try_tiles", &try_tiles);
   m.def("pairs", &pairs);
   m.def("chunks", [](const Edge& edge, int64_t most) {
     std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> found;

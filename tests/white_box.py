@@ -18,6 +18,13 @@ DTYPES = ["float32", "float64"]
 NATIVE = "native"
 
 
+def native_level():
+    """The processor's best level; the library's, where that has left AMX out since its products are wrong."""
+    if _native.level() == "amx_bf16" and not isinstance(built := _native.outcome(), str):
+        return built.level
+    return _native.level()
+
+
 @functools.cache
 def load(level):
     """The module for one of `_native.LEVELS`; or why there is none, a sentence."""
@@ -35,7 +42,7 @@ def load(level):
 )
 def box(request):
     """The building blocks as compiled for this processor's best level, and in plain C++."""
-    module = load(_native.level() if request.param == NATIVE else request.param)
+    module = load(native_level() if request.param == NATIVE else request.param)
     if isinstance(module, str):
         pytest.skip(module)
     return module

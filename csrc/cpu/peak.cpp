@@ -7,9 +7,7 @@
 #include <thread>
 #include <vector>
 
-#if defined(__AVX512F__) || defined(__AVX2__)
-#include <immintrin.h>
-#endif
+#include "tiles.h"
 
 namespace {
 
@@ -52,7 +50,25 @@ struct Fma {
     }
 };
 
-#if defined(__AVX512BF16__)
+#if defined(__AMX_BF16__)
+// The four products of a block of tiles.h, and no loads: a step has a quarter of one each.
+struct Dot {
+    static constexpr double FLOPS = 4.0 * 2 * itm_fast::TILE_ROWS * 16 * 32 / SUMS;
+    explicit Dot(double) {}
+};
+
+__attribute__((noinline)) double loop(const Dot&, int64_t iterations) {
+    auto tiles = itm_fast::AmxTiles::ready();  // of zeros
+    for (int64_t i = 0; i < iterations; ++i) {
+        tiles.multiply_add<0, 4, 6>();
+        tiles.multiply_add<1, 4, 7>();
+        tiles.multiply_add<2, 5, 6>();
+        tiles.multiply_add<3, 5, 7>();
+    }
+    tiles.release();
+    return 0;
+}
+#elif defined(__AVX512BF16__)
 // sum += the products of two bfloat16 pairs, in every float32 lane.
 struct Dot {
     using V = __m512;

@@ -67,6 +67,11 @@ void parallel(int64_t parts, int64_t threads, Make make) {
 template <class Body>
 const char* guarded(Body body) {
   thread_local std::string sentence;
+#if defined(__AMX_BF16__)
+  const struct Release {
+    ~Release() { AmxTiles::release(); }
+  } at_the_end;
+#endif
   try {
     body();
     return nullptr;

@@ -13,19 +13,20 @@ import shutil
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import cache, compiling, peaks
+from . import amx, cache, compiling, peaks
 from .cache import LIBRARY, Build, Unavailable, cache_dir
-from .compiling import LEVELS
+from .compiling import BFLOAT16_LEVELS, LEVELS
 
 __all__ = [
-    "LEVELS", "Build", "Unavailable", "bfloat16_products", "build", "cache_dir", "call", "csrc_dir", "level", "outcome",
-    "why_not",
+    "BFLOAT16_LEVELS", "LEVELS", "Build", "Unavailable", "bfloat16_products", "build", "cache_dir", "call", "csrc_dir",
+    "level", "outcome", "why_not",
 ]  # fmt: skip
 
 _lock = threading.Lock()
@@ -56,7 +57,9 @@ def level() -> str:
     """The best of `LEVELS` that the processor supports; ATEN_CPU_CAPABILITY limits it as it limits torch's kernels."""
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512":
-        return "avx512_bf16" if torch.cpu._is_avx512_bf16_supported() else "avx512"
+        if not torch.cpu._is_avx512_bf16_supported():
+            return "avx512"
+        return "amx_bf16" if amx.granted() else "avx512_bf16"
     return "avx2" if capability == "AVX2" else "generic"
 
 
@@ -73,12 +76,21 @@ def outcome() -> Build | str:
         with _lock:
             if _outcome is None:
                 try:
-                    _outcome = build(csrc_dir(), level())
+                    _outcome = _right(build(csrc_dir(), level()))
                 except Unavailable as error:
                     _outcome = str(error)
                 except OSError as error:
                     _outcome = f"the CPU kernels cannot be built: {error}"
     return _outcome
+
+
+def _right(built: Build) -> Build:
+    """The library itself, or that of the next lower level if the processor's tiles do not compute what they should."""
+    if built.level != "amx_bf16" or not (fault := amx.fault(built.library)):
+        return built
+    lower = list(LEVELS)[list(LEVELS).index(built.level) + 1]
+    warnings.warn(f"itm-fast leaves out this processor's AMX: {fault}; its level is {lower} now", stacklevel=4)
+    return build(csrc_dir(), lower)
 
 
 def bfloat16_products() -> tuple[bool, object]:
@@ -93,7 +105,7 @@ def bfloat16_products() -> tuple[bool, object]:
     built, chosen = outcome(), os.environ.get("ITM_FAST_BFLOAT16", "")
     if chosen not in ("", "0", "1"):
         raise ValueError(f"ITM_FAST_BFLOAT16 must be 0 or 1, got {chosen!r}")
-    if isinstance(built, str) or built.level != "avx512_bf16":
+    if isinstance(built, str) or built.level not in BFLOAT16_LEVELS:
         return False, "this processor has none"
     if chosen:
         return chosen == "1", f"ITM_FAST_BFLOAT16 is {chosen}"

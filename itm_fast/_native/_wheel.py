@@ -4,11 +4,11 @@
     ITM_FAST_LEVELS=avx2,generic pip wheel --no-deps .  # these alone
     pip wheel --no-deps .                              # py3-none-any; each machine compiles its level at first use
 
-A build cannot tell `pip wheel` from `pip install`, which makes a wheel and unpacks it. Four levels take nine minutes of
-a Zen 4 core (GCC 12; about six if all is compiled with -O2), and an installation needs one of them at most, so the
-libraries are put in only where ITM_FAST_LEVELS asks for them. PyPI takes no wheel that is named linux_x86_64:
-`auditwheel repair` names it by the glibc that its libraries need, for example manylinux_2_34 if GCC 12 has built them
-on Debian 12.
+A build cannot tell `pip wheel` from `pip install`, which makes a wheel and unpacks it. Four of the
+five levels take nine minutes of a Zen 4 core (GCC 12; about six if all is compiled with -O2), and an installation needs
+one of them at most, so the libraries are put in only where ITM_FAST_LEVELS asks for them. PyPI takes no wheel that is
+named linux_x86_64: `auditwheel repair` names it by the glibc that its libraries need, for example manylinux_2_34 if GCC
+12 has built them on Debian 12.
 The library is loaded by ctypes and uses neither Python's nor torch's headers, so one serves every Python and torch.
 setuptools loads this file where torch is not installed, and pyproject.toml names its classes.
 """
@@ -76,7 +76,7 @@ def levels_asked(text: str) -> list[str]:
         ValueError: one is unknown.
 
     >>> levels_asked("avx2, generic"), levels_asked("all")[0], levels_asked("")
-    (['avx2', 'generic'], 'avx512_bf16', [])
+    (['avx2', 'generic'], 'amx_bf16', [])
     """
     known = list(_modules()[1].LEVELS)
     names = known if text.strip() == "all" else [name for name in text.replace(",", " ").split() if name != "none"]

@@ -30,7 +30,7 @@ LIBRARY = "itm_fast.so"
 WAIT = 600  # seconds that a process waits for another one's build before it compiles too: as `compiling.SECONDS`
 DAYS = 30  # builds and object files that were not used for so many days are removed
 _OURS = re.compile(
-    r"(objects-)?(avx512_bf16|avx512|avx2|generic)(-[0-9a-f]{16})?-[0-9a-f]{8}|cubin-sm_[0-9]+-[0-9a-f]{16}"
+    r"(objects-)?(amx_bf16|avx512_bf16|avx512|avx2|generic)(-[0-9a-f]{16})?-[0-9a-f]{8}|cubin-sm_[0-9]+-[0-9a-f]{16}"
 )
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 T = TypeVar("T")

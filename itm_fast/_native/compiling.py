@@ -26,13 +26,16 @@ FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread")
 BACKWARD_FLAGS = ("-O2",)  # for *_backward.cpp: as fast as with -O3, and compiled in little more than half the time
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
-# Instruction levels and their compiler flags, best first. "generic" runs on any processor.
+# Instruction levels and their compiler flags, best first. "generic" runs on any processor;
+# "amx_bf16" has not been run on one yet (`amx`).
 LEVELS: dict[str, tuple[str, ...]] = {
+    "amx_bf16": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     "avx512_bf16": (*_AVX512, "-mavx512bf16"),
     "avx512": _AVX512,
     "avx2": _AVX2,
     "generic": (),
 }
+BFLOAT16_LEVELS = ("amx_bf16", "avx512_bf16")  # those that have products of bfloat16 values
 SECONDS = 600  # the longest time for a build; it takes one or two minutes on two cores
 _PROBE = '#include <concepts>\n#include <thread>\nstatic_assert(__cplusplus >= 202002L, "this is not C++20");\n'
 _FULL = re.compile("no space left on device|disk quota exceeded", re.IGNORECASE)
