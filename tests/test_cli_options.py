@@ -22,6 +22,9 @@ def refused(capsys, *words: str) -> list[str]:
     return err.splitlines()
 
 
+GIVEN = ["--checkpoint", "x", "--data", "x", "--image", "0"]
+
+
 @pytest.mark.parametrize(
     "words, sentence",
     [
@@ -30,6 +33,7 @@ def refused(capsys, *words: str) -> list[str]:
         (["tidy"], "itm-fast: there is no command 'tidy'; the commands are evaluate, metrics, compare,"),
         (["--verbose", "doctor"], "itm-fast: there is no option --verbose; `itm-fast --help` lists them"),
         (["doctor", "--jso"], "itm-fast doctor: there is no option --jso; did you mean --json?"),
+        (["attend", *GIVEN, "--caption", "x"], "no option --caption; give CAPTION alone, without an option's name"),
         (["evaluate", "--thread", "4"], "there is no option --thread; `itm-fast evaluate --help` lists them"),
         (["evaluate", "--no-progress=yes"], "itm-fast evaluate: --no-progress takes no value, got 'yes'"),
         (["train", "--output", "x", "--no-bi-gru=1"], "itm-fast train: --no-bi-gru takes no value, got '1'"),

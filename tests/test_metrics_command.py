@@ -140,7 +140,7 @@ def test_a_full_disk_costs_the_page_and_not_what_compare_reads(files, monkeypatc
     "words, sentence",
     [
         ("scores.npy --captions-to-images short.txt", "has 19 captions, and the score matrix has 20 columns"),
-        ("scores.npy --captions-to-images high.txt", "caption 19: '7' is no image number from 0 to 6"),
+        ("scores.npy --captions-to-images high.txt", "19: '7' is no image number from 0 to 6; captions and images"),
         ("scores.npy --captions-to-images empty.txt", "caption 3 has no right image"),
         ("scores.npy --captions-to-images twice.txt", "names an image twice"),
         ("scores.npy --captions-to-images true.json", "caption 0: True is no image number"),

@@ -54,6 +54,9 @@ class Parser(argparse.ArgumentParser):
             if name not in self._option_string_actions:
                 near = nearest(name, self._option_string_actions)
                 hint = f"did you mean {near}?" if near else f"`{self.prog} --help` lists them"
+                for action in self._get_positional_actions():
+                    if name.lstrip("-") == (title := str(action.metavar or action.dest)).lower():
+                        hint = f"give {title} alone, without an option's name"
                 self._problems.append(f"there is no option {name}; {hint}")
             if near is None:
                 left_out = True

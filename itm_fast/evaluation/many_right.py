@@ -176,6 +176,9 @@ def _pairs(rows: list[Any], path: Path, images: int, captions: int) -> NDArray[n
             except ValueError:
                 image = -1
             if not 0 <= image < images:
-                raise ValueError(f"{path}, caption {caption}: {word!r} is no image number from 0 to {images - 1}")
+                raise ValueError(
+                    f"{path}, caption {caption}: {word!r} is no image number from 0 to {images - 1}; captions and "
+                    "images count from 0"
+                )
             pairs.append((image, caption))
     return np.array(pairs, np.int64).reshape(-1, 2).T
