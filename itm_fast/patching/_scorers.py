@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from ..models import rcar
+from ..models._common import PaddedScorer
 from ..models.sgraf import EncoderSimilarity
-from ..nn import PairScorer
 from ._proof import Disagrees, Fails, agreed, constructed, difference, published, replacing, with_gradients
 
 _D, _S, _R = 16, 8, 36
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_TWINS: weakref.WeakKeyDictionary[nn.Module, tuple[object, PairScorer]] = weakref.WeakKeyDictionary()
+_TWINS: weakref.WeakKeyDictionary[nn.Module, tuple[object, PaddedScorer]] = weakref.WeakKeyDictionary()
 
 
 class Returned(NamedTuple):
@@ -56,10 +56,10 @@ class Family(NamedTuple):
     arguments: Callable[[str, int, int], tuple[Any, ...]]
     mode: Callable[[Any], str]
     options: Callable[[Any], Any]
-    ours: Callable[[Any, Any], PairScorer]
+    ours: Callable[[Any, Any], Any]
 
 
-def _sgraf_scorer(module: Any, options: object) -> PairScorer:
+def _sgraf_scorer(module: Any, options: object) -> PaddedScorer:
     if not hasattr(module, "v_global_w"):
         raise Unlike("it has no v_global_w")
     D, S = module.sim_tranloc_w.in_features, module.sim_tranloc_w.out_features
@@ -124,7 +124,7 @@ def _constants(part: nn.Module) -> list[Any]:
     return [getattr(part, name, None) for name in ("p", "eps", "momentum")]
 
 
-def twin(known: Family, module: Any) -> PairScorer:
+def twin(known: Family, module: Any) -> PaddedScorer:
     """The library's scorer with this module's own parameters, buffers and modes.
 
     Raises:
@@ -183,7 +183,7 @@ def forward(cls: type[nn.Module], returned: dict[str, str]) -> Callable[..., Any
     return forward
 
 
-def _returned(scorer: PairScorer, kind: str, *batch: Any) -> Any:
+def _returned(scorer: PaddedScorer, kind: str, *batch: Any) -> Any:
     output, form = RETURNS[kind]
     if isinstance(scorer, EncoderSimilarity):
         scorer.output = output
