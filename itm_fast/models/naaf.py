@@ -16,16 +16,18 @@ from __future__ import annotations
 import math
 from argparse import Namespace
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._checks import work_dtype
 from .._names import Negative
 from ..nn import Attention, CrossAttentionScore, State
 from ..ops._cpu_calls import score_sum
 from ..packing import bounds
-from ._common import PaddedScorer, choice
+from ._common import PaddedScorer, choice, without_padding
 from ._rows import apart
 from ._sums import ScoredLoss
 from .bfan import EncoderText
@@ -33,6 +35,7 @@ from .scan import SCAN
 
 MODES = ("", "train_online", "train", "test")
 ENOUGH = 200  # words of matching pairs before the thresholds follow them
+TINY = 1e-8  # the least length that c is divided by
 OPTIONS = ("lambda_softmax", "thres", "thres_safe", "intra_lambda", "alpha", "mode")
 LEARNED = ("thres", "thres_safe")  # which training moves
 MOVED = (*LEARNED, "mean_pos", "mean_neg", "stnd_pos", "stnd_neg")  # what the published function writes into `opt`
@@ -109,21 +112,37 @@ class NegativeAware(PaddedScorer):
                 "NAAF: in training caption t must belong to image t, as the thresholds follow such pairs; got "
                 f"{len(image_state[0])} images and {len(edge) - 1} captions. mode='train' holds the thresholds fixed"
             )
-        found, seen, t, ahead = [words.new_empty(len(image_state[0]), 0)], _Seen(), 0, 1
-        relevance = self._terms()[2].score(*rest)  # which does not change with the thresholds, as n and f do
-        while t < len(edge) - 1:
-            # Score some captions with the thresholds of now, and keep those up to the first that moves them.
-            n, f, _ = self._terms()
-            last, now = min(t + ahead, len(edge) - 1), (self.thres, self.thres_safe)
-            some = words[edge[t] : edge[last]], cu_seqlens[t : last + 1] - edge[t], (), region_lengths
-            score = n.score(image_state, *some) + f.score(image_state, *some) + relevance[:, t:last]
-            first = t
-            while t < last and now == (self.thres, self.thres_safe):
-                own = words[edge[t] : edge[t + 1]]
-                self.mine(seen, t, image_state[0], own, score[:, t - first], region_lengths)
-                t += 1
-            found.append(score[:, : t - first])
-            ahead = 2 * ahead if now == (self.thres, self.thres_safe) else 1
+        return self._online(edge, *rest)
+
+    def _online(self, edge: list[int], image_state: State, words: Tensor, *rest: Any) -> Tensor:
+        """Scores of matching pairs, whose thresholds may move after every caption.
+
+        r and the affinities D do not depend on them, so n and f are made of D alone: with G the dot products of an
+        image's regions and w the weights of c_j, t_j . c_j = sum_i w_i D_ji and |c_j|^2 = w . G w.
+        """
+        (image,), (_, _, region_lengths) = image_state, rest
+        relevance = self._terms()[2].score(image_state, words, *rest)
+        real = None
+        if region_lengths is not None:
+            image, real = without_padding(image, region_lengths)
+        x, y = image.to(work_dtype(image)), words.to(work_dtype(words))
+        affinity = torch.einsum("ird,nd->irn", x, y)
+        gram = x @ x.transpose(1, 2)
+        padding = None if real is None else ~real[:, :, None]
+        peak = (affinity if padding is None else affinity.masked_fill(padding, float("-inf"))).amax(1)  # [I, N]
+        found, seen = [relevance.new_empty(len(image), 0)], _Seen()
+        for t, (start, stop) in enumerate(pairwise(edge)):
+            own, threshold = affinity[:, :, start:stop], self.thres
+            kept = own > threshold if padding is None else (own > threshold) & ~padding
+            weight = torch.where(kept, (self.lambda_softmax * (own - threshold)).exp(), 0.0)
+            weight = weight / (weight.sum(1, keepdim=True) + 1e-8)
+            square, none = (weight * (gram @ weight)).sum(1), ~kept.any(1)
+            length = square.clamp_min(TINY**2).sqrt()  # as max(|c|, 1e-8), whose gradient there is 0 too
+            f = ((weight * own).sum(1) / length).masked_fill(none, 0.0)
+            n = (peak[:, start:stop] - threshold).clamp(max=0.0)
+            score = relevance[:, t] + (n + f).mean(1).to(relevance.dtype)
+            self.mine(seen, t, image, words[start:stop], score.detach(), region_lengths)
+            found.append(score[:, None])
         return torch.cat(found, 1)
 
     def _sum(self, image_state: State, words: Tensor, cu_seqlens: Tensor, _: State, counts: Tensor | None) -> Tensor:
