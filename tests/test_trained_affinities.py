@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 import itm_fast
 from itm_fast.ops import _cpu_calls
@@ -59,3 +60,18 @@ def test_nothing_is_kept_where_no_gradient_will_be_asked(kept):
     few = torch.zeros(3, 4).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(1.0))
     torch.autograd.grad(score(*inputs), inputs, few)  # of one pair, without what the forward pass has kept
     assert len(kept) == 1
+
+
+def test_what_is_kept_is_a_saved_tensor(kept):
+    """So torch.utils.checkpoint, which replaces saved tensors, holds none of it until it scores again."""
+    inputs, saved = leaves(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+        score(*inputs)
+    assert kept == [3 * 6 * 14]
+    assert 3 * 6 * 14 in saved
+    again = checkpoint(score, *inputs, use_reentrant=False)
+    assert len(kept) == 2
+    found = torch.autograd.grad(again.sum(), inputs)
+    assert len(kept) == 3  # scored again
+    for a, b in zip(found, torch.autograd.grad(score(*inputs).sum(), inputs), strict=True):
+        assert torch.equal(a, b)
