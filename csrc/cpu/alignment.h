@@ -3,8 +3,8 @@
 // With scalar gates no vector of D features is formed (`Coefficients`): each is a sum of the pair's rows, held as its
 // coefficients, (8) and (9), and its products follow from the affinities A, the products C of the rows (both with
 // regions along rows and words along lanes), the Gram matrices G and H, and a few numbers for each row. The vectors are
-// formed (`Explicit` of alignment_vectors.h) with vector gates, and for pairs where a squared length of `Coefficients` is dominated by
-// cancellation error. One thread works on one pair.
+// formed (`Explicit` of alignment_vectors.h) with vector gates, and for pairs where a squared length of `Coefficients`
+// is dominated by cancellation error. One thread works on one pair.
 #pragma once
 #include <limits>
 
@@ -31,7 +31,8 @@ struct Alignment {
 template <class T>
 inline T cosine(T dot, T square_a, T square_b) {
   const T least_square = std::numeric_limits<T>::min();
-  return dot / std::max(std::sqrt(std::max(square_a, least_square)) * std::sqrt(std::max(square_b, least_square)), T(EPS));
+  const T lengths = std::sqrt(std::max(square_a, least_square)) * std::sqrt(std::max(square_b, least_square));
+  return dot / std::max(lengths, T(EPS));
 }
 
 // x . y of n numbers, where both have zeros beyond them up to a whole vector.
@@ -78,7 +79,7 @@ inline void softmax(T* x, int64_t n) {
 template <class T>
 struct Item {
   int64_t n, ld;
-  Buffer<T> numbers, gram;                // gram: [n][ld], for scalar gates
+  Buffer<T> numbers, gram;                 // gram: [n][ld], for scalar gates
   Buffer<T> rows, own_gates, other_gates;  // [n][wide], where vectors are formed
   T highest = 0;                           // largest |row|^2
 
@@ -101,7 +102,7 @@ struct Item {
 template <class T>
 struct AlignmentSide {
   int64_t size;
-  Buffer<T> weight, product, numbers;           // attention; attention times the far rows' Gram matrix
+  Buffer<T> weight, product, numbers;  // attention; attention times the far rows' Gram matrix; the arrays below
   T context_square = 0, with = 0, found_square = 0;  // |context|^2, context . found, |found|^2
 
   AlignmentSide(int64_t R, int64_t L)
@@ -115,12 +116,12 @@ struct AlignmentSide {
   T *square() const { return array(1); }
   T *gate() const { return array(2); }
   T *pool() const { return array(3); }
-  T *own() const { return array(4); }        // gamma g
-  T *rest() const { return array(5); }       // gamma (1 - g)
-  T *far() const { return array(6); }        // of far rows: the context vector is own() of own rows + far() of far rows
-  T *with_own() const { return array(7); }   // products of the context vector with own rows
-  T *with_far() const { return array(8); }   // with far rows
-  T *found() const { return array(9); }      // of far rows: what the context vector attends to
+  T *own() const { return array(4); }          // gamma g
+  T *rest() const { return array(5); }         // gamma (1 - g)
+  T *far() const { return array(6); }          // of far rows: context vector = own() of own rows + far() of far rows
+  T *with_own() const { return array(7); }     // products of the context vector with own rows
+  T *with_far() const { return array(8); }     // with far rows
+  T *found() const { return array(9); }        // of far rows: what the context vector attends to
   T *found_gram() const { return array(10); }  // its products with far rows
 };
 

@@ -111,12 +111,12 @@ class Worker {
       for (int64_t t = captions.chunk.first; t < captions.chunk.last; ++t) {
         const Item<T>&image = items_[k], &caption = captions.items[size_t(t - captions.chunk.first)];
         const int64_t at = row * ld_ + call_.cu_seqlens[t] - captions.chunk.begin, i = first_ + int64_t(k);
-        gather<T>(affinity_ + at, ld_, image.n, caption, a_);
+        gather<T, false>(affinity_ + at, ld_, image.n, caption, a_);
         T score;
         if (call_.vector()) {
           score = explicit_.score(a_, image, caption, true, pools_.image, pools_.caption);
         } else {
-          gather<T>(product_ + at, ld_, image.n, caption, c_);
+          gather<T, false>(product_ + at, ld_, image.n, caption, c_);
           score = coefficients_.score(a_, c_, image, caption);
           if (coefficients_.poor) score = formed(i, t);
           if (kept_.formed) kept_.formed[i * call_.T + t] = coefficients_.poor;

@@ -11,8 +11,8 @@
 // Where few pairs have a gradient, these alone are taken, and in the third round a thread owns an image or a caption:
 // its products are with the rows of those that it has a gradient with.
 //
-// Scratch beyond inputs, gradients and what was kept: Gram matrices of all captions and of all images, the latter for
-// about 16 parts, and 2 MiB a thread.
+// Scratch beyond inputs, gradients and what was kept: Gram matrices of all captions, at most 33 of each image (its own,
+// its gradient, and that of each part), and 2 MiB a thread.
 #include <memory>
 
 #include "alignment_backward.h"
@@ -23,7 +23,9 @@ namespace itm_fast {
 namespace {
 
 constexpr int64_t SPARSE_PAIRS = 8;  // few: a gradient of at most one pair in 8
-constexpr int64_t PARTS_AT_MOST = 16, PART_ROWS = 128;  // of the first round: about so many; words of one at the least
+// Of the first round: a part ends before it has more than the words of one of 16 equal parts, or 128. Two neighbours
+// together have more, so there are at most 31, or one more than 2 N / 128.
+constexpr int64_t EQUAL_PARTS = 16, PART_ROWS = 128;
 constexpr int64_t DEPTH_BYTES = 1024 * 4, LEFT_ROWS = 96;  // of the third: a product's depth, and its rows at a time
 
 template <class T>
@@ -50,7 +52,7 @@ struct AlignmentBackward {
   void run() const {
     Items<T> images = items(image_sets, 0), captions = items(caption_sets, 1), d_captions = zeros(caption_sets);
     const std::vector<Chunk> parts =
-        chunks(caption_sets.edge.data(), call.T, std::max(PART_ROWS, (N + PARTS_AT_MOST - 1) / PARTS_AT_MOST));
+        chunks(caption_sets.edge.data(), call.T, std::max(PART_ROWS, (N + EQUAL_PARTS - 1) / EQUAL_PARTS));
     std::vector<Items<T>> d_images(parts.size());
     parallel(int64_t(parts.size()), call.threads, [&] {
       return [&, pair = AlignmentGradient<T>(call.problem, call.R, caption_sets.most),
@@ -122,7 +124,7 @@ struct AlignmentBackward {
     if (few && g == 0) return;
     T* const at[] = {affinity + i * call.R * N + call.cu_seqlens[t], product + i * call.R * N + call.cu_seqlens[t]};
     T* const own[] = {room, room + call.R * caption.ld};
-    for (int k = 0; g != 0 && k < 2; ++k) gather(at[k], N, image.n, caption, own[k]);
+    for (int k = 0; g != 0 && k < 2; ++k) gather<T, true>(at[k], N, image.n, caption, own[k]);
     if (g != 0) pair.run(own[0], own[1], image, caption, g, d_image, d_caption);
     for (int k = 0; k < 2; ++k)
       for (int64_t r = 0; r < call.R; ++r) {

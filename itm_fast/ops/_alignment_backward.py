@@ -24,13 +24,15 @@ from ._kept import Keeping, free
 
 NAME = "hierarchical_alignment_score"
 SHARE = 8  # of the scratch memory: what C++ takes is kept if it takes at most an eighth
+GRAM_MATRICES = 33  # of each image, at most, among C++'s scratch: its own, its gradient and that of 31 parts
 
 
 def _products_fit(args: Sequence[Any]) -> int:
-    """How many images' affinities and products of features `SHARE` allows."""
+    """How many images' affinities and products of features `SHARE` allows, where Gram matrices have to fit too."""
     image, words = args[0], args[3]
-    each = 2 * image.shape[1] * len(words) * work_dtype(image).itemsize
-    return scratch_bytes(image.device) // SHARE // (each or 1)
+    R = image.shape[1]
+    each = (SHARE * 2 * R * len(words) + GRAM_MATRICES * R * R) * work_dtype(image).itemsize
+    return scratch_bytes(image.device) // (each or 1)
 
 
 def _scalar(args: Sequence[Any]) -> bool:
@@ -55,9 +57,10 @@ def backward(
     if not _scalar(args):
         return _recompute.of_pairs(_by_torch, axes, grad, needs, args)
     if kept:
-        found = _by_products(grad, needs, args, kept[0])
-        free(kept)  # they are overwritten
-        return found
+        try:
+            return _by_products(grad, needs, args, kept[0])
+        finally:
+            free(kept)  # they are overwritten
     return _recompute.of_pairs(_scored_again, axes, grad, needs, args)
 
 

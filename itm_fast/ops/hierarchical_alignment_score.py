@@ -46,8 +46,8 @@ and c_2 of the rows Z = [V; T], and K = Z Z^T,
     d A = scale (alpha (d alpha - sum_j alpha d alpha) + beta (d beta - sum_i beta d beta)),
     d k_i = sum_j d A_ij k_j,   d k_j = sum_i d A_ij k_i                                                    (11)
 
-Saved for backward: the inputs, and with scalar gates in the `cpu` backend A and C of all pairs where these take an
-eighth of the workspace at most. Everything else per pair is computed again.
+Saved for backward: the inputs, and with scalar gates in the `cpu` backend A and C of all pairs where these take about
+an eighth of the workspace at most. Everything else per pair is computed again.
 """
 
 from __future__ import annotations
