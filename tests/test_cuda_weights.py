@@ -68,6 +68,34 @@ def test_equal_contexts_share_and_a_query_without_any_counts_zero(device, direct
     assert torch.equal(focal[0], focal[2])
 
 
+@pytest.mark.parametrize("norm", ["clipped", "clipped_l1norm", "clipped_l2norm"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_the_largest_affinity_equals_itself_after_a_norm(device, direction, norm):
+    # Wherever it is computed. That is in doubt where products become part of differences, as NVRTC may have it, and the
+    # emulator's compiler with -O3 -ffp-contract=fast.
+    image, words, cu_seqlens = drawn(3, (9, 5, 4), 7, 24)
+    image = -image if norm == "clipped" else image  # affinities that the slope multiplies
+    options = dict(direction=direction, affinity_norm=norm, pool="sum")
+    check("F16X3", image, words, cu_seqlens, **given("hard", "product", **options))
+    if direction == "t2i":  # one context has all the weight
+        image = image[:, :1].contiguous()
+    else:
+        words, cu_seqlens = words[:3], torch.arange(4)
+    soft, *others = (run(image, words, cu_seqlens, **given(w, "cosine", **options)) for w in WEIGHTS[:4])
+    assert all(torch.equal(found, soft) for found in others)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_threshold_is_compared_with_affinities_whatever_the_scale(device, direction):
+    affinity = 0.5 + 1e-4 * torch.arange(8)
+    contexts, query = affinity.diag()[None], torch.ones(1, 8)
+    image, words = (contexts, query) if direction == "t2i" else (query[None], contexts[0])
+    options = dict(direction=direction, affinity_norm="none", scale=1e-4, pool="sum", pool_scale=6.0)
+    found = run(image, words, torch.tensor([0, len(words)]), **options, weights="threshold", threshold=0.50035,
+                similarity="product")  # fmt: skip
+    torch.testing.assert_close(found, affinity[4:].mean().view(1, 1), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("weights", WEIGHTS[1:])
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_nan_stays_in_its_pairs(device, direction, weights):

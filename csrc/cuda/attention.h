@@ -21,7 +21,7 @@ struct Grams {
     const long long *place;  // where a caption's factor begins (i2t)
 };
 
-__device__ __forceinline__ float clipped(float x, float slope) { return x > 0 ? x : slope * x; }
+__device__ __forceinline__ float clipped(float x, float slope) { return x > 0 ? x : rounded_product(slope, x); }
 
 // The exponent of x >= 0 as float32 has it, between 18 and 253: 2^(exponent - 127) <= x.
 __device__ __forceinline__ unsigned exponent_of(float x) {
@@ -39,13 +39,18 @@ struct Quad {
     __device__ __forceinline__ static float largest(float x) { return quad_max(x); }
 };
 
-// Of a query's n contexts those share the attention whose e = exp(logit - the largest one) is above this number, in the
-// order of `ops/_attention.py`; below 0: all. `top` is the largest normalised affinity, and `each(f)` calls f with the e
-// that this thread has.
+// e = exp(logit - the largest one) of a context with the normalised affinity x, of which `top` is the largest. 0 if
+// THRESHOLD does not keep it: e itself tells affinities less well apart than they are where `scale` is small.
+template <bool SUBSETS> __device__ __forceinline__ float share_of(const Attention &p, float x, float top) {
+    if (SUBSETS && p.weights == THRESHOLD && x <= p.threshold) return 0;
+    return exp2f((x - top) * (p.scale * LOG2E));
+}
+
+// Of a query's n contexts those share the attention whose e is above this number, in the order of `ops/_attention.py`;
+// below 0: all, of those that `share_of` keeps. `each(f)` calls f with the e that this thread has.
 template <class Owners, class Each>
-__device__ __forceinline__ float cut_of(const Attention &p, float top, int n, Each each) {
-    if (p.weights == ALL) return -1;
-    if (p.weights == THRESHOLD) return exp2f((p.threshold - top) * (p.scale * LOG2E));
+__device__ __forceinline__ float cut_of(const Attention &p, int n, Each each) {
+    if (p.weights == ALL || p.weights == THRESHOLD) return -1;
     float above = 0, below = 0;
     each([&](float e) {
         const float root = sqrtf(e);
@@ -81,10 +86,12 @@ __device__ __forceinline__ float norm_over(const Attention &p, Each each) {
     return sum < INFINITE ? 1 / (sqrtf(sum) + EPS) : 1 / (sqrtf(small) * 0x1p64f);  // squares may lie beyond float32
 }
 
-// An affinity by the number that `norm_over` gives.
+// An affinity by the number that `norm_over` gives; the same bits wherever it is computed, as the largest one is taken
+// from another copy of it.
 __device__ __forceinline__ float normalised(const Attention &p, float x, float number) {
     if (p.norm == SOFTMAX) return exp2f((x - number) * LOG2E);
-    return p.norm == NONE ? clipped(x, p.slope) : clipped(x, p.slope) * number;
+    x = clipped(x, p.slope);
+    return p.norm == NONE ? x : rounded_product(x, number);
 }
 
 // Norms over the words of each caption: the numbers of captions [CAPTIONS] and columns [LD]. The affinities pass through
@@ -168,12 +175,12 @@ __device__ __forceinline__ void attend(Attended<T> &out, const float (&acc)[T::B
     for (int n = 0; n < BLOCKS; ++n)
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
-            out.e[n][j] = exp2f((out.e[n][j] - top[j / 2]) * (attention.scale * LOG2E));
+            out.e[n][j] = share_of<SUBSETS>(attention, out.e[n][j], top[j / 2]);
         }
     if (SUBSETS && attention.weights != ALL) {
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
-            const float cut = cut_of<Quad>(attention, top[i], regions, [&](auto use) {
+            const float cut = cut_of<Quad>(attention, regions, [&](auto use) {
 #pragma unroll
                 for (int n = 0; n < BLOCKS; ++n) use(out.e[n][2 * i]), use(out.e[n][2 * i + 1]);
             });

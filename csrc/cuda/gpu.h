@@ -43,6 +43,18 @@ __device__ __forceinline__ unsigned as_bits(float x) {
 #endif
 }
 
+// x y, rounded. The compiler may make x * y - z one operation that rounds once, and then the difference of a product and
+// its own copy is not 0. So may the emulator's, with -O3 -ffp-contract=fast.
+__device__ __forceinline__ float rounded_product(float x, float y) {
+#ifdef ITM_EMULATE
+    float product = x * y;
+    asm("" : "+x"(product));
+    return product;
+#else
+    return __fmul_rn(x, y);
+#endif
+}
+
 // x, of which the compiler knows nothing: what is computed from it in a loop holds no registers around the loop.
 __device__ __forceinline__ int opaque(int x) {
 #ifndef ITM_EMULATE

@@ -25,9 +25,13 @@ template <class T> __device__ __forceinline__ void score_graph(const Graph &p) {
     auto &sh = *reinterpret_cast<GraphShared<T> *>(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int first_row = warp_row<T>(), column = warp_column<T>();
-    if constexpr (SCALED)
-        for (int i = threadIdx.x; i < int(sizeof sh.nodes_top + sizeof sh.top) / 4; i += THREADS)
-            (&sh.nodes_top[0][0])[i] = i < T::BLOCKS ? as_bits(1.f) : 0;  // nodes are at most 1
+    if constexpr (SCALED) {
+        constexpr int ROWS = sizeof sh.top[0][0] / 4;
+        for (int i = threadIdx.x; i < 2 * T::BLOCKS; i += THREADS)
+            sh.nodes_top[i / T::BLOCKS][i % T::BLOCKS] = i < T::BLOCKS ? as_bits(1.f) : 0;  // nodes are at most 1
+        for (int i = threadIdx.x; i < int(sizeof sh.top) / 4; i += THREADS)
+            sh.top[i / ROWS / 2][i / ROWS % 2][i % ROWS] = 0;
+    }
     typename T::Matrices matrices;
     make_nodes<T>(p.nodes, sh.tile, *reinterpret_cast<typename T::Making *>(sh.room), matrices);
 

@@ -140,12 +140,12 @@ template <class T> __device__ __forceinline__ void score_regions(const Scan &p) 
             const float x = logit(w);
             top = x > top ? x : top;
         }
-        auto above = [&](int w) { return exp2f((logit(w) - top) * (p.attention.scale * LOG2E)); };
-        const float cut = cut_of<Alone>(p.attention, top, words, [&](auto use) {
-            for (int w = 0; w < words; ++w) use(above(w));
+        auto share = [&](int w) { return share_of<true>(p.attention, logit(w), top); };
+        const float cut = cut_of<Alone>(p.attention, words, [&](auto use) {
+            for (int w = 0; w < words; ++w) use(share(w));
         });
         for (int w = 0; w < words; ++w) {
-            float e = above(w);
+            float e = share(w);
             e = e <= cut ? 0 : e;
             z += e;
             dot += e * value[w * T::LD];

@@ -143,8 +143,8 @@ def _ways(op: str) -> list[dict[str, Any]]:
 def variants_differ(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Tell how results of CUDA kernels for one GPU alone differ from those of the kernels for all, if they do.
 
-    Both round the same numbers to the dtype, and add in another order. Each direction of an op is a kernel of its own
-    and is compared.
+    Both round the same numbers in the same way, and add in another order. Each direction of an op is a kernel of its
+    own and is compared.
 
     Args:
         op: name of the op.
@@ -171,9 +171,13 @@ def _variants_differ(op: str, device: torch.device, dtype: torch.dtype, options:
     finally:
         _cuda.allow_variant(op, device, dtype, best)
     mine, plain = results
-    off, unit = (mine - plain).abs().max().item(), TF32 if dtype == torch.float32 else UNITS[dtype]
-    most = 2 * unit * plain.abs().max().item()
+    off, most = (mine - plain).abs().max().item(), 2 * _unit(dtype) * plain.abs().max().item()
     return None if off <= most else f"kernels for this GPU alone are off by {off:.1e} of the others, allowed {most:.1e}"
+
+
+def _unit(dtype: torch.dtype) -> float:
+    """The unit of rounding of products in a dtype, of float32 at the precision that is set."""
+    return TF32 if dtype == torch.float32 and matmul_precision() != "highest" else UNITS[dtype]
 
 
 def _problem(
@@ -190,8 +194,6 @@ def _problem(
         outcome(op, "reference", "cpu", work, rounded=dtype, size=size, backward=backward, kind=kind, **options)
         for work in (dtype, torch.float64)
     )
-    narrowed = dtype == torch.float32 and matmul_precision() != "highest"
-    unit = TF32 if narrowed else UNITS[dtype]
     size_of = [x.abs().max().item() if x.numel() else 0.0 for x in exact]
     for k, (mine, plain, true) in enumerate(zip(found, same, exact, strict=True)):
         if not true.numel():
@@ -199,7 +201,7 @@ def _problem(
         off = (mine.double() - true).abs().max().item()
         # A gradient that is exactly zero, as a key bias's, comes out as rounding error of the size of the other ones.
         scale = max(size_of[k], 1e-4 * max(size_of[1:])) if k else size_of[0]
-        allowed = 8 * (plain.double() - true).abs().max().item() + 16 * unit * scale
+        allowed = 8 * (plain.double() - true).abs().max().item() + 16 * _unit(dtype) * scale
         if not off <= allowed:
             return f"a {'gradient' if k else 'result'} is off by {off:.2g} where {allowed:.2g} is allowed"
     return None
