@@ -20,7 +20,7 @@ from ..packing import spans
 from . import _recompute
 from ._cpu_calls import implementation
 from ._declare import DECLARED
-from ._kept import Keeping, free
+from ._kept import Keeping
 
 NAME = "hierarchical_alignment_score"
 SHARE = 8  # of the scratch memory: what C++ takes is kept if it takes at most an eighth
@@ -57,10 +57,7 @@ def backward(
     if not _scalar(args):
         return _recompute.of_pairs(_by_torch, axes, grad, needs, args)
     if kept:
-        try:
-            return _by_products(grad, needs, args, kept[0])
-        finally:
-            free(kept)  # they are overwritten
+        return _by_products(grad, needs, args, kept[0])
     return _recompute.of_pairs(_scored_again, axes, grad, needs, args)
 
 

@@ -33,8 +33,8 @@ class Keeping:
     Attributes:
         name: the op's.
         forward: (*args) -> its result, and the tensors that are kept, or none.
-        backward: (grad, needs, *args, kept=...) -> the gradients that `needs` marks. It may `free` the kept tensors,
-            and must if it overwrites them.
+        backward: (grad, needs, *args, kept=...) -> the gradients that `needs` marks. It may overwrite the kept tensors,
+            which are freed after it, or `free` them.
     """
 
     name: str
@@ -63,6 +63,9 @@ class _Function(torch.autograd.Function):
         kept = [x for x in tensors if x.untyped_storage().size()]
         needs = list(ctx.needs_input_grad[1 : 1 + DECLARED[op.name].differentiable])
         with workspace(ctx.scratch), torch.autocast("cpu", enabled=False):
-            found = iter(op.backward(grads[0], needs, *args, kept=kept))
+            try:
+                found = iter(op.backward(grads[0], needs, *args, kept=kept))
+            finally:
+                free(kept)  # also where it failed halfway
         gradients = [next(found).to(x.dtype) if need else None for x, need in zip(args, needs)]
         return (None, *gradients, *[None] * (len(args) - len(needs)))

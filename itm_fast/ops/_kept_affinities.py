@@ -29,9 +29,7 @@ def _forward(*args: Any) -> tuple[Tensor, list[Tensor]]:
 def _backward(grad: Tensor, needs: Sequence[bool], *args: Any, kept: list[Tensor]) -> list[Tensor]:
     if _recompute.few(grad):
         free(kept)  # C++ takes only the pairs that have a gradient, and needs the room for gradients
-    found = implementation(NAME).backward(grad, needs, *args, results=kept)
-    free(kept)
-    return found
+    return implementation(NAME).backward(grad, needs, *args, results=kept)
 
 
 KEEPING = Keeping(NAME, _forward, _backward)
