@@ -208,7 +208,7 @@ def test_doctor_reports(capsys):
     assert report["devices"]["cpu"]["memory_gib"] > 0
     assert report["native"] == {
         "why not": None,
-        "level": _native.level(),
+        "level": _native.outcome().level,
         "compiler": _native.outcome().compiler,
         "library": str(_native.outcome().path),
         "cache folder": str(_native.cache_dir()),
@@ -220,7 +220,7 @@ def test_doctor_reports(capsys):
 def test_doctor_prints_what_the_kernels_were_compiled_for(capsys):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert f"  compiled for  {_native.level()}\n" in text
+    assert f"  compiled for  {_native.outcome().level}\n" in text
     assert f"  library       {_native.cache_dir()}" in text
     for name, value in doctor._cuda_rows(doctor._cuda_kernels()).items():
         assert re.search(rf"^  {re.escape(name)} +{re.escape(value)}$", text, re.MULTILINE)

@@ -81,22 +81,26 @@ def test_the_level_is_what_torch_sees_and_linux_grants(monkeypatch, capability, 
     monkeypatch.setattr(amx, "granted", lambda: tiles)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.delenv("ITM_FAST_AMX", raising=False)
     assert _native.level() == expected
+    monkeypatch.setenv("ITM_FAST_AMX", "0")
+    assert _native.level() == ("avx512_bf16" if expected == "amx_bf16" else expected)
 
 
 @pytest.mark.parametrize(
     "flags,answer,granted",
     [("fpu amx_bf16 amx_tile amx_int8", 0, True), ("amx_bf16 amx_tile", -1, False), ("amx_tile avx512_bf16", 0, False)],
 )
-def test_linux_is_asked_for_tiles_where_the_processor_has_them(monkeypatch, flags, answer, granted):
+def test_linux_is_asked_for_tiles_where_the_processor_has_them(monkeypatch, tmp_path, flags, answer, granted):
     asked = []
 
     class Linux:
         def __init__(self, name):
             self.syscall = lambda *numbers: asked.append(tuple(n.value for n in numbers)) or answer
 
-    monkeypatch.setattr(amx.Path, "read_text", lambda self: f"model name : x\nflags : {flags}\n\nprocessor : 1\n")
-    monkeypatch.setattr(amx.ctypes, "CDLL", Linux)
+    (tmp_path / "cpuinfo").write_text(f"model name : x\nflags : {flags}\n\nprocessor : 1\n")
+    monkeypatch.setattr(amx, "_PROCESSORS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(amx, "CDLL", Linux)
     assert amx.granted.__wrapped__() is granted
     assert asked == ([(158, 0x1023, 18)] if "amx_bf16" in flags else [])  # arch_prctl(ARCH_REQ_XCOMP_PERM, XTILEDATA)
 
@@ -105,6 +109,8 @@ def test_linux_is_asked_for_tiles_where_the_processor_has_them(monkeypatch, flag
 def test_tiles_that_compute_something_else_are_left_out(csrc, monkeypatch, fault):
     monkeypatch.setattr(_native, "level", lambda: "amx_bf16")
     monkeypatch.setattr(amx, "fault", lambda library: fault)
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        pytest.skip("the library is compiled for AVX-512")
     if _native.build(csrc, "amx_bf16").level != "amx_bf16":
         pytest.skip("the compiler does not know AMX")
     if fault is None:

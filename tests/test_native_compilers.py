@@ -67,6 +67,15 @@ def test_a_compiler_that_does_not_know_the_processor(csrc, compiler, cache):
     assert _native.build(csrc, "avx2").level == "generic"
 
 
+OLD_ASSEMBLER = 'case "$*" in *-fsyntax-only*);; *-mamx-bf16*) echo "Error: no such instruction"; exit 1;; esac'
+
+
+@pytest.mark.parametrize("old", [OLD_ASSEMBLER, 'set -- "$@" -U__AMX_BF16__ -D__AMXBF16__'])
+def test_a_compiler_that_knows_amx_in_name_alone(csrc, compiler, old):
+    compiler(old + '\nexec REAL "$@"')
+    assert _native.build(csrc, "amx_bf16").level == "avx512_bf16"
+
+
 def test_sources_that_do_not_compile(csrc, cache):
     (csrc / "cpu" / "wrong.cpp").write_text("int f() { return unheard_of; }")
     reason = _native.why_not()

@@ -153,7 +153,9 @@ def test_the_processors_peaks():
     assert rate > 1e9
     if built.level in _native.BFLOAT16_LEVELS:
         found = peaks.measured(built.library, None)  # in turns: a busy moment meets both
-        assert 0.25 < found.bfloat16 / found.float32 < (32 if built.level == "amx_bf16" else 4)
+        # Multiply-adds a cycle: 1024 of AMX against 16 of float32 where one port has them; AVX-512's dot products at
+        # most 2 times float32's. Rates are measured, so twice that is allowed.
+        assert 0.25 < found.bfloat16 / found.float32 < 2 * (64 if built.level == "amx_bf16" else 2)
     else:
         with pytest.raises(RuntimeError, match="no dot product of this dtype"):
             peaks.peak(built.library, "bfloat16", 1000, 1)

@@ -9,9 +9,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from native_cases import compiler
 
 from itm_fast import _native
 from itm_fast._native import cache, compiling
+
+__all__ = ["compiler"]  # fixture
 
 _wheel = pytest.importorskip("itm_fast._native._wheel", reason="needs setuptools")
 
@@ -141,6 +144,20 @@ def test_a_level_that_was_never_compiled_is_compiled_for_the_wheel(tmp_path, mon
     assert [name.partition("-")[0] for name in folders] == ["avx2", "generic"]
     loaded = cache.load(tmp_path / "libraries" / folders[1])
     assert (loaded.level, loaded.library.seven()) == ("generic", 7)
+
+
+@pytest.mark.skipif(_native.why_not() is not None, reason="needs a compiler")
+def test_of_all_levels_a_wheel_has_those_that_the_compiler_knows(tmp_path, monkeypatch, compiler, capfd):
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    (tmp_path / "csrc" / "cpu" / "seven.cpp").write_text(f"int seven() {{ return 7; }} // {tmp_path}")
+    monkeypatch.setattr(_wheel, "_csrc", lambda: tmp_path / "csrc")
+    compiler('case "$*" in *-mavx*|*-mamx*) echo "error: what is this?"; exit 1;; *) exec REAL "$@";; esac')
+    _wheel.build_libraries(list(_native.LEVELS), tmp_path / "libraries")
+    (folder,) = (tmp_path / "libraries").iterdir()
+    assert folder.name.startswith("generic-")
+    assert "9.9.9 does not know amx_bf16: it is left out" in capfd.readouterr().err
+    with pytest.raises(_native.Unavailable, match="does not know amx_bf16; leave it out of ITM_FAST_LEVELS"):
+        _wheel.build_libraries(["amx_bf16"], tmp_path / "others")
 
 
 def test_levels_are_asked_for_by_name():

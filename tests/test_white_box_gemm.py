@@ -10,6 +10,7 @@ from itm_fast.testing import assert_accurate
 __all__ = ["blocks", "box"]  # fixtures
 
 DEPTHS = [0, 1, 2, 7, 16]
+PAIR_DEPTHS = [*DEPTHS, 33, 75]  # also more than one and two of AMX's tiles, of 16 pairs each
 
 
 def heights(box):
@@ -134,7 +135,7 @@ def test_products_of_pairs_are_right_for_every_remainder_of_a_tile(of_pairs, pac
     part.dtype = "float32"
     for M in heights(of_pairs):
         for N in widths(part):
-            K = DEPTHS[(M + N) % len(DEPTHS)]
+            K = PAIR_DEPTHS[(M + N) % len(PAIR_DEPTHS)]
             a, b, c = whole_numbers(K, M), whole_numbers(K, N), whole_numbers(M, N)
             result, right = filled(part, c), corner(part, K, N, fill=0)
             right[:] = b

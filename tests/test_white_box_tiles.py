@@ -4,6 +4,7 @@ import ctypes
 import os
 import signal
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -27,14 +28,18 @@ def part(box):
     return blocks
 
 
-def multiply(box, part, a, b, packed):
-    """The product, and what it started from; all that it wrote lies within whole vectors of its own rows."""
+def multiply(box, part, a, b, packed, start=None):
+    """The product, and what it started from; all that it wrote lies within whole vectors of its own rows.
+
+    `start` is one number for all elements; without it each element starts from its own.
+    """
     M, N = a.shape[1], b.shape[1]
     right = corner(part, *b.shape, fill=0)
     right[:] = b
-    written = box.product_by_tiles(filled(part, a), right, packed)
-    start = (100 * np.arange(M)[:, None] + np.arange(written.shape[1])).astype("float32")
     beyond = -(-N // SIDE) * SIDE
+    own = 100 * np.arange(M)[:, None] + np.arange(beyond)
+    start = (own if start is None else np.full(own.shape, start)).astype("float32")
+    written = box.product_by_tiles(filled(part, a), right, start, packed)
     assert (written[M:] == 7).all()
     assert (written[:, beyond:] == 7).all()
     assert np.array_equal(written[:M, N:beyond], start[:, N:beyond])
@@ -61,12 +66,10 @@ def test_products_add_in_float32(box, part, K):
 
 def test_an_element_has_the_same_bits_wherever_it_stands(box, part):
     a, b = draws(part, 75, 1), draws(part, 75, 1, seed=1)
-    alone = multiply(box, part, a, b, False)[0] - 0
+    alone, _ = multiply(box, part, a, b, False, start=0.3)
     for M, N in ((13, 49), (8, 5), (49, 33)):
-        many, start = multiply(box, part, a.repeat(M, 1), b.repeat(N, 1), True)
-        same = start == 0
-        assert same.any()
-        assert (many[same] == alone).all()
+        many, _ = multiply(box, part, a.repeat(M, 1), b.repeat(N, 1), True, start=0.3)
+        assert (many == alone).all()
 
 
 RIGHT = [12] * 6 + [16] * 2
@@ -116,3 +119,32 @@ def test_the_instructions_compile_and_are_tried_in_a_process_of_their_own(tmp_pa
         subprocess.run([*compiler.command, "-shared", "-pthread", compiled, "-o", library], check=True)
         wanted = None if amx.granted() else f"they end a process with signal {signal.SIGILL:d}"
         assert amx.fault(ctypes.CDLL(str(library))) == wanted
+
+
+TRIED = """
+import ctypes, signal, sys
+trial = ctypes.CDLL(sys.argv[1]).itm_tiles
+trial.restype = ctypes.c_char_p
+for told in (signal.SIG_DFL, signal.SIG_IGN):
+    signal.signal(signal.SIGCHLD, told)
+    print((trial() or b"right").decode())
+"""
+
+
+@pytest.mark.skipif(_native.level() not in ("amx_bf16", "avx512_bf16"), reason="compiled for AVX-512 with bfloat16")
+def test_the_trial_tells_right_products_from_wrong_ones(tmp_path):
+    """Of plain tiles in place of the processor's, also where the process is not told how its children end."""
+    compiler = compiling.find_compiler()
+    if compiling.best_level(compiler, "amx_bf16", tmp_path, time.monotonic() + 300) != "amx_bf16":
+        pytest.skip(f"{compiler.version} does not know AMX")
+    flags = ["-O1", *compiling.FLAGS[1:], *compiling.LEVELS["amx_bf16"], "-shared"]
+    found = []
+    for tried in ("M, N, K,", "M, N, K - 1,", "(throw std::bad_alloc(), M), N, K,"):
+        for file in (_native.csrc_dir() / "cpu").iterdir():
+            text = file.read_text().replace("(AmxTiles::ready(), M, N, K,", f"(PlainTiles(TileShapes()), {tried}")
+            (tmp_path / file.name).write_text(text)
+        subprocess.run([*compiler.command, *flags, tmp_path / "tiles.cpp", "-o", tmp_path / "tiles.so"], check=True)
+        command = [sys.executable, "-c", TRIED, str(tmp_path / "tiles.so")]
+        found += subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    lost = "the process that tried them has ended without a word"
+    assert found == ["right"] * 2 + ["their products are wrong"] * 2 + [lost] * 2

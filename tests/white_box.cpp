@@ -76,6 +76,11 @@ void product_of_pairs(const py::array_t<float>& a, const py::array_t<float>& b, 
   const auto [left, ld] = left_pairs(A, packed);
   Buffer<Pair> right(depth<Pair>(A.rows) * B.ld);
   pair_rows(A.rows, B.columns, B.data, B.ld, right + 0);
+#if defined(__AMX_BF16__)
+  const struct Release {  // as guarded() does: another library that releases them does not know of these
+    ~Release() { AmxTiles::release(); }
+  } at_the_end;
+#endif
   gemm<Pair>(A.columns, B.columns, depth<Pair>(A.rows), {left, ld}, {right, B.ld},
              [&](int64_t i, int64_t j) { return load(C.row(i) + j); },
              [&](int64_t i, int64_t j, Vec<float> v) { store(C.row(i) + j, v); });
@@ -83,9 +88,10 @@ void product_of_pairs(const py::array_t<float>& a, const py::array_t<float>& b, 
 #endif
 
 // The same product by the kernel for AMX, whose tiles are plain C++ here. What it must not read is NaN; returned is
-// what it wrote, rows as long as it may write, 7 where it wrote nothing.
-py::array_t<float> product_by_tiles(const py::array_t<float>& a, const py::array_t<float>& b, bool packed) {
-  const Matrix<float> A = matrix(a), B = matrix(b);
+// what it wrote, rows as long as it may write, 7 where it wrote nothing. It starts from `start`, whole vectors wide.
+py::array_t<float> product_by_tiles(const py::array_t<float>& a, const py::array_t<float>& b,
+                                    const py::array_t<float>& start, bool packed) {
+  const Matrix<float> A = matrix(a), B = matrix(b), S = matrix(start);
   const int64_t M = A.columns, N = B.columns, K = depth<Pair>(A.rows), wide = round_up(N, SIDE), ldb = wide + SIDE + 1;
   const auto [left, ld] = left_pairs(A, packed);
   const Buffer<Pair> pairs = k_major_pairs(B, ldb);
@@ -95,9 +101,9 @@ py::array_t<float> product_by_tiles(const py::array_t<float>& a, const py::array
   std::vector<float> c(size_t((M + ROW_STEP) * ldb), 7);
   multiply_by_tiles(
       PlainTiles(TileShapes()), M, N, K, Left<Pair>{left, ld}, Right<Pair>{right, ldb, right},
-      [](int64_t i, int64_t j) {
+      [&](int64_t i, int64_t j) {
         SumRow sums;
-        for (int k = 0; k < SIDE; ++k) sums[k] = float(100 * i + j + k);
+        std::memcpy(&sums, S.row(i) + j, sizeof sums);
         return sums;
       },
       [&](int64_t i, int64_t j, SumRow v) { std::memcpy(&c[size_t(i * ldb + j)], &v, sizeof v); });

@@ -1,8 +1,12 @@
 // Whether this processor's tiles compute what PlainTiles do: asked once per process, before the first real product.
 #if defined(__AMX_BF16__)
+#include <fcntl.h>
 #include <signal.h>
+#include <sys/prctl.h>
 #include <sys/wait.h>
 #include <unistd.h>
+
+#include <cerrno>
 
 #include "pack.h"
 
@@ -12,16 +16,34 @@ namespace {
 // Every shape of a block, and depths that are no whole tile.
 constexpr int64_t M = 28, N = 48, K = 37;
 
-// The product of small whole numbers, exact in any order, from C = 1 on.
+// The products of small whole numbers, exact in any order, from C = 1 on: of A with its rows M apart, and packed.
+struct Products {
+  float at[2][M * N];
+};
 template <class Multiply>
-void product(float* c, Multiply multiply) {
+void products(Products& c, Multiply multiply) {
   Pair a[K * M], b[K * N];
   uint32_t state = 1;
   const auto draw = [&] { return narrow_bfloat16(float(int((state = state * 1664525 + 1013904223) >> 28) - 8)); };
   for (Pair& pair : a) pair.bits = draw() | draw() << 16;
   for (Pair& pair : b) pair.bits = draw() | draw() << 16;
-  multiply(Left<Pair>{a, M}, Right<Pair>{b, N}, [](int64_t, int64_t) { return splat(1.f); },
-           [=](int64_t i, int64_t j, Vec<float> v) { store(c + i * N + j, v); });
+  for (int packed = 0; packed < 2; ++packed)
+    multiply(Left<Pair>{a, packed ? 0 : M}, Right<Pair>{b, N}, [](int64_t, int64_t) { return splat(1.f); },
+             [&](int64_t i, int64_t j, Vec<float> v) { store(c.at[packed] + i * N + j, v); });
+}
+
+// The child's whole life: it says on `end` whether the products are right, and never returns.
+[[noreturn]] void try_products(const Products& right, int end) {
+  prctl(PR_SET_DUMPABLE, 0);  // ended by a signal, it leaves no core
+  for (int number : {SIGILL, SIGSEGV, SIGBUS}) signal(number, SIG_DFL);  // not what this process does then
+  try {
+    Products found;
+    products(found, [](auto... given) { gemm<Pair>(M, N, K, given...); });
+    const char same = std::memcmp(&found, &right, sizeof right) ? 'n' : 'y';
+    if (write(end, &same, 1) == 1) _exit(0);
+  } catch (...) {
+  }
+  _exit(2);
 }
 
 }  // namespace
@@ -31,22 +53,29 @@ void product(float* c, Multiply multiply) {
 extern "C" const char* itm_tiles() {
   using namespace itm_fast;
   return guarded([] {
-    float right[M * N];
-    product(right, [](auto... given) { multiply_by_tiles(PlainTiles(TileShapes()), M, N, K, given...); });
+    Products right;
+    products(right, [](auto... given) { multiply_by_tiles(PlainTiles(TileShapes()), M, N, K, given...); });
+    int ends[2];
+    if (pipe2(ends, O_CLOEXEC)) throw std::runtime_error("no pipe could be made to try them through");
     const pid_t child = fork();
-    if (child < 0) throw std::runtime_error("no process could be started to try them in");
-    if (!child) {
-      for (int number : {SIGILL, SIGSEGV, SIGBUS}) signal(number, SIG_DFL);  // not what this process does then
-      float found[M * N];
-      product(found, [](auto... given) { gemm<Pair>(M, N, K, given...); });
-      _exit(std::memcmp(found, right, sizeof right) ? 1 : 0);
+    if (!child) try_products(right, ends[1]);
+    close(ends[1]);
+    char same = 0;
+    while (child > 0 && read(ends[0], &same, 1) < 0 && errno == EINTR) {
     }
+    close(ends[0]);
+    if (child < 0) throw std::runtime_error("no process could be started to try them in");
+    // The pipe has said all but the signal: how the child ended is not to be had where this process ignores SIGCHLD or
+    // waits for its children in another thread.
     int status = 0;
-    while (waitpid(child, &status, 0) < 0)
-      if (errno != EINTR) throw std::runtime_error("the process that tried them is lost");
-    if (WIFSIGNALED(status))
+    pid_t ended;
+    while ((ended = waitpid(child, &status, 0)) < 0 && errno == EINTR) {
+    }
+    if (same == 'n') throw std::runtime_error("their products are wrong");
+    if (same == 'y') return;
+    if (ended == child && WIFSIGNALED(status))
       throw std::runtime_error("they end a process with signal " + std::to_string(WTERMSIG(status)));
-    if (status) throw std::runtime_error("their products are wrong");
+    throw std::runtime_error("the process that tried them has ended without a word");
   });
 }
 #endif

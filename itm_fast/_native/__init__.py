@@ -54,12 +54,16 @@ def csrc_dir() -> Path:
 
 
 def level() -> str:
-    """The best of `LEVELS` that the processor supports; ATEN_CPU_CAPABILITY limits it as it limits torch's kernels."""
+    """The best of `LEVELS` that the processor supports; ATEN_CPU_CAPABILITY limits it as it limits torch's kernels.
+
+    AMX is taken for its peak alone, products between tiles; whether whole calls, which also load tiles and turn rows,
+    are faster than with AVX-512's dot products has not been measured. ITM_FAST_AMX=0 leaves it out.
+    """
     capability = torch.backends.cpu.get_cpu_capability()
     if capability == "AVX512":
         if not torch.cpu._is_avx512_bf16_supported():
             return "avx512"
-        return "amx_bf16" if amx.granted() else "avx512_bf16"
+        return "amx_bf16" if os.environ.get("ITM_FAST_AMX") != "0" and amx.granted() else "avx512_bf16"
     return "avx2" if capability == "AVX2" else "generic"
 
 

@@ -89,11 +89,11 @@ def build_libraries(levels: list[str], into: Path) -> None:
     """Compile the library for each level, or copy it from the cache folder if this compiler has built it before.
 
     Args:
-        levels: some of `compiling.LEVELS`.
+        levels: some of `compiling.LEVELS`. Where it is all of them, those that the compiler does not know are left out.
         into: gets a folder for each level, as `cache.load` reads it.
 
     Raises:
-        Unavailable: there is no compiler, it does not know a level, or it fails.
+        Unavailable: there is no compiler, it does not know a level that was named, or it fails.
     """
     cache, compiling = _modules()
     into = into.absolute()  # the compiler runs in another folder
@@ -113,6 +113,10 @@ def build_libraries(levels: list[str], into: Path) -> None:
         folder.mkdir()
         deadline = time.monotonic() + 3 * compiling.SECONDS
         if compiling.best_level(compiler, level, folder, deadline) != level:
+            if levels == list(compiling.LEVELS):
+                print(f"itm-fast: {compiler.version} does not know {level}: it is left out", file=sys.stderr)
+                shutil.rmtree(folder)
+                continue
             raise cache.Unavailable(f"{compiler.version} does not know {level}; leave it out of ITM_FAST_LEVELS")
         compiling.lay_out(sources, folder / "objects")
         library = compiling.compile_library(compiler, level, folder / "objects", deadline)

@@ -26,8 +26,7 @@ FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread")
 BACKWARD_FLAGS = ("-O2",)  # for *_backward.cpp: as fast as with -O3, and compiled in little more than half the time
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
-# Instruction levels and their compiler flags, best first. "generic" runs on any processor;
-# "amx_bf16" has not been run on one yet (`amx`).
+# Instruction levels and their compiler flags, best first. "generic" runs on any processor.
 LEVELS: dict[str, tuple[str, ...]] = {
     "amx_bf16": (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"),
     "avx512_bf16": (*_AVX512, "-mavx512bf16"),
@@ -37,7 +36,19 @@ LEVELS: dict[str, tuple[str, ...]] = {
 }
 BFLOAT16_LEVELS = ("amx_bf16", "avx512_bf16")  # those that have products of bfloat16 values
 SECONDS = 600  # the longest time for a build; it takes one or two minutes on two cores
-_PROBE = '#include <concepts>\n#include <thread>\nstatic_assert(__cplusplus >= 202002L, "this is not C++20");\n'
+_PROBE = """\
+#include <concepts>
+#include <thread>
+static_assert(__cplusplus >= 202002L, "this is not C++20");
+"""
+# A compiler may know the flags while its assembler does not know the instructions (binutils before 2.36), and early
+# clang calls the macro __AMXBF16__, without which the sources have no tiles. Linux alone grants a process tiles.
+_AMX_PROBE = """\
+#if !defined(__AMX_BF16__) || !defined(__linux__)
+#error "no AMX"
+#endif
+void tiles() { asm volatile("tdpbf16ps %tmm0, %tmm1, %tmm2"); }
+"""
 _FULL = re.compile("no space left on device|disk quota exceeded", re.IGNORECASE)
 # Messages of compilers that were killed or ran out of memory. None of them may occur in a line of our sources.
 _MEMORY = re.compile(
@@ -130,16 +141,16 @@ def find_ninja() -> str:
 
 
 def best_level(compiler: Compiler, level: str, folder: Path, deadline: float) -> str:
-    """`level`, or the best lower one of `LEVELS` whose flags the compiler knows.
+    """`level`, or the best lower one of `LEVELS` that the compiler and its assembler know.
 
     Raises:
         Unavailable: the compiler cannot compile three lines of C++20, or was stopped by a signal.
     """
     probe = folder / "probe.cpp"
-    probe.write_text(_PROBE)
     names, said = list(LEVELS), ""
     for lower in names[names.index(level) :]:
-        command = [*compiler.command, *FLAGS, *LEVELS[lower], "-fsyntax-only", str(probe)]
+        probe.write_text(_PROBE + (_AMX_PROBE if lower == "amx_bf16" else ""))
+        command = [*compiler.command, *FLAGS, *LEVELS[lower], "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
         status, said = _run(command, folder, deadline)
         if not status:
             return lower
