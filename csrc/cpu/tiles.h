@@ -3,8 +3,9 @@
 // of Pairs, to C [rows, 16] in float32. A's rows run along k, B is as Right has it.
 //
 // A block of C is 2 x 2 tiles: every load of A or B serves two products. A, which Left has k-major, is turned into rows
-// once for all columns. The kernel takes the instructions as a type: AmxTiles runs them; PlainTiles does the same in
-// C++ and refuses what a processor refuses, so that tests run the kernel on any processor.
+// in each call: once for all its columns, of which the scorers ask for 32 at most, so that they turn A for each panel
+// anew. The kernel takes the instructions as a type: AmxTiles runs them; PlainTiles does the same in C++ and refuses
+// what a processor refuses, so that tests run the kernel on any processor.
 #pragma once
 #include <stdexcept>
 #include <vector>
