@@ -213,9 +213,12 @@ def kernels(
     weights, regions = weight_kernel(kind, tile), rounded_up(pitch_of(tile), 16)
     found = fitting(lambda slots, depth: head(kind, S, slots, regions, depth, GENERAL), node_tiles(SLOTS, kind), limit)
     if S in COMPARED and found and found[1] == GROUPED[0]:
-        depth = GROUPED[1] // kind.halves
-        better = (head(kind, S, GROUPED[0], regions, depth, v) for v in range(variant, GENERAL, -1))
-        found = next(((kernel, GROUPED[0]) for kernel in better if kernel.shared <= limit), found)
+        slots, depth = GROUPED[0], GROUPED[1] // kind.halves
+        for better in range(variant, GENERAL, -1):
+            # What does not fit at the published S is never compared at first use, so that no S takes it.
+            if all(head(kind, s, slots, regions, depth, better).shared <= limit for s in (S, SIMILARITIES[-1])):
+                found = head(kind, S, slots, regions, depth, better), slots
+                break
     # The nodes leave through the stages of the matrix. 128 rows of pairs of halves do not fit the registers.
     fewer = node_tiles(SLOTS[kind.halves == 2 :], kind)
     overall = fitting(partial(global_kernel, kind, S), (tile for tile in fewer if tile[0] <= 2 * tile[1]), limit)
