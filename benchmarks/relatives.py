@@ -62,7 +62,10 @@ def _naaf(scorer: NegativeAware, image: Tensor, caption: Tensor, lengths: Sequen
     columns, seen = [], _Seen()
     for t, n in enumerate(lengths):
         one = naaf.loop({}, image, caption[t : t + 1], [n], threshold=scorer.thres, training=True, **own)
-        scorer.mine(seen, t, image, caption[t, :n], one[:, 0], None)
+        peak = one.new_zeros(len(image), n)
+        for i in (t, int(one.argmin())):  # the two rows that it may read; the published loop has all of them already
+            peak[i] = (caption[t, :n] @ image[i].t()).amax(1).detach()
+        scorer.mine(seen, t, peak, one[:, 0])
         columns.append(one)
     return torch.cat(columns, 1)
 

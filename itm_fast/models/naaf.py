@@ -141,7 +141,7 @@ class NegativeAware(PaddedScorer):
             f = ((weight * own).sum(1) / length).masked_fill(none, 0.0)
             n = (peak[:, start:stop] - threshold).clamp(max=0.0)
             score = relevance[:, t] + (n + f).mean(1).to(relevance.dtype)
-            self.mine(seen, t, image, words[start:stop], score.detach(), region_lengths)
+            self.mine(seen, t, peak[:, start:stop], score)
             found.append(score[:, None])
         return torch.cat(found, 1)
 
@@ -154,10 +154,8 @@ class NegativeAware(PaddedScorer):
         return n + f + r
 
     @torch.no_grad()
-    def mine(
-        self, seen: _Seen, t: int, image: Tensor, words: Tensor, score: Tensor, region_lengths: Tensor | None
-    ) -> None:
-        """Move the thresholds after caption t, whose scores with all images are given.
+    def mine(self, seen: _Seen, t: int, peak: Tensor, score: Tensor) -> None:
+        """Move the thresholds after caption t, given its scores [I] and its words' largest affinities [I, L].
 
         If its own image scores highest, the largest affinities of its words with this image, and with the image of the
         lowest score, join those of the captions before. Once there are more than 200 of each, `thres` moves to where
@@ -165,10 +163,9 @@ class NegativeAware(PaddedScorer):
         mean of the matching ones. Before, both are 0.
         """
         if int(score.argmax()) == t:
-            for i, side in ((t, seen.pos), (int(score.argmin()), seen.neg)):
-                n = len(image[i]) if region_lengths is None else int(region_lengths[i])
-                side.append((words @ image[i, :n].t()).amax(1))
-            seen.words += len(words)
+            seen.pos.append(peak[t])
+            seen.neg.append(peak[int(score.argmin())])
+            seen.words += peak.shape[1]
             if seen.words > ENOUGH:
                 self._move(torch.cat(seen.pos), torch.cat(seen.neg))
         if seen.words < ENOUGH:
