@@ -58,9 +58,9 @@ def encoded(folder: Path | None, ranks: Ranks) -> dict:
     place = place_of(0, folder, node) if folder is not None else mapped.Place()
     with mock.patch("itm_fast.evaluation.block_scores.CHUNK", 3), torch.no_grad():
         split = encode(model, RAGGED, WORDS, batch_size=4, progress=False, place=place)
-        scorer = BlockScorer(
-            model.scorer.eval(), split, plan_encoded(model.scorer, split, 1.0, 0), columns_of(split)[0]
-        )
+        # 64 GB: what a pytest worker holds by then counts, and may be more than one GB.
+        plan = plan_encoded(model.scorer, split, 64.0, 0)
+        scorer = BlockScorer(model.scorer.eval(), split, plan, columns_of(split)[0])
     states = [*scorer._image_state[1:], *scorer._caption_state]
     found = {"seen": seen, "left": left, "node": node.world, "identity": split.identity()}
     found["tensors"] = [x.clone() for x in (split.image, split.words, *states)]

@@ -109,8 +109,8 @@ def test_the_plans_of_an_ensemble_count_its_members(monkeypatch):
     asked = []
     real = pipeline.memory_plan
     monkeypatch.setattr(pipeline, "memory_plan", lambda *args: asked.append(args[3:]) or real(*args))
-    evaluate(models(vocabulary, "SAF", "SGR"), split, vocabulary, memory_gb=2.0, progress=False)
-    assert asked == [(2, 2.0, False)] * 2
+    evaluate(models(vocabulary, "SAF", "SGR"), split, vocabulary, memory_gb=64.0, progress=False)
+    assert asked == [(2, 64.0, False)] * 2
 
 
 @pytest.mark.parametrize("ties", TIES)
