@@ -1,6 +1,8 @@
 """CMCAN's scorer against vectors of the published code, its neighbours, and its published checkpoints."""
 
 import argparse
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -70,6 +72,33 @@ def test_neighbours_are_those_of_the_regions_that_are_there():
     again = scorer(image, caption, LENGTHS, counts, near)
     assert found.isfinite().all()
     torch.testing.assert_close(again[0::2], whole[0::2], rtol=0, atol=1e-12)
+
+
+def test_two_threads_keep_their_own_neighbours(monkeypatch):
+    image, caption = features(I=2)
+    scorer = ConfidenceMatching(D, 8, num_region=R).double().eval()
+    near = torch.eye(R).expand(2, R, R).clone()
+    near[:, 0, 1:4] = 1
+    given = [None, near]
+    with torch.no_grad():
+        expected = [scorer(image, caption, LENGTHS, adjacency=each) for each in given]
+    assert (expected[0] - expected[1]).abs().max() > 1e-6
+    barrier, state = threading.Barrier(2), ConfidenceMatching.image_state
+
+    def together(*args):
+        barrier.wait(10)
+        found = state(*args)
+        barrier.wait(10)
+        return found
+
+    def score(each):
+        with torch.no_grad():
+            return scorer(image, caption, LENGTHS, adjacency=each)
+
+    monkeypatch.setattr(ConfidenceMatching, "image_state", together)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(score, given))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_published_checkpoint_is_read(tmp_path):

@@ -30,7 +30,7 @@ from ..ops import _recompute, attended_vectors, similarity_graph
 from ..ops._calls import CONFIDENCE_MATCHING
 from ..ops._cpu_calls import score as cpu_score
 from ..packing import bounds, region_counts, spans
-from ._common import Dropout, PaddedScorer, l2norm, without_padding
+from ._common import Dropout, PaddedScorer, l2norm, packed, without_padding
 from ._pair_blocks import blocks
 from ._rows import apart, linear, sigmoid
 from ._self_attention import TextSA, normalised
@@ -157,17 +157,12 @@ class ConfidenceMatching(PaddedScorer):
         Raises:
             ValueError: a shape or length is wrong, or a region has more than 5 neighbours.
         """
-        self._adjacency = self._checked(adjacency, img_emb)
-        try:
-            return super().forward(img_emb, cap_emb, cap_lens, region_lengths)
-        finally:
-            self._adjacency = None
+        words, cu_seqlens = packed(cap_emb, cap_lens)
+        image_state = self.image_state(img_emb, region_lengths, adjacency)
+        return self.score(image_state, words, cu_seqlens, self.caption_state(words, cu_seqlens), region_lengths)
 
-    _adjacency: Tensor | None = None
-
-    def _checked(self, adjacency: Tensor | None, image: Tensor) -> Tensor | None:
-        if adjacency is None:
-            return None
+    @staticmethod
+    def _check(adjacency: Tensor, image: Tensor) -> None:
         if adjacency.shape != (len(image), image.shape[1], image.shape[1]):
             said = list(adjacency.shape)
             raise ValueError(
@@ -175,20 +170,23 @@ class ConfidenceMatching(PaddedScorer):
             )
         if int(adjacency.eq(1).sum(-1).max() if adjacency.numel() else 0) > PARTIAL:
             raise ValueError(f"{NAME}: a region has more than {PARTIAL} neighbours in adjacency, and no rule chooses")
-        return adjacency
 
-    def image_state(self, image: Tensor, region_lengths: Tensor | None = None) -> State:
-        """The image [I, R, D], its global vector [I, D] and its partial vectors [I, R, D]."""
+    def image_state(
+        self, image: Tensor, region_lengths: Tensor | None = None, adjacency: Tensor | None = None
+    ) -> State:
+        """The image [I, R, D], its global vector [I, D] and its partial vectors [I, R, D]; arguments as `forward`."""
         R = self.sim_embv.emb_local_bn.num_features
         if image.dim() != 3 or image.shape[1] != R:
             raise ValueError(
                 f"{NAME}: image must be [I, R, D] with R = {R} regions, got {list(image.shape)}; pad images that have "
                 "fewer and give region_lengths, or build the model with num_region"
             )
+        if adjacency is not None:
+            self._check(adjacency, image)
         if torch.is_grad_enabled() or self.sim_embv.training:
-            return image, *self.sim_embv.image(image, self._adjacency, region_lengths)
+            return image, *self.sim_embv.image(image, adjacency, region_lengths)
         size = max(1, scratch_bytes(image.device) // (6 * image[:1].nbytes or 1))
-        given = self._adjacency, region_lengths
+        given = adjacency, region_lengths
         found = [
             self.sim_embv.image(image[at], *(None if x is None else x[at] for x in given))
             for at in spans(len(image), size)

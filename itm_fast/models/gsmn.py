@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from ..nn import Attention, State
 from ..ops import _recompute, attended_vectors
 from ..packing import region_counts
-from ._common import PaddedScorer, cosine, packed, real_rows, without_padding
+from ._common import PaddedScorer, cosine, packed, without_padding
 from ._pair_blocks import blocks, mean_over_queries
 from ._rows import linear
 from ._sgraf_attention import pair_attention
@@ -71,6 +71,9 @@ class _RegionKernels(nn.Module):
 
     def forward(self, bbox: Tensor, region_lengths: Tensor | None) -> Tensor:
         """(4), summed over the regions i' that an image has: bbox [I, R, 4] -> [I, R, 8]."""
+        real = None
+        if region_lengths is not None:
+            bbox, real = without_padding(bbox, region_lengths)
         centre = (bbox[..., :2] + bbox[..., 2:]) / 2
         apart = centre[:, :, None] - centre[:, None]  # [I, R, R, 2]
         rho, theta = apart.square().sum(-1).sqrt(), torch.atan2(apart[..., 0], apart[..., 1])
@@ -79,9 +82,7 @@ class _RegionKernels(nn.Module):
         exponent = (rho[..., None] - self.mean_rho[:, 0]).square() / (TINY + self.precision_rho[:, 0].square())
         exponent = exponent + turn.square() / (TINY + self.precision_theta[:, 0].square())
         share = (-exponent / 2).softmax(-1)
-        if region_lengths is not None:
-            share = share * real_rows(region_lengths, bbox.shape[1])[:, None, :, None]
-        return share.sum(2)
+        return (share if real is None else share * real[:, None, :, None]).sum(2)
 
 
 class _WordKernels(nn.Module):
@@ -162,10 +163,7 @@ class StructuredMatching(PaddedScorer):
                 "with bbox=. Evaluation, search and matched have no boxes"
             )
         region_counts(region_lengths, image, NAME)
-        kernels, bbox = self.i2t_match_G.graph_convolution_1, bbox.to(image)
-        if region_lengths is not None:
-            bbox, _ = without_padding(bbox, region_lengths)
-        return image, kernels(bbox, region_lengths)  # type: ignore[operator]
+        return image, self.i2t_match_G.graph_convolution_1(bbox.to(image), region_lengths)  # type: ignore[operator]
 
     def score(
         self,
