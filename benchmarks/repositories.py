@@ -2,10 +2,10 @@
 
     python benchmarks/repositories.py owner/name=FOLDER ... [--name NAME]
 
-For each repository, a checkout in FOLDER: what `patch` replaces; five training steps with its own scorer and, where it
-takes scores, its own loss, from one random state; its checkpoint loaded into the library's model and back; and the
-seconds of its own scoring loop before and after. Modules that a repository imports for other purposes (plots, data) and
-that are not installed here are replaced by empty ones.
+For each repository, a checkout in FOLDER: what `patch` replaces; the gradients of its own scorer, and five training
+steps with it and, where it takes scores, its own loss, from one random state; its checkpoint loaded into the library's
+model and back; and the seconds of its own scoring loop before and after. Modules that a repository imports for other
+purposes (plots, data) and that are not installed here are replaced by empty ones.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ import itm_fast
 from benchmarks.harness import alternate, largest_difference, progress, write
 from benchmarks.machine import environment
 from itm_fast.ops import hardest_negative_loss
-from itm_fast.patching._proof import in_float64, published
+from itm_fast.patching._proof import in_float64, published, with_gradients
 from itm_fast.patching._scorers import family
 
 SCAN = {
@@ -118,13 +118,27 @@ def batch(images: int, captions: int, D: int) -> tuple[Tensor, Tensor, list[int]
     return image, caption, sorted((4 + 17 * n // captions for n in range(captions)), reverse=True)
 
 
-def five_losses(one: Contender) -> list[float]:
-    """Losses of five steps of training of a scorer, images and captions, with dropout, in float64."""
+def _training(one: Contender) -> tuple[nn.Module, tuple[Tensor, Tensor, list[int]], list[Tensor]]:
+    """A new scorer in training mode, a batch, and all that it trains: images, captions and parameters."""
     torch.manual_seed(0)
-    scorer, score = one.make(32, 16).train(), one.score()
+    scorer = one.make(32, 16).train()
     pairs = 24 if one.square else 8  # NAAF's thresholds move from 200 words on
     image, caption, lengths = batch(pairs, pairs, 32)
-    parameters = [image.requires_grad_(), caption.requires_grad_(), *scorer.parameters()]
+    return scorer, (image, caption, lengths), [image.requires_grad_(), caption.requires_grad_(), *scorer.parameters()]
+
+
+def gradients(one: Contender) -> Tensor:
+    """The gradients of images, captions and parameters, as one vector, with dropout, in float64."""
+    scorer, given, parameters = _training(one)
+    score = one.score()
+    _, *found = with_gradients(lambda: score(scorer, *given), parameters)
+    return torch.cat([gradient.flatten() for gradient in found])
+
+
+def five_losses(one: Contender) -> list[float]:
+    """Losses of five steps of training of a scorer, images and captions, with dropout, in float64."""
+    scorer, (image, caption, lengths), parameters = _training(one)
+    score = one.score()
     optimizer = torch.optim.Adam(parameters, lr=1e-3)
     own = _own_loss(one)
 
@@ -169,14 +183,14 @@ def checkpoint_both_ways(one: Contender) -> bool | None:
 
 
 def measure(one: Contender, rounds: int) -> dict[str, Any]:
-    """One scorer before and after `patch`: losses, scores, checkpoint, seconds."""
+    """One scorer before and after `patch`: gradients, losses, scores, checkpoint, seconds."""
     with in_float64():
-        own_losses = published(lambda: five_losses(one))
+        own_gradients, own_losses = (published(lambda run=run: run(one)) for run in (gradients, five_losses))
     own = one.score()
     itm_fast.patch(one.module)
     patched = one.score()
     with in_float64():
-        losses = published(lambda: five_losses(one))
+        found, losses = (published(lambda run=run: run(one)) for run in (gradients, five_losses))
         both_ways = published(lambda: checkpoint_both_ways(one))
     torch.manual_seed(0)
     images, captions, D, S = SIZES
@@ -189,6 +203,7 @@ def measure(one: Contender, rounds: int) -> dict[str, Any]:
     seconds = {name: statistics.median(each) for name, each in times.items()}
     return {
         "mode": one.mode,
+        "difference_of_gradients": float((found - own_gradients).norm() / own_gradients.norm()),
         "losses": own_losses,
         "largest_difference_of_losses": max(abs(a - b) for a, b in zip(own_losses, losses, strict=True)),
         "checkpoint_both_ways": both_ways,

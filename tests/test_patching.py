@@ -235,6 +235,7 @@ def test_the_table_of_repositories(repository, monkeypatch):
     assert [one["mode"] for one in found["scorers"]] == ["SGR", "SAF", "SCAN t2i"]
     for one in found["scorers"]:
         assert one["largest_difference_of_losses"] < 1e-9 < min(one["losses"])
+        assert 0 < one["difference_of_gradients"] < 1e-9
         assert one["checkpoint_both_ways"] is (None if one["mode"] == "SCAN t2i" else True)
         assert one["seconds_own"] > 0
     assert not set(NAMES) & set(sys.modules)
