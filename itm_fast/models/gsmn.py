@@ -19,12 +19,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .._names import Direction
 from ..nn import Attention, State
 from ..ops import _recompute, attended_vectors
 from ..packing import region_counts
@@ -117,6 +118,7 @@ class StructuredMatching(PaddedScorer):
         num_block: B, which divides D.
         lambda_softmax: inverse temperature of the attention, in both directions.
         is_sparse: changes nothing, as published.
+        sides: whose means (5) adds up, "i2t" the regions' and "t2i" the words'; the scorer has the weights of these.
 
     >>> scorer = StructuredMatching(num_block=4)
     >>> boxes = torch.rand(2, 36, 4)
@@ -124,11 +126,20 @@ class StructuredMatching(PaddedScorer):
     torch.Size([2, 3])
     """
 
-    def __init__(self, num_block: int = 16, lambda_softmax: float = 20.0, is_sparse: bool = False) -> None:
+    def __init__(
+        self,
+        num_block: int = 16,
+        lambda_softmax: float = 20.0,
+        is_sparse: bool = False,
+        sides: Sequence[Direction] = ("i2t", "t2i"),
+    ) -> None:
         super().__init__()
         self.num_block, self.lambda_softmax, self.is_sparse = int(num_block), float(lambda_softmax), bool(is_sparse)
-        self.i2t_match_G = _Side("graph_convolution_1", _RegionKernels(self.num_block))
-        self.t2i_match_G = _Side("graph_convolution_3", _WordKernels(self.num_block))
+        self.sides = sides
+        if "i2t" in sides:
+            self.i2t_match_G = _Side("graph_convolution_1", _RegionKernels(self.num_block))
+        if "t2i" in sides:
+            self.t2i_match_G = _Side("graph_convolution_3", _WordKernels(self.num_block))
 
     def extra_repr(self) -> str:
         return f"num_block={self.num_block}, lambda_softmax={self.lambda_softmax}, is_sparse={self.is_sparse}"
@@ -150,19 +161,21 @@ class StructuredMatching(PaddedScorer):
         return self.score(image_state, words, cu_seqlens, (), region_lengths)
 
     def image_state(self, image: Tensor, region_lengths: Tensor | None = None, bbox: Tensor | None = None) -> State:
-        """The image [I, R, D] and the sums of (4), [I, R, 8]."""
+        """The image [I, R, D] and, for the regions' side, the sums of (4), [I, R, 8]."""
         if image.dim() != 3 or image.shape[2] % self.num_block:
             raise ValueError(
                 f"{NAME}: image must be [I, R, D] with D a multiple of num_block = {self.num_block}, "
                 f"got {list(image.shape)}"
             )
+        region_counts(region_lengths, image, NAME)
+        if "i2t" not in self.sides:
+            return (image,)
         if bbox is None or bbox.shape != (*image.shape[:2], 4):
             said = "none" if bbox is None else str(list(bbox.shape))
             raise ValueError(
                 f"{NAME}: bbox must be {[*image.shape[:2], 4]}, a box for each region, got {said}; call the scorer "
                 "with bbox=. Evaluation, search and matched have no boxes"
             )
-        region_counts(region_lengths, image, NAME)
         return image, self.i2t_match_G.graph_convolution_1(bbox.to(image), region_lengths)  # type: ignore[operator]
 
     def score(
@@ -174,29 +187,34 @@ class StructuredMatching(PaddedScorer):
         region_lengths: Tensor | None = None,
     ) -> Tensor:
         """Scores [I, T] of the images and captions given."""
-        image, share = image_state
-        weights = self.i2t_match_G.stacked() + self.t2i_match_G.stacked()
+        image = image_state[0]
+        weights = [x for side in self.sides for x in getattr(self, f"{side}_match_G").stacked()]
         (R, D), per_query = image.shape[1:], self.num_block + 3 * HIDDEN
 
         def pair_bytes(length: int) -> int:
             return (length + R) * (D + per_query) * 4
 
-        axes = "IIN" + "." * len(weights)
+        tensors = image, words, *image_state[1:], *weights
+        axes = "INI"[: len(image_state) + 1] + "." * len(weights)
         cut = partial(blocks, NAME, axes, pair_bytes, self._block)
-        return _recompute.score(cut, axes, (image, share, words, *weights), cu_seqlens, region_lengths)
+        return _recompute.score(cut, axes, tensors, cu_seqlens, region_lengths)
 
-    def _block(self, length, cu_seqlens, region_lengths, image, share, words, *weights) -> Tensor:
+    def _block(self, length, cu_seqlens, region_lengths, image, words, *rest) -> Tensor:
         """Scores of some images with captions of one length."""
         if region_lengths is not None:
             image, real = without_padding(image, region_lengths)
         attend = partial(attended_vectors, image, words, cu_seqlens, scale=self.lambda_softmax)
-        x = self._cosines(attend(region_lengths=region_lengths), words)
-        total = mean_over_queries(self._read(x, weights[5:]), length, "t2i", None)
-        x = self._cosines(attend(direction="i2t", region_lengths=region_lengths), image[:, None])  # [b, c, R, B]
-        y = self._read(x, weights[:5], share[:, None])
-        if region_lengths is not None:
-            y = y * real[:, None, :, None]
-        return (total + mean_over_queries(y, length, "i2t", region_lengths))[..., 0]
+        found = []
+        if "i2t" in self.sides:
+            x = self._cosines(attend(direction="i2t", region_lengths=region_lengths), image[:, None])  # [b, c, R, B]
+            y = self._read(x, rest[1:6], rest[0][:, None])
+            if region_lengths is not None:
+                y = y * real[:, None, :, None]
+            found.append(mean_over_queries(y, length, "i2t", region_lengths))
+        if "t2i" in self.sides:
+            y = self._read(self._cosines(attend(region_lengths=region_lengths), words), rest[-6:])
+            found.append(mean_over_queries(y, length, "t2i", None))
+        return reduce(torch.add, found)[..., 0]
 
     def _cosines(self, attended: Tensor, query: Tensor) -> Tensor:
         """(1): [..., D] -> [..., B]."""

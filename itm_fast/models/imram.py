@@ -15,7 +15,7 @@ only W_q q of the steps from the second on; the first is computed per query, and
 from __future__ import annotations
 
 from argparse import Namespace
-from functools import partial
+from functools import partial, reduce
 
 import torch
 from torch import Tensor, nn
@@ -113,18 +113,29 @@ class IterativeMatching(PaddedScorer):
         region_lengths: Tensor | None = None,
     ) -> Tensor:
         """Scores [I, T], sums of K cosines for each direction, of the images and captions given."""
-        (image,), total = image_state, None
+        (image,) = image_state
+        found = []
         for direction in MODES[self.model_mode]:
-            # The first step needs no attended vector but for the second.
-            found = cross_attention_score(
-                image, words, cu_seqlens, direction=direction, affinity_norm=NORM, scale=self.lambda_softmax,
-                pool="mean", region_lengths=region_lengths,
-            )  # fmt: skip
-            if self.iteration_step > 1:
-                found = found + self._later(direction, image, words, cu_seqlens, region_lengths)
-            total = found if total is None else total + found
-        assert total is not None
-        return total
+            found += self.steps(direction, image, words, cu_seqlens, region_lengths)
+        return reduce(torch.add, found)
+
+    def steps(
+        self,
+        direction: Direction,
+        image: Tensor,
+        words: Tensor,
+        cu_seqlens: Tensor,
+        region_lengths: Tensor | None = None,
+    ) -> list[Tensor]:
+        """s_1, ..., s_K of all pairs in one direction, each [I, T]; image [I, R, D], packed words [N, D]."""
+        # The first step needs no attended vector but for the second.
+        first = cross_attention_score(
+            image, words, cu_seqlens, direction=direction, affinity_norm=NORM, scale=self.lambda_softmax,
+            pool="mean", region_lengths=region_lengths,
+        )  # fmt: skip
+        if self.iteration_step == 1:
+            return [first]
+        return [first, *self._later(direction, image, words, cu_seqlens, region_lengths).unbind(2)]
 
     def attention(self, image: Tensor, words: Tensor) -> Attention:
         """`regions` and `words` of the last step, and of all steps, `regions_by_step` [K, W, R], `words_by_step`."""
@@ -146,7 +157,7 @@ class IterativeMatching(PaddedScorer):
         return Attention(total, weights)
 
     def _later(self, direction: str, image, words, cu_seqlens, region_lengths) -> Tensor:
-        """s_2 + ... + s_K of all pairs."""
+        """s_2, ..., s_K of all pairs, [I, T, K - 1]."""
         layers = getattr(self, f"linear_{direction}"), getattr(self, f"gate_{direction}")
         weight, bias = (torch.cat([getattr(x, name) for x in layers]) for name in ("weight", "bias"))
         (I, R, D), t2i = image.shape, direction == "t2i"
@@ -156,7 +167,7 @@ class IterativeMatching(PaddedScorer):
             return (length if t2i else R) * D * 4 * 10
 
         axes = "IIN.." if t2i else "INN.."
-        found = []
+        found, steps = [], self.iteration_step - 1
         # Mapped regions take as much memory as two images; those of some images are made at a time.
         for images in spans(I, max(1, scratch_bytes(image.device) // (16 * image[:1].nbytes or 1))):
             counts = None if region_lengths is None else region_lengths[images]
@@ -166,11 +177,11 @@ class IterativeMatching(PaddedScorer):
             mapped = linear(some if t2i else words, of_attended)
             tensors = (some, mapped, words) if t2i else (some, words, mapped)
             cut = partial(blocks, NAME, axes, pair_bytes, partial(self._block, direction))
-            found.append(_recompute.score(cut, axes, (*tensors, of_query, bias), cu_seqlens, counts))
-        return torch.cat(found) if found else image.new_empty(0, len(cu_seqlens) - 1)
+            found.append(_recompute.score(cut, axes, (*tensors, of_query, bias), cu_seqlens, counts, (steps,)))
+        return torch.cat(found) if found else image.new_empty(0, len(cu_seqlens) - 1, steps)
 
     def _block(self, direction, length, cu_seqlens, region_lengths, image, second, third, of_query, bias) -> Tensor:
-        """A block of s_2 + ... + s_K; `mapped` are the contexts x as W_p x of both layers."""
+        """A block of s_2, ..., s_K; `mapped` are the contexts x as W_p x of both layers."""
         mapped, words = (second, third) if direction == "t2i" else (third, second)
         D = image.shape[2]
         context, first = (image, words) if direction == "t2i" else (words, image.unsqueeze(1))
@@ -178,20 +189,20 @@ class IterativeMatching(PaddedScorer):
             attended_vectors, image, words, cu_seqlens, direction=direction, affinity_norm=NORM,
             scale=self.lambda_softmax, region_lengths=region_lengths,
         )  # fmt: skip
-        query, total, own = first, torch.zeros((), dtype=image.dtype, device=image.device), None
+        query, own = first, None
+        steps = []
         for step in range(1, self.iteration_step + 1):
             last = step == self.iteration_step
             values = [context] * (step > 1) + [mapped] * (not last)
             found = attend(own, torch.cat(values, -1) if len(values) > 1 else values[0])
             if step > 1:
-                mean = mean_over_queries(cosine(first, found[..., :D]), length, direction, region_lengths)
-                total = total + mean
+                steps.append(mean_over_queries(cosine(first, found[..., :D]), length, direction, region_lengths))
             if not last:
                 candidate, gate = (linear(query, of_query, bias.to(image.dtype)) + found[..., -2 * D :]).split(D, -1)
                 gate = sigmoid(gate)
                 query = gate * query + (1 - gate) * candidate.tanh()
                 own = query = query if self.no_IMRAM_norm else l2norm(query)
-        return total
+        return torch.stack(steps, -1)
 
 
 class IMRAM(SGRAF):

@@ -91,7 +91,7 @@ def of_pairs(
     Args:
         dense: an implementation's `backward`, over all pairs that it is given.
         axes: the first dimension of each argument: I images, T captions, N packed words, E cu_seqlens, . none of these.
-        grad: the scores' gradient, [I, T].
+        grad: the scores' gradient, [I, T] or [I, T, K].
         needs: which of the differentiable arguments, which come first, need a gradient.
         args: the op's arguments.
     """
@@ -102,8 +102,9 @@ def of_pairs(
     cu_seqlens = args[axes.index("E")]
     start, length = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     total = [torch.zeros_like(a, dtype=work_dtype(a)) if n else None for a, n in zip(args, needs)]
+    scored = grad.ne(0) if grad.dim() == 2 else grad.ne(0).any(2)
     for images in spans(len(grad), GPU_IMAGES if gpu else IMAGES):
-        captions = grad[images].ne(0).any(0).nonzero().flatten()
+        captions = scored[images].any(0).nonzero().flatten()
         if not len(captions):
             continue
         bounds = torch.nn.functional.pad(length[captions].cumsum(0), (1, 0))
@@ -121,9 +122,14 @@ def of_pairs(
 
 
 def score(
-    cut: Blocks, axes: str, tensors: Sequence[Tensor], cu_seqlens: Tensor, region_lengths: Tensor | None
+    cut: Blocks,
+    axes: str,
+    tensors: Sequence[Tensor],
+    cu_seqlens: Tensor,
+    region_lengths: Tensor | None,
+    each: tuple[int, ...] = (),
 ) -> Tensor:
-    """Differentiable scores [I, T] that are computed block by block, by one or several ops.
+    """Differentiable scores [I, T, *each] that are computed block by block, by one or several ops.
 
     Args:
         cut: makes the blocks; their inputs index `tensors`, their results index the scores.
@@ -131,30 +137,31 @@ def score(
         tensors: the tensors that may need a gradient.
         cu_seqlens: [T + 1].
         region_lengths: [I] or None.
+        each: the shape of a pair's result, () for a score.
     """
-    return _Scored.apply(cut, axes, cu_seqlens, region_lengths, *tensors)
+    return _Scored.apply(cut, axes, each, cu_seqlens, region_lengths, *tensors)
 
 
 class _Scored(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cut: Blocks, axes: str, cu_seqlens: Tensor, region_lengths: Tensor | None, *tensors: Tensor):
+    def forward(ctx: Any, cut: Blocks, axes: str, each: Any, cu_seqlens: Tensor, region_lengths: Any, *tensors: Tensor):
         ctx.cut, ctx.axes, ctx.as_now = cut, axes, as_now(tensors[0].device.type)
         ctx.save_for_backward(*tensors, cu_seqlens, region_lengths)  # autograd refuses tensors changed before backward
-        score = tensors[0].new_empty(len(tensors[0]), len(cu_seqlens) - 1)
+        score = tensors[0].new_empty(len(tensors[0]), len(cu_seqlens) - 1, *each)
         return forward(cut(False, *tensors, cu_seqlens, region_lengths), tensors, score)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):
         *tensors, cu_seqlens, region_lengths = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[4:])
+        needs = list(ctx.needs_input_grad[5:])
 
         def dense(grad, needs, *args):
             return backward(ctx.cut(True, *args), args[: len(tensors)], needs, grad)
 
         args = *tensors, cu_seqlens, region_lengths
         found = iter(ctx.as_now(of_pairs, dense, f"{ctx.axes}EI", grad, needs, args))
-        return None, None, None, None, *(next(found).to(x.dtype) if n else None for x, n in zip(tensors, needs))
+        return None, None, None, None, None, *(next(found).to(x.dtype) if n else None for x, n in zip(tensors, needs))
 
 
 def again(function: Callable[..., Any], device: str) -> Callable[..., Any]:

@@ -62,7 +62,7 @@ FUNCTIONS: dict[str, tuple[Known, ...]] = {
 RECALLS = {"i2t": i2t, "t2i": t2i}
 NAMES = (*FUNCTIONS, *RECALLS)
 _USUAL = {"per_captions": 5, "img_div": 5, "mode": "coco"}  # what i2t and t2i, where they take it, must be given
-_RECALL = ("images", "captions", "caplens", "sims", "npts", "return_ranks", *_USUAL)
+_RECALL = ("images", "im_len", "captions", "caplens", "sims", "npts", "return_ranks", *_USUAL)
 _SIZES = ("shard_size",)  # parameters that change no result
 _LENGTHS = [5, 4, 3, 2]  # descending; no single word, on which SCAN's cosine fails, and which NAAF averages over images
 _MATCHED = [12] * 12 + [10] * 6 + [8] * 6  # more words than the 200 from which NAAF's thresholds move
@@ -163,7 +163,7 @@ def _recall(name: str, original: Function) -> tuple[Function, float]:
         usual = all(given.get(key, value) == value for key, value in _USUAL.items())
         if not usual or (given["return_ranks"] and not with_ranks):
             return original(*args, **kwargs)
-        sims, images, count = given["sims"], given.get("images"), given.get("npts")
+        sims, images, count = given["sims"], given.get("images"), given.get("im_len", given.get("npts"))
         count = len(images) if images is not None else len(sims) if count is None else count
         if np.shape(sims) != (count, 5 * count) or not np.isfinite(sims).all():
             return original(*args, **kwargs)
@@ -173,7 +173,7 @@ def _recall(name: str, original: Function) -> tuple[Function, float]:
     sims = rng.permutation(7 * 35).reshape(7, 35) / 245.0 + np.kron(np.eye(7), np.full(5, 0.2))  # no two scores equal
     tried = {"images": np.zeros((7, 2, 2)), "sims": sims, "captions": None, "caplens": None, **_USUAL}
     if "images" not in takes.parameters:
-        tried["npts"] = 7
+        tried |= {"im_len": 7, "npts": 7}
     tried = {key: value for key, value in tried.items() if key in takes.parameters}
     expected = published(lambda: original(**tried))
     apart = agreed(difference(expected, replacing(lambda: new(**tried))))

@@ -12,17 +12,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from . import _functions, _scorers
+from . import _families, _functions, _scorers
 from ._proof import Disagrees, Fails, in_float64
 from ._report import LEFT, REFUSED, REPLACED, Report, Row
 
-SCORER, LOSS = "EncoderSimilarity", "ContrastiveLoss"
+LOSS = "ContrastiveLoss"
 _LEFT = {
     "func_attention": "attention of one caption; the functions that call it are replaced",
     "SCAN_attention": "attention of one caption; the class that calls it is replaced",
-    "shard_attn_scores": "calls the model's EncoderSimilarity",
+    "shard_attn_scores": "calls the model's pair scorer",
 }
-_KNOWN = (*_functions.NAMES, SCORER, LOSS, *_LEFT)
+_KNOWN = (*_functions.NAMES, *_families.CLASSES, LOSS, *_LEFT)
+_NODES = ("sim_emb_t_list", "sim_emb_v_list")  # what CMCAN's EncoderSimilarity takes
 _Undo = Callable[[], None]
 _patched: dict[ModuleType, list[_Undo]] = {}  # what restores a module; kept alive here, so that no other has its id
 _SKIPPED = ("site-packages", "node_modules")
@@ -33,13 +34,16 @@ def patch(*targets: ModuleType | str | Path) -> Report:
 
     Call it once, before threads start: while it proves, tensors stay on the CPU.
 
-    Known by name and arguments are `EncoderSimilarity` of SGRAF, its forks and RCAR (its `forward`, on the class, so
-    that its other methods and every reference to it stay); `xattn_score_t2i`, `xattn_score_i2t` and their `shard_`
-    forms of SCAN, `xattn_score` and `shard_xattn` of BFAN, `xattn_score` and `xattn_score_test` of NAAF, and `i2t` and
-    `t2i` (in every imported module that has them); and `ContrastiveLoss` of scores or of embeddings. Each is run beside
-    the very code that it replaces on a small random problem in float64, with gradients, in evaluation and in training
-    with the same random state; what differs by more than 1e-6 is refused. Code that cannot run here is refused too.
-    Captions of one word get the library's score; on them SCAN's and BFAN's code fails, and NAAF's averages over images.
+    Known by name and arguments are `EncoderSimilarity` of SGRAF, its forks and RCAR, `SimsEncoder` of CHAN,
+    `VisualGraph` and `TextualGraph` of GSMN, `forward_sim` of CMCAN, `xattn_score_Text_IMRAM` and
+    `xattn_score_Image_IMRAM` of IMRAM (the method, on the class, so that its other methods and every reference to it
+    stay); `xattn_score_t2i`, `xattn_score_i2t` and their `shard_` forms of SCAN, `xattn_score` and `shard_xattn` of
+    BFAN, `xattn_score` and `xattn_score_test` of NAAF, and `i2t` and `t2i` (in every imported module that has them);
+    and `ContrastiveLoss` of scores or of embeddings. Each is run beside the very code that it replaces on a small
+    random problem in float64, with gradients, in evaluation and in training with the same random state; what differs
+    by more than 1e-6 is refused. Code that cannot run here is refused too. Captions of one word get the library's
+    score; on them the code of SCAN, BFAN and GSMN fails, and NAAF's averages over images. A CMCAN whose parts are on
+    two GPUs keeps its own code.
 
     Args:
         targets: modules of the repository; or the path of its folder or of one of its .py files, which are imported
@@ -97,10 +101,12 @@ def _one(module: ModuleType, name: str, value: Any) -> Iterator[Row]:
     where = f"{module.__name__}:{_line(value)}"
     if name in _LEFT:
         yield Row(where, name, LEFT, _LEFT[name])
+    elif name in _families.CLASSES:
+        yield from _scorer(module, where, value)
     elif hasattr(value, "_itm_fast_patched") or hasattr(getattr(value, "forward", None), "_itm_fast_patched"):
         yield Row(where, name, LEFT, "it is replaced already")
-    elif name == SCORER:
-        yield from _scorer(module, where, value)
+    elif next(iter(inspect.signature(value).parameters), "") == "model":
+        yield Row(where, name, LEFT, "calls methods of the model")
     else:
         try:
             with in_float64():
@@ -113,34 +119,47 @@ def _one(module: ModuleType, name: str, value: Any) -> Iterator[Row]:
 
 
 def _scorer(module: ModuleType, where: str, cls: Any) -> Iterator[Row]:
-    takes = tuple(inspect.signature(cls.forward).parameters)
-    if takes != ("self", "img_emb", "cap_emb", "cap_lens"):
-        detail = f"its forward takes ({', '.join(takes[1:])}), known is (img_emb, cap_emb, cap_lens)"
-        yield Row(where, SCORER, REFUSED, detail)
-        return
+    for known in _families.families(cls):
+        original = getattr(cls, known.method)
+        takes = tuple(inspect.signature(original).parameters)[1:]
+        name = known.name if known.method == "forward" else f"{known.name}.{known.method}"
+        if hasattr(original, "_itm_fast_patched"):
+            yield Row(where, name, LEFT, "it is replaced already")
+        elif takes == _NODES:
+            yield Row(where, name, LEFT, "called by CMCAN.forward_sim, which is replaced")
+        elif takes != known.takes:
+            detail = f"its {known.method} takes ({', '.join(takes)}), known is ({', '.join(known.takes)})"
+            yield Row(where, name, REFUSED, detail)
+        else:
+            yield from _proved(module, where, cls, known, name)
+
+
+def _proved(module: ModuleType, where: str, cls: Any, known: _families.Family, name: str) -> Iterator[Row]:
+    """Prove each mode of a published method, and replace those that agree."""
     returned: dict[str, str] = {}
-    for mode in _scorers.family(cls).modes:
+    for mode in known.modes:
+        named = f"{name} ({mode})" if mode else name
         try:
             with in_float64():
-                returned[mode], apart = _scorers.prove(cls, mode)
+                returned[mode], apart = _scorers.prove(cls, known, mode)
         except (Disagrees, Fails) as error:
-            yield Row(where, f"{SCORER} ({mode})", REFUSED, _reason(error))
+            yield Row(where, named, REFUSED, _reason(error))
             continue
         more = "" if returned[mode] == "scores" else f", returns {returned[mode]}"
-        yield Row(where, f"{SCORER} ({mode})", REPLACED, f"differs by {apart:.0e}{more}")
+        yield Row(where, named, REPLACED, f"differs by {apart:.0e}{more}")
     if returned:
-        _set_method(module, cls, _scorers.forward(cls, returned))
+        _set_method(module, cls, _scorers.method(cls, known, returned), known.method)
 
 
 def _reason(error: Exception) -> str:
     return f"its own code fails here: {error}" if isinstance(error, Fails) else str(error)
 
 
-def _set_method(module: ModuleType, cls: Any, new: Callable[..., Any]) -> int:
-    original = cls.forward
+def _set_method(module: ModuleType, cls: Any, new: Callable[..., Any], name: str = "forward") -> int:
+    original = getattr(cls, name)
     new._itm_fast_patched = True  # type: ignore[attr-defined]
-    cls.forward = new
-    _patched.setdefault(module, []).append(lambda: setattr(cls, "forward", original))
+    setattr(cls, name, new)
+    _patched.setdefault(module, []).append(functools.partial(setattr, cls, name, original))
     return 1
 
 

@@ -39,22 +39,36 @@ def in_float64() -> Iterator[None]:
 
 
 def published(call: Callable[[], Any]) -> Any:
-    """Run published code in silence and on the CPU, whatever device it asks for.
+    """Run published code in silence, on the CPU and in float64, whatever device and precision it asks for.
 
-    It moves tensors to the GPU by `.cuda()`, in places only `if torch.cuda.is_available()`, and then relies on it.
+    It moves tensors to the GPU by `.cuda()` and `.to("cuda:1")`, in places only `if torch.cuda.is_available()`, and
+    then relies on it; and IMRAM's casts to `.float()`, while its parameters are float64 here.
 
     Raises:
         Fails: it raises.
     """
 
+    move, move_module = torch.Tensor.to, torch.nn.Module.to
+
     def stay(self, *args, **kwargs):
         return self
+
+    def to(self, *args, **kwargs):
+        where = kwargs.get("device", args[0] if args else None)
+        if not isinstance(where, (str, int, torch.device)) or torch.device(where).type != "cuda":
+            return (move if isinstance(self, Tensor) else move_module)(self, *args, **kwargs)
+        kwargs.pop("device", None)
+        rest = args[1:] if args else args
+        return move(self, *rest, **kwargs) if isinstance(self, Tensor) and (rest or kwargs) else self
 
     try:
         with (
             contextlib.redirect_stdout(io.StringIO()),
             mock.patch.object(torch.Tensor, "cuda", stay),
             mock.patch.object(torch.nn.Module, "cuda", stay),
+            mock.patch.object(torch.Tensor, "to", to),
+            mock.patch.object(torch.nn.Module, "to", to),
+            mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
             mock.patch.object(torch.cuda, "is_available", return_value=True),
         ):
             return call()
@@ -119,9 +133,10 @@ def _form(value: Any) -> str:
 
 
 def with_gradients(call: Callable[[], Any], inputs: Sequence[Tensor]) -> list[Any]:
-    """The result of `call`, and the gradients of its first tensor, weighted by fixed random numbers, by `inputs`."""
+    """The result of `call`, and the gradients by `inputs` of its first tensor, or of all tensors of a list, weighted by
+    fixed random numbers."""
     result = call()
-    first = result[0] if isinstance(result, tuple) else result
+    first = result[0] if isinstance(result, tuple) else torch.stack(result) if isinstance(result, list) else result
     weight = torch.randn(first.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     found = torch.autograd.grad((first * weight).sum(), inputs, allow_unused=True)
     return [result, *(torch.zeros_like(x) if g is None else g for x, g in zip(inputs, found, strict=True))]

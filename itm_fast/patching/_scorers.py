@@ -1,108 +1,22 @@
-"""`EncoderSimilarity.forward` by the library's kernels, on the parameters of a repository's own class.
-
-Two published classes have this name and take (img_emb, cap_emb, cap_lens): SGRAF's and its forks', and RCAR's.
-"""
+"""A published pair scorer by the library's kernels, on the parameters of a repository's own object."""
 
 from __future__ import annotations
 
 import inspect
-import itertools
 import weakref
-from argparse import Namespace
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.weight_norm import WeightNorm
 
-from ..models import rcar
-from ..models._common import PaddedScorer
-from ..models.sgraf import EncoderSimilarity
-from ._proof import Disagrees, Fails, agreed, constructed, difference, published, replacing, with_gradients
+from ._families import Family, Given, Unlike
+from ._proof import Disagrees, Fails, agreed, difference, published, replacing, with_gradients
 
 _D, _S, _R = 16, 8, 36
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_TWINS: weakref.WeakKeyDictionary[nn.Module, tuple[object, PaddedScorer]] = weakref.WeakKeyDictionary()
-
-
-class Returned(NamedTuple):
-    """What the forks return, from the library's scorer with this `output`."""
-
-    output: str
-    form: Callable[[Tensor], Any]
-
-
-RETURNS = {
-    "scores": Returned("score", lambda score: score),
-    "logits": Returned("logit", lambda logit: logit),
-    "scores and their diagonal": Returned("score", lambda score: (score, score.detach().diagonal())),
-}
-
-
-class Family(NamedTuple):
-    """One published class.
-
-    Attributes:
-        modes: the kinds of scorer that it can be.
-        returns: what its forks return, keys of `RETURNS`.
-        arguments: (mode, D, S) -> what a module of the mode is constructed with.
-        mode: module -> its mode.
-        options: module -> what else the library's scorer is built from; if this changes, it is built anew.
-        ours: (module, options) -> the library's scorer.
-    """
-
-    modes: tuple[str, ...]
-    returns: tuple[str, ...]
-    arguments: Callable[[str, int, int], tuple[Any, ...]]
-    mode: Callable[[Any], str]
-    options: Callable[[Any], Any]
-    ours: Callable[[Any, Any], Any]
-
-
-def _sgraf_scorer(module: Any, options: object) -> PaddedScorer:
-    if not hasattr(module, "v_global_w"):
-        raise Unlike("it has no v_global_w")
-    D, S = module.sim_tranloc_w.in_features, module.sim_tranloc_w.out_features
-    regions = module.v_global_w.embedding_local[1].num_features
-    return EncoderSimilarity(D, S, module.module_name, len(getattr(module, "SGR_module", ())), regions)
-
-
-SGRAF = Family(
-    ("SGR", "SAF"),
-    tuple(RETURNS),
-    lambda mode, D, S: (D, S, mode, 3),
-    lambda module: str(module.module_name),
-    lambda module: None,
-    _sgraf_scorer,
-)
-_RCAR_MODES = {f"{way} {how}": (way, how) for way, how in itertools.product(rcar.DIRECTIONS, rcar.REGULATORS)}
-_RCAR_OPTIONS = ("rcar_step", "rar_step", "rcr_step", "t2i_smooth", "i2t_smooth", "attn_type", "self_regulator")
-
-
-def _rcar_options(mode: str) -> Namespace:
-    return Namespace(**dict(zip(_RCAR_OPTIONS, (2, 2, 2, 10.0, 3.0, *_RCAR_MODES[mode]), strict=True)))
-
-
-RCAR = Family(
-    tuple(_RCAR_MODES),
-    ("scores",),
-    lambda mode, D, S: (_rcar_options(mode), D, S),
-    lambda module: f"{module.opt.attn_type} {module.opt.self_regulator}",
-    lambda module: [getattr(module.opt, name) for name in _RCAR_OPTIONS],
-    lambda module, options: rcar.RCAR.similarity(
-        Namespace(**dict(zip(_RCAR_OPTIONS, options, strict=True)), embed_size=module.embed_dim, sim_dim=module.sim_dim)
-    ),
-)
-
-
-def family(cls: type[nn.Module]) -> Family:
-    """Which published class this is, by what it is built from."""
-    takes = inspect.signature(cls).parameters
-    return RCAR if "opt" in takes and "module_name" not in takes else SGRAF
-
-
-class Unlike(Disagrees):
-    """The module lacks a parameter or buffer of the published one, or runs hooks inside."""
+_TWINS: weakref.WeakKeyDictionary[Any, dict[str, tuple[object, Any]]] = weakref.WeakKeyDictionary()
 
 
 def _parameters(part: nn.Module) -> dict[str, Any]:
@@ -111,8 +25,17 @@ def _parameters(part: nn.Module) -> dict[str, Any]:
     return {**part._parameters, **(getattr(part, "_former_parameters", {}) if replica else {})}
 
 
-def _shapes(module: nn.Module) -> dict[str, torch.Size]:
-    own = {name: _parameters(part) for name, part in module.named_modules()}
+def _named(parts: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """All modules of these parts by their names in the library's scorer."""
+    return {
+        ".".join(filter(None, (prefix, name))): part
+        for prefix, module in parts.items()
+        for name, part in module.named_modules()
+    }
+
+
+def _shapes(modules: dict[str, nn.Module]) -> dict[str, torch.Size]:
+    own = {name: _parameters(part) for name, part in modules.items()}
     return {f"{name}.{key}": x.shape for name, found in own.items() for key, x in found.items() if x is not None}
 
 
@@ -124,73 +47,77 @@ def _constants(part: nn.Module) -> list[Any]:
     return [getattr(part, name, None) for name in ("p", "eps", "momentum")]
 
 
-def twin(known: Family, module: Any) -> PaddedScorer:
-    """The library's scorer with this module's own parameters, buffers and modes.
+def _hooked(part: nn.Module) -> bool:
+    """Whether a module runs hooks; that of weight norm is part of the published code."""
+    return any(not isinstance(hook, WeightNorm) for hooks in _HOOKS for hook in getattr(part, hooks).values())
+
+
+def twin(known: Family, module: Any, given: Given) -> Any:
+    """The library's scorer with this object's own parameters, buffers and modes.
 
     Raises:
-        Unlike: there is none, as the module is built otherwise.
+        Unlike: there is none, as the object is built otherwise.
     """
     try:
-        options = known.options(module)
-        before, ours = _TWINS.get(module, (None, None))
+        options = known.options(module, given)
+        of_module = _TWINS.setdefault(module, {})
+        before, ours = of_module.get(known.method, (None, None))
         if ours is None or before != options:
             with torch.device("meta"):  # takes no memory and draws no random numbers
                 ours = known.ours(module, options)
-            _TWINS[module] = options, ours
+            of_module[known.method] = options, ours
+        own = _named(known.parts(module))
     except (AttributeError, ValueError) as error:
         raise Unlike(str(error)) from error
-    own = dict(module.named_modules())
-    inside = [part for name, part in own.items() if name]
-    if any(getattr(part, hooks) for part in inside for hooks in _HOOKS):
+    if any(_hooked(part) for name, part in own.items() if name):
         raise Unlike("it has hooks inside")
-    if _shapes(module) != _shapes(ours):
+    theirs = dict(ours.named_modules())
+    if _shapes(own) != _shapes(theirs):
         raise Unlike("it has other parameters, or of other shapes")
-    for name, part in ours.named_modules():
+    for name, part in theirs.items():
+        if not name and name not in own:  # the published parts belong to no module that has them alone
+            continue
         try:
             source = own[name]
             if isinstance(part, _WITH_CONSTANTS) and _constants(part) != _constants(source):
                 raise Unlike(f"{name} has another rate or constant")
             part.training = source.training
             # Linked at every call: moving a module to another device gives it new buffers.
-            given = _parameters(source)
-            part._parameters.update({key: given[key] for key in part._parameters})
+            found = _parameters(source)
+            part._parameters.update({key: found[key] for key in part._parameters})
             part._buffers.update({key: source._buffers[key] for key in part._buffers})
         except KeyError as error:
             raise Unlike(f"it has no {name}.{error.args[0]}") from error
     return ours
 
 
-def forward(cls: type[nn.Module], returned: dict[str, str]) -> Callable[..., Any]:
-    """A replacement of the published `forward`.
+def method(cls: Any, known: Family, returned: dict[str, str]) -> Callable[..., Any]:
+    """A replacement of the published method.
 
     Args:
-        cls: the class that was proved; subclasses, and modules that are built otherwise, keep its own forward.
+        cls: the class that was proved; subclasses, and objects that are built otherwise, keep its own code.
+        known: its family.
         returned: the modes that were proved -> a key of `RETURNS`.
     """
-    original: Callable[..., Any] = cls.forward
-    known = family(cls)
+    original: Callable[..., Any] = getattr(cls, known.method)
+    takes = inspect.signature(original)
 
-    def forward(self, img_emb, cap_emb, cap_lens):
-        kind = returned.get(known.mode(self)) if type(self) is cls else None
-        if kind is None:
-            return original(self, img_emb, cap_emb, cap_lens)
+    def new(self, *args, **kwargs):
+        given = takes.bind(self, *args, **kwargs).arguments
+        given.pop("self")
         try:
-            ours = twin(known, self)
+            kind = returned.get(known.mode(self, given)) if type(self) is cls else None
+            if kind is not None:
+                return known.score(self, twin(known, self, given), given, kind)
         except Unlike:
-            return original(self, img_emb, cap_emb, cap_lens)
-        return _returned(ours, kind, img_emb, cap_emb, cap_lens)
+            pass
+        return original(self, *args, **kwargs)
 
-    return forward
-
-
-def _returned(scorer: PaddedScorer, kind: str, *batch: Any) -> Any:
-    output, form = RETURNS[kind]
-    if isinstance(scorer, EncoderSimilarity):
-        scorer.output = output
-    return form(scorer(*batch))
+    new.__signature__, new.__doc__ = takes, original.__doc__  # type: ignore[attr-defined]
+    return new
 
 
-def prove(cls: type[nn.Module], mode: str) -> tuple[str, float]:
+def prove(cls: Any, known: Family, mode: str) -> tuple[str, float]:
     """Compare the published class with the library's scorer, in evaluation and in training.
 
     Compared are scores, gradients of images, captions and all parameters, and the buffers after a step of training.
@@ -203,44 +130,53 @@ def prove(cls: type[nn.Module], mode: str) -> tuple[str, float]:
         Fails: the published class fails.
     """
     torch.manual_seed(0)
-    known = family(cls)
-    module = constructed(cls, *known.arguments(mode, _D, _S))
-    if not isinstance(module, nn.Module):
+    module = known.make(cls, mode, _D, _S)
+    parts = list(published(lambda: known.parts(module)).values())
+    if not all(isinstance(part, nn.Module) for part in parts):
         raise Fails("it is no torch.nn.Module")
+    parameters = [x for part in parts for x in part.parameters()]
     with torch.no_grad():
-        for parameter in module.parameters():
+        for parameter in parameters:
             parameter.uniform_(-0.4, 0.4)
     lengths = [6, 5, 4, 2]  # descending, as the published loader sorts them
     image = nn.functional.normalize(torch.randn(4, _R, _D), dim=2).requires_grad_()
     caption = nn.functional.normalize(torch.randn(4, 7, _D), dim=2).requires_grad_()
-    inputs = [image, caption, *module.parameters()]
+    batch, inputs = known.example(mode, image, caption, lengths), [image, caption, *parameters]
     refused = Disagrees("")
     for kind in known.returns:
         try:
-            return kind, max(_apart(known, module, kind, training, inputs, lengths) for training in (False, True))
+            return kind, max(_apart(known, module, parts, kind, training, inputs, batch) for training in (False, True))
         except Disagrees as error:
             refused = min(refused, error, key=lambda each: not str(each).startswith("the results differ"))
     raise refused
 
 
 def _apart(
-    known: Family, module: nn.Module, kind: str, training: bool, inputs: Sequence[Tensor], lengths: list[int]
+    known: Family,
+    module: Any,
+    parts: Sequence[nn.Module],
+    kind: str,
+    training: bool,
+    inputs: Sequence[Tensor],
+    batch: tuple[Any, ...],
 ) -> float:
-    """The largest difference between the module and the library's scorer that returns the same kind."""
-    image, caption = inputs[:2]
-    module.train(training)
-    buffers = [buffer.clone() for buffer in module.buffers()]
-    expected = published(lambda: _results(module, buffers, inputs, lambda: module(image, caption, lengths)))
-    run = lambda: _returned(twin(known, module), kind, image, caption, lengths)  # noqa: E731
-    found = replacing(lambda: _results(module, buffers, inputs, run))
-    return agreed(difference(expected, found))
+    """The largest difference between the object and the library's scorer that returns the same kind."""
+    for part in (module,) if isinstance(module, nn.Module) else parts:
+        part.train(training)
+    buffers = [buffer for part in parts for buffer in part.buffers()]
+    start = [buffer.clone() for buffer in buffers]
+    theirs = getattr(module, known.method)
+    expected = published(lambda: _results(buffers, start, inputs, lambda: theirs(*batch)))
+    given = dict(zip(known.takes, batch, strict=True))
+    run = lambda: known.score(module, twin(known, module, given), given, kind)  # noqa: E731
+    return agreed(difference(expected, replacing(lambda: _results(buffers, start, inputs, run))))
 
 
 def _results(
-    module: nn.Module, buffers: Sequence[Tensor], inputs: Sequence[Tensor], call: Callable[[], Any]
+    buffers: Sequence[Tensor], starts: Sequence[Tensor], inputs: Sequence[Tensor], call: Callable[[], Any]
 ) -> list[Any]:
     """Scores, gradients and the buffers afterwards, from these buffers and one random state."""
-    for buffer, start in zip(module.buffers(), buffers, strict=True):
+    for buffer, start in zip(buffers, starts, strict=True):
         buffer.copy_(start)
     torch.manual_seed(1)
-    return [*with_gradients(call, inputs), *(buffer.clone() for buffer in module.buffers())]
+    return [*with_gradients(call, inputs), *(buffer.clone() for buffer in buffers)]
