@@ -22,8 +22,9 @@ from ._score_heads import GRAPH, OUTPUT, SCORE, Head, scored
 from .similarity_graph import PARAMETERS
 from .similarity_nodes import OF_PAIRS
 
-CPU_NODES = 192 << 20  # bytes of the nodes and of their gradients, of the pairs that the `cpu` backend takes at a time
-MOST_KEPT = 96 << 20  # bytes of the nodes that `cpu` keeps for the backward pass; at most 1/8 of the scratch memory
+CPU_NODES = 64 << 20  # bytes of the nodes and of their gradients, of the pairs that the `cpu` backend takes at a time
+MOST_KEPT = 144 << 20  # bytes of the nodes that `cpu` keeps for the backward pass, at most 1 / SHARE of the scratch
+SHARE = 6
 FEW = 2  # `cpu` leaves out pairs without a gradient where at most one in 2 has one
 
 
@@ -173,14 +174,14 @@ def _keep(*args: Any) -> tuple[Tensor, list[Tensor]]:
     """`similarity_graph_score` in C++ where a gradient may be asked for, and some images' nodes."""
     image, words, caption_global, weight = args[0], args[2], args[3], args[4]
     row = (len(words) + len(caption_global)) * (len(weight) + 1) * work_dtype(image).itemsize
-    room = min(MOST_KEPT, scratch_bytes(image.device) // 8)
+    room = min(MOST_KEPT, scratch_bytes(image.device) // SHARE)
     images = min(len(image), room // (row or 1))
     score, *kept = implementation(KEPT.name).forward(*args, [images])
     return score, kept
 
 
 def _with_kept(grad: Tensor, needs: Sequence[bool], *args: Any, kept: list[Tensor]) -> list[Tensor]:
-    with workspace(current_gib() * 7 / 8):
+    with workspace(current_gib() * (SHARE - 1) / SHARE):
         return backward(GRAPH, "cpu", grad, needs, *args, held=kept)
 
 
