@@ -83,16 +83,19 @@ SHAPES = {
     "odd": dict(I=3, counts=(9, 30), D=200),  # a cluster with one image
     "S128": dict(I=2, counts=(9, 20), S=128),
     "S256": dict(I=1, counts=(14, 20), S=256),
+    "S256-odd": dict(I=1, counts=(30, 20), D=200, S=256, regions=(20,), K=2),
 }
 
 
-HALVES = [*((shape, F16, "sm_90") for shape in SHAPES if shape not in ("D200", "odd")), ("lengths", BF16, "sm_90")]
+HALVES = [(shape, F16, "sm_90") for shape in SHAPES if shape not in ("D200", "odd", "S256-odd")]
+HALVES += [("lengths", BF16, "sm_90")]
 HALVES += [("S256", F16, "sm_75"), ("S256", BF16, "sm_86")]
 HALVES += [("W127", F16, "sm_90a"), ("lengths", BF16, "sm_90a"), ("S256", BF16, "sm_90a")]
 HALVES += [("D200", F16, "clusters"), ("lengths", F16, "clusters"), ("S256", BF16, "clusters")]
 FLOATS = [(shape, "highest", "sm_90") for shape in ("lengths", "I1-T1-R1-W1-D8", "R7-ragged", "S256")]
 FLOATS += [("lengths", "high", gpu) for gpu in VARIANTS]
 PAIRED = [("filter", "odd", "clusters"), ("filter", "lengths", "clusters"), ("filter", "lengths", "sm_90a")]
+PAIRED += [("graph", "S256-odd", "clusters"), ("graph", "S256", "sm_90a")]
 
 
 @pytest.mark.parametrize("shape,dtype,gpu", HALVES, ids=lambda x: str(x).removeprefix("torch."))
@@ -111,8 +114,17 @@ def test_float32_scores_by_groups_of_warps_are_accurate(head, shape, gpu, run):
     found, counts = run(head, args, torch.float32, gpu=gpu)
     assert_accurate([found], reference(head, args, torch.float32), torch.float32)
     assert not sum(c["bank_conflicts"] for c in counts)
-    for order in (1, 2, 3) if shape == "odd" else ():
+    for order in (1, 2, 3) if shape.endswith("odd") else ():
         assert torch.equal(bits(run(head, args, torch.float32, order, gpu=gpu)[0]), bits(found))
+
+
+def test_captions_of_rows_that_groups_share_keep_their_bits_beside_others(run):
+    args = case("graph", I=1, counts=(30, 20), S=256, K=2)
+    args[2][3, 5] = torch.nan  # a word of caption 0
+    found, _ = run("graph", args, torch.float32, gpu="sm_90a")
+    alone, _ = run("graph", part(args, 0, 1), torch.float32, gpu="clusters")
+    assert found[0, 0].isnan()
+    assert torch.equal(bits(found[:, 1:]), bits(alone))
 
 
 @pytest.mark.parametrize("shape,precision,gpu", FLOATS)
@@ -190,11 +202,13 @@ def test_scores_of_blocks_that_have_waited_in_vain_are_nan_and_said_to_be(head, 
     assert torch.equal(bits(again), bits(want))
 
 
-def test_variants_are_chosen_where_the_check_of_first_use_compares_them(device, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("dtype,slots", [(F16, (128, 128, 128)), (torch.float32, (128, 64, 64))], ids=str)
+def test_variants_are_chosen_where_the_check_of_first_use_compares_them(dtype, slots, device, monkeypatch):  # noqa: F811
     monkeypatch.setattr(_pairs, "COMPARED", (256,))
-    kind, sizes = _pairs.kind_of(F16), (64, 128, 256)
+    kind, sizes = _pairs.kind_of(dtype), (64, 128, 256)
     found = [_pairs.kernels(similarity_score.graph_kernel, kind, 36, S, (9, 0), _cuda.CLUSTERS) for S in sizes]
     assert [fit.head.cluster for fit in found] == [1, 1, 2]
+    assert tuple(fit.head_slots for fit in found) == slots
 
 
 def part(args, image, caption):

@@ -46,26 +46,20 @@ def scan(direction, dtype):
     return edge
 
 
-def pair_score(head, S, dtype):
-    args = rounded(case(head, I, LENGTHS, R, D, S, K=K), dtype)
+def pair_score(head, dtype, images, lengths, S):
+    args = rounded(case(head, images, lengths, R, D, S, K=K), dtype)
     getattr(similarity_score, f"similarity_{head}_score")(*args)
     return next(x for x in args if isinstance(x, torch.Tensor) and not x.is_floating_point())
 
 
-@pytest.mark.parametrize("model", ["t2i", "i2t", "graph", "filter"])
-def test_products_and_copies_are_those_of_the_emulated_kernels(model, precision, device):
-    device.capability = (9, 0)
-    dtype, S = DTYPES[precision], 64
-    if model in ("t2i", "i2t"):
-        op, direction, edge = "cross_attention_score", model, scan(model, dtype)
-    else:
-        op, direction, edge = f"similarity_{model}_score", "t2i", pair_score(model, S, dtype)
+def compare(op, precision, device, edge, direction="t2i", images=I, S=64):
+    """Compare what is predicted of a call with what its kernels have counted."""
     counted, launches = defaultdict(Counter), Counter()
     for kernel, counts in device.launches:
         name = kernel.name.partition("<")[0].removesuffix("_in_clusters")
         counted[name].update(counts)
         launches[name] += 1
-    problem = traffic_cuda.Problem(op, I, R, D, S, K, edge, CARDS["h100"], precision, direction)
+    problem = traffic_cuda.Problem(op, images, R, D, S, K, edge, CARDS["h100"], precision, direction)
     predicted = {name: count for name, count in traffic_cuda.counts(problem) if name in counted}
     assert set(predicted) == set(counted)
     for name, count in predicted.items():
@@ -76,6 +70,24 @@ def test_products_and_copies_are_those_of_the_emulated_kernels(model, precision,
         if name == "global_nodes":  # an image's global vector is loaded
             copied -= count.programs * D * problem.size
         if "weights" in {use.place[0] for use in count.uses if not use.written}:  # 1 / |P| of a word too
-            copied -= 4 * problem.N * I
+            copied -= 4 * problem.N * images
         assert 16 * counted[name]["copies"] == copied, name
         assert launches[name] == count.launches, name
+
+
+@pytest.mark.parametrize("model", ["t2i", "i2t", "graph", "filter"])
+def test_products_and_copies_are_those_of_the_emulated_kernels(model, precision, device):
+    device.capability = (9, 0)
+    if model in ("t2i", "i2t"):
+        compare("cross_attention_score", precision, device, scan(model, DTYPES[precision]), direction=model)
+    else:
+        edge = pair_score(model, DTYPES[precision], I, LENGTHS, S=64)
+        compare(f"similarity_{model}_score", precision, device, edge)
+
+
+@pytest.mark.parametrize("precision", ["float32"], indirect=True)
+def test_the_same_where_groups_of_warps_share_rows(precision, device):
+    device.capability = (9, 0)
+    edge = pair_score("graph", torch.float32, 2, (30, 20), S=256)
+    assert device.launches[-1][0].cluster == 2
+    compare("similarity_graph_score", precision, device, edge, images=2, S=256)

@@ -20,7 +20,7 @@ struct Graph {
 template <class T> __device__ __forceinline__ void score_graph(const Graph &p) {
     constexpr Kind KIND = T::KIND;
     constexpr int S = T::S, SLOTS = T::SLOTS;
-    constexpr bool SCALED = T::SCALED;
+    constexpr bool SCALED = T::SCALED, ALONE = GraphShared<T>::ALONE;
     DYNAMIC_SHARED(memory, sizeof(GraphShared<T>));
     auto &sh = *reinterpret_cast<GraphShared<T> *>(memory);
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
@@ -52,13 +52,13 @@ template <class T> __device__ __forceinline__ void score_graph(const Graph &p) {
         return SCALED ? stored_exponent(sh.nodes_top[step % 2][block]) : 0;
     };
     // And so are those of row `row` of Y or Z.
-    auto tops = [&](int step, Matrix which) { return sh.top[T::GROUPS ? 0 : step % 2][which]; };
+    auto tops = [&](int step, Matrix which) { return sh.top[ALONE ? 0 : step % 2][which]; };
     auto exponent = [&](int step, Matrix which, int row) {
         return SCALED ? stored_exponent(tops(step, which)[row]) : 0;
     };
     for (int step = 0; step + 1 < p.steps; ++step) {
         typename T::Products acc;
-        float largest[T::M][2];  // of this thread's rows of Y or Z; GROUPS
+        float largest[T::M][2];  // of this thread's rows of Y or Z; ALONE
         auto each = [&](auto change) {
             const int top = opaque(first_row + g);
 #pragma unroll
@@ -70,11 +70,11 @@ template <class T> __device__ __forceinline__ void score_graph(const Graph &p) {
                         change(top + m * 16 + 8 * j, column + n * 8 + 2 * t, acc[m][n] + 2 * j, 2 * m + j);
         };
         auto own_exponent = [&](Matrix which, int row, int place) {  // `place`: of the row among this thread's
-            if constexpr (SCALED && T::GROUPS) return stored_exponent(as_bits(largest[place / 2][place % 2]));
+            if constexpr (SCALED && ALONE) return stored_exponent(as_bits(largest[place / 2][place % 2]));
             return exponent(step, which, row);
         };
         auto put_y = [&](Matrix which) {
-            if constexpr (SCALED && T::GROUPS)
+            if constexpr (SCALED && ALONE)
                 find_largest(acc, largest);
             else
                 find_tops<T>(acc, tops(step, which), first_row, [](int row) { return row; });
@@ -103,7 +103,7 @@ template <class T> __device__ __forceinline__ void score_graph(const Graph &p) {
                 });
         if constexpr (SCALED) {  // the other step's
             if (int(threadIdx.x) < T::BLOCKS) sh.nodes_top[(step + 1) % 2][threadIdx.x] = 0;
-            if constexpr (!T::GROUPS)
+            if constexpr (!ALONE)
                 for (int i = threadIdx.x; i < 2 * SLOTS; i += THREADS) sh.top[(step + 1) % 2][0][i] = 0;
         }
         __syncthreads();

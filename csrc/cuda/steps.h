@@ -6,16 +6,16 @@ enum Matrix { Y, Z };
 
 template <class T> struct GraphShared {
     static constexpr int ROOM = sizeof(typename T::Making) > 2 * T::MATRIX ? sizeof(typename T::Making) : 2 * T::MATRIX;
+    static constexpr bool ALONE = T::SIDE == 1;             // whether a warp has whole rows
     static constexpr int AMONG = T::SLOTS / 8 * T::HALVES;  // chunks of a row of E
     unsigned char room[ROOM];  // X, then Y or Z
     unsigned char edges[T::SLOTS * AMONG * 16];
     typename T::Shared tile;
     float part[WARPS][16];
     // The bits of the largest number in each caption's rows of X, at its first block, and in each row of Y and Z. Those
-    // of one step are filled while those of the other are read. GROUPS: of Y and Z in the last step alone, as in others
-    // a warp has whole rows.
+    // of one step are filled while those of the other are read. ALONE: of Y and Z in the last step alone.
     unsigned nodes_top[2][T::SCALED ? T::BLOCKS : 1];
-    unsigned top[T::GROUPS ? 1 : 2][2][!T::SCALED ? 1 : T::GROUPS ? 16 : T::SLOTS];
+    unsigned top[ALONE ? 1 : 2][2][!T::SCALED ? 1 : ALONE ? 16 : T::SLOTS];
     __device__ unsigned char *x() { return room; }
     __device__ unsigned char *y() { return room + T::MATRIX; }
     __device__ float *share() { return tile.inverse; }  // of each row of E: 1 / its sum, once the nodes are made
@@ -69,15 +69,18 @@ __device__ __forceinline__ void weighted_by_groups(typename T::Products &acc, Gr
         commit();
     };
     const int lane = threadIdx.x % 32;
-    unsigned own[T::DEPTH / 16][4];
-    sync_warp();  // other lanes of the warp have written its rows
+    unsigned own[4][4];
+    if constexpr (T::SIDE == 1)
+        sync_warp();  // other lanes of the warp have written its rows
+    else
+        __syncthreads();  // and other warps
     clear(acc);
     load(0);
 #pragma unroll 1
     for (int step = 0; step < STEPS; ++step) {
         group_wait<0>(own);
 #pragma unroll
-        for (int k = 0; k < T::DEPTH / 16; ++k)
+        for (int k = 0; k < 4; ++k)
             load_matrices(own[k], a + place<T::WIDE>(first + lane % 16, step * T::NARROW + 2 * k + lane / 16));
         const int stage = T::CLUSTERS ? matrices.place() : step % 2;
         matrices.wait();

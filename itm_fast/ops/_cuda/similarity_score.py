@@ -11,7 +11,7 @@ from torch import Tensor
 from ..._cuda import CLUSTERS, GENERAL, Kernel
 from ..._folding import folded_exactly
 from . import _pairs
-from ._pairs import THREADS, Kind, Nodes, kind_of, making_bytes, rows_of, scores, tile_bytes
+from ._pairs import THREADS, Kind, Nodes, kind_of, making_bytes, rows_of, scores, side, tile_bytes
 from .cross_attention_score import aligned
 
 
@@ -46,8 +46,9 @@ def _kernel(
 
 def graph_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, variant: int) -> Kernel:
     room = max(making_bytes(kind, slots, depth, regions, variant), 4 * slots * S * kind.halves)
-    edges, rows = 2 * slots * slots * kind.halves, slots if variant == GENERAL else 16
-    tops = 8 * (slots // 16 if kind.scaled else 1) + (16 if variant == GENERAL else 8) * (rows if kind.scaled else 1)
+    edges = 2 * slots * slots * kind.halves
+    steps, rows = (1, 16) if side(slots, variant) == 1 else (2, slots)
+    tops = 8 * (slots // 16 if kind.scaled else 1) + 8 * steps * (rows if kind.scaled else 1)
     shared = room + edges + tile_bytes(kind, S, slots, depth, variant) + 2 * THREADS + tops
     arguments = kind.arguments(S, slots, depth, regions, variant=variant)
     return _kernel("graph.cu", "graph_scores", Graph, shared, variant, arguments)
