@@ -49,7 +49,7 @@ GROUP_FAULTS = (
 )
 CLUSTER_FAULTS = (
     *("NOTHING", "NO_FENCE", "NO_FIRST_BARRIER", "NO_LAST_BARRIER", "NO_ARRIVAL", "TWO_ARRIVALS", "FEW_BYTES"),
-    *("MANY_BYTES", "NO_WAIT", "NO_OTHER_WAIT", "PARITY"),
+    *("MANY_BYTES", "NO_WAIT", "NO_OTHER_WAIT", "PARITY", "HASTY"),
 )
 # Products by groups of warps.
 GROUPED_TILES = [f"{n}, true" for n in ("F16, 64, 128, 64, 48, false", "BF16, 64, 128, 64, 48, false")]

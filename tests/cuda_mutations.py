@@ -1,4 +1,5 @@
-"""Remove each barrier, wait and mask of the CUDA kernels in turn: `cuda_mutations.py [FILE ...]` prints what notices.
+"""Remove each barrier, wait and mask of the CUDA kernels in turn: `cuda_mutations.py [FILE[:LINE] ...]` prints what
+notices.
 
 A change is noticed if the changed kernels do not compile, the emulator finds an error, the process crashes, or a result
 has other bits than the unchanged kernels give, in any order of the threads. What none of this shows must be called
@@ -145,6 +146,8 @@ def scan(op: ModuleType) -> Iterator[torch.Tensor]:
 # Products by groups of warps, of blocks alone and in clusters.
 HALF_BY_GROUPS = (_cuda.SPECIFIC, torch.float16, _cuda.GROUPS)
 HALF_IN_CLUSTERS = (_cuda.SPECIFIC, torch.float16, _cuda.CLUSTERS)
+PAIRS_BY_GROUPS = (_cuda.SPECIFIC, torch.float32, _cuda.GROUPS)
+PAIRS_IN_CLUSTERS = (_cuda.SPECIFIC, torch.float32, _cuda.CLUSTERS)
 Run = tuple[tuple[int, int], torch.dtype, int]
 
 
@@ -160,6 +163,8 @@ def score(op: ModuleType, runs: tuple[Run, ...]) -> Iterator[torch.Tensor]:
         args[2][38, 3] = args[3][1, 0] = torch.nan
         name = f"similarity_{head}_score"
         for capability, dtype, variant in runs:
+            if dtype == torch.float32 and variant != _cuda.GENERAL:
+                continue  # see below
             torch.cuda.get_device_capability = lambda *_, of=capability: of  # type: ignore[assignment]
             _cuda.allow_variant(name, args[0].device, dtype, variant)
             yield getattr(op, name)(*cases.rounded(args, dtype))
@@ -167,6 +172,11 @@ def score(op: ModuleType, runs: tuple[Run, ...]) -> Iterator[torch.Tensor]:
         if variant == _cuda.GENERAL:
             continue
         torch.cuda.get_device_capability = lambda *_, of=capability: of  # type: ignore[assignment]
+        if dtype == torch.float32:  # rows that groups share
+            args = cases.case("graph", **cases.SHAPES["S256-odd"])
+            _cuda.allow_variant("similarity_graph_score", args[0].device, dtype, variant)
+            yield op.similarity_graph_score(*cases.rounded(args, dtype))
+            continue
         for head in ("graph", "filter"):  # several stages of each matrix
             name, args = f"similarity_{head}_score", cases.case(head, **cases.SHAPES["S256"])
             _cuda.allow_variant(name, args[0].device, torch.bfloat16, variant)
@@ -193,6 +203,7 @@ class Judge(NamedTuple):
 
 
 LOST = (0, 3, 8, 13, 21)  # messages between the blocks of a cluster before one that is lost
+HURRIED = range(0, 24)  # waits of the blocks of a cluster before one that gives up too early
 
 
 def lossy(op: ModuleType) -> Iterator[torch.Tensor]:
@@ -204,9 +215,10 @@ def lossy(op: ModuleType) -> Iterator[torch.Tensor]:
     capability, dtype, variant = HALF_IN_CLUSTERS
     torch.cuda.get_device_capability = lambda *_: capability  # type: ignore[assignment]
     args = cases.rounded(cases.case("filter", **cases.SHAPES["odd"] | dict(D=600)), dtype)
-    for message in LOST:
+    module = cuda_emulated.load()
+    for event, number in [*((module.lose, n) for n in LOST), *((module.hurry, n) for n in HURRIED)]:
         _cuda.allow_variant("similarity_filter_score", args[0].device, dtype, variant)
-        cuda_emulated.load().lose(message)
+        event(number)
         yield op.similarity_filter_score(*args)
         yield torch.tensor([_cuda.cluster_fault(args[0].device)])
         _cuda._gave_up.clear()
@@ -231,18 +243,23 @@ def all_scans(op: ModuleType) -> Iterator[torch.Tensor]:
 
 SCAN = Judge(("scan",), r"<(F16|F16X3|TF32X3), 36, 128, (2, )?3>", "cross_attention_score", all_scans)
 MORE_STAGES = "BF16, (36, 128, 2|256, 128, 64(, 48, false(, true)?)?)"
+SHARED_ROWS = "F16X3, (36, 128, 2|256, 64, 64|256, 64, 32, 48, true(, true)?)"
 SCORE = Judge(
     ("weights", "global_nodes", "graph", "filter"),
-    r"<((F16|F16X3), (36, 128, 2|64, (64|128), 64|64, 128, 64, 48(, false(, true)?)?)|" + MORE_STAGES + ")>",
+    r"<((F16|F16X3), (36, 128, 2|64, (64|128), 64|64, 128, 64, 48(, false(, true)?)?)|"
+    rf"{MORE_STAGES}|{SHARED_ROWS})>",
     "similarity_score",
     partial(
         score,
-        runs=(((8, 0), torch.float16, 0), ((8, 0), torch.float32, 0), HALF_BY_GROUPS, HALF_IN_CLUSTERS),
+        runs=(
+            *(((8, 0), torch.float16, 0), ((8, 0), torch.float32, 0), HALF_BY_GROUPS, HALF_IN_CLUSTERS),
+            *(PAIRS_BY_GROUPS, PAIRS_IN_CLUSTERS),
+        ),
     ),
 )
 GROUPS = SCORE._replace(
-    instances=r"<(F16, (36, 128, 2|64, 128, 64|64, 128, 64, 48, false(, true)?)|" + MORE_STAGES + ")>",
-    results=partial(score, runs=(HALF_BY_GROUPS, HALF_IN_CLUSTERS)),
+    instances=r"<(F16, (36, 128, 2|64, 128, 64|64, 128, 64, 48, false(, true)?)|" + f"{MORE_STAGES}|{SHARED_ROWS})>",
+    results=partial(score, runs=(HALF_BY_GROUPS, HALF_IN_CLUSTERS, PAIRS_BY_GROUPS, PAIRS_IN_CLUSTERS)),
 )
 CLUSTERS = GROUPS._replace(
     instances=r"<(F16, (36, 128, 2|64, 128, 64|64, 128, 64, 48, false)|" + MORE_STAGES.replace("(, true)?", "") + ")>",
@@ -251,13 +268,14 @@ CLUSTERS = GROUPS._replace(
 JUDGES: dict[str, Judge] = {
     **dict.fromkeys(("affinity.h", "attention.h", "scan.cu"), SCAN),
     **dict.fromkeys(("tile.h", "nodes.h", "steps.h", "graph.cu", "filter.cu", "global_nodes.cu", "weights.cu"), SCORE),
-    "groups.h": GROUPS,
+    **dict.fromkeys(("groups.h", "hopper.h"), GROUPS),
     **dict.fromkeys(("stream.h", "cluster.h"), CLUSTERS),
 }
 
 
-def results(judge: Judge) -> list[torch.Tensor]:
-    """All results in all orders, of the kernels in the folder that `_native.csrc_dir` names."""
+def results(judge: Judge, want: list[torch.Tensor] | None) -> list[torch.Tensor]:
+    """The results of the kernels in the folder that `_native.csrc_dir` names: in all orders, or up to the first one in
+    which they are not those wanted."""
     import importlib
 
     import cuda_emulated
@@ -276,17 +294,24 @@ def results(judge: Judge) -> list[torch.Tensor]:
     found = []
     for device.order in ORDERS:
         found += [result.float().nan_to_num(12345.0) for result in judge.results(op)]
+        if want and differing(found, want):
+            break
     return found
+
+
+def differing(found: list[torch.Tensor], want: list[torch.Tensor]) -> int:
+    return sum(not torch.equal(a, b) for a, b in zip(found, want))
 
 
 def judge_in_process(file: str, csrc: str, out: str) -> None:
     """The work of a process: write the results of kernels in a folder."""
     _native.csrc_dir = lambda: Path(csrc)  # type: ignore[attr-defined]
-    torch.save(results(JUDGES[file]), out)
+    wanted = Path(csrc, "wanted.pt")
+    torch.save(results(JUDGES[file], torch.load(wanted) if wanted.is_file() else None), out)
 
 
 def judged(file: str, csrc: Path) -> list[torch.Tensor] | str:
-    """The results of kernels in a folder, or what went wrong."""
+    """The results of kernels in a folder, or what went wrong; `wanted.pt` there has those of the unchanged kernels."""
     out = csrc / "results.pt"
     out.unlink(missing_ok=True)
     environment = {**os.environ, "ITM_FAST_CACHE_DIR": str(csrc / "cache")}
@@ -305,8 +330,8 @@ def judged(file: str, csrc: Path) -> list[torch.Tensor] | str:
 def verdict(found: list[torch.Tensor] | str, want: list[torch.Tensor]) -> str:
     if isinstance(found, str):
         return found
-    other = sum(not torch.equal(a, b) for a, b in zip(found, want))
-    return f"{other} of {len(want)} results" if other else "unnoticed"
+    other = differing(found, want)
+    return f"{other} of {len(found)} results" if other else "unnoticed"
 
 
 def main(files: list[str]) -> int:
@@ -318,11 +343,13 @@ def main(files: list[str]) -> int:
         sources = {file.name: file.read_text() for file in cuda.iterdir()}
         for name, text in sources.items():
             (folder / name).write_text(text)
-        for file in files or JUDGES:
+        for file, _, only in (name.partition(":") for name in files or JUDGES):
+            Path(scratch, "wanted.pt").unlink(missing_ok=True)
             want = judged(file, Path(scratch))
             if isinstance(want, str):
                 raise RuntimeError(f"the unchanged kernels fail: {want}")
-            for change in changes(file, sources[file]):
+            torch.save(want, Path(scratch, "wanted.pt"))
+            for change in (c for c in changes(file, sources[file]) if only in ("", str(c.line))):
                 (folder / file).write_text(change.made(sources[file]))
                 said = verdict(judged(file, Path(scratch)), want)
                 line = sources[file].splitlines()[change.line - 1]

@@ -1,6 +1,7 @@
 """The emulator of CUDA kernels notices what a kernel does wrong."""
 
 import ctypes
+import itertools
 import re
 
 import pytest
@@ -179,6 +180,19 @@ def test_waits_for_a_message_that_is_lost_end(order, emulated):
         assert failed
         assert found.isnan().any()
         assert torch.equal(found[~found.isnan()], want[~found.isnan()])
+
+
+@pytest.mark.parametrize("fault", ["NOTHING", "HASTY"])
+def test_a_block_that_gives_up_leaves_alone_what_a_late_one_reads(fault, emulated):
+    wrong, gave_up = 0, 0
+    for order, waits in itertools.product(ORDERS, range(24)):
+        emulated.hurry(waits)
+        found, want, failed = sums(emulated, fault, order)
+        assert found.isnan().any() == failed
+        wrong += not torch.equal(found[~found.isnan()], want[~found.isnan()])
+        gave_up += failed
+    assert gave_up
+    assert bool(wrong) == (fault == "HASTY")
 
 
 def test_an_instance_that_was_not_built(emulated):

@@ -45,7 +45,7 @@ template <int PLACES, int BYTES> struct Stream {  // a thread's
             arrive_at_other(&ring->empty[place]);
             wait_for(&ring->empty[place], (next / PLACES - 1) % 2, &ring->given_up, failed);
         }
-        if (!ring->given_up) fill(next);  // redundant where a message was lost; a block that is late still reads there
+        if (!ring->given_up) fill(next);  // a block that is late still reads there
     }
     // 0, or NaN where the block has given up waiting. The threads of the cluster stay until none uses another's memory.
     __device__ __forceinline__ float end() {

@@ -238,7 +238,8 @@ void copy_to_both(void *to, const void *from, size_t bytes, void *counted) {
 bool wait_for(void *at, unsigned parity) {
     Barrier &barrier = barrier_at(at, current->block);
     current->awaited = &barrier, current->parity = parity;
-    while (waits(*current)) leave();
+    if (current->thread == 0 && !is_open(*current) && hurrying >= 0 && hurrying-- == 0) current->hurried = &barrier;
+    while (waits(*current) && current->hurried != &barrier) leave();
     const bool ended = is_open(*current);
     current->awaited = nullptr, current->gave_up = false;
     ++progress;
@@ -250,7 +251,9 @@ void launch(Dim g, Dim b, unsigned of_cluster, size_t bytes, unsigned order, std
     if (g.y % of_cluster) throw std::runtime_error("a grid must be whole clusters");
     grid = g, block = b, cluster = of_cluster, body = std::move(kernel), failure.clear();
     eager = order % 2, eager_products = order < 2, holds = order > 1;
-    losing = cluster > 1 ? std::exchange(lose, -1) : -1, may_give_up = losing >= 0;
+    losing = cluster > 1 ? std::exchange(lose, -1) : -1;
+    hurrying = cluster > 1 ? std::exchange(hurry, -1) : -1;
+    may_give_up = losing >= 0 || hurrying >= 0;
     counts = {};
     forget_variables();
     stacks.resize(cluster * b.x * STACK);
@@ -286,6 +289,7 @@ PYBIND11_MODULE(cuda_emulated_module, m) {
                                            {"flops", c.flops},                   {"group_flops", c.group_flops}};
     });
     m.def("lose", [](int messages) { emulator::lose = messages; });
+    m.def("hurry", [](int waits) { emulator::hurry = waits; });
     m.def("problem_bytes", [] {
         std::map<std::string, size_t> bytes;
         for (const auto &[name, instance] : emulator::instances()) bytes[name] = instance.problem_bytes;

@@ -18,8 +18,9 @@
 // while their accumulators hold NaN (others). They need their fences, and the warps of a group the same products.
 //
 // An mbarrier (csrc/cuda/cluster.h) needs its fence before the other block uses it, and the bytes that it is told to
-// expect. A block may not end while the other uses its memory, or while copies that it has started are on their way. A wait that nothing can end is an error; but where `lose` has a message between the
-// blocks lost, it gives up as on a GPU.
+// expect. A block may not end while the other uses its memory, or while copies that it has started are on their way. A
+// wait that nothing can end is an error; but where `lose` has a message between the blocks lost, it gives up as on a GPU.
+// `hurry` has a wait give up although what it waits for would come, as where the other block is late.
 #pragma once
 #if !defined(__x86_64__) || !defined(__linux__)
 #error "the emulator switches stacks by instructions of x86-64 Linux"
@@ -58,7 +59,7 @@ struct Fiber {
     void *stack_pointer = nullptr;
     unsigned thread = 0, block = 0;  // within the block, and of that within the cluster
     bool done = false, at_barrier = false, at_cluster_barrier = false, held = false, gave_up = false;
-    struct Barrier *awaited = nullptr;
+    struct Barrier *awaited = nullptr, *hurried = nullptr;
     unsigned parity = 0;
     std::vector<Copy> copies;     // those that have not landed, in the order of their start
     std::vector<size_t> groups;   // of these, the number in each group that was committed
@@ -128,6 +129,7 @@ inline unsigned cluster = 1;      // blocks
 inline long progress = 0;         // grows with all that threads do to each other
 // Messages between the blocks of a cluster until one is lost; below 0: none is. The first: in the next launch with clusters.
 inline int lose = -1, losing = -1;
+inline int hurry = -1, hurrying = -1;  // the same of waits of the blocks' first threads, until one gives up
 inline bool may_give_up = false;
 inline Fiber *current = nullptr;
 inline void *scheduler = nullptr;

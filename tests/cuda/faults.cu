@@ -114,6 +114,7 @@ enum ClusterFault {
     CLUSTER_NO_WAIT,           // for a copy before its use
     CLUSTER_NO_OTHER_WAIT,     // for the other block, before the copy that takes the place of what it reads
     CLUSTER_PARITY,            // is always 0
+    CLUSTER_HASTY,             // copies although it has given up waiting for the other block
 };
 
 struct Clustered {
@@ -156,7 +157,7 @@ template <ClusterFault FAULT> __global__ void IN_CLUSTERS clustered(Clustered p)
             if (FAULT == CLUSTER_TWO_ARRIVALS) arrive_at_other(barriers + 2 + step % 2);
             if (step > 5) continue;
             if (FAULT != CLUSTER_NO_OTHER_WAIT) wait(2 + step % 2, step / 2);
-            if (!*given_up) fill(step + 2);
+            if (!*given_up || FAULT == CLUSTER_HASTY) fill(step + 2);
         }
     }
     if (FAULT != CLUSTER_NO_LAST_BARRIER) cluster_barrier();
