@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -9,7 +10,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from native_cases import compiler
+from native_cases import KNOWS_ITS_FLAGS, compiler
 
 from itm_fast import _native
 from itm_fast._native import cache, compiling
@@ -39,7 +40,7 @@ def installed_name(path):
     return path if path.startswith("itm_fast/") else f"itm_fast/{path}"
 
 
-def build(out, levels=""):
+def build(out, levels="none"):
     """Build the sdist, and the wheel from it: in a folder of its own, without what an older build left in the tree."""
     pytest.importorskip("build")
     # With isolation the build fetches setuptools anew; what is installed here serves when it is there.
@@ -134,16 +135,27 @@ def test_a_wheel_with_the_library_needs_no_compiler_and_gives_the_same_bits(tmp_
 
 
 @pytest.mark.skipif(_native.why_not() is not None, reason="needs a compiler")
-def test_a_level_that_was_never_compiled_is_compiled_for_the_wheel(tmp_path, monkeypatch):
+def test_a_level_that_was_never_compiled_is_compiled_for_the_wheel(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("ITM_FAST_CACHE_DIR", str(tmp_path / "cache"))
     (tmp_path / "csrc" / "cpu").mkdir(parents=True)
     (tmp_path / "csrc" / "cpu" / "seven.cpp").write_text(f'extern "C" int seven() {{ return 7; }} // {tmp_path}')
     monkeypatch.setattr(_wheel, "_csrc", lambda: tmp_path / "csrc")
     monkeypatch.chdir(tmp_path)
-    _wheel.build_libraries(["generic", "avx2"], Path("libraries"))
+    _wheel.build_libraries(["generic", "avx2"], Path("libraries"), compiling.find_compiler())
     folders = sorted(path.name for path in (tmp_path / "libraries").iterdir())
     assert [name.partition("-")[0] for name in folders] == ["avx2", "generic"]
     loaded = cache.load(tmp_path / "libraries" / folders[1])
     assert (loaded.level, loaded.library.seven()) == ("generic", 7)
+    said = capfd.readouterr().err
+    assert "compiling CPU kernels for generic, avx2" in said
+    assert "2 of 2 files are compiled after" in said
+    # Another wheel of the same sources takes the libraries from the cache folder.
+    _wheel.build_libraries(["avx2", "generic"], Path("again"), compiling.find_compiler())
+    assert "compiling" not in capfd.readouterr().err
+    for folder in folders:
+        again, first = (tmp_path / place / folder for place in ("again", "libraries"))
+        assert sorted(path.name for path in again.iterdir()) == ["build.json", "itm_fast.so"]
+        assert (again / "itm_fast.so").read_bytes() == (first / "itm_fast.so").read_bytes()
 
 
 @pytest.mark.skipif(_native.why_not() is not None, reason="needs a compiler")
@@ -152,19 +164,81 @@ def test_of_all_levels_a_wheel_has_those_that_the_compiler_knows(tmp_path, monke
     (tmp_path / "csrc" / "cpu" / "seven.cpp").write_text(f"int seven() {{ return 7; }} // {tmp_path}")
     monkeypatch.setattr(_wheel, "_csrc", lambda: tmp_path / "csrc")
     compiler('case "$*" in *-mavx*|*-mamx*) echo "error: what is this?"; exit 1;; *) exec REAL "$@";; esac')
-    _wheel.build_libraries(list(_native.LEVELS), tmp_path / "libraries")
+    _wheel.build_libraries(list(_native.LEVELS), tmp_path / "libraries", compiling.find_compiler())
     (folder,) = (tmp_path / "libraries").iterdir()
     assert folder.name.startswith("generic-")
     assert "9.9.9 does not know amx_bf16: it is left out" in capfd.readouterr().err
     with pytest.raises(_native.Unavailable, match="does not know amx_bf16; leave it out of ITM_FAST_LEVELS"):
-        _wheel.build_libraries(["amx_bf16"], tmp_path / "others")
+        _wheel.build_libraries(["amx_bf16"], tmp_path / "others", compiling.find_compiler())
 
 
 def test_levels_are_asked_for_by_name():
-    assert _wheel.levels_asked("all") == list(_native.LEVELS)
+    assert _wheel.levels_asked("all") == _wheel.levels_asked("") == list(_native.LEVELS)
     assert _wheel.levels_asked("none") == []
-    with pytest.raises(ValueError, match=r"must be all, none or some of amx_bf16, .*, got avx1024"):
-        _wheel.levels_asked("avx2,avx1024")
+    for text in ("avx2,avx1024", "none,avx1024"):
+        with pytest.raises(ValueError, match=r"must be all, none or some of amx_bf16, .*, got .*avx1024"):
+            _wheel.levels_asked(text)
+
+
+BUILD = "import sys; from setuptools import build_meta; print(getattr(build_meta, sys.argv[1])(sys.argv[2]))"
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """Builds a wheel of the tree with one small source in csrc/cpu, as pip does; returns its name and what was said."""
+    monkeypatch.setenv("ITM_FAST_CACHE_DIR", str(tmp_path / "cache"))
+    for name in ("ITM_FAST_LEVELS", "CXX", "PYTHONPATH"):
+        monkeypatch.delenv(name, raising=False)
+    tree, data = tmp_path / "tree", shutil.ignore_patterns("*.npy", "*.tar", "*.zip", "*.png", "*.jpg", "cpu", "*.pyc")
+    for folder in ("itm_fast", "kernels", "csrc"):
+        shutil.copytree(ROOT / folder, tree / folder, ignore=data)
+    for file in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / file, tree)
+    (tree / "csrc" / "cpu").mkdir()
+    (tree / "csrc" / "cpu" / "seven.cpp").write_text('extern "C" int seven() { return 7; }')
+
+    def wheel(kind="build_wheel", **environment):
+        command = [sys.executable, "-c", BUILD, kind, str(tmp_path)]
+        done = subprocess.run(
+            command, cwd=tree, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+        )
+        return done.stdout.splitlines()[-1] if not done.returncode else None, done.stderr
+
+    return wheel
+
+
+@pytest.mark.skipif(_native.why_not() is not None, reason="needs a compiler")
+def test_a_wheel_has_the_libraries_wherever_there_is_a_compiler(small, tmp_path, compiler):
+    name, said = small()
+    assert re.fullmatch(r"itm_fast-[\d.]+-py3-none-(?!any)\w+\.whl", name), said
+    found = {Path(path).parts[3].partition("-")[0] for path in zipfile.ZipFile(tmp_path / name).namelist()
+             if path.startswith("itm_fast/_native/libraries/")}  # fmt: skip
+    left_out = set(re.findall(r"does not know (\w+): it is left out", said))
+    assert found | left_out == set(_native.LEVELS)
+    assert "generic" in found
+    # An editable installation compiles nothing: each change of the sources would ask for all levels again.
+    assert small("build_editable", CXX=str(compiler("exit 1")))[0]
+
+
+def test_without_a_compiler_the_wheel_compiles_at_first_use(small, tmp_path):
+    name, said = small(PATH=str(tmp_path))
+    assert name.endswith("-py3-none-any.whl")
+    assert "WARNING: this wheel holds no CPU kernels" in said
+    assert "no C++ compiler on PATH; install g++ or clang++" in said
+    name, said = small(PATH=str(tmp_path), ITM_FAST_LEVELS="all")
+    assert not name
+    assert "no C++ compiler on PATH" in said
+
+
+def test_a_compiler_that_fails_makes_no_wheel(small, compiler):
+    """Old compilers, which know no C++20, count as none, but not one that CXX names, nor one that fails later."""
+    broken = KNOWS_ITS_FLAGS + '\necho "seven.cpp:1: error: what is this?"; exit 1'
+    name, said = small(CXX=str(compiler(broken)))
+    assert not name
+    assert "the CPU kernels do not compile with g++ (of the tests) 9.9.9: seven.cpp:1: error: what is this?" in said
+    name, said = small(CXX=str(compiler("echo error: -std=c++20; exit 1")))
+    assert not name
+    assert "cannot compile C++20 (error: -std=c++20); install GCC 11 or newer, or set CXX" in said
 
 
 @pytest.mark.skipif(_native.why_not() is not None, reason="needs a compiler")

@@ -89,12 +89,12 @@ def outcome() -> Build | str:
 
 
 def _right(built: Build) -> Build:
-    """The library itself, or that of the next lower level if the processor's tiles do not compute what they should."""
+    """The library itself, or that of a lower level if the processor's tiles do not compute what they should."""
     if built.level != "amx_bf16" or not (fault := amx.fault(built.library)):
         return built
-    lower = list(LEVELS)[list(LEVELS).index(built.level) + 1]
-    warnings.warn(f"itm-fast leaves out this processor's AMX: {fault}; its level is {lower} now", stacklevel=4)
-    return build(csrc_dir(), lower)
+    lower = build(csrc_dir(), compiling.below(built.level)[0])
+    warnings.warn(f"itm-fast leaves out this processor's AMX: {fault}; its level is {lower.level} now", stacklevel=4)
+    return lower
 
 
 def bfloat16_products() -> tuple[bool, object]:
@@ -159,8 +159,7 @@ def build(csrc: Path, level: str) -> Build:
     try:
         compiler = compiling.find_compiler()
     except Unavailable:
-        names = list(LEVELS)
-        for lower in names[names.index(level) + 1 :]:
+        for lower in compiling.below(level):
             if found := _shipped(compiling.library_name(lower, sources)):
                 return found
         # On a cluster, another node that shares this home folder may have a compiler and have built the library.
@@ -205,11 +204,12 @@ def _compiled(compiler: compiling.Compiler, level: str, sources: dict[str, bytes
     """Compile the sources in scratch/objects, move the library to scratch/result, and load it from there."""
     notice = "itm-fast: compiling its CPU kernels, once for this machine (a minute or two) ..."
     print(notice, file=sys.stderr, flush=True)
-    compiling.lay_out(sources, scratch / "objects")
-    library = compiling.compile_library(compiler, level, scratch / "objects", time.monotonic() + compiling.SECONDS)
+    objects = scratch / "objects"
+    compiling.lay_out(sources, objects)
+    compiling.compile_libraries(compiler, {level: ""}, objects, time.monotonic() + compiling.SECONDS)
     result = scratch / "result"
     result.mkdir(mode=0o755)  # all users may use a library that root built, but not change it
-    library.rename(result / LIBRARY)
+    (objects / LIBRARY).rename(result / LIBRARY)
     cache.note(result, LIBRARY, level=level, compiler=compiler.version)
     try:
         return cache.load(result)._replace(path=None)

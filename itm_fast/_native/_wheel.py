@@ -1,12 +1,11 @@
 """Commands of setuptools that put the compiled C++ library into the wheel, so that its users need no compiler.
 
-    ITM_FAST_LEVELS=all pip wheel --no-deps .          # py3-none-linux_x86_64, all instruction levels
+    pip wheel --no-deps .                               # py3-none-linux_x86_64, all levels that the compiler knows
     ITM_FAST_LEVELS=avx2,generic pip wheel --no-deps .  # these alone
-    pip wheel --no-deps .                              # py3-none-any; each machine compiles its level at first use
+    ITM_FAST_LEVELS=none pip wheel --no-deps .          # py3-none-any; each machine compiles its level at first use
 
-A build cannot tell `pip wheel` from `pip install`, which makes a wheel and unpacks it. Four of the
-five levels take nine minutes of a Zen 4 core (GCC 12; about six if all is compiled with -O2), and an installation needs
-one of them at most, so the libraries are put in only where ITM_FAST_LEVELS asks for them. PyPI takes no wheel that is
+The same holds for `pip install .`, which makes a wheel and unpacks it; `pip install --editable .` compiles nothing.
+Without a compiler the wheel is that of ITM_FAST_LEVELS=none. PyPI takes no wheel that is
 named linux_x86_64: `auditwheel repair` names it by the glibc that its libraries need, for example manylinux_2_34 if GCC
 12 has built them on Debian 12.
 The library is loaded by ctypes and uses neither Python's nor torch's headers, so one serves every Python and torch.
@@ -18,8 +17,10 @@ from __future__ import annotations
 import os
 import shutil
 import sys
+import tempfile
 import time
 import types
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,6 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
 _HERE = Path(__file__).resolve().parent
-_WITHOUT = (
-    "itm-fast: no CPU kernels are compiled now, since a build cannot tell `pip wheel` from `pip install`: each machine "
-    "compiles them at first use. With ITM_FAST_LEVELS=all a wheel holds those of every instruction level (one or two "
-    "minutes each on one core)"
-)
 
 
 class BuildPy(build_py):
@@ -48,20 +44,19 @@ class BuildPy(build_py):
 
 
 class BdistWheel(bdist_wheel):
-    """Makes a wheel for this platform and any Python if libraries are asked for, else one for every platform."""
+    """Makes a wheel for this platform and any Python if it holds libraries, else one for every platform."""
 
     def run(self) -> None:
-        if levels := levels_asked(os.environ.get("ITM_FAST_LEVELS", "")):
+        levels = levels_asked(os.environ.get("ITM_FAST_LEVELS", ""))
+        if levels and (compiler := suitable_compiler()):
             into = Path(self.bdist_dir).with_name("libraries")
             shutil.rmtree(into, ignore_errors=True)
-            build_libraries(levels, into)
+            build_libraries(levels, into, compiler)
             self.root_is_pure = False
             # setuptools decides by this whether the package belongs to the platform's folder.
             self.distribution.has_ext_modules = lambda: True  # type: ignore[method-assign]
             command: Any = self.get_finalized_command("build_py")
             command.libraries = into
-        else:
-            print(_WITHOUT, file=sys.stderr)  # pip shows it with -v, `python -m build` always
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
@@ -70,60 +65,116 @@ class BdistWheel(bdist_wheel):
 
 
 def levels_asked(text: str) -> list[str]:
-    """The instruction levels that ITM_FAST_LEVELS names.
+    """The instruction levels that ITM_FAST_LEVELS names; all if it is empty.
 
     Raises:
         ValueError: one is unknown.
 
-    >>> levels_asked("avx2, generic"), levels_asked("all")[0], levels_asked("")
+    >>> levels_asked("avx2, generic"), levels_asked("")[0], levels_asked("none")
     (['avx2', 'generic'], 'amx_bf16', [])
     """
     known = list(_modules()[1].LEVELS)
-    names = known if text.strip() == "all" else [name for name in text.replace(",", " ").split() if name != "none"]
+    names = text.replace(",", " ").split()
+    if names in ([], ["all"]):
+        return known
+    if names == ["none"]:
+        return []
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"ITM_FAST_LEVELS must be all, none or some of {', '.join(known)}, got {', '.join(unknown)}")
-    return names
+    return list(dict.fromkeys(names))
 
 
-def build_libraries(levels: list[str], into: Path) -> None:
+def suitable_compiler() -> Any:
+    """The compiler; None after a warning if there is none that compiles C++20, and neither variable asks for it.
+
+    Raises:
+        Unavailable: the compiler that CXX names does not run or is too old, or there is none for ITM_FAST_LEVELS.
+    """
+    cache, compiling = _modules()
+    try:
+        compiler = compiling.find_compiler()
+        with tempfile.TemporaryDirectory() as folder:
+            compiling.best_level(compiler, "generic", Path(folder), time.monotonic() + 60)
+        return compiler
+    except cache.Unavailable as error:
+        if os.environ.get("ITM_FAST_LEVELS", "").strip() or os.environ.get("CXX"):
+            raise
+        _say(f"WARNING: this wheel holds no CPU kernels, and every machine has to compile them at first use: {error}")
+        return None
+
+
+def build_libraries(levels: list[str], into: Path, compiler: Any) -> None:
     """Compile the library for each level, or copy it from the cache folder if this compiler has built it before.
 
     Args:
         levels: some of `compiling.LEVELS`. Where it is all of them, those that the compiler does not know are left out.
         into: gets a folder for each level, as `cache.load` reads it.
+        compiler: a `compiling.Compiler`.
 
     Raises:
-        Unavailable: there is no compiler, it does not know a level that was named, or it fails.
+        Unavailable: the compiler does not know a level that was named, or it fails.
     """
     cache, compiling = _modules()
-    into = into.absolute()  # the compiler runs in another folder
-    compiler = compiling.find_compiler()
     sources = compiling.sources_in(_csrc())
+    names = {level: compiling.library_name(level, sources) for level in levels}
     into.mkdir(parents=True)
-    for level in levels:
-        name = compiling.library_name(level, sources)
-        built = cache.find(f"{name}-{compiling.compiler_name(compiler)}", _checked)
-        if built is not None and cache.facts(built, cache.LIBRARY)["level"] == level:
-            (into / name).mkdir()
-            for file in (cache.LIBRARY, "build.json"):
-                shutil.copy2(built / file, into / name)
-            continue
-        print(f"itm-fast: compiling its CPU kernels for {level} ...", file=sys.stderr, flush=True)
-        folder = into / f"building-{level}"
-        folder.mkdir()
-        deadline = time.monotonic() + 3 * compiling.SECONDS
-        if compiling.best_level(compiler, level, folder, deadline) != level:
-            if levels == list(compiling.LEVELS):
-                print(f"itm-fast: {compiler.version} does not know {level}: it is left out", file=sys.stderr)
-                shutil.rmtree(folder)
-                continue
-            raise cache.Unavailable(f"{compiler.version} does not know {level}; leave it out of ITM_FAST_LEVELS")
-        compiling.lay_out(sources, folder / "objects")
-        library = compiling.compile_library(compiler, level, folder / "objects", deadline)
-        (into / name).mkdir()
-        library.rename(into / name / cache.LIBRARY)
-        cache.note(into / name, cache.LIBRARY, level=level, compiler=compiler.version)
-        shutil.rmtree(folder)
+    missing = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a cache folder that cannot be written: it would only save time
+        with cache.scratch() as (scratch, kept):
+            deadline = time.monotonic() + len(levels) * compiling.SECONDS
+            for level in levels:
+                built = cache.find(f"{names[level]}-{compiling.compiler_name(compiler)}", _checked)
+                if built is not None and cache.facts(built, cache.LIBRARY)["level"] == level:
+                    _ship(built, into / names[level])
+                    _say(f"{level} was compiled before")
+                elif compiling.best_level(compiler, level, scratch, deadline) == level:
+                    missing.append(level)
+                elif levels == list(compiling.LEVELS):
+                    _say(f"{compiler.version} does not know {level}: it is left out")
+                else:
+                    raise cache.Unavailable(
+                        f"{compiler.version} does not know {level}; leave it out of ITM_FAST_LEVELS"
+                    )
+            if not missing:
+                return
+            _say(f"compiling CPU kernels for {', '.join(missing)} ...")
+            objects = scratch / "objects"
+            compiling.lay_out(sources, objects)
+            compiling.compile_libraries(compiler, {level: level for level in missing}, objects, deadline, _Progress())
+            for level in missing:
+                result = scratch / level
+                result.mkdir(mode=0o755)
+                (objects / level / cache.LIBRARY).rename(result / cache.LIBRARY)
+                cache.note(result, cache.LIBRARY, level=level, compiler=compiler.version)
+                _ship(result, into / names[level])
+                if kept:
+                    home = scratch.parent / f"{names[level]}-{compiling.compiler_name(compiler)}"
+                    cache.publish(result, home, _checked)
+
+
+def _ship(built: Path, folder: Path) -> None:
+    """Copy a library and what is known about it, without what its users have measured beside it."""
+    folder.mkdir()
+    for file in (_modules()[0].LIBRARY, "build.json"):
+        shutil.copy2(built / file, folder / file)
+
+
+class _Progress:
+    """Says with every tenth of the files how many are compiled."""
+
+    def __init__(self) -> None:
+        self.said, self.began = 0, time.monotonic()
+
+    def __call__(self, done: int, files: int) -> None:
+        if done * 10 // files > self.said:
+            self.said = done * 10 // files
+            _say(f"{done} of {files} files are compiled after {time.monotonic() - self.began:.0f} s")
+
+
+def _say(text: str) -> None:
+    """On stderr, which pip shows with -v or if the build fails, and `python -m build` always."""
+    print(f"itm-fast: {text}", file=sys.stderr, flush=True)
 
 
 def _checked(folder: Path) -> Path:

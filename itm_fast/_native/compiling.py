@@ -35,7 +35,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "generic": (),
 }
 BFLOAT16_LEVELS = ("amx_bf16", "avx512_bf16")  # those that have products of bfloat16 values
-SECONDS = 600  # the longest time for a build; it takes one or two minutes on two cores
+SECONDS = 600  # the longest time for one level; it takes one or two minutes on two cores
 _PROBE = """\
 #include <concepts>
 #include <thread>
@@ -59,7 +59,7 @@ _MEMORY = re.compile(
 _RULES = """\
 ninja_required_version = 1.11
 rule compile
-  command = {compile} $more -I. -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || {{ echo $$? > $out.failed; exit 1; }}
+  command = {compile} $flags -I. -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || {{ echo $$? > $out.failed; exit 1; }}
   depfile = $out.d
   deps = gcc
 rule link
@@ -92,8 +92,8 @@ def find_compiler() -> Compiler:
                 f"CXX names {command[0]!r}, which cannot be run; set it to g++ 11 or newer, or to clang++"
             )
         raise Unavailable(
-            "no C++ compiler on PATH; install g++ or clang++, or set CXX, or install a wheel that holds the kernels, "
-            "which `ITM_FAST_LEVELS=all pip wheel --no-deps .` makes on another machine"
+            "no C++ compiler on PATH; install g++ or clang++, or set CXX, or install the wheel that "
+            "`pip wheel --no-deps .` makes on a machine with a compiler: it holds the kernels"
         )
     if os.path.dirname(command[0]):
         command[0] = os.path.abspath(found)  # absolute, as it runs in other folders
@@ -140,6 +140,11 @@ def find_ninja() -> str:
     raise Unavailable("no ninja to compile the CPU kernels with; `pip install ninja`, or put it on PATH")
 
 
+def below(level: str) -> list[str]:
+    """The lower ones of `LEVELS`, best first."""
+    return list(LEVELS)[list(LEVELS).index(level) + 1 :]
+
+
 def best_level(compiler: Compiler, level: str, folder: Path, deadline: float) -> str:
     """`level`, or the best lower one of `LEVELS` that the compiler and its assembler know.
 
@@ -147,8 +152,8 @@ def best_level(compiler: Compiler, level: str, folder: Path, deadline: float) ->
         Unavailable: the compiler cannot compile three lines of C++20, or was stopped by a signal.
     """
     probe = folder / "probe.cpp"
-    names, said = list(LEVELS), ""
-    for lower in names[names.index(level) :]:
+    said = ""
+    for lower in (level, *below(level)):
         probe.write_text(_PROBE + (_AMX_PROBE if lower == "amx_bf16" else ""))
         command = [*compiler.command, *FLAGS, *LEVELS[lower], "-c", str(probe), "-o", str(probe.with_suffix(".o"))]
         status, said = _run(command, folder, deadline)
@@ -188,40 +193,48 @@ def lay_out(sources: Mapping[str, bytes], folder: Path) -> None:
                     os.utime(file, ns=(later, later))
 
 
-def compile_library(compiler: Compiler, level: str, folder: Path, deadline: float) -> Path:
-    """Compile and link the sources that `lay_out` put into a folder.
+def compile_libraries(
+    compiler: Compiler,
+    places: Mapping[str, str],
+    folder: Path,
+    deadline: float,
+    tell: Callable[[int, int], None] = lambda done, all: None,
+) -> None:
+    """Compile and link the sources that `lay_out` put into a folder, with all cores.
 
     Args:
         compiler: the compiler.
-        level: one of `LEVELS` whose flags the compiler knows.
-        folder: the build folder; object files that are up to date are reused.
+        places: some of `LEVELS` whose flags the compiler knows, each with the folder in `folder` for its object files
+            and its library, `LIBRARY`; "" for `folder` itself. Object files that are up to date are reused.
+        folder: the build folder.
         deadline: in seconds of time.monotonic().
-
-    Returns:
-        The path of the library.
+        tell: called often meanwhile with the number of object files that are there, and that there will be.
 
     Raises:
         Unavailable: compiling failed; the message says why, and where the whole output is.
     """
     sources = sorted((folder / "cpu").glob("*.cpp"), reverse=True)  # pair scorers first: they take longest
-    rules = _RULES.format(
-        compile=_escaped([*compiler.command, *FLAGS, *LEVELS[level]]),
-        link=_escaped([*compiler.command, "-shared", "-pthread"]),
-    )
-    for source in sources:
-        rules += f"build {source.stem}.o: compile cpu/{source.name}\n"
-        if source.stem.endswith("_backward"):
-            rules += f"  more = {_escaped(BACKWARD_FLAGS)}\n"
-    rules += f"build {LIBRARY}: link {' '.join(f'{source.stem}.o' for source in sources)}\n"
+    rules = _RULES.format(compile=_escaped(compiler.command), link=_escaped([*compiler.command, "-shared", "-pthread"]))
+    files: list[Path] = []
+    libraries = [folder / place / LIBRARY for place in places.values()]
+    for (level, place), library in zip(places.items(), libraries):
+        objects = {source: (Path(place) / source.with_suffix(".o").name).as_posix() for source in sources}
+        for source, name in objects.items():
+            flags = (*FLAGS, *LEVELS[level], *(BACKWARD_FLAGS if source.stem.endswith("_backward") else ()))
+            rules += f"build {name}: compile cpu/{source.name}\n  flags = {_escaped(flags)}\n"
+        rules += f"build {library.relative_to(folder).as_posix()}: link {' '.join(objects.values())}\n"
+        files += [folder / name for name in objects.values()]
+        library.unlink(missing_ok=True)
     (folder / "build.ninja").write_text(rules)
-    library = folder / LIBRARY
-    library.unlink(missing_ok=True)
+
+    def failed() -> bool:
+        tell(sum(file.is_file() for file in files), len(files))
+        return any(file.stat().st_size for file in folder.rglob("*.failed"))
+
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    command = [find_ninja(), f"-j{cores}"]
-    ended = _run(command, folder, deadline, lambda: any(file.stat().st_size for file in folder.glob("*.failed")))
-    if ended[0] or not library.is_file():
-        raise _failure(compiler, folder, ended, [folder / f"{source.stem}.o" for source in sources])
-    return library
+    ended = _run([find_ninja(), f"-j{cores}"], folder, deadline, failed)
+    if ended[0] or not all(library.is_file() for library in libraries):
+        raise _failure(compiler, folder, ended, [*files, *libraries])
 
 
 def _escaped(command: list[str] | tuple[str, ...]) -> str:
@@ -232,19 +245,20 @@ def _named(compiler: Compiler) -> str:
     return f"{shlex.join(compiler.command)} ({compiler.version})"
 
 
-def _failure(compiler: Compiler, folder: Path, ninja: tuple[int, str], objects: Sequence[Path]) -> Unavailable:
+def _failure(compiler: Compiler, folder: Path, ninja: tuple[int, str], wanted: Sequence[Path]) -> Unavailable:
     """The error for a failed build: one sentence that says why, and what to do."""
-    failures = sorted(folder.glob("*.failed"), key=lambda file: file.stat().st_mtime_ns)
+    failures = sorted(folder.rglob("*.failed"), key=lambda file: file.stat().st_mtime_ns)
     if failures:
-        what = failures[0].name.removesuffix(".failed")
-        status, log = int(failures[0].read_text() or 1), (folder / f"{what}.log").read_text(errors="replace")
+        made = failures[0].with_suffix("")
+        what, status = made.name, int(failures[0].read_text() or 1)
+        log = made.with_name(f"{what}.log").read_text(errors="replace")
     else:
         what, (status, log) = "ninja", ninja
     if _FULL.search(log):
         return full(folder.parents[1])
     if why := _stopped(status, log):
         return Unavailable(f"{_named(compiler)} cannot compile the CPU kernels, in {what}: {why}")
-    silent = [file.name for file in [*objects, folder / LIBRARY] if not file.is_file()]
+    silent = [file.name for file in wanted if not file.is_file()]
     if silent and (not status or (what == LIBRARY and silent[0] != LIBRARY)):
         return BadObjects(
             f"{_named(compiler)} ends without an error and does not write {silent[0]}; set CXX to g++ or clang++"
