@@ -89,6 +89,38 @@ inline Vec<T> head(const T* p, int64_t n) {
   return v;
 }
 
+#if defined(__AVX512BF16__)
+// n values as pairs, which have the size of floats, a zero beyond an odd n. `out` has room for n in whole vectors, halved.
+inline const float* paired(const float* x, int64_t n, float* out) {
+  for (int64_t k = 0; k < n; k += LANES<float>) {
+    const __m256bh half = _mm512_cvtneps_pbh((__m512)head(x + k, n - k));
+    std::memcpy(out + k / 2, &half, sizeof half);
+  }
+  return out;
+}
+#endif
+
+// Values of a row of D values as pairs in whole vectors.
+template <class T>
+constexpr int64_t paired_size(int64_t D) {
+  return round_up(D, LANES<T>) / 2;
+}
+
+// `count` rows of D values, TILE_COLUMNS at most, as a panel of a product's side: value k of row r, or pair k, becomes
+// out[k * wide + r]. For pairs, `room` holds `count` rows of paired_size(D) values.
+template <class T, class E>
+void pack_panel(const T* const* row, int64_t count, int64_t D, E* out, int64_t wide, [[maybe_unused]] T* room) {
+#if defined(__AVX512BF16__)
+  if constexpr (IS_PAIR<E>) {
+    const T* pairs[TILE_COLUMNS<T>];
+    for (int64_t r = 0; r < count; ++r) pairs[r] = paired(row[r], D, room + r * paired_size<T>(D));
+    interleave(pairs, count, depth<E>(D), reinterpret_cast<T*>(out), wide);  // moves them only
+    return;
+  }
+#endif
+  if constexpr (!IS_PAIR<E>) interleave(row, count, D, out, wide);
+}
+
 // gram[x][y] = sum over k of weight[k] row(x)[k] row(y)[k], with weights 1 where there are none; gram's rows lie ld
 // apart. Sixteen products at a time, each in lanes along K.
 template <class T, class Row>
@@ -145,7 +177,7 @@ struct Block {
   const bool lengths, known;  // whether it has Gram matrices; whether the affinities are known
   Rows<T> rows;
   Buffer<E> packed;
-  Buffer<T> grams;
+  Buffer<T> grams, room;
   Chunk run{};
   std::vector<int64_t> gram_at;
   std::vector<T> highest;  // of each Gram matrix's diagonal
@@ -153,7 +185,8 @@ struct Block {
   Block(const Problem& problem, const std::vector<Chunk>& runs, bool known = false)
       : sets(problem.context), lengths(problem.lengths()), known(known), rows(sets, most_rows(runs)),
         packed(known ? 0 : packed_size(most_rows(runs), depth<E>(sets.D))),
-        grams(lengths ? most_gram(sets, runs) : 0) {}
+        grams(lengths ? most_gram(sets, runs) : 0),
+        room(IS_PAIR<E> && !known ? TILE_ROWS * paired_size<T>(sets.D) : 0) {}
 
   static int64_t most_rows(const std::vector<Chunk>& runs) {
     int64_t most = 0;
@@ -172,13 +205,9 @@ struct Block {
   }
 
   void pack() {
-    if constexpr (IS_PAIR<E>) {
-      pack_rows(run.rows, sets.D, packed + 0, [&](int64_t i, int64_t k) { return rows[i][k]; });
-    } else {
-      for (int64_t i = 0; i < run.rows; i += TILE_ROWS)
-        interleave(rows + i, least(TILE_ROWS, run.rows - i), sets.D, packed + i * sets.D,
-                   least(TILE_ROWS, round_up(run.rows - i, ROW_STEP)));
-    }
+    for (int64_t i = 0; i < run.rows; i += TILE_ROWS)
+      pack_panel(rows + i, least(TILE_ROWS, run.rows - i), sets.D, packed + i * depth<E>(sets.D),
+                 least(TILE_ROWS, round_up(run.rows - i, ROW_STEP)), room + 0);
   }
 
   void take(const Chunk& wanted) {
@@ -248,21 +277,12 @@ struct Window {
   void fill(int64_t threads) {
     parallel(int64_t(chunks.size()), threads, [&] {
       return [&, rows = Rows<T>(sets, Block<T>::most_rows(chunks)),
-              room = Buffer<T>(IS_PAIR<E> ? sets.D * TILE_COLUMNS<T> : 0),
+              room = Buffer<T>(IS_PAIR<E> ? paired_size<T>(sets.D) * TILE_COLUMNS<T> : 0),
               total = Buffer<T>(smoothing > 0 ? smooth_ld(sets.most) : 0)](int64_t c) mutable {
         rows.take(chunks[c]);
-        for (int64_t j = 0; !known && j < chunks[c].rows; j += TILE_COLUMNS<T>) {
-          E* const panel = panels + (column[c] + j) * K;
-          const auto fill = [&](T* to) {
-            interleave(rows + j, least(TILE_COLUMNS<T>, chunks[c].rows - j), sets.D, to, TILE_COLUMNS<T>);
-          };
-          if constexpr (IS_PAIR<E>) {
-            fill(room);
-            pair_rows(sets.D, TILE_COLUMNS<T>, room, TILE_COLUMNS<T>, panel);
-          } else {
-            fill(panel);
-          }
-        }
+        for (int64_t j = 0; !known && j < chunks[c].rows; j += TILE_COLUMNS<T>)
+          pack_panel(rows + j, least(TILE_COLUMNS<T>, chunks[c].rows - j), sets.D, panels + (column[c] + j) * K,
+                     TILE_COLUMNS<T>, room + 0);
         for (int64_t j = 0; j < chunks[c].rows; ++j) {
           const T* q = *(rows + j);
           Vec<T> square{};

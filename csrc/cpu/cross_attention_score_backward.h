@@ -38,7 +38,8 @@ void feature_panels(const T* const* row, int64_t count, int64_t D, E* out, int64
 }
 
 // The first n values of each row of s, ld apart, as part of a left side: its rows are those of s, `out` is where the
-// first one's panel begins, and the values come at `at` of its depth. `room` holds TILE_ROWS rows.
+// first one's panel begins, and the values come at `at` of its depth. `room` holds TILE_ROWS rows of pairs where
+// E is Pair.
 template <class T, class E>
 void pack_left(const T* s, int64_t ld, int64_t rows, int64_t n, E* out, int64_t depth_of_all, int64_t at, T* room) {
   for (int64_t i = 0; i < rows; i += TILE_ROWS) {
@@ -47,13 +48,7 @@ void pack_left(const T* s, int64_t ld, int64_t rows, int64_t n, E* out, int64_t 
     for (int64_t r = 0; r < count; ++r) {
       row[r] = s + (i + r) * ld;
 #if defined(__AVX512BF16__)
-      if constexpr (IS_PAIR<E>) {
-        for (int64_t j = 0; j < n; j += LANES<T>) {
-          const __m256bh half = _mm512_cvtneps_pbh((__m512)head(row[r] + j, n - j));
-          std::memcpy(room + r * ld + j / 2, &half, sizeof half);
-        }
-        row[r] = room + r * ld;
-      }
+      if constexpr (IS_PAIR<E>) row[r] = paired(row[r], n, room + r * paired_size<T>(n));
 #endif
     }
     // Pairs have the size of a float, and are only moved.
