@@ -8,8 +8,9 @@ from pair_score_cases import edges
 from test_hierarchical_alignment_score import DIRECTIONS
 
 import itm_fast
+from itm_fast import _native
 from itm_fast.ops import _cpu_calls
-from itm_fast.testing import op_checks
+from itm_fast.testing import assert_accurate, op_checks
 
 pytestmark = needs_cpu
 COUNTS = (5, 3, 6, 400, 10, 5, 2, *[12] * 60)  # one caption longer than a chunk, and several chunks
@@ -167,6 +168,34 @@ def test_pairs_whose_vectors_are_formed_have_their_gradients(monkeypatch):
     op_checks.check_gradients(call, args, torch.float64, "cpu")
     assert marks[0][3].all()
     assert marks[0].sum() == 7
+
+
+@pytest.mark.parametrize("few", [False, True])
+@pytest.mark.parametrize("dim", [64, 31])
+def test_products_of_bfloat16(dim, few):
+    """Scores and gradients by products of bfloat16 values at precision "medium", and not otherwise."""
+    call, args = test_hierarchical_alignment_score.case(9, (5, 14, 8), D=dim, regions=(6, 1, 4, 6, 2, 5, 6, 3, 6))
+    single = [a.float() for a in args]
+    upstream = torch.randn(9, 3, generator=torch.Generator().manual_seed(1))
+    if few:
+        upstream = upstream * (torch.arange(27).view(9, 3) % 9 == 2)
+
+    def results(dtype, backend):
+        leaves = op_checks.leaves([a.to(dtype) for a in single], dtype)
+        score = call(*leaves, backend=backend)
+        return [score, *torch.autograd.grad(score, leaves, upstream.to(dtype))]
+
+    exact = results(torch.float32, "cpu")
+    try:
+        torch.set_float32_matmul_precision("high")
+        assert_equal(results(torch.float32, "cpu"), exact)
+        torch.set_float32_matmul_precision("medium")
+        found = results(torch.float32, "cpu")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    rounded = _native.outcome().level in _native.BFLOAT16_LEVELS
+    assert all(torch.equal(a, b) != rounded for a, b in zip(found, exact, strict=True))
+    assert_accurate(found, lambda dtype: results(dtype, "reference"), torch.float32, products=torch.bfloat16)
 
 
 @pytest.mark.parametrize("level,dtype", [(None, torch.float32), (None, torch.float64), ("generic", torch.float64)])

@@ -7,6 +7,8 @@
 // and the scores pair by pair in the first caches. Only scores leave.
 // For a backward pass, the affinities and products of features of all pairs leave too.
 //
+// E is what these two products multiply: T, or pairs of bfloat16 values with sums in float32. All else is computed in T.
+//
 // Scratch beyond inputs and results: a window (32 MiB) and 2 to 3 MiB a thread, more only where one caption alone is
 // larger.
 #include <memory>
@@ -20,45 +22,43 @@ namespace {
 
 constexpr int64_t WINDOW_BYTES = 32 << 20, COLUMNS = 384;
 
-// n rows as the left side of a product.
-template <class T>
-void pack(Source source, const std::vector<int64_t>& rows, int64_t D, T* out) {
-  Buffer<T> room(TILE_ROWS * D);
-  const int64_t n = int64_t(rows.size());
-  for (int64_t i = 0; i < n; i += TILE_ROWS) {
-    const T* row[TILE_ROWS];
-    const int64_t count = least(TILE_ROWS, n - i);
-    for (int64_t r = 0; r < count; ++r) row[r] = read<T>(source, rows[size_t(i + r)] * D, D, room + r * D);
-    interleave(row, count, D, out + i * D, least(TILE_ROWS, round_up(n - i, ROW_STEP)));
+// n rows, `place(i)` of the tensor, in panels of at most `wide` rows, k-major; a panel is padded to a multiple of `step`.
+template <class T, class E, class Place>
+void pack(Source source, int64_t n, int64_t D, int64_t wide, int64_t step, Place place, E* out) {
+  Buffer<T> room(wide * D), pairs(IS_PAIR<E> ? wide * paired_size<T>(D) : 0);
+  const T* row[TILE_COLUMNS<T>];
+  for (int64_t i = 0; i < n; i += wide) {
+    const int64_t count = least(wide, n - i);
+    for (int64_t r = 0; r < count; ++r) row[r] = read<T>(source, place(i + r) * D, D, room + r * D);
+    pack_panel(row, count, D, out + i * depth<E>(D), least(wide, round_up(n - i, step)), pairs + 0);
   }
 }
 
-// n rows from `first` on as the right side: panels as wide as a tile, [panel][D][TILE_COLUMNS].
-template <class T>
-void panels(Source source, int64_t first, int64_t n, int64_t D, T* out) {
-  constexpr int64_t W = TILE_COLUMNS<T>;
-  Buffer<T> room(W * D);
-  for (int64_t j = 0; j < n; j += W) {
-    const T* row[W];
-    const int64_t count = least(W, n - j);
-    for (int64_t r = 0; r < count; ++r) row[r] = read<T>(source, (first + j + r) * D, D, room + r * D);
-    interleave(row, count, D, out + j * D, W);
-  }
+// n rows as the left side of a product.
+template <class T, class E>
+void pack_left(Source source, const std::vector<int64_t>& rows, int64_t D, E* out) {
+  pack<T>(source, int64_t(rows.size()), D, TILE_ROWS, ROW_STEP, [&](int64_t i) { return rows[size_t(i)]; }, out);
+}
+
+// n rows from `first` on as the right side: panels as wide as a tile, [panel][depth of D][TILE_COLUMNS].
+template <class T, class E>
+void panels(Source source, int64_t first, int64_t n, int64_t D, E* out) {
+  pack<T>(source, n, D, TILE_COLUMNS<T>, TILE_COLUMNS<T>, [&](int64_t i) { return first + i; }, out);
 }
 
 // A chunk of captions, shared by the threads.
-template <class T>
+template <class T, class E>
 struct Captions {
   Chunk chunk;
   int64_t columns;
-  Buffer<T> keys, features;
+  Buffer<E> keys, features;
   std::vector<Item<T>> items;
 
   Captions(const AlignmentCall& call, const Chunk& chunk, const Pools<T>& pools)
-      : chunk(chunk), columns(round_up(chunk.rows, TILE_COLUMNS<T>)), keys(columns * call.P),
-        features(call.vector() ? 0 : columns * call.D) {
-    panels<T>(call.word_key, chunk.begin, chunk.rows, call.P, keys);
-    if (!call.vector()) panels<T>(call.words, chunk.begin, chunk.rows, call.D, features);
+      : chunk(chunk), columns(round_up(chunk.rows, TILE_COLUMNS<T>)), keys(columns * depth<E>(call.P)),
+        features(call.vector() ? 0 : columns * depth<E>(call.D)) {
+    panels<T>(call.word_key, chunk.begin, chunk.rows, call.P, keys + 0);
+    if (!call.vector()) panels<T>(call.words, chunk.begin, chunk.rows, call.D, features + 0);
     const Modality words{call.words, call.word_gate, 1};
     for (int64_t t = chunk.first; t < chunk.last; ++t)
       items.push_back(
@@ -74,13 +74,13 @@ struct Kept {
 };
 
 // A thread's images, and its arrays.
-template <class T>
+template <class T, class E>
 class Worker {
  public:
   Worker(const AlignmentCall& call, const Pools<T>& pools, const Kept<T>& kept, int64_t most_rows, int64_t columns,
          int64_t longest)
-      : call_(call), pools_(pools), kept_(kept), ld_(padded<T>(columns)), keys_(packed_size(most_rows, call.P)),
-        features_(call.vector() ? 0 : packed_size(most_rows, call.D)), affinity_(most_rows * ld_),
+      : call_(call), pools_(pools), kept_(kept), ld_(padded<T>(columns)), keys_(packed_size(most_rows, depth<E>(call.P))),
+        features_(call.vector() ? 0 : packed_size(most_rows, depth<E>(call.D))), affinity_(most_rows * ld_),
         product_(call.vector() ? 0 : most_rows * ld_), a_(call.R * Item<T>::whole(longest)),
         c_(call.R * Item<T>::whole(longest)), coefficients_(call.problem, call.R, longest),
         explicit_(call.problem, call.R, longest, pools.wide) {}
@@ -95,13 +95,13 @@ class Worker {
       for (int64_t r = 0; r < call_.regions(i); ++r) rows.push_back(i * call_.R + r);
     }
     rows_ = int64_t(rows.size());
-    pack<T>(call_.image_key, rows, call_.P, keys_);
-    if (!call_.vector()) pack<T>(call_.image, rows, call_.D, features_);
+    pack_left<T>(call_.image_key, rows, call_.P, keys_ + 0);
+    if (!call_.vector()) pack_left<T>(call_.image, rows, call_.D, features_ + 0);
   }
 
-  void run(const Captions<T>& captions) {
-    multiply(keys_, captions.keys, call_.P, captions, affinity_);
-    if (!call_.vector()) multiply(features_, captions.features, call_.D, captions, product_);
+  void run(const Captions<T, E>& captions) {
+    multiply(keys_, captions.keys, depth<E>(call_.P), captions, affinity_);
+    if (!call_.vector()) multiply(features_, captions.features, depth<E>(call_.D), captions, product_);
     if (kept_.affinity) {
       keep(affinity_, captions, kept_.affinity);
       keep(product_, captions, kept_.product);
@@ -126,17 +126,17 @@ class Worker {
   }
 
  private:
-  void multiply(const T* left, const T* right, int64_t D, const Captions<T>& captions, T* out) {
+  void multiply(const E* left, const E* right, int64_t K, const Captions<T, E>& captions, T* out) {
     for (int64_t j = 0; j < captions.columns; j += TILE_COLUMNS<T>)
-      gemm<T>(rows_, TILE_COLUMNS<T>, D, Left<T>{left, 0},
-              Right<T>{right + j * D, TILE_COLUMNS<T>,
-                       right + least(j + TILE_COLUMNS<T>, captions.columns - TILE_COLUMNS<T>) * D},
+      gemm<E>(rows_, TILE_COLUMNS<T>, K, Left<E>{left, 0},
+              Right<E>{right + j * K, TILE_COLUMNS<T>,
+                       right + least(j + TILE_COLUMNS<T>, captions.columns - TILE_COLUMNS<T>) * K},
               [](int64_t, int64_t) { return Vec<T>{}; },
               [&](int64_t i, int64_t jj, Vec<T> v) { store(out + i * ld_ + j + jj, v); });
   }
 
   // Copies a chunk's columns of all rows to where a tensor [I][R][N] has them.
-  void keep(const T* from, const Captions<T>& captions, T* all) {
+  void keep(const T* from, const Captions<T, E>& captions, T* all) {
     int64_t row = 0;
     for (size_t k = 0; k < items_.size(); ++k)
       for (int64_t r = 0; r < items_[k].n; ++r, ++row)
@@ -158,13 +158,14 @@ class Worker {
   const Pools<T>& pools_;
   const Kept<T> kept_;
   int64_t ld_, first_ = 0, rows_ = 0;
-  Buffer<T> keys_, features_, affinity_, product_, a_, c_;
+  Buffer<E> keys_, features_;
+  Buffer<T> affinity_, product_, a_, c_;
   Coefficients<T> coefficients_;
   Explicit<T> explicit_;
   std::vector<Item<T>> items_;
 };
 
-template <class T>
+template <class T, class E = T>
 void scores(const AlignmentCall& call, const Kept<T>& kept = {}) {
   if (!call.I || !call.T) return;
   const Pools<T> pools(call);
@@ -182,12 +183,12 @@ void scores(const AlignmentCall& call, const Kept<T>& kept = {}) {
     do bytes += all[end++].rows * each;
     while (end < all.size() && bytes + all[end].rows * each <= WINDOW_BYTES);
     const int64_t count = int64_t(end - begin), groups = least(count, (PARTS + blocks - 1) / blocks);
-    std::vector<std::unique_ptr<Captions<T>>> window(static_cast<size_t>(count));
+    std::vector<std::unique_ptr<Captions<T, E>>> window(static_cast<size_t>(count));
     parallel(count, call.threads, [&] {
-      return [&](int64_t c) { window[size_t(c)] = std::make_unique<Captions<T>>(call, all[begin + size_t(c)], pools); };
+      return [&](int64_t c) { window[size_t(c)] = std::make_unique<Captions<T, E>>(call, all[begin + size_t(c)], pools); };
     });
     parallel(blocks * groups, call.threads, [&] {
-      return [&, worker = Worker<T>(call, pools, kept, images * call.R, columns, longest)](int64_t part) mutable {
+      return [&, worker = Worker<T, E>(call, pools, kept, images * call.R, columns, longest)](int64_t part) mutable {
         const int64_t group = part % groups, first = part / groups * images;
         worker.take(first, least(first + images, call.I));
         for (int64_t c = count * group / groups; c < count * (group + 1) / groups; ++c) worker.run(*window[size_t(c)]);
@@ -204,8 +205,11 @@ void scores(const AlignmentCall& call, const Kept<T>& kept = {}) {
 extern "C" const char* hierarchical_alignment_score(const itm_fast::HierarchicalAlignmentScoreCall& call) {
   using namespace itm_fast;
   return guarded([&] {
-    if (call.dtype == Dtype::FLOAT64) scores<double>(AlignmentCall(call));
-    else scores<float>(AlignmentCall(call));
+    if (call.dtype == Dtype::FLOAT64) return scores<double>(AlignmentCall(call));
+#if defined(__AVX512BF16__)
+    if (call.bfloat16) return scores<float, Pair>(AlignmentCall(call));
+#endif
+    scores<float>(AlignmentCall(call));
   });
 }
 
@@ -215,10 +219,13 @@ extern "C" const char* hierarchical_alignment_score_kept(const itm_fast::Hierarc
   using namespace itm_fast;
   return guarded([&] {
     const int64_t each = call.I * call.R * call.N;
-    const auto run = [&]<class T>(T* products) {
-      scores(AlignmentCall(call), Kept<T>{products, products + each, products + 2 * each});
+    const auto run = [&]<class T, class E>(T* products, E) {
+      scores<T, E>(AlignmentCall(call), {products, products + each, products + 2 * each});
     };
-    if (call.dtype == Dtype::FLOAT64) run(static_cast<double*>(call.products));
-    else run(static_cast<float*>(call.products));
+    if (call.dtype == Dtype::FLOAT64) return run(static_cast<double*>(call.products), double());
+#if defined(__AVX512BF16__)
+    if (call.bfloat16) return run(static_cast<float*>(call.products), Pair());
+#endif
+    run(static_cast<float*>(call.products), float());
   });
 }

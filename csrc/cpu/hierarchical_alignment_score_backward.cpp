@@ -31,7 +31,8 @@ constexpr int64_t DEPTH_BYTES = 1024 * 4, LEFT_ROWS = 96;  // of the third: a pr
 template <class T>
 using Items = std::vector<std::unique_ptr<Item<T>>>;
 
-template <class T>
+// E is what the products of the third round multiply: T, or pairs of bfloat16 values with sums in float32.
+template <class T, class E = T>
 struct AlignmentBackward {
   const HierarchicalAlignmentScoreKeptCall& given;
   const AlignmentCall call;
@@ -241,22 +242,24 @@ struct AlignmentBackward {
                 int64_t to) const {
     const int64_t most = least(DEPTH_BYTES / int64_t(sizeof(T)), round_up(far.count(), ROW_STEP));
     const Gradient<T> gradient(static_cast<T*>(one.out), own, {0, own.count(), 0, own.count()});
-    Buffer<T> panels(round_up(to - from, TILE_COLUMNS<T>) * most);
-    Buffer<T> left(round_up(least(LEFT_ROWS, own.count()), TILE_ROWS) * most), room(0);
+    Buffer<E> panels(round_up(to - from, TILE_COLUMNS<T>) * depth<E>(most));
+    Buffer<E> left(round_up(least(LEFT_ROWS, own.count()), TILE_ROWS) * depth<E>(most));
+    Buffer<T> room(IS_PAIR<E> ? TILE_ROWS * paired_size<T>(most) : 0);
     const Buffer<T> none(far.D);
     Rows<T> rows(far, most);
     std::vector<const T*> row;
     for (int64_t k = 0; k < far.count(); k += most) {
-      const int64_t count = least(most, far.count() - k), K = one.of_images ? count : round_up(count, ROW_STEP);
+      const int64_t count = least(most, far.count() - k);
+      const int64_t padded = round_up(count, one.of_images ? PER_ROW<E> : ROW_STEP), K = depth<E>(padded);
       rows.take({k, k + count, k, count});
       row.clear();
       for (int64_t r = 0; r < count; ++r) row.push_back((padding(one, k + r) ? none + 0 : rows[r]) + from);
-      feature_panels(row.data(), count, to - from, panels + 0, K);
+      feature_panels(row.data(), count, to - from, panels + 0, padded);
       for (int64_t i = 0; i < own.count(); i += LEFT_ROWS) {
         const int64_t n = least(LEFT_ROWS, own.count() - i);
-        if (one.of_images) pack_left<T, T>(factor + i * ld + k, ld, n, count, left, K, 0, room);
-        else pack_turned<T, T>(factor + k * ld + i, ld, count, n, left, K, 0);
-        gradient.template add<T>(i, n, K, {left, 0}, panels + 0, K * TILE_COLUMNS<T>, from, to);
+        if (one.of_images) pack_left<T, E>(factor + i * ld + k, ld, n, count, left, K, 0, room);
+        else pack_turned<T, E>(factor + k * ld + i, ld, count, n, left, K, 0);
+        gradient.template add<E>(i, n, K, {left, 0}, panels + 0, K * TILE_COLUMNS<T>, from, to);
       }
     }
   }
@@ -305,7 +308,10 @@ extern "C" const char* hierarchical_alignment_score_kept_backward(
     const itm_fast::HierarchicalAlignmentScoreKeptCall& call) {
   using namespace itm_fast;
   return guarded([&] {
-    if (call.dtype == Dtype::FLOAT64) AlignmentBackward<double>(call).run();
-    else AlignmentBackward<float>(call).run();
+    if (call.dtype == Dtype::FLOAT64) return AlignmentBackward<double>(call).run();
+#if defined(__AVX512BF16__)
+    if (call.bfloat16) return AlignmentBackward<float, Pair>(call).run();
+#endif
+    AlignmentBackward<float>(call).run();
   });
 }

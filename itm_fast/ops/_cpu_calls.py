@@ -23,9 +23,9 @@ from ._declare import CPU_ONLY, DECLARED, Choice, Counts, Declaration, Floats
 
 DTYPES = {getattr(torch, name): code for code, name in enumerate(_calls.ENUMS["Dtype"])}
 BFLOAT16 = {  # ops whose products may multiply bfloat16 values
-    "cross_attention_score", "cross_attention_similarity", "similarity_filter_score", "similarity_graph",
-    "similarity_graph_head", "similarity_graph_score", "similarity_graph_score_kept", "similarity_nodes",
-    "similarity_nodes_of_pairs",
+    "cross_attention_score", "cross_attention_similarity", "hierarchical_alignment_score",
+    "hierarchical_alignment_score_kept", "similarity_filter_score", "similarity_graph", "similarity_graph_head",
+    "similarity_graph_score", "similarity_graph_score_kept", "similarity_nodes", "similarity_nodes_of_pairs",
 }  # fmt: skip
 # Gradients that C++ overwrites, in the dtype of the tensor. To all others it adds, so they begin as zeros.
 WRITTEN = {
