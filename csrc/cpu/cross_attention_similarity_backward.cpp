@@ -82,7 +82,7 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
       tiles.emplace_back(context_rows, contexts.most, window.widest, D, S);
       if (global) global_tiles.emplace_back(0, 0, widest, D, S);
     }
-    HeldContexts<T> x(context_rows, contexts.most, D);
+    HeldContexts<T, E> x(context_rows, contexts.most, D);
     FeaturePanels<T> global_x(D, global ? MOST_CONTEXTS : 0);
     for (int64_t first = 0, held; first < contexts.count(); first += held) {
       x.clear();

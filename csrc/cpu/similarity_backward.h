@@ -8,7 +8,7 @@
 //     t = sum of a g,   c = t (p + eps) / p,   d logit_x = a_x (g_x - c (G a)_x - t' (p + eps))
 //     t' = sum of a (g - c G a),   d x = a du^T - (a c a^T) x + d A q^T,   d q = -du + d A^T x
 //
-// E is what the two products with W's size multiply: T, or pairs of bfloat16 values with sums in float32.
+// E is what all products but those of a set's contexts with each other multiply: T, or pairs of bfloat16 values.
 //
 // Caches: dy in both layouts (2 x 240 KB) stays in L2 with three panels of 28 KB; the gradients of W and of q, 1 MB
 // each, pass by once a tile, and what the affinities give q once for all contexts held.
@@ -85,34 +85,42 @@ struct SimilarityGradient {
   Buffer<T> weight_rows, scaled_rows, mixed;       // [columns][ldn] a, -c a; [rows][ldn] a c a^T of every set
   Buffer<T> affinity_rows;                         // [columns][ldx] d A of all sets
   Buffer<T> g, gram_weight, d_logit, along;        // [n][ld] three times, c
-  Buffer<T> d_u_columns;                           // [BLOCK][ld]
+  Buffer<E> d_u_columns;                           // [depth of BLOCK][ld]
   FeaturePanels<T> difference, d_u;                // one panel each
   FeaturePanels<E> squares;
-  Buffer<E> d_y_pairs, d_y_rows_pairs;             // of d_y and of d_y_rows, when E is Pair
+  // When E is Pair: of d_y, d_y_rows, tile.weight, weight_rows, tile.affinity, affinity_rows and of a panel of queries;
+  // d_u by pairs of rows and by pairs of features.
+  Buffer<E> d_y_pairs, d_y_rows_pairs, weight_pairs, weight_rows_pairs, affinity_pairs, affinity_rows_pairs,
+      query_pairs, d_u_pairs, d_u_halves;
 
   // For sets of at most `most` contexts, together at most `rows`.
   SimilarityGradient(int64_t rows, int64_t most, int64_t columns, int64_t D, int64_t S)
       : tile(rows, columns, D, S), S(S), ld(tile.ld), ldn(padded<T>(most)), ldx(padded<T>(rows)), lds(padded<T>(S)),
         s_rows(WIDE * lds), d_y(S * ld), d_y_rows(columns * lds), weight_rows(columns * ldn),
         scaled_rows(columns * ldn), mixed(rows * ldn), affinity_rows(columns * ldx), g(most * ld),
-        gram_weight(most * ld), d_logit(most * ld), along(ld), d_u_columns(BLOCK * ld), difference(WIDE, columns),
-        d_u(WIDE, columns), squares(WIDE, depth<E>(columns)), d_y_pairs(IS_PAIR<E> ? depth<E>(S) * ld : 0),
-        d_y_rows_pairs(IS_PAIR<E> ? depth<E>(columns) * lds : 0) {}
+        gram_weight(most * ld), d_logit(most * ld), along(ld), d_u_columns(depth<E>(BLOCK) * ld),
+        difference(WIDE, columns), d_u(WIDE, columns), squares(WIDE, depth<E>(columns)), d_y_pairs(pairs(S, ld)),
+        d_y_rows_pairs(pairs(columns, lds)), weight_pairs(pairs(most, ld)), weight_rows_pairs(pairs(columns, ldn)),
+        affinity_pairs(IS_PAIR<E> ? rows * ld : 0), affinity_rows_pairs(pairs(columns, ldx)),
+        query_pairs(pairs(std::max(D, columns), WIDE)), d_u_pairs(pairs(columns, WIDE)),
+        d_u_halves(pairs(WIDE, columns)) {}
 
   // Adds the gradients of a chunk's tiles to `sums`, to d_q [columns] and to d_x [x.n]. W is given as w [S], its
   // features along the lanes, and as `projection`; the queries as `query` and as `query_rows`. upstream(k, j, room)
   // writes S values: the gradient of the similarity vector of set k and column j. known(k, j), unless null, is that
   // vector; there is no use for `projection` then.
   template <class Upstream, class Known>
-  void run(const HeldContexts<T>& x, Norm norm, T scale, const int64_t* edge, int64_t sets,
+  void run(const HeldContexts<T, E>& x, Norm norm, T scale, const int64_t* edge, int64_t sets,
            const Projection<T>* projection, const FeaturePanels<E>& w, const Panels<T>& query,
            const FeaturePanels<T>& query_rows, Upstream upstream, Known known, SimilaritySums<T>& sums,
            FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
     const int64_t columns = edge[sets] - edge[0];
     const bool attends = sums.needs_context || sums.needs_query;
-    tile.multiply(x, columns, query);
+    for (int64_t p = 0; p < columns; p += WIDE)
+      gemm<E>(x.n, least(WIDE, columns - p), depth<E>(x.D), {x.column_factors(), x.ld},
+              {factors(x.D, WIDE, query.at(0, p), WIDE, query_pairs), WIDE}, fresh(), to(tile.affinity + p, ld));
     for (int64_t k = 0; k < int64_t(x.sets.size()); ++k) {
-      const HeldSet<T>& set = x.sets[k];
+      const HeldSet<T, E>& set = x.sets[k];
       T* affinity = tile.affinity + set.first * ld;
       tile.weigh(set, affinity, norm, scale, edge, sets);
       if constexpr (std::is_null_pointer_v<Known>) {
@@ -132,7 +140,7 @@ struct SimilarityGradient {
           backward_of_norm(d_y_rows + j * lds, S, known(k, j));
         }
       }
-      products(set, columns, w, query_rows, sums, d_q, d_x);
+      products(x, set, columns, w, query_rows, sums, d_q, d_x);
       if (attends) attention(set, norm, scale, edge, sets, affinity, sums.needs_context);
     }
     if (attends) through_affinities(x, columns, query_rows, sums, d_q, d_x);
@@ -183,6 +191,31 @@ struct SimilarityGradient {
   }
 
  private:
+  // How many pairs the rows of a matrix [K][ld] make, where products take pairs.
+  static int64_t pairs(int64_t K, int64_t ld) { return IS_PAIR<E> ? depth<E>(K) * ld : 0; }
+
+  // A matrix as products take it: itself, or the pairs of its rows.
+  static const E* either([[maybe_unused]] const T* matrix, [[maybe_unused]] const E* pairs) {
+    if constexpr (IS_PAIR<E>) return pairs;
+    else return matrix;
+  }
+  // The same of a matrix [K][columns], its rows ld apart, whose pairs are made in `out`.
+  static const E* factors(int64_t K, int64_t columns, const T* from, int64_t ld, E* out) {
+    if constexpr (IS_PAIR<E>) pair_rows(K, columns, from, ld, out);
+    return either(from, out);
+  }
+
+  // A vector of row i of a panel with `rows` rows, as a product ends with it, becomes a factor: itself, or a vector of
+  // pairs with the row before, which comes first and is kept in `even`.
+  static void put(int64_t rows, int64_t i, int64_t j, Vec<T> v, E* panel, Vec<T> (&even)[TILE_VECTORS]) {
+    if constexpr (IS_PAIR<E>) {
+      if (i % 2 == 0) even[j / LANES<T>] = v;
+      if (i % 2 == 0 && i + 1 < rows) return;
+      v = in_pairs(even[j / LANES<T>], i % 2 ? v : Vec<T>{});
+    }
+    std::memcpy(static_cast<void*>(panel + (depth<E>(i + 1) - 1) * WIDE + j), &v, sizeof v);
+  }
+
   static auto to(T* c, int64_t ld) {
     return [=](int64_t i, int64_t j, Vec<T> v) { store(c + i * ld + j, v); };
   }
@@ -223,10 +256,8 @@ struct SimilarityGradient {
   void weight_gradient(int64_t p, int64_t wide, int64_t columns, SimilaritySums<T>& sums) {
     if (!sums.needs_weight) return;
     T* to = sums.weight.at(0, p);
-    const E* rows;
-    if constexpr (IS_PAIR<E>) rows = d_y_rows_pairs;
-    else rows = d_y_rows;
-    gemm<E>(S, wide, depth<E>(columns), {rows, lds}, {squares.data, WIDE}, fetched(to, WIDE), add_to(to, WIDE));
+    gemm<E>(S, wide, depth<E>(columns), {either(d_y_rows, d_y_rows_pairs), lds}, {squares.data, WIDE},
+            fetched(to, WIDE), add_to(to, WIDE));
   }
 
   // d_u = 2 (u - q) (dy W), of which also(i, j, v) sees every vector. Half of S at a time: with all of it a panel of W
@@ -235,9 +266,17 @@ struct SimilarityGradient {
   void difference_gradient(int64_t p, int64_t wide, int64_t columns, const FeaturePanels<E>& w, Begin begin,
                            Also also) {
     T *u = difference.data, *du = d_u.data;
-    const auto finish = [=](int64_t i, int64_t j, Vec<T> v) {
+    [[maybe_unused]] Vec<T> even[TILE_VECTORS];
+    const auto finish = [&, u, du, columns](int64_t i, int64_t j, Vec<T> v) {
       v *= T(2) * load(u + i * WIDE + j);
-      store(du + i * WIDE + j, v);
+#if defined(__AVX512BF16__)
+      if constexpr (IS_PAIR<E>) {
+        put(columns, i, j, v, d_u_pairs, even);
+        const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+        std::memcpy(static_cast<void*>(d_u_halves + (i * WIDE + j) / 2), &half, sizeof half);
+      }
+#endif
+      if constexpr (!IS_PAIR<E>) store(du + i * WIDE + j, v);
       also(i, j, v);
     };
     if constexpr (IS_PAIR<E>) {
@@ -251,50 +290,47 @@ struct SimilarityGradient {
   }
 
   // (5), and g.
-  void products(const HeldSet<T>& x, int64_t columns, const FeaturePanels<E>& w, const FeaturePanels<T>& query_rows,
-                SimilaritySums<T>& sums, FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
+  void products(const HeldContexts<T, E>& all, const HeldSet<T, E>& x, int64_t columns, const FeaturePanels<E>& w,
+                const FeaturePanels<T>& query_rows, SimilaritySums<T>& sums, FeaturePanels<T>& d_q,
+                FeaturePanels<T>& d_x) {
     const int64_t n = x.n, D = x.D;
     sum_bias(columns, S, sums);
     const bool attends = sums.needs_context || sums.needs_query;
-    if constexpr (IS_PAIR<E>) pair_rows(columns, lds, d_y_rows, lds, d_y_rows_pairs);
+    factors(columns, lds, d_y_rows, lds, d_y_rows_pairs);
     if (attends) {
       transpose_by_squares<T>(d_y_rows, lds, columns, S, d_y, ld);
-      if constexpr (IS_PAIR<E>) pair_rows(S, columns, d_y, ld, d_y_pairs);
+      factors(S, columns, d_y, ld, d_y_pairs);
       transpose_by_squares<T>(tile.weight, ld, n, columns, weight_rows, ldn);
+      factors(columns, n, weight_rows, ldn, weight_rows_pairs);
       std::fill_n(g + 0, n * ld, T(0));
     }
+    const E* const shares = factors(n, columns, tile.weight, ld, weight_pairs);
     for (int64_t d = 0; d < D; d += BLOCK) {
       const int64_t end = least(D, d + BLOCK);
       for (int64_t p = d; p < end; p += WIDE)
-        panel(x, p, least(WIDE, D - p), columns, d, w, query_rows, sums, d_q, d_x);
+        panel(all, x, shares, p, least(WIDE, D - p), columns, d, w, query_rows, sums, d_q, d_x);
       if (attends)
-        gemm<T>(n, columns, end - d, {x.column + d * x.column_ld, x.column_ld}, {d_u_columns, ld}, fresh(),
-                add_to(g, ld));
+        gemm<E>(n, columns, depth<E>(end - d), {all.column_factors() + depth<E>(d) * all.ld + x.first, all.ld},
+                {d_u_columns, ld}, fresh(), add_to(g, ld));
     }
   }
 
   // (5) for `wide` features from p on, of the block that begins with d.
-  void panel(const HeldSet<T>& x, int64_t p, int64_t wide, int64_t columns, int64_t d, const FeaturePanels<E>& w,
-             const FeaturePanels<T>& query_rows, SimilaritySums<T>& sums, FeaturePanels<T>& d_q,
-             FeaturePanels<T>& d_x) {
+  void panel(const HeldContexts<T, E>& all, const HeldSet<T, E>& x, const E* shares, int64_t p, int64_t wide,
+             int64_t columns, int64_t d, const FeaturePanels<E>& w, const FeaturePanels<T>& query_rows,
+             SimilaritySums<T>& sums, FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
     T* const u = difference.data;
     E* const square = squares.data;
     const T* q = query_rows.at(0, p);
-    [[maybe_unused]] Vec<T> even[TILE_VECTORS];
-    gemm<T>(columns, wide, x.n, {tile.weight, ld}, {x.row + p, x.row_ld},
+    Vec<T> even[TILE_VECTORS];
+    gemm<E>(columns, wide, depth<E>(x.n), {shares, ld}, {all.row_factors() + x.first_factor * x.row_ld + p, x.row_ld},
             [=](int64_t i, int64_t j) {
               __builtin_prefetch(q + (i + TILE_ROWS) * WIDE + j);
               return -load(q + i * WIDE + j);
             },
             [&, columns](int64_t i, int64_t j, Vec<T> v) {
               store(u + i * WIDE + j, v);
-              v *= v;
-              if constexpr (IS_PAIR<E>) {
-                if (i % 2 == 0) even[j / LANES<T>] = v;
-                if (i % 2 == 0 && i + 1 < columns) return;
-                v = in_pairs(even[j / LANES<T>], i % 2 ? v : Vec<T>{});
-              }
-              std::memcpy(square + (depth<E>(i + 1) - 1) * WIDE + j, &v, sizeof v);
+              put(columns, i, j, v * v, square, even);
             });
     weight_gradient(p, wide, columns, sums);
     if (!sums.needs_context && !sums.needs_query) return;
@@ -302,13 +338,16 @@ struct SimilarityGradient {
     difference_gradient(p, wide, columns, w, fetched(dq, WIDE), [=](int64_t i, int64_t j, Vec<T> v) {
       store(dq + i * WIDE + j, load(dq + i * WIDE + j) - v);
     });
-    transpose_by_squares<T>(d_u.data, WIDE, columns, wide, d_u_columns + (p - d) * ld, ld);
+    // Pairs have the size of a float, and are only moved.
+    transpose_by_squares<T>(reinterpret_cast<const T*>(either(d_u.data, d_u_halves)), depth<E>(WIDE), columns,
+                            depth<E>(wide), reinterpret_cast<T*>(d_u_columns + depth<E>(p - d) * ld), ld);
     if (sums.needs_context)
-      gemm<T>(x.n, wide, columns, {weight_rows, ldn}, {d_u.data, WIDE}, fresh(), add_to(d_x.at(x.first, p), WIDE));
+      gemm<E>(x.n, wide, depth<E>(columns), {either(weight_rows, weight_rows_pairs), ldn},
+              {either(d_u.data, d_u_pairs), WIDE}, fresh(), add_to(d_x.at(x.first, p), WIDE));
   }
 
   // (6) and (7) of one set, from g on: `affinity` becomes its own gradient.
-  void attention(const HeldSet<T>& x, Norm norm, T scale, const int64_t* edge, int64_t sets, T* affinity,
+  void attention(const HeldSet<T, E>& x, Norm norm, T scale, const int64_t* edge, int64_t sets, T* affinity,
                  bool needs_context) {
     const int64_t columns = edge[sets] - edge[0], n = x.n;
     gemm<T>(n, columns, n, {x.gram, x.ld}, {tile.weight, ld}, fresh(), to(gram_weight, ld));
@@ -335,18 +374,23 @@ struct SimilarityGradient {
   }
 
   // What remains of (7), for all sets at once: queries and their gradients pass by once.
-  void through_affinities(const HeldContexts<T>& x, int64_t columns, const FeaturePanels<T>& query_rows,
+  void through_affinities(const HeldContexts<T, E>& x, int64_t columns, const FeaturePanels<T>& query_rows,
                           SimilaritySums<T>& sums, FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
     if (sums.needs_context) transpose_by_squares<T>(tile.affinity, ld, x.n, columns, affinity_rows, ldx);
+    const E* const turned = factors(columns, x.n, affinity_rows, ldx, affinity_rows_pairs);
+    for (const HeldSet<T, E>& set : x.sets)
+      factors(set.n, columns, tile.affinity + set.first * ld, ld, affinity_pairs + set.first_factor * ld);
     for (int64_t p = 0; p < x.D; p += WIDE) {
       const int64_t wide = least(WIDE, x.D - p);
       T* dq = d_q.at(0, p);
       if (sums.needs_query)
-        gemm<T>(columns, wide, x.n, {tile.affinity, ld}, {x.row + p, x.row_ld}, fetched(dq, WIDE), add_to(dq, WIDE));
+        gemm<E>(columns, wide, x.factors, {either(tile.affinity, affinity_pairs), ld},
+                {x.row_factors() + p, x.row_ld}, fetched(dq, WIDE), add_to(dq, WIDE));
       if (!sums.needs_context) continue;
       T* dx = d_x.at(0, p);
-      gemm<T>(x.n, wide, columns, {affinity_rows, ldx}, {query_rows.at(0, p), WIDE}, fresh(), add_to(dx, WIDE));
-      for (const HeldSet<T>& set : x.sets)
+      gemm<E>(x.n, wide, depth<E>(columns), {turned, ldx},
+              {factors(columns, WIDE, query_rows.at(0, p), WIDE, query_pairs), WIDE}, fresh(), add_to(dx, WIDE));
+      for (const HeldSet<T, E>& set : x.sets)
         gemm<T>(set.n, wide, set.n, {mixed + set.first * ldn, ldn}, {set.row + p, x.row_ld}, fresh(),
                 add_to(dx + set.first * WIDE, WIDE));
     }

@@ -75,7 +75,7 @@ struct PairGradients {
     PairGradients& p;
     SimilarityGradient<T, E> tile;
     SimilarityGradient<T> global_tile;
-    HeldContexts<T> x;
+    HeldContexts<T, E> x;
     RunColumns<T> columns;
     FeaturePanels<T> rows, d_q, d_x, global_x, global_rows, global_d_q, global_d_x;
     Buffer<T> room, s;
