@@ -23,7 +23,7 @@ def at_level(level, monkeypatch):
     generic, which few have, with -O1 in half the time. Each is compiled once for all tests."""
     if level == "generic":
         monkeypatch.setattr(compiling, "FLAGS", ("-O1", *compiling.FLAGS[1:]))
-        monkeypatch.setattr(compiling, "BACKWARD_FLAGS", ())
+        monkeypatch.setattr(compiling, "O2_FLAGS", ())
     monkeypatch.setattr(_native, "_outcome", _native.build(_native.csrc_dir(), level))
     monkeypatch.setattr(_native, "_functions", {})
 

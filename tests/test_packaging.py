@@ -10,12 +10,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from native_cases import KNOWS_ITS_FLAGS, compiler
+from native_cases import KNOWS_ITS_FLAGS, compiled, compiler
 
 from itm_fast import _native
 from itm_fast._native import cache, compiling
 
-__all__ = ["compiler"]  # fixture
+__all__ = ["compiled", "compiler"]  # fixtures
 
 _wheel = pytest.importorskip("itm_fast._native._wheel", reason="needs setuptools")
 
@@ -156,6 +156,39 @@ def test_a_level_that_was_never_compiled_is_compiled_for_the_wheel(tmp_path, mon
         again, first = (tmp_path / place / folder for place in ("again", "libraries"))
         assert sorted(path.name for path in again.iterdir()) == ["build.json", "itm_fast.so"]
         assert (again / "itm_fast.so").read_bytes() == (first / "itm_fast.so").read_bytes()
+
+
+@pytest.mark.skipif(_native.why_not() is not None, reason="needs a compiler")
+def test_levels_share_what_has_no_bfloat16_kernels(tmp_path, monkeypatch, compiled):
+    """Only what asks for bfloat16's instructions, here one of two sources, is compiled for their levels too."""
+    monkeypatch.setenv("ITM_FAST_CACHE_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(_wheel, "_csrc", lambda: tmp_path / "csrc")
+    (tmp_path / "csrc" / "cpu").mkdir(parents=True)
+    (tmp_path / "csrc" / "cpu" / "seven.cpp").write_text('extern "C" int seven() { return 7; }')
+    own = '#if defined(__AVX512BF16__)\nextern "C" int eight() { return 8; }\n#endif'
+    (tmp_path / "csrc" / "cpu" / "eight.cpp").write_text(own)
+    _wheel.build_libraries(["avx512_bf16", "avx512", "generic"], tmp_path / "libraries", compiling.find_compiler())
+    assert compiled() == ["eight.cpp"] * 3 + ["library"] * 3 + ["seven.cpp"] * 2
+    loaded = {found.level: found.library for found in map(cache.load, (tmp_path / "libraries").iterdir())}
+    assert loaded["avx512_bf16"].eight() + loaded["avx512_bf16"].seven() == 15
+    assert not hasattr(loaded["avx512"], "eight")
+
+
+@pytest.mark.skipif(not shutil.which("objdump"), reason="needs objdump")
+@pytest.mark.skipif(_native.why_not() is not None, reason="needs a compiler")
+def test_sources_that_levels_share_have_no_bfloat16_instruction():
+    level = _native.outcome().level
+    if level not in _native.BFLOAT16_LEVELS:
+        pytest.skip("this processor has none")
+    objects = cache.cache_dir() / f"objects-{level}-{compiling.compiler_name(compiling.find_compiler())}"
+    if not objects.is_dir():
+        pytest.skip("the library was not compiled with this cache folder")
+    sources = {path: bool(compiling._BFLOAT16.search(path.read_bytes())) for path in (ROOT / "csrc/cpu").glob("*.cpp")}
+    for source, own in sources.items():
+        if not own or source.stem == "similarity_graph":
+            command = ["objdump", "-d", "--no-show-raw-insn", str(objects / f"{source.stem}.o")]
+            listing = subprocess.run(command, capture_output=True, check=True).stdout
+            assert own == bool(re.search(rb"\t[a-z0-9]*bf16", listing)), source
 
 
 @pytest.mark.skipif(_native.why_not() is not None, reason="needs a compiler")

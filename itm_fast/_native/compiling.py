@@ -23,7 +23,9 @@ from typing import NamedTuple
 from .cache import LIBRARY, BadObjects, Unavailable, full
 
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread")
-BACKWARD_FLAGS = ("-O2",)  # for *_backward.cpp: as fast as with -O3, and compiled in little more than half the time
+# For sources with these endings: as fast as with -O3, and compiled in little more than half the time.
+O2_FLAGS = ("-O2",)
+_O2 = ("_backward", "confidence_matching")
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512")
 # Instruction levels and their compiler flags, best first. "generic" runs on any processor.
@@ -35,6 +37,7 @@ LEVELS: dict[str, tuple[str, ...]] = {
     "generic": (),
 }
 BFLOAT16_LEVELS = ("amx_bf16", "avx512_bf16")  # those that have products of bfloat16 values
+_BFLOAT16 = re.compile(rb"__AVX512BF16__|__AMX_BF16__")  # what a source with kernels for these levels alone asks for
 SECONDS = 600  # the longest time for one level; it takes one or two minutes on two cores
 _PROBE = """\
 #include <concepts>
@@ -59,7 +62,8 @@ _MEMORY = re.compile(
 _RULES = """\
 ninja_required_version = 1.11
 rule compile
-  command = {compile} $flags -I. -MMD -MF $out.d -c $in -o $out > $out.log 2>&1 || {{ echo $$? > $out.failed; exit 1; }}
+  command = {compile} $flags $more -I. -MMD -MF $out.d -c $in -o $out \
+> $out.log 2>&1 || {{ echo $$? > $out.failed; exit 1; }}
   depfile = $out.d
   deps = gcc
 rule link
@@ -112,7 +116,7 @@ def sources_in(csrc: Path) -> dict[str, bytes]:
 
 def library_name(level: str, sources: Mapping[str, bytes]) -> str:
     """The name of the library of these sources: its level, and a digest of the flags and of all sources."""
-    parts = hashlib.sha256(repr((FLAGS, BACKWARD_FLAGS, LEVELS[level])).encode())
+    parts = hashlib.sha256(repr((FLAGS, O2_FLAGS, _O2, LEVELS[level])).encode())
     for name, content in sources.items():
         parts.update(repr((name, len(content))).encode() + content)
     return f"{level}-{parts.hexdigest()[:16]}"
@@ -218,12 +222,19 @@ def compile_libraries(
     files: list[Path] = []
     libraries = [folder / place / LIBRARY for place in places.values()]
     for (level, place), library in zip(places.items(), libraries):
-        objects = {source: (Path(place) / source.with_suffix(".o").name).as_posix() for source in sources}
-        for source, name in objects.items():
-            flags = (*FLAGS, *LEVELS[level], *(BACKWARD_FLAGS if source.stem.endswith("_backward") else ()))
-            rules += f"build {name}: compile cpu/{source.name}\n  flags = {_escaped(flags)}\n"
-        rules += f"build {library.relative_to(folder).as_posix()}: link {' '.join(objects.values())}\n"
-        files += [folder / name for name in objects.values()]
+        objects = []
+        for source in sources:
+            # Without kernels of its own for bfloat16 a source gives the same instructions as for avx512.
+            shared = level in BFLOAT16_LEVELS and "avx512" in places and not _BFLOAT16.search(source.read_bytes())
+            name = (Path(places["avx512"] if shared else place) / f"{source.stem}.o").as_posix()
+            objects.append(name)
+            if not shared:
+                flags = _escaped((*FLAGS, *LEVELS[level]))
+                rules += f"build {name}: compile cpu/{source.name}\n  flags = {flags}\n"
+                if source.stem.endswith(_O2):
+                    rules += f"  more = {_escaped(O2_FLAGS)}\n"
+                files.append(folder / name)
+        rules += f"build {library.relative_to(folder).as_posix()}: link {' '.join(objects)}\n"
         library.unlink(missing_ok=True)
     (folder / "build.ninja").write_text(rules)
 
