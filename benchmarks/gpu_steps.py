@@ -85,7 +85,9 @@ def check_step(rows: Rows, sizes: Sizes, op: str) -> None:
     for name in PRECISIONS:
         for backend in backends_of(op):
             with precision(name) as dtype:
-                rows.attempt(f"{op} {name} {backend}", partial(_checked, op, backend, device, dtype))
+                for way in examples.ways(op):
+                    said = " ".join((op, name, backend, *way.values()))
+                    rows.attempt(said, partial(_checked, op, backend, device, dtype, **way))
                 for way, options in WAYS.get(op, {}).items() if backend != "cuda" else ():
                     said = f"{op} {name} {backend} {way}"
                     rows.attempt(said, partial(_checked, op, backend, device, dtype, **options))

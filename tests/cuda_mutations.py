@@ -252,7 +252,7 @@ SCORE = Judge(
     partial(
         score,
         runs=(
-            *(((8, 0), torch.float16, 0), ((8, 0), torch.float32, 0), HALF_BY_GROUPS, HALF_IN_CLUSTERS),
+            *(((8, 0), torch.float16, 0), (_cuda.SPECIFIC, torch.float32, 0), HALF_BY_GROUPS, HALF_IN_CLUSTERS),
             *(PAIRS_BY_GROUPS, PAIRS_IN_CLUSTERS),
         ),
     ),

@@ -136,17 +136,18 @@ def test_focal_weights_are_those_of_the_published_functions():
 
 
 def test_kernels_of_each_kind_are_checked_before_their_first_use(monkeypatch):
-    """Kernels of one kind of weights or similarities say nothing about those of another."""
+    """Kernels of one direction, or kind of weights or similarities, say nothing about those of another."""
     checked = []
     monkeypatch.setattr(_first_use, "_verdicts", {})
     monkeypatch.setattr(_first_use._triton, "interpreted", lambda: False)
     monkeypatch.setattr(_examples, "problem", lambda *args, chosen=(): checked.append(chosen))
     op_, device = DECLARED["cross_attention_score"], torch.device("cpu")
-    for change in ({}, {"weights": "hard"}, {}, {"weights": "hard", "similarity": "product"}, {"weights": "hard"}):
-        aside = op_.put_aside({"weights": "softmax", "similarity": "cosine", **change})
+    both = {"weights": "hard", "similarity": "product"}
+    for change in ({}, {"weights": "hard"}, {}, both, {"weights": "hard"}, {"direction": "i2t"}):
+        aside = op_.put_aside({"direction": "t2i", "weights": "softmax", "similarity": "cosine", **change})
         assert aside("cross_attention_score", "triton", device, torch.float32) is None
     assert [dict(chosen) for chosen in checked] == [
-        {}, {"weights": "hard"}, {"weights": "hard", "similarity": "product"},
+        {}, {"weights": "hard"}, {"weights": "hard", "similarity": "product"}, {"direction": "i2t"},
     ]  # fmt: skip
 
 

@@ -85,7 +85,8 @@ def test_the_check_of_first_use_passes(op, backend, dtype):
     for precision in ("highest", "high"):
         try:
             torch.set_float32_matmul_precision(precision)
-            assert examples.problem(op, backend, GPU, dtype, True) is None
+            for way in examples.ways(op):
+                assert examples.problem(op, backend, GPU, dtype, True, **way) is None
         finally:
             torch.set_float32_matmul_precision("highest")
     assert _first_use.put_aside(op, backend, GPU, dtype) is None

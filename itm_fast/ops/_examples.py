@@ -106,8 +106,7 @@ def problem(
     """Tell what is wrong with an op's backend on a device, if anything.
 
     Meant to find broken kernels, so the tolerance is wide: each result and gradient may have eight times the error of
-    the reference in the same dtype, plus 16 units of rounding of its largest value. Of CUDA kernels those of each
-    direction are run.
+    the reference in the same dtype, plus 16 units of rounding of its largest value.
 
     Args:
         op: name of the op.
@@ -129,12 +128,11 @@ def problem(
     if chosen:
         options = {**choosing_of(op).given, **options, **dict(chosen)}
     of = [None] if chosen else kinds(op)
-    ways = _ways(op) if backend == "cuda" and "direction" not in options else [{}]
-    found = (_problem(op, backend, device, dtype, backward, kind, **way, **options) for way in ways for kind in of)
+    found = (_problem(op, backend, device, dtype, backward, kind, **options) for kind in of)
     return next((line for line in found if line), None)
 
 
-def _ways(op: str) -> list[dict[str, Any]]:
+def ways(op: str) -> list[dict[str, Any]]:
     """Options of calls that run all kernels of an op: each direction has its own."""
     choices = (a.choices for a in DECLARED[op].arguments if isinstance(a, Choice) and a.name == "direction")
     return [{"direction": way} for way in next(choices, ())] or [{}]
@@ -154,7 +152,7 @@ def variants_differ(op: str, device: torch.device, dtype: torch.dtype) -> str | 
     Returns:
         None, or one line.
     """
-    return next((line for way in _ways(op) if (line := _variants_differ(op, device, dtype, way))), None)
+    return next((line for way in ways(op) if (line := _variants_differ(op, device, dtype, way))), None)
 
 
 def _variants_differ(op: str, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> str | None:

@@ -127,7 +127,7 @@ _op = Op(
     reference=reference,
     examples=[_draws.attention],
     choosing=Choosing(
-        {"weights": "softmax", "similarity": "cosine"},
+        {"direction": "t2i", "weights": "softmax", "similarity": "cosine"},
         _draws.apart,
         {"affinity_norm": "none", "scale": 4.0, "threshold": 0.35},
     ),
