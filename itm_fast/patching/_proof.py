@@ -39,10 +39,10 @@ def in_float64() -> Iterator[None]:
 
 
 def published(call: Callable[[], Any]) -> Any:
-    """Run published code in silence, on the CPU and in float64, whatever device and precision it asks for.
+    """Run published code in silence, on the CPU and in the default precision, whatever device it asks for.
 
     It moves tensors to the GPU by `.cuda()` and `.to("cuda:1")`, in places only `if torch.cuda.is_available()`, and
-    then relies on it; and IMRAM's casts to `.float()`, while its parameters are float64 here.
+    then relies on it; and IMRAM's casts to `.float()`, while its parameters are float64 where it is proved.
 
     Raises:
         Fails: it raises.
@@ -68,7 +68,7 @@ def published(call: Callable[[], Any]) -> Any:
             mock.patch.object(torch.nn.Module, "cuda", stay),
             mock.patch.object(torch.Tensor, "to", to),
             mock.patch.object(torch.nn.Module, "to", to),
-            mock.patch.object(torch.Tensor, "float", torch.Tensor.double),
+            mock.patch.object(torch.Tensor, "float", lambda x: move(x, torch.get_default_dtype())),
             mock.patch.object(torch.cuda, "is_available", return_value=True),
         ):
             return call()
