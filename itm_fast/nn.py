@@ -55,6 +55,8 @@ class PairScorer(nn.Module):
     all_images = False
     # In training, whether scores depend on those of other pairs, so that every process scores the whole batch.
     all_pairs = False
+    # Whether `image_state` takes the regions' boxes as its third argument: [I, R, 4], as parts of the picture, or None.
+    takes_boxes = False
     per_word = 0  # the first `per_word` tensors of `caption_state` have a row per word, the others a row per caption
 
     def image_state(self, image: Tensor, region_lengths: Tensor | None = None) -> State:
@@ -129,6 +131,13 @@ class PairScorer(nn.Module):
             )
             found.append(score[0])
         return torch.cat(found) if found else image.new_empty(0)
+
+
+def image_state(scorer: Any, image: Tensor, region_lengths: Tensor | None = None, boxes: Tensor | None = None) -> State:
+    """`scorer.image_state` of images [I, R, D], with the boxes [I, R, 4] of their regions if it takes them."""
+    if getattr(scorer, "takes_boxes", False):
+        return scorer.image_state(image, region_lengths, boxes)
+    return scorer.image_state(image, region_lengths)
 
 
 class CrossAttentionScore(PairScorer):

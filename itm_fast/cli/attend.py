@@ -83,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     found = pictures(args.image) if pictures else None
     picture = Image.open(io.BytesIO(found)) if found else blank()
     rows = [
-        _row(attention(loaded.model, features, caption, loaded.vocab), caption, picture, boxes) for caption in captions
+        _row(attention(loaded.model, features, caption, loaded.vocab, boxes), caption, picture, boxes)
+        for caption in captions
     ]
     subtitle = "Orange: how much a word counts. Red: where in the picture it looks."
     drawing = draw(f"What {loaded.name} attends to in image {args.image}", subtitle, rows)

@@ -42,6 +42,7 @@ class Batch:
         image_index: [B] int64, which images; two captions of one image have the same.
         region_lengths: [B] int32, or None if every image has R regions.
         whole: if these are one process's part of a batch, that batch; its longest caption has W words.
+        boxes: [B, R, 4] float32, or None if the split has none.
     """
 
     features: Tensor
@@ -51,6 +52,7 @@ class Batch:
     image_index: Tensor
     region_lengths: Tensor | None
     whole: Whole | None = None
+    boxes: Tensor | None = None
 
     @property
     def captions(self) -> int:
@@ -133,6 +135,7 @@ class TrainingBatches:
             image_index=torch.from_numpy(images),
             region_lengths=region_lengths,
             whole=whole,
+            boxes=None if self.split.boxes is None else torch.from_numpy(self.split.boxes[images]),
         )
 
     def _words(self, t: int) -> np.ndarray:

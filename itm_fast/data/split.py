@@ -15,6 +15,11 @@ from .texts import caption_texts
 # The characters that bytes.strip() removes: the published readers strip captions before they decode them.
 WHITE_SPACE = " \t\n\r\v\f"
 
+HOW_BOXES = (
+    "write SPLIT_boxes.npy, [images, regions, 4] with left, top, right and bottom as parts of the picture from 0 to 1, "
+    "beside SPLIT_ims.npy; itm-fast features does"
+)
+
 
 class Rows:
     """An array [n, ...] on disk (or in memory), read row by row as float32.

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .. import _cuda
 from .._backends import recorded
+from ..nn import image_state
 from .counting import require_finite
 from .encoding import Encoded, word_rows
 from .mapped import Part, Place
@@ -154,9 +155,8 @@ class PendingScores:
 
 def _image_states(scorer: Any, encoded: Encoded, device: torch.device, home: torch.device) -> tuple[Tensor, ...]:
     def state(start: int, stop: int) -> tuple[Tensor, ...]:
-        lengths = encoded.region_lengths
-        part = None if lengths is None else lengths[start:stop].to(device)
-        return scorer.image_state(encoded.image[start:stop].to(device), part)[1:]
+        more = [None if x is None else x[start:stop].to(device) for x in (encoded.region_lengths, encoded.boxes)]
+        return image_state(scorer, encoded.image[start:stop].to(device), *more)[1:]
 
     return encoded.image.to(home), *_in_chunks(state, np.arange(len(encoded.image) + 1), 0, home, encoded.place)
 

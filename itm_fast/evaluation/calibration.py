@@ -38,9 +38,7 @@ class Speed(NamedTuple):
     encode: float = 0.0
 
 
-def calibrate_on(
-    model: Any, split: Split, vocab: Vocabulary, captions: CaptionBatches, batch_size: int = 128
-) -> Speed:
+def calibrate_on(model: Any, split: Split, vocab: Vocabulary, captions: CaptionBatches, batch_size: int = 128) -> Speed:
     """Encode and score some images and captions of a split, whose lengths are typical of it.
 
     Args:
@@ -56,7 +54,8 @@ def calibrate_on(
     images = min(_IMAGES, len(split.features))
     regions = None if split.region_lengths is None else split.region_lengths[:images]
     texts = [split.captions[caption] for caption in chosen]
-    some = Split(split.read(slice(0, images)), texts, np.arange(len(texts)) % images, regions)
+    boxes = None if split.boxes is None else split.boxes[:images]
+    some = Split(split.read(slice(0, images)), texts, np.arange(len(texts)) % images, regions, boxes)
     encoded = encode(model, some, vocab, batch_size=batch_size, progress=False)
     words = lengths.sum() / max(int(encoded.lengths.sum()), 1)
     share = max(len(split.features) / images, words)
@@ -71,7 +70,8 @@ def calibrate(scorer: Any, regions: int, dim: int, lengths: NDArray[np.int64], d
     image, words = (torch.randn(*size, dim, generator=normal) for size in ((_IMAGES, regions), (int(edges[-1]),)))
     unit = [torch.nn.functional.normalize(tensor, dim=-1) for tensor in (image, words)]
     owner = np.arange(len(chosen)) % _IMAGES
-    return Speed(_pair(scorer, Encoded(unit[0], None, unit[1], edges, owner, device)))
+    boxes = torch.rand(_IMAGES, regions, 4, generator=normal)
+    return Speed(_pair(scorer, Encoded(unit[0], None, unit[1], edges, owner, device, boxes=boxes)))
 
 
 def time_line(speed: Speed, pairs: int) -> str:

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from ..packing import pack
+from .boxes import boxes_for
 from .distinct import columns, first_of_equals
 from .mapped import Part, Place
 
@@ -44,6 +45,7 @@ class Encoded:
         place: where `image` and `words` are, and the states of a scorer should be too.
         first_of_equals: int64 [T], for each caption the index of the first one with the same word ids; only that one
             is scored. None: captions are the same if their rows of `words` are, bit for bit.
+        boxes: float32 [I, R, 4], if the model's scorer takes boxes and the split has them.
     """
 
     image: Tensor
@@ -56,6 +58,7 @@ class Encoded:
     seconds: float = 0.0
     first_of_equals: NDArray[np.int64] | None = None
     place: Place = _MEMORY
+    boxes: Tensor | None = None
 
     @property
     def lengths(self) -> NDArray[np.int64]:
@@ -77,6 +80,8 @@ class Encoded:
             found = {"images": _checksum(_raw(self.image)), "captions": _checksum(*captions)}
         if self.region_lengths is not None:
             found["region counts"] = _checksum(_raw(self.region_lengths))
+        if self.boxes is not None:
+            found["boxes"] = _checksum(_raw(self.boxes))
         return found
 
 
@@ -98,7 +103,8 @@ def encode(
 
     Args:
         model: with `img_enc(features [B, R, F]) -> [B, R, D]` and
-            `txt_enc(ids [B, W] int64, lengths list[int]) -> ([B, W, D], lengths)`, such as `itm_fast.models.SGRAF`.
+            `txt_enc(ids [B, W] int64, lengths list[int]) -> ([B, W, D], lengths)`, such as `itm_fast.models.SGRAF`. If
+            its `scorer` takes boxes, those of the split are read.
         split: as `itm_fast.data.open_split` gives it.
         vocab: the vocabulary that the model was trained with.
         batch_size: images, and captions, encoded at once.
@@ -153,6 +159,7 @@ def encode(
         seconds=time.perf_counter() - start,
         first_of_equals=first,
         place=place,
+        boxes=boxes_for(getattr(model, "scorer", None), split),
     )
 
 

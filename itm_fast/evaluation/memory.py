@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from .._ranks import local_world
 from .._workspace import scratch_bytes
+from ..nn import image_state
 from .encoding import device_of, evaluation_mode
 
 GB = 10**9
@@ -185,12 +186,12 @@ def plan(
     captions, words, item = len(lengths), int(np.sum(lengths)), torch.finfo(dtype).bits // 8
     lengths = np.sort(np.asarray(lengths if distinct is None else distinct, np.int64))[::-1]
     image_block, caption_block = block or _blocks(images, len(lengths), device)
-    image_state, caption_state, word_state = _state_bytes(scorer, regions, dim, lengths, dtype, device)
+    of_image, of_caption, of_word = _state_bytes(scorer, regions, dim, lengths, dtype, device)
     longest = int(lengths[:caption_block].sum())
     embeddings = dict(zip(_SPLIT, (images * regions * dim * item, words * dim * item), strict=False))
-    states = images * image_state + len(lengths) * caption_state + int(lengths.sum()) * word_state
+    states = images * of_image + len(lengths) * of_caption + int(lengths.sum()) * of_word
     # Each word of a block also has an int64 index; each score exists three times: on the device, on the host, permuted.
-    one_block = longest * (dim * item + word_state + 8) + caption_block * (caption_state + image_block * 12)
+    one_block = longest * (dim * item + of_word + 8) + caption_block * (of_caption + image_block * 12)
     in_memory = encoded and cpu and not mapped
     process = _process_bytes(device) - (sum(embeddings.values()) if in_memory else 0)
     held = {
@@ -207,9 +208,9 @@ def plan(
     elsewhere = (*_SPLIT, _OTHERS)
     streamed = {name: size for name, size in held.items() if name not in elsewhere}
     if not cpu or mapped is not False:
-        chunk = max(image_block, CHUNK) * (regions * dim * item + image_state)
+        chunk = max(image_block, CHUNK) * (regions * dim * item + of_image)
         more = max(CHUNK - caption_block, 0) * int(lengths[0])
-        streamed["one block"] += chunk + more * (dim * item + word_state)
+        streamed["one block"] += chunk + more * (dim * item + of_word)
     budget, source = _budget(memory_gb, device, process, held, in_memory)
     resident = sum(held.values()) + LEAST_WORKSPACE <= budget
     if cpu and mapped is not None:
@@ -311,7 +312,7 @@ def _state_bytes(
     words = torch.zeros(sum(two), dim, dtype=dtype, device=device)
     cu_seqlens = torch.tensor([0, two[0], sum(two)], dtype=torch.int32, device=device)
     with evaluation_mode(scorer), torch.no_grad():
-        of_image = scorer.image_state(image)[1:]
+        of_image = image_state(scorer, image, None, torch.zeros(2, regions, 4, device=device))[1:]
         of_caption = scorer.caption_state(words, cu_seqlens)
     per_word = getattr(scorer, "per_word", 0)
     of_word = sum(t.nbytes for t in of_caption[:per_word]) // sum(two)

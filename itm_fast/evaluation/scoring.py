@@ -32,6 +32,7 @@ def score(
     vocab: Vocabulary,
     *,
     region_lengths: NDArray[np.integer] | Sequence[int] | None = None,
+    boxes: NDArray[np.floating] | None = None,
     memory_gb: float | None = None,
     progress: bool = False,
 ) -> NDArray[np.float32]:
@@ -43,6 +44,7 @@ def score(
         captions: T texts.
         vocab: the words that the model was trained with.
         region_lengths: [I] regions of each image; None means R for all.
+        boxes: [I, R, 4] as parts of the picture, for models that read them.
         memory_gb: as for `score_all`.
         progress: show bars on standard error.
 
@@ -67,7 +69,7 @@ def score(
             "score: vocab is None; captions become word ids by the vocabulary that the model was trained with, so load "
             "the model with it: itm_fast.models.load(path, vocab=FILE)"
         )
-    split = Split(features, captions, np.zeros(len(captions), np.int64), region_lengths)
+    split = Split(features, captions, np.zeros(len(captions), np.int64), region_lengths, boxes)
     encoded = encode(model, split, vocab, progress=progress)
     return score_all(model.scorer, encoded, memory_gb=memory_gb, progress=progress)
 

@@ -104,11 +104,11 @@ def rows_of_mean(members: Sequence[Rows]) -> Rows:
 
 
 def _images(encoded: Encoded, images: NDArray[np.int64]) -> Encoded:
-    lengths = encoded.region_lengths
+    lengths, boxes = (None if x is None else x[images] for x in (encoded.region_lengths, encoded.boxes))
     owner = np.zeros_like(encoded.caption_to_image)  # not read for scores
     return replace(
-        encoded, image=encoded.image[images], region_lengths=None if lengths is None else lengths[images],
-        caption_to_image=owner, fingerprint={}, place=encoded.place.alone(),
+        encoded, image=encoded.image[images], region_lengths=lengths, boxes=boxes, caption_to_image=owner,
+        fingerprint={}, place=encoded.place.alone(),
     )  # fmt: skip
 
 

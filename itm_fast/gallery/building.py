@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from .._lock import Lock
 from ..data.texts import BOM
+from ..evaluation.boxes import boxes_for
 from ..evaluation.encoding import embed, evaluation_mode
 from . import files, pooled
 from .identity import checksums, require_loaded, require_model
@@ -91,17 +92,23 @@ def _encode(model: Loaded, split: Split, folder: Path, dtype: str, batch_size: i
     start, parts = _start(split), checksums(model)
     lengths = split.region_lengths
     counts = None if lengths is None else files.checksum(lengths)
+    boxes = boxes_for(getattr(model.model, "scorer", None), split)
+    box_sum = None if boxes is None else files.checksum(boxes.numpy())
     identity = {
         "model": parts, "images": [images, regions, feature_size, start], "region counts": counts, "precision": dtype,
     }  # fmt: skip
+    if box_sum is not None:
+        identity["boxes"] = box_sum
     rows, features = files.write_rows(
         folder / files.ROWS, (images, regions, dim), dtype, identity, produce, step=batch_size, what="images",
         progress=progress,
     )  # fmt: skip
     if lengths is not None:
         np.save(folder / files.REGIONS, lengths, allow_pickle=False)
+    if boxes is not None:
+        np.save(folder / files.BOXES, boxes.numpy(), allow_pickle=False)
     return files.About(
-        parts, images, regions, dim, feature_size, dtype, start, features, rows, counts, None, None, []
+        parts, images, regions, dim, feature_size, dtype, start, features, rows, counts, None, None, [], box_sum
     )  # fmt: skip
 
 

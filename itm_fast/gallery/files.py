@@ -3,6 +3,7 @@
     gallery.json            sizes and checksums of the model and of the images; written last, when all else is there
     image.npy               [I, R, D] encoded regions, float32 or float16
     region_lengths.npy      [I] int32 regions of each image, if they differ
+    boxes.npy               [I, R, 4] float32 boxes of the regions, if the model reads them
     names.txt               a name for each image, one a line, if names were given
     names.txt.next          names that are to replace these; if gallery.json has their checksum, they have
     pooled-CHECKSUM.npy     [I, D'] pooled vectors by the image encoder of a first checkpoint, with a .json of its own
@@ -33,8 +34,8 @@ from .._files import FULL, atomic_write, open_regular
 from ..data.stored import damaged, open_npy
 from ..data.texts import text_lines
 
-ABOUT, ROWS, REGIONS, NAMES, RECALL, LOCK = (
-    "gallery.json", "image.npy", "region_lengths.npy", "names.txt", "recall.json", ".gallery.lock",
+ABOUT, ROWS, REGIONS, BOXES, NAMES, RECALL, LOCK = (
+    "gallery.json", "image.npy", "region_lengths.npy", "boxes.npy", "names.txt", "recall.json", ".gallery.lock",
 )  # fmt: skip
 FORMAT = "itm-fast gallery 1"
 _SECONDS = 20.0  # between two entries of a journal
@@ -50,7 +51,7 @@ class About:
         feature_size: F, features per region.
         dtype: of the rows: "float32" or "float16".
         start, features: checksums of the features of the first images, and of all.
-        rows, region_lengths, names: checksums of these files; None if there is no such file.
+        rows, region_lengths, names, boxes: checksums of these files; None if there is no such file.
         pictures: the folder of the pictures, as given, or None.
         sample: captions on which the recall of a two-stage search is measured.
     """
@@ -68,6 +69,7 @@ class About:
     names: str | None
     pictures: str | None
     sample: list[str]
+    boxes: str | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -137,6 +139,16 @@ def open_region_lengths(folder: Path, about: About) -> NDArray[np.int32] | None:
     found = np.array(open_rows(folder / REGIONS, (about.images,), "int32"))
     if checksum(found) != about.region_lengths:
         raise ValueError(f"{folder / REGIONS} is damaged (its checksum differs); {_again(folder)}")
+    return found
+
+
+def open_boxes(folder: Path, about: About) -> NDArray[np.float32] | None:
+    """The boxes of each image's regions [I, R, 4], memory-mapped, or None; errors as `open_rows`."""
+    if about.boxes is None:
+        return None
+    found = open_rows(folder / BOXES, (about.images, about.regions, 4), "float32")
+    if checksum(found) != about.boxes:
+        raise ValueError(f"{folder / BOXES} is damaged (its checksum differs); {_again(folder)}")
     return found
 
 

@@ -58,7 +58,8 @@ class Gallery:
         require_model(self.path, self.about, model)
         rows = files.open_rows(self.path / files.ROWS, self.about.shape, self.about.dtype)
         self.names = files.open_names(self.path, self.about)
-        self._images = Images(rows, files.open_region_lengths(self.path, self.about), model.model)
+        lengths, boxes = files.open_region_lengths(self.path, self.about), files.open_boxes(self.path, self.about)
+        self._images = Images(rows, lengths, model.model, boxes)
         self._measured = Measured(self.path / files.RECALL)
         self._stages: dict[tuple[int, int], Stage] = {}  # by the ids of `first` and `index`, which a `Stage` holds
 

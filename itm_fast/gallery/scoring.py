@@ -14,6 +14,7 @@ from ..evaluation.best import Best
 from ..evaluation.block_scores import BlockScorer, score_blocks
 from ..evaluation.encoding import Encoded, device_of, evaluation_mode
 from ..evaluation.scoring import columns_of, plan_encoded
+from ..nn import image_state
 
 _CHUNK = 256 << 20  # bytes of rows, as the model takes them, that are in memory at once
 
@@ -25,10 +26,17 @@ class Images:
         rows: [I, R, D] float32 or float16, memory-mapped.
         region_lengths: int32 [I], or None.
         model: whose scorer, device and dtype are used.
+        boxes: [I, R, 4], memory-mapped, or None.
     """
 
-    def __init__(self, rows: NDArray[np.floating], region_lengths: NDArray[np.int32] | None, model: Any) -> None:
-        self.rows, self.region_lengths, self.scorer = rows, region_lengths, model.scorer
+    def __init__(
+        self,
+        rows: NDArray[np.floating],
+        region_lengths: NDArray[np.int32] | None,
+        model: Any,
+        boxes: NDArray[np.floating] | None = None,
+    ) -> None:
+        self.rows, self.region_lengths, self.boxes, self.scorer = rows, region_lengths, boxes, model.scorer
         self.device = device_of(model.img_enc)
         floats = (p.dtype for p in model.img_enc.parameters() if p.is_floating_point())
         self.dtype = next(floats, torch.float32)
@@ -36,6 +44,10 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def read_boxes(self, images: slice | NDArray[np.int64]) -> Tensor | None:
+        """Boxes [n, R, 4] of these images' regions, or None; in host memory."""
+        return None if self.boxes is None else torch.from_numpy(np.array(self.boxes[images]))
 
     def read(self, images: slice | NDArray[np.int64]) -> tuple[Tensor, Tensor | None]:
         """Rows [n, R, D] in the model's dtype, and their region counts [n] or None; in host memory."""
@@ -90,7 +102,7 @@ def search_all(
             image, lengths = images.read(chunk)
             encoded = Encoded(
                 image, lengths, captions.words, captions.cu_seqlens, none, images.device,
-                first_of_equals=captions.first_of_equals,
+                first_of_equals=captions.first_of_equals, boxes=images.read_boxes(chunk),
             )  # fmt: skip
             order, column = columns_of(encoded)
             if not start:
@@ -133,9 +145,9 @@ def search_among(
             for start in range(0, len(chosen), images.chunk):
                 part = chosen[start : start + images.chunk]
                 image, lengths = images.read(part)
-                lengths = None if lengths is None else lengths.to(images.device)
-                image_state = images.scorer.image_state(image.to(images.device), lengths)
-                scores = images.scorer.score(image_state, words, bounds, state, lengths)[:, 0].float().cpu().numpy()
+                more = [None if x is None else x.to(images.device) for x in (lengths, images.read_boxes(part))]
+                of_images = image_state(images.scorer, image.to(images.device), *more)
+                scores = images.scorer.score(of_images, words, bounds, state, more[0])[:, 0].float().cpu().numpy()
                 if not np.isfinite(scores).all():
                     bad = int(part[np.argmin(np.isfinite(scores))])
                     raise ValueError(f"the score of image {bad} and caption {caption} is not finite")

@@ -17,7 +17,13 @@ if TYPE_CHECKING:
 
 
 @torch.no_grad()
-def attention(model: Matcher, image: Tensor | np.ndarray[Any, Any], caption: str, vocab: Vocabulary) -> Attention:
+def attention(
+    model: Matcher,
+    image: Tensor | np.ndarray[Any, Any],
+    caption: str,
+    vocab: Vocabulary,
+    boxes: Tensor | np.ndarray[Any, Any] | None = None,
+) -> Attention:
     """What a model attends to in one image and one caption.
 
     Args:
@@ -25,6 +31,7 @@ def attention(model: Matcher, image: Tensor | np.ndarray[Any, Any], caption: str
         image: features [R, F], without regions that are padding.
         caption: text.
         vocab: the vocabulary that the model was trained with.
+        boxes: of the regions, [R, 4], as parts of the picture; read by CMCAN alone.
 
     Returns:
         `itm_fast.nn.Attention`: the weights by name, the pair's score that follows from them, and the tokens. SCAN has
@@ -62,4 +69,8 @@ def attention(model: Matcher, image: Tensor | np.ndarray[Any, Any], caption: str
     ids = torch.tensor([encode_caption(caption, vocab)], device=model.device)
     regions = model.img_enc(features[None].to(model.device))[0]
     words = model.txt_enc(ids, [ids.shape[1]])[0]  # type: ignore[attr-defined]
-    return replace(model.scorer.attention(regions, words.reshape(-1, words.shape[-1])), tokens=tokens)  # type: ignore[attr-defined]
+    given: list[Tensor] = [regions, words.reshape(-1, words.shape[-1])]
+    scorer: Any = model.scorer  # type: ignore[attr-defined]
+    if scorer.takes_boxes and boxes is not None:
+        given.append(torch.as_tensor(np.asarray(boxes)).to(model.device))
+    return replace(scorer.attention(*given), tokens=tokens)

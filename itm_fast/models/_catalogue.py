@@ -128,8 +128,7 @@ _ROWS = (
         "CMCAN",
         "cmcan:CMCAN",
         "CMCAN, AAAI 2022",
-        "paper and published code, but boxes are not read: without `adjacency=` a region has no neighbour but itself, "
-        "so that published checkpoints do not give the paper's numbers",
+        "paper and published code; neighbours of regions follow from SPLIT_boxes.npy, without which there are none",
         ("system", "CMCAN"),
         {
             "sim_dim": _SIM_DIM,

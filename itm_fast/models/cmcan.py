@@ -10,7 +10,7 @@ With vec(W; d) = l2norm(relu(W d^2 + b)), regions v, words t, and the attention 
     z_t   = node 0 of SGR over [s_g; s^t],   z_v = node 0 of SGR over [s_g; c o s^v]                     (6)
     S     = sigmoid(w_e . [z_t; z_v] + b_e)                                                              (7)
 
-A region's neighbours are the ones of its row in `adjacency`, which follows from the regions' boxes; without it a region
+A region's neighbours are the ones of its row in `adjacency`, or follow from the regions' boxes; without either a region
 has no neighbour but itself.
 """
 
@@ -30,6 +30,7 @@ from ..ops import _recompute, attended_vectors, similarity_graph
 from ..ops._calls import CONFIDENCE_MATCHING
 from ..ops._cpu_calls import score as cpu_score
 from ..packing import bounds, region_counts, spans
+from ._boxes import check, neighbours
 from ._common import Dropout, PaddedScorer, l2norm, packed, without_padding
 from ._pair_blocks import blocks
 from ._rows import apart, linear, sigmoid
@@ -135,6 +136,8 @@ class ConfidenceMatching(PaddedScorer):
     torch.Size([2, 3])
     """
 
+    takes_boxes = True
+
     def __init__(
         self, embed_size: int, sim_dim: int, self_layers: int = 3, num_region: int = 36, dropout_rate: float = 0.4
     ) -> None:
@@ -147,18 +150,19 @@ class ConfidenceMatching(PaddedScorer):
 
     def forward(  # type: ignore[override]
         self, img_emb: Tensor, cap_emb: Tensor, cap_lens, region_lengths: Tensor | None = None,
-        adjacency: Tensor | None = None,
+        adjacency: Tensor | None = None, boxes: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Score every image against every caption; arguments as `PaddedScorer.forward`.
 
         Args:
-            adjacency: [I, R, R], 1 where a region (row) has a neighbour, at most 5 a row; None: no neighbours.
+            adjacency: [I, R, R], 1 where a region (row) has a neighbour, at most 5 a row; None: those by `boxes`.
+            boxes: [I, R, 4], left, top, right and bottom as parts of the picture; None: no neighbours.
 
         Raises:
-            ValueError: a shape or length is wrong, or a region has more than 5 neighbours.
+            ValueError: a shape or length is wrong, a region has more than 5 neighbours, or boxes are in pixels.
         """
         words, cu_seqlens = packed(cap_emb, cap_lens)
-        image_state = self.image_state(img_emb, region_lengths, adjacency)
+        image_state = self.image_state(img_emb, region_lengths, boxes, adjacency)
         return self.score(image_state, words, cu_seqlens, self.caption_state(words, cu_seqlens), region_lengths)
 
     @staticmethod
@@ -172,7 +176,11 @@ class ConfidenceMatching(PaddedScorer):
             raise ValueError(f"{NAME}: a region has more than {PARTIAL} neighbours in adjacency, and no rule chooses")
 
     def image_state(
-        self, image: Tensor, region_lengths: Tensor | None = None, adjacency: Tensor | None = None
+        self,
+        image: Tensor,
+        region_lengths: Tensor | None = None,
+        boxes: Tensor | None = None,
+        adjacency: Tensor | None = None,
     ) -> State:
         """The image [I, R, D], its global vector [I, D] and its partial vectors [I, R, D]; arguments as `forward`."""
         R = self.sim_embv.emb_local_bn.num_features
@@ -183,6 +191,9 @@ class ConfidenceMatching(PaddedScorer):
             )
         if adjacency is not None:
             self._check(adjacency, image)
+        elif boxes is not None:
+            check(NAME, boxes, image)
+            adjacency = neighbours(boxes, region_lengths)
         if torch.is_grad_enabled() or self.sim_embv.training:
             return image, *self.sim_embv.image(image, adjacency, region_lengths)
         size = max(1, scratch_bytes(image.device) // (6 * image[:1].nbytes or 1))
@@ -234,11 +245,11 @@ class ConfidenceMatching(PaddedScorer):
 
         return _recompute.score(cut, axes, tensors, cu_seqlens, region_lengths)
 
-    def attention(self, image: Tensor, words: Tensor) -> Attention:
+    def attention(self, image: Tensor, words: Tensor, boxes: Tensor | None = None) -> Attention:
         """`regions`, `words`, the regions' `confidence` [R] of (5), and the edges of both graphs, `edges_words`
         [K, 1 + W, 1 + W] and `edges_regions` [K, 1 + R, 1 + R]."""
         cu_seqlens = torch.tensor([0, len(words)], dtype=torch.int32, device=words.device)
-        _, image_global, part = self.image_state(image[None])
+        _, image_global, part = self.image_state(image[None], None, None if boxes is None else boxes[None])
         (caption_global,) = self.caption_state(words, cu_seqlens)
         v, final = self.sim_embv, self.sim_enc
 

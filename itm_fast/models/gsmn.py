@@ -26,9 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from .._names import Direction
+from ..data.split import HOW_BOXES
 from ..nn import Attention, State
 from ..ops import _recompute, attended_vectors
 from ..packing import region_counts
+from ._boxes import check
 from ._common import PaddedScorer, cosine, packed, without_padding
 from ._pair_blocks import blocks, mean_over_queries
 from ._rows import linear
@@ -126,6 +128,8 @@ class StructuredMatching(PaddedScorer):
     torch.Size([2, 3])
     """
 
+    takes_boxes = True
+
     def __init__(
         self,
         num_block: int = 16,
@@ -151,7 +155,7 @@ class StructuredMatching(PaddedScorer):
         """Score every image against every caption; arguments as `PaddedScorer.forward`.
 
         Args:
-            bbox: [I, R, 4], the regions' boxes as x1, y1, x2, y2 in units of the image's width and height.
+            bbox: [I, R, 4], the regions' boxes: left, top, right and bottom as parts of the picture.
 
         Raises:
             ValueError: a shape or length is wrong, or there are no boxes.
@@ -170,12 +174,11 @@ class StructuredMatching(PaddedScorer):
         region_counts(region_lengths, image, NAME)
         if "i2t" not in self.sides:
             return (image,)
-        if bbox is None or bbox.shape != (*image.shape[:2], 4):
-            said = "none" if bbox is None else str(list(bbox.shape))
+        if bbox is None:
             raise ValueError(
-                f"{NAME}: bbox must be {[*image.shape[:2], 4]}, a box for each region, got {said}; call the scorer "
-                "with bbox=. Evaluation, search and matched have no boxes"
+                f"{NAME}: bbox must be {[*image.shape[:2], 4]}, a box for each region, got none; {HOW_BOXES}"
             )
+        check(NAME, bbox, image)
         return image, self.i2t_match_G.graph_convolution_1(bbox.to(image), region_lengths)  # type: ignore[operator]
 
     def score(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .._ranks import Ranks
 from .._share import Share
+from ..nn import image_state
 from ..ops import hardest_negative_loss
 from ..ops._recompute import again
 from ..packing import pack, spans
@@ -45,7 +46,11 @@ def batch_loss(
     images = batch.image_index if whole is None else whole.image_index
     if whole is None and chunk is None:
         image, words = _encoded(model, batch.features, batch.ids, batch.lengths)
-        score = model.scorer(image, words, *_sizes(batch, image.device))
+        cu_seqlens, *of_images = _sizes(batch, image.device)
+        state = image_state(model.scorer, image, *of_images)
+        score = model.scorer.score(
+            state, words, cu_seqlens, model.scorer.caption_state(words, cu_seqlens), of_images[0]
+        )
     else:
         share = Share(ranks, lengths, rows)
         image, words = _encoded_in_parts(model, batch, share, chunk or len(rows))
@@ -83,12 +88,10 @@ def _encoded_in_parts(model: Any, batch: Batch, share: Share, size: int) -> tupl
     return torch.cat([image for image, _ in found]), torch.cat([words for _, words in found])
 
 
-def _sizes(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """The batch's cu_seqlens and region_lengths."""
-    return (
-        _bounds(batch.lengths, device),
-        None if batch.region_lengths is None else batch.region_lengths.to(device),
-    )
+def _sizes(batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The batch's cu_seqlens, region_lengths and boxes."""
+    lengths, boxes = (None if x is None else x.to(device) for x in (batch.region_lengths, batch.boxes))
+    return _bounds(batch.lengths, device), lengths, boxes
 
 
 def _bounds(lengths: Any, device: torch.device) -> Tensor:
@@ -96,15 +99,21 @@ def _bounds(lengths: Any, device: torch.device) -> Tensor:
 
 
 def _scores(
-    scorer: Any, share: Share, image: Tensor, words: Tensor, cu_seqlens: Tensor, region_lengths: Tensor | None
+    scorer: Any,
+    share: Share,
+    image: Tensor,
+    words: Tensor,
+    cu_seqlens: Tensor,
+    region_lengths: Tensor | None,
+    boxes: Tensor | None,
 ) -> Tensor:
     """Scores [B, B] of the whole batch, of which each process computes its images' or its captions', or all."""
-    image_state = scorer.image_state(image, region_lengths)
+    of_images = image_state(scorer, image, region_lengths, boxes)
     caption_state = scorer.caption_state(words, cu_seqlens)
     if not share.divided:
-        return scorer.score(image_state, words, cu_seqlens, caption_state, region_lengths)
+        return scorer.score(of_images, words, cu_seqlens, caption_state, region_lengths)
     if scorer.all_images or scorer.all_pairs:
-        image_state = tuple(share.whole(x) for x in image_state)
+        of_images = tuple(share.whole(x) for x in of_images)
         if region_lengths is not None:
             region_lengths = share.whole(region_lengths)
     if scorer.all_pairs or not scorer.all_images:
@@ -112,7 +121,7 @@ def _scores(
         caption_state = tuple(
             share.whole_words(x) if k < scorer.per_word else share.whole(x) for k, x in enumerate(caption_state)
         )
-    score = scorer.score(image_state, words, cu_seqlens, caption_state, region_lengths)
+    score = scorer.score(of_images, words, cu_seqlens, caption_state, region_lengths)
     if scorer.all_pairs:
         return score
     return share.whole(score.t()).t() if scorer.all_images else share.whole(score)

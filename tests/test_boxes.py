@@ -1,0 +1,123 @@
+"""The boxes of regions, from a split to the scores of a model that reads them: CMCAN."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from training_cases import DEV, WORDS, run_tiny, tiny_options
+
+from itm_fast import Gallery
+from itm_fast.data import Split, TrainingBatches
+from itm_fast.evaluation import score
+from itm_fast.evaluation.encoding import encode_captions
+from itm_fast.gallery.scoring import Captions, search_among
+from itm_fast.models import Loaded, attention, build
+from itm_fast.models._boxes import neighbours
+from itm_fast.models.cmcan import ConfidenceMatching
+from itm_fast.ops import hardest_negative_loss
+from itm_fast.training.losses import batch_loss
+
+
+def some_boxes(images, seed=0):
+    corner, size = np.random.default_rng(seed).random((2, images, 36, 2), dtype=np.float32) / 2
+    return np.concatenate([corner, corner + size], 2)
+
+
+BOXES = some_boxes(len(DEV.features))
+SPLIT = Split(DEV.features[:], DEV.captions, DEV.caption_to_image, boxes=BOXES)
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    made = build(Namespace(**vars(tiny_options("cmcan")), vocab_size=len(WORDS), device="cpu"))
+    for parameter in made.scorer.parameters():
+        torch.nn.init.normal_(parameter, 0, 0.5)
+    made.val_start()
+    return made
+
+
+def direct(model, boxes=BOXES):
+    """Scores of all images and captions with the neighbours that follow from these boxes."""
+    with torch.no_grad():
+        image = model.img_enc(torch.from_numpy(SPLIT.features[:]))
+        batch = TrainingBatches(SPLIT, WORDS, len(SPLIT.captions))._batch(np.arange(len(SPLIT.captions)))
+        caption = model.txt_enc(batch.ids, batch.lengths)
+        near = None if boxes is None else neighbours(torch.from_numpy(boxes))
+        found = model.scorer(image, caption, batch.lengths, adjacency=near)
+        return found[:, batch.caption_index.argsort()].numpy()
+
+
+@pytest.mark.parametrize("counts", [None, [36, 9]])
+def test_neighbours_are_the_nearest_in_four_directions(counts):
+    found = neighbours(torch.from_numpy(BOXES[:2]), None if counts is None else torch.tensor(counts))
+    for i, n in enumerate(counts or [36, 36]):
+        x, y = ((BOXES[i, :, k] + BOXES[i, :, k + 2]) / 2 for k in (0, 1))
+        want = np.eye(36)
+        for r in range(n):
+            nearest = {}
+            for other in set(range(n)) - {r}:
+                degrees = math.degrees(math.atan2(y[r] - y[other], x[other] - x[r]))
+                side = "left" if abs(degrees) > 135 else "right" if abs(degrees) < 45 else degrees > 0
+                nearest[side] = min(nearest.get(side, (9, 0)), (math.hypot(x[other] - x[r], y[other] - y[r]), other))
+            want[r, [other for _, other in nearest.values()]] = 1
+        np.testing.assert_array_equal(found[i].numpy(), want)
+
+
+def test_scores_of_a_split_are_those_with_its_boxes(model):
+    found = score(model, SPLIT.features[:], SPLIT.captions, WORDS, boxes=BOXES)
+    np.testing.assert_allclose(found, direct(model), atol=1e-6)
+    with pytest.warns(UserWarning, match=r"there are no boxes, which ConfidenceMatching reads; write SPLIT_boxes\.npy"):
+        without = score(model, SPLIT.features[:], SPLIT.captions, WORDS)
+    np.testing.assert_allclose(without, direct(model, None), atol=1e-6)
+    assert np.abs(found - without).max() > 1e-4
+    shown = attention(model, SPLIT.features[:][2], SPLIT.captions[4], WORDS, BOXES[2])
+    assert shown.score == pytest.approx(float(found[2, 4]), abs=1e-6)
+    with pytest.raises(ValueError, match="boxes must be parts of the picture, from 0 to 1, and one has 4"):
+        score(model, SPLIT.features[:], SPLIT.captions, WORDS, boxes=BOXES * 480)
+    with pytest.raises(ValueError, match=r"boxes must be \[2, 36, 4\], a box for each region, got \[2, 35, 4\]"):
+        ConfidenceMatching(8, 4)(torch.zeros(2, 36, 8), torch.zeros(1, 2, 8), [2], boxes=torch.zeros(2, 35, 4))
+
+
+def test_losses_are_those_with_the_boxes_of_a_batch(model):
+    opt = Namespace(margin=0.2, max_violation=False, exclude_same_image=False)
+    batch = next(TrainingBatches(SPLIT, WORDS, 7).epoch(0))
+    np.testing.assert_array_equal(batch.boxes.numpy(), BOXES[batch.image_index.numpy()])
+    scores = direct(model)[batch.image_index][:, batch.caption_index]
+    expected = hardest_negative_loss(torch.from_numpy(scores), margin=0.2, hardest=False)
+    for chunk in (None, 3):
+        torch.testing.assert_close(batch_loss(model, batch, opt, chunk=chunk), expected, rtol=2e-6, atol=0)
+
+
+def test_a_gallery_keeps_the_boxes(model, tmp_path):
+    loaded = Loaded(model, WORDS, "CMCAN")
+    gallery = Gallery.build(loaded, SPLIT, tmp_path / "g", progress=False)
+    wanted = -np.sort(-direct(model)[:, :4], axis=0)[:3].T
+    np.testing.assert_allclose(gallery.search(SPLIT.captions[:4], k=3).scores, wanted, atol=1e-6)
+    captions = Captions(*encode_captions(model, SPLIT.captions[:4], WORDS))
+    every = [np.arange(len(SPLIT.features))] * 4
+    np.testing.assert_allclose(search_among(gallery._images, captions, every, 3)[1], wanted, atol=1e-6)
+    np.save(tmp_path / "g" / "boxes.npy", BOXES[:, :, ::-1].copy())
+    with pytest.raises(ValueError, match=r"boxes\.npy is damaged \(its checksum differs\)"):
+        Gallery.open(tmp_path / "g", loaded)
+
+
+def test_training_reads_them(tmp_path, monkeypatch):
+    read, image_state = [], ConfidenceMatching.image_state
+
+    def seen(scorer, image, region_lengths=None, boxes=None, adjacency=None):
+        read.append(boxes)
+        return image_state(scorer, image, region_lengths, boxes, adjacency)
+
+    monkeypatch.setattr(ConfidenceMatching, "image_state", seen)
+    monkeypatch.setattr("training_cases.DEV", SPLIT)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        run_tiny(tmp_path / "run", "cmcan", train_split=SPLIT, max_steps=1)
+    assert all(boxes is not None for boxes in read)
+    assert len(read) > 1
