@@ -23,8 +23,8 @@ from .similarity_graph import PARAMETERS
 from .similarity_nodes import OF_PAIRS
 
 CPU_NODES = 64 << 20  # bytes of the nodes and of their gradients, of the pairs that the `cpu` backend takes at a time
-MOST_KEPT = 144 << 20  # bytes of the nodes that `cpu` keeps for the backward pass, at most 1 / SHARE of the scratch
-SHARE = 6
+MOST_KEPT = 176 << 20  # bytes of the nodes that `cpu` keeps for the backward pass, at most 1 / SHARE of the scratch
+SHARE = 5
 FEW = 2  # `cpu` leaves out pairs without a gradient where at most one in 2 has one
 
 
@@ -129,6 +129,9 @@ def backward(
     n, work = len(inputs), work_dtype(grad)
     # Triton's kernels multiply what the inputs' dtype holds; the C++ ones widen all they read.
     made = grad.dtype if backend == "triton" else work
+    few = backend == "cpu" and bool(grad.count_nonzero() * FEW <= grad.numel())
+    if few and held:
+        free(held)  # before the gradients take memory
     tensors = [x.detach().to(made) for x in (*inputs, *parameters, *score)]
     total = [torch.zeros_like(x, dtype=work) if need else None for x, need in zip(tensors, needs, strict=True)]
     inputs, D, S = tensors[:n], tensors[0].shape[2], len(tensors[4])
@@ -137,9 +140,7 @@ def backward(
     room, wanted = scratch_bytes(grad.device) // 2, needs[:n]
     if backend == "cpu":
         room = min(room, CPU_NODES)
-    if backend == "cpu" and grad.count_nonzero() * FEW <= grad.numel():
-        if held:
-            free(held)
+    if few:
         parts = _few_pairs(grad, wanted, inputs, rest, room // ((2 * S + D) * made.itemsize or 1))
     else:
         parts = _some_images(backend, grad, wanted, inputs, rest, room // (2 * S * made.itemsize or 1), held or ())
