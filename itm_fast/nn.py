@@ -57,6 +57,7 @@ class PairScorer(nn.Module):
     all_pairs = False
     # Whether `image_state` takes the regions' boxes as its third argument: [I, R, 4], as parts of the picture, or None.
     takes_boxes = False
+    without_boxes = ""  # what follows for a scorer that takes boxes where there are none, for warnings
     per_word = 0  # the first `per_word` tensors of `caption_state` have a row per word, the others a row per caption
 
     def image_state(self, image: Tensor, region_lengths: Tensor | None = None) -> State:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from argparse import Namespace
 
@@ -12,9 +13,10 @@ import torch
 from training_cases import DEV, WORDS, run_tiny, tiny_options
 
 from itm_fast import Gallery
-from itm_fast.data import Split, TrainingBatches
+from itm_fast.data import Split, TrainingBatches, open_split
+from itm_fast.data.boxes import check_boxes
 from itm_fast.evaluation import score
-from itm_fast.evaluation.encoding import encode_captions
+from itm_fast.evaluation.encoding import encode, encode_captions
 from itm_fast.gallery.scoring import Captions, search_among
 from itm_fast.models import Loaded, attention, build
 from itm_fast.models._boxes import neighbours
@@ -72,16 +74,69 @@ def test_neighbours_are_the_nearest_in_four_directions(counts):
 def test_scores_of_a_split_are_those_with_its_boxes(model):
     found = score(model, SPLIT.features[:], SPLIT.captions, WORDS, boxes=BOXES)
     np.testing.assert_allclose(found, direct(model), atol=1e-6)
-    with pytest.warns(UserWarning, match=r"there are no boxes, which ConfidenceMatching reads; write SPLIT_boxes\.npy"):
+    with pytest.warns(UserWarning, match=r"no boxes, so CMCAN scores without neighbours .*; write SPLIT_boxes\.npy"):
         without = score(model, SPLIT.features[:], SPLIT.captions, WORDS)
     np.testing.assert_allclose(without, direct(model, None), atol=1e-6)
     assert np.abs(found - without).max() > 1e-4
     shown = attention(model, SPLIT.features[:][2], SPLIT.captions[4], WORDS, BOXES[2])
     assert shown.score == pytest.approx(float(found[2, 4]), abs=1e-6)
-    with pytest.raises(ValueError, match="boxes must be parts of the picture, from 0 to 1, and one has 4"):
+    with pytest.raises(ValueError, match=r"split: boxes do not lie in the picture, .*: image 0, region 0 has "):
         score(model, SPLIT.features[:], SPLIT.captions, WORDS, boxes=BOXES * 480)
     with pytest.raises(ValueError, match=r"boxes must be \[2, 36, 4\], a box for each region, got \[2, 35, 4\]"):
         ConfidenceMatching(8, 4)(torch.zeros(2, 36, 8), torch.zeros(1, 2, 8), [2], boxes=torch.zeros(2, 35, 4))
+
+
+@pytest.mark.parametrize(
+    ("box", "said"),
+    [
+        ([0, 0, math.nan, 1], "are not finite: image 13, region 2 has [0, 0, nan, 1]"),
+        ([0, 0, 640, 480], "do not lie in the picture, from 0 to 1; divide x"),
+        ([0.6, 0.6, 0.3, 0.3], "end before they begin; they must be left, top, right and bottom"),
+    ],
+)
+def test_other_boxes_are_refused_but_for_those_of_padding(box, said):
+    boxes, lengths = BOXES[:5].copy(), np.full(5, 36)
+    boxes[3, 2] = box
+    with pytest.raises(ValueError, match=re.escape(f"dev: boxes {said}")):
+        check_boxes("dev", boxes, lengths, first=10)
+    lengths[3] = 2
+    check_boxes("dev", boxes, lengths)
+    with pytest.raises(ValueError, match="dev: all boxes of image 1 are zeros"):
+        check_boxes("dev", boxes * np.array([1, 0, 1, 1, 1], np.float32)[:, None, None], lengths)
+
+
+def with_boxes(boxes, name):
+    return Split(DEV.features[:], DEV.captions, DEV.caption_to_image, boxes=boxes, name=name)
+
+
+def test_a_split_is_checked_before_it_is_encoded(model, tmp_path, monkeypatch):
+    odd = with_boxes(BOXES * np.where(np.arange(len(BOXES)) == 7, 480, 1).astype(np.float32)[:, None, None], "odd")
+    monkeypatch.setattr("itm_fast.evaluation.encoding._images", None)
+    wanted = "odd: boxes do not lie in the picture, .*: image 7, region 0"
+    with pytest.raises(ValueError, match=wanted):
+        encode(model, odd, WORDS, progress=False)
+    with pytest.raises(ValueError, match=wanted):
+        Gallery.build(Loaded(model, WORDS, "CMCAN"), odd, tmp_path / "g", progress=False)
+    assert not (tmp_path / "g").exists()
+    for dev, train in ((odd, SPLIT), (SPLIT, odd)):
+        monkeypatch.setattr("training_cases.DEV", dev)
+        with pytest.raises(ValueError, match=wanted):
+            run_tiny(tmp_path / "run", "cmcan", train_split=train, max_steps=1)
+
+
+def test_repeated_images_may_have_repeated_boxes(tmp_path):
+    np.save(tmp_path / "dev_ims.npy", np.repeat(DEV.features[:2], 5, 0))
+    (tmp_path / "dev_caps.txt").write_text("a cat\n" * 10)
+    for boxes in (BOXES[:2], np.repeat(BOXES[:2], 5, 0)):
+        np.save(tmp_path / "dev_boxes.npy", boxes)
+        np.testing.assert_array_equal(open_split(tmp_path, "dev").boxes[:], BOXES[:2])
+
+
+def test_boxes_may_be_numpy_arrays(model):
+    image, words = torch.randn(2, 36, 8), torch.randn(1, 2, 8)
+    scorer = ConfidenceMatching(8, 4).eval()
+    found = scorer(image, words, [2], boxes=BOXES[:2])
+    assert torch.equal(found, scorer(image, words, [2], boxes=torch.from_numpy(BOXES[:2])))
 
 
 def test_losses_are_those_with_the_boxes_of_a_batch(model):
@@ -105,6 +160,19 @@ def test_a_gallery_keeps_the_boxes(model, tmp_path):
     np.save(tmp_path / "g" / "boxes.npy", BOXES[:, :, ::-1].copy())
     with pytest.raises(ValueError, match=r"boxes\.npy is damaged \(its checksum differs\)"):
         Gallery.open(tmp_path / "g", loaded)
+
+
+def test_a_gallery_of_other_boxes_is_another(model, tmp_path):
+    loaded, plain = Loaded(model, WORDS, "CMCAN"), with_boxes(None, "plain")
+    Gallery.build(loaded, SPLIT, tmp_path / "g", progress=False)
+    with pytest.raises(ValueError, match="is a gallery with other boxes than those given; give another folder"):
+        Gallery.build(loaded, with_boxes(some_boxes(len(BOXES), 1), "split"), tmp_path / "g", progress=False)
+    with pytest.warns(UserWarning, match="plain: there are no boxes, so CMCAN"):
+        Gallery.build(loaded, plain, tmp_path / "h", progress=False)
+    with pytest.warns(UserWarning, match="h: there are no boxes, so CMCAN"):
+        Gallery.open(tmp_path / "h", loaded)
+    with pytest.raises(ValueError, match="is a gallery without boxes, and boxes are given; give another folder"):
+        Gallery.build(loaded, SPLIT, tmp_path / "h", progress=False)
 
 
 def test_training_reads_them(tmp_path, monkeypatch):

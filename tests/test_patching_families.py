@@ -263,7 +263,7 @@ def test_gsmn_is_known_side_by_side(repository, monkeypatch):
     assert report.outcomes("replaced") == ["VisualGraph", "TextualGraph (dense)"], str(report)
     assert outcome(report, "TextualGraph (sparse)").detail.startswith("its own code fails here: AttributeError")
     model, (image, caption, lengths) = sys.modules["model"], embeddings()
-    boxes = torch.cat([corner := torch.rand(3, 36, 2), corner + 0.5], 2)
+    boxes = torch.cat([corner := torch.rand(3, 36, 2) / 2, corner + 0.5], 2)
     opt = Namespace(embed_size=16, num_block=4, lambda_softmax=20.0, is_sparse=False)
     sides = model.VisualGraph(4, 32, 1, 0.5), model.TextualGraph(4, 32, 1, 0.5)
     calls = counted(monkeypatch, StructuredMatching, "score")
@@ -275,11 +275,14 @@ def test_gsmn_is_known_side_by_side(repository, monkeypatch):
     with torch.no_grad():
         fast = found(opt)
         assert len(calls) == 2
+        pixels = sides[0](image, caption, boxes * 1.2, lengths, opt)  # outside the picture, which its own code scores
+        assert len(calls) == 2
         sides[0](image, caption, boxes, lengths, Namespace(**{**vars(opt), "num_block": 4.0}))
         with pytest.raises(AttributeError):
             sides[1](image, caption, None, lengths, Namespace(**{**vars(opt), "is_sparse": True}))
         itm_fast.unpatch()
         torch.testing.assert_close(fast, found(opt), rtol=0, atol=1e-5)
+        assert torch.equal(pixels, sides[0](image, caption, boxes * 1.2, lengths, opt))
 
 
 def test_recalls_of_a_number_of_images_are_known(repository):

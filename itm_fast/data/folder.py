@@ -11,7 +11,8 @@ and may hold
 - `test_caption_to_image.npy`: [T] integers, for each caption the row of its image in `test_ims.npy`; without this
   file the captions must be in the order of the images, the same number for each;
 - `test_region_lengths.npy`: [I] integers 1..R, the number of regions of each image; later ones are padding;
-- `test_boxes.npy`: [I, R, 4] floating point;
+- `test_boxes.npy`: [I, R, 4] floating point, the regions' left, top, right and bottom as parts of the picture, 0 to 1;
+  or [T, R, 4], where `test_ims.npy` has each image five times;
 - `test_ids.txt`: image ids, one a line, for each image or for each caption;
 - `test_capids.txt`: caption ids, one a line.
 
@@ -89,12 +90,17 @@ def read(folder: Path, split: str, captions_per_image: int | None = None) -> Spl
         caption_to_image = np.arange(T) // per_image
     if blank:
         warnings.warn(f"{blank}; as in the published code, each counts as a caption without words", stacklevel=3)
+    boxes: Rows | StoredArray | None = None
+    if path["boxes.npy"].exists():
+        boxes = StoredArray(path["boxes.npy"], open_npy)
+        if every > 1 and boxes.shape[:1] == ims.shape[:1] and boxes.dtype.kind == "f":
+            boxes = Rows(boxes, every=every)
     opened = Split(
         Rows(ims, every=every, scale=scale),
         captions,
         caption_to_image,
         open_npy(path["region_lengths.npy"]) if path["region_lengths.npy"].exists() else None,
-        StoredArray(path["boxes.npy"], open_npy) if path["boxes.npy"].exists() else None,
+        boxes,
         caption_ids=_ids(path["capids.txt"], (T,)),
         name=name,
     )

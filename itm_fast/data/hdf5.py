@@ -9,7 +9,7 @@ The file carries the attribute `itm_fast_format` = 1. A group, named as its spli
 and may hold
 
 - `region_lengths`: [I] int32, 1..R;
-- `boxes`: [I, R, 4] float32 or float16;
+- `boxes`: [I, R, 4] float32 or float16, the regions' left, top, right and bottom as parts of the picture, 0 to 1;
 - `image_ids`: [I] int64;
 - `caption_ids`: [T] int64.
 

@@ -15,11 +15,6 @@ from .texts import caption_texts
 # The characters that bytes.strip() removes: the published readers strip captions before they decode them.
 WHITE_SPACE = " \t\n\r\v\f"
 
-HOW_BOXES = (
-    "write SPLIT_boxes.npy, [images, regions, 4] with left, top, right and bottom as parts of the picture from 0 to 1, "
-    "beside SPLIT_ims.npy; itm-fast features does"
-)
-
 
 class Rows:
     """An array [n, ...] on disk (or in memory), read row by row as float32.
@@ -107,7 +102,8 @@ class Split:
         captions: T texts, as str or UTF-8 bytes.
         caption_to_image: [T] integers 0..I-1, the image each caption belongs to.
         region_lengths: [I] integers 1..R, the number of regions of each image; None: every image has R.
-        boxes: [I, R, 4] region boxes, in whatever unit the data set uses.
+        boxes: [I, R, 4] boxes of the regions: left, top, right and bottom as parts of the picture, 0 to 1. A model
+            that reads them, a gallery and a run of training refuse others.
         image_ids: [I] integers such as COCO's image ids.
         caption_ids: [T] integers such as COCO's annotation ids.
         name: where the split comes from, such as its file; error messages begin with it.

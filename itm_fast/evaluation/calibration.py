@@ -55,7 +55,7 @@ def calibrate_on(model: Any, split: Split, vocab: Vocabulary, captions: CaptionB
     regions = None if split.region_lengths is None else split.region_lengths[:images]
     texts = [split.captions[caption] for caption in chosen]
     boxes = None if split.boxes is None else split.boxes[:images]
-    some = Split(split.read(slice(0, images)), texts, np.arange(len(texts)) % images, regions, boxes)
+    some = Split(split.read(slice(0, images)), texts, np.arange(len(texts)) % images, regions, boxes, name=split.name)
     encoded = encode(model, some, vocab, batch_size=batch_size, progress=False)
     words = lengths.sum() / max(int(encoded.lengths.sum()), 1)
     share = max(len(split.features) / images, words)
@@ -70,7 +70,7 @@ def calibrate(scorer: Any, regions: int, dim: int, lengths: NDArray[np.int64], d
     image, words = (torch.randn(*size, dim, generator=normal) for size in ((_IMAGES, regions), (int(edges[-1]),)))
     unit = [torch.nn.functional.normalize(tensor, dim=-1) for tensor in (image, words)]
     owner = np.arange(len(chosen)) % _IMAGES
-    boxes = torch.rand(_IMAGES, regions, 4, generator=normal)
+    boxes = torch.rand(_IMAGES, regions, 2, 2, generator=normal).sort(2).values.flatten(2)  # left, top, right, bottom
     return Speed(_pair(scorer, Encoded(unit[0], None, unit[1], edges, owner, device, boxes=boxes)))
 
 

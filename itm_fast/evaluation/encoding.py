@@ -117,8 +117,8 @@ def encode(
 
     Raises:
         ValueError: the features do not fit the image encoder; the vocabulary is not the one that the model was
-            trained with (if the model has its checksum); a word id is larger than the model's vocabulary; or
-            batch_size is less than 1.
+            trained with (if the model has its checksum); a word id is larger than the model's vocabulary; boxes are
+            no parts of the picture; or batch_size is less than 1.
         OSError: the disk has no room for the embeddings.
 
     >>> from types import SimpleNamespace
@@ -136,6 +136,7 @@ def encode(
         raise ValueError(f"encode: batch_size must be at least 1, got {batch_size}")
     require_vocabulary(model, vocab)
     start = time.perf_counter()
+    boxes = boxes_for(getattr(model, "scorer", None), split)
     if captions is None:
         captions = list(caption_batches(split.captions, vocab, batch_size))
     ids, edges = packed_ids(captions)
@@ -159,7 +160,7 @@ def encode(
         seconds=time.perf_counter() - start,
         first_of_equals=first,
         place=place,
-        boxes=boxes_for(getattr(model, "scorer", None), split),
+        boxes=boxes,
     )
 
 

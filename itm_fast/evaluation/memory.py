@@ -312,7 +312,7 @@ def _state_bytes(
     words = torch.zeros(sum(two), dim, dtype=dtype, device=device)
     cu_seqlens = torch.tensor([0, two[0], sum(two)], dtype=torch.int32, device=device)
     with evaluation_mode(scorer), torch.no_grad():
-        of_image = image_state(scorer, image, None, torch.zeros(2, regions, 4, device=device))[1:]
+        of_image = image_state(scorer, image, None, torch.ones(2, regions, 4, device=device))[1:]
         of_caption = scorer.caption_state(words, cu_seqlens)
     per_word = getattr(scorer, "per_word", 0)
     of_word = sum(t.nbytes for t in of_caption[:per_word]) // sum(two)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..data.boxes import check_boxes
 from ..data.stored import damaged, open_npy
 
 KINDS = (".npy", ".npz")
@@ -57,7 +58,6 @@ def read(path: Path) -> tuple[NDArray[np.floating], NDArray[np.float32] | None]:
     if boxes is not None:
         if boxes.shape != (len(features), 4):
             raise ValueError(f"{path}: its boxes must be [{len(features)}, 4], got {list(boxes.shape)}")
-        if not ((boxes > -0.01) & (boxes < 1.01)).all():  # detectors may lie a pixel outside; NaN is refused too
-            raise ValueError(f"{path}: its boxes must be parts of the picture, from 0 to 1")
+        check_boxes(str(path), boxes[None])
         boxes = boxes.clip(0, 1)
     return features, boxes

@@ -58,7 +58,7 @@ def attention(
     """
     from ..data import encode_caption, tokenize
 
-    features = torch.as_tensor(np.asarray(image) if not isinstance(image, Tensor) else image, dtype=torch.float32)
+    features = _tensor(image).float()
     if features.dim() != 2 or not len(features):
         raise ValueError(f"attention: image must be the features [R, F] of one image, got {list(features.shape)}")
     if not caption.strip():
@@ -71,6 +71,11 @@ def attention(
     words = model.txt_enc(ids, [ids.shape[1]])[0]  # type: ignore[attr-defined]
     given: list[Tensor] = [regions, words.reshape(-1, words.shape[-1])]
     scorer: Any = model.scorer  # type: ignore[attr-defined]
-    if scorer.takes_boxes and boxes is not None:
-        given.append(torch.as_tensor(np.asarray(boxes)).to(model.device))
+    if getattr(scorer, "takes_boxes", False) and boxes is not None:
+        given.append(_tensor(boxes).to(model.device))
     return replace(scorer.attention(*given), tokens=tokens)
+
+
+def _tensor(array: Tensor | np.ndarray[Any, Any]) -> Tensor:
+    # A copy: torch warns of arrays that are not writable, such as those of a file.
+    return array if isinstance(array, Tensor) else torch.tensor(np.asarray(array))

@@ -3,36 +3,38 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.boxes import check_boxes
 from ._common import real_rows
 
-_SLACK = 0.01  # detectors may lie a pixel outside
 
-
-def check(name: str, boxes: Tensor, image: Tensor) -> None:
-    """Refuse boxes of another shape than [I, R, 4], or in pixels.
+def checked(
+    name: str, boxes: Tensor | np.ndarray[Any, Any], image: Tensor, region_lengths: Tensor | None = None
+) -> Tensor:
+    """Boxes on the device of `image`; refused are those of another shape than [I, R, 4], or as `check_boxes` says.
 
     Args:
         name: what the message names.
         boxes: of the regions of `image`.
         image: [I, R, D].
+        region_lengths: [I] regions of each image; None: R.
 
     Raises:
         ValueError: says what came.
     """
+    boxes = torch.as_tensor(boxes)
     if boxes.shape != (*image.shape[:2], 4):
         raise ValueError(
             f"{name}: boxes must be {[*image.shape[:2], 4]}, a box for each region, got {list(boxes.shape)}"
         )
-    most = boxes.nan_to_num().abs().max().item() if boxes.numel() else 0.0
-    if most > 1 + _SLACK:
-        raise ValueError(
-            f"{name}: boxes must be parts of the picture, from 0 to 1, and one has {most:g}; divide x by the picture's "
-            "width and y by its height"
-        )
+    lengths = None if region_lengths is None else region_lengths.cpu().numpy()
+    check_boxes(name, boxes.detach().cpu().double().numpy(), lengths)
+    return boxes.to(image.device)
 
 
 def neighbours(boxes: Tensor, region_lengths: Tensor | None = None) -> Tensor:

@@ -30,7 +30,7 @@ from ..ops import _recompute, attended_vectors, similarity_graph
 from ..ops._calls import CONFIDENCE_MATCHING
 from ..ops._cpu_calls import score as cpu_score
 from ..packing import bounds, region_counts, spans
-from ._boxes import check, neighbours
+from ._boxes import checked, neighbours
 from ._common import Dropout, PaddedScorer, l2norm, packed, without_padding
 from ._pair_blocks import blocks
 from ._rows import apart, linear, sigmoid
@@ -137,6 +137,7 @@ class ConfidenceMatching(PaddedScorer):
     """
 
     takes_boxes = True
+    without_boxes = "so CMCAN scores without neighbours of regions, not as in its paper"
 
     def __init__(
         self, embed_size: int, sim_dim: int, self_layers: int = 3, num_region: int = 36, dropout_rate: float = 0.4
@@ -192,8 +193,7 @@ class ConfidenceMatching(PaddedScorer):
         if adjacency is not None:
             self._check(adjacency, image)
         elif boxes is not None:
-            check(NAME, boxes, image)
-            adjacency = neighbours(boxes, region_lengths)
+            adjacency = neighbours(checked(NAME, boxes, image, region_lengths), region_lengths)
         if torch.is_grad_enabled() or self.sim_embv.training:
             return image, *self.sim_embv.image(image, adjacency, region_lengths)
         size = max(1, scratch_bytes(image.device) // (6 * image[:1].nbytes or 1))

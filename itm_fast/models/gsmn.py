@@ -26,11 +26,11 @@ import torch
 from torch import Tensor, nn
 
 from .._names import Direction
-from ..data.split import HOW_BOXES
+from ..data.boxes import HOW_BOXES
 from ..nn import Attention, State
 from ..ops import _recompute, attended_vectors
 from ..packing import region_counts
-from ._boxes import check
+from ._boxes import checked
 from ._common import PaddedScorer, cosine, packed, without_padding
 from ._pair_blocks import blocks, mean_over_queries
 from ._rows import linear
@@ -123,12 +123,14 @@ class StructuredMatching(PaddedScorer):
         sides: whose means (5) adds up, "i2t" the regions' and "t2i" the words'; the scorer has the weights of these.
 
     >>> scorer = StructuredMatching(num_block=4)
-    >>> boxes = torch.rand(2, 36, 4)
+    >>> corner, size = torch.rand(2, 2, 36, 2) / 2
+    >>> boxes = torch.cat([corner, corner + size], 2)  # left, top, right, bottom
     >>> scorer(torch.randn(2, 36, 8), torch.randn(3, 5, 8), [5, 2, 4], bbox=boxes).shape
     torch.Size([2, 3])
     """
 
     takes_boxes = True
+    without_boxes = "without which GSMN has no score"
 
     def __init__(
         self,
@@ -176,10 +178,11 @@ class StructuredMatching(PaddedScorer):
             return (image,)
         if bbox is None:
             raise ValueError(
-                f"{NAME}: bbox must be {[*image.shape[:2], 4]}, a box for each region, got none; {HOW_BOXES}"
+                f"{NAME}: bbox must be {[*image.shape[:2], 4]}, a box for each region, got none; pass bbox=, or "
+                f"for the images of a split {HOW_BOXES}"
             )
-        check(NAME, bbox, image)
-        return image, self.i2t_match_G.graph_convolution_1(bbox.to(image), region_lengths)  # type: ignore[operator]
+        bbox = checked(NAME, bbox, image, region_lengths).to(image.dtype)
+        return image, self.i2t_match_G.graph_convolution_1(bbox, region_lengths)  # type: ignore[operator]
 
     def score(
         self,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..models import chan, cmcan, gsmn, imram, rcar
+from ..models._boxes import checked
 from ..models._common import packed
 from ..models.sgraf import EncoderSimilarity
 from ._proof import Disagrees, constructed, published
@@ -215,6 +216,16 @@ def _gsmn_example(mode: str, image: Tensor, caption: Tensor, lengths: list[int])
     return image, caption, edges, lengths, opt
 
 
+def _gsmn_score(module: Any, scorer: Any, given: Given, kind: str) -> Tensor:
+    if "bbox" not in given:
+        return scorer(given["images"], given["captions"], given["cap_lens"])
+    try:
+        checked(gsmn.NAME, given["bbox"], given["images"])
+    except ValueError as error:  # the published code scores any boxes
+        raise Unlike(str(error)) from error
+    return scorer(given["images"], given["captions"], given["cap_lens"], bbox=given["bbox"])
+
+
 def _gsmn(name: str, direction: Any, third: str, modes: tuple[str, ...]) -> Family:
     boxes = third == "bbox"
     return Family(
@@ -227,9 +238,7 @@ def _gsmn(name: str, direction: Any, third: str, modes: tuple[str, ...]) -> Fami
         mode=lambda module, given: "" if boxes else "sparse" if given["opt"].is_sparse else "dense",
         options=_gsmn_options,
         ours=lambda module, options: gsmn.StructuredMatching(options[0], options[1], sides=(direction,)),
-        score=lambda module, scorer, given, kind: scorer(
-            given["images"], given["captions"], given["cap_lens"], **({"bbox": given["bbox"]} if boxes else {})
-        ),
+        score=_gsmn_score,
         parts=lambda module: {f"{direction}_match_G": module},
     )
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._lock import Lock
 from .._ranks import Ranks
-from ..evaluation.boxes import warn_without_boxes
+from ..evaluation.boxes import require_boxes
 from ..models import build
 from ..models.checkpoint import BEST
 from . import checkpoint, losses, resume
@@ -106,7 +106,8 @@ class Run:
             affordable(self.opt, self.device)
         torch.manual_seed(self.opt.seed)
         self.model = build(argparse.Namespace(**{**vars(self.opt), "device": str(self.device)}))
-        warn_without_boxes(self.model.scorer, self.batches.split)
+        for split in (self.batches.split, self.dev_split):
+            require_boxes(self.model.scorer, split)
         if self.chunk is not None:
             refuse_chunk(self.model)
         if vectors is not None:
