@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from .._lock import Lock
 from ..data.texts import BOM
@@ -49,17 +50,18 @@ def build(
     if first is not None:
         pooled.require_usable(require_loaded(first))
     _require_names(names, len(split.features))
+    boxes = boxes_for(getattr(model.model, "scorer", None), split)
     _claim(folder)
     with Lock(folder / files.LOCK, str(folder)):
         if (folder / files.ABOUT).exists():
             about = files.read_about(folder)
             require_model(folder, about, model)
             files.settle_names(folder, about)
-            _require_same(folder, about, split, dtype)
+            _require_same(folder, about, split, dtype, boxes)
             rows = files.open_rows(folder / files.ROWS, about.shape, about.dtype)
             files.verify(rows, about.rows, folder / files.ROWS, progress)
         else:
-            about = _encode(model, split, folder, dtype, batch_size, progress)
+            about = _encode(model, split, boxes, folder, dtype, batch_size, progress)
         if names is None and about.names is None and split.image_ids is not None:
             names = [str(number) for number in split.image_ids]
         if names is not None:
@@ -78,7 +80,9 @@ def build(
             pooled.write(folder, about, first, _vectors(first, split), about.features, batch_size, progress)
 
 
-def _encode(model: Loaded, split: Split, folder: Path, dtype: str, batch_size: int, progress: bool) -> files.About:
+def _encode(
+    model: Loaded, split: Split, boxes: Tensor | None, folder: Path, dtype: str, batch_size: int, progress: bool
+) -> files.About:
     """Write the rows of all images and their region counts."""
     encoder = model.model.img_enc
 
@@ -92,8 +96,7 @@ def _encode(model: Loaded, split: Split, folder: Path, dtype: str, batch_size: i
     start, parts = _start(split), checksums(model)
     lengths = split.region_lengths
     counts = None if lengths is None else files.checksum(lengths)
-    boxes = boxes_for(getattr(model.model, "scorer", None), split)
-    box_sum = None if boxes is None else files.checksum(boxes.numpy())
+    box_sum = _box_sum(boxes)
     identity = {
         "model": parts, "images": [images, regions, feature_size, start], "region counts": counts, "precision": dtype,
     }  # fmt: skip
@@ -136,7 +139,11 @@ def _vectors(first: Loaded, split: Split) -> files.Produce:
     return produce
 
 
-def _require_same(path: Path, about: files.About, split: Split, dtype: str) -> None:
+def _box_sum(boxes: Tensor | None) -> str | None:
+    return None if boxes is None else files.checksum(boxes.numpy())
+
+
+def _require_same(path: Path, about: files.About, split: Split, dtype: str, boxes: Tensor | None) -> None:
     if (about.images, about.regions, about.feature_size) != split.features.shape or about.start != _start(split):
         raise ValueError(
             f"{path} is a gallery of other images ({about.images:,} x {about.regions} regions) than those given "
@@ -144,6 +151,12 @@ def _require_same(path: Path, about: files.About, split: Split, dtype: str) -> N
         )
     if about.dtype != dtype:
         raise ValueError(f"{path} is a gallery in {about.dtype}, and {dtype} is asked for; give another folder")
+    if about.boxes != _box_sum(boxes):
+        if about.boxes is None:
+            differ = "without boxes, and boxes are given"
+        else:
+            differ = "with boxes, and none are given" if boxes is None else "with other boxes than those given"
+        raise ValueError(f"{path} is a gallery {differ}; give another folder")
 
 
 def _require_names(names: Sequence[str] | None, images: int) -> None:

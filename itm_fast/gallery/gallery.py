@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from ..evaluation.boxes import warn_without_boxes
 from ..evaluation.encoding import encode_captions
 from . import files
 from .building import build
@@ -71,12 +72,16 @@ class Gallery:
             path: its folder.
             model: the checkpoint that it was built with, as `itm_fast.models.load` returns it.
 
+        Warns if the model reads boxes and the gallery was built without.
+
         Raises:
             FileNotFoundError: the folder is no gallery, or its build was interrupted.
             ValueError: it was built with another model, or a file is missing or damaged. Of the images' rows only the
                 size is checked; `build` with the same images checks them whole.
         """
-        return cls(path, model)
+        opened = cls(path, model)
+        warn_without_boxes(getattr(model.model, "scorer", None), str(path), opened.about.boxes)
+        return opened
 
     @classmethod
     def build(
