@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from ..data import Split
     from ..nn import Attention
     from ._picture import Query
 
@@ -21,9 +22,10 @@ and where in the picture each word looks.
   itm-fast attend --checkpoint SAF.pth.tar --data data/f30k_precomp --image 12 "a red kite" --pictures flickr30k-images
   itm-fast attend --checkpoint SCAN.pth.tar --data f30k.h5 --split dev --image 3 --output figure.svg
 
-Without captions the image's own are drawn. Regions lie over the picture by SPLIT_boxes.npy beside the features
-([images, regions, 4]: left, top, right and bottom as parts of the picture's width and height); without that file they
-are drawn as a square grid, row by row. `itm_fast.attention` gives the same weights as numbers."""
+Without captions the image's own are drawn. Regions lie over the picture by the boxes of the HDF5 file, or by
+SPLIT_boxes.npy beside the features ([images, regions, 4]: left, top, right and bottom as parts of the picture's width
+and height); without boxes they are drawn as a square grid, row by row. `itm_fast.attention` gives the same weights
+as numbers."""
 
 _WHOLE = "whole picture"
 
@@ -61,6 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     from .._files import atomic_write
     from ..data import open_split
+    from ..evaluation.boxes import warn_without_boxes
     from ..models import attention, load
     from ._picture import blank, draw
     from ._pictures import pictures_of
@@ -78,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     features = split.features[args.image : args.image + 1][0]
     if split.region_lengths is not None:
         features = features[: int(split.region_lengths[args.image])]
-    boxes = _boxes(args, len(features))
+    boxes = _boxes(args, split, len(features))
+    warn_without_boxes(getattr(loaded.model, "scorer", None), split.name, boxes)
     pictures = pictures_of(args.pictures, args.data, args.split, split)
     found = pictures(args.image) if pictures else None
     picture = Image.open(io.BytesIO(found)) if found else blank()
@@ -98,18 +102,25 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _boxes(args: argparse.Namespace, regions: int) -> NDArray[np.float32] | None:
-    """The image's boxes [R, 4], or None."""
+def _boxes(args: argparse.Namespace, split: Split, regions: int) -> NDArray[np.float32] | None:
+    """The image's boxes [R, 4] in the split, or else beside an HDF5 file; None if there are none."""
     import numpy as np
 
-    data = Path(args.data)
-    path = (data if data.is_dir() else data.parent) / f"{args.split}_boxes.npy"
-    if not path.is_file():
-        return None
-    boxes = np.load(path, mmap_mode="r", allow_pickle=False)
-    if boxes.ndim != 3 or boxes.shape[2] != 4 or len(boxes) <= args.image or boxes.shape[1] < regions:
-        raise ValueError(f"{path} must be [images, regions, 4] with {regions} regions, got {list(boxes.shape)}")
-    return np.asarray(boxes[args.image, :regions], np.float32)
+    from ..data.boxes import check_boxes
+
+    if split.boxes is not None:
+        name, found = split.name, split.boxes[args.image : args.image + 1]
+    else:
+        data = Path(args.data)
+        path = (data if data.is_dir() else data.parent) / f"{args.split}_boxes.npy"
+        if not path.is_file():
+            return None
+        boxes = np.load(path, mmap_mode="r", allow_pickle=False)
+        if boxes.ndim != 3 or boxes.shape[2] != 4 or len(boxes) <= args.image or boxes.shape[1] < regions:
+            raise ValueError(f"{path} must be [images, regions, 4] with {regions} regions, got {list(boxes.shape)}")
+        name, found = str(path), np.array(boxes[args.image : args.image + 1], np.float32)
+    check_boxes(name, found[:, :regions], first=args.image)
+    return found[0, :regions]
 
 
 def _row(found: Attention, caption: str, picture, boxes: NDArray[np.float32] | None) -> Query:
