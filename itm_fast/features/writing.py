@@ -202,7 +202,14 @@ def write(
             boxes = np.load(unfinished / _BOXES, allow_pickle=False)
             lengths = (boxes[..., 2:] > boxes[..., :2]).all(axis=2).sum(axis=1, dtype=np.int32)
             images = replace(images, boxes=boxes, lengths=None if (lengths == boxes.shape[1]).all() else lengths)
-        _write_rest(output, split, images, captions)
+        try:
+            _write_rest(output, split, images, captions)
+        except OSError as error:
+            raise OSError(
+                error.errno or 0,
+                f"{error.strerror or error}; all features are kept in {unfinished}: do the same again to go on",
+                error.filename,
+            ) from error
         os.replace(rows, output / f"{split}_ims.npy")
         shutil.rmtree(unfinished)
 

@@ -25,7 +25,7 @@ import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -300,11 +300,14 @@ def write_rows(
         open(path, "r+b" if note["done"] else "wb") as file,
         tqdm(total=shape[0], initial=note["done"], desc=what, unit="image", disable=not progress) as bar,
     ):
+        kept = note
 
         def save() -> None:
+            nonlocal kept
             file.flush()
             os.fsync(file.fileno())
             write_json(journal(path), {"identity": dict(identity), **note})
+            kept = note
 
         if not note["done"]:
             save()  # from now on the folder is known as a gallery that was begun
@@ -332,8 +335,9 @@ def write_rows(
         except OSError as error:
             with contextlib.suppress(OSError):
                 save()
+            cast(io.BufferedWriter, file).raw.close()  # else leaving `with` writes its buffer, and fails too
             room = "free some space and " if error.errno in FULL else ""
-            message = f"{error.strerror or error}; {_kept(path, note, shape)}: {room}do the same again to go on"
+            message = f"{error.strerror or error}; {_kept(path, kept, shape)}: {room}do the same again to go on"
             raise OSError(error.errno or 0, message, str(path)) from error
     return note["rows"], note["read"]
 
