@@ -1,5 +1,7 @@
 """`itm-fast features`: splits from pictures, arrays and files of captions; and the guide's commands, on tiny data."""
 
+import contextlib
+import functools
 import json
 import os
 import re
@@ -13,9 +15,10 @@ import pytest
 import torch
 from PIL import Image
 
+from itm_fast import training
 from itm_fast.cli import main
 from itm_fast.cli._pictures import pictures_of
-from itm_fast.data import open_split
+from itm_fast.data import Vocabulary, open_split
 from itm_fast.features import backbones, detectors, pictures
 
 GUIDE = Path(__file__).resolve().parents[1] / ".github" / "GUIDE.md"
@@ -361,7 +364,7 @@ def test_a_torchvision_for_another_torch_is_named(folder, capsys, monkeypatch):
 
 
 @pytest.mark.skipif(not GUIDE.is_file(), reason="needs a checkout")
-def test_the_guides_commands_run_one_after_another(folder, capsys):
+def test_the_guides_commands_run_one_after_another(folder, capsys, monkeypatch):
     text = GUIDE.read_text()
     blocks = re.findall(r"^```bash\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     # A small network and few steps; all else is as the guide has it.
@@ -380,3 +383,13 @@ def test_the_guides_commands_run_one_after_another(folder, capsys):
         assert (folder / "tables/saf" / name).stat().st_size, name
     assert "<image" in (folder / "figure.svg").read_text()
     assert "data:image/jpeg" in (folder / "found.html").read_text()
+    (example,) = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    logged = []
+    run = contextlib.nullcontext(types.SimpleNamespace(log=lambda data, step: logged.append((step, data))))
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda project: run))
+    sizes = dict(batch_size=4, embed_size=16, word_dim=8, sim_dim=8)
+    monkeypatch.setattr(training, "options", functools.partial(training.options, **sizes), raising=False)
+    monkeypatch.setattr(training, "train", functools.partial(training.train, max_steps=2), raising=False)
+    monkeypatch.setattr(Vocabulary, "build", functools.partial(Vocabulary.build, min_count=1))
+    exec(compile(example, "GUIDE.md", "exec"), {})
+    assert [(step, "dev/rsum" in data) for step, data in logged] == [(1, False), (2, False), (2, True)]
