@@ -106,6 +106,12 @@ def test_errors_that_users_can_mend_are_one_sentence(monkeypatch, capsys, error,
     assert "Traceback" in capsys.readouterr().err
 
 
+def test_a_file_that_is_missing_is_named_with_its_option(tmp_path, capsys):
+    missing = str(tmp_path / "saf.pth.tar")
+    assert main(["evaluate", "--checkpoint", missing, "--data", str(tmp_path)]) == 2
+    assert capsys.readouterr().err.endswith(f"--checkpoint {missing}: No such file or directory\n")
+
+
 def test_our_own_mistakes_keep_their_traceback(monkeypatch):
     _command(monkeypatch, _raising(KeyError("bug")))
     with pytest.raises(KeyError):

@@ -86,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         _trace()
         if not (rank and isinstance(error, ChildProcessError)):  # rank 0 says why
-            print(f"{program}: {f'process {rank}: ' if rank else ''}{_sentence(error)}", file=sys.stderr)
+            print(f"{program}: {f'process {rank}: ' if rank else ''}{_sentence(error, words)}", file=sys.stderr)
         return 2
 
 
@@ -142,9 +142,11 @@ def build_parser(command: str | None) -> Parser:
     return parser
 
 
-def _sentence(error: BaseException) -> str:
+def _sentence(error: BaseException, words: Sequence[str]) -> str:
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
-        return f"{error.filename}: {error.strerror}"
+        name, pairs = str(error.filename), zip(words, words[1:])
+        option = next((f"{option} " for option, value in pairs if option.startswith("--") and value == name), "")
+        return f"{option}{name}: {error.strerror}"
     package = (error.name or "itm_fast") if isinstance(error, ModuleNotFoundError) else "itm_fast"
     if not package.startswith("itm_fast") and str(error).startswith("No module named"):
         return f"this needs the Python package {package!r}, which is not installed; `pip install` it"
