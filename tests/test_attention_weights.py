@@ -169,6 +169,20 @@ def test_the_check_of_first_use_finds_the_kernels_of_other_weights(weights, monk
             assert (found is None) == (instead == weights), (instead, found)
 
 
+def test_the_check_of_the_other_direction_has_the_default_norm(monkeypatch):
+    real, norm = DECLARED["cross_attention_score"].function, {}
+
+    @functools.wraps(real)
+    def wrong(*args, backend, **options):
+        return real(*args, backend=backend, **options | (norm if backend != "reference" else {}))
+
+    monkeypatch.setattr(DECLARED["cross_attention_score"], "function", wrong)
+    given = "cross_attention_score", "torch", torch.device("cpu"), torch.float32, True
+    for norm["affinity_norm"], finds in (("clipped_l2norm", False), ("none", True)):
+        found = _examples.problem(*given, chosen=(("direction", "i2t"),))
+        assert (found is not None) == finds, norm
+
+
 def test_kernels_in_cuda_say_what_they_lack():
     op_ = DECLARED["cross_attention_score"]
     image, words, cu_seqlens = inputs(2, (3, 2), 5, 16)

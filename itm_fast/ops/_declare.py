@@ -159,8 +159,8 @@ class Result:
 class Choosing:
     """Options of words whose values choose among an op's kernels, each of which is checked before its first use.
 
-    The examples of the op check the kernels of the default values. Those of others are checked with the arguments that
-    `example` makes, and those by name in `given`.
+    The examples of the op check the kernels of the default values, and those of another direction alone. Those of other
+    values are checked with the arguments that `example` makes, and those by name in `given`.
     """
 
     defaults: dict[str, str]

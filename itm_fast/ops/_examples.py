@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -125,11 +126,21 @@ def problem(
     >>> problem("similarity_graph", "torch", torch.device("cpu"), torch.float32, backward=True) is None
     True
     """
-    if chosen:
-        options = {**choosing_of(op).given, **options, **dict(chosen)}
-    of = [None] if chosen else kinds(op)
+    of, given = _cases(op, chosen)
+    options = given | options
     found = (_problem(op, backend, device, dtype, backward, kind, **options) for kind in of)
     return next((line for line in found if line), None)
+
+
+def _cases(op: str, chosen: tuple[tuple[str, str], ...]) -> tuple[Iterable[int | None], dict[str, Any]]:
+    """Examples on which kernels that an op's options choose are checked, as `example` numbers them, and the options.
+
+    A direction alone is checked on the examples of all calls, with their norm and scale; weights and similarities on
+    an example where rounding does not change which contexts they keep.
+    """
+    if all(name == "direction" for name, _ in chosen):
+        return kinds(op), dict(chosen)
+    return [None], {**choosing_of(op).given, **dict(chosen)}
 
 
 def ways(op: str) -> list[dict[str, Any]]:
