@@ -173,8 +173,11 @@ def test_the_clusters_of_both_directions_are_compared(gpu, emulated, dtype, wron
 
     op = "cross_attention_score"
     with cuda_stub.installed(run):
+        call(op, dtype, "cuda")
+        assert any("scan_t2i_in_clusters" in name for name in launched)
+        assert not any("scan_i2t" in name for name in launched)  # whose first call compares them
         with pytest.warns(UserWarning, match="of the others.* without clusters of blocks"):
-            call(op, dtype, "cuda")
+            call(op, dtype, "cuda", direction="i2t")
         assert any("scan_i2t_in_clusters" in name for name in launched)
         launched.clear()
         for direction in ("t2i", "i2t"):

@@ -149,30 +149,36 @@ def ways(op: str) -> list[dict[str, Any]]:
     return [{"direction": way} for way in next(choices, ())] or [{}]
 
 
-def variants_differ(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def variants_differ(
+    op: str, device: torch.device, dtype: torch.dtype, chosen: tuple[tuple[str, str], ...] = ()
+) -> str | None:
     """Tell how results of CUDA kernels for one GPU alone differ from those of the kernels for all, if they do.
 
-    Both round the same numbers in the same way, and add in another order. Each direction of an op is a kernel of its
-    own and is compared.
+    Both round the same numbers in the same way, and add in another order.
 
     Args:
         op: name of the op.
         device: where to run.
         dtype: the dtype to run in.
+        chosen: as for `problem`: only the kernels that these options choose run.
 
     Returns:
         None, or one line.
     """
-    return next((line for way in ways(op) if (line := _variants_differ(op, device, dtype, way))), None)
+    of, options = _cases(op, chosen)
+    return next((line for kind in of if (line := _variants_differ(op, device, dtype, kind, options))), None)
 
 
-def _variants_differ(op: str, device: torch.device, dtype: torch.dtype, options: dict[str, Any]) -> str | None:
+def _variants_differ(
+    op: str, device: torch.device, dtype: torch.dtype, kind: int | None, options: dict[str, Any]
+) -> str | None:
     size = PUBLISHED if device.type == "cuda" else SMALL
     results, best = [], _cuda.asked_variant(op, device, dtype)
     try:
         for allowed in (best, _cuda.GENERAL):
             _cuda.allow_variant(op, device, dtype, allowed)
-            results.append(outcome(op, "cuda", device, dtype, size=size, backward=False, **options)[0].double())
+            found = outcome(op, "cuda", device, dtype, size=size, backward=False, kind=kind, **options)
+            results.append(found[0].double())
     except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as error:  # as in `_problem`

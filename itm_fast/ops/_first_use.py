@@ -99,7 +99,7 @@ def _checked(
     problem = whole()
     while backend == "cuda" and (best := _cuda.asked_variant(op, device, dtype)):
         if not problem:
-            problem = _alone(*given, partial(_examples.variants_differ, op, device, dtype))
+            problem = _alone(*given, partial(_examples.variants_differ, op, device, dtype, chosen))
         if not problem:
             break
         _cuda.allow_variant(op, device, dtype, best - 1)
