@@ -2,8 +2,9 @@
 notices.
 
 A change is noticed if the changed kernels do not compile, the emulator finds an error, the process crashes, or a result
-has other bits than the unchanged kernels give, in any order of the threads. What none of this shows must be called
-redundant in a comment of its line, which says why it stands all the same.
+has other bits than the unchanged kernels give, in any order of the threads. For what none of this shows, a comment of
+its line says why: "redundant" of what a GPU's results do not depend on either, with what it stands for all the same;
+"unseen:" of what a GPU does need, with what the emulator does otherwise.
 
 Barriers and waits are found by their names. Masks are listed here, since only a reader can tell them from other
 conditions; a listed text that is not there is an error.
@@ -33,6 +34,7 @@ WAITS = re.compile(
     r"|(?:matrices|regions)\.(?:wait|pass)\(\));"
 )
 ORDERS = (0, 1, 2, 3)
+EXCUSES = "redundant", "unseen:"  # see above
 ENDLESS = 1800  # seconds: what takes longer waits in vain
 # File -> (text, what takes its place).
 MASKS: dict[str, list[tuple[str, str]]] = {
@@ -335,7 +337,7 @@ def verdict(found: list[torch.Tensor] | str, want: list[torch.Tensor]) -> str:
 
 
 def main(files: list[str]) -> int:
-    """Print a line for each change; return how many go unnoticed that are not said to be redundant."""
+    """Print a line for each change; return how many go unnoticed that no comment of their line excuses."""
     cuda, missed = _native.csrc_dir() / "cuda", 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "cuda"
@@ -354,7 +356,7 @@ def main(files: list[str]) -> int:
                 said = verdict(judged(file, Path(scratch)), want)
                 line = sources[file].splitlines()[change.line - 1]
                 if said == "unnoticed":
-                    said = "redundant" if "redundant" in line else "UNNOTICED"
+                    said = next((word.strip(":") for word in EXCUSES if word in line), "UNNOTICED")
                     missed += said == "UNNOTICED"
                 print(f"{file}:{change.line:<4} {change.text[:60]:<60} {said}", flush=True)
             (folder / file).write_text(sources[file])

@@ -88,7 +88,7 @@ template <class T> struct Place {
         return false;
     }
     __device__ __forceinline__ int regions(const Pairs &p, int image) const {  // image within the group
-        if (image >= images) return 0;  // redundant but for what would be read behind the last image
+        if (image >= images) return 0;  // unseen: else reads behind the last image
         return p.count ? p.count[first_image + image] : p.R;
     }
 };
@@ -153,7 +153,7 @@ __device__ __forceinline__ void apply_exponents(typename T::Accumulators &acc, c
         for (int i = 0; i < 2; ++i) {
             const int column = n * 8 + 2 * at.t + i, image = at.warp_image + column / T::COLUMNS;
             const int region = column % T::COLUMNS;
-            if (region >= at.regions(p, image)) continue;  // redundant but for reading behind the last exponent
+            if (region >= at.regions(p, image)) continue;  // unseen: else reads behind the last exponent
             const int exponent = p.region_exponent[(at.first_image + image) * p.R + region];
 #pragma unroll
             for (int m = 0; m < T::BLOCKS_M; ++m)

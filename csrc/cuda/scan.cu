@@ -128,7 +128,7 @@ template <class T> __device__ __forceinline__ void score_regions(const Scan &p) 
     for (int i = threadIdx.x; i < at.captions * T::WIDTH; i += T::THREADS) {
         const int member = at.member + i / T::WIDTH, column = i % T::WIDTH;
         const int image = column / COLUMNS, region = column % COLUMNS, caption = p.pairs.caption[member];
-        if (region >= at.regions(p.pairs, image)) continue;  // redundant but for `length`, which ends before
+        if (region >= at.regions(p.pairs, image)) continue;  // unseen: else reads behind the end of `length`
         const int begin = p.pairs.begin[member], words = p.pairs.end[member] - begin;
         float *value = values + begin * T::LD + column, *number = norms + image * SLOTS + begin;
         auto logit = [&](int w) {

@@ -71,7 +71,7 @@ __device__ __forceinline__ void weighted_by_groups(typename T::Products &acc, Gr
     const int lane = threadIdx.x % 32;
     unsigned own[4][4];
     if constexpr (T::SIDE == 1)
-        sync_warp();  // other lanes of the warp have written its rows; redundant but for the order of memory on a GPU
+        sync_warp();  // other lanes of the warp have written its rows; unseen: the emulator's lanes see that at once
     else
         __syncthreads();  // and other warps
     clear(acc);
