@@ -286,23 +286,27 @@ def repository(name: str, folder: Path, rounds: int) -> dict[str, Any]:
 def table(result: dict) -> str:
     """Markdown: a row per repository and scorer."""
     e, (images, captions, D, S) = result["environment"], result["sizes"]
+    fewer = [row["mode"] for one in result["results"] for row in one["scorers"] if row["captions"] < captions]
+    fewer_captions = f" ({', '.join(dict.fromkeys(fewer))}: {SLOW_CAPTIONS})" if fewer else ""
     lines = [
         f"Repositories' own code before and after `itm_fast.patch`, by `benchmarks/repositories.py` on {e['device']}, "
-        f"{e['threads']} threads, torch {e['torch']}, {e['date']}, commit {e['commit']}: five training steps in "
-        f"float64, and float32 scores of {images} images x {captions} captions, D {D}, S {S}. Lines of the repository "
-        "that change: none, and one where it is started.\n",
-        "| repository | scorer | losses differ by | scores by | checkpoint both ways | x its loop | refused |",
-        "|---|---|---:|---:|---|---:|---|",
+        f"{e['threads']} threads, torch {e['torch']}, {e['date']}, commit {e['commit']}: float32 scores of {images} "
+        f"images x {captions} captions{fewer_captions}, D {D}, S {S}; gradients, of their norm, and losses of five "
+        "training steps in float64. Lines of the repository that change: none, and one where it is started.\n",
+        "| repository | scorer | scores differ by | gradients by | losses by | checkpoint both ways | x its loop | "
+        "refused |",
+        "|---|---|---:|---:|---:|---|---:|---|",
     ]
     for one in result["results"]:
         kept = ", ".join(row["name"] for row in one["patch"] if row["outcome"] == "refused") or ""
         for row in one["scorers"]:
             both = {True: "yes", False: "no", None: ""}[row["checkpoint_both_ways"]]
             lines.append(
-                f"| {one['repository']} | {row['mode']} | {row['largest_difference_of_losses']:.0e} | "
-                f"{row['largest_difference_of_scores']:.0e} | {both} | {row['times_faster']:.1f} | {kept} |"
+                f"| {one['repository']} | {row['mode']} | {row['largest_difference_of_scores']:.0e} | "
+                f"{row['difference_of_gradients']:.0e} | {row['largest_difference_of_losses']:.0e} | {both} | "
+                f"{row['times_faster']:.1f} | {kept} |"
             )
-    lines.append("\nWhy the refused stay as they are; a training step takes the gradients of all scorers above.\n")
+    lines.append("\nWhy the refused stay as they are:\n")
     for one in result["results"]:
         for row in one["patch"]:
             if row["outcome"] == "refused":
