@@ -189,3 +189,18 @@ def test_training_reads_them(tmp_path, monkeypatch):
         run_tiny(tmp_path / "run", "cmcan", train_split=SPLIT, max_steps=1)
     assert all(boxes is not None for boxes in read)
     assert len(read) > 1
+
+
+def test_a_run_is_resumed_with_its_boxes_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr("training_cases.DEV", SPLIT)
+    run_tiny(tmp_path, "cmcan", train_split=SPLIT, max_steps=1)
+    for train, dev, said in (
+        (with_boxes(BOXES[::-1].copy(), "new"), SPLIT, "other boxes in its training split"),
+        (with_boxes(None, "none"), SPLIT, "other boxes in its training split"),
+        (SPLIT, with_boxes(some_boxes(len(BOXES), 1), "new"), "other boxes in its dev split"),
+    ):
+        monkeypatch.setattr("training_cases.DEV", dev)
+        with pytest.raises(ValueError, match=f"belongs to a run with {said}. Resume with the same"):
+            run_tiny(tmp_path, "cmcan", train_split=train, resuming=True, max_steps=2)
+    monkeypatch.setattr("training_cases.DEV", SPLIT)
+    assert run_tiny(tmp_path, "cmcan", train_split=SPLIT, resuming=True, max_steps=2).iterations == 2

@@ -162,7 +162,7 @@ def test_a_run_from_before_checksums_of_the_data_is_resumed(tmp_path):
     content["data"] = content["data"][:2]
     torch.save(content, tmp_path / resume.NAME)
     assert run_tiny(tmp_path, resuming=True, max_steps=2).iterations == 2
-    assert len(resume.load(tmp_path).data) == 4
+    assert len(resume.load(tmp_path).data) == 6
 
 
 @pytest.mark.parametrize("known, refused", [(0, True), (1, True), (2, False)])

@@ -27,7 +27,7 @@ from .checkpoint import LAST
 from .interrupt import Stop
 from .log import STEP, Log, dev_values, table
 from .recipe import learning_rate
-from .setup import affordable, identity, refuse_chunk, same_run
+from .setup import affordable, boxes_identity, identity, refuse_chunk, same_run
 from .vectors import word_vectors
 
 if TYPE_CHECKING:
@@ -81,7 +81,11 @@ class Run:
         self.vocabulary_file = output / f"{opt.data_name}_vocab.json"  # where the published code looks
         self.dev_split, self.vocabulary, self.output = dev_split, vocabulary, output
         self.progress, self.arguments = progress and ranks.first, arguments
-        self.data = [len(train_split.captions), len(train_split.features), *map(identity, (train_split, dev_split))]
+        splits = train_split, dev_split
+        self.data = [
+            len(train_split.captions), len(train_split.features), *map(identity, splits),
+            *(boxes_identity(opt, split) for split in splits),
+        ]  # fmt: skip
         self.batches = TrainingBatches(
             train_split, vocabulary, opt.batch_size, seed=opt.seed, rank=ranks.rank, world=ranks.world
         )

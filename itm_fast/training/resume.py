@@ -37,8 +37,8 @@ class Progress:
         options: the run's options, by their published names; under `LEARNED` those that training has changed, if any.
         arguments: plain values that the caller of `train` wants back, such as paths and names of splits.
         data: how many captions and images the training split has, then checksums (`setup.identity`) of the training
-            and the dev split, so that a run is not resumed with other data. Files of older versions have only the two
-            counts.
+            and the dev split, then of the boxes of both (`setup.boxes_identity`), so that a run is not resumed with
+            other data. Files of older versions have only the two counts, or no boxes.
         epoch: finished epochs.
         step: batches done in the current epoch; all of them if only its validation is missing.
         iterations: optimiser steps so far.

@@ -199,6 +199,15 @@ def identity(split: Split) -> str:
     return found.hexdigest()
 
 
+def boxes_identity(opt: argparse.Namespace, split: Split) -> str | None:
+    """A checksum of a split's boxes, if it has some and the model that these options describe reads them."""
+    with torch.device("meta"):  # takes no memory and draws no random numbers
+        reads = model_class(opt).similarity(opt).takes_boxes
+    if not reads or split.boxes is None:
+        return None
+    return hashlib.sha256(np.ascontiguousarray(split.boxes[:]).tobytes()).hexdigest()
+
+
 def same_run(
     found: resume.Progress,
     output: Path,
@@ -221,10 +230,12 @@ def same_run(
     ]
     if found.data[:2] != data[:2]:
         differing.append(f"[captions, images] {found.data[:2]}, now {data[:2]}")
-    # Files of older versions have only the two counts.
-    for name, before, now in zip(("training", "dev"), found.data[2:], data[2:], strict=False):
+    # Files of older versions have only the two counts, or no boxes.
+    kinds = "captions or features", "boxes"
+    parts = [f"{what} in its {name} split" for what in kinds for name in ("training", "dev")]
+    for part, before, now in zip(parts, found.data[2:], data[2:], strict=False):
         if before != now:
-            differing.append(f"other captions or features in its {name} split")
+            differing.append(f"other {part}" if before is not None else f"no {part}")
     checksum = found.options.get("vocab_checksum", opt.vocab_checksum)  # older versions wrote none
     if not differing and {checksum, Vocabulary.load(vocabulary_file).checksum()} != {vocabulary.checksum()}:
         differing.append(f"the words of {vocabulary_file}, now others")
