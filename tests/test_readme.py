@@ -1,5 +1,6 @@
 """The README is true: its examples run, its commands parse, its links exist, its numbers are those of result files."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -53,6 +54,13 @@ def test_the_dry_run_prints_its_plan():
 def test_ci_runs_the_test_command():
     (command,) = [b.strip() for b in blocks("bash") if "pytest" in b]
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
+
+
+def test_the_wheel_is_as_large_and_as_slow_as_measured():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "wheel.json").read_text())
+    said = re.search(r"\[(\d+) MB, (\d+) minutes of one core\]\(benchmarks/results/wheel\.json\)", TEXT)
+    assert int(said[1]) == round(measured["bytes"] / 1e6)
+    assert int(said[2]) == round(measured["compiled"]["cpu_seconds"] / 60)
 
 
 def test_links_lead_somewhere():
