@@ -170,6 +170,17 @@ def test_pairs_whose_vectors_are_formed_have_their_gradients(monkeypatch):
     assert marks[0].sum() == 7
 
 
+def results(call, args, upstream, dtype, backend="reference", precision="highest"):
+    """Scores and all gradients at a precision of float32 matrix products."""
+    try:
+        torch.set_float32_matmul_precision(precision)
+        leaves = op_checks.leaves([a.to(dtype) for a in args], dtype)
+        score = call(*leaves, backend=backend)
+        return [score, *torch.autograd.grad(score, leaves, upstream.to(dtype), materialize_grads=True)]
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 @pytest.mark.parametrize("few", [False, True])
 @pytest.mark.parametrize("dim", [64, 31])
 def test_products_of_bfloat16(dim, few):
@@ -179,23 +190,32 @@ def test_products_of_bfloat16(dim, few):
     upstream = torch.randn(9, 3, generator=torch.Generator().manual_seed(1))
     if few:
         upstream = upstream * (torch.arange(27).view(9, 3) % 9 == 2)
-
-    def results(dtype, backend):
-        leaves = op_checks.leaves([a.to(dtype) for a in single], dtype)
-        score = call(*leaves, backend=backend)
-        return [score, *torch.autograd.grad(score, leaves, upstream.to(dtype))]
-
-    exact = results(torch.float32, "cpu")
-    try:
-        torch.set_float32_matmul_precision("high")
-        assert_equal(results(torch.float32, "cpu"), exact)
-        torch.set_float32_matmul_precision("medium")
-        found = results(torch.float32, "cpu")
-    finally:
-        torch.set_float32_matmul_precision("highest")
+    exact = results(call, single, upstream, torch.float32, "cpu")
+    assert_equal(results(call, single, upstream, torch.float32, "cpu", "high"), exact)
+    found = results(call, single, upstream, torch.float32, "cpu", "medium")
     rounded = _native.outcome().level in _native.BFLOAT16_LEVELS
     assert all(torch.equal(a, b) != rounded for a, b in zip(found, exact, strict=True))
-    assert_accurate(found, lambda dtype: results(dtype, "reference"), torch.float32, products=torch.bfloat16)
+    assert_accurate(found, lambda dtype: results(call, single, upstream, dtype), torch.float32, products=torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    "gate,direction,seed", [("scalar", "i2t", 0), ("scalar", "t2i", 14), ("scalar", "both", 9), ("vector", "both", 9)]
+)
+def test_products_of_bfloat16_that_cancel(gate, direction, seed):
+    """Captions nearly opposite to images: a context vector v_c is a few hundredths of the rows that it is made of, so
+    an error of a bfloat16 rounding in one of the terms of |v_c|^2 would be a large part of it."""
+    regions, counts = ((5, 1, 3), (6, 1, 4)) if direction == "t2i" else ((6, 1, 4), (5, 1, 3))
+    call, args = test_hierarchical_alignment_score.case(3, counts, 6, 8, regions, gate, direction=direction)
+    generator = torch.Generator().manual_seed(seed)
+    unit = torch.nn.functional.normalize
+    axis = unit(torch.randn(3, 8, generator=generator, dtype=torch.float64), dim=-1)
+    for at, rows, sign in ((0, axis[:, None], 1), (3, axis.repeat_interleave(torch.tensor(counts), 0), -1)):
+        spread = torch.randn(args[at].shape, generator=generator, dtype=torch.float64)
+        args[at] = unit(sign * rows + 0.05 * spread, dim=-1)
+    single = [a.float() for a in args]
+    upstream = torch.randn(3, 3, generator=torch.Generator().manual_seed(1))
+    found = results(call, single, upstream, torch.float32, "cpu", "medium")
+    assert_accurate(found, lambda dtype: results(call, single, upstream, dtype), torch.float32, products=torch.bfloat16)
 
 
 @pytest.mark.parametrize("level,dtype", [(None, torch.float32), (None, torch.float64), ("generic", torch.float64)])

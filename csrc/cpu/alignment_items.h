@@ -48,8 +48,10 @@ struct Pools {
   }
 };
 
-// Rows first .. first + n as an Item; `formed`: the item will be used where vectors of a pair are formed.
-template <class T>
+// Rows first .. first + n as an Item; `formed`: the item will be used where vectors of a pair are formed. E is what the
+// products of features multiply. Where these are pairs, the Gram matrix is that of the same rounded rows: a squared
+// length whose terms nearly cancel is then off by what rounding does to its vector, not to its terms.
+template <class T, class E>
 Item<T> item(const AlignmentCall& call, const Modality& from, int64_t first, int64_t n, const Pools<T>& pools,
              bool formed) {
   const int64_t D = call.D, K = call.K, wide = pools.wide;
@@ -61,9 +63,6 @@ Item<T> item(const AlignmentCall& call, const Modality& from, int64_t first, int
     T* const x = (formed ? made.rows : passing) + i * wide;
     std::copy_n(read<T>(from.rows, (first + i) * D, D, room), D, x);
     row.push_back(x);
-    const T square = inner(x, x, wide);
-    made.norm()[i] = std::sqrt(square);
-    made.highest = std::max(made.highest, square);
     const T* const gate = read<T>(from.gates, (first + i) * 2 * K, 2 * K, room);
     if (!call.vector()) {
       made.own()[i] = gate[from.own];
@@ -74,6 +73,11 @@ Item<T> item(const AlignmentCall& call, const Modality& from, int64_t first, int
       std::copy_n(gate + from.own * K, K, made.own_gates + i * wide);
       std::copy_n(gate + (1 - from.own) * K, K, made.other_gates + i * wide);
     }
+    if constexpr (IS_PAIR<E>)
+      for (int64_t k = 0; !formed && k < D; ++k) x[k] = widen_bfloat16(uint16_t(narrow_bfloat16(x[k])));
+    const T square = inner(x, x, wide);
+    made.norm()[i] = std::sqrt(square);
+    made.highest = std::max(made.highest, square);
   }
   if (!formed) gram_matrix<T>([&](int64_t i) { return row[size_t(i)]; }, n, wide, nullptr, made.gram, made.ld);
   return made;

@@ -7,7 +7,8 @@
 // and the scores pair by pair in the first caches. Only scores leave.
 // For a backward pass, the affinities and products of features of all pairs leave too.
 //
-// E is what these two products multiply: T, or pairs of bfloat16 values with sums in float32. All else is computed in T.
+// E is what these two products multiply: T, or pairs of bfloat16 values with sums in float32. All else is computed in
+// T; the Gram matrices are then of the rounded rows (`item`).
 //
 // Scratch beyond inputs and results: a window (32 MiB) and 2 to 3 MiB a thread, more only where one caption alone is
 // larger.
@@ -61,8 +62,8 @@ struct Captions {
     if (!call.vector()) panels<T>(call.words, chunk.begin, chunk.rows, call.D, features + 0);
     const Modality words{call.words, call.word_gate, 1};
     for (int64_t t = chunk.first; t < chunk.last; ++t)
-      items.push_back(
-          item<T>(call, words, call.cu_seqlens[t], call.cu_seqlens[t + 1] - call.cu_seqlens[t], pools, call.vector()));
+      items.push_back(item<T, E>(call, words, call.cu_seqlens[t], call.cu_seqlens[t + 1] - call.cu_seqlens[t], pools,
+                                 call.vector()));
   }
 };
 
@@ -91,7 +92,7 @@ class Worker {
     first_ = first;
     items_.clear();
     for (int64_t i = first; i < last; ++i) {
-      items_.push_back(item<T>(call_, images, i * call_.R, call_.regions(i), pools_, call_.vector()));
+      items_.push_back(item<T, E>(call_, images, i * call_.R, call_.regions(i), pools_, call_.vector()));
       for (int64_t r = 0; r < call_.regions(i); ++r) rows.push_back(i * call_.R + r);
     }
     rows_ = int64_t(rows.size());
@@ -149,8 +150,8 @@ class Worker {
     const Modality images{call_.image, call_.image_gate, 0};
     const Modality words{call_.words, call_.word_gate, 1};
     const int64_t begin = call_.cu_seqlens[t];
-    return explicit_.score(a_, item<T>(call_, images, i * call_.R, call_.regions(i), pools_, true),
-                           item<T>(call_, words, begin, call_.cu_seqlens[t + 1] - begin, pools_, true), false,
+    return explicit_.score(a_, item<T, E>(call_, images, i * call_.R, call_.regions(i), pools_, true),
+                           item<T, E>(call_, words, begin, call_.cu_seqlens[t + 1] - begin, pools_, true), false,
                            pools_.image, pools_.caption);
   }
 

@@ -89,7 +89,7 @@ struct AlignmentBackward {
     parallel(sets.count(), call.threads, [&] {
       return [&](int64_t k) {
         made[size_t(k)] =
-            std::make_unique<Item<T>>(item<T>(call, from, sets.first[size_t(k)], sets.length(k), pools, false));
+            std::make_unique<Item<T>>(item<T, E>(call, from, sets.first[size_t(k)], sets.length(k), pools, false));
       };
     });
     return made;
