@@ -94,7 +94,14 @@ class PairScorer(nn.Module):
         """
         raise NotImplementedError(f"{type(self).__name__} has no attention weights to show")
 
-    def matched(self, image: Tensor, words: Tensor, cu_seqlens: Tensor, region_lengths: Tensor | None = None) -> Tensor:
+    def matched(
+        self,
+        image: Tensor,
+        words: Tensor,
+        cu_seqlens: Tensor,
+        region_lengths: Tensor | None = None,
+        boxes: Tensor | None = None,
+    ) -> Tensor:
         """Scores [B] of image i with caption i, as on the diagonal of `forward`, without the other B (B - 1) pairs.
 
         In training, statistics over a batch of pairs (SAF's BatchNorm) are over one pair at a time, in their order.
@@ -104,9 +111,11 @@ class PairScorer(nn.Module):
             words: [N, D] packed words.
             cu_seqlens: [B + 1].
             region_lengths: [B] regions of each image; None means R for all.
+            boxes: [B, R, 4] of the regions, for scorers that take them.
 
         Raises:
-            ValueError: there are not as many captions as images, or a shape or length is wrong.
+            ValueError: there are not as many captions as images, a shape or length is wrong, or the scorer takes no
+                boxes and gets some.
 
         >>> import torch, itm_fast
         >>> words, cu_seqlens = itm_fast.pack(torch.randn(2, 12, 64), [12, 5])
@@ -117,14 +126,16 @@ class PairScorer(nn.Module):
         edge = bounds(cu_seqlens, len(words), f"{name}.matched")
         if len(edge) - 1 != len(image):
             raise ValueError(f"{name}.matched: one caption per image is needed, got {len(image)} and {len(edge) - 1}")
-        image_state = self.image_state(image, region_lengths)
+        if boxes is not None and not self.takes_boxes:
+            raise ValueError(f"{name}.matched: it takes no boxes, got {list(boxes.shape)}; leave them out")
+        of_images = image_state(self, image, region_lengths, boxes)
         caption_state = self.caption_state(words, cu_seqlens)
         per_word, per_caption = caption_state[: self.per_word], caption_state[self.per_word :]
         found = []
         for i, (start, stop) in enumerate(pairwise(edge)):
             one, rows = slice(i, i + 1), slice(start, stop)
             score = self.score(
-                tuple(x[one] for x in image_state),
+                tuple(x[one] for x in of_images),
                 words[rows],
                 cu_seqlens[i : i + 2] - start,
                 (*(x[rows] for x in per_word), *(x[one] for x in per_caption)),

@@ -73,7 +73,12 @@ def test_boxes_of_padding_are_not_read():
         torch.testing.assert_close(found[1:], module(image[1:], words, cu_seqlens, bbox=boxes[1:]), rtol=0, atol=1e-12)
         shown = module.attention(image[1], words[:4], boxes[1])
         assert shown.score == pytest.approx(found[1, 0].item(), abs=1e-12)
-    with pytest.raises(ValueError, match=r"bbox must be \[2, 5, 4\], .*, got none; pass bbox=, or for"):
+        first = cu_seqlens[:3]
+        pairs = module.matched(image, words[: first[-1]], first, torch.tensor([3, 5]), boxes=boxes)
+        torch.testing.assert_close(pairs, found[:, :2].diagonal(), rtol=0, atol=1e-12)
+    with pytest.raises(ValueError, match="takes no boxes, got"):
+        scorer("bfan", dim=8).matched(image, words[: first[-1]], first, boxes=boxes)
+    with pytest.raises(ValueError, match=r"bbox must be \[2, 5, 4\], .*, got none; pass bbox= "):
         module(image, words, cu_seqlens)
     with pytest.raises(ValueError, match="a multiple of num_block = 4"):
         module(image[..., :6], words[:, :6], cu_seqlens, bbox=boxes)

@@ -230,9 +230,10 @@ class PaddedScorer(PairScorer):
         cap_emb: Tensor,
         cap_lens: Sequence[int] | Tensor,
         region_lengths: Tensor | None = None,
+        boxes: Tensor | None = None,
     ) -> Tensor:
         """Scores [B] of image i with caption i alone; arguments as `forward`, and see `itm_fast.nn.PairScorer`."""
-        return super().matched(img_emb, *packed(cap_emb, cap_lens), region_lengths)
+        return super().matched(img_emb, *packed(cap_emb, cap_lens), region_lengths, boxes)
 
 
 def packed(caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:

@@ -178,8 +178,8 @@ class StructuredMatching(PaddedScorer):
             return (image,)
         if bbox is None:
             raise ValueError(
-                f"{NAME}: bbox must be {[*image.shape[:2], 4]}, a box for each region, got none; pass bbox=, or "
-                f"for the images of a split {HOW_BOXES}"
+                f"{NAME}: bbox must be {[*image.shape[:2], 4]}, a box for each region, got none; pass bbox= "
+                f"(boxes= to matched), or for the images of a split {HOW_BOXES}"
             )
         bbox = checked(NAME, bbox, image, region_lengths).to(image.dtype)
         return image, self.i2t_match_G.graph_convolution_1(bbox, region_lengths)  # type: ignore[operator]
