@@ -9,6 +9,7 @@ from PIL import Image
 
 from itm_fast.cli import _picture, main
 from itm_fast.cli.attend import _row
+from itm_fast.data import Split, open_split, save_splits
 from itm_fast.data.openclipart import CHECKPOINTS, FOLDER
 from itm_fast.nn import Attention
 
@@ -63,6 +64,23 @@ def test_boxes_lie_over_the_picture(tmp_path):
     np.save(tmp_path / "test_boxes.npy", boxes[:, :7])
     assert attend(tmp_path / "b.png", data=tmp_path) == 2
     assert not (tmp_path / "b.png").exists()
+
+
+def test_boxes_of_an_hdf5_file_are_read(tmp_path, capsys):
+    corner = np.arange(36, dtype=np.float32)[:, None] / 72
+    boxes = np.broadcast_to(np.concatenate([corner, corner, corner + 0.4, corner + 0.4], 1), (13, 36, 4)).copy()
+    for name, given in (("with", boxes), ("without", None), ("pixels", boxes * 640)):
+        split = Split(open_split(FOLDER, "test").features[:13], ["a red ball"], [12], boxes=given)
+        save_splits(tmp_path / f"{name}.h5", {"test": split})
+    assert attend(tmp_path / "with.png", data=tmp_path / "with.h5") == 0
+    assert attend(tmp_path / "without.png", data=tmp_path / "without.h5") == 0
+    np.save(tmp_path / "test_boxes.npy", boxes)
+    assert attend(tmp_path / "beside.png", data=tmp_path / "without.h5") == 0
+    found = [(tmp_path / f"{name}.png").read_bytes() for name in ("with", "beside", "without")]
+    assert found[0] == found[1]
+    assert found[0] != found[2]
+    assert attend(tmp_path / "pixels.png", data=tmp_path / "pixels.h5") == 2
+    assert "pixels.h5: test: boxes do not lie in the picture" in capsys.readouterr().err
 
 
 def test_every_kind_of_weights_has_a_row():
