@@ -128,7 +128,8 @@ _ROWS = (
         "CMCAN",
         "cmcan:CMCAN",
         "CMCAN, AAAI 2022",
-        "paper and published code; neighbours of regions follow from SPLIT_boxes.npy, without which there are none",
+        "paper and published code; with SPLIT_boxes.npy the neighbours of regions are those of its adj.py, without it "
+        "there are none; no published checkpoint has been tried",
         ("system", "CMCAN"),
         {
             "sim_dim": _SIM_DIM,
