@@ -47,16 +47,22 @@ class BdistWheel(bdist_wheel):
     """Makes a wheel for this platform and any Python if it holds libraries, else one for every platform."""
 
     def run(self) -> None:
-        levels = levels_asked(os.environ.get("ITM_FAST_LEVELS", ""))
-        if levels and (compiler := suitable_compiler()):
-            into = Path(self.bdist_dir).with_name("libraries")
-            shutil.rmtree(into, ignore_errors=True)
-            build_libraries(levels, into, compiler)
-            self.root_is_pure = False
-            # setuptools decides by this whether the package belongs to the platform's folder.
-            self.distribution.has_ext_modules = lambda: True  # type: ignore[method-assign]
-            command: Any = self.get_finalized_command("build_py")
-            command.libraries = into
+        cache, _ = _modules()
+        try:
+            levels = levels_asked(os.environ.get("ITM_FAST_LEVELS", ""))
+            if levels and (compiler := suitable_compiler()):
+                into = Path(self.bdist_dir).with_name("libraries")
+                shutil.rmtree(into, ignore_errors=True)
+                build_libraries(levels, into, compiler)
+                self.root_is_pure = False
+                # setuptools decides by this whether the package belongs to the platform's folder.
+                self.distribution.has_ext_modules = lambda: True  # type: ignore[method-assign]
+                command: Any = self.get_finalized_command("build_py")
+                command.libraries = into
+        except ValueError as error:
+            raise SystemExit(f"itm-fast: {error}") from None
+        except cache.Unavailable as error:
+            raise SystemExit(f"itm-fast: {error}; ITM_FAST_LEVELS=none installs without compiling") from None
         super().run()
 
     def get_tag(self) -> tuple[str, str, str]:
@@ -74,13 +80,13 @@ def levels_asked(text: str) -> list[str]:
     (['avx2', 'generic'], 'amx_bf16', [])
     """
     known = list(_modules()[1].LEVELS)
-    names = text.replace(",", " ").split()
+    names = text.lower().replace(",", " ").split()
     if names in ([], ["all"]):
         return known
     if names == ["none"]:
         return []
-    if unknown := [name for name in names if name not in known]:
-        raise ValueError(f"ITM_FAST_LEVELS must be all, none or some of {', '.join(known)}, got {', '.join(unknown)}")
+    if any(name not in known for name in names):
+        raise ValueError(f"ITM_FAST_LEVELS must be all or none alone, or some of {', '.join(known)}, got {text!r}")
     return list(dict.fromkeys(names))
 
 
