@@ -31,6 +31,7 @@ class Card:
         cache_rate: bytes per second from L2 to the multiprocessors; see `cache_source`.
         products: operations per second by the rates of `PRODUCTS`, multiply-add = 2.
         mma: share of them that mma.sync reaches; wgmma reaches all.
+        clock: Hz of `products`.
         vector: float32 instructions per second outside matrix units: half of the rate that counts a multiply-add as 2.
         source: of all but `cache_rate` and `mma`.
         cache_source: of `cache_rate`.
@@ -44,9 +45,15 @@ class Card:
     cache_rate: float
     products: dict[str, float]
     mma: float
+    clock: float
     vector: float
     source: str
     cache_source: str
+
+    @property
+    def shared(self) -> float:
+        """Bytes per second of shared memory: 32 banks of 4 bytes a clock in each multiprocessor."""
+        return self.processors * 128 * self.clock
 
     def rate(self, kind: str, by_mma: bool = False) -> float | None:
         """Operations per second of a kind of `PRODUCTS`, or of "vector"; None where the card has no such units."""
@@ -64,21 +71,21 @@ _HOPPER_CACHE = "assumed: 6 TB/s as measured on an H100 PCIe (chipsandcheese.com
 _HOPPER_MMA = 0.63  # Luo et al., Benchmarking and Dissecting the Nvidia Hopper GPU Architecture, arXiv 2402.13499
 CARDS = {
     "h100": Card(
-        "H100 SXM 80 GB", 90, 132, 3.35e12, 50 << 20, _HOPPER_RATE, _HOPPER, _HOPPER_MMA, 66.9e12 / 2,
+        "H100 SXM 80 GB", 90, 132, 3.35e12, 50 << 20, _HOPPER_RATE, _HOPPER, _HOPPER_MMA, 1.83e9, 66.9e12 / 2,
         "NVIDIA H100 Tensor Core GPU data sheet; NVIDIA H100 Tensor Core GPU Architecture, V1.04", _HOPPER_CACHE,
     ),
     "h200": Card(
-        "H200 SXM 141 GB", 90, 132, 4.8e12, 50 << 20, _HOPPER_RATE, _HOPPER, _HOPPER_MMA, 66.9e12 / 2,
+        "H200 SXM 141 GB", 90, 132, 4.8e12, 50 << 20, _HOPPER_RATE, _HOPPER, _HOPPER_MMA, 1.83e9, 66.9e12 / 2,
         "NVIDIA H200 Tensor Core GPU data sheet; chip as the H100's", _HOPPER_CACHE,
     ),
     "a100": Card(
         "A100 SXM 80 GB", 80, 108, 2.039e12, 40 << 20, 7.2e12,
-        {"float16": 312e12, "bfloat16": 312e12, "tf32": 156e12, "float64": 19.5e12}, 1.0, 19.5e12 / 2,
+        {"float16": 312e12, "bfloat16": 312e12, "tf32": 156e12, "float64": 19.5e12}, 1.0, 1.41e9, 19.5e12 / 2,
         "NVIDIA A100 Tensor Core GPU data sheet; NVIDIA A100 Tensor Core GPU Architecture, V1.0",
         "5,120 bytes a clock by the maker's white paper, at 1.41 GHz: an upper bound",
     ),
     "t4": Card(
-        "T4", None, 40, 0.32e12, 4 << 20, 1.27e12, {"float16": 65e12}, 1.0, 8.1e12 / 2,
+        "T4", None, 40, 0.32e12, 4 << 20, 1.27e12, {"float16": 65e12}, 1.0, 1.59e9, 8.1e12 / 2,
         "NVIDIA T4 data sheet; NVIDIA Turing GPU Architecture",
         "measured: Jia et al., Dissecting the NVidia Turing T4 GPU via Microbenchmarking, 2019",
     ),

@@ -1,4 +1,4 @@
-"""Predict what bounds the pair scorers' kernels on a GPU: memory, L2 or operations. Nothing is measured.
+"""Predict what bounds the pair scorers' kernels on a GPU: memory, L2, shared memory or operations. Nothing is measured.
 
     python -m benchmarks.traffic --workload coco-eval-5k --card h100
     python -m benchmarks.traffic --workload coco-eval-5k --card h100 --json benchmarks/results/traffic_h100.json
@@ -7,8 +7,11 @@
 kernels from the sizes of their tiles. What is assumed:
 
 - Kernels run one after the other, and a launch takes the longest of: its bytes of memory at the memory's bandwidth, its
-  bytes through L2 at L2's, its matrix products at their kinds' peaks, its vector instructions at theirs. Within a
-  launch the four overlap perfectly. So a prediction is a bound: a real launch takes longer.
+  bytes through L2 at L2's, its bytes through shared memory at 128 a clock and multiprocessor, its matrix products at
+  their kinds' peaks, its vector instructions at theirs. Within a launch the five overlap perfectly. So a prediction is
+  a bound: a real launch takes longer. Pipelines that drain at a barrier and the issue of instructions take no time.
+- The bytes through shared memory are those of `traffic_shared`; of Triton's kernels they are not counted, as its
+  compiler decides on them.
 - L2 holds the parts of tensors that were used last, as far as its size goes; a part that does not fit whole is not
   held. A launch reads from memory each distinct byte that is not held, once: programs that share rows run near each
   other. What it writes goes to memory, whether the next launch finds it in L2 or not.
@@ -67,6 +70,7 @@ PRECISIONS = {  # by the names of `gpu_steps.PRECISIONS`
     "tf32": Precision(torch.float32, "high", ("tf32", "float16")),
     "float32": Precision(torch.float32, "highest", ("tf32x3", "float16x3")),
 }
+PARTS = "memory", "L2", "shared memory", "products", "vector"  # each of which a launch takes at least
 BACKENDS = {"triton": 0, "cuda": -1}  # which of a precision's kinds a backend's products are of
 
 
@@ -124,14 +128,15 @@ def kernels(launches: Iterable[tuple[str, Count]], card: Card) -> list[dict]:
     cache, rows = Cache(card.cache), {}
     for name, count in launches:
         row = rows.setdefault(name, {
-            "kernel": name, "launches": 0, "programs": 0, "memory_bytes": 0, "cache_bytes": 0, "operations": {},
-            "vector": 0.0, "seconds": {"memory": 0.0, "L2": 0.0, "products": 0.0, "vector": 0.0}, "bound": 0.0,
+            "kernel": name, "launches": 0, "programs": 0, "memory_bytes": 0, "cache_bytes": 0, "shared_bytes": 0,
+            "operations": {}, "vector": 0.0, "seconds": dict.fromkeys(PARTS, 0.0), "bound": 0.0,
             "bound_without_cache": 0.0, "places": 0,
         })  # fmt: skip
         memory, through = sum(cache.memory(count.uses)), count.requested(False) + count.requested(True)
         seconds = {
             "memory": memory / card.memory,
             "L2": through / card.cache_rate,
+            "shared memory": (count.shared + count.plain) / card.shared,
             "products": count.seconds(card),
             "vector": count.vector / card.vector,
         }
@@ -140,6 +145,7 @@ def kernels(launches: Iterable[tuple[str, Count]], card: Card) -> list[dict]:
         row["places"] += math.ceil(count.programs / count.launches / card.processors) * card.processors * count.launches
         row["memory_bytes"] += memory
         row["cache_bytes"] += through
+        row["shared_bytes"] += count.shared + count.plain
         row["vector"] += count.vector
         for kind, n in count.products.items():
             row["operations"][kind] = row["operations"].get(kind, 0.0) + n

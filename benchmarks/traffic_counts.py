@@ -36,6 +36,8 @@ class Count:
         uses: of tensors of floats.
         products: operations by their kind, as in `cards.PRODUCTS`, multiply-add = 2; tiles as they are, padding too.
         vector: float32 instructions outside matrix products, an estimate.
+        shared: bytes through shared memory: copies that land, ldmatrix and factors of wgmma; CUDA kernels only.
+        plain: those of threads' own loads and stores, an estimate; CUDA kernels only.
         by_mma: whether products are made by the instructions mma.sync, which warps wait for, on a card that has others.
         by_wgmma: of `products`, those that are made by these others all the same.
     """
@@ -45,6 +47,8 @@ class Count:
     uses: list[Use] = field(default_factory=list)
     products: dict[str, float] = field(default_factory=dict)
     vector: float = 0.0
+    shared: float = 0.0
+    plain: float = 0.0
     by_mma: bool = False
     by_wgmma: dict[str, float] = field(default_factory=dict)
 

@@ -19,8 +19,10 @@ from functools import cached_property
 
 import torch
 
+from benchmarks import traffic_shared
 from benchmarks.cards import Card
 from benchmarks.traffic_counts import Count, blocks
+from benchmarks.traffic_shared import NodeTile
 from itm_fast import _cuda
 from itm_fast.ops import _attention
 from itm_fast.ops._cuda import _pairs, _tiles, cross_attention_score, similarity_score
@@ -71,6 +73,11 @@ class Problem:
     def size(self) -> int:
         """Bytes of a feature as products read it: two float16 numbers for float32."""
         return 4 if self.precision == "float32" else 2
+
+    @property
+    def halves(self) -> int:
+        """16-bit numbers that stand for one as products read it."""
+        return self.size // 2
 
     @property
     def given(self) -> int:
@@ -178,8 +185,9 @@ def _affinities(p: Problem, tiles: int, tile: _tiles.Tile, walks: int) -> Count:
         done.reads("stages", staged, staged * tiles // 2)
     else:
         done.reads("image", image, image * tiles)
-    depth = _pairs.rounded_up(p.D, 128 // p.size) if tile.clusters else p.D
+    depth = _pairs.rounded_up(p.D, 128 // p.size)
     done.dots(tiles * groups, tile.slots, tile.images * tile.columns, depth, p.kind, tile.clusters)
+    traffic_shared.affinities(done, tile, p.D * p.size, p.halves)
     return done
 
 
@@ -195,7 +203,9 @@ def _attended(p: Problem, done: Count, tiles: int, tile: _tiles.Tile) -> None:
     # The upper triangle of a factor, in blocks of 8 x 8; both it and the weights are sums of two float16 numbers.
     triangle = p.pitch // 8 * (p.pitch // 8 + 1) // 2
     done.dots(tiles * groups * tile.images * triangle, tile.slots, 8, 8, "float16x3")
-    done.vector = tiles * groups * tile.slots * tile.images * tile.columns * 14
+    each = tiles * groups * tile.slots * tile.images * tile.columns
+    done.vector = each * 14
+    done.plain += each * 2 * 4  # affinities, and the numbers that normalise them
 
 
 def _attended_words(p: Problem, done: Count, groups: int) -> None:
@@ -205,6 +215,8 @@ def _attended_words(p: Problem, done: Count, groups: int) -> None:
     # Of a factor, four rows at a time, from the first row's diagonal on.
     triangle = sum(int((length - y).clamp(min=0).sum()) for y in range(0, int(length.max()), 4))
     done.vector = p.I * p.R * (p.N * 20 + triangle * 5)
+    # Twice an affinity and the number that normalises it; v, written once, and read for each four rows of the factor.
+    done.plain += p.I * p.R * (p.N * 5 + triangle) * 4
 
 
 def _scan(p: Problem) -> Iterator[tuple[str, Count]]:
@@ -250,26 +262,32 @@ def _scores(p: Problem, fit: _pairs.Kernels) -> Iterator[tuple[str, Count]]:
     overall.reads("globals", (p.I + p.T * walks) * p.D * p.size, (p.T * p.I + overall.programs) * p.D * p.size)
     overall.reads("global weight", p.S * p.D * p.size, overall.programs * p.S * p.D * p.size)
     overall.writes("global nodes", p.I * p.T * p.S * p.size)
-    overall.dots(overall.programs, slots, p.S, p.D, p.kind)
+    tile = NodeTile.of(fit.overall, p.halves)
+    overall.dots(overall.programs, slots, p.S, tile.stages(p.D)[0] * tile.depth, p.kind)
+    overall.shared, overall.plain = (overall.programs * n for n in tile.overall(p.D))
     overall.vector = overall.programs * slots * (p.D * (6 if p.size == 4 else 3) + p.S * 5)
     yield "global_nodes", overall
-    done, shapes = _nodes(p, walks, written)
+    tile = NodeTile.of(fit.head, p.halves)
+    done, shapes = _nodes(p, tile, walks, written)
     if p.op == "similarity_graph_score":
-        _steps(p, done, shapes)
+        _steps(p, tile, done, shapes)
         yield "graph_scores", done
     else:
         done.vector += sum(rows * n * p.S * 5 for rows, n in shapes)
+        done.plain += done.programs * 2 * tile.nodes
         yield "filter_scores", done
 
 
-def _nodes(p: Problem, walks: int, weights: int) -> tuple[Count, list[tuple[int, int]]]:
+def _nodes(p: Problem, tile: NodeTile, walks: int, weights: int) -> tuple[Count, list[tuple[int, int]]]:
     """What a head's kernel does to make nodes in shared memory; and (rows of a tile, such tiles of all images)."""
     shapes = [(t.size, t.number * p.I) for window in p.nodes.windows for t in window.tiles]
     number = sum(n for _, n in shapes)
     done, words = Count(number, p.launches), p.N * p.D * p.size
     done.reads("words", words * walks, words * p.I)
     done.reads("image", p.I * p.R * p.D * p.size, number * p.R * p.D * p.size)
-    done.reads("local weight", p.S * p.D * p.size, p.readers(number) * p.S * p.D * p.size)
+    stages, made = (n * tile.depth for n in tile.stages(p.D))  # numbers of a row in stages, with zeros behind them
+    held_weight = p.S * (stages if p.kernels and p.kernels.head.cluster > 1 else p.D) * p.size
+    done.reads("local weight", held_weight, p.readers(number) * held_weight)
     held = 0 if p.card.cache > _pairs.LAUNCH_BYTES else 1  # in L2 since they were written
     overall = p.I * p.T * p.S * p.size
     done.reads("weights", held * weights, weights)
@@ -277,15 +295,16 @@ def _nodes(p: Problem, walks: int, weights: int) -> tuple[Count, list[tuple[int,
     done.writes("score", p.I * p.T * p.given)
     for rows, n in shapes:
         if p.groups and p.precision == "float32":  # four products of halves, each of two numbers' worth
-            done.dots(n, rows, 2 * p.D, 2 * _pairs.rounded_up(p.R, 16), "float16", p.groups)
+            done.dots(n, rows, 2 * made, 2 * tile.regions, "float16", p.groups)
         else:
-            done.dots(n, rows, p.D, _pairs.rounded_up(p.R, 16), p.kind, p.groups)
-        done.dots(n, rows, p.S, p.D, p.kind, p.groups)
+            done.dots(n, rows, made, tile.regions, p.kind, p.groups)
+        done.dots(n, rows, p.S, stages, p.kind, p.groups)
         done.vector += n * rows * (p.D * (8 if p.size == 4 else 5) + p.S * 5)
+    done.shared, done.plain = (number * n for n in tile.made(p.D))
     return done, shapes
 
 
-def _steps(p: Problem, done: Count, shapes: list[tuple[int, int]]) -> None:
+def _steps(p: Problem, tile: NodeTile, done: Count, shapes: list[tuple[int, int]]) -> None:
     """Add the steps of reasoning, the last one at the first nodes only."""
     for name in ("ask", "value"):
         done.reads(name, p.K * p.S**2 * p.size, p.readers(done.programs) * p.K * p.S**2 * p.size)
@@ -294,6 +313,8 @@ def _steps(p: Problem, done: Count, shapes: list[tuple[int, int]]) -> None:
     seen = p.I * int((held**2 - held).sum()) + sum(rows * n for rows, n in shapes) // BLOCK
     done.dots(2 * (p.K - 1) * seen, BLOCK, BLOCK, p.S, p.kind)
     done.vector += (p.K - 1) * seen * BLOCK**2 * 8
+    moved = tile.steps(p.K, seen / done.programs)
+    done.shared, done.plain = done.shared + done.programs * moved[0], done.plain + done.programs * moved[1]
     repeated = max(p.S, WARPS * BLOCK)  # columns of a small S are computed by several warps
     for rows, n in shapes:
         done.dots(2 * n * (p.K - 1), rows, p.S, p.S, p.kind, p.groups)

@@ -16,8 +16,9 @@ def tables(found: dict, measured: Path | None = None) -> str:
     head = (
         f"**Predicted, not measured.** Workload `{found['workload']}` on the {found['card']}. "
         f"Peaks: {found['source']}. L2's rate: {found['cache_source']}. A launch takes at least the longest of its "
-        "memory, its L2, its products and its vector instructions, and launches follow one another; nothing else takes "
-        "time. `benchmarks/traffic.py` says what is assumed.\n\n"
+        "memory, its L2, its shared memory, its products and its vector instructions, and launches follow one "
+        "another. Not modelled: pipelines that drain at a barrier, the issue of instructions, and the shared memory of "
+        "Triton's kernels. `benchmarks/traffic.py` says what is assumed.\n\n"
         "- x floor: the bound over the floor with the same products; x least floor: with the precision's fastest ones; "
         "x floor without L2: were L2 endlessly fast, whose rate is the least certain.\n"
         "- waves: the share of the card that programs fill when each multiprocessor runs one at a time. An uneven last "
@@ -65,9 +66,9 @@ def _measured(path: Path | None, one: dict, backend: str) -> str:
 
 def _kernels(found: dict) -> str:
     lines = [
-        "| model | precision | backend | kernel | launches | waves | memory, GB | s | L2, GB | s | products, T | s | "
-        "vector, s | bound, s | limited by |",
-        f"|---|---|---|---|{'---:|' * 10}---|",
+        "| model | precision | backend | kernel | launches | waves | memory, GB | s | L2, GB | s | shared memory, s | "
+        "products, T | s | vector, s | bound, s | limited by |",
+        f"|---|---|---|---|{'---:|' * 11}---|",
     ]
     for one in found["results"]:
         for backend, value in one["backends"].items():
@@ -77,7 +78,9 @@ def _kernels(found: dict) -> str:
                 cells = (
                     backend, f"`{row['kernel']}`", f"{row['launches']:,}", f"{row['waves']:.0%}",
                     f"{row['memory_bytes'] / 1e9:,.1f}", f"{seconds['memory']:.3f}",
-                    f"{row['cache_bytes'] / 1e9:,.0f}", f"{seconds['L2']:.3f}", products, f"{seconds['products']:.3f}",
+                    f"{row['cache_bytes'] / 1e9:,.0f}", f"{seconds['L2']:.3f}",
+                    f"{seconds['shared memory']:.3f}" if seconds["shared memory"] else "",
+                    products, f"{seconds['products']:.3f}",
                     f"{seconds['vector']:.3f}", f"{row['bound']:.3f}", row["limited_by"],
                 )  # fmt: skip
                 lines.append(f"| {one['model']} | {one['precision']} | {' | '.join(cells)} |")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 
 import pytest
@@ -20,6 +19,7 @@ from benchmarks import traffic, traffic_cuda, traffic_page, traffic_triton
 from benchmarks.cards import CARDS, PRODUCTS
 from benchmarks.traffic_counts import Count
 from itm_fast.ops import _examples as examples
+from itm_fast.ops._cuda import similarity_score
 
 interpreted = unless("triton", "cpu")
 COCO, SLOW = "coco-eval-5k", pytest.mark.slow
@@ -132,11 +132,14 @@ def test_a_launch_takes_the_longest_of_its_parts():
     memory.reads("x", int(3.35e9), 1)
     products.dots(1, 1000, 1000, 494_700, "tf32x3")
     products.reads("y", 0, int(H100.cache_rate / 1e3))
+    products.shared, products.plain = 1.5e-3 * H100.shared, 0.5e-3 * H100.shared
     (row,) = traffic.kernels([("k", memory), ("k", products)], H100)
     assert row["launches"] == 2
     assert row["bound"] == pytest.approx(1e-3 + 6e-3)
     assert row["limited_by"] == "products"
-    assert row["seconds"] == pytest.approx({"memory": 1e-3, "L2": 1e-3, "products": 6e-3, "vector": 0}, abs=1e-9)
+    assert row["seconds"] == pytest.approx(
+        {"memory": 1e-3, "L2": 1e-3, "shared memory": 2e-3, "products": 6e-3, "vector": 0}, abs=1e-9
+    )
     assert row["waves"] == pytest.approx((1 + 133) / (132 + 264))
 
 
@@ -171,8 +174,10 @@ def test_the_cuda_kernels_do_all_that_is_needed(model, precision):
 def test_the_cuda_graph_kernel_has_the_reuse_of_its_design(rows, reuse, monkeypatch):
     """Operations a byte through L2 of full tiles."""
     tile = traffic_cuda._tiles.tile_of(36, (9, 0))
-    head = traffic_cuda._cuda.Kernel("graph.cu", "graph_scores", ctypes.Structure, 256, 0)
-    found = traffic_cuda._pairs.Kernels(tile, head, head, 64, head, rows)
+    kind = traffic_cuda.FORMS["bfloat16"]
+    head = similarity_score.graph_kernel(kind, 256, rows, 48, 64, 0)
+    overall = traffic_cuda._pairs.global_kernel(kind, 256, 64, 64)
+    found = traffic_cuda._pairs.Kernels(tile, overall, overall, 64, head, rows)
     monkeypatch.setattr(traffic_cuda._pairs, "kernels", lambda *_: found)
     edge = torch.arange(0, 15 * (rows // 16 * 100) + 1, 15, dtype=torch.int32)
     problem = traffic_cuda.Problem("similarity_graph_score", 100, 36, 1024, 256, 3, edge, H100, "bfloat16")

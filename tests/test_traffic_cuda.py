@@ -46,13 +46,13 @@ def scan(direction, dtype):
     return edge
 
 
-def pair_score(head, dtype, images, lengths, S):
+def pair_score(head, dtype, images, lengths, S, D=D):
     args = rounded(case(head, images, lengths, R, D, S, K=K), dtype)
     getattr(similarity_score, f"similarity_{head}_score")(*args)
     return next(x for x in args if isinstance(x, torch.Tensor) and not x.is_floating_point())
 
 
-def compare(op, precision, device, edge, direction="t2i", images=I, S=64):
+def compare(op, precision, device, edge, direction="t2i", images=I, S=64, D=D):
     """Compare what is predicted of a call with what its kernels have counted."""
     counted, launches = defaultdict(Counter), Counter()
     for kernel, counts in device.launches:
@@ -73,6 +73,10 @@ def compare(op, precision, device, edge, direction="t2i", images=I, S=64):
             copied -= 4 * problem.N * images
         assert 16 * counted[name]["copies"] == copied, name
         assert launches[name] == count.launches, name
+        if name == "graph_scores" and S == 64:  # warps that have several blocks of rows, which see others
+            assert 0.9 < count.shared / counted[name]["shared"] < 1.1
+        else:
+            assert counted[name]["shared"] == count.shared, name
 
 
 @pytest.mark.parametrize("model", ["t2i", "i2t", "graph", "filter"])
@@ -85,9 +89,10 @@ def test_products_and_copies_are_those_of_the_emulated_kernels(model, precision,
         compare(f"similarity_{model}_score", precision, device, edge)
 
 
-@pytest.mark.parametrize("precision", ["float32"], indirect=True)
-def test_the_same_where_groups_of_warps_share_rows(precision, device):
+@pytest.mark.parametrize("head, precision", [("graph", "float32"), ("filter", "bfloat16")], indirect=["precision"])
+def test_the_same_where_groups_of_warps_multiply(head, precision, device):
+    """In float32 they share rows, and make one stage more than there are; in bfloat16 the last stage is half full."""
     device.capability = (9, 0)
-    edge = pair_score("graph", torch.float32, 2, (30, 20), S=256)
+    edge = pair_score(head, DTYPES[precision], 2, (30, 20), S=256, D=96)
     assert device.launches[-1][0].cluster == 2
-    compare("similarity_graph_score", precision, device, edge, images=2, S=256)
+    compare(f"similarity_{head}_score", precision, device, edge, images=2, S=256, D=96)

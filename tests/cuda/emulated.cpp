@@ -221,7 +221,7 @@ void copy_to_both(void *to, const void *from, size_t bytes, void *counted) {
     check_shared(to, 16);
     check_shared(static_cast<unsigned char *>(to) + bytes - 16, 16);
     if (bytes % 16 || reinterpret_cast<uintptr_t>(from) % 16) fail("a copy of bytes that are not aligned");
-    counts.copies += bytes / 16;
+    counts.copies += bytes / 16, counts.shared += bytes * cluster;
     const bool arrives = sent();
     for (unsigned of = 0; of < cluster; ++of) {
         auto *there = static_cast<unsigned char *>(to) + (long(of) - long(current->block)) * long(shared_pitch);
@@ -286,7 +286,8 @@ PYBIND11_MODULE(cuda_emulated_module, m) {
         return std::map<std::string, long>{{"operations", c.operations},         {"products", c.products},
                                            {"matrices", c.matrices},             {"bank_conflicts", c.bank_conflicts},
                                            {"barriers", c.barriers},             {"copies", c.copies},
-                                           {"flops", c.flops},                   {"group_flops", c.group_flops}};
+                                           {"flops", c.flops},                   {"group_flops", c.group_flops},
+                                           {"shared", c.shared}};
     });
     m.def("lose", [](int messages) { emulator::lose = messages; });
     m.def("hurry", [](int waits) { emulator::hurry = waits; });

@@ -110,6 +110,7 @@ struct Counts {
     long products = 0, flops = 0;  // operations mma of a warp, and the numbers' multiplications and additions in them
     long copies = 0;               // of 16 bytes of global memory, those to both blocks of a cluster once
     long group_flops = 0;          // of `flops`, those of products of groups of warps
+    long shared = 0;               // bytes of shared memory: copies that land, ldmatrix, factors of groups' products
 };
 struct Release {
     void operator()(unsigned char *p) const { ::operator delete(p, std::align_val_t(1024)); }
@@ -219,7 +220,7 @@ inline void land(const Copy &copy) {
 inline void start_copy(void *to, const void *from) {
     check_shared(to, 16);
     if (reinterpret_cast<uintptr_t>(from) % 16) fail("a copy from an address that is not aligned");
-    counts.copies += from != nullptr;
+    counts.copies += from != nullptr, counts.shared += 16;
     if (eager) land({to, from});
     current->copies.push_back({to, from});
     ++current->open;

@@ -114,6 +114,7 @@ void group_multiply(void *const (&operands)[32], Numbers numbers, int columns, b
     warp.started.push_back(product.lane[0].a_place);
     counts.flops += 2 * 16 * columns * 16;
     counts.group_flops += 2 * 16 * columns * 16;
+    counts.shared += columns * 16 * 2 / 4 + (product.lane[0].a ? 0 : 16 * 16 * 2);  // four warps read B once
     std::vector<float> sums[32];
     const size_t size = columns / 2;
     for (int i = 0; i < 32; ++i) {

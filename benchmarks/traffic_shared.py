@@ -1,0 +1,129 @@
+"""Bytes that the CUDA kernels move through shared memory, of which a multiprocessor has 128 a clock.
+
+`Count.shared` is what tests/test_traffic_cuda.py finds that the emulated kernels move: copies that land, zeros too;
+ldmatrix, 512 bytes a warp; and the factors of products by groups of four warps (wgmma), which read a factor
+[columns, 16] once for the group, and one [64, 16] where it is not in registers. `Count.plain` is the threads' own loads
+and stores of the large matrices, an estimate. Bank conflicts and hits of L1, which shares these banks, are not counted.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from benchmarks.traffic_counts import Count, blocks
+from itm_fast import _cuda
+from itm_fast._cuda import Kernel
+from itm_fast.ops._cuda import _pairs, _tiles
+
+MATRICES = 512  # bytes of ldmatrix, by a warp
+WARPS = 8  # of a block of threads
+LAST = 16  # rows of SGR's last step
+
+
+def products(halves: int) -> int:
+    """Products of 16 numbers by which a stage of 128 bytes is multiplied (`for_products` in hopper.h)."""
+    return 4 if halves == 1 else 6
+
+
+def affinities(done: Count, tile: _tiles.Tile, row: int, halves: int) -> None:
+    """Add those of affinity.h, and of the affinities that threads write once; `row`: bytes of a word's row."""
+    stages, width, warps = blocks(row, 128), tile.images * tile.columns, tile.threads // 32
+    if tile.clusters:
+        read = tile.slots * 128 + tile.threads // 128 * products(halves) * width * 32
+    else:
+        down, across = 2 if tile.side == 2 else 1, tile.warp_images * tile.columns // 8
+        read = warps * 4 * (down + blocks(across, 2)) * MATRICES
+    done.shared += done.programs * stages * ((tile.slots + width) * 128 + read)
+    done.plain += done.programs * tile.slots * width * 4
+
+
+@dataclass
+class NodeTile:
+    """A tile as `NodeTile` of csrc/cuda/nodes.h has it, with the `halves` of a number."""
+
+    S: int
+    slots: int
+    depth: int
+    regions: int
+    halves: int
+    groups: bool
+
+    @classmethod
+    def of(cls, kernel: Kernel, halves: int) -> NodeTile:
+        """The tile that a kernel's template arguments name; that of global nodes has no regions."""
+        S, slots, depth, *regions = map(int, re.findall(r"\b\d+\b", kernel.name.partition("<")[2]))
+        return cls(S, slots, depth, *regions or [0], halves, kernel.specific)
+
+    @property
+    def side(self) -> int:
+        """Warps that share rows; each has `columns`."""
+        return _pairs.side(self.slots, _cuda.GROUPS) if self.groups else 4
+
+    @property
+    def columns(self) -> int:
+        return self.S // self.side
+
+    @property
+    def number(self) -> int:
+        """Bytes of a number."""
+        return 2 * self.halves
+
+    @property
+    def nodes(self) -> int:
+        """Bytes of the tile's nodes."""
+        return self.slots * self.S * self.number
+
+    def stages(self, D: int) -> tuple[int, int]:
+        """Stages of W, and of words and regions: groups that share rows make as many of them at a time."""
+        stages = blocks(D, self.depth)
+        return stages, _pairs.rounded_up(stages, self.side) if self.groups else stages
+
+    def by_warps(self, rows: int, columns: int) -> int:
+        """ldmatrix of a stage, where each warp multiplies so many rows and columns by mma.sync."""
+        return WARPS * self.depth // 16 * self.halves * (rows + columns) // 16 * MATRICES
+
+    def weight_stage(self, loaded: bool) -> int:
+        """A stage of a matrix of weights, which lands and is multiplied; `loaded`: the other factor is ldmatrix's."""
+        landing = self.S * self.depth * self.number
+        if not self.groups:
+            return landing + self.by_warps(self.slots * self.side // WARPS, self.columns)
+        return landing + loaded * WARPS * 4 * MATRICES + 2 * products(self.halves) * self.columns * 32
+
+    def made(self, D: int) -> tuple[int, int]:
+        """Of a tile whose nodes are made: what the emulator counts, and the threads' own."""
+        stages, made = self.stages(D)
+        few = next(n for n in ((64, 128) if self.groups else (16, 32, 64, 128)) if self.regions <= n)
+        found = self.slots * few * self.number + made * (self.slots + self.regions) * self.depth * self.number
+        own = self.nodes
+        if self.groups:  # u, of both factors in shared memory
+            found += made * self.slots // 64 * self.halves * self.regions // 16 * (64 + 64) * 32
+        else:
+            found += made * self.slots // 16 * self.depth // 16 * self.regions // 16 * 2 * self.halves * MATRICES
+        if self.groups and self.side == 1:  # squares stay in registers
+            found += made * WARPS * self.depth // 16 * self.halves * MATRICES
+        else:
+            own += made * 2 * self.slots * self.depth * self.number
+        return found + stages * self.weight_stage(self.side > 1), own
+
+    def overall(self, D: int) -> tuple[int, int]:
+        """The same of global_nodes.cu."""
+        stages, _ = self.stages(D)
+        each = self.weight_stage(True) + self.slots * self.depth * self.number
+        return stages * each, stages * 2 * self.slots * self.depth * self.number + 2 * self.nodes
+
+    def steps(self, K: int, seen: float) -> tuple[float, float]:
+        """The same of SGR's K steps, the last one at LAST rows; `seen`: pairs of blocks of 16 rows with a weight.
+
+        Where a warp has several blocks of rows, it is counted as if all saw the same blocks.
+        """
+        count, stages, columns = self.slots // 16, self.S // self.depth, max(16, self.S // WARPS)
+        rows = self.slots * self.side // WARPS // 16  # blocks of a warp
+        each = self.halves * MATRICES
+        edges = self.S // 16 * each * (count + seen)
+        gathered = seen / rows * self.side * each * (rows + self.columns // 16)
+        found = (K - 1) * (2 * stages * self.weight_stage(True) + edges + gathered)
+        landing = self.S * self.depth * self.number
+        found += 2 * stages * (landing + self.by_warps(LAST, columns))
+        found += self.S // 16 * each * (1 + count) + WARPS * count * each * (1 + columns // 16)
+        return found, (K - 1) * (3 * self.nodes + self.slots**2 * self.number)
