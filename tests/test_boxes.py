@@ -18,7 +18,7 @@ from itm_fast.data.boxes import check_boxes
 from itm_fast.evaluation import score
 from itm_fast.evaluation.encoding import encode, encode_captions
 from itm_fast.gallery.scoring import Captions, search_among
-from itm_fast.models import Loaded, attention, build
+from itm_fast.models import Loaded, attention, build, load
 from itm_fast.models._boxes import neighbours
 from itm_fast.models.cmcan import ConfidenceMatching
 from itm_fast.ops import hardest_negative_loss
@@ -204,3 +204,16 @@ def test_a_run_is_resumed_with_its_boxes_alone(tmp_path, monkeypatch):
             run_tiny(tmp_path, "cmcan", train_split=train, resuming=True, max_steps=2)
     monkeypatch.setattr("training_cases.DEV", SPLIT)
     assert run_tiny(tmp_path, "cmcan", train_split=SPLIT, resuming=True, max_steps=2).iterations == 2
+
+
+def test_a_checkpoint_knows_whether_it_was_trained_with_boxes(tmp_path, monkeypatch):
+    for split, known in ((SPLIT, True), (with_boxes(None, "plain"), False)):
+        monkeypatch.setattr("training_cases.DEV", split)
+        run_tiny(tmp_path / str(known), "cmcan", train_split=split, max_steps=1)
+        loaded = load(tmp_path / str(known) / "checkpoint.pth.tar", "cpu")
+        assert loaded.model.trained_with_boxes is known
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            encode(loaded.model, SPLIT, WORDS, progress=False)
+        assert any("this CMCAN was trained without" in str(each.message) for each in found) is not known
+    assert run_tiny(tmp_path / "False", "cmcan", train_split=split, resuming=True, max_steps=2).iterations == 2

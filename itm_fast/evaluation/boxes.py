@@ -17,9 +17,18 @@ if TYPE_CHECKING:
 _STEP = 4096  # images whose boxes are checked at once
 
 
-def boxes_for(scorer: Any, split: Split) -> Tensor | None:
-    """The boxes of a split [I, R, 4], if the scorer takes them; warnings and errors as `require_boxes`."""
-    found = require_boxes(scorer, split)
+def boxes_for(model: Any, split: Split) -> Tensor | None:
+    """The boxes of a split [I, R, 4], if the model's scorer takes them; warnings and errors as `require_boxes`.
+
+    Warns, too, if the model was trained without boxes and the split has some.
+    """
+    found = require_boxes(getattr(model, "scorer", None), split)
+    if found is not None and getattr(model, "trained_with_boxes", None) is False:
+        warnings.warn(
+            f"{split.name}: there are boxes, and this {type(model).__name__} was trained without, so its scores are by "
+            "neighbours that it has not learned; train it with boxes, or take these away",
+            stacklevel=3,
+        )
     return None if found is None else torch.from_numpy(found[:])
 
 

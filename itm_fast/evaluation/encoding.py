@@ -136,7 +136,7 @@ def encode(
         raise ValueError(f"encode: batch_size must be at least 1, got {batch_size}")
     require_vocabulary(model, vocab)
     start = time.perf_counter()
-    boxes = boxes_for(getattr(model, "scorer", None), split)
+    boxes = boxes_for(model, split)
     if captions is None:
         captions = list(caption_batches(split.captions, vocab, batch_size))
     ids, edges = packed_ids(captions)

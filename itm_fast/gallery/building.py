@@ -50,7 +50,7 @@ def build(
     if first is not None:
         pooled.require_usable(require_loaded(first))
     _require_names(names, len(split.features))
-    boxes = boxes_for(getattr(model.model, "scorer", None), split)
+    boxes = boxes_for(model.model, split)
     _claim(folder)
     with Lock(folder / files.LOCK, str(folder)):
         if (folder / files.ABOUT).exists():

@@ -167,6 +167,7 @@ def rebuild(found: Checkpoint, device: str | torch.device | None = None) -> Matc
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{found.path}: {' '.join(str(error).split())}") from error
     model.vocab_checksum = getattr(found.opt, "vocab_checksum", None)
+    model.trained_with_boxes = getattr(found.opt, "trained_with_boxes", None)
     return model
 
 

@@ -276,6 +276,7 @@ class Matcher:
     weighs_regions = False  # whether it has weights for each region, so that R is fixed
     logger: Any = None  # the training scripts assign one with `update(name, value, n)`
     vocab_checksum: str | None = None  # of the vocabulary that it was trained with, if known
+    trained_with_boxes: bool | None = None  # of models that read boxes, if known
     img_enc: nn.Module
     txt_enc: nn.Module
     optimizer: torch.optim.Optimizer

@@ -112,6 +112,8 @@ class Run:
         self.model = build(argparse.Namespace(**{**vars(self.opt), "device": str(self.device)}))
         for split in (self.batches.split, self.dev_split):
             require_boxes(self.model.scorer, split)
+        if self.model.scorer.takes_boxes:
+            self.opt.trained_with_boxes = self.batches.split.boxes is not None
         if self.chunk is not None:
             refuse_chunk(self.model)
         if vectors is not None:
