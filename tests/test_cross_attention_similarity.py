@@ -134,7 +134,12 @@ def test_a_similarity_does_not_depend_on_its_block(backend, direction, monkeypat
     image, words, weight, bias = args
     for t, (start, stop) in enumerate(zip(edge, edge[1:])):
         one = itm_fast.cross_attention_similarity(
-            image[2:3], words[start:stop], torch.tensor([0, stop - start]), weight, bias, direction=direction,
+            image[2:3],
+            words[start:stop],
+            torch.tensor([0, stop - start]),
+            weight,
+            bias,
+            direction=direction,
             backend=backend,
         )
         want = whole[2:3, start:stop] if direction == "t2i" else whole[2:3, t : t + 1]
@@ -162,8 +167,15 @@ def test_the_kernels_give_the_same_bits_wherever_a_pair_lies(norm, direction):
     def run(images, captions):
         edge = torch.tensor([0, *itertools.accumulate(lengths[t] for t in captions)])
         similar = itm_fast.cross_attention_similarity(
-            image[images], torch.cat([parts[t] for t in captions]), edge, weight, bias, direction=direction,
-            affinity_norm=norm, region_lengths=counts[images], backend="cpu",
+            image[images],
+            torch.cat([parts[t] for t in captions]),
+            edge,
+            weight,
+            bias,
+            direction=direction,
+            affinity_norm=norm,
+            region_lengths=counts[images],
+            backend="cpu",
         )
         if direction == "t2i":
             return dict(zip(captions, similar.split([lengths[t] for t in captions], 1), strict=True))
@@ -213,17 +225,62 @@ def test_float32_products_are_of_bfloat16_only_where_that_is_allowed():
     assert torch.equal(medium, call(*single, backend="cpu")) == (_native.outcome().level not in _native.BFLOAT16_LEVELS)
 
 
+def results(call, args, dtype, backend="reference", precision="highest"):
+    """Similarity vectors and all gradients at a precision of float32 matrix products."""
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(precision)
+        leaves = op_checks.leaves([a.to(dtype) for a in args], dtype)
+        similar = call(*leaves, backend=backend)
+        upstream = torch.randn(similar.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        return [similar, *torch.autograd.grad(similar, leaves, upstream.to(dtype))]
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@needs_cpu
 @pytest.mark.parametrize("direction", DIRECTIONS)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_attended_vectors_that_cancel(backend, direction):
-    # Contexts in opposite pairs, nearly orthogonal to all queries: P is a thousandth of them, so |P|^2 is lost in the
-    # roundings of the Gram form.
+def test_gradients_by_products_of_bfloat16(direction):
+    # More sets than are held at once, and odd numbers.
+    call, args = case(17, [1 + (7 * t) % 5 for t in range(17)], 5, 33, 7, direction=direction)
+    single = [a.float() for a in args]
+    medium = results(call, single, torch.float32, "cpu", "medium")
+    rounded = _native.outcome().level in _native.BFLOAT16_LEVELS
+    for a, b in zip(medium, results(call, single, torch.float32, "cpu"), strict=True):
+        assert torch.equal(a, b) != rounded
+    assert_accurate(
+        medium, lambda dtype: results(call, single, dtype), torch.float32, products=torch.bfloat16, gradients=True
+    )
+
+
+def opposite_contexts(direction):
+    """Contexts in opposite pairs, nearly orthogonal to all queries: P is a thousandth of them, so |P|^2 is lost in the
+    roundings of the Gram form, and P itself if its terms are rounded to bfloat16."""
     call, (image, words, weight, bias) = case(3, (8, 6, 8), 8, 48, 16, direction=direction, affinity_norm="none")
     image[..., :24] = 0
     words[..., 24:] = 0
     context = image if direction == "t2i" else words
     context[..., 1::2, :] = -context[..., ::2, :] + 1e-3 * context[..., 1::2, :]
-    op_checks.check_forward(call, (image, words, weight, bias), torch.float32, backend)
+    return call, (image, words, weight, bias)
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attended_vectors_that_cancel(backend, direction):
+    call, args = opposite_contexts(direction)
+    op_checks.check_forward(call, args, torch.float32, backend)
+
+
+@needs_cpu
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_gradients_by_products_of_bfloat16_where_attended_vectors_cancel(direction):
+    """The rounding of a factor, 2^-9, is all that a product may lose: 2^-8 with both, and no gradient passes through
+    more than four products of rounded factors. By terms of P that are rounded it would be all of a gradient."""
+    call, args = opposite_contexts(direction)
+    single = [a.float() for a in args]
+    found = results(call, single, torch.float32, "cpu", "medium")
+    for a, b in zip(found[1:], results(call, single, torch.float64)[1:], strict=True):
+        assert (a - b).norm() <= 4 * 2**-8 * b.norm()
 
 
 @needs_cpu

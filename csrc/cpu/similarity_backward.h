@@ -8,56 +8,18 @@
 //     t = sum of a g,   c = t (p + eps) / p,   d logit_x = a_x (g_x - c (G a)_x - t' (p + eps))
 //     t' = sum of a (g - c G a),   d x = a du^T - (a c a^T) x + d A q^T,   d q = -du + d A^T x
 //
-// E is what all products but those of a set's contexts with each other multiply: T, or pairs of bfloat16 values.
+// E is what all products but those of a set's contexts with each other multiply: T, or pairs of bfloat16 values. A set
+// in which the terms of some |P| nearly cancel has its affinities, u and g made in T: rounding a term would turn P, and
+// du and c have 1 / p as a factor.
 //
 // Caches: dy in both layouts (2 x 240 KB) stays in L2 with three panels of 28 KB; the gradients of W and of q, 1 MB
 // each, pass by once a tile, and what the affinities give q once for all contexts held.
 #pragma once
+#include "feature_panels.h"
 #include "held_contexts.h"
 #include "shuffle.h"
-#include "similarity.h"
 
 namespace itm_fast {
-
-// Rows of D features with the features along the lanes: panels [rows][WIDE], each of WIDE features.
-template <class T>
-struct FeaturePanels : Panels<T> {
-  using Panels<T>::WIDE, Panels<T>::at;
-  int64_t D, rows;
-  FeaturePanels(int64_t D, int64_t rows) : Panels<T>(D, rows), D(D), rows(rows) {}
-
-  // Row `first` and the following ones of a tensor become rows row, row + 1, ...
-  void read_rows(Source s, int64_t first, int64_t count, int64_t row) {
-    Buffer<T> room(D);
-    for (int64_t r = 0; r < count; ++r) {
-      const T* from = itm_fast::read<T>(s, (first + r) * D, D, room);
-      for (int64_t d = 0; d < D; d += WIDE) std::copy_n(from + d, least(WIDE, D - d), at(row + r, d));
-    }
-  }
-
-  void clear() { std::fill_n(this->data + 0, (D + WIDE - 1) / WIDE * this->size, T(0)); }
-
-  void add_row_to(T* to, int64_t row) const {
-    for (int64_t d = 0; d < D; d += WIDE) {
-      const T* from = at(row, d);
-      for (int64_t k = 0; k < least(WIDE, D - d); ++k) to[d + k] += from[k];
-    }
-  }
-};
-
-// W [S, D], its features along the lanes: S rows, or rows of pairs when E is Pair.
-template <class T, class E>
-FeaturePanels<E> feature_rows(Source w, int64_t S, int64_t D) {
-  FeaturePanels<T> rows(D, S);
-  rows.read_rows(w, 0, S, 0);
-  if constexpr (IS_PAIR<E>) {
-    FeaturePanels<E> pairs(D, depth<E>(S));
-    for (int64_t d = 0; d < D; d += rows.WIDE) pair_rows(S, rows.WIDE, rows.at(0, d), rows.WIDE, pairs.at(0, d));
-    return pairs;
-  } else {
-    return rows;
-  }
-}
 
 // Which gradients are wanted; and the gradients of W and b, to which every tile of one slot adds.
 template <class T>
@@ -85,8 +47,8 @@ struct SimilarityGradient {
   Buffer<T> weight_rows, scaled_rows, mixed;       // [columns][ldn] a, -c a; [rows][ldn] a c a^T of every set
   Buffer<T> affinity_rows;                         // [columns][ldx] d A of all sets
   Buffer<T> g, gram_weight, d_logit, along;        // [n][ld] three times, c
-  Buffer<E> d_u_columns;                           // [depth of BLOCK][ld]
-  FeaturePanels<T> difference, d_u;                // one panel each
+  Buffer<T> d_u_columns;                           // [BLOCK][ld], or [depth of BLOCK][ld] pairs
+  FeaturePanels<T> difference, d_u;                // one panel each; d_u for pairs only where `exact`
   FeaturePanels<E> squares;
   // When E is Pair: of d_y, d_y_rows, tile.weight, weight_rows, tile.affinity, affinity_rows and of a panel of queries;
   // d_u by pairs of rows and by pairs of features.
@@ -98,7 +60,7 @@ struct SimilarityGradient {
       : tile(rows, columns, D, S), S(S), ld(tile.ld), ldn(padded<T>(most)), ldx(padded<T>(rows)), lds(padded<T>(S)),
         s_rows(WIDE * lds), d_y(S * ld), d_y_rows(columns * lds), weight_rows(columns * ldn),
         scaled_rows(columns * ldn), mixed(rows * ldn), affinity_rows(columns * ldx), g(most * ld),
-        gram_weight(most * ld), d_logit(most * ld), along(ld), d_u_columns(depth<E>(BLOCK) * ld),
+        gram_weight(most * ld), d_logit(most * ld), along(ld), d_u_columns(BLOCK * ld),
         difference(WIDE, columns), d_u(WIDE, columns), squares(WIDE, depth<E>(columns)), d_y_pairs(pairs(S, ld)),
         d_y_rows_pairs(pairs(columns, lds)), weight_pairs(pairs(most, ld)), weight_rows_pairs(pairs(columns, ldn)),
         affinity_pairs(IS_PAIR<E> ? rows * ld : 0), affinity_rows_pairs(pairs(columns, ldx)),
@@ -123,6 +85,13 @@ struct SimilarityGradient {
       const HeldSet<T, E>& set = x.sets[k];
       T* affinity = tile.affinity + set.first * ld;
       tile.weigh(set, affinity, norm, scale, edge, sets);
+      exact = IS_PAIR<E> && cancels(set, columns);
+      if (exact) {
+        for (int64_t p = 0; p < columns; p += WIDE)
+          gemm<T>(set.n, least(WIDE, columns - p), x.D, {set.column, x.ld}, {query.at(0, p), WIDE}, fresh(),
+                  to(affinity + p, ld));
+        tile.weigh(set, affinity, norm, scale, edge, sets);
+      }
       if constexpr (std::is_null_pointer_v<Known>) {
         tile.project(set, *projection, columns, query);
         for (int64_t j = 0; j < columns; ++j) {
@@ -191,6 +160,15 @@ struct SimilarityGradient {
   }
 
  private:
+  bool exact = false;  // of the set that is worked on: its affinities, u and g are made in T though E is Pair
+
+  // Whether the terms of |P| nearly cancel in some column.
+  bool cancels(const HeldSet<T, E>& x, int64_t columns) const {
+    for (int64_t j = 0; j < columns; ++j)
+      if (tile.length[j] * tile.length[j] < T(CANCELLED) * x.largest) return true;
+    return false;
+  }
+
   // How many pairs the rows of a matrix [K][ld] make, where products take pairs.
   static int64_t pairs(int64_t K, int64_t ld) { return IS_PAIR<E> ? depth<E>(K) * ld : 0; }
 
@@ -276,7 +254,7 @@ struct SimilarityGradient {
         std::memcpy(static_cast<void*>(d_u_halves + (i * WIDE + j) / 2), &half, sizeof half);
       }
 #endif
-      if constexpr (!IS_PAIR<E>) store(du + i * WIDE + j, v);
+      if (!IS_PAIR<E> || exact) store(du + i * WIDE + j, v);
       also(i, j, v);
     };
     if constexpr (IS_PAIR<E>) {
@@ -309,9 +287,12 @@ struct SimilarityGradient {
       const int64_t end = least(D, d + BLOCK);
       for (int64_t p = d; p < end; p += WIDE)
         panel(all, x, shares, p, least(WIDE, D - p), columns, d, w, query_rows, sums, d_q, d_x);
-      if (attends)
+      if (!attends) continue;
+      if (exact)
+        gemm<T>(n, columns, end - d, {x.column + d * all.ld, all.ld}, {d_u_columns, ld}, fresh(), add_to(g, ld));
+      else
         gemm<E>(n, columns, depth<E>(end - d), {all.column_factors() + depth<E>(d) * all.ld + x.first, all.ld},
-                {d_u_columns, ld}, fresh(), add_to(g, ld));
+                {reinterpret_cast<const E*>(d_u_columns + 0), ld}, fresh(), add_to(g, ld));
     }
   }
 
@@ -323,24 +304,28 @@ struct SimilarityGradient {
     E* const square = squares.data;
     const T* q = query_rows.at(0, p);
     Vec<T> even[TILE_VECTORS];
-    gemm<E>(columns, wide, depth<E>(x.n), {shares, ld}, {all.row_factors() + x.first_factor * x.row_ld + p, x.row_ld},
-            [=](int64_t i, int64_t j) {
-              __builtin_prefetch(q + (i + TILE_ROWS) * WIDE + j);
-              return -load(q + i * WIDE + j);
-            },
-            [&, columns](int64_t i, int64_t j, Vec<T> v) {
-              store(u + i * WIDE + j, v);
-              put(columns, i, j, v * v, square, even);
-            });
+    const auto begin = [=](int64_t i, int64_t j) {
+      __builtin_prefetch(q + (i + TILE_ROWS) * WIDE + j);
+      return -load(q + i * WIDE + j);
+    };
+    const auto finish = [&, columns](int64_t i, int64_t j, Vec<T> v) {
+      store(u + i * WIDE + j, v);
+      put(columns, i, j, v * v, square, even);
+    };
+    if (exact) gemm<T>(columns, wide, x.n, {tile.weight, ld}, {x.row + p, x.row_ld}, begin, finish);
+    else
+      gemm<E>(columns, wide, depth<E>(x.n), {shares, ld}, {all.row_factors() + x.first_factor * x.row_ld + p, x.row_ld},
+              begin, finish);
     weight_gradient(p, wide, columns, sums);
     if (!sums.needs_context && !sums.needs_query) return;
     T* dq = d_q.at(0, p);
     difference_gradient(p, wide, columns, w, fetched(dq, WIDE), [=](int64_t i, int64_t j, Vec<T> v) {
       store(dq + i * WIDE + j, load(dq + i * WIDE + j) - v);
     });
-    // Pairs have the size of a float, and are only moved.
-    transpose_by_squares<T>(reinterpret_cast<const T*>(either(d_u.data, d_u_halves)), depth<E>(WIDE), columns,
-                            depth<E>(wide), reinterpret_cast<T*>(d_u_columns + depth<E>(p - d) * ld), ld);
+    if (exact) transpose_by_squares<T>(d_u.data, WIDE, columns, wide, d_u_columns + (p - d) * ld, ld);
+    else  // pairs have the size of a float, and are only moved
+      transpose_by_squares<T>(reinterpret_cast<const T*>(either(d_u.data, d_u_halves)), depth<E>(WIDE), columns,
+                              depth<E>(wide), d_u_columns + depth<E>(p - d) * ld, ld);
     if (sums.needs_context)
       gemm<E>(x.n, wide, depth<E>(columns), {either(weight_rows, weight_rows_pairs), ldn},
               {either(d_u.data, d_u_pairs), WIDE}, fresh(), add_to(d_x.at(x.first, p), WIDE));
