@@ -135,7 +135,11 @@ def test_repeated_images_may_have_repeated_boxes(tmp_path):
 def test_boxes_may_be_numpy_arrays(model):
     image, words = torch.randn(2, 36, 8), torch.randn(1, 2, 8)
     scorer = ConfidenceMatching(8, 4).eval()
-    found = scorer(image, words, [2], boxes=BOXES[:2])
+    stored = BOXES[:2].copy()
+    stored.flags.writeable = False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = scorer(image, words, [2], boxes=stored)
     assert torch.equal(found, scorer(image, words, [2], boxes=torch.from_numpy(BOXES[:2])))
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..nn import Attention
+from ._boxes import tensor_of
 from ._common import Matcher
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def attention(
     """
     from ..data import encode_caption, tokenize
 
-    features = _tensor(image).float()
+    features = tensor_of(image).float()
     if features.dim() != 2 or not len(features):
         raise ValueError(f"attention: image must be the features [R, F] of one image, got {list(features.shape)}")
     if not caption.strip():
@@ -72,10 +73,5 @@ def attention(
     given: list[Tensor] = [regions, words.reshape(-1, words.shape[-1])]
     scorer: Any = model.scorer  # type: ignore[attr-defined]
     if getattr(scorer, "takes_boxes", False) and boxes is not None:
-        given.append(_tensor(boxes).to(model.device))
+        given.append(tensor_of(boxes).to(model.device))
     return replace(scorer.attention(*given), tokens=tokens)
-
-
-def _tensor(array: Tensor | np.ndarray[Any, Any]) -> Tensor:
-    # A copy: torch warns of arrays that are not writable, such as those of a file.
-    return array if isinstance(array, Tensor) else torch.tensor(np.asarray(array))

@@ -13,6 +13,11 @@ from ..data.boxes import check_boxes
 from ._common import real_rows
 
 
+def tensor_of(array: Tensor | np.ndarray[Any, Any]) -> Tensor:
+    """A tensor as it is, and an array as a copy: torch warns of arrays that are not writable, as those of files are."""
+    return array if isinstance(array, Tensor) else torch.tensor(np.asarray(array))
+
+
 def checked(
     name: str, boxes: Tensor | np.ndarray[Any, Any], image: Tensor, region_lengths: Tensor | None = None
 ) -> Tensor:
@@ -27,7 +32,7 @@ def checked(
     Raises:
         ValueError: says what came.
     """
-    boxes = torch.as_tensor(boxes)
+    boxes = tensor_of(boxes)
     if boxes.shape != (*image.shape[:2], 4):
         raise ValueError(
             f"{name}: boxes must be {[*image.shape[:2], 4]}, a box for each region, got {list(boxes.shape)}"
