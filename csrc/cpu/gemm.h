@@ -19,7 +19,10 @@ inline void multiply_add(Vec<Sum<E>>& c, const E* a, Vec<Sum<E>> b) {
     return;
   } else
 #endif
-    c += b * *(const Sum<E>*)a;
+  {
+    static_assert(!IS_PAIR<E>, "a source that multiplies pairs has to ask for __AVX512BF16__ itself");
+    c += b * *a;
+  }
 }
 
 // One tile of C: ROWS rows by VECTORS vectors, whose sums stay in registers over all k. `ahead` is prefetched, `step`

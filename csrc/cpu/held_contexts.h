@@ -10,7 +10,7 @@ namespace itm_fast {
 template <class T, class E>
 struct HeldSet {
   const T *row, *column, *gram;
-  int64_t first, n, D, row_ld, column_ld, ld;  // `first` of all rows held; ld is the Gram matrix'
+  int64_t first, n, D, row_ld, ld;  // `first` of all rows held; ld is the Gram matrix'
   T largest;
   int64_t first_factor;  // of all rows of factors, which are those of pairs when E is Pair
 
@@ -38,7 +38,7 @@ struct HeldContexts {
   }
   // Gives the next set its place, `count` rows, which read_set() fills.
   void add(int64_t count) {
-    sets.push_back({row + n * row_ld, column + n, gram + n * gram_ld, n, count, D, row_ld, ld, gram_ld, T(0), factors});
+    sets.push_back({row + n * row_ld, column + n, gram + n * gram_ld, n, count, D, row_ld, gram_ld, T(0), factors});
     n += count;
     factors += depth<E>(count);
   }

@@ -30,7 +30,7 @@ Backward, with g the gradient of a pair's result:
     all other gradients follow from d X as in the backward pass of `similarity_nodes`           (6)
 
 Saved for backward: the inputs, and by (2) with a graph in the cpu backend the nodes of the first images, as many as
-a fifth of the scratch memory holds. Everything else per pair is computed again.
+176 MiB and a fifth of the scratch memory hold. Everything else per pair is computed again.
 """
 
 from __future__ import annotations
