@@ -95,7 +95,8 @@ def test_a_full_disk_says_what_is_kept_and_nothing_else(made, tmp_path, capsys, 
     name = f"{tmp_path}/{file.partition('.')[0]}.npy"
     none = "1 MB are needed, and none of it was scored; " if file.endswith("journal") else ""
     sentence = f"No space left on device; {none}{kept.format(tmp_path)}: free some space and resume (--resume) to go on"
-    assert capsys.readouterr().err == f"itm-fast evaluate: {name}: {sentence}\n"
+    option = "--scores " if name == f"{tmp_path}/s.npy" else ""  # the name that the user gave
+    assert capsys.readouterr().err == f"itm-fast evaluate: {option}{name}: {sentence}\n"
     monkeypatch.undo()
     assert main([*words, "--resume"]) == 0
 
@@ -134,7 +135,7 @@ def test_scores_that_name_no_regular_file_are_refused(made, tmp_path, capsys, ma
     make(tmp_path / "s.npy")
     assert main([*command(made, "SGR", scores=tmp_path / "s.npy"), *more]) == 2
     said = capsys.readouterr().err
-    assert said == f"itm-fast evaluate: {tmp_path}/s.npy: is {kind} file is needed\n"
+    assert said == f"itm-fast evaluate: --scores {tmp_path}/s.npy: is {kind} file is needed\n"
     assert os.listdir(tmp_path) == ["s.npy"]
 
 
