@@ -304,18 +304,18 @@ void define(py::module_ m) {
       .def("columns", [](const Held& held) {  // all sets' rows as the product with all queries reads them: [D, n]
         Array out({held.D, held.n});
         for (int64_t d = 0; d < held.D; ++d)
-          std::copy_n(held.contexts().data + d * held.contexts().ld, held.n, out.mutable_data(d, 0));
+          std::copy_n(held.column_factors() + d * held.ld, held.n, out.mutable_data(d, 0));
         return out;
       })
       .def("set", [](const Held& held, int64_t k) {  // its rows [n, D], columns [D, n], Gram matrix [n, n], largest
-        const HeldSet<T>& set = held.sets.at(size_t(k));
+        const HeldSet<T, T>& set = held.sets.at(size_t(k));
         Array row({set.n, set.D}), column({set.D, set.n}), gram({set.n, set.n});
         for (int64_t i = 0; i < set.n; ++i) {
           for (int64_t d = 0; d < set.D; ++d) *row.mutable_data(i, d) = set.features(d).data[i * set.features(d).ld];
           std::copy_n(set.gram + i * set.ld, set.n, gram.mutable_data(i, 0));
         }
         for (int64_t d = 0; d < set.D; ++d)
-          std::copy_n(set.column + d * set.column_ld, set.n, column.mutable_data(d, 0));
+          std::copy_n(set.column + d * held.ld, set.n, column.mutable_data(d, 0));
         return py::make_tuple(row, column, gram, set.largest);
       });
 }
