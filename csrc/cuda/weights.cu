@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(Tile<KIND, COLUMNS, SLOTS, SIDE>::THREADS, 1) 
                     for (int j = 0; j < 4; ++j) {
                         const int region = n * 8 + 2 * at.t + j % 2;
                         float &e = found.e[n][j];
-                        e = region < regions ? scaled(e, exponent[region]) : 0;  // unseen: else reads past the exponents
+                        e = region < regions ? scaled(e, exponent[region]) : 0;  // unseen: else reads behind its end
                         largest[j / 2] = e > largest[j / 2] ? e : largest[j / 2];
                     }
 #pragma unroll
