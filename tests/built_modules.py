@@ -19,7 +19,7 @@ def build_module(name, level, sources, options=(), flags=compiling.FLAGS):
     Args:
         name: that of PYBIND11_MODULE.
         level: one of `_native.LEVELS`.
-        sources: file name -> text. Each .cpp file is compiled alone.
+        sources: file name, or path with folders -> text. Each .cpp file is compiled alone.
         options: more of the compiler's options.
         flags: in place of the library's.
     """
@@ -36,8 +36,8 @@ def build_module(name, level, sources, options=(), flags=compiling.FLAGS):
     command = [*compiler.command, *(part for folder in headers for part in ("-isystem", folder)), *options]
     with tempfile.TemporaryDirectory() as scratch, pytest.MonkeyPatch.context() as patch:
         folder = Path(scratch, "cpu")
-        folder.mkdir()
         for file, text in sources.items():
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
             (folder / file).write_text(text)
         patch.setenv("CXX", shlex.join(command))
         patch.setattr(compiling, "FLAGS", flags)

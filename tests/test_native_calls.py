@@ -17,10 +17,10 @@ CALLED = {op.name: op for op in _calls.called()}
 
 
 def test_the_headers_are_what_the_declarations_give():
-    path = _native.csrc_dir() / "cpu" / "calls.h"
-    assert path.read_text() == _calls.header(), "run `python -m itm_fast.ops._calls`"
-    path = _native.csrc_dir() / "cuda" / "choices.h"
-    assert path.read_text() == _calls.choices(), "run `python -m itm_fast.ops._calls`"
+    csrc = _native.csrc_dir()
+    expected = _calls.headers()
+    assert {name: (csrc / name).read_text() for name in expected} == expected, f"run {COMMAND}"
+    assert {f"cpu/calls/{file.name}" for file in (csrc / "cpu" / "calls").iterdir()} == {*expected} - {"cuda/choices.h"}
 
 
 def test_every_op_with_kernels_has_a_struct():

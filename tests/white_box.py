@@ -31,9 +31,11 @@ def load(level):
     levels = list(_native.LEVELS)
     if levels.index(level) < levels.index(_native.level()):
         return f"this processor has no {level} instructions"
-    headers = (_native.csrc_dir() / "cpu").glob("*.h")
-    ours = (file for file in Path(__file__).parent.glob("white_box*.*") if file.suffix in (".h", ".cpp"))
-    return build_module(NAME, level, {file.name: file.read_text() for file in (*headers, *ours)})
+    cpu, here = _native.csrc_dir() / "cpu", Path(__file__).parent
+    files = dict.fromkeys(cpu.rglob("*.h"), cpu)
+    files |= {file: here for file in here.glob("white_box*.*") if file.suffix in (".h", ".cpp")}
+    texts = {file.relative_to(folder).as_posix(): file.read_text() for file, folder in files.items()}
+    return build_module(NAME, level, texts)
 
 
 @pytest.fixture(

@@ -4,6 +4,7 @@
 // them. Queries that all pairs share are packed once for all threads (windows.h); those of a pair's own are packed by
 // the thread. Scratch: the window, 16 MiB, or per thread a chunk of queries, 900 KB at D 1024; per thread the chunk's
 // result, 900 KB for values of 1024 numbers, and its weights.
+#include "calls/attended_vectors.h"
 #include "windows.h"
 #include "write.h"
 

@@ -5,6 +5,7 @@
 // whose regions are the queries: their similarity vectors, their confidences by a second projection of the partial
 // vectors against the caption's global vector, nodes, graph. Scratch: two windows, 16 MiB each, the weights, and two
 // tiles and a graph per thread, 5 MiB at D 1024 and S 256.
+#include "calls/confidence_matching.h"
 #include "similarity_score.h"
 
 namespace itm_fast {

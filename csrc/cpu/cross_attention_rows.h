@@ -4,6 +4,7 @@
 // the affinities, query sets (t2i: captions, i2t: images) their columns.
 #pragma once
 #include "attention.h"
+#include "calls/cross_attention_score.h"
 #include "sets.h"
 #include "shuffle.h"
 

@@ -89,7 +89,7 @@ void run(const CrossAttentionScoreCall& call, const std::vector<Options>& terms)
 }  // namespace itm_fast
 
 // Writes score [I, T] in the dtype of the tensors, and, unless it is null, affinity [contexts, queries] for backward,
-// float, or double if the tensors are double; shapes and who owns what: calls.h.
+// float, or double if the tensors are double; shapes: calls/, who owns what: calls.cpp.
 extern "C" const char* cross_attention_score(const itm_fast::CrossAttentionScoreCall& call) {
   using namespace itm_fast;
   return guarded([&] { run(call, {Options(call)}); });

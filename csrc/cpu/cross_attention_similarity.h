@@ -1,6 +1,8 @@
 // The arguments of cross_attention_similarity and of similarity_nodes, for their forward and backward passes, and how
 // their results are written.
 #pragma once
+#include "calls/cross_attention_similarity.h"
+#include "calls/similarity_nodes.h"
 #include "shuffle.h"
 #include "windows.h"
 #include "write.h"

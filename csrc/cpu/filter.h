@@ -5,6 +5,7 @@
 // does not depend on the captions beside it. X is read twice, from the second cache.
 #pragma once
 #include "attention.h"
+#include "calls/similarity_filter_score.h"
 #include "shuffle.h"
 
 namespace itm_fast {

@@ -9,6 +9,8 @@
 //
 // E is what the products of whole chunks multiply: T, or pairs of bfloat16 values with sums in float32.
 #pragma once
+#include "calls/similarity_graph.h"
+#include "calls/similarity_graph_head.h"
 #include "graph.h"
 #include "write.h"
 

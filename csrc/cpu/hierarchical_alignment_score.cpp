@@ -16,6 +16,8 @@
 
 #include "alignment_items.h"
 #include "alignment_vectors.h"
+#include "calls/hierarchical_alignment_score.h"
+#include "calls/hierarchical_alignment_score_kept.h"
 #include "write.h"
 
 namespace itm_fast {
@@ -202,7 +204,7 @@ void scores(const AlignmentCall& call, const Kept<T>& kept = {}) {
 }  // namespace
 }  // namespace itm_fast
 
-// Writes score [I, T] in the dtype of the tensors; shapes and who owns what: calls.h.
+// Writes score [I, T] in the dtype of the tensors; shapes: calls/, who owns what: calls.cpp.
 extern "C" const char* hierarchical_alignment_score(const itm_fast::HierarchicalAlignmentScoreCall& call) {
   using namespace itm_fast;
   return guarded([&] {

@@ -17,6 +17,7 @@
 
 #include "alignment_backward.h"
 #include "alignment_items.h"
+#include "calls/hierarchical_alignment_score_kept.h"
 #include "cross_attention_score_backward.h"
 
 namespace itm_fast {

@@ -4,6 +4,7 @@
 //
 // W is packed once, in panels of TILE_COLUMNS columns that stay in the second cache while they are multiplied; a thread
 // owns ROWS rows of x and of the result at a time, and packs the former too (384 KB at K 1024 in float32).
+#include "calls/linear.h"
 #include "similarity.h"
 #include "write.h"
 

@@ -3,7 +3,7 @@
 #include <algorithm>
 #include <stdexcept>
 
-#include "calls.h"
+#include "calls/choices.h"
 #include "threads.h"
 
 namespace itm_fast {

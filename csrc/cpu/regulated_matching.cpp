@@ -5,6 +5,7 @@
 // columns: similarity vectors and hidden layers [features][columns], channel weights and weighed queries in panels. Sums
 // over a pair's queries start at its own first column, so that its score does not depend on the pairs beside it.
 // Scratch: the window, 16 MiB, the weights, and 5 MiB a thread at D 1024 and S 256.
+#include "calls/regulated_matching.h"
 #include "layers.h"
 #include "windows.h"
 #include "write.h"

@@ -8,6 +8,7 @@
 // Scratch: per thread a few values for each node of the longest caption and each context node, and the nodes themselves
 // where they must be widened; in backward also their gradients, and the sums of the assignment's gradient, in double,
 // of at most 64 groups, which are added in order so that the number of threads changes no bit.
+#include "calls/similarity_context.h"
 #include "pack.h"
 #include "write.h"
 

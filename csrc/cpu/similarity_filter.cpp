@@ -10,6 +10,7 @@
 // Scratch: per thread two values for each node of the longest caption (in training, times the images), and the nodes
 // themselves where they must be widened; in backward the sums of the parameters' gradients, in double, of at most 64
 // groups, which are added in order so that the number of threads changes no bit.
+#include "calls/similarity_filter.h"
 #include "filter.h"
 #include "write.h"
 

@@ -3,6 +3,7 @@
 // A thread owns one image with one chunk of captions at a time: it transposes their nodes into columns, and its Graph
 // (graph.h) does the rest in the second cache. Scratch: the weights (4 MiB at S 256 and 3 steps), shared, and a Graph
 // per thread (1.5 MiB).
+#include "calls/similarity_graph.h"
 #include "graph.h"
 #include "write.h"
 
@@ -33,7 +34,7 @@ void forward(const SimilarityGraphCall& p) {
 }  // namespace
 }  // namespace itm_fast
 
-// Writes z [I, T, S] in the dtype of the nodes; shapes and who owns what: calls.h.
+// Writes z [I, T, S] in the dtype of the nodes; shapes: calls/, who owns what: calls.cpp.
 extern "C" const char* similarity_graph(const itm_fast::SimilarityGraphCall& call) {
   using namespace itm_fast;
   return guarded([&] {

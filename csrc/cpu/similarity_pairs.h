@@ -1,5 +1,6 @@
 // The arguments of similarity_nodes_of_pairs, for its forward and backward passes: similarity_nodes of a list of pairs.
 #pragma once
+#include "calls/similarity_nodes_of_pairs.h"
 #include "cross_attention_similarity.h"
 
 namespace itm_fast {

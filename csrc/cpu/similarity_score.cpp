@@ -28,7 +28,7 @@ const char* guarded_score(const Call& call) {
 }  // namespace
 }  // namespace itm_fast
 
-// All write score [I, T] in the dtype of the tensors; shapes and who owns what: calls.h.
+// All write score [I, T] in the dtype of the tensors; shapes: calls/, who owns what: calls.cpp.
 extern "C" const char* similarity_graph_score(const itm_fast::SimilarityGraphScoreCall& call) {
   return itm_fast::guarded_score(call);
 }

@@ -7,6 +7,8 @@
 // R 36, D 1024, S 256, of which what one product reads stays in L2). Scratch beside the tiles: the window (windows.h,
 // 16 MiB), the weights, 4 MiB, and the window's global vectors, 2 MiB; so 64 MiB suffice for 10 threads.
 #pragma once
+#include "calls/similarity_graph_score.h"
+#include "calls/similarity_graph_score_kept.h"
 #include "filter.h"
 #include "graph.h"
 #include "windows.h"
@@ -14,7 +16,7 @@
 
 namespace itm_fast {
 
-// The arguments that the calls of both pair scorers have, and CMCAN's; shapes: calls.h.
+// The arguments that the calls of both pair scorers have, and CMCAN's; shapes: calls/.
 struct PairScore {
   Source image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias, score_weight,
       score_bias;

@@ -110,7 +110,7 @@ def find_compiler() -> Compiler:
 
 def sources_in(csrc: Path) -> dict[str, bytes]:
     """The sources and headers of csrc/cpu by their path relative to csrc."""
-    files = sorted(file for ending in ("cpp", "h") for file in (csrc / "cpu").glob(f"*.{ending}"))
+    files = sorted(file for ending in ("cpp", "h") for file in (csrc / "cpu").rglob(f"*.{ending}"))
     return {file.relative_to(csrc).as_posix(): file.read_bytes() for file in files}
 
 
