@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 try:
@@ -137,6 +138,25 @@ class Lock:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path, name: str) -> Iterator[None]:
+    """Make a folder if it does not exist, and lock its files `name`.*; a new one that stays empty is removed again.
+
+    Raises:
+        LockedError: the lock is held.
+        OSError: the folder or the lock file cannot be created.
+    """
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with Lock(folder / f"{name}.lock", str(folder / f"{name}.*")):
+            yield
+    finally:
+        if new:
+            with contextlib.suppress(OSError):  # it is not empty
+                folder.rmdir()
 
 
 def _flock(file: int) -> bool:

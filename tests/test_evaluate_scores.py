@@ -72,6 +72,16 @@ def test_two_runs_do_not_share_an_output_folder(made, tmp_path, capsys, monkeypa
     assert "results.lock" not in os.listdir(tmp_path)
 
 
+def test_a_run_that_is_refused_leaves_no_empty_output_folder(made, tmp_path, capsys):
+    words = [*command(made, "SAF"), "--split", "tset"]
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for folder in (tmp_path / "new", kept):
+        assert main([*words, "--output", str(folder)]) == 2
+        assert "tset" in capsys.readouterr().err
+    assert list(tmp_path.rglob("*")) == [kept]
+
+
 @pytest.mark.parametrize("more", [(), ("--dry-run",)])
 def test_a_disk_too_small_for_an_ensemble_is_refused_before_encoding(
     made, tmp_path, capsys, monkeypatch, more

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
 
     from .._files import atomic_write
     from ..data import open_split
-    from ..evaluation.boxes import warn_without_boxes
+    from ..evaluation.boxes import warn_of_boxes
     from ..models import attention, load
     from ._picture import blank, draw
     from ._pictures import pictures_of
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if split.region_lengths is not None:
         features = features[: int(split.region_lengths[args.image])]
     boxes = _boxes(args, split, len(features))
-    warn_without_boxes(getattr(loaded.model, "scorer", None), split.name, boxes)
+    warn_of_boxes(loaded.model, split.name, boxes)
     pictures = pictures_of(args.pictures, args.data, args.split, split)
     found = pictures(args.image) if pictures else None
     picture = Image.open(io.BytesIO(found)) if found else blank()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import _torchrun
-from .._lock import Lock
+from .._lock import locked_folder
 from .._names import BACKENDS
 from ._checkpoints import (
     check_features,
@@ -275,9 +275,7 @@ def _output(args: argparse.Namespace) -> contextlib.AbstractContextManager:
     """Create and lock --output before anything is scored: if that cannot be done, hours of scoring would be lost."""
     if not args.output or args.dry_run or _torchrun.rank():
         return contextlib.nullcontext()
-    folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
-    return Lock(folder / "results.lock", str(folder / "results.*"))
+    return locked_folder(Path(args.output), "results")
 
 
 def _evaluate(args: argparse.Namespace) -> int:

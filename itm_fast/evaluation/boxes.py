@@ -18,28 +18,19 @@ _STEP = 4096  # images whose boxes are checked at once
 
 
 def boxes_for(model: Any, split: Split) -> Tensor | None:
-    """The boxes of a split [I, R, 4], if the model's scorer takes them; warnings and errors as `require_boxes`.
-
-    Warns, too, if the model was trained without boxes and the split has some.
-    """
-    found = require_boxes(getattr(model, "scorer", None), split)
-    if found is not None and getattr(model, "trained_with_boxes", None) is False:
-        warnings.warn(
-            f"{split.name}: there are boxes, and this {type(model).__name__} was trained without, so its scores are by "
-            "neighbours that it has not learned; train it with boxes, or take these away",
-            stacklevel=3,
-        )
+    """The boxes of a split [I, R, 4], if the model's scorer takes them; warnings and errors as `stored_boxes`."""
+    found = stored_boxes(model, split)
     return None if found is None else torch.from_numpy(found[:])
 
 
-def require_boxes(scorer: Any, split: Split) -> Rows | None:
-    """The boxes of a split as they are stored, if the scorer takes them; warns if there are none.
+def stored_boxes(model: Any, split: Split) -> Rows | None:
+    """The boxes of a split as they are stored, if the model's scorer takes them; warns as `warn_of_boxes`.
 
     Raises:
         ValueError: a box is not left, top, right and bottom as parts of the picture; names the split and the image.
     """
-    warn_without_boxes(scorer, split.name, split.boxes)
-    if split.boxes is None or not getattr(scorer, "takes_boxes", False):
+    warn_of_boxes(model, split.name, split.boxes)
+    if split.boxes is None or not _takes_boxes(model):
         return None
     for start in range(0, len(split.boxes), _STEP):
         some = slice(start, start + _STEP)
@@ -48,7 +39,25 @@ def require_boxes(scorer: Any, split: Split) -> Rows | None:
     return split.boxes
 
 
-def warn_without_boxes(scorer: Any, name: str, boxes: Any) -> None:
-    """Warn if the scorer takes boxes and `boxes` is None; `name` says of what."""
-    if boxes is None and getattr(scorer, "takes_boxes", False):
-        warnings.warn(f"{name}: there are no boxes, {scorer.without_boxes}; {HOW_BOXES}", stacklevel=3)
+def warn_of_boxes(model: Any, name: str, boxes: Any) -> None:
+    """Warn if the model reads boxes and there are none, or if there are some and it was trained without.
+
+    Args:
+        model: a model, whose scorer says whether it takes boxes.
+        name: what the boxes belong to, for the message.
+        boxes: None if there are none.
+    """
+    if not _takes_boxes(model):
+        return
+    if boxes is None:
+        warnings.warn(f"{name}: there are no boxes, {model.scorer.without_boxes}; {HOW_BOXES}", stacklevel=3)
+    elif getattr(model, "trained_with_boxes", None) is False:
+        warnings.warn(
+            f"{name}: there are boxes, and this {type(model).__name__} was trained without, so its scores are by "
+            "neighbours that it has not learned; train it with boxes, or take these away",
+            stacklevel=3,
+        )
+
+
+def _takes_boxes(model: Any) -> bool:
+    return getattr(getattr(model, "scorer", None), "takes_boxes", False)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from ..evaluation.boxes import warn_without_boxes
+from ..evaluation.boxes import warn_of_boxes
 from ..evaluation.encoding import encode_captions
 from . import files
 from .building import build
@@ -72,7 +72,7 @@ class Gallery:
             path: its folder.
             model: the checkpoint that it was built with, as `itm_fast.models.load` returns it.
 
-        Warns if the model reads boxes and the gallery was built without.
+        Warns if the model reads boxes and the gallery was built without, or the other way round.
 
         Raises:
             FileNotFoundError: the folder is no gallery, or its build was interrupted.
@@ -80,7 +80,7 @@ class Gallery:
                 size is checked; `build` with the same images checks them whole.
         """
         opened = cls(path, model)
-        warn_without_boxes(getattr(model.model, "scorer", None), str(path), opened.about.boxes)
+        warn_of_boxes(model.model, str(path), opened.about.boxes)
         return opened
 
     @classmethod

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .._lock import Lock
 from .._ranks import Ranks
-from ..evaluation.boxes import require_boxes
+from ..evaluation.boxes import stored_boxes
 from ..models import build
 from ..models.checkpoint import BEST
 from . import checkpoint, losses, resume
@@ -111,7 +111,7 @@ class Run:
         torch.manual_seed(self.opt.seed)
         self.model = build(argparse.Namespace(**{**vars(self.opt), "device": str(self.device)}))
         for split in (self.batches.split, self.dev_split):
-            require_boxes(self.model.scorer, split)
+            stored_boxes(self.model, split)
         if self.model.scorer.takes_boxes:
             self.opt.trained_with_boxes = self.batches.split.boxes is not None
         if self.chunk is not None:
