@@ -208,9 +208,7 @@ def _compiled(compiler: compiling.Compiler, level: str, sources: dict[str, bytes
     compiling.lay_out(sources, objects)
     compiling.compile_libraries(compiler, {level: ""}, objects, time.monotonic() + compiling.SECONDS)
     result = scratch / "result"
-    result.mkdir(mode=0o755)  # all users may use a library that root built, but not change it
-    (objects / LIBRARY).rename(result / LIBRARY)
-    cache.note(result, LIBRARY, level=level, compiler=compiler.version)
+    compiling.move_library(objects / LIBRARY, result, level, compiler)
     try:
         return cache.load(result)._replace(path=None)
     except (OSError, ValueError) as error:

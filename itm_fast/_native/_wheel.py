@@ -150,9 +150,7 @@ def build_libraries(levels: list[str], into: Path, compiler: Any) -> None:
             compiling.compile_libraries(compiler, {level: level for level in missing}, objects, deadline, _Progress())
             for level in missing:
                 result = scratch / level
-                result.mkdir(mode=0o755)
-                (objects / level / cache.LIBRARY).rename(result / cache.LIBRARY)
-                cache.note(result, cache.LIBRARY, level=level, compiler=compiler.version)
+                compiling.move_library(objects / level / cache.LIBRARY, result, level, compiler)
                 _ship(result, into / names[level])
                 if kept:
                     home = scratch.parent / f"{names[level]}-{compiling.compiler_name(compiler)}"

@@ -20,7 +20,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from .cache import LIBRARY, BadObjects, Unavailable, full
+from .cache import LIBRARY, BadObjects, Unavailable, full, note
 
 FLAGS = ("-O3", "-std=c++20", "-fPIC", "-pthread")
 # For sources with these endings: as fast as with -O3, and compiled in little more than half the time.
@@ -246,6 +246,13 @@ def compile_libraries(
     ended = _run([find_ninja(), f"-j{cores}"], folder, deadline, failed)
     if ended[0] or not all(library.is_file() for library in libraries):
         raise _failure(compiler, folder, ended, [*files, *libraries])
+
+
+def move_library(library: Path, folder: Path, level: str, compiler: Compiler) -> None:
+    """Move a compiled library into a new folder, with its level, compiler and checksum, as `cache.load` reads it."""
+    folder.mkdir(mode=0o755)  # all users may use a library that root built, but not change it
+    library.rename(folder / LIBRARY)
+    note(folder, LIBRARY, level=level, compiler=compiler.version)
 
 
 def _escaped(command: list[str] | tuple[str, ...]) -> str:
