@@ -1,7 +1,8 @@
 """What the CUDA C++ kernels move and compute, from the sizes of their tiles; no launch is recorded.
 
-Sizes come from the modules that plan the launches (itm_fast/ops/_cuda); `BAND`, `BLOCK` and `WARPS` repeat constants of
-csrc/cuda. Products and copies to shared memory are those that the emulated kernels count (tests/test_traffic_cuda.py).
+Sizes come from the modules that plan the launches (itm_fast/ops/_cuda); `BAND`, `BLOCK`, `HELD` and `WARPS` repeat
+constants of csrc/cuda. Products and copies to shared memory are those that the emulated kernels count
+(tests/test_traffic_cuda.py).
 
 Masked rows are not loaded. The memory that a kernel reads follows from the order of its blocks: `scan_t2i` walks along
 all captions with some groups of images, so the captions' rows are read once for each walk; the launches of the pair
@@ -30,6 +31,7 @@ from itm_fast.packing import NodePlan, node_bounds, node_plan
 
 BAND = 16  # groups of images of a walk (affinity.h)
 BLOCK = 16  # rows of a tile of nodes that hold nodes of one caption; and the rows of the last step (graph.cu)
+HELD = 24  # words of a caption that a thread keeps in registers (scan.cu)
 WARPS = 8  # of a block of threads; each has at least 16 columns in the last step (graph.cu)
 KINDS = {"bfloat16": "bfloat16", "tf32": "float16", "float32": "float16x3"}  # by precision: kind of products
 FORMS = {
@@ -208,15 +210,20 @@ def _attended(p: Problem, done: Count, tiles: int, tile: _tiles.Tile) -> None:
     done.plain += each * 2 * 4  # affinities, and the numbers that normalise them
 
 
+def _triangle(length: torch.Tensor) -> int:
+    """Words that are read of captions' factors, four rows at a time, from the first row's diagonal on."""
+    return sum(int((length - y).clamp(min=0).sum()) for y in range(0, max(length.tolist(), default=0), 4))
+
+
 def _attended_words(p: Problem, done: Count, groups: int) -> None:
     """Add the regions' softmax over words and the lengths of attended vectors; a thread has a caption and a region."""
     done.reads("factor", _factor_bytes(p), _factor_bytes(p) * groups)
     length = p.edge.diff().long()
-    # Of a factor, four rows at a time, from the first row's diagonal on.
-    triangle = sum(int((length - y).clamp(min=0).sum()) for y in range(0, int(length.max()), 4))
-    done.vector = p.I * p.R * (p.N * 20 + triangle * 5)
-    # Twice an affinity and the number that normalises it; v, written once, and read for each four rows of the factor.
-    done.plain += p.I * p.R * (p.N * 5 + triangle) * 4
+    done.vector = p.I * p.R * (p.N * 20 + _triangle(length) * 5)
+    # A thread reads a short caption's affinities once, with the numbers that normalise them. Of a long one it does so
+    # twice, and writes v, which it reads for each four rows of the factor.
+    long = length[length > HELD]
+    done.plain += p.I * p.R * (2 * p.N + 3 * int(long.sum()) + _triangle(long)) * 4
 
 
 def _scan(p: Problem) -> Iterator[tuple[str, Count]]:

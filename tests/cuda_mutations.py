@@ -89,6 +89,9 @@ MASKS: dict[str, list[tuple[str, str]]] = {
         ("if (!at.computes_any(p.pairs)) return;", ""),
         ("if (!at.computes(p.pairs, caption, image)) continue;", ""),
         ("if (region >= at.regions(p.pairs, image)) continue;", ""),
+        ("if (w >= first && w < n)", "if (w >= first)"),
+        ("if (y < n) add_rows", "add_rows"),
+        ("words > HELD", "false"),
     ],
 }
 

@@ -98,16 +98,82 @@ template <class T> __device__ __forceinline__ void score_words(const Scan &p) {
     }
 }
 
+// Captions of at most so many words are attended to from registers: nearly all of COCO's.
+constexpr int HELD = 24;
+
+// Calls f(w) for words w from `first` to n - 1, in order. MOST > 0: n is at most that, and every w is known when this is
+// compiled, so that f may use it as the place of a register.
+template <int MOST, class F> __device__ __forceinline__ void for_words(int first, int n, F f) {
+    if constexpr (MOST > 0) {
+#pragma unroll
+        for (int w = 0; w < MOST; ++w)
+            if (w >= first && w < n) f(w);
+    } else
+        for (int w = first; w < n; ++w) f(w);
+}
+
+// A column of `values`.
+struct Column {
+    float *first;
+    int pitch;
+    __device__ __forceinline__ float &operator[](int w) const { return first[w * pitch]; }
+};
+
+// The similarity of a region of this length and what it attends to of a caption's n words. `raw`: its affinities, in
+// whose place e times `size` is left; logit(w): the normalised ones. MOST: see `for_words`.
+//
+// The caption's factor is [ceil(n / 4)][n][4]: of four rows of F, word by word.
+template <int MOST, class Raw, class Logit>
+__device__ __forceinline__ float attend_words(const Scan &p, Raw &raw, Logit logit, int n, const float *size,
+                                              const float4 *factor, float length) {
+    float top = -INFINITE, z = 0, dot = 0, square = 0, largest = 0;
+    for_words<MOST>(0, n, [&](int w) {
+        const float x = logit(w);
+        top = x > top ? x : top;
+    });
+    auto share = [&](int w) { return share_of<true>(p.attention, logit(w), top); };
+    const float cut =
+        cut_of<Alone>(p.attention, n, [&](auto use) { for_words<MOST>(0, n, [&](int w) { use(share(w)); }); });
+    for_words<MOST>(0, n, [&](int w) {
+        float e = share(w);
+        e = e <= cut ? 0 : e;
+        z += e;
+        dot += e * raw[w];
+        const float v = e * size[w];
+        largest = v > largest ? v : largest;
+        raw[w] = v;
+    });
+    const unsigned exponent = exponent_of(largest);
+    const float unit = as_float(exponent << 23), over = as_float((254 - exponent) << 23);  // squares fit float32
+    auto add_rows = [&](int y) {
+        float a = 0, b = 0, c = 0, d = 0;
+        for_words<MOST>(y, n, [&](int w) {
+            const float v = raw[w] * over;
+            const float4 f = factor[w];
+            a += f.x * v, b += f.y * v, c += f.z * v, d += f.w * v;
+        });
+        square += a * a + b * b + c * c + d * d;
+        factor += n;
+    };
+    if constexpr (MOST > 0) {
+#pragma unroll
+        for (int y = 0; y < MOST; y += 4)
+            if (y < n) add_rows(y);  // redundant for results: there is nothing to add
+    } else
+        for (int y = 0; y < n; y += 4) add_rows(y);
+    return similarity_of(p, dot, sqrtf(square) * unit, z == 0 ? INFINITE : z, length);
+}
+
 // Regions attend to words.
 //
 // A caption's words lie in several warps, so affinities pass through shared memory, and one thread has a caption with one
-// region. A caption's factor is [ceil(W / 4)][W][4]: of four rows of F, word by word.
+// region. It reads those of a short caption once.
 template <class T> __device__ __forceinline__ void score_regions(const Scan &p) {
     constexpr int COLUMNS = T::COLUMNS, SLOTS = T::SLOTS;
     static_assert(T::IMAGES * SLOTS <= CAPTIONS * T::LD);
     DYNAMIC_SHARED(shared, T::SHARED);
     float *norms = reinterpret_cast<float *>(shared + T::WORK);  // [IMAGES][SLOTS]
-    // [SLOTS][LD]: affinities, then e times `size`, and then, in its first slot, a caption's cosines.
+    // [SLOTS][LD]: affinities, then e times `size` of long captions, and then, in its first slot, a caption's cosines.
     float *values = reinterpret_cast<float *>(shared);
     const Place<T> at(p.pairs);
     if constexpr (!T::CLUSTERS) {  // a block of a cluster has to stay for the other
@@ -130,43 +196,21 @@ template <class T> __device__ __forceinline__ void score_regions(const Scan &p) 
         const int image = column / COLUMNS, region = column % COLUMNS, caption = p.pairs.caption[member];
         if (region >= at.regions(p.pairs, image)) continue;  // unseen: else reads behind the end of `length`
         const int begin = p.pairs.begin[member], words = p.pairs.end[member] - begin;
-        float *value = values + begin * T::LD + column, *number = norms + image * SLOTS + begin;
+        Column value{values + begin * T::LD + column, T::LD};
+        const float *number = norms + image * SLOTS + begin;
         auto logit = [&](int w) {
-            return normalised(p.attention, value[w * T::LD], p.attention.norm == NONE ? 0 : number[w]);
+            return normalised(p.attention, value[w], p.attention.norm == NONE ? 0 : number[w]);
         };
         const float *size = p.grams.size + p.pairs.row[at.tile * SLOTS + begin];
-        float top = -INFINITE, z = 0, dot = 0, square = 0, largest = 0;
-        for (int w = 0; w < words; ++w) {
-            const float x = logit(w);
-            top = x > top ? x : top;
-        }
-        auto share = [&](int w) { return share_of<true>(p.attention, logit(w), top); };
-        const float cut = cut_of<Alone>(p.attention, words, [&](auto use) {
-            for (int w = 0; w < words; ++w) use(share(w));
-        });
-        for (int w = 0; w < words; ++w) {
-            float e = share(w);
-            e = e <= cut ? 0 : e;
-            z += e;
-            dot += e * value[w * T::LD];
-            const float v = e * size[w];
-            largest = v > largest ? v : largest;
-            value[w * T::LD] = v;
-        }
-        const unsigned exponent = exponent_of(largest);
-        const float unit = as_float(exponent << 23), over = as_float((254 - exponent) << 23);  // squares fit float32
         const float4 *factor = static_cast<const float4 *>(p.grams.factor) + p.grams.place[caption];
-        for (int y = 0; y < words; y += 4, factor += words) {
-            float a = 0, b = 0, c = 0, d = 0;
-            for (int w = y; w < words; ++w) {
-                const float v = value[w * T::LD] * over;
-                const float4 f = factor[w];
-                a += f.x * v, b += f.y * v, c += f.z * v, d += f.w * v;
-            }
-            square += a * a + b * b + c * c + d * d;
-        }
         const float length = p.length[(long long)(at.first_image + image) * p.pairs.R + region];
-        *value = similarity_of(p, dot, sqrtf(square) * unit, z == 0 ? INFINITE : z, length);
+        if (words > HELD) {
+            value[0] = attend_words<0>(p, value, logit, words, size, factor, length);
+            continue;
+        }
+        float raw[HELD], x[HELD];
+        for_words<HELD>(0, words, [&](int w) { raw[w] = value[w], x[w] = logit(w); });
+        value[0] = attend_words<HELD>(p, raw, [&](int w) { return x[w]; }, words, size, factor, length);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < at.captions * at.images; i += T::THREADS) {
