@@ -8,8 +8,11 @@ from test_similarity_score import FILTER, GRAPH
 
 import itm_fast
 from itm_fast import _native
+from itm_fast.models import _by_caption
+from itm_fast.models.imram import IterativeMatching
+from itm_fast.models.rcar import RegulatedMatching
 from itm_fast.ops import _recompute
-from itm_fast.testing import op_checks
+from itm_fast.testing import inputs, op_checks
 
 COUNTS = (5, 2, 7, 3, 5, 1, 4, 6, 2, 3, 8, 4)
 REGIONS = (6, 2, 5, 6, 1, 6, 3, 6, 6, 4)
@@ -67,6 +70,63 @@ def test_gradients_of_few_pairs(op, monkeypatch):
             torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
         own = backend == "cpu"  # C++ leaves pairs out itself
         assert pairs == ([] if own else [(4, 3), (4, 1), (2, 1)])
+
+
+SCORERS = {
+    "IMRAM text": lambda: IterativeMatching(16, "text_IMRAM", 3),
+    "IMRAM image, not normed": lambda: IterativeMatching(16, "image_IMRAM", 2, no_IMRAM_norm=True),
+    "RCAR t2i": lambda: RegulatedMatching(16, 7, "t2i", "coop_rcar", 3),
+    "RCAR i2t": lambda: RegulatedMatching(16, 7, "i2t", "coop_rcar", 2),
+    "RCAR i2t, only rcr": lambda: RegulatedMatching(16, 7, "i2t", "only_rcr", 2),
+    "RCAR t2i, without dropout": lambda: RegulatedMatching(16, 7, "t2i", "only_rar", 2).eval(),
+}
+
+
+@pytest.mark.parametrize("regions", [None, REGIONS])
+@pytest.mark.parametrize("name", SCORERS)
+def test_scorers_of_several_ops_take_few_pairs_alone(name, regions, monkeypatch):
+    torch.manual_seed(0)
+    scorer = SCORERS[name]().double()
+    for parameter in scorer.parameters():  # large ones, so that every layer matters
+        torch.nn.init.normal_(parameter, 0, 0.5)
+    image, words, cu_seqlens = inputs(10, COUNTS, 6, 16, dtype=torch.float64)
+    leaves = [image.requires_grad_(), words.requires_grad_(), *scorer.parameters()]
+    grad = torch.zeros(len(REGIONS), len(COUNTS), dtype=torch.float64)
+    grad[tuple(zip(*PAIRS))] = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0], dtype=torch.float64)
+    refused = [(_recompute, "of_pairs"), (_by_caption, "_columns")]  # where rectangles of pairs are taken
+
+    def gradients(backend):
+        torch.manual_seed(1)  # of dropout
+        with itm_fast.use_backend(backend):
+            score = scorer(image, words, cu_seqlens, None if regions is None else torch.tensor(regions))
+            return torch.autograd.grad(score, leaves, grad, materialize_grads=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_recompute, "SPARSE", 1 << 40)
+        want = gradients("torch")
+    for place, function in refused:
+        monkeypatch.setattr(place, function, None if place is _by_caption else _only_ops(getattr(place, function)))
+    for backend in op_checks.backends("attended_vectors"):
+        for found, exact in zip(gradients(backend), want, strict=True):
+            torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
+
+
+def _only_ops(of_pairs):
+    """`of_pairs` for backward passes of ops, which refuses those of scorers."""
+
+    def run(dense, *args):
+        assert "_Scored" not in dense.__qualname__
+        return of_pairs(dense, *args)
+
+    return run
+
+
+def test_dropout_is_kept_as_bits():
+    kept = torch.rand(3, 2, 5, 77) < 0.6
+    bits = _by_caption.packed(kept)
+    assert bits.shape == (3, 2, 5, 2)
+    assert bits[0, 0, 0, 1].item() == sum(1 << s for s in range(13) if kept[0, 0, 0, 64 + s])
+    assert torch.equal(_by_caption.unpacked(bits, 77), kept)
 
 
 def test_what_few_pairs_are_is_the_same_in_cpp():

@@ -1,29 +1,43 @@
-"""Scores of a batch, one caption at a time with all images: dropout is drawn in this order, as in published loops.
+"""Scores of a batch, for which dropout is drawn one caption at a time with all images, as in published loops.
 
-No intermediate result is saved. Backward scores each caption again, with the same dropout masks, but only with images
-whose score has a gradient: under the hardest-negative loss about three of the batch.
+Saved for backward: what dropout kept, a bit for each number. Everything else is computed again, only for pairs whose
+score has a gradient: under the hardest-negative loss about three of each caption.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .._checks import work_dtype
 from ..ops import _recompute
 from ..packing import bounds
+from ._pair_blocks import Pairs, matched
 
-# (length, cu_seqlens [2], rows, region_lengths, image, words, *parameters) -> scores [I, 1]. `rows` are the places in
-# the batch of the images that are given, None if all are: dropout is drawn for all images in both cases.
-Run = Callable[..., Tensor]
+
+class Scorer(NamedTuple):
+    """What a pair scorer gives to `score`.
+
+    Attributes:
+        draw: words of a caption -> what dropout keeps of it with all images, bool [I, ..., rows, S].
+        run: (length, cu_seqlens [2], region_lengths, kept, image, words, *parameters) -> scores [I, 1] of a caption.
+        pairs: (`Pairs`, kept [P, ..., rows, S], image, words, *parameters) -> scores of P pairs.
+        pair_bytes: words of a caption -> bytes that a pair takes in float32, forward.
+        whole: (bits of all captions, `packed`, their rows side by side) -> scores [I, T], or None if only `run` can.
+    """
+
+    draw: Callable[[int], Tensor]
+    run: Callable[..., Tensor]
+    pairs: Callable[..., Tensor]
+    pair_bytes: Callable[[int], int]
+    whole: Callable[[Tensor], Tensor] | None
 
 
 def score(
-    run: Run,
+    scorer: Scorer,
     image: Tensor,
     words: Tensor,
     cu_seqlens: Tensor,
@@ -31,47 +45,76 @@ def score(
     parameters: tuple[Tensor, ...],
 ) -> Tensor:
     """Differentiable scores [I, T] of images [I, R, D] and packed captions [N, D]."""
-    return _Columns.apply(run, cu_seqlens, region_lengths, image, words, *parameters)
+    return _Columns.apply(scorer, cu_seqlens, region_lengths, image, words, *parameters)
+
+
+def packed(kept: Tensor) -> Tensor:
+    """bool [..., S] -> int64 [..., ceil(S / 64)]: bit s % 64 of number s // 64."""
+    kept = torch.nn.functional.pad(kept, (0, -kept.shape[-1] % 64))
+    # Of eight bytes that are 0 or 1, this product has the eight bits in its highest byte, in their order.
+    bits = (kept.view(torch.int64) * 0x0102040810204080) >> 56
+    return bits.to(torch.uint8).view(torch.int64)
+
+
+def unpacked(bits: Tensor, S: int) -> Tensor:
+    """The inverse of `packed`."""
+    each = bits.unsqueeze(-1).bitwise_right_shift(torch.arange(64, device=bits.device)) & 1
+    return each.flatten(-2)[..., :S].bool()
 
 
 class _Columns(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, run: Run, cu_seqlens: Tensor, region_lengths: Tensor | None, image: Tensor, *rest: Tensor):
+    def forward(ctx: Any, scorer: Scorer, cu_seqlens: Tensor, region_lengths: Tensor | None, image: Tensor, *rest):
         words, *parameters = rest
-        ctx.run, ctx.as_now, ctx.states = run, _recompute.as_now(image.device.type), []
+        ctx.scorer, ctx.as_now, ctx.S, ctx.bits = scorer, _recompute.as_now(image.device.type), 0, []
         ctx.save_for_backward(cu_seqlens, region_lengths, image, *rest)
         columns = [image.new_empty(len(image), 0)]
         for length, own, at in _captions(cu_seqlens, words):
-            ctx.states.append(_random_state(image.device))
-            columns.append(run(length, own, None, region_lengths, image, words[at], *parameters))
-        return torch.cat(columns, 1)
+            kept = scorer.draw(length)
+            ctx.S = kept.shape[-1]
+            ctx.bits.append(packed(kept))
+            if scorer.whole is None:
+                columns.append(scorer.run(length, own, region_lengths, kept, image, words[at], *parameters))
+        if scorer.whole is None or not ctx.bits:
+            return torch.cat(columns, 1)
+        return scorer.whole(torch.cat(ctx.bits, -2))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):
-        cu_seqlens, region_lengths, image, *rest = ctx.saved_tensors
-        words, *parameters = rest
-        needs, device = ctx.needs_input_grad[3:], image.device
-        total = [
-            torch.zeros_like(x, dtype=work_dtype(x)) if need else None for x, need in zip((image, *rest), needs)
-        ]
-        scored = grad.ne(0)
-        rows_of = scored.t().nonzero()[:, 1].split(scored.sum(0).tolist())  # of all captions, so a GPU is awaited once
-        for t, ((length, own, at), rows) in enumerate(zip(_captions(cu_seqlens, words), rows_of, strict=True)):
-            if not len(rows):
-                continue
+        cu_seqlens, region_lengths, *tensors = ctx.saved_tensors
+        needs = ctx.needs_input_grad[3:]
+        cut = _matched if grad.is_cpu and _recompute.few(grad) else _columns
+        blocks = cut(ctx, grad, cu_seqlens, region_lengths, *tensors)
+        found = iter(ctx.as_now(_recompute.backward, blocks, tensors, needs, grad))
+        return None, None, None, *(next(found).to(x.dtype) if need else None for x, need in zip(tensors, needs))
+
+
+def _columns(ctx: Any, grad: Tensor, cu_seqlens: Tensor, region_lengths: Tensor | None, image: Tensor, *rest: Tensor):
+    """A block for each caption, with the images with which its score has a gradient."""
+    words, *parameters = rest
+    scored = grad.ne(0)
+    rows_of = scored.t().nonzero()[:, 1].split(scored.sum(0).tolist())  # of all captions, so a GPU is awaited once
+    for t, ((length, own, at), rows) in enumerate(zip(_captions(cu_seqlens, words), rows_of, strict=True)):
+        if len(rows):
             counts = None if region_lengths is None else region_lengths[rows]
-            given = image[rows], words[at], *parameters
-            with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.enable_grad():
-                _set_random_state(ctx.states[t], device)
-                inputs = [x.detach().requires_grad_(need) for x, need in zip(given, needs)]
-                column = ctx.as_now(ctx.run, length, own, rows, counts, *inputs)
-            wanted = [x for x, need in zip(inputs, needs) if need]
-            found = iter(torch.autograd.grad(column, wanted, grad[rows, t : t + 1], materialize_grads=True))
-            for whole, index in zip(total, (rows, at, *[()] * len(parameters))):
-                if whole is not None:
-                    whole[index] += next(found)
-        return None, None, None, *(None if d is None else d.to(x.dtype) for d, x in zip(total, (image, *rest)))
+            kept = unpacked(ctx.bits[t][rows], ctx.S)
+            yield _recompute.Block(
+                ((rows,), (at,), *[()] * len(parameters)),
+                (rows, slice(t, t + 1)),
+                lambda *args, given=(length, own, counts, kept): ctx.scorer.run(*given, *args),
+            )
+
+
+def _matched(ctx: Any, grad: Tensor, cu_seqlens: Tensor, region_lengths: Tensor | None, *tensors: Tensor):
+    """Blocks of the pairs whose score has a gradient, from several captions."""
+
+    def run(pairs: Pairs, *args: Tensor) -> Tensor:
+        bits = [ctx.bits[t][i] for i, t in zip(pairs.images.tolist(), pairs.captions.tolist(), strict=True)]
+        return ctx.scorer.pairs(pairs, unpacked(torch.stack(bits), ctx.S), *args)
+
+    axes = "IN" + "." * (len(tensors) - 2)
+    return matched(axes, ctx.scorer.pair_bytes, run, grad, *tensors, cu_seqlens, region_lengths)
 
 
 def _captions(cu_seqlens: Tensor, words: Tensor):
@@ -79,14 +122,3 @@ def _captions(cu_seqlens: Tensor, words: Tensor):
     edge = bounds(cu_seqlens, len(words), "cu_seqlens")
     for t, (start, stop) in enumerate(pairwise(edge)):
         yield stop - start, cu_seqlens[t : t + 2] - start, slice(start, stop)
-
-
-def _random_state(device: torch.device) -> Tensor:
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def _set_random_state(state: Tensor, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)

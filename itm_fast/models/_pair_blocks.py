@@ -1,20 +1,41 @@
-"""Blocks of pairs for scorers that compose several ops: some images with some captions of one length."""
+"""Blocks of pairs for scorers that compose several ops: some images with some captions of one length.
+
+`matched` cuts a backward pass into blocks of single pairs, for a loss that gives a gradient to few: a rectangle of some
+images and some captions has mostly pairs without one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._workspace import GIB, scratch_bytes, workspace
-from ..ops import _recompute
+from ..ops import _recompute, attended_vectors
 from ..packing import Index, bounds, region_counts, runs, spans
 
 CPU_BLOCK = 128 << 20  # bytes of a block: smaller ones lose time to packed weights, larger ones to fresh memory
 ROWS = 1024  # most words of a block's captions, so that it has several images too
 KEPT = 6  # copies of a block's tensors that autograd keeps, about
+
+
+class Pairs(NamedTuple):
+    """P pairs, whose captions have one length.
+
+    Attributes:
+        images: [P], their places in the batch.
+        captions: [P], likewise.
+        length: words of a caption.
+        region_lengths: [P], regions of each pair's image, or None if all have R.
+    """
+
+    images: Tensor
+    captions: Tensor
+    length: int
+    region_lengths: Tensor | None
 
 
 def blocks(
@@ -39,10 +60,7 @@ def blocks(
     image, words = tensors[0], tensors[axes.index("N")]
     region_counts(region_lengths, image, name)
     edge = bounds(cu_seqlens, len(words), name)
-    # One half of the workspace is for a block's tensors, the other for the ops that run on them.
-    half = scratch_bytes(image.device) // 2
-    limit = half // KEPT if backward else half
-    limit = min(limit, CPU_BLOCK) if image.device.type == "cpu" else limit
+    half, limit = _limits(image.device, backward)
     rows = max(1, min(ROWS, limit // max(1, pair_bytes(1))))  # so few that one image with them fits
     for some in runs(edge, image.device, rows):
         own = torch.arange(some.size + 1, dtype=cu_seqlens.dtype, device=cu_seqlens.device) * some.length
@@ -52,6 +70,64 @@ def blocks(
             counts = None if region_lengths is None else region_lengths[images]
             within = partial(_within, half / GIB, partial(run, some.length, own, counts))
             yield _recompute.Block(tuple(at[axis] for axis in axes), (images, some.captions), within)
+
+
+def matched(
+    axes: str,
+    pair_bytes: Callable[[int], int],
+    run: Callable[..., Tensor],
+    grad: Tensor,
+    *args: Any,
+) -> Iterator[_recompute.Block]:
+    """The pairs whose score has a gradient, for `_recompute.score`: captions of one length in a block.
+
+    Args:
+        axes: as in `blocks`.
+        pair_bytes: as in `blocks`.
+        run: (`Pairs`, *tensors) -> scores of P pairs; tensors of axis I or T hold each pair's own row, those of axis N
+            its words [P, length, ...].
+        grad: of the scores, [I, T] or [I, T, K].
+        *args: the tensors, cu_seqlens and region_lengths.
+    """
+    *tensors, cu_seqlens, region_lengths = args
+    half, limit = _limits(grad.device, backward=True)
+    scored = grad.ne(0) if grad.dim() == 2 else grad.ne(0).any(2)
+    captions, images = scored.t().nonzero(as_tuple=True)
+    lengths, order = cu_seqlens.diff()[captions].sort(stable=True)
+    for own in order.split(lengths.unique_consecutive(return_counts=True)[1].tolist()):
+        length = int(cu_seqlens.diff()[captions[own[0]]])
+        for some in own.split(max(1, limit // (pair_bytes(length) * max(1, grad.element_size() // 4)))):
+            i, t = images[some], captions[some]
+            rows = cu_seqlens[t].long()[:, None] + torch.arange(length)
+            at: dict[str, tuple[Index, ...]] = {"I": (i,), "N": (rows,), "T": (t,), ".": ()}
+            pairs = Pairs(i, t, length, None if region_lengths is None else region_lengths[i])
+            within = partial(_within, half / GIB, partial(run, pairs))
+            yield _recompute.Block(tuple(at[axis] for axis in axes), (i, t), within)
+
+
+def attended_of_pairs(
+    context: Tensor,
+    context_lengths: Tensor | None,
+    query: Tensor,
+    values: Tensor | None = None,
+    scale: float | Tensor = 1.0,
+) -> Tensor:
+    """`attended_vectors` of P pairs: context [P, n, D], query [P, q, D], values [P, n, S], scale [P, q] -> [P, q, S].
+
+    A pair is an image, its context, with a caption of q words, its queries. In direction i2t, regions are these words.
+    """
+    q, D = query.shape[1:]
+    return attended_vectors(
+        context, query.new_zeros(q, D), torch.tensor([0, q], dtype=torch.int32), query, values, scale=scale,
+        region_lengths=context_lengths,
+    )  # fmt: skip
+
+
+def _limits(device: torch.device, backward: bool) -> tuple[int, int]:
+    """Bytes for the ops that run on a block, half of the workspace, and for the block's tensors."""
+    half = scratch_bytes(device) // 2
+    limit = half // KEPT if backward else half
+    return half, min(limit, CPU_BLOCK) if device.type == "cpu" else limit
 
 
 def _within(gib: float, run: Callable[..., Tensor], *tensors: Tensor) -> Tensor:

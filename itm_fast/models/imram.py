@@ -26,7 +26,7 @@ from ..nn import Attention, PairScorer, State, xavier_
 from ..ops import _recompute, attended_vectors, cross_attention_score
 from ..packing import spans
 from ._common import OwnKeys, PaddedScorer, choice, cosine, encode_text, l2norm, without_padding
-from ._pair_blocks import blocks, mean_over_queries
+from ._pair_blocks import attended_of_pairs, blocks, matched, mean_over_queries
 from ._rows import linear, sigmoid
 from ._sgraf_attention import pair_attention
 from .scan import EncoderText as _EncoderText
@@ -177,28 +177,52 @@ class IterativeMatching(PaddedScorer):
             mapped = linear(some if t2i else words, of_attended)
             tensors = (some, mapped, words) if t2i else (some, words, mapped)
             cut = partial(blocks, NAME, axes, pair_bytes, partial(self._block, direction))
-            found.append(_recompute.score(cut, axes, (*tensors, of_query, bias), cu_seqlens, counts, (steps,)))
+            pairs = partial(matched, axes, pair_bytes, partial(self._pairs, direction))
+            args = (*tensors, of_query, bias), cu_seqlens, counts, (steps,), pairs
+            found.append(_recompute.score(cut, axes, *args))
         return torch.cat(found) if found else image.new_empty(0, len(cu_seqlens) - 1, steps)
 
     def _block(self, direction, length, cu_seqlens, region_lengths, image, second, third, of_query, bias) -> Tensor:
         """A block of s_2, ..., s_K; `mapped` are the contexts x as W_p x of both layers."""
         mapped, words = (second, third) if direction == "t2i" else (third, second)
-        D = image.shape[2]
         context, first = (image, words) if direction == "t2i" else (words, image.unsqueeze(1))
         attend = partial(
             attended_vectors, image, words, cu_seqlens, direction=direction, affinity_norm=NORM,
             scale=self.lambda_softmax, region_lengths=region_lengths,
         )  # fmt: skip
-        query, own = first, None
-        steps = []
+
+        def mean(x: Tensor) -> Tensor:
+            return mean_over_queries(x, length, direction, region_lengths)
+
+        return self._refined(attend, mean, context, mapped, first, None, of_query, bias)
+
+    def _pairs(self, direction, pairs, image, second, third, of_query, bias) -> Tensor:
+        """As `_block`, [P, K - 1] of P pairs, with an image and a caption for each."""
+        t2i, counts, valid = direction == "t2i", pairs.region_lengths, None
+        context, mapped, first = (image, second, third) if t2i else (second, third, image)
+        if not t2i and counts is not None:
+            counts, valid = None, torch.arange(image.shape[1]) < pairs.region_lengths[:, None]
+
+        def attend(query: Tensor, values: Tensor) -> Tensor:
+            query = query if valid is None else query.masked_fill(~valid[..., None], 0.0)
+            return attended_of_pairs(context, counts, query, values, self.lambda_softmax)
+
+        def mean(x: Tensor) -> Tensor:
+            return x.mean(1) if valid is None else x.masked_fill(~valid, 0.0).sum(1) / valid.sum(1)
+
+        return self._refined(attend, mean, context, mapped, first, first, of_query, bias)
+
+    def _refined(self, attend, mean, context, mapped, first, own, of_query, bias) -> Tensor:
+        """s_2, ..., s_K from attend(queries, values) and the mean over a pair's queries; `own`: the first queries."""
+        D, query, steps = context.shape[-1], first, []
         for step in range(1, self.iteration_step + 1):
             last = step == self.iteration_step
             values = [context] * (step > 1) + [mapped] * (not last)
             found = attend(own, torch.cat(values, -1) if len(values) > 1 else values[0])
             if step > 1:
-                steps.append(mean_over_queries(cosine(first, found[..., :D]), length, direction, region_lengths))
+                steps.append(mean(cosine(first, found[..., :D])))
             if not last:
-                candidate, gate = (linear(query, of_query, bias.to(image.dtype)) + found[..., -2 * D :]).split(D, -1)
+                candidate, gate = (linear(query, of_query, bias.to(query.dtype)) + found[..., -2 * D :]).split(D, -1)
                 gate = sigmoid(gate)
                 query = gate * query + (1 - gate) * candidate.tanh()
                 own = query = query if self.no_IMRAM_norm else l2norm(query)

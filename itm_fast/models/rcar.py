@@ -31,8 +31,9 @@ from ..ops._cpu_calls import score as cpu_score
 from ..packing import bounds, region_counts
 from . import _by_caption
 from ._common import Dropout, OwnKeys, PaddedScorer, choice, encode_text, l2norm, without_padding
-from ._pair_blocks import blocks
-from ._rows import apart, linear, sigmoid
+from ._pair_blocks import Pairs, attended_of_pairs, blocks, matched
+from ._regulators import AggregationRegulator, AlignmentVector, CorrespondenceRegulator, aligned, regulated
+from ._rows import apart
 from ._self_attention import normalised
 from ._sgraf_attention import pair_attention
 from .scan import EncoderText as _EncoderText
@@ -84,37 +85,6 @@ class EncoderText(_EncoderText):
 
     def forward(self, x: Tensor, lengths) -> Tensor:  # type: ignore[override]
         return encode_text(self.dropout(self.embed(x)), lengths, self.rnn, self.no_txtnorm)[0]
-
-
-def _mlp(first: int, hidden: int, last: int) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(first, hidden), nn.Tanh(), nn.Linear(hidden, last))
-
-
-class AggregationRegulator(nn.Module):
-    """The weights of (4)."""
-
-    def __init__(self, sim_dim: int) -> None:
-        super().__init__()
-        for name in ("rar_q_w", "rar_k_w"):
-            setattr(self, name, nn.Sequential(nn.Linear(sim_dim, sim_dim), nn.Tanh(), nn.Dropout(0.4)))
-        self.rar_v_w = nn.Sequential(nn.Linear(sim_dim, 1))
-
-
-class CorrespondenceRegulator(nn.Module):
-    """The weights of (3)."""
-
-    def __init__(self, sim_dim: int, embed_dim: int) -> None:
-        super().__init__()
-        self.rcr_smooth_w = _mlp(sim_dim, sim_dim // 2, 1)
-        self.rcr_matrix_w = _mlp(sim_dim, sim_dim * 2, embed_dim)
-
-
-class AlignmentVector(nn.Module):
-    """The weights of (2)."""
-
-    def __init__(self, sim_dim: int, embed_dim: int) -> None:
-        super().__init__()
-        self.sim_transform_w = nn.Linear(embed_dim, sim_dim)
 
 
 class RegulatedMatching(PaddedScorer):
@@ -188,29 +158,53 @@ class RegulatedMatching(PaddedScorer):
         (image,) = image_state
         names, parameters = zip(*self.named_parameters(), strict=True)
         R, D = image.shape[1:]
-        run = partial(self._block, names, share(), len(image))
-        if self._drops:
-            return _by_caption.score(run, image, words, cu_seqlens, region_lengths, parameters)
+        tensors = image, words, *parameters
+        bounds(cu_seqlens, len(words), NAME)
+        region_counts(region_lengths, image, NAME)
 
         def pair_bytes(length: int) -> int:
             return (length if self.attn_type == "t2i" else R) * D * 4 * 8
 
-        axes = "IN" + "." * len(parameters)
+        whole = None
+        if self._in_cpp(*tensors):
+            whole = partial(self._in_one_pass, names, *tensors, cu_seqlens=cu_seqlens, region_lengths=region_lengths)
+        run, pairs = partial(self._block, names), partial(self._pairs, names)
+        if self._drops:
+            scorer = _by_caption.Scorer(partial(self._draw, share(), image), run, pairs, pair_bytes, None)
+            return _by_caption.score(scorer, image, words, cu_seqlens, region_lengths, parameters)
 
         def cut(backward: bool, *args: Tensor) -> Iterator[_recompute.Block]:
-            tensors = args[: len(axes)]
-            if backward or not apart(*tensors):
-                yield from blocks(NAME, axes, pair_bytes, partial(_of_all, run), backward, *args)
-                return
-            bounds(cu_seqlens, len(words), NAME)
-            region_counts(region_lengths, image, NAME)
-            whole = partial(self._in_one_pass, names, cu_seqlens, region_lengths)
-            yield _recompute.Block(((),) * len(axes), (), whole)
+            if backward or whole is None:
+                yield from blocks(NAME, axes, pair_bytes, partial(_without_dropout, run), backward, *args)
+            else:
+                yield _recompute.Block(((),) * len(axes), (), lambda *_: whole(None))
 
-        return _recompute.score(cut, axes, (image, words, *parameters), cu_seqlens, region_lengths)
+        axes = "IN" + "." * len(parameters)
+        few = partial(matched, axes, pair_bytes, lambda at, *given: pairs(at, None, *given))
+        return _recompute.score(cut, axes, tensors, cu_seqlens, region_lengths, (), few)
 
-    def _in_one_pass(self, names, cu_seqlens, region_lengths, image, words, *parameters) -> Tensor:
-        """All scores [I, T] by csrc/cpu/regulated_matching.cpp, which has no gradients and no dropout."""
+    def _draw(self, now, image: Tensor, length: int) -> Tensor:
+        """What dropout keeps of a caption with all images: bool [I, steps, queries + 1, S], keys and then the global.
+
+        Of a batch divided among processes it is drawn for the images of all.
+        """
+        divided, S = now is not None and now.divided, self.sim_eval_w.in_features
+        count = len(now.lengths) if divided else len(image)
+        queries, drawn = length if self.attn_type == "t2i" else image.shape[1], []
+        for _ in self.rar_modules:
+            for rows in (queries, 1):
+                drawn.append(F.dropout(image.new_ones(count, rows, S), self._drops).ne(0))
+        kept = torch.cat(drawn, 1).unflatten(1, (-1, queries + 1))
+        return now.of_rows(kept) if divided else kept
+
+    def _in_cpp(self, *tensors: Tensor) -> bool:
+        """Whether csrc/cpu/regulated_matching.cpp computes the scores; gradients are never its work."""
+        with torch.no_grad():
+            return apart(*tensors)
+
+    def _in_one_pass(self, names, image, words, *rest, cu_seqlens, region_lengths) -> Tensor:
+        """All scores [I, T] by csrc/cpu/regulated_matching.cpp; `rest`: parameters, and what dropout kept, or None."""
+        *parameters, kept = rest
         S, D, weights = self.sim_eval_w.in_features, image.shape[2], dict(zip(names, parameters, strict=True))
         given: dict[str, Any] = {
             "score_weight": weights["sim_eval_w.weight"][0],
@@ -266,84 +260,56 @@ class RegulatedMatching(PaddedScorer):
         weights = {name: steps[-1], f"{name}_by_step": torch.stack(steps)}
         return Attention(float(score), weights if only_rcr else weights | {"query_shares": share})
 
-    def _block(self, names, now, count, length, cu_seqlens, rows, region_lengths, image, words, *parameters) -> Tensor:
-        """Scores [b, c] of a block; queries have four dimensions inside, [b, c, q, ...].
-
-        Dropout is drawn for all `count` images, of which `rows` are given, and of all processes that have some.
-        """
+    def _block(self, names, length, cu_seqlens, region_lengths, kept, image, words, *parameters) -> Tensor:
+        """Scores [b, c] of some images with some captions of one length; what dropout kept [b, ...] if c is 1."""
         valid = None
         if region_lengths is not None:
             image, valid = without_padding(image, region_lengths)
         t2i, options = self.attn_type == "t2i", {"direction": self.attn_type, "region_lengths": region_lengths}
         query = words.unflatten(0, (-1, length))[None] if t2i else image[:, None]
-        mask = None if t2i or valid is None else valid[:, None]  # [b, 1, q]
-        weights = {name: x.to(image.dtype) for name, x in zip(names, parameters, strict=True)}
-
-        def layer(name: str, x: Tensor) -> Tensor:
-            return linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
-
-        def dropped(x: Tensor) -> Tensor:
-            if not self._drops:
-                return x
-            divided = now is not None and now.divided
-            mask = F.dropout(x.new_ones(len(now.lengths) if divided else count, *x.shape[1:]), self._drops)
-            mask = now.of_rows(mask) if divided else mask
-            return x * (mask if rows is None else mask[rows])
 
         def shaped(x: Tensor) -> Tensor:
             return x.unflatten(1, (-1, length)) if t2i else x
 
-        def mean(x: Tensor) -> Tensor:
-            if mask is None:
-                return x.mean(2)
-            return x.sum(2) / region_lengths.to(x.dtype).view(-1, *[1] * (x.dim() - 2))
-
-        def attended(matrix: Tensor, smooth: Tensor) -> Tensor:
-            own = query * matrix
+        def attended(own: Tensor, smooth: Tensor) -> Tensor:
             given = (own.flatten(1, 2), smooth.flatten(1)) if t2i else (own, smooth)
-            found = attended_vectors(image, words, cu_seqlens, given[0], scale=given[1], **options)
-            return l2norm(shaped(found))
+            return shaped(attended_vectors(image, words, cu_seqlens, given[0], scale=given[1], **options))
 
-        def vectors(k: int) -> Tensor:
-            name = f"alv_modules.{k}.sim_transform_w"
-            if k == 0:
-                first = weights[f"{name}.weight"], weights[f"{name}.bias"]
-                return shaped(
-                    cross_attention_similarity(image, words, cu_seqlens, *first, scale=self.smooth, **options)
-                )
-            found = l2norm(layer(name, (query - attended(matrix, smooth)).square()))
-            return found if mask is None else found.masked_fill(~mask[..., None], 0.0)
+        def first(*align: Tensor) -> Tensor:
+            return shaped(cross_attention_similarity(image, words, cu_seqlens, *align, scale=self.smooth, **options))
 
-        matrix: Any = 1.0
-        smooth: Any = self.smooth
-        similar = vectors(0)
-        overall = mean(similar)
-        for k in range(self.step):
-            if k and self.self_regulator != "only_rar":
-                similar = vectors(k)
-            if self.self_regulator == "only_rcr" or (self.self_regulator == "coop_rcar" and k < self.step - 1):
-                of_matrix, of_smooth = (f"rcr_modules.{k}.{name}" for name in ("rcr_matrix_w", "rcr_smooth_w"))
-                change = layer(f"{of_matrix}.2", layer(f"{of_matrix}.0", similar).tanh()).tanh()
-                matrix = (change + matrix).clamp(-1, 1)
-                change = layer(f"{of_smooth}.2", layer(f"{of_smooth}.0", similar).tanh())
-                smooth = (change[..., 0] + smooth).relu()
-            if self.self_regulator != "only_rcr":
-                name = f"rar_modules.{k}"
-                key = dropped(layer(f"{name}.rar_k_w.0", similar).tanh())
-                ask = dropped(layer(f"{name}.rar_q_w.0", overall).tanh())
-                logit = layer(f"{name}.rar_v_w.0", key * ask.unsqueeze(2))[..., 0]
-                logit = logit if mask is None else logit.masked_fill(~mask, float("-inf"))
-                overall = l2norm((logit.softmax(2).unsqueeze(3) * similar).sum(2))
-        if self.self_regulator == "only_rcr":
-            u = attended(matrix, smooth)
-            size = torch.linalg.vector_norm(query, dim=-1) * torch.linalg.vector_norm(u, dim=-1)
-            return mean((query * u).sum(-1) / size.clamp_min(1e-8))
-        return sigmoid(layer("sim_eval_w", overall)[..., 0])
+        mask = None if t2i or valid is None else valid[:, None]  # [b, 1, q]
+        kept = None if kept is None else kept.unsqueeze(1)
+        return self._regulated(names, parameters, query, mask, first, attended, kept)
+
+    def _regulated(self, names, parameters, *args) -> Tensor:
+        weights = dict(zip(names, parameters, strict=True))
+        return regulated(self.self_regulator, self.step, self.smooth, self._drops, weights, *args)
+
+    def _pairs(self, names, pairs: Pairs, kept, image, words, *parameters) -> Tensor:
+        """As `_block`, [P] of P pairs, with an image and a caption for each."""
+        valid, counts = None, pairs.region_lengths
+        if counts is not None:
+            image, valid = without_padding(image, counts)
+        if self.attn_type == "t2i":
+            context, query, valid = image, words, None
+        else:
+            context, query, counts = words, image, None
+
+        def attended(own: Tensor, smooth: float | Tensor) -> Tensor:
+            smooth = smooth if isinstance(smooth, float) else smooth.squeeze(1)
+            return attended_of_pairs(context, counts, own.squeeze(1), scale=smooth).unsqueeze(1)
+
+        def first(*align: Any) -> Tensor:
+            return aligned(query.unsqueeze(1), attended(query.unsqueeze(1), self.smooth), align, mask)
+
+        mask = None if valid is None else valid[:, None]
+        kept = None if kept is None else kept.unsqueeze(1)
+        return self._regulated(names, parameters, query.unsqueeze(1), mask, first, attended, kept).squeeze(1)
 
 
-def _of_all(run, length, cu_seqlens, region_lengths, *tensors: Tensor) -> Tensor:
-    """A block without dropout, for which the images' places in the batch do not matter."""
-    return run(length, cu_seqlens, None, region_lengths, *tensors)
+def _without_dropout(run, length, cu_seqlens, region_lengths, *tensors: Tensor) -> Tensor:
+    return run(length, cu_seqlens, region_lengths, None, *tensors)
 
 
 class RCAR(SGRAF):

@@ -72,8 +72,16 @@ def backward(blocks: Iterator[Block], args: Sequence[Tensor], needs: Sequence[bo
         found = iter(torch.autograd.grad(value, wanted, grad[block.result].to(value.dtype), materialize_grads=True))
         for whole, at in zip(total, block.inputs, strict=True):
             if whole is not None:
-                whole[at] += next(found)
+                _add(whole, at, next(found))
     return [t for t in total if t is not None]
+
+
+def _add(whole: Tensor, at: tuple[Index, ...], found: Tensor) -> None:
+    """whole[at] += found, where a tensor of rows may name one several times, whose sum does not depend on threads."""
+    if at and isinstance(at[0], Tensor):
+        whole.index_add_(0, at[0].flatten(), found.flatten(0, at[0].dim() - 1))
+    else:
+        whole[at] += found
 
 
 def few(grad: Tensor) -> bool:
@@ -128,6 +136,7 @@ def score(
     cu_seqlens: Tensor,
     region_lengths: Tensor | None,
     each: tuple[int, ...] = (),
+    matched: Blocks | None = None,
 ) -> Tensor:
     """Differentiable scores [I, T, *each] that are computed block by block, by one or several ops.
 
@@ -138,14 +147,18 @@ def score(
         cu_seqlens: [T + 1].
         region_lengths: [I] or None.
         each: the shape of a pair's result, () for a score.
+        matched: (grad, *tensors, cu_seqlens, region_lengths) -> blocks of those pairs alone whose score has a gradient,
+            with which backward goes on if these are few. On a CPU: a GPU sums rows that a block names several times in
+            any order.
     """
-    return _Scored.apply(cut, axes, each, cu_seqlens, region_lengths, *tensors)
+    return _Scored.apply(cut, matched, axes, each, cu_seqlens, region_lengths, *tensors)
 
 
 class _Scored(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cut: Blocks, axes: str, each: Any, cu_seqlens: Tensor, region_lengths: Any, *tensors: Tensor):
-        ctx.cut, ctx.axes, ctx.as_now = cut, axes, as_now(tensors[0].device.type)
+    def forward(ctx: Any, cut: Blocks, matched: Any, axes: str, each: Any, cu_seqlens: Tensor, *rest: Any):
+        region_lengths, *tensors = rest
+        ctx.cut, ctx.matched, ctx.axes, ctx.as_now = cut, matched, axes, as_now(tensors[0].device.type)
         ctx.save_for_backward(*tensors, cu_seqlens, region_lengths)  # autograd refuses tensors changed before backward
         score = tensors[0].new_empty(len(tensors[0]), len(cu_seqlens) - 1, *each)
         return forward(cut(False, *tensors, cu_seqlens, region_lengths), tensors, score)
@@ -154,14 +167,18 @@ class _Scored(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):
         *tensors, cu_seqlens, region_lengths = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[5:])
+        needs = list(ctx.needs_input_grad[6:])
 
         def dense(grad, needs, *args):
             return backward(ctx.cut(True, *args), args[: len(tensors)], needs, grad)
 
         args = *tensors, cu_seqlens, region_lengths
-        found = iter(ctx.as_now(of_pairs, dense, f"{ctx.axes}EI", grad, needs, args))
-        return None, None, None, None, None, *(next(found).to(x.dtype) if n else None for x, n in zip(tensors, needs))
+        if ctx.matched and grad.is_cpu and few(grad):
+            gradients = ctx.as_now(backward, ctx.matched(grad, *args), tensors, needs, grad)
+        else:
+            gradients = ctx.as_now(of_pairs, dense, f"{ctx.axes}EI", grad, needs, args)
+        found = iter(gradients)
+        return *[None] * 6, *(next(found).to(x.dtype) if n else None for x, n in zip(tensors, needs))
 
 
 def again(function: Callable[..., Any], device: str) -> Callable[..., Any]:

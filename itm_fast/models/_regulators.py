@@ -1,0 +1,107 @@
+"""RCAR's regulators: their weights, and the scores that they lead to, for any way to compute attended vectors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ._common import l2norm
+from ._rows import linear, sigmoid
+
+
+def _mlp(first: int, hidden: int, last: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(first, hidden), nn.Tanh(), nn.Linear(hidden, last))
+
+
+class AggregationRegulator(nn.Module):
+    """The weights of (4)."""
+
+    def __init__(self, sim_dim: int) -> None:
+        super().__init__()
+        for name in ("rar_q_w", "rar_k_w"):
+            setattr(self, name, nn.Sequential(nn.Linear(sim_dim, sim_dim), nn.Tanh(), nn.Dropout(0.4)))
+        self.rar_v_w = nn.Sequential(nn.Linear(sim_dim, 1))
+
+
+class CorrespondenceRegulator(nn.Module):
+    """The weights of (3)."""
+
+    def __init__(self, sim_dim: int, embed_dim: int) -> None:
+        super().__init__()
+        self.rcr_smooth_w = _mlp(sim_dim, sim_dim // 2, 1)
+        self.rcr_matrix_w = _mlp(sim_dim, sim_dim * 2, embed_dim)
+
+
+class AlignmentVector(nn.Module):
+    """The weights of (2)."""
+
+    def __init__(self, sim_dim: int, embed_dim: int) -> None:
+        super().__init__()
+        self.sim_transform_w = nn.Linear(embed_dim, sim_dim)
+
+
+def regulated(regulator, step, smooth, drops, weights, query, mask, first, attended, kept) -> Tensor:
+    """(1) to (4) of models/rcar.py: scores [b, c] of queries [b, c, q, D], where b or c may be 1 for all to share.
+
+    Args:
+        regulator: "coop_rcar", "only_rar" or "only_rcr".
+        step: n.
+        smooth: the first temperature.
+        drops: the share that dropout sets to zero.
+        weights: by the names of the scorer's parameters.
+        query: the queries.
+        mask: bool [b, 1, q], which are real, or None: all.
+        first: (weight, bias) -> the similarity vectors of the first step.
+        attended: (queries times channel weights, temperatures [b, c, q]) -> attended vectors.
+        kept: bool [b, 1, steps, q + 1, S], what dropout kept, or None: all.
+    """
+    weights = {name: x.to(query.dtype) for name, x in weights.items()}
+
+    def layer(name: str, x: Tensor) -> Tensor:
+        return linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def mean(x: Tensor) -> Tensor:
+        if mask is None:
+            return x.mean(2)
+        return x.sum(2) / mask.sum(2).to(x.dtype).view(-1, *[1] * (x.dim() - 2))
+
+    def vectors(k: int) -> Tensor:
+        name = f"alv_modules.{k}.sim_transform_w"
+        align = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        return aligned(query, attended(query * matrix, smooth), align, mask) if k else first(*align)
+
+    def dropped(x: Tensor, k: int, rows: slice) -> Tensor:
+        return x if kept is None else x * (kept[:, :, k, rows].to(x.dtype) / (1 - drops)).view_as(x)
+
+    matrix: Any = 1.0
+    similar = vectors(0)
+    overall = mean(similar)
+    for k in range(step):
+        if k and regulator != "only_rar":
+            similar = vectors(k)
+        if regulator == "only_rcr" or (regulator == "coop_rcar" and k < step - 1):
+            of_matrix, of_smooth = (f"rcr_modules.{k}.{name}" for name in ("rcr_matrix_w", "rcr_smooth_w"))
+            change = layer(f"{of_matrix}.2", layer(f"{of_matrix}.0", similar).tanh()).tanh()
+            matrix = (change + matrix).clamp(-1, 1)
+            change = layer(f"{of_smooth}.2", layer(f"{of_smooth}.0", similar).tanh())
+            smooth = (change[..., 0] + smooth).relu()
+        if regulator != "only_rcr":
+            name = f"rar_modules.{k}"
+            key = dropped(layer(f"{name}.rar_k_w.0", similar).tanh(), k, slice(-1))
+            ask = dropped(layer(f"{name}.rar_q_w.0", overall).tanh(), k, slice(-1, None))
+            logit = layer(f"{name}.rar_v_w.0", key * ask.unsqueeze(2))[..., 0]
+            logit = logit if mask is None else logit.masked_fill(~mask, float("-inf"))
+            overall = l2norm((logit.softmax(2).unsqueeze(3) * similar).sum(2))
+    if regulator == "only_rcr":
+        u = l2norm(attended(query * matrix, smooth))
+        size = torch.linalg.vector_norm(query, dim=-1) * torch.linalg.vector_norm(u, dim=-1)
+        return mean((query * u).sum(-1) / size.clamp_min(1e-8))
+    return sigmoid(layer("sim_eval_w", overall)[..., 0])
+
+
+def aligned(query: Tensor, attended: Tensor, align: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
+    """(2), with zeros for queries that are not real."""
+    found = l2norm(linear((query - l2norm(attended)).square(), *align))
+    return found if mask is None else found.masked_fill(~mask[..., None], 0.0)
