@@ -28,6 +28,7 @@ if __name__ == "__main__":  # from a bare checkout, `benchmarks` and `itm_fast` 
 
 import itm_fast
 from benchmarks import harness, machine, reconstructions, relatives, rewrites, shan, shapes
+from benchmarks.harness import BFLOAT16
 from benchmarks.shapes import SHAPES, Shape
 from itm_fast.evaluation.workloads import WORKLOADS
 from itm_fast.models.sgraf import EncoderSimilarity
@@ -40,7 +41,6 @@ OTHERS: dict[str, Any] = {model: part for part in (shan, reconstructions, relati
 SCALE = {"t2i": 9.0, "i2t": 4.0}
 CHUNK = 32 << 20  # the most bytes of a temporary of the rewrites
 ALLOWED = {"float32": 1e-4, "bfloat16": 2e-2}  # of a score, which is about 1; a bfloat16 has 8 bits
-BFLOAT16 = ", bfloat16 products"
 LARGER = 2  # factor of images and captions in the second measurement of scratch memory, which must not grow
 
 
@@ -103,13 +103,8 @@ def chunked(
 
 def scored(backend: str, products: str, call: Callable[..., Tensor], *args: object) -> Tensor:
     """`call` with a backend, whose float32 matrix products are exact or use bfloat16 factors."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium" if products == "bfloat16" else "highest")
-    try:
-        with itm_fast.use_backend(backend):
-            return call(*args)
-    finally:
-        torch.set_float32_matmul_precision(before)
+    with harness.products(products), itm_fast.use_backend(backend):
+        return call(*args)
 
 
 def contenders(model: str, shape: Shape, device: str, compile_too: bool, medium: bool) -> dict[str, Contender]:

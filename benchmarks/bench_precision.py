@@ -230,6 +230,30 @@ def measure(device: str, images: int | None) -> dict:
     }
 
 
+def table(result: dict) -> str:
+    """What each precision does to the ranking, and how it was found, in Markdown."""
+    lines = [
+        "| model | precision | largest difference | i2t R@1 | t2i R@1 | rsum | Kendall tau i2t | t2i | first changed |",
+        f"|---|---|{'---:|' * 7}",
+    ]
+    for one in result["results"]:
+        lines.append(f"| {one['model']} | float64 |  | {one['i2t_r1']:.2f} | {one['t2i_r1']:.2f} |  |  |  |  |")
+        for r in one["rows"]:
+            changes = " | ".join(f"{r[key]:+.2f}" for key in ("i2t_r1_change", "t2i_r1_change", "rsum_change"))
+            taus = f"{r['i2t_kendall_tau']:.4f} | {r['t2i_kendall_tau']:.4f}"
+            first = max(r["i2t_first_changed"], r["t2i_first_changed"])
+            name = f"{one['model']} | {r['name']} | {r['largest_difference']:.0e}"
+            lines.append(f"| {name} | {changes} | {taus} | {first:.1%} |")
+    e, queries = result["environment"], result["kendall_queries"]
+    how = "emulated on the CPU" if result["emulated"] else f"on {e['device']}"
+    return (
+        f"The package's models on {result['images']} held-out pictures x {result['captions']} captions, {how}; torch "
+        f"{e['torch']}; {e['date']}; commit {e['commit']}. Changes against float64; tau over {queries} "
+        "queries of each direction; first changed: queries whose first item is another, the worse direction.\n\n"
+        + "\n".join(lines)
+    )
+
+
 def show(one: dict) -> None:
     """Print one model's rows."""
     heads = ("max diff", "i2t R@1", "t2i R@1", "rsum", "tau i2t", "tau t2i", "first changed")

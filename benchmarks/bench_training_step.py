@@ -12,6 +12,9 @@ autograd before anything is timed.
 The loop keeps every caption's intermediate results until backward: 7 GB for SGR at 128 captions. With
 `--loop-captions` it runs on so many captions and on two, and its time and memory at 128 follow on a straight line
 through both: each word is one more row of the same operations.
+On a processor that multiplies bfloat16 values, the backend `cpu` is also measured at matmul precision "medium": the
+rows "bfloat16 products". Rounding may change which negative is the hardest, so their results are compared by all
+negatives alone.
 Peak memory is what a step reaches above inputs and parameters, in a fresh process for each contender.
 """
 
@@ -33,7 +36,9 @@ import itm_fast
 from benchmarks import harness, machine
 from benchmarks import shapes as published
 from benchmarks.bench_pair_scorers import OTHERS
+from benchmarks.harness import BFLOAT16
 from benchmarks.shapes import Shape
+from itm_fast import _native
 from itm_fast.evaluation.workloads import WORKLOADS
 from itm_fast.models.sgraf import EncoderSimilarity
 from itm_fast.nn import CrossAttentionScore
@@ -42,8 +47,10 @@ from itm_fast.testing import scan, sgraf
 MODELS = ("scan-t2i", "scan-i2t", "sgr", "saf")  # whose results are kept; the others are run by name
 SCALE = {"t2i": 9.0, "i2t": 4.0}
 LOOP = "paper's loop"
+ALL = ", all negatives"  # ends the name of a row
 MARGIN = 0.2
 ALLOWED = 1e-3  # of the largest gradient
+ALLOWED_BFLOAT16 = 0.1  # a factor's rounding is 2^-9, and a gradient passes through some four products and a softmax
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -78,7 +85,7 @@ def build(model: str, contender: str, shape: Shape, device: str) -> tuple[Score,
         torch.manual_seed(1)  # of the dropouts
         if contender == LOOP:
             return loop(image, itm_fast.unpack(words, cu_seqlens), cu_seqlens.diff().tolist())
-        with itm_fast.use_backend(contender):
+        with itm_fast.use_backend(contender.removesuffix(BFLOAT16)):
             return scorer(image, words, cu_seqlens)
 
     return score, dict(scorer.named_parameters())
@@ -104,9 +111,10 @@ def step(
     leaves = {"image": image.requires_grad_(), "words": words.requires_grad_(), **parameters}
 
     def run() -> dict[str, Tensor]:
-        result = score(image, words, cu_seqlens)
-        loss = ranking_loss(result, hardest)
-        found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+        with harness.products("bfloat16" if contender.endswith(BFLOAT16) else "float32"):
+            result = score(image, words, cu_seqlens)
+            loss = ranking_loss(result, hardest)
+            found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
         return {"score": result.detach(), **dict(zip(leaves, found))}
 
     return run
@@ -135,13 +143,21 @@ def difference(
 def compare(model: str, names: list[str], shape: Shape, device: str) -> tuple[dict[str, float], dict[str, str]]:
     """How far each backend is from the loop under both losses, and why some cannot take part."""
     off, left_out = dict.fromkeys(names, 0.0), {}
+    found: dict[str, Tensor] = {}
     for hardest in (True, False):
         exact = step(model, LOOP, shape, device, hardest)()
         for name in names:
+            if hardest and name.endswith(BFLOAT16):
+                continue
+            before = found
             try:
-                off[name] = max(off[name], difference(step(model, name, shape, device, hardest)(), exact))
+                found = step(model, name, shape, device, hardest)()
             except NotImplementedError as why:
                 left_out[name] = str(why)
+                continue
+            if name.endswith(BFLOAT16) and all(torch.equal(found[key], x) for key, x in before.items()):
+                left_out[name] = "bfloat16 products are allowed but not used: all results are the same"
+            off[name] = max(off[name], difference(found, exact))
     for name in left_out:
         del off[name]
     refuse_unlike(model, off)
@@ -152,22 +168,28 @@ def refuse_unlike(model: str, off: dict[str, float]) -> None:
     """Stop the benchmark if a contender's results differ from the loop's."""
     for name, value in off.items():
         harness.progress(f"{model}: {name} is within {value:.1e} of the loop's results")
-        if not value < ALLOWED:
+        if not value < (ALLOWED_BFLOAT16 if name.endswith(BFLOAT16) else ALLOWED):
             raise SystemExit(f"{model}: {name} differs from the paper's loop by {value:.2g} of its values; not timed")
+
+
+def contenders(backends: list[str]) -> list[str]:
+    """The backends, and after `cpu` the same with bfloat16 products if the processor has them."""
+    rounded = ["cpu" + BFLOAT16] if _native.bfloat16_products()[0] else []
+    return [name for backend in backends for name in (backend, *(rounded if backend == "cpu" else []))]
 
 
 def measure(model: str, shape: Shape, device: str, args: argparse.Namespace) -> dict:
     """All contenders of one model."""
     whole = args.loop_captions or shape.captions
     cut, least = (Shape(shape.workload, shape.images, min(n, shape.captions)) for n in (whole, 2))
-    off, left_out = compare(model, args.backends or harness.backends(device), cut, device)
+    off, left_out = compare(model, contenders(args.backends or harness.backends(device)), cut, device)
     calls = {LOOP: step(model, LOOP, cut, device)}
     if cut != shape:
         calls[f"{LOOP}, {least.captions} captions"] = step(model, LOOP, least, device)
     for name in off:
         calls[name] = step(model, name, shape, device)
         if name != "torch":
-            calls[f"{name}, all negatives"] = step(model, name, shape, device, hardest=False)
+            calls[name + ALL] = step(model, name, shape, device, hardest=False)
     harness.alternate(calls, 1)
     times = harness.alternate(calls, args.rounds)
     if cut != shape:
@@ -176,10 +198,14 @@ def measure(model: str, shape: Shape, device: str, args: argparse.Namespace) -> 
     base = statistics.median(times[LOOP])
     rows = []
     for name, t in times.items():
-        contender, label = name.split(",")[0], name if name == LOOP else f"itm-fast {name}"
+        contender, label = name.removesuffix(ALL), name if name == LOOP else f"itm-fast {name}"
         hardest = name in (LOOP, *off)
         flops = step_flops(model, shape, hardest)
-        more = {"largest_difference": off.get(contender, 0.0)}
+        more: dict[str, float | str | None] = {"largest_difference": off.get(contender, 0.0)}
+        if BFLOAT16 in name:
+            more["products"] = "bfloat16"
+            exact = statistics.median(times[name.replace(BFLOAT16, "")])
+            more["times_faster_than_float32"] = exact / statistics.median(t)
         if name == LOOP:
             more["measured_captions"] = cut.captions
         if not args.no_fresh:

@@ -6,7 +6,8 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -16,12 +17,24 @@ from itm_fast import _backends, _triton
 from itm_fast._files import atomic_write
 
 RESULTS = Path(__file__).resolve().parent / "results"
+BFLOAT16 = ", bfloat16 products"  # ends the name of a contender whose float32 matrix products may be of bfloat16 values
 
 
 def backends(device: str) -> list[str]:
     """The backends that can run here, the reference and an interpreter of kernels left out."""
     left_out = ("reference", "triton") if _triton.interpreted() else ("reference",)
     return [n for n in _backends.NAMES if n not in left_out and _backends.why_not(n, device) is None]
+
+
+@contextmanager
+def products(dtype: str) -> Iterator[None]:
+    """Float32 matrix products are exact, dtype "float32", or may be of bfloat16 values."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium" if dtype == "bfloat16" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def synchronise() -> None:

@@ -19,7 +19,17 @@ from pathlib import Path
 if __name__ == "__main__":  # from a bare checkout, `benchmarks` lies beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import bench_relatives, large_batches, large_pools, repositories, scale_plan, search, traffic_page
+from benchmarks import (
+    bench_gradients,
+    bench_precision,
+    bench_relatives,
+    large_batches,
+    large_pools,
+    repositories,
+    scale_plan,
+    search,
+    traffic_page,
+)  # fmt: skip
 
 IN_FLOAT64 = ("bfan", "chan", "naaf")  # what bench_maxsim.py compares in float64
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -43,6 +53,7 @@ not in this repository's history: no clone has it.
 - share of encoders: their forward and backward, of the seconds of the whole step.
 - of matmul peak: the same against a large float32 matrix product of PyTorch.
 - largest difference: of scores; of a training step also of gradients, as a share of the largest.
+- bfloat16 products: at torch's matmul precision "medium". x float32: times faster than the same row in float32.
 - scratch: what a call reaches above its inputs and scores; beside it on a block of twice the images and captions.
 - memory: what a training step reaches above inputs and parameters, a whole step above its gradients and Adam's moments
   too.
@@ -81,6 +92,9 @@ def table(kind: str, result: dict) -> str:
         }
     if kind in ("training_step", "whole_step"):
         columns = {"seconds": lambda r, base: f"{r['seconds_median']:.2f}", **columns}
+        ratio = "times_faster_than_float32"
+        if any(ratio in r for one in result["results"] for r in one["rows"]):
+            columns["x float32"] = lambda r, base: f"{r[ratio]:.2f}" if ratio in r else ""
         columns["memory, MiB"] = lambda r, base: mebibytes(r.get("peak_bytes"))
         columns["of the loop's"] = lambda r, base: percent(_share(r.get("peak_bytes"), base.get("peak_bytes")))
     lines = [f"| model | contender | {' | '.join(columns)} |", f"|---|---|{'---:|' * len(columns)}"]
@@ -203,30 +217,6 @@ def recall(result: dict) -> str:
     chance = [pool[side]["chance"][k] for side in ("i2t", "t2i") for k in ("r1", "r5", "r10")]
     lines.append("| chance | " + " | ".join(f"{x:.1f}" for x in chance) + f" | {sum(chance):.1f} |")
     return "\n".join(lines)
-
-
-def precision(result: dict) -> str:
-    """What each precision does to the ranking, and how it was found."""
-    lines = [
-        "| model | precision | largest difference | i2t R@1 | t2i R@1 | rsum | Kendall tau i2t | t2i | first changed |",
-        f"|---|---|{'---:|' * 7}",
-    ]
-    for one in result["results"]:
-        lines.append(f"| {one['model']} | float64 |  | {one['i2t_r1']:.2f} | {one['t2i_r1']:.2f} |  |  |  |  |")
-        for r in one["rows"]:
-            changes = " | ".join(f"{r[key]:+.2f}" for key in ("i2t_r1_change", "t2i_r1_change", "rsum_change"))
-            taus = f"{r['i2t_kendall_tau']:.4f} | {r['t2i_kendall_tau']:.4f}"
-            first = max(r["i2t_first_changed"], r["t2i_first_changed"])
-            name = f"{one['model']} | {r['name']} | {r['largest_difference']:.0e}"
-            lines.append(f"| {name} | {changes} | {taus} | {first:.1%} |")
-    e, queries = result["environment"], result["kendall_queries"]
-    how = "emulated on the CPU" if result["emulated"] else f"on {e['device']}"
-    return (
-        f"The package's models on {result['images']} held-out pictures x {result['captions']} captions, {how}; torch "
-        f"{e['torch']}; {e['date']}; commit {e['commit']}. Changes against float64; tau over {queries} "
-        "queries of each direction; first changed: queries whose first item is another, the worse direction.\n\n"
-        + "\n".join(lines)
-    )
 
 
 def _recalls(found: dict) -> list[float]:
@@ -373,7 +363,8 @@ def main() -> None:
         parts.append(f"## {path.stem}\n\n{told}\n\n{raw}\n")
     tables = (
         ("demo_recall.json", recall),
-        ("precision_*.json", precision),
+        ("precision_*.json", bench_precision.table),
+        ("gradients_*.json", bench_gradients.table),
         ("trained_models.json", trained),
         ("repositories*.json", repositories.table),
         ("search_*.json", search.table),

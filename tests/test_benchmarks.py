@@ -12,6 +12,7 @@ from benchmark_cases import PEAK, ROOT, shrink, written
 
 import itm_fast
 from benchmarks import (
+    bench_gradients,
     bench_maxsim,
     bench_pair_scorers,
     bench_precision,
@@ -23,6 +24,7 @@ from benchmarks import (
     shan,
 )
 from benchmarks.shapes import SHAPES, Shape, needed_flops, state_flops
+from itm_fast import _native
 
 RESULTS = sorted(p for kind in page.KINDS for p in harness.RESULTS.glob(f"{kind}_*.json"))
 
@@ -138,11 +140,18 @@ def test_a_training_step_is_compared_with_the_loop_extended_from_fewer_captions(
         assert loop["seconds_min"] > 1e9
         assert loop["peak_bytes"] is None or loop["peak_bytes"] >= 1e9
         assert "itm-fast torch" in [row["name"] for row in ours]
-        assert all(0 < row["largest_difference"] < bench_training_step.ALLOWED for row in ours)
+        rounded = {row["name"]: row for row in ours if harness.BFLOAT16 in row["name"]}
+        names = [f"itm-fast cpu{harness.BFLOAT16}{which}" for which in ("", ", all negatives")]
+        assert list(rounded) == (names if _native.bfloat16_products()[0] else [])
+        for row in ours:
+            allowed = bench_training_step.ALLOWED_BFLOAT16 if row["name"] in rounded else bench_training_step.ALLOWED
+            assert 0 < row["largest_difference"] < allowed
+            assert row["products"] == ("bfloat16" if row["name"] in rounded else "float32")
         assert all(row["seconds_max"] < 1e9 for row in ours)
     text = page.section("training_step", tmp_path / "training_step_here.json")
     assert "extended to 4 on a straight line" in text
     assert text.count("| saf |") == len(result["results"][1]["rows"])
+    assert ("| x float32 |" in text) == bool(rounded)
 
 
 @pytest.mark.filterwarnings("ignore:NLTK's punkt data")
@@ -160,8 +169,25 @@ def test_precisions_are_compared_with_float64(monkeypatch, tmp_path):
         assert off["float16"] < off["bfloat16"]
         for row in one["rows"]:
             assert 0.8 < row["least_kendall_tau"] <= row["t2i_kendall_tau"] <= 1
-    assert page.precision(result).count("\n| SGRAF | bfloat16") == 3
-    assert "| SAF | float64 |" in page.precision(result)
+    assert bench_precision.table(result).count("\n| SGRAF | bfloat16") == 3
+    assert "| SAF | float64 |" in bench_precision.table(result)
+
+
+def test_gradients_are_compared_with_float64(monkeypatch, tmp_path):
+    monkeypatch.setattr(harness, "RESULTS", tmp_path)
+    monkeypatch.setattr(bench_gradients, "TITLES", {"sgr": "SGR, trained"})
+    monkeypatch.setattr(sys, "argv", ["gradients", "--pairs", "8", "--write", "here"])
+    bench_gradients.main()
+    result = json.loads((tmp_path / "gradients_here.json").read_text())
+    titles = ["SGR, trained", "SCAN t2i, random rows", "SCAN i2t, random rows"]
+    assert [one["model"] for one in result["results"]] == titles
+    for one in result["results"]:
+        for k in (0, 3):  # the hardest negatives, all
+            exact, rounded, features = one["rows"][k : k + 3]
+            assert exact["images"] < 1e-3 < features["images"] < 0.1
+            assert (rounded["images"] > 1e-3) == _native.bfloat16_products()[0]
+    text = bench_gradients.table(result)
+    assert text.count("\n| SGR, trained | hardest | ") == text.count("\n| SGR, trained | all | ") == 3
 
 
 def test_factors_are_cut_to_what_tensor_cores_read():
