@@ -2,6 +2,7 @@
 
 import ctypes
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,10 +141,12 @@ def test_the_trial_tells_right_products_from_wrong_ones(tmp_path):
     flags = ["-O1", *compiling.FLAGS[1:], *compiling.LEVELS["amx_bf16"], "-shared"]
     found = []
     for tried in ("M, N, K,", "M, N, K - 1,", "(throw std::bad_alloc(), M), N, K,"):
-        for file in (_native.csrc_dir() / "cpu").iterdir():
-            text = file.read_text().replace("(AmxTiles::ready(), M, N, K,", f"(PlainTiles(TileShapes()), {tried}")
-            (tmp_path / file.name).write_text(text)
-        subprocess.run([*compiler.command, *flags, tmp_path / "tiles.cpp", "-o", tmp_path / "tiles.so"], check=True)
+        shutil.copytree(_native.csrc_dir() / "cpu", tmp_path / "cpu", dirs_exist_ok=True)
+        gemm = tmp_path / "cpu" / "gemm.h"
+        text = gemm.read_text().replace("(AmxTiles::ready(), M, N, K,", f"(PlainTiles(TileShapes()), {tried}")
+        gemm.write_text(text)
+        source = tmp_path / "cpu" / "tiles.cpp"
+        subprocess.run([*compiler.command, *flags, f"-I{tmp_path}", source, "-o", tmp_path / "tiles.so"], check=True)
         command = [sys.executable, "-c", TRIED, str(tmp_path / "tiles.so")]
         found += subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
     lost = "the process that tried them has ended without a word"

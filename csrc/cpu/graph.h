@@ -67,10 +67,7 @@ struct GraphWeights {
     }
   }
 
-  Right<E> values(int64_t step) const {
-    if constexpr (IS_PAIR<E>) return {pairs + step * depth<E>(S) * ld, ld};
-    else return {value + step * S * ld, ld};
-  }
+  Right<E> values(int64_t step) const { return {either<E>(value, pairs) + step * depth<E>(S) * ld, ld}; }
 };
 
 // One thread's scratch for graph reasoning over a chunk of captions' nodes, and the reasoning itself.
@@ -103,18 +100,11 @@ class Graph {
   static Vec<T> relu(Vec<T> v) { return v < 0 ? Vec<T>{} : v; }
   static Vec<T> nothing(int64_t, int64_t) { return Vec<T>{}; }
 
-  // X as the large products take it.
-  const E* factors(const T* from, int64_t columns) const {
-    if constexpr (IS_PAIR<E>) pair_rows(S, columns, from, ld, pairs);
-    if constexpr (IS_PAIR<E>) return pairs;
-    else return from;
-  }
-
   // One step: from x to X' in xt.
   void reason(const int64_t* edge, int64_t first, int64_t last, int64_t step) {
     const int64_t origin = edge[first], columns = edge[last] - origin;
     const T *u = weights.shift + step * ldS, *br = weights.bias + step * ldS;
-    const E* const factor = factors(x, columns);
+    const E* const factor = factors<E>(S, columns, x, ld, pairs);
     gemm(S, columns, depth<E>(S), Left<E>{weights.ask + step * packed_size(S, depth<E>(S)), 0}, Right<E>{factor, ld},
          [&](int64_t i, int64_t) { return splat(u[i]); },
          [&](int64_t i, int64_t j, Vec<T> c) { store(y + i * ld + j, c); });

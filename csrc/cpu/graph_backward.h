@@ -105,15 +105,11 @@ struct Turned {
     }
   }
 
-  Right<E> asking(int64_t step) const { return rows(M, M_pairs, step); }
-  Right<E> valued(int64_t step) const { return rows(value, value_pairs, step); }
+  Right<E> asking(int64_t step) const { return {either<E>(M, M_pairs) + at(step), forward.ld}; }
+  Right<E> valued(int64_t step) const { return {either<E>(value, value_pairs) + at(step), forward.ld}; }
 
  private:
-  Right<E> rows(const T* all, [[maybe_unused]] const E* pairs, int64_t step) const {
-    const int64_t S = forward.S, ld = forward.ld;
-    if constexpr (IS_PAIR<E>) return {pairs + step * depth<E>(S) * ld, ld};
-    else return {all + step * S * ld, ld};
-  }
+  int64_t at(int64_t step) const { return step * depth<E>(forward.S) * forward.ld; }
 };
 
 // The gradients of M, Wr, u, br, w_e and b_e, summed over the parts of one group.
@@ -176,7 +172,7 @@ class Walk {
     const T *u = w.shift + step * ldS, *br = w.bias + step * ldS;
     T *const h = one, *const share = weights(step), *const next = nodes(step + 1);
     transpose_by_squares<T>(nodes(step), ldS, columns, S, x, ld);
-    const E* const factor = factors(S, columns, x, ld, left);
+    const E* const factor = factors<E>(S, columns, x, ld, left);
     gemm(S, columns, depth<E>(S), Left<E>{w.ask + step * packed_size(S, depth<E>(S)), 0}, Right<E>{factor, ld},
          [&](int64_t i, int64_t) { return splat(u[i]); }, put<T>(y, ld));
     transpose_by_squares<T>(y, ld, S, columns, asking(step), ldS);
@@ -293,7 +289,7 @@ class Walk {
     T *const d_z = one, *const z = two, *const d_y = two, *const columns = y;
     for (int64_t k = 0; k < n_all * ldS; k += LANES<T>) store(d_x + k, load(next + k) > 0 ? load(d_x + k) : Vec<T>{});
     transpose_by_squares<T>(d_x, ldS, n_all, S, columns, ld);
-    gemm(n_all, S, K, Left<E>{factors(S, n_all, columns, ld, left), ld}, turned.valued(step), nothing<T>,
+    gemm(n_all, S, K, Left<E>{factors<E>(S, n_all, columns, ld, left), ld}, turned.valued(step), nothing<T>,
          put<T>(d_z, ldS));
     if (sums) {
       captions([&](int64_t o, int64_t n) {
@@ -335,24 +331,20 @@ class Walk {
       add_rows(n_all, d_y, sums->shift + step * ldS);
     }
     transpose_by_squares<T>(d_y, ldS, n_all, S, columns, ld);
-    gemm(n_all, S, K, Left<E>{factors(S, n_all, columns, ld, left), ld}, turned.asking(step), there<T>(d_x, ldS),
+    gemm(n_all, S, K, Left<E>{factors<E>(S, n_all, columns, ld, left), ld}, turned.asking(step), there<T>(d_x, ldS),
          put<T>(d_x, ldS));
-  }
-
-  // A matrix as the products of whole chunks take it.
-  const E* factors([[maybe_unused]] int64_t K, [[maybe_unused]] int64_t columns, const T* from,
-                   [[maybe_unused]] int64_t step, [[maybe_unused]] E* pairs) const {
-    if constexpr (IS_PAIR<E>) pair_rows(K, columns, from, step, pairs);
-    if constexpr (IS_PAIR<E>) return pairs;
-    else return from;
   }
 
   // c [S][ldS] += sum over n rows of a^T b, by products of F.
   template <class F>
   void outer(int64_t n, const T* a, const T* b, T* c) const {
     const F *rows, *columns;
-    if constexpr (std::is_same_v<E, F>) rows = factors(n, S, a, ldS, left), columns = factors(n, S, b, ldS, right);
-    else rows = a, columns = b;
+    if constexpr (std::is_same_v<E, F>) {
+      rows = factors<E>(n, S, a, ldS, left);
+      columns = factors<E>(n, S, b, ldS, right);
+    } else {
+      rows = a, columns = b;
+    }
     gemm(S, S, depth<F>(n), Left<F>{rows, ldS}, Right<F>{columns, ldS}, fetched<T>(c, ldS), put<T>(c, ldS));
   }
 

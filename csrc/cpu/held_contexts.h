@@ -62,14 +62,8 @@ struct HeldContexts {
   }
 
   // All sets' rows, and their columns, as factors.
-  const E* row_factors() const {
-    if constexpr (IS_PAIR<E>) return row_pairs;
-    else return row;
-  }
-  const E* column_factors() const {
-    if constexpr (IS_PAIR<E>) return column_pairs;
-    else return column;
-  }
+  const E* row_factors() const { return either<E>(row, row_pairs); }
+  const E* column_factors() const { return either<E>(column, column_pairs); }
 };
 
 }  // namespace itm_fast

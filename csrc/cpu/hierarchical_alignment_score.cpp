@@ -175,7 +175,9 @@ void scores(const AlignmentCall& call, const Kept<T>& kept = {}) {
   // Images whose packed rows, keys and features, are 0.6 MB; with vector gates one, for its rows fill the second cache.
   const int64_t fitting = BLOCK_BYTES / int64_t(sizeof(T)) / std::max<int64_t>(1, call.R * (call.D + call.P));
   const int64_t images = call.vector() ? 1 : std::max<int64_t>(1, fitting), blocks = (call.I + images - 1) / images;
-  const int64_t each = int64_t(sizeof(T)) * (call.P + (call.vector() ? 3 : 1) * call.D);  // bytes of a word in a window
+  const int64_t factor = int64_t(sizeof(E));
+  const int64_t each = factor * depth<E>(call.P) +  // bytes of a word in a window
+                       (call.vector() ? int64_t(sizeof(T)) * 3 * call.D : factor * depth<E>(call.D));
   const std::vector<Chunk> all = chunks(call.cu_seqlens, call.T, COLUMNS * 4 / int64_t(sizeof(T)));
   int64_t longest = 0, columns = 0;
   for (int64_t t = 0; t < call.T; ++t) longest = std::max(longest, call.cu_seqlens[t + 1] - call.cu_seqlens[t]);

@@ -139,6 +139,37 @@ inline void pair_rows(int64_t K, int64_t columns, const float* b, int64_t ld, Pa
 }
 #endif
 
+// Of a matrix and its rows' pairs, what a product of E takes.
+template <class E>
+inline const E* either([[maybe_unused]] const Sum<E>* matrix, [[maybe_unused]] const E* pairs) {
+  if constexpr (IS_PAIR<E>) return pairs;
+  else return matrix;
+}
+
+// A matrix [K][columns], its rows ld apart, as a product of E takes it: itself, or its rows' pairs, made in `out`.
+template <class E>
+inline const E* factors([[maybe_unused]] int64_t K, [[maybe_unused]] int64_t columns, const Sum<E>* matrix,
+                        [[maybe_unused]] int64_t ld, E* out) {
+  if constexpr (IS_PAIR<E>) pair_rows(K, columns, matrix, ld, out);
+  return either<E>(matrix, out);
+}
+
+// A vector of row i of `rows` rows, as a product ends with it, becomes a factor in `out`, whose rows lie ld apart:
+// itself, or its pairs with the row before, which `even` keeps. `only`, unless null, is positive in the columns to
+// write.
+template <class E>
+inline void put_factor(int64_t rows, int64_t i, int64_t j, Vec<Sum<E>> v, Vec<Sum<E>> (&even)[TILE_VECTORS], E* out,
+                       int64_t ld, const Sum<E>* only = nullptr) {
+  using T = Sum<E>;
+  if constexpr (IS_PAIR<E>) {
+    if (i % 2 == 0) even[j / LANES<T>] = v;
+    if (i % 2 == 0 && i + 1 < rows) return;
+    v = in_pairs(even[j / LANES<T>], i % 2 ? v : Vec<T>{});
+  }
+  T* const to = reinterpret_cast<T*>(out + (depth<E>(i + 1) - 1) * ld + j);  // pairs have the size of a float
+  store(to, only ? select<T>(load(only + j) > 0, v, load(to)) : v);
+}
+
 // Consecutive sets of rows (captions' words, images' regions) that are worked on together: their rows become the
 // columns of one matrix.
 struct Chunk {

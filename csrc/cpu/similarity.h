@@ -8,7 +8,8 @@
 // (1 MB) while they are multiplied; queries and contexts pass by twice.
 //
 // E is what the large products multiply: T, or pairs of bfloat16 values with sums in float32. |P| and the attention
-// weights are made in T.
+// weights are made in T, and so are the affinities and u of a set of queries for which the terms of some |P| nearly
+// cancel: rounding a term would turn P.
 #pragma once
 #include "attention.h"
 
@@ -59,15 +60,8 @@ struct Contexts {
     }
   }
 
-  Left<E> contexts() const {
-    if constexpr (IS_PAIR<E>) return {column_pairs, ld};
-    else return {column, ld};
-  }
-
-  Left<E> features(int64_t d) const {
-    if constexpr (IS_PAIR<E>) return {row_pairs + d, row_ld};
-    else return {row + d, row_ld};
-  }
+  Left<E> contexts() const { return {either<E>(column, column_pairs), ld}; }
+  Left<E> features(int64_t d) const { return {either<E>(row, row_pairs) + d, row_ld}; }
 };
 
 // Queries as columns in panels [D rounded up to ROW_STEP][TILE_COLUMNS].
@@ -104,24 +98,41 @@ struct SimilarityTile {
   Panels<E> squares;                         // (u - q)^2 of a block of features
   Panels<T> similar;                         // y
   Buffer<E> query_pairs, weight_pairs;       // of a panel of queries and of `weight`, when E is Pair
+  Buffer<T> exact;                           // per column: 1 where affinities and u are made in T though E is Pair
+  bool some_exact = false;                   // whether there is such a column
 
   SimilarityTile(int64_t most, int64_t columns, int64_t D, int64_t S)
       : ld(padded<T>(columns)), affinity(most * ld), weight(most * ld), total(ld), length(ld), inverse(ld),
         factor(round_up(most, LANES<T>)), squares(columns, depth<E>(least(FEATURES, D))), similar(columns, S),
-        query_pairs(IS_PAIR<E> ? depth<E>(D) * WIDE : 0), weight_pairs(IS_PAIR<E> ? depth<E>(most) * ld : 0) {}
+        query_pairs(IS_PAIR<E> ? depth<E>(D) * WIDE : 0), weight_pairs(IS_PAIR<E> ? depth<E>(most) * ld : 0),
+        exact(IS_PAIR<E> ? ld : 0) {}
 
   // Attention of the queries of sets with bounds edge[0 .. sets]: affinity, total, length, and `weight`,
   // already divided by total and by |P| + eps.
   void attend(const Contexts<T, E>& x, Norm norm, T scale, const int64_t* edge, int64_t sets, const Panels<T>& query) {
     multiply(x, edge[sets] - edge[0], query);
     weigh(x, affinity, norm, scale, edge, sets);
+    if constexpr (IS_PAIR<E>)
+      if (mark_exact(x, edge, sets)) {
+        multiply_exact(x, edge[sets] - edge[0], query);
+        weigh(x, affinity, norm, scale, edge, sets);
+      }
+  }
+
+  // Whether the terms of |P| nearly cancel in a column of begin .. end, so that rounded ones would not give P.
+  template <class X>
+  bool cancels(const X& x, int64_t begin, int64_t end) const {
+    for (int64_t j = begin; j < end; ++j)
+      if (length[j] * length[j] < T(CANCELLED) * x.largest) return true;
+    return false;
   }
 
   // The affinities of all rows of x, which may be several sets, with the queries.
   template <class X>
   void multiply(const X& x, int64_t columns, const Panels<T>& query) {
     for (int64_t p = 0; p < columns; p += WIDE)
-      gemm<E>(x.n, least(WIDE, columns - p), depth<E>(x.D), x.contexts(), {panel(query.at(0, p), x.D), WIDE}, zero,
+      gemm<E>(x.n, least(WIDE, columns - p), depth<E>(x.D), x.contexts(),
+              {factors<E>(x.D, WIDE, query.at(0, p), WIDE, query_pairs), WIDE}, zero,
               [&](int64_t i, int64_t j, Vec<T> c) { store(affinity + i * ld + p + j, c); });
   }
 
@@ -157,28 +168,21 @@ struct SimilarityTile {
   // y of the columns, block by block of features, and `inverse`; with `relu`, of max(y, 0).
   template <class X>
   void project(const X& x, const Projection<T, E>& w, int64_t columns, const Panels<T>& query, bool relu = false) {
-    const E* const shares = [&] {
-      if constexpr (IS_PAIR<E>) pair_rows(x.n, columns, weight, ld, weight_pairs);
-      if constexpr (IS_PAIR<E>) return static_cast<const E*>(weight_pairs);
-      else return static_cast<const E*>(weight);
-    }();
+    const E* const shares = factors<E>(x.n, columns, weight, ld, weight_pairs);
     for (int64_t d = 0; d < x.D; d += FEATURES) {
       const int64_t K = least(FEATURES, x.D - d);
       for (int64_t p = 0; p < columns; p += WIDE) {
         const T* q = query.at(d, p);
         E* square = squares.at(0, p);
-        [[maybe_unused]] Vec<T> even[TILE_VECTORS];
-        gemm<E>(K, least(WIDE, columns - p), depth<E>(x.n), x.features(d), {shares + p, ld},
-                [=](int64_t i, int64_t j) { return -load(q + i * WIDE + j); },
-                [&, K](int64_t i, int64_t j, Vec<T> c) {
-                  c *= c;
-                  if constexpr (IS_PAIR<E>) {
-                    if (i % 2 == 0) even[j / LANES<T>] = c;
-                    if (i % 2 == 0 && i + 1 < K) return;
-                    c = in_pairs(even[j / LANES<T>], i % 2 ? c : Vec<T>{});
-                  }
-                  std::memcpy(square + (depth<E>(i + 1) - 1) * WIDE + j, &c, sizeof c);
-                });
+        Vec<T> even[TILE_VECTORS];
+        const auto begin = [=](int64_t i, int64_t j) { return -load(q + i * WIDE + j); };
+        const int64_t wide = least(WIDE, columns - p);
+        gemm<E>(K, wide, depth<E>(x.n), x.features(d), {shares + p, ld}, begin,
+                [&, K](int64_t i, int64_t j, Vec<T> c) { put_factor(K, i, j, c * c, even, square, WIDE); });
+        if constexpr (IS_PAIR<E>)
+          if (some_exact)
+            gemm<T>(K, wide, x.n, {x.row + d, x.row_ld}, {weight + p, ld}, begin,
+                    [&, K](int64_t i, int64_t j, Vec<T> c) { put_factor(K, i, j, c * c, even, square, WIDE, exact + p); });
       }
       for (int64_t p = 0; p < columns; p += WIDE) {
         T* y = similar.at(0, p);
@@ -222,11 +226,26 @@ struct SimilarityTile {
  private:
   static constexpr auto zero = [](int64_t, int64_t) { return Vec<T>{}; };
 
-  // A panel of queries as the long products take it.
-  const E* panel(const T* query, int64_t D) const {
-    if constexpr (IS_PAIR<E>) pair_rows(D, WIDE, query, WIDE, query_pairs);
-    if constexpr (IS_PAIR<E>) return query_pairs;
-    else return query;
+  // Fills `exact`, for all columns of a set of queries alike; returns some_exact.
+  bool mark_exact(const Contexts<T, E>& x, const int64_t* edge, int64_t sets) {
+    some_exact = false;
+    for (int64_t k = 0; k < sets; ++k) {
+      const int64_t begin = edge[k] - edge[0], end = edge[k + 1] - edge[0];
+      const bool cancelled = cancels(x, begin, end);
+      std::fill(exact + begin, exact + end, T(cancelled));
+      some_exact |= cancelled;
+    }
+    return some_exact;
+  }
+
+  // The affinities of the columns marked in `exact`, by products of T.
+  void multiply_exact(const Contexts<T, E>& x, int64_t columns, const Panels<T>& query) {
+    for (int64_t p = 0; p < columns; p += WIDE)
+      gemm<T>(x.n, least(WIDE, columns - p), x.D, {x.column, x.ld}, {query.at(0, p), WIDE}, zero,
+              [&](int64_t i, int64_t j, Vec<T> c) {
+                T* const to = affinity + i * ld + p + j;
+                store(to, select<T>(load(exact + p + j) > 0, c, load(to)));
+              });
   }
 
   // |sum of e x|^2 of one vector of columns, by the sum itself.

@@ -80,12 +80,12 @@ struct SimilarityGradient {
     const bool attends = sums.needs_context || sums.needs_query;
     for (int64_t p = 0; p < columns; p += WIDE)
       gemm<E>(x.n, least(WIDE, columns - p), depth<E>(x.D), {x.column_factors(), x.ld},
-              {factors(x.D, WIDE, query.at(0, p), WIDE, query_pairs), WIDE}, fresh(), to(tile.affinity + p, ld));
+              {factors<E>(x.D, WIDE, query.at(0, p), WIDE, query_pairs), WIDE}, fresh(), to(tile.affinity + p, ld));
     for (int64_t k = 0; k < int64_t(x.sets.size()); ++k) {
       const HeldSet<T, E>& set = x.sets[k];
       T* affinity = tile.affinity + set.first * ld;
       tile.weigh(set, affinity, norm, scale, edge, sets);
-      exact = IS_PAIR<E> && cancels(set, columns);
+      exact = IS_PAIR<E> && tile.cancels(set, 0, columns);
       if (exact) {
         for (int64_t p = 0; p < columns; p += WIDE)
           gemm<T>(set.n, least(WIDE, columns - p), x.D, {set.column, x.ld}, {query.at(0, p), WIDE}, fresh(),
@@ -162,37 +162,8 @@ struct SimilarityGradient {
  private:
   bool exact = false;  // of the set that is worked on: its affinities, u and g are made in T though E is Pair
 
-  // Whether the terms of |P| nearly cancel in some column.
-  bool cancels(const HeldSet<T, E>& x, int64_t columns) const {
-    for (int64_t j = 0; j < columns; ++j)
-      if (tile.length[j] * tile.length[j] < T(CANCELLED) * x.largest) return true;
-    return false;
-  }
-
   // How many pairs the rows of a matrix [K][ld] make, where products take pairs.
   static int64_t pairs(int64_t K, int64_t ld) { return IS_PAIR<E> ? depth<E>(K) * ld : 0; }
-
-  // A matrix as products take it: itself, or the pairs of its rows.
-  static const E* either([[maybe_unused]] const T* matrix, [[maybe_unused]] const E* pairs) {
-    if constexpr (IS_PAIR<E>) return pairs;
-    else return matrix;
-  }
-  // The same of a matrix [K][columns], its rows ld apart, whose pairs are made in `out`.
-  static const E* factors(int64_t K, int64_t columns, const T* from, int64_t ld, E* out) {
-    if constexpr (IS_PAIR<E>) pair_rows(K, columns, from, ld, out);
-    return either(from, out);
-  }
-
-  // A vector of row i of a panel with `rows` rows, as a product ends with it, becomes a factor: itself, or a vector of
-  // pairs with the row before, which comes first and is kept in `even`.
-  static void put(int64_t rows, int64_t i, int64_t j, Vec<T> v, E* panel, Vec<T> (&even)[TILE_VECTORS]) {
-    if constexpr (IS_PAIR<E>) {
-      if (i % 2 == 0) even[j / LANES<T>] = v;
-      if (i % 2 == 0 && i + 1 < rows) return;
-      v = in_pairs(even[j / LANES<T>], i % 2 ? v : Vec<T>{});
-    }
-    std::memcpy(static_cast<void*>(panel + (depth<E>(i + 1) - 1) * WIDE + j), &v, sizeof v);
-  }
 
   static auto to(T* c, int64_t ld) {
     return [=](int64_t i, int64_t j, Vec<T> v) { store(c + i * ld + j, v); };
@@ -234,7 +205,7 @@ struct SimilarityGradient {
   void weight_gradient(int64_t p, int64_t wide, int64_t columns, SimilaritySums<T>& sums) {
     if (!sums.needs_weight) return;
     T* to = sums.weight.at(0, p);
-    gemm<E>(S, wide, depth<E>(columns), {either(d_y_rows, d_y_rows_pairs), lds}, {squares.data, WIDE},
+    gemm<E>(S, wide, depth<E>(columns), {either<E>(d_y_rows, d_y_rows_pairs), lds}, {squares.data, WIDE},
             fetched(to, WIDE), add_to(to, WIDE));
   }
 
@@ -249,7 +220,7 @@ struct SimilarityGradient {
       v *= T(2) * load(u + i * WIDE + j);
 #if defined(__AVX512BF16__)
       if constexpr (IS_PAIR<E>) {
-        put(columns, i, j, v, d_u_pairs, even);
+        put_factor<E>(columns, i, j, v, even, d_u_pairs, WIDE);
         const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
         std::memcpy(static_cast<void*>(d_u_halves + (i * WIDE + j) / 2), &half, sizeof half);
       }
@@ -274,15 +245,15 @@ struct SimilarityGradient {
     const int64_t n = x.n, D = x.D;
     sum_bias(columns, S, sums);
     const bool attends = sums.needs_context || sums.needs_query;
-    factors(columns, lds, d_y_rows, lds, d_y_rows_pairs);
+    factors<E>(columns, lds, d_y_rows, lds, d_y_rows_pairs);
     if (attends) {
       transpose_by_squares<T>(d_y_rows, lds, columns, S, d_y, ld);
-      factors(S, columns, d_y, ld, d_y_pairs);
+      factors<E>(S, columns, d_y, ld, d_y_pairs);
       transpose_by_squares<T>(tile.weight, ld, n, columns, weight_rows, ldn);
-      factors(columns, n, weight_rows, ldn, weight_rows_pairs);
+      factors<E>(columns, n, weight_rows, ldn, weight_rows_pairs);
       std::fill_n(g + 0, n * ld, T(0));
     }
-    const E* const shares = factors(n, columns, tile.weight, ld, weight_pairs);
+    const E* const shares = factors<E>(n, columns, tile.weight, ld, weight_pairs);
     for (int64_t d = 0; d < D; d += BLOCK) {
       const int64_t end = least(D, d + BLOCK);
       for (int64_t p = d; p < end; p += WIDE)
@@ -310,7 +281,7 @@ struct SimilarityGradient {
     };
     const auto finish = [&, columns](int64_t i, int64_t j, Vec<T> v) {
       store(u + i * WIDE + j, v);
-      put(columns, i, j, v * v, square, even);
+      put_factor<E>(columns, i, j, v * v, even, square, WIDE);
     };
     if (exact) gemm<T>(columns, wide, x.n, {tile.weight, ld}, {x.row + p, x.row_ld}, begin, finish);
     else
@@ -324,11 +295,11 @@ struct SimilarityGradient {
     });
     if (exact) transpose_by_squares<T>(d_u.data, WIDE, columns, wide, d_u_columns + (p - d) * ld, ld);
     else  // pairs have the size of a float, and are only moved
-      transpose_by_squares<T>(reinterpret_cast<const T*>(either(d_u.data, d_u_halves)), depth<E>(WIDE), columns,
+      transpose_by_squares<T>(reinterpret_cast<const T*>(either<E>(d_u.data, d_u_halves)), depth<E>(WIDE), columns,
                               depth<E>(wide), d_u_columns + depth<E>(p - d) * ld, ld);
     if (sums.needs_context)
-      gemm<E>(x.n, wide, depth<E>(columns), {either(weight_rows, weight_rows_pairs), ldn},
-              {either(d_u.data, d_u_pairs), WIDE}, fresh(), add_to(d_x.at(x.first, p), WIDE));
+      gemm<E>(x.n, wide, depth<E>(columns), {either<E>(weight_rows, weight_rows_pairs), ldn},
+              {either<E>(d_u.data, d_u_pairs), WIDE}, fresh(), add_to(d_x.at(x.first, p), WIDE));
   }
 
   // (6) and (7) of one set, from g on: `affinity` becomes its own gradient.
@@ -362,19 +333,19 @@ struct SimilarityGradient {
   void through_affinities(const HeldContexts<T, E>& x, int64_t columns, const FeaturePanels<T>& query_rows,
                           SimilaritySums<T>& sums, FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
     if (sums.needs_context) transpose_by_squares<T>(tile.affinity, ld, x.n, columns, affinity_rows, ldx);
-    const E* const turned = factors(columns, x.n, affinity_rows, ldx, affinity_rows_pairs);
+    const E* const turned = factors<E>(columns, x.n, affinity_rows, ldx, affinity_rows_pairs);
     for (const HeldSet<T, E>& set : x.sets)
-      factors(set.n, columns, tile.affinity + set.first * ld, ld, affinity_pairs + set.first_factor * ld);
+      factors<E>(set.n, columns, tile.affinity + set.first * ld, ld, affinity_pairs + set.first_factor * ld);
     for (int64_t p = 0; p < x.D; p += WIDE) {
       const int64_t wide = least(WIDE, x.D - p);
       T* dq = d_q.at(0, p);
       if (sums.needs_query)
-        gemm<E>(columns, wide, x.factors, {either(tile.affinity, affinity_pairs), ld},
+        gemm<E>(columns, wide, x.factors, {either<E>(tile.affinity, affinity_pairs), ld},
                 {x.row_factors() + p, x.row_ld}, fetched(dq, WIDE), add_to(dq, WIDE));
       if (!sums.needs_context) continue;
       T* dx = d_x.at(0, p);
       gemm<E>(x.n, wide, depth<E>(columns), {turned, ldx},
-              {factors(columns, WIDE, query_rows.at(0, p), WIDE, query_pairs), WIDE}, fresh(), add_to(dx, WIDE));
+              {factors<E>(columns, WIDE, query_rows.at(0, p), WIDE, query_pairs), WIDE}, fresh(), add_to(dx, WIDE));
       for (const HeldSet<T, E>& set : x.sets)
         gemm<T>(set.n, wide, set.n, {mixed + set.first * ldn, ldn}, {set.row + p, x.row_ld}, fresh(),
                 add_to(dx + set.first * WIDE, WIDE));
