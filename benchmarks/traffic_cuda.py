@@ -281,7 +281,7 @@ def _scores(p: Problem, fit: _pairs.Kernels) -> Iterator[tuple[str, Count]]:
         yield "graph_scores", done
     else:
         done.vector += sum(rows * n * p.S * 5 for rows, n in shapes)
-        done.plain += done.programs * 2 * tile.nodes
+        done.plain += done.programs * tile.filtered()
         yield "filter_scores", done
 
 

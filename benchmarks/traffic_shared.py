@@ -96,8 +96,10 @@ class NodeTile:
         few = next(n for n in ((64, 128) if self.groups else (16, 32, 64, 128)) if self.regions <= n)
         found = self.slots * few * self.number + made * (self.slots + self.regions) * self.depth * self.number
         own = self.nodes
-        if self.groups:  # u, of both factors in shared memory
-            found += made * self.slots // 64 * self.halves * self.regions // 16 * (64 + 64) * 32
+        if self.groups:  # u, of which few weights stay in registers, and others in shared memory
+            held = self.halves == 1 and self.regions <= 64
+            found += made * self.slots // 64 * self.halves * self.regions // 16 * (64 if held else 64 + 64) * 32
+            found += held * WARPS * self.regions // 16 * MATRICES
         else:
             found += made * self.slots // 16 * self.depth // 16 * self.regions // 16 * 2 * self.halves * MATRICES
         if self.groups and self.side == 1:  # squares stay in registers
@@ -111,6 +113,10 @@ class NodeTile:
         stages, _ = self.stages(D)
         each = self.weight_stage(True) + self.slots * self.depth * self.number
         return stages * each, stages * 2 * self.slots * self.depth * self.number + 2 * self.nodes
+
+    def filtered(self) -> int:
+        """What threads move of SAF once the nodes are made: these, and sums of 16 rows as float32."""
+        return self.nodes + 2 * self.slots // 16 * self.S * 4
 
     def steps(self, K: int, seen: float) -> tuple[float, float]:
         """The same of SGR's K steps, the last one at LAST rows; `seen`: pairs of blocks of 16 rows with a weight.

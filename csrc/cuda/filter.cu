@@ -19,7 +19,7 @@ template <class T> struct FilterShared {
     static constexpr int ROOM = sizeof(typename T::Making) > T::MATRIX ? sizeof(typename T::Making) : T::MATRIX;
     unsigned char room[ROOM];  // X
     typename T::Shared tile;
-    float gate[T::SLOTS];
+    float total[T::BLOCKS];  // of the gates of 16 rows
 };
 
 // A block: one tile with one image. Grid: tiles x images.
@@ -39,31 +39,53 @@ template <class T> __device__ __forceinline__ void score_filter(const Filter &p)
         return x;
     };
 
-    // A warp's rows, one after the other; a lane adds every 32nd pair of numbers.
-    for (int row = warp; row < SLOTS; row += WARPS) {
-        float sum = 0;
-        for (int c = lane * 2; c < S; c += 64) {
-            const float2 x = pair(row, c);
-            sum += x.x * p.gate_weight[c] + x.y * p.gate_weight[c + 1];
+    // A warp has 16 rows of one caption, and a lane every 32nd pair of columns: sums of gate x, which take the place of the
+    // rows.
+    constexpr int PAIRS = S / 64;
+    static_assert(T::BLOCKS <= WARPS);
+    auto sums = [&](int block) { return reinterpret_cast<float *>(sh.room + block * 16 * T::WIDE * 16) + lane * 2; };
+    if (warp < T::BLOCKS) {
+        float sum[PAIRS][2] = {}, weight[PAIRS][2], total = 0;
+#pragma unroll
+        for (int k = 0; k < PAIRS; ++k)
+#pragma unroll
+            for (int i = 0; i < 2; ++i) weight[k][i] = p.gate_weight[k * 64 + lane * 2 + i];
+#pragma unroll 4
+        for (int row = warp * 16; row < warp * 16 + 16; ++row) {
+            float2 x[PAIRS];
+            float dot = 0;
+#pragma unroll
+            for (int k = 0; k < PAIRS; ++k) {
+                x[k] = pair(row, k * 64 + lane * 2);
+                dot += x[k].x * weight[k][0] + x[k].y * weight[k][1];
+            }
+            dot = warp_sum(dot) + *p.gate_bias;
+            const float gate = sh.tile.owner[row] < 0 ? 0 : 1 / (1 + exp2f(-dot * LOG2E));
+            total += gate;
+#pragma unroll
+            for (int k = 0; k < PAIRS; ++k) sum[k][0] += gate * x[k].x, sum[k][1] += gate * x[k].y;
         }
-        sum = warp_sum(sum) + *p.gate_bias;
-        if (lane == 0) sh.gate[row] = sh.tile.owner[row] < 0 ? 0 : 1 / (1 + exp2f(-sum * LOG2E));
+        sync_warp();  // the rows have been read
+#pragma unroll
+        for (int k = 0; k < PAIRS; ++k) *reinterpret_cast<float2 *>(sums(warp) + k * 64) = {sum[k][0], sum[k][1]};
+        if (lane == 0) sh.total[warp] = total;
     }
     __syncthreads();
-    // A warp's captions, one after the other; a lane has every 32nd pair of columns.
+    // A warp's captions, one after the other.
     for (int caption = warp; caption < sh.tile.captions; caption += WARPS) {
-        const int first = sh.tile.first[caption], stop = sh.tile.end[first / 16] * 16;
+        const int first = sh.tile.first[caption], stop = sh.tile.end[first / 16];
         float total = 0, square = 0, dot = 0;
-        for (int row = first; row < stop; ++row) total += sh.gate[row];
+        for (int block = first / 16; block < stop; ++block) total += sh.total[block];
         const float share = 1 / (total + EPS);
-        for (int c = lane * 2; c < S; c += 64) {
+#pragma unroll
+        for (int k = 0; k < PAIRS; ++k) {
+            const int c = k * 64 + lane * 2;
             float x = 0, y = 0;
-            for (int row = first; row < stop; ++row) {
-                const float2 node = pair(row, c);
-                const float beta = sh.gate[row] * share;
-                x += beta * node.x;
-                y += beta * node.y;
+            for (int block = first / 16; block < stop; ++block) {
+                const float2 sum = *reinterpret_cast<const float2 *>(sums(block) + k * 64);
+                x += sum.x, y += sum.y;
             }
+            x *= share, y *= share;
             square += x * x + y * y;
             dot += x * p.score_weight[c] + y * p.score_weight[c + 1];
         }

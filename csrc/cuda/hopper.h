@@ -94,10 +94,10 @@ __device__ __forceinline__ unsigned long long described(const unsigned char *at)
                  : __VA_ARGS__                                                                                      \
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(int(ADD)), "n"(int(TRANSPOSED)))
 #define ITM_PRODUCT_OF_SHARED(dtype)                                                                                \
-    asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %34, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." dtype "."  \
+    asm volatile("{\n.reg .pred p;\nsetp.eq.b32 p, 0, 0;\nwgmma.mma_async.sync.aligned.m64n64k16.f32." dtype "."   \
                  dtype " {" ITM_TO_29 ",%30,%31}, %32, %33, p, 1, 1, 0, 1;\n}"                                      \
                  : ITM_D8(0)                                                                                        \
-                 : "l"(a), "l"(b), "n"(int(ADD)))
+                 : "l"(a), "l"(b))
 #define ITM_PRODUCT_64(dtype)                                                                                       \
     ITM_PRODUCT(64, dtype, ITM_TO_29 ",%30,%31", "%32", "%33", "%34", "%35", "%36", "%37", "%38", ITM_D8(0))
 #define ITM_PRODUCT_128(dtype)                                                                                      \
@@ -159,14 +159,14 @@ __device__ __forceinline__ void group_multiply(float (&d)[COLUMNS / 8][4], const
 #endif
 }
 
-// The same with 64 columns and TRANSPOSED of a [64, 16] in shared memory too, which begins at a described place.
-template <Kind KIND, bool ADD>
+// d += a B^T with 64 columns and TRANSPOSED of a [64, 16] in shared memory too, which begins at a described place.
+template <Kind KIND>
 __device__ __forceinline__ void group_multiply_shared(float (&d)[8][4], unsigned long long a, unsigned long long b) {
     static_assert(KIND == F16 || KIND == BF16);
 #ifdef ITM_EMULATE
     emulator::GroupOperands mine{&d[0][0], nullptr, a, b};
     emulator::together("group_multiply_shared", &mine, [](void *const(&brought)[32]) {
-        emulator::group_multiply(brought, KIND == F16 ? emulator::Numbers::FLOAT16 : emulator::Numbers::BFLOAT16, 64, ADD,
+        emulator::group_multiply(brought, KIND == F16 ? emulator::Numbers::FLOAT16 : emulator::Numbers::BFLOAT16, 64, true,
                                  true);
     });
 #else

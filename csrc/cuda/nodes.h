@@ -288,22 +288,33 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
         constexpr Kind STORED = Numbers<KIND>::STORED;
         constexpr int EACH = T::REGIONS / 16;
         // u = e V; PAIRS: both halves of e by the first halves of V, and beside them by its second ones. So the product of
-        // two second halves is made too, as columns of B cannot be left out.
+        // two second halves is made too, as columns of B cannot be left out. A warp's rows of e stay in registers, if they
+        // are so few that these suffice; else products read them from shared memory.
+        constexpr bool HELD = !T::PAIRS && EACH <= 4;
+        unsigned e[HELD ? EACH : 1][4];
+        auto weight = [&](int k) {  // second halves first
+            return making.weight[k % EACH / 4 + (T::HALVES - 1 - k / EACH) * T::PARTS];
+        };
         auto begin = [&](int step, float (&u)[8][4]) {
-            auto weight = [&](int k) {  // second halves first
-                const int part = k % EACH / 4 + (T::HALVES - 1 - k / EACH) * T::PARTS;
-                return described(making.weight[part] + first / 64 * 64 * 128 + k % EACH % 4 * 32);
-            };
+            if (HELD && step < T::SIDE) {  // once they have landed
+#pragma unroll
+                for (int k = 0; k < T::HALVES * EACH; ++k)
+                    load_matrices(e[k], weight(k) + place<T::FEW>(first + lane % 16, k % EACH % 4 * 2 + lane / 16));
+            }
             const unsigned char *regions = making.region[step % T::VIEWS];
 #pragma unroll
             for (int n = 0; n < 8; ++n)
 #pragma unroll
                 for (int j = 0; j < 4; ++j) u[n][j] = 0;  // else registers keep what was there, and are too few
-            group_fence(u);
-            group_multiply_shared<STORED, false>(u, weight(0), described(regions));
+            group_fence(u, e);
 #pragma unroll
-            for (int k = 1; k < T::HALVES * EACH; ++k)
-                group_multiply_shared<STORED, true>(u, weight(k), described(regions + k % EACH * 16 * 128));
+            for (int k = 0; k < T::HALVES * EACH; ++k) {
+                const auto rows = described(regions + k % EACH * 16 * 128);
+                if constexpr (HELD)
+                    group_multiply<STORED, 64, true, true>(u, e[k], rows);
+                else
+                    group_multiply_shared<STORED>(u, described(weight(k) + first / 64 * 64 * 128 + k % EACH % 4 * 32), rows);
+            }
             group_commit();
         };
         auto finish = [&](int step, float (&u)[8][4]) {  // (u - q)^2

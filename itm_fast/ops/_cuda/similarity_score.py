@@ -57,7 +57,7 @@ def graph_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, varia
 def filter_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, variant: int) -> Kernel:
     room = max(making_bytes(kind, slots, depth, regions, variant), 2 * slots * S * kind.halves)
     places = 2 if variant != CLUSTERS else 4 if kind.halves == 1 else 3  # of more, room is short of 32 KB for S = 256
-    shared = room + tile_bytes(kind, S, slots, depth, variant, places) + 4 * slots
+    shared = room + tile_bytes(kind, S, slots, depth, variant, places) + slots // 4
     arguments = kind.arguments(S, slots, depth, regions, variant=variant)
     return _kernel("filter.cu", "filter_scores", Filter, shared, variant, arguments)
 
