@@ -30,9 +30,9 @@ from itm_fast.ops._cuda import _pairs, _tiles, cross_attention_score, similarity
 from itm_fast.packing import NodePlan, node_bounds, node_plan
 
 BAND = 16  # groups of images of a walk (affinity.h)
-BLOCK = 16  # rows of a tile of nodes that hold nodes of one caption; and the rows of the last step (graph.cu)
+BLOCK = 16  # rows of a tile of nodes that hold nodes of one caption
 HELD = 24  # words of a caption that a thread keeps in registers (scan.cu)
-WARPS = 8  # of a block of threads; each has at least 16 columns in the last step (graph.cu)
+WARPS = 8  # of a block of threads; each has at least 16 columns in the last step (last_step.h)
 KINDS = {"bfloat16": "bfloat16", "tf32": "float16", "float32": "float16x3"}  # by precision: kind of products
 FORMS = {
     "bfloat16": _pairs.Kind("BF16", False, 1), "tf32": _pairs.Kind("F16", True, 1),
@@ -270,7 +270,7 @@ def _scores(p: Problem, fit: _pairs.Kernels) -> Iterator[tuple[str, Count]]:
     overall.reads("global weight", p.S * p.D * p.size, overall.programs * p.S * p.D * p.size)
     overall.writes("global nodes", p.I * p.T * p.S * p.size)
     tile = NodeTile.of(fit.overall, p.halves)
-    overall.dots(overall.programs, slots, p.S, tile.stages(p.D)[0] * tile.depth, p.kind)
+    overall.dots(overall.programs, slots, p.S, tile.stages(p.D) * tile.depth, p.kind)
     overall.shared, overall.plain = (overall.programs * n for n in tile.overall(p.D))
     overall.vector = overall.programs * slots * (p.D * (6 if p.size == 4 else 3) + p.S * 5)
     yield "global_nodes", overall
@@ -292,8 +292,8 @@ def _nodes(p: Problem, tile: NodeTile, walks: int, weights: int) -> tuple[Count,
     done, words = Count(number, p.launches), p.N * p.D * p.size
     done.reads("words", words * walks, words * p.I)
     done.reads("image", p.I * p.R * p.D * p.size, number * p.R * p.D * p.size)
-    stages, made = (n * tile.depth for n in tile.stages(p.D))  # numbers of a row in stages, with zeros behind them
-    held_weight = p.S * (stages if p.kernels and p.kernels.head.cluster > 1 else p.D) * p.size
+    staged = tile.stages(p.D) * tile.depth  # numbers of a row in stages, with zeros behind them
+    held_weight = p.S * (staged if p.kernels and p.kernels.head.cluster > 1 else p.D) * p.size
     done.reads("local weight", held_weight, p.readers(number) * held_weight)
     held = 0 if p.card.cache > _pairs.LAUNCH_BYTES else 1  # in L2 since they were written
     overall = p.I * p.T * p.S * p.size
@@ -302,10 +302,10 @@ def _nodes(p: Problem, tile: NodeTile, walks: int, weights: int) -> tuple[Count,
     done.writes("score", p.I * p.T * p.given)
     for rows, n in shapes:
         if p.groups and p.precision == "float32":  # four products of halves, each of two numbers' worth
-            done.dots(n, rows, 2 * made, 2 * tile.regions, "float16", p.groups)
+            done.dots(n, rows, 2 * staged, 2 * tile.regions, "float16", p.groups)
         else:
-            done.dots(n, rows, made, tile.regions, p.kind, p.groups)
-        done.dots(n, rows, p.S, stages, p.kind, p.groups)
+            done.dots(n, rows, staged, tile.regions, p.kind, p.groups)
+        done.dots(n, rows, p.S, staged, p.kind, p.groups)
         done.vector += n * rows * (p.D * (8 if p.size == 4 else 5) + p.S * 5)
     done.shared, done.plain = (number * n for n in tile.made(p.D))
     return done, shapes
@@ -325,6 +325,6 @@ def _steps(p: Problem, tile: NodeTile, done: Count, shapes: list[tuple[int, int]
     repeated = max(p.S, WARPS * BLOCK)  # columns of a small S are computed by several warps
     for rows, n in shapes:
         done.dots(2 * n * (p.K - 1), rows, p.S, p.S, p.kind, p.groups)
-        done.dots(2 * n, BLOCK, repeated, p.S, p.kind)
-        done.dots(n, BLOCK, repeated + p.S, rows, p.kind)
-        done.vector += n * ((p.K - 1) * rows + BLOCK) * p.S * 8 + n * BLOCK * rows * 8
+        done.dots(2 * n, traffic_shared.FIRSTS, repeated, p.S, p.kind)
+        done.vector += n * ((p.K - 1) * rows + traffic_shared.FIRSTS) * p.S * 8
+        done.vector += n * rows * p.S * (6 if p.size == 4 else 4)  # edges of first nodes, and sums along them

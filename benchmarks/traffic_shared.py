@@ -12,13 +12,12 @@ import re
 from dataclasses import dataclass
 
 from benchmarks.traffic_counts import Count, blocks
-from itm_fast import _cuda
 from itm_fast._cuda import Kernel
-from itm_fast.ops._cuda import _pairs, _tiles
+from itm_fast.ops._cuda import _tiles
 
 MATRICES = 512  # bytes of ldmatrix, by a warp
 WARPS = 8  # of a block of threads
-LAST = 16  # rows of SGR's last step
+FIRSTS = 8  # rows of SGR's last step: the most captions of a tile
 
 
 def products(halves: int) -> int:
@@ -58,7 +57,7 @@ class NodeTile:
     @property
     def side(self) -> int:
         """Warps that share rows; each has `columns`."""
-        return _pairs.side(self.slots, _cuda.GROUPS) if self.groups else 4
+        return 1 if self.groups else 4
 
     @property
     def columns(self) -> int:
@@ -74,10 +73,9 @@ class NodeTile:
         """Bytes of the tile's nodes."""
         return self.slots * self.S * self.number
 
-    def stages(self, D: int) -> tuple[int, int]:
-        """Stages of W, and of words and regions: groups that share rows make as many of them at a time."""
-        stages = blocks(D, self.depth)
-        return stages, _pairs.rounded_up(stages, self.side) if self.groups else stages
+    def stages(self, D: int) -> int:
+        """Stages of W, and of words and regions."""
+        return blocks(D, self.depth)
 
     def by_warps(self, rows: int, columns: int) -> int:
         """ldmatrix of a stage, where each warp multiplies so many rows and columns by mma.sync."""
@@ -92,25 +90,25 @@ class NodeTile:
 
     def made(self, D: int) -> tuple[int, int]:
         """Of a tile whose nodes are made: what the emulator counts, and the threads' own."""
-        stages, made = self.stages(D)
+        stages = self.stages(D)
         few = next(n for n in ((64, 128) if self.groups else (16, 32, 64, 128)) if self.regions <= n)
-        found = self.slots * few * self.number + made * (self.slots + self.regions) * self.depth * self.number
+        found = self.slots * few * self.number + stages * (self.slots + self.regions) * self.depth * self.number
         own = self.nodes
         if self.groups:  # u, of which few weights stay in registers, and others in shared memory
             held = self.halves == 1 and self.regions <= 64
-            found += made * self.slots // 64 * self.halves * self.regions // 16 * (64 if held else 64 + 64) * 32
+            found += stages * self.slots // 64 * self.halves * self.regions // 16 * (64 if held else 64 + 64) * 32
             found += held * WARPS * self.regions // 16 * MATRICES
         else:
-            found += made * self.slots // 16 * self.depth // 16 * self.regions // 16 * 2 * self.halves * MATRICES
-        if self.groups and self.side == 1:  # squares stay in registers
-            found += made * WARPS * self.depth // 16 * self.halves * MATRICES
+            found += stages * self.slots // 16 * self.depth // 16 * self.regions // 16 * 2 * self.halves * MATRICES
+        if self.groups:  # squares stay in registers
+            found += stages * WARPS * self.depth // 16 * self.halves * MATRICES
         else:
-            own += made * 2 * self.slots * self.depth * self.number
-        return found + stages * self.weight_stage(self.side > 1), own
+            own += stages * 2 * self.slots * self.depth * self.number
+        return found + stages * self.weight_stage(False), own
 
     def overall(self, D: int) -> tuple[int, int]:
         """The same of global_nodes.cu."""
-        stages, _ = self.stages(D)
+        stages = self.stages(D)
         each = self.weight_stage(True) + self.slots * self.depth * self.number
         return stages * each, stages * 2 * self.slots * self.depth * self.number + 2 * self.nodes
 
@@ -119,17 +117,22 @@ class NodeTile:
         return self.nodes + 2 * self.slots // 16 * self.S * 4
 
     def steps(self, K: int, seen: float) -> tuple[float, float]:
-        """The same of SGR's K steps, the last one at LAST rows; `seen`: pairs of blocks of 16 rows with a weight.
+        """The same of SGR's K steps, the last one at FIRSTS rows; `seen`: pairs of blocks of 16 rows with a weight.
 
         Where a warp has several blocks of rows, it is counted as if all saw the same blocks.
         """
-        count, stages, columns = self.slots // 16, self.S // self.depth, max(16, self.S // WARPS)
-        rows = self.slots * self.side // WARPS // 16  # blocks of a warp
-        each = self.halves * MATRICES
-        edges = self.S // 16 * each * (count + seen)
-        gathered = seen / rows * self.side * each * (rows + self.columns // 16)
-        found = (K - 1) * (2 * stages * self.weight_stage(True) + edges + gathered)
-        landing = self.S * self.depth * self.number
-        found += 2 * stages * (landing + self.by_warps(LAST, columns))
-        found += self.S // 16 * each * (1 + count) + WARPS * count * each * (1 + columns // 16)
-        return found, (K - 1) * (3 * self.nodes + self.slots**2 * self.number)
+        stages, columns, each = self.S // self.depth, max(16, self.S // WARPS), self.halves * MATRICES
+        weights = stages * (self.weight_stage(True) + self.weight_stage(False))
+        if self.groups:  # all but nodes stays in registers
+            found, own = (K - 1) * (weights + 2 * seen * self.S // 16 * each), (K - 1) * self.nodes
+        else:
+            count, rows = self.slots // 16, self.slots * self.side // WARPS // 16  # blocks, and those of a warp
+            edges = self.S // 16 * each * (count + seen)
+            gathered = seen / rows * self.side * each * (rows + self.columns // 16)
+            found = (K - 1) * (weights + edges + gathered)
+            own = (K - 1) * (3 * self.nodes + self.slots**2 * self.number)
+        loaded = WARPS * (self.depth // 16 * columns // 16 + max(1, self.depth // 32)) * each
+        found += 2 * stages * (self.S * self.depth * self.number + loaded)
+        # Nodes once; first nodes and rows of Y twice, of Z once; and float32 sums of 16 nodes twice.
+        own += self.nodes + self.S * (FIRSTS * (3 * self.number + 4) + self.slots // 16 * 3 * 4)
+        return found, own

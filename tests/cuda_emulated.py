@@ -56,7 +56,7 @@ GROUPED_TILES = [f"{n}, true" for n in ("F16, 64, 128, 64, 48, false", "BF16, 64
 GROUPED_TILES += ["F16, 64, 128, 64, 48, true, true", "BF16, 256, 128, 64, 48, false, true"]
 CLUSTERED_TILES = [n.removesuffix(", true") for n in GROUPED_TILES]
 PAIRS = "F16X3, 64, 128, 32, 48, true"
-SHARED_ROWS = "F16X3, 256, 64, 32, 48, true"  # two groups share rows, each with half of the columns
+WIDE_PAIRS = "F16X3, 256, 128, 32, 48, true"
 # The C++ names of kernel instances, by the stem of their file, here or in csrc/cuda.
 INSTANCES = {
     "faults": [
@@ -91,8 +91,8 @@ INSTANCES = {
         for n in (*NODE_TILES, "F16, 256, 128, 32, 48", "F16X3, 256, 64, 32, 48", "F16, 256, 32, 16, 48")
         + ("BF16, 256, 64, 16, 48", "F16X3, 64, 32, 32, 48", *GROUPED_TILES)
     ]
-    + [f"graph_scores<{SHARED_ROWS}, true>"]
-    + [f"graph_scores_in_clusters<{n}>" for n in (*CLUSTERED_TILES, SHARED_ROWS)],
+    + [f"graph_scores<{n}, true>" for n in (PAIRS, WIDE_PAIRS)]
+    + [f"graph_scores_in_clusters<{n}>" for n in (*CLUSTERED_TILES, PAIRS, WIDE_PAIRS)],
     "filter": [
         f"filter_scores<{n}>"
         for n in (*NODE_TILES, "F16, 256, 128, 64, 48", "F16X3, 256, 128, 32, 48", "F16, 256, 64, 16, 48")

@@ -62,10 +62,17 @@ MASKS: dict[str, list[tuple[str, str]]] = {
         ("while (owner >= 0 && begin", "while (begin"),
     ],
     "steps.h": [("if (sh.tile.owner[n * 8 + 2 * t + i] != mine) x = -INFINITE;", "")],
-    "graph.cu": [
-        (" + sh.tile.spoiled[sh.tile.first[threadIdx.x] / 16]", ""),
-        ("if (warp < OWNERS) put", "put"),
+    "group_steps.h": [
+        ("if (b >= blocks) continue;", ""),
+        ("n / 2 < blocks && ", ""),
+        (" && sh.tile.owner[begin * 16 + n * 8 + 2 * t + i] == mine", ""),
     ],
+    "last_step.h": [
+        ("if (owner >= 0) {", "{"),
+        ("sh.tile.owner[warp * 16 + row] == owner ? dot : -INFINITE", "dot"),
+        ("if (warp >= sh.tile.captions) return;", ""),
+    ],
+    "graph.cu": [(" + sh.tile.spoiled[sh.tile.first[threadIdx.x] / 16]", "")],
     "filter.cu": [("sh.tile.owner[row] < 0 ? 0 : ", ""), (" + sh.tile.spoiled[first / 16]", "")],
     "stream.h": [
         (" && i < stages", ""),
@@ -177,7 +184,7 @@ def score(op: ModuleType, runs: tuple[Run, ...]) -> Iterator[torch.Tensor]:
         if variant == _cuda.GENERAL:
             continue
         torch.cuda.get_device_capability = lambda *_, of=capability: of  # type: ignore[assignment]
-        if dtype == torch.float32:  # rows that groups share
+        if dtype == torch.float32:  # of the published S
             args = cases.case("graph", **cases.SHAPES["S256-odd"])
             _cuda.allow_variant("similarity_graph_score", args[0].device, dtype, variant)
             yield op.similarity_graph_score(*cases.rounded(args, dtype))
@@ -248,11 +255,11 @@ def all_scans(op: ModuleType) -> Iterator[torch.Tensor]:
 
 SCAN = Judge(("scan",), r"<(F16|F16X3|TF32X3), 36, 128, (2, )?3>", "cross_attention_score", all_scans)
 MORE_STAGES = "BF16, (36, 128, 2|256, 128, 64(, 48, false(, true)?)?)"
-SHARED_ROWS = "F16X3, (36, 128, 2|256, 64, 64|256, 64, 32, 48, true(, true)?)"
+WIDE_PAIRS = "F16X3, (36, 128, 2|256, 64, 64|256, 128, 32, 48, true(, true)?)"
 SCORE = Judge(
     ("weights", "global_nodes", "graph", "filter"),
     r"<((F16|F16X3), (36, 128, 2|64, (64|128), 64|64, 128, 64, 48(, false(, true)?)?)|"
-    rf"{MORE_STAGES}|{SHARED_ROWS})>",
+    rf"{MORE_STAGES}|{WIDE_PAIRS})>",
     "similarity_score",
     partial(
         score,
@@ -263,7 +270,7 @@ SCORE = Judge(
     ),
 )
 GROUPS = SCORE._replace(
-    instances=r"<(F16, (36, 128, 2|64, 128, 64|64, 128, 64, 48, false(, true)?)|" + f"{MORE_STAGES}|{SHARED_ROWS})>",
+    instances=r"<(F16, (36, 128, 2|64, 128, 64|64, 128, 64, 48, false(, true)?)|" + f"{MORE_STAGES}|{WIDE_PAIRS})>",
     results=partial(score, runs=(HALF_BY_GROUPS, HALF_IN_CLUSTERS, PAIRS_BY_GROUPS, PAIRS_IN_CLUSTERS)),
 )
 CLUSTERS = GROUPS._replace(
@@ -272,8 +279,9 @@ CLUSTERS = GROUPS._replace(
 )
 JUDGES: dict[str, Judge] = {
     **dict.fromkeys(("affinity.h", "attention.h", "scan.cu"), SCAN),
-    **dict.fromkeys(("tile.h", "nodes.h", "steps.h", "graph.cu", "filter.cu", "global_nodes.cu", "weights.cu"), SCORE),
-    **dict.fromkeys(("groups.h", "hopper.h"), GROUPS),
+    **dict.fromkeys(("tile.h", "nodes.h", "steps.h", "last_step.h", "graph.cu", "filter.cu"), SCORE),
+    **dict.fromkeys(("global_nodes.cu", "weights.cu"), SCORE),
+    **dict.fromkeys(("groups.h", "group_steps.h", "hopper.h"), GROUPS),
     **dict.fromkeys(("stream.h", "cluster.h"), CLUSTERS),
 }
 

@@ -85,8 +85,7 @@ def test_kernels_of_one_gpu_multiply_by_groups_of_warps():
         for kernel in specific:
             Path(file.name).write_bytes(cubins.build(kernel, COVERED).code)
             said = subprocess.run([tool, "-c", file.name], capture_output=True, text=True, check=True).stdout
-            wide = 128 if "F16X3, 256, 64," in kernel.name else 256  # where groups share rows: half of S
-            for columns in (144,) if kernel.source == "scan.cu" else (wide, 64):
+            for columns in (144,) if kernel.source == "scan.cu" else (256, 64):
                 assert f"HGMMA.64x{columns}x16.F32" in said
             in_clusters = {"UBLKCP.S.G.MULTICAST", "SYNCS.PHASECHK.TRANS64.TRYWAIT", "SYNCS.ARRIVE.TRANS64.RED"}
             assert {name in said for name in in_clusters} == {kernel.cluster > 1}

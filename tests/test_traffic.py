@@ -163,11 +163,11 @@ def test_every_kind_of_product_has_a_rate():
 
 @pytest.mark.parametrize("precision", traffic.PRECISIONS)
 @pytest.mark.parametrize("model", ["scan-t2i", "sgr", "saf"])
-def test_the_cuda_kernels_do_all_that_is_needed(model, precision):
+def test_the_cuda_kernels_do_all_that_is_needed_and_not_much_more(model, precision):
     found = traffic.counts("cuda", model, COCO, H100, precision)
     kind = traffic.PRECISIONS[precision].kinds[-1]
     bound = sum(row["bound"] for row in traffic.kernels(found, H100))
-    assert bound > traffic.floor(model, COCO, H100, precision, kind)
+    assert 1 < bound / traffic.floor(model, COCO, H100, precision, kind) < 1.6
 
 
 @pytest.mark.parametrize("rows, reuse", [(64, 56), (128, 103)])
@@ -177,7 +177,7 @@ def test_the_cuda_graph_kernel_has_the_reuse_of_its_design(rows, reuse, monkeypa
     kind = traffic_cuda.FORMS["bfloat16"]
     head = similarity_score.graph_kernel(kind, 256, rows, 48, 64, 0)
     overall = traffic_cuda._pairs.global_kernel(kind, 256, 64, 64)
-    found = traffic_cuda._pairs.Kernels(tile, overall, overall, 64, head, rows)
+    found = traffic_cuda._pairs.Kernels(tile, overall, overall, 64, head, rows, rows - 1)
     monkeypatch.setattr(traffic_cuda._pairs, "kernels", lambda *_: found)
     edge = torch.arange(0, 15 * (rows // 16 * 100) + 1, 15, dtype=torch.int32)
     problem = traffic_cuda.Problem("similarity_graph_score", 100, 36, 1024, 256, 3, edge, H100, "bfloat16")

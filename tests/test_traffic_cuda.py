@@ -73,7 +73,7 @@ def compare(op, precision, device, edge, direction="t2i", images=I, S=64, D=D):
             copied -= 4 * problem.N * images
         assert 16 * counted[name]["copies"] == copied, name
         assert launches[name] == count.launches, name
-        if name == "graph_scores" and S == 64:  # warps that have several blocks of rows, which see others
+        if name == "graph_scores" and not problem.groups:  # warps that have several blocks of rows, which see others
             assert 0.9 < count.shared / counted[name]["shared"] < 1.1
         else:
             assert counted[name]["shared"] == count.shared, name
@@ -91,7 +91,7 @@ def test_products_and_copies_are_those_of_the_emulated_kernels(model, precision,
 
 @pytest.mark.parametrize("head, precision", [("graph", "float32"), ("filter", "bfloat16")], indirect=["precision"])
 def test_the_same_where_groups_of_warps_multiply(head, precision, device):
-    """In float32 they share rows, and make one stage more than there are; in bfloat16 the last stage is half full."""
+    """In bfloat16 the last stage of a local weight is half full."""
     device.capability = (9, 0)
     edge = pair_score(head, DTYPES[precision], 2, (30, 20), S=256, D=96)
     assert device.launches[-1][0].cluster == 2

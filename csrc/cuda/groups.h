@@ -21,26 +21,46 @@ __device__ __forceinline__ void multiply_stage(typename T::Products &acc, unsign
     group_commit();
 }
 
+// 16 numbers of the warp's rows of a factor: sums of products, times `above` in rows g and `below` in rows g + 8.
+template <Kind KIND>
+__device__ __forceinline__ Factor<KIND> factor_of(const float (&left)[4], const float (&right)[4], float above, float below) {
+    Factor<KIND> to;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        const float unit = i % 2 ? below : above, *both = (i / 2 ? right : left) + i % 2 * 2;
+        const float x = both[0] * unit, y = both[1] * unit;
+        to.words[i] = rounded<Numbers<KIND>::STORED>(x, y);
+        if constexpr (Numbers<KIND>::PAIRS)
+            to.rest[i] = to_halves(x - half_of(to.words[i], false), y - half_of(to.words[i], true));
+    }
+    return to;
+}
+
+// A stage of the warp's rows, as `multiply_stage` takes it, of DEPTH columns of sums.
+template <class T, int N>
+__device__ __forceinline__ void make_stage(unsigned (&a)[4][4], const float (&sums)[N][4], float above, float below) {
+#pragma unroll
+    for (int k = 0; k < T::DEPTH / 16; ++k) {
+        const auto made = factor_of<T::KIND>(sums[2 * k], sums[2 * k + 1], above, below);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+            a[k][i] = made.words[i];
+            if constexpr (T::PAIRS) a[2 + k][i] = made.rest[i];
+        }
+    }
+}
+
 // `project` by groups of warps, which make stages of A while they multiply those before: `load(step)` starts the copies
 // that a stage needs, `begin(step, made)` products, after a fence and as one group, and `finish(step, made)` makes the
 // warp's rows of what these give, DEPTH numbers each.
-//
-// Groups that share rows make one stage each in a round, which has as many stages as there are such groups. There `finish`
-// leaves the rows in shared memory, where `take(step, a)` reads the warp's.
-template <class T, class Load, class Begin, class Finish, class Take>
+template <class T, class Load, class Begin, class Finish>
 __device__ __forceinline__ void project_by_groups(typename T::Products &acc, typename T::Shared &sh, const void *weight,
                                                   int chunks, typename T::Matrices &matrices, Load load, Begin begin,
-                                                  Finish finish, Take take) {
-    constexpr int SIDE = T::SIDE;
+                                                  Finish finish) {
     auto start = [&](int step) {  // to copy a stage of W
         if (!T::CLUSTERS && step * T::NARROW < chunks)
             copy_rows<T::S, T::NARROW>(sh.stage[step % 2], step * T::NARROW, chunks, weight,
                                        [&](int row) { return row_of(weight, row, chunks); });
-    };
-    auto load_round = [&](int round) {
-#pragma unroll
-        for (int i = 0; i < SIDE; ++i)
-            if (round * SIDE * T::NARROW < chunks) load(round * SIDE + i);
     };
     auto landed = [&] {
         commit();
@@ -48,62 +68,37 @@ __device__ __forceinline__ void project_by_groups(typename T::Products &acc, typ
         fence_products();
         __syncthreads();  // what was copied is there, and what the products before have read can be overwritten
     };
-    const int turn = SIDE == 1 ? 0 : threadIdx.x / GROUP;  // which stage of a round this group makes
-    const int stages = (chunks + T::NARROW - 1) / T::NARROW, last = (stages - 1) / SIDE;  // the last round
-    float made[8][4];
-    unsigned a[4][4];
-    auto keep = [&] {  // once no product reads `a`
-        if constexpr (SIDE > 1) return;
-#pragma unroll
-        for (int k = 0; k < T::DEPTH / 16; ++k)
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                const float *both = made[2 * k + i / 2] + i % 2 * 2;
-                a[k][i] = rounded<Numbers<T::KIND>::STORED>(both[0], both[1]);
-                if constexpr (T::PAIRS)
-                    a[2 + k][i] = to_halves(both[0] - half_of(a[k][i], false), both[1] - half_of(a[k][i], true));
-            }
-    };
-    auto multiply = [&](int step) {
-        if constexpr (SIDE > 1) take(step, a);
+    auto multiply = [&](int step, unsigned (&a)[4][4]) {
         multiply_stage<T>(acc, a, sh.stage[T::CLUSTERS ? matrices.place() : step % 2]);
         matrices.pass();
     };
+    const int last = (chunks + T::NARROW - 1) / T::NARROW - 1;  // stage
+    float made[8][4];
+    unsigned a[4][4];
     clear(acc);
-    load_round(0);
+    load(0);
     landed();
     start(0);
-    load_round(1);
-    begin(turn, made);
+    if (last > 0) load(1);
+    begin(0, made);
     group_wait<0>(made);
-    finish(turn, made);
-    keep();
+    finish(0, made);
+    make_stage<T>(a, made, 1, 1);
 #pragma unroll 1
-    for (int round = 0; round < last; ++round) {
-#pragma unroll
-        for (int i = 0; i < SIDE; ++i) {
-            const int step = round * SIDE + i, next = (round + 1) * SIDE + turn;
-            matrices.wait();
-            landed();
-            start(step + 1);
-            if (i == 0) load_round(round + 2), begin(next, made);
-            multiply(step);
-            if (i == 0) {
-                group_wait<1>(made);
-                finish(next, made);
-            }
-            group_wait<0>(acc[0], made, a);
-        }
-        keep();
-    }
-#pragma unroll
-    for (int i = 0; i < SIDE; ++i) {
-        const int step = last * SIDE + i;
-        if (i > 0 && step == stages) break;
+    for (int step = 0; step < last; ++step) {
         matrices.wait();
         landed();
-        if (i + 1 < SIDE) start(step + 1);
-        multiply(step);
-        group_wait<0>(acc[0], a);
+        start(step + 1);
+        if (step + 2 <= last) load(step + 2);
+        begin(step + 1, made);
+        multiply(step, a);
+        group_wait<1>(made);
+        finish(step + 1, made);
+        group_wait<0>(acc[0], made, a);
+        make_stage<T>(a, made, 1, 1);
     }
+    matrices.wait();
+    landed();
+    multiply(last, a);
+    group_wait<0>(acc[0], a);
 }

@@ -100,9 +100,6 @@ __device__ __forceinline__ unsigned long long described(const unsigned char *at)
                  : "l"(a), "l"(b))
 #define ITM_PRODUCT_64(dtype)                                                                                       \
     ITM_PRODUCT(64, dtype, ITM_TO_29 ",%30,%31", "%32", "%33", "%34", "%35", "%36", "%37", "%38", ITM_D8(0))
-#define ITM_PRODUCT_128(dtype)                                                                                      \
-    ITM_PRODUCT(128, dtype, ITM_TO_59 ",%60,%61,%62,%63", "%64", "%65", "%66", "%67", "%68", "%69", "%70",          \
-                ITM_D8(0), ITM_D8(8))
 #define ITM_PRODUCT_144(dtype)                                                                                      \
     ITM_PRODUCT(144, dtype, ITM_TO_59 "," ITM_10(6) ",%70,%71", "%72", "%73", "%74", "%75", "%76", "%77", "%78",    \
                 ITM_D8(0), ITM_D8(8), ITM_D(16), ITM_D(17))
@@ -139,11 +136,6 @@ __device__ __forceinline__ void group_multiply(float (&d)[COLUMNS / 8][4], const
             ITM_PRODUCT_64("f16");
         else
             ITM_PRODUCT_64("bf16");
-    } else if constexpr (COLUMNS == 128) {
-        if constexpr (KIND == F16)
-            ITM_PRODUCT_128("f16");
-        else
-            ITM_PRODUCT_128("bf16");
     } else if constexpr (COLUMNS == 144) {
         if constexpr (KIND == F16)
             ITM_PRODUCT_144("f16");

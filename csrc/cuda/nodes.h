@@ -55,20 +55,17 @@ struct NodeTile {
     // Chunks of a row of attention weights: GROUPS: of one of PARTS.
     static constexpr int FEW = GROUPS ? 8 : REGIONS <= 16 ? 2 : REGIONS <= 32 ? 4 : REGIONS <= 64 ? 8 : 16;
     static constexpr int PARTS = GROUPS ? (REGIONS + 63) / 64 : 1;
-    static constexpr int SIDE = GROUPS ? WARPS * 16 / SLOTS : 4, DOWN = WARPS / SIDE;  // warps that share rows, and columns
-    static constexpr int ROWS = SLOTS / DOWN, COLUMNS = S / SIDE;      // of one of them
+    static constexpr int SIDE = GROUPS ? 1 : 4, DOWN = WARPS / SIDE;  // warps that share rows, and columns
+    static constexpr int ROWS = SLOTS / DOWN, COLUMNS = S / SIDE;     // of one of them
     static constexpr int M = ROWS / 16, N = COLUMNS / 8, BLOCKS = SLOTS / 16;
     static constexpr int MATRIX = SLOTS * WIDE * 16;  // bytes
-    // Stages of regions and of words at a time. Where groups share rows: those of two rounds of `project_by_groups`, and of
-    // words a third one, whose place (u - q)^2 has taken.
-    static constexpr int VIEWS = GROUPS ? 2 * SIDE : 2, WORDS = GROUPS && SIDE > 1 ? 3 * SIDE : 2;
     static_assert(!PAIRS || DEPTH % 32 == 0);
-    static_assert(!GROUPS || (ROWS == 16 && NARROW == 8 && (SIDE == 1 || PAIRS)));
+    static_assert(!GROUPS || (ROWS == 16 && NARROW == 8));
     static_assert(GROUPS || !CLUSTERS);
     using Products = float[M][N][4];
 
     struct Making {  // while the nodes are made, where the head's matrices will lie
-        unsigned char word[WORDS][SLOTS * NARROW * 16], region[VIEWS][REGIONS * NARROW * 16];
+        unsigned char word[2][SLOTS * NARROW * 16], region[2][REGIONS * NARROW * 16];
         unsigned char weight[HALVES * PARTS][SLOTS * FEW * 16];
     };
     struct Own {
@@ -179,8 +176,7 @@ __device__ __forceinline__ void add_bias(typename T::Products &acc, typename T::
         for (int j = 0; j < 2; ++j) {
             const int row = first_row + m * 16 + g + 8 * j;
             float square = inverse[m][j];
-            if constexpr (T::SIDE > 1) square = sh.part[0][row] + sh.part[1][row];
-            if constexpr (T::SIDE == 4) square += sh.part[2][row] + sh.part[3][row];
+            if constexpr (T::SIDE > 1) square = sh.part[0][row] + sh.part[1][row] + sh.part[2][row] + sh.part[3][row];
             inverse[m][j] = 1 / (sqrtf(square) + EPS);
         }
 }
@@ -235,10 +231,10 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
             return sh.word[slot] < 0 ? nullptr : row_of(p.weight, row * T::HALVES + i / T::PARTS, p.pitch / 8);
         });
     auto load = [&](int step) {
-        copy_rows<T::SLOTS, T::NARROW>(making.word[step % T::WORDS], step * T::NARROW, p.chunks, p.words, [&](int slot) {
+        copy_rows<T::SLOTS, T::NARROW>(making.word[step % 2], step * T::NARROW, p.chunks, p.words, [&](int slot) {
             return sh.word[slot] < 0 ? nullptr : row_of(p.words, sh.word[slot], p.chunks);
         });
-        copy_rows<T::REGIONS, T::NARROW>(making.region[step % T::VIEWS], step * T::NARROW, p.chunks, p.words, [&](int region) {
+        copy_rows<T::REGIONS, T::NARROW>(making.region[step % 2], step * T::NARROW, p.chunks, p.words, [&](int region) {
             return region < count ? row_of(p.image, image * (long long)p.regions + region, p.chunks) : nullptr;
         });
     };
@@ -254,9 +250,9 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
 #pragma unroll
             for (int n = 0; n < int(sizeof u / sizeof u[0]); ++n) {
                 const int c = column + n * 8 + 2 * t;
-                const float2 q = get<KIND, T::NARROW>(making.word[step % T::WORDS], slot, c);
+                const float2 q = get<KIND, T::NARROW>(making.word[step % 2], slot, c);
                 const float x = u[n][2 * j] * factor - q.x * unit, y = u[n][2 * j + 1] * factor - q.y * unit;
-                put<KIND, T::NARROW>(making.word[step % T::WORDS], slot, c, x * x * raised, y * y * raised);
+                put<KIND, T::NARROW>(making.word[step % 2], slot, c, x * x * raised, y * y * raised);
             }
         }
     };
@@ -273,7 +269,7 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
                     return making.weight[rest != 0] + place<T::FEW>(row + lane % 16, 2 * k + lane / 16);
                 });
                 read_transposed(b, [&](int rest) {
-                    return making.region[step % T::VIEWS] + place<T::NARROW>(k * 16 + lane % 16, chunk + rest + lane / 16);
+                    return making.region[step % 2] + place<T::NARROW>(k * 16 + lane % 16, chunk + rest + lane / 16);
                 });
                 multiply_block(u[0], a, b, 0);
                 multiply_block(u[1], a, b, 1);
@@ -296,12 +292,12 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
             return making.weight[k % EACH / 4 + (T::HALVES - 1 - k / EACH) * T::PARTS];
         };
         auto begin = [&](int step, float (&u)[8][4]) {
-            if (HELD && step < T::SIDE) {  // once they have landed
+            if (HELD && step == 0) {  // once they have landed
 #pragma unroll
                 for (int k = 0; k < T::HALVES * EACH; ++k)
                     load_matrices(e[k], weight(k) + place<T::FEW>(first + lane % 16, k % EACH % 4 * 2 + lane / 16));
             }
-            const unsigned char *regions = making.region[step % T::VIEWS];
+            const unsigned char *regions = making.region[step % 2];
 #pragma unroll
             for (int n = 0; n < 8; ++n)
 #pragma unroll
@@ -318,15 +314,6 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
             group_commit();
         };
         auto finish = [&](int step, float (&u)[8][4]) {  // (u - q)^2
-            if constexpr (T::SIDE > 1) {
-                float sum[T::DEPTH / 8][4];
-#pragma unroll
-                for (int n = 0; n < T::DEPTH / 8; ++n)
-#pragma unroll
-                    for (int j = 0; j < 4; ++j) sum[n][j] = u[n][j] + u[4 + n][j];
-                put_squares(sum, step, first, 0);
-                return;
-            }
             float unit[2] = {1, 1}, raised[2] = {1, 1}, factor[2];
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
@@ -339,7 +326,7 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
             for (int k = 0; k < T::DEPTH / 16; ++k) {
                 Factor<KIND> q;
                 read_factor(q, [&](int rest) {
-                    return making.word[step % T::WORDS] + place<T::NARROW>(first + lane % 16, 2 * k + rest + lane / 16);
+                    return making.word[step % 2] + place<T::NARROW>(first + lane % 16, 2 * k + rest + lane / 16);
                 });
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
@@ -355,12 +342,7 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
                 }
             }
         };
-        auto take = [&](int step, unsigned (&a)[4][4]) {
-#pragma unroll
-            for (int k = 0; k < 4; ++k)
-                load_matrices(a[k], making.word[step % T::WORDS] + place<T::NARROW>(first + lane % 16, 2 * k + lane / 16));
-        };
-        project_by_groups<T>(acc, sh, p.local_weight, p.chunks, matrices, load, begin, finish, take);
+        project_by_groups<T>(acc, sh, p.local_weight, p.chunks, matrices, load, begin, finish);
     } else
         project<T>(acc, sh, making.word, p.local_weight, p.chunks, load, difference);
     auto lowered = [&](int slot) { return power(-squared(sh.exponent[slot])); };

@@ -61,9 +61,10 @@ __device__ __forceinline__ const void *row_of(const void *matrix, long long row,
 template <int ROWS, int CHUNKS, class From>
 __device__ __forceinline__ void copy_rows(unsigned char *to, int first, int chunks, const void *readable, From from) {
     constexpr int ALL = ROWS * CHUNKS;
+    const int thread = opaque(threadIdx.x);  // else addresses hold registers around the loops of callers
 #pragma unroll
     for (int i = 0; i < ALL; i += THREADS) {
-        const int at = i + threadIdx.x, row = at / CHUNKS, chunk = at % CHUNKS;
+        const int at = i + thread, row = at / CHUNKS, chunk = at % CHUNKS;
         if (ALL % THREADS == 0 || at < ALL) {
             const char *begin = static_cast<const char *>(from(row));
             const bool real = begin && first + chunk < chunks;

@@ -31,11 +31,8 @@ SIMILARITIES = (64, 128, 256)  # S
 SLOTS = (128, 64, 32)
 DEPTHS = (64, 32, 16)  # numbers of a row that a stage of a product holds, best first
 COMPARED = SIMILARITIES[-1:]  # S of variants for one GPU: what the check of first use compares with the other kernels
-# Tiles that two groups of four warps multiply: 16-bit numbers of a stage's rows; and slots, by the halves of a number.
-# Each group has 64 of 128 rows, or half of the columns of 64. The latter is for SGR, whose X, Y, edges and two stages
-# would take 2 * 128 * 256 * 4 + 128 * 128 * 4 + 2 * 256 * 128 = 393,216 bytes for 128 rows of pairs of halves.
-GROUPED = 64
-GROUPED_SLOTS = {1: (128,), 2: (128, 64)}
+# Tiles that two groups of four warps multiply, 64 rows each: slots, and 16-bit numbers of a stage's rows.
+GROUPED_SLOTS, GROUPED = 128, 64
 WINDOW = 1 << 14  # the most nodes of one image in a launch
 # The most scratch of a launch: what the first kernels write is then still in the L2 cache when the last one reads it.
 LAUNCH_BYTES = 32 << 20
@@ -152,15 +149,10 @@ def weight_kernel(kind: Kind, tile: Tile) -> Kernel:
     return Kernel("weights.cu", name, Weights, tile.threads, tile.shared)
 
 
-def side(slots: int, variant: int) -> int:
-    """Warps that share the rows of a tile of nodes: `SIDE` in nodes.h."""
-    return 4 if variant == GENERAL else 128 // slots
-
-
 def tile_bytes(kind: Kind, S: int, slots: int, depth: int, variant: int = GENERAL, places: int = 2) -> int:
     """Shared memory of `NodeTile::Shared`; `places`: stages of S rows that it holds."""
     rows = 12 * slots + 20 * (slots // 16) + 4 + (4 * slots if kind.squared else 4)
-    parts = 4 * slots * side(slots, variant) if side(slots, variant) > 1 else 4
+    parts = 4 * slots * 4 if variant == GENERAL else 4  # of four warps that share rows
     own = 2 * places * S * depth * kind.halves + rows + parts
     return rounded_up(own, 8) + 16 * places + 8 if variant == CLUSTERS else own
 
@@ -168,9 +160,7 @@ def tile_bytes(kind: Kind, S: int, slots: int, depth: int, variant: int = GENERA
 def making_bytes(kind: Kind, slots: int, depth: int, regions: int, variant: int = GENERAL) -> int:
     """Shared memory of `NodeTile::Making`."""
     few = next(n for n in (16, 32, 64, 128)[2 * (variant != GENERAL) :] if regions <= n)
-    shared = 1 if variant == GENERAL else side(slots, variant)
-    words, views = (2, 2) if shared == 1 else (3 * shared, 2 * shared)
-    return kind.halves * (2 * (words * slots + views * regions) * depth + 2 * slots * few)
+    return kind.halves * (4 * (slots + regions) * depth + 2 * slots * few)
 
 
 def global_kernel(kind: Kind, S: int, slots: int, depth: int) -> Kernel:
@@ -200,11 +190,7 @@ class Kernels(NamedTuple):
     overall_slots: int
     head: Kernel
     head_slots: int
-
-    @property
-    def words(self) -> int:
-        """The most words of a caption."""
-        return min(self.head_slots - 1, self.tile.slots)
+    words: int  # the most of a caption
 
 
 def kernels(
@@ -222,8 +208,9 @@ def kernels(
     limit, tile = shared_limit(capability), tile_of(R, capability)
     weights, regions = weight_kernel(kind, tile), rounded_up(pitch_of(tile), 16)
     found = fitting(lambda slots, depth: head(kind, S, slots, regions, depth, GENERAL), node_tiles(SLOTS, kind), limit)
-    if S in COMPARED and found and found[1] in GROUPED_SLOTS[kind.halves]:
-        slots, depth = found[1], GROUPED // kind.halves
+    words = min(found[1] - 1 if found else 0, tile.slots)  # of all variants
+    if S in COMPARED and found:
+        slots, depth = GROUPED_SLOTS, GROUPED // kind.halves
         for better in range(variant, GENERAL, -1):
             # What does not fit at the published S is never compared at first use, so that no S takes it.
             if all(head(kind, s, slots, regions, depth, better).shared <= limit for s in (S, SIMILARITIES[-1])):
@@ -234,7 +221,7 @@ def kernels(
     overall = fitting(partial(global_kernel, kind, S), (tile for tile in fewer if tile[0] <= 2 * tile[1]), limit)
     if weights.shared > limit or not found or not overall:
         return None
-    return Kernels(tile, weights, *overall, *found)
+    return Kernels(tile, weights, *overall, *found, words)
 
 
 def why_not(

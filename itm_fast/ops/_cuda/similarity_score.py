@@ -11,7 +11,7 @@ from torch import Tensor
 from ..._cuda import CLUSTERS, GENERAL, Kernel
 from ..._folding import folded_exactly
 from . import _pairs
-from ._pairs import THREADS, Kind, Nodes, kind_of, making_bytes, rows_of, scores, side, tile_bytes
+from ._pairs import THREADS, Kind, Nodes, kind_of, making_bytes, rounded_up, rows_of, scores, tile_bytes
 from .cross_attention_score import aligned
 
 
@@ -45,11 +45,13 @@ def _kernel(
 
 
 def graph_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, variant: int) -> Kernel:
-    room = max(making_bytes(kind, slots, depth, regions, variant), 4 * slots * S * kind.halves)
-    edges = 2 * slots * slots * kind.halves
-    steps, rows = (1, 16) if side(slots, variant) == 1 else (2, slots)
-    tops = 8 * (slots // 16 if kind.scaled else 1) + 8 * steps * (rows if kind.scaled else 1)
-    shared = room + edges + tile_bytes(kind, S, slots, depth, variant) + 2 * THREADS + tops
+    nodes, blocks = 2 * slots * S * kind.halves, slots // 16
+    last = 8 * (2 * S * kind.halves + 4 * (S + 4)) + 8 * blocks  # captions' rows in the last step
+    more = max(rounded_up(last, 1024), 0 if variant != GENERAL else nodes + 2 * slots**2 * kind.halves)
+    room = max(making_bytes(kind, slots, depth, regions, variant), nodes + more)
+    tops = 8 * (blocks if kind.scaled else 1) + 8 * (slots if kind.scaled and variant == GENERAL else 1)
+    places = 4 if variant == CLUSTERS and kind.halves == 1 else 2
+    shared = room + tile_bytes(kind, S, slots, depth, variant, places) + THREADS + tops
     arguments = kind.arguments(S, slots, depth, regions, variant=variant)
     return _kernel("graph.cu", "graph_scores", Graph, shared, variant, arguments)
 
