@@ -41,7 +41,12 @@ TOGETHER = {"similarity_graph", "similarity_graph_head"}  # ops that sum the gra
 
 def bfloat16_products(dtype: torch.dtype) -> bool:
     """Whether C++ converts factors of products to bfloat16: for bfloat16 inputs, and for float32 inputs when torch's
-    matmul precision is "medium", if the processor has instructions that make this faster."""
+    matmul precision is "medium", if the processor has instructions that make this faster.
+
+    Forward and backward round the factors of affinities too, as rounding the inputs would, so gradients are those of
+    slightly other attention weights. Affinities of float32 factors in backward alone would not bring them nearer to
+    float64's: scores and similarity vectors, which the gradients start from, have passed through the rounded ones.
+    """
     allowed = dtype == torch.bfloat16 or (dtype == torch.float32 and matmul_precision() == "medium")
     return allowed and _native.bfloat16_products()[0]
 
