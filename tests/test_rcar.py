@@ -29,21 +29,24 @@ def test_published_vectors(name, backend):
 
 
 @needs_cpu
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("direction", rcar.DIRECTIONS)
 @pytest.mark.parametrize("regulator,step", [("coop_rcar", 1), ("coop_rcar", 3), ("only_rar", 2), ("only_rcr", 2)])
-def test_one_pass_in_cpp_gives_the_scores_of_the_ops(regulator, step, direction):
-    """Odd sizes, captions longer than a chunk of queries, and images of fewer regions."""
+def test_one_pass_in_cpp_gives_the_scores_of_the_ops(regulator, step, direction, training):
+    """Odd sizes, captions longer than a chunk of queries, images of fewer regions, and dropout."""
     torch.manual_seed(0)
-    scorer = rcar.RegulatedMatching(37, 7, direction, regulator, step).double().eval()
+    scorer = rcar.RegulatedMatching(37, 67 if training else 7, direction, regulator, step).double().train(training)
     for parameter in scorer.parameters():  # so that weights are clamped, and temperatures become 0
         torch.nn.init.normal_(parameter, 0, 0.7)
     image, words, cu_seqlens = inputs(5, [13, 1, 130, 36, 15], 9, 37, dtype=torch.float64)
     given = torch.nn.functional.normalize(image, dim=-1), torch.nn.functional.normalize(words, dim=-1), cu_seqlens
     for counts in (None, torch.tensor([9, 3, 1, 9, 5])):
-        with torch.no_grad(), itm_fast.use_backend("cpu"):
-            found = scorer(*given, counts)
-        with torch.no_grad(), itm_fast.use_backend("torch"):
-            torch.testing.assert_close(found, scorer(*given, counts), rtol=0, atol=1e-12)
+        found = []
+        for backend in ("cpu", "torch"):
+            torch.manual_seed(2)
+            with torch.no_grad(), itm_fast.use_backend(backend):
+                found.append(scorer(*given, counts))
+        torch.testing.assert_close(*found, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -1,11 +1,13 @@
 """threads.h on its own: parts shared out to threads, what fails in them, and buffers."""
 
+import ctypes
 import os
 import resource
 import signal
 from pathlib import Path
 
 import pytest
+import torch
 from white_box import box
 
 __all__ = ["box"]  # fixtures
@@ -42,6 +44,32 @@ def test_no_part_is_begun_after_a_failure(box):
 @pytest.mark.parametrize("bad", [0, 1])
 def test_a_worker_that_cannot_be_made_is_passed_on(box, bad):
     assert box.spread(40, 4, bad, 3)[1] == "no worker"
+
+
+def test_loops_take_the_threads_of_torchs_loops(box):
+    if not hasattr(ctypes.CDLL(None), "GOMP_parallel"):
+        pytest.skip("torch has no OpenMP library with GNU's functions here")
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        torch.ones(1 << 20).exp()
+        there = {int(name) for name in os.listdir("/proc/self/task")}
+        first = box.taking_part(2)
+        assert len(first) == 2
+        assert first <= there
+        torch.ones(1 << 20).exp()
+        assert box.taking_part(2) == first
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_forked_child_has_threads_of_its_own(box):
+    assert len(box.taking_part(3)) == 3
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        os._exit(0 if len(box.taking_part(3)) == 3 else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_threads_that_cannot_start_leave_their_parts_to_the_others(box):

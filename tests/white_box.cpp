@@ -4,8 +4,11 @@
 #include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <unistd.h>
+
 #include <chrono>
 #include <optional>
+#include <set>
 
 #include "held_contexts.h"
 #include "sets.h"
@@ -179,6 +182,22 @@ std::pair<std::vector<int64_t>, std::optional<std::string>> spread(int64_t parts
   return {seen, failed ? std::optional<std::string>(failed) : std::nullopt};
 }
 
+// The threads that took part in a loop of so many parts: each waits in a part until all have one, half a second at most.
+std::set<int64_t> taking_part(int64_t threads) {
+  std::set<int64_t> seen;
+  std::mutex guard;
+  std::atomic<int64_t> here{0};
+  parallel(threads, threads, [&] {
+    return [&](int64_t) {
+      ++here;
+      for (int wait = 0; here < threads && wait < 5000; ++wait) std::this_thread::sleep_for(std::chrono::microseconds(100));
+      const std::lock_guard<std::mutex> lock(guard);
+      seen.insert(int64_t(gettid()));
+    };
+  });
+  return seen;
+}
+
 // Bytes that are not zero in a buffer of n values and the room behind it, after one full of ones was given back.
 int64_t unclean(int64_t n) {
   int64_t found = 0;
@@ -345,5 +364,6 @@ PYBIND11_MODULE(white_box_module, m) {
   m.def("captions", [](const Edge& edge) { return bounds(captions({}, int64_t(edge.size()) - 1, 1, edge.data())); });
   m.def("single_rows", [](int64_t count) { return bounds(single_rows({}, count, 1)); });
   m.def("spread", &spread, py::call_guard<py::gil_scoped_release>());
+  m.def("taking_part", &taking_part, py::call_guard<py::gil_scoped_release>());
   m.def("unclean", &unclean);
 }

@@ -1,4 +1,4 @@
-// The pair score of RCAR, without gradients and dropout: (1) to (4) of itm_fast/models/rcar.py.
+// The pair score of RCAR, without gradients: (1) to (4) of itm_fast/models/rcar.py. What dropout kept is given, as bits.
 //
 // A window of chunks of queries is packed once for all threads; then a thread owns one set of contexts with some of the
 // window's chunks at a time, as in cross_attention_similarity.cpp. All that belongs to the queries of a chunk are
@@ -50,9 +50,10 @@ class RegulatedTile {
         first(rcr ? most * ld : 0), similar(S * ld), hidden(std::max(S, call.K ? call.B : 0) * ld), smooth(ld),
         share(ld), overall(S * ld), asked(S * ld), factor(S) {}
 
-  // score(k, s) gets the score s of the queries' set k, for sets with bounds edge[0 .. sets].
-  template <class Score>
-  void run(const Contexts<T>& x, const int64_t* edge, int64_t sets, const Panels<T>& query, Score score) {
+  // score(k, s) gets the score s of the queries' set k, for sets with bounds edge[0 .. sets]; bits(step, k) points to
+  // what dropout kept of set k's queries and, behind them, of its `overall`.
+  template <class Bits, class Score>
+  void run(const Contexts<T>& x, const int64_t* edge, int64_t sets, const Panels<T>& query, Bits bits, Score score) {
     const int64_t columns = edge[sets] - edge[0], steps = rcr ? call.K : call.P;
     if (call.K) {
       std::fill_n(smooth + 0, ld, T(call.scale));
@@ -72,7 +73,7 @@ class RegulatedTile {
         }
       }
       if (rcr || (call.regulator == Regulator::COOP_RCAR && k + 1 < steps)) regulate(size_t(k), columns, query);
-      if (!rcr) aggregate(size_t(k), edge, sets);
+      if (!rcr) aggregate(size_t(k), edge, sets, bits);
     }
     if (rcr) return cosines(x, edge, sets, query, score);
     for (int64_t set = 0; set < sets; ++set) {
@@ -115,11 +116,19 @@ class RegulatedTile {
   }
 
   // (4): the sets' `overall`.
-  void aggregate(size_t k, const int64_t* edge, int64_t sets) {
+  template <class Bits>
+  void aggregate(size_t k, const int64_t* edge, int64_t sets, Bits bits) {
     weights.key[k].apply(similar, ld, edge[sets] - edge[0],
                          [this](int64_t s, int64_t j, Vec<T> y) { store(hidden + s * ld + j, tanh<T>(y)); });
     weights.ask[k].apply(overall, ld, sets,
                          [this](int64_t s, int64_t j, Vec<T> y) { store(asked + s * ld + j, tanh<T>(y)); });
+    if (call.kept)
+      for (int64_t set = 0; set < sets; ++set) {
+        const int64_t begin = edge[set] - edge[0], n = edge[set + 1] - edge[set];
+        const int64_t* const row = bits(int64_t(k), set);
+        drop(hidden + begin, n, row);
+        drop(asked + set, 1, row + (call.direction == Direction::T2I ? n : call.R) * words());
+      }
     const T* const v = weights.share + int64_t(k) * S;
     for (int64_t set = 0; set < sets; ++set) {
       const int64_t begin = edge[set] - edge[0], n = edge[set + 1] - edge[set];
@@ -147,6 +156,14 @@ class RegulatedTile {
       for (int64_t s = 0; s < S; ++s) overall[s * ld + set] *= divide;
     }
   }
+
+  // Dropout of n columns [S][ld], whose rows of bits lie side by side.
+  void drop(T* column, int64_t n, const int64_t* bits) const {
+    const T scale = T(1) / T(1 - call.dropped);
+    for (int64_t s = 0; s < S; ++s)
+      for (int64_t j = 0; j < n; ++j) column[s * ld + j] *= T(bits[j * words() + s / 64] >> s % 64 & 1) * scale;
+  }
+  int64_t words() const { return (S + 63) / 64; }  // of 64 bits, a query's
 
   // overall of a set = the sum of `share` times the similarity vectors of its n queries.
   void mix(int64_t begin, int64_t n, int64_t set) {
@@ -214,7 +231,13 @@ void forward(const RegulatedMatchingCall& call) {
         held = context;
         for (int64_t c = count * group / groups; c < count * (group + 1) / groups; ++c) {
           const Chunk& chunk = window.chunks[c];
-          work.run(x, &queries.edge[chunk.first], chunk.last - chunk.first, window.panels[c], [&](int64_t k, T score) {
+          const auto bits = [&](int64_t step, int64_t k) {
+            const int64_t set = chunk.first + k, image = t2i ? context : set, caption = t2i ? set : context;
+            const int64_t rows = t2i ? call.N + call.T : call.T * (call.R + 1);
+            const int64_t first = t2i ? words.edge[caption] + caption : caption * (call.R + 1);
+            return call.kept + ((image * call.P + step) * rows + first) * ((call.S + 63) / 64);
+          };
+          work.run(x, &queries.edge[chunk.first], chunk.last - chunk.first, window.panels[c], bits, [&](int64_t k, T score) {
             const int64_t set = chunk.first + k, at = t2i ? context * call.T + set : set * call.T + context;
             write<T>(call.score, call.dtype, at, 1, &score, T(1));
           });

@@ -1,5 +1,8 @@
 // Threads over parts of the work, memory that frees itself, and errors as sentences.
 #pragma once
+#include <dlfcn.h>
+#include <pthread.h>
+
 #include <atomic>
 #include <cstdlib>
 #include <exception>
@@ -33,6 +36,34 @@ class Buffer {
   E* data_;
 };
 
+// Set in a child process: the threads of its parent's OpenMP library do not exist there, and a loop would wait for them.
+inline std::atomic<bool> forked{false};
+inline const int watched = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
+// GNU OpenMP's function that runs another on so many threads, of the library that torch has loaded; null without one.
+using OpenMP = void (*)(void (*)(void*), void*, unsigned, unsigned);
+inline OpenMP openmp() {
+  static const auto found = reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+  return forked ? nullptr : found;
+}
+
+// Runs body on so many threads, this one among them, or on fewer if no more can be had or there are fewer parts. They are
+// those of torch's own loops: after a loop these wait by spinning, and would share the cores with threads made here. All
+// are called, as OpenMP ends those that a loop leaves out.
+template <class Body>
+void on_threads(int64_t parts, int64_t threads, Body& body) {
+  if (const OpenMP run = least(threads, parts) > 1 ? openmp() : nullptr)
+    return run([](void* of) { (*static_cast<Body*>(of))(); }, &body, unsigned(threads), 0);
+  std::vector<std::thread> others;
+  try {
+    for (int64_t k = 1; k < least(threads, parts); ++k) others.emplace_back([&] { body(); });
+  } catch (const std::exception&) {
+    // Fewer threads than asked for still do all the parts.
+  }
+  body();
+  for (auto& thread : others) thread.join();
+}
+
 // Runs worker(part) for every part, each thread with its own worker from make(). Which thread takes which part is not
 // determined, so a part's result must not depend on the parts that its worker ran before.
 template <class Make>
@@ -40,7 +71,7 @@ void parallel(int64_t parts, int64_t threads, Make make) {
   std::atomic<int64_t> next{0};
   std::exception_ptr failure;
   std::mutex guard;
-  const auto run = [&] {
+  auto run = [&] {
     try {
       if (next < parts) {
         auto worker = make();
@@ -51,15 +82,11 @@ void parallel(int64_t parts, int64_t threads, Make make) {
       failure = std::current_exception();
       next = parts;
     }
+#if defined(__AMX_BF16__)
+    AmxTiles::release();
+#endif
   };
-  std::vector<std::thread> others;
-  try {
-    for (int64_t k = 1; k < least(threads, parts); ++k) others.emplace_back(run);
-  } catch (const std::exception&) {
-    // Fewer threads than asked for still do all the parts.
-  }
-  run();
-  for (auto& thread : others) thread.join();
+  on_threads(parts, threads, run);
   if (failure) std::rethrow_exception(failure);
 }
 

@@ -170,7 +170,7 @@ class RegulatedMatching(PaddedScorer):
             whole = partial(self._in_one_pass, names, *tensors, cu_seqlens=cu_seqlens, region_lengths=region_lengths)
         run, pairs = partial(self._block, names), partial(self._pairs, names)
         if self._drops:
-            scorer = _by_caption.Scorer(partial(self._draw, share(), image), run, pairs, pair_bytes, None)
+            scorer = _by_caption.Scorer(partial(self._draw, share(), image), run, pairs, pair_bytes, whole)
             return _by_caption.score(scorer, image, words, cu_seqlens, region_lengths, parameters)
 
         def cut(backward: bool, *args: Tensor) -> Iterator[_recompute.Block]:
@@ -226,6 +226,7 @@ class RegulatedMatching(PaddedScorer):
                 given[f"{kind}_{what}"] = torch.stack(of) if of else image.new_empty(0, *shape)
         del given["share_bias"]  # the softmax does not change with it
         given |= {"direction": self.attn_type, "regulator": self.self_regulator, "scale": self.smooth}
+        given |= {"kept": kept, "dropped": self._drops}
         return cpu_score(
             REGULATED_MATCHING, image=image, words=words, cu_seqlens=cu_seqlens, region_lengths=region_lengths, **given
         )

@@ -30,6 +30,7 @@ from ._declare import (
     Integers,
     Positive,
     Result,
+    Share,
     cpu_only,
 )
 
@@ -74,8 +75,9 @@ LINEAR = cpu_only(
     backward="torch",
 )
 
-# RCAR's pair score of all pairs, which its model asks for where no gradient is recorded and nothing is dropped. Layer k
-# of each kind belongs to step k.
+# RCAR's pair score of all pairs. Layer k of each kind belongs to step k. `kept` are the bits of what dropout kept, as
+# models/_by_caption.py packs them: for each image and step those of all captions' queries, each caption's followed by
+# those of `overall`.
 REGULATED_MATCHING = cpu_only(
     "regulated_matching",
     [
@@ -89,8 +91,9 @@ REGULATED_MATCHING = cpu_only(
         Floats("smooth_out_weight", "K C"), Floats("smooth_out_bias", "K"),
         Floats("score_weight", "S"), Floats("score_bias", "1"),
         Integers("cu_seqlens", "T+1"), Integers("region_lengths", "I", optional=True),
+        Integers("kept", "I P Q W", optional=True),
         Choice("direction", _attention.DIRECTIONS, "Direction"), Choice("regulator", REGULATORS, "Regulator"),
-        Positive("scale"),
+        Positive("scale"), Share("dropped"),
     ],
     [Result("score", "I T")],
     backward="torch",

@@ -29,15 +29,17 @@ struct RegulatedMatchingCall {
   const void* score_bias;          // [1]
   const int64_t* cu_seqlens;       // [T+1]
   const int64_t* region_lengths;   // [I], or null
+  const int64_t* kept;             // [I, P, Q, W], or null
   Direction direction;
   Regulator regulator;
   double scale;
+  double dropped;
   void* score;                     // [I, T]
   Dtype dtype;                     // of all tensors of floats
   int64_t I, R, T, N, M, D, P, S, K, C, B;
   int64_t bfloat16;                // products may multiply bfloat16 values
   int64_t threads;
 };
-static_assert(sizeof(RegulatedMatchingCall) == 8 * 39);
+static_assert(sizeof(RegulatedMatchingCall) == 8 * 41);
 
 }  // namespace itm_fast
