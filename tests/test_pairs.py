@@ -9,6 +9,7 @@ from test_similarity_score import FILTER, GRAPH
 import itm_fast
 from itm_fast import _native
 from itm_fast.models import _by_caption
+from itm_fast.models.cmcan import ConfidenceMatching
 from itm_fast.models.imram import IterativeMatching
 from itm_fast.models.rcar import RegulatedMatching
 from itm_fast.ops import _recompute
@@ -73,6 +74,7 @@ def test_gradients_of_few_pairs(op, monkeypatch):
 
 
 SCORERS = {
+    "CMCAN": lambda: ConfidenceMatching(16, 7, num_region=6).eval(),
     "IMRAM text": lambda: IterativeMatching(16, "text_IMRAM", 3),
     "IMRAM image, not normed": lambda: IterativeMatching(16, "image_IMRAM", 2, no_IMRAM_norm=True),
     "RCAR t2i": lambda: RegulatedMatching(16, 7, "t2i", "coop_rcar", 3),

@@ -32,7 +32,7 @@ from ..ops._cpu_calls import score as cpu_score
 from ..packing import bounds, region_counts, spans
 from ._boxes import checked, neighbours
 from ._common import Dropout, PaddedScorer, l2norm, packed, without_padding
-from ._pair_blocks import blocks
+from ._pair_blocks import Pairs, attended_of_pairs, blocks, matched
 from ._rows import apart, linear, sigmoid
 from ._self_attention import TextSA, normalised
 from ._sgraf_attention import graph_attention, pair_attention
@@ -243,7 +243,8 @@ class ConfidenceMatching(PaddedScorer):
             whole = partial(_in_one_pass, cu_seqlens, region_lengths)
             yield _recompute.Block(((),) * len(axes), (), whole)
 
-        return _recompute.score(cut, axes, tensors, cu_seqlens, region_lengths)
+        few = partial(matched, axes, pair_bytes, self._pairs)
+        return _recompute.score(cut, axes, tensors, cu_seqlens, region_lengths, (), few)
 
     def attention(self, image: Tensor, words: Tensor, boxes: Tensor | None = None) -> Attention:
         """`regions`, `words`, the regions' `confidence` [R] of (5), and the edges of both graphs, `edges_words`
@@ -272,38 +273,71 @@ class ConfidenceMatching(PaddedScorer):
             read.append(node)
         return Attention(float(final.sim_eval_w(torch.cat(read)).sigmoid()), weights)
 
-    def _block(self, length, cu_seqlens, region_lengths, image, image_global, part, *rest) -> Tensor:
-        """Scores of a block, images with the same number of regions at a time."""
-        if region_lengths is None:
-            return self._scores(length, cu_seqlens, image, image_global, part, *rest)
-        order, found = [], []
-        for n in region_lengths.unique().tolist():
-            own = (region_lengths == n).nonzero().flatten()
-            found.append(self._scores(length, cu_seqlens, image[own, :n], image_global[own], part[own, :n], *rest))
-            order.append(own)
-        return torch.cat(found)[torch.cat(order).argsort()]
+    def _block(self, length, cu_seqlens, region_lengths, image, image_global, part, words, caption_global, *weights):
+        """Scores of a block, [b, c]."""
+        captions = words.unflatten(0, (-1, length))[None], caption_global[None]
 
-    def _scores(self, length, edge, image, image_global, part, words, caption_global, *weights) -> Tensor:
-        glo, wt, wv, par, common, norm, final = (weights[k : k + 2] for k in range(0, 14, 2))
-        n, c = image.shape[1], len(caption_global)
+        def scores(image: Tensor, image_global: Tensor, part: Tensor) -> Tensor:
+            attend = partial(attended_vectors, image, words, cu_seqlens, scale=SMOOTH)
+            to_words = lambda: attend().unflatten(1, (-1, length))  # noqa: E731
+            return _scores(image, image_global, part, *captions, to_words, partial(attend, direction="i2t"), *weights)
 
-        def vectors(layer, a: Tensor, b: Tensor) -> Tensor:
-            return l2norm(linear((a - b).square(), *layer).relu())
+        return _by_regions(scores, region_lengths, image, image_global, part)
 
-        def reasoned(overall: Tensor, local: Tensor, graph) -> Tensor:
-            nodes = torch.cat([overall[:, :, None], local], 2)  # [b, c, 1 + n, S]
-            starts = torch.arange(c + 1, dtype=edge.dtype, device=edge.device) * nodes.shape[2]
-            return similarity_graph(nodes.flatten(1, 2), starts, *graph)
+    def _pairs(self, pairs: Pairs, image, image_global, part, words, caption_global, *weights) -> Tensor:
+        """As `_block`, [P] of P pairs, with an image and a caption for each."""
 
-        overall = vectors(glo, image_global[:, None], caption_global)
-        u = l2norm(attended_vectors(image, words, edge, scale=SMOOTH))
-        z_t = reasoned(overall, vectors(wt, u, words).unflatten(1, (c, length)), weights[14 : 14 + GRAPH])
-        confidence = vectors(par, part[:, None], caption_global[None, :, None]) * overall[:, :, None]
-        confidence = linear(confidence, *common)[..., 0]
-        confidence = sigmoid(nn.functional.layer_norm(confidence, (n,), norm[0][:n], norm[1][:n]))
-        u = l2norm(attended_vectors(image, words, edge, scale=SMOOTH, direction="i2t"))
-        z_v = reasoned(overall, confidence[..., None] * vectors(wv, u, image[:, None]), weights[14 + GRAPH :])
-        return sigmoid(linear(torch.cat([z_t, z_v], -1), *final)[..., 0])
+        def scores(image: Tensor, image_global: Tensor, part: Tensor, words: Tensor, caption_global: Tensor) -> Tensor:
+            to_words = lambda: attended_of_pairs(image, None, words, scale=SMOOTH)[:, None]  # noqa: E731
+            to_regions = lambda: attended_of_pairs(words, None, image, scale=SMOOTH)[:, None]  # noqa: E731
+            captions = words[:, None], caption_global[:, None]
+            return _scores(image, image_global, part, *captions, to_words, to_regions, *weights)
+
+        return _by_regions(scores, pairs.region_lengths, image, image_global, part, words, caption_global)[:, 0]
+
+
+def _by_regions(scores, region_lengths, image, image_global, part, *more) -> Tensor:
+    """scores(image, image_global, part, *more), of images with the same number of regions at a time."""
+    if region_lengths is None:
+        return scores(image, image_global, part, *more)
+    order, found = [], []
+    for n in region_lengths.unique().tolist():
+        own = (region_lengths == n).nonzero().flatten()
+        found.append(scores(image[own, :n], image_global[own], part[own, :n], *(x[own] for x in more)))
+        order.append(own)
+    return torch.cat(found)[torch.cat(order).argsort()]
+
+
+def _scores(image, image_global, part, words, caption_global, to_words, to_regions, *weights) -> Tensor:
+    """(3) to (7), [b, c].
+
+    Args:
+        image, image_global, part: [b, n, D], [b, D] and, p_r, [b, n, D].
+        words: [b or 1, c, L, D].
+        caption_global: [b or 1, c, D].
+        to_words: makes P of the words, [b, c, L, D].
+        to_regions: makes P of the regions, [b, c, n, D].
+        *weights: as `score` lists them.
+    """
+    glo, wt, wv, par, common, norm, final = (weights[k : k + 2] for k in range(0, 14, 2))
+    n, c = image.shape[1], words.shape[1]
+
+    def vectors(layer, a: Tensor, b: Tensor) -> Tensor:
+        return l2norm(linear((a - b).square(), *layer).relu())
+
+    def reasoned(overall: Tensor, local: Tensor, graph) -> Tensor:
+        nodes = torch.cat([overall[:, :, None], local], 2)  # [b, c, 1 + n, S]
+        starts = torch.arange(c + 1, dtype=torch.int32, device=nodes.device) * nodes.shape[2]
+        return similarity_graph(nodes.flatten(1, 2), starts, *graph)
+
+    overall = vectors(glo, image_global[:, None], caption_global)
+    z_t = reasoned(overall, vectors(wt, l2norm(to_words()), words), weights[14 : 14 + GRAPH])
+    confidence = vectors(par, part[:, None], caption_global[:, :, None]) * overall[:, :, None]
+    confidence = linear(confidence, *common)[..., 0]
+    confidence = sigmoid(nn.functional.layer_norm(confidence, (n,), norm[0][:n], norm[1][:n]))
+    local = vectors(wv, l2norm(to_regions()), image[:, None])
+    z_v = reasoned(overall, confidence[..., None] * local, weights[14 + GRAPH :])
+    return sigmoid(linear(torch.cat([z_t, z_v], -1), *final)[..., 0])
 
 
 def _in_one_pass(cu_seqlens, region_lengths, *tensors: Tensor) -> Tensor:
