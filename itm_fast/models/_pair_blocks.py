@@ -96,7 +96,10 @@ def matched(
     lengths, order = cu_seqlens.diff()[captions].sort(stable=True)
     for own in order.split(lengths.unique_consecutive(return_counts=True)[1].tolist()):
         length = int(cu_seqlens.diff()[captions[own[0]]])
-        for some in own.split(max(1, limit // (pair_bytes(length) * max(1, grad.element_size() // 4)))):
+        # Rectangles read rows of their tensors where these lie; here each pair has copies of its own.
+        copied = sum({"I": 1, "T": 1, "N": length, ".": 0}[axis] * x[:1].numel() * 4 for axis, x in zip(axes, tensors))
+        most = limit // ((pair_bytes(length) + copied) * max(1, grad.element_size() // 4))
+        for some in own.split(max(1, most)):
             i, t = images[some], captions[some]
             rows = cu_seqlens[t].long()[:, None] + torch.arange(length)
             at: dict[str, tuple[Index, ...]] = {"I": (i,), "N": (rows,), "T": (t,), ".": ()}

@@ -131,17 +131,20 @@ class NegativeAware(PaddedScorer):
         padding = None if real is None else ~real[:, :, None]
         peak = (affinity if padding is None else affinity.masked_fill(padding, float("-inf"))).amax(1)  # [I, N]
         found, seen = [relevance.new_empty(len(image), 0)], _Seen()
-        for t, (start, stop) in enumerate(pairwise(edge)):
-            own, threshold = affinity[:, :, start:stop], self.thres
+        lengths = [stop - start for start, stop in pairwise(edge)]
+        # Cut once: backward of a slice would fill and add a gradient of the whole, for every caption.
+        parts = zip(affinity.split(lengths, 2), peak.split(lengths, 1), relevance.unbind(1), strict=True)
+        for t, (own, top, r) in enumerate(parts):
+            threshold = self.thres
             kept = own > threshold if padding is None else (own > threshold) & ~padding
             weight = torch.where(kept, (self.lambda_softmax * (own - threshold)).exp(), 0.0)
             weight = weight / (weight.sum(1, keepdim=True) + 1e-8)
             square, none = (weight * (gram @ weight)).sum(1), ~kept.any(1)
             length = square.clamp_min(TINY**2).sqrt()  # as max(|c|, 1e-8), whose gradient there is 0 too
             f = ((weight * own).sum(1) / length).masked_fill(none, 0.0)
-            n = (peak[:, start:stop] - threshold).clamp(max=0.0)
-            score = relevance[:, t] + (n + f).mean(1).to(relevance.dtype)
-            self.mine(seen, t, peak[:, start:stop], score)
+            n = (top - threshold).clamp(max=0.0)
+            score = r + (n + f).mean(1).to(r.dtype)
+            self.mine(seen, t, top, score)
             found.append(score[:, None])
         return torch.cat(found, 1)
 
