@@ -65,7 +65,7 @@ template <class T> __device__ __forceinline__ void score_filter(const Filter &p)
 #pragma unroll
             for (int k = 0; k < PAIRS; ++k) sum[k][0] += gate * x[k].x, sum[k][1] += gate * x[k].y;
         }
-        sync_warp();  // the rows have been read
+        sync_warp();  // the rows have been read; unseen: in the emulator the sums have waited for all lanes
 #pragma unroll
         for (int k = 0; k < PAIRS; ++k) *reinterpret_cast<float2 *>(sums(warp) + k * 64) = {sum[k][0], sum[k][1]};
         if (lane == 0) sh.total[warp] = total;

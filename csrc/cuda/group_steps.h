@@ -86,7 +86,7 @@ __device__ __forceinline__ void step_by_groups(const Graph &p, GraphShared<T> &s
         clear(logit);
 #pragma unroll
         for (int b = 0; b < LONGEST; ++b) {
-            if (b >= blocks) continue;
+            if (b >= blocks) continue;  // redundant: saves products whose sums are masked below
 #pragma unroll
             for (int k = 0; k < T::S / 16; ++k) {
                 Factor<KIND> x;

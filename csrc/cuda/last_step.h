@@ -46,7 +46,7 @@ template <class T> __device__ __forceinline__ void gather_firsts(GraphShared<T> 
     auto sums = [&](int block) { return reinterpret_cast<float *>(sh.x() + block * 16 * T::WIDE * 16) + lane * 2; };
     // A warp has 16 rows of one caption, and a lane every 32nd pair of columns.
     const int owner = warp < T::BLOCKS ? sh.tile.owner[warp * 16] : -1;
-    if (owner >= 0) {
+    if (owner >= 0) {  // unseen: else the search for its number runs on behind the captions
         float2 x[16][PAIRS], sum[PAIRS], asked[PAIRS];
         float logit[16], largest = -INFINITE, total = 0;
         int caption = 0;
@@ -76,13 +76,13 @@ template <class T> __device__ __forceinline__ void gather_firsts(GraphShared<T> 
 #pragma unroll
             for (int k = 0; k < PAIRS; ++k) sum[k].x += e * x[row][k].x, sum[k].y += e * x[row][k].y;
         }
-        sync_warp();  // the rows have been read
+        sync_warp();  // the rows have been read; unseen: in the emulator the sums have waited for all lanes
 #pragma unroll
         for (int k = 0; k < PAIRS; ++k) *reinterpret_cast<float2 *>(sums(warp) + k * 64) = sum[k];
         if (lane == 0) last.largest[warp] = largest, last.total[warp] = total;
     }
     __syncthreads();
-    if (warp >= sh.tile.captions) return;  // a warp's caption
+    if (warp >= sh.tile.captions) return;  // a warp has a caption; unseen: others read behind its places
     const int begin = sh.tile.first[warp] / 16, end = sh.tile.end[begin];
     float largest = -INFINITE, total = 0;
     for (int block = begin; block < end; ++block) largest = max(largest, last.largest[block]);
