@@ -37,7 +37,7 @@ class Count:
         products: operations by their kind, as in `cards.PRODUCTS`, multiply-add = 2; tiles as they are, padding too.
         vector: float32 instructions outside matrix products, an estimate.
         shared: bytes through shared memory: copies that land, ldmatrix and factors of wgmma; CUDA kernels only.
-        plain: those of threads' own loads and stores, an estimate; CUDA kernels only.
+        plain: those of threads' own loads and stores, of some kernels an estimate; CUDA kernels only.
         by_mma: whether products are made by the instructions mma.sync, which warps wait for, on a card that has others.
         by_wgmma: of `products`, those that are made by these others all the same.
     """

@@ -169,7 +169,7 @@ def _factor_bytes(p: Problem) -> int:
     return p.I * p.pitch**2 * 4 if p.direction == "t2i" else int((blocks(length, 4) * length).sum()) * 16
 
 
-def _affinities(p: Problem, tiles: int, tile: _tiles.Tile, walks: int) -> Count:
+def _affinities(p: Problem, tiles: int, tile: _tiles.Tile, walks: int, again: int = 0) -> Count:
     """What `scan_t2i`, `scan_i2t` and `weights` begin with: the affinities of all words and regions.
 
     Args:
@@ -177,10 +177,11 @@ def _affinities(p: Problem, tiles: int, tile: _tiles.Tile, walks: int) -> Count:
         tiles: of words.
         tile: the sizes of one.
         walks: how often all words are read from memory.
+        again: words of the last tile, if a block of a cluster without a tile of its own reads them too.
     """
     groups, words, image = blocks(p.I, tile.images), p.N * p.D * p.size, p.I * p.R * p.D * p.size
     done = Count(tiles * groups)
-    done.reads("words", words * walks, words * groups)
+    done.reads("words", words * walks, (words + again * p.D * p.size) * groups)
     if tile.clusters:  # two blocks read the regions once; stages of 128 bytes of a row have zeros where there are none
         tiles, staged = _pairs.rounded_up(tiles, 2), _staged(p, tile)
         done = replace(done, programs=tiles * groups)
@@ -204,10 +205,11 @@ def _attended(p: Problem, done: Count, tiles: int, tile: _tiles.Tile) -> None:
     done.reads("factor", _factor_bytes(p), _factor_bytes(p) * tiles)
     # The upper triangle of a factor, in blocks of 8 x 8; both it and the weights are sums of two float16 numbers.
     triangle = p.pitch // 8 * (p.pitch // 8 + 1) // 2
-    done.dots(tiles * groups * tile.images * triangle, tile.slots, 8, 8, "float16x3")
-    each = tiles * groups * tile.slots * tile.images * tile.columns
-    done.vector = each * 14
-    done.plain += each * 2 * 4  # affinities, and the numbers that normalise them
+    done.dots(done.programs * tile.images * triangle, tile.slots, 8, 8, "float16x3")
+    columns = groups * tile.images * tile.columns
+    done.vector = done.programs // groups * columns * tile.slots * 14
+    # Affinities are read to be normalised, over columns without regions too; then the numbers for that by each slot.
+    done.plain += ((p.N + p.T) * columns + done.programs // groups * tile.slots * p.I * p.R) * 4
 
 
 def _triangle(length: torch.Tensor) -> int:
@@ -221,9 +223,10 @@ def _attended_words(p: Problem, done: Count, groups: int) -> None:
     length = p.edge.diff().long()
     done.vector = p.I * p.R * (p.N * 20 + _triangle(length) * 5)
     # A thread reads a short caption's affinities once, with the numbers that normalise them. Of a long one it does so
-    # twice, and writes v, which it reads for each four rows of the factor.
+    # twice, reads the affinity once more, and writes v, which it reads for each four rows of the factor. At the end it
+    # writes a cosine, which is pooled in two passes.
     long = length[length > HELD]
-    done.plain += p.I * p.R * (2 * p.N + 3 * int(long.sum()) + _triangle(long)) * 4
+    done.plain += p.I * p.R * (2 * p.N + 4 * int(long.sum()) + _triangle(long) + 3 * p.T) * 4
 
 
 def _scan(p: Problem) -> Iterator[tuple[str, Count]]:
@@ -240,13 +243,16 @@ def _scan(p: Problem) -> Iterator[tuple[str, Count]]:
         staged.reads("image", p.I * p.R * p.D * p.size, p.I * p.R * p.D * p.size)
         staged.writes("stages", _staged(p, tile))
         yield "stages", staged
-    tiles = _tiles.plan_tiles(p.edge, p.N, p.op, tile.slots).tiles
+    plan = _tiles.plan_tiles(p.edge, p.N, p.op, tile.slots)
     groups = blocks(p.I, tile.images)
-    scan = _affinities(p, tiles, tile, blocks(groups, BAND))
+    again = int((plan.row[-tile.slots :] >= 0).sum()) if tile.clusters and plan.tiles % 2 else 0
+    scan = _affinities(p, plan.tiles, tile, blocks(groups, BAND), again)
     if p.direction == "t2i":
-        _attended(p, scan, tiles, tile)
+        _attended(p, scan, plan.tiles, tile)  # and cosines, which are pooled in two passes
+        scan.plain += ((p.N + again) * groups * tile.images + 2 * p.N * p.I) * 4
     else:
         _attended_words(p, scan, groups)
+        scan.plain += scan.programs * tile.slots * tile.images * 4  # numbers that normalise affinities
     scan.writes("score", p.I * p.T * p.given)
     if p.precision == "float32" and p.capability >= _attention.TENSOR_FLOAT32:
         scan.launches = 2  # the other one computes pairs of wide rows

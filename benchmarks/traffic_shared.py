@@ -3,7 +3,9 @@
 `Count.shared` is what tests/test_traffic_cuda.py finds that the emulated kernels move: copies that land, zeros too;
 ldmatrix, 512 bytes a warp; and the factors of products by groups of four warps (wgmma), which read a factor
 [columns, 16] once for the group, and one [64, 16] where it is not in registers. `Count.plain` is the threads' own loads
-and stores of the large matrices, an estimate. Bank conflicts and hits of L1, which shares these banks, are not counted.
+and stores: those of SCAN's kernels and of `weights` as the same test counts them, of the other kernels an estimate of
+those of the large matrices. Not counted: bank conflicts; that a load by some lanes of a warp takes as long as one by
+all; and hits of L1, which shares these banks.
 """
 
 from __future__ import annotations
@@ -35,6 +37,8 @@ def affinities(done: Count, tile: _tiles.Tile, row: int, halves: int) -> None:
         read = warps * 4 * (down + blocks(across, 2)) * MATRICES
     done.shared += done.programs * stages * ((tile.slots + width) * 128 + read)
     done.plain += done.programs * tile.slots * width * 4
+    if tile.clusters:  # whether a block has given up: set by one thread, read by all
+        done.plain += done.programs * (1 + tile.threads) * 4
 
 
 @dataclass

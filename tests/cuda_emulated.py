@@ -28,6 +28,9 @@ NAME = "cuda_emulated_module"
 OPTIONS = ["-DITM_EMULATE", "-ffp-contract=off", "-Wno-unknown-pragmas"]
 OPTIONS += os.environ.get("EMULATOR_OPTIONS", "").split()
 FLAGS = ("-O1", "-std=c++20", "-fPIC")
+# The compiler calls a function before each access to memory; the other namespace keeps the two modules apart. No
+# function sets errno, else what lies in memory would be read again after each exponential.
+COUNTING = ("-O2", *FLAGS[1:], "-fno-math-errno", "-fsanitize=thread", "-Demulator=counting_emulator")
 KINDS = ("F16", "BF16", "F16X3", "TF32X3")
 
 SCANS = ["scan_t2i", "scan_i2t"]
@@ -100,6 +103,11 @@ INSTANCES = {
     ]
     + [f"filter_scores_in_clusters<{n}>" for n in (*CLUSTERED_TILES, PAIRS)],
 }
+# Of those, what is built to count the threads' own loads and stores of shared memory.
+COUNTED = {
+    "scan": [f"scan_{direction}_in_clusters<BF16, 36, 128, 3>" for direction in ("t2i", "i2t")],
+    "weights": ["weights<BF16, 36, 128, 2>"],
+}
 STRUCTURES = {
     "scan": [Scan],
     "weights": [_pairs.Weights],
@@ -109,12 +117,12 @@ STRUCTURES = {
 }  # twins of the structs of a file
 
 
-def sources():
-    """File name -> text of what the module is built from."""
+def sources(instances, name):
+    """File name -> text of what a module of these instances is built from."""
     cuda = _native.csrc_dir() / "cuda"
     files = [*cuda.glob("*.h"), *HERE.glob("*.h"), HERE / "emulated.cpp", HERE / "products.cpp"]
-    found = {file.name: file.read_text() for file in files}
-    for stem, names in INSTANCES.items():
+    found = {file.name: file.read_text().replace(NAME, name) for file in files}
+    for stem, names in instances.items():
         file = next(place / f"{stem}.cu" for place in (cuda, HERE) if (place / f"{stem}.cu").is_file())
         lines = ['#include "gpu.h"', f"namespace {stem} {{", f'#line 1 "{file.name}"', file.read_text()]
         lines += [_cuda.layout_checks(twin, twin.__name__) for twin in STRUCTURES.get(stem, ())]
@@ -131,7 +139,16 @@ def load():
     """The module; or why there is none, a sentence."""
     if platform.machine() != "x86_64" or sys.platform != "linux":
         return "CUDA kernels are emulated on x86-64 Linux only"
-    return build_module(NAME, _native.level(), sources(), OPTIONS, FLAGS)
+    return build_module(NAME, _native.level(), sources(INSTANCES, NAME), OPTIONS, FLAGS)
+
+
+@functools.cache
+def load_counting():
+    """A module of `COUNTED` whose counts have "own" too, an order of magnitude slower; or why there is none."""
+    if platform.machine() != "x86_64" or sys.platform != "linux" or any("sanitize" in option for option in OPTIONS):
+        return "accesses of CUDA kernels are counted on x86-64 Linux only, and without other sanitizers"
+    name = "cuda_counting_module"
+    return build_module(name, _native.level(), sources(COUNTED, name), OPTIONS, COUNTING)
 
 
 @pytest.fixture(scope="module")
@@ -150,12 +167,17 @@ class Device:
         capability: its compute capability.
         order: in which threads run; see emulator.h.
         launches: (the kernel, what its run counted) of each launch.
+        counting: whether its kernels are those of `COUNTED`.
     """
 
-    def __init__(self, module):
-        self.module, self.capability, self.order, self.launches = module, (8, 0), 0, []
+    def __init__(self, module, counting=False):
+        self.module, self.counting = module, counting
+        self.capability, self.order, self.launches = (8, 0), 0, []
 
     def launch(self, kernel, problem, grid, device):
+        """Run a kernel, unless this is a module of `COUNTED` without it."""
+        if self.counting and kernel.name not in self.module.problem_bytes():
+            return
         address = ctypes.addressof(problem)
         counts = self.module.run(kernel.name, address, *grid, kernel.threads, kernel.shared, self.order)
         self.launches.append((kernel, counts))
@@ -164,7 +186,19 @@ class Device:
 @pytest.fixture
 def device(emulated, monkeypatch):
     """A `Device` that the backend launches on."""
-    made = Device(emulated)
+    return installed(Device(emulated), monkeypatch)
+
+
+@pytest.fixture
+def counting_device(monkeypatch):
+    """The same, where kernels of `COUNTED` alone run."""
+    module = load_counting()
+    if isinstance(module, str):
+        pytest.skip(module)
+    return installed(Device(module, counting=True), monkeypatch)
+
+
+def installed(made, monkeypatch):
     monkeypatch.setattr(_cuda, "launch", made.launch)
     monkeypatch.setattr(_pairs, "COMPARED", _pairs.SIMILARITIES)
     monkeypatch.setattr(_cuda, "_variants", {})

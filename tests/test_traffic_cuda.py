@@ -1,12 +1,13 @@
 """What `benchmarks/traffic_cuda.py` says of the CUDA kernels is what the emulated ones count."""
 
+import itertools
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
 
 import pytest
 import torch
-from cuda_emulated import device, emulated
+from cuda_emulated import counting_device, device, emulated
 from test_cuda_nodes import case, rounded
 
 from itm_fast.ops._cuda import cross_attention_score, similarity_score
@@ -21,13 +22,15 @@ if str(ROOT) not in sys.path:
 from benchmarks import traffic_cuda  # noqa: E402
 from benchmarks.cards import CARDS  # noqa: E402
 
-__all__ = ["device", "emulated"]  # fixtures
+__all__ = ["counting_device", "device", "emulated"]  # fixtures
 pytestmark = pytest.mark.slow
 
 # More groups of images than a walk has; captions of one block of nodes, of several and, in a tile, with empty ones.
 I, R, D, K = 36, 36, 64, 3
 LENGTHS = (12, 1, 37, 30, 5, 20, 16, 62)
 DTYPES = {"bfloat16": torch.bfloat16, "tf32": torch.float32, "float32": torch.float32}
+# At "tf32" the pair scorers' kernels are those of bfloat16 but for the kind of numbers.
+CASES = [*itertools.product(["t2i", "i2t"], DTYPES), *itertools.product(["graph", "filter"], ["bfloat16", "float32"])]
 # What a kernel reads by plain loads, into registers: not copied to shared memory.
 LOADED = {"factor", "global nodes"}
 
@@ -39,8 +42,8 @@ def precision(request):
     torch.set_float32_matmul_precision("highest")
 
 
-def scan(direction, dtype):
-    image, words, edge = inputs(I, LENGTHS, R, D)
+def scan(direction, dtype, images=I, lengths=LENGTHS):
+    image, words, edge = inputs(images, lengths, R, D)
     options = direction, "clipped_l2norm", 9.0, "lse", 6.0, "softmax", 0.0, "cosine"
     cross_attention_score.forward(image.to(dtype), words.to(dtype), edge, None, *options)
     return edge
@@ -77,9 +80,11 @@ def compare(op, precision, device, edge, direction="t2i", images=I, S=64, D=D):
             assert 0.9 < count.shared / counted[name]["shared"] < 1.1
         else:
             assert counted[name]["shared"] == count.shared, name
+        if device.counting:
+            assert counted[name]["own"] == count.plain, name
 
 
-@pytest.mark.parametrize("model", ["t2i", "i2t", "graph", "filter"])
+@pytest.mark.parametrize("model, precision", CASES, indirect=["precision"])
 def test_products_and_copies_are_those_of_the_emulated_kernels(model, precision, device):
     device.capability = (9, 0)
     if model in ("t2i", "i2t"):
@@ -96,3 +101,15 @@ def test_the_same_where_groups_of_warps_multiply(head, precision, device):
     edge = pair_score(head, DTYPES[precision], 2, (30, 20), S=256, D=96)
     assert device.launches[-1][0].cluster == 2
     compare(f"similarity_{head}_score", precision, device, edge, images=2, S=256, D=96)
+
+
+@pytest.mark.parametrize("model", ["t2i", "i2t", "filter"])
+def test_loads_and_stores_of_threads_are_those_of_the_emulated_kernels(model, counting_device):
+    """Those of SCAN's kernels, where the second block of the last cluster has no tile, and of `weights`."""
+    counting_device.capability, lengths = (9, 0), (100, 9, 60)
+    if model == "filter":
+        edge = pair_score(model, torch.bfloat16, 5, lengths, S=64)
+        compare("similarity_filter_score", "bfloat16", counting_device, edge, images=5)
+        return
+    edge = scan(model, torch.bfloat16, 9, (*lengths, 100))
+    compare("cross_attention_score", "bfloat16", counting_device, edge, direction=model, images=9)

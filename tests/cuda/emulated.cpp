@@ -29,6 +29,8 @@ namespace emulator {
 
 namespace {
 
+unsigned char *shared_begin = nullptr;
+
 // Fibers end without returning, so AddressSanitizer still has marks around their last variables.
 void forget_variables() {
 #ifdef __SANITIZE_ADDRESS__
@@ -186,6 +188,32 @@ void hold() {
 
 }  // namespace
 
+#ifdef __SANITIZE_THREAD__
+#define UNWATCHED __attribute__((no_sanitize("thread")))
+// The compiler calls these before every access to memory. Those that a thread of the kernel makes to shared memory count.
+UNWATCHED void touched(const void *at, size_t bytes) {
+    const size_t offset = static_cast<const unsigned char *>(at) - shared_begin;
+    if (offset < cluster * shared_pitch && current && !at_work) counts.own += bytes;
+}
+#define ACCESS(name, bytes) UNWATCHED void __tsan_##name##bytes(void *at) { touched(at, bytes); }
+#define ACCESSES(name) ACCESS(name, 1) ACCESS(name, 2) ACCESS(name, 4) ACCESS(name, 8) ACCESS(name, 16)
+extern "C" {
+ACCESSES(read) ACCESSES(write) ACCESSES(unaligned_read) ACCESSES(unaligned_write)
+UNWATCHED void __tsan_read_range(void *at, size_t bytes) { touched(at, bytes); }
+UNWATCHED void __tsan_write_range(void *at, size_t bytes) { touched(at, bytes); }
+void __tsan_init() {}
+void __tsan_func_entry(void *) {}
+void __tsan_func_exit() {}
+void __tsan_vptr_read(void **) {}
+void __tsan_vptr_update(void **, void *) {}
+// What the compiler makes of the atomic operations of libstdc++ and pybind11.
+UNWATCHED char __tsan_atomic8_load(const volatile char *at, int) { return __atomic_load_n(at, __ATOMIC_SEQ_CST); }
+UNWATCHED int __tsan_atomic32_fetch_add(volatile int *at, int x, int) {
+    return __atomic_fetch_add(at, x, __ATOMIC_SEQ_CST);
+}
+}
+#endif
+
 void cluster_barrier() {
     current->at_cluster_barrier = true;
     ++progress;
@@ -259,6 +287,7 @@ void launch(Dim g, Dim b, unsigned of_cluster, size_t bytes, unsigned order, std
     stacks.resize(cluster * b.x * STACK);
     shared_bytes = bytes, shared_pitch = (bytes / 1024 + 1) * 1024;
     shared.reset(static_cast<unsigned char *>(::operator new(cluster * shared_pitch, std::align_val_t(1024))));
+    shared_begin = shared.get();
     random_order.seed(order);
     for (unsigned y = 0; y < g.y; y += cluster)
         for (unsigned x = 0; x < g.x; ++x) {
@@ -287,7 +316,7 @@ PYBIND11_MODULE(cuda_emulated_module, m) {
                                            {"matrices", c.matrices},             {"bank_conflicts", c.bank_conflicts},
                                            {"barriers", c.barriers},             {"copies", c.copies},
                                            {"flops", c.flops},                   {"group_flops", c.group_flops},
-                                           {"shared", c.shared}};
+                                           {"shared", c.shared},                 {"own", c.own}};
     });
     m.def("lose", [](int messages) { emulator::lose = messages; });
     m.def("hurry", [](int waits) { emulator::hurry = waits; });

@@ -111,6 +111,7 @@ struct Counts {
     long copies = 0;               // of 16 bytes of global memory, those to both blocks of a cluster once
     long group_flops = 0;          // of `flops`, those of products of groups of warps
     long shared = 0;               // bytes of shared memory: copies that land, ldmatrix, factors of groups' products
+    long own = 0;                  // and those that the threads' own loads and stores ask for; see `touched`
 };
 struct Release {
     void operator()(unsigned char *p) const { ::operator delete(p, std::align_val_t(1024)); }
@@ -133,6 +134,7 @@ inline int lose = -1, losing = -1;
 inline int hurry = -1, hurrying = -1;  // the same of waits of the blocks' first threads, until one gives up
 inline bool may_give_up = false;
 inline Fiber *current = nullptr;
+inline bool at_work = false;      // whether an operation of the emulator runs, whose accesses are not the threads'
 inline void *scheduler = nullptr;
 inline std::function<void()> body;
 inline std::string failure;
@@ -192,7 +194,9 @@ template <class Work> void together(const char *operation, void *mine, Work work
     warp.operation = operation;
     warp.brought[current->thread % 32] = mine;
     if (++warp.arrived == 32) {
+        at_work = true;
         work(warp.brought);
+        at_work = false;
         ++counts.operations;
         warp.arrived = 0;
         ++warp.generation;
@@ -212,7 +216,9 @@ inline void check_shared(const void *at, size_t bytes) {
 }
 
 inline void land(const Copy &copy) {
+    at_work = true;
     copy.from ? std::memcpy(copy.to, copy.from, 16) : std::memset(copy.to, 0, 16);
+    at_work = false;
     const size_t piece = (static_cast<unsigned char *>(copy.to) - shared.get()) / 16;
     unseen[piece] = true;
     current->unseen.push_back(piece);
