@@ -10,7 +10,7 @@ import torch
 import itm_fast
 from itm_fast.ops import _examples, _first_use
 from itm_fast.ops import cross_attention_score as op
-from itm_fast.ops._attention import NEGATIVE, SIMILARITIES, WEIGHTS, attention_weights
+from itm_fast.ops._attention import NEGATIVE, NORMS, POOLS, SIMILARITIES, WEIGHTS, attention_weights
 from itm_fast.ops._declare import DECLARED
 from itm_fast.testing import inputs, op_checks
 from itm_fast.testing.bfan import attend
@@ -143,24 +143,52 @@ def test_kernels_of_each_kind_are_checked_before_their_first_use(monkeypatch):
     monkeypatch.setattr(_examples, "problem", lambda *args, chosen=(): checked.append(chosen))
     op_, device = DECLARED["cross_attention_score"], torch.device("cpu")
     both = {"weights": "hard", "similarity": "product"}
-    for change in ({}, {"weights": "hard"}, {}, both, {"weights": "hard"}, {"direction": "i2t"}):
-        aside = op_.put_aside({"direction": "t2i", "weights": "softmax", "similarity": "cosine", **change})
+    pooled = {"affinity_norm": "softmax", "pool": "mean"}
+    for change in ({}, {"weights": "hard"}, {}, both, {"weights": "hard"}, {"direction": "i2t"}, pooled, pooled):
+        aside = op_.put_aside({**op_.choosing.defaults, **change})
         assert aside("cross_attention_score", "triton", device, torch.float32) is None
-    assert [dict(chosen) for chosen in checked] == [
-        {}, {"weights": "hard"}, {"weights": "hard", "similarity": "product"}, {"direction": "i2t"},
-    ]  # fmt: skip
+    assert [dict(chosen) for chosen in checked] == [{}, {"weights": "hard"}, both, {"direction": "i2t"}, pooled]
+
+
+def wrong_beside(monkeypatch, options):
+    """Let all backends but the reference compute with these options in place of those given."""
+    real = DECLARED["cross_attention_score"].function
+
+    @functools.wraps(real)
+    def wrong(*args, backend, **given):
+        return real(*args, backend=backend, **given | (options if backend != "reference" else {}))
+
+    monkeypatch.setattr(DECLARED["cross_attention_score"], "function", wrong)
+
+
+VALUES = [*(("affinity_norm", norm) for norm in NORMS), *(("pool", pool) for pool in (*POOLS, *NEGATIVE))]
+
+
+@pytest.mark.parametrize("direction", ["t2i", "i2t"])
+@pytest.mark.parametrize("option", VALUES, ids="-".join)
+def test_the_check_of_first_use_finds_the_kernels_of_another_norm_or_pool(option, direction, monkeypatch):
+    """Also beside other weights, whose example has a norm and a pool of its own."""
+    defaults = DECLARED["cross_attention_score"].choosing.defaults
+    beside = {"weights": "hard"} if option == ("affinity_norm", "softmax") else {}
+    given = dict([option], direction=direction, **beside)
+    chosen = tuple((name, given[name]) for name in defaults if given.get(name, defaults[name]) != defaults[name])
+    name, value = option
+    other: dict[str, str] = {}
+    wrong_beside(monkeypatch, other)
+    for dtype in (torch.bfloat16, torch.float32):
+        check = "cross_attention_score", "torch", torch.device("cpu"), dtype, True
+        assert _examples.problem(*check, chosen=chosen) is None
+    for instead in ("none", "softmax") if name == "affinity_norm" else ("mean", "lse"):
+        if instead != value:
+            other[name] = instead
+            assert _examples.problem(*check, chosen=chosen) is not None, other
 
 
 @pytest.mark.parametrize("weights", WEIGHTS[1:])
 def test_the_check_of_first_use_finds_the_kernels_of_other_weights(weights, monkeypatch):
-    real, other = DECLARED["cross_attention_score"].function, {}
-
-    @functools.wraps(real)
-    def wrong(*args, backend, **options):
-        return real(*args, backend=backend, **options | (other if backend != "reference" else {}))
-
+    other: dict[str, str] = {}
     monkeypatch.setattr(_examples, "SMALL", _examples.SMALL._replace(regions=36, dim=40))
-    monkeypatch.setattr(DECLARED["cross_attention_score"], "function", wrong)
+    wrong_beside(monkeypatch, other)
     for dtype in (torch.float32, torch.float16):
         for instead in WEIGHTS:
             other["weights"] = instead
@@ -170,13 +198,8 @@ def test_the_check_of_first_use_finds_the_kernels_of_other_weights(weights, monk
 
 
 def test_the_check_of_the_other_direction_has_the_default_norm(monkeypatch):
-    real, norm = DECLARED["cross_attention_score"].function, {}
-
-    @functools.wraps(real)
-    def wrong(*args, backend, **options):
-        return real(*args, backend=backend, **options | (norm if backend != "reference" else {}))
-
-    monkeypatch.setattr(DECLARED["cross_attention_score"], "function", wrong)
+    norm: dict[str, str] = {}
+    wrong_beside(monkeypatch, norm)
     given = "cross_attention_score", "torch", torch.device("cpu"), torch.float32, True
     for norm["affinity_norm"], finds in (("clipped_l2norm", False), ("none", True)):
         found = _examples.problem(*given, chosen=(("direction", "i2t"),))

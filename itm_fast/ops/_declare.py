@@ -159,13 +159,22 @@ class Result:
 class Choosing:
     """Options of words whose values choose among an op's kernels, each of which is checked before its first use.
 
-    The examples of the op check the kernels of the default values, and those of another direction alone. Those of other
-    values are checked with the arguments that `example` makes, and those by name in `given`.
+    Attributes:
+        defaults: their default values, whose kernels the examples of the op check.
+        example: makes the arguments on which kernels of other values of the options `apart` are checked, as rounding
+            does not change there which contexts they keep. Those of the others are checked on the examples of the op.
+        apart: some of the names of `defaults`.
+        given: further options with `example`; they stand in for those of a call.
+        needs: (option, value) -> further options with that value on the examples of the op.
+        jumps: options and values whose gradients jump where rounding changes an order: only their results are checked.
     """
 
     defaults: dict[str, str]
     example: Example
+    apart: frozenset[str]
     given: dict[str, Any]
+    needs: dict[tuple[str, str], dict[str, Any]]
+    jumps: frozenset[tuple[str, str]]
 
 
 def _sum(text: str, size: dict[str, int]) -> int:

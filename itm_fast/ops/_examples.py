@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -126,21 +125,39 @@ def problem(
     >>> problem("similarity_graph", "torch", torch.device("cpu"), torch.float32, backward=True) is None
     True
     """
-    of, given = _cases(op, chosen)
-    options = given | options
-    found = (_problem(op, backend, device, dtype, backward, kind, **options) for kind in of)
+    given = op, backend, device, dtype
+    found = (
+        _problem(*given, backward and case.gradients, case.kind, **case.options | options)
+        for case in _cases(op, chosen)
+    )
     return next((line for line in found if line), None)
 
 
-def _cases(op: str, chosen: tuple[tuple[str, str], ...]) -> tuple[Iterable[int | None], dict[str, Any]]:
-    """Examples on which kernels that an op's options choose are checked, as `example` numbers them, and the options.
+class _Case(NamedTuple):
+    """A call on which kernels are checked: its example, as `example` numbers them, and options, and whether its
+    gradients are compared too."""
 
-    A direction alone is checked on the examples of all calls, with their norm and scale; weights and similarities on
-    an example where rounding does not change which contexts they keep.
-    """
-    if all(name == "direction" for name, _ in chosen):
-        return kinds(op), dict(chosen)
-    return [None], {**choosing_of(op).given, **dict(chosen)}
+    kind: int | None
+    options: dict[str, Any]
+    gradients: bool = True
+
+
+def _cases(op: str, chosen: tuple[tuple[str, str], ...]) -> list[_Case]:
+    """The calls on which kernels are checked that an op's options choose: those of `Choosing.apart` on an example of
+    their own, the others on the examples of all calls, and a direction together with either."""
+    if not chosen:
+        return [_Case(kind, {}) for kind in kinds(op)]
+    choosing = choosing_of(op)
+    apart = {name: value for name, value in chosen if name in choosing.apart}
+    plain = {name: value for name, value in chosen if name not in choosing.apart}
+    way = {name: value for name, value in plain.items() if name == "direction"}
+    cases = [_Case(None, {**choosing.given, **apart, **way})] if apart else []
+    if not apart or plain != way:
+        for option in plain.items():
+            plain = choosing.needs.get(option, {}) | plain
+        gradients = choosing.jumps.isdisjoint(plain.items())
+        cases += [_Case(kind, plain, gradients) for kind in kinds(op)]
+    return cases
 
 
 def ways(op: str) -> list[dict[str, Any]]:
@@ -165,8 +182,8 @@ def variants_differ(
     Returns:
         None, or one line.
     """
-    of, options = _cases(op, chosen)
-    return next((line for kind in of if (line := _variants_differ(op, device, dtype, kind, options))), None)
+    found = (_variants_differ(op, device, dtype, case.kind, case.options) for case in _cases(op, chosen))
+    return next((line for line in found if line), None)
 
 
 def _variants_differ(

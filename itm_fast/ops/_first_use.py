@@ -5,8 +5,7 @@ device in a precision, its result for two captions is compared with the referenc
 these kernels of this op again ("put aside"); other ops keep theirs.
 
 Options of words choose kernels too. Those of an op's `choosing` are checked for each of their values, as kernels that
-are right for one say nothing about those for another; all others, such as norms and pools, with the values of the
-examples alone.
+are right for one say nothing about those for another; all others with the values of the examples alone.
 
 Of CUDA kernels that have variants for one GPU alone, such as those by wgmma, the variants are compared with the others
 too: both do the same products in another order. Where they are at fault, the op goes on with the others.

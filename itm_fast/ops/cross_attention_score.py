@@ -127,9 +127,19 @@ _op = Op(
     reference=reference,
     examples=[_draws.attention],
     choosing=Choosing(
-        {"direction": "t2i", "weights": "softmax", "similarity": "cosine"},
+        {
+            "direction": "t2i",
+            "affinity_norm": "clipped_l2norm",
+            "pool": "lse",
+            "weights": "softmax",
+            "similarity": "cosine",
+        },
         _draws.apart,
+        frozenset({"weights", "similarity"}),
         {"affinity_norm": "none", "scale": 4.0, "threshold": 0.35},
+        # Above all similarities: whether one lies below does not depend on rounding.
+        {("pool", pool): {"threshold": 1.0} for pool in _attention.NEGATIVE},
+        frozenset({("pool", "max")}),
     ),
     refuse=_refuse,
     too_large=_too_large,
