@@ -75,6 +75,13 @@ __device__ __forceinline__ void project_by_groups(typename T::Products &acc, typ
     const int last = (chunks + T::NARROW - 1) / T::NARROW - 1;  // stage
     float made[8][4];
     unsigned a[4][4];
+    auto take = [&] {  // the stage made, once the products before have read theirs
+        group_wait<0>(acc[0], made, a);
+        make_stage<T>(a, made, 1, 1);
+    };
+    // Where the loop begins, as the compiler moves arithmetic of `finish` behind a wait that follows it. With PAIRS it moves
+    // less, and there makes products wait for each other.
+    constexpr bool FIRST = !T::PAIRS;
     clear(acc);
     load(0);
     landed();
@@ -83,9 +90,10 @@ __device__ __forceinline__ void project_by_groups(typename T::Products &acc, typ
     begin(0, made);
     group_wait<0>(made);
     finish(0, made);
-    make_stage<T>(a, made, 1, 1);
+    if (!FIRST) make_stage<T>(a, made, 1, 1);
 #pragma unroll 1
     for (int step = 0; step < last; ++step) {
+        if (FIRST) take();
         matrices.wait();
         landed();
         start(step + 1);
@@ -94,9 +102,9 @@ __device__ __forceinline__ void project_by_groups(typename T::Products &acc, typ
         multiply(step, a);
         group_wait<1>(made);
         finish(step + 1, made);
-        group_wait<0>(acc[0], made, a);
-        make_stage<T>(a, made, 1, 1);
+        if (!FIRST) take();
     }
+    if (FIRST) take();
     matrices.wait();
     landed();
     multiply(last, a);
