@@ -2,11 +2,11 @@
 
     python benchmarks/bench_gradients.py --threads 2 --write cpu
 
-The package's trained models on their held-out pictures, a caption each, and SCAN on random rows of length 1 with 1024
-numbers. The loss is that of the papers, by the hardest negatives and by all; its gradient of the scores is float64's in
-every row, for rounding may change which negative is the hardest. Deviations are lengths of differences, as shares of
-the length of float64's gradient. "rounded features" are in float64 from features rounded to bfloat16: what products of
-bfloat16 values cannot avoid.
+The package's trained models on their held-out pictures, a caption each; on random rows of length 1 with 1024 numbers
+SCAN, and SGR and SAF with the weights that training begins with. The loss is that of the papers, by the hardest
+negatives and by all; its gradient of the scores is float64's in every row, for rounding may change which negative is
+the hardest. Deviations are lengths of differences, as shares of the length of float64's gradient. "rounded features"
+are in float64 from features rounded to bfloat16: what products of bfloat16 values cannot avoid.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from benchmarks.shapes import Shape
 from itm_fast.data import Vocabulary, open_split
 from itm_fast.data.openclipart import FOLDER, VOCABULARY
 from itm_fast.evaluation import encode
+from itm_fast.evaluation.workloads import WORKLOADS
+from itm_fast.models.sgraf import EncoderSimilarity
 from itm_fast.nn import CrossAttentionScore
 
 TITLES = {"sgr": "SGR, trained", "saf": "SAF, trained", "scan": "SCAN t2i, trained"}
@@ -53,11 +55,15 @@ def trained(name: str, pairs: int) -> Case:
     return model.scorer, found.image[:pairs], torch.cat(words), cu_seqlens
 
 
-def random(direction: str, pairs: int) -> Case:
-    """SCAN with the papers' temperature on random rows of length 1 with 1024 numbers."""
-    image, words, cu_seqlens = Shape("coco-eval-5k", pairs, pairs).features("cpu")
+def random(model: str, pairs: int) -> Case:
+    """SCAN with the papers' temperature, SGR or SAF with new weights, on random rows of length 1 with 1024 numbers."""
+    shape = Shape("coco-eval-5k", pairs, pairs)
+    image, words, cu_seqlens = shape.features("cpu")
     rows = (torch.nn.functional.normalize(x, dim=-1) for x in (image, words))
-    return CrossAttentionScore(direction, scale=SCALE[direction]), *rows, cu_seqlens
+    torch.manual_seed(0)
+    if model in SCALE:
+        return CrossAttentionScore(model, scale=SCALE[model]), *rows, cu_seqlens
+    return EncoderSimilarity(image.shape[-1], WORKLOADS[shape.workload].similarity, model).eval(), *rows, cu_seqlens
 
 
 def gradients(case: Case, way: str, upstream: Tensor | None, hardest: bool) -> tuple[dict[str, Tensor], Tensor]:
@@ -116,6 +122,7 @@ def main() -> None:
         torch.set_num_threads(args.threads)
     cases = {title: trained(name, args.pairs) for name, title in TITLES.items()}
     cases |= {f"SCAN {direction}, random rows": random(direction, args.pairs) for direction in SCALE}
+    cases |= {f"{model}, untrained, random rows": random(model, args.pairs) for model in ("SGR", "SAF")}
     results = [{"model": title, "rows": measure(case)} for title, case in cases.items()]
     result = {"environment": machine.environment(), "pairs": args.pairs, "results": results}
     print(table(result))

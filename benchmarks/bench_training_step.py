@@ -148,24 +148,24 @@ def difference(
 def compare(model: str, names: list[str], shape: Shape, device: str) -> tuple[dict[str, float], dict[str, str]]:
     """How far each backend is from the loop under both losses, and why some cannot take part."""
     off, left_out, allowed = dict.fromkeys(names, 0.0), {}, {}
-    found: dict[str, Tensor] = {}
     for hardest in (True, False):
+        found: dict[str, dict[str, Tensor]] = {}
         exact = step(model, LOOP, shape, device, hardest)()
         for name in names:
             if hardest and name.endswith(BFLOAT16):
                 continue
-            before = found
             try:
-                found = step(model, name, shape, device, hardest)()
+                found[name] = step(model, name, shape, device, hardest)()
             except NotImplementedError as why:
                 left_out[name] = str(why)
                 continue
-            if name.endswith(BFLOAT16) and all(torch.equal(found[key], x) for key, x in before.items()):
-                left_out[name] = "bfloat16 products are allowed but not used: all results are the same"
-            elif name.endswith(BFLOAT16):
+            if name.endswith(BFLOAT16):
+                unrounded = found.get(name.removesuffix(BFLOAT16), {})
+                if unrounded and all(torch.equal(found[name][key], x) for key, x in unrounded.items()):
+                    left_out[name] = "bfloat16 products are allowed but not used: all results are the same"
                 moved = difference(step(model, LOOP, shape, device, hardest, rounded=True)(), exact)
                 allowed[name] = 2 * moved + 2**-8
-            off[name] = max(off[name], difference(found, exact))
+            off[name] = max(off[name], difference(found[name], exact))
     for name in left_out:
         del off[name]
     refuse_unlike(model, off, allowed)
@@ -212,8 +212,8 @@ def measure(model: str, shape: Shape, device: str, args: argparse.Namespace) -> 
         more: dict[str, float | str | None] = {"largest_difference": off.get(contender, 0.0)}
         if BFLOAT16 in name:
             more["products"] = "bfloat16"
-            exact = statistics.median(times[name.replace(BFLOAT16, "")])
-            more["times_faster_than_float32"] = exact / statistics.median(t)
+            float32_seconds = statistics.median(times[name.replace(BFLOAT16, "")])
+            more["times_faster_than_float32"] = float32_seconds / statistics.median(t)
         if name == LOOP:
             more["measured_captions"] = cut.captions
         if not args.no_fresh:

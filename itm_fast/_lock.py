@@ -142,21 +142,21 @@ class Lock:
 
 @contextlib.contextmanager
 def locked_folder(folder: Path, name: str) -> Iterator[None]:
-    """Make a folder if it does not exist, and lock its files `name`.*; a new one that stays empty is removed again.
+    """Make a folder if it does not exist, and lock its files `name`.*; new folders that stay empty are removed again.
 
     Raises:
         LockedError: the lock is held.
         OSError: the folder or the lock file cannot be created.
     """
-    new = not folder.exists()
+    new = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     try:
         with Lock(folder / f"{name}.lock", str(folder / f"{name}.*")):
             yield
     finally:
-        if new:
-            with contextlib.suppress(OSError):  # it is not empty
-                folder.rmdir()
+        with contextlib.suppress(OSError):  # one is not empty
+            for path in new:
+                path.rmdir()
 
 
 def _flock(file: int) -> bool:

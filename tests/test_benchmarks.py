@@ -186,7 +186,8 @@ def test_gradients_are_compared_with_float64(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["gradients", "--pairs", "8", "--write", "here"])
     bench_gradients.main()
     result = json.loads((tmp_path / "gradients_here.json").read_text())
-    titles = ["SGR, trained", "SCAN t2i, random rows", "SCAN i2t, random rows"]
+    titles = ["SGR, trained", *(f"SCAN {direction}, random rows" for direction in ("t2i", "i2t"))]
+    titles += [f"{model}, untrained, random rows" for model in ("SGR", "SAF")]
     assert [one["model"] for one in result["results"]] == titles
     for one in result["results"]:
         for k in (0, 3):  # the hardest negatives, all

@@ -285,17 +285,27 @@ def test_products_of_bfloat16_where_attended_vectors_cancel(direction):
 
 
 @needs_cpu
-def test_products_of_bfloat16_beside_attended_vectors_that_cancel():
-    """The last caption attends to one region alone, and no P of it cancels. Neither the captions beside it in a tile
-    nor the images that the call has change its bits."""
-    call, (image, words, weight, bias) = opposite_contexts("t2i")
-    words[-8:] += 2 * image[:, :1].mean(0)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_products_of_bfloat16_beside_attended_vectors_that_cancel(direction):
+    """The last queries attend to one context alone, and no P of theirs cancels. Neither the queries beside a pair in a
+    tile nor the other contexts of the call change its bits."""
+    _, (image, words, weight, bias) = opposite_contexts(direction)
+    if direction == "t2i":
+        words[-8:] += 2 * image[:, :1].mean(0)
+    else:
+        image[-1] += 2 * words[[0, 8, 14]].mean(0)
     args = [a.float() for a in (image, words, weight, bias)]
-    whole = results(call, args, torch.float32, "cpu", "medium")[0]
+
+    def vectors(images, start, stop, lengths):
+        alone, _ = case(len(images), lengths, 8, 48, 16, direction=direction, affinity_norm="none")
+        return results(alone, [images, args[1][start:stop], *args[2:]], torch.float32, "cpu", "medium")[0]
+
+    whole = vectors(args[0], 0, 22, (8, 6, 8))
     for t, (start, stop) in enumerate(itertools.pairwise((0, 8, 14, 22))):
-        alone, (_, _, *_) = case(3, (stop - start,), 8, 48, 16, affinity_norm="none")
-        similar = results(alone, [args[0], args[1][start:stop], *args[2:]], torch.float32, "cpu", "medium")[0]
-        assert torch.equal(similar, whole[:, start:stop]), t
+        of_caption = whole[:, start:stop] if direction == "t2i" else whole[:, t : t + 1]
+        for i in range(3):
+            alone = vectors(args[0][i : i + 1], start, stop, (stop - start,))
+            assert torch.equal(alone, of_caption[i : i + 1]), (i, t)
 
 
 @needs_cpu

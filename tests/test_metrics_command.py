@@ -157,7 +157,8 @@ def test_a_full_disk_costs_the_page_and_not_what_compare_reads(files, monkeypatc
 )
 def test_mistakes_are_told(files, monkeypatch, capsys, words, sentence):
     monkeypatch.chdir(files)
-    assert main(["metrics", *words.split()]) == 2
+    assert main(["metrics", *words.split(), "--output", "out/of"]) == 2
     err = capsys.readouterr().err
     assert sentence in err
+    assert not (files / "out").exists()
     assert "allow_pickle" not in err  # numpy's advice for files of objects is not ours

@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     """Rate the matrix; the tables go to standard output."""
     import numpy as np
 
-    from .._lock import Lock
+    from .._lock import locked_folder
     from ..evaluation.html_report import WORST
     from ..evaluation.many_right import pairs_of, read_right_pairs
     from ..evaluation.rating import open_scores, rate, read_ids
@@ -82,11 +82,7 @@ def run(args: argparse.Namespace) -> int:
     if args.captions:
         texts = Path(args.captions).read_text(encoding="utf-8-sig").splitlines()
     ids = [None if path is None else read_ids(path) for path in (args.image_ids, args.caption_ids)]
-    folder = Path(args.output) if args.output else None
-    if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-    lock = contextlib.nullcontext() if folder is None else Lock(folder / "results.lock", str(folder / "results.*"))
-    with lock:
+    with locked_folder(Path(args.output), "results") if args.output else contextlib.nullcontext():
         report = rate(
             score, pairs, name=args.name or Path(args.scores).stem, cutoffs=args.at, folds=args.folds, ties=args.ties,
             captions=texts, image_ids=ids[0], caption_ids=ids[1], pmrp=args.pmrp, worst=WORST if args.output else 0,
@@ -94,6 +90,6 @@ def run(args: argparse.Namespace) -> int:
         print(report)
         if report.relevance_missing and any(one is not None for one in ids):
             print(report.relevance_missing)
-        if folder is not None:
-            print("written: " + ", ".join(map(str, report.save(folder))))
+        if args.output:
+            print("written: " + ", ".join(map(str, report.save(args.output))))
     return 0

@@ -72,7 +72,8 @@ class Gallery:
             path: its folder.
             model: the checkpoint that it was built with, as `itm_fast.models.load` returns it.
 
-        Warns if the model reads boxes and the gallery was built without, or the other way round.
+        Warns if the model reads boxes and the gallery was built without, or the model was trained without and the
+        gallery has some.
 
         Raises:
             FileNotFoundError: the folder is no gallery, or its build was interrupted.

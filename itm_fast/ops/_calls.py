@@ -236,10 +236,11 @@ def _in_namespace(included: str, code: str) -> str:
 if __name__ == "__main__":
     from .._native import csrc_dir
 
+    texts = headers()
     for old in (csrc_dir() / "cpu" / "calls").glob("*.h"):
         old.unlink()
-    for name, text in headers().items():
+    for name, text in texts.items():
         path = csrc_dir() / name
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
-    print(f"{csrc_dir()}: wrote {', '.join(headers())}")
+    print(f"{csrc_dir()}: wrote {', '.join(texts)}")

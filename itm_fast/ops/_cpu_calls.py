@@ -44,8 +44,7 @@ def bfloat16_products(dtype: torch.dtype) -> bool:
     matmul precision is "medium", if the processor has instructions that make this faster.
 
     Forward and backward round the factors of affinities too, as rounding the inputs would, so gradients are those of
-    slightly other attention weights. Affinities of float32 factors in backward alone would not bring them nearer to
-    float64's: scores and similarity vectors, which the gradients start from, have passed through the rounded ones.
+    slightly other attention weights.
     """
     allowed = dtype == torch.bfloat16 or (dtype == torch.float32 and matmul_precision() == "medium")
     return allowed and _native.bfloat16_products()[0]
