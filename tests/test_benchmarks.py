@@ -154,11 +154,10 @@ def test_a_training_step_is_compared_with_the_loop_extended_from_fewer_captions(
 
 
 def test_results_that_are_too_far_off_are_not_timed():
-    allowed = {f"cpu{harness.BFLOAT16}": 0.03}
-    bench_training_step.refuse_unlike("saf", {"cpu": 9e-4, f"cpu{harness.BFLOAT16}": 0.02}, allowed)
-    for off in ({"cpu": 2e-3}, {f"cpu{harness.BFLOAT16}": 0.04}):
+    bench_training_step.refuse_unlike("saf", {"cpu": 9e-4, f"cpu{harness.BFLOAT16}": 0.4})
+    for off in ({"cpu": 2e-3}, {f"cpu{harness.BFLOAT16}": 0.6}):
         with pytest.raises(SystemExit, match="not timed"):
-            bench_training_step.refuse_unlike("saf", off, allowed)
+            bench_training_step.refuse_unlike("saf", off)
 
 
 @pytest.mark.filterwarnings("ignore:NLTK's punkt data")
