@@ -28,6 +28,7 @@ extern "C" const char* itm_scale(const Scale& call) {
     for (int64_t k = 0; k < call.n; ++k) call.to[k] = twice(call.from[k]) * call.factor + shift;
     return nullptr;
 }
+extern "C" void itm_forked() {}
 """
 KNOWS_ITS_FLAGS = 'case "$*" in *probe.cpp*) exit 0;; esac'  # the first thing a compiler is asked
 REAL = next(name for name in ("c++", "g++", "clang++") if shutil.which(name))

@@ -4,10 +4,13 @@ import ctypes
 import os
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from cpu_cases import needs_cpu
 from white_box import box
 
 __all__ = ["box"]  # fixtures
@@ -52,6 +55,7 @@ def test_loops_take_the_threads_of_torchs_loops(box):
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
+        box.taking_part(2)  # this thread's first loop of two
         torch.ones(1 << 20).exp()
         there = {int(name) for name in os.listdir("/proc/self/task")}
         first = box.taking_part(2)
@@ -64,12 +68,57 @@ def test_loops_take_the_threads_of_torchs_loops(box):
 
 
 def test_a_forked_child_has_threads_of_its_own(box):
-    assert len(box.taking_part(3)) == 3
+    assert len(box.taking_part(3)) == len(box.taking_part(3)) == 3  # OpenMP has them since the second loop
     child = os.fork()
     if not child:
         signal.alarm(20)
         os._exit(0 if len(box.taking_part(3)) == 3 else 1)
     assert os.waitpid(child, 0)[1] == 0
+
+
+FORKED_BEFORE_LOADING = """
+import multiprocessing, os, signal, torch
+torch.set_num_threads(2)
+torch.ones(1 << 20).exp()
+
+def child():
+    signal.alarm(20)
+    from itm_fast.ops import cross_attention_score
+    many = torch.arange(0, 641, 10, dtype=torch.int32)
+    cross_attention_score(torch.randn(64, 36, 64), torch.randn(640, 64), many, backend="cpu")
+
+early = multiprocessing.get_context("fork").Process(target=child)
+early.start()
+early.join()
+import itm_fast
+late = os.fork()
+if not late:
+    child()
+    os._exit(0)
+assert (early.exitcode, os.waitpid(late, 0)[1]) == (0, 0)
+"""
+
+
+@needs_cpu
+def test_a_child_forked_before_the_library_was_loaded_has_threads_of_its_own():
+    subprocess.run([sys.executable, "-c", FORKED_BEFORE_LOADING], check=True)
+
+
+LIMITED = f"""
+import resource
+from pathlib import Path
+from white_box import load, native_level
+box = load(native_level())
+pages = int(Path("/proc/self/statm").read_text().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (100 << 20),) * 2)
+assert [box.spread(256, 256, {NOWHERE}, 0) for _ in range(2)] == [([1] * 256, None)] * 2
+"""
+
+
+def test_openmp_is_not_asked_for_threads_that_cannot_start(box):
+    """It would end the process. Without a fork, after which OpenMP is not used."""
+    path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    subprocess.run([sys.executable, "-c", LIMITED], check=True, env={**os.environ, "PYTHONPATH": path})
 
 
 def test_threads_that_cannot_start_leave_their_parts_to_the_others(box):

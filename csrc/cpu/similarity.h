@@ -182,7 +182,9 @@ struct SimilarityTile {
         if constexpr (IS_PAIR<E>)
           if (some_exact)
             gemm<T>(K, wide, x.n, {x.row + d, x.row_ld}, {weight + p, ld}, begin,
-                    [&, K](int64_t i, int64_t j, Vec<T> c) { put_factor(K, i, j, c * c, even, square, WIDE, exact + p); });
+                    [&, K](int64_t i, int64_t j, Vec<T> c) {
+                      put_factor(K, i, j, c * c, even, square, WIDE, exact + p);
+                    });
       }
       for (int64_t p = 0; p < columns; p += WIDE) {
         T* y = similar.at(0, p);

@@ -3,6 +3,7 @@
 #include <dlfcn.h>
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdlib>
 #include <exception>
@@ -36,7 +37,8 @@ class Buffer {
   E* data_;
 };
 
-// Set in a child process: the threads of its parent's OpenMP library do not exist there, and a loop would wait for them.
+// Whether this process is a forked child: the threads of its parent's OpenMP library do not exist in it, and a loop
+// would wait for them. Set here by a fork after the library was loaded; of earlier ones Python tells (itm_forked).
 inline std::atomic<bool> forked{false};
 inline const int watched = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
@@ -47,18 +49,33 @@ inline OpenMP openmp() {
   return forked ? nullptr : found;
 }
 
-// Runs body on so many threads, this one among them, or on fewer if no more can be had or there are fewer parts. They are
-// those of torch's own loops: after a loop these wait by spinning, and would share the cores with threads made here. All
-// are called, as OpenMP ends those that a loop leaves out.
+inline thread_local int64_t had = 1;  // the most threads that loops of this thread have had, at once
+
+// Runs body on so many threads, this one among them, or on fewer if no more can be had or there are fewer parts. They
+// are those of torch's own loops: these spin after a loop, and would share the cores with threads made here. All are
+// called, as OpenMP ends those that a loop leaves out. OpenMP ends the process if it cannot make a thread, so the first
+// loop of so many in a thread makes them here, and OpenMP is asked for as many only once these could all be made.
 template <class Body>
 void on_threads(int64_t parts, int64_t threads, Body& body) {
-  if (const OpenMP run = least(threads, parts) > 1 ? openmp() : nullptr)
+  const OpenMP run = least(threads, parts) > 1 ? openmp() : nullptr;
+  if (run && threads <= had)
     return run([](void* of) { (*static_cast<Body*>(of))(); }, &body, unsigned(threads), 0);
   std::vector<std::thread> others;
-  try {
-    for (int64_t k = 1; k < least(threads, parts); ++k) others.emplace_back([&] { body(); });
-  } catch (const std::exception&) {
-    // Fewer threads than asked for still do all the parts.
+  std::mutex gate;  // closed until all are made, so that none has ended before the last begins
+  {
+    const std::lock_guard<std::mutex> closed(gate);
+    try {
+      const int64_t count = run ? threads : least(threads, parts);
+      for (int64_t k = 1; k < count; ++k)
+        others.emplace_back([&] {
+          gate.lock();
+          gate.unlock();
+          body();
+        });
+      had = std::max(had, count);
+    } catch (const std::exception&) {
+      // Fewer threads than asked for still do all the parts.
+    }
   }
   body();
   for (auto& thread : others) thread.join();

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import shutil
 import sys
@@ -33,11 +34,16 @@ _lock = threading.Lock()
 _outcome: Build | str | None = None
 _functions: dict[str, Callable[..., bytes | None]] = {}
 
+# Whether this process is a forked child, in which kernels must not run on OpenMP's threads (csrc/cpu/threads.h). What
+# multiprocessing spawns has this argument, and all its threads. Not seen is os.fork() without multiprocessing before
+# itm_fast was imported: if torch had run a loop on several threads by then, kernels of several threads hang there.
+_child = multiprocessing.parent_process() is not None and "--multiprocessing-fork" not in sys.orig_argv
+
 
 def _forked() -> None:
     """Replace the lock in a forked child: another thread of the parent may hold it, and does not exist in the child."""
-    global _lock
-    _lock = threading.Lock()
+    global _lock, _child
+    _lock, _child = threading.Lock(), True
 
 
 if hasattr(os, "register_at_fork"):
@@ -80,7 +86,10 @@ def outcome() -> Build | str:
         with _lock:
             if _outcome is None:
                 try:
-                    _outcome = _right(build(csrc_dir(), level()))
+                    built = _right(build(csrc_dir(), level()))
+                    if _child:
+                        built.library.itm_forked()
+                    _outcome = built
                 except Unavailable as error:
                     _outcome = str(error)
                 except OSError as error:
