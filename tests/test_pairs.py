@@ -1,6 +1,7 @@
 """Backward over the pairs that have a gradient: the same gradients, from fewer pairs."""
 
 import re
+import weakref
 
 import pytest
 import torch
@@ -111,6 +112,29 @@ def test_scorers_of_several_ops_take_few_pairs_alone(name, regions, monkeypatch)
     for backend in op_checks.backends("attended_vectors"):
         for found, exact in zip(gradients(backend), want, strict=True):
             torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_scorers_of_several_ops_refuse_second_derivatives(name):
+    image, words, cu_seqlens = inputs(3, (2, 5), 6, 16)
+    with itm_fast.use_backend("torch"):
+        score = SCORERS[name]()(image.requires_grad_(), words, cu_seqlens)
+        with pytest.raises(NotImplementedError, match="has no second derivative; differentiate it without"):
+            torch.autograd.grad(score.sum(), image, create_graph=True)
+
+
+@pytest.mark.parametrize("name", SCORERS)
+def test_scorers_of_several_ops_hold_nothing_after_backward(name):
+    image, words, cu_seqlens = inputs(10, COUNTS, 6, 16)
+    for backend in op_checks.backends("attended_vectors"):
+        given = [x.clone().requires_grad_() * 1 for x in (image, words)]
+        held = [weakref.ref(x) for x in given]
+        with itm_fast.use_backend(backend):
+            score = SCORERS[name]()(*given, cu_seqlens)
+            del given
+            score.sum().backward()
+        assert [x() for x in held] == [None, None]
+        assert score.grad_fn is not None
 
 
 def _only_ops(of_pairs):

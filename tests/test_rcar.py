@@ -49,6 +49,23 @@ def test_one_pass_in_cpp_gives_the_scores_of_the_ops(regulator, step, direction,
         torch.testing.assert_close(*found, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("backend", ["torch", pytest.param("cpu", marks=needs_cpu)])
+@pytest.mark.parametrize("direction", rcar.DIRECTIONS)
+def test_dropout_of_everything(direction, backend):
+    """Of rate 1, as F.dropout does it: zeros, not 0 / 0."""
+    torch.manual_seed(0)
+    scorer = rcar.RegulatedMatching(16, 7, direction).double()
+    dropout(scorer, 1.0)
+    image, words, cu_seqlens = inputs(3, (4, 4), 5, 16, dtype=torch.float64)
+    with itm_fast.use_backend(backend):
+        found = scorer(image.requires_grad_(), words, cu_seqlens)
+    options = {"attn_type": direction, "smooth": scorer.smooth, "training": True, "dropout": 1.0}
+    want = loop(scorer.state_dict(), image, words.view(2, 4, 16), [4, 4], **options)
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-12)
+    gradients = (torch.autograd.grad(x.sum(), image)[0] for x in (found, want))
+    torch.testing.assert_close(*gradients, rtol=0, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_the_loop_is_the_published_one(name):
     want = golden(f"rcar_{name}")
@@ -95,3 +112,7 @@ def test_refusals():
         rcar.RegulatedMatching(8, 4, step=0)
     with pytest.raises(ValueError, match="self_regulator must be one of coop_rcar, only_rar, only_rcr, got 'rar'"):
         rcar.RegulatedMatching(8, 4, self_regulator="rar")
+    scorer = rcar.RegulatedMatching(8, 4)
+    scorer.rar_modules[0].eval()
+    with pytest.raises(ValueError, match=r"all its Dropout modules must have one rate .* got rates \[0.0, 0.4\]"):
+        scorer(torch.randn(2, 36, 8), torch.randn(3, 5, 8), [5, 2, 4])

@@ -1,9 +1,9 @@
-// The pair score of RCAR, without gradients: (1) to (4) of itm_fast/models/rcar.py. What dropout kept is given, as bits.
+// The pair score of RCAR, without gradients: (1) to (4) of itm_fast/models/rcar.py. What dropout kept is given as bits.
 //
 // A window of chunks of queries is packed once for all threads; then a thread owns one set of contexts with some of the
 // window's chunks at a time, as in cross_attention_similarity.cpp. All that belongs to the queries of a chunk are
-// columns: similarity vectors and hidden layers [features][columns], channel weights and weighed queries in panels. Sums
-// over a pair's queries start at its own first column, so that its score does not depend on the pairs beside it.
+// columns: similarity vectors and hidden layers [features][columns], channel weights and weighed queries in panels.
+// Sums over a pair's queries start at its own first column, so that its score does not depend on the pairs beside it.
 // Scratch: the window, 16 MiB, the weights, and 5 MiB a thread at D 1024 and S 256.
 #include "calls/regulated_matching.h"
 #include "layers.h"
@@ -22,11 +22,14 @@ struct Weights {
   T score_bias;
 
   explicit Weights(const RegulatedMatchingCall& c) : share(c.P * c.S), score(c.S) {
-    const auto layers = [&](std::vector<Layer<T>>& to, int64_t count, const void* w, const void* b, int64_t S, int64_t K) {
-      for (int64_t k = 0; k < count; ++k) to.emplace_back(after({w, c.dtype}, k * S * K), after({b, c.dtype}, k * S), S, K);
+    const auto layers = [&](std::vector<Layer<T>>& to, int64_t count, const void* w, const void* b, int64_t S,
+                            int64_t K) {
+      for (int64_t k = 0; k < count; ++k)
+        to.emplace_back(after({w, c.dtype}, k * S * K), after({b, c.dtype}, k * S), S, K);
     };
     for (int64_t k = 0; k < c.M; ++k)
-      align.emplace_back(after({c.align_weight, c.dtype}, k * c.S * c.D), after({c.align_bias, c.dtype}, k * c.S), c.S, c.D);
+      align.emplace_back(after({c.align_weight, c.dtype}, k * c.S * c.D), after({c.align_bias, c.dtype}, k * c.S), c.S,
+                         c.D);
     layers(key, c.P, c.key_weight, c.key_bias, c.S, c.S);
     layers(ask, c.P, c.ask_weight, c.ask_bias, c.S, c.S);
     layers(matrix_in, c.K, c.matrix_in_weight, c.matrix_in_bias, c.B, c.S);
@@ -159,7 +162,7 @@ class RegulatedTile {
 
   // Dropout of n columns [S][ld], whose rows of bits lie side by side.
   void drop(T* column, int64_t n, const int64_t* bits) const {
-    const T scale = T(1) / T(1 - call.dropped);
+    const T scale = call.dropped < 1 ? T(1) / T(1 - call.dropped) : T(0);  // of rate 1 nothing is kept
     for (int64_t s = 0; s < S; ++s)
       for (int64_t j = 0; j < n; ++j) column[s * ld + j] *= T(bits[j * words() + s / 64] >> s % 64 & 1) * scale;
   }
@@ -237,10 +240,11 @@ void forward(const RegulatedMatchingCall& call) {
             const int64_t first = t2i ? words.edge[caption] + caption : caption * (call.R + 1);
             return call.kept + ((image * call.P + step) * rows + first) * ((call.S + 63) / 64);
           };
-          work.run(x, &queries.edge[chunk.first], chunk.last - chunk.first, window.panels[c], bits, [&](int64_t k, T score) {
+          const auto put = [&](int64_t k, T score) {
             const int64_t set = chunk.first + k, at = t2i ? context * call.T + set : set * call.T + context;
             write<T>(call.score, call.dtype, at, 1, &score, T(1));
-          });
+          };
+          work.run(x, &queries.edge[chunk.first], chunk.last - chunk.first, window.panels[c], bits, put);
         }
       };
     });

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .._names import Norm
 from .._workspace import GIB, scratch_bytes, workspace
 from ..ops import _recompute, attended_vectors
 from ..packing import Index, bounds, region_counts, runs, spans
@@ -114,6 +115,7 @@ def attended_of_pairs(
     query: Tensor,
     values: Tensor | None = None,
     scale: float | Tensor = 1.0,
+    affinity_norm: Norm = "clipped_l2norm",
 ) -> Tensor:
     """`attended_vectors` of P pairs: context [P, n, D], query [P, q, D], values [P, n, S], scale [P, q] -> [P, q, S].
 
@@ -122,7 +124,7 @@ def attended_of_pairs(
     q, D = query.shape[1:]
     return attended_vectors(
         context, query.new_zeros(q, D), torch.tensor([0, q], dtype=torch.int32), query, values, scale=scale,
-        region_lengths=context_lengths,
+        affinity_norm=affinity_norm, region_lengths=context_lengths,
     )  # fmt: skip
 
 

@@ -73,7 +73,10 @@ def regulated(regulator, step, smooth, drops, weights, query, mask, first, atten
         return aligned(query, attended(query * matrix, smooth), align, mask) if k else first(*align)
 
     def dropped(x: Tensor, k: int, rows: slice) -> Tensor:
-        return x if kept is None else x * (kept[:, :, k, rows].to(x.dtype) / (1 - drops)).view_as(x)
+        if kept is None:
+            return x
+        factor = kept[:, :, k, rows].to(x.dtype)
+        return x * (factor / (1 - drops) if drops < 1 else factor).view_as(x)  # of rate 1 nothing is kept
 
     matrix: Any = 1.0
     similar = vectors(0)

@@ -238,8 +238,9 @@ class ConfidenceMatching(PaddedScorer):
             if backward or not apart(*args[: len(axes)]):
                 yield from blocks(NAME, axes, pair_bytes, self._block, backward, *args)
                 return
-            bounds(cu_seqlens, len(words), NAME)
-            region_counts(region_lengths, image_state[0], NAME)
+            cu_seqlens, region_lengths = args[-2:]
+            bounds(cu_seqlens, len(args[axes.index("N")]), NAME)
+            region_counts(region_lengths, args[0], NAME)
             whole = partial(_in_one_pass, cu_seqlens, region_lengths)
             yield _recompute.Block(((),) * len(axes), (), whole)
 

@@ -205,7 +205,7 @@ class IterativeMatching(PaddedScorer):
 
         def attend(query: Tensor, values: Tensor) -> Tensor:
             query = query if valid is None else query.masked_fill(~valid[..., None], 0.0)
-            return attended_of_pairs(context, counts, query, values, self.lambda_softmax)
+            return attended_of_pairs(context, counts, query, values, self.lambda_softmax, NORM)
 
         def mean(x: Tensor) -> Tensor:
             return x.mean(1) if valid is None else x.masked_fill(~valid, 0.0).sum(1) / valid.sum(1)

@@ -124,10 +124,10 @@ class SlimmedMaxMean(PaddedScorer):
     ) -> Tensor:
         """Scores [I, T] of the images and captions whose states are given."""
         image, logits, key = image_state
-        A = logits.shape[2]
+        A, D = logits.shape[2], image.shape[2]
 
         def pair_bytes(length: int) -> int:
-            return 4 * ((A + 2) * (2 * image.shape[2] + 2 * length) + 3 * self.num_patches * (A + 2))
+            return 4 * ((A + 2) * (2 * D + 2 * length) + 3 * self.num_patches * (A + 2))
 
         cut = partial(blocks, NAME, "IIINT", pair_bytes, self._block)
         tensors = image, logits, key, words, *caption_state

@@ -140,8 +140,13 @@ class RegulatedMatching(PaddedScorer):
     @property
     def _drops(self) -> float:
         """The share that dropout sets to zero, now."""
-        rates = [x.p for x in self.rar_modules.modules() if isinstance(x, nn.Dropout) and x.training]
-        return rates[0] if rates else 0.0
+        rates = {x.p if x.training else 0.0 for x in self.rar_modules.modules() if isinstance(x, nn.Dropout)}
+        if len(rates) > 1:
+            raise ValueError(
+                f"{NAME}: all its Dropout modules must have one rate and be in one mode, training or evaluation, got "
+                f"rates {sorted(rates)}, 0 in evaluation"
+            )
+        return rates.pop() if rates else 0.0
 
     def score(
         self,
@@ -165,36 +170,41 @@ class RegulatedMatching(PaddedScorer):
         def pair_bytes(length: int) -> int:
             return (length if self.attn_type == "t2i" else R) * D * 4 * 8
 
-        whole = None
-        if self._in_cpp(*tensors):
-            whole = partial(self._in_one_pass, names, *tensors, cu_seqlens=cu_seqlens, region_lengths=region_lengths)
+        whole = partial(self._in_one_pass, names) if self._in_cpp(*tensors) else None
         run, pairs = partial(self._block, names), partial(self._pairs, names)
         if self._drops:
-            scorer = _by_caption.Scorer(partial(self._draw, share(), image), run, pairs, pair_bytes, whole)
+            shape = partial(self._kept_shape, R)
+            draw = partial(self._draw, share(), len(image), R, image.dtype, image.device)
+            scorer = _by_caption.Scorer(shape, draw, run, pairs, pair_bytes, whole)
             return _by_caption.score(scorer, image, words, cu_seqlens, region_lengths, parameters)
 
         def cut(backward: bool, *args: Tensor) -> Iterator[_recompute.Block]:
             if backward or whole is None:
                 yield from blocks(NAME, axes, pair_bytes, partial(_without_dropout, run), backward, *args)
             else:
-                yield _recompute.Block(((),) * len(axes), (), lambda *_: whole(None))
+                yield _recompute.Block(((),) * len(axes), (), partial(whole, None, *args[-2:]))
 
         axes = "IN" + "." * len(parameters)
         few = partial(matched, axes, pair_bytes, lambda at, *given: pairs(at, None, *given))
         return _recompute.score(cut, axes, tensors, cu_seqlens, region_lengths, (), few)
 
-    def _draw(self, now, image: Tensor, length: int) -> Tensor:
+    def _kept_shape(self, R: int, length: int) -> tuple[int, int, int]:
+        """Steps, rows and S of what dropout keeps of a pair: a row for each query, and one for the global vector."""
+        queries = length if self.attn_type == "t2i" else R
+        return len(self.rar_modules), queries + 1, self.sim_eval_w.in_features
+
+    def _draw(self, now, I: int, R: int, dtype: torch.dtype, device: torch.device, length: int) -> Tensor:
         """What dropout keeps of a caption with all images: bool [I, steps, queries + 1, S], keys and then the global.
 
         Of a batch divided among processes it is drawn for the images of all.
         """
-        divided, S = now is not None and now.divided, self.sim_eval_w.in_features
-        count = len(now.lengths) if divided else len(image)
-        queries, drawn = length if self.attn_type == "t2i" else image.shape[1], []
-        for _ in self.rar_modules:
-            for rows in (queries, 1):
-                drawn.append(F.dropout(image.new_ones(count, rows, S), self._drops).ne(0))
-        kept = torch.cat(drawn, 1).unflatten(1, (-1, queries + 1))
+        divided, (steps, all_rows, S) = now is not None and now.divided, self._kept_shape(R, length)
+        count, drawn = len(now.lengths) if divided else I, []
+        for _ in range(steps):
+            for rows in (all_rows - 1, 1):
+                ones = torch.ones(count, rows, S, dtype=dtype, device=device)
+                drawn.append(F.dropout(ones, self._drops).ne(0))
+        kept = torch.cat(drawn, 1).unflatten(1, (steps, all_rows))
         return now.of_rows(kept) if divided else kept
 
     def _in_cpp(self, *tensors: Tensor) -> bool:
@@ -202,9 +212,8 @@ class RegulatedMatching(PaddedScorer):
         with torch.no_grad():
             return apart(*tensors)
 
-    def _in_one_pass(self, names, image, words, *rest, cu_seqlens, region_lengths) -> Tensor:
-        """All scores [I, T] by csrc/cpu/regulated_matching.cpp; `rest`: parameters, and what dropout kept, or None."""
-        *parameters, kept = rest
+    def _in_one_pass(self, names, kept, cu_seqlens, region_lengths, image, words, *parameters) -> Tensor:
+        """All scores [I, T] by csrc/cpu/regulated_matching.cpp; `kept`: the bits of what dropout kept, or None."""
         S, D, weights = self.sim_eval_w.in_features, image.shape[2], dict(zip(names, parameters, strict=True))
         given: dict[str, Any] = {
             "score_weight": weights["sim_eval_w.weight"][0],
@@ -281,11 +290,8 @@ class RegulatedMatching(PaddedScorer):
 
         mask = None if t2i or valid is None else valid[:, None]  # [b, 1, q]
         kept = None if kept is None else kept.unsqueeze(1)
-        return self._regulated(names, parameters, query, mask, first, attended, kept)
-
-    def _regulated(self, names, parameters, *args) -> Tensor:
-        weights = dict(zip(names, parameters, strict=True))
-        return regulated(self.self_regulator, self.step, self.smooth, self._drops, weights, *args)
+        weights, scheme = dict(zip(names, parameters, strict=True)), (self.self_regulator, self.step, self.smooth)
+        return regulated(*scheme, self._drops, weights, query, mask, first, attended, kept)
 
     def _pairs(self, names, pairs: Pairs, kept, image, words, *parameters) -> Tensor:
         """As `_block`, [P] of P pairs, with an image and a caption for each."""
@@ -306,7 +312,8 @@ class RegulatedMatching(PaddedScorer):
 
         mask = None if valid is None else valid[:, None]
         kept = None if kept is None else kept.unsqueeze(1)
-        return self._regulated(names, parameters, query.unsqueeze(1), mask, first, attended, kept).squeeze(1)
+        weights, scheme = dict(zip(names, parameters, strict=True)), (self.self_regulator, self.step, self.smooth)
+        return regulated(*scheme, self._drops, weights, query.unsqueeze(1), mask, first, attended, kept).squeeze(1)
 
 
 def _without_dropout(run, length, cu_seqlens, region_lengths, *tensors: Tensor) -> Tensor:

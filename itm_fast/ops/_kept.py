@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .._workspace import current_gib, workspace
 from ._declare import DECLARED
-from ._register import refuse_second
+from ._recompute import refuse_second
 
 
 def free(kept: list[Tensor]) -> None:

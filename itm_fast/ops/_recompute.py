@@ -37,6 +37,13 @@ class Block(NamedTuple):
 
 
 Blocks = Callable[..., Iterator[Block]]  # (backward, *tensors, cu_seqlens, region_lengths) -> blocks
+Matched = Callable[..., Iterator[Block]]  # (grad, *tensors, cu_seqlens, region_lengths) -> blocks of single pairs
+
+
+def refuse_second(name: str) -> None:
+    """Raise a NotImplementedError if the backward pass that calls this is itself to be differentiated."""
+    if torch.is_grad_enabled():
+        raise NotImplementedError(f"{name} has no second derivative; differentiate it without create_graph=True")
 
 
 def tile_bytes(device: torch.device, backward: bool, tiles: int = 1) -> int:
@@ -136,20 +143,20 @@ def score(
     cu_seqlens: Tensor,
     region_lengths: Tensor | None,
     each: tuple[int, ...] = (),
-    matched: Blocks | None = None,
+    matched: Matched | None = None,
 ) -> Tensor:
     """Differentiable scores [I, T, *each] that are computed block by block, by one or several ops.
 
     Args:
-        cut: makes the blocks; their inputs index `tensors`, their results index the scores.
+        cut: makes the blocks; their inputs index `tensors`, their results index the scores. It and `matched` live as
+            long as the scores, so they must hold no tensors of their own.
         axes: the first dimension of each of `tensors`, as in `of_pairs`; the first one's is I.
         tensors: the tensors that may need a gradient.
         cu_seqlens: [T + 1].
         region_lengths: [I] or None.
         each: the shape of a pair's result, () for a score.
-        matched: (grad, *tensors, cu_seqlens, region_lengths) -> blocks of those pairs alone whose score has a gradient,
-            with which backward goes on if these are few. On a CPU: a GPU sums rows that a block names several times in
-            any order.
+        matched: makes blocks of those pairs alone whose score has a gradient, with which backward goes on if these are
+            few. On a CPU: a GPU sums rows that a block names several times in any order.
     """
     return _Scored.apply(cut, matched, axes, each, cu_seqlens, region_lengths, *tensors)
 
@@ -164,8 +171,8 @@ class _Scored(torch.autograd.Function):
         return forward(cut(False, *tensors, cu_seqlens, region_lengths), tensors, score)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor):
+        refuse_second("this model's score")
         *tensors, cu_seqlens, region_lengths = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[6:])
 

@@ -32,12 +32,6 @@ def _told(reasons: dict[str, str | None], backend: str) -> str | None:
     return reasons[backend]
 
 
-def refuse_second(name: str) -> None:
-    """Raise a NotImplementedError if the backward pass of an op is itself to be differentiated."""
-    if torch.is_grad_enabled():
-        raise NotImplementedError(f"{name} has no second derivative; differentiate it without create_graph=True")
-
-
 class Op(Declaration):
     """A declared op, registered as one of `torch.ops.itm_fast`; a call checks its arguments and chooses the backend.
 
@@ -97,7 +91,7 @@ class Op(Declaration):
             ctx.rest = [a for a in inputs if not isinstance(a, Tensor)]
 
         def differentiate(ctx, grad, *_):
-            refuse_second(name)
+            _recompute.refuse_second(name)
             tensors, rest = iter(ctx.saved_tensors), iter(ctx.rest)
             args = [next(tensors) if t else next(rest) for t in ctx.is_tensor]
             needs = list(ctx.needs_input_grad[:differentiable])
