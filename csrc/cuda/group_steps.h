@@ -11,8 +11,8 @@ __device__ __forceinline__ void weighted_by_groups(typename T::Products &acc, Gr
     constexpr int STEPS = T::S / T::DEPTH;
     auto load = [&](int step) {
         if constexpr (T::CLUSTERS) return;
-        copy_rows<T::S, T::NARROW>(sh.tile.stage[step % 2], step * T::NARROW, T::WIDE, weight,
-                                   [&](int r) { return row_of(weight, r, T::WIDE); });
+        copy_rows<T::S, T::NARROW, true>(sh.tile.stage[step % 2], step * T::NARROW, T::WIDE, weight,
+                                         [&](int r) { return row_of(weight, r, T::WIDE); });
         commit();
     };
     unsigned a[4][4];

@@ -59,8 +59,8 @@ __device__ __forceinline__ void project_by_groups(typename T::Products &acc, typ
                                                   Finish finish) {
     auto start = [&](int step) {  // to copy a stage of W
         if (!T::CLUSTERS && step * T::NARROW < chunks)
-            copy_rows<T::S, T::NARROW>(sh.stage[step % 2], step * T::NARROW, chunks, weight,
-                                       [&](int row) { return row_of(weight, row, chunks); });
+            copy_rows<T::S, T::NARROW, true>(sh.stage[step % 2], step * T::NARROW, chunks, weight,
+                                             [&](int row) { return row_of(weight, row, chunks); });
     };
     auto landed = [&] {
         commit();

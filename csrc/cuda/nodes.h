@@ -97,12 +97,12 @@ template <Kind KIND> __device__ __forceinline__ bool not_finite(unsigned word) {
 }
 
 // Writes two numbers of a node. A number that is not finite would spoil the captions beside it, as 0 * NaN is NaN: it
-// becomes zero, and the score of its own caption NaN.
+// becomes zero, and the score of its own caption NaN, which an empty row is not a node of.
 template <class T>
 __device__ __forceinline__ void put_node(typename T::Shared &sh, unsigned char *nodes, int row, int column, float x,
                                          float y) {
     if (not_finite<Numbers<T::KIND>::STORED>(put<T::KIND, T::WIDE>(nodes, row, column, x, y))) {
-        sh.spoiled[sh.begin[row / 16]] = as_float(0x7fc00000u);
+        if (sh.owner[row] >= 0) sh.spoiled[sh.begin[row / 16]] = as_float(0x7fc00000u);
         put<T::KIND, T::WIDE>(nodes, row, column, 0, 0);
     }
 }
@@ -230,33 +230,27 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
             const long long row = image * (long long)p.size + sh.word[slot] - p.first_word;
             return sh.word[slot] < 0 ? nullptr : row_of(p.weight, row * T::HALVES + i / T::PARTS, p.pitch / 8);
         });
+    // The words of the rows that a thread copies, in the order of `copy_rows`, where registers suffice for them.
+    constexpr bool KEPT = T::GROUPS && !T::SQUARED;
+    int kept[KEPT ? T::SLOTS * T::NARROW / THREADS : 1];
+    if constexpr (KEPT) {
+#pragma unroll
+        for (int i = 0; i < T::SLOTS * T::NARROW / THREADS; ++i)
+            kept[i] = sh.word[(i * THREADS + threadIdx.x) / T::NARROW];
+    }
     auto load = [&](int step) {
-        copy_rows<T::SLOTS, T::NARROW>(making.word[step % 2], step * T::NARROW, p.chunks, p.words, [&](int slot) {
-            return sh.word[slot] < 0 ? nullptr : row_of(p.words, sh.word[slot], p.chunks);
-        });
-        copy_rows<T::REGIONS, T::NARROW>(making.region[step % 2], step * T::NARROW, p.chunks, p.words, [&](int region) {
-            return region < count ? row_of(p.image, image * (long long)p.regions + region, p.chunks) : nullptr;
-        });
+        int next = 0;
+        copy_rows<T::SLOTS, T::NARROW, T::GROUPS>(
+            making.word[step % 2], step * T::NARROW, p.chunks, p.words, [&](int slot) {
+                const int word = KEPT ? kept[next++] : sh.word[slot];
+                return word < 0 ? nullptr : row_of(p.words, word, p.chunks);
+            });
+        copy_rows<T::REGIONS, T::NARROW, T::GROUPS>(
+            making.region[step % 2], step * T::NARROW, p.chunks, p.words, [&](int region) {
+                return region < count ? row_of(p.image, image * (long long)p.regions + region, p.chunks) : nullptr;
+            });
     };
-    // (u - q)^2 in the place of q, of 16 rows and the columns of u.
-    auto put_squares = [&](const auto &u, int step, int row, int column) {
-#pragma unroll
-        for (int j = 0; j < 2; ++j) {
-            const int slot = row + g + 8 * j;
-            const float factor = sh.inverse[slot];
-            float unit = 1, raised = 1;
-            if constexpr (T::SCALED) unit = power(sh.exponent[slot]);
-            if constexpr (T::SQUARED) raised = power(squared(sh.exponent[slot]));
-#pragma unroll
-            for (int n = 0; n < int(sizeof u / sizeof u[0]); ++n) {
-                const int c = column + n * 8 + 2 * t;
-                const float2 q = get<KIND, T::NARROW>(making.word[step % 2], slot, c);
-                const float x = u[n][2 * j] * factor - q.x * unit, y = u[n][2 * j + 1] * factor - q.y * unit;
-                put<KIND, T::NARROW>(making.word[step % 2], slot, c, x * x * raised, y * y * raised);
-            }
-        }
-    };
-    // The same by blocks of 16 x 16, one to a warp.
+    // (u - q)^2 in the place of q, by blocks of 16 x 16, one to a warp.
     auto difference = [&](int step) {
 #pragma unroll
         for (int job = warp; job < T::BLOCKS * (T::DEPTH / 16); job += WARPS) {
@@ -274,7 +268,21 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
                 multiply_block(u[0], a, b, 0);
                 multiply_block(u[1], a, b, 1);
             }
-            put_squares(u, step, row, column);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
+                const int slot = row + g + 8 * j;
+                const float factor = sh.inverse[slot];
+                float unit = 1, raised = 1;
+                if constexpr (T::SCALED) unit = power(sh.exponent[slot]);
+                if constexpr (T::SQUARED) raised = power(squared(sh.exponent[slot]));
+#pragma unroll
+                for (int n = 0; n < 2; ++n) {
+                    const int c = column + n * 8 + 2 * t;
+                    const float2 q = get<KIND, T::NARROW>(making.word[step % 2], slot, c);
+                    const float x = u[n][2 * j] * factor - q.x * unit, y = u[n][2 * j + 1] * factor - q.y * unit;
+                    put<KIND, T::NARROW>(making.word[step % 2], slot, c, x * x * raised, y * y * raised);
+                }
+            }
         }
     };
     typename T::Products acc;
@@ -313,12 +321,18 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
             }
             group_commit();
         };
+        float factor[2];
+        auto read_factors = [&] {
+#pragma unroll
+            for (int j = 0; j < 2; ++j) factor[j] = sh.inverse[first + g + 8 * j];
+        };
+        if constexpr (KEPT) read_factors();
         auto finish = [&](int step, float (&u)[8][4]) {  // (u - q)^2
-            float unit[2] = {1, 1}, raised[2] = {1, 1}, factor[2];
+            float unit[2] = {1, 1}, raised[2] = {1, 1};
+            if constexpr (!KEPT) read_factors();
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
                 const int slot = first + g + 8 * j;
-                factor[j] = sh.inverse[slot];
                 if constexpr (T::SCALED) unit[j] = power(sh.exponent[slot]);
                 if constexpr (T::SQUARED) raised[j] = power(squared(sh.exponent[slot]));
             }

@@ -99,7 +99,7 @@ template <class T> __device__ __forceinline__ void score_words(const Scan &p) {
 }
 
 // Captions of at most so many words are attended to from registers: nearly all of COCO's.
-constexpr int HELD = 24;
+constexpr int SHORT = 24;
 
 // Calls f(w) for words w from `first` to n - 1, in order. MOST > 0: n is at most that, and every w is known when this is
 // compiled, so that f may use it as the place of a register.
@@ -204,13 +204,13 @@ template <class T> __device__ __forceinline__ void score_regions(const Scan &p) 
         const float *size = p.grams.size + p.pairs.row[at.tile * SLOTS + begin];
         const float4 *factor = static_cast<const float4 *>(p.grams.factor) + p.grams.place[caption];
         const float length = p.length[(long long)(at.first_image + image) * p.pairs.R + region];
-        if (words > HELD) {
+        if (words > SHORT) {
             value[0] = attend_words<0>(p, value, logit, words, size, factor, length);
             continue;
         }
-        float raw[HELD], x[HELD];
-        for_words<HELD>(0, words, [&](int w) { raw[w] = value[w], x[w] = logit(w); });
-        value[0] = attend_words<HELD>(p, raw, [&](int w) { return x[w]; }, words, size, factor, length);
+        float raw[SHORT], x[SHORT];
+        for_words<SHORT>(0, words, [&](int w) { raw[w] = value[w], x[w] = logit(w); });
+        value[0] = attend_words<SHORT>(p, raw, [&](int w) { return x[w]; }, words, size, factor, length);
     }
     __syncthreads();
     for (int i = threadIdx.x; i < at.captions * at.images; i += T::THREADS) {

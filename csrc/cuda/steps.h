@@ -61,8 +61,8 @@ template <class T, class Use>
 __device__ __forceinline__ void for_stages(GraphShared<T> &sh, const void *weight, typename T::Matrices &matrices, Use use) {
     auto load = [&](int step) {
         if (!T::CLUSTERS && step * T::DEPTH < T::S)
-            copy_rows<T::S, T::NARROW>(sh.tile.stage[step % 2], step * T::NARROW, T::WIDE, weight,
-                                       [&](int r) { return row_of(weight, r, T::WIDE); });
+            copy_rows<T::S, T::NARROW, T::GROUPS>(sh.tile.stage[step % 2], step * T::NARROW, T::WIDE, weight,
+                                                  [&](int r) { return row_of(weight, r, T::WIDE); });
         commit();
     };
     load(0);
