@@ -1,6 +1,6 @@
 """What the CUDA C++ kernels move and compute, from the sizes of their tiles; no launch is recorded.
 
-Sizes come from the modules that plan the launches (itm_fast/ops/_cuda); `BAND`, `BLOCK`, `HELD` and `WARPS` repeat
+Sizes come from the modules that plan the launches (itm_fast/ops/_cuda); `BAND`, `BLOCK` and `SHORT` repeat
 constants of csrc/cuda. Products and copies to shared memory are those that the emulated kernels count
 (tests/test_traffic_cuda.py).
 
@@ -23,7 +23,7 @@ import torch
 from benchmarks import traffic_shared
 from benchmarks.cards import Card
 from benchmarks.traffic_counts import Count, blocks
-from benchmarks.traffic_shared import NodeTile
+from benchmarks.traffic_shared import WARPS, NodeTile
 from itm_fast import _cuda
 from itm_fast.ops import _attention
 from itm_fast.ops._cuda import _pairs, _tiles, cross_attention_score, similarity_score
@@ -31,8 +31,7 @@ from itm_fast.packing import NodePlan, node_bounds, node_plan
 
 BAND = 16  # groups of images of a walk (affinity.h)
 BLOCK = 16  # rows of a tile of nodes that hold nodes of one caption
-HELD = 24  # words of a caption that a thread keeps in registers (scan.cu)
-WARPS = 8  # of a block of threads; each has at least 16 columns in the last step (last_step.h)
+SHORT = 24  # words of a caption that a thread keeps in registers (scan.cu)
 KINDS = {"bfloat16": "bfloat16", "tf32": "float16", "float32": "float16x3"}  # by precision: kind of products
 FORMS = {
     "bfloat16": _pairs.Kind("BF16", False, 1), "tf32": _pairs.Kind("F16", True, 1),
@@ -225,7 +224,7 @@ def _attended_words(p: Problem, done: Count, groups: int) -> None:
     # A thread reads a short caption's affinities once, with the numbers that normalise them. Of a long one it does so
     # twice, reads the affinity once more, and writes v, which it reads for each four rows of the factor. At the end it
     # writes a cosine, which is pooled in two passes.
-    long = length[length > HELD]
+    long = length[length > SHORT]
     done.plain += p.I * p.R * (2 * p.N + 4 * int(long.sum()) + _triangle(long) + 3 * p.T) * 4
 
 
@@ -287,7 +286,8 @@ def _scores(p: Problem, fit: _pairs.Kernels) -> Iterator[tuple[str, Count]]:
         yield "graph_scores", done
     else:
         done.vector += sum(rows * n * p.S * 5 for rows, n in shapes)
-        done.plain += done.programs * tile.filtered()
+        held = p.I * int(blocks(p.edge.diff() + 1, BLOCK).sum())
+        done.plain += done.programs * tile.filtered() + held * p.S * 4 + p.I * p.T * tile.by_caption(8)
         yield "filter_scores", done
 
 
@@ -326,7 +326,8 @@ def _steps(p: Problem, tile: NodeTile, done: Count, shapes: list[tuple[int, int]
     seen = p.I * int((held**2 - held).sum()) + sum(rows * n for rows, n in shapes) // BLOCK
     done.dots(2 * (p.K - 1) * seen, BLOCK, BLOCK, p.S, p.kind)
     done.vector += (p.K - 1) * seen * BLOCK**2 * 8
-    moved = tile.steps(p.K, seen / done.programs)
+    moved = tile.steps(p.K, seen / done.programs, p.I * int(held.sum()) / done.programs)
+    done.plain += p.I * p.T * tile.by_caption(16)
     done.shared, done.plain = done.shared + done.programs * moved[0], done.plain + done.programs * moved[1]
     repeated = max(p.S, WARPS * BLOCK)  # columns of a small S are computed by several warps
     for rows, n in shapes:

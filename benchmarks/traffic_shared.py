@@ -3,9 +3,9 @@
 `Count.shared` is what tests/test_traffic_cuda.py finds that the emulated kernels move: copies that land, zeros too;
 ldmatrix, 512 bytes a warp; and the factors of products by groups of four warps (wgmma), which read a factor
 [columns, 16] once for the group, and one [64, 16] where it is not in registers. `Count.plain` is the threads' own loads
-and stores: those of SCAN's kernels and of `weights` as the same test counts them, of the other kernels an estimate of
-those of the large matrices. Not counted: bank conflicts; that a load by some lanes of a warp takes as long as one by
-all; and hits of L1, which shares these banks.
+and stores: those of SCAN's kernels, of `weights` and of the heads' kernels by groups of warps in bfloat16 as the same
+test counts them, of the other kernels an estimate by the same terms. Not counted: bank conflicts; that a load by some
+lanes of a warp takes as long as one by all; and hits of L1, which shares these banks.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from itm_fast._cuda import Kernel
 from itm_fast.ops._cuda import _tiles
 
 MATRICES = 512  # bytes of ldmatrix, by a warp
-WARPS = 8  # of a block of threads
+EACH = 128  # bytes of a number of 4 bytes that every lane of a warp reads
+WARPS = 8  # of a block of threads; each has at least 16 columns in SGR's last step (last_step.h)
 FIRSTS = 8  # rows of SGR's last step: the most captions of a tile
 
 
@@ -51,12 +52,14 @@ class NodeTile:
     regions: int
     halves: int
     groups: bool
+    kept: bool  # whether threads keep in registers which words they copy, and the factors of their rows
 
     @classmethod
     def of(cls, kernel: Kernel, halves: int) -> NodeTile:
         """The tile that a kernel's template arguments name; that of global nodes has no regions."""
         S, slots, depth, *regions = map(int, re.findall(r"\b\d+\b", kernel.name.partition("<")[2]))
-        return cls(S, slots, depth, *regions or [0], halves, kernel.specific)
+        kept = kernel.specific and "<BF16" in kernel.name
+        return cls(S, slots, depth, *regions or [0], halves, kernel.specific, kept)
 
     @property
     def side(self) -> int:
@@ -97,7 +100,14 @@ class NodeTile:
         stages = self.stages(D)
         few = next(n for n in ((64, 128) if self.groups else (16, 32, 64, 128)) if self.regions <= n)
         found = self.slots * few * self.number + stages * (self.slots + self.regions) * self.depth * self.number
-        own = self.nodes
+        # Numbers of slots: for copies of weights and words, factors of squares (and exponents, but in bfloat16) and the
+        # nodes that are written, and written once themselves; and what each thread reads once.
+        copies, factors = self.slots * self.depth * self.number // 16, self.slots * 4
+        if not self.groups:
+            factors *= self.depth // 16
+        own = self.nodes + self.slots * few * self.number // 16 * 4 + self.slots * (4 * self.side + 3) * 4
+        own += 2 * WARPS * EACH
+        own += (1 if self.kept else stages) * 4 * (copies + factors * (1 if self.kept else 2))
         if self.groups:  # u, of which few weights stay in registers, and others in shared memory
             held = self.halves == 1 and self.regions <= 64
             found += stages * self.slots // 64 * self.halves * self.regions // 16 * (64 if held else 64 + 64) * 32
@@ -117,18 +127,25 @@ class NodeTile:
         return stages * each, stages * 2 * self.slots * self.depth * self.number + 2 * self.nodes
 
     def filtered(self) -> int:
-        """What threads move of SAF once the nodes are made: these, and sums of 16 rows as float32."""
-        return self.nodes + 2 * self.slots // 16 * self.S * 4
+        """What threads move of SAF once nodes are made: these, their slots' captions, and float32 sums of 16 rows."""
+        return self.nodes + self.slots * EACH + self.slots // 16 * self.S * 4 + WARPS * EACH
 
-    def steps(self, K: int, seen: float) -> tuple[float, float]:
-        """The same of SGR's K steps, the last one at FIRSTS rows; `seen`: pairs of blocks of 16 rows with a weight.
+    def by_caption(self, reads: int) -> int:
+        """What threads move for a caption: for its global node, and numbers that all lanes of a warp read."""
+        return 2 * self.S * self.number + reads * EACH
+
+    def steps(self, K: int, seen: float, held: float) -> tuple[float, float]:
+        """The same of SGR's K steps, the last one at FIRSTS rows.
+
+        `seen`: pairs of blocks of 16 rows with a weight; `held`: such blocks that hold nodes.
 
         Where a warp has several blocks of rows, it is counted as if all saw the same blocks.
         """
         stages, columns, each = self.S // self.depth, max(16, self.S // WARPS), self.halves * MATRICES
         weights = stages * (self.weight_stage(True) + self.weight_stage(False))
-        if self.groups:  # all but nodes stays in registers
-            found, own = (K - 1) * (weights + 2 * seen * self.S // 16 * each), (K - 1) * self.nodes
+        if self.groups:  # all but nodes stays in registers; read are the slots' captions, of rows and of those they see
+            found = (K - 1) * (weights + seen * (2 * self.S // 16 * each))
+            own = (K - 1) * (self.nodes + seen * 8 * EACH + 4 * WARPS * EACH)
         else:
             count, rows = self.slots // 16, self.slots * self.side // WARPS // 16  # blocks, and those of a warp
             edges = self.S // 16 * each * (count + seen)
@@ -137,6 +154,8 @@ class NodeTile:
             own = (K - 1) * (3 * self.nodes + self.slots**2 * self.number)
         loaded = WARPS * (self.depth // 16 * columns // 16 + max(1, self.depth // 32)) * each
         found += 2 * stages * (self.S * self.depth * self.number + loaded)
-        # Nodes once; first nodes and rows of Y twice, of Z once; and float32 sums of 16 nodes twice.
-        own += self.nodes + self.S * (FIRSTS * (3 * self.number + 4) + self.slots // 16 * 3 * 4)
+        # First nodes and rows of Y twice, of Z once. Nodes once, with their slots' captions; and float32 sums of 16
+        # nodes twice, a row of Y, and some numbers of the block.
+        own += self.S * FIRSTS * (3 * self.number + 4) + FIRSTS * self.S * self.number // 16 * 4
+        own += held * (16 * self.S * self.number + self.S * 3 * 4 + 16 * EACH + 6 * EACH)
         return found, own

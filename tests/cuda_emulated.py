@@ -107,6 +107,8 @@ INSTANCES = {
 COUNTED = {
     "scan": [f"scan_{direction}_in_clusters<BF16, 36, 128, 3>" for direction in ("t2i", "i2t")],
     "weights": ["weights<BF16, 36, 128, 2>"],
+    "graph": ["graph_scores_in_clusters<BF16, 256, 128, 64, 48, false>"],
+    "filter": ["filter_scores_in_clusters<BF16, 256, 128, 64, 48, false>"],
 }
 STRUCTURES = {
     "scan": [Scan],

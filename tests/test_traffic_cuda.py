@@ -81,7 +81,8 @@ def compare(op, precision, device, edge, direction="t2i", images=I, S=64, D=D):
         else:
             assert counted[name]["shared"] == count.shared, name
         if device.counting:
-            assert counted[name]["own"] == count.plain, name
+            # The compiler keeps what it likes in registers, and the model leaves out single numbers of a tile.
+            assert count.plain == pytest.approx(counted[name]["own"], rel=0.02), name
 
 
 @pytest.mark.parametrize("model, precision", CASES, indirect=["precision"])
@@ -94,7 +95,10 @@ def test_products_and_copies_are_those_of_the_emulated_kernels(model, precision,
         compare(f"similarity_{model}_score", precision, device, edge)
 
 
-@pytest.mark.parametrize("head, precision", [("graph", "float32"), ("filter", "bfloat16")], indirect=["precision"])
+GROUPED = [("graph", "float32"), ("graph", "bfloat16"), ("filter", "bfloat16")]
+
+
+@pytest.mark.parametrize("head, precision", GROUPED, indirect=["precision"])
 def test_the_same_where_groups_of_warps_multiply(head, precision, device):
     """In bfloat16 the last stage of a local weight is half full."""
     device.capability = (9, 0)
@@ -103,13 +107,17 @@ def test_the_same_where_groups_of_warps_multiply(head, precision, device):
     compare(f"similarity_{head}_score", precision, device, edge, images=2, S=256, D=96)
 
 
-@pytest.mark.parametrize("model", ["t2i", "i2t", "filter"])
-def test_loads_and_stores_of_threads_are_those_of_the_emulated_kernels(model, counting_device):
-    """Those of SCAN's kernels, where the second block of the last cluster has no tile, and of `weights`."""
-    counting_device.capability, lengths = (9, 0), (100, 9, 60)
-    if model == "filter":
-        edge = pair_score(model, torch.bfloat16, 5, lengths, S=64)
-        compare("similarity_filter_score", "bfloat16", counting_device, edge, images=5)
+@pytest.mark.parametrize("model", ["t2i", "i2t", "graph", "filter"])
+def test_loads_and_stores_of_threads_are_those_of_the_emulated_kernels(model, counting_device, monkeypatch):
+    """Those of SCAN's kernels, where the second block of the last cluster has no tile, and of the pair scorers'.
+
+    A caption of 24 words is the longest that a thread of `scan_i2t` keeps in registers.
+    """
+    counting_device.capability, lengths = (9, 0), (100, 24, 25, 9, 60)
+    if model in ("graph", "filter"):
+        monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)  # global nodes, whose kernel is not run
+        edge = pair_score(model, torch.bfloat16, 2, lengths, S=256)
+        compare(f"similarity_{model}_score", "bfloat16", counting_device, edge, images=2, S=256)
         return
     edge = scan(model, torch.bfloat16, 9, (*lengths, 100))
     compare("cross_attention_score", "bfloat16", counting_device, edge, direction=model, images=9)
