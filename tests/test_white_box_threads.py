@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from cpu_cases import needs_cpu
-from white_box import box
+from white_box import box, load, native_level
 
 __all__ = ["box"]  # fixtures
 
@@ -115,8 +115,10 @@ assert [box.spread(256, 256, {NOWHERE}, 0) for _ in range(2)] == [([1] * 256, No
 """
 
 
-def test_openmp_is_not_asked_for_threads_that_cannot_start(box):
+def test_openmp_is_not_asked_for_threads_that_cannot_start():
     """It would end the process. Without a fork, after which OpenMP is not used."""
+    if isinstance(reason := load(native_level()), str):
+        pytest.skip(reason)
     path = os.pathsep.join([str(Path(__file__).parent), *sys.path])
     subprocess.run([sys.executable, "-c", LIMITED], check=True, env={**os.environ, "PYTHONPATH": path})
 

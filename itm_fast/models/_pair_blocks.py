@@ -19,6 +19,7 @@ from ..ops import _recompute, attended_vectors
 from ..packing import Index, bounds, region_counts, runs, spans
 
 CPU_BLOCK = 128 << 20  # bytes of a block: smaller ones lose time to packed weights, larger ones to fresh memory
+PAIRS_BLOCK = 16 << 20  # the same of single pairs, which have copies: less memory in as much time; 8 MiB take longer
 ROWS = 1024  # most words of a block's captions, so that it has several images too
 KEPT = 6  # copies of a block's tensors that autograd keeps, about
 
@@ -92,6 +93,7 @@ def matched(
     """
     *tensors, cu_seqlens, region_lengths = args
     half, limit = _limits(grad.device, backward=True)
+    limit = min(limit, PAIRS_BLOCK)
     scored = grad.ne(0) if grad.dim() == 2 else grad.ne(0).any(2)
     captions, images = scored.t().nonzero(as_tuple=True)
     lengths, order = cu_seqlens.diff()[captions].sort(stable=True)
