@@ -209,6 +209,7 @@ def test_variants_are_chosen_where_the_check_of_first_use_compares_them(dtype, s
     found = [_pairs.kernels(similarity_score.graph_kernel, kind, 36, S, (9, 0), _cuda.CLUSTERS) for S in sizes]
     assert [fit.head.cluster for fit in found] == [1, 1, 2]
     assert tuple(fit.head_slots for fit in found) == slots
+    assert found[2].words < (64 if dtype == torch.float32 else 128)  # LONGEST in group_steps.h, times 16
 
 
 def part(args, image, caption):
@@ -297,6 +298,15 @@ def test_a_node_that_becomes_infinite_on_the_way_stays_in_its_pair(run):
         for t in range(found.shape[1]):
             alone, _ = run("graph", part(args, i, t), F16)
             assert torch.equal(bits(alone), bits(found[i : i + 1, t : t + 1]))
+
+
+@pytest.mark.parametrize("gpu", ["sm_90", "sm_90a"])
+def test_an_empty_row_that_becomes_infinite_spoils_no_caption(gpu, run):
+    args = case("graph", I=2, counts=(3, 9), S=64, K=2)
+    args[8][1] *= 1e-4  # what nodes ask of large ones
+    args[12][0][0] = 1e5 * args[5] / args[5].norm()  # nodes of empty rows are the bias, made 1 long
+    found, _ = run("graph", args, F16, gpu=gpu)
+    assert found.isfinite().all()
 
 
 @pytest.mark.parametrize("head", HEADS)
