@@ -287,7 +287,8 @@ def _scores(p: Problem, fit: _pairs.Kernels) -> Iterator[tuple[str, Count]]:
     else:
         done.vector += sum(rows * n * p.S * 5 for rows, n in shapes)
         held = p.I * int(blocks(p.edge.diff() + 1, BLOCK).sum())
-        done.plain += done.programs * tile.filtered() + held * p.S * 4 + p.I * p.T * tile.by_caption(8)
+        done.plain += done.programs * tile.filtered(p.I * (p.N + p.T) / done.programs) + held * p.S * 4
+        done.plain += p.I * p.T * tile.by_caption(2)
         yield "filter_scores", done
 
 
@@ -327,7 +328,7 @@ def _steps(p: Problem, tile: NodeTile, done: Count, shapes: list[tuple[int, int]
     done.dots(2 * (p.K - 1) * seen, BLOCK, BLOCK, p.S, p.kind)
     done.vector += (p.K - 1) * seen * BLOCK**2 * 8
     moved = tile.steps(p.K, seen / done.programs, p.I * int(held.sum()) / done.programs)
-    done.plain += p.I * p.T * tile.by_caption(16)
+    done.plain += p.I * p.T * tile.by_caption(10)
     done.shared, done.plain = done.shared + done.programs * moved[0], done.plain + done.programs * moved[1]
     repeated = max(p.S, WARPS * BLOCK)  # columns of a small S are computed by several warps
     for rows, n in shapes:

@@ -105,7 +105,8 @@ class NodeTile:
         copies, factors = self.slots * self.depth * self.number // 16, self.slots * 4
         if not self.groups:
             factors *= self.depth // 16
-        own = self.nodes + self.slots * few * self.number // 16 * 4 + self.slots * (4 * self.side + 3) * 4
+        own = self.nodes + (not self.kept) * self.slots * few * self.number // 16 * 4
+        own += self.slots * (4 * self.side + 3) * 4
         own += 2 * WARPS * EACH
         own += (1 if self.kept else stages) * 4 * (copies + factors * (1 if self.kept else 2))
         if self.groups:  # u, of which few weights stay in registers, and others in shared memory
@@ -126,9 +127,9 @@ class NodeTile:
         each = self.weight_stage(True) + self.slots * self.depth * self.number
         return stages * each, stages * 2 * self.slots * self.depth * self.number + 2 * self.nodes
 
-    def filtered(self) -> int:
-        """What threads move of SAF once nodes are made: these, their slots' captions, and float32 sums of 16 rows."""
-        return self.nodes + self.slots * EACH + self.slots // 16 * self.S * 4 + WARPS * EACH
+    def filtered(self, held: float) -> float:
+        """What threads move of SAF after nodes are made: the `held` ones, slots' captions, float32 sums of 16 rows."""
+        return held * self.S * self.number + self.slots * 4 + self.slots // 16 * self.S * 4 + WARPS * EACH
 
     def by_caption(self, reads: int) -> int:
         """What threads move for a caption: for its global node, and numbers that all lanes of a warp read."""

@@ -39,19 +39,20 @@ template <class T> __device__ __forceinline__ void score_filter(const Filter &p)
         return x;
     };
 
-    // A warp has 16 rows of one caption, and a lane every 32nd pair of columns: sums of gate x, which take the place of the
-    // rows.
+    // A warp has 16 rows of one caption, the first ones nodes and the others empty, and a lane every 32nd pair of columns:
+    // sums of gate x, which take the place of the rows.
     constexpr int PAIRS = S / 64;
     static_assert(T::BLOCKS <= WARPS);
     auto sums = [&](int block) { return reinterpret_cast<float *>(sh.room + block * 16 * T::WIDE * 16) + lane * 2; };
     if (warp < T::BLOCKS) {
         float sum[PAIRS][2] = {}, weight[PAIRS][2], total = 0;
+        const int held = int(warp_sum(lane < 16 && sh.tile.owner[warp * 16 + lane] >= 0));  // nodes
 #pragma unroll
         for (int k = 0; k < PAIRS; ++k)
 #pragma unroll
             for (int i = 0; i < 2; ++i) weight[k][i] = p.gate_weight[k * 64 + lane * 2 + i];
 #pragma unroll 4
-        for (int row = warp * 16; row < warp * 16 + 16; ++row) {
+        for (int row = warp * 16; row < warp * 16 + held; ++row) {
             float2 x[PAIRS];
             float dot = 0;
 #pragma unroll
@@ -60,7 +61,7 @@ template <class T> __device__ __forceinline__ void score_filter(const Filter &p)
                 dot += x[k].x * weight[k][0] + x[k].y * weight[k][1];
             }
             dot = warp_sum(dot) + *p.gate_bias;
-            const float gate = sh.tile.owner[row] < 0 ? 0 : 1 / (1 + exp2f(-dot * LOG2E));
+            const float gate = 1 / (1 + exp2f(-dot * LOG2E));
             total += gate;
 #pragma unroll
             for (int k = 0; k < PAIRS; ++k) sum[k][0] += gate * x[k].x, sum[k][1] += gate * x[k].y;

@@ -224,19 +224,20 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
     const int count = p.count ? p.count[image] : p.regions;
     matrices.begin(sh.stage[0], sh, p.stream, p.stages, p.failed);
     read_slots<T>(p, sh);
+    constexpr bool KEPT = T::GROUPS && !T::SQUARED;  // where registers suffice
+    int kept[KEPT ? T::SLOTS * T::NARROW / THREADS : 1];  // the words of a thread's rows, as `copy_rows` takes them
+    static_assert(!KEPT || T::FEW == T::NARROW);  // so a thread copies weights of the same words
 #pragma unroll
-    for (int i = 0; i < T::HALVES * T::PARTS; ++i)
+    for (int i = 0; KEPT && i < T::SLOTS * T::NARROW / THREADS; ++i)
+        kept[i] = sh.word[(i * THREADS + threadIdx.x) / T::NARROW];
+#pragma unroll
+    for (int i = 0; i < T::HALVES * T::PARTS; ++i) {
+        int next = 0;
         copy_rows<T::SLOTS, T::FEW>(making.weight[i], i % T::PARTS * T::FEW, p.pitch / 8, p.words, [&](int slot) {
-            const long long row = image * (long long)p.size + sh.word[slot] - p.first_word;
-            return sh.word[slot] < 0 ? nullptr : row_of(p.weight, row * T::HALVES + i / T::PARTS, p.pitch / 8);
+            const int word = KEPT ? kept[next++] : sh.word[slot];
+            const long long row = image * (long long)p.size + word - p.first_word;
+            return word < 0 ? nullptr : row_of(p.weight, row * T::HALVES + i / T::PARTS, p.pitch / 8);
         });
-    // The words of the rows that a thread copies, in the order of `copy_rows`, where registers suffice for them.
-    constexpr bool KEPT = T::GROUPS && !T::SQUARED;
-    int kept[KEPT ? T::SLOTS * T::NARROW / THREADS : 1];
-    if constexpr (KEPT) {
-#pragma unroll
-        for (int i = 0; i < T::SLOTS * T::NARROW / THREADS; ++i)
-            kept[i] = sh.word[(i * THREADS + threadIdx.x) / T::NARROW];
     }
     auto load = [&](int step) {
         int next = 0;
@@ -375,15 +376,15 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
                 put_node<T>(sh, nodes, row, warp_column<T>() + n * 8 + 2 * t, x * T::scale(), y * T::scale());
             }
         }
-    for (int i = threadIdx.x; i < sh.captions * T::WIDE * 4; i += THREADS) {
-        const int caption = i / (T::WIDE * 4), word = i % (T::WIDE * 4), slot = sh.first[caption];
+    for (int caption = warp; caption < sh.captions; caption += WARPS) {
+        const int slot = sh.first[caption];
         const long long row = image * (long long)p.captions + sh.caption[caption] - p.first_caption;
-        unsigned both = static_cast<const unsigned *>(row_of(p.overall, row, T::WIDE))[word];
-        if (not_finite<Numbers<KIND>::STORED>(both)) {
-            sh.spoiled[slot / 16] = as_float(0x7fc00000u);
-            both = 0;
+        for (int word = lane; word < T::WIDE * 4; word += 32) {
+            const unsigned both = static_cast<const unsigned *>(row_of(p.overall, row, T::WIDE))[word];
+            const bool right = !not_finite<Numbers<KIND>::STORED>(both);
+            if (!right) sh.spoiled[slot / 16] = as_float(0x7fc00000u);
+            *reinterpret_cast<unsigned *>(nodes + place<T::WIDE>(slot, word / 4) + word % 4 * 4) = right ? both : 0;
         }
-        *reinterpret_cast<unsigned *>(nodes + place<T::WIDE>(slot, word / 4) + word % 4 * 4) = both;
     }
     __syncthreads();
 }
