@@ -85,7 +85,7 @@ def backward(blocks: Iterator[Block], args: Sequence[Tensor], needs: Sequence[bo
 
 def _add(whole: Tensor, at: tuple[Index, ...], found: Tensor) -> None:
     """whole[at] += found, where a tensor of rows may name one several times, whose sum does not depend on threads."""
-    if at and isinstance(at[0], Tensor):
+    if len(at) == 1 and isinstance(at[0], Tensor):
         whole.index_add_(0, at[0].flatten(), found.flatten(0, at[0].dim() - 1))
     else:
         whole[at] += found
