@@ -97,8 +97,8 @@ def matched(
     scored = grad.ne(0) if grad.dim() == 2 else grad.ne(0).any(2)
     captions, images = scored.t().nonzero(as_tuple=True)
     lengths, order = cu_seqlens.diff()[captions].sort(stable=True)
-    for own in order.split(lengths.unique_consecutive(return_counts=True)[1].tolist()):
-        length = int(cu_seqlens.diff()[captions[own[0]]])
+    found, counts = lengths.unique_consecutive(return_counts=True)
+    for length, own in zip(found.tolist(), order.split(counts.tolist()), strict=True):
         # Rectangles read rows of their tensors where these lie; here each pair has copies of its own.
         copied = sum({"I": 1, "T": 1, "N": length, ".": 0}[axis] * x[:1].numel() * 4 for axis, x in zip(axes, tensors))
         most = limit // ((pair_bytes(length) + copied) * max(1, grad.element_size() // 4))
