@@ -58,6 +58,7 @@ CLUSTER_FAULTS = (
 GROUPED_TILES = [f"{n}, true" for n in ("F16, 64, 128, 64, 48, false", "BF16, 64, 128, 64, 48, false")]
 GROUPED_TILES += ["F16, 64, 128, 64, 48, true, true", "BF16, 256, 128, 64, 48, false, true"]
 CLUSTERED_TILES = [n.removesuffix(", true") for n in GROUPED_TILES]
+MANY_REGIONS = "BF16, 256, 128, 64, 112, false, true"
 PAIRS = "F16X3, 64, 128, 32, 48, true"
 WIDE_PAIRS = "F16X3, 256, 128, 32, 48, true"
 # The C++ names of kernel instances, by the stem of their file, here or in csrc/cuda.
@@ -80,7 +81,8 @@ INSTANCES = {
         *instances([f"{scan}_in_clusters" for scan in SCANS], KINDS[:3], ["36, 128, 3"]),
     ],
     "weights": [f"weights<{n}>" for n in ("F16, 12, 128, 2", "F16, 36, 128, 2", "BF16, 36, 128, 2", "F16, 128, 128, 1")]
-    + ["weights<F16, 36, 128, 1>", *(f"weights<F16X3, {n}>" for n in ("12, 128, 2", "36, 128, 2", "36, 128, 1"))],
+    + ["weights<F16, 36, 128, 1>", "weights<BF16, 104, 128, 1>"]
+    + [f"weights<F16X3, {n}>" for n in ("12, 128, 2", "36, 128, 2", "36, 128, 1")],
     # The kind, S, SLOTS, DEPTH and REGIONS.
     "global_nodes": [
         f"global_nodes<{n}>"
@@ -92,14 +94,14 @@ INSTANCES = {
     "graph": [
         f"graph_scores<{n}>"
         for n in (*NODE_TILES, "F16, 256, 128, 32, 48", "F16X3, 256, 64, 32, 48", "F16, 256, 32, 16, 48")
-        + ("BF16, 256, 64, 16, 48", "F16X3, 64, 32, 32, 48", *GROUPED_TILES)
+        + ("BF16, 256, 64, 16, 48", "F16X3, 64, 32, 32, 48", *GROUPED_TILES, MANY_REGIONS)
     ]
     + [f"graph_scores<{n}, true>" for n in (PAIRS, WIDE_PAIRS)]
     + [f"graph_scores_in_clusters<{n}>" for n in (*CLUSTERED_TILES, PAIRS, WIDE_PAIRS)],
     "filter": [
         f"filter_scores<{n}>"
         for n in (*NODE_TILES, "F16, 256, 128, 64, 48", "F16X3, 256, 128, 32, 48", "F16, 256, 64, 16, 48")
-        + ("BF16, 256, 128, 16, 48", "F16X3, 64, 64, 32, 48", *GROUPED_TILES, f"{PAIRS}, true")
+        + ("BF16, 256, 128, 16, 48", "F16X3, 64, 64, 32, 48", *GROUPED_TILES, f"{PAIRS}, true", MANY_REGIONS)
     ]
     + [f"filter_scores_in_clusters<{n}>" for n in (*CLUSTERED_TILES, PAIRS)],
 }

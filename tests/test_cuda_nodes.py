@@ -83,15 +83,17 @@ SHAPES = {
     "odd": dict(I=3, counts=(9, 30), D=200),  # a cluster with one image
     "S128": dict(I=2, counts=(9, 20), S=128),
     "S256": dict(I=1, counts=(14, 20), S=256),
+    "R100": dict(I=1, counts=(14, 20), R=100, D=200, S=256, regions=(97,)),
     "S256-odd": dict(I=1, counts=(50, 20), D=200, S=256, regions=(20,), K=2),
 }
 
 
-HALVES = [(shape, F16, "sm_90") for shape in SHAPES if shape not in ("D200", "odd", "S256-odd")]
+HALVES = [(shape, F16, "sm_90") for shape in SHAPES if shape not in ("D200", "odd", "R100", "S256-odd")]
 HALVES += [("lengths", BF16, "sm_90")]
 HALVES += [("S256", F16, "sm_75"), ("S256", BF16, "sm_86")]
 HALVES += [("W127", F16, "sm_90a"), ("lengths", BF16, "sm_90a"), ("S256", BF16, "sm_90a")]
-HALVES += [("D200", F16, "clusters"), ("lengths", F16, "clusters"), ("S256", BF16, "clusters")]
+HALVES += [("R100", BF16, "sm_90a"), ("D200", F16, "clusters")]
+HALVES += [("lengths", F16, "clusters"), ("S256", BF16, "clusters")]
 FLOATS = [(shape, "highest", "sm_90") for shape in ("lengths", "I1-T1-R1-W1-D8", "R7-ragged", "S256")]
 FLOATS += [("lengths", "high", gpu) for gpu in VARIANTS]
 PAIRED = [("filter", "odd", "clusters"), ("filter", "lengths", "clusters"), ("filter", "lengths", "sm_90a")]
@@ -149,8 +151,6 @@ def test_logits_are_accurate(head, dtype, run):
 
 
 MIXED = dict(I=2, counts=(15, 1, 16, 5, 31, 63, 12), regions=(36, 20))
-
-
 DTYPES = pytest.mark.parametrize("dtype", [F16, torch.float32], ids=["F16", "F16X3"])
 
 

@@ -263,13 +263,16 @@ def weight_plans(cu_seqlens: Tensor, edge: list[int], windows: Sequence[slice], 
 
 
 def compilations(head: Head, capability: tuple[int, int]) -> Iterator[Kernel]:
-    """The kernels of a scorer that may run on a GPU of a compute capability, for the published sizes."""
+    """The kernels of a scorer that may run on a GPU of a compute capability, for the published sizes; and those that
+    multiply by groups of warps in bfloat16 for the 100 regions that detectors are often asked for."""
     kinds = [Kind("F16", False, 1), Kind("F16", True, 1), Kind("F16X3", True, 2)]
     kinds += [Kind("BF16", False, 1)] * (capability >= TENSOR_FLOAT32)
     for kind in kinds:
         for variant in range(CLUSTERS + 1 if capability == _cuda.SPECIFIC else 1):
             if fit := kernels(head, kind, 36, SIMILARITIES[-1], capability, variant):
                 yield from (fit.weights, fit.overall, fit.head)
+    if capability == _cuda.SPECIFIC and (fit := kernels(head, kinds[-1], 100, SIMILARITIES[-1], capability, GROUPS)):
+        yield from (fit.weights, fit.overall, fit.head)
 
 
 def scores(
