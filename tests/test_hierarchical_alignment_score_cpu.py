@@ -73,8 +73,9 @@ def assert_equal(found, wanted):
 
 
 @pytest.mark.parametrize("few", [False, True])
-def test_gradients_have_the_same_bits_with_any_number_of_threads_and_again(few):
-    call, args, _ = small(torch.float32)
+@pytest.mark.parametrize("gate", GATES)
+def test_gradients_have_the_same_bits_with_any_number_of_threads_and_again(gate, few):
+    call, args, _ = small(torch.float32, gate=gate)
     upstream = torch.linspace(-1, 1, 35).view(5, 7)
     if few:
         upstream = upstream * (torch.arange(35).view(5, 7) % 9 == 2)
@@ -126,8 +127,9 @@ def test_backward_counts_gram_matrices_as_scratch(monkeypatch):
     assert kept == [1]
 
 
-def test_gradients_are_the_same_where_nothing_is_kept():
-    call, args, _ = small()
+@pytest.mark.parametrize("gate", GATES)
+def test_gradients_are_the_same_where_nothing_is_kept(gate):
+    call, args, _ = small(gate=gate)
     upstream = torch.linspace(-1, 1, 35, dtype=torch.float64).view(5, 7)
     whole = gradients(call, args, upstream)
     with itm_fast.workspace(1e-9):
@@ -135,9 +137,10 @@ def test_gradients_are_the_same_where_nothing_is_kept():
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
 
 
-def test_a_pair_without_a_gradient_is_not_computed():
+@pytest.mark.parametrize("gate", GATES)
+def test_a_pair_without_a_gradient_is_not_computed(gate):
     """NaN in an image and in a caption that no pair with a gradient has, where few pairs have one."""
-    call, args, edge = small()
+    call, args, edge = small(gate=gate)
     upstream = torch.eye(5, 7, dtype=torch.float64)[:, [3, 0, 2, 6, 1, 5, 4]]
     upstream[2], upstream[:, 4] = 0, 0
     wanted, spoilt = gradients(call, args, upstream), [a.clone() for a in args]
@@ -151,6 +154,35 @@ def test_a_pair_without_a_gradient_is_not_computed():
     with itm_fast.workspace(1e-9):  # nothing is kept
         for a, b in zip(gradients(call, args, upstream), wanted, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("kept", [0, 3, 5])
+def test_vector_gates_keep_affinities_alone(kept, monkeypatch):
+    """Of 5 images 8 of the elements I R N have to fit, else backward scores as many images again as fit."""
+    call, args, edge = small(gate="vector")
+    calls, whole = [], _cpu_calls.implementation(KEPT).forward
+
+    def noted(*args):
+        score, products = whole(*args)
+        calls.append((len(args[0]), products.numel()))
+        return score, products
+
+    monkeypatch.setattr(_cpu_calls.implementation(KEPT), "forward", noted)
+    with itm_fast.workspace((kept * 8 * 6 * edge[-1] + 1) * 8 / (1 << 30)):
+        gradients(call, args, torch.ones(5, 7, dtype=torch.float64))
+    each = max(1, kept)
+    wanted = [min(each, 5 - first) for first in range(0, 5, each)]
+    assert calls == [(n, n * 6 * edge[-1] + 16) for n in wanted]
+
+
+def test_no_gradients_but_those_that_are_needed():
+    call, args, _ = small(gate="vector")
+    upstream = torch.linspace(-1, 1, 35, dtype=torch.float64).view(5, 7)
+    wanted = gradients(call, args, upstream)
+    for k, x in enumerate(args):
+        leaf = x.detach().requires_grad_()
+        found = torch.autograd.grad(call(*args[:k], leaf, *args[k + 1 :], backend="cpu"), leaf, upstream)
+        assert_equal(found, wanted[k : k + 1])
 
 
 def test_pairs_whose_vectors_are_formed_have_their_gradients(monkeypatch):
@@ -182,10 +214,11 @@ def results(call, args, upstream, dtype, backend="reference", precision="highest
 
 
 @pytest.mark.parametrize("few", [False, True])
-@pytest.mark.parametrize("dim", [64, 31])
-def test_products_of_bfloat16(dim, few):
+@pytest.mark.parametrize("gate,dim", [("scalar", 64), ("scalar", 31), ("vector", 31)])
+def test_products_of_bfloat16(gate, dim, few):
     """Scores and gradients by products of bfloat16 values at precision "medium", and not otherwise."""
-    call, args = test_hierarchical_alignment_score.case(9, (5, 14, 8), D=dim, regions=(6, 1, 4, 6, 2, 5, 6, 3, 6))
+    regions = (6, 1, 4, 6, 2, 5, 6, 3, 6)
+    call, args = test_hierarchical_alignment_score.case(9, (5, 14, 8), D=dim, regions=regions, gate=gate)
     single = [a.float() for a in args]
     upstream = torch.randn(9, 3, generator=torch.Generator().manual_seed(1))
     if few:

@@ -15,6 +15,52 @@
 
 namespace itm_fast {
 
+// Adds to the gradients of dot and of the squared lengths of cosine(dot, a, b).
+template <class T>
+inline void cosine_backward(T dot, T a, T b, T grad, T& d_dot, T& d_a, T& d_b) {
+  constexpr T tiny = std::numeric_limits<T>::min();
+  const T both = std::sqrt(std::max(a, tiny)) * std::sqrt(std::max(b, tiny));
+  d_dot += grad / std::max(both, T(EPS));
+  if (!(both >= T(EPS))) return;
+  const T half = -grad * dot / both / 2;
+  if (a >= tiny) d_a += half / a;
+  if (b >= tiny) d_b += half / b;
+}
+
+// (1): d A, which the image side writes and the caption side adds to, or writes if it is alone. of(i, j): the gradients
+// of the weights of region i and words j ...; `room` holds R rows.
+template <bool IMAGE, class T, class Of>
+inline void affinities_backward(const Alignment& problem, int64_t R, int64_t ld, const T* weight, Of of, T* room,
+                                T* A) {
+  const T scale = T(problem.scale);
+  if (IMAGE) {
+    for (int64_t i = 0; i < R; ++i) {
+      Vec<T> all{};
+      for (int64_t j = 0; j < ld; j += LANES<T>) {
+        const Vec<T> d = of(i, j) * load(weight + i * ld + j);
+        store(room + j, d);
+        all += d;
+      }
+      const T mean = sum<T>(all);
+      for (int64_t j = 0; j < ld; j += LANES<T>)
+        store(A + i * ld + j, (load(room + j) - load(weight + i * ld + j) * mean) * scale);
+    }
+    return;
+  }
+  for (int64_t j = 0; j < ld; j += LANES<T>) {
+    Vec<T> mean{};
+    for (int64_t i = 0; i < R; ++i) {
+      const Vec<T> d = of(i, j) * load(weight + i * ld + j);
+      store(room + i * ld + j, d);
+      mean += d;
+    }
+    for (int64_t i = 0; i < R; ++i) {
+      const Vec<T> d = (load(room + i * ld + j) - load(weight + i * ld + j) * mean) * scale;
+      store(A + i * ld + j, problem.image_side ? load(A + i * ld + j) + d : d);
+    }
+  }
+}
+
 template <class T>
 class AlignmentGradient {
  public:
@@ -60,17 +106,6 @@ class AlignmentGradient {
         : d_dot(size), d_square(size), d_gate(size), d_pool(size), found(size), z(size), d_far(size) {}
     void reset() { whole = context_square = found_square = 0; }
   };
-
-  // d dot, and adds to the gradients of the squared lengths, of cosine(dot, a, b).
-  static void cosine_backward(T dot, T a, T b, T grad, T& d_dot, T& d_a, T& d_b) {
-    constexpr T tiny = std::numeric_limits<T>::min();
-    const T both = std::sqrt(std::max(a, tiny)) * std::sqrt(std::max(b, tiny));
-    d_dot += grad / std::max(both, T(EPS));
-    if (!(both >= T(EPS))) return;
-    const T half = -grad * dot / both / 2;
-    if (a >= tiny) d_a += half / a;
-    if (b >= tiny) d_b += half / b;
-  }
 
   // The side of a modality that attends to nothing: its global vector is the mean of its rows.
   template <bool IMAGE>
@@ -179,14 +214,13 @@ class AlignmentGradient {
     add(pass.d_pool, d_far.pool_other());
   }
 
-  // (1): d A, which the image side writes and the caption side adds to, or writes if it is alone.
+  // What attention's weights get, and from it d A.
   template <bool IMAGE>
   void affinities(T* A, const T* C, const Item<T>& image, const Item<T>& caption) {
     const int64_t R = image.n, ld = caption.ld;
     const AlignmentSide<T>& s = IMAGE ? v_ : t_;
     const Pass& pass = IMAGE ? of_image_ : of_caption_;
     const Item<T>& far = IMAGE ? caption : image;
-    const T scale = T(problem_.scale);
     // d weight of region i and words j ...; an own row's number stands for all far rows, and the other way round.
     const auto of = [&](int64_t i, int64_t j) {
       const auto own = [&](const T* x) { return IMAGE ? splat(x[i]) : load(x + j); };
@@ -195,32 +229,7 @@ class AlignmentGradient {
              others(far.pool_other()) * own(pass.d_pool) + load(s.product + i * ld + j) * (own(pass.d_square) * T(2)) +
              own(s.rest()) * others(pass.d_far);
     };
-    if (IMAGE) {
-      for (int64_t i = 0; i < R; ++i) {
-        Vec<T> all{};
-        for (int64_t j = 0; j < ld; j += LANES<T>) {
-          const Vec<T> d = of(i, j) * load(s.weight + i * ld + j);
-          store(d_weight_ + j, d);
-          all += d;
-        }
-        const T mean = sum<T>(all);
-        for (int64_t j = 0; j < ld; j += LANES<T>)
-          store(A + i * ld + j, (load(d_weight_ + j) - load(s.weight + i * ld + j) * mean) * scale);
-      }
-      return;
-    }
-    for (int64_t j = 0; j < ld; j += LANES<T>) {
-      Vec<T> mean{};
-      for (int64_t i = 0; i < R; ++i) {
-        const Vec<T> d = of(i, j) * load(s.weight + i * ld + j);
-        store(d_weight_ + i * ld + j, d);
-        mean += d;
-      }
-      for (int64_t i = 0; i < R; ++i) {
-        const Vec<T> d = (load(d_weight_ + i * ld + j) - load(s.weight + i * ld + j) * mean) * scale;
-        store(A + i * ld + j, problem_.image_side ? load(A + i * ld + j) + d : d);
-      }
-    }
+    affinities_backward<IMAGE>(problem_, R, ld, s.weight + 0, of, d_weight_ + 0, A);
   }
 
   // d C: (p)(2 e q + z + h r)^T + (2 e' s + z')(r)^T + h (s + b)(q + a)^T, and what (2) adds.

@@ -83,18 +83,19 @@ Item<T> item(const AlignmentCall& call, const Modality& from, int64_t first, int
   return made;
 }
 
-// Copies the columns of a caption's words, n rows of them that lie `step` apart, to [n][caption.ld], with zeros beyond
-// the words. Reads up to a whole vector, but no column beyond the words where these are `shared`: other threads may be
-// overwriting them.
+// Copies the columns of a caption's L words, n rows of them that lie `step` apart, to rows of an Item's ld, with zeros
+// beyond the words. Reads up to a whole vector, but no column beyond the words where these are `shared`: other threads
+// may be overwriting them.
 template <class T, bool shared>
-void gather(const T* from, int64_t step, int64_t n, const Item<T>& caption, T* to) {
+void gather(const T* from, int64_t step, int64_t n, int64_t L, T* to) {
+  const int64_t ld = Item<T>::whole(L);
   for (int64_t i = 0; i < n; ++i)
-    for (int64_t j = 0; j < caption.ld; j += LANES<T>) {
+    for (int64_t j = 0; j < ld; j += LANES<T>) {
       const T* const x = from + i * step + j;
       Vec<T> v{};
-      if constexpr (!shared) v = select<T>(inside<T>(j, 0, caption.n), load(x), v);
-      else if (j < caption.n) v = head(x, caption.n - j);
-      store(to + i * caption.ld + j, v);
+      if constexpr (!shared) v = select<T>(inside<T>(j, 0, L), load(x), v);
+      else if (j < L) v = head(x, L - j);
+      store(to + i * ld + j, v);
     }
 }
 

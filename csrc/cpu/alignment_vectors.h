@@ -4,98 +4,141 @@
 
 namespace itm_fast {
 
+// What one modality adds to a pair's score where vectors are formed, and what a backward pass takes of it. Its rows,
+// "own", attend to those of the other modality, "far".
+template <class T>
+struct VectorSide {
+  int64_t size;
+  T *attended, *gates, *fused;  // [own rows][wide]: what they attend to, their gates, and both as in (4)
+  T *context, *star, *global;   // [wide]: the context vector, what it attends to (5), and their sum (6)
+  Buffer<T> weight, turned;     // attention, [regions][words] and [words][regions]
+  Buffer<T> numbers;
+  T context_square = 0, with = 0, star_square = 0;  // |context|^2, context . star, |star|^2
+
+  VectorSide(int64_t R, int64_t L, T* vectors, int64_t wide)
+      : size(Item<T>::whole(std::max(R, L))), context(vectors), star(vectors + wide), global(vectors + 2 * wide),
+        weight(R * Item<T>::whole(L)), turned(L * Item<T>::whole(R)), numbers(6 * size) {}
+
+  T* array(int64_t k) const { return numbers + k * size; }
+  T *dot() const { return array(0); }       // of own rows: products with what they attend to
+  T *square() const { return array(1); }    // and its squared lengths
+  T *gate() const { return array(2); }      // what far rows add to scalar gates
+  T *share() const { return array(3); }     // gamma
+  T *with_far() const { return array(4); }  // of far rows: products with the context vector
+  T *found() const { return array(5); }     // and the attention that it pays them
+};
+
 // What one thread needs to score a pair whose vectors are formed: scratch for images of up to R regions, captions of up
-// to L words, gates of width 1 or of all `wide` features.
+// to L words, gates of width 1 or of all `wide` features. A backward pass finds all that it takes in both sides;
+// without one, the sides share a room, where fused rows overwrite what rows attend to.
 template <class T>
 struct Explicit {
   const Alignment& problem;
-  int64_t wide, size;  // wide: D in whole vectors
-  Buffer<T> weight, turned, fused, gates, numbers, vectors;
+  int64_t wide;  // D in whole vectors
+  Buffer<T> rows, vectors;
+  VectorSide<T> image_side, caption_side;
+  T square_v = 0, square_t = 0, both = 0;  // |v_g|^2, |t_g|^2, v_g . t_g
 
-  Explicit(const Alignment& problem, int64_t R, int64_t L, int64_t wide)
-      : problem(problem), wide(wide), size(Item<T>::whole(std::max(R, L))), weight(R * Item<T>::whole(L)),
-        turned(L * Item<T>::whole(R)), fused(std::max(R, L) * wide), gates(std::max(R, L) * wide), numbers(4 * size),
-        vectors(5 * wide) {}
+  Explicit(const Alignment& problem, int64_t R, int64_t L, int64_t wide, bool backward = false)
+      : problem(problem), wide(wide), rows((backward ? 3 * (R + L) : 2 * std::max(R, L)) * wide), vectors(6 * wide),
+        image_side(R, L, vectors, wide), caption_side(R, L, vectors + 3 * wide, wide) {
+    T* at = rows;
+    for (VectorSide<T>* side : {&image_side, &caption_side}) {
+      const int64_t n = (backward ? side == &image_side ? R : L : std::max(R, L)) * wide;
+      side->attended = at;
+      side->gates = at + n;
+      side->fused = at + (backward ? 2 * n : 0);
+      if (backward) at += 3 * n;
+    }
+  }
 
   // One side, given the weights of its n rows over m others, [m][ld]: its terms of (7), and its global vector (6).
-  void side(const Item<T>& mine, const Item<T>& others, const T* weights, bool vector, const T* pool, T* local, T* whole,
-            T* global) {
+  void side(VectorSide<T>& s, const Item<T>& mine, const Item<T>& others, const T* weights, bool vector, const T* pool,
+            T* local, T* whole) {
     const int64_t n = mine.n, m = others.n;
-    T *gate = numbers, *logit = gate + size, *similar = logit + size, *context = vectors, *star = context + wide;
     const auto zero = [](int64_t, int64_t) { return Vec<T>{}; };
     const auto into = [&](T* to) { return [to, this](int64_t i, int64_t d, Vec<T> v) { store(to + i * wide + d, v); }; };
-    gemm<T>(n, wide, m, Left<T>{weights, mine.ld}, Right<T>{others.rows, wide}, zero, into(fused));
-    if (vector) gemm<T>(n, wide, m, Left<T>{weights, mine.ld}, Right<T>{others.other_gates, wide}, zero, into(gates));
-    else across<T>(others.other(), weights, m, mine.ld, mine.ld, gate);
+    const Left<T> left{weights, mine.ld};
+    gemm<T>(n, wide, m, left, Right<T>{others.rows, wide}, zero, into(s.attended));
+    if (vector) gemm<T>(n, wide, m, left, Right<T>{others.other_gates, wide}, zero, into(s.gates));
+    else across<T>(others.other(), weights, m, mine.ld, mine.ld, s.gate());
     T all = 0;
     for (int64_t i = 0; i < n; ++i) {
       const T* const x = mine.rows + i * wide;
-      T* const at = fused + i * wide;
-      const Vec<T> one = sigmoid<T>(splat(mine.own()[i] + gate[i]));
+      T *const at = s.attended + i * wide, *const gates = s.gates + i * wide, *const fused = s.fused + i * wide;
+      const Vec<T> one = sigmoid<T>(splat(vector ? T(0) : mine.own()[i] + s.gate()[i]));
       Vec<T> dot{}, square{}, along_pool{};
       for (int64_t d = 0; d < wide; d += LANES<T>) {
         const Vec<T> v = load(x + d), u = load(at + d);
-        const Vec<T> g = vector ? sigmoid<T>(load(mine.own_gates + i * wide + d) + load(gates + i * wide + d)) : one;
+        const Vec<T> g = vector ? sigmoid<T>(load(mine.own_gates + i * wide + d) + load(gates + d)) : one;
         dot += v * u;
         square += u * u;
         const Vec<T> f = u + g * (v - u);
         along_pool += f * load(pool + d);
-        store(at + d, f);
+        store(gates + d, g);
+        store(fused + d, f);
       }
-      logit[i] = sum<T>(along_pool);
-      const T length = std::sqrt(std::max(sum<T>(square), std::numeric_limits<T>::min()));
-      all += sum<T>(dot) / std::max(mine.norm()[i] * length, T(EPS));
+      s.dot()[i] = sum<T>(dot);
+      s.square()[i] = sum<T>(square);
+      s.share()[i] = sum<T>(along_pool);
+      const T length = std::sqrt(std::max(s.square()[i], std::numeric_limits<T>::min()));
+      all += s.dot()[i] / std::max(mine.norm()[i] * length, T(EPS));
     }
     *local = problem.mean ? all / T(n) : all;
-    softmax(logit, n);
-    across<T>(logit, fused, n, wide, wide, context);
-    along<T>(others.rows, m, wide, wide, context, similar, others.ld);
-    const T square = inner(context, context, wide);
-    const T length = std::sqrt(std::max(square, std::numeric_limits<T>::min()));
-    for (int64_t j = 0; j < m; ++j) similar[j] /= std::max(others.norm()[j] * length, T(EPS));
-    softmax(similar, m);
-    across<T>(similar, others.rows, m, wide, wide, star);
-    *whole = cosine(inner(context, star, wide), square, inner(star, star, wide));
-    for (int64_t d = 0; d < wide; ++d) global[d] = context[d] + star[d];
+    softmax(s.share(), n);
+    across<T>(s.share(), s.fused, n, wide, wide, s.context);
+    along<T>(others.rows, m, wide, wide, s.context, s.with_far(), others.ld);
+    s.context_square = inner(s.context, s.context, wide);
+    const T length = std::sqrt(std::max(s.context_square, std::numeric_limits<T>::min()));
+    for (int64_t j = 0; j < m; ++j) s.found()[j] = s.with_far()[j] / std::max(others.norm()[j] * length, T(EPS));
+    softmax(s.found(), m);
+    across<T>(s.found(), others.rows, m, wide, wide, s.star);
+    s.with = inner(s.context, s.star, wide);
+    s.star_square = inner(s.star, s.star, wide);
+    *whole = cosine(s.with, s.context_square, s.star_square);
+    for (int64_t d = 0; d < wide; ++d) s.global[d] = s.context[d] + s.star[d];
   }
 
-  void mean_row(const Item<T>& item, T* out) {
-    T* const share = numbers;
-    for (int64_t i = 0; i < item.n; ++i) share[i] = T(1) / T(item.n);
-    across<T>(share, item.rows, item.n, wide, wide, out);
+  // The side of a modality that attends to nothing: its global vector is the mean of its rows.
+  void mean_row(VectorSide<T>& s, const Item<T>& item) {
+    for (int64_t i = 0; i < item.n; ++i) s.share()[i] = T(1) / T(item.n);
+    across<T>(s.share(), item.rows, item.n, wide, wide, s.global);
   }
 
   // A: [image.n][caption.ld]; the pools have `wide` numbers.
   T score(const T* A, const Item<T>& image, const Item<T>& caption, bool vector, const T* image_pool,
           const T* caption_pool) {
     const int64_t R = image.n, L = caption.n, ld = caption.ld;
-    T local[2]{}, whole[2]{}, *const image_global = vectors + 2 * wide, *const caption_global = vectors + 3 * wide;
+    VectorSide<T>&v = image_side, &t = caption_side;
+    T local[2]{}, whole[2]{};
     if (problem.image_side) {
       for (int64_t i = 0; i < R; ++i) {
-        for (int64_t j = 0; j < ld; j += LANES<T>) store(weight + i * ld + j, load(A + i * ld + j) * T(problem.scale));
-        softmax(weight + i * ld, L);
-        for (int64_t j = 0; j < L; ++j) turned[j * image.ld + i] = weight[i * ld + j];
+        T* const row = v.weight + i * ld;
+        for (int64_t j = 0; j < ld; j += LANES<T>) store(row + j, load(A + i * ld + j) * T(problem.scale));
+        softmax(row, L);
+        for (int64_t j = 0; j < L; ++j) v.turned[j * image.ld + i] = row[j];
       }
-      side(image, caption, turned, vector, image_pool, local, whole, image_global);
+      side(v, image, caption, v.turned, vector, image_pool, local, whole);
     } else {
-      mean_row(image, image_global);
+      mean_row(v, image);
     }
     if (problem.caption_side) {
       for (int64_t j = 0; j < L; ++j) {
-        T* const column = turned + j * image.ld;
+        T* const column = t.turned + j * image.ld;
         for (int64_t i = 0; i < R; ++i) column[i] = A[i * ld + j] * T(problem.scale);
         softmax(column, R);
-        for (int64_t i = 0; i < R; ++i) weight[i * ld + j] = column[i];
+        for (int64_t i = 0; i < R; ++i) t.weight[i * ld + j] = column[i];
       }
       for (int64_t i = 0; i < R; ++i)
-        for (int64_t j = L; j < ld; ++j) weight[i * ld + j] = 0;
-      side(caption, image, weight, vector, caption_pool, local + 1, whole + 1, caption_global);
+        for (int64_t j = L; j < ld; ++j) t.weight[i * ld + j] = 0;
+      side(t, caption, image, t.weight, vector, caption_pool, local + 1, whole + 1);
     } else {
-      mean_row(caption, caption_global);
+      mean_row(t, caption);
     }
-    return problem.total(local, whole,
-                         cosine(inner(image_global, caption_global, wide), inner(image_global, image_global, wide),
-                                inner(caption_global, caption_global, wide)));
+    both = inner(v.global, t.global, wide);
+    square_v = inner(v.global, v.global, wide);
+    square_t = inner(t.global, t.global, wide);
+    return problem.total(local, whole, cosine(both, square_v, square_t));
   }
 };
 

@@ -5,7 +5,7 @@
 // thread owns some images with some of the window's chunks at a time and keeps the images packed in its second cache.
 // For each chunk it computes the affinities with all its images by one product, the products of features by another,
 // and the scores pair by pair in the first caches. Only scores leave.
-// For a backward pass, the affinities and products of features of all pairs leave too.
+// For a backward pass, the affinities and, with scalar gates, the products of features of all pairs leave too.
 //
 // E is what these two products multiply: T, or pairs of bfloat16 values with sums in float32. All else is computed in
 // T; the Gram matrices are then of the rounded rows (`item`).
@@ -69,8 +69,8 @@ struct Captions {
   }
 };
 
-// What a backward pass takes from the forward pass, or null: affinities and products of features of all pairs,
-// [I][R][N], and 1 for pairs whose vectors were formed, else 0, [I][T].
+// What a backward pass takes from the forward pass, or null: affinities of all pairs and, with scalar gates, products
+// of features, [I][R][N], and 1 for pairs whose vectors were formed, else 0, [I][T].
 template <class T>
 struct Kept {
   T *affinity = nullptr, *product = nullptr, *formed = nullptr;
@@ -105,21 +105,19 @@ class Worker {
   void run(const Captions<T, E>& captions) {
     multiply(keys_, captions.keys, depth<E>(call_.P), captions, affinity_);
     if (!call_.vector()) multiply(features_, captions.features, depth<E>(call_.D), captions, product_);
-    if (kept_.affinity) {
-      keep(affinity_, captions, kept_.affinity);
-      keep(product_, captions, kept_.product);
-    }
+    if (kept_.affinity) keep(affinity_, captions, kept_.affinity);
+    if (kept_.product) keep(product_, captions, kept_.product);
     int64_t row = 0;
     for (size_t k = 0; k < items_.size(); row += items_[k++].n)
       for (int64_t t = captions.chunk.first; t < captions.chunk.last; ++t) {
         const Item<T>&image = items_[k], &caption = captions.items[size_t(t - captions.chunk.first)];
         const int64_t at = row * ld_ + call_.cu_seqlens[t] - captions.chunk.begin, i = first_ + int64_t(k);
-        gather<T, false>(affinity_ + at, ld_, image.n, caption, a_);
+        gather<T, false>(affinity_ + at, ld_, image.n, caption.n, a_);
         T score;
         if (call_.vector()) {
           score = explicit_.score(a_, image, caption, true, pools_.image, pools_.caption);
         } else {
-          gather<T, false>(product_ + at, ld_, image.n, caption, c_);
+          gather<T, false>(product_ + at, ld_, image.n, caption.n, c_);
           score = coefficients_.score(a_, c_, image, caption);
           if (coefficients_.poor) score = formed(i, t);
           if (kept_.formed) kept_.formed[i * call_.T + t] = coefficients_.poor;
@@ -218,14 +216,16 @@ extern "C" const char* hierarchical_alignment_score(const itm_fast::Hierarchical
   });
 }
 
-// The same, and `products`, float, or double if the tensors are double: the affinities and the products of features,
-// both [I, R, N], which pairs' vectors were formed [I, T], and a vector's room. Scalar gates only.
+// The same, and `products`, float, or double if the tensors are double: the affinities [I, R, N] and, with scalar
+// gates, the products of features [I, R, N] and which pairs' vectors were formed [I, T]; and a vector's room.
 extern "C" const char* hierarchical_alignment_score_kept(const itm_fast::HierarchicalAlignmentScoreKeptCall& call) {
   using namespace itm_fast;
   return guarded([&] {
     const int64_t each = call.I * call.R * call.N;
     const auto run = [&]<class T, class E>(T* products, E) {
-      scores<T, E>(AlignmentCall(call), {products, products + each, products + 2 * each});
+      Kept<T> kept{products};
+      if (call.K == 1) kept.product = products + each, kept.formed = products + 2 * each;
+      scores<T, E>(AlignmentCall(call), kept);
     };
     if (call.dtype == Dtype::FLOAT64) return run(static_cast<double*>(call.products), double());
 #if defined(__AVX512BF16__)

@@ -1,22 +1,27 @@
-// Gradients of hierarchical_alignment_score with scalar gates: (10) and (11) of
-// itm_fast/ops/hierarchical_alignment_score.py.
+// Gradients of hierarchical_alignment_score: (10) and (11) of itm_fast/ops/hierarchical_alignment_score.py.
 //
-// The forward pass has kept the affinities and the products of features of all pairs. In the first round a thread owns
-// some captions: pair by pair it overwrites both by their gradients (alignment_backward.h), and sums the gradients of
-// the captions' numbers and Gram matrices, and its part of the images'. In the second a thread owns an image or a
-// caption: it adds the parts in order, and what numbers and Gram matrix give the rows. In the third it owns some
-// features of all images or of all words: it adds the products with the gradients of the first round, and what the
-// pools get. So every sum has one owner and one order, whatever the number of threads.
+// The forward pass has kept the affinities and, with scalar gates, the products of features of all pairs. With such
+// gates, in the first round a thread owns some captions: pair by pair it overwrites both by their gradients
+// (alignment_backward.h), and sums the gradients of the captions' numbers and Gram matrices, and its part of the
+// images'. In the second a thread owns an image or a caption: it adds the parts in order, and what numbers and Gram
+// matrix give the rows. In the third it owns some features of all images or of all words: it adds the products with the
+// gradients of the first round, and what the pools get. So every sum has one owner and one order, whatever the number
+// of threads.
+//
+// With vector gates the first round adds to the gradients of rows, gates and pools itself (by_vectors()), and of the
+// others only the products of keys are left.
 //
 // Where few pairs have a gradient, these alone are taken, and in the third round a thread owns an image or a caption:
 // its products are with the rows of those that it has a gradient with.
 //
 // Scratch beyond inputs, gradients and what was kept: Gram matrices of all captions, at most 33 of each image (its own,
-// its gradient, and that of each part), and 2 MiB a thread.
+// its gradient, and that of each part), and 2 MiB a thread; with vector gates 4 MiB a thread, more only where one
+// caption alone is larger.
 #include <memory>
 
 #include "alignment_backward.h"
 #include "alignment_items.h"
+#include "alignment_vectors_backward.h"
 #include "calls/hierarchical_alignment_score_kept.h"
 #include "cross_attention_score_backward.h"
 
@@ -27,6 +32,7 @@ constexpr int64_t SPARSE_PAIRS = 8;  // few: a gradient of at most one pair in 8
 // Of the first round: a part ends before it has more than the words of one of 16 equal parts, or 128. Two neighbours
 // together have more, so there are at most 31, or one more than 2 N / 128.
 constexpr int64_t EQUAL_PARTS = 16, PART_ROWS = 128;
+constexpr int64_t GROUP_BYTES = 2 << 20;  // with vector gates: of a group's captions, one at the least
 constexpr int64_t DEPTH_BYTES = 1024 * 4, LEFT_ROWS = 96;  // of the third: a product's depth, and its rows at a time
 
 template <class T>
@@ -39,19 +45,26 @@ struct AlignmentBackward {
   const AlignmentCall call;
   const Pools<T> pools;
   const int64_t N;
-  T *const affinity, *const product;   // [I][R][N]
+  T *const affinity, *const product;   // [I][R][N]; no product, and none is marked as formed, with vector gates
   const T *const formed, *const grad;  // [I][T]
   const RowSets image_sets, caption_sets;
   const bool few;
 
   explicit AlignmentBackward(const HierarchicalAlignmentScoreKeptCall& c)
       : given(c), call(c), pools(call), N(c.N), affinity(static_cast<T*>(c.products)),
-        product(affinity + c.I * c.R * N), formed(product + c.I * c.R * N), grad(static_cast<const T*>(c.grad)),
+        product(call.vector() ? nullptr : affinity + c.I * c.R * N),
+        formed(call.vector() ? nullptr : product + c.I * c.R * N), grad(static_cast<const T*>(c.grad)),
         image_sets(regions(call.image, c.I, c.R, c.D, c.region_lengths)),
         caption_sets(captions(call.words, c.T, c.D, c.cu_seqlens)),
         few((c.I * c.T - std::count(grad, grad + c.I * c.T, T(0))) * SPARSE_PAIRS <= c.I * c.T) {}
 
   void run() const {
+    if (call.vector()) by_vectors();
+    else by_coefficients();
+  }
+
+ private:
+  void by_coefficients() const {
     Items<T> images = items(image_sets, 0), captions = items(caption_sets, 1), d_captions = zeros(caption_sets);
     const std::vector<Chunk> parts =
         chunks(caption_sets.edge.data(), call.T, std::max(PART_ROWS, (N + EQUAL_PARTS - 1) / EQUAL_PARTS));
@@ -62,8 +75,10 @@ struct AlignmentBackward {
         d_images[size_t(part)] = zeros(image_sets);
         for (int64_t i = 0; i < call.I; ++i)
           for (int64_t t = parts[size_t(part)].first; t < parts[size_t(part)].last; ++t)
-            take_pair(pair, room, i, t, *images[size_t(i)], *captions[size_t(t)], *d_images[size_t(part)][size_t(i)],
-                      *d_captions[size_t(t)]);
+            take_pair(room, i, t, [&](T g, T* A, T* C) {
+              pair.run(A, C, *images[size_t(i)], *captions[size_t(t)], g, *d_images[size_t(part)][size_t(i)],
+                       *d_captions[size_t(t)]);
+            });
       };
     });
     Items<T> all_images = zeros(image_sets);
@@ -78,22 +93,65 @@ struct AlignmentBackward {
         }
       };
     });
-    if (few) multiply_few();
-    else multiply_all();
+    multiply();
     sum_pools(all_images, d_captions);
   }
 
- private:
-  Items<T> items(const RowSets& sets, int64_t own) const {
+  // Captions are cut into groups, and images into as many. In each of as many steps every group of images meets another
+  // group of captions, so that no two threads add to the same gradients, and all sums have one order. The pools have a
+  // gradient of each group of images, which are added in order.
+  void by_vectors() const {
+    const int64_t each = 3 * pools.wide * int64_t(sizeof(T));
+    const std::vector<Chunk> groups = chunks(
+        caption_sets.edge.data(), call.T,
+        std::max<int64_t>(1, least((N + EQUAL_PARTS - 1) / EQUAL_PARTS, GROUP_BYTES / each)));
+    const int64_t count = int64_t(groups.size()), wide = pools.wide;
+    Buffer<T> d_pools(count * 2 * wide);
+    for (int64_t step = 0; step < count; ++step)
+      parallel(count, call.threads, [&] {
+        return [&, pair = VectorsGradient<T>(call.problem, call.R, caption_sets.most, wide),
+                room = Buffer<T>(call.R * Item<T>::whole(caption_sets.most))](int64_t k) mutable {
+          const Chunk& group = groups[size_t((k + step) % count)];
+          Items<T> captions(size_t(group.last - group.first));
+          T* const d_pool = d_pools + k * 2 * wide;
+          for (int64_t i = call.I * k / count; i < call.I * (k + 1) / count; ++i) {
+            std::unique_ptr<Item<T>> image;
+            for (int64_t t = group.first; t < group.last; ++t)
+              take_pair(room, i, t, [&](T g, T* A, T*) {
+                std::unique_ptr<Item<T>>& caption = captions[size_t(t - group.first)];
+                if (!image) image = made(image_sets, i, 0, true);
+                if (!caption) caption = made(caption_sets, t, 1, true);
+                pair.run(A, *image, *caption, g, pools.image, pools.caption, gradients(image_sets, i, 0),
+                         gradients(caption_sets, t, 1), d_pool, d_pool + wide);
+              });
+          }
+        };
+      });
+    multiply();
+    for (void* out : {given.d_image_pool, given.d_caption_pool})
+      for (int64_t k = 0; out && k < count; ++k)
+        for (int64_t d = 0; d < call.D; ++d)
+          static_cast<T*>(out)[d] += d_pools[(k * 2 + (out == given.d_caption_pool)) * wide + d];
+  }
+  RowGradients<T> gradients(const RowSets& sets, int64_t set, int64_t own) const {
+    const int64_t at = sets.first[size_t(set)] * call.D;
+    T* const rows = static_cast<T*>(own ? given.d_words : given.d_image);
+    T* const gates = static_cast<T*>(own ? given.d_word_gate : given.d_image_gate);
+    return {rows ? rows + at : nullptr, gates ? gates + 2 * at + own * call.D : nullptr,
+            gates ? gates + 2 * at + (1 - own) * call.D : nullptr, call.D};
+  }
+
+  std::unique_ptr<Item<T>> made(const RowSets& sets, int64_t set, int64_t own, bool formed) const {
     const Modality from{sets.source, own ? call.word_gate : call.image_gate, own};
-    Items<T> made(size_t(sets.count()));
+    return std::make_unique<Item<T>>(
+        item<T, E>(call, from, sets.first[size_t(set)], sets.length(set), pools, formed));
+  }
+  Items<T> items(const RowSets& sets, int64_t own) const {
+    Items<T> all(size_t(sets.count()));
     parallel(sets.count(), call.threads, [&] {
-      return [&](int64_t k) {
-        made[size_t(k)] =
-            std::make_unique<Item<T>>(item<T, E>(call, from, sets.first[size_t(k)], sets.length(k), pools, false));
-      };
+      return [&](int64_t k) { all[size_t(k)] = made(sets, k, own, false); };
     });
-    return made;
+    return all;
   }
   static Items<T> zeros(const RowSets& sets) {
     Items<T> made;
@@ -110,7 +168,7 @@ struct AlignmentBackward {
   }
 
   // The gradient of a pair's score, 0 if its vectors have to be formed.
-  T gradient_of(int64_t i, int64_t t) const { return formed[i * call.T + t] ? T(0) : grad[i * call.T + t]; }
+  T gradient_of(int64_t i, int64_t t) const { return formed && formed[i * call.T + t] ? T(0) : grad[i * call.T + t]; }
 
   // Whether a pair of an image or of a caption has a gradient.
   bool has_gradient(int64_t set, bool of_images) const {
@@ -119,19 +177,23 @@ struct AlignmentBackward {
     return false;
   }
 
-  // A pair without a gradient leaves zeros, which nothing reads where few have one.
-  void take_pair(AlignmentGradient<T>& pair, T* room, int64_t i, int64_t t, const Item<T>& image,
-                 const Item<T>& caption, Item<T>& d_image, Item<T>& d_caption) const {
+  // run(g, A, C) overwrites a pair's affinities and products of features by their gradients, given that of its score. A
+  // pair without one leaves zeros, which nothing reads where few have one.
+  template <class Run>
+  void take_pair(T* room, int64_t i, int64_t t, Run run) const {
     const T g = gradient_of(i, t);
     if (few && g == 0) return;
-    T* const at[] = {affinity + i * call.R * N + call.cu_seqlens[t], product + i * call.R * N + call.cu_seqlens[t]};
-    T* const own[] = {room, room + call.R * caption.ld};
-    for (int k = 0; g != 0 && k < 2; ++k) gather<T, true>(at[k], N, image.n, caption, own[k]);
-    if (g != 0) pair.run(own[0], own[1], image, caption, g, d_image, d_caption);
-    for (int k = 0; k < 2; ++k)
+    const int64_t R = image_sets.length(i), L = caption_sets.length(t), ld = Item<T>::whole(L);
+    const int64_t first = i * call.R * N + call.cu_seqlens[t];
+    T *const own[] = {room, room + call.R * ld}, *const whole[] = {affinity, product};
+    const int count = product ? 2 : 1;
+    for (int k = 0; g != 0 && k < count; ++k) gather<T, true>(whole[k] + first, N, R, L, own[k]);
+    if (g != 0) run(g, own[0], own[1]);
+    for (int k = 0; k < count; ++k)
       for (int64_t r = 0; r < call.R; ++r) {
-        if (g != 0 && r < image.n) std::copy_n(own[k] + r * caption.ld, caption.n, at[k] + r * N);
-        else std::fill_n(at[k] + r * N, caption.n, T(0));
+        T* const to = whole[k] + first + r * N;
+        if (g != 0 && r < R) std::copy_n(own[k] + r * ld, L, to);
+        else std::fill_n(to, L, T(0));
       }
   }
 
@@ -174,14 +236,21 @@ struct AlignmentBackward {
     bool of_images;
   };
 
-  // d V += d C T, d T += d C^T V, and the same of the keys with d A.
+  // d V += d C T, d T += d C^T V with scalar gates, and the same of the keys with d A.
   std::vector<Product> all_products() const {
-    return {{call.image, call.words, call.D, product, given.d_image, true},
-            {call.words, call.image, call.D, product, given.d_words, false},
-            {call.image_key, call.word_key, call.P, affinity, given.d_image_key, true},
-            {call.word_key, call.image_key, call.P, affinity, given.d_word_key, false}};
+    std::vector<Product> all = {{call.image_key, call.word_key, call.P, affinity, given.d_image_key, true},
+                                {call.word_key, call.image_key, call.P, affinity, given.d_word_key, false}};
+    if (product) {
+      all.push_back({call.image, call.words, call.D, product, given.d_image, true});
+      all.push_back({call.words, call.image, call.D, product, given.d_words, false});
+    }
+    return all;
   }
 
+  void multiply() const {
+    if (few) multiply_few();
+    else multiply_all();
+  }
   void multiply_all() const {
     const std::vector<Product> all = all_products();
     const int64_t rows = call.I * call.R, D = std::max(call.D, call.P);
@@ -303,8 +372,8 @@ struct AlignmentBackward {
 }  // namespace itm_fast
 
 // Adds to the gradients that are not null, which hold zeros, and overwrites `products`, the forward pass's; these and
-// grad [I, T] are float, or double if the tensors are double. Scalar gates only. A pair that `products` marks
-// as one whose vectors were formed adds nothing: the `torch` backend computes its gradients.
+// grad [I, T] are float, or double if the tensors are double. A pair that `products` marks as one whose vectors were
+// formed adds nothing: the `torch` backend computes its gradients.
 extern "C" const char* hierarchical_alignment_score_kept_backward(
     const itm_fast::HierarchicalAlignmentScoreKeptCall& call) {
   using namespace itm_fast;

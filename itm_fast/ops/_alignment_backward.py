@@ -1,8 +1,8 @@
 """The backward pass of `hierarchical_alignment_score`, and what the `cpu` backend keeps for it.
 
-C++ takes the affinities and the products of features of all pairs, which the forward pass keeps where they fit; else
-some images at a time are scored again. Vector gates, and pairs whose vectors have to be formed, are left to the `torch`
-backend, as are calls of other backends.
+C++ takes the affinities and, with scalar gates, the products of features of all pairs, which the forward pass keeps
+where they fit; else some images at a time are scored again. With scalar gates, pairs whose vectors have to be formed
+are left to the `torch` backend, as are calls of other backends.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ GRAM_MATRICES = 33  # of each image, at most, among C++'s scratch: its own, its 
 def _products_fit(args: Sequence[Any]) -> int:
     """How many images' affinities and products of features `SHARE` allows, where Gram matrices have to fit too."""
     image, words = args[0], args[3]
-    R = image.shape[1]
-    each = (SHARE * 2 * R * len(words) + GRAM_MATRICES * R * R) * work_dtype(image).itemsize
+    R, kinds, matrices = image.shape[1], *((2, GRAM_MATRICES) if _scalar(args) else (1, 0))
+    each = (SHARE * kinds * R * len(words) + matrices * R * R) * work_dtype(image).itemsize
     return scratch_bytes(image.device) // (each or 1)
 
 
@@ -40,7 +40,7 @@ def _scalar(args: Sequence[Any]) -> bool:
 
 
 def _forward(*args: Any) -> tuple[Tensor, list[Tensor]]:
-    if _scalar(args) and _products_fit(args) >= len(args[0]):
+    if _products_fit(args) >= len(args[0]):
         score, products = implementation(f"{NAME}_kept").forward(*args)
         return score, [products]
     return implementation(NAME).forward(*args), []
@@ -54,8 +54,6 @@ def backward(
         return _by_torch(grad, needs, *args)
     axes = DECLARED[NAME].pairs
     assert axes is not None
-    if not _scalar(args):
-        return _recompute.of_pairs(_by_torch, axes, grad, needs, args)
     if kept:
         return _by_products(grad, needs, args, kept[0])
     return _recompute.of_pairs(_scored_again, axes, grad, needs, args)
@@ -84,10 +82,10 @@ def _scored_again(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tenso
 def _by_products(grad: Tensor, needs: Sequence[bool], args: Sequence[Any], products: Tensor) -> list[Tensor]:
     """The gradients in C++, which overwrites the products; those of the pairs that it leaves out by torch."""
     (I, R, _), N, T = args[0].shape, len(args[3]), grad.shape[1]
-    formed = products[2 * I * R * N :][: I * T].view(I, T) != 0
+    formed = products[2 * I * R * N :][: I * T].view(I, T) != 0 if _scalar(args) else None
     grad = grad.to(products.dtype)
     found = implementation(f"{NAME}_kept").backward(grad, needs, *args, results=[products])
-    if formed.any():
+    if formed is not None and formed.any():
         axes, rest = DECLARED[NAME].pairs, grad.masked_fill(~formed, 0)
         assert axes is not None
         for whole, more in zip(found, _recompute.of_pairs(_by_torch, axes, rest, needs, args), strict=True):

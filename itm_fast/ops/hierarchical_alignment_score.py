@@ -46,8 +46,10 @@ and c_2 of the rows Z = [V; T], and K = Z Z^T,
     d A = scale (alpha (d alpha - sum_j alpha d alpha) + beta (d beta - sum_i beta d beta)),
     d k_i = sum_j d A_ij k_j,   d k_j = sum_i d A_ij k_i                                                    (11)
 
-Saved for backward: the inputs, and with scalar gates in the `cpu` backend A and C of all pairs where these take about
-an eighth of the workspace at most. Everything else per pair is computed again.
+With a vector gate the chain rule goes through the vectors themselves, which are formed again; (11) holds too.
+
+Saved for backward: the inputs, and in the `cpu` backend A and, with scalar gates, C of all pairs, where these take
+about an eighth of the workspace at most. Everything else per pair is computed again.
 """
 
 from __future__ import annotations
@@ -172,11 +174,13 @@ _ARGUMENTS = [
 
 
 def _products(size: dict[str, int], given: Given) -> tuple[int, ...]:
-    """Of A and of C in (8), of which pairs had their vectors formed, and a vector's room that C++ may read."""
-    return (2 * size["I"] * size["R"] * size["N"] + size["I"] * size["T"] + 16,)
+    """Of A, with scalar gates of C in (8) and of which pairs had their vectors formed; and a vector's room that C++ may
+    read."""
+    each = size["I"] * size["R"] * size["N"]
+    return (each + 16 if size["K"] > 1 else 2 * each + size["I"] * size["T"] + 16,)
 
 
-# Forward with scalar gates, which keeps what its backward pass takes, and that pass.
+# Forward, which keeps what its backward pass takes, and that pass.
 cpu_only(
     "hierarchical_alignment_score_kept", _ARGUMENTS, [Result("score", "I T"), Result("products", _products, wide=True)]
 )
