@@ -56,9 +56,10 @@ class Card:
         return self.processors * 128 * self.clock
 
     def rate(self, kind: str, by_mma: bool = False) -> float | None:
-        """Operations per second of a kind of `PRODUCTS`, or of "vector"; None where the card has no such units."""
-        if kind == "vector":
-            return self.vector
+        """Operations per second of a kind of `PRODUCTS`, of "vector", or of "ieee", products of float32 as they are,
+        by its multiply-adds; None where the card has no such units."""
+        if kind in ("vector", "ieee"):
+            return self.vector * (2 if kind == "ieee" else 1)
         unit, times = PRODUCTS[kind]
         peak = self.products.get(unit)
         return None if peak is None else peak / times * (self.mma if by_mma else 1)

@@ -20,6 +20,9 @@ kernels from the sizes of their tiles. What is assumed:
   weights, once a call) take no time. `waves` is the share of a
   card's places that programs take, when each multiprocessor has one program at a time.
 
+A training step's launches are those of `traffic_training`, at batch 128: of Triton's kernels, forward and backward, and
+of PyTorch's operations between them. Where launches are many, starting them takes longer than the bound.
+
 The floor is what no kernel can beat: the operations that the scores need (`shapes.needed_flops`) at the peak of the
 kind of products, or inputs and scores through memory once.
 """
@@ -41,7 +44,7 @@ import torch
 if __name__ == "__main__":  # from a bare checkout, `benchmarks` and `itm_fast` lie beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks import shapes, traffic_cuda, traffic_page, traffic_triton
+from benchmarks import shapes, traffic_cuda, traffic_page, traffic_training, traffic_triton
 from benchmarks.cards import CARDS, Card
 from benchmarks.traffic_counts import Count, Use
 from itm_fast._files import atomic_write
@@ -70,6 +73,9 @@ PRECISIONS = {  # by the names of `gpu_steps.PRECISIONS`
     "tf32": Precision(torch.float32, "high", ("tf32", "float16")),
     "float32": Precision(torch.float32, "highest", ("tf32x3", "float16x3")),
 }
+TRAINING = "coco-train-b128"  # of shapes.SHAPES, and the precisions that gpu_suite.py trains in
+TRAINED = ("tf32", "float32")
+SMALLEST = 0.01  # kernels that take a smaller share of a part of a training step are shown together
 PARTS = "memory", "L2", "shared memory", "products", "vector"  # each of which a launch takes at least
 BACKENDS = {"triton": 0, "cuda": -1}  # which of a precision's kinds a backend's products are of
 
@@ -171,6 +177,22 @@ def floor(model: str, workload: str, card: Card, precision: str, kind: str) -> f
     return max(needed / rate, moved / card.memory)
 
 
+def training(model: str, precision: str, card: Card) -> list[dict]:
+    """A training step's parts by Triton: bound and floor in seconds, launches, and the kernels that take most."""
+    asked, found = PRECISIONS[precision], []
+    for part in traffic_training.parts(model, shapes.SHAPES[TRAINING], card.arch, asked.matmul):
+        rows = kernels(part.launches, card)
+        bound = sum(row["bound"] for row in rows)
+        less = [row for row in rows if row["bound"] < SMALLEST * bound]
+        found.append({
+            "part": part.name, "bound": bound, "floor": part.needed / card.rate(asked.kinds[0]),
+            "launches": sum(row["launches"] for row in rows), "others": sum(row["bound"] for row in less),
+            "other_launches": sum(row["launches"] for row in less),
+            "kernels": sorted((row for row in rows if row not in less), key=lambda row: -row["bound"]),
+        })  # fmt: skip
+    return found
+
+
 def predicted(workload: str, card: Card, backends: Iterable[str] = BACKENDS) -> dict:
     """Every model, precision and backend on a workload: kernels, bound and floors, as the results' page shows them."""
     results = []
@@ -191,6 +213,12 @@ def predicted(workload: str, card: Card, backends: Iterable[str] = BACKENDS) -> 
                     "kernels": rows,
                 }
             results.append(one)
+    steps = [
+        {"model": model, "precision": precision, "parts": training(model, precision, card)}
+        for model in MODELS
+        for precision in TRAINED
+        if card.arch is not None
+    ]
     return {
         "predicted": True,
         "workload": workload,
@@ -198,6 +226,7 @@ def predicted(workload: str, card: Card, backends: Iterable[str] = BACKENDS) -> 
         "source": card.source,
         "cache_source": card.cache_source,
         "results": results,
+        "training": {"workload": TRAINING, "results": steps},
     }
 
 

@@ -24,7 +24,50 @@ def tables(found: dict, measured: Path | None = None) -> str:
         "- waves: the share of the card that programs fill when each multiprocessor runs one at a time. An uneven last "
         "wave lowers it. The bound does not count it."
     )
-    return "\n\n".join([head, _summary(found, measured), _kernels(found)])
+    return "\n\n".join([head, _summary(found, measured), _kernels(found), _training(found["training"])])
+
+
+def _training(found: dict) -> str:
+    """A training step: bounds of its parts, then what takes most of each."""
+    head = (
+        f"**A training step by `triton`, predicted, not measured**: `{found['workload']}`, in the precisions that "
+        "`gpu_suite.py` trains in, without encoders and loss. Backward with the gradient that hardest negatives leave, "
+        "and with one for every pair. PyTorch's operations between the kernels are counted with each tensor read or "
+        "written once. The floor is that of the operations that the pairs with a gradient need, at the peak of the "
+        "kernels' products. The time to start launches is not in the bound: at a few microseconds each it is more than "
+        "that of many of these parts."
+    )
+    lines = [
+        "| model | precision | part | launches | bound, ms | floor, ms | x floor | takes most |",
+        f"|---|---|---|{'---:|' * 4}---|",
+    ]
+    rows = [
+        "| model | precision | part | kernel | launches | waves | memory, MB | ms | L2, MB | ms | products, T | ms | "
+        "vector, ms | bound, ms | limited by |",
+        f"|---|---|---|---|{'---:|' * 10}---|",
+    ]
+    for one in found["results"]:
+        for part in one["parts"]:
+            name, bound = f"| {one['model']} | {one['precision']} | {part['part']}", part["bound"]
+            most = part["kernels"][0]
+            lines.append(
+                f"{name} | {part['launches']:,} | {bound * 1e3:.3f} | {part['floor'] * 1e3:.3f} | "
+                f"{bound / part['floor']:.2f} | `{most['kernel']}`, {most['bound'] / bound:.0%}, by "
+                f"{most['limited_by']} |"
+            )
+            for row in part["kernels"]:
+                ms = {part: f"{s * 1e3:.3f}" for part, s in row["seconds"].items()}
+                products = ", ".join(f"{n / 1e12:.2f} {kind}" for kind, n in row["operations"].items())
+                waves = "" if row["kernel"].startswith("PyTorch") else f"{row['waves']:.0%}"
+                cells = (
+                    f"`{row['kernel']}`", f"{row['launches']:,}", waves, f"{row['memory_bytes'] / 1e6:,.0f}",
+                    ms["memory"], f"{row['cache_bytes'] / 1e6:,.0f}", ms["L2"], products, ms["products"],
+                    ms["vector"], f"{row['bound'] * 1e3:.3f}", row["limited_by"],
+                )  # fmt: skip
+                rows.append(f"{name} | {' | '.join(cells)} |")
+            rest = f"all others | {part['other_launches']:,} |" + " |" * 8 + f" {part['others'] * 1e3:.3f} | |"
+            rows.append(f"{name} | {rest}")
+    return "\n\n".join([head, "\n".join(lines), "\n".join(rows)])
 
 
 def _summary(found: dict, measured: Path | None) -> str:

@@ -16,7 +16,7 @@ ELEMENTWISE = [
     *("fadd", "fsub", "fmul", "fdiv", "precise_divf", "fneg", "exp", "log", "sqrt", "precise_sqrt"),
     *("fp_ext", "fp_trunc", "fcmpOLT", "fcmpOGT", "fcmpULT", "fcmpUGT"),
 ]
-PRECISIONS = {"TF32": "tf32", "TF32x3": "tf32x3"}
+PRECISIONS = {"TF32": "tf32", "TF32x3": "tf32x3", "IEEE": "ieee"}
 
 
 class Seen:
@@ -31,8 +31,12 @@ class Seen:
         element = pointers.get_element_ty()
         if element.is_floating():
             at, inside = np.broadcast_arrays(pointers.data, mask.data)
-            at, size = at[inside.astype(bool)], element.primitive_bitwidth // 8
-            self.requested[written] += at.size * size
+            inside, size = inside.astype(bool), element.primitive_bitwidth // 8
+            again = 0  # neighbours in a row of a tile that have one address
+            if at.ndim > 1:
+                again = np.count_nonzero((at[..., 1:] == at[..., :-1]) & inside[..., 1:] & inside[..., :-1])
+            at = at[inside]
+            self.requested[written] += (at.size - again) * size
             self.places[written].append((at, size))
 
     def distinct(self, written: bool) -> int:

@@ -45,32 +45,15 @@ class Op(Declaration):
         super().__init__(*args, **options)
         self.keeping = keeping
         name, schema, keeps = self.name, self.schema, self.keeps
-        differentiable, pairs = self.differentiable, self.pairs
+        differentiable = self.differentiable
         DECLARED[name], OFFERS[name] = self, self.offered
         forward, backward = f"itm_fast::{name}", f"itm_fast::{name}_backward"
         torch.library.define(forward, f"({schema}, str backend) -> {self.returns}")
         kept = ", Tensor[] results" if keeps else ""
         torch.library.define(backward, f"(Tensor grad, bool[] needs, {schema}{kept}, str backend) -> Tensor[]")
 
-        @torch.library.impl(forward, "CompositeExplicitAutograd")
-        def _forward(*args):
-            # The inputs are already in autocast's dtype; inside, the op decides on its precision.
-            with torch.autocast(args[0].device.type, enabled=False):
-                return self.implementation(self.chosen(args)).forward(*args[:-1])
-
-        @torch.library.impl(backward, "CompositeExplicitAutograd")
-        def _backward(grad, needs, *args):
-            with torch.autocast(args[0].device.type, enabled=False):
-                chosen = self.implementation(self.chosen(args))
-                dense = chosen.backward
-                if keeps:
-                    found = dense(grad, needs, *args[:-2], results=args[-2])
-                elif pairs is None or getattr(chosen, "few", False):
-                    found = dense(grad, needs, *args[:-1])
-                else:
-                    found = _recompute.of_pairs(dense, pairs, grad, needs, args[:-1])
-            wanted = [a for a, n in zip(args, needs, strict=False) if n]
-            return [g.to(a.dtype).contiguous() for g, a in zip(found, wanted, strict=True)]
+        torch.library.impl(forward, "CompositeExplicitAutograd", self.run)
+        torch.library.impl(backward, "CompositeExplicitAutograd", self.run_backward)
 
         @torch.library.register_fake(forward)
         def _fake(*args):
@@ -122,6 +105,26 @@ class Op(Declaration):
             wanted = any(x.requires_grad for x in args[: self.differentiable])
             return keeping(*args) if wanted else self.call(*args, name)
         return self.call(*args, name)
+
+    def run(self, *args: Any) -> Any:
+        """The registered op: its forward pass in the backend that the last of its arguments names."""
+        # The inputs are already in autocast's dtype; inside, the op decides on its precision.
+        with torch.autocast(args[0].device.type, enabled=False):
+            return self.implementation(self.chosen(args)).forward(*args[:-1])
+
+    def run_backward(self, grad: Tensor, needs: list[bool], *args: Any) -> list[Tensor]:
+        """The registered op's backward pass, whose arguments are followed by results where it `keeps` them."""
+        with torch.autocast(args[0].device.type, enabled=False):
+            chosen = self.implementation(self.chosen(args))
+            dense = chosen.backward
+            if self.keeps:
+                found = dense(grad, needs, *args[:-2], results=args[-2])
+            elif self.pairs is None or getattr(chosen, "few", False):
+                found = dense(grad, needs, *args[:-1])
+            else:
+                found = _recompute.of_pairs(dense, self.pairs, grad, needs, args[:-1])
+        wanted = [a for a, n in zip(args, needs, strict=False) if n]
+        return [g.to(a.dtype).contiguous() for g, a in zip(found, wanted, strict=True)]
 
     def chosen(self, args: Sequence[Any]) -> str:
         """The backend of a call of the registered op, whose last argument is it, or "auto" if a trace left it open."""
