@@ -162,12 +162,15 @@ def wrong_beside(monkeypatch, options):
 
 
 VALUES = [*(("affinity_norm", norm) for norm in NORMS), *(("pool", pool) for pool in (*POOLS, *NEGATIVE))]
+STANDING_OUT = "max", *NEGATIVE  # pools that are checked where one similarity lies far above the others
 
 
 @pytest.mark.parametrize("direction", ["t2i", "i2t"])
 @pytest.mark.parametrize("option", VALUES, ids="-".join)
 def test_the_check_of_first_use_finds_the_kernels_of_another_norm_or_pool(option, direction, monkeypatch):
     """Also beside other weights, whose example has a norm and a pool of its own."""
+    if option[1] in STANDING_OUT:
+        monkeypatch.setattr(_examples, "SMALL", _examples.PUBLISHED)
     defaults = DECLARED["cross_attention_score"].choosing.defaults
     beside = {"weights": "hard"} if option == ("affinity_norm", "softmax") else {}
     given = dict([option], direction=direction, **beside)
@@ -182,6 +185,25 @@ def test_the_check_of_first_use_finds_the_kernels_of_another_norm_or_pool(option
         if instead != value:
             other[name] = instead
             assert _examples.problem(*check, chosen=chosen) is not None, other
+
+
+@pytest.mark.parametrize("pool", STANDING_OUT)
+def test_the_check_of_first_use_finds_wrong_gradients_and_thresholds_of_a_pool(pool, monkeypatch):
+    monkeypatch.setattr(_examples, "SMALL", _examples.PUBLISHED)
+    given = "cross_attention_score", "torch", torch.device("cpu"), torch.float32, True
+    if pool in NEGATIVE:
+        with monkeypatch.context() as patch:
+            wrong_beside(patch, {"threshold": 1.0})
+            assert "result" in _examples.problem(*given, chosen=(("pool", pool),))
+    real = DECLARED["cross_attention_score"].function
+
+    @functools.wraps(real)
+    def wrong(*args, backend, **options):
+        found = real(*args, backend=backend, **options)
+        return found if backend == "reference" else 2 * found - found.detach()
+
+    monkeypatch.setattr(DECLARED["cross_attention_score"], "function", wrong)
+    assert "gradient" in _examples.problem(*given, chosen=(("pool", pool),))
 
 
 @pytest.mark.parametrize("weights", WEIGHTS[1:])

@@ -162,19 +162,19 @@ class Choosing:
     Attributes:
         defaults: their default values, whose kernels the examples of the op check.
         example: makes the arguments on which kernels of other values of the options `apart` are checked, as rounding
-            does not change there which contexts they keep. Those of the others are checked on the examples of the op.
+            does not change there which contexts they keep. Those of the others are checked on the examples of the op,
+            or on that of `instead`.
         apart: some of the names of `defaults`.
         given: further options with `example`; they stand in for those of a call.
-        needs: (option, value) -> further options with that value on the examples of the op.
-        jumps: options and values whose gradients jump where rounding changes an order: only their results are checked.
+        instead: (option, value) -> an example that takes the place of the op's own, where rounding would change there
+            which queries count, and further options with it.
     """
 
     defaults: dict[str, str]
     example: Example
     apart: frozenset[str]
     given: dict[str, Any]
-    needs: dict[tuple[str, str], dict[str, Any]]
-    jumps: frozenset[tuple[str, str]]
+    instead: dict[tuple[str, str], tuple[Example, dict[str, Any]]]
 
 
 def _sum(text: str, size: dict[str, int]) -> int:

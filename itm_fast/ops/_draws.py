@@ -96,6 +96,21 @@ def apart(size: Size, draw: Draw) -> list[Tensor]:
     return [image, share @ axes, edge]
 
 
+def standing_out(size: Size, draw: Draw) -> list[Tensor]:
+    """image, words and cu_seqlens, where the first query of each pair has the largest similarity.
+
+    At scale 9 and the published sizes it is above 0.5 with every norm, and those of the others are below 0.35: what
+    rounding changes is far less.
+    """
+    edge = torch.tensor([0, *size.lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    image, words = unit(draw, size.images, size.regions, size.dim), unit(draw, sum(size.lengths), size.dim)
+    shared = unit(draw, size.dim)  # by all, most of all by first regions and words
+    image, words = image + 0.25 * shared, words + 0.25 * shared
+    image[:, 0] += 1.75 * shared
+    words[edge[:-1].long()] += 1.75 * shared
+    return [torch.nn.functional.normalize(x, dim=-1) for x in (image, words)] + [edge]
+
+
 def linear(size: Size, draw: Draw) -> list[Tensor]:
     """weight [S, D] and bias [S] of a similarity projection."""
     # Its inputs, squared differences of unit vectors, are about 1 / D.

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _cuda
 from .._checks import matmul_precision
 from ._declare import DECLARED, Choice, Choosing, Floats
-from ._draws import Size
+from ._draws import Example, Size
 
 SMALL = Size(3, (5, 2), 7, 16, 8, 3)
 PUBLISHED = Size(3, (13, 2), 36, 1024, 256, 3)  # the models' sizes, so these compiled kernels are used again afterwards
@@ -19,16 +19,15 @@ TF32 = 2.0**-10
 UNITS = {torch.float32: 2.0**-16, torch.float16: 2.0**-10, torch.bfloat16: 2.0**-7}  # float32 by three TF32 products
 
 
-def example(op: str, size: Size = SMALL, kind: int | None = 0) -> list[Any]:
-    """Arguments of an op in the order of its public function, in float64; `kind` is one of `kinds(op)`, or None for the
-    example of its `choosing`.
+def example(op: str, size: Size = SMALL, kind: int | Example = 0) -> list[Any]:
+    """Arguments of an op in the order of its public function, in float64; `kind` is one of `kinds(op)`, or makes them.
 
     >>> from itm_fast.ops._examples import example
     >>> [list(x.shape) for x in example("cross_attention_score")]
     [[3, 7, 16], [7, 16], [3]]
     """
     generator = torch.Generator().manual_seed(0)
-    make = choosing_of(op).example if kind is None else DECLARED[op].examples[kind]
+    make = DECLARED[op].examples[kind] if isinstance(kind, int) else kind
     return make(size, lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64))
 
 
@@ -53,7 +52,7 @@ def outcome(
     rounded: torch.dtype | None = None,
     size: Size = SMALL,
     backward: bool = True,
-    kind: int | None = 0,
+    kind: int | Example = 0,
     **options: Any,
 ) -> list[Tensor]:
     """An op's results on an example, and the gradients of the first result.
@@ -66,7 +65,7 @@ def outcome(
         rounded: dtype that the example is rounded to first; None means `dtype`.
         size: of the example.
         backward: whether to compute gradients too.
-        kind: number of the example, or None, as in `example`.
+        kind: the example, as `example` takes it.
         options: further arguments of the public function.
 
     Returns:
@@ -126,37 +125,31 @@ def problem(
     True
     """
     given = op, backend, device, dtype
-    found = (
-        _problem(*given, backward and case.gradients, case.kind, **case.options | options)
-        for case in _cases(op, chosen)
-    )
+    found = (_problem(*given, backward, case.kind, **case.options | options) for case in _cases(op, chosen))
     return next((line for line in found if line), None)
 
 
 class _Case(NamedTuple):
-    """A call on which kernels are checked: its example, as `example` numbers them, and options, and whether its
-    gradients are compared too."""
+    """A call on which kernels are checked: its example, as `example` takes it, and options."""
 
-    kind: int | None
+    kind: int | Example
     options: dict[str, Any]
-    gradients: bool = True
 
 
 def _cases(op: str, chosen: tuple[tuple[str, str], ...]) -> list[_Case]:
     """The calls on which kernels are checked that an op's options choose: those of `Choosing.apart` on an example of
-    their own, the others on the examples of all calls, and a direction together with either."""
+    their own, the others on the examples of all calls or on those that take their place, and a direction together with
+    either."""
     if not chosen:
         return [_Case(kind, {}) for kind in kinds(op)]
     choosing = choosing_of(op)
     apart = {name: value for name, value in chosen if name in choosing.apart}
     plain = {name: value for name, value in chosen if name not in choosing.apart}
     way = {name: value for name, value in plain.items() if name == "direction"}
-    cases = [_Case(None, {**choosing.given, **apart, **way})] if apart else []
+    cases = [_Case(choosing.example, {**choosing.given, **apart, **way})] if apart else []
     if not apart or plain != way:
-        for option in plain.items():
-            plain = choosing.needs.get(option, {}) | plain
-        gradients = choosing.jumps.isdisjoint(plain.items())
-        cases += [_Case(kind, plain, gradients) for kind in kinds(op)]
+        instead = [_Case(*choosing.instead[o]) for o in plain.items() if o in choosing.instead]
+        cases += [_Case(kind, options | plain) for kind, options in instead or (_Case(kind, {}) for kind in kinds(op))]
     return cases
 
 
@@ -187,7 +180,7 @@ def variants_differ(
 
 
 def _variants_differ(
-    op: str, device: torch.device, dtype: torch.dtype, kind: int | None, options: dict[str, Any]
+    op: str, device: torch.device, dtype: torch.dtype, kind: int | Example, options: dict[str, Any]
 ) -> str | None:
     size = PUBLISHED if device.type == "cuda" else SMALL
     results, best = [], _cuda.asked_variant(op, device, dtype)
@@ -213,7 +206,7 @@ def _unit(dtype: torch.dtype) -> float:
 
 
 def _problem(
-    op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool, kind: int | None, **options: Any
+    op: str, backend: str, device: torch.device, dtype: torch.dtype, backward: bool, kind: int | Example, **options: Any
 ) -> str | None:
     size = PUBLISHED if device.type == "cuda" else SMALL
     try:

@@ -137,9 +137,8 @@ _op = Op(
         _draws.apart,
         frozenset({"weights", "similarity"}),
         {"affinity_norm": "none", "scale": 4.0, "threshold": 0.35},
-        # Above all similarities: whether one lies below does not depend on rounding.
-        {("pool", pool): {"threshold": 1.0} for pool in _attention.NEGATIVE},
-        frozenset({("pool", "max")}),
+        # The largest similarity of each pair lies above the threshold, the others below it.
+        {("pool", pool): (_draws.standing_out, {"threshold": 0.45}) for pool in ("max", *_attention.NEGATIVE)},
     ),
     refuse=_refuse,
     too_large=_too_large,
