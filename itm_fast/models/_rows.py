@@ -1,4 +1,4 @@
-"""A linear map and a sigmoid for rows that belong to one image, one caption or one pair each.
+"""A linear map, a sigmoid, a gate and cosines for rows that belong to one image, one caption or one pair each.
 
 If the `cpu` backend scores and no gradient is recorded, they run in C++ (csrc/cpu/linear.cpp). A row's bits then depend
 on neither the other rows nor the number of threads, so that a pair's score does not either. Otherwise torch computes
@@ -6,6 +6,8 @@ them, with its fastest library.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -16,6 +18,7 @@ from .._backends import requested
 from .._checks import FLOATS, work_dtype
 from ..ops import _cpu_calls
 from ..ops._torch._linear import linear as by_torch
+from ._common import cosine, l2norm
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -39,6 +42,50 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def sigmoid(x: Tensor) -> Tensor:
     """1 / (1 + e^-x), in float32 or better; torch.sigmoid rounds the last elements of a tensor differently."""
     return (1 / (1 + (-x.to(work_dtype(x))).exp())).to(x.dtype) if apart(x) else x.sigmoid()
+
+
+def gated(query: Tensor, product: Tensor, attended: Tensor, unit: bool) -> Tensor:
+    """g q + (1 - g) tanh(o) of queries, with the candidate o and, before its sigmoid, the gate g in the last 2 D values
+    of product + attended.
+
+    Args:
+        query: [..., D]; it and `product` have the dimensions of `attended`, or 1 or none where rows share them.
+        product: [..., 2 D].
+        attended: [..., P] with P >= 2 D.
+        unit: scale the result to unit length.
+
+    Returns:
+        [..., D], a row for each of `attended`.
+    """
+    D = query.shape[-1]
+    if apart(query, product, attended):
+        B, C, Q = _shared(query.shape[:-1], attended.shape[:-1])
+        every = attended.reshape(B, C, Q, attended.shape[-1])
+        refined = _cpu_calls.gated_rows(query.reshape(B, Q, D), product.reshape(B, Q, 2 * D), every, unit)
+        return refined.view(*attended.shape[:-1], D)
+    candidate, gate = (product + attended[..., -2 * D :]).split(D, -1)
+    gate = gate.sigmoid()
+    refined = gate * query + (1 - gate) * candidate.tanh()
+    return l2norm(refined) if unit else refined
+
+
+def cosines(query: Tensor, attended: Tensor) -> Tensor:
+    """Cosines [...] of queries [..., D], which rows may share as in `gated`, with the first D values of attended
+    [..., P]."""
+    if apart(query, attended):
+        B, C, Q = _shared(query.shape[:-1], attended.shape[:-1])
+        every = attended.reshape(B, C, Q, attended.shape[-1])
+        return _cpu_calls.row_cosines(query.reshape(B, Q, query.shape[-1]), every).view(attended.shape[:-1])
+    return cosine(query, attended[..., : query.shape[-1]])
+
+
+def _shared(few: torch.Size, all: torch.Size) -> tuple[int, int, int]:
+    """(B, C, Q) such that rows of dimensions `all` are [B, C, Q] and those that they share [B, Q]."""
+    padded = (*[1] * (len(all) - len(few)), *few)
+    k = next((k for k, (a, b) in enumerate(zip(padded, all, strict=True)) if a != b), None)
+    if k is None:
+        return 1, 1, math.prod(all)
+    return math.prod(all[:k]), all[k], math.prod(all[k + 1 :])
 
 
 def apart(*tensors: Tensor) -> bool:

@@ -27,7 +27,7 @@ from ..ops import _recompute, attended_vectors, cross_attention_score
 from ..packing import spans
 from ._common import OwnKeys, PaddedScorer, choice, cosine, encode_text, l2norm, without_padding
 from ._pair_blocks import attended_of_pairs, blocks, matched, mean_over_queries
-from ._rows import linear, sigmoid
+from ._rows import cosines, gated, linear
 from ._sgraf_attention import pair_attention
 from .scan import EncoderText as _EncoderText
 from .sgraf import SGRAF
@@ -214,18 +214,17 @@ class IterativeMatching(PaddedScorer):
 
     def _refined(self, attend, mean, context, mapped, first, own, of_query, bias) -> Tensor:
         """s_2, ..., s_K from attend(queries, values) and the mean over a pair's queries; `own`: the first queries."""
-        D, query, steps = context.shape[-1], first, []
+        query: Tensor = first
+        steps: list[Tensor] = []
         for step in range(1, self.iteration_step + 1):
             last = step == self.iteration_step
             values = [context] * (step > 1) + [mapped] * (not last)
             found = attend(own, torch.cat(values, -1) if len(values) > 1 else values[0])
             if step > 1:
-                steps.append(mean(cosine(first, found[..., :D])))
+                steps.append(mean(cosines(first, found)))
             if not last:
-                candidate, gate = (linear(query, of_query, bias.to(query.dtype)) + found[..., -2 * D :]).split(D, -1)
-                gate = sigmoid(gate)
-                query = gate * query + (1 - gate) * candidate.tanh()
-                own = query = query if self.no_IMRAM_norm else l2norm(query)
+                product = linear(query, of_query, bias.to(query.dtype))
+                own = query = gated(query, product, found, not self.no_IMRAM_norm)
         return torch.stack(steps, -1)
 
 

@@ -75,6 +75,21 @@ LINEAR = cpu_only(
     backward="torch",
 )
 
+# IMRAM's gate, and its cosines, of C times the same Q queries in each of B sets. `products` and the last 2 D values of
+# attended rows add up to the candidate and the gate; the first D values are what the cosines are with.
+GATED_ROWS = cpu_only(
+    "gated_rows",
+    [Floats("queries", "B Q D"), Floats("products", "B Q S"), Floats("attended", "B C Q P"), Flag("unit")],
+    [Result("refined", "B C Q D")],
+    backward="torch",
+)
+ROW_COSINES = cpu_only(
+    "row_cosines",
+    [Floats("queries", "B Q D"), Floats("attended", "B C Q P")],
+    [Result("cosine", "B C Q")],
+    backward="torch",
+)
+
 # RCAR's pair score of all pairs. Layer k of each kind belongs to step k. `kept` are the bits of what dropout kept, as
 # models/_by_caption.py packs them: for each image and step those of all captions' queries, each caption's followed by
 # those of `overall`.

@@ -241,6 +241,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return implementation(_calls.LINEAR.name).forward(x, weight, bias)
 
 
+def gated_rows(queries: Tensor, products: Tensor, attended: Tensor, unit: bool) -> Tensor:
+    """IMRAM's gate (`models._rows.gated`): queries [B, Q, D], products [B, Q, 2 D], attended [B, C, Q, P]
+    -> [B, C, Q, D]."""
+    return implementation(_calls.GATED_ROWS.name).forward(queries, products, attended, unit)
+
+
+def row_cosines(queries: Tensor, attended: Tensor) -> Tensor:
+    """Cosines [B, C, Q] of queries [B, Q, D] with the first D values of attended [B, C, Q, P]."""
+    return implementation(_calls.ROW_COSINES.name).forward(queries, attended)
+
+
 def score(op: Declaration, **given: Any) -> Tensor:
     """The scores [I, T] of a declaration that is C++'s only, from arguments given by name.
 
