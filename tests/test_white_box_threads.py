@@ -19,8 +19,9 @@ NOWHERE = -1
 OUT_OF_MEMORY = "out of memory in a CPU kernel; close other programs or score smaller blocks"
 
 
-def test_buffers_are_zeros(box):
-    assert [box.unclean(n) for n in (0, 1, 7, 1000, 40_000)] == [0] * 5
+@pytest.mark.parametrize("threads", [0, 1, 3])
+def test_buffers_are_zeros(box, threads):
+    assert [box.unclean(n, threads) for n in (0, 1, 7, 1000, 40_000, 300_000)] == [0] * 6
 
 
 @pytest.mark.parametrize("parts,threads", [(0, 3), (1, 3), (40, 1), (40, 4), (3, 40)])

@@ -199,10 +199,11 @@ std::set<int64_t> taking_part(int64_t threads) {
 }
 
 // Bytes that are not zero in a buffer of n values and the room behind it, after one full of ones was given back.
-int64_t unclean(int64_t n) {
+// threads: that write the zeros; 0 for a buffer that this thread makes.
+int64_t unclean(int64_t n, int64_t threads) {
   int64_t found = 0;
   for (int round = 0; round < 2; ++round) {
-    Buffer<double> buffer(n);
+    Buffer<double> buffer = threads ? Buffer<double>::zeros(n, threads) : Buffer<double>(n);
     auto* const bytes = reinterpret_cast<unsigned char*>(buffer + 0);
     for (int64_t i = 0; i < n * 8 + 128; ++i) found += bytes[i] != 0;
     std::memset(bytes, 1, size_t(n) * 8 + 128);

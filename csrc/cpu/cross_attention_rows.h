@@ -91,7 +91,8 @@ inline Vec<T> head(const T* p, int64_t n) {
 }
 
 #if defined(__AVX512BF16__)
-// n values as pairs, which have the size of floats, a zero beyond an odd n. `out` has room for n in whole vectors, halved.
+// n values as pairs, which have the size of floats, a zero beyond an odd n. `out` has room for n in whole vectors,
+// halved.
 inline const float* paired(const float* x, int64_t n, float* out) {
   for (int64_t k = 0; k < n; k += LANES<float>) {
     const __m256bh half = _mm512_cvtneps_pbh((__m512)head(x + k, n - k));
@@ -249,9 +250,9 @@ struct Window {
   std::vector<int64_t> smooth_at{0};
   Buffer<T> smooth;
 
-  Window(const Problem& problem, std::vector<Chunk> runs, bool known)
+  Window(const Problem& problem, std::vector<Chunk> runs, bool known, int64_t threads)
       : sets(problem.query), known(known), chunks(std::move(runs)), column(begins(chunks)), K(depth<E>(sets.D)),
-        panels(known ? 0 : column.back() * K), length(column.back()),
+        panels(Buffer<E>::zeros(known ? 0 : column.back() * K, threads)), length(column.back()),
         smoothing(problem.pool == Pool::SMOOTHED_NEGATIVE ? problem.pool_scale : 0), smooth(places()) {}
 
   static int64_t smooth_ld(int64_t n) { return round_up(n, std::max<int64_t>(LANES<T>, ROW_STEP)); }
@@ -317,7 +318,7 @@ void for_windows(const Problem& problem, int64_t columns, int64_t bytes, int64_t
     int64_t size = 0;
     do size += round_up(all[last++].rows, TILE_COLUMNS<T>) * sets.D * int64_t(sizeof(T));
     while (last < all.size() && size + all[last].rows * sets.D * int64_t(sizeof(T)) <= bytes);
-    Window<T, E> window(problem, {all.begin() + int64_t(first), all.begin() + int64_t(last)}, known);
+    Window<T, E> window(problem, {all.begin() + int64_t(first), all.begin() + int64_t(last)}, known, threads);
     window.fill(threads);
     body(window);
     first = last;

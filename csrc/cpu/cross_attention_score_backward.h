@@ -142,7 +142,8 @@ struct Queries {
       columns += more;
     }
     if (!wanted) return;
-    for (const Span& span : spans) features.emplace_back(round_up(sets.D, TILE_COLUMNS<T>) * depth<E>(span.columns));
+    for (const Span& span : spans)
+      features.push_back(Buffer<E>::zeros(round_up(sets.D, TILE_COLUMNS<T>) * depth<E>(span.columns), threads));
     parallel(int64_t(window.chunks.size()), threads, [&] {
       return [&, rows = Rows<T>(sets, Block<T>::most_rows(window.chunks))](int64_t c) mutable {
         const Chunk& chunk = window.chunks[size_t(c)];
@@ -169,9 +170,10 @@ struct ContextRows {
 
   ContextRows(const Problem& problem, const Chunk* first, const Chunk* last, const Queries<T, E>& queries, bool known,
            int64_t threads)
-      : row(begins(first, last)), features(wide(problem) * depth<E>(row.back())),
-        d_affinity(row.back() * depth<E>(queries.columns)),
-        exact_features(IS_PAIR<E> && problem.lengths() ? wide(problem) * row.back() : 0),
+      : row(begins(first, last)), features(Buffer<E>::zeros(wide(problem) * depth<E>(row.back()), threads)),
+        d_affinity(Buffer<E>::zeros(row.back() * depth<E>(queries.columns), threads)),
+        exact_features(
+            Buffer<T>::zeros(IS_PAIR<E> && problem.lengths() ? wide(problem) * row.back() : 0, threads)),
         exact(queries.span_of.size() * size_t(last - first)) {
     const RowSets& sets = problem.context;
     for (const Chunk* run = first; run < last; ++run) {

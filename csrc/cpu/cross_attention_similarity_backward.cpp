@@ -48,7 +48,7 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
   const int64_t chunk_bytes = CHUNK_BYTES * D;
   const int64_t slot_bytes = 3 * chunk_bytes + (S + context_rows) * D * int64_t(sizeof(T));
   const int64_t slots = std::max<int64_t>(1, least(MOST_SLOTS, SLOT_BYTES / (slot_bytes + 1)));
-  std::vector<SimilaritySums<T>> sums, global_sums;
+  SlotSums<T> sums, global_sums;
   // A chunk is one thread's: few queries are cut into eight, as even as their sets allow, so that threads share them.
   int64_t columns = CHUNK_BYTES / int64_t(sizeof(T));
   if (queries.edge.back() <= 8 * columns) {
@@ -58,23 +58,22 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
 
   for_windows<T>(queries, threads, [&](const QueryWindow<T>& window) {
     const int64_t count = window.count();
-    std::vector<Slot<T>> local, overall;
+    std::vector<std::optional<Slot<T>>> local(count), overall(count);
     int64_t widest = window.widest;  // queries of a chunk, or captions, should there be more of them
-    for (int64_t c = 0; c < count; ++c) {
-      const int64_t sets = window.chunks[c].last - window.chunks[c].first;
-      widest = std::max(widest, sets);
-      local.emplace_back(D, window.chunks[c].rows, context_rows);
-      if (global) overall.emplace_back(D, sets, MOST_CONTEXTS);
-      if (c < int64_t(sums.size())) continue;
-      sums.push_back(sums_of<T>(wanted, D, S));
-      if (global) global_sums.push_back(sums_of<T>(globals_wanted, D, S));
-    }
+    for (const Chunk& chunk : window.chunks) widest = std::max(widest, chunk.last - chunk.first);
+    sums.resize(std::max(sums.size(), size_t(count)));
+    if (global) global_sums.resize(sums.size());
     parallel(count, threads, [&] {
       return [&](int64_t c) {
         const Chunk& chunk = window.chunks[c];
+        local[c].emplace(D, chunk.rows, context_rows);
         for (int64_t k = chunk.first; k < chunk.last; ++k)
-          local[c].rows.read_rows(queries.source, queries.first[k], queries.length(k), queries.edge[k] - chunk.begin);
-        if (global) overall[c].rows.read_rows(p.globals->caption, chunk.first, chunk.last - chunk.first, 0);
+          local[c]->rows.read_rows(queries.source, queries.first[k], queries.length(k), queries.edge[k] - chunk.begin);
+        if (!sums[c]) sums[c].emplace(sums_of<T>(wanted, D, S));
+        if (!global) return;
+        overall[c].emplace(D, chunk.last - chunk.first, MOST_CONTEXTS);
+        overall[c]->rows.read_rows(p.globals->caption, chunk.first, chunk.last - chunk.first, 0);
+        if (!global_sums[c]) global_sums[c].emplace(sums_of<T>(globals_wanted, D, S));
       };
     });
     std::vector<SimilarityGradient<T>> global_tiles;
@@ -119,27 +118,28 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
             while (chunk.begin + j >= queries.edge[set + 1]) ++set;
             return p.row(first + k, set, chunk.begin + j);
           };
-          local[c].d_x.clear();
+          local[c]->d_x.clear();
           const auto run = [&](auto s) {
             tiles[thread].run(x, p.norm, T(p.scale), &queries.edge[chunk.first], sets, projection.get(), w,
-                              window.panels[c], local[c].rows, gradient(row), s, sums[c], local[c].d_q, local[c].d_x);
+                              window.panels[c], local[c]->rows, gradient(row), s, *sums[c], local[c]->d_q,
+                              local[c]->d_x);
           };
           if (known.inverse) run(vector(row));
           else run(nullptr);
           if (!global) return;
           const auto global_row = [&](int64_t k, int64_t j) { return p.global_row(first + k, chunk.first + j); };
-          overall[c].d_x.clear();
+          overall[c]->d_x.clear();
           global_tiles[thread].run_unweighted(global_x, held, sets, widest, global_w,
-                                              overall[c].rows, gradient(global_row), vector(global_row),
-                                              global_sums[c], overall[c].d_q, overall[c].d_x);
+                                              overall[c]->rows, gradient(global_row), vector(global_row),
+                                              *global_sums[c], overall[c]->d_q, overall[c]->d_x);
         };
       });
       parallel(held, threads, [&] {
         return [&](int64_t k) {
           for (int64_t c = 0; c < count; ++c) {
-            if (wanted.context) add_rows<T>(contexts, first + k, wanted.context, local[c].d_x, x.sets[k].first);
+            if (wanted.context) add_rows<T>(contexts, first + k, wanted.context, local[c]->d_x, x.sets[k].first);
             if (global && globals_wanted.context)
-              overall[c].d_x.add_row_to(static_cast<T*>(globals_wanted.context) + (first + k) * D, k);
+              overall[c]->d_x.add_row_to(static_cast<T*>(globals_wanted.context) + (first + k) * D, k);
           }
         };
       });
@@ -148,15 +148,15 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
       return [&](int64_t c) {
         const Chunk& chunk = window.chunks[c];
         for (int64_t k = chunk.first; k < chunk.last; ++k) {
-          if (wanted.query) add_rows<T>(queries, k, wanted.query, local[c].d_q, queries.edge[k] - chunk.begin);
+          if (wanted.query) add_rows<T>(queries, k, wanted.query, local[c]->d_q, queries.edge[k] - chunk.begin);
           if (global && globals_wanted.query)
-            overall[c].d_q.add_row_to(static_cast<T*>(globals_wanted.query) + k * D, k - chunk.first);
+            overall[c]->d_q.add_row_to(static_cast<T*>(globals_wanted.query) + k * D, k - chunk.first);
         }
       };
     });
   }, slots * chunk_bytes, columns);
-  add_sums(sums, wanted, D, S);
-  add_sums(global_sums, globals_wanted, D, S);
+  add_sums(sums, wanted, D, S, threads);
+  add_sums(global_sums, globals_wanted, D, S, threads);
 }
 
 void run(const SimilarityProblem& p, Source grad, Known known, const Gradients& wanted, const Gradients& globals_wanted,

@@ -122,9 +122,13 @@ struct Sums {
   Sums(int64_t steps, int64_t S, int64_t ld)
       : M((steps * S + 3) * ld), value((steps * S + 3) * ld), shift(steps * ld), bias(steps * ld), score_weight(S) {}
 
-  void add(const Sums& other, int64_t steps, int64_t S, int64_t ld) {
-    for (int64_t k = 0; k < steps * S * ld; ++k) M[k] += other.M[k], value[k] += other.value[k];
-    for (int64_t k = 0; k < steps * ld; ++k) shift[k] += other.shift[k], bias[k] += other.bias[k];
+  // Adds n values of a row of M and of Wr, `first` being the first.
+  void add_row(const Sums& other, int64_t first, int64_t n) {
+    for (int64_t k = first; k < first + n; ++k) M[k] += other.M[k], value[k] += other.value[k];
+  }
+  // Adds the n values of u and br, and the gradients of w_e [S] and b_e.
+  void add_rest(const Sums& other, int64_t n, int64_t S) {
+    for (int64_t k = 0; k < n; ++k) shift[k] += other.shift[k], bias[k] += other.bias[k];
     for (int64_t s = 0; s < S; ++s) score_weight[s] += other.score_weight[s];
     score_bias += other.score_bias;
   }
@@ -348,8 +352,20 @@ class Walk {
     gemm(S, S, depth<F>(n), Left<F>{rows, ldS}, Right<F>{columns, ldS}, fetched<T>(c, ldS), put<T>(c, ldS));
   }
 
+  // Adds n rows to `to`: four vectors at a time stay in registers; what passes a row's end is dropped.
   void add_rows(int64_t n, const T* from, T* to) const {
-    for (int64_t j = 0; j < n; ++j) add(T(1), from + j * ldS, to);
+    for (int64_t s = 0; s < S; s += 4 * LANES<T>) {
+      Vec<T> c[4] = {};
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v)
+        if (s + v * LANES<T> < S) c[v] = load(to + s + v * LANES<T>);
+      for (int64_t j = 0; j < n; ++j)
+#pragma GCC unroll 4
+        for (int v = 0; v < 4; ++v) c[v] += load(from + j * ldS + s + v * LANES<T>);
+#pragma GCC unroll 4
+      for (int v = 0; v < 4; ++v)
+        if (s + v * LANES<T> < S) store(to + s + v * LANES<T>, c[v]);
+    }
   }
 
   void add(T factor, const T* from, T* to) const {

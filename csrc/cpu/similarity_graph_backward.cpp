@@ -5,6 +5,8 @@
 // over the parts of a group, and then over the groups in order, so that the number of threads changes no bit. Scratch:
 // 2 (S + 1) S values a step and group, at most 40 MiB in all unless four groups need more; 2 MiB + 0.7 MiB a step and
 // thread (S 256), and n^2 values a step and thread for the longest caption.
+#include <optional>
+
 #include "graph_backward.h"
 
 namespace itm_fast {
@@ -50,20 +52,26 @@ void backward(const GraphGradient& p) {
   const bool summed = p.d_query_weight != nullptr;
   const int64_t fit = GROUP_BYTES / (2 * p.steps * (p.S + 1) * ld * int64_t(sizeof(T)));
   const int64_t groups = summed ? least(parts, least(GROUPS, std::max(FEWEST_GROUPS, fit))) : parts;
-  std::vector<Sums<T>> sums;
-  for (int64_t g = 0; g < std::max<int64_t>(1, summed ? groups : 0); ++g) sums.emplace_back(p.steps, p.S, ld);
+  std::vector<std::optional<Sums<T>>> sums(summed ? groups : 0);  // each made by the thread that takes the group
   parallel(groups, p.threads, [&] {
     return [&, walk = Walk<T, E>(p, turned, most, longest)](int64_t group) mutable {
+      if (summed) sums[group].emplace(p.steps, p.S, ld);
       for (int64_t part = parts * group / groups; part < parts * (group + 1) / groups; ++part)
-        walk.run(part / count, pieces[size_t(part % count)], summed ? &sums[size_t(group)] : nullptr);
+        walk.run(part / count, pieces[size_t(part % count)], summed ? &*sums[group] : nullptr);
     };
   });
-  if (!summed) return;
-  for (int64_t g = 1; g < groups; ++g) sums[0].add(sums[size_t(g)], p.steps, p.S, ld);
-  fold<T>(p, ld, sums[0]);
+  if (sums.empty()) return;
+  Sums<T>& all = *sums[0];
+  parallel(p.steps * p.S, p.threads, [&] {
+    return [&](int64_t row) {
+      for (int64_t g = 1; g < groups; ++g) all.add_row(*sums[g], row * ld, ld);
+    };
+  });
+  for (int64_t g = 1; g < groups; ++g) all.add_rest(*sums[g], p.steps * ld, p.S);
+  fold<T>(p, ld, all);
   if (!p.score_weight.data) return;
-  for (int64_t s = 0; s < p.S; ++s) static_cast<T*>(p.d_score_weight)[s] = T(sums[0].score_weight[s]);
-  *static_cast<T*>(p.d_score_bias) = T(sums[0].score_bias);
+  for (int64_t s = 0; s < p.S; ++s) static_cast<T*>(p.d_score_weight)[s] = T(all.score_weight[s]);
+  *static_cast<T*>(p.d_score_bias) = T(all.score_bias);
 }
 
 template <class Call>

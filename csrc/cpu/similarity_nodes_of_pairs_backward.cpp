@@ -3,8 +3,8 @@
 // A slot holds some images, whose gradients it owns, and its part of the gradients of the weights; there are at most
 // 16, whatever the number of threads. An image's tile of captions is as in the forward pass. The gradients of a pair's
 // words and caption are kept for each pair, and added to those of the tensors in the pairs' order. So the bits depend
-// on the list of pairs alone. Scratch: a slot's sums, 2 MiB at D 1024 and S 256, W and W_g, a tile for every thread, and
-// D values for each node.
+// on the list of pairs alone. Scratch: a slot's sums, 2 MiB at D 1024 and S 256, W and W_g, a tile for every thread,
+// and D values for each node.
 #include "similarity_pairs.h"
 #include "similarity_sums.h"
 
@@ -28,7 +28,8 @@ struct PairGradients {
         words(captions({call.words, call.dtype}, call.T, call.D, call.cu_seqlens)),
         local{call.d_image, call.d_words, call.d_local_weight, call.d_local_bias},
         global{call.d_image_global, call.d_caption_global, call.d_global_weight, call.d_global_bias},
-        w(feature_rows<T, E>({call.local_weight, call.dtype}, call.S, call.D)), global_w(call.D, global.any() ? call.S : 0),
+        w(feature_rows<T, E>({call.local_weight, call.dtype}, call.S, call.D)),
+        global_w(call.D, global.any() ? call.S : 0),
         d_words(local.query ? (pairs.bounds[pairs.count] - pairs.count) * call.D : 0),
         d_captions(global.query ? pairs.count * call.D : 0) {
     if (global.any()) global_w.read_rows({call.global_weight, call.dtype}, 0, call.S, 0);
@@ -36,19 +37,17 @@ struct PairGradients {
 
   void run() {
     const int64_t count = int64_t(pairs.images.size()), slots = std::max<int64_t>(1, least(MOST_SLOTS, count));
-    std::vector<SimilaritySums<T>> sums, global_sums;
-    for (int64_t g = 0; g < slots; ++g) {
-      sums.push_back(sums_of<T>(local, call.D, call.S));
-      global_sums.push_back(sums_of<T>(global, global.any() ? call.D : 0, call.S));
-    }
+    SlotSums<T> sums(slots), global_sums(slots);
     parallel(slots, call.threads, [&] {
       return [&, worker = Worker(*this)](int64_t slot) mutable {
+        sums[slot].emplace(sums_of<T>(local, call.D, call.S));
+        global_sums[slot].emplace(sums_of<T>(global, global.any() ? call.D : 0, call.S));
         for (int64_t image = count * slot / slots; image < count * (slot + 1) / slots; ++image)
-          for (const Run& run : pairs.images[image]) worker.run(run, sums[slot], global_sums[slot]);
+          for (const Run& run : pairs.images[image]) worker.run(run, *sums[slot], *global_sums[slot]);
       };
     });
-    add_sums(sums, local, call.D, call.S);
-    if (global.any()) add_sums(global_sums, global, call.D, call.S);
+    add_sums(sums, local, call.D, call.S, call.threads);
+    if (global.any()) add_sums(global_sums, global, call.D, call.S, call.threads);
     std::vector<std::vector<int64_t>> of_caption(call.T);
     for (int64_t k = 0; k < pairs.count; ++k) of_caption[pairs.caption[k]].push_back(k);
     parallel(call.T, call.threads, [&] {
@@ -139,9 +138,9 @@ struct PairGradients {
 }  // namespace
 }  // namespace itm_fast
 
-// Adds to the gradients of the eight tensors that are not null. They have their tensors' shapes, are float, or double if
-// the tensors are double, and hold zeros. grad has the shape and dtype of `nodes`; nodes and inverse are the results of
-// the forward pass.
+// Adds to the gradients of the eight tensors that are not null. They have their tensors' shapes, are float, or double
+// if the tensors are double, and hold zeros. grad has the shape and dtype of `nodes`; nodes and inverse are the results
+// of the forward pass.
 extern "C" const char* similarity_nodes_of_pairs_backward(const itm_fast::SimilarityNodesOfPairsCall& call) {
   using namespace itm_fast;
   return guarded([&] {

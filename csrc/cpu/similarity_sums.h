@@ -1,5 +1,7 @@
 // What the backward passes of vector similarities share: which gradients go where, and the sums of one slot.
 #pragma once
+#include <optional>
+
 #include "similarity_backward.h"
 
 namespace itm_fast {
@@ -30,14 +32,21 @@ SimilaritySums<T> sums_of(const Gradients& wanted, int64_t D, int64_t S) {
           FeaturePanels<T>(D, S), Buffer<T>(round_up(S, LANES<T>))};
 }
 
-// Adds the slots' sums, in their order, to the gradients of weight and bias.
+// The sums of all slots: each is made by the thread that takes the slot first, so that the threads share the zeros.
 template <class T>
-void add_sums(const std::vector<SimilaritySums<T>>& sums, const Gradients& wanted, int64_t D, int64_t S) {
-  for (const SimilaritySums<T>& one : sums) {
-    for (int64_t s = 0; wanted.weight && s < S; ++s)
-      one.weight.add_row_to(static_cast<T*>(wanted.weight) + s * D, s);
-    for (int64_t s = 0; wanted.bias && s < S; ++s) static_cast<T*>(wanted.bias)[s] += one.bias[s];
-  }
+using SlotSums = std::vector<std::optional<SimilaritySums<T>>>;
+
+// Adds the slots' sums, in their order, to the gradients of weight and bias. Threads share out the S rows.
+template <class T>
+void add_sums(const SlotSums<T>& sums, const Gradients& wanted, int64_t D, int64_t S, int64_t threads) {
+  parallel(S, threads, [&] {
+    return [&](int64_t s) {
+      for (const std::optional<SimilaritySums<T>>& one : sums) {
+        if (wanted.weight) one->weight.add_row_to(static_cast<T*>(wanted.weight) + s * D, s);
+        if (wanted.bias) static_cast<T*>(wanted.bias)[s] += one->bias[s];
+      }
+    };
+  });
 }
 
 }  // namespace itm_fast

@@ -21,12 +21,8 @@ namespace itm_fast {
 template <class E>
 class Buffer {
  public:
-  explicit Buffer(int64_t n = 0) {
-    const size_t bytes = size_t(round_up(n * int64_t(sizeof(E)) + 128, 64));
-    data_ = static_cast<E*>(std::aligned_alloc(64, bytes));
-    if (!data_) throw std::bad_alloc();
-    std::memset(static_cast<void*>(data_), 0, bytes);
-  }
+  explicit Buffer(int64_t n = 0) : Buffer(Unwritten(), n) { std::memset(static_cast<void*>(data_), 0, bytes(n)); }
+  static Buffer zeros(int64_t n, int64_t threads);  // the same, written by all threads
   Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -34,6 +30,12 @@ class Buffer {
   operator E*() const { return data_; }
 
  private:
+  struct Unwritten {};
+  Buffer(Unwritten, int64_t n) : data_(static_cast<E*>(std::aligned_alloc(64, bytes(n)))) {
+    if (!data_) throw std::bad_alloc();
+  }
+  static size_t bytes(int64_t n) { return size_t(round_up(n * int64_t(sizeof(E)) + 128, 64)); }
+
   E* data_;
 };
 
@@ -105,6 +107,19 @@ void parallel(int64_t parts, int64_t threads, Make make) {
   };
   on_threads(parts, threads, run);
   if (failure) std::rethrow_exception(failure);
+}
+
+template <class E>
+Buffer<E> Buffer<E>::zeros(int64_t n, int64_t threads) {
+  constexpr int64_t PART = 1 << 20;
+  Buffer all(Unwritten(), n);
+  const int64_t size = int64_t(bytes(n));
+  parallel((size + PART - 1) / PART, threads, [&] {
+    return [&](int64_t k) {
+      std::memset(reinterpret_cast<char*>(all.data_) + k * PART, 0, size_t(least(PART, size - k * PART)));
+    };
+  });
+  return all;
 }
 
 // What an exported function returns: nullptr, or a sentence that stays valid until the thread's next call.
