@@ -6,8 +6,8 @@ has other bits than the unchanged kernels give, in any order of the threads. For
 its line says why: "redundant" of what a GPU's results do not depend on either, with what it stands for all the same;
 "unseen:" of what a GPU does need, with what the emulator does otherwise.
 
-Barriers and waits are found by their names. Masks are listed here, since only a reader can tell them from other
-conditions; a listed text that is not there is an error.
+Barriers and waits are found by their names. Masks are listed in cuda_masks.py; a listed text that is not there is an
+error.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
+from cuda_masks import MASKS
 
 from itm_fast import _cuda, _native
 from itm_fast.ops._cuda import _pairs
@@ -36,71 +37,6 @@ WAITS = re.compile(
 ORDERS = (0, 1, 2, 3)
 EXCUSES = "redundant", "unseen:"  # see above
 ENDLESS = 1800  # seconds: what takes longer waits in vain
-# File -> (text, what takes its place).
-MASKS: dict[str, list[tuple[str, str]]] = {
-    "affinity.h": [
-        ("if (image >= images) return 0;", ""),
-        ("p.count ? p.count[first_image + image] : ", ""),
-        ("row < 0 ? NOTHING : ", ""),
-        (" && region < at.regions(p, image)", ""),
-        ("inside && ", ""),
-        ("if (step < steps) {", "{"),
-        ("if (region >= at.regions(p, image)) continue;", ""),
-        ("if (row + ROWS <= T::SLOTS + T::WIDTH || row + row0 < T::SLOTS + T::WIDTH)", ""),
-    ],
-    "attention.h": [
-        ("if (n * 8 + 2 * at.t + j < regions) use", "use"),
-        ("const bool real = region < regions;", "const bool real = true;"),
-        ("raw[n][j] = real ? raw[n][j] : 0;", ""),
-    ],
-    "tile.h": [("begin && ", ""), (" && first + chunk < chunks", "")],
-    "nodes.h": [
-        ("put<T::KIND, T::WIDE>(nodes, row, column, 0, 0);", ""),
-        ("both = 0;", ""),
-        ("if (sh.word[row] < 0 && sh.owner[row] >= 0) continue;", ""),
-        ("region < count ? ", "true ? "),
-        ("while (owner >= 0 && begin", "while (begin"),
-    ],
-    "steps.h": [("if (sh.tile.owner[n * 8 + 2 * t + i] != mine) x = -INFINITE;", "")],
-    "group_steps.h": [
-        ("if (b >= blocks) continue;", ""),
-        ("n / 2 < blocks && ", ""),
-        (" && sh.tile.owner[begin * 16 + n * 8 + 2 * t + i] == mine", ""),
-    ],
-    "last_step.h": [
-        ("if (owner >= 0) {", "{"),
-        ("sh.tile.owner[warp * 16 + row] == owner ? dot : -INFINITE", "dot"),
-        ("if (warp >= sh.tile.captions) return;", ""),
-    ],
-    "graph.cu": [(" + sh.tile.spoiled[sh.tile.first[threadIdx.x] / 16]", "")],
-    "filter.cu": [("sh.tile.owner[row] < 0 ? 0 : ", ""), (" + sh.tile.spoiled[first / 16]", "")],
-    "stream.h": [
-        (" && i < stages", ""),
-        ("threadIdx.x != 0 || ", ""),
-        ("next >= stages || ", ""),
-        (" || ring->given_up", ""),
-        ("if (next >= PLACES) {", "{"),
-        ("if (!ring->given_up) fill", "fill"),
-        ("ring->given_up ? as_float(0x7fc00000u) : 0", "0"),
-        (" + half", ""),
-    ],
-    "cluster.h": [
-        ("*given_up || ", ""),
-        (" || i == TRIES", ""),
-        (" || (i % 1024 == 1023 && *failed)", ""),
-        ("*given_up = 1;", ""),
-        ("*failed = 1;", ""),
-    ],
-    "weights.cu": [("row < 0 || in_group >= at.images", "row < 0"), ("region < regions ? ", "true ? ")],
-    "scan.cu": [
-        ("if (!at.computes_any(p.pairs)) return;", ""),
-        ("if (!at.computes(p.pairs, caption, image)) continue;", ""),
-        ("if (region >= at.regions(p.pairs, image)) continue;", ""),
-        ("if (w >= first && w < n)", "if (w >= first)"),
-        ("if (y < n) add_rows", "add_rows"),
-        ("words > HELD", "false"),
-    ],
-}
 
 
 class Change(NamedTuple):
@@ -161,13 +97,14 @@ HALF_IN_CLUSTERS = (_cuda.SPECIFIC, torch.float16, _cuda.CLUSTERS)
 PAIRS_BY_GROUPS = (_cuda.SPECIFIC, torch.float32, _cuda.GROUPS)
 PAIRS_IN_CLUSTERS = (_cuda.SPECIFIC, torch.float32, _cuda.CLUSTERS)
 Run = tuple[tuple[int, int], torch.dtype, int]
+HEADS = "graph", "filter"
 
 
-def score(op: ModuleType, runs: tuple[Run, ...]) -> Iterator[torch.Tensor]:
+def score(op: ModuleType, runs: tuple[Run, ...], heads: Iterable[str] = HEADS) -> Iterator[torch.Tensor]:
     """Scores of the pair scorers: for GPUs of some compute capabilities in some dtypes, by variants of the kernels."""
     import test_cuda_nodes as cases
 
-    for head, steps in (("graph", 3), ("graph", 1), ("filter", 1)):
+    for head, steps in ((h, n) for h in heads for n in ((3, 1) if h == "graph" else (1,))):
         args = cases.case(head, **cases.MIXED, K=steps)
         for i, n in enumerate(cases.MIXED["regions"]):
             args[0][i, n:] = torch.nan  # which must not be read
@@ -184,18 +121,28 @@ def score(op: ModuleType, runs: tuple[Run, ...]) -> Iterator[torch.Tensor]:
         if variant == _cuda.GENERAL:
             continue
         torch.cuda.get_device_capability = lambda *_, of=capability: of  # type: ignore[assignment]
+        if dtype == torch.float32 and "graph" not in heads:
+            continue
         if dtype == torch.float32:  # of the published S
             args = cases.case("graph", **cases.SHAPES["S256-odd"])
             _cuda.allow_variant("similarity_graph_score", args[0].device, dtype, variant)
             yield op.similarity_graph_score(*cases.rounded(args, dtype))
             continue
-        for head in ("graph", "filter"):  # several stages of each matrix
+        for head in heads:  # several stages of each matrix
             name, args = f"similarity_{head}_score", cases.case(head, **cases.SHAPES["S256"])
             _cuda.allow_variant(name, args[0].device, torch.bfloat16, variant)
             yield getattr(op, name)(*cases.rounded(args, torch.bfloat16))
             if head == "filter":  # more than there are places for
                 args = cases.case(head, **cases.SHAPES["odd"] | dict(D=600))
                 yield getattr(op, name)(*cases.rounded(args, dtype))
+    if any(variant == _cuda.GENERAL for _, _, variant in runs):
+        torch.cuda.get_device_capability = lambda *_: (7, 5)  # type: ignore[assignment]
+        for head in heads:  # tiles of fewer rows than a block's warps could have
+            args = cases.case(head, **cases.SHAPES["S256"])
+            yield getattr(op, f"similarity_{head}_score")(*cases.rounded(args, torch.float16))
+        if "graph" in heads:
+            torch.cuda.get_device_capability = lambda *_: (8, 0)  # type: ignore[assignment]
+            yield op.similarity_graph_score(*cases.rounded(cases.with_infinite_empty_rows(), torch.float16))
 
 
 class Judge(NamedTuple):
@@ -259,7 +206,7 @@ WIDE_PAIRS = "F16X3, (36, 128, 2|256, 64, 64|256, 128, 32, 48, true(, true)?)"
 SCORE = Judge(
     ("weights", "global_nodes", "graph", "filter"),
     r"<((F16|F16X3), (36, 128, 2|64, (64|128), 64|64, 128, 64, 48(, false(, true)?)?)|"
-    rf"{MORE_STAGES}|{WIDE_PAIRS})>",
+    rf"F16, (36, 128, 1|256, 64, 32|256, (32|64), 16, 48)|{MORE_STAGES}|{WIDE_PAIRS})>",
     "similarity_score",
     partial(
         score,
@@ -277,11 +224,19 @@ CLUSTERS = GROUPS._replace(
     instances=r"<(F16, (36, 128, 2|64, 128, 64|64, 128, 64, 48, false)|" + MORE_STAGES.replace("(, true)?", "") + ")>",
     results=lossy,
 )
+
+
+def of_head(judge: Judge, head: str) -> Judge:
+    """What of `judge` concerns one head."""
+    return judge._replace(stems=("weights", "global_nodes", head), results=partial(judge.results, heads=(head,)))
+
+
 JUDGES: dict[str, Judge] = {
     **dict.fromkeys(("affinity.h", "attention.h", "scan.cu"), SCAN),
-    **dict.fromkeys(("tile.h", "nodes.h", "steps.h", "last_step.h", "graph.cu", "filter.cu"), SCORE),
-    **dict.fromkeys(("global_nodes.cu", "weights.cu"), SCORE),
-    **dict.fromkeys(("groups.h", "group_steps.h", "hopper.h"), GROUPS),
+    **dict.fromkeys(("tile.h", "nodes.h", "global_nodes.cu", "weights.cu"), SCORE),
+    **dict.fromkeys(("steps.h", "last_step.h", "graph.cu"), of_head(SCORE, "graph")),
+    **{"filter.cu": of_head(SCORE, "filter"), "group_steps.h": of_head(GROUPS, "graph")},
+    **dict.fromkeys(("groups.h", "hopper.h"), GROUPS),
     **dict.fromkeys(("stream.h", "cluster.h"), CLUSTERS),
 }
 

@@ -92,7 +92,7 @@ template <class T> __device__ __forceinline__ void score_filter(const Filter &p)
         }
         square = warp_sum(square);
         dot = warp_sum(dot);
-        if (lane == 0 && int(blockIdx.y) < p.nodes.images) {
+        if (lane == 0 && int(blockIdx.y) < p.nodes.images) {  // unseen: else writes behind scores
             const float sum = dot / (sqrtf(square) + EPS) + *p.score_bias + gave_up + sh.tile.spoiled[first / 16];
             const long long at = blockIdx.y * (long long)p.all_captions + sh.tile.caption[caption];
             put_score<T>(p.score, at, sum, p.logit);

@@ -26,7 +26,7 @@ template <class T> __device__ __forceinline__ void score_graph(const Graph &p) {
     }
     const int parts = last_step<T>(p, sh, matrices);
     const float gave_up = matrices.end();
-    if (int(threadIdx.x) < sh.tile.captions && int(blockIdx.y) < p.nodes.images) {
+    if (int(threadIdx.x) < sh.tile.captions && int(blockIdx.y) < p.nodes.images) {  // unseen: else writes behind scores
         float sum = *p.score_bias + gave_up + sh.tile.spoiled[sh.tile.first[threadIdx.x] / 16];
         for (int w = 0; w < parts; ++w) sum += sh.part[w][threadIdx.x];
         const long long at = blockIdx.y * (long long)p.all_captions + sh.tile.caption[threadIdx.x];

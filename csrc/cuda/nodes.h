@@ -236,7 +236,8 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
         copy_rows<T::SLOTS, T::FEW>(making.weight[i], i % T::PARTS * T::FEW, p.pitch / 8, p.words, [&](int slot) {
             const int word = KEPT ? kept[next++] : sh.word[slot];
             const long long row = image * (long long)p.size + word - p.first_word;
-            return word < 0 ? nullptr : row_of(p.weight, row * T::HALVES + i / T::PARTS, p.pitch / 8);
+            return word < 0 ? nullptr  // unseen: else reads before the weights
+                            : row_of(p.weight, row * T::HALVES + i / T::PARTS, p.pitch / 8);
         });
     }
     auto load = [&](int step) {
@@ -244,7 +245,7 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
         copy_rows<T::SLOTS, T::NARROW, T::GROUPS>(
             making.word[step % 2], step * T::NARROW, p.chunks, p.words, [&](int slot) {
                 const int word = KEPT ? kept[next++] : sh.word[slot];
-                return word < 0 ? nullptr : row_of(p.words, word, p.chunks);
+                return word < 0 ? nullptr : row_of(p.words, word, p.chunks);  // unseen: else reads before the words
             });
         copy_rows<T::REGIONS, T::NARROW, T::GROUPS>(
             making.region[step % 2], step * T::NARROW, p.chunks, p.words, [&](int region) {

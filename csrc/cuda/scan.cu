@@ -107,7 +107,7 @@ template <int MOST, class F> __device__ __forceinline__ void for_words(int first
     if constexpr (MOST > 0) {
 #pragma unroll
         for (int w = 0; w < MOST; ++w)
-            if (w >= first && w < n) f(w);
+            if (w >= first && w < n) f(w);  // redundant, the first: F is zero there
     } else
         for (int w = first; w < n; ++w) f(w);
 }

@@ -94,7 +94,7 @@ __device__ __forceinline__ void edges(GraphShared<T> &sh, int first, int begin, 
         read_factor(a, [&](int rest) { return sh.y() + place<T::WIDE>(first + lane % 16, k + rest + lane / 16); });
 #pragma unroll
         for (int n = 0; n < N; n += 2)
-            if (begin <= n / 2 && n / 2 < end) {
+            if (begin <= n / 2 && n / 2 < end) {  // redundant: saves products whose sums are masked below
                 read_factor(b, [&](int rest) {
                     return sh.x() + place<T::WIDE>((n + lane / 16) * 8 + lane % 8, k + rest + lane / 8 % 2);
                 });
@@ -141,7 +141,7 @@ __device__ __forceinline__ void gathered(float (&acc)[M][N][4], GraphShared<T> &
         bool some = false;
 #pragma unroll
         for (int m = 0; m < M; ++m) some |= sees(m, k);
-        if (!some) continue;
+        if (!some) continue;  // redundant: saves products with zeros
 #pragma unroll
         for (int m = 0; m < M; ++m)
             read_factor(a[m], [&](int rest) {
@@ -156,7 +156,7 @@ __device__ __forceinline__ void gathered(float (&acc)[M][N][4], GraphShared<T> &
             });
 #pragma unroll
             for (int m = 0; m < M; ++m)
-                if (sees(m, k)) {
+                if (sees(m, k)) {  // redundant: saves products with zeros
                     multiply_block(acc[m][n], a[m], b, 0);
                     multiply_block(acc[m][n + 1], a[m], b, 1);
                 }
