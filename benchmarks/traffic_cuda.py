@@ -23,7 +23,7 @@ import torch
 from benchmarks import traffic_shared
 from benchmarks.cards import Card
 from benchmarks.traffic_counts import Count, blocks
-from benchmarks.traffic_shared import WARPS, NodeTile
+from benchmarks.traffic_shared import WARPS, NodeTile, Sees
 from itm_fast import _cuda
 from itm_fast.ops import _attention
 from itm_fast.ops._cuda import _pairs, _tiles, cross_attention_score, similarity_score
@@ -277,6 +277,7 @@ def _scores(p: Problem, fit: _pairs.Kernels) -> Iterator[tuple[str, Count]]:
     tile = NodeTile.of(fit.overall, p.halves)
     overall.dots(overall.programs, slots, p.S, tile.stages(p.D) * tile.depth, p.kind)
     overall.shared, overall.plain = (overall.programs * n for n in tile.overall(p.D))
+    overall.plain += p.T * p.I * p.S * p.size  # nodes are read again, to be written to memory
     overall.vector = overall.programs * slots * (p.D * (6 if p.size == 4 else 3) + p.S * 5)
     yield "global_nodes", overall
     tile = NodeTile.of(fit.head, p.halves)
@@ -288,7 +289,7 @@ def _scores(p: Problem, fit: _pairs.Kernels) -> Iterator[tuple[str, Count]]:
         done.vector += sum(rows * n * p.S * 5 for rows, n in shapes)
         held = p.I * int(blocks(p.edge.diff() + 1, BLOCK).sum())
         done.plain += done.programs * tile.filtered(p.I * (p.N + p.T) / done.programs) + held * p.S * 4
-        done.plain += p.I * p.T * tile.by_caption(2)
+        done.plain += p.I * p.T * tile.by_caption(5)
         yield "filter_scores", done
 
 
@@ -315,6 +316,8 @@ def _nodes(p: Problem, tile: NodeTile, walks: int, weights: int) -> tuple[Count,
         done.dots(n, rows, p.S, staged, p.kind, p.groups)
         done.vector += n * rows * (p.D * (8 if p.size == 4 else 5) + p.S * 5)
     done.shared, done.plain = (number * n for n in tile.made(p.D))
+    # Of a row that holds no word, threads read whose it is.
+    done.plain += (sum(rows * n for rows, n in shapes) - p.I * p.N) * 16 * tile.side
     return done, shapes
 
 
@@ -327,7 +330,11 @@ def _steps(p: Problem, tile: NodeTile, done: Count, shapes: list[tuple[int, int]
     seen = p.I * int((held**2 - held).sum()) + sum(rows * n for rows, n in shapes) // BLOCK
     done.dots(2 * (p.K - 1) * seen, BLOCK, BLOCK, p.S, p.kind)
     done.vector += (p.K - 1) * seen * BLOCK**2 * 8
-    moved = tile.steps(p.K, seen / done.programs, p.I * int(held.sum()) / done.programs)
+    sees = None
+    if not p.groups:
+        size = tile.slots // BLOCK
+        sees = Sees.of(p.nodes.owner[::BLOCK].view(-1, size), size * tile.side // WARPS)
+    moved = tile.steps(p.K, seen / done.programs, p.I * int(held.sum()) / done.programs, sees)
     done.plain += p.I * p.T * tile.by_caption(10)
     done.shared, done.plain = done.shared + done.programs * moved[0], done.plain + done.programs * moved[1]
     repeated = max(p.S, WARPS * BLOCK)  # columns of a small S are computed by several warps

@@ -105,12 +105,14 @@ INSTANCES = {
     ]
     + [f"filter_scores_in_clusters<{n}>" for n in (*CLUSTERED_TILES, PAIRS)],
 }
-# Of those, what is built to count the threads' own loads and stores of shared memory.
+# Of those, what is built to count the threads' own loads and stores of shared memory; few, as they take long to build.
 COUNTED = {
     "scan": [f"scan_{direction}_in_clusters<BF16, 36, 128, 3>" for direction in ("t2i", "i2t")],
     "weights": ["weights<BF16, 36, 128, 2>"],
-    "graph": ["graph_scores_in_clusters<BF16, 256, 128, 64, 48, false>"],
-    "filter": ["filter_scores_in_clusters<BF16, 256, 128, 64, 48, false>"],
+    "global_nodes": ["global_nodes<BF16, 64, 128, 64>", "global_nodes<F16X3, 64, 64, 64>"],
+    "graph": [f"graph_scores_in_clusters<{n}>" for n in ("BF16, 64, 128, 64, 48, false", PAIRS)]
+    + ["graph_scores<BF16, 64, 128, 64, 48>"],
+    "filter": ["filter_scores_in_clusters<F16, 64, 128, 64, 48, true>", "filter_scores<F16X3, 64, 128, 64, 48>"],
 }
 STRUCTURES = {
     "scan": [Scan],

@@ -168,7 +168,7 @@ def test_the_cuda_kernels_do_all_that_is_needed_and_not_much_more(model, limit, 
     kind = traffic.PRECISIONS[precision].kinds[-1]
     bound = sum(row["bound"] for row in traffic.kernels(found, H100))
     if precision == "tf32" and limit == 1.6:  # float16 numbers have factors besides, which registers do not hold
-        limit = 1.67
+        limit = 1.68
     assert 1 < bound / traffic.floor(model, COCO, H100, precision, kind) < limit
 
 

@@ -55,14 +55,14 @@ def pair_score(head, dtype, images, lengths, S, D=D):
     return next(x for x in args if isinstance(x, torch.Tensor) and not x.is_floating_point())
 
 
-def compare(op, precision, device, edge, direction="t2i", images=I, S=64, D=D):
+def compare(op, precision, device, edge, direction="t2i", images=I, S=64, D=D, card="h100"):
     """Compare what is predicted of a call with what its kernels have counted."""
     counted, launches = defaultdict(Counter), Counter()
     for kernel, counts in device.launches:
         name = kernel.name.partition("<")[0].removesuffix("_in_clusters")
         counted[name].update(counts)
         launches[name] += 1
-    problem = traffic_cuda.Problem(op, images, R, D, S, K, edge, CARDS["h100"], precision, direction)
+    problem = traffic_cuda.Problem(op, images, R, D, S, K, edge, CARDS[card], precision, direction)
     predicted = {name: count for name, count in traffic_cuda.counts(problem) if name in counted}
     assert set(predicted) == set(counted)
     for name, count in predicted.items():
@@ -76,10 +76,7 @@ def compare(op, precision, device, edge, direction="t2i", images=I, S=64, D=D):
             copied -= 4 * problem.N * images
         assert 16 * counted[name]["copies"] == copied, name
         assert launches[name] == count.launches, name
-        if name == "graph_scores" and not problem.groups:  # warps that have several blocks of rows, which see others
-            assert 0.9 < count.shared / counted[name]["shared"] < 1.1
-        else:
-            assert counted[name]["shared"] == count.shared, name
+        assert counted[name]["shared"] == count.shared, name
         if device.counting:
             # The compiler keeps what it likes in registers, and the model leaves out single numbers of a tile.
             assert count.plain == pytest.approx(counted[name]["own"], rel=0.02), name
@@ -107,17 +104,27 @@ def test_the_same_where_groups_of_warps_multiply(head, precision, device):
     compare(f"similarity_{head}_score", precision, device, edge, images=2, S=256, D=96)
 
 
-@pytest.mark.parametrize("model", ["t2i", "i2t", "graph", "filter"])
-def test_loads_and_stores_of_threads_are_those_of_the_emulated_kernels(model, counting_device, monkeypatch):
+COUNTED = [
+    *(("t2i", "bfloat16", "h100"), ("i2t", "bfloat16", "h100")),
+    *(("graph", "bfloat16", "h100"), ("graph", "float32", "h100"), ("graph", "bfloat16", "a100")),
+    *(("filter", "tf32", "h100"), ("filter", "float32", "a100")),
+]
+
+
+@pytest.mark.parametrize("model, precision, card", COUNTED, indirect=["precision"])
+def test_loads_and_stores_of_threads_are_those_of_the_emulated_kernels(
+    model, precision, card, counting_device, monkeypatch
+):
     """Those of SCAN's kernels, where the second block of the last cluster has no tile, and of the pair scorers'.
 
     A caption of 24 words is the longest that a thread of `scan_i2t` keeps in registers.
     """
-    counting_device.capability, lengths = (9, 0), (100, 24, 25, 9, 60)
+    counting_device.capability, lengths = divmod(CARDS[card].arch, 10), (100, 24, 25, 9, 60)
     if model in ("graph", "filter"):
-        monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)  # global nodes, whose kernel is not run
-        edge = pair_score(model, torch.bfloat16, 2, lengths, S=256)
-        compare(f"similarity_{model}_score", "bfloat16", counting_device, edge, images=2, S=256)
+        monkeypatch.setattr(torch.Tensor, "new_empty", torch.Tensor.new_zeros)  # global nodes, where these are not made
+        edge = pair_score(model, DTYPES[precision], 2, lengths, S=64)
+        compare(f"similarity_{model}_score", precision, counting_device, edge, images=2, card=card)
+        assert any(kernel.name.startswith(model) for kernel, _ in counting_device.launches)
         return
     edge = scan(model, torch.bfloat16, 9, (*lengths, 100))
     compare("cross_attention_score", "bfloat16", counting_device, edge, direction=model, images=9)
