@@ -14,8 +14,9 @@ The loop keeps every caption's intermediate results until backward: 7 GB for SGR
 through both: each word is one more row of the same operations.
 On a processor that multiplies bfloat16 values, the backend `cpu` is also measured at matmul precision "medium": the
 rows "bfloat16 products". Rounding may change which negative is the hardest, so their results are compared by all
-negatives alone; there they may be off twice as far as float32 results of features rounded to bfloat16, for rounding
-also changes which negatives are within the margin. `bench_gradients.py` measures the gradients without that.
+negatives alone; there they may be off twice as far as float32 results of features rounded to bfloat16, as a backward
+pass rounds the factors of its products too, and at most by half of the largest value. Both include that rounding
+changes which negatives are within the margin; `bench_gradients.py` measures gradients without that.
 Peak memory is what a step reaches above inputs and parameters, in a fresh process for each contender.
 """
 
@@ -51,6 +52,7 @@ LOOP = "paper's loop"
 ALL = ", all negatives"  # ends the name of a row
 MARGIN = 0.2
 ALLOWED = 1e-3  # of the largest gradient
+ALLOWED_BFLOAT16 = 0.5  # however far rounded features are off: what is 1 off may be zeros
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -164,7 +166,7 @@ def compare(
             if name.endswith(BFLOAT16):
                 float32 = name.removesuffix(BFLOAT16)
                 rounded = step(model, float32, shape, device, hardest, rounded=True)()
-                allowed[name] += 2 * difference(rounded, exact)
+                allowed[name] = min(ALLOWED + 2 * difference(rounded, exact), ALLOWED_BFLOAT16)
                 unrounded = found.get(float32, {})
                 if unrounded and all(torch.equal(found[name][key], x) for key, x in unrounded.items()):
                     left_out[name] = "bfloat16 products are allowed but not used: all results are the same"

@@ -56,8 +56,8 @@ class Card:
         return self.processors * 128 * self.clock
 
     def rate(self, kind: str, by_mma: bool = False) -> float | None:
-        """Operations per second of a kind of `PRODUCTS`, of "vector", or of "ieee", products of float32 as they are,
-        by its multiply-adds; None where the card has no such units."""
+        """Operations per second of a kind of `PRODUCTS`, of "vector" instructions, or of "ieee", products of float32
+        numbers by ordinary multiply-adds, without matrix units; None where the card has no such units."""
         if kind in ("vector", "ieee"):
             return self.vector * (2 if kind == "ieee" else 1)
         unit, times = PRODUCTS[kind]

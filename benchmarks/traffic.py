@@ -16,15 +16,16 @@ kernels from the sizes of their tiles. What is assumed:
   held. A launch reads from memory each distinct byte that is not held, once: programs that share rows run near each
   other. What it writes goes to memory, whether the next launch finds it in L2 or not.
 - L1 holds nothing: all loads and stores of all programs go through L2.
-- A launch's own overhead, a last wave of programs that fills the card in part, and torch's own kernels (products of
-  weights, once a call) take no time. `waves` is the share of a
-  card's places that programs take, when each multiprocessor has one program at a time.
+- A launch's own overhead, a last wave of programs that fills the card in part, and in an evaluation torch's own kernels
+  (products of weights, once a call) take no time. `waves` is the share of a card's places that programs take, when each
+  multiprocessor has one program at a time.
 
 A training step's launches are those of `traffic_training`, at batch 128: of Triton's kernels, forward and backward, and
 of PyTorch's operations between them. Where launches are many, starting them takes longer than the bound.
 
 The floor is what no kernel can beat: the operations that the scores need (`shapes.needed_flops`) at the peak of the
-kind of products, or inputs and scores through memory once.
+kind of products, or inputs and scores through memory once. That of a backward pass: the operations that the pairs with
+a gradient need, or features, and their gradients, through memory once.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ PRECISIONS = {  # by the names of `gpu_steps.PRECISIONS`
 }
 TRAINING = "coco-train-b128"  # of shapes.SHAPES, and the precisions that gpu_suite.py trains in
 TRAINED = ("tf32", "float32")
-SMALLEST = 0.01  # kernels that take a smaller share of a part of a training step are shown together
+SHOWN_SHARE = 0.01  # kernels that take a smaller share of a part of a training step are counted together
 PARTS = "memory", "L2", "shared memory", "products", "vector"  # each of which a launch takes at least
 BACKENDS = {"triton": 0, "cuda": -1}  # which of a precision's kinds a backend's products are of
 
@@ -177,15 +178,24 @@ def floor(model: str, workload: str, card: Card, precision: str, kind: str) -> f
     return max(needed / rate, moved / card.memory)
 
 
+def training_floor(part: traffic_training.Part, kind: str, card: Card) -> float:
+    """Seconds that no kernel can beat in a part of a training step, with products of a kind."""
+    shape = shapes.SHAPES[TRAINING]
+    whole = WORKLOADS[shape.workload]
+    features = (shape.images * whole.regions + sum(shape.lengths)) * whole.dim
+    moved = features if part.name == "forward" else 2 * features  # float32; backward writes as many gradients
+    return max(part.needed / (card.rate(kind) or math.inf), 4 * moved / card.memory)
+
+
 def training(model: str, precision: str, card: Card) -> list[dict]:
     """A training step's parts by Triton: bound and floor in seconds, launches, and the kernels that take most."""
     asked, found = PRECISIONS[precision], []
     for part in traffic_training.parts(model, shapes.SHAPES[TRAINING], card.arch, asked.matmul):
         rows = kernels(part.launches, card)
         bound = sum(row["bound"] for row in rows)
-        less = [row for row in rows if row["bound"] < SMALLEST * bound]
+        less = [row for row in rows if row["bound"] < SHOWN_SHARE * bound]
         found.append({
-            "part": part.name, "bound": bound, "floor": part.needed / card.rate(asked.kinds[0]),
+            "part": part.name, "bound": bound, "floor": training_floor(part, asked.kinds[0], card),
             "launches": sum(row["launches"] for row in rows), "others": sum(row["bound"] for row in less),
             "other_launches": sum(row["launches"] for row in less),
             "kernels": sorted((row for row in rows if row not in less), key=lambda row: -row["bound"]),
@@ -232,8 +242,11 @@ def predicted(workload: str, card: Card, backends: Iterable[str] = BACKENDS) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--workload", choices=WORKLOADS, default="coco-eval-5k")
-    parser.add_argument("--card", choices=CARDS, default="h100")
+    parser.add_argument(
+        "--workload", choices=WORKLOADS, default="coco-eval-5k",
+        help=f"of the scores (default: %(default)s); training steps are of {TRAINING}",
+    )  # fmt: skip
+    parser.add_argument("--card", choices=CARDS, default="h100", help="default: %(default)s")
     parser.add_argument("--json", type=Path, help="file to write, for benchmarks/page.py")
     args = parser.parse_args()
     found = predicted(args.workload, CARDS[args.card])

@@ -1,4 +1,4 @@
-"""What each launch of a Triton kernel that only backward passes have moves and computes: one function for each kernel.
+"""What each launch of a Triton kernel of backward passes alone moves and computes: one function for each kernel.
 
 `traffic_triton` says what is counted and what is left out.
 """

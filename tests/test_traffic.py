@@ -216,7 +216,7 @@ def test_the_page_says_that_nothing_is_measured_and_sets_beside_it_what_is(tmp_p
     backend = {"products": "tf32", "bound": 4.0, "bound_without_cache": 2.0, "kernels": rows}
     one = {"model": "sgr", "precision": "tf32", "floors": {"tf32": 2.0, "float16": 1.0, "x": None}}
     one["backends"] = {"triton": backend, "cuda": {"left_out": "not designed"}}
-    part = {"part": "backward, all", "bound": 4e-3, "floor": 2e-3, "launches": 5, "others": 1e-3, "other_launches": 3}
+    part = {"part": "backward, all", "bound": 4.0, "floor": 2.0, "launches": 5, "others": 1.0, "other_launches": 3}
     step = {"model": "sgr", "precision": "tf32", "parts": [part | {"kernels": rows[:1]}]}
     found = {"workload": COCO, "card": "H100", "source": "s", "cache_source": "c", "results": [one]}
     found["training"] = {"workload": "batch", "results": [step]}
@@ -224,8 +224,9 @@ def test_the_page_says_that_nothing_is_measured_and_sets_beside_it_what_is(tmp_p
     assert told.startswith("**Predicted, not measured.**")
     assert "| sgr | tf32 | triton | tf32 | 4.000 | 2.000 | 2.00 | 4.00 | 1.00 | `k`, 75%, by L2 |  |" in told
     assert "| sgr | tf32 | cuda | | | | | | | not designed | |" in told
-    assert "| sgr | tf32 | backward, all | 5 | 4.000 | 2.000 | 2.00 | `k`, 75000%, by L2 |" in told
-    assert "| sgr | tf32 | backward, all | all others | 3 | | | | | | | | | 1.000 | |" in told
+    assert "| sgr | tf32 | backward, all | 5 | 4000.000 | 2000.000 | 2.00 | `k`, 75%, by L2 |" in told
+    found["training"]["results"] = []
+    assert "Triton does not run on this card" in traffic_page.tables(found)
     parts = {"sgraf tf32": {"parts": {"score sgr": 5.25, "all": 9.0}}, "peak": 3.0}
     path = tmp_path / "gpu.json"
     path.write_text(json.dumps({"steps": {"tests": {}, "evaluate-sgraf": {"result": parts}}}))

@@ -3,7 +3,7 @@
 // With scalar gates no vector of D features is formed (`Coefficients`): each is a sum of the pair's rows, held as its
 // coefficients, (8) and (9), and its products follow from the affinities A, the products C of the rows (both with
 // regions along rows and words along lanes), the Gram matrices G and H, and a few numbers for each row. The vectors are
-// formed (`Explicit` of alignment_vectors.h) with vector gates, and for pairs where a squared length of `Coefficients`
+// formed (`PairVectors`, alignment_vectors.h) with vector gates, and for pairs where a squared length of `Coefficients`
 // is dominated by cancellation error. One thread works on one pair.
 #pragma once
 #include <limits>
@@ -194,7 +194,7 @@ struct Coefficients {
     for (int64_t j = 0; j < ld; j += LANES<T>) store(with_t + j, load(with_t + j) + load(x + j));
   }
 
-  // The pair's score; `poor` is then true if vectors have to be formed instead (`Explicit`). A and C:
+  // The pair's score; `poor` is then true if vectors have to be formed instead (`PairVectors`). A and C:
   // [image.n][caption.ld], zeros beyond the words.
   T score(const T* A, const T* C, const Item<T>& image, const Item<T>& caption);
 };

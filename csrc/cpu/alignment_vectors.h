@@ -32,14 +32,14 @@ struct VectorSide {
 // to L words, gates of width 1 or of all `wide` features. A backward pass finds all that it takes in both sides;
 // without one, the sides share a room, where fused rows overwrite what rows attend to.
 template <class T>
-struct Explicit {
+struct PairVectors {
   const Alignment& problem;
   int64_t wide;  // D in whole vectors
   Buffer<T> rows, vectors;
   VectorSide<T> image_side, caption_side;
   T square_v = 0, square_t = 0, both = 0;  // |v_g|^2, |t_g|^2, v_g . t_g
 
-  Explicit(const Alignment& problem, int64_t R, int64_t L, int64_t wide, bool backward = false)
+  PairVectors(const Alignment& problem, int64_t R, int64_t L, int64_t wide, bool backward = false)
       : problem(problem), wide(wide), rows((backward ? 3 * (R + L) : 2 * std::max(R, L)) * wide), vectors(6 * wide),
         image_side(R, L, vectors, wide), caption_side(R, L, vectors + 3 * wide, wide) {
     T* at = rows;
@@ -57,7 +57,9 @@ struct Explicit {
             T* local, T* whole) {
     const int64_t n = mine.n, m = others.n;
     const auto zero = [](int64_t, int64_t) { return Vec<T>{}; };
-    const auto into = [&](T* to) { return [to, this](int64_t i, int64_t d, Vec<T> v) { store(to + i * wide + d, v); }; };
+    const auto into = [&](T* to) {
+      return [to, this](int64_t i, int64_t d, Vec<T> v) { store(to + i * wide + d, v); };
+    };
     const Left<T> left{weights, mine.ld};
     gemm<T>(n, wide, m, left, Right<T>{others.rows, wide}, zero, into(s.attended));
     if (vector) gemm<T>(n, wide, m, left, Right<T>{others.other_gates, wide}, zero, into(s.gates));

@@ -8,7 +8,7 @@
 namespace itm_fast {
 
 // c[i][j] = sum of a_i b_j + e_i f_j over all features, for n rows a and e and m rows b and f, `wide` apart; zeros from
-// m on up to ld. Lanes run along the features, so that no row is turned.
+// m on up to ld. Vector lanes run along the features, so no row is transposed.
 template <class T>
 class RowProducts {
  public:
@@ -138,9 +138,10 @@ class VectorsGradient {
       }
   }
 
-  // (7) to (2) of one side, whose global vector gets h times the other one and `square`, as |v_g|^2 does. local, whole:
-  // the gradients of a row's cosine and of cos(context, star). weights: [own rows][ld]. Overwrites attended and gates
-  // by their gradients, the latter's before the sigmoid.
+  // The backward pass of (7) to (2) for one modality. other: the global vector of the other one; h, square: the
+  // gradients of v_g . t_g and of this one's |v_g|^2. local, whole: the gradients of each row's cosine and of
+  // cos(context, star). weights: attention, [own rows][ld]. Overwrites `attended` by its gradient, and `gates` by that
+  // of the gates before the sigmoid.
   void side(VectorSide<T>& s, const T* other, T h, T square, T local, T whole, const T* weights, int64_t ld,
             const Item<T>& own, const Item<T>& far, const T* pool, const RowGradients<T>& d_own,
             const RowGradients<T>& d_far, T* d_pool) {
@@ -200,8 +201,8 @@ class VectorsGradient {
               });
   }
 
-  // What own row i gives and gets; share: its gamma; d_logit, d_dot, d_square, d_norm: the gradients of its logit, of
-  // its product with what it attends to, twice that of this one's squared length, and of its own length, over it.
+  // The backward pass of one row. share: its gamma. d_logit: the gradient of pool . fused; d_dot: of row . attended;
+  // d_square: twice that of |attended|^2; d_norm: that of |row|, divided by |row|.
   void row(VectorSide<T>& s, int64_t i, const Item<T>& own, const T* pool, T share, T d_logit, T d_dot, T d_square,
            T d_norm, const RowGradients<T>& d_own, T* d_pool) {
     const T *const x = own.rows + i * wide_, *const fused = s.fused + i * wide_, *const d_context = vectors_ + wide_;
@@ -223,7 +224,7 @@ class VectorsGradient {
   }
 
   const Alignment& problem_;
-  Explicit<T> forward_;
+  PairVectors<T> forward_;
   int64_t wide_, size_;
   Buffer<T> numbers_, vectors_;
   RowProducts<T> products_;

@@ -1,5 +1,6 @@
-// What IMRAM's gate makes of queries, and what each attends to: (3) and (4) of itm_fast/models/imram.py, in one pass over
-// memory. A thread owns some rows of the result at a time; a row's bits depend on neither the others nor the threads.
+// IMRAM's gate, (3) and (4) of itm_fast/models/imram.py: queries and what they attend to become the queries of the next
+// step, in one pass over memory. A thread owns some rows of the result at a time; a row's bits depend on neither the others
+// nor the threads.
 #include "calls/gated_rows.h"
 #include "cross_attention_rows.h"
 #include "write.h"
@@ -37,8 +38,8 @@ void refine(const GatedRowsCall& call) {
 }  // namespace
 }  // namespace itm_fast
 
-// Writes refined [B, C, Q, D] in the dtype of the tensors; products are [B, Q, 2 D], of the candidate and of the gate, as
-// are the last 2 D values of each row of attended.
+// Writes refined [B, C, Q, D] in the dtype of the tensors. products are [B, Q, 2 D], of the candidate and of the gate,
+// as are the last 2 D values of each row of attended.
 extern "C" const char* gated_rows(const itm_fast::GatedRowsCall& call) {
   using namespace itm_fast;
   return guarded([&] { call.dtype == Dtype::FLOAT64 ? refine<double>(call) : refine<float>(call); });

@@ -86,7 +86,7 @@ class Worker {
         features_(call.vector() ? 0 : packed_size(most_rows, depth<E>(call.D))), affinity_(most_rows * ld_),
         product_(call.vector() ? 0 : most_rows * ld_), a_(call.R * Item<T>::whole(longest)),
         c_(call.R * Item<T>::whole(longest)), coefficients_(call.problem, call.R, longest),
-        explicit_(call.problem, call.R, longest, pools.wide) {}
+        pair_vectors_(call.problem, call.R, longest, pools.wide) {}
 
   void take(int64_t first, int64_t last) {
     const Modality images{call_.image, call_.image_gate, 0};
@@ -115,7 +115,7 @@ class Worker {
         gather<T, false>(affinity_ + at, ld_, image.n, caption.n, a_);
         T score;
         if (call_.vector()) {
-          score = explicit_.score(a_, image, caption, true, pools_.image, pools_.caption);
+          score = pair_vectors_.score(a_, image, caption, true, pools_.image, pools_.caption);
         } else {
           gather<T, false>(product_ + at, ld_, image.n, caption.n, c_);
           score = coefficients_.score(a_, c_, image, caption);
@@ -150,7 +150,7 @@ class Worker {
     const Modality images{call_.image, call_.image_gate, 0};
     const Modality words{call_.words, call_.word_gate, 1};
     const int64_t begin = call_.cu_seqlens[t];
-    return explicit_.score(a_, item<T, E>(call_, images, i * call_.R, call_.regions(i), pools_, true),
+    return pair_vectors_.score(a_, item<T, E>(call_, images, i * call_.R, call_.regions(i), pools_, true),
                            item<T, E>(call_, words, begin, call_.cu_seqlens[t + 1] - begin, pools_, true), false,
                            pools_.image, pools_.caption);
   }
@@ -162,7 +162,7 @@ class Worker {
   Buffer<E> keys_, features_;
   Buffer<T> affinity_, product_, a_, c_;
   Coefficients<T> coefficients_;
-  Explicit<T> explicit_;
+  PairVectors<T> pair_vectors_;
   std::vector<Item<T>> items_;
 };
 

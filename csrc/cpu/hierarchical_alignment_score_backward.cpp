@@ -15,8 +15,8 @@
 // its products are with the rows of those that it has a gradient with.
 //
 // Scratch beyond inputs, gradients and what was kept: Gram matrices of all captions, at most 33 of each image (its own,
-// its gradient, and that of each part), and 2 MiB a thread; with vector gates 4 MiB a thread, more only where one
-// caption alone is larger.
+// its gradient, and that of each part), and 2 MiB a thread; with vector gates 4 MiB a thread with 36 regions of 1024
+// features, more where one caption alone is larger.
 #include <memory>
 
 #include "alignment_backward.h"
@@ -97,9 +97,9 @@ struct AlignmentBackward {
     sum_pools(all_images, d_captions);
   }
 
-  // Captions are cut into groups, and images into as many. In each of as many steps every group of images meets another
-  // group of captions, so that no two threads add to the same gradients, and all sums have one order. The pools have a
-  // gradient of each group of images, which are added in order.
+  // Captions are cut into G groups, and images too. In step s of G a thread takes image group k with caption group
+  // (k + s) mod G, so that no two threads share an image or a caption, and each sum has one order. The pools have a
+  // gradient for each image group, and these are added in order.
   void by_vectors() const {
     const int64_t each = 3 * pools.wide * int64_t(sizeof(T));
     const std::vector<Chunk> groups = chunks(

@@ -1,8 +1,8 @@
 """A linear map, a sigmoid, a gate and cosines for rows that belong to one image, one caption or one pair each.
 
-If the `cpu` backend scores and no gradient is recorded, they run in C++ (csrc/cpu/linear.cpp). A row's bits then depend
-on neither the other rows nor the number of threads, so that a pair's score does not either. Otherwise torch computes
-them, with its fastest library.
+If the `cpu` backend scores and no gradient is recorded, they run in C++ (csrc/cpu/linear.cpp, gated_rows.cpp,
+row_cosines.cpp). A row's bits then depend on neither the other rows nor the number of threads, so that a pair's score
+does not either. Otherwise torch computes them, with its fastest library.
 """
 
 from __future__ import annotations
@@ -45,12 +45,12 @@ def sigmoid(x: Tensor) -> Tensor:
 
 
 def gated(query: Tensor, product: Tensor, attended: Tensor, unit: bool) -> Tensor:
-    """g q + (1 - g) tanh(o) of queries, with the candidate o and, before its sigmoid, the gate g in the last 2 D values
-    of product + attended.
+    """IMRAM's refined queries g q + (1 - g) tanh(o), where o and, before its sigmoid, g are product + attended[-2 D:].
 
     Args:
-        query: [..., D]; it and `product` have the dimensions of `attended`, or 1 or none where rows share them.
-        product: [..., 2 D].
+        query: [..., D]; its dimensions are those of `attended`, but one of them may be 1, or the first ones missing,
+            where rows share a query.
+        product: [..., 2 D] with the same dimensions: what the query adds to o and g.
         attended: [..., P] with P >= 2 D.
         unit: scale the result to unit length.
 
@@ -79,13 +79,13 @@ def cosines(query: Tensor, attended: Tensor) -> Tensor:
     return cosine(query, attended[..., : query.shape[-1]])
 
 
-def _shared(few: torch.Size, all: torch.Size) -> tuple[int, int, int]:
-    """(B, C, Q) such that rows of dimensions `all` are [B, C, Q] and those that they share [B, Q]."""
-    padded = (*[1] * (len(all) - len(few)), *few)
-    k = next((k for k, (a, b) in enumerate(zip(padded, all, strict=True)) if a != b), None)
+def _shared(few: torch.Size, rows: torch.Size) -> tuple[int, int, int]:
+    """(B, C, Q) such that rows of dimensions `rows` are [B, C, Q] and those that they share [B, Q]."""
+    padded = (*[1] * (len(rows) - len(few)), *few)
+    k = next((k for k, (a, b) in enumerate(zip(padded, rows, strict=True)) if a != b), None)
     if k is None:
-        return 1, 1, math.prod(all)
-    return math.prod(all[:k]), all[k], math.prod(all[k + 1 :])
+        return 1, 1, math.prod(rows)
+    return math.prod(rows[:k]), rows[k], math.prod(rows[k + 1 :])
 
 
 def apart(*tensors: Tensor) -> bool:

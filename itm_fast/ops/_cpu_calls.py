@@ -189,7 +189,7 @@ def _same_structs() -> None:
 def implementation(name: str) -> Any:
     """An op's forward and backward pass in C++."""
     if name != "global_local_score":
-        return Calls(DECLARED.get(name) or CPU_ONLY[name])
+        return Calls(DECLARED.get(name) or CPU_ONLY[name], said=name.removesuffix("_kept"))
     # Direction i2t with images of one region, the vector, which attends to words; affinities are cosines.
     calls = Calls(DECLARED["cross_attention_score"], said=name, more={"affinity_norm": ("cosine",)})
 

@@ -166,8 +166,8 @@ class Choosing:
             or on that of `instead`.
         apart: some of the names of `defaults`.
         given: further options with `example`; they stand in for those of a call.
-        instead: (option, value) -> an example that takes the place of the op's own, where rounding would change there
-            which queries count, and further options with it.
+        instead: (option, value) -> (an example, further options with it), which take the place of the op's own examples
+            where rounding could change on those which queries the pool counts.
     """
 
     defaults: dict[str, str]
