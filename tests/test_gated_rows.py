@@ -60,3 +60,12 @@ def test_any_argument_alone_gets_its_gradient(trained):
         refined = gated(*tensors, True)
     refined.sum().backward()
     assert tensors[trained].grad.any()
+
+
+def test_sizes_that_do_not_fit():
+    query = torch.zeros(2, 4)
+    for product, attended in ((7, 12), (8, 6)):
+        with pytest.raises(ValueError, match=rf"product must be \[..., 8\].* got {product} and {attended}"):
+            gated(query, torch.zeros(2, product), torch.zeros(2, attended), True)
+    with pytest.raises(ValueError, match=r"attended must be \[..., 4 or more\], got 3"):
+        cosines(query, torch.zeros(2, 3))

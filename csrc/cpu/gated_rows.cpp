@@ -1,6 +1,6 @@
 // IMRAM's gate, (3) and (4) of itm_fast/models/imram.py: queries and what they attend to become the queries of the next
-// step, in one pass over memory. A thread owns some rows of the result at a time; a row's bits depend on neither the others
-// nor the threads.
+// step, in one pass over memory. A thread owns some rows of the result at a time; a row's bits depend on neither the
+// others nor the threads.
 #include "calls/gated_rows.h"
 #include "cross_attention_rows.h"
 #include "write.h"

@@ -54,10 +54,16 @@ def gated(query: Tensor, product: Tensor, attended: Tensor, unit: bool) -> Tenso
         attended: [..., P] with P >= 2 D.
         unit: scale the result to unit length.
 
+    Raises:
+        ValueError: the last dimensions do not fit.
+
     Returns:
         [..., D], a row for each of `attended`.
     """
     D = query.shape[-1]
+    if product.shape[-1] != 2 * D or attended.shape[-1] < 2 * D:
+        sizes = f"{product.shape[-1]} and {attended.shape[-1]}"
+        raise ValueError(f"product must be [..., {2 * D}], and attended no narrower, got {sizes}")
     if apart(query, product, attended):
         B, C, Q = _shared(query.shape[:-1], attended.shape[:-1])
         every = attended.reshape(B, C, Q, attended.shape[-1])
@@ -71,7 +77,13 @@ def gated(query: Tensor, product: Tensor, attended: Tensor, unit: bool) -> Tenso
 
 def cosines(query: Tensor, attended: Tensor) -> Tensor:
     """Cosines [...] of queries [..., D], which rows may share as in `gated`, with the first D values of attended
-    [..., P]."""
+    [..., P].
+
+    Raises:
+        ValueError: P is less than D.
+    """
+    if attended.shape[-1] < query.shape[-1]:
+        raise ValueError(f"attended must be [..., {query.shape[-1]} or more], got {attended.shape[-1]}")
     if apart(query, attended):
         B, C, Q = _shared(query.shape[:-1], attended.shape[:-1])
         every = attended.reshape(B, C, Q, attended.shape[-1])
