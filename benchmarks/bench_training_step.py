@@ -26,6 +26,7 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Collection
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -109,6 +110,7 @@ def step(
 ) -> Callable[[], dict[str, Tensor]]:
     """A function that does one training step and returns its scores and, by name, its gradients.
 
+    Matrix products are as torch is set now, or of bfloat16 values where the contender's name says so.
     `rounded`: features are rounded to bfloat16, and all else is as without.
     """
     image, words, cu_seqlens = shape.features(device)
@@ -118,7 +120,7 @@ def step(
     leaves = {"image": image.requires_grad_(), "words": words.requires_grad_(), **parameters}
 
     def run() -> dict[str, Tensor]:
-        with harness.products("bfloat16" if contender.endswith(BFLOAT16) else "float32"):
+        with harness.products("bfloat16") if contender.endswith(BFLOAT16) else nullcontext():
             result = score(image, words, cu_seqlens)
             loss = ranking_loss(result, hardest)
             found = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)

@@ -154,6 +154,23 @@ def test_a_training_step_is_compared_with_the_loop_extended_from_fewer_captions(
     assert ("| x float32 |" in text) == bool(rounded)
 
 
+@pytest.mark.parametrize("contender, products", [("torch", "high"), (f"cpu{harness.BFLOAT16}", "medium")])
+def test_a_step_multiplies_as_torch_is_set_unless_its_name_says_otherwise(contender, products, monkeypatch):
+    asked, loss, before = [], bench_training_step.ranking_loss, torch.get_float32_matmul_precision()
+
+    def asking(*args):
+        asked.append(torch.get_float32_matmul_precision())
+        return loss(*args)
+
+    monkeypatch.setattr(bench_training_step, "ranking_loss", asking)
+    torch.set_float32_matmul_precision("high")
+    try:
+        bench_training_step.step("scan-t2i", contender, Shape("coco-eval-5k", 2, 2), "cpu")()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert asked == [products]
+
+
 def test_results_that_are_too_far_off_are_not_timed():
     allowed = {"cpu": 1e-3, f"cpu{harness.BFLOAT16}": 0.5}
     bench_training_step.refuse_unlike("saf", {"cpu": 9e-4, f"cpu{harness.BFLOAT16}": 0.4}, allowed)
