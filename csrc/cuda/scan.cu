@@ -107,7 +107,8 @@ template <int MOST, class F> __device__ __forceinline__ void for_words(int first
     if constexpr (MOST > 0) {
 #pragma unroll
         for (int w = 0; w < MOST; ++w)
-            if (w >= first && w < n) f(w);  // redundant, the first: F is zero there
+            if (w >= first)  // redundant: F is zero there
+                if (w < n) f(w);
     } else
         for (int w = first; w < n; ++w) f(w);
 }
