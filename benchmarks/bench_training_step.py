@@ -14,8 +14,8 @@ The loop keeps every caption's intermediate results until backward: 7 GB for SGR
 through both: each word is one more row of the same operations.
 On a processor that multiplies bfloat16 values, the backend `cpu` is also measured at matmul precision "medium": the
 rows "bfloat16 products". Rounding may change which negative is the hardest, so their results are compared by all
-negatives alone; there they may be off twice as far as float32 results of features rounded to bfloat16, as a backward
-pass rounds the factors of its products too, and at most by half of the largest value. Both include that rounding
+negatives alone; there they may be off twice as far as float32 results of features and parameters rounded to bfloat16,
+as what is computed between them is rounded too, and at most by half of the largest value. Both include that rounding
 changes which negatives are within the margin; `bench_gradients.py` measures gradients without that.
 Peak memory is what a step reaches above inputs and parameters, in a fresh process for each contender.
 """
@@ -53,7 +53,7 @@ LOOP = "paper's loop"
 ALL = ", all negatives"  # ends the name of a row
 MARGIN = 0.2
 ALLOWED = 1e-3  # of the largest gradient
-ALLOWED_BFLOAT16 = 0.5  # however far rounded features are off: what is 1 off may be zeros
+ALLOWED_BFLOAT16 = 0.5  # however far results of rounded values are off: what is 1 off may be zeros
 Score = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -111,12 +111,14 @@ def step(
     """A function that does one training step and returns its scores and, by name, its gradients.
 
     Matrix products are as torch is set now, or of bfloat16 values where the contender's name says so.
-    `rounded`: features are rounded to bfloat16, and all else is as without.
+    `rounded`: features and parameters are rounded to bfloat16, and all else is as without.
     """
     image, words, cu_seqlens = shape.features(device)
+    score, parameters = build(model, contender, shape, device)
     if rounded:
         image, words = (x.bfloat16().float() for x in (image, words))
-    score, parameters = build(model, contender, shape, device)
+        for x in parameters.values():
+            x.data = x.data.bfloat16().float()
     leaves = {"image": image.requires_grad_(), "words": words.requires_grad_(), **parameters}
 
     def run() -> dict[str, Tensor]:

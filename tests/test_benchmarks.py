@@ -356,6 +356,6 @@ def test_result_files_name_their_machine(path):
     for one in result["results"]:
         for row in one["rows"]:
             assert row["seconds_min"] <= row["seconds_median"] <= row["seconds_max"]
-            rounded = row.get("allowed_difference", 2e-2)  # steps compare it with results of rounded features
+            rounded = row.get("allowed_difference", 2e-2)  # steps compare it with results of rounded values
             assert rounded <= bench_training_step.ALLOWED_BFLOAT16
             assert row["largest_difference"] < (rounded if row.get("products") == "bfloat16" else 1e-3)
