@@ -40,10 +40,10 @@ def _training(found: dict) -> str:
         "and their gradients through memory once, whichever takes longer. By hardest negatives about 3 of the 128 "
         "pairs of a row have a gradient, but the kernels take 64 images at a time with every caption that one of them "
         "has a gradient with, which are most pairs. So x floor tells there what leaving the others out could save.\n"
-        "- The bound does not count the time to start a launch, a few microseconds each. SGR's and SAF's forward parts "
-        "take longer for that than their bound: most of their launches draw dropout, caption by caption in the order "
-        "of the published loop.\n"
-        "- Kernels of each part: [traffic_h100.json](traffic_h100.json), `training`."
+        "- The bound does not count the time to start a launch. At 5 microseconds each it is more than the bound of "
+        "SGR's and SAF's forward parts, most of whose launches draw dropout, caption by caption in the order of the "
+        "published loop.\n"
+        "- The JSON file has the kernels of each part, under `training`."
     )
     lines = [
         "| model | precision | part | launches | bound, ms | floor, ms | x floor | takes most |",

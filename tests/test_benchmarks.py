@@ -17,6 +17,7 @@ from benchmarks import (
     bench_pair_scorers,
     bench_precision,
     bench_training_step,
+    gpu_scoring,
     harness,
     machine,
     page,
@@ -156,18 +157,15 @@ def test_a_training_step_is_compared_with_the_loop_extended_from_fewer_captions(
 
 @pytest.mark.parametrize("contender, products", [("torch", "high"), (f"cpu{harness.BFLOAT16}", "medium")])
 def test_a_step_multiplies_as_torch_is_set_unless_its_name_says_otherwise(contender, products, monkeypatch):
-    asked, loss, before = [], bench_training_step.ranking_loss, torch.get_float32_matmul_precision()
+    asked, loss = [], bench_training_step.ranking_loss
 
     def asking(*args):
         asked.append(torch.get_float32_matmul_precision())
         return loss(*args)
 
     monkeypatch.setattr(bench_training_step, "ranking_loss", asking)
-    torch.set_float32_matmul_precision("high")
-    try:
+    with gpu_scoring.precision("tf32"):
         bench_training_step.step("scan-t2i", contender, Shape("coco-eval-5k", 2, 2), "cpu")()
-    finally:
-        torch.set_float32_matmul_precision(before)
     assert asked == [products]
 
 

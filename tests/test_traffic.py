@@ -13,7 +13,7 @@ import itm_fast
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from traffic_cases import compared
+from traffic_cases import MATMUL, compared, given, precision_restored  # noqa: F401
 
 from benchmarks import traffic, traffic_cuda, traffic_page, traffic_triton
 from benchmarks.cards import CARDS, PRODUCTS
@@ -32,7 +32,6 @@ SIZES = {
     "deep": examples.Size(2, (5, 2), 7, 32, 128, 2),  # S in two blocks of a step's columns
     "long": examples.Size(2, (70, 3), 7, 32, 16, 2),  # a caption that takes a tile of 128 nodes
 }
-MATMUL = {"float32": "highest", "tf32": "high", "float16": "highest"}
 
 
 def of(op, size, precision, **options):
@@ -58,21 +57,6 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def precision_restored():
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-def given(op, size, precision):
-    """An op's example in the dtype of a precision, whose products are set."""
-    torch.set_float32_matmul_precision(MATMUL[precision])
-    dtype = torch.float16 if precision == "float16" else torch.float32
-    floats = [isinstance(a, torch.Tensor) and a.is_floating_point() for a in examples.example(op, SIZES[size])]
-    return [a.to(dtype) if f else a for a, f in zip(examples.example(op, SIZES[size]), floats)]
-
-
 def moved(count):
     return [(count.requested(written), count.distinct(written)) for written in (False, True)]
 
@@ -80,7 +64,7 @@ def moved(count):
 @interpreted
 @pytest.mark.parametrize("op, options, size, precision", CASES)
 def test_every_launch_moves_and_multiplies_what_the_model_says(op, options, size, precision, monkeypatch):
-    args = given(op, size, precision)
+    args = given(op, SIZES[size], precision)
     # So little scratch memory makes several pieces.
     with itm_fast.workspace(2.0**-14), torch.no_grad(), compared(monkeypatch) as launches:
         getattr(itm_fast, op)(*args, backend="triton", **options)
@@ -102,7 +86,7 @@ def test_the_launches_are_those_that_run(op, options, monkeypatch):
     ran = []
     with itm_fast.workspace(2.0**-14), torch.no_grad():
         with traffic_triton.recording(90, lambda kernel, *_: ran.append(kernel.__name__)) as found:
-            getattr(itm_fast, op)(*given(op, "small", "tf32"), backend="triton", **options)
+            getattr(itm_fast, op)(*given(op, size, "tf32"), backend="triton", **options)
         letters = dict(I=size.images, R=size.regions, D=size.dim, S=size.similarity, K=size.steps)
         options_ = {"scale": 9.0, "eps": 1e-5, "pool_scale": 6.0, **options}
         made = traffic_triton.arguments(op, letters, torch.float32, list(size.lengths), **options_)

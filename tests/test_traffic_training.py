@@ -13,7 +13,7 @@ import itm_fast
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from traffic_cases import compared
+from traffic_cases import compared, given, precision_restored  # noqa: F401
 
 from benchmarks import shapes, traffic, traffic_training, traffic_triton
 from benchmarks.cards import CARDS
@@ -27,7 +27,6 @@ SIZES = {
     "wide": examples.Size(2, (5, 2), 70, 32, 300, 2),  # images of two tiles of regions, S of two blocks
     "long": examples.Size(2, (70, 3), 7, 32, 16, 2),  # a caption that takes a tile of 128 nodes
 }
-MATMUL = {"float32": "highest", "tf32": "high", "float16": "highest"}
 SCORE, PUBLISHED = "cross_attention_score", dict(affinity_norm="clipped_l2norm", pool="lse")
 CASES = [
     (SCORE, "small", "float32", PUBLISHED),
@@ -42,21 +41,13 @@ CASES = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def precision_restored():
-    before = torch.get_float32_matmul_precision()
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 @interpreted
 @pytest.mark.parametrize("op, size, precision, options", CASES)
 def test_every_launch_of_a_step_moves_and_multiplies_what_the_model_says(op, size, precision, options, monkeypatch):
-    torch.set_float32_matmul_precision(MATMUL[precision])
-    dtype = torch.float16 if precision == "float16" else torch.float32
-    args = examples.example(op, SIZES[size])
-    floats = [isinstance(a, torch.Tensor) and a.is_floating_point() for a in args]
-    args = [a.to(dtype).requires_grad_() if f else a for a, f in zip(args, floats)]
+    args = given(op, SIZES[size], precision)
+    for a in args:
+        if isinstance(a, torch.Tensor) and a.is_floating_point():
+            a.requires_grad_()
     with itm_fast.workspace(2.0**-13), compared(monkeypatch) as launches:
         result = getattr(itm_fast, op)(*args, backend="triton", **options)
         result = result if isinstance(result, torch.Tensor) else result[0]

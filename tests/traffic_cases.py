@@ -7,16 +7,35 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import pytest
+import torch
 from triton.runtime import interpreter
 
 from benchmarks import traffic_triton
 from benchmarks.traffic_counts import Count
+from itm_fast.ops import _examples as examples
 
 ELEMENTWISE = [
     *("fadd", "fsub", "fmul", "fdiv", "precise_divf", "fneg", "exp", "log", "sqrt", "precise_sqrt"),
     *("fp_ext", "fp_trunc", "fcmpOLT", "fcmpOGT", "fcmpULT", "fcmpUGT"),
 ]
 PRECISIONS = {"TF32": "tf32", "TF32x3": "tf32x3", "IEEE": "ieee"}
+MATMUL = {"float32": "highest", "tf32": "high", "float16": "highest"}
+
+
+@pytest.fixture(autouse=True)
+def precision_restored():
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def given(op: str, size: examples.Size, precision: str) -> list[Any]:
+    """An op's example in the dtype of a precision, whose products are set."""
+    torch.set_float32_matmul_precision(MATMUL[precision])
+    dtype = torch.float16 if precision == "float16" else torch.float32
+    args = examples.example(op, size)
+    return [a.to(dtype) if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
 
 
 class Seen:

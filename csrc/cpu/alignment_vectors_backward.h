@@ -74,11 +74,10 @@ struct RowGradients {
   int64_t D;
 
   static Vec<T> get(const T* row, int64_t d, int64_t D) {
-    return d + LANES<T> <= D ? load(row + d) : d < D ? head(row + d, D - d) : Vec<T>{};
+    return d < D ? head(row + d, D - d) : Vec<T>{};
   }
   static void put(T* row, int64_t d, int64_t D, Vec<T> v) {
-    if (d + LANES<T> <= D) store(row + d, v);
-    else if (d < D) store_head(row + d, v, D - d);
+    if (d < D) store_head(row + d, v, least(LANES<T>, D - d));
   }
 };
 

@@ -3,34 +3,30 @@
 // others nor the threads.
 #include "calls/gated_rows.h"
 #include "cross_attention_rows.h"
+#include "shared_rows.h"
 #include "write.h"
 
 namespace itm_fast {
 namespace {
 
-constexpr int64_t ROWS = 64;
-
 template <class T>
 void refine(const GatedRowsCall& call) {
-  const int64_t D = call.D, rows = call.B * call.C * call.Q;
-  parallel((rows + ROWS - 1) / ROWS, call.threads, [&] {
-    return [&, room = Buffer<T>(5 * D), out = Buffer<T>(round_up(D, LANES<T>))](int64_t part) mutable {
-      for (int64_t row = part * ROWS; row < least((part + 1) * ROWS, rows); ++row) {
-        const int64_t own = row / (call.C * call.Q) * call.Q + row % call.Q;
-        const T* const query = read<T>({call.queries, call.dtype}, own * D, D, room);
-        const T* const product = read<T>({call.products, call.dtype}, own * 2 * D, 2 * D, room + D);
-        const T* const attended = read<T>({call.attended, call.dtype}, (row + 1) * call.P - 2 * D, 2 * D, room + 3 * D);
-        Vec<T> square{};
-        for (int64_t d = 0; d < D; d += LANES<T>) {
-          const auto at = [&](const T* x) { return d + LANES<T> <= D ? load(x + d) : head(x + d, D - d); };
-          const Vec<T> g = sigmoid<T>(at(product + D) + at(attended + D));
-          const Vec<T> refined = g * at(query) + (T(1) - g) * tanh<T>(at(product) + at(attended));
-          store(out + d, refined);
-          square += refined * refined;
-        }
-        const T factor = call.unit ? T(1) / (std::sqrt(sum<T>(square)) + T(EPS)) : T(1);
-        write<T>(call.refined, call.dtype, row * D, D, out, factor);
+  const int64_t D = call.D;
+  for_shared_rows(call, [&] {
+    return [&, room = Buffer<T>(5 * D), out = Buffer<T>(round_up(D, LANES<T>))](int64_t row, int64_t own) {
+      const T* const query = read<T>({call.queries, call.dtype}, own * D, D, room);
+      const T* const product = read<T>({call.products, call.dtype}, own * 2 * D, 2 * D, room + D);
+      const T* const attended = read<T>({call.attended, call.dtype}, (row + 1) * call.P - 2 * D, 2 * D, room + 3 * D);
+      Vec<T> square{};
+      for (int64_t d = 0; d < D; d += LANES<T>) {
+        const auto at = [&](const T* x) { return head(x + d, D - d); };
+        const Vec<T> g = sigmoid<T>(at(product + D) + at(attended + D));
+        const Vec<T> refined = g * at(query) + (T(1) - g) * tanh<T>(at(product) + at(attended));
+        store(out + d, refined);
+        square += refined * refined;
       }
+      const T factor = call.unit ? T(1) / (std::sqrt(sum<T>(square)) + T(EPS)) : T(1);
+      write<T>(call.refined, call.dtype, row * D, D, out, factor);
     };
   });
 }

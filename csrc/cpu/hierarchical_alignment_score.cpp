@@ -151,8 +151,8 @@ class Worker {
     const Modality words{call_.words, call_.word_gate, 1};
     const int64_t begin = call_.cu_seqlens[t];
     return pair_vectors_.score(a_, item<T, E>(call_, images, i * call_.R, call_.regions(i), pools_, true),
-                           item<T, E>(call_, words, begin, call_.cu_seqlens[t + 1] - begin, pools_, true), false,
-                           pools_.image, pools_.caption);
+                               item<T, E>(call_, words, begin, call_.cu_seqlens[t + 1] - begin, pools_, true), false,
+                               pools_.image, pools_.caption);
   }
 
   const AlignmentCall& call_;
@@ -222,10 +222,11 @@ extern "C" const char* hierarchical_alignment_score_kept(const itm_fast::Hierarc
   using namespace itm_fast;
   return guarded([&] {
     const int64_t each = call.I * call.R * call.N;
+    const AlignmentCall asked(call);
     const auto run = [&]<class T, class E>(T* products, E) {
       Kept<T> kept{products};
-      if (call.K == 1) kept.product = products + each, kept.formed = products + 2 * each;
-      scores<T, E>(AlignmentCall(call), kept);
+      if (!asked.vector()) kept.product = products + each, kept.formed = products + 2 * each;
+      scores<T, E>(asked, kept);
     };
     if (call.dtype == Dtype::FLOAT64) return run(static_cast<double*>(call.products), double());
 #if defined(__AVX512BF16__)

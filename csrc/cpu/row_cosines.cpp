@@ -2,34 +2,29 @@
 // of the result at a time; a row's bits depend on neither the others nor the threads.
 #include "calls/row_cosines.h"
 #include "cross_attention_rows.h"
+#include "shared_rows.h"
 #include "write.h"
 
 namespace itm_fast {
 namespace {
 
-constexpr int64_t ROWS = 64;
-
 template <class T>
 void cosines(const RowCosinesCall& call) {
-  const int64_t D = call.D, rows = call.B * call.C * call.Q;
-  parallel((rows + ROWS - 1) / ROWS, call.threads, [&] {
-    return [&, room = Buffer<T>(2 * D)](int64_t part) mutable {
-      for (int64_t row = part * ROWS; row < least((part + 1) * ROWS, rows); ++row) {
-        const int64_t own = row / (call.C * call.Q) * call.Q + row % call.Q;
-        const T* const x = read<T>({call.queries, call.dtype}, own * D, D, room);
-        const T* const y = read<T>({call.attended, call.dtype}, row * call.P, D, room + D);
-        Vec<T> dot{}, of_x{}, of_y{};
-        for (int64_t d = 0; d < D; d += LANES<T>) {
-          const auto at = [&](const T* from) { return d + LANES<T> <= D ? load(from + d) : head(from + d, D - d); };
-          const Vec<T> a = at(x), b = at(y);
-          dot += a * b;
-          of_x += a * a;
-          of_y += b * b;
-        }
-        const T lengths = std::sqrt(sum<T>(of_x)) * std::sqrt(sum<T>(of_y));
-        const T cosine = sum<T>(dot) / std::max(lengths, T(EPS));
-        write<T>(call.cosine, call.dtype, row, 1, &cosine, T(1));
+  const int64_t D = call.D;
+  for_shared_rows(call, [&] {
+    return [&, room = Buffer<T>(2 * D)](int64_t row, int64_t own) {
+      const T* const x = read<T>({call.queries, call.dtype}, own * D, D, room);
+      const T* const y = read<T>({call.attended, call.dtype}, row * call.P, D, room + D);
+      Vec<T> dot{}, of_x{}, of_y{};
+      for (int64_t d = 0; d < D; d += LANES<T>) {
+        const Vec<T> a = head(x + d, D - d), b = head(y + d, D - d);
+        dot += a * b;
+        of_x += a * a;
+        of_y += b * b;
       }
+      const T lengths = std::sqrt(sum<T>(of_x)) * std::sqrt(sum<T>(of_y));
+      const T cosine = sum<T>(dot) / std::max(lengths, T(EPS));
+      write<T>(call.cosine, call.dtype, row, 1, &cosine, T(1));
     };
   });
 }

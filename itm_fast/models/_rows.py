@@ -65,9 +65,8 @@ def gated(query: Tensor, product: Tensor, attended: Tensor, unit: bool) -> Tenso
         sizes = f"{product.shape[-1]} and {attended.shape[-1]}"
         raise ValueError(f"product must be [..., {2 * D}], and attended no narrower, got {sizes}")
     if apart(query, product, attended):
-        B, C, Q = _shared(query.shape[:-1], attended.shape[:-1])
-        every = attended.reshape(B, C, Q, attended.shape[-1])
-        refined = _cpu_calls.gated_rows(query.reshape(B, Q, D), product.reshape(B, Q, 2 * D), every, unit)
+        own, every = _shared(query, attended)
+        refined = _cpu_calls.gated_rows(own, product.reshape(*own.shape[:2], 2 * D), every, unit)
         return refined.view(*attended.shape[:-1], D)
     candidate, gate = (product + attended[..., -2 * D :]).split(D, -1)
     gate = gate.sigmoid()
@@ -85,19 +84,17 @@ def cosines(query: Tensor, attended: Tensor) -> Tensor:
     if attended.shape[-1] < query.shape[-1]:
         raise ValueError(f"attended must be [..., {query.shape[-1]} or more], got {attended.shape[-1]}")
     if apart(query, attended):
-        B, C, Q = _shared(query.shape[:-1], attended.shape[:-1])
-        every = attended.reshape(B, C, Q, attended.shape[-1])
-        return _cpu_calls.row_cosines(query.reshape(B, Q, query.shape[-1]), every).view(attended.shape[:-1])
+        return _cpu_calls.row_cosines(*_shared(query, attended)).view(attended.shape[:-1])
     return cosine(query, attended[..., : query.shape[-1]])
 
 
-def _shared(few: torch.Size, rows: torch.Size) -> tuple[int, int, int]:
-    """(B, C, Q) such that rows of dimensions `rows` are [B, C, Q] and those that they share [B, Q]."""
-    padded = (*[1] * (len(rows) - len(few)), *few)
-    k = next((k for k, (a, b) in enumerate(zip(padded, rows, strict=True)) if a != b), None)
-    if k is None:
-        return 1, 1, math.prod(rows)
-    return math.prod(rows[:k]), rows[k], math.prod(rows[k + 1 :])
+def _shared(query: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    """query [B, Q, D] and attended [B, C, Q, P], of which C rows share a query."""
+    rows = attended.shape[:-1]
+    few = (*[1] * (attended.dim() - query.dim()), *query.shape[:-1])
+    k = next((k for k, (a, b) in enumerate(zip(few, rows, strict=True)) if a != b), None)
+    B, C, Q = (1, 1, math.prod(rows)) if k is None else (math.prod(rows[:k]), rows[k], math.prod(rows[k + 1 :]))
+    return query.reshape(B, Q, query.shape[-1]), attended.reshape(B, C, Q, attended.shape[-1])
 
 
 def apart(*tensors: Tensor) -> bool:
