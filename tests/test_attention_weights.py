@@ -12,6 +12,7 @@ from itm_fast.ops import _examples, _first_use
 from itm_fast.ops import cross_attention_score as op
 from itm_fast.ops._attention import NEGATIVE, NORMS, POOLS, SIMILARITIES, WEIGHTS, attention_weights
 from itm_fast.ops._declare import DECLARED
+from itm_fast.ops._torch._attention import attended_norm
 from itm_fast.testing import inputs, op_checks
 from itm_fast.testing.bfan import attend
 
@@ -252,3 +253,10 @@ def test_kernels_in_cuda_say_what_they_lack():
 def test_refusals(change, message):
     with pytest.raises(ValueError, match=message):
         itm_fast.cross_attention_score(*inputs(2, (3, 2), 5, 16), **change)
+
+
+def test_queries_that_attend_to_nothing_need_no_vector():
+    """A product with all contexts for each such query made NAAF slower than its loop."""
+    alpha, gram = torch.tensor([[[0.0, 1.0], [0.0, 0.0]]]), torch.eye(2)[None]
+    unread = torch.full((1, 2, 3), torch.nan)
+    assert attended_norm(alpha, gram, unread)[0].tolist() == [pytest.approx(0.0), 1.0]

@@ -283,10 +283,11 @@ def test_opposite_regions_cancel_without_losing_the_score(backend):
     v, w = torch.nn.functional.normalize(torch.randn(2, 32, generator=generator, dtype=torch.float64), dim=-1)
     image = torch.nn.functional.normalize(torch.stack([v, -v + 1e-4 * w]), dim=-1)[None]
     words = 1e-3 * torch.randn(2, 32, generator=generator, dtype=torch.float64)  # so the attention is nearly uniform
+    words = torch.cat([words, 2e4 * v[None]])  # but for the last word, which attends to one region
 
     def call(image, words, backend):
         return itm_fast.cross_attention_score(
-            image, words, torch.tensor([0, 2]), affinity_norm="none", scale=1e-3, pool="mean", backend=backend
+            image, words, torch.tensor([0, 3]), affinity_norm="none", scale=1e-3, pool="mean", backend=backend
         )
 
     # |P| is 5e-5 of |x|, so a rounding of x is 20,000 of P: the Gram form alone would leave nothing of float32.

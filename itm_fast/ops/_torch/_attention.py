@@ -59,9 +59,11 @@ def attended_norm(alpha: Tensor, gram: Tensor, context: Tensor) -> Tensor:
     square = (torch.bmm(gram, alpha) * alpha).sum(1)
     poor = square < CANCELLED * gram.diagonal(dim1=1, dim2=2).amax(1)[:, None]
     if poor.any():
+        poor &= alpha.any(1)  # queries that attend to nothing (weights "threshold") have P = 0, and so has the sum
         rows = list(square.unbind(0))
         for b in poor.any(1).nonzero().flatten().tolist():
-            exact = (alpha[b].t() @ context[b]).square().sum(1)
-            rows[b] = torch.where(poor[b], exact, rows[b])
+            own = poor[b].nonzero().flatten()
+            exact = (alpha[b][:, own].t() @ context[b]).square().sum(1)
+            rows[b] = rows[b].index_copy(0, own, exact)
         square = torch.stack(rows)
     return square.clamp_min(torch.finfo(square.dtype).tiny).sqrt()
