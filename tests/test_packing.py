@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import itm_fast
-from itm_fast.packing import bounds, runs
+from itm_fast.packing import bounds, groups, runs
 
 
 def test_round_trip_and_gradient():
@@ -130,3 +130,13 @@ def test_runs_take_captions_of_one_length_up_to_a_number_of_rows():
     assert found[0][2].tolist() == [0, 1, 3]  # no neighbours
     assert found[1][2] == slice(4, 6)
     assert [run.size for run in runs(edge, torch.device("cpu"), 1)] == [1] * 6
+
+
+def test_groups_join_captions_of_several_lengths_up_to_a_number_of_rows():
+    edge = [0, 2, 4, 7, 9, 11, 13]  # lengths 2 2 3 2 2 2
+    first, last = groups(edge, torch.device("cpu"), 7)
+    assert (first.sets, last.sets) == ([(2, 3)], [(2, 2), (3, 1)])
+    assert (last.captions.tolist(), last.rows.tolist()) == ([4, 5, 2], [9, 10, 11, 12, 4, 5, 6])
+    (both,) = groups([0, 1, 2, 5], torch.device("cpu"), 5)
+    assert both == ([(1, 2), (3, 1)], slice(0, 3), slice(0, 5))  # sorted by length: not copied
+    assert not list(groups([0], torch.device("cpu"), 7))

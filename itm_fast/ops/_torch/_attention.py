@@ -1,10 +1,12 @@
-"""Attention of a block, contexts [B, X, D] with queries [C, Q, D], without forming the attended vectors.
+"""Attention of a block, contexts [B, X, D] with queries [Q, D], without forming the attended vectors.
 
-With t2i the contexts are B images of X regions and the queries C captions of Q words, with i2t the other way round. All
-captions of a block have the same length. Equations: `ops/_attention.py`.
+With t2i the contexts are B images of X regions and the queries the words of captions, with i2t the contexts are
+captions of X words and the queries the regions of images. Equations: `ops/_attention.py`.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -34,28 +36,32 @@ def scaled(affinity: Tensor, norm: str, scale: float, query_mask: Tensor | None)
 
 
 def attention(
-    context: Tensor,
-    query: Tensor,
+    affinity: Tensor,
+    sets: Sequence[tuple[int, int]],
     norm: str,
     scale: float,
     context_mask: Tensor | None,
     query_mask: Tensor | None,
     weights: str = "softmax",
     threshold: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Affinities and attention weights, both [B, X, C * Q]; those of masked contexts and queries are zero."""
-    B, X, D = context.shape
-    C, Q, _ = query.shape
-    affinity = (context.reshape(B * X, D) @ query.reshape(C * Q, D).t()).view(B, X, C, Q)
-    logits = scaled(affinity, norm, scale, query_mask)
+) -> Tensor:
+    """Attention weights [B, X, Q] from affinities [B, X, Q]; those of masked contexts and queries are zero.
+
+    The queries are `sets` of (length, how many); a norm is over one set.
+    """
+    if norm in ("none", "clipped"):
+        logits = scaled(affinity, norm, scale, None)
+    else:
+        parts = affinity.split([length * size for length, size in sets], 2)
+        each = [scaled(x.unflatten(2, (-1, n)), norm, scale, query_mask).flatten(2) for x, (n, _) in zip(parts, sets)]
+        logits = each[0] if len(each) == 1 else torch.cat(each, 2)
     if context_mask is not None:
-        logits = logits.masked_fill(~context_mask[:, :, None, None], float("-inf"))
-    alpha = attention_weights(logits.view(B, X, C * Q), weights, scale * threshold, dim=1)
-    return affinity.view(B, X, C * Q), alpha
+        logits = logits.masked_fill(~context_mask[:, :, None], float("-inf"))
+    return attention_weights(logits, weights, scale * threshold, dim=1)
 
 
 def attended_norm(alpha: Tensor, gram: Tensor, context: Tensor) -> Tensor:
-    """|P| [B, C * Q] from alpha^T G alpha, or from P itself where that sum cancels; where |P| = 0 its gradient is 0."""
+    """|P| [B, Q] from alpha^T G alpha, or from P itself where that sum cancels; where |P| = 0 its gradient is 0."""
     square = (torch.bmm(gram, alpha) * alpha).sum(1)
     poor = square < CANCELLED * gram.diagonal(dim1=1, dim2=2).amax(1)[:, None]
     if poor.any():

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._checks import work_dtype
 from ..._workspace import scratch_bytes
-from ...packing import bounds, region_counts, runs, spans
+from ...packing import bounds, groups, region_counts, spans
 from .. import _attention, _recompute
 from .._declare import empty
 from ._attention import attended_norm, attention, valid
@@ -67,55 +67,67 @@ def _image_spans(backward, image, words, cu_seqlens, region_lengths, direction, 
 
 
 def _rectangles(I, R, edge, device, entries, region_lengths, function, arguments) -> Iterator[_recompute.Block]:
-    for run in runs(edge, device, max(_recompute.MIN_QUERIES, entries // (8 * R))):
-        for images in spans(I, max(1, entries // (R * run.length * run.size))):
+    for group in groups(edge, device, max(_recompute.MIN_QUERIES, entries // (8 * R))):
+        words = sum(length * size for length, size in group.sets)
+        for images in spans(I, max(1, entries // (R * words))):
             lengths = None if region_lengths is None else region_lengths[images]
             yield _recompute.Block(
-                ((images,), (run.rows,), (images,))[:arguments],
-                (images, run.captions),
-                partial(function, run.length, lengths),
+                ((images,), (group.rows,), (images,))[:arguments],
+                (images, group.captions),
+                partial(function, group.sets, lengths),
             )
 
 
 def _score(
-    direction, norm, scale, pool, pool_scale, weights, threshold, similarity, length, region_lengths, image, words,
+    direction, norm, scale, pool, pool_scale, weights, threshold, similarity, sets, region_lengths, image, words,
     gram=None,
 ):  # fmt: skip
+    """Scores [b, c] of images [b, R, D] and `sets` of (length, how many) captions."""
     work = work_dtype(image)
-    image, caption = image.to(work), words.to(work).view(-1, length, words.shape[-1])
+    image, words = image.to(work), words.to(work)
     mask = None if region_lengths is None else valid(region_lengths, image.shape[1])
-    t2i = direction == "t2i"
-    context, query = (image, caption) if t2i else (caption, image)
-    masks = mask if t2i else None, None if t2i else mask
-    B, (C, Q) = len(context), query.shape[:2]
-    if (weights, similarity, norm) == ("hard", "product", "none"):
-        r = _largest(context, query, masks[0])
+    similar = partial(_similarities, norm, scale, weights, threshold, similarity)
+    pooled = partial(_pooled, pool, pool_scale, threshold)
+    counts, (b, R, D) = [length * size for length, size in sets], image.shape
+    regions, captions = image.reshape(b * R, D), [c.view(-1, n, D) for c, (n, _) in zip(words.split(counts), sets)]
+    if direction == "t2i":
+        r = similar((regions @ words.t()).view(b, R, -1), image, words, sets, gram, mask, None)
+        parts = zip(r.split(counts, 1), captions)
+        scores = [pooled(part.view(b, *caption.shape[:2]), caption, None) for part, caption in parts]
     else:
-        if gram is None and similarity != "product":
-            gram = context @ context.transpose(1, 2)
-        affinity, alpha = attention(context, query, norm, scale, *masks, weights, threshold)
-        length = None
-        if gram is not None:
-            length = attended_norm(alpha, gram, context).view(B, C, Q)
-        if similarity == "cosine":
-            length = torch.linalg.vector_norm(query, dim=-1) * length
-        # r_j = alpha_j . s_j / max(|q_j| |P_j|, eps)
-        r = (alpha * affinity).sum(1).view(B, C, Q)
-        r = r if length is None else r / length.clamp_min(_attention.EPS)
+        scores = []
+        for affinity, caption in zip((words @ regions.t()).split(counts), captions):
+            affinity = affinity.view(*caption.shape[:2], b * R)
+            r = similar(affinity, caption, regions, [(R, b)], None, None, mask)
+            scores.append(pooled(r.view(-1, b, R), image, mask).t())
+    return scores[0] if len(scores) == 1 else torch.cat(scores, 1)
+
+
+def _similarities(
+    norm, scale, weights, threshold, similarity, affinity, context, query, sets, gram, context_mask, query_mask
+):  # fmt: skip
+    """r_j of (1), [B, Q], of queries [Q, D] in contexts [B, X, D], from their affinities [B, X, Q]."""
+    if (weights, similarity, norm) == ("hard", "product", "none"):  # r_j is the largest affinity
+        if context_mask is not None:
+            affinity = affinity.masked_fill(~context_mask[:, :, None], float("-inf"))
+        return affinity.amax(1)
+    alpha = attention(affinity, sets, norm, scale, context_mask, query_mask, weights, threshold)
+    r = (alpha * affinity).sum(1)
+    if similarity == "product":
+        return r
+    length = attended_norm(alpha, context @ context.transpose(1, 2) if gram is None else gram, context)
+    if similarity == "cosine":
+        length = torch.linalg.vector_norm(query, dim=-1) * length
+    return r / length.clamp_min(_attention.EPS)  # alpha_j . s_j / max(|q_j| |P_j|, eps)
+
+
+def _pooled(pool, pool_scale, threshold, r, query, mask) -> Tensor:
+    """Scores [B, C] from r [B, C, Q] of queries [C, Q, D]; `mask` [C, Q] of the real queries, None if all are."""
     if pool in _attention.NEGATIVE:
-        r = _attention.negative(r, query, pool, pool_scale, threshold, masks[1])
+        r = _attention.negative(r, query, pool, pool_scale, threshold, mask)
         pool = "mean"
-    if not t2i and mask is not None:
+    if mask is not None:
         if pool == "mean":
-            return (r.sum(-1) / mask.sum(-1)).t()
+            return r.sum(-1) / mask.sum(-1)
         r = r.masked_fill(~mask, 0.0 if pool == "sum" else float("-inf"))
-    score = _attention.pooled(r, pool, pool_scale, dim=-1)
-    return score if t2i else score.t()
-
-
-def _largest(context: Tensor, query: Tensor, context_mask: Tensor | None) -> Tensor:
-    """The largest affinity of each query [C, Q, D] with the contexts [B, X, D]: [B, C, Q]."""
-    affinity = (context.flatten(0, 1) @ query.flatten(0, 1).t()).view(*context.shape[:2], *query.shape[:2])
-    if context_mask is not None:
-        affinity = affinity.masked_fill(~context_mask[:, :, None, None], float("-inf"))
-    return affinity.amax(1)
+    return _attention.pooled(r, pool, pool_scale, dim=-1)

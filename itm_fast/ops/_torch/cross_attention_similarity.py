@@ -65,8 +65,9 @@ def squares(direction, norm, scale, length, region_lengths, image, words) -> Ten
         image = image.masked_fill(~mask[:, :, None], 0.0)
     t2i = direction == "t2i"
     context, query = (image, caption) if t2i else (caption, image)
-    _, alpha = attention(context, query, norm, scale, mask if t2i else None, None if t2i else mask)
-    B, (C, Q, D) = len(context), query.shape
+    (B, X, D), (C, Q, _) = context.shape, query.shape
+    affinity = (context.reshape(B * X, D) @ query.reshape(C * Q, D).t()).view(B, X, C * Q)
+    alpha = attention(affinity, [(Q, C)], norm, scale, mask if t2i else None, None if t2i else mask)
     length_P = attended_norm(alpha, context @ context.transpose(1, 2), context)
     alpha = alpha / (length_P + _attention.EPS)[:, None, :]
     difference = torch.baddbmm(query.reshape(1, C * Q, D), alpha.transpose(1, 2), context, beta=-1)
