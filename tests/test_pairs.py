@@ -96,6 +96,8 @@ def test_scorers_of_several_ops_take_few_pairs_alone(name, regions, monkeypatch)
     leaves = [image.requires_grad_(), words.requires_grad_(), *scorer.parameters()]
     grad = torch.zeros(len(REGIONS), len(COUNTS), dtype=torch.float64)
     grad[tuple(zip(*PAIRS))] = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0], dtype=torch.float64)
+    grad[5] = 0.7  # too many for rectangles, which have others between them
+    assert not _recompute.few(grad)
     refused = [(_recompute, "of_pairs"), (_by_caption, "_columns")]  # where rectangles of pairs are taken
 
     def gradients(backend):
@@ -106,6 +108,7 @@ def test_scorers_of_several_ops_take_few_pairs_alone(name, regions, monkeypatch)
 
     with monkeypatch.context() as patch:
         patch.setattr(_recompute, "SPARSE", 1 << 40)
+        patch.setattr(_recompute, "MATCHED", 1 << 40)
         want = gradients("torch")
     for place, function in refused:
         monkeypatch.setattr(place, function, None if place is _by_caption else _only_ops(getattr(place, function)))
