@@ -18,6 +18,7 @@ from triton_cases import EVERYWHERE, GPU, TRITON, dtypes, placed
 
 import itm_fast
 from itm_fast import _backends
+from itm_fast.ops import _score_backward
 from itm_fast.ops._attention import DIRECTIONS, NORMS, POOLS
 from itm_fast.ops._declare import DECLARED
 from itm_fast.testing import op_checks
@@ -98,6 +99,30 @@ def test_forward_and_gradients(op, shape, device, backend):
     for dtype in dtypes(device):
         op_checks.check_forward(call, args, dtype, backend)
         op_checks.check_gradients(call, args, dtype, backend)
+
+
+@EVERYWHERE
+@pytest.mark.parametrize(
+    "scorer,copies", [(GRAPH, _score_backward.COPIES), (FILTER, 1 << 40)], ids=["together", "one_by_one"]
+)
+def test_gradients_where_few_pairs_have_one(scorer, copies, device, backend, monkeypatch):
+    monkeypatch.setattr(_score_backward, "COPIES", copies)
+    regions = (6, 2, 5, 6, 3, 6, 4, 1)
+    call, args = scorer.case(8, (4, 1, 7), regions=regions)
+    for image, n in zip(args[0], regions):
+        image[n:] = float("nan")
+    kept, args = torch.zeros(8, 3, device=device), placed(args, device)
+    kept[[1, 4, 4], [0, 2, 0]] = 1
+    if backend == "triton":  # which does not compute the nodes of the other pairs
+        monkeypatch.setattr(torch.ops.itm_fast, "similarity_nodes", None)
+
+    def some(*args, backend):
+        return call(*args, backend=backend) * kept.to(args[0].dtype)
+
+    for dtype in dtypes(device):
+        op_checks.check_gradients(some, args, dtype, backend)
+    if device == "cuda":
+        op_checks.check_deterministic(some, args, backend)
 
 
 @EVERYWHERE

@@ -50,13 +50,11 @@ def backward(
     backend: str, grad: Tensor, needs: Sequence[bool], *args: Any, kept: list[Tensor] | None = None
 ) -> list[Tensor]:
     """The gradients of (1) to (7) that `needs` marks; `kept`: the products of the forward pass, or none."""
-    if backend != "cpu":
-        return _by_torch(grad, needs, *args)
     axes = DECLARED[NAME].pairs
     assert axes is not None
     if kept:
         return _by_products(grad, needs, args, kept[0])
-    return _recompute.of_pairs(_scored_again, axes, grad, needs, args)
+    return _recompute.of_pairs(_scored_again if backend == "cpu" else _by_torch, axes, grad, needs, args)
 
 
 def _by_torch(grad: Tensor, needs: Sequence[bool], *args: Any) -> list[Tensor]:

@@ -92,9 +92,12 @@ def _add(whole: Tensor, at: tuple[Index, ...], found: Tensor) -> None:
         whole[at] += found
 
 
-def few(grad: Tensor, matched: bool = False) -> bool:
-    """Whether so few pairs have a gradient that `of_pairs`, or blocks of `matched` pairs, leave the others out."""
-    return bool(grad.count_nonzero() * (MATCHED if matched else SPARSE) <= grad.numel())
+def few(grad: Tensor, sparse: int = SPARSE) -> bool:
+    """Whether at most one pair in `sparse` has a gradient, and backward leaves the others out."""
+    # A captured CUDA graph is run again with other gradients, so it must not depend on which of this one are zero.
+    if grad.is_cuda and torch.cuda.is_current_stream_capturing():
+        return False
+    return bool(grad.count_nonzero() * sparse <= grad.numel())
 
 
 def of_pairs(
@@ -111,15 +114,13 @@ def of_pairs(
         needs: which of the differentiable arguments, which come first, need a gradient.
         args: the op's arguments.
     """
-    gpu = grad.device.type == "cuda"
-    # A captured CUDA graph is run again with other gradients, so it must not depend on which of this one are zero.
-    if (gpu and torch.cuda.is_current_stream_capturing()) or not few(grad):
+    if not few(grad):
         return dense(grad, needs, *args)
     cu_seqlens = args[axes.index("E")]
     start, length = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
     total = [torch.zeros_like(a, dtype=work_dtype(a)) if n else None for a, n in zip(args, needs)]
     scored = grad.ne(0) if grad.dim() == 2 else grad.ne(0).any(2)
-    for images in spans(len(grad), GPU_IMAGES if gpu else IMAGES):
+    for images in spans(len(grad), GPU_IMAGES if grad.is_cuda else IMAGES):
         captions = scored[images].any(0).nonzero().flatten()
         if not len(captions):
             continue
@@ -181,7 +182,7 @@ class _Scored(torch.autograd.Function):
             return backward(ctx.cut(True, *args), args[: len(tensors)], needs, grad)
 
         args = *tensors, cu_seqlens, region_lengths
-        if ctx.matched and grad.is_cpu and few(grad, matched=True):
+        if ctx.matched and grad.is_cpu and few(grad, MATCHED):
             gradients = ctx.as_now(backward, ctx.matched(grad, *args), tensors, needs, grad)
         else:
             gradients = ctx.as_now(of_pairs, dense, f"{ctx.axes}EI", grad, needs, args)

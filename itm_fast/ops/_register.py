@@ -172,8 +172,7 @@ class Op(Declaration):
             if backend == "triton" and hasattr(found, "backward"):
                 return found
             return SimpleNamespace(forward=found.forward, backward=self.implementation(self.backward).backward)
-        few = backend == "cpu"
-        return SimpleNamespace(forward=found.forward, backward=partial(self.backward, backend), few=few)
+        return SimpleNamespace(forward=found.forward, backward=partial(self.backward, backend), few=True)
 
     def _backward_of_cuda(self, grad: Tensor, needs: list[bool], *args: Any, **kept: Any) -> list[Tensor]:
         """The backward pass of a forward pass in "cuda", in the backend that can run it here."""

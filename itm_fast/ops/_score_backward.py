@@ -15,6 +15,7 @@ from torch import Tensor
 from .._checks import work_dtype
 from .._workspace import current_gib, scratch_bytes, workspace
 from ..packing import node_bounds, spans
+from . import _recompute
 from ._cpu_calls import implementation
 from ._declare import Counts, Floats, Given, Integers, Result, cpu_only
 from ._kept import Keeping, free
@@ -25,7 +26,10 @@ from .similarity_nodes import OF_PAIRS
 CPU_NODES = 64 << 20  # bytes of the nodes and of their gradients, of the pairs that the `cpu` backend takes at a time
 MOST_KEPT = 176 << 20  # bytes of the nodes that `cpu` keeps for the backward pass, at most 1 / SHARE of the scratch
 SHARE = 5
-FEW = 2  # `cpu` leaves out pairs without a gradient where at most one in 2 has one
+# Where at most one pair in so many has a gradient, the others are left out: C++ does single pairs as fast as all.
+FEW = {"cpu": _recompute.MATCHED, "triton": _recompute.SPARSE}
+# Of single pairs in PyTorch, with their gradients: copies of an image's regions, of a padded caption's words, of nodes.
+COPIES, PADDED, NODES = 3, 9, 8
 
 
 def _kept_rows(size: dict[str, int], given: Given) -> tuple[int, ...]:
@@ -98,23 +102,48 @@ def _some_images(
 
 
 def _few_pairs(
-    grad: Tensor, needs: Sequence[bool], inputs: Sequence[Tensor], rest: Sequence[Any], most: int
+    backend: str, grad: Tensor, needs: Sequence[bool], inputs: Sequence[Tensor], rest: Sequence[Any], most: int
 ) -> Iterator[_Part]:
-    """The pairs that have a gradient, in C++, as one image with as many captions: at most `most` nodes at a time."""
-    run, all_images, all_captions = implementation(OF_PAIRS.name), *grad.nonzero(as_tuple=True)
-    edge = torch.nn.functional.pad((rest[0].diff().long() + 1)[all_captions].cumsum(0), (1, 0))
-    start = 0
+    """The pairs that have a gradient, as one image with as many captions: some at a time, of at most `most` numbers."""
+    (_, R, D), S = inputs[0].shape, len(inputs[4])
+    all_images, all_captions = grad.nonzero(as_tuple=True)
+    lengths = rest[0].diff().long()[all_captions]
+    edge, size = _bounds(lengths + 1), (lengths + 1) * (2 * S + D)
+    if backend != "cpu" and len(lengths):
+        size = (COPIES * R + PADDED * lengths.max()) * D + (lengths + 1) * (NODES * S + D)
+    until, start = _bounds(size), 0
     while start < len(all_images):
-        stop = max(start + 1, int(torch.searchsorted(edge, edge[start] + most, right=True)) - 1)
+        stop = max(start + 1, int(torch.searchsorted(until, until[start] + most, right=True)) - 1)
         image, caption, bounds = all_images[start:stop], all_captions[start:stop], edge[start : stop + 1] - edge[start]
-        args = *inputs, *rest, image, caption, bounds
-        nodes, saved = run.forward(*args)
-
-        def back(d_nodes, args=args, results=(nodes, saved)):
-            return run.backward(d_nodes[0], needs, *args, results=results)
-
+        nodes, back = _NODES_OF_PAIRS[backend](needs, *inputs, *rest, image, caption, bounds)
         yield _Part(slice(None), nodes[None], bounds, grad[image, caption][None], back)
         start = stop
+
+
+def _bounds(sizes: Tensor) -> Tensor:
+    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+
+
+def _nodes_by_cpu(needs: Sequence[bool], *args: Any) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
+    """The nodes of single pairs in C++, and what a `_Part` has as `back`."""
+    run = implementation(OF_PAIRS.name)
+    results = run.forward(*args)
+    return results[0], lambda d_nodes: run.backward(d_nodes[0], needs, *args, results=results)
+
+
+def _nodes_by_torch(needs: Sequence[bool], *args: Any) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
+    """The same in batched PyTorch."""
+    from ._torch.similarity_nodes import of_pairs
+
+    leaves = [x.detach().requires_grad_(need) for x, need in zip(args, needs)]
+    with torch.enable_grad():
+        nodes = of_pairs(*leaves, *args[len(leaves) :])
+    wanted = [x for x in leaves if x.requires_grad]
+    return nodes.detach(), lambda d_nodes: list(torch.autograd.grad(nodes, wanted, d_nodes[0]))
+
+
+# Triton's kernels take all pairs of some images and captions. Few single pairs are little work, however it is done.
+_NODES_OF_PAIRS = {"cpu": _nodes_by_cpu, "triton": _nodes_by_torch}
 
 
 def backward(
@@ -129,19 +158,19 @@ def backward(
     n, work = len(inputs), work_dtype(grad)
     # Triton's kernels multiply what the inputs' dtype holds; the C++ ones widen all they read.
     made = grad.dtype if backend == "triton" else work
-    few = backend == "cpu" and bool(grad.count_nonzero() * FEW <= grad.numel())
+    few = _recompute.few(grad, FEW[backend])
     if few and held:
         free(held)  # before the gradients take memory
     tensors = [x.detach().to(made) for x in (*inputs, *parameters, *score)]
     total = [torch.zeros_like(x, dtype=work) if need else None for x, need in zip(tensors, needs, strict=True)]
-    inputs, D, S = tensors[:n], tensors[0].shape[2], len(tensors[4])
+    inputs, S = tensors[:n], len(tensors[4])
     grad = grad.to(made)
     # The nodes and their gradients take half of the scratch, and the ops that run on them the other.
     room, wanted = scratch_bytes(grad.device) // 2, needs[:n]
     if backend == "cpu":
         room = min(room, CPU_NODES)
     if few:
-        parts = _few_pairs(grad, wanted, inputs, rest, room // ((2 * S + D) * made.itemsize or 1))
+        parts = _few_pairs(backend, grad, wanted, inputs, rest, room // made.itemsize)
     else:
         parts = _some_images(backend, grad, wanted, inputs, rest, room // (2 * S * made.itemsize or 1), held or ())
     with workspace(current_gib() / 2):

@@ -12,6 +12,7 @@ from ..._checks import work_dtype
 from ...packing import Index, bounds, region_counts, runs, spans
 from .. import _attention, _recompute
 from .._declare import empty
+from ._attention import scaled, valid
 from ._linear import linear
 from .cross_attention_similarity import squares
 
@@ -83,6 +84,39 @@ def _nodes(
     at = slice(0, 1), slice(1, None)
     parts = [_Known.apply(*layer, result[:, :, rows], inverse[:, :, rows]) for layer, rows in zip(layers, at)]
     return torch.cat(parts, 2).flatten(1, 2), inverse
+
+
+def of_pairs(
+    image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias,
+    cu_seqlens, region_lengths, scale, pair_image, pair_caption, pair_bounds,
+):  # fmt: skip
+    """The nodes of single pairs, as `OF_PAIRS` has them; captions are padded, so that a GPU is called once for all.
+
+    Features that several pairs share are taken by indexing: its derivative sums on a GPU in one order, and that of
+    index_select in any.
+    """
+    work = work_dtype(image)
+    start, length = cu_seqlens[:-1].long()[pair_caption], cu_seqlens.diff().long()[pair_caption]
+    column = torch.arange(int(length.max()), device=image.device)
+    real = column < length[:, None]
+    at = real.flatten().nonzero().flatten()  # the words among those of the padded captions
+    query = words[(start[:, None] + column).flatten()[at]].to(work)
+    context = image[pair_image].to(work)
+    mask = None if region_lengths is None else valid(region_lengths[pair_image], image.shape[1])[:, :, None]
+    if mask is not None:
+        context = context.masked_fill(~mask, 0.0)
+    padded = query.new_zeros(real.numel(), query.shape[1]).index_copy(0, at, query).unflatten(0, real.shape)
+    logits = scaled(torch.bmm(context, padded.mT), "clipped_l2norm", scale, None)
+    if mask is not None:  # or P would be shorter, and its eps count for more
+        logits = logits.masked_fill(~mask, float("-inf"))
+    attended = torch.bmm(logits.softmax(1).mT, context).flatten(0, 1).index_select(0, at)
+    local = (_attention.l2norm(attended) - query).square()
+    overall = (image_global[pair_image].to(work) - caption_global[pair_caption].to(work)).square()
+    layers = (overall, global_weight, global_bias), (local, local_weight, local_bias)
+    y = torch.cat([linear(x, weight.to(work), bias.to(work)) for x, weight, bias in layers])
+    first = torch.zeros(len(y), dtype=torch.bool, device=y.device).index_fill_(0, pair_bounds[:-1], True)
+    order = torch.where(first, first.cumsum(0) - 1, len(overall) + (~first).cumsum(0) - 1)
+    return _attention.l2norm(y.index_select(0, order)).to(image.dtype)
 
 
 class _Known(torch.autograd.Function):
