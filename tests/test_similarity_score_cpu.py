@@ -96,25 +96,30 @@ def test_gradients_of_few_pairs_at_a_time(scorer, monkeypatch):
             torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)
 
 
-def test_nodes_that_are_kept_are_used_once(monkeypatch):
+def test_nodes_are_kept_if_the_last_loss_was_of_all_pairs(monkeypatch):
     call, args = GRAPH.case(5, (4, 2, 7))
     leaves = op_checks.leaves(args, torch.float64)
     row, made = 16 * (8 + 1) * 8, []  # bytes of an image's nodes
     nodes = torch.ops.itm_fast.similarity_nodes.default
     counting = SimpleNamespace(default=lambda *given: made.append(len(given[0])) or nodes(*given))
     monkeypatch.setattr(torch.ops.itm_fast, "similarity_nodes", counting)
-    found = {}
-    for images in (0, 3, 9):
-        monkeypatch.setattr(_score_backward, "MOST_KEPT", images * row)
-        score = call(*leaves, backend="cpu")
+    monkeypatch.setattr(_score_backward, "CPU_NODES", 3 * 2 * 16 * 8 * 8)  # nodes and gradients of three images
+
+    def gradients(score, grad, **options):
         made.clear()
-        found[images] = torch.autograd.grad(score.sum(), leaves, retain_graph=True)
-        assert made == {0: [5], 3: [2], 9: []}[images]
-        again = torch.autograd.grad(score.sum(), leaves)
-        assert sum(made) == 5 + {0: 5, 3: 2, 9: 0}[images]
-        for a, b, c in zip(found[images], again, found[0], strict=True):
-            torch.testing.assert_close(a, c, rtol=1e-10, atol=1e-12)
-            torch.testing.assert_close(b, c, rtol=1e-10, atol=1e-12)
+        return [*torch.autograd.grad(score, leaves, grad, **options), list(made)]
+
+    every, one = torch.ones(5, 3, dtype=torch.float64), torch.eye(5, 3, dtype=torch.float64)
+    first = gradients(call(*leaves, backend="cpu"), every)[:-1]
+    for images, again in ((0, [3, 2]), (3, [2]), (4, [2]), (9, [])):
+        monkeypatch.setattr(_score_backward, "MOST_KEPT", images * row)
+        gradients(call(*leaves, backend="cpu"), one)  # few pairs: the next forward pass keeps nothing
+        for computed in ([3, 2], again):
+            score = call(*leaves, backend="cpu")
+            for expected in (computed, [3, 2]):  # what is kept is freed after its first use
+                *found, seen = gradients(score, every, retain_graph=True)
+                assert seen == expected
+                assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
 
 
 @over_scorers

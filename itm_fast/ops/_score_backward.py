@@ -24,16 +24,19 @@ from .similarity_graph import PARAMETERS
 from .similarity_nodes import OF_PAIRS
 
 CPU_NODES = 64 << 20  # bytes of the nodes and of their gradients, of the pairs that the `cpu` backend takes at a time
-MOST_KEPT = 176 << 20  # bytes of the nodes that `cpu` keeps for the backward pass, at most 1 / SHARE of the scratch
-SHARE = 5
+MOST_KEPT = 232 << 20  # bytes of the nodes that `cpu` keeps for the backward pass, at most 1 / SHARE of the scratch
+SHARE = 4
 # Where at most one pair in so many has a gradient, the others are left out: C++ does single pairs as fast as all.
 FEW = {"cpu": _recompute.MATCHED, "triton": _recompute.SPARSE}
 # Of single pairs in PyTorch, with their gradients: copies of an image's regions, of a padded caption's words, of nodes.
 COPIES, PADDED, NODES = 3, 9, 8
+# Whether the last backward pass took the nodes of all pairs. The forward pass does not know the loss: one of few pairs,
+# as by hardest negatives, has no use for kept nodes; the room for them is then left unwritten, which takes no memory.
+_took_all = False
 
 
 def _kept_rows(size: dict[str, int], given: Given) -> tuple[int, ...]:
-    return given["kept"][0], size["N"] + size["T"]
+    return given["kept"][1], size["N"] + size["T"]
 
 
 def _kept_nodes(size: dict[str, int], given: Given) -> tuple[int, ...]:
@@ -46,7 +49,8 @@ GRAPH_HEAD = cpu_only(
     [Floats("nodes", "I M S"), *PARAMETERS, *SCORE, Integers("cu_seqlens", "T+1"), *OUTPUT],
     [Result("score", "I T")],
 )
-# Forward, which keeps the nodes of the first `kept[0]` images and what their backward pass needs beside them.
+# Forward, which keeps the nodes of the first `kept[0]` images, and what their backward pass needs beside them, where
+# there is room for `kept[1]`.
 KEPT = cpu_only(
     "similarity_graph_score_kept",
     [*(argument for group in GRAPH.groups for argument in group), Counts("kept")],
@@ -82,15 +86,14 @@ def _some_images(
     most: int,
     held: Sequence[Tensor],
 ) -> Iterator[_Part]:
-    """All pairs: as many images at a time as have at most `most` nodes, one at the least; twice as many of those whose
-    nodes are held."""
+    """All pairs: as many images at a time as have at most `most` nodes, one at the least. They are the same whatever
+    is held, as the order of sums is."""
     cu_seqlens, region_lengths, scale = rest
     size, known = max(1, most // max(1, len(inputs[2]) + len(inputs[3]))), len(held[0]) if held else 0
-    later = (slice(known + at.start, known + at.stop) for at in spans(len(grad) - known, size))
-    for images in (*spans(known, 2 * size), *later):
+    for images in spans(len(grad), size):
         part: list[Any] = [inputs[0][images], inputs[1][images], *inputs[2:]]
         part += [cu_seqlens, None if region_lengths is None else region_lengths[images], scale]
-        if images.start < known:
+        if images.stop <= known:
             nodes, saved = (x[images] for x in held)
         else:
             nodes, saved = torch.ops.itm_fast.similarity_nodes.default(*part, backend)
@@ -147,20 +150,17 @@ _NODES_OF_PAIRS = {"cpu": _nodes_by_cpu, "triton": _nodes_by_torch}
 
 
 def backward(
-    head: Head, backend: str, grad: Tensor, needs: Sequence[bool], *args: Any, held: list[Tensor] | None = None
+    head: Head, backend: str, grad: Tensor, needs: Sequence[bool], *args: Any, held: Sequence[Tensor] = ()
 ) -> list[Tensor]:
     """(4) to (6) by the backward passes of `similarity_nodes` and of the head in `backend`, some pairs at a time.
 
     The nodes of these pairs are computed again first, unless they are in `held`: nodes and `inverse` of the first
-    images. The list is emptied if they are of no use.
+    images.
     """
     inputs, parameters, score, statistics, rest, options, (output,) = head.split(args)
     n, work = len(inputs), work_dtype(grad)
     # Triton's kernels multiply what the inputs' dtype holds; the C++ ones widen all they read.
     made = grad.dtype if backend == "triton" else work
-    few = _recompute.few(grad, FEW[backend])
-    if few and held:
-        free(held)  # before the gradients take memory
     tensors = [x.detach().to(made) for x in (*inputs, *parameters, *score)]
     total = [torch.zeros_like(x, dtype=work) if need else None for x, need in zip(tensors, needs, strict=True)]
     inputs, S = tensors[:n], len(tensors[4])
@@ -169,10 +169,10 @@ def backward(
     room, wanted = scratch_bytes(grad.device) // 2, needs[:n]
     if backend == "cpu":
         room = min(room, CPU_NODES)
-    if few:
+    if _recompute.few(grad, FEW[backend]):
         parts = _few_pairs(backend, grad, wanted, inputs, rest, room // made.itemsize)
     else:
-        parts = _some_images(backend, grad, wanted, inputs, rest, room // (2 * S * made.itemsize or 1), held or ())
+        parts = _some_images(backend, grad, wanted, inputs, rest, room // (2 * S * made.itemsize or 1), held)
     with workspace(current_gib() / 2):
         for part in parts:
             of_head = [any(wanted), *needs[n:]]
@@ -201,18 +201,28 @@ def _through_head(
 
 
 def _keep(*args: Any) -> tuple[Tensor, list[Tensor]]:
-    """`similarity_graph_score` in C++ where a gradient may be asked for, and some images' nodes."""
+    """`similarity_graph_score` in C++ where a gradient may be asked for, some images' nodes, and of how many.
+
+    In a narrower dtype than that of the sums the backward pass would not compute the same nodes again.
+    """
     image, words, caption_global, weight = args[0], args[2], args[3], args[4]
-    row = (len(words) + len(caption_global)) * (len(weight) + 1) * work_dtype(image).itemsize
+    work = work_dtype(image)
+    row = (len(words) + len(caption_global)) * (len(weight) + 1) * work.itemsize
     room = min(MOST_KEPT, scratch_bytes(image.device) // SHARE)
     images = min(len(image), room // (row or 1))
-    score, *kept = implementation(KEPT.name).forward(*args, [images])
-    return score, kept
+    written = images if _took_all or image.dtype != work else 0
+    score, *kept = implementation(KEPT.name).forward(*args, [written, images])
+    return score, [*kept, torch.tensor(written)]
 
 
 def _with_kept(grad: Tensor, needs: Sequence[bool], *args: Any, kept: list[Tensor]) -> list[Tensor]:
+    global _took_all
+    _took_all = not _recompute.few(grad, FEW["cpu"])
+    if not _took_all:
+        free(kept)  # before the gradients take memory
+    held = [x[: int(kept[-1])] for x in kept[:-1]]  # of the images that have been written
     with workspace(current_gib() * (SHARE - 1) / SHARE):
-        return backward(GRAPH, "cpu", grad, needs, *args, held=kept)
+        return backward(GRAPH, "cpu", grad, needs, *args, held=held)
 
 
 KEEPING = Keeping("similarity_graph_score", _keep, _with_kept)
