@@ -58,6 +58,16 @@ def test_files_stay_short():
 
 
 @checkout
+def test_lines_of_cuda_stay_short():
+    """As ruff holds those of Python to."""
+    found = []
+    for path in tracked("csrc/cuda/*", "tests/cuda/*"):
+        lines = enumerate(path.read_text().splitlines(), 1)
+        found += [f"{path.relative_to(ROOT)}:{n}" for n, line in lines if len(line) > 120]
+    assert not found
+
+
+@checkout
 def test_no_loose_ends_machine_paths_or_hosts():
     # Spelled in pieces so that this file does not match itself.
     words = ["TO" + "DO", "FIX" + "ME", "XX" + "X", r"(?<![\w.])/wo" + "rk/", r"(?<![\w.])/tm" + "p/"]

@@ -1,8 +1,8 @@
-// Affinities of words and regions: one block of threads computes those of a tile of captions with a group of images, and
-// keeps them in the accumulators of its matrix products.
+// Affinities of words and regions: one block of threads computes those of a tile of captions with a group of images,
+// and keeps them in the accumulators of its matrix products.
 //
-// A tile has SLOTS slots for words, which hold at most CAPTIONS whole captions. An image takes COLUMNS columns; where it
-// has fewer regions, the others hold zeros. Warps stand SIDE by side, each has WARP_ROWS slots and whole images.
+// A tile has SLOTS slots for words, which hold at most CAPTIONS whole captions. An image takes COLUMNS columns; where
+// it has fewer regions, the others hold zeros. Warps stand SIDE by side, each has WARP_ROWS slots and whole images.
 //
 // CLUSTERS (compute capability 9.0): two blocks have neighbouring tiles and the same images, whose regions they share
 // (stream.h), and groups of warps multiply (hopper.h).
@@ -11,7 +11,7 @@
 #include "stream.h"
 
 constexpr int CAPTIONS = 16;  // at most, in a tile
-constexpr int BAND = 16;      // groups of images that go through the tiles together, so that the L2 cache holds both sides
+constexpr int BAND = 16;      // groups of images that go through the tiles together: the L2 cache holds both sides
 constexpr unsigned NOTHING = ~0u;
 
 // The inputs. A row of words or regions is `chunks` pieces of 16 bytes: numbers of the kind, zero from D on.
@@ -93,8 +93,8 @@ template <class T> struct Place {
     }
 };
 
-// A row of a stage is 128 bytes, 8 chunks of 16. Chunk c of row r lies at c ^ (r % 8): the same chunk of eight rows is in
-// eight different banks.
+// A row of a stage is 128 bytes, 8 chunks of 16. Chunk c of row r lies at c ^ (r % 8): the same chunk of eight rows is
+// in eight different banks.
 __device__ __forceinline__ int swizzled(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
 // x * 2^exponent; in two steps, as one power of two may lie beyond float32.
@@ -247,8 +247,9 @@ __device__ __forceinline__ float affinities_in_clusters(typename T::Accumulators
 #pragma unroll
             for (int i = 0; i < EACH; ++i) {
                 const bool real = row[i] >= 0 && step * 8 + chunk < p.chunks;
-                const unsigned long long from = real ? (row[i] * (unsigned long long)p.chunks + step * 8 + chunk) * 16 : 0;
-                copy_async(to + i * ROWS * 128, static_cast<const char *>(p.words) + from, real);
+                const unsigned long long at_chunk = row[i] * (unsigned long long)p.chunks + step * 8 + chunk;
+                const char *from = static_cast<const char *>(p.words) + (real ? at_chunk * 16 : 0);
+                copy_async(to + i * ROWS * 128, from, real);
             }
         }
         commit();
@@ -301,10 +302,11 @@ __device__ __forceinline__ void store(float *values, const typename T::Accumulat
             }
 }
 
-// An image's accumulators of 16 words, moved so that lane t has regions 8n + 2t and 8n + 2t + 1 in [n], wherever the image
-// stands in its warp: sums over its regions then have the same bits everywhere. `image` is counted within the warp.
+// An image's accumulators of 16 words, moved so that lane t has regions 8n + 2t and 8n + 2t + 1 in [n], wherever the
+// image stands in its warp, where it is number `image`: sums over its regions then have the same bits everywhere.
 template <class T>
-__device__ __forceinline__ void take_image(float (&to)[T::BLOCKS][4], const float (&acc)[T::BLOCKS_N][4], int image, int t) {
+__device__ __forceinline__ void take_image(float (&to)[T::BLOCKS][4], const float (&acc)[T::BLOCKS_N][4], int image,
+                                           int t) {
     const int first = image * T::COLUMNS / 8;
 #pragma unroll
     for (int n = 0; n < T::BLOCKS; ++n)

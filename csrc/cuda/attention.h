@@ -62,8 +62,8 @@ __device__ __forceinline__ float cut_of(const Attention &p, int n, Each each) {
     return cut < 1 ? cut : 0;  // all e are 1, and none is above: all are kept
 }
 
-// The number that normalises one context's affinities with all queries of a set; see `normalised`. `each(f)` calls f with
-// those that this thread has.
+// The number that normalises one context's affinities with all queries of a set; see `normalised`. `each(f)` calls f
+// with those that this thread has.
 template <class Owners, class Each>
 __device__ __forceinline__ float norm_over(const Attention &p, Each each) {
     float sum = 0, small = 0;
@@ -94,9 +94,9 @@ __device__ __forceinline__ float normalised(const Attention &p, float x, float n
     return p.norm == NONE ? x : rounded_product(x, number);
 }
 
-// Norms over the words of each caption: the numbers of captions [CAPTIONS] and columns [LD]. The affinities pass through
-// shared memory, and one thread adds up those of a caption in order, so that the sum's bits do not depend on its slots.
-// A barrier before and after it is the caller's.
+// Norms over the words of each caption: the numbers of captions [CAPTIONS] and columns [LD]. The affinities pass
+// through shared memory, and one thread adds up those of a caption in order, so that the sum's bits do not depend on
+// its slots. A barrier before and after it is the caller's.
 template <class T>
 __device__ __forceinline__ void norms_of_captions(float *norms, float *values, const typename T::Accumulators &acc,
                                                   const Pairs &p, const Attention &attention, const Place<T> &at) {
@@ -135,19 +135,20 @@ __device__ __forceinline__ void norms_of_image(float *norms, const float (&acc)[
 // Weights of words g and g + 8 over an image's regions.
 template <class T> struct Attended {
     float e[T::BLOCKS][4];  // exp(logit - the largest one), 0 beyond the regions, where `take_image` puts them
-    float z[2], dot[2], length[2];  // sum of e, infinite instead of 0; of e times the affinity; |sum of e times the region|
+    // The sum of e, infinite instead of 0; of e times the affinity; and |sum of e times the region|.
+    float z[2], dot[2], length[2];
 };
 
 // Attends with 16 words, whose first slot is `row`, to an image, counted within the warp. Without SUBSETS all regions
 // share the attention.
 //
 // The attended vector's length is |F v| with v = e times `size`, a sum of squares, which cannot cancel. Times powers of
-// two, F and v are sums of two float16 numbers below 2^9. F lies in memory times 2^9, [images][BLOCKS * 8][BLOCKS * 4][2]
-// words: the first and the second numbers of two neighbouring columns.
+// two, F and v are sums of two float16 numbers below 2^9. F lies in memory times 2^9,
+// [images][BLOCKS * 8][BLOCKS * 4][2] words: the first and the second numbers of two neighbouring columns.
 template <class T, bool SUBSETS = false>
-__device__ __forceinline__ void attend(Attended<T> &out, const float (&acc)[T::BLOCKS_N][4], const float *norms, int row,
-                                       int image, const Pairs &p, const Attention &attention, const Grams &grams,
-                                       const Place<T> &at) {
+__device__ __forceinline__ void attend(Attended<T> &out, const float (&acc)[T::BLOCKS_N][4], const float *norms,
+                                       int row, int image, const Pairs &p, const Attention &attention,
+                                       const Grams &grams, const Place<T> &at) {
     constexpr int BLOCKS = T::BLOCKS;
     const int in_group = at.warp_image + image, regions = at.regions(p, in_group), t = at.t;
     float raw[BLOCKS][4], top[2] = {-INFINITE, -INFINITE};

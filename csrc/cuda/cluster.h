@@ -1,6 +1,6 @@
-// Two blocks of a cluster, which run at once on neighbouring multiprocessors (compute capability 9.0 and above): what both
-// need is read from L2 once and lands in the shared memory of both, at the same place. Beside each instruction its twin
-// for the emulator.
+// Two blocks of a cluster, which run at once on neighbouring multiprocessors (compute capability 9.0 and above): what
+// both need is read from L2 once and lands in the shared memory of both, at the same place. Beside each instruction its
+// twin for the emulator.
 //
 // An mbarrier counts arrivals and the bytes of copies that name it. Its phase ends when all of both have come, and the
 // next one begins. Who waits for the phases in turn gives their parity: 0, 1, 0, 1, and so on.
@@ -10,7 +10,7 @@
 #include "gpu.h"
 
 constexpr int CLUSTER = 2;  // blocks
-#if defined(ITM_EMULATE) || __CUDA_ARCH__ < 900  // older GPUs have no clusters, and NVRTC refuses the attribute for them
+#if defined(ITM_EMULATE) || __CUDA_ARCH__ < 900  // older GPUs have no clusters, and NVRTC refuses the attribute
 #define IN_CLUSTERS
 #else
 #define IN_CLUSTERS __cluster_dims__(1, CLUSTER, 1)  // neighbours in y

@@ -39,8 +39,8 @@ template <class T> __device__ __forceinline__ void score_filter(const Filter &p)
         return x;
     };
 
-    // A warp has 16 rows of one caption, the first ones nodes and the others empty, and a lane every 32nd pair of columns:
-    // sums of gate x, which take the place of the rows.
+    // A warp has 16 rows of one caption, the first ones nodes and the others empty, and a lane every 32nd pair of
+    // columns: sums of gate x, which take the place of the rows.
     constexpr int PAIRS = S / 64;
     static_assert(T::BLOCKS <= WARPS);
     auto sums = [&](int block) { return reinterpret_cast<float *>(sh.room + block * 16 * T::WIDE * 16) + lane * 2; };

@@ -1,11 +1,11 @@
-// What the kernels take from the hardware, as inline PTX, so that compiling them needs no header of CUDA. Beside each is
-// its twin for tests/cuda/emulator.h, which runs the kernels on a CPU (ITM_EMULATE).
+// What the kernels take from the hardware, as inline PTX, so that compiling them needs no header of CUDA. Beside each
+// is its twin for tests/cuda/emulator.h, which runs the kernels on a CPU (ITM_EMULATE).
 //
-// DYNAMIC_SHARED(name, bytes) declares the block's shared memory, whose size the launch gives. The emulator compares that
-// with `bytes`, which may be left out.
+// DYNAMIC_SHARED(name, bytes) declares the block's shared memory, whose size the launch gives. The emulator compares
+// that with `bytes`, which may be left out.
 //
-// In a warp, g = lane / 4 and t = lane % 4. A product has accumulators [16, 8]: lane (g, t) holds columns 2t and 2t + 1 of
-// row g, in d[0] and d[1], and of row g + 8, in d[2] and d[3].
+// In a warp, g = lane / 4 and t = lane % 4. A product has accumulators [16, 8]: lane (g, t) holds columns 2t and 2t + 1
+// of row g, in d[0] and d[1], and of row g + 8, in d[2] and d[3].
 #pragma once
 #ifdef ITM_EMULATE
 #include "emulator.h"
@@ -43,8 +43,8 @@ __device__ __forceinline__ unsigned as_bits(float x) {
 #endif
 }
 
-// x y, rounded. The compiler may make x * y - z one operation that rounds once, and then the difference of a product and
-// its own copy is not 0. So may the emulator's, with -O3 -ffp-contract=fast.
+// x y, rounded. The compiler may make x * y - z one operation that rounds once, and then the difference of a product
+// and its own copy is not 0. So may the emulator's, with -O3 -ffp-contract=fast.
 __device__ __forceinline__ float rounded_product(float x, float y) {
 #ifdef ITM_EMULATE
     float product = x * y;
@@ -88,8 +88,8 @@ __device__ __forceinline__ void sync_warp() {
 #endif
 }
 
-// Starts to copy 16 bytes to shared memory, or zeros where there is nothing `real` to copy; `from` is valid all the same.
-// Before sm_80 the copy has happened on return.
+// Starts to copy 16 bytes to shared memory, or zeros where there is nothing `real` to copy; `from` is valid all the
+// same. Before sm_80 the copy has happened on return.
 __device__ __forceinline__ void copy_async(void *to, const void *from, bool real) {
 #ifdef ITM_EMULATE
     emulator::start_copy(to, real ? from : nullptr);
@@ -136,7 +136,8 @@ template <bool TRANSPOSED> void load_matrices(void *const (&brought)[32]) {
         for (int i = 0; i < 32; ++i) {
             auto number = [&](int y, int x) { return unsigned(static_cast<const unsigned short *>(row[y])[x]); };
             int y = i / 4, x = i % 4 * 2;
-            lane(i)->out[m] = TRANSPOSED ? number(x, y) | number(x + 1, y) << 16 : number(y, x) | number(y, x + 1) << 16;
+            lane(i)->out[m] = TRANSPOSED ? number(x, y) | number(x + 1, y) << 16
+                                         : number(y, x) | number(y, x + 1) << 16;
         }
     }
     ++counts.matrices, counts.shared += 512;

@@ -1,10 +1,10 @@
-// A step of SGR but the last one by groups of warps (`NodeTile` with GROUPS, nodes.h), where a warp has 16 rows, all of one
-// caption: what they ask, their edges and their sums of nodes along them stay in its registers.
+// A step of SGR but the last one by groups of warps (`NodeTile` with GROUPS, nodes.h), where a warp has 16 rows, all of
+// one caption: what they ask, their edges and their sums of nodes along them stay in its registers.
 #pragma once
 #include "steps.h"
 
-// acc = A W^T, a stage at a time: `take(step, a)` gives the warp's rows of A. What `ahead(step)` does for it runs while the
-// products of the stage before do. The caller has passed a barrier since a stage was last read.
+// acc = A W^T, a stage at a time: `take(step, a)` gives the warp's rows of A. What `ahead(step)` does for it runs while
+// the products of the stage before do. The caller has passed a barrier since a stage was last read.
 template <class T, class Ahead, class Take>
 __device__ __forceinline__ void weighted_by_groups(typename T::Products &acc, GraphShared<T> &sh, const void *weight,
                                                    typename T::Matrices &matrices, Ahead ahead, Take take) {
@@ -38,10 +38,11 @@ __device__ __forceinline__ void weighted_by_groups(typename T::Products &acc, Gr
 
 // X = relu(E X Wr^T + br).
 template <class T>
-__device__ __forceinline__ void step_by_groups(const Graph &p, GraphShared<T> &sh, int step, typename T::Matrices &matrices) {
+__device__ __forceinline__ void step_by_groups(const Graph &p, GraphShared<T> &sh, int step,
+                                               typename T::Matrices &matrices) {
     constexpr Kind KIND = T::KIND;
     constexpr bool SCALED = T::SCALED;
-    // Blocks of 16 slots of a caption: as many as a tile of `step_by_warps` has, which takes all captions that this does.
+    // Blocks of 16 slots of a caption: as many as a tile of `step_by_warps` has, which takes the same captions.
     constexpr int LONGEST = T::PAIRS && T::S > 64 ? 4 : T::BLOCKS;
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first = warp_row<T>();
     const int begin = sh.tile.begin[first / 16], blocks = sh.tile.end[first / 16] - begin;

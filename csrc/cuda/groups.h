@@ -12,18 +12,21 @@ template <class T> __device__ __forceinline__ int warp_column() {
 
 // acc += A W^T by groups of warps, over the numbers of a stage of W. A warp's 16 rows of A are `a`, as in a stage.
 template <class T>
-__device__ __forceinline__ void multiply_stage(typename T::Products &acc, unsigned (&a)[4][4], const unsigned char *stage) {
+__device__ __forceinline__ void multiply_stage(typename T::Products &acc, unsigned (&a)[4][4],
+                                               const unsigned char *stage) {
     const unsigned char *rows = stage + warp_column<T>() * T::NARROW * 16;
     group_fence(acc[0], a);
     for_products<T::KIND>([&](int own, int of_stage) {
-        group_multiply<Numbers<T::KIND>::STORED, T::COLUMNS, true, false>(acc[0], a[own], described(rows + of_stage * 32));
+        const auto weights = described(rows + of_stage * 32);
+        group_multiply<Numbers<T::KIND>::STORED, T::COLUMNS, true, false>(acc[0], a[own], weights);
     });
     group_commit();
 }
 
 // 16 numbers of the warp's rows of a factor: sums of products, times `above` in rows g and `below` in rows g + 8.
 template <Kind KIND>
-__device__ __forceinline__ Factor<KIND> factor_of(const float (&left)[4], const float (&right)[4], float above, float below) {
+__device__ __forceinline__ Factor<KIND> factor_of(const float (&left)[4], const float (&right)[4], float above,
+                                                  float below) {
     Factor<KIND> to;
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
@@ -79,8 +82,8 @@ __device__ __forceinline__ void project_by_groups(typename T::Products &acc, typ
         group_wait<0>(acc[0], made, a);
         make_stage<T>(a, made, 1, 1);
     };
-    // Where the loop begins, as the compiler moves arithmetic of `finish` behind a wait that follows it. With PAIRS it moves
-    // less, and there makes products wait for each other.
+    // Where the loop begins, as the compiler moves arithmetic of `finish` behind a wait that follows it. With PAIRS it
+    // moves less, and there makes products wait for each other.
     constexpr bool FIRST = !T::PAIRS;
     clear(acc);
     load(0);

@@ -1,8 +1,8 @@
 // What only GPUs of compute capability 9.0 have: products by a group of four warps (wgmma; compiled for sm_90a), which
 // read one factor from shared memory themselves and run while the warps go on. Beside each its twin for the emulator.
 //
-// A factor in shared memory lies as `place<8>` of tile.h puts it: rows of 128 bytes, whose chunks of 16 are exchanged by
-// the row's number modulo 8 ("128-byte swizzle"), from a multiple of 1024 bytes on.
+// A factor in shared memory lies as `place<8>` of tile.h puts it: rows of 128 bytes, whose chunks of 16 are exchanged
+// by the row's number modulo 8 ("128-byte swizzle"), from a multiple of 1024 bytes on.
 //
 // The order of calls: `group_fence` after registers of a product were last written or read and before the product;
 // products; `group_commit`; `group_wait`. Until then neither the accumulators nor the other factor's registers may be
@@ -81,7 +81,8 @@ __device__ __forceinline__ unsigned long long described(const unsigned char *at)
 #ifndef ITM_EMULATE
 // Operands of the accumulators of 8 or 64 columns, and their names, ten or eight from a number on.
 #define ITM_D(n) "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
-#define ITM_D8(n) ITM_D(n), ITM_D(n + 1), ITM_D(n + 2), ITM_D(n + 3), ITM_D(n + 4), ITM_D(n + 5), ITM_D(n + 6), ITM_D(n + 7)
+#define ITM_D4(n) ITM_D(n), ITM_D(n + 1), ITM_D(n + 2), ITM_D(n + 3)
+#define ITM_D8(n) ITM_D4(n), ITM_D4(n + 4)
 #define ITM_8(t) "%" #t "0,%" #t "1,%" #t "2,%" #t "3,%" #t "4,%" #t "5,%" #t "6,%" #t "7"
 #define ITM_10(t) ITM_8(t) ",%" #t "8,%" #t "9"
 #define ITM_TO_29 "%0,%1,%2,%3,%4,%5,%6,%7,%8,%9," ITM_10(1) "," ITM_10(2)
@@ -108,8 +109,8 @@ __device__ __forceinline__ unsigned long long described(const unsigned char *at)
                 ITM_D8(0), ITM_D8(8), ITM_D8(16), ITM_D8(24))
 #endif
 
-// Calls multiply(a, b) for all products of the numbers 16 a to 16 a + 15 of one factor's rows in a stage by those from 16 b
-// on of the other's. A row has 64 numbers; F16X3: 32 first halves and then 32 second ones.
+// Calls multiply(a, b) for all products of the numbers 16 a to 16 a + 15 of one factor's rows in a stage by those from
+// 16 b on of the other's. A row has 64 numbers; F16X3: 32 first halves and then 32 second ones.
 template <Kind KIND, class Multiply> __device__ __forceinline__ void for_products(Multiply multiply) {
 #pragma unroll
     for (int k = 0; k < (KIND == F16X3 ? 2 : 4); ++k) {
@@ -118,17 +119,18 @@ template <Kind KIND, class Multiply> __device__ __forceinline__ void for_product
     }
 }
 
-// Starts d = a B^T, or += where ADD, of 16-bit numbers: a group's a [64, 16] and B [COLUMNS, 16], of which a warp has 16
-// rows of a and d as for `multiply`, all columns. B begins at a described place: its rows have 64 numbers, of which 16
-// are multiplied; or TRANSPOSED, 16 rows of B^T [16, 64].
+// Starts d = a B^T, or += where ADD, of 16-bit numbers: a group's a [64, 16] and B [COLUMNS, 16], of which a warp has
+// 16 rows of a and d as for `multiply`, all columns. B begins at a described place: its rows have 64 numbers, of which
+// 16 are multiplied; or TRANSPOSED, 16 rows of B^T [16, 64].
 template <Kind KIND, int COLUMNS, bool ADD, bool TRANSPOSED>
-__device__ __forceinline__ void group_multiply(float (&d)[COLUMNS / 8][4], const unsigned (&a)[4], unsigned long long b) {
+__device__ __forceinline__ void group_multiply(float (&d)[COLUMNS / 8][4], const unsigned (&a)[4],
+                                               unsigned long long b) {
     static_assert((KIND == F16 || KIND == BF16) && (COLUMNS == 64 || !TRANSPOSED));
 #ifdef ITM_EMULATE
     emulator::GroupOperands mine{&d[0][0], a, 0, b};
     emulator::together("group_multiply", &mine, [](void *const(&brought)[32]) {
-        emulator::group_multiply(brought, KIND == F16 ? emulator::Numbers::FLOAT16 : emulator::Numbers::BFLOAT16, COLUMNS,
-                                 ADD, TRANSPOSED);
+        constexpr auto NUMBERS = KIND == F16 ? emulator::Numbers::FLOAT16 : emulator::Numbers::BFLOAT16;
+        emulator::group_multiply(brought, NUMBERS, COLUMNS, ADD, TRANSPOSED);
     });
 #else
     if constexpr (COLUMNS == 64) {
@@ -158,8 +160,8 @@ __device__ __forceinline__ void group_multiply_shared(float (&d)[8][4], unsigned
 #ifdef ITM_EMULATE
     emulator::GroupOperands mine{&d[0][0], nullptr, a, b};
     emulator::together("group_multiply_shared", &mine, [](void *const(&brought)[32]) {
-        emulator::group_multiply(brought, KIND == F16 ? emulator::Numbers::FLOAT16 : emulator::Numbers::BFLOAT16, 64, true,
-                                 true);
+        constexpr auto NUMBERS = KIND == F16 ? emulator::Numbers::FLOAT16 : emulator::Numbers::BFLOAT16;
+        emulator::group_multiply(brought, NUMBERS, 64, true, true);
     });
 #else
     if constexpr (KIND == F16)

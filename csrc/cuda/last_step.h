@@ -1,7 +1,7 @@
 // The last step of SGR, at the first nodes of the tile's captions: at most FIRSTS rows.
 //
-// Rows of weights are the first factor of products, and so the sums of a lane are of columns g and g + 8 and of captions
-// 2t and 2t + 1.
+// Rows of weights are the first factor of products, and so the sums of a lane are of columns g and g + 8 and of
+// captions 2t and 2t + 1.
 #pragma once
 #include "steps.h"
 

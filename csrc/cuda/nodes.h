@@ -7,8 +7,8 @@
 // product: `global_nodes` (global_nodes.cu) writes them to memory, and each tile reads its own.
 //
 // float32 numbers lie as one or two float16 numbers times a power of two (SCALED): words, regions and the matrix of a
-// product have an exponent for each row, which `_rows.split_rows` has found, and what is computed here gets one. Words and
-// global vectors in float16 have exponents too, but lie as they are: only squares of differences would leave its range.
+// product have an exponent for each row, which `_rows.split_rows` has found, and what is computed here gets one. Words
+// and global vectors in float16 have exponents too, but lie as they are: only squared differences are beyond float16.
 //
 // A tile has SLOTS rows, each for one node or empty. A caption takes 16, 32, 64 or 128 of them from a multiple of that
 // number on, its global node first (`packing.node_plan`); so no sum depends on the captions beside it.
@@ -42,8 +42,8 @@ struct Nodes {
 constexpr int UNIT = 8;  // exponent that numbers of at most 1 are stored with: times 2^UNIT
 
 // KIND: dtype of the factors of products. DEPTH: numbers of a row that a stage holds. REGIONS: a multiple of 16.
-// GROUPS: whether groups of four warps multiply (hopper.h). PLACES: 0; or those of a stream (stream.h) of W and the head's
-// matrices, which two blocks share, that have the same captions and neighbouring images.
+// GROUPS: whether groups of four warps multiply (hopper.h). PLACES: 0; or those of a stream (stream.h) of W and the
+// head's matrices, which two blocks share, that have the same captions and neighbouring images.
 template <Kind KIND_, int S_, int SLOTS_, int DEPTH_, int REGIONS_, bool SCALED_, bool GROUPS_ = false, int PLACES_ = 0>
 struct NodeTile {
     static constexpr Kind KIND = KIND_;
@@ -96,8 +96,8 @@ template <Kind KIND> __device__ __forceinline__ bool not_finite(unsigned word) {
     return (word & MOST) == MOST || (word >> 16 & MOST) == MOST;
 }
 
-// Writes two numbers of a node. A number that is not finite would spoil the captions beside it, as 0 * NaN is NaN: it
-// becomes zero, and the score of its own caption NaN, which an empty row is not a node of.
+// Writes two numbers of a node. Where one is not finite, the score of its caption becomes NaN. Both become zero: an
+// empty row, which is no node of a caption, has weight 0 in the sums over its rows, and 0 times infinity is NaN.
 template <class T>
 __device__ __forceinline__ void put_node(typename T::Shared &sh, unsigned char *nodes, int row, int column, float x,
                                          float y) {
@@ -138,8 +138,8 @@ __device__ __forceinline__ void project(typename T::Products &acc, typename T::S
     }
 }
 
-// acc += bias, after a row was multiplied by `row_factor(row)` (SQUARED) and a column by 2^exponent (SCALED); and returns
-// 1 / (|row| + eps) of the thread's rows. All threads have finished `project` when it returns.
+// acc += bias, after a row was multiplied by `row_factor(row)` (SQUARED) and a column by 2^exponent (SCALED); and
+// returns 1 / (|row| + eps) of the thread's rows. All threads have finished `project` when it returns.
 template <class T, class RowFactor>
 __device__ __forceinline__ void add_bias(typename T::Products &acc, typename T::Shared &sh, const float *bias,
                                          const int *exponent, RowFactor row_factor, float (&inverse)[T::M][2]) {
@@ -293,9 +293,9 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
         const int first = warp_row<T>();
         constexpr Kind STORED = Numbers<KIND>::STORED;
         constexpr int EACH = T::REGIONS / 16;
-        // u = e V; PAIRS: both halves of e by the first halves of V, and beside them by its second ones. So the product of
-        // two second halves is made too, as columns of B cannot be left out. A warp's rows of e stay in registers, if they
-        // are so few that these suffice; else products read them from shared memory.
+        // u = e V; PAIRS: both halves of e by the first halves of V, and beside them by its second ones. So the product
+        // of two second halves is made too, as columns of B cannot be left out. A warp's rows of e stay in registers,
+        // if they are so few that these suffice; else products read them from shared memory.
         constexpr bool HELD = !T::PAIRS && EACH <= 4;
         unsigned e[HELD ? EACH : 1][4];
         auto weight = [&](int k) {  // second halves first
@@ -318,8 +318,10 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
                 const auto rows = described(regions + k % EACH * 16 * 128);
                 if constexpr (HELD)
                     group_multiply<STORED, 64, true, true>(u, e[k], rows);
-                else
-                    group_multiply_shared<STORED>(u, described(weight(k) + first / 64 * 64 * 128 + k % EACH % 4 * 32), rows);
+                else {
+                    const auto own = described(weight(k) + first / 64 * 64 * 128 + k % EACH % 4 * 32);
+                    group_multiply_shared<STORED>(u, own, rows);
+                }
             }
             group_commit();
         };
@@ -380,12 +382,9 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
     for (int caption = warp; caption < sh.captions; caption += WARPS) {
         const int slot = sh.first[caption];
         const long long row = image * (long long)p.captions + sh.caption[caption] - p.first_caption;
-        for (int word = lane; word < T::WIDE * 4; word += 32) {
-            const unsigned both = static_cast<const unsigned *>(row_of(p.overall, row, T::WIDE))[word];
-            const bool right = !not_finite<Numbers<KIND>::STORED>(both);
-            if (!right) sh.spoiled[slot / 16] = as_float(0x7fc00000u);
-            *reinterpret_cast<unsigned *>(nodes + place<T::WIDE>(slot, word / 4) + word % 4 * 4) = right ? both : 0;
-        }
+        for (int chunk = lane; chunk < T::WIDE; chunk += 32)
+            *reinterpret_cast<uint4 *>(nodes + place<T::WIDE>(slot, chunk)) =
+                static_cast<const uint4 *>(row_of(p.overall, row, T::WIDE))[chunk];
     }
     __syncthreads();
 }

@@ -13,8 +13,8 @@ struct Scan {
     int similarity;  // a `Similarity`
 };
 
-// The similarity of a query and what it attends to. With its weights e before they are normalised: `z` is their sum, `dot`
-// the sum of e times the affinity, `attended` the length of the sum of e times the context. `length`: |query|.
+// The similarity of a query and what it attends to. With its weights e before they are normalised: `z` is their sum,
+// `dot` the sum of e times the affinity, `attended` the length of the sum of e times the context. `length`: |query|.
 __device__ __forceinline__ float similarity_of(const Scan &p, float dot, float attended, float z, float length) {
     if (p.similarity == PRODUCT) return dot / z;
     const float both = (p.similarity == COSINE ? length : 1) * (attended / z);
@@ -101,8 +101,8 @@ template <class T> __device__ __forceinline__ void score_words(const Scan &p) {
 // Captions of at most so many words are attended to from registers: nearly all of COCO's.
 constexpr int SHORT = 24;
 
-// Calls f(w) for words w from `first` to n - 1, in order. MOST > 0: n is at most that, and every w is known when this is
-// compiled, so that f may use it as the place of a register.
+// Calls f(w) for words w from `first` to n - 1, in order. MOST > 0: n is at most that, and every w is known when this
+// is compiled, so that f may use it as the place of a register.
 template <int MOST, class F> __device__ __forceinline__ void for_words(int first, int n, F f) {
     if constexpr (MOST > 0) {
 #pragma unroll
@@ -167,8 +167,8 @@ __device__ __forceinline__ float attend_words(const Scan &p, Raw &raw, Logit log
 
 // Regions attend to words.
 //
-// A caption's words lie in several warps, so affinities pass through shared memory, and one thread has a caption with one
-// region. It reads those of a short caption once.
+// A caption's words lie in several warps, so affinities pass through shared memory, and one thread has a caption with
+// one region. It reads those of a short caption once.
 template <class T> __device__ __forceinline__ void score_regions(const Scan &p) {
     constexpr int COLUMNS = T::COLUMNS, SLOTS = T::SLOTS;
     static_assert(T::IMAGES * SLOTS <= CAPTIONS * T::LD);

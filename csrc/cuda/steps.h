@@ -24,12 +24,13 @@ template <class T> struct GraphShared {
     };
     static constexpr int LAST = (sizeof(Last) + 1023) / 1024 * 1024, MATRICES = T::MATRIX + T::SLOTS * AMONG * 16;
     static constexpr int MORE = T::GROUPS || LAST > MATRICES ? LAST : MATRICES;
-    static constexpr int ROOM = sizeof(typename T::Making) > T::MATRIX + MORE ? sizeof(typename T::Making) : T::MATRIX + MORE;
+    static constexpr int MAKING = sizeof(typename T::Making);
+    static constexpr int ROOM = MAKING > T::MATRIX + MORE ? MAKING : T::MATRIX + MORE;
     unsigned char room[ROOM];  // X; Y or Z, and E, if not GROUPS; and in their place `Last`
     typename T::Shared tile;
     float part[WARPS][FIRSTS];
-    // The bits of the largest number in each caption's rows of X, at its first block, and in each row of Y. Those of one
-    // step are filled while those of the other are read.
+    // The bits of the largest number in each caption's rows of X, at its first block, and in each row of Y. Those of
+    // one step are filled while those of the other are read.
     unsigned nodes_top[2][T::SCALED ? T::BLOCKS : 1];
     unsigned top[2][T::SCALED && !T::GROUPS ? T::SLOTS : 1];
     __device__ unsigned char *x() { return room; }
@@ -56,9 +57,10 @@ template <class T> __device__ __forceinline__ const void *matrix_of(const void *
     return row_of(weights, step * (long long)T::S, T::WIDE);
 }
 
-// Calls use(step, stage) for each stage of a matrix of weights. The caller has passed a barrier since a stage was last read.
+// Calls use(step, stage) for each stage of a matrix of weights. A barrier lies between reads of a stage and this call.
 template <class T, class Use>
-__device__ __forceinline__ void for_stages(GraphShared<T> &sh, const void *weight, typename T::Matrices &matrices, Use use) {
+__device__ __forceinline__ void for_stages(GraphShared<T> &sh, const void *weight, typename T::Matrices &matrices,
+                                           Use use) {
     auto load = [&](int step) {
         if (!T::CLUSTERS && step * T::DEPTH < T::S)
             copy_rows<T::S, T::NARROW, T::GROUPS>(sh.tile.stage[step % 2], step * T::NARROW, T::WIDE, weight,
@@ -78,8 +80,9 @@ __device__ __forceinline__ void for_stages(GraphShared<T> &sh, const void *weigh
     }
 }
 
-// Rows first to first + 15 of E, whose sums are 1 / share, from the same rows of Y. They see the nodes of their caption,
-// which lie in the blocks of 16 slots from `begin` to `end` - 1; logits are products times `factor(row)`. A warp's work.
+// Rows first to first + 15 of E, whose sums are 1 / share, from the same rows of Y. They see the nodes of their
+// caption, which lie in the blocks of 16 slots from `begin` to `end` - 1; logits are products times `factor(row)`.
+// A warp's work.
 template <class T, class RowFactor>
 __device__ __forceinline__ void edges(GraphShared<T> &sh, int first, int begin, int end, RowFactor factor) {
     constexpr Kind KIND = T::KIND;
@@ -156,7 +159,7 @@ __device__ __forceinline__ void gathered(float (&acc)[M][N][4], GraphShared<T> &
             });
 #pragma unroll
             for (int m = 0; m < M; ++m)
-                if (sees(m, k)) {  // redundant: saves products with zeros
+                if (sees(m, k)) {  // else 0 times another caption's NaN
                     multiply_block(acc[m][n], a[m], b, 0);
                     multiply_block(acc[m][n + 1], a[m], b, 1);
                 }
@@ -201,7 +204,8 @@ __device__ __forceinline__ void find_tops(const float (&acc)[M][N][4], unsigned 
 
 // A step but the last one: X = relu(E X Wr^T + br).
 template <class T>
-__device__ __forceinline__ void step_by_warps(const Graph &p, GraphShared<T> &sh, int step, typename T::Matrices &matrices) {
+__device__ __forceinline__ void step_by_warps(const Graph &p, GraphShared<T> &sh, int step,
+                                              typename T::Matrices &matrices) {
     constexpr bool SCALED = T::SCALED;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, g = lane / 4, t = lane % 4;
     const int first_row = warp_row<T>(), column = warp_column<T>();
@@ -218,9 +222,8 @@ __device__ __forceinline__ void step_by_warps(const Graph &p, GraphShared<T> &sh
     auto weighted = [&](const unsigned char *a, const void *weight) {  // acc = A W^T of A [SLOTS, S]
         clear(acc);
         for_stages(sh, weight, matrices, [&](int stage, const unsigned char *rows) {
-            product<T::KIND, T::NARROW>(
-                acc, [&](int r, int chunk) { return a + place<T::WIDE>(first_row + r, stage * T::NARROW + chunk); }, rows,
-                column);
+            auto at = [&](int r, int chunk) { return a + place<T::WIDE>(first_row + r, stage * T::NARROW + chunk); };
+            product<T::KIND, T::NARROW>(acc, at, rows, column);
         });
     };
     auto caption_block = [&](int row) { return sh.tile.begin[row / 16]; };

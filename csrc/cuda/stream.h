@@ -1,6 +1,6 @@
 // Matrices of weights that all tiles multiply with, for the two blocks of a cluster together: they lie in memory as
-// stages of BYTES, in the order of their use and as products read them, and pass through PLACES places in shared memory.
-// Each block copies one half of a stage to both blocks.
+// stages of BYTES, in the order of their use and as products read them, and pass through PLACES places in shared
+// memory. Each block copies one half of a stage to both blocks.
 //
 // For each stage a block calls `wait`; a barrier of its own, after which no thread reads the stage before; and `pass`,
 // which thread 0 takes its time for: it copies a later stage to the place of the one before, once the other block has
@@ -9,7 +9,7 @@
 #include "cluster.h"
 
 template <int PLACES> struct Ring {  // in shared memory
-    Barrier full[PLACES], empty[PLACES];  // of each place: until its stage is there, and until the other block has read it
+    Barrier full[PLACES], empty[PLACES];  // of each place: its stage is there, and the other block has read it
     int given_up;
 };
 template <> struct Ring<0> {};
@@ -22,7 +22,8 @@ template <int PLACES, int BYTES> struct Stream {  // a thread's
     int stages, now;  // all, and the one to take
 
     // All threads of the cluster call this. `from`: the first stage in memory.
-    __device__ __forceinline__ void begin(unsigned char *places, Ring<PLACES> &own, const void *from, int stages, int *failed) {
+    __device__ __forceinline__ void begin(unsigned char *places, Ring<PLACES> &own, const void *from, int stages,
+                                          int *failed) {
         this->places = places, ring = &own, this->from = static_cast<const unsigned char *>(from);
         this->stages = stages, this->failed = failed, now = 0;
         if (threadIdx.x == 0) {

@@ -57,8 +57,8 @@ __device__ __forceinline__ const void *row_of(const void *matrix, long long row,
 }
 
 // Starts the copy of chunks first to first + CHUNKS - 1 of ROWS rows that have `chunks`; zeros stand for those beyond
-// and for rows whose address `from(row)` is null. `readable`: any address. ANEW: addresses are computed at each call, else
-// they hold registers around the loops of callers, which groups of warps have not.
+// and for rows whose address `from(row)` is null. `readable`: any address. ANEW: addresses are computed at each call,
+// else they hold registers around the loops of callers, which groups of warps have not.
 template <int ROWS, int CHUNKS, bool ANEW = false, class From>
 __device__ __forceinline__ void copy_rows(unsigned char *to, int first, int chunks, const void *readable, From from) {
     constexpr int ALL = ROWS * CHUNKS;

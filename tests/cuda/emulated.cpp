@@ -88,7 +88,8 @@ void end_phase(Barrier &barrier) {
 }
 
 bool has_ended(unsigned of) {
-    return std::any_of(fibers.begin() + of * block.x, fibers.begin() + (of + 1) * block.x, [](Fiber &f) { return f.done; });
+    const auto first = fibers.begin() + of * block.x;
+    return std::any_of(first, first + block.x, [](Fiber &fiber) { return fiber.done; });
 }
 
 void land(const Bulk &bulk) {
@@ -128,7 +129,8 @@ void open_cluster() {
     for (Fiber &fiber : fibers) some |= fiber.gave_up = fiber.awaited && may_give_up;
     if (some) return;
     if (any([](Fiber &fiber) { return fiber.awaited; })) fail("a wait for an mbarrier that nothing ends");
-    if (any([](Fiber &fiber) { return fiber.at_cluster_barrier; })) fail("a cluster barrier that not all threads come to");
+    if (any([](Fiber &fiber) { return fiber.at_cluster_barrier; }))
+        fail("a cluster barrier that not all threads come to");
     fail("a barrier that not all threads come to");
 }
 
@@ -166,10 +168,15 @@ void run_cluster(unsigned order) {
         if (barrier.bytes || barrier.missing != 1) fail("a cluster ends in the middle of an mbarrier's phase");
 }
 
-// The mbarrier at the same place in block `of` of the cluster.
+// The same place in the shared memory of block `of` of the cluster.
+unsigned char *place_in(void *at, unsigned of) {
+    return static_cast<unsigned char *>(at) + (long(of) - long(current->block)) * long(shared_pitch);
+}
+
+// The mbarrier at the same place in block `of`.
 Barrier &barrier_at(void *at, unsigned of) {
     check_shared(at, 8);
-    auto found = mbarriers.find(static_cast<unsigned char *>(at) + (long(of) - long(current->block)) * long(shared_pitch));
+    auto found = mbarriers.find(place_in(at, of));
     if (found == mbarriers.end()) fail("an mbarrier that has not been made");
     if (!found->second.fenced) fail("an mbarrier without a fence after it was made");
     if (has_ended(of)) fail("a block uses the shared memory of one that has ended");
@@ -190,7 +197,7 @@ void hold() {
 
 #ifdef __SANITIZE_THREAD__
 #define UNWATCHED __attribute__((no_sanitize("thread")))
-// The compiler calls these before every access to memory. Those that a thread of the kernel makes to shared memory count.
+// The compiler calls these before every access to memory. Those of the kernel's threads to shared memory count.
 UNWATCHED void touched(const void *at, size_t bytes) {
     const size_t offset = static_cast<const unsigned char *>(at) - shared_begin;
     if (offset < cluster * shared_pitch && current && !at_work) counts.own += bytes;
@@ -252,8 +259,8 @@ void copy_to_both(void *to, const void *from, size_t bytes, void *counted) {
     counts.copies += bytes / 16, counts.shared += bytes * cluster;
     const bool arrives = sent();
     for (unsigned of = 0; of < cluster; ++of) {
-        auto *there = static_cast<unsigned char *>(to) + (long(of) - long(current->block)) * long(shared_pitch);
-        const Bulk bulk{there, static_cast<const unsigned char *>(from), bytes, &barrier_at(counted, of), current->block};
+        const auto *source = static_cast<const unsigned char *>(from);
+        const Bulk bulk{place_in(to, of), source, bytes, &barrier_at(counted, of), current->block};
         if (!arrives) continue;
         if (eager)
             land(bulk);

@@ -2,11 +2,11 @@
 //
 // Each thread of a block is a fiber: a stack of its own that is left and entered by `switch_stacks`. Blocks run one
 // after the other, in one OS thread, but those of a cluster together. Between two barriers the warps run one after the
-// other, and so do the lanes between two operations of a whole warp; `order` chooses in which sequence. A kernel without
-// races gives the same bits in all:
+// other, and so do the lanes between two operations of a whole warp; `order` chooses in which sequence. A kernel
+// without races gives the same bits in all:
 //
-//   order 0, 1: ascending and descending, so that of any two threads each runs before the other once. Of the blocks of a
-//     cluster one runs until it waits for the other.
+//   order 0, 1: ascending and descending, so that of any two threads each runs before the other once. Of the blocks of
+//     a cluster one runs until it waits for the other.
 //   other orders: shuffled anew after every barrier, warps of all blocks of a cluster. Threads that do something to the
 //     other block are held back now and then, until all others wait.
 //
@@ -14,13 +14,13 @@
 // for (even orders) or at once (odd orders); all 32 lanes take part in an operation of the warp, all threads in a
 // barrier; addresses are aligned and lie in shared memory. Bank conflicts of ldmatrix are counted.
 //
-// Products of groups of warps (csrc/cuda/hopper.h) read their factors at once (orders 0, 1), or when they are waited for,
-// while their accumulators hold NaN (others). They need their fences, and the warps of a group the same products.
+// Products of groups of warps (csrc/cuda/hopper.h) read their factors at once (orders 0, 1), or when they are waited
+// for, while their accumulators hold NaN (others). They need their fences, and the warps of a group the same products.
 //
 // An mbarrier (csrc/cuda/cluster.h) needs its fence before the other block uses it, and the bytes that it is told to
 // expect. A block may not end while the other uses its memory, or while copies that it has started are on their way. A
-// wait that nothing can end is an error; but where `lose` has a message between the blocks lost, it gives up as on a GPU.
-// `hurry` has a wait give up although what it waits for would come, as where the other block is late.
+// wait that nothing can end is an error; but where `lose` has a message between the blocks lost, it gives up as on a
+// GPU. `hurry` has a wait give up although what it waits for would come, as where the other block is late.
 #pragma once
 #if !defined(__x86_64__) || !defined(__linux__)
 #error "the emulator switches stacks by instructions of x86-64 Linux"
@@ -67,8 +67,8 @@ struct Fiber {
     std::vector<size_t> unseen;   // pieces of shared memory that it has copied to since its last `fence_products`
 };
 enum class Numbers { FLOAT16, BFLOAT16, TF32 };
-// What a lane brings to a product of its group of warps: accumulators and a factor as to mma, or null and where A begins
-// in shared memory; and where B begins.
+// What a lane brings to a product of its group of warps: accumulators and a factor as to mma, or null and where A
+// begins in shared memory; and where B begins.
 struct GroupOperands {
     float *d;
     const unsigned *a;
@@ -129,7 +129,7 @@ inline std::map<void *, Barrier> mbarriers;
 inline std::vector<Bulk> bulks;
 inline unsigned cluster = 1;      // blocks
 inline long progress = 0;         // grows with all that threads do to each other
-// Messages between the blocks of a cluster until one is lost; below 0: none is. The first: in the next launch with clusters.
+// Messages between the blocks of a cluster until one is lost, from the next launch with clusters on; below 0: none is.
 inline int lose = -1, losing = -1;
 inline int hurry = -1, hurrying = -1;  // the same of waits of the blocks' first threads, until one gives up
 inline bool may_give_up = false;
@@ -256,8 +256,8 @@ inline void count_conflicts(const void *const (&row)[8]) {
     }
 }
 
-// What a lane brings to mma: accumulators [16, 8], of which it has two neighbours in rows lane / 4 and lane / 4 + 8, and
-// the numbers of A [16, K] and B [8, K] that PTX gives to this lane.
+// What a lane brings to mma: accumulators [16, 8], of which it has two neighbours in rows lane / 4 and lane / 4 + 8,
+// and the numbers of A [16, K] and B [8, K] that PTX gives to this lane.
 struct Operands {
     float *d;
     const unsigned *a, *b;
@@ -305,11 +305,12 @@ inline std::map<std::string, Instance> &instances() {
     return all;
 }
 template <class Problem> bool offer(const char *name, void (*kernel)(Problem), unsigned cluster = 1) {
-    instances()[name] = {sizeof(Problem), [=](const void *at, Dim grid, unsigned threads, size_t bytes, unsigned order) {
-                             Problem problem;
-                             std::memcpy(&problem, at, sizeof problem);
-                             launch(grid, {threads, 1, 1}, cluster, bytes, order, [&] { kernel(problem); });
-                         }};
+    auto run = [=](const void *at, Dim grid, unsigned threads, size_t bytes, unsigned order) {
+        Problem problem;
+        std::memcpy(&problem, at, sizeof problem);
+        launch(grid, {threads, 1, 1}, cluster, bytes, order, [&] { kernel(problem); });
+    };
+    instances()[name] = {sizeof(Problem), run};
     return true;
 }
 

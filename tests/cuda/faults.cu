@@ -161,5 +161,6 @@ template <ClusterFault FAULT> __global__ void IN_CLUSTERS clustered(Clustered p)
         }
     }
     if (FAULT != CLUSTER_NO_LAST_BARRIER) cluster_barrier();
-    for (int i = 0; i < 8; ++i) p.to[blockIdx.y * 256 + i * 32 + threadIdx.x % 32] = *given_up ? as_float(0x7fc00000u) : sum[i];
+    float *to = p.to + blockIdx.y * 256 + threadIdx.x % 32;
+    for (int i = 0; i < 8; ++i) to[i * 32] = *given_up ? as_float(0x7fc00000u) : sum[i];
 }

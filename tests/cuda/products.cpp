@@ -57,8 +57,8 @@ float value_of(Numbers numbers, unsigned short bits) {
     return x;
 }
 
-// Number `at` of a row of a product's factor that begins at `place`: eight rows take 1024 bytes, each 128, and the chunks
-// of 16 bytes of a row are exchanged by its number.
+// Number `at` of a row of a product's factor that begins at `place`: eight rows take 1024 bytes, each 128, and the
+// chunks of 16 bytes of a row are exchanged by its number.
 float number_of(const Product &product, size_t place, size_t row, size_t at) {
     place += row / 8 * 1024 + row % 8 * 128 + at * 2;
     place ^= (place >> 7 & 7) << 4;
