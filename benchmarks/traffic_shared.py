@@ -63,10 +63,10 @@ class NodeTile:
 
     @classmethod
     def of(cls, kernel: Kernel, halves: int) -> NodeTile:
-        """The tile that a kernel's template arguments name; that of global nodes has no regions."""
-        S, slots, depth, *regions = map(int, re.findall(r"\b\d+\b", kernel.name.partition("<")[2]))
+        """The tile that a kernel's template arguments name; that of global nodes has no regions, nor what follows."""
+        S, slots, depth, *more = map(int, re.findall(r"\b\d+\b", kernel.name.partition("<")[2]))
         squared, clusters = "<BF16" not in kernel.name, kernel.cluster > 1
-        return cls(S, slots, depth, *regions or [0], halves, kernel.specific, squared, clusters)
+        return cls(S, slots, depth, *more[:1] or [0], halves, kernel.specific, squared, clusters)
 
     @property
     def side(self) -> int:

@@ -34,6 +34,7 @@ COUNTING = ("-O2", *FLAGS[1:], "-fno-math-errno", "-fsanitize=thread", "-Demulat
 KINDS = ("F16", "BF16", "F16X3", "TF32X3")
 
 SCANS = ["scan_t2i", "scan_i2t"]
+GRAPHS = ["graph_scores", "graph_scores_in_clusters"]
 
 
 def instances(kernels, kinds, tiles):
@@ -55,12 +56,11 @@ CLUSTER_FAULTS = (
     *("MANY_BYTES", "NO_WAIT", "NO_OTHER_WAIT", "PARITY", "HASTY"),
 )
 # Products by groups of warps.
-GROUPED_TILES = [f"{n}, true" for n in ("F16, 64, 128, 64, 48, false", "BF16, 64, 128, 64, 48, false")]
-GROUPED_TILES += ["F16, 64, 128, 64, 48, true, true", "BF16, 256, 128, 64, 48, false, true"]
-CLUSTERED_TILES = [n.removesuffix(", true") for n in GROUPED_TILES]
-MANY_REGIONS = "BF16, 256, 128, 64, 112, false, true"
-PAIRS = "F16X3, 64, 128, 32, 48, true"
-WIDE_PAIRS = "F16X3, 256, 128, 32, 48, true"
+GROUPED_TILES = [f"{n}, 128, 64, 48, false, 128" for n in ("F16, 64", "BF16, 64", "BF16, 256")]
+GROUPED_TILES += ["F16, 64, 128, 64, 48, true, 128"]
+MANY_REGIONS = "BF16, 256, 128, 64, 112, false, 128"
+PAIRS = "F16X3, 64, 128, 32, 48, true, 128"
+WIDE_PAIRS = "F16X3, 256, 128, 32, 48, true, 64"
 # The C++ names of kernel instances, by the stem of their file, here or in csrc/cuda.
 INSTANCES = {
     "faults": [
@@ -96,23 +96,23 @@ INSTANCES = {
         for n in (*NODE_TILES, "F16, 256, 128, 32, 48", "F16X3, 256, 64, 32, 48", "F16, 256, 32, 16, 48")
         + ("BF16, 256, 64, 16, 48", "F16X3, 64, 32, 32, 48", *GROUPED_TILES, MANY_REGIONS)
     ]
-    + [f"graph_scores<{n}, true>" for n in (PAIRS, WIDE_PAIRS)]
-    + [f"graph_scores_in_clusters<{n}>" for n in (*CLUSTERED_TILES, PAIRS, WIDE_PAIRS)],
+    + [f"{kernel}<{n}>" for kernel in GRAPHS for n in (PAIRS, WIDE_PAIRS)]
+    + [f"graph_scores_in_clusters<{n}>" for n in GROUPED_TILES],
     "filter": [
         f"filter_scores<{n}>"
         for n in (*NODE_TILES, "F16, 256, 128, 64, 48", "F16X3, 256, 128, 32, 48", "F16, 256, 64, 16, 48")
-        + ("BF16, 256, 128, 16, 48", "F16X3, 64, 64, 32, 48", *GROUPED_TILES, f"{PAIRS}, true", MANY_REGIONS)
+        + ("BF16, 256, 128, 16, 48", "F16X3, 64, 64, 32, 48", *GROUPED_TILES, PAIRS, MANY_REGIONS)
     ]
-    + [f"filter_scores_in_clusters<{n}>" for n in (*CLUSTERED_TILES, PAIRS)],
+    + [f"filter_scores_in_clusters<{n}>" for n in (*GROUPED_TILES, PAIRS)],
 }
 # Of those, what is built to count the threads' own loads and stores of shared memory; few, as they take long to build.
 COUNTED = {
     "scan": [f"scan_{direction}_in_clusters<BF16, 36, 128, 3>" for direction in ("t2i", "i2t")],
     "weights": ["weights<BF16, 36, 128, 2>"],
     "global_nodes": ["global_nodes<BF16, 64, 128, 64>", "global_nodes<F16X3, 64, 64, 64>"],
-    "graph": [f"graph_scores_in_clusters<{n}>" for n in ("BF16, 64, 128, 64, 48, false", PAIRS)]
+    "graph": [f"graph_scores_in_clusters<{n}>" for n in ("BF16, 64, 128, 64, 48, false, 128", PAIRS)]
     + ["graph_scores<BF16, 64, 128, 64, 48>"],
-    "filter": ["filter_scores_in_clusters<F16, 64, 128, 64, 48, true>", "filter_scores<F16X3, 64, 128, 64, 48>"],
+    "filter": ["filter_scores_in_clusters<F16, 64, 128, 64, 48, true, 128>", "filter_scores<F16X3, 64, 128, 64, 48>"],
 }
 STRUCTURES = {
     "scan": [Scan],

@@ -201,11 +201,11 @@ def all_scans(op: ModuleType) -> Iterator[torch.Tensor]:
 
 
 SCAN = Judge(("scan",), r"<(F16|F16X3|TF32X3), 36, 128, (2, )?3>", "cross_attention_score", all_scans)
-MORE_STAGES = "BF16, (36, 128, 2|256, 128, 64(, 48, false(, true)?)?)"
-WIDE_PAIRS = "F16X3, (36, 128, 2|256, 64, 64|256, 128, 32, 48, true(, true)?)"
+MORE_STAGES = "BF16, (36, 128, 2|256, 128, 64(, 48, false, 128)?)"
+WIDE_PAIRS = "F16X3, (36, 128, 2|256, 64, 64|256, 128, 32, 48, true, 64)"
 SCORE = Judge(
     ("weights", "global_nodes", "graph", "filter"),
-    r"<((F16|F16X3), (36, 128, 2|64, (64|128), 64|64, 128, 64, 48(, false(, true)?)?)|"
+    r"<((F16|F16X3), (36, 128, 2|64, (64|128), 64|64, 128, 64, 48(, false, 128)?)|"
     rf"F16, (36, 128, 1|256, 64, 32|256, (32|64), 16, 48)|{MORE_STAGES}|{WIDE_PAIRS})>",
     "similarity_score",
     partial(
@@ -217,11 +217,11 @@ SCORE = Judge(
     ),
 )
 GROUPS = SCORE._replace(
-    instances=r"<(F16, (36, 128, 2|64, 128, 64|64, 128, 64, 48, false(, true)?)|" + f"{MORE_STAGES}|{WIDE_PAIRS})>",
+    instances=r"<(F16, (36, 128, 2|64, 128, 64|64, 128, 64, 48, false, 128)|" + f"{MORE_STAGES}|{WIDE_PAIRS})>",
     results=partial(score, runs=(HALF_BY_GROUPS, HALF_IN_CLUSTERS, PAIRS_BY_GROUPS, PAIRS_IN_CLUSTERS)),
 )
 CLUSTERS = GROUPS._replace(
-    instances=r"<(F16, (36, 128, 2|64, 128, 64|64, 128, 64, 48, false)|" + MORE_STAGES.replace("(, true)?", "") + ")>",
+    instances=r"(weights|nodes|in_clusters)" + GROUPS.instances.replace(f"|{WIDE_PAIRS}", ""),
     results=lossy,
 )
 

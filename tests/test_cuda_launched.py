@@ -114,7 +114,7 @@ def test_less_special_kernels_take_over_where_those_for_one_gpu_fail(wrong, head
     real = similarity_score.Graph if head == "graph" else similarity_score.Filter
 
     def run(name, address, *given):
-        groups = name.endswith((", false, true>", ", true, true>"))
+        groups = name.endswith((", false, 128>", ", true, 128>"))
         variants.append(_cuda.CLUSTERS if "_in_clusters" in name else _cuda.GROUPS if groups else _cuda.GENERAL)
         if wrong == "waits in vain" and variants[-1] == _cuda.CLUSTERS:
             emulated.lose(1)

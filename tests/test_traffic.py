@@ -161,7 +161,7 @@ def test_the_cuda_graph_kernel_has_the_reuse_of_its_design(rows, reuse, monkeypa
     """Operations a byte through L2 of full tiles."""
     tile = traffic_cuda._tiles.tile_of(36, (9, 0))
     kind = traffic_cuda.FORMS["bfloat16"]
-    head = similarity_score.graph_kernel(kind, 256, rows, 48, 64, 0)
+    head = similarity_score.graph_kernel(kind, 256, rows, 48, 64, 0, 0)
     overall = traffic_cuda._pairs.global_kernel(kind, 256, 64, 64)
     found = traffic_cuda._pairs.Kernels(tile, overall, overall, 64, head, rows, rows - 1)
     monkeypatch.setattr(traffic_cuda._pairs, "kernels", lambda *_: found)

@@ -34,11 +34,11 @@ template <class T> __device__ __forceinline__ void score_graph(const Graph &p) {
     }
 }
 
-template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS, bool SCALED = KIND == F16X3, bool GROUPS = false>
+template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS, bool SCALED = KIND == F16X3, int LONGEST = 0>
 __global__ void __launch_bounds__(THREADS, 1) graph_scores(Graph p) {
-    score_graph<NodeTile<KIND, S, SLOTS, DEPTH, REGIONS, SCALED, GROUPS>>(p);
+    score_graph<NodeTile<KIND, S, SLOTS, DEPTH, REGIONS, SCALED, LONGEST>>(p);
 }
-template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS, bool SCALED>
+template <Kind KIND, int S, int SLOTS, int DEPTH, int REGIONS, bool SCALED, int LONGEST>
 __global__ void IN_CLUSTERS __launch_bounds__(THREADS, 1) graph_scores_in_clusters(Graph p) {
-    score_graph<NodeTile<KIND, S, SLOTS, DEPTH, REGIONS, SCALED, true, KIND == F16X3 ? 2 : 4>>(p);
+    score_graph<NodeTile<KIND, S, SLOTS, DEPTH, REGIONS, SCALED, LONGEST, KIND == F16X3 ? 2 : 4>>(p);
 }

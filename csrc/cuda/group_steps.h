@@ -42,8 +42,7 @@ __device__ __forceinline__ void step_by_groups(const Graph &p, GraphShared<T> &s
                                                typename T::Matrices &matrices) {
     constexpr Kind KIND = T::KIND;
     constexpr bool SCALED = T::SCALED;
-    // Blocks of 16 slots of a caption: as many as a tile of `step_by_warps` has, which takes the same captions.
-    constexpr int LONGEST = T::PAIRS && T::S > 64 ? 4 : T::BLOCKS;
+    constexpr int LONGEST = T::LONGEST / 16;  // blocks of 16 slots of a caption
     const int lane = threadIdx.x % 32, g = lane / 4, t = lane % 4, first = warp_row<T>();
     const int begin = sh.tile.begin[first / 16], blocks = sh.tile.end[first / 16] - begin;
     const float from_nodes = power(-nodes_exponent(sh, step, begin));

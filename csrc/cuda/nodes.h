@@ -42,12 +42,13 @@ struct Nodes {
 constexpr int UNIT = 8;  // exponent that numbers of at most 1 are stored with: times 2^UNIT
 
 // KIND: dtype of the factors of products. DEPTH: numbers of a row that a stage holds. REGIONS: a multiple of 16.
-// GROUPS: whether groups of four warps multiply (hopper.h). PLACES: 0; or those of a stream (stream.h) of W and the
-// head's matrices, which two blocks share, that have the same captions and neighbouring images.
-template <Kind KIND_, int S_, int SLOTS_, int DEPTH_, int REGIONS_, bool SCALED_, bool GROUPS_ = false, int PLACES_ = 0>
+// LONGEST: 0; or groups of four warps multiply (hopper.h), and no caption takes more slots. PLACES: 0; or those of a
+// stream (stream.h) of W and the head's matrices, which two blocks share: of the same captions and neighbouring images.
+template <Kind KIND_, int S_, int SLOTS_, int DEPTH_, int REGIONS_, bool SCALED_, int LONGEST_ = 0, int PLACES_ = 0>
 struct NodeTile {
     static constexpr Kind KIND = KIND_;
-    static constexpr bool GROUPS = GROUPS_, CLUSTERS = PLACES_ > 0;
+    static constexpr int LONGEST = LONGEST_;
+    static constexpr bool GROUPS = LONGEST > 0, CLUSTERS = PLACES_ > 0;
     static constexpr bool SCALED = SCALED_, PAIRS = Numbers<KIND>::PAIRS;
     static constexpr bool SQUARED = KIND != BF16;  // squares of differences are multiplied by `squared`
     static constexpr int S = S_, SLOTS = SLOTS_, DEPTH = DEPTH_, REGIONS = REGIONS_, HALVES = PAIRS ? 2 : 1;

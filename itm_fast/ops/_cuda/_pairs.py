@@ -81,10 +81,10 @@ class Kind(NamedTuple):
     scaled: bool
     halves: int
 
-    def arguments(self, *sizes: int, variant: int = GENERAL) -> str:
-        """Template arguments of a kernel."""
-        flags = [str(self.scaled).lower()] * (variant != GENERAL or (self.scaled and self.halves == 1))
-        return ", ".join([self.name, *map(str, sizes), *flags, *["true"] * (variant == GROUPS)])
+    def arguments(self, *sizes: int, longest: int = 0) -> str:
+        """Template arguments of a kernel; `longest`: see `NodeTile`."""
+        flags = [str(self.scaled).lower()] * (longest > 0 or (self.scaled and self.halves == 1))
+        return ", ".join([self.name, *map(str, sizes), *flags, *[str(longest)] * (longest > 0)])
 
     @property
     def squared(self) -> bool:
@@ -137,7 +137,8 @@ def compared_rows(x: Tensor, kind: Kind) -> Rows:
     return Rows(found.data, (largest.frexp().exponent - 9).clamp(-9, 7))  # of infinity and NaN: any number
 
 
-Head = Callable[[Kind, int, int, int, int, int], Kernel]  # kind, S, slots, regions, depth, variant -> the head's kernel
+# Kind, S, slots, regions, depth, variant, slots of the longest caption, 0 if GENERAL -> the head's kernel.
+Head = Callable[[Kind, int, int, int, int, int, int], Kernel]
 
 
 def rounded_up(n: int, multiple: int) -> int:
@@ -207,14 +208,17 @@ def kernels(
     """
     limit, tile = shared_limit(capability), tile_of(R, capability)
     weights, regions = weight_kernel(kind, tile), rounded_up(pitch_of(tile), 16)
-    found = fitting(lambda slots, depth: head(kind, S, slots, regions, depth, GENERAL), node_tiles(SLOTS, kind), limit)
-    words = min(found[1] - 1 if found else 0, tile.slots)  # of all variants
+    tiles = node_tiles(SLOTS, kind)
+    found = fitting(lambda slots, depth: head(kind, S, slots, regions, depth, GENERAL, 0), tiles, limit)
+    longest = found[1] if found else 0  # slots of a caption, of all variants
+    words = min(longest - 1, tile.slots)
     if S in COMPARED and found:
         slots, depth = GROUPED_SLOTS, GROUPED // kind.halves
         for better in range(variant, GENERAL, -1):
             # What does not fit at the published S is never compared at first use, so that no S takes it.
-            if all(head(kind, s, slots, regions, depth, better).shared <= limit for s in (S, SIMILARITIES[-1])):
-                found = head(kind, S, slots, regions, depth, better), slots
+            made = [head(kind, s, slots, regions, depth, better, longest) for s in (S, SIMILARITIES[-1])]
+            if all(kernel.shared <= limit for kernel in made):
+                found = made[0], slots
                 break
     # The nodes leave through the stages of the matrix. 128 rows of pairs of halves do not fit the registers.
     fewer = node_tiles(SLOTS[kind.halves == 2 :], kind)

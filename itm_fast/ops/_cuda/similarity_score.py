@@ -44,7 +44,7 @@ def _kernel(
     return Kernel(file, f"{name}<{arguments}>", structure, THREADS, shared, variant != GENERAL, cluster)
 
 
-def graph_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, variant: int) -> Kernel:
+def graph_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, variant: int, longest: int) -> Kernel:
     nodes, blocks = 2 * slots * S * kind.halves, slots // 16
     last = 8 * (2 * S * kind.halves + 4 * (S + 4)) + 8 * blocks  # captions' rows in the last step
     more = max(rounded_up(last, 1024), 0 if variant != GENERAL else nodes + 2 * slots**2 * kind.halves)
@@ -52,15 +52,15 @@ def graph_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, varia
     tops = 8 * (blocks if kind.scaled else 1) + 8 * (slots if kind.scaled and variant == GENERAL else 1)
     places = 4 if variant == CLUSTERS and kind.halves == 1 else 2
     shared = room + tile_bytes(kind, S, slots, depth, variant, places) + THREADS + tops
-    arguments = kind.arguments(S, slots, depth, regions, variant=variant)
+    arguments = kind.arguments(S, slots, depth, regions, longest=longest)
     return _kernel("graph.cu", "graph_scores", Graph, shared, variant, arguments)
 
 
-def filter_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, variant: int) -> Kernel:
+def filter_kernel(kind: Kind, S: int, slots: int, regions: int, depth: int, variant: int, longest: int) -> Kernel:
     room = max(making_bytes(kind, slots, depth, regions, variant), 2 * slots * S * kind.halves)
     places = 2 if variant != CLUSTERS else 4 if kind.halves == 1 else 3  # of more, room is short of 32 KB for S = 256
     shared = room + tile_bytes(kind, S, slots, depth, variant, places) + slots // 4
-    arguments = kind.arguments(S, slots, depth, regions, variant=variant)
+    arguments = kind.arguments(S, slots, depth, regions, longest=longest)
     return _kernel("filter.cu", "filter_scores", Filter, shared, variant, arguments)
 
 
