@@ -21,8 +21,6 @@ MASKS: dict[str, list[tuple[str, str]]] = {
     "nodes.h": [
         ("put<T::KIND, T::WIDE>(nodes, row, column, 0, 0);", ""),
         ("if (sh.owner[row] >= 0) sh.spoiled", "sh.spoiled"),
-        ("if (!right) sh.spoiled[slot / 16] = as_float(0x7fc00000u);", ""),
-        ("right ? both : 0", "both"),
         ("word < 0 ? nullptr", "false ? nullptr"),
         ("if (sh.word[row] < 0 && sh.owner[row] >= 0) continue;", ""),
         ("region < count ? ", "true ? "),

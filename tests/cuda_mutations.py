@@ -1,5 +1,5 @@
-"""Remove each barrier, wait and mask of the CUDA kernels in turn: `cuda_mutations.py [FILE[:LINE] ...]` prints what
-notices.
+"""Remove each barrier, wait and mask of the CUDA kernels in turn: `cuda_mutations.py [FILE[:LINE,LINE...] ...]` prints
+what notices.
 
 A change is noticed if the changed kernels do not compile, the emulator finds an error, the process crashes, or a result
 has other bits than the unchanged kernels give, in any order of the threads. For what none of this shows, a comment of
@@ -317,7 +317,7 @@ def main(files: list[str]) -> int:
             if isinstance(want, str):
                 raise RuntimeError(f"the unchanged kernels fail: {want}")
             torch.save(want, Path(scratch, "wanted.pt"))
-            for change in (c for c in changes(file, sources[file]) if only in ("", str(c.line))):
+            for change in (c for c in changes(file, sources[file]) if not only or str(c.line) in only.split(",")):
                 (folder / file).write_text(change.made(sources[file]))
                 said = verdict(judged(file, Path(scratch)), want)
                 line = sources[file].splitlines()[change.line - 1]
