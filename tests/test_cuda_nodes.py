@@ -297,7 +297,7 @@ def test_a_node_that_becomes_infinite_on_the_way_stays_in_its_pair(run):
 
 
 def with_infinite_empty_rows():
-    args = case("graph", I=2, counts=(3, 9), S=64, K=2)
+    args = case("graph", I=2, counts=(3, *7 * (15,)), S=64, K=2)  # all of one caption: they attend to each other
     args[8][1] *= 1e-4  # what nodes ask of large ones
     args[12][0][0] = 1e5 * args[5] / args[5].norm()  # nodes of empty rows are the bias, made 1 long
     return args
