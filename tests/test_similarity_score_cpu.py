@@ -114,6 +114,8 @@ def test_nodes_are_kept_if_the_last_loss_was_of_all_pairs(monkeypatch):
     for images, again in ((0, [3, 2]), (3, [2]), (4, [2]), (9, [])):
         monkeypatch.setattr(_score_backward, "MOST_KEPT", images * row)
         gradients(call(*leaves, backend="cpu"), one)  # few pairs: the next forward pass keeps nothing
+        others = [x.detach().clone().requires_grad_() for x in leaves]
+        call(*others, backend="cpu").sum().backward()  # of other weights, which tells nothing of these
         for computed in ([3, 2], again):
             score = call(*leaves, backend="cpu")
             for expected in (computed, [3, 2]):  # what is kept is freed after its first use

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._checks import work_dtype
 from .._workspace import current_gib, scratch_bytes, workspace
@@ -30,9 +31,9 @@ SHARE = 4
 FEW = {"cpu": _recompute.MATCHED, "triton": _recompute.SPARSE}
 # Of single pairs in PyTorch, with their gradients: copies of an image's regions, of a padded caption's words, of nodes.
 COPIES, PADDED, NODES = 3, 9, 8
-# Whether the last backward pass took the nodes of all pairs. The forward pass does not know the loss: one of few pairs,
-# as by hardest negatives, has no use for kept nodes; the room for them is then left unwritten, which takes no memory.
-_took_all = False
+# By W_l, whether the last backward pass took the nodes of all pairs. The forward pass does not know the loss: one of
+# few pairs, as by hardest negatives, has no use for kept nodes; their room is then left unwritten: it takes no memory.
+_took_all = WeakTensorKeyDictionary()
 
 
 def _kept_rows(size: dict[str, int], given: Given) -> tuple[int, ...]:
@@ -205,20 +206,20 @@ def _keep(*args: Any) -> tuple[Tensor, list[Tensor]]:
 
     In a narrower dtype than that of the sums the backward pass would not compute the same nodes again.
     """
-    image, words, caption_global, weight = args[0], args[2], args[3], args[4]
+    image, _, words, caption_global, weight = args[:5]
     work = work_dtype(image)
     row = (len(words) + len(caption_global)) * (len(weight) + 1) * work.itemsize
     room = min(MOST_KEPT, scratch_bytes(image.device) // SHARE)
     images = min(len(image), room // (row or 1))
-    written = images if _took_all or image.dtype != work else 0
+    written = images if _took_all.get(weight) or image.dtype != work else 0
     score, *kept = implementation(KEPT.name).forward(*args, [written, images])
     return score, [*kept, torch.tensor(written)]
 
 
 def _with_kept(grad: Tensor, needs: Sequence[bool], *args: Any, kept: list[Tensor]) -> list[Tensor]:
-    global _took_all
-    _took_all = not _recompute.few(grad, FEW["cpu"])
-    if not _took_all:
+    few = _recompute.few(grad, FEW["cpu"])
+    _took_all[args[4]] = not few
+    if few:
         free(kept)  # before the gradients take memory
     held = [x[: int(kept[-1])] for x in kept[:-1]]  # of the images that have been written
     with workspace(current_gib() * (SHARE - 1) / SHARE):

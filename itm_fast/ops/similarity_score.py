@@ -30,8 +30,8 @@ Backward, with g the gradient of a pair's result:
     all other gradients follow from d X as in the backward pass of `similarity_nodes`           (6)
 
 Saved for backward: the inputs, and by (2) with a graph in the cpu backend the nodes of the first images, as many as
-232 MiB and a quarter of the scratch memory hold, unless the last backward pass was one of few pairs: with hardest
-negatives there is no use for them. Everything else per pair is computed again, to the same bits as what is kept.
+232 MiB and a quarter of the scratch memory hold, if the last backward pass with the same W_l was one of all pairs:
+with hardest negatives there is no use for them. Everything else per pair is computed again, to the same bits.
 """
 
 from __future__ import annotations
