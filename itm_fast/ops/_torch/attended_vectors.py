@@ -91,7 +91,7 @@ def _attend(t2i, norm, length, region_lengths, apart, image, words, queries, val
             shape = (b, 1, R, 1) if apart else (b, R, 1)
             queries = queries.masked_fill(~mask.view(shape), 0.0)
         if apart:
-            affinity = torch.bmm(context, queries.permute(1, 3, 0, 2).reshape(c, D, b * R))
+            affinity = torch.bmm(context, queries.transpose(0, 1).reshape(c, b * R, D).transpose(1, 2))
         else:
             affinity = (context.reshape(c * length, D) @ queries.reshape(b * R, D).t()).view(c, length, b * R)
         factor = scale.transpose(0, 1).unsqueeze(1) if scale.numel() > 1 else scale
