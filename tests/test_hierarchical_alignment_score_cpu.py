@@ -177,6 +177,13 @@ def test_vector_gates_keep_affinities_alone(kept, monkeypatch):
     assert calls == [(n, n * 6 * edge[-1] + 16) for n in wanted]
 
 
+def test_gradients_of_many_short_captions():
+    """With vector gates, what words give regions is added for four captions or 48 words at a time."""
+    counts = (20, 24, 8, 1, 1, 1, 1, 1, 1) * 14  # a thread takes up to 51 words: a sum may end after both or at the end
+    call, args = test_hierarchical_alignment_score.case(2, counts, D=5, regions=(3, 2), gate="vector")
+    op_checks.check_gradients(call, args, torch.float32, "cpu")
+
+
 def test_no_gradients_but_those_that_are_needed():
     call, args, _ = small(gate="vector")
     upstream = torch.linspace(-1, 1, 35, dtype=torch.float64).view(5, 7)

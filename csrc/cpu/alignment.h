@@ -43,11 +43,23 @@ inline T inner(const T* x, const T* y, int64_t n) {
   return sum<T>(all);
 }
 
-// out[i] = sum_j M[i][j] x[j], zeros beyond the rows up to `size`.
+// out[i] = sum_j M[i][j] x[j], zeros beyond the rows up to `size`. Four rows at a time, whose sums are inner()'s.
 template <class T>
 inline void along(const T* M, int64_t rows, int64_t n, int64_t ld, const T* x, T* out, int64_t size) {
-  for (int64_t i = 0; i < rows; ++i) out[i] = inner(M + i * ld, x, n);
-  for (int64_t i = rows; i < size; ++i) out[i] = 0;
+  int64_t i = 0;
+  for (; i + 4 <= rows; i += 4) {
+    Vec<T> c[4]{};
+    const T* const row = M + i * ld;
+    for (int64_t j = 0; j < n; j += LANES<T>) {
+      const Vec<T> by = load(x + j);
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < 4; ++k) c[k] += load(row + k * ld + j) * by;
+    }
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < 4; ++k) out[i + k] = sum<T>(c[k]);
+  }
+  for (; i < rows; ++i) out[i] = inner(M + i * ld, x, n);
+  for (; i < size; ++i) out[i] = 0;
 }
 
 // out[j] = sum_i x[i] M[i][j], in four chains.
@@ -55,7 +67,14 @@ template <class T>
 inline void across(const T* x, const T* M, int64_t rows, int64_t n, int64_t ld, T* out) {
   for (int64_t j = 0; j < n; j += LANES<T>) {
     Vec<T> c[4]{};
-    for (int64_t i = 0; i < rows; ++i) c[i % 4] += load(M + i * ld + j) * x[i];
+    const T* at = M + j;
+    int64_t i = 0;
+    for (; i + 4 <= rows; i += 4, at += 4 * ld)
+#pragma GCC unroll 4
+      for (int64_t k = 0; k < 4; ++k) c[k] += load(at + k * ld) * x[i + k];
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < 4; ++k)
+      if (i + k < rows) c[k] += load(at + k * ld) * x[i + k];
     store(out + j, (c[0] + c[1]) + (c[2] + c[3]));
   }
 }
@@ -80,7 +99,7 @@ template <class T>
 struct Item {
   int64_t n, ld;
   Buffer<T> numbers, gram;                 // gram: [n][ld], for scalar gates
-  Buffer<T> rows, own_gates, other_gates;  // [n][wide], where vectors are formed
+  Buffer<T> rows, own_gates, other_gates;  // where vectors are formed, n rows, Pools::apart apart
   T highest = 0;                           // largest |row|^2
 
   static int64_t whole(int64_t n) { return round_up(n, LANES<T> > ROW_STEP ? LANES<T> : ROW_STEP); }

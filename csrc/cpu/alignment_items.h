@@ -37,30 +37,33 @@ struct Modality {
 
 template <class T>
 struct Pools {
-  int64_t wide;
+  int64_t wide, apart;  // D in whole vectors, and how far rows of so many lie apart
   Buffer<T> image, caption;
 
   explicit Pools(const AlignmentCall& call)
-      : wide(round_up(call.D, LANES<T>)), image(wide), caption(wide) {
+      : wide(round_up(call.D, LANES<T>)), apart(padded<T>(wide)), image(wide), caption(wide) {
     Buffer<T> room(call.D);
     std::copy_n(read<T>(call.image_pool, 0, call.D, room), call.D, image + 0);
     std::copy_n(read<T>(call.caption_pool, 0, call.D, room), call.D, caption + 0);
   }
 };
 
-// Rows first .. first + n as an Item; `formed`: the item will be used where vectors of a pair are formed. E is what the
+// Makes `made` rows first .. first + n: an Item with room for so many, with Gram matrix or with rows. E is what the
 // products of features multiply. Where these are pairs, the Gram matrix is that of the same rounded rows: a squared
 // length whose terms nearly cancel is then off by what rounding does to its vector, not to its terms.
 template <class T, class E>
-Item<T> item(const AlignmentCall& call, const Modality& from, int64_t first, int64_t n, const Pools<T>& pools,
-             bool formed) {
-  const int64_t D = call.D, K = call.K, wide = pools.wide;
-  Item<T> made(n, !formed, formed ? wide : 0, formed && call.vector());
-  Buffer<T> room(2 * std::max(D, K)), passing(formed ? 0 : n * wide);
+void take_rows(const AlignmentCall& call, const Modality& from, int64_t first, int64_t n, const Pools<T>& pools,
+               bool formed, Item<T>& made) {
+  const int64_t D = call.D, K = call.K, wide = pools.wide, apart = pools.apart;
+  Buffer<T> room(2 * std::max(D, K)), passing(formed ? 0 : n * apart);
   const T *own = from.own ? pools.caption : pools.image, *other = from.own ? pools.image : pools.caption;
   std::vector<const T*> row;
+  made.n = n;
+  made.ld = Item<T>::whole(n);
+  made.highest = 0;
+  std::fill_n(made.numbers + 0, 5 * made.ld, T(0));
   for (int64_t i = 0; i < n; ++i) {
-    T* const x = (formed ? made.rows : passing) + i * wide;
+    T* const x = (formed ? made.rows : passing) + i * apart;
     std::copy_n(read<T>(from.rows, (first + i) * D, D, room), D, x);
     row.push_back(x);
     const T* const gate = read<T>(from.gates, (first + i) * 2 * K, 2 * K, room);
@@ -70,8 +73,8 @@ Item<T> item(const AlignmentCall& call, const Modality& from, int64_t first, int
       made.pool_own()[i] = inner(x, own, wide);
       made.pool_other()[i] = inner(x, other, wide);
     } else if (formed) {
-      std::copy_n(gate + from.own * K, K, made.own_gates + i * wide);
-      std::copy_n(gate + (1 - from.own) * K, K, made.other_gates + i * wide);
+      std::copy_n(gate + from.own * K, K, made.own_gates + i * apart);
+      std::copy_n(gate + (1 - from.own) * K, K, made.other_gates + i * apart);
     }
     if constexpr (IS_PAIR<E>)
       for (int64_t k = 0; !formed && k < D; ++k) x[k] = widen_bfloat16(uint16_t(narrow_bfloat16(x[k])));
@@ -80,6 +83,14 @@ Item<T> item(const AlignmentCall& call, const Modality& from, int64_t first, int
     made.highest = std::max(made.highest, square);
   }
   if (!formed) gram_matrix<T>([&](int64_t i) { return row[size_t(i)]; }, n, wide, nullptr, made.gram, made.ld);
+}
+
+// These rows as an Item; `formed`: it will be used where vectors of a pair are formed.
+template <class T, class E>
+Item<T> item(const AlignmentCall& call, const Modality& from, int64_t first, int64_t n, const Pools<T>& pools,
+             bool formed) {
+  Item<T> made(n, !formed, formed ? pools.apart : 0, formed && call.vector());
+  take_rows<T, E>(call, from, first, n, pools, formed, made);
   return made;
 }
 

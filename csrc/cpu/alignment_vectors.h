@@ -9,7 +9,7 @@ namespace itm_fast {
 template <class T>
 struct VectorSide {
   int64_t size;
-  T *attended, *gates, *fused;  // [own rows][wide]: what they attend to, their gates, and both as in (4)
+  T *attended, *gates, *fused;  // of own rows: what they attend to, their gates, and both as in (4)
   T *context, *star, *global;   // [wide]: the context vector, what it attends to (5), and their sum (6)
   Buffer<T> weight, turned;     // attention, [regions][words] and [words][regions]
   Buffer<T> numbers;
@@ -29,26 +29,25 @@ struct VectorSide {
 };
 
 // What one thread needs to score a pair whose vectors are formed: scratch for images of up to R regions, captions of up
-// to L words, gates of width 1 or of all `wide` features. A backward pass finds all that it takes in both sides;
-// without one, the sides share a room, where fused rows overwrite what rows attend to.
+// to L words, gates of width 1 or of all `wide` features. A backward pass finds all that it takes in both sides,
+// if it says where each has what rows attend to and their gates; without one, the sides share a room, where fused rows
+// overwrite what rows attend to.
 template <class T>
 struct PairVectors {
   const Alignment& problem;
-  int64_t wide;  // D in whole vectors
+  int64_t wide, apart;  // D in whole vectors, and how far rows of so many lie apart
   Buffer<T> rows, vectors;
   VectorSide<T> image_side, caption_side;
   T square_v = 0, square_t = 0, both = 0;  // |v_g|^2, |t_g|^2, v_g . t_g
 
   PairVectors(const Alignment& problem, int64_t R, int64_t L, int64_t wide, bool backward = false)
-      : problem(problem), wide(wide), rows((backward ? 3 * (R + L) : 2 * std::max(R, L)) * wide), vectors(6 * wide),
+      : problem(problem), wide(wide), apart(padded<T>(wide)),
+        rows((backward ? R + L : 2 * std::max(R, L)) * apart), vectors(6 * wide),
         image_side(R, L, vectors, wide), caption_side(R, L, vectors + 3 * wide, wide) {
-    T* at = rows;
     for (VectorSide<T>* side : {&image_side, &caption_side}) {
-      const int64_t n = (backward ? side == &image_side ? R : L : std::max(R, L)) * wide;
-      side->attended = at;
-      side->gates = at + n;
-      side->fused = at + (backward ? 2 * n : 0);
-      if (backward) at += 3 * n;
+      side->attended = rows;
+      side->gates = rows + std::max(R, L) * apart;
+      side->fused = backward ? rows + (side == &image_side ? 0 : R * apart) : side->attended;
     }
   }
 
@@ -58,21 +57,21 @@ struct PairVectors {
     const int64_t n = mine.n, m = others.n;
     const auto zero = [](int64_t, int64_t) { return Vec<T>{}; };
     const auto into = [&](T* to) {
-      return [to, this](int64_t i, int64_t d, Vec<T> v) { store(to + i * wide + d, v); };
+      return [to, step = apart](int64_t i, int64_t d, Vec<T> v) { store(to + i * step + d, v); };
     };
     const Left<T> left{weights, mine.ld};
-    gemm<T>(n, wide, m, left, Right<T>{others.rows, wide}, zero, into(s.attended));
-    if (vector) gemm<T>(n, wide, m, left, Right<T>{others.other_gates, wide}, zero, into(s.gates));
+    gemm<T>(n, wide, m, left, Right<T>{others.rows, apart}, zero, into(s.attended));
+    if (vector) gemm<T>(n, wide, m, left, Right<T>{others.other_gates, apart}, zero, into(s.gates));
     else across<T>(others.other(), weights, m, mine.ld, mine.ld, s.gate());
     T all = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const T* const x = mine.rows + i * wide;
-      T *const at = s.attended + i * wide, *const gates = s.gates + i * wide, *const fused = s.fused + i * wide;
+      const T* const x = mine.rows + i * apart;
+      T *const at = s.attended + i * apart, *const gates = s.gates + i * apart, *const fused = s.fused + i * apart;
       const Vec<T> one = sigmoid<T>(splat(vector ? T(0) : mine.own()[i] + s.gate()[i]));
       Vec<T> dot{}, square{}, along_pool{};
       for (int64_t d = 0; d < wide; d += LANES<T>) {
         const Vec<T> v = load(x + d), u = load(at + d);
-        const Vec<T> g = vector ? sigmoid<T>(load(mine.own_gates + i * wide + d) + load(gates + d)) : one;
+        const Vec<T> g = vector ? sigmoid<T>(load(mine.own_gates + i * apart + d) + load(gates + d)) : one;
         dot += v * u;
         square += u * u;
         const Vec<T> f = u + g * (v - u);
@@ -88,13 +87,13 @@ struct PairVectors {
     }
     *local = problem.mean ? all / T(n) : all;
     softmax(s.share(), n);
-    across<T>(s.share(), s.fused, n, wide, wide, s.context);
-    along<T>(others.rows, m, wide, wide, s.context, s.with_far(), others.ld);
+    across<T>(s.share(), s.fused, n, wide, apart, s.context);
+    along<T>(others.rows, m, wide, apart, s.context, s.with_far(), others.ld);
     s.context_square = inner(s.context, s.context, wide);
     const T length = std::sqrt(std::max(s.context_square, std::numeric_limits<T>::min()));
     for (int64_t j = 0; j < m; ++j) s.found()[j] = s.with_far()[j] / std::max(others.norm()[j] * length, T(EPS));
     softmax(s.found(), m);
-    across<T>(s.found(), others.rows, m, wide, wide, s.star);
+    across<T>(s.found(), others.rows, m, wide, apart, s.star);
     s.with = inner(s.context, s.star, wide);
     s.star_square = inner(s.star, s.star, wide);
     *whole = cosine(s.with, s.context_square, s.star_square);
@@ -104,7 +103,7 @@ struct PairVectors {
   // The side of a modality that attends to nothing: its global vector is the mean of its rows.
   void mean_row(VectorSide<T>& s, const Item<T>& item) {
     for (int64_t i = 0; i < item.n; ++i) s.share()[i] = T(1) / T(item.n);
-    across<T>(s.share(), item.rows, item.n, wide, wide, s.global);
+    across<T>(s.share(), item.rows, item.n, wide, apart, s.global);
   }
 
   // A: [image.n][caption.ld]; the pools have `wide` numbers.

@@ -25,7 +25,8 @@ namespace {
 
 constexpr int64_t WINDOW_BYTES = 32 << 20, COLUMNS = 384;
 
-// n rows, `place(i)` of the tensor, in panels of at most `wide` rows, k-major; a panel is padded to a multiple of `step`.
+// n rows, `place(i)` of the tensor, in panels of at most `wide` rows, k-major; a panel is padded to a multiple of
+// `step`.
 template <class T, class E, class Place>
 void pack(Source source, int64_t n, int64_t D, int64_t wide, int64_t step, Place place, E* out) {
   Buffer<T> room(wide * D), pairs(IS_PAIR<E> ? wide * paired_size<T>(D) : 0);
@@ -82,7 +83,8 @@ class Worker {
  public:
   Worker(const AlignmentCall& call, const Pools<T>& pools, const Kept<T>& kept, int64_t most_rows, int64_t columns,
          int64_t longest)
-      : call_(call), pools_(pools), kept_(kept), ld_(padded<T>(columns)), keys_(packed_size(most_rows, depth<E>(call.P))),
+      : call_(call), pools_(pools), kept_(kept), ld_(padded<T>(columns)),
+        keys_(packed_size(most_rows, depth<E>(call.P))),
         features_(call.vector() ? 0 : packed_size(most_rows, depth<E>(call.D))), affinity_(most_rows * ld_),
         product_(call.vector() ? 0 : most_rows * ld_), a_(call.R * Item<T>::whole(longest)),
         c_(call.R * Item<T>::whole(longest)), coefficients_(call.problem, call.R, longest),
@@ -188,7 +190,9 @@ void scores(const AlignmentCall& call, const Kept<T>& kept = {}) {
     const int64_t count = int64_t(end - begin), groups = least(count, (PARTS + blocks - 1) / blocks);
     std::vector<std::unique_ptr<Captions<T, E>>> window(static_cast<size_t>(count));
     parallel(count, call.threads, [&] {
-      return [&](int64_t c) { window[size_t(c)] = std::make_unique<Captions<T, E>>(call, all[begin + size_t(c)], pools); };
+      return [&](int64_t c) {
+        window[size_t(c)] = std::make_unique<Captions<T, E>>(call, all[begin + size_t(c)], pools);
+      };
     });
     parallel(blocks * groups, call.threads, [&] {
       return [&, worker = Worker<T, E>(call, pools, kept, images * call.R, columns, longest)](int64_t part) mutable {

@@ -110,20 +110,25 @@ struct AlignmentBackward {
     for (int64_t step = 0; step < count; ++step)
       parallel(count, call.threads, [&] {
         return [&, pair = VectorsGradient<T>(call.problem, call.R, caption_sets.most, wide),
+                image = Item<T>(call.R, false, pools.apart, true),
                 room = Buffer<T>(call.R * Item<T>::whole(caption_sets.most))](int64_t k) mutable {
           const Chunk& group = groups[size_t((k + step) % count)];
           Items<T> captions(size_t(group.last - group.first));
           T* const d_pool = d_pools + k * 2 * wide;
           for (int64_t i = call.I * k / count; i < call.I * (k + 1) / count; ++i) {
-            std::unique_ptr<Item<T>> image;
+            bool taken = false;
             for (int64_t t = group.first; t < group.last; ++t)
               take_pair(room, i, t, [&](T g, T* A, T*) {
                 std::unique_ptr<Item<T>>& caption = captions[size_t(t - group.first)];
-                if (!image) image = made(image_sets, i, 0, true);
+                if (!taken)
+                  take_rows<T, E>(call, modality(image_sets, 0), image_sets.first[size_t(i)], image_sets.length(i),
+                                  pools, true, image);
+                taken = true;
                 if (!caption) caption = made(caption_sets, t, 1, true);
-                pair.run(A, *image, *caption, g, pools.image, pools.caption, gradients(image_sets, i, 0),
+                pair.run(A, image, *caption, g, pools.image, pools.caption, gradients(image_sets, i, 0),
                          gradients(caption_sets, t, 1), d_pool, d_pool + wide);
               });
+            if (taken) pair.finish(image, gradients(image_sets, i, 0));
           }
         };
       });
@@ -141,10 +146,12 @@ struct AlignmentBackward {
             gates ? gates + 2 * at + (1 - own) * call.D : nullptr, call.D};
   }
 
+  Modality modality(const RowSets& sets, int64_t own) const {
+    return {sets.source, own ? call.word_gate : call.image_gate, own};
+  }
   std::unique_ptr<Item<T>> made(const RowSets& sets, int64_t set, int64_t own, bool formed) const {
-    const Modality from{sets.source, own ? call.word_gate : call.image_gate, own};
     return std::make_unique<Item<T>>(
-        item<T, E>(call, from, sets.first[size_t(set)], sets.length(set), pools, formed));
+        item<T, E>(call, modality(sets, own), sets.first[size_t(set)], sets.length(set), pools, formed));
   }
   Items<T> items(const RowSets& sets, int64_t own) const {
     Items<T> all(size_t(sets.count()));
