@@ -58,8 +58,9 @@ def scorer(
         regions: R, for models with weights for each region.
         direction: which side attends, for models that have the choice; None: the published default.
         **options: the model's own options under their published names, or those of its pair scorer, as RCAR's step and
-            smooth; the defaults are the F30K recipe's. And mode, "train" or "eval", for models that have no option of
-            this name (NAAF has).
+            smooth; the defaults are the F30K recipe's. For "imram" this recipe has one step of attention, which uses
+            none of the parameters; `iteration_step=3` uses them. And mode, "train" or "eval", for models that have no
+            option of this name (NAAF has).
 
     Raises:
         ValueError: the name, the direction or an option is unknown, or a value is out of its range.

@@ -71,7 +71,7 @@ class IterativeMatching(PaddedScorer):
     Args:
         embed_size: D.
         model_mode: "text_IMRAM", "image_IMRAM" or "full_IMRAM". All modes have the weights of both directions.
-        iteration_step: K.
+        iteration_step: K. One step uses none of the parameters, as (3) and (4) prepare the next step.
         lambda_softmax: inverse temperature of the attention.
         no_IMRAM_norm: leave refined queries as the gate makes them.
 
