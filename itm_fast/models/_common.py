@@ -58,17 +58,15 @@ def real_rows(lengths: Tensor, most: int) -> Tensor:
 
 
 def without_padding(image: Tensor, region_lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Set the rows beyond each image's regions to zero.
+    """Return image [I, R, D] with zeros beyond its `region_lengths` [I], and the mask of regions, bool [I, R].
 
-    A NaN in them would otherwise make the gradients of weights NaN, as 0 x NaN.
+    A NaN in the padding would otherwise make the gradients of weights NaN, as 0 x NaN.
 
-    Args:
-        image: [I, R, D].
-        region_lengths: [I].
-
-    Returns:
-        [I, R, D], and the mask of rows that are regions, bool [I, R].
+    Raises:
+        ValueError: `region_lengths` has another shape.
     """
+    if (found := region_lengths.shape) != image.shape[:1]:
+        raise ValueError(f"region_lengths must be [I] with I = {len(image)} as in image, got {list(found)}")
     valid = real_rows(region_lengths, image.shape[1])
     return image.masked_fill(~rearrange(valid, "i r -> i r 1"), 0.0), valid
 
