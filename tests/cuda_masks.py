@@ -45,7 +45,7 @@ MASKS: dict[str, list[tuple[str, str]]] = {
         ("if (owner >= 0) {", "{"),
         ("sh.tile.owner[warp * 16 + row] == owner ? dot : -INFINITE", "dot"),
         ("if (warp >= sh.tile.captions) return;", ""),
-        ("if (warp < OWNERS) last", "last"),
+        ("if (warp < OWNERS)", "if (true)"),
     ],
     "graph.cu": [
         ("i < T::BLOCKS ? as_bits(1.f) : 0", "as_bits(1.f)"),

@@ -13,7 +13,7 @@ template <class T> __device__ __forceinline__ void score_graph(const Graph &p) {
     auto &sh = *reinterpret_cast<GraphShared<T> *>(memory);
     if constexpr (T::SCALED) {
         for (int i = threadIdx.x; i < 2 * T::BLOCKS; i += THREADS)
-            sh.nodes_top[i / T::BLOCKS][i % T::BLOCKS] = i < T::BLOCKS ? as_bits(1.f) : 0;  // nodes are at most 1
+            sh.nodes_top[i / T::BLOCKS][i % T::BLOCKS] = i < T::BLOCKS ? as_bits(1.f) : 0;  // at most 1; 0 is redundant
         for (int i = threadIdx.x; i < int(sizeof sh.top[0]) / 4; i += THREADS) sh.top[0][i] = 0;
     }
     typename T::Matrices matrices;

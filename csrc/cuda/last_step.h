@@ -128,7 +128,8 @@ __device__ __forceinline__ int last_step(const Graph &p, GraphShared<T> &sh, typ
     };
     weighted_firsts(acc, sh, matrix_of<T>(p.ask, step), matrices, column);
     each([&](int caption, int c, float x) {
-        if (warp < OWNERS) last.asked[caption][c] = x * from_stored(caption, p.ask_exponent, c) + p.shift[step * S + c];
+        if (warp < OWNERS)  // redundant: other warps would write the same bits
+            last.asked[caption][c] = x * from_stored(caption, p.ask_exponent, c) + p.shift[step * S + c];
     });
     __syncthreads();
     gather_firsts(sh, step);
