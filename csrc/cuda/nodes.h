@@ -8,7 +8,7 @@
 //
 // float32 numbers lie as one or two float16 numbers times a power of two (SCALED): words, regions and the matrix of a
 // product have an exponent for each row, which `_rows.split_rows` has found, and what is computed here gets one. Words
-// and global vectors in float16 have exponents too, but lie as they are: only squared differences are beyond float16.
+// and global vectors in float16 have exponents too, but lie as they are: only squares of differences may overflow.
 //
 // A tile has SLOTS rows, each for one node or empty. A caption takes 16, 32, 64 or 128 of them from a multiple of that
 // number on, its global node first (`packing.node_plan`); so no sum depends on the captions beside it.
@@ -41,9 +41,9 @@ struct Nodes {
 
 constexpr int UNIT = 8;  // exponent that numbers of at most 1 are stored with: times 2^UNIT
 
-// KIND: dtype of the factors of products. DEPTH: numbers of a row that a stage holds. REGIONS: a multiple of 16.
-// LONGEST: 0; or groups of four warps multiply (hopper.h), and no caption takes more slots. PLACES: 0; or those of a
-// stream (stream.h) of W and the head's matrices, which two blocks share: of the same captions and neighbouring images.
+// KIND: dtype of products' factors. DEPTH: numbers of a row in a stage. REGIONS: a multiple of 16. LONGEST: 0 if single
+// warps multiply; else groups of four do (hopper.h), and no caption takes more slots than this. PLACES: 0, or the
+// places of a stream (stream.h) of W and the head's matrices, which two blocks of neighbouring images share.
 template <Kind KIND_, int S_, int SLOTS_, int DEPTH_, int REGIONS_, bool SCALED_, int LONGEST_ = 0, int PLACES_ = 0>
 struct NodeTile {
     static constexpr Kind KIND = KIND_;
@@ -97,8 +97,8 @@ template <Kind KIND> __device__ __forceinline__ bool not_finite(unsigned word) {
     return (word & MOST) == MOST || (word >> 16 & MOST) == MOST;
 }
 
-// Writes two numbers of a node. Where one is not finite, the score of its caption becomes NaN. Both become zero: an
-// empty row, which is no node of a caption, has weight 0 in the sums over its rows, and 0 times infinity is NaN.
+// Writes two numbers of a node. Where one is not finite, its caption's score becomes NaN. Both numbers become zero: an
+// empty row, which is no node of a caption, has weight 0 in sums over the caption's rows, and 0 times infinity is NaN.
 template <class T>
 __device__ __forceinline__ void put_node(typename T::Shared &sh, unsigned char *nodes, int row, int column, float x,
                                          float y) {
@@ -366,7 +366,6 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
         project<T>(acc, sh, making.word, p.local_weight, p.chunks, load, difference);
     auto lowered = [&](int slot) { return power(-squared(sh.exponent[slot])); };
     add_bias<T>(acc, sh, p.local_bias, p.weight_exponent, lowered, inverse);
-
     auto *nodes = reinterpret_cast<unsigned char *>(&making);
 #pragma unroll
     for (int m = 0; m < T::M; ++m)
@@ -380,6 +379,7 @@ __device__ __forceinline__ void make_nodes(const Nodes &p, typename T::Shared &s
                 put_node<T>(sh, nodes, row, warp_column<T>() + n * 8 + 2 * t, x * T::scale(), y * T::scale());
             }
         }
+    // Not finite means NaN here, as it was divided by its length; only its caption's sums hold it.
     for (int caption = warp; caption < sh.captions; caption += WARPS) {
         const int slot = sh.first[caption];
         const long long row = image * (long long)p.captions + sh.caption[caption] - p.first_caption;
