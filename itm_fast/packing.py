@@ -114,6 +114,15 @@ def _integers(op: str, name: str, values: Sequence[int] | Tensor) -> Tensor:
     return tensor.detach().cpu()
 
 
+def starts(lengths: Tensor) -> Tensor:
+    """Bounds [n + 1] int64 of n sets of these lengths (integers or bool) that follow one another.
+
+    >>> starts(torch.tensor([2, 1])).tolist()
+    [0, 2, 3]
+    """
+    return torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
+
+
 def node_bounds(cu_seqlens: Tensor) -> Tensor:
     """Bounds [T + 1] of the captions' nodes (one more than words in each caption), from the words' bounds; see `kept`.
 

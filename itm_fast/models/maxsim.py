@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..nn import State
+from ..packing import starts
 from ._common import PaddedScorer, choice, without_padding
 from ._sums import ScoredLoss, SumOfScores
 from .scan import SCAN
@@ -138,7 +139,7 @@ def _with_zero(words: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     if not len(lengths):
         return words, cu_seqlens
     short = lengths < lengths.max()
-    more = nn.functional.pad(short.cumsum(0), (1, 0)).to(cu_seqlens.dtype)
+    more = starts(short).to(cu_seqlens.dtype)
     owner = torch.arange(len(lengths), device=words.device).repeat_interleave(lengths.long())
     rows = words.new_zeros(len(words) + int(more[-1]), words.shape[1])
     place = torch.arange(len(words), device=words.device) + more[:-1].long()[owner]

@@ -35,7 +35,7 @@ WRITTEN = {
     "similarity_graph_head": ("nodes",),
 }
 IN_FLOAT64 = {"similarity_context", "similarity_filter"}  # ops that sum gradients in float64; others in `work_dtype`
-FEW = {"cross_attention_score"}  # ops whose backward in C++ leaves out pairs that have no gradient
+LEAVES_OUT = {"cross_attention_score"}  # ops whose backward in C++ leaves out pairs that have no gradient
 TOGETHER = {"similarity_graph", "similarity_graph_head"}  # ops that sum the gradients of all parameters, or of none
 
 
@@ -63,7 +63,7 @@ class Calls:
         self, op: Declaration, said: str | None = None, more: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     ) -> None:
         self.op, self.said, self.struct = op, said or op.name, _calls.struct(op)
-        self.bfloat16, self.few = op.name in BFLOAT16, op.name in FEW
+        self.bfloat16, self.few = op.name in BFLOAT16, op.name in LEAVES_OUT
         self.sizes = [letter for letter in _calls.SIZES if letter in op.places]
         self.packed = next((letter for letter in "NM" if letter in op.places), "")  # the rows that cu_seqlens bounds
         # Positions of the arguments that are converted before the call.

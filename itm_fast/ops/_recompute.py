@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from .._backends import requested, use_backend
 from .._checks import work_dtype
 from .._workspace import current_gib, scratch_bytes, workspace
-from ..packing import Index, spans
+from ..packing import Index, spans, starts
 
 CPU_TILE = 8 << 20  # bytes of a block with its temporaries that stay in the last caches of a core
 MIN_QUERIES = 384  # with fewer words in a block, matrix products run far from their peak
@@ -124,7 +124,7 @@ def of_pairs(
         captions = scored[images].any(0).nonzero().flatten()
         if not len(captions):
             continue
-        bounds = torch.nn.functional.pad(length[captions].cumsum(0), (1, 0))
+        bounds = starts(length[captions])
         shift = (start[captions] - bounds[:-1]).repeat_interleave(length[captions])
         part = {"I": images, "T": captions, "N": shift + torch.arange(len(shift), device=shift.device), ".": ()}
         taken = [

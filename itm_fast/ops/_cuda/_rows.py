@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...packing import Run, kept, runs, spans
+from ...packing import Run, kept, runs, spans, starts
 from ._blocks import room
 
 TOP = 9  # rows are scaled so that their largest number lies in [2^8, 2^9): products of two and their sums fit float32
@@ -172,7 +172,7 @@ def wide_sets(words: Tensor, edge: Tensor, regions: Tensor, count: Tensor | None
     """
     if count is not None:
         regions = regions & (torch.arange(regions.shape[1], device=regions.device)[None, :] < count[:, None])
-    before = torch.nn.functional.pad(words.cumsum(0), (1, 0))[edge.long()]
+    before = starts(words)[edge.long()]
     sets = torch.cat([before.diff() > 0, regions.any(1)])
     return torch.cat([sets.any().view(1), sets]).to(torch.int32)
 

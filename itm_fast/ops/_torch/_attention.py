@@ -45,9 +45,10 @@ def attention(
     weights: str = "softmax",
     threshold: float = 0.0,
 ) -> Tensor:
-    """Attention weights [B, X, Q] from affinities [B, X, Q]; those of masked contexts and queries are zero.
+    """Attention weights [B, X, Q] from affinities [B, X, Q]; those of masked contexts are zero.
 
-    The queries are `sets` of (length, how many); a norm is over one set.
+    The queries are `sets` of (length, how many); a norm is over one set. `query_mask` [how many, length], the real
+    queries, is only for a single entry of `sets`.
     """
     if norm in ("none", "clipped"):
         logits = scaled(affinity, norm, scale, None)
