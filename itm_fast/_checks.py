@@ -109,6 +109,10 @@ class Arguments:
         if value not in known:
             raise ValueError(f"{self.op}: {name} must be one of {', '.join(known)}, got {value!r}")
 
+    def number(self, name: str, value: object) -> None:
+        if not hasattr(value, "__float__"):  # as a string does not, although float() reads "9"
+            raise TypeError(f"{self.op}: {name} must be a number, got {value!r}")
+
     def positive(self, name: str, value: float) -> None:
         if not 0 < value < float("inf"):
             raise ValueError(f"{self.op}: {name} must be more than 0 and finite, got {value}")

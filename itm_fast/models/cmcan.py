@@ -188,7 +188,7 @@ class ConfidenceMatching(PaddedScorer):
         if image.dim() != 3 or image.shape[1] != R:
             raise ValueError(
                 f"{NAME}: image must be [I, R, D] with R = {R} regions, got {list(image.shape)}; pad images that have "
-                "fewer and give region_lengths, or build the model with num_region"
+                "fewer and give region_lengths, or build it with num_region (`models.scorer`: regions)"
             )
         if adjacency is not None:
             self._check(adjacency, image)

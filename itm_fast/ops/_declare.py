@@ -97,6 +97,9 @@ class Number(Argument):
 
     type = "float"
 
+    def check(self, check: Arguments, given: Given) -> None:
+        check.number(self.name, given[self.name])
+
     def convert(self, value: Any) -> Any:
         return float(value)
 
@@ -108,6 +111,7 @@ class Positive(Number):
     when: tuple[str, tuple[Any, ...]] | None = None
 
     def check(self, check: Arguments, given: Given) -> None:
+        super().check(check, given)
         if self.when is None or given[self.when[0]] in self.when[1]:
             check.positive(self.name, given[self.name])
 
@@ -117,6 +121,7 @@ class Share(Number):
     """A number from 0 to 1."""
 
     def check(self, check: Arguments, given: Given) -> None:
+        super().check(check, given)
         check.share(self.name, given[self.name])
 
 
