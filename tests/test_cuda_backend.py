@@ -265,6 +265,7 @@ def test_the_words_that_a_pair_scorer_takes_are_those_of_autocasts_dtype(gpu, mo
         monkeypatch.setattr(module, "kept", lambda *args: 100)  # words of the longest caption
     given = dict(cu_seqlens=types.SimpleNamespace(device=DEVICE), image=torch.empty(0))
     too_large = partial(DECLARED["similarity_graph_score"].too_large, "cuda", dict(R=36, D=1024, S=256), given)
-    assert too_large() == "CUDA kernels take captions of at most 63 words for S = 256 here, got 100"
+    said = "captions of at most 63 words for R = 36, S = 256 and float32, as this GPU has too little shared memory"
+    assert too_large() == f"CUDA kernels take {said} for more, got 100"
     with autocast(torch.bfloat16):
         assert too_large() is None

@@ -391,7 +391,7 @@ def test_empty(head, I, counts, run):
         (dict(R=129), "sm_90", "take images of 1 to 128 regions, got 129"),
         (dict(S=96), "sm_90", "S to be 64, 128 or 256, got 96"),
         (dict(counts=(128,)), "sm_90", "captions of at most 127 words here, got 128"),
-        (dict(counts=(32,), S=256), "sm_75", "captions of at most 31 words for S = 256 here, got 32"),
+        (dict(counts=(32,), S=256), "sm_75", "captions of at most 31 words for R = 36, S = 256 and float16, as"),
     ],
     ids=str,
 )

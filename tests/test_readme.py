@@ -5,11 +5,14 @@ import re
 import shlex
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
+import torch
 
 from itm_fast import cli
+from itm_fast.ops._cuda.similarity_score import HEADS, why_not
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -61,6 +64,17 @@ def test_the_wheel_is_as_large_and_as_slow_as_measured():
     said = re.search(r"\[(\d+) MB, (\d+) minutes of one core\]\(benchmarks/results/wheel\.json\)", TEXT)
     assert int(said[1]) == round(measured["bytes"] / 1e6)
     assert int(said[2]) == round(measured["compiled"]["cpu_seconds"] / 60)
+
+
+def test_captions_of_sgr_and_saf_in_cuda_kernels_are_as_long_as_it_says():
+    """Compute capabilities in columns, dtypes in rows, "SGR / SAF" in each cell."""
+    head, _, *rows = re.search(r"^\| \| 7\.5.*\n(?:\|.*\n)+", TEXT, re.MULTILINE)[0].splitlines()
+    for row, dtype in zip(rows, (torch.float32, torch.float16), strict=True):
+        for names, cell in zip(head.split("|")[2:-1], row.split("|")[2:-1], strict=True):
+            for name, (op, most) in product(names.split(","), zip(HEADS, cell.replace("none", "0").split("/"))):
+                capability, size = tuple(map(int, name.split("."))), dict(R=36, D=1024, S=256)
+                refused = [bool(why_not(op, dtype, size, int(most) + more, capability)) for more in (0, 1)]
+                assert refused == [most.strip() == "0", True], (op, dtype, name)
 
 
 def test_links_lead_somewhere():

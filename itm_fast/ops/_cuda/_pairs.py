@@ -82,7 +82,7 @@ class Kind(NamedTuple):
     halves: int
 
     def arguments(self, *sizes: int, longest: int = 0) -> str:
-        """Template arguments of a kernel; `longest`: see `NodeTile`."""
+        """Template arguments; `longest`: slots of the longest caption, 0 if GENERAL (LONGEST in csrc/cuda/nodes.h)."""
         flags = [str(self.scaled).lower()] * (longest > 0 or (self.scaled and self.halves == 1))
         return ", ".join([self.name, *map(str, sizes), *flags, *[str(longest)] * (longest > 0)])
 
@@ -245,11 +245,12 @@ def why_not(
         return problem
     if S not in SIMILARITIES:
         return f"CUDA kernels need S to be {', '.join(map(str, SIMILARITIES[:-1]))} or {SIMILARITIES[-1]}, got {S}"
-    fit = kernels(head, kind_of(dtype), R, S, capability)
+    fit, what = kernels(head, kind_of(dtype), R, S, capability), f"R = {R}, S = {S} and {str(dtype)[6:]}"
     if fit is None:
-        return f"CUDA kernels need more shared memory than this GPU has for R = {R} and S = {S}"
+        return f"CUDA kernels need more shared memory than this GPU has for {what}"
     if words > fit.words:
-        return f"CUDA kernels take captions of at most {fit.words} words for S = {S} here, got {words}"
+        most = f"captions of at most {fit.words} words for {what}"
+        return f"CUDA kernels take {most}, as this GPU has too little shared memory for more, got {words}"
     return None
 
 
