@@ -124,6 +124,16 @@ def test_nodes_are_kept_if_the_last_loss_was_of_all_pairs(monkeypatch):
                 assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
 
 
+def test_gradients_of_half_inputs_are_those_of_the_nodes_that_backward_computes(monkeypatch):
+    """Forward multiplies bfloat16 inputs as such, backward in float32: nodes that forward keeps would be others."""
+    call, args = GRAPH.case(5, (4, 2, 7))
+    leaves, found = op_checks.leaves(args, torch.bfloat16), []
+    for most in (0, 1 << 30):
+        monkeypatch.setattr(_score_backward, "MOST_KEPT", most)
+        found += [torch.autograd.grad(call(*leaves, backend="cpu").sum(), leaves) for _ in range(2)]
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(other, found[0], strict=True))
+
+
 @over_scorers
 @pytest.mark.parametrize("few", [False, True])
 def test_gradients_by_products_of_bfloat16(scorer, few):

@@ -115,7 +115,8 @@ class Op(Declaration):
     def run_backward(self, grad: Tensor, needs: list[bool], *args: Any) -> list[Tensor]:
         """The registered op's backward pass, whose arguments are followed by results where it `keeps` them."""
         with torch.autocast(args[0].device.type, enabled=False):
-            chosen = self.implementation(self.chosen(args))
+            backend = self.chosen(args)
+            chosen = self.implementation(self.after_cuda(args) if backend == "cuda" else backend)
             dense = chosen.backward
             if self.keeps:
                 found = dense(grad, needs, *args[:-2], results=args[-2])
@@ -164,8 +165,6 @@ class Op(Declaration):
             if self.stem != self.name:
                 forward, backward = getattr(found, self.name), getattr(found, f"{self.name}_backward", None)
                 found = SimpleNamespace(forward=forward, backward=backward)
-        if backend == "cuda":
-            return SimpleNamespace(forward=found.forward, backward=self._backward_of_cuda)
         if backend not in KERNELS or self.backward is None:
             return found
         if isinstance(self.backward, str):
@@ -174,9 +173,8 @@ class Op(Declaration):
             return SimpleNamespace(forward=found.forward, backward=self.implementation(self.backward).backward)
         return SimpleNamespace(forward=found.forward, backward=partial(self.backward, backend), few=True)
 
-    def _backward_of_cuda(self, grad: Tensor, needs: list[bool], *args: Any, **kept: Any) -> list[Tensor]:
-        """The backward pass of a forward pass in "cuda", in the backend that can run it here."""
+    def after_cuda(self, args: Sequence[Any]) -> str:
+        """The backend of the backward pass of a forward pass in "cuda"."""
         given = dict(zip(self.names, args))
         too_large, aside = self.refused_sizes(self.size(args), given), self.put_aside(given)
-        name = backward_of_cuda(self.name, args[0].device, args[0].dtype, too_large, aside)
-        return self.implementation(name).backward(grad, needs, *args, **kept)
+        return backward_of_cuda(self.name, args[0].device, args[0].dtype, too_large, aside)

@@ -21,16 +21,16 @@ from ._cpu_calls import implementation
 from ._declare import Counts, Floats, Given, Integers, Result, cpu_only
 from ._kept import Keeping, free
 from ._score_heads import GRAPH, OUTPUT, SCORE, Head, scored
+from ._torch.similarity_nodes import nodes_of_pairs, numbers_of_pair
 from .similarity_graph import PARAMETERS
 from .similarity_nodes import OF_PAIRS
 
 CPU_NODES = 64 << 20  # bytes of the nodes and of their gradients, of the pairs that the `cpu` backend takes at a time
 MOST_KEPT = 232 << 20  # bytes of the nodes that `cpu` keeps for the backward pass, at most 1 / SHARE of the scratch
 SHARE = 4
-# Where at most one pair in so many has a gradient, the others are left out: C++ does single pairs as fast as all.
+# Pairs without a gradient are left out where at most one in so many has one. In C++ a pair takes as long alone as among
+# all; in PyTorch on a GPU it takes longer alone.
 FEW = {"cpu": _recompute.MATCHED, "triton": _recompute.SPARSE}
-# Of single pairs in PyTorch, with their gradients: copies of an image's regions, of a padded caption's words, of nodes.
-COPIES, PADDED, NODES = 3, 9, 8
 # By W_l, whether the last backward pass took the nodes of all pairs. The forward pass does not know the loss: one of
 # few pairs, as by hardest negatives, has no use for kept nodes; their room is then left unwritten: it takes no memory.
 _took_all = WeakTensorKeyDictionary()
@@ -87,8 +87,8 @@ def _some_images(
     most: int,
     held: Sequence[Tensor],
 ) -> Iterator[_Part]:
-    """All pairs: as many images at a time as have at most `most` nodes, one at the least. They are the same whatever
-    is held, as the order of sums is."""
+    """All pairs: as many images at a time as have at most `most` nodes, one at the least. What is held changes neither
+    the parts nor the order of sums."""
     cu_seqlens, region_lengths, scale = rest
     size, known = max(1, most // max(1, len(inputs[2]) + len(inputs[3]))), len(held[0]) if held else 0
     for images in spans(len(grad), size):
@@ -108,13 +108,14 @@ def _some_images(
 def _few_pairs(
     backend: str, grad: Tensor, needs: Sequence[bool], inputs: Sequence[Tensor], rest: Sequence[Any], most: int
 ) -> Iterator[_Part]:
-    """The pairs that have a gradient, as one image with as many captions: some at a time, of at most `most` numbers."""
+    """The pairs that have a gradient, as one image with as many captions: as many at a time as take at most `most`
+    numbers, one at the least."""
     (_, R, D), S = inputs[0].shape, len(inputs[4])
     all_images, all_captions = grad.nonzero(as_tuple=True)
     lengths = rest[0].diff().long()[all_captions]
     edge, size = _bounds(lengths + 1), (lengths + 1) * (2 * S + D)
     if backend != "cpu" and len(lengths):
-        size = (COPIES * R + PADDED * lengths.max()) * D + (lengths + 1) * (NODES * S + D)
+        size = torch.full_like(lengths, numbers_of_pair(R, D, S, int(lengths.max())))
     until, start = _bounds(size), 0
     while start < len(all_images):
         stop = max(start + 1, int(torch.searchsorted(until, until[start] + most, right=True)) - 1)
@@ -137,13 +138,16 @@ def _nodes_by_cpu(needs: Sequence[bool], *args: Any) -> tuple[Tensor, Callable[[
 
 def _nodes_by_torch(needs: Sequence[bool], *args: Any) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
     """The same in batched PyTorch."""
-    from ._torch.similarity_nodes import of_pairs
-
-    leaves = [x.detach().requires_grad_(need) for x, need in zip(args, needs)]
+    work = work_dtype(args[0])  # also of what the pairs that share a feature add to its gradient
+    leaves = [x.detach().to(work).requires_grad_(need) for x, need in zip(args, needs)]
     with torch.enable_grad():
-        nodes = of_pairs(*leaves, *args[len(leaves) :])
+        nodes = nodes_of_pairs(*leaves, *args[len(leaves) :])
     wanted = [x for x in leaves if x.requires_grad]
-    return nodes.detach(), lambda d_nodes: list(torch.autograd.grad(nodes, wanted, d_nodes[0]))
+
+    def back(d_nodes: Tensor) -> list[Tensor]:
+        return list(torch.autograd.grad(nodes, wanted, d_nodes[0].to(work)))
+
+    return nodes.detach().to(args[0].dtype), back
 
 
 # Triton's kernels take all pairs of some images and captions. Few single pairs are little work, however it is done.
@@ -171,7 +175,7 @@ def backward(
     if backend == "cpu":
         room = min(room, CPU_NODES)
     if _recompute.few(grad, FEW[backend]):
-        parts = _few_pairs(backend, grad, wanted, inputs, rest, room // made.itemsize)
+        parts = _few_pairs(backend, grad, wanted, inputs, rest, room // work.itemsize)
     else:
         parts = _some_images(backend, grad, wanted, inputs, rest, room // (2 * S * made.itemsize or 1), held)
     with workspace(current_gib() / 2):
@@ -202,18 +206,18 @@ def _through_head(
 
 
 def _keep(*args: Any) -> tuple[Tensor, list[Tensor]]:
-    """`similarity_graph_score` in C++ where a gradient may be asked for, some images' nodes, and of how many.
+    """`similarity_graph_score` in C++ where a gradient may be asked for, the first images' nodes, and of how many.
 
-    In a narrower dtype than that of the sums the backward pass would not compute the same nodes again.
+    None are kept of half inputs: forward multiplies these in their dtype and backward in float32, whose nodes differ.
     """
     image, _, words, caption_global, weight = args[:5]
     work = work_dtype(image)
     row = (len(words) + len(caption_global)) * (len(weight) + 1) * work.itemsize
-    room = min(MOST_KEPT, scratch_bytes(image.device) // SHARE)
+    room = min(MOST_KEPT, scratch_bytes(image.device) // SHARE) if image.dtype == work else 0
     images = min(len(image), room // (row or 1))
-    written = images if _took_all.get(weight) or image.dtype != work else 0
+    written = images if _took_all.get(weight) else 0
     score, *kept = implementation(KEPT.name).forward(*args, [written, images])
-    return score, [*kept, torch.tensor(written)]
+    return score, [*kept, torch.tensor(written, device="cpu")]
 
 
 def _with_kept(grad: Tensor, needs: Sequence[bool], *args: Any, kept: list[Tensor]) -> list[Tensor]:

@@ -29,9 +29,11 @@ Backward, with g the gradient of a pair's result:
     or as in (5) to (8) and (10) of `similarity_filter`                                         (5)
     all other gradients follow from d X as in the backward pass of `similarity_nodes`           (6)
 
-Saved for backward: the inputs, and by (2) with a graph in the cpu backend the nodes of the first images, as many as
-232 MiB and a quarter of the scratch memory hold, if the last backward pass with the same W_l was one of all pairs:
-with hardest negatives there is no use for them. Everything else per pair is computed again, to the same bits.
+Saved for backward: the inputs, and by (2) with a graph in the cpu backend, in float32 or float64, the nodes of the
+first images, as many as fit in 232 MiB and in a quarter of the scratch memory, if in the last backward pass with the
+same tensor `local_weight` more than half of the pairs had a gradient: hardest negatives leave no use for them.
+Everything else per pair is computed again: `cpu` gets the same bits. With `triton`, where at most one pair in 8 has a
+gradient, their nodes come from batched PyTorch.
 """
 
 from __future__ import annotations

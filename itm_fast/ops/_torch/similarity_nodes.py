@@ -86,22 +86,28 @@ def _nodes(
     return torch.cat(parts, 2).flatten(1, 2), inverse
 
 
-def of_pairs(
+def numbers_of_pair(R: int, D: int, S: int, L: int) -> int:
+    """What `nodes_of_pairs` and its gradients hold at once of a pair, counted in runs at sizes where one term prevails:
+    copies of the regions, of a caption padded to L words, of affinities, and of nodes."""
+    return 3 * R * D + 9 * L * D + 5 * R * L + 8 * (L + 1) * S
+
+
+def nodes_of_pairs(
     image, image_global, words, caption_global, local_weight, local_bias, global_weight, global_bias,
     cu_seqlens, region_lengths, scale, pair_image, pair_caption, pair_bounds,
 ):  # fmt: skip
     """The nodes of single pairs, as `OF_PAIRS` has them; captions are padded, so that a GPU is called once for all.
 
-    Features that several pairs share are taken by indexing: its derivative sums on a GPU in one order, and that of
-    index_select in any.
+    Features, which several pairs share, are taken by indexing, whose derivative sums in one order on a GPU; that of
+    index_select sums in any, so it takes only what is named once. Inputs are float32 or float64, as sums are made in
+    their dtype.
     """
-    work = work_dtype(image)
     start, length = cu_seqlens[:-1].long()[pair_caption], cu_seqlens.diff().long()[pair_caption]
     column = torch.arange(int(length.max()), device=image.device)
     real = column < length[:, None]
     at = real.flatten().nonzero().flatten()  # the words among those of the padded captions
-    query = words[(start[:, None] + column).flatten()[at]].to(work)
-    context = image[pair_image].to(work)
+    query = words[(start[:, None] + column).flatten()[at]]
+    context = image[pair_image]
     mask = None if region_lengths is None else valid(region_lengths[pair_image], image.shape[1])[:, :, None]
     if mask is not None:
         context = context.masked_fill(~mask, 0.0)
@@ -111,12 +117,12 @@ def of_pairs(
         logits = logits.masked_fill(~mask, float("-inf"))
     attended = torch.bmm(logits.softmax(1).mT, context).flatten(0, 1).index_select(0, at)
     local = (_attention.l2norm(attended) - query).square()
-    overall = (image_global[pair_image].to(work) - caption_global[pair_caption].to(work)).square()
+    overall = (image_global[pair_image] - caption_global[pair_caption]).square()
     layers = (overall, global_weight, global_bias), (local, local_weight, local_bias)
-    y = torch.cat([linear(x, weight.to(work), bias.to(work)) for x, weight, bias in layers])
+    y = torch.cat([linear(*layer) for layer in layers])
     first = torch.zeros(len(y), dtype=torch.bool, device=y.device).index_fill_(0, pair_bounds[:-1], True)
     order = torch.where(first, first.cumsum(0) - 1, len(overall) + (~first).cumsum(0) - 1)
-    return _attention.l2norm(y.index_select(0, order)).to(image.dtype)
+    return _attention.l2norm(y.index_select(0, order))
 
 
 class _Known(torch.autograd.Function):
