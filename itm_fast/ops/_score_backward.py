@@ -15,7 +15,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._checks import work_dtype
 from .._workspace import current_gib, scratch_bytes, workspace
-from ..packing import node_bounds, spans
+from ..packing import node_bounds, spans, starts
 from . import _recompute
 from ._cpu_calls import implementation
 from ._declare import Counts, Floats, Given, Integers, Result, cpu_only
@@ -113,20 +113,16 @@ def _few_pairs(
     (_, R, D), S = inputs[0].shape, len(inputs[4])
     all_images, all_captions = grad.nonzero(as_tuple=True)
     lengths = rest[0].diff().long()[all_captions]
-    edge, size = _bounds(lengths + 1), (lengths + 1) * (2 * S + D)
+    edge, size = starts(lengths + 1), (lengths + 1) * (2 * S + D)
     if backend != "cpu" and len(lengths):
         size = torch.full_like(lengths, numbers_of_pair(R, D, S, int(lengths.max())))
-    until, start = _bounds(size), 0
+    until, start = starts(size), 0
     while start < len(all_images):
         stop = max(start + 1, int(torch.searchsorted(until, until[start] + most, right=True)) - 1)
         image, caption, bounds = all_images[start:stop], all_captions[start:stop], edge[start : stop + 1] - edge[start]
         nodes, back = _NODES_OF_PAIRS[backend](needs, *inputs, *rest, image, caption, bounds)
         yield _Part(slice(None), nodes[None], bounds, grad[image, caption][None], back)
         start = stop
-
-
-def _bounds(sizes: Tensor) -> Tensor:
-    return torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
 
 
 def _nodes_by_cpu(needs: Sequence[bool], *args: Any) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
