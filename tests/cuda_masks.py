@@ -48,7 +48,6 @@ MASKS: dict[str, list[tuple[str, str]]] = {
         ("if (warp < OWNERS)", "if (true)"),
     ],
     "graph.cu": [
-        ("i < T::BLOCKS ? as_bits(1.f) : 0", "as_bits(1.f)"),
         ("sh.top[0][i] = 0;", ";"),
         ("int(threadIdx.x) < sh.tile.captions && ", "int(threadIdx.x) < T::BLOCKS && "),
         (" && int(blockIdx.y) < p.nodes.images", ""),

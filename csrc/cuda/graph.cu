@@ -12,8 +12,7 @@ template <class T> __device__ __forceinline__ void score_graph(const Graph &p) {
     DYNAMIC_SHARED(memory, sizeof(GraphShared<T>));
     auto &sh = *reinterpret_cast<GraphShared<T> *>(memory);
     if constexpr (T::SCALED) {
-        for (int i = threadIdx.x; i < 2 * T::BLOCKS; i += THREADS)
-            sh.nodes_top[i / T::BLOCKS][i % T::BLOCKS] = i < T::BLOCKS ? as_bits(1.f) : 0;  // at most 1; 0 is redundant
+        if (int(threadIdx.x) < T::BLOCKS) sh.nodes_top[0][threadIdx.x] = as_bits(1.f);  // nodes are at most 1
         for (int i = threadIdx.x; i < int(sizeof sh.top[0]) / 4; i += THREADS) sh.top[0][i] = 0;
     }
     typename T::Matrices matrices;
