@@ -89,21 +89,26 @@ def test_another_process_finds_the_compiled_kernel(gpu):
         {
             "kernel": "affine<3>", "architecture": 90, "nvrtc": nvrtc.library().version, "shared": 0, "spilled": 0,
             "entry": "_Z6affineILi3EEv6Affine", "registers": cubins.kept()[0]["registers"],
-            "serialized": False,
-            "sha256": _native.cache.checksum([entry / "kernel.cubin"]),
+            "serialized": False, "current": True, "sha256": _native.cache.checksum([entry / "kernel.cubin"]),
         }
     ]  # fmt: skip
     assert cubins.kept()[0]["registers"] > 4
 
 
-def test_doctor_shows_the_compiler_the_driver_and_the_kernels(gpu):
+def test_doctor_shows_the_compiler_the_driver_and_the_kernels_of_these_sources(gpu):
     affine()
     library, registers = nvrtc.library(), cubins.kept()[0]["registers"]
-    assert doctor._cuda_rows(doctor._cuda_kernels()) == {
-        "NVRTC": f"{library.version} ({library.path})",
-        "driver": "runs CUDA 13.0",
-        "affine<3> for sm_90": f"{registers} registers, none spilled, compiled by NVRTC {library.version}",
-    }
+    shown = {"NVRTC": f"{library.version} ({library.path})", "driver": "runs CUDA 13.0"}
+    kernel = {"affine<3> for sm_90": f"{registers} registers, none spilled, compiled by NVRTC {library.version}"}
+    more = {"not used": "1 more in the cache folder, compiled from other sources or by another NVRTC"}
+    for file, found in (("other.cu", shown | kernel), ("affine.cuh", shown | more)):
+        with (gpu.sources / file).open("a") as source:
+            source.write("// more\n")
+        cubins._sources.cache_clear()
+        assert doctor._cuda_rows(doctor._cuda_kernels()) == found
+    fresh()
+    affine()
+    assert doctor._cuda_rows(doctor._cuda_kernels()) == shown | kernel | more
 
 
 def _shorter(entry):
@@ -363,7 +368,8 @@ def test_what_the_kernels_need_is_said_in_a_sentence(stub, monkeypatch):
     assert "ROCm" in why_not()
 
 
-def test_without_a_driver(stub, monkeypatch):
+def test_without_a_driver(stub, monkeypatch, tmp_path):
+    monkeypatch.setenv("ITM_FAST_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(driver, "SONAME", "libnothing.so.1")
     assert doctor._cuda_kernels()["driver"] == why_not()
     assert why_not().startswith("NVIDIA's driver does not load: libnothing.so.1: cannot open")

@@ -66,7 +66,8 @@ def build(kernel: Kernel, architecture: int) -> nvrtc.Compiled:
         try:
             with cache.scratch("CUDA kernels") as (scratch, kept):
                 if kept:
-                    _keep(made, scratch / "result", kernel=kernel.name, architecture=architecture)
+                    known = dict(kernel=kernel.name, architecture=architecture, origin=_origin(kernel.source))
+                    _keep(made, scratch / "result", **known)
                     cache.publish(scratch / "result", scratch.parent / name, _load)
         except Unavailable as error:  # such as a full disk: this process has what it needs
             warnings.warn(f"itm-fast compiles its CUDA kernels anew in every process: {error}", stacklevel=2)
@@ -75,12 +76,25 @@ def build(kernel: Kernel, architecture: int) -> nvrtc.Compiled:
 
 def _entry(kernel: Kernel, architecture: int) -> tuple[str, str, dict[str, str]]:
     """The name of a kernel's entry, and the text and the headers that it is compiled from."""
-    texts = dict(_sources(_native.csrc_dir() / "cuda"))
-    source = texts[kernel.source] + layout_checks(kernel.structure, kernel.structure.__name__)
+    checks = layout_checks(kernel.structure, kernel.structure.__name__)
+    name = _digest(kernel.name, architecture, kernel.specific, checks, _origin(kernel.source))
+    texts = _texts()
     headers = {file: text for file, text in texts.items() if not file.endswith(".cu")}
-    compiler = nvrtc.OPTIONS, nvrtc.release()
-    parts = kernel.name, architecture, kernel.specific, *compiler, source, sorted(headers.items())
-    return f"cubin-sm_{architecture}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:16]}", source, headers
+    return f"cubin-sm_{architecture}-{name}", texts[kernel.source] + checks, headers
+
+
+def _origin(source: str) -> str:
+    """A digest of what all kernels of a .cu file are compiled from, and of what compiles them."""
+    texts = [text for text in _texts().items() if text[0] == source or not text[0].endswith(".cu")]
+    return _digest(nvrtc.OPTIONS, nvrtc.release(), source, sorted(texts))
+
+
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+
+
+def _texts() -> Mapping[str, str]:
+    return _sources(_native.csrc_dir() / "cuda")
 
 
 @functools.cache
@@ -104,5 +118,11 @@ def _load(folder: Path) -> nvrtc.Compiled:
 
 
 def kept() -> list[dict[str, Any]]:
-    """What is known about every kernel in the cache folder: kernel, architecture, nvrtc, registers, spilled, shared."""
-    return list(cache.entries("cubin-*", lambda folder: cache.facts(folder, FILE)))
+    """What is known about every kernel in the cache folder: kernel, architecture, nvrtc, registers, spilled, shared,
+    and `current`: whether it was compiled from these sources, by the NVRTC that is here."""
+    found = list(cache.entries("cubin-*", lambda folder: cache.facts(folder, FILE)))
+    known = bool(found) and nvrtc.why_not() is None
+    current = {_origin(file) for file in _texts() if file.endswith(".cu")} if known else set()
+    for kernel in found:
+        kernel["current"] = kernel.pop("origin", None) in current
+    return found

@@ -67,7 +67,8 @@ def examine() -> dict[str, Any]:
 
     Returns:
         A dict with versions, packages, optional, cpu, native (the C++ kernels: level, compiler, library, cache folder,
-        and why they cannot run), cuda (NVRTC, the driver, and the CUDA kernels compiled on this machine), devices,
+        and why they cannot run), cuda (NVRTC, the driver, the CUDA kernels of these sources that are compiled on this
+        machine, and how many kernels of others the cache folder holds), devices,
         backends (per device: name -> None, or why it cannot run), operations (per op: the backends it has, and the one
         that auto chooses per device), nltk_punkt, environment, checks, ok.
 
@@ -169,8 +170,13 @@ def _cuda_kernels() -> dict[str, Any]:
 
     compiler = nvrtc.why_not() or f"{nvrtc.library().version} ({nvrtc.library().path})"
     runs = driver.why_not() or f"runs CUDA {driver.version()}"
-    kept = [{name: value for name, value in kernel.items() if name != "sha256"} for kernel in cubins.kept()]
-    return {"NVRTC": compiler, "driver": runs, "kernels": kept}
+    kept = cubins.kept()
+    told = [
+        {name: value for name, value in kernel.items() if name not in ("sha256", "current")}
+        for kernel in kept
+        if kernel["current"]
+    ]
+    return {"NVRTC": compiler, "driver": runs, "kernels": told, "older kernels": len(kept) - len(told)}
 
 
 def _bfloat16() -> str:
@@ -335,4 +341,6 @@ def _cuda_rows(found: dict[str, Any]) -> dict[str, str]:
         rows[f"{kernel['kernel']} for sm_{kernel['architecture']}"] = (
             f"{kernel['registers']} registers, {spilled}, compiled by NVRTC {kernel['nvrtc']}"
         )
+    if older := found["older kernels"]:
+        rows["not used"] = f"{older} more in the cache folder, compiled from other sources or by another NVRTC"
     return rows
