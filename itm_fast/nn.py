@@ -16,13 +16,16 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
+from ._checks import Arguments, Shape
 from ._names import AnyPool, Direction, Norm, Similarity, Weights
 from .ops import cross_attention_score, similarity_filter, similarity_graph
 from .ops._attention import NEGATIVE, affinity_norm, attention_weights, negative, pooled, similarities
-from .packing import bounds
+from .packing import bounds, region_counts
 
 State = tuple[Tensor, ...]
+IMAGE, WORDS, BOUNDS, COUNTS = map(Shape, ("I R D", "N D", "T+1", "I"))
 
 
 def xavier_(linear: nn.Linear) -> None:
@@ -81,7 +84,8 @@ class PairScorer(nn.Module):
         raise NotImplementedError
 
     def forward(self, image: Tensor, words: Tensor, cu_seqlens: Tensor, region_lengths: Tensor | None = None) -> Tensor:
-        """Scores [I, T] of images [I, R, D] and packed captions."""
+        """Scores [I, T] of images [I, R, D] and packed captions; `check_inputs` says what it refuses."""
+        check_inputs(type(self).__name__, image, words, cu_seqlens, region_lengths)
         image_state = self.image_state(image, region_lengths)
         caption_state = self.caption_state(words, cu_seqlens)
         return self.score(image_state, words, cu_seqlens, caption_state, region_lengths)
@@ -123,6 +127,7 @@ class PairScorer(nn.Module):
         torch.Size([2])
         """
         name = type(self).__name__
+        check_inputs(f"{name}.matched", image, words, cu_seqlens, region_lengths)
         edge = bounds(cu_seqlens, len(words), f"{name}.matched")
         if len(edge) - 1 != len(image):
             raise ValueError(f"{name}.matched: one caption per image is needed, got {len(image)} and {len(edge) - 1}")
@@ -143,6 +148,34 @@ class PairScorer(nn.Module):
             )
             found.append(score[0])
         return torch.cat(found) if found else image.new_empty(0)
+
+
+def check_inputs(
+    op: str, image: Tensor, words: Tensor, cu_seqlens: Tensor, region_lengths: Tensor | None = None
+) -> None:
+    """Raise where `op`, a pair scorer's name, cannot score images [I, R, D] and packed captions.
+
+    A scorer's own layers see the tensors before an op does, and would go on with wrong lengths, or end in torch's
+    errors. torch.compile traces this without the values of `cu_seqlens` and `region_lengths`.
+
+    Raises:
+        ValueError: a shape is wrong, the tensors lie on several devices, or a caption or an image has no rows, or
+            other than `words` and `image` hold.
+        TypeError: an argument is no tensor, or has a wrong dtype.
+
+    >>> check_inputs("Scorer", torch.zeros(2, 3, 8), torch.zeros(5, 8), torch.tensor([0, 5]), torch.tensor([3, 0]))
+    Traceback (most recent call last):
+    ValueError: Scorer: region_lengths must lie in 1..3 (R), got 0 for image 1
+    """
+    check = Arguments(op)
+    check.floats("image", image, IMAGE)
+    check.floats("words", words, WORDS)
+    check.integers("cu_seqlens", cu_seqlens, BOUNDS)
+    if region_lengths is not None:
+        check.integers("region_lengths", region_lengths, COUNTS)
+    if not (torch.compiler.is_compiling() or is_fake(cu_seqlens)):
+        bounds(cu_seqlens, len(words), op)
+        region_counts(region_lengths, image, op)
 
 
 def image_state(scorer: Any, image: Tensor, region_lengths: Tensor | None = None, boxes: Tensor | None = None) -> State:

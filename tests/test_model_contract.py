@@ -10,6 +10,8 @@ from sgraf_cases import LENGTHS, D, R, copied, dropout, features
 
 import itm_fast
 from itm_fast._workspace import current_gib
+from itm_fast.models._building import ALONE
+from itm_fast.models._catalogue import CATALOGUE
 from itm_fast.ops import _register
 from itm_fast.testing import assert_accurate
 
@@ -220,3 +222,39 @@ def test_another_number_of_regions_is_refused(model):
     image, caption = features()
     with pytest.raises(ValueError, match=r"R = 6 regions, got \[5, 4, 16\]"):
         model.scorer()(image[:, :4], caption, LENGTHS)
+
+
+WORDS, BOUNDS = torch.ones(10, D), torch.tensor([0, 3, 8, 10])
+WRONG = {
+    "no-region": ({"region_lengths": torch.tensor([R, 0])}, ValueError, f"region_lengths must lie in 1..{R} .* 0"),
+    "over-R": ({"region_lengths": torch.tensor([R, R + 1])}, ValueError, f"region_lengths must lie in 1..{R} .* 7"),
+    "floats": ({"region_lengths": torch.tensor([2.0, 3.0])}, TypeError, "region_lengths must be int32 or int64, got"),
+    "list": ({"region_lengths": [2, 3]}, TypeError, "region_lengths must be a tensor, got list"),
+    "three": ({"region_lengths": torch.tensor([2, 3, 3])}, ValueError, r"region_lengths must be \[I\] with I = 2 as"),
+    "rows": ({"region_lengths": torch.tensor([[2, 3]])}, ValueError, r"region_lengths must be \[I\], got \[1, 2\]"),
+    "no-word": ({"cu_seqlens": torch.tensor([0, 3, 3, 10])}, ValueError, "caption 1 is empty"),
+    "too-few": ({"cu_seqlens": torch.tensor([0, 3, 8, 9])}, ValueError, "cu_seqlens must start at 0 and end at the 10"),
+    "float-bounds": ({"cu_seqlens": BOUNDS.float()}, TypeError, "cu_seqlens must be int32 or int64, got"),
+    "dtypes": ({"words": WORDS.double()}, TypeError, "words and image must have one dtype, got torch.float64 and"),
+    "D": ({"words": WORDS[:, 1:]}, ValueError, rf"words must be \[N, D\] with D = {D} as in image, got"),
+    "one-image": ({"image": torch.ones(R, D)}, ValueError, r"image must be \[I, R, D\], got \["),
+}
+
+
+@pytest.mark.parametrize("given,error,said", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("name", [*CATALOGUE, *ALONE])
+def test_wrong_input_is_refused_in_the_scorers_name(name, given, error, said):
+    scorer = itm_fast.models.scorer(name, **({} if name in ALONE else {"dim": D, "regions": R}))
+    given = {"image": torch.ones(2, R, D), "words": WORDS, "cu_seqlens": BOUNDS, "region_lengths": None, **given}
+    for call, named in ((scorer, ""), (scorer.matched, r"\.matched")):
+        with pytest.raises(error, match=f"^{type(scorer).__name__}{named}: {said}"):
+            call(*given.values())
+
+
+@pytest.mark.parametrize("wrong", [[2, 3], torch.tensor([2, 3, 3])], ids=["list", "three"])
+def test_a_training_step_refuses_wrong_region_lengths(wrong):
+    opt = itm_fast.training.options("dual", img_dim=D, embed_size=D, word_dim=D)
+    opt.vocab_size = 9
+    model = itm_fast.models.build(opt)
+    with pytest.raises((TypeError, ValueError), match=r"^DualEncoder\.train_emb: region_lengths must be "):
+        model.train_emb(torch.ones(2, R, D), torch.ones(2, 3, dtype=torch.int64), [3, 2], region_lengths=wrong)

@@ -211,11 +211,3 @@ def test_refusals():
         SHAN(model_options()).txt_enc.set_vectors(torch.zeros(30, 3))
     with pytest.raises(ValueError, match="list of 3 state_dicts"):
         SHAN(model_options()).load_state_dict([{}, {}])
-
-
-@pytest.mark.parametrize("lengths", [[3, 4, 5], [[3, 4]]])
-def test_region_lengths_of_another_shape_are_refused(lengths):
-    scorer = itm_fast.models.scorer("shan", dim=8)
-    words, cu_seqlens = itm_fast.pack(torch.randn(3, 6, 8), [6, 5, 4])
-    with pytest.raises(ValueError, match=r"region_lengths must be \[I\] with I = 2 as in image, got \["):
-        scorer(torch.randn(2, 5, 8), words, cu_seqlens, torch.tensor(lengths))

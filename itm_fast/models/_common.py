@@ -14,6 +14,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from .. import _torchrun
+from .._checks import Arguments, Shape
 from .._ranks import own_group
 from .._share import share
 from ..nn import PairScorer
@@ -61,12 +62,7 @@ def without_padding(image: Tensor, region_lengths: Tensor) -> tuple[Tensor, Tens
     """Return image [I, R, D] with zeros beyond its `region_lengths` [I], and the mask of regions, bool [I, R].
 
     A NaN in the padding would otherwise make the gradients of weights NaN, as 0 x NaN.
-
-    Raises:
-        ValueError: `region_lengths` has another shape.
     """
-    if (found := region_lengths.shape) != image.shape[:1]:
-        raise ValueError(f"region_lengths must be [I] with I = {len(image)} as in image, got {list(found)}")
     valid = real_rows(region_lengths, image.shape[1])
     return image.masked_fill(~rearrange(valid, "i r -> i r 1"), 0.0), valid
 
@@ -388,6 +384,9 @@ class Matcher:
         self.log("lr", self.optimizer.param_groups[0]["lr"])
         self.optimizer.zero_grad()
         if region_lengths is not None:
+            check = Arguments(f"{type(self).__name__}.train_emb")
+            check.shape("images", images, Shape("B R F"))
+            check.integers("region_lengths", region_lengths, Shape("B"))
             images, _ = without_padding(images, region_lengths.to(images.device))
             region_lengths = region_lengths.to(self.device)
         loss = self.batch_loss(images, captions, lengths, region_lengths)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from .._workspace import scratch_bytes
-from ..nn import Attention, PairScorer, SimilarityGraph, State, xavier_
+from ..nn import Attention, PairScorer, SimilarityGraph, State, check_inputs, xavier_
 from ..ops import _recompute, attended_vectors, similarity_graph
 from ..ops._calls import CONFIDENCE_MATCHING
 from ..ops._cpu_calls import score as cpu_score
@@ -163,16 +163,15 @@ class ConfidenceMatching(PaddedScorer):
             ValueError: a shape or length is wrong, a region has more than 5 neighbours, or boxes are in pixels.
         """
         words, cu_seqlens = packed(cap_emb, cap_lens)
+        check_inputs(NAME, img_emb, words, cu_seqlens, region_lengths)
         image_state = self.image_state(img_emb, region_lengths, boxes, adjacency)
         return self.score(image_state, words, cu_seqlens, self.caption_state(words, cu_seqlens), region_lengths)
 
     @staticmethod
     def _check(adjacency: Tensor, image: Tensor) -> None:
         if adjacency.shape != (len(image), image.shape[1], image.shape[1]):
-            said = list(adjacency.shape)
-            raise ValueError(
-                f"{NAME}: adjacency must be [I, R, R] with I = {len(image)} and the R of image, got {said}"
-            )
+            wanted, said = f"[I, R, R] with I = {len(image)} and the R of image", list(adjacency.shape)
+            raise ValueError(f"{NAME}: adjacency must be {wanted}, got {said}")
         if int(adjacency.eq(1).sum(-1).max() if adjacency.numel() else 0) > PARTIAL:
             raise ValueError(f"{NAME}: a region has more than {PARTIAL} neighbours in adjacency, and no rule chooses")
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .._names import Direction
 from ..data.boxes import HOW_BOXES
-from ..nn import Attention, State
+from ..nn import Attention, State, check_inputs
 from ..ops import _recompute, attended_vectors
 from ..packing import region_counts
 from ._boxes import checked
@@ -163,6 +163,7 @@ class StructuredMatching(PaddedScorer):
             ValueError: a shape or length is wrong, or there are no boxes.
         """
         words, cu_seqlens = packed(cap_emb, cap_lens)
+        check_inputs(NAME, img_emb, words, cu_seqlens, region_lengths)
         image_state = self.image_state(img_emb, region_lengths, bbox)
         return self.score(image_state, words, cu_seqlens, (), region_lengths)
 
