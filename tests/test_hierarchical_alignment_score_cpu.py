@@ -179,9 +179,19 @@ def test_vector_gates_keep_affinities_alone(kept, monkeypatch):
 
 def test_gradients_of_many_short_captions():
     """With vector gates, what words give regions is added for four captions or 48 words at a time."""
-    counts = (20, 24, 8, 1, 1, 1, 1, 1, 1) * 14  # a thread takes up to 51 words: a sum may end after both or at the end
+    # A thread takes a sixteenth of the words: 17 and 17 are added because a third 17 would make 51 words, the next four
+    # captions because they are four, and the last one because it is the last.
+    counts = (17, 17, 17, 1, 1, 1, 1) * 16
     call, args = test_hierarchical_alignment_score.case(2, counts, D=5, regions=(3, 2), gate="vector")
     op_checks.check_gradients(call, args, torch.float32, "cpu")
+    upstream, before, found = torch.linspace(-1, 1, 224).view(2, 112), torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(gradients(call, [a.float() for a in args], upstream))
+    finally:
+        torch.set_num_threads(before)
+    assert_equal(*found)
 
 
 def test_no_gradients_but_those_that_are_needed():

@@ -37,7 +37,7 @@ struct Modality {
 
 template <class T>
 struct Pools {
-  int64_t wide, apart;  // D in whole vectors, and how far rows of so many lie apart
+  int64_t wide, apart;  // D in whole vectors, and how far rows of so many lie apart: padded() says why
   Buffer<T> image, caption;
 
   explicit Pools(const AlignmentCall& call)

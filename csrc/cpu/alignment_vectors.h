@@ -29,13 +29,13 @@ struct VectorSide {
 };
 
 // What one thread needs to score a pair whose vectors are formed: scratch for images of up to R regions, captions of up
-// to L words, gates of width 1 or of all `wide` features. A backward pass finds all that it takes in both sides,
-// if it says where each has what rows attend to and their gates; without one, the sides share a room, where fused rows
-// overwrite what rows attend to.
+// to L words, gates of width 1 or of all `wide` features. For a backward pass the caller sets `attended` and `gates` of
+// both sides, which then keep all that it takes; without one, the sides share a room, where fused rows overwrite what
+// rows attend to.
 template <class T>
 struct PairVectors {
   const Alignment& problem;
-  int64_t wide, apart;  // D in whole vectors, and how far rows of so many lie apart
+  int64_t wide, apart;  // D in whole vectors, and how far rows of so many lie apart: padded() says why
   Buffer<T> rows, vectors;
   VectorSide<T> image_side, caption_side;
   T square_v = 0, square_t = 0, both = 0;  // |v_g|^2, |t_g|^2, v_g . t_g

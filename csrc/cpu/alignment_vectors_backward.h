@@ -89,7 +89,8 @@ struct RowGradients {
 template <class T>
 class FarGradients {
  public:
-  // Room for as many `pairs` with ROWS own rows in all, or for one with `most`, and for `far` far rows.
+  // Holds one pair with up to `most` own rows and up to `far` far rows; or, if `pairs` > 1, up to so many with together
+  // at most ROWS own rows, or at most `most` where that is more.
   FarGradients(int64_t pairs, int64_t most, int64_t far, int64_t wide)
       : pairs_(pairs), room_(std::max(most, pairs > 1 ? ROWS : 0)), wide_(wide), apart_(padded<T>(wide)),
         rows_((2 * pairs + room_) * apart_), gates_(room_ * apart_),

@@ -101,7 +101,7 @@ struct AlignmentBackward {
   // (k + s) mod G, so that no two threads share an image or a caption, and each sum has one order. The pools have a
   // gradient for each image group, and these are added in order.
   void by_vectors() const {
-    const int64_t each = 3 * pools.wide * int64_t(sizeof(T));
+    const int64_t each = 3 * pools.apart * int64_t(sizeof(T));
     const std::vector<Chunk> groups = chunks(
         caption_sets.edge.data(), call.T,
         std::max<int64_t>(1, least((N + EQUAL_PARTS - 1) / EQUAL_PARTS, GROUP_BYTES / each)));
