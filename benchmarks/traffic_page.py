@@ -41,9 +41,10 @@ def _training(found: dict) -> str:
         "pairs of a row have a gradient. SGR computes these alone, their nodes in batched PyTorch; SCAN's kernels take "
         "64 images at a time with every caption that one of them has a gradient with, which are most pairs, so that x "
         "floor tells there what leaving the others out could save.\n"
-        "- The bound does not count the time to start a launch. At 5 microseconds each it is more than the bound of "
-        "SGR's and SAF's forward parts, most of whose launches draw dropout, caption by caption in the order of the "
-        "published loop.\n"
+        "- The bound does not count waits for sizes that the CPU has to know, as of the pairs with a gradient, nor the "
+        "time to start a launch. At 5 microseconds each that is more than the bound of SGR's backward pass by hardest "
+        "negatives, and of SGR's and SAF's forward parts, most of whose launches draw dropout, caption by caption in "
+        "the order of the published loop.\n"
         "- The JSON file has the kernels of each part, under `training`."
     )
     lines = [
