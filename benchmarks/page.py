@@ -40,8 +40,7 @@ PLAIN = {"vectorised rewrite": "#7aa6c2", "compiled rewrite": "#3f7fa6", "one ma
 BASE, PACKAGE, OURS = "#9aa0a6", "#3f7fa6", "#d1622b"
 HEAD = """# Measured
 
-Each contender's results are compared with the loop's before it is timed. The commit of pair_scorers_tshsr, 0c1a4bf, is
-not in this repository's history: no clone has it.
+Each contender's results are compared with the loop's before it is timed.
 
 - x loop: times faster than the paper's loop.
 - of FMA peak: the operations that the result needs against a loop of fused multiply-adds with the processor's widest
