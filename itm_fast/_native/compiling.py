@@ -212,7 +212,8 @@ def compile_libraries(
             and its library, `LIBRARY`; "" for `folder` itself. Object files that are up to date are reused.
         folder: the build folder.
         deadline: in seconds of time.monotonic().
-        tell: called often meanwhile with the number of object files that are there, and that there will be.
+        tell: called often meanwhile, and at the end, with the number of object files that are there, and that there
+            will be.
 
     Raises:
         Unavailable: compiling failed; the message says why, and where the whole output is.
@@ -246,6 +247,7 @@ def compile_libraries(
     ended = _run([find_ninja(), f"-j{cores}"], folder, deadline, failed)
     if ended[0] or not all(library.is_file() for library in libraries):
         raise _failure(compiler, folder, ended, [*files, *libraries])
+    tell(len(files), len(files))
 
 
 def move_library(library: Path, folder: Path, level: str, compiler: Compiler) -> None:
