@@ -38,14 +38,16 @@ struct AttendedVectors {
     const int64_t columns = CHUNK_BYTES / int64_t(sizeof(T));
     if (!apart)
       return for_windows<T>(shared(), call.threads, [&](const QueryWindow<T>& window) {
-        over(window.chunks, window.widest, [&](int64_t, int64_t c, Panels<T>&) -> const Panels<T>& { return window.panels[c]; });
+        over(window.chunks, window.widest,
+             [&](int64_t, int64_t c, Panels<T>&) -> const Panels<T>& { return window.panels[c]; });
       });
     const std::vector<Chunk> all = chunks(sets.edge.data(), sets.count(), columns);
     int64_t widest = 0;
     for (const Chunk& chunk : all) widest = std::max(widest, chunk.rows);
     over(all, widest, [&](int64_t context, int64_t c, Panels<T>& own) -> const Panels<T>& {
       for (int64_t set = all[c].first; set < all[c].last; ++set)
-        own.read({call.queries, call.dtype}, row(context, set), sets.length(set), call.D, sets.edge[set] - all[c].begin);
+        own.read({call.queries, call.dtype}, row(context, set), sets.length(set), call.D,
+                 sets.edge[set] - all[c].begin);
       return own;
     });
   }
@@ -126,7 +128,8 @@ struct AttendedVectors {
       if (t2i) continue;
       std::fill_n(tile.scale + 0, 1, T(0));
       for (int64_t k = sets.length(set); k < call.R; ++k, ++at)
-        for (int64_t s = 0; s < call.S; ++s) write<T>(call.attended, call.dtype, at * call.S + s, 1, tile.scale + 0, T(1));
+        for (int64_t s = 0; s < call.S; ++s)
+          write<T>(call.attended, call.dtype, at * call.S + s, 1, tile.scale + 0, T(1));
     }
   }
 };

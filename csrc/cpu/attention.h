@@ -103,7 +103,8 @@ inline void logits_backward(Norm norm, T scale, int64_t n, const int64_t* edge, 
       }
       for (int64_t j = begin; over_queries(norm) && j < end; j += LANES<T>) {
         const Vec<T> a = load(at + j), u = norm == Norm::SOFTMAX ? exp<T>(a - top) : cut ? clip<T>(a) : a;
-        const Vec<T> part = norm == Norm::SOFTMAX ? u : square ? u * u : (u > 0 ? u : -u), product = u * load(slope + j);
+        const Vec<T> part = norm == Norm::SOFTMAX ? u : square ? u * u : (u > 0 ? u : -u);
+        const Vec<T> product = u * load(slope + j);
         const Vec<Int<T>> real = inside<T>(j, begin, end);
         size += select<T>(real, part, Vec<T>{});
         along += select<T>(real, product, Vec<T>{});

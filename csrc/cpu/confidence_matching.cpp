@@ -54,8 +54,8 @@ PairScore words_side(const ConfidenceMatchingCall& c, T* logit) {
 template <class T>
 class RegionTile {
  public:
-  RegionTile(const ConfidenceMatchingCall& call, const Weights<T>& weights, int64_t words, int64_t columns, int64_t sets,
-             int64_t most)
+  RegionTile(const ConfidenceMatchingCall& call, const Weights<T>& weights, int64_t words, int64_t columns,
+             int64_t sets, int64_t most)
       : call(call), weights(weights), S(call.S), ld(padded<T>(columns)), x(words, call.D), summary(1, call.D),
         local(words, columns, call.D, S), partial(1, columns, call.D, S), overall(1, sets, call.D, S),
         graph(weights.graph, columns + sets, most + 1), similar(S * ld), gate(ld), global(S), factor(S),
@@ -143,9 +143,9 @@ void forward(const ConfidenceMatchingCall& call) {
   if (images.count() == 0 || words.count() == 0) return;
   Buffer<T> found(call.I * call.T);  // logits
   {
-    const GraphWeights<T> graph(call.S, call.K, {call.word_query_weight, call.dtype}, {call.word_query_bias, call.dtype},
-                                {call.word_key_weight, call.dtype}, {call.word_value_weight, call.dtype},
-                                {call.word_value_bias, call.dtype});
+    const GraphWeights<T> graph(call.S, call.K, {call.word_query_weight, call.dtype},
+                                {call.word_query_bias, call.dtype}, {call.word_key_weight, call.dtype},
+                                {call.word_value_weight, call.dtype}, {call.word_value_bias, call.dtype});
     graph_scores<T, T>(words_side<T>(call, found), graph, {});
   }
   const Weights<T> weights(call);

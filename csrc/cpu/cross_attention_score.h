@@ -113,8 +113,8 @@ struct Cosines {
   }
 
   // From the logits in `weight`: weights e = exp(logit - largest) of the contexts that are kept, 0 of the others, their
-  // sum `total` and `dot`, of set by set with affinities a. A column that keeps no context has an infinite total, and so
-  // alpha = 0. Comparisons are such that NaN is kept.
+  // sum `total` and `dot`, of set by set with affinities a. A column that keeps no context has an infinite total, and
+  // so alpha = 0. Comparisons are such that NaN is kept.
   void kept_weights(int64_t n, int64_t columns, const T* a) {
     const Weights how = problem.weights;
     const bool focal = how == Weights::FOCAL_EQUAL || how == Weights::FOCAL_PROB;

@@ -3,9 +3,9 @@
 // Queries and contexts are both passed through in windows. Each pair of windows takes two rounds. In the first a thread
 // owns one chunk of queries: with all blocks of contexts it computes the weights again as the forward pass does, and
 // the affinities too unless that has kept them, turns the affinities into their gradients in place, adds the gradient
-// of its queries, and stores the transposed affinity gradients and each set's Gram matrix gradient. In the second a thread
-// owns one block of contexts and some of the features: it adds the gradient of these contexts from what all chunks
-// stored, chunk by chunk in order. So every sum has one owner and one order, whatever the number of threads.
+// of its queries, and stores the transposed affinity gradients and each set's Gram matrix gradient. In the second a
+// thread owns one block of contexts and some of the features: it adds the gradient of these contexts from what all
+// chunks stored, chunk by chunk in order. So every sum has one owner and one order, whatever the number of threads.
 //
 // Where the forward pass multiplied bfloat16 values, so do the three large products: of the features for affinities,
 // and of the affinity gradients with the queries and with the contexts. All else is computed in float.
@@ -155,7 +155,8 @@ struct Backward {
       work.twice[j] = 0;
     }
     T* const d_gram = contexts.d_gram[size_t(c)] + contexts.gram[size_t(b)] + gram_at;
-    if (!product) gram_matrix<T>([&](int64_t x) { return weight + x * ld; }, n, chunk.rows, work.twice, d_gram, gram_ld);
+    if (!product)
+      gram_matrix<T>([&](int64_t x) { return weight + x * ld; }, n, chunk.rows, work.twice, d_gram, gram_ld);
     for (int64_t x = 0; cosine && x < n; ++x) d_gram[x * gram_ld + x] += work.factor[x];
   }
 

@@ -83,7 +83,8 @@ inline void gemm(int64_t M, int64_t N, int64_t K, Left<E> a, Right<E> b, Begin b
 #endif
   for (int64_t j = 0; j < N; j += TILE_COLUMNS<Sum<E>>) {
     int64_t i = 0;
-    for (; i + TILE_ROWS <= round_up(M, ROW_STEP); i += TILE_ROWS) tile_row<E, TILE_ROWS>(M, N, K, a, b, i, j, begin, end);
+    for (; i + TILE_ROWS <= round_up(M, ROW_STEP); i += TILE_ROWS)
+      tile_row<E, TILE_ROWS>(M, N, K, a, b, i, j, begin, end);
     if constexpr (TILE_ROWS == 12) {
       const int64_t left = round_up(M, ROW_STEP) - i;
       if (left == 8) tile_row<E, 8>(M, N, K, a, b, i, j, begin, end);

@@ -24,7 +24,9 @@ void multiply(Source x, Source weight, Source bias, int64_t N, int64_t K, int64_
     std::copy_n(read<T>(bias, 0, S, room), S, added + 0);
   }
   parallel(panels, threads, [&] {
-    return [&](int64_t p) { pack_columns(weight, p * WIDE, least(WIDE, S - p * WIDE), K, columns.at(0, p * WIDE), WIDE); };
+    return [&](int64_t p) {
+      pack_columns(weight, p * WIDE, least(WIDE, S - p * WIDE), K, columns.at(0, p * WIDE), WIDE);
+    };
   });
   parallel((N + ROWS - 1) / ROWS, threads, [&] {
     return [&, room = Buffer<T>(ROWS * K), a = Buffer<T>(packed_size(ROWS, K)),

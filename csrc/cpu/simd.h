@@ -145,9 +145,9 @@ inline Vec<T> exp(Vec<T> x) {
   return vanishes ? Vec<T>{} : p * (Vec<T>)power;
 }
 
-// tanh(x) = e / (e + 2) with e = e^(2|x|) - 1, and x's sign, off by a few units in the last place. e has no cancellation:
-// with 2|x| = n ln 2 + r as in exp(), it is (e^r - 1) 2^n + (2^n - 1), and e^r - 1 is a polynomial without its constant.
-// Beyond |x| = 20, where tanh is 1 in both types, e stays as it is there. NaN gives NaN.
+// tanh(x) = e / (e + 2) with e = e^(2|x|) - 1, and x's sign, off by a few units in the last place. e has no
+// cancellation: with 2|x| = n ln 2 + r as in exp(), it is (e^r - 1) 2^n + (2^n - 1), and e^r - 1 is a polynomial
+// without its constant. Beyond |x| = 20, where tanh is 1 in both types, e stays as it is there. NaN gives NaN.
 template <class T>
 inline Vec<T> tanh(Vec<T> x) {
   constexpr bool single = sizeof(T) == 4;

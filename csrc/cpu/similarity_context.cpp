@@ -114,7 +114,8 @@ class Context {
         for (int64_t s = 0; s < S; s += LANES<T>) {
           Vec<T> sums{};
           for (int64_t j = 0; j < count; ++j) sums += load(rows + j * ld + s) * d_a[j];
-          for (int64_t lane = 0; lane < least(LANES<T>, S - s); ++lane) d_weight[k * S + s + lane] += double(sums[lane]);
+          for (int64_t lane = 0; lane < least(LANES<T>, S - s); ++lane)
+            d_weight[k * S + s + lane] += double(sums[lane]);
         }
       }
       if (level == 0) break;

@@ -66,7 +66,9 @@ void score_pairs(const PairScore& p, KeptNodes<T> kept, MakeHead head) {
     // Few images: the window's chunks are shared out too.
     const int64_t groups = least(count, (4 * p.threads + p.I - 1) / std::max<int64_t>(1, p.I));
     const auto start = [&](int64_t g) { return count * g / groups; };
-    const auto caption = [&](int64_t g) { return g < groups ? window.chunks[start(g)].first : window.chunks.back().last; };
+    const auto caption = [&](int64_t g) {
+      return g < groups ? window.chunks[start(g)].first : window.chunks.back().last;
+    };
     std::vector<Panels<T>> summaries;  // the groups' global vectors
     int64_t widest = 0, most = 0;
     for (int64_t g = 0; g < groups; ++g) {
@@ -76,7 +78,8 @@ void score_pairs(const PairScore& p, KeptNodes<T> kept, MakeHead head) {
     std::vector<std::vector<int64_t>> edges;  // the chunks' bounds of the captions' nodes
     for (const Chunk& chunk : window.chunks) {
       std::vector<int64_t>& edge = edges.emplace_back();
-      for (int64_t t = chunk.first; t <= chunk.last; ++t) edge.push_back(p.cu_seqlens[t] - chunk.begin + t - chunk.first);
+      for (int64_t t = chunk.first; t <= chunk.last; ++t)
+        edge.push_back(p.cu_seqlens[t] - chunk.begin + t - chunk.first);
       most = std::max(most, chunk.last - chunk.first);
     }
     parallel(groups, p.threads, [&] {
@@ -106,7 +109,8 @@ void score_pairs(const PairScore& p, KeptNodes<T> kept, MakeHead head) {
           tile.attend(x, Norm::CLIPPED_L2NORM, T(p.scale), &p.cu_seqlens[chunk.first], sets, window.panels[c]);
           tile.project(x, local, chunk.rows, window.panels[c], p.relu);
           T* const nodes = reason.nodes();
-          tile.place(&p.cu_seqlens[chunk.first], sets, p.S, nodes, reason.stride(), [&](int64_t k) { return edge[k] + 1; });
+          tile.place(&p.cu_seqlens[chunk.first], sets, p.S, nodes, reason.stride(),
+                     [&](int64_t k) { return edge[k] + 1; });
           for (int64_t k = 0; k < sets; ++k) {
             const int64_t column = chunk.first + k - caption(g);
             const T* y = overall.similar.at(0, column) + column % TILE_COLUMNS<T>;

@@ -28,7 +28,8 @@ void for_windows(const RowSets& queries, int64_t threads, Body body, int64_t byt
   for (size_t next = 0; next < all.size();) {
     QueryWindow<T> window;
     for (int64_t bytes = 0; next < all.size(); ++next) {
-      bytes += std::max(CHUNK_BYTES, all[next].rows * int64_t(sizeof(T))) * queries.D;  // a narrow chunk counts as a whole one
+      // A narrow chunk counts as a whole one.
+      bytes += std::max(CHUNK_BYTES, all[next].rows * int64_t(sizeof(T))) * queries.D;
       if (bytes > bytes_at_most && window.count() > 0) break;
       window.chunks.push_back(all[next]);
       window.panels.emplace_back(all[next].rows, queries.D);
@@ -38,7 +39,8 @@ void for_windows(const RowSets& queries, int64_t threads, Body body, int64_t byt
       return [&](int64_t c) {
         const Chunk& chunk = window.chunks[c];
         for (int64_t k = chunk.first; k < chunk.last; ++k)
-          window.panels[c].read(queries.source, queries.first[k], queries.length(k), queries.D, queries.edge[k] - chunk.begin);
+          window.panels[c].read(queries.source, queries.first[k], queries.length(k), queries.D,
+                                queries.edge[k] - chunk.begin);
       };
     });
     body(window);
