@@ -16,6 +16,8 @@ def calls(monkeypatch, request):
     """Counts the convolutions; the processor is taken to have AVX-512."""
     seen = []
     monkeypatch.setattr(_linear, "WIDE", request.param)
+    monkeypatch.setattr(_linear, "ROWS", 1)
+    monkeypatch.setattr(_linear, "OUTPUTS", 10)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(torch, "mkldnn_convolution", lambda *args: seen.append(1) or CONVOLUTION(*args))
     return seen
@@ -46,6 +48,15 @@ def test_a_convolution_is_the_product(calls, n):
 
     assert_accurate(outcome(_linear.linear, *leaves), product, torch.float32)
     assert calls
+
+
+@needs_onednn
+@pytest.mark.parametrize("n,S,convolutions", [(8, 10, 1), (7, 10, 0), (8, 9, 0)])
+def test_few_rows_or_outputs_are_no_convolution(calls, monkeypatch, n, S, convolutions):
+    monkeypatch.setattr(_linear, "ROWS", 8)
+    with torch.no_grad():
+        _linear.linear(*case(n, S=S)[:1], torch.ones(S, 48), None)
+    assert len(calls) == convolutions
 
 
 @needs_onednn

@@ -11,11 +11,16 @@ from ..._checks import matmul_precision
 # With at least this many outputs, `_Linear` is faster than a convolution with its own backward: measured at 1,024
 # outputs, 118 ms where MKL takes 178. At 256 outputs a training step of SGR takes longer with it.
 WIDE = 512
+# The least rows and outputs for which a convolution pays: it lays out the weights in every call, and its backward pass
+# does so again. Measured on a Zen 4, where AVX-512 has no more units than AVX2 and neither library is faster in large
+# products: with 1,024 inputs and 256 outputs, 100 rows take 1.4 times as long as by MKL, 600 as long. With one output
+# any number of rows takes three times as long.
+ROWS, OUTPUTS = 512, 32
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """Rows [..., K], weight [S, K] and bias [S] -> [..., S], as torch.nn.functional.linear."""
-    if not _onednn(x):
+    if not _onednn(x, weight):
         return F.linear(x, weight, bias)
     product = _Linear.apply if weight.shape[0] >= WIDE else _convolution
     return _rows(product(x.reshape(-1, x.shape[-1]), weight, bias)).view(*x.shape[:-1], -1)
@@ -62,16 +67,17 @@ def _rows(pixels: Tensor) -> Tensor:
     return pixels[0, :, :, 0].t()
 
 
-def _onednn(x: Tensor) -> bool:
+def _onednn(x: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's 1 x 1 convolution can replace MKL's matrix product, and is faster.
 
-    On processors that are not Intel's MKL uses AVX2 only; oneDNN uses AVX-512 and takes half the time.
+    On processors that are not Intel's MKL uses AVX2 only; oneDNN uses AVX-512, which takes half the time on a Zen 5.
     """
     return (
         not torch.compiler.is_compiling()
         and x.device.type == "cpu"
         and x.dtype == torch.float32
-        and x.numel() > 0
+        and x.shape[-1] * ROWS <= x.numel() > 0
+        and len(weight) >= OUTPUTS
         and torch.backends.mkldnn.is_available()
         and torch.backends.cpu.get_cpu_capability() == "AVX512"
         and not torch.is_autocast_enabled("cpu")
