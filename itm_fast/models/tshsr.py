@@ -28,8 +28,10 @@ from .._names import Direction
 from .._workspace import GIB, scratch_bytes, workspace
 from ..nn import Attention, PairScorer, SimilarityGraph, State, xavier_
 from ..ops import _recompute, cross_attention_similarity, similarity_context, similarity_graph
-from ..packing import bounds, region_counts, spans
-from ._common import l2norm
+from ..packing import bounds, region_counts, spans, starts
+from ._common import l2norm, without_padding
+from ._pair_blocks import Pairs, attended_of_pairs, matched
+from ._regulators import aligned
 from ._rows import linear, sigmoid
 from ._self_attention import GlobalVectors
 from ._sgraf_attention import graph_attention, pair_attention
@@ -39,6 +41,7 @@ NAME = "TwoStreamReasoning"
 DIRECTIONS: tuple[Direction, ...] = ("t2i", "i2t")
 CPU_BLOCK = 128 << 20  # bytes of a block's nodes: smaller blocks lose time to calls, larger ones to fresh memory
 CAPTIONS = 32  # most captions of a block, so that it has several images too
+SHARE = 4  # single pairs take 1.5 to 2 times as long, each, as among all: their ops run on less at a time
 _STREAM = 11  # number of tensors that `Stream.tensors` returns
 
 
@@ -132,7 +135,13 @@ class TwoStreamReasoning(GlobalVectors):
             *self.i2t.tensors(),
         ]  # fmt: skip
         axes = "IINT" + "." * (len(tensors) - 4)
-        return _recompute.score(self._cut, axes, tensors, cu_seqlens, region_lengths)
+        (_, R, D), S = image_state[0].shape, len(overall.weight)
+
+        def pair_bytes(length: int) -> int:
+            return 4 * (length + R) * 4 * (D + 2 * S)
+
+        few = partial(matched, axes, pair_bytes, self._pairs)
+        return _recompute.score(self._cut, axes, tensors, cu_seqlens, region_lengths, (), few, SHARE)
 
     def attention(self, image: Tensor, words: Tensor) -> Attention:
         """`regions` of the stream t2i, `words` of i2t, and the edges of their K steps over the M nodes, in the order
@@ -188,29 +197,53 @@ class TwoStreamReasoning(GlobalVectors):
 
     def _block(self, gib, cu_seqlens, image, image_global, words, caption_global, weight, bias, *streams) -> Tensor:
         """Scores of images [b, n, D], all of whose rows are regions, with captions."""
-        (b, n, _), c = image.shape, len(caption_global)
-        more = 1 + sum(self.sizes)
+        n, c = image.shape[1], len(caption_global)
         with workspace(gib):
             overall = linear((rearrange(image_global, "b d -> b 1 d") - caption_global).square(), weight, bias)
             overall = l2norm(overall)  # [b, c, S]
-            total = overall.new_zeros(b, c)
+            total = overall.new_zeros(overall.shape[:2])
             for direction, scale in zip(DIRECTIONS, (self.scale_t2i, self.scale_i2t)):
                 mine = streams[:_STREAM] if direction == "t2i" else streams[_STREAM:]
-                local_weight, local_bias, assignment, *graph, final_weight, final_bias = mine
                 local = cross_attention_similarity(
-                    image, words, cu_seqlens, local_weight, local_bias, direction=direction, scale=scale
+                    image, words, cu_seqlens, *mine[:2], direction=direction, scale=scale
                 )
                 edge = cu_seqlens
                 if direction == "i2t":
                     local = rearrange(local, "b c n s -> b (c n) s")
                     edge = n * torch.arange(c + 1, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-                nodes = similarity_context(overall.to(local.dtype), local, edge, assignment, self.sizes)
+                nodes = similarity_context(overall.to(local.dtype), local, edge, mine[2], self.sizes)
                 del local
-                edge = edge + more * torch.arange(c + 1, dtype=edge.dtype, device=edge.device)
-                z = similarity_graph(nodes, edge, *graph)
-                final = linear(z, final_weight.to(z.dtype)[None], final_bias.to(z.dtype))
-                total = total + sigmoid(rearrange(final, "b c 1 -> b c")) / 2
+                total = total + self._reasoned(mine, nodes, edge) / 2
         return total
+
+    def _pairs(self, pairs: Pairs, image, image_global, words, caption_global, weight, bias, *streams) -> Tensor:
+        """As `_block`, [P] of P pairs, with an image and a caption for each: of one image with P captions, as it
+        were, once the local nodes are known."""
+        P, R = image.shape[:2]
+        counts, valid = pairs.region_lengths, None
+        if counts is not None:
+            image, valid = without_padding(image, counts)
+        overall = l2norm(linear((image_global - caption_global).square(), weight, bias))[None]
+        words_of = starts(torch.full((P,), pairs.length))
+        regions_of = starts(torch.full((P,), R) if counts is None else counts)
+        t2i, i2t = streams[:_STREAM], streams[_STREAM:]
+        attended = attended_of_pairs(image, counts, words, scale=self.scale_t2i)
+        of_words = aligned(words, attended, t2i[:2], None).flatten(0, 1)
+        attended = attended_of_pairs(words, None, image, scale=self.scale_i2t)
+        of_regions = aligned(image, attended, i2t[:2], None)
+        of_regions = of_regions.flatten(0, 1) if valid is None else of_regions[valid]
+        total = overall.new_zeros(P)
+        for mine, local, edge in ((t2i, of_words, words_of), (i2t, of_regions, regions_of)):
+            nodes = similarity_context(overall, local[None], edge, mine[2], self.sizes)
+            total = total + self._reasoned(mine, nodes, edge)[0] / 2
+        return total
+
+    def _reasoned(self, stream: Sequence[Tensor], nodes: Tensor, edge: Tensor) -> Tensor:
+        """A stream's scores [b, c] by (3), from all its nodes and the bounds of the local ones."""
+        *graph, weight, bias = stream[3:]
+        more = 1 + sum(self.sizes)
+        z = similarity_graph(nodes, edge + more * torch.arange(len(edge), dtype=edge.dtype, device=edge.device), *graph)
+        return sigmoid(rearrange(linear(z, weight.to(z.dtype)[None], bias.to(z.dtype)), "b c 1 -> b c"))
 
 
 class TSHSR(SGRAF):

@@ -146,6 +146,7 @@ def score(
     region_lengths: Tensor | None,
     each: tuple[int, ...] = (),
     matched: Matched | None = None,
+    share: int = MATCHED,
 ) -> Tensor:
     """Differentiable scores [I, T, *each] that are computed block by block, by one or several ops.
 
@@ -159,15 +160,17 @@ def score(
         each: the shape of a pair's result, () for a score.
         matched: makes blocks of those pairs alone whose score has a gradient, with which backward goes on if these are
             few. On a CPU: a GPU sums rows that a block names several times in any order.
+        share: what few is for `matched`, at most one pair in so many.
     """
-    return _Scored.apply(cut, matched, axes, each, cu_seqlens, region_lengths, *tensors)
+    return _Scored.apply(cut, matched, share, axes, each, cu_seqlens, region_lengths, *tensors)
 
 
 class _Scored(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cut: Blocks, matched: Any, axes: str, each: Any, cu_seqlens: Tensor, *rest: Any):
+    def forward(ctx: Any, cut: Blocks, matched: Any, share: int, axes: str, each: Any, cu_seqlens: Tensor, *rest: Any):
         region_lengths, *tensors = rest
-        ctx.cut, ctx.matched, ctx.axes, ctx.as_now = cut, matched, axes, as_now(tensors[0].device.type)
+        ctx.cut, ctx.matched, ctx.share, ctx.axes = cut, matched, share, axes
+        ctx.as_now = as_now(tensors[0].device.type)
         ctx.save_for_backward(*tensors, cu_seqlens, region_lengths)  # autograd refuses tensors changed before backward
         score = tensors[0].new_empty(len(tensors[0]), len(cu_seqlens) - 1, *each)
         return forward(cut(False, *tensors, cu_seqlens, region_lengths), tensors, score)
@@ -176,18 +179,18 @@ class _Scored(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):
         refuse_second("this model's score")
         *tensors, cu_seqlens, region_lengths = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[6:])
+        needs = list(ctx.needs_input_grad[7:])
 
         def dense(grad, needs, *args):
             return backward(ctx.cut(True, *args), args[: len(tensors)], needs, grad)
 
         args = *tensors, cu_seqlens, region_lengths
-        if ctx.matched and grad.is_cpu and few(grad, MATCHED):
+        if ctx.matched and grad.is_cpu and few(grad, ctx.share):
             gradients = ctx.as_now(backward, ctx.matched(grad, *args), tensors, needs, grad)
         else:
             gradients = ctx.as_now(of_pairs, dense, f"{ctx.axes}EI", grad, needs, args)
         found = iter(gradients)
-        return *[None] * 6, *(next(found).to(x.dtype) if n else None for x, n in zip(tensors, needs))
+        return *[None] * 7, *(next(found).to(x.dtype) if n else None for x, n in zip(tensors, needs))
 
 
 def again(function: Callable[..., Any], device: str) -> Callable[..., Any]:
