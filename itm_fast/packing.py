@@ -372,6 +372,13 @@ def groups(edge: Sequence[int], device: torch.device, most: int) -> Iterator[Gro
         yield _joined(some, device)
 
 
+def in_order(edge: Sequence[int], most: int) -> Iterator[Group]:
+    """Cut captions into groups as they follow each other, each of at most `most` rows, but of one caption at least."""
+    for captions in stretches(edge, most):
+        sets = [(edge[t + 1] - edge[t], 1) for t in range(captions.start, captions.stop)]
+        yield Group(sets, captions, slice(edge[captions.start], edge[captions.stop]))
+
+
 def _joined(some: Sequence[Run], device: torch.device) -> Group:
     def index(places: Sequence[Index]) -> Index:
         cuts = [place for place in places if isinstance(place, slice)]

@@ -217,7 +217,7 @@ def test_backward_has_the_workspace_and_the_backend_of_its_forward(op, monkeypat
         seen.append(current_gib())
         return portable.backward(*args, **kept)
 
-    spied = SimpleNamespace(forward=portable.forward, backward=backward)
+    spied = SimpleNamespace(**{**vars(portable), "backward": backward})
     monkeypatch.setattr(DECLARED[op], "implementation", lambda backend: spied)
     args = [a.requires_grad_() if a.is_floating_point() else a for a in examples.example(op) if torch.is_tensor(a)]
     with itm_fast.workspace(0.125), itm_fast.use_backend("torch"):

@@ -14,7 +14,8 @@ from itm_fast.models.cmcan import ConfidenceMatching
 from itm_fast.models.imram import IterativeMatching
 from itm_fast.models.rcar import RegulatedMatching
 from itm_fast.models.tshsr import TwoStreamReasoning
-from itm_fast.ops import _recompute
+from itm_fast.ops import _kept, _recompute
+from itm_fast.ops._torch import cross_attention_score as by_torch
 from itm_fast.testing import inputs, op_checks
 
 COUNTS = (5, 2, 7, 3, 5, 1, 4, 6, 2, 3, 8, 4)
@@ -57,6 +58,7 @@ def test_gradients_of_few_pairs(op, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(_recompute, "SPARSE", 1 << 40)  # all pairs at once: what does not go through the rule under test
         want = gradients(op, "reference", grad)
+    monkeypatch.setattr(_kept, "SMALL", 0)
     pairs, rule = [], _recompute.of_pairs
 
     def counted(dense, axes, grad, needs, args):
@@ -170,3 +172,23 @@ def test_no_pair_at_all_and_nan(op):
     assert all(not g.any() for g in gradients(op, None, grad))
     grad[3, 2] = torch.nan  # is not zero: it must be seen
     assert gradients(op, None, grad)[0][3].isnan().any()
+
+
+@pytest.mark.parametrize("place,name", [(by_torch, "_score"), (TwoStreamReasoning, "_block")], ids=["op", "scorer"])
+def test_of_small_calls_what_autograd_records_is_kept(place, name, monkeypatch):
+    (image, words, cu_seqlens), computed, function = inputs(4, COUNTS[:5], 6, 16), [], getattr(place, name)
+    monkeypatch.setattr(place, name, lambda *args, **options: computed.append(1) or function(*args, **options))
+    scorer = itm_fast.nn.CrossAttentionScore() if place is by_torch else SCORERS["TSHSR"]()
+    leaves = [image.requires_grad_(), words.requires_grad_()]
+    with itm_fast.use_backend("torch"):
+        score = scorer(*leaves, cu_seqlens)
+        found = [torch.autograd.grad(score.sum(), leaves, retain_graph=True)]
+        assert len(computed) == 1
+        found += [torch.autograd.grad(score.sum(), leaves)]  # the record has gone
+        assert len(computed) == 2
+        monkeypatch.setattr(_kept, "SMALL", 0)
+        monkeypatch.setattr(_recompute, "KEPT", 0)
+        found += [torch.autograd.grad(scorer(*leaves, cu_seqlens).sum(), leaves)]
+    for again in found[1:]:
+        for a, b in zip(found[0], again, strict=True):
+            torch.testing.assert_close(a, b)

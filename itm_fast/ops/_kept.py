@@ -1,21 +1,26 @@
-"""Ops in C++ that keep more than inputs and results for their backward pass, where a gradient may be asked for.
+"""Ops that keep more than inputs and results for their backward pass, where a gradient may be asked for.
 
-What is kept is saved as autograd saves tensors, so that it is freed with the graph, and torch.utils.checkpoint and
-hooks for saved tensors see it.
+In C++ (`Keeping`) these are tensors, saved as autograd saves tensors, so that they are freed with the graph, and
+torch.utils.checkpoint and hooks for saved tensors see them. In batched PyTorch (`Recording`) it is what autograd
+records of a small call, which would take as long again to compute.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._workspace import current_gib, workspace
+from .._workspace import current_gib, scratch_bytes, workspace
 from ._declare import DECLARED
 from ._recompute import refuse_second
+
+# `Recording` keeps the record of a call whose largest tensor has at most so many bytes, and at most so large a share of
+# the scratch memory: autograd keeps a dozen such tensors.
+SMALL, SHARE = 2 << 20, 64
 
 
 def free(kept: list[Tensor]) -> None:
@@ -44,11 +49,48 @@ class Keeping:
     def __call__(self, *args: Any) -> Tensor:
         return _Function.apply(self, *args)
 
+    def run(self, needs: list[bool], args: Sequence[Any]) -> tuple[Tensor, list[Tensor], None]:
+        return *self.forward(*args), None
+
+    def gradients(self, grad: Tensor, needs: list[bool], args: Sequence[Any], kept: list[Tensor], _: None) -> Any:
+        return self.backward(grad, needs, *args, kept=kept)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """The same in the torch backend, whose module has `forward_recorded(needs, *args) -> (result, record)` and
+    `backward(..., record=...)`.
+
+    Attributes:
+        name: the op's.
+        size: (*args) -> bytes of the call's largest tensor.
+    """
+
+    name: str
+    size: Callable[..., int]
+
+    def __call__(self, *args: Any) -> Tensor:
+        if self.size(*args) > min(SMALL, scratch_bytes(args[0].device) // SHARE):
+            return getattr(torch.ops.itm_fast, self.name).default(*args, "torch")
+        return _Function.apply(self, *args)
+
+    def run(self, needs: list[bool], args: Sequence[Any]) -> tuple[Tensor, list[Tensor], Any]:
+        with torch.autocast("cpu", enabled=False):
+            result, record = self._module().forward_recorded(needs, *args)
+        return result, [], record
+
+    def gradients(self, grad: Tensor, needs: list[bool], args: Sequence[Any], kept: list[Tensor], record: Any) -> Any:
+        return self._module().backward(grad, needs, *args, record=record)
+
+    def _module(self) -> Any:
+        return DECLARED[self.name].implementation("torch")  # type: ignore[attr-defined]  # an `Op`
+
 
 class _Function(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, op: Keeping, *args: Any) -> Tensor:
-        result, kept = op.forward(*args)
+    def forward(ctx: Any, op: Keeping | Recording, *args: Any) -> Tensor:
+        needs = list(ctx.needs_input_grad[1 : 1 + DECLARED[op.name].differentiable])
+        result, kept, ctx.record = op.run(needs, args)
         ctx.op, ctx.scratch, ctx.is_tensor = op, current_gib(), [isinstance(a, Tensor) for a in args]
         ctx.save_for_backward(*(a for a in args if isinstance(a, Tensor)), *kept)
         ctx.rest = [a for a in args if not isinstance(a, Tensor)]
@@ -56,15 +98,16 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:
-        op: Keeping = ctx.op
+        op: Keeping | Recording = ctx.op
         refuse_second(op.name)
         tensors, rest = iter(ctx.saved_tensors), iter(ctx.rest)
         args = [next(tensors) if t else next(rest) for t in ctx.is_tensor]
         kept = [x for x in tensors if x.untyped_storage().size()]
         needs = list(ctx.needs_input_grad[1 : 1 + DECLARED[op.name].differentiable])
+        record, ctx.record = ctx.record, None  # autograd frees it; a second pass through the graph does without
         with workspace(ctx.scratch), torch.autocast("cpu", enabled=False):
             try:
-                found = iter(op.backward(grads[0], needs, *args, kept=kept))
+                found = iter(op.gradients(grads[0], needs, args, kept, record))
             finally:
                 free(kept)  # also where it failed halfway
         gradients = [next(found).to(x.dtype) if need else None for x, need in zip(args, needs)]

@@ -1,4 +1,5 @@
 """Compute a result block by block; the backward pass recomputes each block, so no block's intermediates are saved.
+Of so few pairs that these are small, they are.
 
 An op in batched PyTorch, or a model that scores with several ops, yields its blocks. `forward` fills the result from
 them; `backward` runs each again under autograd. For scores [I, T] of all pairs, `of_pairs` computes gradients only for
@@ -8,7 +9,7 @@ three pairs in a row of the score matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,6 +28,11 @@ IMAGES = 4  # `of_pairs` takes so many at a time: more images bring more pairs w
 GPU_IMAGES = 64  # the same on a GPU, where a call costs more than pairs without a gradient; untuned
 SPARSE = 8  # if more than one pair in 8 has a gradient, `of_pairs` takes all pairs at once
 MATCHED = 2  # the same of blocks of single pairs, which bring no others; with 3 of 8, a fifth less time than all pairs
+
+
+# With so few pairs the torch backend keeps what autograd records on a CPU: it is small, and to compute it again takes
+# longer than the pairs without a gradient do.
+KEPT = 64
 
 
 class Block(NamedTuple):
@@ -64,24 +70,63 @@ def forward(blocks: Iterator[Block], args: Sequence[Tensor], result: Tensor) -> 
     return result
 
 
-def backward(blocks: Iterator[Block], args: Sequence[Tensor], needs: Sequence[bool], grad: Tensor) -> list[Tensor]:
-    """Recompute and differentiate each block; return the sums, in float32 or better, of the gradients `needs` marks."""
-    work = work_dtype(grad)
-    total = [torch.zeros_like(a, dtype=work) if n else None for a, n in zip(args, needs, strict=True)]
+class Recorded(NamedTuple):
+    """A block that autograd has recorded: its inputs, of which some need a gradient, and its result."""
+
+    block: Block
+    inputs: list[Tensor]
+    value: Tensor
+
+
+def recorded(blocks: Iterable[Block], args: Sequence[Tensor], needs: Sequence[bool]) -> Iterator[Recorded]:
+    """Compute each block, in float32 or better, so that it can be differentiated."""
+    work = work_dtype(args[0])
     for block in blocks:
         with torch.enable_grad():
             inputs = [
                 a[at].detach().to(work).requires_grad_(n) for a, at, n in zip(args, block.inputs, needs, strict=True)
             ]
             value = block.function(*inputs)
+        yield Recorded(block, inputs, value)
+
+
+def forward_recorded(
+    blocks: Iterable[Block], args: Sequence[Tensor], needs: Sequence[bool], result: Tensor
+) -> list[Recorded]:
+    """`forward` that keeps what autograd records, for a `differentiate` that computes nothing again."""
+    kept = list(recorded(blocks, args, needs))
+    for block, _, value in kept:
+        result[block.result] = value.detach().to(result.dtype)
+    return kept
+
+
+def backward(blocks: Iterable[Block], args: Sequence[Tensor], needs: Sequence[bool], grad: Tensor) -> list[Tensor]:
+    """Recompute and differentiate each block; return the sums, in float32 or better, of the gradients `needs` marks."""
+    return differentiate(recorded(blocks, args, needs), args, needs, grad)
+
+
+def differentiate(
+    blocks: Iterable[Recorded], args: Sequence[Tensor], needs: Sequence[bool], grad: Tensor
+) -> list[Tensor]:
+    """`backward` of blocks that have been computed."""
+    work, places = work_dtype(grad), [k for k, need in enumerate(needs) if need]
+    total: dict[int, Tensor] = {}
+    own: set[int] = set()  # of the sums, those that may be added to in place
+    for block, inputs, value in blocks:
         if not value.requires_grad:  # with these options the block does not depend on what needs a gradient
             continue
-        wanted = [x for x, n in zip(inputs, needs, strict=True) if n]
-        found = iter(torch.autograd.grad(value, wanted, grad[block.result].to(value.dtype), materialize_grads=True))
-        for whole, at in zip(total, block.inputs, strict=True):
-            if whole is not None:
-                _add(whole, at, next(found))
-    return [t for t in total if t is not None]
+        upstream = grad[block.result].to(value.dtype)
+        found = torch.autograd.grad(value, [inputs[k] for k in places], upstream, materialize_grads=True)
+        for k, d in zip(places, found, strict=True):
+            at = block.inputs[k]
+            if k not in total and d.shape == args[k].shape and not any(isinstance(x, Tensor) for x in at):
+                total[k] = d.contiguous()
+                continue
+            if k not in own:
+                total[k] = total[k].clone() if k in total else torch.zeros_like(args[k], dtype=work)
+                own.add(k)
+            _add(total[k], at, d)
+    return [total[k] if k in total else torch.zeros_like(args[k], dtype=work) for k in places]
 
 
 def _add(whole: Tensor, at: tuple[Index, ...], found: Tensor) -> None:
@@ -173,19 +218,27 @@ class _Scored(torch.autograd.Function):
         ctx.as_now = as_now(tensors[0].device.type)
         ctx.save_for_backward(*tensors, cu_seqlens, region_lengths)  # autograd refuses tensors changed before backward
         score = tensors[0].new_empty(len(tensors[0]), len(cu_seqlens) - 1, *each)
-        return forward(cut(False, *tensors, cu_seqlens, region_lengths), tensors, score)
+        args, needs = (*tensors, cu_seqlens, region_lengths), ctx.needs_input_grad[7:]
+        ctx.kept = None
+        if any(needs) and tensors[0].is_cpu and requested() == "torch" and score.numel() <= KEPT:
+            ctx.kept = forward_recorded(cut(True, *args), tensors, needs, score)
+            return score
+        return forward(cut(False, *args), tensors, score)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor):
         refuse_second("this model's score")
         *tensors, cu_seqlens, region_lengths = ctx.saved_tensors
         needs = list(ctx.needs_input_grad[7:])
+        kept, ctx.kept = ctx.kept, None  # a second pass through the same graph computes all again
 
         def dense(grad, needs, *args):
             return backward(ctx.cut(True, *args), args[: len(tensors)], needs, grad)
 
         args = *tensors, cu_seqlens, region_lengths
-        if ctx.matched and grad.is_cpu and few(grad, ctx.share):
+        if kept is not None:
+            gradients = ctx.as_now(differentiate, kept, tensors, needs, grad)
+        elif ctx.matched and grad.is_cpu and few(grad, ctx.share):
             gradients = ctx.as_now(backward, ctx.matched(grad, *args), tensors, needs, grad)
         else:
             gradients = ctx.as_now(of_pairs, dense, f"{ctx.axes}EI", grad, needs, args)

@@ -8,7 +8,7 @@ imported only when it runs. In a module of several ops the functions have the na
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib import import_module
 from types import SimpleNamespace
@@ -37,13 +37,13 @@ class Op(Declaration):
 
     Args:
         args, options: of `Declaration`.
-        keeping: the differentiable function of the registered op's arguments that runs the op in the cpu backend where
-            a gradient may be asked for, and keeps more for that than inputs and results; torch.compile does without.
+        keeping: by backend, the differentiable function of the registered op's arguments that runs the op there where a
+            gradient may be asked for, and keeps more for that than inputs and results; torch.compile does without.
     """
 
-    def __init__(self, *args: Any, keeping: Callable[..., Any] | None = None, **options: Any) -> None:
+    def __init__(self, *args: Any, keeping: Mapping[str, Callable[..., Any]] | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
-        self.keeping = keeping
+        self.keeping = keeping or {}
         name, schema, keeps = self.name, self.schema, self.keeps
         differentiable = self.differentiable
         DECLARED[name], OFFERS[name] = self, self.offered
@@ -100,8 +100,8 @@ class Op(Declaration):
         dtype = first.dtype if self.has_kernels else None  # PyTorch takes all dtypes
         too_large, traced = self.refused_sizes(size, given), torch.compiler.is_compiling()
         name = resolve(self.name, backend, first.device, dtype, too_large, self.put_aside(given), traced)
-        args, keeping = self.convert(given), self.keeping
-        if keeping is not None and name == "cpu" and not traced and not is_fake(first) and torch.is_grad_enabled():
+        args, keeping = self.convert(given), self.keeping.get(name)
+        if keeping is not None and first.is_cpu and not traced and not is_fake(first) and torch.is_grad_enabled():
             wanted = any(x.requires_grad for x in args[: self.differentiable])
             return keeping(*args) if wanted else self.call(*args, name)
         return self.call(*args, name)

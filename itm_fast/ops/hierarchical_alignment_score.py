@@ -192,7 +192,7 @@ _op = Op(
     reference=reference,
     examples=[_example, _example_of_vectors],
     too_large=_too_large,
-    keeping=KEEPING,
+    keeping={"cpu": KEEPING},
     backward=backward,
 )
 

@@ -38,7 +38,7 @@ gradient, their nodes come from batched PyTorch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -78,7 +78,7 @@ def _too_large(name: str, backend: str, size: dict[str, int], given: Given) -> s
     return why_not(name, autocast_dtype(given["image"].dtype, edge.device), size, words, capability)
 
 
-def _op(name: str, head: Head, keeping: Callable[..., Tensor] | None = None) -> Op:
+def _op(name: str, head: Head, keeping: Mapping[str, Callable[..., Tensor]] | None = None) -> Op:
     """Declare the pair scorer with a head; `keeping`: see `Op`."""
     parts = _draws.node_inputs, head.draw, _draws.score_weights
     return Op(
@@ -96,7 +96,7 @@ def _op(name: str, head: Head, keeping: Callable[..., Tensor] | None = None) -> 
     )
 
 
-_graph_op = _op("similarity_graph_score", GRAPH, keeping=KEEPING)
+_graph_op = _op("similarity_graph_score", GRAPH, keeping={"cpu": KEEPING})
 _filter_op = _op("similarity_filter_score", FILTER)
 
 

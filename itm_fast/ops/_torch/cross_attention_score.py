@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -10,12 +10,13 @@ from torch import Tensor
 
 from ..._checks import work_dtype
 from ..._workspace import scratch_bytes
-from ...packing import bounds, groups, region_counts, spans
+from ...packing import bounds, groups, in_order, region_counts, spans, starts
 from .. import _attention, _recompute
 from .._declare import empty
 from ._attention import attended_norm, attention, valid
 
 COPIES = 6  # temporaries [R, L] of a pair that exist at once in the forward pass
+Part = tuple[slice, tuple[Tensor, ...], Iterable[_recompute.Recorded]]  # images, the blocks' arguments, and the blocks
 
 
 def forward(image: Tensor, words: Tensor, *rest) -> Tensor:
@@ -25,23 +26,49 @@ def forward(image: Tensor, words: Tensor, *rest) -> Tensor:
     return score
 
 
-def backward(grad: Tensor, needs: list[bool], image: Tensor, words: Tensor, *rest) -> list[Tensor]:
-    work = work_dtype(image)
-    d_image = torch.empty_like(image, dtype=work) if needs[0] else None
-    d_words = torch.zeros_like(words, dtype=work) if needs[1] else None
+def forward_recorded(needs: list[bool], image: Tensor, words: Tensor, *rest) -> tuple[Tensor, list[Part]]:
+    """The scores, and what autograd records where `needs` marks an argument that needs a gradient, for `backward`."""
+    score = empty("cross_attention_score", image, words, *rest)
+    record: list[Part] = []
     for images, args, blocks in _image_spans(True, image, words, *rest):
-        wanted = [*needs, needs[0]][: len(args)]
+        record.append((images, args, _recompute.forward_recorded(blocks, args, _wanted(needs, args), score[images])))
+    return score, record
+
+
+def backward(
+    grad: Tensor, needs: list[bool], image: Tensor, words: Tensor, *rest, record: list[Part] | None = None
+) -> list[Tensor]:
+    work = work_dtype(image)
+    d_image: Tensor | None = None
+    d_words: Tensor | None = None
+    parts: Iterable[Part] = record or (
+        (images, args, _recompute.recorded(blocks, args, _wanted(needs, args)))
+        for images, args, blocks in _image_spans(True, image, words, *rest)
+    )
+    for images, args, blocks in parts:
+        wanted = _wanted(needs, args)
         places = [k for k, n in enumerate(wanted) if n]
-        found = dict(zip(places, _recompute.backward(blocks, args, wanted, grad[images])))
-        if d_image is not None:
-            d_image[images] = found[0]
+        found = dict(zip(places, _recompute.differentiate(blocks, args, wanted, grad[images])))
+        if needs[0]:
+            d = found[0]
             if 2 in found:  # of G = x x^T
-                d_image[images] += (found[2] + found[2].transpose(1, 2)) @ args[0].to(work)
-        if d_words is not None:
-            d_words += found[1]
-    if d_image is not None and rest[1] is not None:
-        d_image.masked_fill_(~valid(rest[1], image.shape[1])[:, :, None], 0.0)
-    return [d for d in (d_image, d_words) if d is not None]
+                d = d + (found[2] + found[2].transpose(1, 2)) @ args[0].to(work)
+            if rest[1] is not None:
+                d = d.masked_fill(~valid(rest[1][images], image.shape[1])[:, :, None], 0.0)
+            if len(d) == len(image):
+                d_image = d
+            else:
+                d_image = torch.empty_like(image, dtype=work) if d_image is None else d_image
+                d_image[images] = d
+        if needs[1]:
+            d_words = found[1] if d_words is None else d_words + found[1]
+    total = (d_image, image, needs[0]), (d_words, words, needs[1])
+    return [torch.zeros_like(x, dtype=work) if d is None else d for d, x, need in total if need]
+
+
+def _wanted(needs: list[bool], args: tuple[Tensor, ...]) -> list[bool]:
+    """Which of a span's arguments need a gradient."""
+    return [*needs, needs[0]][: len(args)]
 
 
 def _image_spans(backward, image, words, cu_seqlens, region_lengths, direction, *options):
@@ -55,6 +82,7 @@ def _image_spans(backward, image, words, cu_seqlens, region_lengths, direction, 
     work, device = work_dtype(image), image.device
     entries = _recompute.tile_bytes(device, backward) // (COPIES * work.itemsize)
     function = partial(_score, direction, *options)
+    apart = direction == "t2i" and options[0] in ("none", "clipped") and options[2] != "smoothed_negative"
     each = work.itemsize * R * (R + D)  # an image's Gram matrix, and its copy where it is masked or widened
     for images in spans(I, max(1, scratch_bytes(device) // (4 * each))):
         part, lengths = image[images], None if region_lengths is None else region_lengths[images]
@@ -63,11 +91,14 @@ def _image_spans(backward, image, words, cu_seqlens, region_lengths, direction, 
         args: tuple[Tensor, ...] = (part, words)
         if direction == "t2i" and options[-1] != "product":
             args = (part, words, part.to(work) @ part.to(work).transpose(1, 2))
-        yield images, args, _rectangles(len(part), R, edge, device, entries, lengths, function, len(args))
+        yield images, args, _rectangles(len(part), R, edge, device, entries, lengths, function, len(args), apart)
 
 
-def _rectangles(I, R, edge, device, entries, region_lengths, function, arguments) -> Iterator[_recompute.Block]:
-    for group in groups(edge, device, max(_recompute.MIN_QUERIES, entries // (8 * R))):
+def _rectangles(I, R, edge, device, entries, region_lengths, function, arguments, apart):
+    """Blocks of some images and captions of several lengths; `apart`: no product or norm is over one caption's words,
+    so captions need not be sorted by length."""
+    most = max(_recompute.MIN_QUERIES, entries // (8 * R))
+    for group in in_order(edge, most) if apart else groups(edge, device, most):
         words = sum(length * size for length, size in group.sets)
         for images in spans(I, max(1, entries // (R * words))):
             lengths = None if region_lengths is None else region_lengths[images]
@@ -89,9 +120,13 @@ def _score(
     similar = partial(_similarities, norm, scale, weights, threshold, similarity)
     pooled = partial(_pooled, pool, pool_scale, threshold)
     counts, (b, R, D) = [length * size for length, size in sets], image.shape
-    regions, captions = image.reshape(b * R, D), [c.view(-1, n, D) for c, (n, _) in zip(words.split(counts), sets)]
+    regions = image.reshape(b * R, D)
     if direction == "t2i":
         r = similar((regions @ words.t()).view(b, R, -1), image, words, sets, gram, mask, None)
+        if pool != "smoothed_negative":  # which needs the words of each set
+            return _pooled_sets(pool, pool_scale, threshold, r, sets)
+    captions = [c.view(-1, n, D) for c, (n, _) in zip(words.split(counts), sets)]
+    if direction == "t2i":
         parts = zip(r.split(counts, 1), captions)
         scores = [pooled(part.view(b, *caption.shape[:2]), caption, None) for part, caption in parts]
     else:
@@ -131,3 +166,16 @@ def _pooled(pool, pool_scale, threshold, r, query, mask) -> Tensor:
             return r.sum(-1) / mask.sum(-1)
         r = r.masked_fill(~mask, 0.0 if pool == "sum" else float("-inf"))
     return _attention.pooled(r, pool, pool_scale, dim=-1)
+
+
+def _pooled_sets(pool, pool_scale, threshold, r, sets) -> Tensor:
+    """Scores [B, C] from r [B, Q] of the words of `sets` of captions, which are padded to the longest."""
+    lengths = torch.tensor([length for length, size in sets for _ in range(size)])
+    longest, device = int(lengths.max()), r.device
+    if len(sets) == 1:
+        return _pooled(pool, pool_scale, threshold, r.view(len(r), -1, longest), None, None)
+    shift = longest * torch.arange(len(lengths)) - starts(lengths)[:-1]
+    place = torch.arange(r.shape[1]) + shift.repeat_interleave(lengths, output_size=r.shape[1])
+    padded = r.new_zeros(len(r), len(lengths) * longest).index_copy(1, place.to(device), r)
+    mask = valid(lengths.to(device), longest)
+    return _pooled(pool, pool_scale, threshold, padded.view(len(r), -1, longest), None, mask)
