@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..nn import Attention, CrossAttentionScore, State
-from ..ops import hardest_negative_loss
+from ..ops import cross_attention_score, hardest_negative_loss
 from ._common import PaddedScorer, pack_padded
 
 
@@ -39,9 +39,10 @@ class SumOfScores(PaddedScorer):
         caption_state: State,
         region_lengths: Tensor | None = None,
     ) -> Tensor:
+        (image,) = image_state
         total = None
         for factor, options in self.terms:
-            one = CrossAttentionScore(**options).score(image_state, words, cu_seqlens, (), region_lengths)
+            one = cross_attention_score(image, words, cu_seqlens, region_lengths=region_lengths, **options)
             one = one if factor == 1 else factor * one
             total = one if total is None else total + one
         assert total is not None

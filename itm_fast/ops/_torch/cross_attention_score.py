@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..._checks import work_dtype
 from ..._workspace import scratch_bytes
-from ...packing import bounds, groups, in_order, region_counts, spans, starts
+from ...packing import bounds, groups, in_order, region_counts, spans
 from .. import _attention, _recompute
 from .._declare import empty
 from ._attention import attended_norm, attention, valid
@@ -170,12 +170,10 @@ def _pooled(pool, pool_scale, threshold, r, query, mask) -> Tensor:
 
 def _pooled_sets(pool, pool_scale, threshold, r, sets) -> Tensor:
     """Scores [B, C] from r [B, Q] of the words of `sets` of captions, which are padded to the longest."""
-    lengths = torch.tensor([length for length, size in sets for _ in range(size)])
-    longest, device = int(lengths.max()), r.device
+    longest = max(length for length, _ in sets)
     if len(sets) == 1:
         return _pooled(pool, pool_scale, threshold, r.view(len(r), -1, longest), None, None)
-    shift = longest * torch.arange(len(lengths)) - starts(lengths)[:-1]
-    place = torch.arange(r.shape[1]) + shift.repeat_interleave(lengths, output_size=r.shape[1])
-    padded = r.new_zeros(len(r), len(lengths) * longest).index_copy(1, place.to(device), r)
-    mask = valid(lengths.to(device), longest)
-    return _pooled(pool, pool_scale, threshold, padded.view(len(r), -1, longest), None, mask)
+    mask = valid(torch.tensor([length for length, size in sets for _ in range(size)]), longest)
+    place, mask = mask.flatten().nonzero().flatten().to(r.device), mask.to(r.device)
+    padded = r.new_zeros(len(r), mask.numel()).index_copy(1, place, r).view(len(r), *mask.shape)
+    return _pooled(pool, pool_scale, threshold, padded, None, mask)
