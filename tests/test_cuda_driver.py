@@ -81,18 +81,20 @@ def test_a_grid_without_blocks_launches_nothing(gpu):
 
 def test_another_process_finds_the_compiled_kernel(gpu):
     affine()
+    (entry,) = gpu.cache.glob("cubin-sm_90-*")
+    os.utime(entry, (1e9, 1e9))
+    (kept,) = cubins.kept()
+    assert entry.stat().st_mtime == 1e9  # as one that is only listed is not used
     fresh()
     assert affine()[2] == 4
+    assert entry.stat().st_mtime > 1e9
     assert gpu.compiled == [90]
-    (entry,) = gpu.cache.glob("cubin-sm_90-*")
-    assert cubins.kept() == [
-        {
-            "kernel": "affine<3>", "architecture": 90, "nvrtc": nvrtc.library().version, "shared": 0, "spilled": 0,
-            "entry": "_Z6affineILi3EEv6Affine", "registers": cubins.kept()[0]["registers"],
-            "serialized": False, "current": True, "sha256": _native.cache.checksum([entry / "kernel.cubin"]),
-        }
-    ]  # fmt: skip
-    assert cubins.kept()[0]["registers"] > 4
+    assert kept == {
+        "kernel": "affine<3>", "architecture": 90, "nvrtc": nvrtc.library().version, "shared": 0, "spilled": 0,
+        "entry": "_Z6affineILi3EEv6Affine", "registers": kept["registers"],
+        "serialized": False, "current": True, "sha256": _native.cache.checksum([entry / "kernel.cubin"]),
+    }  # fmt: skip
+    assert kept["registers"] > 4
 
 
 def test_doctor_shows_the_compiler_the_driver_and_the_kernels_of_these_sources(gpu):

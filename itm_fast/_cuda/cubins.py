@@ -114,12 +114,13 @@ def _load(folder: Path) -> nvrtc.Compiled:
         known = {field: found[field] for field in nvrtc.Compiled._fields[1:]}
     except KeyError as error:
         raise ValueError(f"{folder} is damaged: it does not say {error}") from error
+    cache.mark_used(folder)
     return nvrtc.Compiled((folder / FILE).read_bytes(), **known)
 
 
 def kept() -> list[dict[str, Any]]:
     """What is known about every kernel in the cache folder: kernel, architecture, nvrtc, registers, spilled, shared,
-    and `current`: whether it was compiled from these sources, by the NVRTC that is here."""
+    and `current`: whether it was compiled from these sources, by the NVRTC that is here. Marks none as used."""
     found = list(cache.entries("cubin-*", lambda folder: cache.facts(folder, FILE)))
     known = bool(found) and nvrtc.why_not() is None
     current = {_origin(file) for file in _texts() if file.endswith(".cu")} if known else set()

@@ -185,6 +185,7 @@ def _checked(folder: Path) -> Path:
     """The folder, if its library is complete."""
     cache, _ = _modules()
     cache.facts(folder, cache.LIBRARY)
+    cache.mark_used(folder)
     return folder
 
 

@@ -127,6 +127,7 @@ def load(folder: Path) -> Build:
     """
     found = facts(folder, LIBRARY)
     level, compiler = str(found.get("level")), str(found.get("compiler"))
+    mark_used(folder)
     return Build(ctypes.CDLL(str(folder / LIBRARY)), level, compiler, folder / LIBRARY)
 
 
@@ -139,9 +140,13 @@ def facts(folder: Path, file: str) -> dict[str, Any]:
     found = json.loads((folder / "build.json").read_text())
     if not isinstance(found, dict) or found.get("sha256") != checksum([folder / file]):
         raise ValueError(f"{folder} is damaged")
-    with contextlib.suppress(OSError):  # the folder is read-only
-        os.utime(folder)  # mark it as used today, for `_tidy`
     return found
+
+
+def mark_used(folder: Path) -> None:
+    """Mark an entry as used today, for `_tidy`."""
+    with contextlib.suppress(OSError):  # the folder is read-only
+        os.utime(folder)
 
 
 def checksum(files: Iterable[Path]) -> str:
