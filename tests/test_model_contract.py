@@ -12,6 +12,7 @@ import itm_fast
 from itm_fast._workspace import current_gib
 from itm_fast.models._building import ALONE
 from itm_fast.models._catalogue import CATALOGUE
+from itm_fast.models._common import PaddedScorer
 from itm_fast.ops import _register
 from itm_fast.testing import assert_accurate
 
@@ -249,6 +250,16 @@ def test_wrong_input_is_refused_in_the_scorers_name(name, given, error, said):
     for call, named in ((scorer, ""), (scorer.matched, r"\.matched")):
         with pytest.raises(error, match=f"^{type(scorer).__name__}{named}: {said}"):
             call(*given.values())
+
+
+@pytest.mark.parametrize("name", [*CATALOGUE, *ALONE])
+def test_a_list_of_captions_is_refused_in_the_scorers_name(name):
+    scorer = itm_fast.models.scorer(name, **({} if name in ALONE else {"dim": D, "regions": R}))
+    argument = "cap_emb" if isinstance(scorer, PaddedScorer) else "words"
+    for call, named in ((scorer, ""), (scorer.matched, r"\.matched")):
+        said = f"^{type(scorer).__name__}{named}: {argument} must be a tensor.* got list$"
+        with pytest.raises(TypeError, match=said):
+            call(torch.ones(2, R, D), [torch.ones(3, D), torch.ones(2, D)], [3, 2])
 
 
 @pytest.mark.parametrize("wrong", [[2, 3], torch.tensor([2, 3, 3])], ids=["list", "three"])

@@ -215,23 +215,23 @@ class PaddedScorer(PairScorer):
 
         Raises:
             ValueError: a shape or length is wrong.
+            TypeError: an argument is no tensor, or has a wrong dtype.
         """
-        return super().forward(img_emb, *packed(cap_emb, cap_lens), region_lengths)
+        return super().forward(img_emb, *packed(type(self).__name__, cap_emb, cap_lens), region_lengths)
 
     def matched(  # type: ignore[override]
-        self,
-        img_emb: Tensor,
-        cap_emb: Tensor,
-        cap_lens: Sequence[int] | Tensor,
-        region_lengths: Tensor | None = None,
-        boxes: Tensor | None = None,
-    ) -> Tensor:
+        self, img_emb: Tensor, cap_emb: Tensor, cap_lens: Sequence[int] | Tensor,
+        region_lengths: Tensor | None = None, boxes: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """Scores [B] of image i with caption i alone; arguments as `forward`, and see `itm_fast.nn.PairScorer`."""
-        return super().matched(img_emb, *packed(cap_emb, cap_lens), region_lengths, boxes)
+        words, cu_seqlens = packed(f"{type(self).__name__}.matched", cap_emb, cap_lens)
+        return super().matched(img_emb, words, cu_seqlens, region_lengths, boxes)
 
 
-def packed(caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-    """Padded captions [T, W, D] packed, and packed ones [N, D] as they are."""
+def packed(op: str, caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+    """Padded captions [T, W, D] packed, and packed ones [N, D] as they are; `op` is the scorer's name in errors."""
+    if not isinstance(caption, Tensor):
+        raise TypeError(f"{op}: cap_emb must be a tensor, [T, W, D] or packed [N, D], got {type(caption).__name__}")
     return pack_padded(caption, lengths) if caption.dim() == 3 else (caption, torch.as_tensor(lengths))
 
 

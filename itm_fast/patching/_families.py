@@ -146,7 +146,7 @@ def _imram_options(module: Any, given: Given) -> tuple[Any, ...]:
 
 def _imram_score(direction: Any, module: Any, scorer: Any, given: Given, kind: str) -> list[Tensor]:
     image, caption = (given[name].to(module.gate_t2i.weight.dtype) for name in ("images", "captions_all"))
-    steps = scorer.steps(direction, image, *packed(caption, given["cap_lens"]))
+    steps = scorer.steps(direction, image, *packed(type(scorer).__name__, caption, given["cap_lens"]))
     return [(step.t() if module.training else step).double() for step in steps]
 
 
