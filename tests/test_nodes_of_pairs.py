@@ -11,6 +11,7 @@ from triton_cases import unless
 
 from itm_fast.ops import _score_backward
 from itm_fast.ops._torch.similarity_nodes import numbers_of_pair
+from itm_fast.packing import starts
 
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, unless("torch", "cuda")])]
 
@@ -18,8 +19,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, unless("torch", "
 def pairs_of(I, counts, R, D, S, images, captions, device="cpu"):
     """Inputs, and the rest of the arguments of `OF_PAIRS`."""
     lengths = torch.tensor(counts)[captions] + 1
-    bounds = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))
-    rest = edges(counts), None, 9.0, images, captions, bounds
+    rest = edges(counts), None, 9.0, images, captions, starts(lengths)
     rest = [x.to(device) if isinstance(x, torch.Tensor) else x for x in rest]
     return [x.to(device) for x in inputs(drawer(), I, counts, R, D, S)], rest
 

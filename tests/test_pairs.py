@@ -56,7 +56,7 @@ def test_gradients_of_few_pairs(op, monkeypatch):
     for n, (i, t) in enumerate(PAIRS):
         grad[i, t] = n - 1.5
     with monkeypatch.context() as patch:
-        patch.setattr(_recompute, "SPARSE", 1 << 40)  # all pairs at once: what does not go through the rule under test
+        patch.setattr(_recompute, "FEW", 1 << 40)  # all pairs at once: what does not go through the rule under test
         want = gradients(op, "reference", grad)
     monkeypatch.setattr(_kept, "SMALL", 0)
     pairs, rule = [], _recompute.of_pairs
@@ -101,7 +101,7 @@ def test_scorers_of_several_ops_take_few_pairs_alone(name, regions, monkeypatch)
     grad = torch.zeros(len(REGIONS), len(COUNTS), dtype=torch.float64)
     grad[tuple(zip(*PAIRS))] = torch.tensor([1.0, -2.0, 0.5, 3.0, -1.0], dtype=torch.float64)
     grad[5] = 0.7  # too many for rectangles, which have others between them; but not one pair in 4
-    assert not _recompute.few(grad)
+    assert not _recompute.few_pairs(grad)
     refused = [(_recompute, "of_pairs"), (_by_caption, "_columns")]  # where rectangles of pairs are taken
 
     def gradients(backend):
@@ -111,7 +111,7 @@ def test_scorers_of_several_ops_take_few_pairs_alone(name, regions, monkeypatch)
             return torch.autograd.grad(score, leaves, grad, materialize_grads=True)
 
     with monkeypatch.context() as patch:
-        patch.setattr(_recompute, "few", lambda *args: False)
+        patch.setattr(_recompute, "few_pairs", lambda *args: False)
         want = gradients("torch")
     for place, function in refused:
         monkeypatch.setattr(place, function, None if place is _by_caption else _only_ops(getattr(place, function)))
@@ -162,8 +162,9 @@ def test_dropout_is_kept_as_bits():
 
 
 def test_what_few_pairs_are_is_the_same_in_cpp():
-    source = (_native.csrc_dir() / "cpu" / "cross_attention_score_backward.cpp").read_text()
-    assert re.findall(r"\bSPARSE = (\d+);", source) == [str(_recompute.SPARSE)]
+    for op in ("cross_attention_score", "hierarchical_alignment_score"):
+        source = (_native.csrc_dir() / "cpu" / f"{op}_backward.cpp").read_text()
+        assert re.findall(r"\bFEW = (\d+);", source) == [str(_recompute.FEW)]
 
 
 @pytest.mark.parametrize("op", CASES)

@@ -90,7 +90,7 @@ def test_gradients_of_few_pairs_at_a_time(scorer, monkeypatch):
     few = gradients_of(scorer, grad)
     monkeypatch.setattr(_score_backward, "CPU_NODES", 12 * (2 * 9 + 20) * 8)  # twelve nodes, and one pair at the least
     parts = gradients_of(scorer, grad)
-    monkeypatch.setitem(_score_backward.FEW, "cpu", 1 << 40)
+    monkeypatch.setitem(_score_backward.FEW_NODES, "cpu", 1 << 40)
     for exact, *others in zip(gradients_of(scorer, grad), few, parts, strict=True):
         for found in others:
             torch.testing.assert_close(found, exact, rtol=1e-10, atol=1e-12)

@@ -94,7 +94,7 @@ def test_the_hardest_negatives_leave_three_pairs_of_a_row():
     assert grad.diagonal().eq(1).all()
     assert min(grad.sum(0).min(), grad.sum(1).min()) > 1
     assert 2 * 128 <= grad.count_nonzero() <= 3 * 128
-    assert _recompute.few(grad)
+    assert _recompute.few_pairs(grad)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("traffic_*.json")), ids=lambda p: p.stem)

@@ -18,7 +18,7 @@
 namespace itm_fast {
 namespace {
 
-constexpr int64_t SPARSE = 8;  // with a gradient of at most one pair in 8, only such pairs are taken
+constexpr int64_t FEW = 8;  // with a gradient of at most one pair in 8, only such pairs are taken
 // `window_bytes` of each thread with few pairs; with affinities that the forward pass has kept.
 constexpr int64_t FEW_BYTES = 2 << 20, KNOWN_BYTES = 12 << 20;
 
@@ -306,7 +306,7 @@ extern "C" const char* cross_attention_score_backward(const itm_fast::CrossAtten
       const int64_t pairs = call.I * call.T, some = pairs - std::count(grad, grad + pairs, F(0));
       const F* const affinity = static_cast<const F*>(call.affinity);
       const int64_t bytes = affinity ? KNOWN_BYTES : CONTEXT_BYTES;
-      if (some * SPARSE > pairs) Backward<F, E>{problem, grad, first, second, call.threads, bytes, affinity}.run();
+      if (some * FEW > pairs) Backward<F, E>{problem, grad, first, second, call.threads, bytes, affinity}.run();
       else few_backward<F, E>(problem, grad, first, second, call.threads);
     };
     const float* const single = static_cast<const float*>(call.grad);

@@ -28,7 +28,7 @@
 namespace itm_fast {
 namespace {
 
-constexpr int64_t SPARSE_PAIRS = 8;  // few: a gradient of at most one pair in 8
+constexpr int64_t FEW = 8;  // with a gradient of at most one pair in 8, only such pairs are taken
 // Of the first round: a part ends before it has more than the words of one of 16 equal parts, or 128. Two neighbours
 // together have more, so there are at most 31, or one more than 2 N / 128.
 constexpr int64_t EQUAL_PARTS = 16, PART_ROWS = 128;
@@ -56,7 +56,7 @@ struct AlignmentBackward {
         formed(call.vector() ? nullptr : product + c.I * c.R * N), grad(static_cast<const T*>(c.grad)),
         image_sets(regions(call.image, c.I, c.R, c.D, c.region_lengths)),
         caption_sets(captions(call.words, c.T, c.D, c.cu_seqlens)),
-        few((c.I * c.T - std::count(grad, grad + c.I * c.T, T(0))) * SPARSE_PAIRS <= c.I * c.T) {}
+        few((c.I * c.T - std::count(grad, grad + c.I * c.T, T(0))) * FEW <= c.I * c.T) {}
 
   void run() const {
     if (call.vector()) by_vectors();

@@ -94,7 +94,7 @@ class _Columns(torch.autograd.Function):
         _recompute.refuse_second("this model's score")
         bits, cu_seqlens, region_lengths, *tensors = ctx.saved_tensors
         needs = ctx.needs_input_grad[3:]
-        cut = _matched if grad.is_cpu and _recompute.few(grad, _recompute.MATCHED) else _columns
+        cut = _matched if grad.is_cpu and _recompute.few_pairs(grad, _recompute.FEW_ALONE) else _columns
         blocks = cut(ctx.scorer, bits, grad, cu_seqlens, region_lengths, *tensors)
         found = iter(ctx.as_now(_recompute.backward, blocks, tensors, needs, grad))
         return None, None, None, *(next(found).to(x.dtype) if need else None for x, need in zip(tensors, needs))

@@ -63,7 +63,7 @@ class Calls:
         self, op: Declaration, said: str | None = None, more: Mapping[str, tuple[str, ...]] = MappingProxyType({})
     ) -> None:
         self.op, self.said, self.struct = op, said or op.name, _calls.struct(op)
-        self.bfloat16, self.few = op.name in BFLOAT16, op.name in LEAVES_OUT
+        self.bfloat16, self.leaves_out = op.name in BFLOAT16, op.name in LEAVES_OUT
         self.sizes = [letter for letter in _calls.SIZES if letter in op.places]
         self.packed = next((letter for letter in "NM" if letter in op.places), "")  # the rows that cu_seqlens bounds
         # Positions of the arguments that are converted before the call.
@@ -200,7 +200,8 @@ def implementation(name: str) -> Any:
         found = calls.backward(grad, needs, *arguments(vector, *rest))
         return [found[0].view(vector.shape), *found[1:]] if needs[0] else found
 
-    return SimpleNamespace(forward=lambda *args: calls.forward(*arguments(*args)), backward=backward, few=calls.few)
+    forward = lambda *args: calls.forward(*arguments(*args))  # noqa: E731
+    return SimpleNamespace(forward=forward, backward=backward, leaves_out=calls.leaves_out)
 
 
 def score_sum(

@@ -30,7 +30,7 @@ def _forward(*args: Any) -> tuple[Tensor, list[Tensor]]:
 
 
 def _backward(grad: Tensor, needs: Sequence[bool], *args: Any, kept: list[Tensor]) -> list[Tensor]:
-    if _recompute.few(grad):
+    if _recompute.few_pairs(grad):
         free(kept)  # C++ takes only the pairs that have a gradient, and needs the room for gradients
     return implementation(NAME).backward(grad, needs, *args, results=kept)
 

@@ -26,8 +26,8 @@ CPU_TILE = 8 << 20  # bytes of a block with its temporaries that stay in the las
 MIN_QUERIES = 384  # with fewer words in a block, matrix products run far from their peak
 IMAGES = 4  # `of_pairs` takes so many at a time: more images bring more pairs without a gradient, fewer need more calls
 GPU_IMAGES = 64  # the same on a GPU, where a call costs more than pairs without a gradient; untuned
-SPARSE = 8  # if more than one pair in 8 has a gradient, `of_pairs` takes all pairs at once
-MATCHED = 2  # the same of blocks of single pairs, which bring no others; with 3 of 8, a fifth less time than all pairs
+FEW = 8  # pairs are few where at most one in 8 has a gradient; of more, `of_pairs` takes all pairs at once
+FEW_ALONE = 2  # the same of blocks of single pairs, which bring no others; of 3 in 8, a fifth less time than all pairs
 
 
 # With so few pairs the torch backend keeps what autograd records on a CPU: it is small, and to compute it again takes
@@ -137,12 +137,12 @@ def _add(whole: Tensor, at: tuple[Index, ...], found: Tensor) -> None:
         whole[at] += found
 
 
-def few(grad: Tensor, sparse: int = SPARSE) -> bool:
-    """Whether at most one pair in `sparse` has a gradient, and backward leaves the others out."""
+def few_pairs(grad: Tensor, one_in: int = FEW) -> bool:
+    """Whether at most one pair in `one_in` has a gradient, and backward leaves the others out."""
     # A captured CUDA graph is run again with other gradients, so it must not depend on which of this one are zero.
     if grad.is_cuda and torch.cuda.is_current_stream_capturing():
         return False
-    return bool(grad.count_nonzero() * sparse <= grad.numel())
+    return bool(grad.count_nonzero() * one_in <= grad.numel())
 
 
 def of_pairs(
@@ -159,7 +159,7 @@ def of_pairs(
         needs: which of the differentiable arguments, which come first, need a gradient.
         args: the op's arguments.
     """
-    if not few(grad):
+    if not few_pairs(grad):
         return dense(grad, needs, *args)
     cu_seqlens = args[axes.index("E")]
     start, length = cu_seqlens[:-1].long(), cu_seqlens.diff().long()
@@ -191,7 +191,7 @@ def score(
     region_lengths: Tensor | None,
     each: tuple[int, ...] = (),
     matched: Matched | None = None,
-    share: int = MATCHED,
+    share: int = FEW_ALONE,
 ) -> Tensor:
     """Differentiable scores [I, T, *each] that are computed block by block, by one or several ops.
 
@@ -238,7 +238,7 @@ class _Scored(torch.autograd.Function):
         args = *tensors, cu_seqlens, region_lengths
         if kept is not None:
             gradients = ctx.as_now(differentiate, kept, tensors, needs, grad)
-        elif ctx.matched and grad.is_cpu and few(grad, ctx.share):
+        elif ctx.matched and grad.is_cpu and few_pairs(grad, ctx.share):
             gradients = ctx.as_now(backward, ctx.matched(grad, *args), tensors, needs, grad)
         else:
             gradients = ctx.as_now(of_pairs, dense, f"{ctx.axes}EI", grad, needs, args)

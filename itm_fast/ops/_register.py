@@ -120,7 +120,7 @@ class Op(Declaration):
             dense = chosen.backward
             if self.keeps:
                 found = dense(grad, needs, *args[:-2], results=args[-2])
-            elif self.pairs is None or getattr(chosen, "few", False):
+            elif self.pairs is None or getattr(chosen, "leaves_out", False):
                 found = dense(grad, needs, *args[:-1])
             else:
                 found = _recompute.of_pairs(dense, self.pairs, grad, needs, args[:-1])
@@ -171,7 +171,7 @@ class Op(Declaration):
             if backend == "triton" and hasattr(found, "backward"):
                 return found
             return SimpleNamespace(forward=found.forward, backward=self.implementation(self.backward).backward)
-        return SimpleNamespace(forward=found.forward, backward=partial(self.backward, backend), few=True)
+        return SimpleNamespace(forward=found.forward, backward=partial(self.backward, backend), leaves_out=True)
 
     def after_cuda(self, args: Sequence[Any]) -> str:
         """The backend of the backward pass of a forward pass in "cuda"."""

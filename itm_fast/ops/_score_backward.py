@@ -30,7 +30,7 @@ MOST_KEPT = 232 << 20  # bytes of the nodes that `cpu` keeps for the backward pa
 SHARE = 4
 # Pairs without a gradient are left out where at most one in so many has one. In C++ a pair takes as long alone as among
 # all; in PyTorch on a GPU it takes longer alone.
-FEW = {"cpu": _recompute.MATCHED, "triton": _recompute.SPARSE}
+FEW_NODES = {"cpu": _recompute.FEW_ALONE, "triton": _recompute.FEW}
 # By W_l, whether the last backward pass took the nodes of all pairs. The forward pass does not know the loss: one of
 # few pairs, as by hardest negatives, has no use for kept nodes; their room is then left unwritten: it takes no memory.
 _took_all = WeakTensorKeyDictionary()
@@ -105,7 +105,7 @@ def _some_images(
         yield _Part(images, nodes, node_bounds(cu_seqlens), grad[images], back)
 
 
-def _few_pairs(
+def _single_pairs(
     backend: str, grad: Tensor, needs: Sequence[bool], inputs: Sequence[Tensor], rest: Sequence[Any], most: int
 ) -> Iterator[_Part]:
     """The pairs that have a gradient, as one image with as many captions: as many at a time as take at most `most`
@@ -113,10 +113,11 @@ def _few_pairs(
     (_, R, D), S = inputs[0].shape, len(inputs[4])
     all_images, all_captions = grad.nonzero(as_tuple=True)
     lengths = rest[0].diff().long()[all_captions]
-    edge, size = starts(lengths + 1), (lengths + 1) * (2 * S + D)
-    if backend != "cpu" and len(lengths):
-        size = torch.full_like(lengths, numbers_of_pair(R, D, S, int(lengths.max())))
-    until, start = starts(size), 0
+    if backend == "cpu":
+        size = (lengths + 1) * (2 * S + D)
+    else:
+        size = torch.full_like(lengths, numbers_of_pair(R, D, S, int(lengths.max()) if len(lengths) else 0))
+    edge, until, start = starts(lengths + 1), starts(size), 0
     while start < len(all_images):
         stop = max(start + 1, int(torch.searchsorted(until, until[start] + most, right=True)) - 1)
         image, caption, bounds = all_images[start:stop], all_captions[start:stop], edge[start : stop + 1] - edge[start]
@@ -151,13 +152,17 @@ _NODES_OF_PAIRS = {"cpu": _nodes_by_cpu, "triton": _nodes_by_torch}
 
 
 def backward(
-    head: Head, backend: str, grad: Tensor, needs: Sequence[bool], *args: Any, held: Sequence[Tensor] = ()
+    head: Head, backend: str, grad: Tensor, needs: Sequence[bool], *args: Any, kept: list[Tensor] | None = None
 ) -> list[Tensor]:
     """(4) to (6) by the backward passes of `similarity_nodes` and of the head in `backend`, some pairs at a time.
 
-    The nodes of these pairs are computed again first, unless they are in `held`: nodes and `inverse` of the first
-    images.
+    The nodes of these pairs are computed again first, unless they are in `kept`, as `_keep` returns it.
     """
+    few = _recompute.few_pairs(grad, FEW_NODES[backend])
+    if kept is not None:
+        _took_all[args[4]] = not few
+        if few:
+            free(kept)  # before the gradients take memory
     inputs, parameters, score, statistics, rest, options, (output,) = head.split(args)
     n, work = len(inputs), work_dtype(grad)
     # Triton's kernels multiply what the inputs' dtype holds; the C++ ones widen all they read.
@@ -170,9 +175,10 @@ def backward(
     room, wanted = scratch_bytes(grad.device) // 2, needs[:n]
     if backend == "cpu":
         room = min(room, CPU_NODES)
-    if _recompute.few(grad, FEW[backend]):
-        parts = _few_pairs(backend, grad, wanted, inputs, rest, room // work.itemsize)
+    if few:
+        parts = _single_pairs(backend, grad, wanted, inputs, rest, room // work.itemsize)
     else:
+        held = [x[: int(kept[-1])] for x in kept[:-1]] if kept else []  # of the images that have been written
         parts = _some_images(backend, grad, wanted, inputs, rest, room // (2 * S * made.itemsize or 1), held)
     with workspace(current_gib() / 2):
         for part in parts:
@@ -217,13 +223,8 @@ def _keep(*args: Any) -> tuple[Tensor, list[Tensor]]:
 
 
 def _with_kept(grad: Tensor, needs: Sequence[bool], *args: Any, kept: list[Tensor]) -> list[Tensor]:
-    few = _recompute.few(grad, FEW["cpu"])
-    _took_all[args[4]] = not few
-    if few:
-        free(kept)  # before the gradients take memory
-    held = [x[: int(kept[-1])] for x in kept[:-1]]  # of the images that have been written
     with workspace(current_gib() * (SHARE - 1) / SHARE):
-        return backward(GRAPH, "cpu", grad, needs, *args, held=held)
+        return backward(GRAPH, "cpu", grad, needs, *args, kept=kept)
 
 
 KEEPING = Keeping("similarity_graph_score", _keep, _with_kept)
