@@ -96,7 +96,7 @@ def too_small_disk(folder: Path) -> str:
 
 def killed(folder: Path, rank: int) -> None:
     """An evaluation whose processes are all killed, each after it has counted some more blocks."""
-    with after_blocks(1 + rank % 2, lambda: os.kill(os.getpid(), signal.SIGKILL), pause=0.05):
+    with after_blocks(1 + rank % 2, lambda: os.kill(os.getpid(), signal.SIGKILL)):
         evaluated(state=folder / "killed")
 
 

@@ -137,7 +137,7 @@ def test_a_command_whose_module_does_not_import(monkeypatch, capsys):
 def _program(*words, **variables):
     environment = {**os.environ, "PYTHONPATH": str(Path(itm_fast.__file__).parents[1]), **variables}
     return subprocess.run(
-        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, *words], env=environment, capture_output=True, text=True, timeout=600, check=False
     )
 
 
@@ -192,7 +192,7 @@ def test_python_m_and_a_reader_that_goes_away():
     )
     process.stdout.close()
     error = process.stderr.read()
-    assert process.wait(timeout=60) == 1
+    assert process.wait(timeout=600) == 1
     assert error == ""
 
 

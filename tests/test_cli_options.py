@@ -153,7 +153,7 @@ def test_nothing_heavy_is_imported_for_help_and_mistakes():
                     assert main(words) == 2, words
         print(sorted({"torch", "h5py", "nltk", "PIL", "scipy"} & set(sys.modules)))
     """
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=600)
     assert found.stdout == "[]\n"
 
 
@@ -176,9 +176,9 @@ def test_names_are_imported_when_they_are_asked_for():
         from itm_fast import *
         assert cross_attention_score is itm_fast.ops.cross_attention_score
     """
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)
 
 
 def test_ops_are_registered_at_once_where_torch_is_there():
     code = "import torch, itm_fast; assert torch.ops.itm_fast.hardest_negative_loss"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=600)

@@ -86,9 +86,9 @@ def test_two_threads_keep_their_own_neighbours(monkeypatch):
     barrier, state = threading.Barrier(2), ConfidenceMatching.image_state
 
     def together(*args):
-        barrier.wait(10)
+        barrier.wait(300)
         found = state(*args)
-        barrier.wait(10)
+        barrier.wait(300)
         return found
 
     def score(each):

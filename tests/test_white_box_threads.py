@@ -72,7 +72,7 @@ def test_a_forked_child_has_threads_of_its_own(box):
     assert len(box.taking_part(3)) == len(box.taking_part(3)) == 3  # OpenMP has them since the second loop
     child = os.fork()
     if not child:
-        signal.alarm(20)
+        signal.alarm(300)
         os._exit(0 if len(box.taking_part(3)) == 3 else 1)
     assert os.waitpid(child, 0)[1] == 0
 
@@ -83,7 +83,7 @@ torch.set_num_threads(2)
 torch.ones(1 << 20).exp()
 
 def child():
-    signal.alarm(20)
+    signal.alarm(300)
     from itm_fast.ops import cross_attention_score
     many = torch.arange(0, 641, 10, dtype=torch.int32)
     cross_attention_score(torch.randn(64, 36, 64), torch.randn(640, 64), many, backend="cpu")
@@ -128,7 +128,7 @@ def test_threads_that_cannot_start_leave_their_parts_to_the_others(box):
     """No memory is left for most of the stacks: all parts are done all the same, and the process lives."""
     child = os.fork()
     if not child:
-        signal.alarm(20)
+        signal.alarm(300)
         pages = int(Path("/proc/self/statm").read_text().split()[0])
         limit = pages * resource.getpagesize() + (100 << 20)
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
