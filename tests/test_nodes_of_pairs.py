@@ -33,9 +33,9 @@ def test_what_pairs_add_to_a_caption_is_summed_in_float32(device, dtype):
     half = [x.to(dtype) for x in every]
 
     def gradients(args):
-        nodes, back = _score_backward._nodes_by_torch([True] * 8, *args, *rest)
+        (nodes,), back = _score_backward._nodes_by_torch([True] * 8, *args, *rest)
         assert nodes.dtype == args[0].dtype
-        return back(torch.linspace(0.5, 1.5, nodes.numel(), device=device).view(1, *nodes.shape).to(dtype))
+        return back(torch.linspace(0.5, 1.5, nodes.numel(), device=device).view(1, *nodes.shape).to(dtype), [])
 
     found, exact = gradients(half), gradients([x.double() for x in half])
     for a, b in zip(found, exact, strict=True):
@@ -71,8 +71,8 @@ def test_pairs_hold_no_more_than_they_are_counted(R, L, D, S, dtype):
     given, rest = pairs_of(2, (L, L), R, D, S, torch.arange(P) * 2 // P, torch.arange(P) % 2)
     given = [x.to(dtype) for x in given]
     with Held() as held:
-        nodes, back = _score_backward._nodes_by_torch([True] * 8, *given, *rest)
-        gradients = back(torch.ones_like(nodes)[None])
+        (nodes,), back = _score_backward._nodes_by_torch([True] * 8, *given, *rest)
+        gradients = back(torch.ones_like(nodes)[None], [])
     whole = 3 * sum(x.numel() for x in gradients)  # inputs in float32, and gradients: of their own, and their sums
     assert held.most <= 4 * (P * numbers_of_pair(R, D, S, L) + whole)
     assert held.most >= P * numbers_of_pair(R, D, S, L)  # it is no wild guess: a quarter, at the least, is needed

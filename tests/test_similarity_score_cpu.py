@@ -9,7 +9,7 @@ from pair_score_cases import edges
 from test_similarity_score import GRAPH, over_scorers
 
 from itm_fast import _native
-from itm_fast.ops import _score_backward
+from itm_fast.ops import _cpu_calls, _score_backward
 from itm_fast.testing import assert_accurate, op_checks
 
 pytestmark = needs_cpu
@@ -59,7 +59,7 @@ def test_the_same_bits_with_any_number_of_threads(scorer):
 def test_gradients_from_a_few_images_at_a_time(scorer, monkeypatch):
     call, args = scorer.case(5, (4, 2, 7))
     whole = op_checks.gradients(call, args, torch.float64, "cpu", torch.float64)
-    monkeypatch.setattr(_score_backward, "CPU_NODES", 2 * 2 * 16 * 8 * 8)  # nodes and gradients of two images
+    monkeypatch.setattr(_score_backward, "CPU_NODES", 2 * 16 * 8 * 8)  # nodes of two images, or also gradients of one
     for part, exact in zip(op_checks.gradients(call, args, torch.float64, "cpu", torch.float64), whole, strict=True):
         torch.testing.assert_close(part, exact, rtol=1e-11, atol=1e-13)
 
@@ -103,7 +103,7 @@ def test_nodes_are_kept_if_the_last_loss_was_of_all_pairs(monkeypatch):
     nodes = torch.ops.itm_fast.similarity_nodes.default
     counting = SimpleNamespace(default=lambda *given: made.append(len(given[0])) or nodes(*given))
     monkeypatch.setattr(torch.ops.itm_fast, "similarity_nodes", counting)
-    monkeypatch.setattr(_score_backward, "CPU_NODES", 3 * 2 * 16 * 8 * 8)  # nodes and gradients of three images
+    monkeypatch.setattr(_score_backward, "CPU_NODES", 3 * 16 * 8 * 8)  # nodes of three images
 
     def gradients(score, grad, **options):
         made.clear()
@@ -122,6 +122,22 @@ def test_nodes_are_kept_if_the_last_loss_was_of_all_pairs(monkeypatch):
                 *found, seen = gradients(score, every, retain_graph=True)
                 assert seen == expected
                 assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
+
+
+def test_gradients_take_the_place_of_the_nodes(monkeypatch):
+    call, args = GRAPH.case(3, (4, 2))
+    run, whole, places = _cpu_calls.implementation("similarity_graph_head"), _cpu_calls.Calls.backward, []
+
+    def noted(self, grad, needs, *given, **more):
+        found = whole(self, grad, needs, *given, **more)
+        if self is run:
+            places.append((given[0].data_ptr(), found[0].data_ptr()))
+        return found
+
+    monkeypatch.setattr(_cpu_calls.Calls, "backward", noted)
+    op_checks.gradients(call, args, torch.float32, "cpu", torch.float32)
+    assert places
+    assert all(nodes == gradient for nodes, gradient in places)
 
 
 def test_gradients_of_half_inputs_are_those_of_the_nodes_that_backward_computes(monkeypatch):

@@ -15,6 +15,16 @@ inline bool clips(Norm norm) {
 inline bool squares(Norm norm) { return norm == Norm::L2NORM || norm == Norm::CLIPPED_L2NORM; }
 inline bool over_queries(Norm norm) { return norm != Norm::CLIPPED && norm != Norm::NONE; }
 
+// d [S], the gradient of y / (|y| + eps), becomes that of y; s is the quotient and `inverse` 1 / (|y| + eps). Both have
+// zeros from S to a whole vector.
+template <class T>
+inline void backward_of_norm(T* d, int64_t S, const T* s, T inverse) {
+  Vec<T> product{};
+  for (int64_t k = 0; k < S; k += LANES<T>) product += load(s + k) * load(d + k);
+  const T length = 1 / inverse - T(EPS), back = length > 0 ? sum<T>(product) / length : T(0);
+  for (int64_t k = 0; k < S; k += LANES<T>) store(d + k, load(d + k) * inverse - load(s + k) * back);
+}
+
 template <class T>
 inline Vec<T> clip(Vec<T> x) {
   return x > 0 ? x : x * T(SLOPE);

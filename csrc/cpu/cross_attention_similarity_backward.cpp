@@ -31,7 +31,8 @@ struct Slot {
   Slot(int64_t D, int64_t columns, int64_t contexts) : rows(D, columns), d_q(D, columns), d_x(D, contexts) {}
 };
 
-// globals_wanted is for p.globals; its context is the images' global vectors.
+// globals_wanted is for p.globals; its context is the images' global vectors. `grad` is that of y with globals whose
+// similarity vectors are not known; without globals, these are computed again where they are not known.
 template <class T, class E = T>
 void backward(const SimilarityProblem& p, Source grad, Known known, const Gradients& wanted,
               const Gradients& globals_wanted, int64_t threads) {
@@ -39,7 +40,7 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
   const int64_t D = p.D, S = p.S;
   const bool global = p.globals && globals_wanted.any();
   std::unique_ptr<Projection<T>> projection;
-  if (!known.inverse) projection = std::make_unique<Projection<T>>(p.weight, p.bias, S, D);
+  if (!p.globals && !known.rows.data) projection = std::make_unique<Projection<T>>(p.weight, p.bias, S, D);
   const FeaturePanels<E> w = feature_rows<T, E>(p.weight, S, D);
   FeaturePanels<T> global_w(D, global ? S : 0);
   if (global) global_w.read_rows(p.globals->weight, 0, S, 0);
@@ -100,17 +101,14 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
         return [&, thread = taken++, room = Buffer<T>(S), s_j = Buffer<T>(round_up(S, LANES<T>))](int64_t c) {
           const Chunk& chunk = window.chunks[c];
           const int64_t sets = chunk.last - chunk.first;
-          // The gradient, and what is known, of the similarity vector in row row(k, j) of the result.
+          // The gradient of the similarity vector in row row(k, j) of the result, or that of its y.
           const auto gradient = [&](auto row) {
             return [&, row](int64_t k, int64_t j, T* to) mutable {
-              std::copy_n(read<T>(grad, row(k, j) * S, S, room), S, to);
-            };
-          };
-          const auto vector = [&](auto row) {
-            return [&, row](int64_t k, int64_t j) mutable {
               const int64_t at = row(k, j);
+              std::copy_n(read<T>(grad, at * S, S, room), S, to);
+              if (!known.rows.data) return;
               std::copy_n(read<T>(known.rows, at * S, S, room), S, s_j + 0);
-              return SimilarityVector<T>{s_j, static_cast<const T*>(known.inverse)[at]};
+              backward_of_norm<T>(to, S, s_j, static_cast<const T*>(known.inverse)[at]);
             };
           };
           const auto row = [&, set = chunk.first](int64_t k, int64_t j) mutable {
@@ -119,19 +117,13 @@ void backward(const SimilarityProblem& p, Source grad, Known known, const Gradie
             return p.row(first + k, set, chunk.begin + j);
           };
           local[c]->d_x.clear();
-          const auto run = [&](auto s) {
-            tiles[thread].run(x, p.norm, T(p.scale), &queries.edge[chunk.first], sets, projection.get(), w,
-                              window.panels[c], local[c]->rows, gradient(row), s, *sums[c], local[c]->d_q,
-                              local[c]->d_x);
-          };
-          if (known.inverse) run(vector(row));
-          else run(nullptr);
+          tiles[thread].run(x, p.norm, T(p.scale), &queries.edge[chunk.first], sets, projection.get(), w,
+                            window.panels[c], local[c]->rows, gradient(row), *sums[c], local[c]->d_q, local[c]->d_x);
           if (!global) return;
           const auto global_row = [&](int64_t k, int64_t j) { return p.global_row(first + k, chunk.first + j); };
           overall[c]->d_x.clear();
-          global_tiles[thread].run_unweighted(global_x, held, sets, widest, global_w,
-                                              overall[c]->rows, gradient(global_row), vector(global_row),
-                                              *global_sums[c], overall[c]->d_q, overall[c]->d_x);
+          global_tiles[thread].run_unweighted(global_x, held, sets, widest, global_w, overall[c]->rows,
+                                              gradient(global_row), *global_sums[c], overall[c]->d_q, overall[c]->d_x);
         };
       });
       parallel(held, threads, [&] {
@@ -184,7 +176,8 @@ extern "C" const char* cross_attention_similarity_backward(const itm_fast::Cross
   });
 }
 
-// The same for similarity_nodes and its eight tensors; nodes and inverse are the results of the forward pass.
+// The same for similarity_nodes and its eight tensors; nodes and inverse are the results of the forward pass, or null:
+// grad is then the gradient of every node's y.
 extern "C" const char* similarity_nodes_backward(const itm_fast::SimilarityNodesCall& call) {
   using namespace itm_fast;
   return guarded([&] {

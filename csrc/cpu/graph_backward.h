@@ -28,6 +28,8 @@ struct GraphGradient {
   Source score_weight{}, score_bias{};
   Output output = Output::LOGIT;
   void *d_score_weight = nullptr, *d_score_bias = nullptr;
+  // [I, M]: the nodes are y / (|y| + eps), these are 1 / (|y| + eps), and d_nodes is the gradient of y; else null.
+  const double* inverse = nullptr;
 
   explicit GraphGradient(const SimilarityGraphHeadCall& c) : GraphGradient(c, c.nodes) {
     score_weight = {c.score_weight, c.dtype};
@@ -35,6 +37,7 @@ struct GraphGradient {
     output = c.output;
     d_score_weight = c.d_score_weight;
     d_score_bias = c.d_score_bias;
+    inverse = static_cast<const double*>(c.inverse);
   }
   explicit GraphGradient(const SimilarityGraphCall& c) : GraphGradient(c, c.nodes) {}
 
@@ -154,9 +157,11 @@ class Walk {
     for (int64_t step = 0; step + 1 < p.steps; ++step) reason(step);
     read_out(image, sums);
     for (int64_t step = p.steps - 1; step-- > 0;) back(step, sums);
-    if (p.d_nodes)
-      for (int64_t j = 0; j < c.rows; ++j)
-        write<T>(p.d_nodes, p.nodes.dtype, (image * p.M + c.begin + j) * S, S, d_x + j * ldS, T(1));
+    for (int64_t j = 0; p.d_nodes && j < c.rows; ++j) {
+      const int64_t row = image * p.M + c.begin + j;
+      if (p.inverse) backward_of_norm<T>(d_x + j * ldS, S, x_rows + j * ldS, T(p.inverse[row]));
+      write<T>(p.d_nodes, p.nodes.dtype, row * S, S, d_x + j * ldS, T(1));
+    }
   }
 
  private:

@@ -29,13 +29,6 @@ struct SimilaritySums {
   Buffer<T> bias;           // [S], whole vectors
 };
 
-// A similarity vector s = y / (|y| + eps), with zeros up to whole vectors, and its 1 / (|y| + eps).
-template <class T>
-struct SimilarityVector {
-  const T* s;
-  T inverse;
-};
-
 // One thread's scratch for the gradients of one chunk of queries with the contexts held, and the functions that fill
 // it.
 template <class T, class E = T>
@@ -69,13 +62,13 @@ struct SimilarityGradient {
 
   // Adds the gradients of a chunk's tiles to `sums`, to d_q [columns] and to d_x [x.n]. W is given as w [S], its
   // features along the lanes, and as `projection`; the queries as `query` and as `query_rows`. upstream(k, j, room)
-  // writes S values: the gradient of the similarity vector of set k and column j. known(k, j), unless null, is that
-  // vector; there is no use for `projection` then.
-  template <class Upstream, class Known>
+  // writes S values: the gradient of the similarity vector of set k and column j; or that of its y, where `projection`
+  // is null.
+  template <class Upstream>
   void run(const HeldContexts<T, E>& x, Norm norm, T scale, const int64_t* edge, int64_t sets,
            const Projection<T>* projection, const FeaturePanels<E>& w, const Panels<T>& query,
-           const FeaturePanels<T>& query_rows, Upstream upstream, Known known, SimilaritySums<T>& sums,
-           FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
+           const FeaturePanels<T>& query_rows, Upstream upstream, SimilaritySums<T>& sums, FeaturePanels<T>& d_q,
+           FeaturePanels<T>& d_x) {
     const int64_t columns = edge[sets] - edge[0];
     const bool attends = sums.needs_context || sums.needs_query;
     for (int64_t p = 0; p < columns; p += WIDE)
@@ -92,22 +85,16 @@ struct SimilarityGradient {
                   to(affinity + p, ld));
         tile.weigh(set, affinity, norm, scale, edge, sets);
       }
-      if constexpr (std::is_null_pointer_v<Known>) {
-        tile.project(set, *projection, columns, query);
-        for (int64_t j = 0; j < columns; ++j) {
-          const int64_t in = j % WIDE;
-          if (in == 0)
-            transpose_by_squares<T>(tile.similar.at(0, j), WIDE, S, least(WIDE, columns - j), s_rows, lds);
-          T* s_j = s_rows + in * lds;
-          for (int64_t s = 0; s < S; ++s) s_j[s] *= tile.inverse[j];
-          upstream(k, j, d_y_rows + j * lds);
-          backward_of_norm(d_y_rows + j * lds, S, {s_j, tile.inverse[j]});
-        }
-      } else {
-        for (int64_t j = 0; j < columns; ++j) {
-          upstream(k, j, d_y_rows + j * lds);
-          backward_of_norm(d_y_rows + j * lds, S, known(k, j));
-        }
+      if (projection) tile.project(set, *projection, columns, query);
+      for (int64_t j = 0; j < columns; ++j) {
+        T* const d = cleared(j);
+        upstream(k, j, d);
+        if (!projection) continue;
+        const int64_t in = j % WIDE;
+        if (in == 0) transpose_by_squares<T>(tile.similar.at(0, j), WIDE, S, least(WIDE, columns - j), s_rows, lds);
+        T* s_j = s_rows + in * lds;
+        for (int64_t s = 0; s < S; ++s) s_j[s] *= tile.inverse[j];
+        backward_of_norm<T>(d, S, s_j, tile.inverse[j]);
       }
       products(x, set, columns, w, query_rows, sums, d_q, d_x);
       if (attends) attention(set, norm, scale, edge, sets, affinity, sums.needs_context);
@@ -115,21 +102,17 @@ struct SimilarityGradient {
     if (attends) through_affinities(x, columns, query_rows, sums, d_q, d_x);
   }
 
-  // The same for similarity vectors of every context held with every query, which nothing weighs: u is the context.
-  // As many contexts at a time as make at most `columns` pairs.
-  template <class Upstream, class Known>
+  // The same, from gradients of y on, for similarity vectors of every context held with every query, which nothing
+  // weighs: u is the context. As many contexts at a time as make at most `columns` pairs.
+  template <class Upstream>
   void run_unweighted(const FeaturePanels<T>& x, int64_t count, int64_t queries, int64_t columns,
-                      const FeaturePanels<E>& w, const FeaturePanels<T>& query_rows, Upstream upstream, Known known,
+                      const FeaturePanels<E>& w, const FeaturePanels<T>& query_rows, Upstream upstream,
                       SimilaritySums<T>& sums, FeaturePanels<T>& d_q, FeaturePanels<T>& d_x) {
     const int64_t step = std::max<int64_t>(1, columns / queries);
     for (int64_t first = 0; first < count; first += step) {
       const int64_t some = least(step, count - first), pairs = some * queries;
       for (int64_t k = 0; k < some; ++k)
-        for (int64_t j = 0; j < queries; ++j) {
-          T* d = d_y_rows + (k * queries + j) * lds;
-          upstream(first + k, j, d);
-          backward_of_norm(d, S, known(first + k, j));
-        }
+        for (int64_t j = 0; j < queries; ++j) upstream(first + k, j, cleared(k * queries + j));
       sum_bias(pairs, S, sums);
       transpose_by_squares<T>(d_y_rows, lds, pairs, S, d_y, ld);
       for (int64_t p = 0; p < w.D; p += WIDE) {
@@ -183,13 +166,11 @@ struct SimilarityGradient {
     };
   }
 
-  // (4): d [S], the gradient of a similarity vector, becomes the gradient of its y.
-  static void backward_of_norm(T* d, int64_t S, SimilarityVector<T> known) {
-    std::fill(d + S, d + round_up(S, LANES<T>), T(0));
-    Vec<T> product{};
-    for (int64_t s = 0; s < S; s += LANES<T>) product += load(known.s + s) * load(d + s);
-    const T length = 1 / known.inverse - T(EPS), back = length > 0 ? sum<T>(product) / length : T(0);
-    for (int64_t s = 0; s < S; s += LANES<T>) store(d + s, load(d + s) * known.inverse - load(known.s + s) * back);
+  // Row j of d_y_rows, with zeros from S to a whole vector.
+  T* cleared(int64_t j) {
+    T* const row = d_y_rows + j * lds;
+    std::fill(row + S, row + round_up(S, LANES<T>), T(0));
+    return row;
   }
 
   void sum_bias(int64_t columns, int64_t S, SimilaritySums<T>& sums) {

@@ -97,6 +97,7 @@ extern "C" const char* similarity_graph_backward(const itm_fast::SimilarityGraph
 }
 
 // The same of the scores that score_weight and score_bias make of z, whose gradients follow too; z is computed again.
+// d_nodes may be where the nodes are; it is the gradient of y, of which `inverse` is 1 / (|y| + eps).
 extern "C" const char* similarity_graph_head_backward(const itm_fast::SimilarityGraphHeadCall& call) {
   return itm_fast::guarded_backward(call);
 }

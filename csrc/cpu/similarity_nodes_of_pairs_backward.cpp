@@ -94,12 +94,9 @@ struct PairGradients {
       const auto gradient = [&](auto row) {
         return [&, row](int64_t, int64_t j, T* to) {
           std::copy_n(read<T>({call.grad, call.dtype}, row(j) * S, S, room), S, to);
-        };
-      };
-      const auto vector = [&](auto row) {
-        return [&, row](int64_t, int64_t j) {
+          if (!call.nodes) return;
           std::copy_n(read<T>({call.nodes, call.dtype}, row(j) * S, S, room), S, s + 0);
-          return SimilarityVector<T>{s, static_cast<const T*>(call.inverse)[row(j)]};
+          backward_of_norm<T>(to, S, s, static_cast<const T*>(call.inverse)[row(j)]);
         };
       };
       const auto row = [&](int64_t j) { return row_of[j]; };
@@ -118,7 +115,7 @@ struct PairGradients {
       d_q.clear();
       d_x.clear();
       tile.run(x, Norm::CLIPPED_L2NORM, T(call.scale), run.edge.data(), run.sets(), nullptr, p.w, columns.words, rows,
-               gradient(row), vector(row), sums, d_q, d_x);
+               gradient(row), sums, d_q, d_x);
       if (p.local.context) add_rows(p.images, image, p.local.context, d_x, 0);
       for (int64_t j = 0; p.local.query && j < run.columns(); ++j)
         d_q.add_row_to(p.d_words + (p.word(run.first) + j) * D, j);
@@ -127,7 +124,7 @@ struct PairGradients {
       global_d_q.clear();
       global_d_x.clear();
       global_tile.run_unweighted(global_x, 1, run.sets(), p.pairs.most, p.global_w, global_rows, gradient(global_row),
-                                 vector(global_row), global_sums, global_d_q, global_d_x);
+                                 global_sums, global_d_q, global_d_x);
       if (p.global.context) global_d_x.add_row_to(static_cast<T*>(p.global.context) + image * D, 0);
       for (int64_t k = 0; p.global.query && k < run.sets(); ++k)
         global_d_q.add_row_to(p.d_captions + (run.first + k) * D, k);
@@ -140,7 +137,7 @@ struct PairGradients {
 
 // Adds to the gradients of the eight tensors that are not null. They have their tensors' shapes, are float, or double
 // if the tensors are double, and hold zeros. grad has the shape and dtype of `nodes`; nodes and inverse are the results
-// of the forward pass.
+// of the forward pass, or null: grad is then the gradient of every node's y.
 extern "C" const char* similarity_nodes_of_pairs_backward(const itm_fast::SimilarityNodesOfPairsCall& call) {
   using namespace itm_fast;
   return guarded([&] {

@@ -34,6 +34,7 @@ WRITTEN = {
     "similarity_graph": ("nodes",),
     "similarity_graph_head": ("nodes",),
 }
+IN_PLACE = {"similarity_graph_head"}  # ops whose gradients in `WRITTEN` take the place of their contiguous tensors
 IN_FLOAT64 = {"similarity_context", "similarity_filter"}  # ops that sum gradients in float64; others in `work_dtype`
 LEAVES_OUT = {"cross_attention_score"}  # ops whose backward in C++ leaves out pairs that have no gradient
 TOGETHER = {"similarity_graph", "similarity_graph_head"}  # ops that sum the gradients of all parameters, or of none
@@ -113,13 +114,17 @@ class Calls:
         if op.name in TOGETHER and any(need and not written for need, written in zip(needs, self.written)):
             made = [need or not written for need, written in zip(needs, self.written)]
         gradients = [
-            None if not make else x.new_empty(x.shape) if written else torch.zeros(x.shape, dtype=sums, device="cpu")
+            None if not make else self._written(x) if written else torch.zeros(x.shape, dtype=sums, device="cpu")
             for x, make, written in zip(args, made, self.written)
         ]
         grad = (grad.to(work) if op.pairs else grad).contiguous()
         known = [*self.no_results, *(results or ())][len(results or ()) :]
         self._call(f"{op.name}_backward", args, op.size(args), known, [grad, *gradients])
         return [d for d, need in zip(gradients, needs) if need]  # type: ignore[misc]
+
+    def _written(self, x: Tensor) -> Tensor:
+        """Where C++ writes the gradient of x."""
+        return x if self.op.name in IN_PLACE else x.new_empty(x.shape)
 
     def _call(
         self,

@@ -25,7 +25,7 @@ from ._torch.similarity_nodes import nodes_of_pairs, numbers_of_pair
 from .similarity_graph import PARAMETERS
 from .similarity_nodes import OF_PAIRS
 
-CPU_NODES = 64 << 20  # bytes of the nodes and of their gradients, of the pairs that the `cpu` backend takes at a time
+CPU_NODES = 64 << 20  # bytes of what the `cpu` backend holds of some pairs' nodes, and of gradients not in their place
 MOST_KEPT = 232 << 20  # bytes of the nodes that `cpu` keeps for the backward pass, at most 1 / SHARE of the scratch
 SHARE = 4
 # Pairs without a gradient are left out where at most one in so many has one. In C++ a pair takes as long alone as among
@@ -44,10 +44,14 @@ def _kept_nodes(size: dict[str, int], given: Given) -> tuple[int, ...]:
     return (*_kept_rows(size, given), size["S"])
 
 
-# The backward pass of (2), with the graph as head, and of (3): from nodes on.
+# The backward pass of (2), with the graph as head, and of (3): from nodes on, and through their norm. The gradient of y
+# takes the nodes' place: with node = y / (|y| + 1e-8) and `inverse` = 1 / (|y| + 1e-8).
 GRAPH_HEAD = cpu_only(
     "similarity_graph_head",
-    [Floats("nodes", "I M S"), *PARAMETERS, *SCORE, Integers("cu_seqlens", "T+1"), *OUTPUT],
+    [
+        *(Floats("nodes", "I M S"), *PARAMETERS, *SCORE),
+        *(Floats("inverse", "I M", fixed=True), Integers("cu_seqlens", "T+1"), *OUTPUT),
+    ],
     [Result("score", "I T")],
 )
 # Forward, which keeps the nodes of the first `kept[0]` images, and what their backward pass needs beside them, where
@@ -60,22 +64,26 @@ KEPT = cpu_only(
 )
 
 
+_Back = Callable[[Tensor, Sequence[Tensor]], list[Tensor]]  # of a `_Part`
+
+
 class _Part(NamedTuple):
     """Some pairs, as images [I] that are all paired with captions [T], in the backward pass.
 
     Attributes:
         images: where the gradients of their image and image_global belong.
-        nodes: [I, M, S], computed again.
+        nodes: [I, M, S], computed again, and in the cpu backend `inverse` [I, M].
         bounds: [T + 1] of the captions' nodes.
         grad: [I, T], the gradient of their results.
-        back: d_nodes -> the gradients of the inputs that need one.
+        back: (gradient, known) -> the gradients of the inputs that need one. The gradient is that of the nodes, and
+            `known` the nodes and `inverse`; or, in the cpu backend, it is that of y, and `known` is empty.
     """
 
     images: slice
-    nodes: Tensor
+    nodes: Sequence[Tensor]
     bounds: Tensor
     grad: Tensor
-    back: Callable[[Tensor], list[Tensor]]
+    back: _Back
 
 
 def _some_images(
@@ -91,16 +99,17 @@ def _some_images(
     the parts nor the order of sums."""
     cu_seqlens, region_lengths, scale = rest
     size, known = max(1, most // max(1, len(inputs[2]) + len(inputs[3]))), len(held[0]) if held else 0
-    for images in spans(len(grad), size):
+    parts = max(1, -(-len(grad) // size))
+    for images in spans(len(grad), max(1, -(-len(grad) // parts))):
         part: list[Any] = [inputs[0][images], inputs[1][images], *inputs[2:]]
         part += [cu_seqlens, None if region_lengths is None else region_lengths[images], scale]
         if images.stop <= known:
-            nodes, saved = (x[images] for x in held)
+            nodes = [x[images] for x in held]
         else:
-            nodes, saved = torch.ops.itm_fast.similarity_nodes.default(*part, backend)
+            nodes = torch.ops.itm_fast.similarity_nodes.default(*part, backend)
 
-        def back(d_nodes, part=part, results=(nodes, saved)):
-            return torch.ops.itm_fast.similarity_nodes_backward.default(d_nodes, needs, *part, list(results), backend)
+        def back(gradient, known, part=part):
+            return torch.ops.itm_fast.similarity_nodes_backward.default(gradient, needs, *part, list(known), backend)
 
         yield _Part(images, nodes, node_bounds(cu_seqlens), grad[images], back)
 
@@ -122,18 +131,21 @@ def _single_pairs(
         stop = max(start + 1, int(torch.searchsorted(until, until[start] + most, right=True)) - 1)
         image, caption, bounds = all_images[start:stop], all_captions[start:stop], edge[start : stop + 1] - edge[start]
         nodes, back = _NODES_OF_PAIRS[backend](needs, *inputs, *rest, image, caption, bounds)
-        yield _Part(slice(None), nodes[None], bounds, grad[image, caption][None], back)
+        yield _Part(slice(None), [x[None] for x in nodes], bounds, grad[image, caption][None], back)
         start = stop
 
 
-def _nodes_by_cpu(needs: Sequence[bool], *args: Any) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
-    """The nodes of single pairs in C++, and what a `_Part` has as `back`."""
+def _nodes_by_cpu(needs: Sequence[bool], *args: Any) -> tuple[Sequence[Tensor], _Back]:
+    """The nodes of single pairs in C++ and `inverse`, and what a `_Part` has as `back`."""
     run = implementation(OF_PAIRS.name)
-    results = run.forward(*args)
-    return results[0], lambda d_nodes: run.backward(d_nodes[0], needs, *args, results=results)
+
+    def back(gradient: Tensor, known: Sequence[Tensor]) -> list[Tensor]:
+        return run.backward(gradient[0], needs, *args, results=[x[0] for x in known])
+
+    return run.forward(*args), back
 
 
-def _nodes_by_torch(needs: Sequence[bool], *args: Any) -> tuple[Tensor, Callable[[Tensor], list[Tensor]]]:
+def _nodes_by_torch(needs: Sequence[bool], *args: Any) -> tuple[Sequence[Tensor], _Back]:
     """The same in batched PyTorch."""
     work = work_dtype(args[0])  # also of what the pairs that share a feature add to its gradient
     leaves = [x.detach().to(work).requires_grad_(need) for x, need in zip(args, needs)]
@@ -141,10 +153,10 @@ def _nodes_by_torch(needs: Sequence[bool], *args: Any) -> tuple[Tensor, Callable
         nodes = nodes_of_pairs(*leaves, *args[len(leaves) :])
     wanted = [x for x in leaves if x.requires_grad]
 
-    def back(d_nodes: Tensor) -> list[Tensor]:
+    def back(d_nodes: Tensor, _: Sequence[Tensor]) -> list[Tensor]:
         return list(torch.autograd.grad(nodes, wanted, d_nodes[0].to(work)))
 
-    return nodes.detach().to(args[0].dtype), back
+    return [nodes.detach().to(args[0].dtype)], back
 
 
 # Triton's kernels take all pairs of some images and captions. Few single pairs are little work, however it is done.
@@ -156,7 +168,8 @@ def backward(
 ) -> list[Tensor]:
     """(4) to (6) by the backward passes of `similarity_nodes` and of the head in `backend`, some pairs at a time.
 
-    The nodes of these pairs are computed again first, unless they are in `kept`, as `_keep` returns it.
+    The nodes of these pairs are computed again first, unless they are in `kept`, as `_keep` returns it. With the graph
+    in the cpu backend, gradients are written over the nodes.
     """
     few = _recompute.few_pairs(grad, FEW_NODES[backend])
     if kept is not None:
@@ -179,12 +192,14 @@ def backward(
         parts = _single_pairs(backend, grad, wanted, inputs, rest, room // work.itemsize)
     else:
         held = [x[: int(kept[-1])] for x in kept[:-1]] if kept else []  # of the images that have been written
-        parts = _some_images(backend, grad, wanted, inputs, rest, room // (2 * S * made.itemsize or 1), held)
+        row = (1 if _in_cpp(head, backend) else 2) * S * made.itemsize  # nodes, and their gradients elsewhere
+        parts = _some_images(backend, grad, wanted, inputs, rest, room // (row or 1), held)
     with workspace(current_gib() / 2):
         for part in parts:
             of_head = [any(wanted), *needs[n:]]
             found = _through_head(head, backend, part, of_head, tensors[n:], statistics, options, output)
-            d_inputs = part.back(found.pop(0)) if any(wanted) else []
+            known = [] if _in_cpp(head, backend) else part.nodes
+            d_inputs = part.back(found.pop(0), known) if any(wanted) else []
             added = iter([*d_inputs, *found])
             for k, whole in enumerate(total):
                 if whole is not None:
@@ -192,16 +207,23 @@ def backward(
     return [x for x in total if x is not None]
 
 
+def _in_cpp(head: Head, backend: str) -> bool:
+    """Whether `GRAPH_HEAD` is the head's backward pass."""
+    return backend == "cpu" and head is GRAPH
+
+
 def _through_head(
     head: Head, backend: str, part: _Part, needs: Sequence[bool], tensors, statistics, options, output: str
 ) -> list[Tensor]:
-    """(4) and (5): the gradients of the nodes, of the head's parameters and of the score's that `needs` marks."""
-    if backend == "cpu" and head is GRAPH:
+    """(4) and (5): the gradients of the nodes, of the head's parameters and of the score's that `needs` marks; by
+    `GRAPH_HEAD` those of y instead of those of the nodes."""
+    nodes, *inverse = part.nodes
+    if _in_cpp(head, backend):
         run = implementation(GRAPH_HEAD.name)
-        return run.backward(part.grad, needs, part.nodes, *tensors, part.bounds, output)
+        return run.backward(part.grad, needs, nodes, *tensors, *inverse, part.bounds, output)
     op = partial(getattr(torch.ops.itm_fast, head.op).default, backend=backend)
     with torch.enable_grad():
-        leaves = [x.detach().requires_grad_(need) for x, need in zip((part.nodes, *tensors), needs, strict=True)]
+        leaves = [x.detach().requires_grad_(need) for x, need in zip((nodes, *tensors), needs, strict=True)]
         z = head.vectors(op, leaves[0], part.bounds, leaves[1:-2], statistics, options)
         scores = scored(output, z, *leaves[-2:])
     return list(torch.autograd.grad(scores, [x for x in leaves if x.requires_grad], part.grad))

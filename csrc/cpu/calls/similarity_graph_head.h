@@ -17,6 +17,7 @@ struct SimilarityGraphHeadCall {
   const void* value_bias;          // [K, S]
   const void* score_weight;        // [S]
   const void* score_bias;          // [1]
+  const void* inverse;             // [I, M], double
   const int64_t* cu_seqlens;       // [T+1]
   Output output;
   void* score;                     // [I, T]
@@ -35,6 +36,6 @@ struct SimilarityGraphHeadCall {
   int64_t bfloat16;                // products may multiply bfloat16 values
   int64_t threads;
 };
-static_assert(sizeof(SimilarityGraphHeadCall) == 8 * 30);
+static_assert(sizeof(SimilarityGraphHeadCall) == 8 * 31);
 
 }  // namespace itm_fast
