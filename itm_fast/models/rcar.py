@@ -170,11 +170,12 @@ class RegulatedMatching(PaddedScorer):
         def pair_bytes(length: int) -> int:
             return (length if self.attn_type == "t2i" else R) * D * 4 * 8
 
-        whole = partial(self._in_one_pass, names) if self._in_cpp(*tensors) else None
-        run, pairs = partial(self._block, names), partial(self._pairs, names)
-        if self._drops:
+        drops = self._drops
+        whole = partial(self._in_one_pass, drops, names) if self._in_cpp(*tensors) else None
+        run, pairs = partial(self._block, drops, names), partial(self._pairs, drops, names)
+        if drops:
             shape = partial(self._kept_shape, R)
-            draw = partial(self._draw, share(), len(image), R, image.dtype, image.device)
+            draw = partial(self._draw, drops, share(), len(image), R, image.dtype, image.device)
             scorer = _by_caption.Scorer(shape, draw, run, pairs, pair_bytes, whole)
             return _by_caption.score(scorer, image, words, cu_seqlens, region_lengths, parameters)
 
@@ -193,7 +194,7 @@ class RegulatedMatching(PaddedScorer):
         queries = length if self.attn_type == "t2i" else R
         return len(self.rar_modules), queries + 1, self.sim_eval_w.in_features
 
-    def _draw(self, now, I: int, R: int, dtype: torch.dtype, device: torch.device, length: int) -> Tensor:
+    def _draw(self, drops: float, now, I: int, R: int, dtype: torch.dtype, device: torch.device, length: int) -> Tensor:
         """What dropout keeps of a caption with all images: bool [I, steps, queries + 1, S], keys and then the global.
 
         Of a batch divided among processes it is drawn for the images of all.
@@ -203,7 +204,7 @@ class RegulatedMatching(PaddedScorer):
         for _ in range(steps):
             for rows in (all_rows - 1, 1):
                 ones = torch.ones(count, rows, S, dtype=dtype, device=device)
-                drawn.append(F.dropout(ones, self._drops).ne(0))
+                drawn.append(F.dropout(ones, drops).ne(0))
         kept = torch.cat(drawn, 1).unflatten(1, (steps, all_rows))
         return now.of_rows(kept) if divided else kept
 
@@ -212,7 +213,7 @@ class RegulatedMatching(PaddedScorer):
         with torch.no_grad():
             return apart(*tensors)
 
-    def _in_one_pass(self, names, kept, cu_seqlens, region_lengths, image, words, *parameters) -> Tensor:
+    def _in_one_pass(self, drops, names, kept, cu_seqlens, region_lengths, image, words, *parameters) -> Tensor:
         """All scores [I, T] by csrc/cpu/regulated_matching.cpp; `kept`: the bits of what dropout kept, or None."""
         S, D, weights = self.sim_eval_w.in_features, image.shape[2], dict(zip(names, parameters, strict=True))
         given: dict[str, Any] = {
@@ -235,7 +236,7 @@ class RegulatedMatching(PaddedScorer):
                 given[f"{kind}_{what}"] = torch.stack(of) if of else image.new_empty(0, *shape)
         del given["share_bias"]  # the softmax does not change with it
         given |= {"direction": self.attn_type, "regulator": self.self_regulator, "scale": self.smooth}
-        given |= {"kept": kept, "dropped": self._drops}
+        given |= {"kept": kept, "dropped": drops}
         return cpu_score(
             REGULATED_MATCHING, image=image, words=words, cu_seqlens=cu_seqlens, region_lengths=region_lengths, **given
         )
@@ -270,7 +271,7 @@ class RegulatedMatching(PaddedScorer):
         weights = {name: steps[-1], f"{name}_by_step": torch.stack(steps)}
         return Attention(float(score), weights if only_rcr else weights | {"query_shares": share})
 
-    def _block(self, names, length, cu_seqlens, region_lengths, kept, image, words, *parameters) -> Tensor:
+    def _block(self, drops, names, length, cu_seqlens, region_lengths, kept, image, words, *parameters) -> Tensor:
         """Scores [b, c] of some images with some captions of one length; what dropout kept [b, ...] if c is 1."""
         valid = None
         if region_lengths is not None:
@@ -291,9 +292,9 @@ class RegulatedMatching(PaddedScorer):
         mask = None if t2i or valid is None else valid[:, None]  # [b, 1, q]
         kept = None if kept is None else kept.unsqueeze(1)
         weights, scheme = dict(zip(names, parameters, strict=True)), (self.self_regulator, self.step, self.smooth)
-        return regulated(*scheme, self._drops, weights, query, mask, first, attended, kept)
+        return regulated(*scheme, drops, weights, query, mask, first, attended, kept)
 
-    def _pairs(self, names, pairs: Pairs, kept, image, words, *parameters) -> Tensor:
+    def _pairs(self, drops, names, pairs: Pairs, kept, image, words, *parameters) -> Tensor:
         """As `_block`, [P] of P pairs, with an image and a caption for each."""
         valid, counts = None, pairs.region_lengths
         if counts is not None:
@@ -313,7 +314,7 @@ class RegulatedMatching(PaddedScorer):
         mask = None if valid is None else valid[:, None]
         kept = None if kept is None else kept.unsqueeze(1)
         weights, scheme = dict(zip(names, parameters, strict=True)), (self.self_regulator, self.step, self.smooth)
-        return regulated(*scheme, self._drops, weights, query.unsqueeze(1), mask, first, attended, kept).squeeze(1)
+        return regulated(*scheme, drops, weights, query.unsqueeze(1), mask, first, attended, kept).squeeze(1)
 
 
 def _without_dropout(run, length, cu_seqlens, region_lengths, *tensors: Tensor) -> Tensor:
