@@ -103,6 +103,7 @@ def test_scorers_of_several_ops_take_few_pairs_alone(name, regions, monkeypatch)
     grad[5] = 0.7  # too many for rectangles, which have others between them; but not one pair in 4
     assert not _recompute.few_pairs(grad)
     refused = [(_recompute, "of_pairs"), (_by_caption, "_columns")]  # where rectangles of pairs are taken
+    monkeypatch.setattr(_recompute, "KEPT", 0)
 
     def gradients(backend):
         torch.manual_seed(1)  # of dropout

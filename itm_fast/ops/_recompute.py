@@ -32,7 +32,7 @@ FEW_ALONE = 2  # the same of blocks of single pairs, which bring no others; of 3
 
 # With so few pairs the torch backend keeps what autograd records on a CPU: it is small, and to compute it again takes
 # longer than the pairs without a gradient do.
-KEPT = 64
+KEPT = 128
 
 
 class Block(NamedTuple):
