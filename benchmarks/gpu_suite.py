@@ -144,7 +144,9 @@ def main(argv: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder_name:
         folder = Path(folder_name)
         for name in args.only or SHARES:
-            seconds = min(SHARES[name], deadline - time.monotonic())
+            seconds = deadline - time.monotonic()
+            if not args.smoke:  # which shows that everything runs, however fast
+                seconds = min(SHARES[name], seconds)
             if seconds < 5:
                 found["steps"][name] = {"skipped": "no time was left"}
                 continue

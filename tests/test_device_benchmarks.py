@@ -28,8 +28,8 @@ def test_the_suite_runs_end_to_end(tmp_path):
     out = tmp_path / "gpu.json"
     steps = ["machine", "tests", "evaluate-scan", "evaluate-sgraf", "against-loop", "train"]
     steps += ["evaluate-systems", "maxsim"]
-    command = [sys.executable, "benchmarks/gpu_suite.py", "--out", str(out), "--smoke", "--only", *steps]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    command = [sys.executable, "benchmarks/gpu_suite.py", "--out", str(out), "--smoke", "--minutes", "60"]
+    done = subprocess.run([*command, "--only", *steps], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     found = json.loads(out.read_text())
     assert list(found["steps"]) == steps

@@ -149,8 +149,9 @@ def test_the_processor_is_named():
 @needs_cpu
 def test_the_processors_peaks():
     built = _native.outcome()
-    rate = max(peaks.peak(built.library, "float32", 50_000, 1) for _ in range(5))
-    assert rate > 1e9
+    rounds = [[peaks.peak(built.library, dtype, 50_000, 1) for dtype in ("float64", "float32")] for _ in range(50)]
+    double, single = map(max, zip(*rounds))  # in turns, each for less time than another process runs
+    assert 1e9 < double < single / 1.5
     if built.level in _native.BFLOAT16_LEVELS:
         found = peaks.measured(built.library, None)  # in turns: a busy moment meets both
         # Multiply-adds a cycle: 1024 of AMX against 16 of float32 where one port has them; AVX-512's dot products at

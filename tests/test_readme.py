@@ -3,8 +3,6 @@
 import json
 import re
 import shlex
-import subprocess
-import sys
 from itertools import product
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 from itm_fast import cli
+from itm_fast.models._catalogue import CATALOGUE
 from itm_fast.ops._cuda.similarity_score import HEADS, why_not
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,13 +44,20 @@ def test_commands_are_understood(command):
 
 
 @pytest.mark.slow
-def test_the_dry_run_prints_its_plan():
-    command = next(c for c in commands() if "--dry-run" in c)
-    done = subprocess.run([sys.executable, "-m", *command.replace("itm-fast", "itm_fast", 1).split()],
-                          capture_output=True, text=True, check=False, cwd=ROOT)
-    assert done.returncode == 0, done.stderr
-    assert "5,000 images x 25,000 captions" in done.stdout
-    assert "peak" in done.stdout
+def test_the_dry_run_prints_its_plan(capsys):
+    """Of every model at full size, without data."""
+    words = shlex.split(next(c for c in commands() if "--dry-run" in c))[1:]
+    assert cli.main([*words, "--memory-gb", "16"]) == 0
+    text = capsys.readouterr().out
+    for name in CATALOGUE:
+        assert f"coco-eval-5k, {name}: 5,000 images x 25,000 captions (331,916 words) = 125,000,000 pairs" in text
+    assert text.count("under torchrun: ") == len(CATALOGUE)
+    assert text.count("0.737 GB") == text.count("1.360 GB") == len(CATALOGUE)
+    assert text.count("time: about ") == text.count(" to score (") == len(CATALOGUE)
+    assert "peak" in text
+    assert "score matri" not in text
+    assert cli.main([*words, "--memory-gb", "1"]) == 2
+    assert "the least that can is" in capsys.readouterr().err
 
 
 def test_ci_runs_the_test_command():
