@@ -142,6 +142,20 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t.to(dtype) if t.dtype in FLOATS and t.dtype != torch.float64 else t for t in tensors)
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is captured on a device, whose tensors can then not be read."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def refuse_captured(lengths: Tensor) -> None:
+    """Raise a RuntimeError if a CUDA graph is captured on the device of lengths that would be read now."""
+    if capturing(lengths.device):
+        raise RuntimeError(
+            f"lengths {list(lengths.shape)} cannot be read while a CUDA graph is captured; run the same calls with the "
+            "same tensors of lengths once before, and a backward pass with a gradient of every pair's score"
+        )
+
+
 def work_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype for sums over a tensor: float64 for float64, else float32."""
     return torch.promote_types(tensor.dtype, torch.float32)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ._checks import refuse_captured
+
 Index = slice | Tensor
 Made = TypeVar("Made")
 READ_ANEW = ("cpu",)  # device types whose tensors `kept` reads in every call, as reading them does not synchronise
@@ -199,15 +201,16 @@ def kept(tensor: Tensor, key: Hashable, make: Callable[[Tensor], Made]) -> Made:
     `__cuda_array_interface__`, a custom kernel, or the replay of a CUDA graph. After one of these, pass
     `tensor.clone()`; otherwise ops go on using a copy of the values that were checked, so their results are those of
     the old lengths, and they read nothing out of bounds. Tensors of inference mode have no counter and are read in
-    every call.
+    every call. While a CUDA graph is captured nothing can be read: what is not kept then raises a RuntimeError.
     """
     if tensor.device.type in READ_ANEW or tensor.is_inference():
         return make(tensor)
     version, found = _kept.get(tensor, (None, {}))
-    if version != tensor._version:
-        found = {_VALUES: tensor.clone()}
-        _kept[tensor] = tensor._version, found
-    if key not in found:
+    if version != tensor._version or key not in found:
+        refuse_captured(tensor)
+        if version != tensor._version:
+            found = {_VALUES: tensor.clone()}
+            _kept[tensor] = tensor._version, found
         found[key] = make(found[_VALUES])
     return found[key]
 

@@ -199,7 +199,7 @@ def test_a_kernel_that_writes_nothing_is_put_aside(op, gpu):
 
 @pytest.mark.parametrize("op", OPS)
 def test_a_graph_is_captured_once_the_kernels_are_loaded(op, gpu, monkeypatch):
-    monkeypatch.setattr(_first_use, "_capturing", lambda device: gpu.capturing)
+    monkeypatch.setattr(_first_use, "capturing", lambda device: gpu.capturing)
     gpu.capturing = True
     with pytest.raises(RuntimeError, match=r"is not loaded on cpu yet, .* call the op once before the capture"):
         call(op, backend="cuda")

@@ -13,8 +13,9 @@ import torch
 from triton_cases import unless
 
 import itm_fast
-from itm_fast import _backends, packing
+from itm_fast import _backends, _checks, packing
 from itm_fast.ops import _examples as examples
+from itm_fast.ops import _recompute
 from itm_fast.testing import op_checks
 
 OPS = [op for op in sorted(_backends.OFFERS) if "triton" in _backends.OFFERS[op]]
@@ -88,6 +89,30 @@ def test_the_bounds_are_copied_to_the_host_once(op, monkeypatch):
     with torch.no_grad():
         getattr(itm_fast, op)(*args, backend="triton")
     assert not asked
+
+
+@pytest.mark.slow
+@unless("triton", "cpu")
+def test_a_graph_captured_after_a_backward_pass_of_few_pairs_says_what_it_lacks(monkeypatch):
+    monkeypatch.setattr(packing, "READ_ANEW", ())  # as for tensors on a GPU
+    capturing = [False]
+    for module in (_checks, _recompute):
+        monkeypatch.setattr(module, "capturing", lambda device: capturing[0])
+    args = arguments("similarity_graph_score", (4, (2, 1, 3)))
+    leaves = [a for a in args if isinstance(a, torch.Tensor) and a.requires_grad]
+
+    def backward(grad, captured):
+        capturing[0] = captured
+        with itm_fast.use_backend("triton"):
+            return torch.autograd.grad(itm_fast.similarity_graph_score(*args), leaves, grad)
+
+    every, one = torch.ones(4, 3), torch.zeros(4, 3)
+    one[2, 1] = 1
+    backward(one, False)
+    with pytest.raises(RuntimeError, match=r"lengths \[4\] cannot be read while .* a gradient of every pair's score"):
+        backward(every, True)
+    for a, b in zip(backward(every, False), backward(every, True), strict=True):
+        assert torch.equal(a, b)
 
 
 PROGRAM = """

@@ -22,7 +22,7 @@ from functools import partial
 import torch
 
 from .. import _cuda, _triton
-from .._checks import matmul_precision
+from .._checks import capturing, matmul_precision
 from . import _examples
 
 # (op, backend, device, precision, with backward, chosen) -> why it is put aside, or None
@@ -50,7 +50,7 @@ def put_aside(
         None if the op may use its kernels, else the reason why not.
     """
     interpreted = backend == "triton" and _triton.interpreted()
-    if getattr(_thread, "checks", False) or interpreted or _capturing(device):
+    if getattr(_thread, "checks", False) or interpreted or capturing(device):
         return None
     index = torch.cuda.current_device() if device.index is None and device.type == "cuda" else device.index
     precision = matmul_precision() if dtype == torch.float32 else None
@@ -74,10 +74,6 @@ def put_aside(
             return None  # too little memory for the check: it says nothing about the kernels
         _verdicts[key] = problem
         return problem
-
-
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def _checked(

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from .._backends import requested, use_backend
-from .._checks import work_dtype
+from .._checks import capturing, work_dtype
 from .._workspace import current_gib, scratch_bytes, workspace
 from ..packing import Index, spans, starts
 
@@ -140,7 +140,7 @@ def _add(whole: Tensor, at: tuple[Index, ...], found: Tensor) -> None:
 def few_pairs(grad: Tensor, one_in: int = FEW) -> bool:
     """Whether at most one pair in `one_in` has a gradient, and backward leaves the others out."""
     # A captured CUDA graph is run again with other gradients, so it must not depend on which of this one are zero.
-    if grad.is_cuda and torch.cuda.is_current_stream_capturing():
+    if capturing(grad.device):
         return False
     return bool(grad.count_nonzero() * one_in <= grad.numel())
 
