@@ -155,6 +155,16 @@ def test_a_training_step_is_compared_with_the_loop_extended_from_fewer_captions(
     assert ("| x float32 |" in text) == bool(rounded)
 
 
+@pytest.mark.parametrize("contender", [bench_training_step.LOOP, "torch"])
+def test_memory_is_that_of_a_second_step(contender, monkeypatch):
+    run = []
+    monkeypatch.setattr(bench_training_step, "step", lambda model, *args: lambda: run.append(args[:2]))
+    monkeypatch.setattr(machine, "peak_memory", lambda call: call() or list(run))
+    small, shape = (Shape("coco-eval-5k", n, n) for n in (2, 3))
+    (found,) = bench_training_step.memory("sgr", contender, [shape])
+    assert found == [(contender, small), (contender, shape), (contender, shape)]
+
+
 @pytest.mark.parametrize("contender, products", [("torch", "high"), (f"cpu{harness.BFLOAT16}", "medium")])
 def test_a_step_multiplies_as_torch_is_set_unless_its_name_says_otherwise(contender, products, monkeypatch):
     asked, loss = [], bench_training_step.ranking_loss
