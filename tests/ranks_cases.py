@@ -181,13 +181,19 @@ def until(condition) -> None:
 
 
 @contextlib.contextmanager
-def busy_with_one_block():
-    """Inside, this process is not done with a block before the others have taken all that were left."""
+def last_is_busy(ranks: Ranks):
+    """Inside, the last process is not done with its first block before the others, which wait until it has taken that
+    one, have taken all that were left."""
+    last = ranks.rank == ranks.world - 1
     real = Blocks.add
 
     def add(self, tally, queue):
         for block in real(self, tally, queue):
-            until(lambda: queue._store.add("tickets", 0) >= len(queue._numbers))
+            queue._store.add("last is busy", last)
+            if last:
+                until(lambda: queue._store.add("tickets", 0) >= len(queue._numbers))
+            else:
+                until(lambda: queue._store.add("last is busy", 0))
             yield block
 
     with mock.patch.object(Blocks, "add", add):
@@ -214,7 +220,7 @@ def arrays_of(tally) -> list[np.ndarray]:
 
 def evaluations(ranks: Ranks) -> dict:
     found = {name: ranked(scorers, ranks) for name, scorers in SCORERS.items()}
-    with busy_with_one_block() if ranks.rank == ranks.world - 1 > 0 else contextlib.nullcontext():
+    with last_is_busy(ranks) if ranks.world > 1 else contextlib.nullcontext():
         found["one is busy"] = ranked([CrossAttentionScore()], ranks)
     return found
 

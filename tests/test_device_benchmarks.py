@@ -66,12 +66,15 @@ def test_a_step_that_fails_or_hangs_loses_no_others(tmp_path, monkeypatch):
     }
 
     def step(name, folder, smoke):
-        command = [sys.executable, "-c", programs[name], name, str(folder / f"{name}.json")]
-        return gpu_suite.Running(command, folder / f"{name}.log")
+        out, end = folder / f"{name}.json", time.monotonic() + 30
+        running = gpu_suite.Running([sys.executable, "-c", programs[name], name, str(out)], folder / f"{name}.log")
+        while name == "slow" and not out.exists() and time.monotonic() < end:  # its share begins when it has written
+            time.sleep(0.01)
+        return running
 
     monkeypatch.setattr(gpu_suite, "steps", list)
     monkeypatch.setattr(gpu_suite, "step", step)
-    monkeypatch.setattr(gpu_suite, "SHARES", {"bad": 120, "slow": 6, "good": 120})
+    monkeypatch.setattr(gpu_suite, "SHARES", {"bad": 120, "slow": 5, "good": 120})
     assert gpu_suite.main(["--out", str(tmp_path / "x.json")]) == 1
     found = json.loads((tmp_path / "x.json").read_text())
     assert [one["result"]["row"] for one in found["steps"].values()] == [2, {"error": "late"}, 1]

@@ -107,7 +107,7 @@ def test_an_evaluation_has_the_bits_of_one_process(together):
         assert sum(each[name][1] for each in found) == blocks
         assert not any(each[name][0] for each in found[1:])
     assert wanted[6].any(), "no captions have images with equal scores"
-    assert found[-1]["one is busy"][1] <= 2, "more than the block that it was busy with, and the next"
+    assert 1 <= found[-1]["one is busy"][1] <= 2, "not the block that it was busy with, and at most the next"
 
 
 @pytest.mark.slow
