@@ -30,7 +30,8 @@ from itm_fast import _cuda, _native
 from itm_fast.ops._cuda import _pairs
 
 WAITS = re.compile(
-    r"(?:emulator::)?(__syncthreads\(\)|sync_warp\(\)|wait_groups<.*?>\(\)|group_wait<.*?>\(.*?\)|group_fence\(.*?\)|fence_products\(\)"
+    r"(?:emulator::)?(__syncthreads\(\)|sync_warp\(\)|wait_groups<.*?>\(\)"
+    r"|group_wait<.*?>\(.*?\)|group_fence\(.*?\)|fence_products\(\)"
     r"|cluster_barrier\(\)|fence_barriers\(\)|arrive_at_other\(.*?\)|expect_bytes\(.*?\)|wait_for\(.*\)"
     r"|(?:matrices|regions)\.(?:wait|pass)\(\));"
 )

@@ -33,7 +33,8 @@ class EncoderSimilarity(nn.Module):
 
 def scores(direction, images, captions, cap_lens, opt):
     return scan.loop(
-        images, captions, cap_lens, direction=direction, affinity_norm=NORMS.get(opt.raw_feature_norm, opt.raw_feature_norm),
+        images, captions, cap_lens, direction=direction,
+        affinity_norm=NORMS.get(opt.raw_feature_norm, opt.raw_feature_norm),
         scale=opt.lambda_softmax, pool=POOLS[opt.agg_func], pool_scale=opt.lambda_lse,
     )
 
@@ -58,7 +59,7 @@ class ContrastiveLoss(nn.Module):
         cost = torch.stack([self.margin + scores - right[:, None], self.margin + scores - right])
         cost = cost.clamp(min=0).masked_fill(torch.eye(len(scores)).cuda() > 0.5, 0)
         return cost[0].amax(1).sum() + cost[1].amax(0).sum() if self.max_violation else cost.sum()
-"""  # noqa: E501
+"""
 EVALUATION = """
 import numpy as np
 import torch

@@ -203,7 +203,7 @@ def test_scores_of_blocks_that_have_waited_in_vain_are_nan_and_said_to_be(head, 
 
 
 @pytest.mark.parametrize("dtype,slots", [(F16, (128, 128, 128)), (torch.float32, (128, 64, 128))], ids=str)
-def test_variants_are_chosen_where_the_check_of_first_use_compares_them(dtype, slots, device, monkeypatch):  # noqa: F811
+def test_variants_are_chosen_where_their_first_use_compares_them(dtype, slots, device, monkeypatch):  # noqa: F811
     monkeypatch.setattr(_pairs, "COMPARED", (256,))
     kind, sizes = _pairs.kind_of(dtype), (64, 128, 256)
     found = [_pairs.kernels(similarity_score.graph_kernel, kind, 36, S, (9, 0), _cuda.CLUSTERS) for S in sizes]

@@ -182,7 +182,8 @@ std::pair<std::vector<int64_t>, std::optional<std::string>> spread(int64_t parts
   return {seen, failed ? std::optional<std::string>(failed) : std::nullopt};
 }
 
-// The threads that took part in a loop of so many parts: each waits in a part until all have one, half a second at most.
+// The threads that took part in a loop of so many parts: each waits in a part until all have one, for half a second at
+// most.
 std::set<int64_t> taking_part(int64_t threads) {
   std::set<int64_t> seen;
   std::mutex guard;
@@ -190,7 +191,8 @@ std::set<int64_t> taking_part(int64_t threads) {
   parallel(threads, threads, [&] {
     return [&](int64_t) {
       ++here;
-      for (int wait = 0; here < threads && wait < 5000; ++wait) std::this_thread::sleep_for(std::chrono::microseconds(100));
+      for (int wait = 0; here < threads && wait < 5000; ++wait)
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
       const std::lock_guard<std::mutex> lock(guard);
       seen.insert(int64_t(gettid()));
     };

@@ -78,6 +78,8 @@ struct SimilarityGradient {
       const HeldSet<T, E>& set = x.sets[k];
       T* affinity = tile.affinity + set.first * ld;
       tile.weigh(set, affinity, norm, scale, edge, sets);
+      // Of the whole chunk: one caption with a NaN makes it exact, so that the bits of a caption beside it
+      // may change by the rounding of products to bfloat16.
       exact = IS_PAIR<E> && tile.cancels(set, 0, columns);
       if (exact) {
         for (int64_t p = 0; p < columns; p += WIDE)

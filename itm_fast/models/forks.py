@@ -56,7 +56,9 @@ class L2RM(EncoderSimilarity):
     torch.Size([3, 1])
     """
 
-    def forward(self, img_emb, cap_emb, cap_lens, region_lengths=None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, img_emb, cap_emb, cap_lens, region_lengths=None
+    ) -> tuple[Tensor, Tensor]:
         """Scores [I, T], and those of image i with caption i without a gradient."""
         score = super().forward(img_emb, cap_emb, cap_lens, region_lengths)
         return score, score.detach().diagonal().clone()

@@ -236,7 +236,9 @@ class StructuredMatching(PaddedScorer):
             y = (y.unflatten(-1, (KERNELS, WIDTH)) * share[..., None]).flatten(-2)
         return linear(linear(y, first, first_bias).tanh(), second, second_bias)
 
-    def attention(self, image: Tensor, words: Tensor, bbox: Tensor | None = None) -> Attention:  # type: ignore[override]
+    def attention(  # type: ignore[override]
+        self, image: Tensor, words: Tensor, bbox: Tensor | None = None
+    ) -> Attention:
         """`regions` and `words`; `bbox` [R, 4] as in `forward`."""
         weights = {
             "regions": pair_attention(words, image, self.lambda_softmax),

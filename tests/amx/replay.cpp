@@ -1,5 +1,5 @@
-// Calls the library as calls.bin has recorded it (amx_emulated.py), and prints a digest of each call's tensors after it;
-// with tiles, also what itm_tiles() finds.
+// Calls the library as calls.bin has recorded it (amx_emulated.py), and prints a digest of each call's tensors after
+// it; with tiles, also what itm_tiles() finds.
 #include <malloc.h>
 
 #include <cstdint>
