@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import itm_fast
+from itm_fast.ops import _kept, _recompute
 
 ROOT = Path(__file__).resolve().parents[1]
 # pytest's own `pythonpath` puts the checkout before what is installed; so it is for the processes that tests start.
@@ -24,6 +25,11 @@ if not torch.cuda.is_available():  # before anything imports the Triton kernels,
 
 # The same products on every processor that has them, whether they pay there or not.
 os.environ.setdefault("ITM_FAST_BFLOAT16", "1")
+
+# By `torch`, calls as small as those of tests keep what autograd records. Here they stand for large ones, which do not.
+AS_SHIPPED = [(place, name, getattr(place, name)) for place, name in ((_recompute, "RECORDED_PAIRS"), (_kept, "SMALL"))]
+for place, name, _ in AS_SHIPPED:
+    setattr(place, name, 0)
 
 
 def pytest_configure(config):
@@ -64,6 +70,13 @@ def poisoned_outputs():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def small_calls(monkeypatch):
+    """Small calls by `torch` as users have them."""
+    for place, name, value in AS_SHIPPED:
+        monkeypatch.setattr(place, name, value)
 
 
 @pytest.fixture

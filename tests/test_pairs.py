@@ -58,7 +58,6 @@ def test_gradients_of_few_pairs(op, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(_recompute, "FEW", 1 << 40)  # all pairs at once: what does not go through the rule under test
         want = gradients(op, "reference", grad)
-    monkeypatch.setattr(_kept, "SMALL", 0)
     pairs, rule = [], _recompute.of_pairs
 
     def counted(dense, axes, grad, needs, args):
@@ -103,7 +102,6 @@ def test_scorers_of_several_ops_take_few_pairs_alone(name, regions, monkeypatch)
     grad[5] = 0.7  # too many for rectangles, which have others between them; but not one pair in 4
     assert not _recompute.few_pairs(grad)
     refused = [(_recompute, "of_pairs"), (_by_caption, "_columns")]  # where rectangles of pairs are taken
-    monkeypatch.setattr(_recompute, "KEPT", 0)
 
     def gradients(backend):
         torch.manual_seed(1)  # of dropout
@@ -176,6 +174,7 @@ def test_no_pair_at_all_and_nan(op):
     assert gradients(op, None, grad)[0][3].isnan().any()
 
 
+@pytest.mark.usefixtures("small_calls")
 @pytest.mark.parametrize("place,name", [(by_torch, "_score"), (TwoStreamReasoning, "_block")], ids=["op", "scorer"])
 def test_of_small_calls_what_autograd_records_is_kept(place, name, monkeypatch):
     (image, words, cu_seqlens), computed, function = inputs(4, COUNTS[:5], 6, 16), [], getattr(place, name)
@@ -189,8 +188,46 @@ def test_of_small_calls_what_autograd_records_is_kept(place, name, monkeypatch):
         found += [torch.autograd.grad(score.sum(), leaves)]  # the record has gone
         assert len(computed) == 2
         monkeypatch.setattr(_kept, "SMALL", 0)
-        monkeypatch.setattr(_recompute, "KEPT", 0)
+        monkeypatch.setattr(_recompute, "RECORDED_PAIRS", 0)
         found += [torch.autograd.grad(scorer(*leaves, cu_seqlens).sum(), leaves)]
     for again in found[1:]:
         for a, b in zip(found[0], again, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("small_calls")
+@pytest.mark.parametrize("scorer", [itm_fast.nn.CrossAttentionScore, SCORERS["TSHSR"]], ids=["op", "scorer"])
+def test_what_autograd_records_is_kept_only_where_it_may_be(scorer, monkeypatch):
+    recorded, function, scorer = [], _recompute.forward_recorded, scorer()
+    monkeypatch.setattr(_recompute, "forward_recorded", lambda *args: recorded.append(1) or function(*args))
+    image, words, cu_seqlens = inputs(4, COUNTS[:5], 6, 16)
+    half = [x.bfloat16().requires_grad_() for x in (image, words)]
+    leaves = [image.requires_grad_(), words.requires_grad_()]
+    with itm_fast.use_backend("torch"):
+        expected = scorer(*leaves, cu_seqlens)
+        assert recorded == [1]
+        recorded.clear()
+        with torch.inference_mode():
+            features = image * 1, words * 1
+        with torch.no_grad():  # where a parameter needs a gradient, but nobody can ask for it
+            torch.testing.assert_close(scorer(*features, cu_seqlens), expected, rtol=0, atol=1e-6)
+        with itm_fast.workspace(1e-6):
+            scorer(*leaves, cu_seqlens)
+        if list(scorer.parameters()):  # which rounds between its ops, unless it is recorded
+            scorer.bfloat16()(*half, cu_seqlens)
+        assert not recorded
+
+
+@pytest.mark.usefixtures("small_calls")
+@pytest.mark.parametrize("scorer", [itm_fast.nn.CrossAttentionScore, SCORERS["TSHSR"]], ids=["op", "scorer"])
+def test_of_small_calls_too_nan_stays_in_its_pairs(scorer):
+    image, words, cu_seqlens = inputs(4, COUNTS[:5], 6, 16)
+    words[cu_seqlens[2] : cu_seqlens[3]] = torch.nan
+    leaves = [image.requires_grad_(), words.requires_grad_()]
+    grad = torch.zeros(4, 5)
+    grad[0, 1], grad[3, 4] = 1.0, -1.0
+    with itm_fast.use_backend("torch"):
+        d_image, d_words = torch.autograd.grad(scorer()(*leaves, cu_seqlens), leaves, grad)
+    assert d_image.any()
+    for finite in (d_image, d_words[: cu_seqlens[2]], d_words[cu_seqlens[3] :]):
+        assert finite.isfinite().all()

@@ -77,9 +77,11 @@ class Recording:
     def run(self, needs: list[bool], args: Sequence[Any]) -> tuple[Tensor, list[Tensor], Any]:
         with torch.autocast("cpu", enabled=False):
             result, record = self._module().forward_recorded(needs, *args)
-        return result, [], record
+        return result, [], record if result.isfinite().all() else None  # see `_recompute.forward_recorded`
 
     def gradients(self, grad: Tensor, needs: list[bool], args: Sequence[Any], kept: list[Tensor], record: Any) -> Any:
+        if record is None:
+            return getattr(torch.ops.itm_fast, f"{self.name}_backward").default(grad, needs, *args, "torch")
         return self._module().backward(grad, needs, *args, record=record)
 
     def _module(self) -> Any:

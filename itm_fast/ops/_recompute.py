@@ -1,5 +1,5 @@
 """Compute a result block by block; the backward pass recomputes each block, so no block's intermediates are saved.
-Of so few pairs that these are small, they are.
+Of so few pairs that these are small, they are saved.
 
 An op in batched PyTorch, or a model that scores with several ops, yields its blocks. `forward` fills the result from
 them; `backward` runs each again under autograd. For scores [I, T] of all pairs, `of_pairs` computes gradients only for
@@ -28,11 +28,9 @@ IMAGES = 4  # `of_pairs` takes so many at a time: more images bring more pairs w
 GPU_IMAGES = 64  # the same on a GPU, where a call costs more than pairs without a gradient; untuned
 FEW = 8  # pairs are few where at most one in 8 has a gradient; of more, `of_pairs` takes all pairs at once
 FEW_ALONE = 2  # the same of blocks of single pairs, which bring no others; of 3 in 8, a fifth less time than all pairs
-
-
-# With so few pairs the torch backend keeps what autograd records on a CPU: it is small, and to compute it again takes
-# longer than the pairs without a gradient do.
-KEPT = 128
+# With so few pairs the torch backend keeps what autograd records on a CPU, as to compute it again takes longer than the
+# pairs without a gradient do. The record is estimated: so many times the rows of all pairs' images and captions.
+RECORDED_PAIRS, RECORDED_COPIES = 128, 6
 
 
 class Block(NamedTuple):
@@ -93,7 +91,10 @@ def recorded(blocks: Iterable[Block], args: Sequence[Tensor], needs: Sequence[bo
 def forward_recorded(
     blocks: Iterable[Block], args: Sequence[Tensor], needs: Sequence[bool], result: Tensor
 ) -> list[Recorded]:
-    """`forward` that keeps what autograd records, for a `differentiate` that computes nothing again."""
+    """`forward` that keeps what autograd records, for a `differentiate` that computes nothing again.
+
+    That takes pairs without a gradient too, so it is not for a result that is not finite: 0 times NaN is NaN.
+    """
     kept = list(recorded(blocks, args, needs))
     for block, _, value in kept:
         result[block.result] = value.detach().to(result.dtype)
@@ -207,21 +208,37 @@ def score(
             few. On a CPU: a GPU sums rows that a block names several times in any order.
         share: what few is for `matched`, at most one pair in so many.
     """
-    return _Scored.apply(cut, matched, share, axes, each, cu_seqlens, region_lengths, *tensors)
+    # Asked here: inside a Function autograd is off, and needs_input_grad tells of parameters under no_grad too.
+    record = torch.is_grad_enabled() and recordable(axes, tensors, len(cu_seqlens) - 1)
+    return _Scored.apply(cut, matched, share, axes, each, record, cu_seqlens, region_lengths, *tensors)
+
+
+def recordable(axes: str, tensors: Sequence[Tensor], captions: int) -> bool:
+    """Whether what autograd records of a call of `score` may be kept: by `torch` on a CPU, of few pairs, in a quarter
+    of the scratch memory. Not of half inputs, whose blocks are computed in float32 where they are recorded: a score
+    would depend on the number of pairs."""
+    image = tensors[0]
+    if torch.compiler.is_compiling() or requested() != "torch" or not image.is_cpu or work_dtype(image) != image.dtype:
+        return False
+    pairs = {"I": captions, "N": len(image), "T": len(image)}  # that each row of a tensor is in
+    held = sum(x.numel() * pairs.get(axis, 0) for x, axis in zip(tensors, axes)) * image.itemsize
+    few = len(image) * captions <= RECORDED_PAIRS
+    return few and RECORDED_COPIES * held <= scratch_bytes(image.device) // 4
 
 
 class _Scored(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, cut: Blocks, matched: Any, share: int, axes: str, each: Any, cu_seqlens: Tensor, *rest: Any):
-        region_lengths, *tensors = rest
+    def forward(ctx: Any, cut: Blocks, matched: Any, share: int, axes: str, each: Any, record: bool, *rest: Any):
+        cu_seqlens, region_lengths, *tensors = rest
         ctx.cut, ctx.matched, ctx.share, ctx.axes = cut, matched, share, axes
         ctx.as_now = as_now(tensors[0].device.type)
         ctx.save_for_backward(*tensors, cu_seqlens, region_lengths)  # autograd refuses tensors changed before backward
         score = tensors[0].new_empty(len(tensors[0]), len(cu_seqlens) - 1, *each)
-        args, needs = (*tensors, cu_seqlens, region_lengths), ctx.needs_input_grad[7:]
+        args, needs = (*tensors, cu_seqlens, region_lengths), ctx.needs_input_grad[8:]
         ctx.kept = None
-        if any(needs) and tensors[0].is_cpu and requested() == "torch" and score.numel() <= KEPT:
-            ctx.kept = forward_recorded(cut(True, *args), tensors, needs, score)
+        if record and any(needs):
+            kept = forward_recorded(cut(True, *args), tensors, needs, score)
+            ctx.kept = kept if score.isfinite().all() else None
             return score
         return forward(cut(False, *args), tensors, score)
 
@@ -229,7 +246,7 @@ class _Scored(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor):
         refuse_second("this model's score")
         *tensors, cu_seqlens, region_lengths = ctx.saved_tensors
-        needs = list(ctx.needs_input_grad[7:])
+        needs = list(ctx.needs_input_grad[8:])
         kept, ctx.kept = ctx.kept, None  # a second pass through the same graph computes all again
 
         def dense(grad, needs, *args):
@@ -243,7 +260,7 @@ class _Scored(torch.autograd.Function):
         else:
             gradients = ctx.as_now(of_pairs, dense, f"{ctx.axes}EI", grad, needs, args)
         found = iter(gradients)
-        return *[None] * 7, *(next(found).to(x.dtype) if n else None for x, n in zip(tensors, needs))
+        return *[None] * 8, *(next(found).to(x.dtype) if n else None for x, n in zip(tensors, needs))
 
 
 def again(function: Callable[..., Any], device: str) -> Callable[..., Any]:
