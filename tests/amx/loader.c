@@ -1,5 +1,5 @@
-// Runs a static Linux program of one thread, which lies at 0x400000, without Linux: answers the few system calls that it
-// makes, and sends what it writes to port 0xE9, from where Bochs prints it.
+// Runs a static Linux program of one thread, which lies at 0x400000, without Linux: answers the few system calls that
+// it makes, and sends what it writes to port 0xE9, from where Bochs prints it.
 typedef unsigned long u64;
 typedef unsigned char u8;
 
