@@ -125,12 +125,17 @@ def test_nodes_are_kept_if_the_last_loss_was_of_all_pairs(monkeypatch):
 
 
 def test_gradients_take_the_place_of_the_nodes(monkeypatch):
+    """Of nodes that are not contiguous, that of a copy, and are the same."""
     call, args = GRAPH.case(3, (4, 2))
     run, whole, places = _cpu_calls.implementation("similarity_graph_head"), _cpu_calls.Calls.backward, []
 
     def noted(self, grad, needs, *given, **more):
+        apart = given[0].mT.contiguous().mT if self is run else given[0]
+        others = whole(self, grad, needs, apart, *given[1:], **more)
         found = whole(self, grad, needs, *given, **more)
+        assert all(torch.equal(a, b) for a, b in zip(others, found, strict=True))
         if self is run:
+            assert not apart.is_contiguous()
             places.append((given[0].data_ptr(), found[0].data_ptr()))
         return found
 

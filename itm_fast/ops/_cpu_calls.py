@@ -109,6 +109,8 @@ class Calls:
         self, grad: Tensor, needs: Sequence[bool], *args: Any, results: Sequence[Tensor] | None = None
     ) -> list[Tensor]:
         op, work = self.op, work_dtype(args[0])
+        # Here, not in `_filled`, as with IN_PLACE these are what C++ writes and the caller gets.
+        args = (*(x.contiguous() if w else x for x, w in zip(args, self.written)), *args[op.differentiable :])
         sums = torch.float64 if op.name in IN_FLOAT64 else work
         made = needs
         if op.name in TOGETHER and any(need and not written for need, written in zip(needs, self.written)):
@@ -167,7 +169,8 @@ class Calls:
         if not gradients and op.backward is None:
             gradients = [None] * (1 + op.differentiable)
         _same_structs()
-        values += [None if x is None else x.contiguous() for x in (*results, *gradients)]
+        values += [None if x is None else x.contiguous() for x in results]
+        values += gradients
         given = [x for x in values if isinstance(x, Tensor)]
         assert all(x.is_cpu and x.is_contiguous() for x in given), f"{self.said}: tensors must be in host memory"
         call = self.struct(
@@ -201,11 +204,13 @@ def implementation(name: str) -> Any:
     def arguments(vector: Tensor, words: Tensor, cu_seqlens: Tensor, scale: float) -> tuple[Any, ...]:
         return vector[:, None], words, cu_seqlens, None, "i2t", "cosine", scale, "sum", 1.0, *_attention.DEFAULT
 
+    def forward(*args: Any) -> Tensor:
+        return calls.forward(*arguments(*args))
+
     def backward(grad: Tensor, needs: Sequence[bool], vector: Tensor, *rest: Any) -> list[Tensor]:
         found = calls.backward(grad, needs, *arguments(vector, *rest))
         return [found[0].view(vector.shape), *found[1:]] if needs[0] else found
 
-    forward = lambda *args: calls.forward(*arguments(*args))  # noqa: E731
     return SimpleNamespace(forward=forward, backward=backward, leaves_out=calls.leaves_out)
 
 
