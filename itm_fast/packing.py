@@ -9,7 +9,6 @@ from __future__ import annotations
 import bisect
 import operator
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from itertools import pairwise
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -353,45 +352,6 @@ def runs(edge: Sequence[int], device: torch.device, most: int) -> Iterator[Run]:
             rows = torch.tensor([edge[t] for t in members])[:, None] + torch.arange(L)
             yield Run(L, captions.to(device), rows.flatten().to(device), len(members))
         start = stop
-
-
-class Group(NamedTuple):
-    """Captions of several lengths: `sets` of (length, how many), whose rows `rows` follow each other in that order."""
-
-    sets: list[tuple[int, int]]
-    captions: Index
-    rows: Index
-
-
-def groups(edge: Sequence[int], device: torch.device, most: int) -> Iterator[Group]:
-    """Join `runs` while they have at most `most` rows together, for one matrix product of captions of all lengths."""
-    some: list[Run] = []
-    for run in runs(edge, device, most):
-        if some and sum(one.length * one.size for one in (*some, run)) > most:
-            yield _joined(some, device)
-            some = []
-        some.append(run)
-    if some:
-        yield _joined(some, device)
-
-
-def in_order(edge: Sequence[int], most: int) -> Iterator[Group]:
-    """Cut captions into groups as they follow each other, each of at most `most` rows, but of one caption at least."""
-    for captions in stretches(edge, most):
-        sets = [(edge[t + 1] - edge[t], 1) for t in range(captions.start, captions.stop)]
-        yield Group(sets, captions, slice(edge[captions.start], edge[captions.stop]))
-
-
-def _joined(some: Sequence[Run], device: torch.device) -> Group:
-    def index(places: Sequence[Index]) -> Index:
-        cuts = [place for place in places if isinstance(place, slice)]
-        if len(cuts) == len(places) and all(a.stop == b.start for a, b in pairwise(cuts)):
-            return slice(cuts[0].start, cuts[-1].stop)
-        rows = [torch.arange(x.start, x.stop, device=device) if isinstance(x, slice) else x for x in places]
-        return torch.cat(rows)  # type: ignore[arg-type]
-
-    sets = [(run.length, run.size) for run in some]
-    return Group(sets, index([run.captions for run in some]), index([run.rows for run in some]))
 
 
 def spans(total: int, size: int) -> Iterator[slice]:

@@ -2,9 +2,14 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import itm_fast
-from itm_fast.packing import bounds, groups, runs
+from itm_fast.ops import _recompute
+from itm_fast.ops._attention import DEFAULT
+from itm_fast.ops._torch import cross_attention_score
+from itm_fast.ops._torch._groups import groups, in_order
+from itm_fast.packing import bounds, runs
 
 
 def test_round_trip_and_gradient():
@@ -134,9 +139,55 @@ def test_runs_take_captions_of_one_length_up_to_a_number_of_rows():
 
 def test_groups_join_captions_of_several_lengths_up_to_a_number_of_rows():
     edge = [0, 2, 4, 7, 9, 11, 13]  # lengths 2 2 3 2 2 2
-    first, last = groups(edge, torch.device("cpu"), 7)
+    first, last = groups(edge, torch.device("cpu"), 7, 99)
     assert (first.sets, last.sets) == ([(2, 3)], [(2, 2), (3, 1)])
     assert (last.captions.tolist(), last.rows.tolist()) == ([4, 5, 2], [9, 10, 11, 12, 4, 5, 6])
-    (both,) = groups([0, 1, 2, 5], torch.device("cpu"), 5)
+    (both,) = groups([0, 1, 2, 5], torch.device("cpu"), 5, 99)
     assert both == ([(1, 2), (3, 1)], slice(0, 3), slice(0, 5))  # sorted by length: not copied
-    assert not list(groups([0], torch.device("cpu"), 7))
+    assert not list(groups([0], torch.device("cpu"), 7, 99))
+    assert len(list(groups([0, 1, 2, 5], torch.device("cpu"), 5, 8))) == 2  # all three padded have 9 rows
+
+
+def test_groups_in_order_have_one_set_for_neighbours_of_equal_length():
+    (equal,) = in_order([0, 2, 4, 6], 6, 6)
+    assert equal == ([(2, 3)], slice(0, 3), slice(0, 6))
+    (mixed,) = in_order([0, 2, 4, 7, 9], 9, 12)
+    assert mixed.sets == [(2, 2), (3, 1), (2, 1)]
+    assert [g.captions for g in in_order([0, 2, 4, 7, 9], 8, 12)] == [slice(0, 3), slice(3, 4)]
+    assert [g.captions for g in in_order([0, 2, 4, 7, 9], 9, 8)] == [slice(0, 2), slice(2, 4)]  # 3 rows, padded
+    assert [g.rows for g in in_order([0, 5, 6], 1, 1)] == [slice(0, 5), slice(5, 6)]
+    assert not list(in_order([0], 7, 7))
+
+
+class Seen(TorchDispatchMode):
+    """The names of operations that run inside, and the numbers of the largest result."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.largest = set(), 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        found = func(*args, **kwargs or {})
+        self.names.add(func.overloadpacket.__name__)
+        if isinstance(found, torch.Tensor):
+            self.largest = max(self.largest, found.numel())
+        return found
+
+
+@pytest.mark.parametrize("norm", ["none", "softmax"])
+def test_scores_pad_captions_only_where_lengths_differ_and_within_a_blocks_bytes(norm, monkeypatch):
+    numbers = 1024
+    monkeypatch.setattr(_recompute, "CPU_TILE", numbers * cross_attention_score.COPIES * 4)
+    monkeypatch.setattr(_recompute, "MIN_QUERIES", 1)
+    generator = torch.Generator().manual_seed(1)
+
+    def scored(lengths):
+        image, words = torch.randn(8, 2, 4, generator=generator), torch.randn(sum(lengths), 4, generator=generator)
+        edge = torch.tensor([0, *lengths]).cumsum(0)
+        with Seen() as seen:
+            cross_attention_score.forward(image, words, edge, None, "t2i", norm, 4.0, "mean", 1.0, *DEFAULT)
+        return seen
+
+    assert "nonzero" not in scored([3] * 9).names
+    assert "nonzero" in scored([3, 2] * 4).names
+    assert scored([1] * 30 + [30] + [1] * 3).largest <= numbers  # all padded to 30 take 8 times as many

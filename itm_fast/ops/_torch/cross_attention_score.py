@@ -10,10 +10,11 @@ from torch import Tensor
 
 from ..._checks import work_dtype
 from ..._workspace import scratch_bytes
-from ...packing import bounds, groups, in_order, region_counts, spans
+from ...packing import bounds, region_counts, spans
 from .. import _attention, _recompute
 from .._declare import empty
 from ._attention import attended_norm, attention, valid
+from ._groups import groups, in_order
 
 COPIES = 6  # temporaries [R, L] of a pair that exist at once in the forward pass
 Part = tuple[slice, tuple[Tensor, ...], Iterable[_recompute.Recorded]]  # images, the blocks' arguments, and the blocks
@@ -98,9 +99,12 @@ def _rectangles(I, R, edge, device, entries, region_lengths, function, arguments
     """Blocks of some images and captions of several lengths; `apart`: no product or norm is over one caption's words,
     so captions need not be sorted by length."""
     most = max(_recompute.MIN_QUERIES, entries // (8 * R))
-    for group in in_order(edge, most) if apart else groups(edge, device, most):
-        words = sum(length * size for length, size in group.sets)
-        for images in spans(I, max(1, entries // (R * words))):
+    padded = R * most  # an image's cosines with padded captions take no more than its affinities
+    for group in in_order(edge, most, padded) if apart else groups(edge, device, most, padded):
+        sizes = R * sum(length * size for length, size in group.sets)
+        if len(group.sets) > 1:
+            sizes += max(length for length, _ in group.sets) * sum(size for _, size in group.sets)
+        for images in spans(I, max(1, entries // sizes)):
             lengths = None if region_lengths is None else region_lengths[images]
             yield _recompute.Block(
                 ((images,), (group.rows,), (images,))[:arguments],

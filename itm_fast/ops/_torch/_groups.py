@@ -1,0 +1,62 @@
+"""Captions that an op in batched PyTorch takes together, sorted by length or as they follow each other."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import groupby, pairwise
+from typing import NamedTuple
+
+import torch
+
+from ...packing import Index, Run, runs
+
+
+class Group(NamedTuple):
+    """Captions of several lengths: `sets` of (length, how many), whose rows `rows` follow each other in that order."""
+
+    sets: list[tuple[int, int]]
+    captions: Index
+    rows: Index
+
+
+def groups(edge: Sequence[int], device: torch.device, most: int, padded: int) -> Iterator[Group]:
+    """Join `runs`, for one matrix product of captions of all lengths, while they have at most `most` rows together, and
+    `padded` rows where each caption is padded to the longest."""
+    some: list[Run] = []
+    for run in runs(edge, device, most):
+        together = [*some, run]
+        rows, captions = sum(one.length * one.size for one in together), sum(one.size for one in together)
+        if some and (rows > most or captions * run.length > padded):
+            yield _joined(some, device)
+            some = []
+        some.append(run)
+    if some:
+        yield _joined(some, device)
+
+
+def in_order(edge: Sequence[int], most: int, padded: int) -> Iterator[Group]:
+    """Cut captions into `groups` as they follow each other."""
+    length = [b - a for a, b in pairwise(edge)]
+    start = 0
+    while start < len(length):
+        stop, longest = start + 1, length[start]
+        while stop < len(length) and edge[stop + 1] - edge[start] <= most:
+            longest = max(longest, length[stop])
+            if longest * (stop + 1 - start) > padded:
+                break
+            stop += 1
+        sets = [(n, len(list(same))) for n, same in groupby(length[start:stop])]
+        yield Group(sets, slice(start, stop), slice(edge[start], edge[stop]))
+        start = stop
+
+
+def _joined(some: Sequence[Run], device: torch.device) -> Group:
+    def index(places: Sequence[Index]) -> Index:
+        cuts = [place for place in places if isinstance(place, slice)]
+        if len(cuts) == len(places) and all(a.stop == b.start for a, b in pairwise(cuts)):
+            return slice(cuts[0].start, cuts[-1].stop)
+        rows = [torch.arange(x.start, x.stop, device=device) if isinstance(x, slice) else x for x in places]
+        return torch.cat(rows)  # type: ignore[arg-type]
+
+    sets = [(run.length, run.size) for run in some]
+    return Group(sets, index([run.captions for run in some]), index([run.rows for run in some]))
