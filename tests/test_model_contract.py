@@ -247,9 +247,37 @@ WRONG = {
 def test_wrong_input_is_refused_in_the_scorers_name(name, given, error, said):
     scorer = itm_fast.models.scorer(name, **({} if name in ALONE else {"dim": D, "regions": R}))
     given = {"image": torch.ones(2, R, D), "words": WORDS, "cu_seqlens": BOUNDS, "region_lengths": None, **given}
+    if isinstance(scorer, PaddedScorer) and error is ValueError and given["cu_seqlens"] is not BOUNDS:
+        said = rf"cap_lens must be the cu_seqlens \[T \+ 1\] of packed words: {said}"
     for call, named in ((scorer, ""), (scorer.matched, r"\.matched")):
         with pytest.raises(error, match=f"^{type(scorer).__name__}{named}: {said}"):
             call(*given.values())
+
+
+OF_PACKED, OF_PADDED = r"the cu_seqlens \[T \+ 1\] of packed words", r"the lengths \[T\] of padded captions"
+
+
+@pytest.mark.parametrize(
+    "caption,lengths,error,said",
+    [
+        (WORDS, None, TypeError, f"{OF_PACKED}, got None"),
+        (WORDS, ["a"], TypeError, rf"{OF_PACKED}, got \['a'\]"),
+        (WORDS, 2.5, ValueError, f"{OF_PACKED}, got 2.5"),
+        (WORDS, [10], ValueError, f"{OF_PACKED}: cu_seqlens must start at 0 and end at the 10 packed rows, got 10..10"),
+        (WORDS, torch.tensor([[0, 10]]), ValueError, rf"{OF_PACKED}, got tensor\(\[\[ 0, 10\]\]\)"),
+        (WORDS[None], None, TypeError, f"{OF_PADDED}; .* got None"),
+        (WORDS[None], ["a"], TypeError, rf"{OF_PADDED}; .* got \['a'\]"),
+        (WORDS[None], [2.5], ValueError, f"{OF_PADDED}; .* got 2.5"),
+        (WORDS[None], [0], ValueError, f"{OF_PADDED}; .* got 0..0"),
+        (WORDS[None], [2, 3], ValueError, rf"{OF_PADDED}; .* got \[2\]"),
+    ],
+)
+@pytest.mark.parametrize("name", ["sgr", "gsmn", "cmcan"])
+def test_wrong_lengths_are_refused_in_the_scorers_name(name, caption, lengths, error, said):
+    scorer = itm_fast.models.scorer(name, dim=D, regions=R)
+    for call, named in ((scorer, ""), (scorer.matched, r"\.matched")):
+        with pytest.raises(error, match=f"^{type(scorer).__name__}{named}: cap_lens must be {said}$"):
+            call(torch.ones(1, R, D), caption, lengths)
 
 
 @pytest.mark.parametrize("name", [*CATALOGUE, *ALONE])

@@ -18,7 +18,7 @@ from .._checks import Arguments, Shape
 from .._ranks import own_group
 from .._share import share
 from ..nn import PairScorer
-from ..packing import pack
+from ._lengths import pack_padded, packed
 
 
 def l1norm(X: Tensor, dim: int, eps: float = 1e-8) -> Tensor:
@@ -162,36 +162,6 @@ def encode_text(
     return caption if no_txtnorm else l2norm(caption, dim=-1), lengths
 
 
-def whole_numbers(lengths: Sequence[float] | Tensor) -> Tensor:
-    """Lengths as integers; whole numbers of a floating dtype are taken, as published encoders take them.
-
-    Raises:
-        ValueError: a length is not a whole number.
-
-    >>> whole_numbers([3.0, 5.0])
-    tensor([3, 5])
-    """
-    values = torch.as_tensor(lengths)
-    if not values.is_floating_point():
-        return values
-    whole = values.to(torch.int64)
-    if (whole != values).any():
-        raise ValueError(f"lengths must be whole numbers, got {values[whole != values][0].item()}")
-    return whole
-
-
-def pack_padded(caption: Tensor, lengths: Sequence[float] | Tensor) -> tuple[Tensor, Tensor]:
-    """`pack` with lengths as published modules take them: of any dtype, and longer than the padded captions, where a
-    slice `caption[:length]` ends with its caption."""
-    try:
-        values = torch.as_tensor(lengths)
-    except (TypeError, ValueError, RuntimeError):
-        return pack(caption, lengths)  # type: ignore[arg-type]  # which says what they must be
-    values = whole_numbers(values)
-    longest = caption.shape[1] if caption.dim() > 1 else 0
-    return pack(caption, values if values.dtype == torch.bool else values.clamp(max=longest))
-
-
 class PaddedScorer(PairScorer):
     """A pair scorer that takes captions padded, as the published modules do, or packed."""
 
@@ -226,13 +196,6 @@ class PaddedScorer(PairScorer):
         """Scores [B] of image i with caption i alone; arguments as `forward`, and see `itm_fast.nn.PairScorer`."""
         words, cu_seqlens = packed(f"{type(self).__name__}.matched", cap_emb, cap_lens)
         return super().matched(img_emb, words, cu_seqlens, region_lengths, boxes)
-
-
-def packed(op: str, caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
-    """Padded captions [T, W, D] packed, and packed ones [N, D] as they are; `op` is the scorer's name in errors."""
-    if not isinstance(caption, Tensor):
-        raise TypeError(f"{op}: cap_emb must be a tensor, [T, W, D] or packed [N, D], got {type(caption).__name__}")
-    return pack_padded(caption, lengths) if caption.dim() == 3 else (caption, torch.as_tensor(lengths))
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ._common import whole_numbers
+from ._lengths import whole_numbers
 
 DEV = 5000  # captions of the dev split that the published loaders keep
 FOLDS = 5  # of COCO's 5,000 test images: "COCO 1K"

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ..nn import Attention, CrossAttentionScore, State
 from ..ops import cross_attention_score, hardest_negative_loss
-from ._common import PaddedScorer, pack_padded
+from ._common import PaddedScorer
+from ._lengths import pack_padded
 
 
 class SumOfScores(PaddedScorer):

@@ -31,7 +31,8 @@ from ..ops._calls import CONFIDENCE_MATCHING
 from ..ops._cpu_calls import score as cpu_score
 from ..packing import bounds, region_counts, spans
 from ._boxes import checked, neighbours
-from ._common import Dropout, PaddedScorer, l2norm, packed, without_padding
+from ._common import Dropout, PaddedScorer, l2norm, without_padding
+from ._lengths import packed
 from ._pair_blocks import Pairs, attended_of_pairs, blocks, matched
 from ._rows import apart, linear, sigmoid
 from ._self_attention import TextSA, normalised

@@ -23,7 +23,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ._common import pack_padded, sums
+from ._common import sums
+from ._lengths import pack_padded
 from .sgraf import EncoderSimilarity
 
 __all__ = ["CRCL", "DECL", "NCR", "RCL", "BiCro", "L2RM"]

@@ -31,7 +31,8 @@ from ..nn import Attention, State, check_inputs
 from ..ops import _recompute, attended_vectors
 from ..packing import region_counts
 from ._boxes import checked
-from ._common import PaddedScorer, cosine, packed, without_padding
+from ._common import PaddedScorer, cosine, without_padding
+from ._lengths import packed
 from ._pair_blocks import blocks, mean_over_queries
 from ._rows import linear
 from ._sgraf_attention import pair_attention

@@ -20,19 +20,10 @@ from .._names import Direction, Norm, Pool
 from ..nn import CrossAttentionScore, PairScorer
 from ..ops import hardest_negative_loss
 from ..ops._attention import affinity_norm
-from ._common import (
-    Matcher,
-    choice,
-    device_of,
-    encode_text,
-    l1norm,
-    l2norm,
-    pack_padded,
-    require_options,
-    score_arrays,
-)
+from ._common import Matcher, choice, device_of, encode_text, l1norm, l2norm, require_options, score_arrays
 from ._evaluator import AverageMeter, LogCollector, encode_data, evalrank
 from ._image_encoders import EncoderImage, EncoderImagePrecomp, EncoderImageWeightNormPrecomp
+from ._lengths import pack_padded
 from ._recall import i2t, t2i
 
 NORMS: dict[str, Norm] = {"no_norm" if name == "none" else name: name for name in get_args(Norm)}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from ..models import chan, cmcan, gsmn, imram, rcar
 from ..models._boxes import checked
-from ..models._common import packed
+from ..models._lengths import packed
 from ..models.sgraf import EncoderSimilarity
 from ._proof import Disagrees, constructed, published
 
