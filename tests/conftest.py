@@ -1,6 +1,7 @@
 """Settings of all tests: the checkout under test, poisoned outputs, and marks that depend on the machine."""
 
 import contextlib
+import importlib
 import os
 import signal
 from pathlib import Path
@@ -10,7 +11,6 @@ import pytest
 import torch
 
 import itm_fast
-from itm_fast.ops import _kept, _recompute
 
 ROOT = Path(__file__).resolve().parents[1]
 # pytest's own `pythonpath` puts the checkout before what is installed; so it is for the processes that tests start.
@@ -26,10 +26,10 @@ if not torch.cuda.is_available():  # before anything imports the Triton kernels,
 # The same products on every processor that has them, whether they pay there or not.
 os.environ.setdefault("ITM_FAST_BFLOAT16", "1")
 
-# By `torch`, calls as small as those of tests keep what autograd records. Here they stand for large ones, which do not.
-AS_SHIPPED = [(place, name, getattr(place, name)) for place, name in ((_recompute, "RECORDED_PAIRS"), (_kept, "SMALL"))]
-for place, name, _ in AS_SHIPPED:
-    setattr(place, name, 0)
+# By `torch`, calls as small as those of tests keep what autograd records. Here they stand for large ones, which do not:
+# the limits are 0, but for tests that use `small_calls`.
+LIMITS = {"_recompute": "RECORDED_PAIRS", "_kept": "SMALL"}
+AS_SHIPPED = {}
 
 
 def pytest_configure(config):
@@ -42,6 +42,10 @@ def pytest_configure(config):
             f"these tests are of the checkout {ROOT}, but the itm_fast that Python imports lies in {found}: nothing "
             f"was tested. Run pytest with the checkout's pyproject.toml, or with PYTHONPATH={ROOT}."
         )
+    for module, limit in LIMITS.items():
+        place = importlib.import_module(f"itm_fast.ops.{module}")
+        AS_SHIPPED[place, limit] = getattr(place, limit)
+        setattr(place, limit, 0)
 
 
 def pytest_sessionstart(session):
@@ -75,8 +79,8 @@ def poisoned_outputs():
 @pytest.fixture
 def small_calls(monkeypatch):
     """Small calls by `torch` as users have them."""
-    for place, name, value in AS_SHIPPED:
-        monkeypatch.setattr(place, name, value)
+    for (place, limit), value in AS_SHIPPED.items():
+        monkeypatch.setattr(place, limit, value)
 
 
 @pytest.fixture
