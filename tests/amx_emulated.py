@@ -96,7 +96,7 @@ def _record(function: int, call: ctypes.Structure, tensors: list[torch.Tensor]) 
     pointers = [
         (place, at[word])
         for place, (word, field) in enumerate(zip(words, call._fields_))
-        if field[1] is ctypes.c_void_p and word in at
+        if field[1] is ctypes.c_void_p and word and word in at  # an empty tensor lies at 0, as null does
     ]
     parts = [struct.pack(f"<{3 + len(words)}Q", function, len(words), len(held), *words)]
     parts.append(struct.pack(f"<{len(held)}Q", *map(len, held)))

@@ -42,8 +42,11 @@ int main() {
       const uint64_t word = number();
       call[word] = reinterpret_cast<uint64_t>(tensors[number()]);
     }
-    const char* const said = FUNCTIONS[function].run(call.data());
-    std::printf("%s%s", FUNCTIONS[function].name, said ? said : "");
+    if (const char* said = FUNCTIONS[function].run(call.data())) {
+      std::printf("%s: %s\n", FUNCTIONS[function].name, said);
+      return 1;
+    }
+    std::printf("%s", FUNCTIONS[function].name);
     for (size_t k = 0; k < tensors.size(); ++k) {
       uint64_t digest = 14695981039346656037u;
       for (uint64_t i = 0; i < bytes[k]; ++i) digest = (digest ^ tensors[k][i]) * 1099511628211u;
