@@ -18,7 +18,7 @@ negatives alone; there they may be off twice as far as float32 results of featur
 as what is computed between them is rounded too, and at most by half of the largest value. Both include that rounding
 changes which negatives are within the margin; `bench_gradients.py` measures gradients without that.
 Peak memory is what the second step reaches above inputs and parameters, in a fresh process for each contender; in
-results of November 2026 the loop's is that of the first.
+training_step_hgan, training_step_tshsr and training_step_cpu_intel the loop's is that of the first.
 """
 
 from __future__ import annotations
