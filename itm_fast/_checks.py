@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -104,6 +104,25 @@ class Arguments:
         if tensor.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{self.op}: {name} must be int32 or int64, got {tensor.dtype}")
         self._same_device(name, tensor.device)
+
+    def weights(self, name: str, tensor: Tensor, module: nn.Module) -> None:
+        """Check that a floating-point tensor has the dtype and the device of a module's first weight, if it has one."""
+        for weight in module.parameters():
+            if weight.dtype in FLOATS:
+                break
+        else:
+            return
+        mine, theirs = tensor.dtype, weight.dtype
+        if mine != theirs and not _autocast_unites(mine, theirs, tensor.device):
+            raise TypeError(
+                f"{self.op}: {name} and the weights must have one dtype, got {mine} and {theirs}; convert what is "
+                f"given, .to({theirs}), or the module, .to({mine})"
+            )
+        if tensor.device != weight.device:
+            raise ValueError(
+                f"{self.op}: {name} and the weights must be on one device, got {tensor.device} and {weight.device}; "
+                "move one of them with .to(device)"
+            )
 
     def choice(self, name: str, value: str, known: Sequence[str]) -> None:
         if value not in known:

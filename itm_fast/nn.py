@@ -61,6 +61,8 @@ class PairScorer(nn.Module):
     # Whether `image_state` takes the regions' boxes as its third argument: [I, R, 4], as parts of the picture, or None.
     takes_boxes = False
     without_boxes = ""  # what follows for a scorer that takes boxes where there are none, for warnings
+    # The names of `forward`'s arguments `image`, `words` and `cu_seqlens` in messages.
+    named = ("image", "words", "cu_seqlens")
     per_word = 0  # the first `per_word` tensors of `caption_state` have a row per word, the others a row per caption
 
     def image_state(self, image: Tensor, region_lengths: Tensor | None = None) -> State:
@@ -85,7 +87,7 @@ class PairScorer(nn.Module):
 
     def forward(self, image: Tensor, words: Tensor, cu_seqlens: Tensor, region_lengths: Tensor | None = None) -> Tensor:
         """Scores [I, T] of images [I, R, D] and packed captions; `check_inputs` says what it refuses."""
-        check_inputs(type(self).__name__, image, words, cu_seqlens, region_lengths)
+        check_inputs(self, type(self).__name__, image, words, cu_seqlens, region_lengths)
         image_state = self.image_state(image, region_lengths)
         caption_state = self.caption_state(words, cu_seqlens)
         return self.score(image_state, words, cu_seqlens, caption_state, region_lengths)
@@ -127,7 +129,7 @@ class PairScorer(nn.Module):
         torch.Size([2])
         """
         name = type(self).__name__
-        check_inputs(f"{name}.matched", image, words, cu_seqlens, region_lengths)
+        check_inputs(self, f"{name}.matched", image, words, cu_seqlens, region_lengths)
         edge = bounds(cu_seqlens, len(words), f"{name}.matched")
         if len(edge) - 1 != len(image):
             raise ValueError(f"{name}.matched: one caption per image is needed, got {len(image)} and {len(edge) - 1}")
@@ -151,9 +153,14 @@ class PairScorer(nn.Module):
 
 
 def check_inputs(
-    op: str, image: Tensor, words: Tensor, cu_seqlens: Tensor, region_lengths: Tensor | None = None
+    scorer: PairScorer,
+    op: str,
+    image: Tensor,
+    words: Tensor,
+    cu_seqlens: Tensor,
+    region_lengths: Tensor | None = None,
 ) -> None:
-    """Raise where `op`, a pair scorer's name, cannot score images [I, R, D] and packed captions.
+    """Raise where `scorer`, called `op` in the message, cannot score images [I, R, D] and packed captions.
 
     A scorer's own layers see the tensors before an op does, and would go on with wrong lengths, or end in torch's
     errors. torch.compile traces this without the values of `cu_seqlens` and `region_lengths`.
@@ -161,16 +168,20 @@ def check_inputs(
     Raises:
         ValueError: a shape is wrong, the tensors lie on several devices, or a caption or an image has no rows, or
             other than `words` and `image` hold.
-        TypeError: an argument is no tensor, or has a wrong dtype.
+        TypeError: an argument is no tensor, or has a wrong dtype, such as one that the scorer's weights do not have.
 
-    >>> check_inputs("Scorer", torch.zeros(2, 3, 8), torch.zeros(5, 8), torch.tensor([0, 5]), torch.tensor([3, 0]))
+    >>> image, words, cu_seqlens = torch.zeros(2, 3, 8), torch.zeros(5, 8), torch.tensor([0, 5])
+    >>> check_inputs(CrossAttentionScore(), "Scorer", image, words, cu_seqlens, torch.tensor([3, 0]))
     Traceback (most recent call last):
     ValueError: Scorer: region_lengths must lie in 1..3 (R), got 0 for image 1
     """
     check = Arguments(op)
-    check.floats("image", image, IMAGE)
-    check.floats("words", words, WORDS)
-    check.integers("cu_seqlens", cu_seqlens, BOUNDS)
+    of_image, of_words, of_bounds = scorer.named
+    check.floats(of_image, image, IMAGE)
+    check.floats(of_words, words, WORDS)
+    check.integers(of_bounds, cu_seqlens, BOUNDS)
+    check.weights(of_image, image, scorer)
+    check.weights(of_words, words, scorer)
     if region_lengths is not None:
         check.integers("region_lengths", region_lengths, COUNTS)
     if not (torch.compiler.is_compiling() or is_fake(cu_seqlens)):

@@ -116,7 +116,7 @@ def test_naaf_s_terms_in_one_pass_are_its_three_scores(mode):
             found = module(*given, counts)
             parts = [term(*given, counts) for term in module._terms()]
         assert torch.equal(found, parts[0] + parts[1] + parts[2])
-    with itm_fast.use_backend("cpu"), pytest.raises(ValueError, match=r"words must be \[N, D\] with D = 64"):
+    with itm_fast.use_backend("cpu"), pytest.raises(ValueError, match=r"cap_emb must be \[N, D\] with D = 64"):
         module(image, words[:, :5].contiguous(), cu_seqlens)
 
 

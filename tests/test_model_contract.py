@@ -2,6 +2,7 @@
 and the order."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -225,6 +226,11 @@ def test_another_number_of_regions_is_refused(model):
         model.scorer()(image[:, :4], caption, LENGTHS)
 
 
+def scorer_of(name):
+    """A model's pair scorer as `itm_fast.models.scorer` makes it, of small sizes where it has sizes."""
+    return itm_fast.models.scorer(name, **({} if name in ALONE else {"dim": D, "regions": R}))
+
+
 WORDS, BOUNDS = torch.ones(10, D), torch.tensor([0, 3, 8, 10])
 WRONG = {
     "no-region": ({"region_lengths": torch.tensor([R, 0])}, ValueError, f"region_lengths must lie in 1..{R} .* 0"),
@@ -242,16 +248,73 @@ WRONG = {
 }
 
 
+def in_words_of(scorer, said):
+    """A message about `image`, `words` or `cu_seqlens` with the names that the scorer's arguments have."""
+    for name, own in zip(("image", "words", "cu_seqlens"), scorer.named):
+        said = re.sub(rf"\b{name}\b", own, said)
+    return said
+
+
 @pytest.mark.parametrize("given,error,said", WRONG.values(), ids=WRONG)
 @pytest.mark.parametrize("name", [*CATALOGUE, *ALONE])
 def test_wrong_input_is_refused_in_the_scorers_name(name, given, error, said):
-    scorer = itm_fast.models.scorer(name, **({} if name in ALONE else {"dim": D, "regions": R}))
+    scorer = scorer_of(name)
     given = {"image": torch.ones(2, R, D), "words": WORDS, "cu_seqlens": BOUNDS, "region_lengths": None, **given}
     if isinstance(scorer, PaddedScorer) and error is ValueError and given["cu_seqlens"] is not BOUNDS:
         said = rf"cap_lens must be the cu_seqlens \[T \+ 1\] of packed words: {said}"
+    else:
+        said = in_words_of(scorer, said)
     for call, named in ((scorer, ""), (scorer.matched, r"\.matched")):
         with pytest.raises(error, match=f"^{type(scorer).__name__}{named}: {said}"):
             call(*given.values())
+
+
+WEIGHTS = [name for name in (*CATALOGUE, *ALONE) if next(scorer_of(name).parameters(), None) is not None]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_another_dtype_than_that_of_the_weights_is_refused(name, dtype):
+    scorer, image, words = scorer_of(name), torch.ones(2, R, D, dtype=dtype), WORDS.to(dtype)
+    first, second, _ = scorer.named
+    for call, named in ((scorer, ""), (scorer.matched, r"\.matched")):
+        said = f"^{type(scorer).__name__}{named}: {first} and the weights must have one dtype, got {dtype} and "
+        with pytest.raises(TypeError, match=f"{said}torch.float32; convert what is given"):
+            call(image, words, BOUNDS)
+        if dtype == torch.float64:  # which autocast never converts
+            with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=said):
+                call(image, words, BOUNDS)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_another_device_than_that_of_the_weights_is_refused(name):
+    scorer = scorer_of(name).to("meta")
+    said = f"{scorer.named[0]} and the weights must be on one device, got cpu and meta; move one"
+    with pytest.raises(ValueError, match=f"^{type(scorer).__name__}: {said}"):
+        scorer(torch.ones(2, R, D), WORDS, BOUNDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_scores_what_has_another_dtype_than_the_weights(dtype):
+    scorer = scorer_of("saf").eval()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert scorer(torch.ones(2, R, D), WORDS.to(dtype), BOUNDS).isfinite().all()
+
+
+@pytest.mark.parametrize("model", ["dual", "scan"])
+def test_features_that_the_image_encoder_cannot_take_are_refused(model):
+    opt = itm_fast.training.options(model, img_dim=D, embed_size=D, word_dim=D)
+    opt.vocab_size = 9
+    model = itm_fast.models.build(opt)
+    said = f"^{type(model).__name__}.forward_emb: images"
+    ids = torch.ones(2, 3, dtype=torch.int64)
+    for images, error, what in (
+        (torch.ones(2, R, D).double(), TypeError, " and the weights must have one dtype, got torch.float64 and "),
+        (torch.ones(2, R, D).numpy(), TypeError, " must be a tensor, got ndarray$"),
+        (torch.ones(R, D), ValueError, r" must be \[B, R, F\], got "),
+    ):
+        with pytest.raises(error, match=said + what):
+            model.forward_emb(images, ids, [3, 2])
 
 
 OF_PACKED, OF_PADDED = r"the cu_seqlens \[T \+ 1\] of packed words", r"the lengths \[T\] of padded captions"
@@ -282,8 +345,8 @@ def test_wrong_lengths_are_refused_in_the_scorers_name(name, caption, lengths, e
 
 @pytest.mark.parametrize("name", [*CATALOGUE, *ALONE])
 def test_a_list_of_captions_is_refused_in_the_scorers_name(name):
-    scorer = itm_fast.models.scorer(name, **({} if name in ALONE else {"dim": D, "regions": R}))
-    argument = "cap_emb" if isinstance(scorer, PaddedScorer) else "words"
+    scorer = scorer_of(name)
+    argument = scorer.named[1]
     for call, named in ((scorer, ""), (scorer.matched, r"\.matched")):
         said = f"^{type(scorer).__name__}{named}: {argument} must be a tensor.* got list$"
         with pytest.raises(TypeError, match=said):

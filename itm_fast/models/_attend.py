@@ -59,7 +59,7 @@ def attention(
     """
     from ..data import encode_caption, tokenize
 
-    features = tensor_of(image).float()
+    features = tensor_of(image).to(model.device, next(model.img_enc.parameters()).dtype)
     if features.dim() != 2 or not len(features):
         raise ValueError(f"attention: image must be the features [R, F] of one image, got {list(features.shape)}")
     if not caption.strip():
@@ -68,7 +68,7 @@ def attention(
         raise ValueError("attention: the model is in training mode, in which dropout is drawn; call model.val_start()")
     tokens = ("<start>", *tokenize(caption), "<end>")
     ids = torch.tensor([encode_caption(caption, vocab)], device=model.device)
-    regions = model.img_enc(features[None].to(model.device))[0]
+    regions = model.img_enc(features[None])[0]
     words = model.txt_enc(ids, [ids.shape[1]])[0]  # type: ignore[attr-defined]
     given: list[Tensor] = [regions, words.reshape(-1, words.shape[-1])]
     scorer: Any = model.scorer  # type: ignore[attr-defined]

@@ -165,6 +165,8 @@ def encode_text(
 class PaddedScorer(PairScorer):
     """A pair scorer that takes captions padded, as the published modules do, or packed."""
 
+    named = ("img_emb", "cap_emb", "cap_lens")
+
     def forward(  # type: ignore[override]
         self,
         img_emb: Tensor,
@@ -313,6 +315,19 @@ class Matcher:
         """Pass a value to the logger, if there is one."""
         if self.logger is not None:
             self.logger.update(name, value, n)
+
+    def features(self, op: str, images: Tensor) -> Tensor:
+        """Features [B, R, F] on the model's device.
+
+        Raises:
+            ValueError: they have another shape.
+            TypeError: they are no tensor, or have another dtype than the image encoder's weights.
+        """
+        check = Arguments(f"{type(self).__name__}.{op}")
+        check.floats("images", images, Shape("B R F"))
+        images = images.to(self.device)
+        check.weights("images", images, self.img_enc)
+        return images
 
     def batch_loss(
         self, images: Tensor, captions: Tensor, lengths: Sequence[int] | Tensor, region_lengths: Tensor | None

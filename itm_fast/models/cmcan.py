@@ -164,7 +164,7 @@ class ConfidenceMatching(PaddedScorer):
             ValueError: a shape or length is wrong, a region has more than 5 neighbours, or boxes are in pixels.
         """
         words, cu_seqlens = packed(NAME, cap_emb, cap_lens)
-        check_inputs(NAME, img_emb, words, cu_seqlens, region_lengths)
+        check_inputs(self, NAME, img_emb, words, cu_seqlens, region_lengths)
         image_state = self.image_state(img_emb, region_lengths, boxes, adjacency)
         return self.score(image_state, words, cu_seqlens, self.caption_state(words, cu_seqlens), region_lengths)
 

@@ -164,7 +164,7 @@ class StructuredMatching(PaddedScorer):
             ValueError: a shape or length is wrong, or there are no boxes.
         """
         words, cu_seqlens = packed(NAME, cap_emb, cap_lens)
-        check_inputs(NAME, img_emb, words, cu_seqlens, region_lengths)
+        check_inputs(self, NAME, img_emb, words, cu_seqlens, region_lengths)
         image_state = self.image_state(img_emb, region_lengths, bbox)
         return self.score(image_state, words, cu_seqlens, (), region_lengths)
 

@@ -340,9 +340,8 @@ class SGRAF(Matcher):
     @classmethod
     def similarity(cls, opt: Namespace) -> PairScorer:
         """Make the pair scorer; other models with these encoders override this."""
-        return EncoderSimilarity(
-            opt.embed_size, opt.sim_dim, opt.module_name, opt.sgr_step, getattr(opt, "num_region", 36)
-        )
+        regions = getattr(opt, "num_region", 36)
+        return EncoderSimilarity(opt.embed_size, opt.sim_dim, opt.module_name, opt.sgr_step, regions)
 
     @property
     def scorer(self) -> PairScorer:
@@ -353,7 +352,8 @@ class SGRAF(Matcher):
         self, images: Tensor, captions: Tensor, lengths: Sequence[int] | Tensor
     ) -> tuple[Tensor, Tensor, Sequence[int] | Tensor]:
         """Embed features [B, R, F] and word ids [B, W] -> image [B, R, D], caption [B, longest, D], lengths."""
-        return self.img_enc(images.to(self.device)), self.txt_enc(captions.to(self.device), lengths), lengths
+        image = self.img_enc(self.features("forward_emb", images))
+        return image, self.txt_enc(captions.to(self.device), lengths), lengths
 
     def forward_sim(
         self,
