@@ -6,7 +6,7 @@ from model_cases import MODELS
 from sgraf_cases import LENGTHS, D, R, features
 
 import itm_fast
-from itm_fast.models.hgan import HierarchicalAlignment
+from itm_fast.models.hgan import FeatureGraph, HierarchicalAlignment, Layout
 
 
 def test_adjacency_multiplies_the_exponentials():
@@ -43,3 +43,12 @@ def test_adjacency_multiplies_the_exponentials():
 def test_refusals(change, message):
     with pytest.raises(ValueError, match=message):
         HierarchicalAlignment(D, **change)
+
+
+def test_a_graph_of_few_rows_is_that_of_many():
+    layer, rows = FeatureGraph(D).double(), torch.randn(4 * 6, D, dtype=torch.float64)
+    assert 6 < D < len(rows)  # below D rows the products are other ones
+    whole, one = (Layout(torch.full((n,), 6), 6) for n in (4, 1))
+    with itm_fast.use_backend("torch"):
+        found = torch.cat([layer(own, one, None) for own in rows.split(6)])
+        torch.testing.assert_close(layer(rows, whole, None), found)

@@ -77,17 +77,27 @@ class FeatureGraph(nn.Module):
 
     def forward(self, rows: Tensor, layout: Layout, adjacency: Tensor | None) -> Tensor:
         """Rows [N, D] in `layout` -> [N, D]; `adjacency` bool [B, L, L] says which rows are neighbours, None: all."""
-        # As x Wq (x Wk)^T = (x M) x^T, one product of the rows gives the queries x M and the values together.
         D = rows.shape[1]
-        product = torch.cat([linear(self.key.weight.t(), self.query.weight.t()), self.value.weight])
-        query, value = linear(rows, product).split(D, 1)
-        if apart(rows, product):
+        query, key, value = self._products(rows)
+        if apart(rows, *self.parameters()):
             return l2norm(rows + _each(rows, query, value, layout, adjacency).relu())
-        logits = torch.bmm(layout.pad(query), rearrange(layout.pad(rows), "b l d -> b d l")) / math.sqrt(D)
+        logits = torch.bmm(layout.pad(query), rearrange(layout.pad(key), "b l d -> b d l")) / math.sqrt(D)
         near = layout.real[:, None, :] if adjacency is None else adjacency & layout.real[:, None, :]
         # A row without neighbours receives zero: its softmax is over all rows, as over none it is NaN, and then masked.
         edge = logits.masked_fill(~near & near.any(2, keepdim=True), float("-inf")).softmax(2) * near
         return l2norm(rows + layout.rows(torch.bmm(edge, layout.pad(value))).relu())
+
+    def _products(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of rows [N, D]; as x Wq (x Wk)^T = (x M) x^T, they may be x M, x and x Wg.
+
+        M costs as much as the keys of D rows, so fewer rows do without it; not in C++, where an item's bits must not
+        depend on the other items.
+        """
+        query, key, value = self.query.weight, self.key.weight, self.value.weight
+        if len(rows) < rows.shape[1] and not apart(rows, query, key, value):
+            return linear(rows, query), linear(rows, key), linear(rows, value)
+        of_query, of_value = linear(rows, torch.cat([linear(key.t(), query.t()), value])).split(rows.shape[1], 1)
+        return of_query, rows, of_value
 
 
 def _each(rows: Tensor, query: Tensor, value: Tensor, layout: Layout, adjacency: Tensor | None) -> Tensor:
