@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -58,6 +60,8 @@ class Arguments:
     def shape(self, name: str, tensor: Tensor, shape: Shape) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"{self.op}: {name} must be a tensor, got {type(tensor).__name__}")
+        if not dense(tensor):
+            raise TypeError(f"{self.op}: {name} must be a dense tensor, got {layout(tensor)}")
         sizes, known = tensor.shape, self.size
         if len(sizes) != len(shape.dims):
             raise self._wrong(name, sizes, shape)
@@ -92,6 +96,8 @@ class Arguments:
         if dtype not in FLOATS:
             raise TypeError(f"{self.op}: {name} must be float64, float32, float16 or bfloat16, got {dtype}")
         if self.first is None:
+            if device.type == "meta":
+                raise ValueError(f"{self.op}: {name} must hold values, got a tensor on the meta device, which has none")
             self.first = name, dtype, device
             return
         first, of_first, _ = self.first
@@ -129,8 +135,17 @@ class Arguments:
             raise ValueError(f"{self.op}: {name} must be one of {', '.join(known)}, got {value!r}")
 
     def number(self, name: str, value: object) -> None:
-        if not hasattr(value, "__float__"):  # as a string does not, although float() reads "9"
-            raise TypeError(f"{self.op}: {name} must be a number, got {value!r}")
+        # A string has no __float__, although float() reads "9"; an array has one, although it may hold several numbers.
+        if not hasattr(value, "__float__") or math.prod(getattr(value, "shape", ())) != 1:
+            raise TypeError(f"{self.op}: {name} must be a number, got {value!r:.60}")
+
+    def flag(self, name: str, value: object) -> None:
+        if not isinstance(value, int) and type(value).__name__ not in ("bool", "bool_"):  # numpy's has these names
+            raise TypeError(f"{self.op}: {name} must be True or False, got {value!r:.60}")
+
+    def counts(self, name: str, value: object) -> None:
+        if not isinstance(value, Iterable) or not all(hasattr(n, "__index__") for n in value):
+            raise TypeError(f"{self.op}: {name} must be a sequence of whole numbers, got {value!r:.60}")
 
     def positive(self, name: str, value: float) -> None:
         if not 0 < value < float("inf"):
@@ -150,6 +165,16 @@ class Arguments:
 def _autocast_unites(a: torch.dtype, b: torch.dtype, device: torch.device) -> bool:
     """Whether `autocast` makes tensors of two dtypes one dtype."""
     return torch.float64 not in (a, b) and torch.is_autocast_enabled(device.type)
+
+
+def dense(tensor: object) -> TypeGuard[Tensor]:
+    """Whether it is a tensor whose elements all exist and lie at fixed strides: no sparse and no nested one."""
+    return isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_nested
+
+
+def layout(tensor: Tensor) -> str:
+    """What a tensor that is not `dense` is, for messages."""
+    return "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

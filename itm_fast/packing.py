@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._checks import refuse_captured
+from ._checks import dense, layout, refuse_captured
 
 Index = slice | Tensor
 Made = TypeVar("Made")
@@ -96,8 +96,8 @@ def unpack(words: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def _values(op: str, name: str, tensor: Tensor) -> None:
     """Raise unless `tensor` is a dense tensor that holds values."""
-    if not isinstance(tensor, Tensor) or tensor.layout != torch.strided:
-        what = f"a tensor of layout {tensor.layout}" if isinstance(tensor, Tensor) else type(tensor).__name__
+    if not dense(tensor):
+        what = layout(tensor) if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{op}: {name} must be a dense tensor, got {what}")
     if tensor.is_meta:
         raise ValueError(f"{op}: {name} must hold values, got a tensor on the meta device, which has none")

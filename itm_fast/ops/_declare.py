@@ -131,12 +131,21 @@ class Flag(Argument):
 
     type = "bool"
 
+    def check(self, check: Arguments, given: Given) -> None:
+        check.flag(self.name, given[self.name])
+
+    def convert(self, value: Any) -> Any:
+        return bool(value)
+
 
 @dataclass
 class Counts(Argument):
     """A sequence of integers."""
 
     type = "int[]"
+
+    def check(self, check: Arguments, given: Given) -> None:
+        check.counts(self.name, given[self.name])
 
     def convert(self, value: Any) -> Any:
         return [int(n) for n in value]

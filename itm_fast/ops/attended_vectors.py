@@ -29,6 +29,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._checks import Arguments, dense
 from .._names import Backend, Direction, Norm
 from ..packing import bounds
 from . import _attention, _draws
@@ -178,19 +179,20 @@ def attended_vectors(
     torch.Size([2, 25, 64])
     """
     t2i = direction == "t2i"
-    if isinstance(image, Tensor) and isinstance(words, Tensor) and image.dim() == 3 and words.dim() == 2:
+    if dense(image) and dense(words) and image.dim() == 3 and words.dim() == 2:  # else they are refused below
         contexts = image if t2i else words
         if values is None:
             values = contexts
         if queries is None:
             queries = words[None] if t2i else image
-        if isinstance(values, Tensor) and t2i and values.dim() == 3:
+        if t2i and dense(values) and values.dim() == 3:
             values = values.flatten(0, 1)
-        if isinstance(queries, Tensor) and not t2i and queries.dim() == 4:
+        if not t2i and dense(queries) and queries.dim() == 4:
             queries = queries.flatten(1, 2)
         if not isinstance(scale, Tensor):
+            Arguments("attended_vectors").number("scale", scale)
             scale = image.new_full((1, 1), float(scale))
-        elif not t2i and scale.dim() == 3:
+        elif not t2i and dense(scale) and scale.dim() == 3:
             scale = scale.flatten(1)
     return _op(
         image=image, words=words, queries=queries, values=values, scale=scale, cu_seqlens=cu_seqlens,
