@@ -72,7 +72,6 @@ LINEAR = cpu_only(
     "linear",
     [Floats("x", "N K"), Floats("weight", "S K"), Floats("bias", "S", optional=True)],
     [Result("product", "N S")],
-    backward="torch",
 )
 
 # IMRAM's gate, and its cosines, of C times the same Q queries in each of B sets. `products` and the last 2 D values of

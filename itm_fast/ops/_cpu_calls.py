@@ -24,8 +24,9 @@ from ._declare import CPU_ONLY, DECLARED, Choice, Counts, Declaration, Floats
 DTYPES = {getattr(torch, name): code for code, name in enumerate(_calls.ENUMS["Dtype"])}
 BFLOAT16 = {  # ops whose products may multiply bfloat16 values
     "cross_attention_score", "cross_attention_similarity", "hierarchical_alignment_score",
-    "hierarchical_alignment_score_kept", "similarity_filter_score", "similarity_graph", "similarity_graph_head",
-    "similarity_graph_score", "similarity_graph_score_kept", "similarity_nodes", "similarity_nodes_of_pairs",
+    "hierarchical_alignment_score_kept", "linear", "similarity_filter_score", "similarity_graph",
+    "similarity_graph_head", "similarity_graph_score", "similarity_graph_score_kept", "similarity_nodes",
+    "similarity_nodes_of_pairs",
 }  # fmt: skip
 # Gradients that C++ overwrites, in the dtype of the tensor. To all others it adds, so they begin as zeros.
 WRITTEN = {
@@ -250,6 +251,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x [N, K], weight [S, K] and bias [S] -> x W^T + b [N, S]: a row's bits depend on neither the rows beside it nor
     the number of threads."""
     return implementation(_calls.LINEAR.name).forward(x, weight, bias)
+
+
+def linear_backward(
+    grad: Tensor, needs: Sequence[bool], x: Tensor, weight: Tensor, bias: Tensor | None
+) -> list[Tensor]:
+    """The gradients of x, weight and bias that `needs` marks, from that of `linear`'s result."""
+    return implementation(_calls.LINEAR.name).backward(grad, needs, x, weight, bias)
 
 
 def gated_rows(queries: Tensor, products: Tensor, attended: Tensor, unit: bool) -> Tensor:

@@ -12,11 +12,15 @@ struct LinearCall {
   const void* weight;              // [S, K]
   const void* bias;                // [S]
   void* product;                   // [N, S]
+  const void* grad;                // of product
+  void* d_x;                       // or null
+  void* d_weight;                  // or null
+  void* d_bias;                    // or null
   Dtype dtype;                     // of all tensors of floats
   int64_t N, S, K;
   int64_t bfloat16;                // products may multiply bfloat16 values
   int64_t threads;
 };
-static_assert(sizeof(LinearCall) == 8 * 10);
+static_assert(sizeof(LinearCall) == 8 * 14);
 
 }  // namespace itm_fast
