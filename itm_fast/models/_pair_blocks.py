@@ -1,4 +1,4 @@
-"""Blocks of pairs for scorers that compose several ops: some images with some captions of one length.
+"""Blocks of pairs for scorers that compose several ops: some images with some captions.
 
 `matched` cuts a backward pass into blocks of single pairs, for a loss that gives a gradient to few: a rectangle of some
 images and some captions has mostly pairs without one.
@@ -6,8 +6,9 @@ images and some captions has mostly pairs without one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +17,9 @@ from torch import Tensor
 from .._names import Norm
 from .._workspace import GIB, scratch_bytes, workspace
 from ..ops import _recompute, attended_vectors
-from ..packing import Index, bounds, region_counts, runs, spans
+from ..ops._torch._groups import Group, groups
+from ..packing import Index, Run, bounds, region_counts, runs, spans
+from ._common import real_rows
 
 CPU_BLOCK = 128 << 20  # bytes of a block: smaller ones lose time to packed weights, larger ones to fresh memory
 PAIRS_BLOCK = 16 << 20  # the same of single pairs, which have copies: less memory in as much time; 8 MiB take longer
@@ -47,6 +50,7 @@ def blocks(
     run: Callable[..., Tensor],
     backward: bool,
     *args: Tensor,
+    joined: bool = False,
 ) -> Iterator[_recompute.Block]:
     """Cut images x captions into blocks, for `_recompute.score`.
 
@@ -54,9 +58,11 @@ def blocks(
         name: what errors name.
         axes: the first dimension of each tensor, as in `_recompute.score`; the first three are image, ..., words.
         pair_bytes: words of a caption -> bytes that a pair takes in float32, forward.
-        run: (length, cu_seqlens, region_lengths, *tensors) -> scores of a block.
+        run: (length, cu_seqlens, region_lengths, *tensors) -> scores of a block, whose captions have one length.
         backward: whether the blocks are differentiated.
         *args: the tensors, cu_seqlens and region_lengths.
+        joined: a block may have captions of several lengths; `run` then gets all of them as a list, in their order,
+            instead of the one.
     """
     *tensors, cu_seqlens, region_lengths = args
     image, words = tensors[0], tensors[axes.index("N")]
@@ -64,14 +70,51 @@ def blocks(
     edge = bounds(cu_seqlens, len(words), name)
     half, limit = _limits(image.device, backward)
     rows = max(1, min(ROWS, limit // max(1, pair_bytes(1))))  # so few that one image with them fits
-    for some in runs(edge, image.device, rows):
-        own = torch.arange(some.size + 1, dtype=cu_seqlens.dtype, device=cu_seqlens.device) * some.length
-        most = limit // (pair_bytes(some.length) * max(1, image.element_size() // 4) * some.size)
+    cut = groups(edge, image.device, rows, rows) if joined else map(_alone, runs(edge, image.device, rows))
+    for some in cut:
+        lengths = [length for length, size in some.sets for _ in range(size)]
+        own = torch.tensor([0, *accumulate(lengths)], dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+        most = limit // (sum(map(pair_bytes, lengths)) * max(1, image.element_size() // 4))
         for images in spans(len(image), max(1, most)):
             at: dict[str, tuple[Index, ...]] = {"I": (images,), "N": (some.rows,), "T": (some.captions,), ".": ()}
             counts = None if region_lengths is None else region_lengths[images]
-            within = partial(_within, half / GIB, partial(run, some.length, own, counts))
-            yield _recompute.Block(tuple(at[axis] for axis in axes), (images, some.captions), within)
+            function = partial(run, lengths if joined else lengths[0], own, counts)
+            yield _recompute.Block(
+                tuple(at[axis] for axis in axes), (images, some.captions), partial(_within, half / GIB, function)
+            )
+
+
+def _alone(run: Run) -> Group:
+    return Group([(run.length, run.size)], run.captions, run.rows)
+
+
+class Padding:
+    """Pads the words of captions to the longest: `real` bool [1, c, longest], None if all have one length."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.shape = len(lengths), max(lengths)
+        self.real: Tensor | None = None
+        if min(lengths) < max(lengths):
+            real = real_rows(torch.tensor(lengths), max(lengths))
+            self.place, self.real = real.flatten().nonzero().flatten().to(device), real.to(device)[None]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[b, words of all captions, ...] -> [b, c, longest, ...], with zeros."""
+        if self.real is not None:
+            x = x.new_zeros(len(x), self.real.numel(), *x.shape[2:]).index_copy(1, self.place, x)
+        return x.unflatten(1, self.shape)
+
+
+def nodes_of(cu_seqlens: Tensor, overall: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
+    """The nodes of captions with bounds cu_seqlens, [b, words + c, S], and the nodes' bounds [c + 1].
+
+    A caption's first node is its own of `overall` [b, c, S]; those of its words in `local` [b, words, S] follow.
+    """
+    (_, c, _), N, device = overall.shape, local.shape[1], local.device
+    starts = cu_seqlens + torch.arange(c + 1, dtype=cu_seqlens.dtype, device=device)
+    place = torch.arange(N, device=device) + 1 + torch.repeat_interleave(cu_seqlens.diff(), output_size=N)
+    order = torch.cat([starts[:-1], place]).argsort()
+    return torch.cat([overall, local], 1).index_select(1, order), starts
 
 
 def matched(

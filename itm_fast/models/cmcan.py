@@ -33,7 +33,7 @@ from ..packing import bounds, region_counts, spans
 from ._boxes import checked, neighbours
 from ._common import Dropout, PaddedScorer, l2norm, without_padding
 from ._lengths import packed
-from ._pair_blocks import Pairs, attended_of_pairs, blocks, matched
+from ._pair_blocks import Pairs, attended_of_pairs, blocks, matched, nodes_of
 from ._rows import apart, linear, sigmoid
 from ._self_attention import TextSA, normalised
 from ._sgraf_attention import graph_attention, pair_attention
@@ -236,13 +236,12 @@ class ConfidenceMatching(PaddedScorer):
 
         def cut(backward: bool, *args: Tensor) -> Iterator[_recompute.Block]:
             if backward or not apart(*args[: len(axes)]):
-                yield from blocks(NAME, axes, pair_bytes, self._block, backward, *args)
+                yield from blocks(NAME, axes, pair_bytes, self._block, backward, *args, joined=True)
                 return
             cu_seqlens, region_lengths = args[-2:]
             bounds(cu_seqlens, len(args[axes.index("N")]), NAME)
             region_counts(region_lengths, args[0], NAME)
-            whole = partial(_in_one_pass, cu_seqlens, region_lengths)
-            yield _recompute.Block(((),) * len(axes), (), whole)
+            yield _recompute.Block(((),) * len(axes), (), partial(_in_one_pass, cu_seqlens, region_lengths))
 
         few = partial(matched, axes, pair_bytes, self._pairs)
         return _recompute.score(cut, axes, tensors, cu_seqlens, region_lengths, (), few)
@@ -274,14 +273,13 @@ class ConfidenceMatching(PaddedScorer):
             read.append(node)
         return Attention(float(final.sim_eval_w(torch.cat(read)).sigmoid()), weights)
 
-    def _block(self, length, cu_seqlens, region_lengths, image, image_global, part, words, caption_global, *weights):
+    def _block(self, lengths, cu_seqlens, region_lengths, image, image_global, part, words, caption_global, *weights):
         """Scores of a block, [b, c]."""
-        captions = words.unflatten(0, (-1, length))[None], caption_global[None]
 
         def scores(image: Tensor, image_global: Tensor, part: Tensor) -> Tensor:
             attend = partial(attended_vectors, image, words, cu_seqlens, scale=SMOOTH)
-            to_words = lambda: attend().unflatten(1, (-1, length))  # noqa: E731
-            return _scores(image, image_global, part, *captions, to_words, partial(attend, direction="i2t"), *weights)
+            made = attend, partial(attend, direction="i2t"), partial(nodes_of, cu_seqlens)
+            return _scores(image, image_global, part, words[None], caption_global[None], *made, *weights)
 
         return _by_regions(scores, region_lengths, image, image_global, part)
 
@@ -291,8 +289,8 @@ class ConfidenceMatching(PaddedScorer):
         def scores(image: Tensor, image_global: Tensor, part: Tensor, words: Tensor, caption_global: Tensor) -> Tensor:
             to_words = lambda: attended_of_pairs(image, None, words, scale=SMOOTH)[:, None]  # noqa: E731
             to_regions = lambda: attended_of_pairs(words, None, image, scale=SMOOTH)[:, None]  # noqa: E731
-            captions = words[:, None], caption_global[:, None]
-            return _scores(image, image_global, part, *captions, to_words, to_regions, *weights)
+            made = to_words, to_regions, _equal_nodes
+            return _scores(image, image_global, part, words[:, None], caption_global[:, None], *made, *weights)
 
         return _by_regions(scores, pairs.region_lengths, image, image_global, part, words, caption_global)[:, 0]
 
@@ -309,35 +307,37 @@ def _by_regions(scores, region_lengths, image, image_global, part, *more) -> Ten
     return torch.cat(found)[torch.cat(order).argsort()]
 
 
-def _scores(image, image_global, part, words, caption_global, to_words, to_regions, *weights) -> Tensor:
+def _equal_nodes(overall: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:
+    """As `nodes_of`, of equally many rows each, local [b, c, n, S]."""
+    nodes = torch.cat([overall[:, :, None], local], 2)  # [b, c, 1 + n, S]
+    starts = torch.arange(nodes.shape[1] + 1, dtype=torch.int32, device=nodes.device) * nodes.shape[2]
+    return nodes.flatten(1, 2), starts
+
+
+def _scores(image, image_global, part, words, caption_global, to_words, to_regions, of_words, *weights) -> Tensor:
     """(3) to (7), [b, c].
 
     Args:
         image, image_global, part: [b, n, D], [b, D] and, p_r, [b, n, D].
-        words: [b or 1, c, L, D].
+        words: [b or 1, c, L, D], or [1, words, D] of captions one after another.
         caption_global: [b or 1, c, D].
-        to_words: makes P of the words, [b, c, L, D].
-        to_regions: makes P of the regions, [b, c, n, D].
+        to_words, to_regions: make P of the words, and of the regions [b, c, n, D].
+        of_words: (overall, local of the words) -> the nodes and their bounds.
         *weights: as `score` lists them.
     """
     glo, wt, wv, par, common, norm, final = (weights[k : k + 2] for k in range(0, 14, 2))
-    n, c = image.shape[1], words.shape[1]
+    n = image.shape[1]
 
     def vectors(layer, a: Tensor, b: Tensor) -> Tensor:
         return l2norm(linear((a - b).square(), *layer).relu())
 
-    def reasoned(overall: Tensor, local: Tensor, graph) -> Tensor:
-        nodes = torch.cat([overall[:, :, None], local], 2)  # [b, c, 1 + n, S]
-        starts = torch.arange(c + 1, dtype=torch.int32, device=nodes.device) * nodes.shape[2]
-        return similarity_graph(nodes.flatten(1, 2), starts, *graph)
-
     overall = vectors(glo, image_global[:, None], caption_global)
-    z_t = reasoned(overall, vectors(wt, l2norm(to_words()), words), weights[14 : 14 + GRAPH])
+    z_t = similarity_graph(*of_words(overall, vectors(wt, l2norm(to_words()), words)), *weights[14 : 14 + GRAPH])
     confidence = vectors(par, part[:, None], caption_global[:, :, None]) * overall[:, :, None]
     confidence = linear(confidence, *common)[..., 0]
     confidence = sigmoid(nn.functional.layer_norm(confidence, (n,), norm[0][:n], norm[1][:n]))
     local = vectors(wv, l2norm(to_regions()), image[:, None])
-    z_v = reasoned(overall, confidence[..., None] * local, weights[14 + GRAPH :])
+    z_v = similarity_graph(*_equal_nodes(overall, confidence[..., None] * local), *weights[14 + GRAPH :])
     return sigmoid(linear(torch.cat([z_t, z_v], -1), *final)[..., 0])
 
 

@@ -31,7 +31,7 @@ from ..ops._cpu_calls import score as cpu_score
 from ..packing import bounds, region_counts
 from . import _by_caption
 from ._common import Dropout, OwnKeys, PaddedScorer, choice, encode_text, l2norm, without_padding
-from ._pair_blocks import Pairs, attended_of_pairs, blocks, matched
+from ._pair_blocks import Padding, Pairs, attended_of_pairs, blocks, matched
 from ._regulators import AggregationRegulator, AlignmentVector, CorrespondenceRegulator, aligned, regulated
 from ._rows import apart
 from ._self_attention import normalised
@@ -181,7 +181,7 @@ class RegulatedMatching(PaddedScorer):
 
         def cut(backward: bool, *args: Tensor) -> Iterator[_recompute.Block]:
             if backward or whole is None:
-                yield from blocks(NAME, axes, pair_bytes, partial(_without_dropout, run), backward, *args)
+                yield from blocks(NAME, axes, pair_bytes, partial(_without_dropout, run), backward, *args, joined=True)
             else:
                 yield _recompute.Block(((),) * len(axes), (), partial(whole, None, *args[-2:]))
 
@@ -271,28 +271,35 @@ class RegulatedMatching(PaddedScorer):
         weights = {name: steps[-1], f"{name}_by_step": torch.stack(steps)}
         return Attention(float(score), weights if only_rcr else weights | {"query_shares": share})
 
-    def _block(self, drops, names, length, cu_seqlens, region_lengths, kept, image, words, *parameters) -> Tensor:
-        """Scores [b, c] of some images with some captions of one length; what dropout kept [b, ...] if c is 1."""
+    def _block(self, drops, names, lengths, cu_seqlens, region_lengths, kept, image, words, *parameters) -> Tensor:
+        """Scores [b, c] of some images with captions of these lengths, one after another, as is what dropout kept."""
         valid = None
         if region_lengths is not None:
             image, valid = without_padding(image, region_lengths)
-        t2i, options = self.attn_type == "t2i", {"direction": self.attn_type, "region_lengths": region_lengths}
-        query = words.unflatten(0, (-1, length))[None] if t2i else image[:, None]
-
-        def shaped(x: Tensor) -> Tensor:
-            return x.unflatten(1, (-1, length)) if t2i else x
+        options = {"direction": self.attn_type, "region_lengths": region_lengths}
+        if self.attn_type == "t2i":
+            padded = Padding(lengths, words.device)
+            query, mask = words[None], padded.real
+        else:
+            padded, query, mask = None, image[:, None], None if valid is None else valid[:, None]
 
         def attended(own: Tensor, smooth: Tensor) -> Tensor:
-            given = (own.flatten(1, 2), smooth.flatten(1)) if t2i else (own, smooth)
-            return shaped(attended_vectors(image, words, cu_seqlens, given[0], scale=given[1], **options))
+            return attended_vectors(image, words, cu_seqlens, own, scale=smooth, **options)
 
         def first(*align: Tensor) -> Tensor:
-            return shaped(cross_attention_similarity(image, words, cu_seqlens, *align, scale=self.smooth, **options))
+            return cross_attention_similarity(image, words, cu_seqlens, *align, scale=self.smooth, **options)
 
-        mask = None if t2i or valid is None else valid[:, None]  # [b, 1, q]
-        kept = None if kept is None else kept.unsqueeze(1)
+        if kept is not None:
+            kept = kept.transpose(1, 2)  # [b, rows, steps, S]
+            if padded is None:
+                kept = kept.unflatten(1, (len(lengths), -1))
+            else:
+                last = torch.tensor(lengths, device=kept.device).add(1).cumsum(0) - 1  # rows of the global vectors
+                asks = torch.zeros(kept.shape[1], dtype=torch.bool, device=kept.device).index_fill(0, last, True)
+                kept = torch.cat([padded(kept[:, ~asks]), kept[:, asks].unsqueeze(2)], 2)
+            kept = kept.transpose(2, 3)
         weights, scheme = dict(zip(names, parameters, strict=True)), (self.self_regulator, self.step, self.smooth)
-        return regulated(*scheme, drops, weights, query, mask, first, attended, kept)
+        return regulated(*scheme, drops, weights, query, mask, first, attended, kept, padded)
 
     def _pairs(self, drops, names, pairs: Pairs, kept, image, words, *parameters) -> Tensor:
         """As `_block`, [P] of P pairs, with an image and a caption for each."""
@@ -317,8 +324,8 @@ class RegulatedMatching(PaddedScorer):
         return regulated(*scheme, drops, weights, query.unsqueeze(1), mask, first, attended, kept).squeeze(1)
 
 
-def _without_dropout(run, length, cu_seqlens, region_lengths, *tensors: Tensor) -> Tensor:
-    return run(length, cu_seqlens, region_lengths, None, *tensors)
+def _without_dropout(run, lengths, cu_seqlens, region_lengths, *tensors: Tensor) -> Tensor:
+    return run(lengths, cu_seqlens, region_lengths, None, *tensors)
 
 
 class RCAR(SGRAF):

@@ -58,7 +58,7 @@ class Keeping:
 
 @dataclass(frozen=True)
 class Recording:
-    """The same in the torch backend, whose module has `forward_recorded(needs, *args) -> (result, record)` and
+    """The same in the torch backend, whose module has `forward_recorded(needs, *args) -> (result, record or None)` and
     `backward(..., record=...)`.
 
     Attributes:
@@ -77,7 +77,7 @@ class Recording:
     def run(self, needs: list[bool], args: Sequence[Any]) -> tuple[Tensor, list[Tensor], Any]:
         with torch.autocast("cpu", enabled=False):
             result, record = self._module().forward_recorded(needs, *args)
-        return result, [], record if result.isfinite().all() else None  # see `_recompute.forward_recorded`
+        return result, [], record
 
     def gradients(self, grad: Tensor, needs: list[bool], args: Sequence[Any], kept: list[Tensor], record: Any) -> Any:
         if record is None:

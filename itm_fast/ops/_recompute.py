@@ -90,15 +90,15 @@ def recorded(blocks: Iterable[Block], args: Sequence[Tensor], needs: Sequence[bo
 
 def forward_recorded(
     blocks: Iterable[Block], args: Sequence[Tensor], needs: Sequence[bool], result: Tensor
-) -> list[Recorded]:
+) -> list[Recorded] | None:
     """`forward` that keeps what autograd records, for a `differentiate` that computes nothing again.
 
-    That takes pairs without a gradient too, so it is not for a result that is not finite: 0 times NaN is NaN.
+    That takes pairs without a gradient too, so of a result that is not finite nothing is kept: 0 times NaN is NaN.
     """
     kept = list(recorded(blocks, args, needs))
     for block, _, value in kept:
         result[block.result] = value.detach().to(result.dtype)
-    return kept
+    return kept if result.isfinite().all() else None
 
 
 def backward(blocks: Iterable[Block], args: Sequence[Tensor], needs: Sequence[bool], grad: Tensor) -> list[Tensor]:
@@ -237,8 +237,7 @@ class _Scored(torch.autograd.Function):
         args, needs = (*tensors, cu_seqlens, region_lengths), ctx.needs_input_grad[8:]
         ctx.kept = None
         if record and any(needs):
-            kept = forward_recorded(cut(True, *args), tensors, needs, score)
-            ctx.kept = kept if score.isfinite().all() else None
+            ctx.kept = forward_recorded(cut(True, *args), tensors, needs, score)
             return score
         return forward(cut(False, *args), tensors, score)
 

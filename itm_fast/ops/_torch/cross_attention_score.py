@@ -27,13 +27,16 @@ def forward(image: Tensor, words: Tensor, *rest) -> Tensor:
     return score
 
 
-def forward_recorded(needs: list[bool], image: Tensor, words: Tensor, *rest) -> tuple[Tensor, list[Part]]:
+def forward_recorded(needs: list[bool], image: Tensor, words: Tensor, *rest) -> tuple[Tensor, list[Part] | None]:
     """The scores, and what autograd records where `needs` marks an argument that needs a gradient, for `backward`."""
     score = empty("cross_attention_score", image, words, *rest)
     record: list[Part] = []
+    finite = True
     for images, args, blocks in _image_spans(True, image, words, *rest):
-        record.append((images, args, _recompute.forward_recorded(blocks, args, _wanted(needs, args), score[images])))
-    return score, record
+        kept = _recompute.forward_recorded(blocks, args, _wanted(needs, args), score[images])
+        finite = finite and kept is not None
+        record.append((images, args, kept or []))
+    return score, record if finite else None
 
 
 def backward(
