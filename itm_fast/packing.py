@@ -44,16 +44,24 @@ def pack(caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tens
     >>> words.shape, cu_seqlens.tolist()
     (torch.Size([8, 8]), [0, 3, 8])
     """
-    _values("pack", "caption", caption)
+    return pack_as("pack", ("caption", "lengths"), caption, lengths)
+
+
+def pack_as(
+    op: str, names: tuple[str, str], caption: Tensor, lengths: Sequence[int] | Tensor
+) -> tuple[Tensor, Tensor]:
+    """`pack` in messages with the names of another function and of its two arguments."""
+    of_caption, of_lengths = names
+    _values(op, of_caption, caption)
     if caption.dim() < 2:
-        raise ValueError(f"pack: caption must be [T, W, D], got {list(caption.shape)}")
-    length = _integers("pack", "lengths", lengths)
+        raise ValueError(f"{op}: {of_caption} must be [T, W, D], got {list(caption.shape)}")
+    length = _integers(op, of_lengths, lengths)
     length = length.to(torch.int64)
     T, W = caption.shape[:2]
     if length.shape != (T,):
-        raise ValueError(f"pack: lengths must be [T] with T = {T} captions, got {list(length.shape)}")
+        raise ValueError(f"{op}: {of_lengths} must be [T] with T = {T} captions, got {list(length.shape)}")
     if T and not (int(length.min()) >= 1 and int(length.max()) <= W):
-        raise ValueError(f"pack: lengths must lie in 1..{W} (W), got {int(length.min())}..{int(length.max())}")
+        raise ValueError(f"{op}: {of_lengths} must lie in 1..{W} (W), got {int(length.min())}..{int(length.max())}")
     real = (torch.arange(W, device=length.device)[None, :] < length[:, None]).to(caption.device)
     cu_seqlens = torch.zeros(T + 1, dtype=torch.int32, device=length.device)
     cu_seqlens[1:] = length.cumsum(0)

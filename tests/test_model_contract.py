@@ -11,9 +11,11 @@ from sgraf_cases import LENGTHS, D, R, copied, dropout, features
 
 import itm_fast
 from itm_fast._workspace import current_gib
+from itm_fast.models import forks
 from itm_fast.models._building import ALONE
 from itm_fast.models._catalogue import CATALOGUE
 from itm_fast.models._common import PaddedScorer
+from itm_fast.models._sums import ScoredLoss
 from itm_fast.ops import _register
 from itm_fast.testing import assert_accurate
 
@@ -317,7 +319,8 @@ def test_features_that_the_image_encoder_cannot_take_are_refused(model):
             model.forward_emb(images, ids, [3, 2])
 
 
-OF_PACKED, OF_PADDED = r"the cu_seqlens \[T \+ 1\] of packed words", r"the lengths \[T\] of padded captions"
+OF_PACKED = r"cap_lens must be the cu_seqlens \[T \+ 1\] of packed words"
+OF_PADDED = "cap_lens, the lengths of padded captions, must"
 
 
 @pytest.mark.parametrize(
@@ -328,19 +331,26 @@ OF_PACKED, OF_PADDED = r"the cu_seqlens \[T \+ 1\] of packed words", r"the lengt
         (WORDS, 2.5, ValueError, f"{OF_PACKED}, got 2.5"),
         (WORDS, [10], ValueError, f"{OF_PACKED}: cu_seqlens must start at 0 and end at the 10 packed rows, got 10..10"),
         (WORDS, torch.tensor([[0, 10]]), ValueError, rf"{OF_PACKED}, got tensor\(\[\[ 0, 10\]\]\)"),
-        (WORDS[None], None, TypeError, f"{OF_PADDED}; .* got None"),
-        (WORDS[None], ["a"], TypeError, rf"{OF_PADDED}; .* got \['a'\]"),
-        (WORDS[None], [2.5], ValueError, f"{OF_PADDED}; .* got 2.5"),
-        (WORDS[None], [0], ValueError, f"{OF_PADDED}; .* got 0..0"),
-        (WORDS[None], [2, 3], ValueError, rf"{OF_PADDED}; .* got \[2\]"),
+        (WORDS[None], None, TypeError, f"{OF_PADDED} be integers, got None"),
+        (WORDS[None], ["a"], TypeError, rf"{OF_PADDED} be integers, got \['a'\]"),
+        (WORDS[None], [2.5], ValueError, f"{OF_PADDED} be whole numbers, got 2.5"),
+        (WORDS[None], [0], ValueError, rf"{OF_PADDED} lie in 1..10 \(W\), got 0..0"),
+        (WORDS[None], [2, 3], ValueError, rf"{OF_PADDED} be \[T\] with T = 1 captions, got \[2\]"),
     ],
 )
 @pytest.mark.parametrize("name", ["sgr", "gsmn", "cmcan"])
 def test_wrong_lengths_are_refused_in_the_scorers_name(name, caption, lengths, error, said):
     scorer = itm_fast.models.scorer(name, dim=D, regions=R)
     for call, named in ((scorer, ""), (scorer.matched, r"\.matched")):
-        with pytest.raises(error, match=f"^{type(scorer).__name__}{named}: cap_lens must be {said}$"):
+        with pytest.raises(error, match=f"^{type(scorer).__name__}{named}: {said}$"):
             call(torch.ones(1, R, D), caption, lengths)
+
+
+def test_wrong_lengths_are_refused_where_captions_are_padded():
+    loss, scorer = ScoredLoss(itm_fast.nn.CrossAttentionScore(), 0.2, True), forks.BiCro(D, 4, "SGR")
+    for call, said in ((loss, "ScoredLoss: s_l"), (scorer.glo_emb, r"BiCro\.glo_emb: cap_lens")):
+        with pytest.raises(ValueError, match=rf"^{said} must be \[T\] with T = 1 captions, got \[2\]$"):
+            call(torch.ones(1, R, D), WORDS[None], [2, 3])
 
 
 @pytest.mark.parametrize("name", [*CATALOGUE, *ALONE])

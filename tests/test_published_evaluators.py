@@ -122,10 +122,10 @@ def test_shards_take_tensors_and_lengths_as_the_originals_do():
     model.val_start()
     want = sgraf.shard_attn_scores(model, image.numpy(), caption.numpy(), LENGTHS, None)
     np.testing.assert_array_equal(sgraf.shard_attn_scores(model, image, caption, np.float64(LENGTHS), None), want)
-    with pytest.raises(ValueError, match=r"lengths must be whole numbers, got 2\.5"):
+    with pytest.raises(ValueError, match=r"^xattn_score_t2i: cap_lens must be whole numbers, got 2\.5"):
         scan.xattn_score_t2i(image, caption, [2.5] * 7, opt)
     for wrong in ["2"] * 7, None:
-        with pytest.raises(TypeError, match="lengths must be integers"):
+        with pytest.raises(TypeError, match=r"^xattn_score_t2i: cap_lens must be integers"):
             scan.xattn_score_t2i(image, caption, wrong, opt)
 
 

@@ -217,11 +217,12 @@ def score_arrays(
     from ..evaluation.distinct import first_of_equal_embeddings
 
     caption = torch.as_tensor(caption)
-    words, cu_seqlens = pack_padded(caption, lengths)
+    names = type(scorer).__name__, ("caption", "lengths")
+    words, cu_seqlens = pack_padded(*names, caption, lengths)
     chosen, place = np.unique(first_of_equal_embeddings(words, cu_seqlens), return_inverse=True)
     if len(chosen) < len(caption):
         some = torch.from_numpy(chosen)
-        words, cu_seqlens = pack_padded(caption[some.to(caption.device)], torch.as_tensor(lengths)[some])
+        words, cu_seqlens = pack_padded(*names, caption[some.to(caption.device)], torch.as_tensor(lengths)[some])
     score = scorer(torch.as_tensor(image).to(device, dtype), words.to(device, dtype), cu_seqlens.to(device))
     return np.take(score.double().cpu().numpy(), place, axis=1)
 

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
 
-from ..packing import bounds, pack
+from ..packing import bounds, pack_as
 
 
-def whole_numbers(lengths: Sequence[float] | Tensor) -> Tensor:
+def whole_numbers(lengths: Sequence[float] | Tensor, said: str = "lengths") -> Tensor:
     """Lengths as integers; whole numbers of a floating dtype are taken, as published encoders take them.
 
     Raises:
-        ValueError: a length is not a whole number.
+        ValueError: a length is not a whole number; the message begins with `said`.
 
     >>> whole_numbers([3.0, 5.0])
     tensor([3, 5])
@@ -25,20 +25,22 @@ def whole_numbers(lengths: Sequence[float] | Tensor) -> Tensor:
         return values
     whole = values.to(torch.int64)
     if (whole != values).any():
-        raise ValueError(f"lengths must be whole numbers, got {values[whole != values][0].item()}")
+        raise ValueError(f"{said} must be whole numbers, got {values[whole != values][0].item()}")
     return whole
 
 
-def pack_padded(caption: Tensor, lengths: Sequence[float] | Tensor) -> tuple[Tensor, Tensor]:
-    """`pack` with lengths as published modules take them: of any dtype, and longer than the padded captions, where a
+def pack_padded(
+    op: str, names: tuple[str, str], caption: Tensor, lengths: Sequence[float] | Tensor
+) -> tuple[Tensor, Tensor]:
+    """`pack_as` with lengths as published modules take them: of any dtype, and longer than the padded captions, where a
     slice `caption[:length]` ends with its caption."""
     try:
         values = torch.as_tensor(lengths)
     except (TypeError, ValueError, RuntimeError):
-        return pack(caption, lengths)  # type: ignore[arg-type]  # which says what they must be
-    values = whole_numbers(values)
+        return pack_as(op, names, caption, lengths)  # type: ignore[arg-type]  # which says what they must be
+    values = whole_numbers(values, f"{op}: {names[1]}")
     longest = caption.shape[1] if caption.dim() > 1 else 0
-    return pack(caption, values if values.dtype == torch.bool else values.clamp(max=longest))
+    return pack_as(op, names, caption, values if values.dtype == torch.bool else values.clamp(max=longest))
 
 
 def packed(op: str, caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
@@ -60,10 +62,7 @@ def packed(op: str, caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[T
     if not isinstance(caption, Tensor):
         raise TypeError(f"{op}: cap_emb must be a tensor, [T, W, D] or packed [N, D], got {type(caption).__name__}")
     if caption.dim() == 3:
-        try:
-            return pack_padded(caption, lengths)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{op}: cap_lens must be the lengths [T] of padded captions; {error}") from error
+        return pack_padded(op, ("cap_emb", "cap_lens, the lengths of padded captions,"), caption, lengths)
     wanted = f"{op}: cap_lens must be the cu_seqlens [T + 1] of packed words"
     try:
         edge = torch.as_tensor(lengths)

@@ -69,6 +69,6 @@ class ScoredLoss(nn.Module):
         self, im: Tensor, s: Tensor, s_l: Sequence[int] | Tensor, region_lengths: Tensor | None = None
     ) -> Tensor:
         """Images [B, R, D], captions [B, W, D] and their lengths -> loss, 0-d."""
-        words, cu_seqlens = pack_padded(s, s_l)
+        words, cu_seqlens = pack_padded("ScoredLoss", ("s", "s_l"), s, s_l)
         scores = self.scorer(im, words, cu_seqlens, region_lengths)
         return hardest_negative_loss(scores, margin=self.margin, hardest=self.max_violation)

@@ -80,6 +80,6 @@ class BiCro(EncoderSimilarity):
 
     def glo_emb(self, img_emb: Tensor, cap_emb: Tensor, cap_lens: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """The mean region of each image, [I, D], and the mean word of each caption, [T, D]."""
-        words, cu_seqlens = pack_padded(cap_emb, cap_lens)
+        words, cu_seqlens = pack_padded("BiCro.glo_emb", ("cap_emb", "cap_lens"), cap_emb, cap_lens)
         lengths = cu_seqlens.diff().long()
         return img_emb.mean(1), (sums(words, lengths) / lengths[:, None]).to(words.dtype)

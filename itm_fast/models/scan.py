@@ -127,7 +127,7 @@ def _scorer(direction: Direction, opt: Namespace) -> CrossAttentionScore:
 
 
 def _xattn_score(direction, images, captions, cap_lens, opt, region_lengths):
-    words, cu_seqlens = pack_padded(captions, cap_lens)
+    words, cu_seqlens = pack_padded(f"xattn_score_{direction}", ("captions", "cap_lens"), captions, cap_lens)
     return _scorer(direction, opt)(images, words, cu_seqlens, region_lengths)
 
 
