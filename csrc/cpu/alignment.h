@@ -100,12 +100,14 @@ struct Item {
   int64_t n, ld;
   Buffer<T> numbers, gram;                 // gram: [n][ld], for scalar gates
   Buffer<T> rows, own_gates, other_gates;  // where vectors are formed, n rows, Pools::apart apart
+  Buffer<Pair> row_pairs, gate_pairs;      // of rows and of other_gates, where products multiply pairs
   T highest = 0;                           // largest |row|^2
 
   static int64_t whole(int64_t n) { return round_up(n, LANES<T> > ROW_STEP ? LANES<T> : ROW_STEP); }
-  Item(int64_t n, bool grams, int64_t wide, bool vectors)
+  Item(int64_t n, bool grams, int64_t wide, bool vectors, bool pairs = false)
       : n(n), ld(whole(n)), numbers(5 * whole(n)), gram(grams ? n * whole(n) : 0), rows(wide * n),
-        own_gates(vectors ? wide * n : 0), other_gates(vectors ? wide * n : 0) {}
+        own_gates(vectors ? wide * n : 0), other_gates(vectors ? wide * n : 0),
+        row_pairs(pairs ? wide * depth<Pair>(n) : 0), gate_pairs(pairs && vectors ? wide * depth<Pair>(n) : 0) {}
 
   T* norm() const { return numbers; }
   T* own() const { return numbers + ld; }        // a row's term of its own gate

@@ -89,8 +89,12 @@ void take_rows(const AlignmentCall& call, const Modality& from, int64_t first, i
 template <class T, class E>
 Item<T> item(const AlignmentCall& call, const Modality& from, int64_t first, int64_t n, const Pools<T>& pools,
              bool formed) {
-  Item<T> made(n, !formed, formed ? pools.apart : 0, formed && call.vector());
+  Item<T> made(n, !formed, formed ? pools.apart : 0, formed && call.vector(), IS_PAIR<E> && formed);
   take_rows<T, E>(call, from, first, n, pools, formed, made);
+  if constexpr (IS_PAIR<E>) {
+    if (formed) pair_rows(n, pools.wide, made.rows, pools.apart, made.row_pairs);
+    if (formed && call.vector()) pair_rows(n, pools.wide, made.other_gates, pools.apart, made.gate_pairs);
+  }
   return made;
 }
 

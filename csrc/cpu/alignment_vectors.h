@@ -31,18 +31,20 @@ struct VectorSide {
 // What one thread needs to score a pair whose vectors are formed: scratch for images of up to R regions, captions of up
 // to L words, gates of width 1 or of all `wide` features. For a backward pass the caller sets `attended` and `gates` of
 // both sides, which then keep all that it takes; without one, the sides share a room, where fused rows overwrite what
-// rows attend to.
-template <class T>
+// rows attend to. E is what the products of attention and rows multiply: T, or pairs of bfloat16 values.
+template <class T, class E = T>
 struct PairVectors {
   const Alignment& problem;
   int64_t wide, apart;  // D in whole vectors, and how far rows of so many lie apart: padded() says why
   Buffer<T> rows, vectors;
+  Buffer<E> left;
   VectorSide<T> image_side, caption_side;
   T square_v = 0, square_t = 0, both = 0;  // |v_g|^2, |t_g|^2, v_g . t_g
 
   PairVectors(const Alignment& problem, int64_t R, int64_t L, int64_t wide, bool backward = false)
       : problem(problem), wide(wide), apart(padded<T>(wide)),
         rows((backward ? R + L : 2 * std::max(R, L)) * apart), vectors(6 * wide),
+        left(IS_PAIR<E> ? depth<E>(std::max(R, L)) * Item<T>::whole(std::max(R, L)) : 0),
         image_side(R, L, vectors, wide), caption_side(R, L, vectors + 3 * wide, wide) {
     for (VectorSide<T>* side : {&image_side, &caption_side}) {
       side->attended = rows;
@@ -59,9 +61,15 @@ struct PairVectors {
     const auto into = [&](T* to) {
       return [to, step = apart](int64_t i, int64_t d, Vec<T> v) { store(to + i * step + d, v); };
     };
-    const Left<T> left{weights, mine.ld};
-    gemm<T>(n, wide, m, left, Right<T>{others.rows, apart}, zero, into(s.attended));
-    if (vector) gemm<T>(n, wide, m, left, Right<T>{others.other_gates, apart}, zero, into(s.gates));
+    const Left<E> by{factors<E>(m, mine.ld, weights, mine.ld, left + 0), mine.ld};
+    const auto attend = [&](const T* x, [[maybe_unused]] const Pair* pairs, T* to) {
+      const E* right;
+      if constexpr (IS_PAIR<E>) right = pairs;
+      else right = x;
+      gemm<E>(n, wide, depth<E>(m), by, Right<E>{right, apart}, zero, into(to));
+    };
+    attend(others.rows, others.row_pairs, s.attended);
+    if (vector) attend(others.other_gates, others.gate_pairs, s.gates);
     else across<T>(others.other(), weights, m, mine.ld, mine.ld, s.gate());
     T all = 0;
     for (int64_t i = 0; i < n; ++i) {

@@ -7,8 +7,9 @@
 // and the scores pair by pair in the first caches. Only scores leave.
 // For a backward pass, the affinities and, with scalar gates, the products of features of all pairs leave too.
 //
-// E is what these two products multiply: T, or pairs of bfloat16 values with sums in float32. All else is computed in
-// T; the Gram matrices are then of the rounded rows (`item`).
+// E is what these two products multiply, and those of attention and rows where vectors are formed: T, or pairs of
+// bfloat16 values with sums in float32. All else is computed in T; the Gram matrices are then of the rounded rows
+// (`item`).
 //
 // Scratch beyond inputs and results: a window (32 MiB) and 2 to 3 MiB a thread, more only where one caption alone is
 // larger.
@@ -164,7 +165,7 @@ class Worker {
   Buffer<E> keys_, features_;
   Buffer<T> affinity_, product_, a_, c_;
   Coefficients<T> coefficients_;
-  PairVectors<T> pair_vectors_;
+  PairVectors<T, E> pair_vectors_;
   std::vector<Item<T>> items_;
 };
 
@@ -177,7 +178,7 @@ void scores(const AlignmentCall& call, const Kept<T>& kept = {}) {
   const int64_t images = call.vector() ? 1 : std::max<int64_t>(1, fitting), blocks = (call.I + images - 1) / images;
   const int64_t factor = int64_t(sizeof(E));
   const int64_t each = factor * depth<E>(call.P) +  // bytes of a word in a window
-                       (call.vector() ? int64_t(sizeof(T)) * 3 * call.D : factor * depth<E>(call.D));
+                       (call.vector() ? int64_t(sizeof(T)) * (IS_PAIR<E> ? 4 : 3) * call.D : factor * depth<E>(call.D));
   const std::vector<Chunk> all = chunks(call.cu_seqlens, call.T, COLUMNS * 4 / int64_t(sizeof(T)));
   int64_t longest = 0, columns = 0;
   for (int64_t t = 0; t < call.T; ++t) longest = std::max(longest, call.cu_seqlens[t + 1] - call.cu_seqlens[t]);
