@@ -140,11 +140,34 @@ class FarGradients {
   }
 
  private:
-  static constexpr int64_t ROWS = 48;  // of four captions of 12 words
+  static constexpr int64_t ROWS = 104;  // of eight captions of 13 words
 
   int64_t pairs_, room_, wide_, apart_, taken_ = 0, used_ = 0;
   // Rows and weights begin with d_star and the context vector of each pair, the last one first.
   Buffer<T> rows_, gates_, weights_, norms_;
+};
+
+// Which group of captions a group of images meets when, if both have as many groups and two neighbours are a couple: in
+// round r, couple a of images meets couple a + r of captions, modulo their number. A task takes a couple of images, so
+// that their rows are copied once for both groups of captions; or one group, if that leaves fewer threads without work,
+// and the second group then stays one step behind the first. In a step no two tasks have the same captions, and either
+// way a group meets the others in one order: sums over them have the same bits.
+struct Rounds {
+  const int64_t couples, joined, split, tasks;  // groups that a task takes, tasks of a couple, and of all images
+
+  Rounds(int64_t couples, int64_t threads)
+      : couples(couples), joined(2 * turns(couples, threads) <= turns(2 * couples, threads) ? 2 : 1), split(2 / joined),
+        tasks(couples * split) {}
+
+  int64_t steps() const { return tasks + split - 1; }
+  // The captions, as a task's number, that a task takes in a step; -1 if none.
+  int64_t met(int64_t task, int64_t step) const {
+    const int64_t own = step - task % split;
+    return own < 0 || own >= tasks ? -1 : (task / split + own / split) % couples * split + own % split;
+  }
+
+ private:
+  static int64_t turns(int64_t tasks, int64_t threads) { return (tasks + threads - 1) / threads; }
 };
 
 template <class T>
@@ -194,7 +217,7 @@ class VectorsGradient {
   void finish(const Item<T>& image, const RowGradients<T>& d_image) { to_regions_.add(image, d_image); }
 
  private:
-  static constexpr int64_t CAPTIONS = 4;  // whose words' gradients are collected
+  static constexpr int64_t CAPTIONS = 8;  // whose words' gradients are collected
 
   // The gradient of a global vector from a place on.
   static Vec<T> of_global(const VectorSide<T>& s, const T* other, T h, T square, int64_t d) {

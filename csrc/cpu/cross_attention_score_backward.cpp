@@ -18,7 +18,6 @@
 namespace itm_fast {
 namespace {
 
-constexpr int64_t FEW = 8;  // with a gradient of at most one pair in 8, only such pairs are taken
 // `window_bytes` of each thread with few pairs; with affinities that the forward pass has kept.
 constexpr int64_t FEW_BYTES = 2 << 20, KNOWN_BYTES = 12 << 20;
 

@@ -13,6 +13,9 @@ namespace itm_fast {
 constexpr int64_t QUERY_BYTES = 12 << 20, CONTEXT_BYTES = 20 << 20, COLUMN_BYTES = 224 * 4, SPAN_BYTES = 1024 * 4;
 constexpr int64_t FEATURE_PANELS = 8;
 
+// With a gradient of at most one pair in so many, only such pairs are taken: FEW of itm_fast/ops/_recompute.py.
+constexpr int64_t FEW = 8;
+
 // Rows that a product over rows takes together: two of bfloat16 values.
 template <class E>
 constexpr int64_t PER_ROW = IS_PAIR<E> ? 2 : 1;

@@ -15,8 +15,8 @@
 // its products are with the rows of those that it has a gradient with.
 //
 // Scratch beyond inputs, gradients and what was kept: Gram matrices of all captions, at most 33 of each image (its own,
-// its gradient, and that of each part), and 2 MiB a thread; with vector gates 4 MiB a thread with 36 regions of 1024
-// features, more where one caption alone is larger.
+// its gradient, and that of each part), and 2 MiB a thread; with vector gates two rows for each image, and 7 MiB a
+// thread with 36 regions of 1024 features, more where one caption alone is larger.
 #include <memory>
 
 #include "alignment_backward.h"
@@ -28,11 +28,10 @@
 namespace itm_fast {
 namespace {
 
-constexpr int64_t FEW = 8;  // with a gradient of at most one pair in 8, only such pairs are taken
 // Of the first round: a part ends before it has more than the words of one of 16 equal parts, or 128. Two neighbours
 // together have more, so there are at most 31, or one more than 2 N / 128.
 constexpr int64_t EQUAL_PARTS = 16, PART_ROWS = 128;
-constexpr int64_t GROUP_BYTES = 2 << 20;  // with vector gates: of a group's captions, one at the least
+constexpr int64_t GROUP_BYTES = 2 << 20;  // with vector gates: of a group's captions, about, one at the least
 constexpr int64_t DEPTH_BYTES = 1024 * 4, LEFT_ROWS = 96;  // of the third: a product's depth, and its rows at a time
 
 template <class T>
@@ -97,46 +96,50 @@ struct AlignmentBackward {
     sum_pools(all_images, d_captions);
   }
 
-  // Captions are cut into G groups, and images too. In step s of G a thread takes image group k with caption group
-  // (k + s) mod G, so that no two threads share an image or a caption, and each sum has one order. The pools have a
-  // gradient for each image group, and these are added in order.
+  // Captions are cut into groups, and images into as many, which meet in `Rounds`. In a group, an image takes captions
+  // in their order, a caption images in theirs. The pools have a gradient for each image, and these are added in order.
   void by_vectors() const {
-    const int64_t each = 3 * pools.apart * int64_t(sizeof(T));
-    const std::vector<Chunk> groups = chunks(
-        caption_sets.edge.data(), call.T,
-        std::max<int64_t>(1, least((N + EQUAL_PARTS - 1) / EQUAL_PARTS, GROUP_BYTES / each)));
-    const int64_t count = int64_t(groups.size()), wide = pools.wide;
-    Buffer<T> d_pools(count * 2 * wide);
-    for (int64_t step = 0; step < count; ++step)
-      parallel(count, call.threads, [&] {
+    const int64_t wide = pools.wide, bytes = N * 3 * pools.apart * int64_t(sizeof(T));
+    const Rounds rounds(least((call.T + 1) / 2, std::max(EQUAL_PARTS / 2, bytes / (2 * GROUP_BYTES) + 1)),
+                        call.threads);
+    std::vector<int64_t> group;  // where each begins, with about as many words as the others, and where the last ends
+    for (int64_t g = 0; g <= 2 * rounds.couples; ++g)
+      group.push_back(std::lower_bound(call.cu_seqlens, call.cu_seqlens + call.T, N * g / (2 * rounds.couples)) -
+                      call.cu_seqlens);
+    Buffer<T> d_pools(call.I * 2 * wide);
+    for (int64_t step = 0; step < rounds.steps(); ++step)
+      parallel(rounds.tasks, call.threads, [&] {
         return [&, pair = VectorsGradient<T>(call.problem, call.R, caption_sets.most, wide),
                 image = Item<T>(call.R, false, pools.apart, true),
                 room = Buffer<T>(call.R * Item<T>::whole(caption_sets.most))](int64_t k) mutable {
-          const Chunk& group = groups[size_t((k + step) % count)];
-          Items<T> captions(size_t(group.last - group.first));
-          T* const d_pool = d_pools + k * 2 * wide;
-          for (int64_t i = call.I * k / count; i < call.I * (k + 1) / count; ++i) {
+          const int64_t other = rounds.met(k, step);
+          if (other < 0) return;
+          Items<T> captions(size_t(call.T));
+          for (int64_t i = call.I * k / rounds.tasks; i < call.I * (k + 1) / rounds.tasks; ++i) {
+            T* const d_pool = d_pools + i * 2 * wide;
             bool taken = false;
-            for (int64_t t = group.first; t < group.last; ++t)
-              take_pair(room, i, t, [&](T g, T* A, T*) {
-                std::unique_ptr<Item<T>>& caption = captions[size_t(t - group.first)];
-                if (!taken)
-                  take_rows<T, E>(call, modality(image_sets, 0), image_sets.first[size_t(i)], image_sets.length(i),
-                                  pools, true, image);
-                taken = true;
-                if (!caption) caption = made(caption_sets, t, 1, true);
-                pair.run(A, image, *caption, g, pools.image, pools.caption, gradients(image_sets, i, 0),
-                         gradients(caption_sets, t, 1), d_pool, d_pool + wide);
-              });
-            if (taken) pair.finish(image, gradients(image_sets, i, 0));
+            for (int64_t c = other * rounds.joined; c < (other + 1) * rounds.joined; ++c) {
+              for (int64_t t = group[size_t(c)]; t < group[size_t(c + 1)]; ++t)
+                take_pair(room, i, t, [&](T g, T* A, T*) {
+                  std::unique_ptr<Item<T>>& caption = captions[size_t(t)];
+                  if (!taken)
+                    take_rows<T, E>(call, modality(image_sets, 0), image_sets.first[size_t(i)], image_sets.length(i),
+                                    pools, true, image);
+                  taken = true;
+                  if (!caption) caption = made(caption_sets, t, 1, true);
+                  pair.run(A, image, *caption, g, pools.image, pools.caption, gradients(image_sets, i, 0),
+                           gradients(caption_sets, t, 1), d_pool, d_pool + wide);
+                });
+              if (taken) pair.finish(image, gradients(image_sets, i, 0));
+            }
           }
         };
       });
     multiply();
     for (void* out : {given.d_image_pool, given.d_caption_pool})
-      for (int64_t k = 0; out && k < count; ++k)
+      for (int64_t i = 0; out && i < call.I; ++i)
         for (int64_t d = 0; d < call.D; ++d)
-          static_cast<T*>(out)[d] += d_pools[(k * 2 + (out == given.d_caption_pool)) * wide + d];
+          static_cast<T*>(out)[d] += d_pools[(i * 2 + (out == given.d_caption_pool)) * wide + d];
   }
   RowGradients<T> gradients(const RowSets& sets, int64_t set, int64_t own) const {
     const int64_t at = sets.first[size_t(set)] * call.D;
