@@ -148,7 +148,7 @@ def _align(
         v_local = tl.sum(tl.where(v_real[:, None], cosines, 0.0), 0)
         if MEAN:
             v_local = v_local / v_size
-        poor = poor | _any((square < CANCELLED * t_highest[None, :]) & v_real[:, None], 0)
+        poor = poor | _any((square < t_highest[None, :] * CANCELLED) & v_real[:, None], 0)
         gate = tl.sum(alpha * tl.load(word_gate_ptr + word * 2, mask=t_real, other=0.0).to(tl.float32)[None], 2)
         gate += tl.load(region_gate_ptr + region * 2, mask=v_real, other=0.0).to(tl.float32)[:, None]
         gate = tl.sigmoid(gate)
@@ -173,7 +173,7 @@ def _align(
         t_local = tl.sum(tl.where(t_real, cosines, 0.0), 1)
         if MEAN:
             t_local = t_local / t_size
-        poor = poor | _any((square < CANCELLED * v_highest) & t_real, 1)
+        poor = poor | _any((square < v_highest * CANCELLED) & t_real, 1)
         own = tl.load(region_gate_ptr + region * 2 + 1, mask=v_real, other=0.0).to(tl.float32)
         gate = tl.sum(beta * own[:, None, None], 0)
         gate += tl.load(word_gate_ptr + word * 2 + 1, mask=t_real, other=0.0).to(tl.float32)
@@ -187,7 +187,7 @@ def _align(
         tc_v = tl.sum(rest[None] * product + u[None] * cross, 2)  # t_c . v_i
         tc_t = tl.sum(s[:, :, None] * cross, 0) + _by_captions(u, gram_t, CAPTIONS, WORDS)  # t_c . t_j
         tc_square = tl.sum(s * tc_v, 0) + tl.sum(u * tc_t, 1)
-        poor = poor | (tc_square < CANCELLED * highest)
+        poor = poor | (tc_square < highest * CANCELLED)
         back = cosine(tc_v, v_norm[:, None], root(tc_square)[None, :])
         back = softmax(tl.where(v_real[:, None], back, NEVER), 0)  # v*_c = V^T back
     # G p and G back in one product: column 0 of a caption holds p, column 1 holds back.
@@ -200,33 +200,33 @@ def _align(
     if IMAGE_SIDE:
         vc_v += tl.sum(tl.where(w == 0, columns, 0.0), 2)
         vc_square = tl.sum(p * vc_v, 0) + tl.sum(q * vc_t, 1)
-        poor = poor | (vc_square < CANCELLED * highest)
+        poor = poor | (vc_square < highest * CANCELLED)
         found = cosine(vc_t, t_norm, root(vc_square)[:, None])
         found = softmax(tl.where(t_real, found, NEVER), 1)  # t*_c = T^T found
         found_t = _by_captions(found, gram_t, CAPTIONS, WORDS)
         found_square, dot = tl.sum(found * found_t, 1), tl.sum(found * vc_t, 1)
         v_whole = cosine(dot, root(vc_square), root(found_square))
         vg_square = vc_square + 2 * dot + found_square
-        poor = poor | (found_square < CANCELLED * t_highest) | (vg_square < CANCELLED * highest)
+        poor = poor | (found_square < t_highest * CANCELLED) | (vg_square < highest * CANCELLED)
     if CAPTION_SIDE:
         back_v = tl.sum(tl.where(w == 1, columns, 0.0), 2)  # [BLOCK_R, CAPTIONS]
         back_square, dot = tl.sum(back * back_v, 0), tl.sum(back * tc_v, 0)
         t_whole = cosine(dot, root(tc_square), root(back_square))
         tg_square = tc_square + 2 * dot + back_square
-        poor = poor | (back_square < CANCELLED * v_highest) | (tg_square < CANCELLED * highest)
+        poor = poor | (back_square < v_highest * CANCELLED) | (tg_square < highest * CANCELLED)
     if IMAGE_SIDE and CAPTION_SIDE:
         dot = tl.sum((s + back) * vc_v + back * tl.sum(cross * found[None], 2), 0)
         dot += tl.sum(u * vc_t + found * tc_t, 1)
         score = local_mix * v_local + (1 - local_mix) * t_local + global_mix * v_whole + (1 - global_mix) * t_whole
     elif IMAGE_SIDE:  # t_g is the mean of the words
         tg_square = tl.sum(tl.sum(gram_t, 0).reshape(CAPTIONS, WORDS), 1) / (t_size * t_size)
-        poor = poor | (tg_square < CANCELLED * t_highest)
+        poor = poor | (tg_square < t_highest * CANCELLED)
         dot = tl.sum(tl.where(t_real, vc_t + found_t, 0.0), 1) / t_size
         score = v_local + v_whole
     else:
         gram = tl.load(gram_v + r[None, :], mask=v_real[:, None] & v_real[None, :], other=0.0)
         vg_square = tl.sum(tl.sum(gram, 0), 0) / (v_size * v_size)
-        poor = poor | (vg_square < CANCELLED * v_highest)
+        poor = poor | (vg_square < v_highest * CANCELLED)
         dot = tl.sum(tl.where(v_real[:, None], tc_v + back_v, 0.0), 0) / v_size
         vg_square += tl.zeros_like(dot)
         score = t_local + t_whole

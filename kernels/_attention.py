@@ -59,7 +59,7 @@ def _context_tile(context, x, d, size, D: tl.constexpr):
 def _poor(square, z, largest, real):
     """Where z^2 |P|^2 (`square`) is dominated by cancellation error: below a share CANCELLED of its terms too few of
     float32's digits are left. `largest` is max |x|^2 of the set."""
-    return (square < CANCELLED * largest * z * z) & real
+    return (square < largest * CANCELLED * z * z) & real
 
 
 @triton.jit
@@ -252,7 +252,7 @@ def _attend(
     elif MODE == "weights":
         length = z
         if GRAM:
-            length = tl.sqrt(square) + EPS * z
+            length = tl.sqrt(square) + z * EPS
         tl.store(out_ptr + out, 1 / length, mask=real)
     else:
         tl.store(dot_ptr + out, dot / z, mask=real)

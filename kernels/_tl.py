@@ -12,7 +12,7 @@ NEVER = tl.constexpr(float("-inf"))  # logit of a masked element: its softmax we
 @triton.jit
 def leaky(x):
     """LeakyReLU with the published slope."""
-    return tl.where(x > 0, x, SLOPE * x)
+    return tl.where(x > 0, x, x * SLOPE)
 
 
 @triton.jit
