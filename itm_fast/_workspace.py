@@ -32,8 +32,8 @@ def workspace(gib: float) -> Iterator[None]:
     ...     itm_fast.cross_attention_score(image, words, cu_seqlens).shape
     torch.Size([2, 2])
     """
-    if not gib > 0:
-        raise ValueError(f"workspace: gib must be more than 0, got {gib}")
+    if not hasattr(gib, "__float__") or not gib > 0:
+        raise ValueError(f"workspace: gib must be more than 0, got {gib!r}")
     token = _limit.set(float(gib))
     try:
         yield

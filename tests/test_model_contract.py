@@ -303,22 +303,6 @@ def test_autocast_scores_what_has_another_dtype_than_the_weights(dtype):
         assert scorer(torch.ones(2, R, D), WORDS.to(dtype), BOUNDS).isfinite().all()
 
 
-@pytest.mark.parametrize("model", ["dual", "scan"])
-def test_features_that_the_image_encoder_cannot_take_are_refused(model):
-    opt = itm_fast.training.options(model, img_dim=D, embed_size=D, word_dim=D)
-    opt.vocab_size = 9
-    model = itm_fast.models.build(opt)
-    said = f"^{type(model).__name__}.forward_emb: images"
-    ids = torch.ones(2, 3, dtype=torch.int64)
-    for images, error, what in (
-        (torch.ones(2, R, D).double(), TypeError, " and the weights must have one dtype, got torch.float64 and "),
-        (torch.ones(2, R, D).numpy(), TypeError, " must be a tensor, got ndarray$"),
-        (torch.ones(R, D), ValueError, r" must be \[B, R, F\], got "),
-    ):
-        with pytest.raises(error, match=said + what):
-            model.forward_emb(images, ids, [3, 2])
-
-
 OF_PACKED = r"cap_lens must be the cu_seqlens \[T \+ 1\] of packed words"
 OF_PADDED = "cap_lens, the lengths of padded captions, must"
 
@@ -361,12 +345,3 @@ def test_a_list_of_captions_is_refused_in_the_scorers_name(name):
         said = f"^{type(scorer).__name__}{named}: {argument} must be a tensor.* got list$"
         with pytest.raises(TypeError, match=said):
             call(torch.ones(2, R, D), [torch.ones(3, D), torch.ones(2, D)], [3, 2])
-
-
-@pytest.mark.parametrize("wrong", [[2, 3], torch.tensor([2, 3, 3])], ids=["list", "three"])
-def test_a_training_step_refuses_wrong_region_lengths(wrong):
-    opt = itm_fast.training.options("dual", img_dim=D, embed_size=D, word_dim=D)
-    opt.vocab_size = 9
-    model = itm_fast.models.build(opt)
-    with pytest.raises((TypeError, ValueError), match=r"^DualEncoder\.train_emb: region_lengths must be "):
-        model.train_emb(torch.ones(2, R, D), torch.ones(2, 3, dtype=torch.int64), [3, 2], region_lengths=wrong)

@@ -78,8 +78,8 @@ class Vocabulary:
         >>> Vocabulary.build(["a cat", "a dog", "the cat"], min_count=2).idx2word
         {0: '<pad>', 1: '<start>', 2: '<end>', 3: '<unk>', 4: 'a', 5: 'cat'}
         """
-        if min_count < 1:
-            raise ValueError(f"min_count must be at least 1, got {min_count}")
+        if not hasattr(min_count, "__index__") or min_count < 1:
+            raise ValueError(f"min_count must be a whole number of at least 1, got {min_count!r}")
         counts: Counter[str] = Counter()
         captions = caption_texts(captions, "Vocabulary.build: captions")
         for caption in captions:

@@ -190,7 +190,17 @@ def encode_captions(
 
 
 def require_vocabulary(model: Any, vocab: Vocabulary) -> None:
-    """Refuse a vocabulary whose checksum differs from the model's `vocab_checksum`, if it has one."""
+    """Refuse what is no model, no vocabulary, and one of another checksum than the model's `vocab_checksum`, if any."""
+    if not hasattr(model, "img_enc"):
+        raise TypeError(
+            f"a model with img_enc, txt_enc and scorer is needed, got {type(model).__name__}; of what "
+            "itm_fast.models.load returns give .model"
+        )
+    if vocab is None:
+        raise ValueError(
+            "vocab is None; captions become word ids by the vocabulary that the model was trained with, so load the "
+            "model with it: itm_fast.models.load(path, vocab=FILE)"
+        )
     if getattr(model, "vocab_checksum", None) not in (None, vocab.checksum()):
         raise ValueError(
             f"the {type(model).__name__} model was trained with other words than the {len(vocab):,} of this "

@@ -288,7 +288,8 @@ def _budget(
     memory_gb: float | None, device: torch.device, process: int, held: dict[str, int], in_memory: bool
 ) -> tuple[int, str]:
     if memory_gb is not None:
-        if not 0 < memory_gb <= GB:  # also refuses infinity, and sizes that overflow an integer
+        # Also refuses infinity, and sizes that overflow an integer.
+        if not hasattr(memory_gb, "__float__") or not 0 < memory_gb <= GB:
             raise ValueError(f"the memory budget must be more than 0 GB and at most {GB:,} GB, got {memory_gb}")
         return round(memory_gb * GB), "as given"
     available = available_bytes(device)

@@ -53,7 +53,7 @@ def score(
 
     Raises:
         ValueError: features, vocabulary and model do not fit each other, `vocab` is None, or a score is not finite.
-        TypeError: a caption is not a string.
+        TypeError: a caption is not a string, or `model` no model.
 
     >>> from itm_fast.data.openclipart import CHECKPOINTS
     >>> from itm_fast.models import load
@@ -64,11 +64,6 @@ def score(
     """
     from ..data import Split
 
-    if vocab is None:
-        raise ValueError(
-            "score: vocab is None; captions become word ids by the vocabulary that the model was trained with, so load "
-            "the model with it: itm_fast.models.load(path, vocab=FILE)"
-        )
     split = Split(features, captions, np.zeros(len(captions), np.int64), region_lengths, boxes)
     encoded = encode(model, split, vocab, progress=progress)
     return score_all(model.scorer, encoded, memory_gb=memory_gb, progress=progress)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..nn import Attention
 from ._boxes import tensor_of
 from ._common import Matcher
+from ._inputs import features_for
 
 if TYPE_CHECKING:
     from ..data import Vocabulary
@@ -43,7 +44,9 @@ def attention(
         scorer.
 
     Raises:
-        ValueError: the image has another shape, the caption is empty, or the model is in training mode.
+        ValueError: the image has another shape, the caption is empty, `vocab` is None, or the model is in training
+            mode.
+        TypeError: `model` is no model, or the caption no text.
         NotImplementedError: the model weighs nothing.
 
     >>> import itm_fast
@@ -59,7 +62,16 @@ def attention(
     """
     from ..data import encode_caption, tokenize
 
-    features = tensor_of(image).to(model.device, next(model.img_enc.parameters()).dtype)
+    if not isinstance(model, Matcher):
+        raise TypeError(
+            f"attention: model must be one of itm_fast.models, got {type(model).__name__}; of what "
+            "itm_fast.models.load returns give .model"
+        )
+    if not isinstance(caption, str):
+        raise TypeError(f"attention: caption must be one text, got {type(caption).__name__}")
+    if vocab is None:
+        raise ValueError("attention: vocab is None; load the model with it: itm_fast.models.load(path, vocab=FILE)")
+    features = tensor_of(image).to(next(model.img_enc.parameters()).dtype)
     if features.dim() != 2 or not len(features):
         raise ValueError(f"attention: image must be the features [R, F] of one image, got {list(features.shape)}")
     if not caption.strip():
@@ -68,7 +80,7 @@ def attention(
         raise ValueError("attention: the model is in training mode, in which dropout is drawn; call model.val_start()")
     tokens = ("<start>", *tokenize(caption), "<end>")
     ids = torch.tensor([encode_caption(caption, vocab)], device=model.device)
-    regions = model.img_enc(features[None])[0]
+    regions = model.img_enc(features_for("attention", features[None], model.img_enc, model.device, "image"))[0]
     words = model.txt_enc(ids, [ids.shape[1]])[0]  # type: ignore[attr-defined]
     given: list[Tensor] = [regions, words.reshape(-1, words.shape[-1])]
     scorer: Any = model.scorer  # type: ignore[attr-defined]

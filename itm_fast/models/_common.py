@@ -18,6 +18,7 @@ from .._checks import Arguments, Shape
 from .._ranks import own_group
 from .._share import share
 from ..nn import PairScorer
+from ._inputs import FEATURES, IDS, features_for, ids_for
 from ._lengths import pack_padded, packed
 
 
@@ -293,12 +294,13 @@ class Matcher:
 
         Raises:
             ValueError: the list has another number of modules, so it belongs to another model.
+            TypeError: it is no list.
         """
+        wanted = f"{type(self).__name__}: the state must be a list of {len(self.parts)} state_dicts"
+        if not isinstance(state_dict, (list, tuple)):
+            raise TypeError(f"{wanted}, as `state_dict()` returns it, got {type(state_dict).__name__}")
         if len(state_dict) != len(self.parts):
-            raise ValueError(
-                f"{type(self).__name__}: the state must be a list of {len(self.parts)} state_dicts "
-                f"({', '.join(self.parts)}), got {len(state_dict)}: it belongs to another model"
-            )
+            raise ValueError(f"{wanted} ({', '.join(self.parts)}), got {len(state_dict)}: it belongs to another model")
         for module, state in zip(self.modules, state_dict, strict=True):
             module.load_state_dict(state)
 
@@ -317,18 +319,11 @@ class Matcher:
         if self.logger is not None:
             self.logger.update(name, value, n)
 
-    def features(self, op: str, images: Tensor) -> Tensor:
-        """Features [B, R, F] on the model's device.
-
-        Raises:
-            ValueError: they have another shape.
-            TypeError: they are no tensor, or have another dtype than the image encoder's weights.
-        """
-        check = Arguments(f"{type(self).__name__}.{op}")
-        check.floats("images", images, Shape("B R F"))
-        images = images.to(self.device)
-        check.weights("images", images, self.img_enc)
-        return images
+    def inputs(self, images: Tensor, captions: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """What `forward_emb` is given, checked, on the model's device: features [B, R, F] and word ids [B, W]."""
+        op = f"{type(self).__name__}.forward_emb"
+        ids = ids_for(op, captions, lengths, self.txt_enc, self.device)
+        return features_for(op, images, self.img_enc, self.device), ids
 
     def batch_loss(
         self, images: Tensor, captions: Tensor, lengths: Sequence[int] | Tensor, region_lengths: Tensor | None
@@ -357,14 +352,19 @@ class Matcher:
 
         Returns:
             The loss, detached, 0-d.
+
+        Raises:
+            ValueError: a shape, a length or a word id is wrong.
+            TypeError: an argument is no tensor, or has a wrong dtype.
         """
+        check = Arguments(f"{type(self).__name__}.train_emb")
+        check.shape("images", images, FEATURES)
+        check.shape("captions", captions, IDS)
         self.Eiters += 1
         self.log("Eit", self.Eiters)
         self.log("lr", self.optimizer.param_groups[0]["lr"])
         self.optimizer.zero_grad()
         if region_lengths is not None:
-            check = Arguments(f"{type(self).__name__}.train_emb")
-            check.shape("images", images, Shape("B R F"))
             check.integers("region_lengths", region_lengths, Shape("B"))
             images, _ = without_padding(images, region_lengths.to(images.device))
             region_lengths = region_lengths.to(self.device)

@@ -66,6 +66,7 @@ class _WeightNormLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
+        self.in_features = in_features
         linear = nn.Linear(in_features, out_features)
         self.bias = linear.bias
         self.weight_g = nn.Parameter(linear.weight.detach().norm())

@@ -260,8 +260,9 @@ class SCAN(Matcher):
             Image [B, R, D], caption [B, longest, D] and the lengths [B].
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and not volatile):
-            img_emb = self.img_enc(self.features("forward_emb", images))
-            cap_emb, cap_lens = self.txt_enc(captions.to(self.device), lengths)
+            features, ids = self.inputs(images, captions, lengths)
+            img_emb = self.img_enc(features)
+            cap_emb, cap_lens = self.txt_enc(ids, lengths)
         return img_emb, cap_emb, cap_lens
 
     def forward_loss(

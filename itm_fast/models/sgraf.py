@@ -352,8 +352,8 @@ class SGRAF(Matcher):
         self, images: Tensor, captions: Tensor, lengths: Sequence[int] | Tensor
     ) -> tuple[Tensor, Tensor, Sequence[int] | Tensor]:
         """Embed features [B, R, F] and word ids [B, W] -> image [B, R, D], caption [B, longest, D], lengths."""
-        image = self.img_enc(self.features("forward_emb", images))
-        return image, self.txt_enc(captions.to(self.device), lengths), lengths
+        features, ids = self.inputs(images, captions, lengths)
+        return self.img_enc(features), self.txt_enc(ids, lengths), lengths
 
     def forward_sim(
         self,

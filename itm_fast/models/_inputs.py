@@ -1,0 +1,65 @@
+"""Checks of what a model is given to encode: features of regions, and word ids with their lengths."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .._checks import Arguments, Shape
+from ._lengths import whole_numbers
+
+FEATURES, IDS = Shape("B R F"), Shape("B W")
+
+
+def features_for(op: str, images: Tensor, encoder: nn.Module, device: torch.device, name: str = "images") -> Tensor:
+    """Features [B, R, F] on a model's device; `name` is the argument's in messages.
+
+    Raises:
+        ValueError: they have another shape, or another F than the image encoder.
+        TypeError: they are no tensor, or have another dtype than the image encoder's weights.
+    """
+    check = Arguments(op)
+    check.floats(name, images, FEATURES)
+    images = images.to(device)
+    check.weights(name, images, encoder)
+    linear = getattr(encoder, "fc", None) or getattr(encoder, "fc_local", None)  # of the encoders of itm_fast.models
+    known = getattr(linear, "in_features", None)
+    if known not in (None, images.shape[2]):
+        raise ValueError(f"{op}: {name} must be [B, R, F] with F = {known} (img_dim), got {list(images.shape)}")
+    return images
+
+
+def ids_for(
+    op: str, captions: Tensor, lengths: Sequence[float] | Tensor, encoder: nn.Module, device: torch.device
+) -> Tensor:
+    """Word ids [B, W] on a model's device, where each of the lengths [B] lies in 1..W.
+
+    Raises:
+        ValueError: there are no captions, they or the lengths have another shape, a length lies outside 1..W, or, where
+            they can be read without waiting for a device, a word id is not one of the model's.
+        TypeError: they are no tensor of integers, or the lengths no numbers.
+    """
+    Arguments(op).integers("captions", captions, IDS)
+    B, W = captions.shape
+    if not B:
+        raise ValueError(f"{op}: captions must be [B, W] with B > 0, got {[B, W]}")
+    try:
+        values = whole_numbers(lengths, f"{op}: lengths")
+    except (TypeError, RuntimeError) as error:
+        raise TypeError(f"{op}: lengths must be [B] whole numbers, got {lengths!r:.60}") from error
+    if values.shape != (B,):
+        raise ValueError(f"{op}: lengths must be [B] with B = {B} as in captions, got {list(values.shape)}")
+    least, most = int(values.min()), int(values.max())
+    if least < 1 or most > W:
+        raise ValueError(f"{op}: lengths must lie in 1..{W} (W of captions), got {least}..{most}")
+    known = getattr(getattr(encoder, "embed", None), "num_embeddings", None)
+    if known is not None and captions.device.type == "cpu":
+        least, most = int(captions.min()), int(captions.max())
+        if least < 0 or most >= known:
+            raise ValueError(
+                f"{op}: captions must hold word ids in 0..{known - 1} (vocab_size {known}), got {least}..{most}; use "
+                "the vocabulary that the model was made for"
+            )
+    return captions.to(device)
