@@ -207,8 +207,9 @@ def turn(objects: Path) -> contextlib.AbstractContextManager[object]:
     path, what = objects.with_name(f"{objects.name}.lock"), "the CPU kernels"
     try:
         return Lock(path, what)
-    except LockedError:
-        print("itm-fast: another process compiles the CPU kernels; waiting for it ...", file=sys.stderr, flush=True)
+    except LockedError as held:
+        said = f"another process compiles the CPU kernels; waiting for it, up to {WAIT / 60:.0f} minutes ({held})"
+        print(f"itm-fast: {said} ...", file=sys.stderr, flush=True)
     try:
         return Lock(path, what, wait=WAIT)
     except LockedError:
