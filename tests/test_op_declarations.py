@@ -8,11 +8,13 @@ from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import itm_fast
 from itm_fast import evaluation, ops
 from itm_fast._names import BACKENDS, Backend, Ties
 from itm_fast.evaluation import TIES
+from itm_fast.ops import _examples as examples
 from itm_fast.ops._declare import DECLARED, Choice, Floats, Integers, Result
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -200,3 +202,19 @@ def test_an_argument_has_one_line_in_all_docstrings():
         for name in ("TypeError", "NotImplementedError"):
             said.setdefault(name, set()).add(lines[name])
     assert not {alike: lines for alike, lines in said.items() if len(lines) > 1}
+
+
+@pytest.mark.parametrize("op,backend", [(op, backend) for op in sorted(DECLARED) for backend in DECLARED[op].keeping])
+def test_a_trace_has_the_op_and_its_gradient(op, backend, small_calls):
+    """What an op keeps for its backward pass is values, of which a trace by make_fx has none."""
+    given = (x.double() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in examples.example(op))
+    first, *rest = given
+    leaf = first.requires_grad_()
+
+    def score(x):
+        return getattr(itm_fast, op)(x, *rest, backend=backend)
+
+    traced = make_fx(score)(leaf)
+    assert f"itm_fast.{op}.default" in {str(node.target) for node in traced.graph.nodes}
+    (found,), (want,) = (torch.autograd.grad(run(leaf).sum(), leaf) for run in (traced, score))
+    torch.testing.assert_close(found, want, rtol=0, atol=1e-12 * want.abs().max().item())  # sums of some 1,000 terms

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import is_fake
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._backends import KERNELS, OFFERS, ON_GPU, PutAside, TooLarge, backward_of_cuda, resolve
 from .._workspace import current_gib, workspace
@@ -101,7 +102,9 @@ class Op(Declaration):
         too_large, traced = self.refused_sizes(size, given), torch.compiler.is_compiling()
         name = resolve(self.name, backend, first.device, dtype, too_large, self.put_aside(given), traced)
         args, keeping = self.convert(given), self.keeping.get(name)
-        if keeping is not None and first.is_cpu and not traced and not is_fake(first) and torch.is_grad_enabled():
+        # Dispatch modes, such as make_fx's trace, see the op itself: what follows here reads values.
+        watched = traced or is_in_torch_dispatch_mode() or is_fake(first)
+        if keeping is not None and first.is_cpu and not watched and torch.is_grad_enabled():
             wanted = any(x.requires_grad for x in args[: self.differentiable])
             return keeping(*args) if wanted else self.call(*args, name)
         return self.call(*args, name)
