@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import random
 import signal
 from pathlib import Path
 
@@ -66,6 +67,27 @@ def pytest_collection_modifyitems(items):
 def one_thread():
     """Matrices this small gain nothing from threads, and on a busy machine two threads wait for each other."""
     torch.set_num_threads(1)
+
+
+def seed():
+    """Seed the generators that all tests share. torch.manual_seed itself takes many times as long without a GPU."""
+    random.seed(0)
+    torch.default_generator.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.cuda.manual_seed_all(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_fixture_setup(fixturedef):
+    """What a fixture of several tests draws does not depend on which test comes first."""
+    if fixturedef.scope != "function":
+        seed()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """What a test draws does not depend on the tests before it."""
+    seed()
 
 
 @pytest.fixture(autouse=True)

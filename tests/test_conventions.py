@@ -5,12 +5,14 @@ import doctest
 import importlib
 import inspect
 import pkgutil
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import itm_fast
 from itm_fast import _backends, ops
@@ -124,3 +126,10 @@ def test_every_module_says_what_it_is_and_its_examples_run(name):
     assert module.__doc__, f"{name} has no docstring"
     failures, _ = doctest.testmod(module, optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
     assert failures == 0
+
+
+def test_a_test_begins_with_seeded_generators():
+    drawn = random.random(), torch.rand(()).item()
+    random.seed(0)
+    torch.manual_seed(0)
+    assert drawn == (random.random(), torch.rand(()).item())

@@ -79,7 +79,7 @@ class Vocabulary:
         {0: '<pad>', 1: '<start>', 2: '<end>', 3: '<unk>', 4: 'a', 5: 'cat'}
         """
         if not hasattr(min_count, "__index__") or min_count < 1:
-            raise ValueError(f"min_count must be a whole number of at least 1, got {min_count!r}")
+            raise ValueError(f"min_count must be at least 1, got {min_count!r}")
         counts: Counter[str] = Counter()
         captions = caption_texts(captions, "Vocabulary.build: captions")
         for caption in captions:
