@@ -24,6 +24,9 @@ if not torch.cuda.is_available():  # before anything imports the Triton kernels,
 
         quick_interpreter.install()
 
+# Of the processes that tests start: as `one_thread` here. Theirs would wait for each other on a busy machine.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # The same products on every processor that has them, whether they pay there or not.
 os.environ.setdefault("ITM_FAST_BFLOAT16", "1")
 
