@@ -31,9 +31,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("ITM_FAST_BFLOAT16", "1")
 
 # By `torch`, calls as small as those of tests keep what autograd records. Here they stand for large ones, which do not:
-# the limits are 0, but for tests that use `small_calls`.
-LIMITS = {"_recompute": "RECORDED_PAIRS", "_kept": "SMALL"}
-AS_SHIPPED = {}
+# the limit is 0, but for tests that use `small_calls`.
+RECORDED: list[int] = []  # the limit as shipped
 
 
 def pytest_configure(config):
@@ -46,10 +45,9 @@ def pytest_configure(config):
             f"these tests are of the checkout {ROOT}, but the itm_fast that Python imports lies in {found}: nothing "
             f"was tested. Run pytest with the checkout's pyproject.toml, or with PYTHONPATH={ROOT}."
         )
-    for module, limit in LIMITS.items():
-        place = importlib.import_module(f"itm_fast.ops.{module}")
-        AS_SHIPPED[place, limit] = getattr(place, limit)
-        setattr(place, limit, 0)
+    recompute = importlib.import_module("itm_fast.ops._recompute")
+    RECORDED.append(recompute.RECORDED_PAIRS)
+    recompute.RECORDED_PAIRS = 0
 
 
 def pytest_sessionstart(session):
@@ -104,8 +102,7 @@ def poisoned_outputs():
 @pytest.fixture
 def small_calls(monkeypatch):
     """Small calls by `torch` as users have them."""
-    for (place, limit), value in AS_SHIPPED.items():
-        monkeypatch.setattr(place, limit, value)
+    monkeypatch.setattr("itm_fast.ops._recompute.RECORDED_PAIRS", RECORDED[0])
 
 
 @pytest.fixture

@@ -56,7 +56,7 @@ def score(
 ) -> Tensor:
     """Differentiable scores [I, T] of images [I, R, D] and packed captions [N, D]."""
     tensors = image, words, *parameters
-    record = torch.is_grad_enabled() and _recompute.recordable(_axes(tensors), tensors, len(cu_seqlens) - 1)
+    record = torch.is_grad_enabled() and _recompute.records(_axes(tensors), tensors, len(cu_seqlens) - 1)
     return _Columns.apply(scorer, record, cu_seqlens, region_lengths, *tensors)
 
 

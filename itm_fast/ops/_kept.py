@@ -14,13 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._workspace import current_gib, scratch_bytes, workspace
+from .._checks import work_dtype
+from .._workspace import current_gib, workspace
 from ._declare import DECLARED
-from ._recompute import refuse_second
-
-# `Recording` keeps the record of a call whose largest tensor has at most so many bytes, and at most so large a share of
-# the scratch memory: autograd keeps a dozen such tensors.
-SMALL, SHARE = 2 << 20, 64
+from ._recompute import recordable, refuse_second
 
 
 def free(kept: list[Tensor]) -> None:
@@ -59,18 +56,21 @@ class Keeping:
 @dataclass(frozen=True)
 class Recording:
     """The same in the torch backend, whose module has `forward_recorded(needs, *args) -> (result, record or None)` and
-    `backward(..., record=...)`.
+    `backward(..., record=...)`: of calls whose record is `recordable`.
 
     Attributes:
         name: the op's.
-        size: (*args) -> bytes of the call's largest tensor.
+        entries: (sizes by letter, direction or None) -> numbers that autograd records, about.
     """
 
     name: str
-    size: Callable[..., int]
+    entries: Callable[[dict[str, int], str | None], int]
 
     def __call__(self, *args: Any) -> Tensor:
-        if self.size(*args) > min(SMALL, scratch_bytes(args[0].device) // SHARE):
+        op = DECLARED[self.name]
+        size, direction = op.size(args), dict(zip(op.names, args)).get("direction")
+        held = self.entries(size, direction) * work_dtype(args[0]).itemsize
+        if not recordable(size["I"] * size["T"], held, args[0].device):
             return getattr(torch.ops.itm_fast, self.name).default(*args, "torch")
         return _Function.apply(self, *args)
 

@@ -28,9 +28,10 @@ IMAGES = 4  # `of_pairs` takes so many at a time: more images bring more pairs w
 GPU_IMAGES = 64  # the same on a GPU, where a call costs more than pairs without a gradient; untuned
 FEW = 8  # pairs are few where at most one in 8 has a gradient; of more, `of_pairs` takes all pairs at once
 FEW_ALONE = 2  # the same of blocks of single pairs, which bring no others; of 3 in 8, a fifth less time than all pairs
-# With so few pairs the torch backend keeps what autograd records on a CPU, as to compute it again takes longer than the
-# pairs without a gradient do. The record is estimated: so many times the rows of all pairs' images and captions.
-RECORDED_PAIRS, RECORDED_COPIES = 128, 6
+# The torch backend keeps on a CPU what autograd records of so few pairs, in so few bytes: to compute these again takes
+# longer than the pairs without a gradient do. Of more, the hardest-negative loss gives too few pairs a gradient.
+RECORDED_PAIRS, RECORDED_BYTES = 1024, 160 << 20
+RECORDED_COPIES = 6  # a model's record is estimated: so many times the rows of all pairs' images and captions
 
 
 class Block(NamedTuple):
@@ -209,21 +210,26 @@ def score(
         share: what few is for `matched`, at most one pair in so many.
     """
     # Asked here: inside a Function autograd is off, and needs_input_grad tells of parameters under no_grad too.
-    record = torch.is_grad_enabled() and recordable(axes, tensors, len(cu_seqlens) - 1)
+    record = torch.is_grad_enabled() and records(axes, tensors, len(cu_seqlens) - 1)
     return _Scored.apply(cut, matched, share, axes, each, record, cu_seqlens, region_lengths, *tensors)
 
 
-def recordable(axes: str, tensors: Sequence[Tensor], captions: int) -> bool:
-    """Whether what autograd records of a call of `score` may be kept: by `torch` on a CPU, of few pairs, in a quarter
-    of the scratch memory. Not of half inputs, whose blocks are computed in float32 where they are recorded: a score
-    would depend on the number of pairs."""
+def recordable(pairs: int, size: int, device: torch.device) -> bool:
+    """Whether `size` bytes that autograd records of a call are kept: of few pairs, in a quarter of the scratch
+    memory."""
+    return pairs <= RECORDED_PAIRS and size <= min(RECORDED_BYTES, scratch_bytes(device) // 4)
+
+
+def records(axes: str, tensors: Sequence[Tensor], captions: int) -> bool:
+    """Whether a call of `score` keeps what autograd records: by `torch` on a CPU, where that is `recordable`. Not of
+    half inputs, whose blocks are computed in float32 where they are recorded: a score would depend on the number of
+    pairs."""
     image = tensors[0]
     if torch.compiler.is_compiling() or requested() != "torch" or not image.is_cpu or work_dtype(image) != image.dtype:
         return False
     pairs = {"I": captions, "N": len(image), "T": len(image)}  # that each row of a tensor is in
     held = sum(x.numel() * pairs.get(axis, 0) for x, axis in zip(tensors, axes)) * image.itemsize
-    few = len(image) * captions <= RECORDED_PAIRS
-    return few and RECORDED_COPIES * held <= scratch_bytes(image.device) // 4
+    return recordable(len(image) * captions, RECORDED_COPIES * held, image.device)
 
 
 class _Scored(torch.autograd.Function):

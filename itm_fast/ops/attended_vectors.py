@@ -34,6 +34,7 @@ from .._names import Backend, Direction, Norm
 from ..packing import bounds
 from . import _attention, _draws
 from ._declare import Choice, Floats, Given, Integers, Result
+from ._kept import Recording
 from ._register import Op
 
 OFFERED = ("triton", "cpu", "torch", "reference")
@@ -106,6 +107,12 @@ def _own_example(size: _draws.Size, draw: _draws.Draw) -> list[Tensor]:
     return [image, words, edge, queries, draw(*image.shape[:2], size.similarity)]
 
 
+def _recorded(size: dict[str, int], direction: str | None) -> int:
+    """Numbers that autograd records in batched PyTorch: some affinities, and a row of D and of S for each query."""
+    rows = size["N"] if direction == "t2i" else size["T"] * size["R"]
+    return size["I"] * (5 * size["R"] * size["N"] + rows * (size["D"] + size["S"]))
+
+
 _op = Op(
     "attended_vectors",
     [
@@ -123,6 +130,7 @@ _op = Op(
     offered=OFFERED,
     reference=reference,
     examples=[lambda size, draw: _draws.attention(size, draw), _own_example],
+    keeping={"torch": Recording("attended_vectors", _recorded)},
     refuse=_refuse,
     backward="torch",
 )

@@ -34,6 +34,7 @@ from .._names import Backend, Direction, Norm
 from ..packing import bounds
 from . import _attention, _draws
 from ._declare import Choice, Floats, Given, Integers, Positive, Result, empty
+from ._kept import Recording
 from ._register import Op
 
 OFFERED = ("triton", "cpu", "torch", "reference")
@@ -74,6 +75,12 @@ def _shape(size: dict[str, int], given: Given) -> tuple[int, ...]:
     return tuple(size[letter] for letter in ("INS" if given["direction"] == "t2i" else "ITRS"))
 
 
+def _recorded(size: dict[str, int], direction: str | None) -> int:
+    """Numbers that autograd records in batched PyTorch: some affinities, and rows of D and of S for each query."""
+    rows = size["N"] if direction == "t2i" else size["T"] * size["R"]
+    return size["I"] * (8 * size["R"] * size["N"] + rows * 2 * (size["D"] + size["S"]))
+
+
 _op = Op(
     "cross_attention_similarity",
     [
@@ -91,6 +98,7 @@ _op = Op(
     offered=OFFERED,
     reference=reference,
     examples=[lambda size, draw: [*_draws.attention(size, draw), *_draws.linear(size, draw)]],
+    keeping={"torch": Recording("cross_attention_similarity", _recorded)},
 )
 
 

@@ -35,6 +35,7 @@ from .._names import Backend
 from ..packing import bounds
 from . import _draws
 from ._declare import Floats, Given, Integers, Result
+from ._kept import Recording
 from ._register import Op
 
 OFFERED = ("triton", "cpu", "torch", "reference")
@@ -89,6 +90,8 @@ _op = Op(
     reference=reference,
     examples=[lambda size, draw: [*_draws.nodes(size, draw), *_draws.graph_weights(size, draw)]],
     refuse=refuse,
+    # In batched PyTorch autograd records of each step and node three rows, and about as many edges as the longest has.
+    keeping={"torch": Recording("similarity_graph", lambda size, _: 4 * size["K"] * size["I"] * size["M"] * size["S"])},
 )
 
 

@@ -22,10 +22,18 @@ def forward(image: Tensor, words: Tensor, queries: Tensor, values: Tensor, scale
     return _recompute.forward(blocks, _viewed(*args, *rest), empty("attended_vectors", *args, *rest))
 
 
-def backward(grad: Tensor, needs: list[bool], image, words, queries, values, scale, *rest) -> list[Tensor]:
-    args = image, words, queries, values, scale
-    found = _recompute.backward(_cut(True, *args, *rest), _viewed(*args, *rest), needs, grad)
-    wanted = [x for x, need in zip(args, needs, strict=True) if need]
+def forward_recorded(needs: list[bool], *args) -> tuple[Tensor, list[_recompute.Recorded] | None]:
+    result = empty("attended_vectors", *args)
+    return result, _recompute.forward_recorded(_cut(True, *args), _viewed(*args), needs, result)
+
+
+def backward(
+    grad: Tensor, needs: list[bool], *args, record: list[_recompute.Recorded] | None = None
+) -> list[Tensor]:
+    given = _viewed(*args)
+    blocks = record or _recompute.recorded(_cut(True, *args), given, needs)
+    found = _recompute.differentiate(blocks, given, needs, grad)
+    wanted = [x for x, need in zip(args, needs, strict=False) if need]
     return [d.view(x.shape) for d, x in zip(found, wanted, strict=True)]
 
 

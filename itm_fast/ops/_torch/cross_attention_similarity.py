@@ -20,9 +20,16 @@ def forward(image: Tensor, words: Tensor, weight: Tensor, bias: Tensor, *rest) -
     return _recompute.forward(_cut(False, *args, *rest), args, empty("cross_attention_similarity", *args, *rest))
 
 
-def backward(grad: Tensor, needs: list[bool], image: Tensor, words: Tensor, weight: Tensor, bias: Tensor, *rest):
-    args = image, words, weight, bias
-    return _recompute.backward(_cut(True, *args, *rest), args, needs, grad)
+def forward_recorded(needs: list[bool], *args) -> tuple[Tensor, list[_recompute.Recorded] | None]:
+    result = empty("cross_attention_similarity", *args)
+    return result, _recompute.forward_recorded(_cut(True, *args), args[:4], needs, result)
+
+
+def backward(
+    grad: Tensor, needs: list[bool], *args, record: list[_recompute.Recorded] | None = None
+) -> list[Tensor]:
+    blocks = record or _recompute.recorded(_cut(True, *args), args[:4], needs)
+    return _recompute.differentiate(blocks, args[:4], needs, grad)
 
 
 def _cut(backward, image, words, weight, bias, cu_seqlens, region_lengths, direction, affinity_norm, scale):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,11 +56,20 @@ def forward(nodes: Tensor, *rest: Tensor) -> Tensor:
     return _recompute.forward(_cut(False, nodes, cu_seqlens), args, empty("similarity_graph", nodes, *rest))
 
 
-def backward(grad: Tensor, needs: list[bool], nodes: Tensor, *rest: Tensor) -> list[Tensor]:
+def forward_recorded(needs: list[bool], nodes: Tensor, *rest: Tensor) -> tuple[Tensor, Any]:
     *weights, cu_seqlens = rest
-    folded = Folded(weights, needs[1:])
-    args = (nodes, *folded.values)
-    found = _recompute.backward(_cut(True, nodes, cu_seqlens), args, [needs[0], *folded.needs], grad)
+    z, folded = empty("similarity_graph", nodes, *rest), Folded(weights, needs[1:])
+    args, wanted = (nodes, *folded.values), [needs[0], *folded.needs]
+    kept = _recompute.forward_recorded(_cut(True, nodes, cu_seqlens), args, wanted, z)
+    return z, None if kept is None else (folded, kept)
+
+
+def backward(grad: Tensor, needs: list[bool], nodes: Tensor, *rest: Tensor, record: Any = None) -> list[Tensor]:
+    *weights, cu_seqlens = rest
+    folded, kept = record or (Folded(weights, needs[1:]), None)
+    args, wanted = (nodes, *folded.values), [needs[0], *folded.needs]
+    blocks = kept or _recompute.recorded(_cut(True, nodes, cu_seqlens), args, wanted)
+    found = _recompute.differentiate(blocks, args, wanted, grad)
     mine = int(needs[0])
     return [*found[:mine], *folded.gradients(found[mine:])]
 
