@@ -16,7 +16,7 @@ from itm_fast.models.imram import IterativeMatching
 from itm_fast.models.rcar import RegulatedMatching
 from itm_fast.models.tshsr import TwoStreamReasoning
 from itm_fast.ops import _recompute
-from itm_fast.ops._torch import attended_vectors, cross_attention_similarity, similarity_graph
+from itm_fast.ops._torch import attended_vectors, cross_attention_similarity, similarity_graph, similarity_score
 from itm_fast.ops._torch import cross_attention_score as by_torch
 from itm_fast.testing import inputs, op_checks
 
@@ -226,6 +226,20 @@ def test_of_small_calls_what_autograd_records_is_kept(place, name, scorer, monke
     for again in found[1:]:
         for a, b in zip(found[0], again, strict=True):
             torch.testing.assert_close(a, b)
+
+
+@pytest.mark.usefixtures("small_calls")
+@pytest.mark.parametrize("op", ["similarity_graph_score", "similarity_filter_score"])
+def test_of_small_calls_with_a_head_what_autograd_records_is_kept(op, monkeypatch):
+    computed, function = [], similarity_score._score
+    monkeypatch.setattr(similarity_score, "_score", lambda *args: computed.append(1) or function(*args))
+    grad = torch.randn(len(REGIONS), len(COUNTS), dtype=torch.float64)
+    found = gradients(op, "torch", grad)
+    once = len(computed)
+    monkeypatch.setattr(_recompute, "RECORDED_PAIRS", 0)
+    for again, first in zip(gradients(op, "torch", grad), found, strict=True):
+        torch.testing.assert_close(again, first, rtol=1e-10, atol=1e-12)
+    assert len(computed) == 3 * once
 
 
 @pytest.mark.usefixtures("small_calls")

@@ -3,7 +3,8 @@
 An implementation has `forward(*args) -> Tensor | tuple` and `backward(grad, needs, *args) -> list[Tensor]`: one
 gradient for each differentiable argument that `needs` marks, in the dtype it was summed in. `args` are those of the
 declaration. It is the module of the op's stem in its backend's package or, for C++, made by `_cpu_calls`; either is
-imported only when it runs. In a module of several ops the functions have the names of C++: `<op>` and `<op>_backward`.
+imported only when it runs. In a module of several ops the functions have the names of C++: `<op>` and `<op>_backward`;
+and, for `_kept.Recording`, `<op>_recorded`.
 """
 
 from __future__ import annotations
@@ -166,8 +167,8 @@ class Op(Declaration):
         else:
             found = import_module(f"{PACKAGES[backend]}.{self.stem}")
             if self.stem != self.name:
-                forward, backward = getattr(found, self.name), getattr(found, f"{self.name}_backward", None)
-                found = SimpleNamespace(forward=forward, backward=backward)
+                parts = {"forward": "", "backward": "_backward", "forward_recorded": "_recorded"}
+                found = SimpleNamespace(**{p: getattr(found, self.name + more, None) for p, more in parts.items()})
         if backend not in KERNELS or self.backward is None:
             return found
         if isinstance(self.backward, str):

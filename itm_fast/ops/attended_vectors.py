@@ -21,7 +21,8 @@ Backward, with l_ij = c_j a'_ij:
     d l   = alpha (d alpha - sum over i of alpha d alpha),   d c_j = sum over i of d l_ij a'_ij (5)
     d a follows from c d l through the norm,   d v_i = sum da_ij q_j,   d q_j = sum da_ij v_i   (6)
 
-Saved for backward: the inputs. Everything per pair is computed again.
+Saved for backward: the inputs, and in `torch`, of a call with few pairs, what autograd records. Everything else per
+pair is computed again.
 """
 
 from __future__ import annotations

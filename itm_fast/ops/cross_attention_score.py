@@ -39,7 +39,7 @@ P; p_j = |P_j|, and d c_j = 0 where c_j < 1e-8:
     d x += d s q + 2 d G x,    d q_j += x^T d s_j + d c_j p_j q_j / |q_j|                            (11)
 
 Saved for backward: the inputs, and in the `cpu` backend the affinities of all pairs where these take an eighth of the
-workspace at most; in `torch`, of a call with few affinities, what autograd records. Everything else per pair is
+workspace at most; in `torch`, of a call with few pairs, what autograd records. Everything else per pair is
 computed again.
 """
 

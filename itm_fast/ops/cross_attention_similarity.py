@@ -22,7 +22,8 @@ Backward, with n = |y_j| and p = |P_j|:
     d P = (d u - (d u . u) u (p + 1e-8) / p) / (p + 1e-8)                                       (6)
     d alpha, d A, d x and d q follow as in (6) and (7) of `cross_attention_score`               (7)
 
-Saved for backward: the inputs. Everything per pair is computed again.
+Saved for backward: the inputs, and in `torch`, of a call with few pairs, what autograd records. Everything else per
+pair is computed again.
 """
 
 from __future__ import annotations

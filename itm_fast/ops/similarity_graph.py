@@ -23,7 +23,8 @@ Backward of a step from X to X', with Z = E X, Y = X M + u, L = Y X^T, and d H =
     d Y = dL X,      d X = E^T dZ + dL^T Y + dY M^T,   d M = X^T dY,   d u = sum dY             (6)
     d Wq = Wk dM^T,  d Wk = Wq dM + bq du^T,   d bq = Wk du,   d bk = 0                         (7)
 
-Saved for backward: the inputs. Everything per pair is computed again.
+Saved for backward: the inputs, and in `torch`, of a call with few pairs, what autograd records. Everything else per
+pair is computed again.
 """
 
 from __future__ import annotations

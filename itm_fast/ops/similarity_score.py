@@ -32,13 +32,14 @@ Backward, with g the gradient of a pair's result:
 Saved for backward: the inputs, and by (2) with a graph in the cpu backend, in float32 or float64, the nodes of the
 first images, as many as fit in 232 MiB and in a quarter of the scratch memory, if in the last backward pass with the
 same tensor `local_weight` more than half of the pairs had a gradient: hardest negatives leave no use for them.
+In `torch`, of a call with few pairs, what autograd records.
 Everything else per pair is computed again: `cpu` gets the same bits. With `triton`, where at most one pair in 8 has a
 gradient, their nodes come from batched PyTorch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -51,6 +52,7 @@ from .._names import Backend, Output
 from ..packing import kept, node_bounds
 from . import _attention, _draws
 from ._declare import Given, Result
+from ._kept import Recording
 from ._register import Op
 from ._score_backward import KEEPING, backward
 from ._score_heads import FILTER, GRAPH, Head, scored
@@ -78,7 +80,13 @@ def _too_large(name: str, backend: str, size: dict[str, int], given: Given) -> s
     return why_not(name, autocast_dtype(given["image"].dtype, edge.device), size, words, capability)
 
 
-def _op(name: str, head: Head, keeping: Mapping[str, Callable[..., Tensor]] | None = None) -> Op:
+def _recorded(size: dict[str, int], _: str | None) -> int:
+    """Numbers that autograd records in batched PyTorch: of each pair, some rows of D and, of each step, of S."""
+    D, S, nodes = size["D"], size["S"], size["N"] + size["T"]
+    return size["I"] * nodes * (2 * D + 5 * size["R"] + 4 * (1 + size.get("K", 1)) * S)
+
+
+def _op(name: str, head: Head, **keeping: Callable[..., Tensor]) -> Op:
     """Declare the pair scorer with a head; `keeping`: see `Op`."""
     parts = _draws.node_inputs, head.draw, _draws.score_weights
     return Op(
@@ -92,11 +100,11 @@ def _op(name: str, head: Head, keeping: Mapping[str, Callable[..., Tensor]] | No
         refuse=head.refuse,
         too_large=partial(_too_large, name),
         backward=partial(backward, head),
-        keeping=keeping,
+        keeping={"torch": Recording(name, _recorded), **keeping},
     )
 
 
-_graph_op = _op("similarity_graph_score", GRAPH, keeping={"cpu": KEEPING})
+_graph_op = _op("similarity_graph_score", GRAPH, cpu=KEEPING)
 _filter_op = _op("similarity_filter_score", FILTER)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor
 
@@ -27,13 +28,25 @@ def similarity_graph_score(*args) -> Tensor:
     return _recompute.forward(blocks, tensors, empty("similarity_graph_score", *args))
 
 
-def similarity_graph_score_backward(grad: Tensor, needs: list[bool], *args) -> list[Tensor]:
-    folded = similarity_graph.Folded(args[8:14], needs[8:14])
-    tensors = *args[:8], *folded.values, *args[14:16]
-    wanted = [*needs[:8], *folded.needs, *needs[14:]]
-    found = _recompute.backward(_graph_blocks(True, tensors, args), tensors, wanted, grad)
+def similarity_graph_score_recorded(needs: list[bool], *args) -> tuple[Tensor, Any]:
+    score, folded = empty("similarity_graph_score", *args), similarity_graph.Folded(args[8:14], needs[8:14])
+    tensors, wanted = _folded(folded, needs, args)
+    kept = _recompute.forward_recorded(_graph_blocks(True, tensors, args), tensors, wanted, score)
+    return score, None if kept is None else (folded, kept)
+
+
+def similarity_graph_score_backward(grad: Tensor, needs: list[bool], *args, record: Any = None) -> list[Tensor]:
+    folded, kept = record or (similarity_graph.Folded(args[8:14], needs[8:14]), None)
+    tensors, wanted = _folded(folded, needs, args)
+    blocks = kept or _recompute.recorded(_graph_blocks(True, tensors, args), tensors, wanted)
+    found = _recompute.differentiate(blocks, tensors, wanted, grad)
     start, stop = sum(needs[:8]), sum(needs[:8]) + sum(folded.needs)
     return [*found[:start], *folded.gradients(found[start:stop]), *found[stop:]]
+
+
+def _folded(folded: similarity_graph.Folded, needs: list[bool], args) -> tuple[tuple[Tensor, ...], list[bool]]:
+    """The tensors of the blocks, and which of them need a gradient."""
+    return (*args[:8], *folded.values, *args[14:16]), [*needs[:8], *folded.needs, *needs[14:]]
 
 
 def _graph_blocks(backward, tensors, args):
@@ -45,8 +58,14 @@ def similarity_filter_score(*args) -> Tensor:
     return _recompute.forward(_filter_blocks(False, *args), args[:14], empty("similarity_filter_score", *args))
 
 
-def similarity_filter_score_backward(grad: Tensor, needs: list[bool], *args) -> list[Tensor]:
-    return _recompute.backward(_filter_blocks(True, *args), args[:14], needs, grad)
+def similarity_filter_score_recorded(needs: list[bool], *args) -> tuple[Tensor, Any]:
+    score = empty("similarity_filter_score", *args)
+    return score, _recompute.forward_recorded(_filter_blocks(True, *args), args[:14], needs, score)
+
+
+def similarity_filter_score_backward(grad: Tensor, needs: list[bool], *args, record: Any = None) -> list[Tensor]:
+    blocks = record or _recompute.recorded(_filter_blocks(True, *args), args[:14], needs)
+    return _recompute.differentiate(blocks, args[:14], needs, grad)
 
 
 def _filter_blocks(backward, *args):
