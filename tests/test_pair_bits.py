@@ -123,7 +123,7 @@ def test_sizes_that_do_not_fit_are_refused(x, weight, bias):
 
 def test_image_and_words_of_other_sizes_are_refused():
     scorer, image, words, edge = MeanCosine(), torch.ones(2, 3, 16), torch.ones(4, 8), torch.tensor([0, 2, 4])
-    with pytest.raises(ValueError, match=r"words must be \[N, D\] with D = 16 as in image, got \[4, 8\]"):
+    with pytest.raises(ValueError, match=r"cap_emb must be \[N, D\] with D = 16 as in img_emb, got \[4, 8\]"):
         scorer(image, words, edge)
     states = scorer.image_state(image), scorer.caption_state(words, edge)
     with torch.no_grad(), pytest.raises(ValueError, match="features of size 16"):
