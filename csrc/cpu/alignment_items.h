@@ -82,6 +82,10 @@ void take_rows(const AlignmentCall& call, const Modality& from, int64_t first, i
     made.norm()[i] = std::sqrt(square);
     made.highest = std::max(made.highest, square);
   }
+  if constexpr (IS_PAIR<E>) {
+    if (formed) pair_rows(n, wide, made.rows, apart, made.row_pairs);
+    if (formed && call.vector()) pair_rows(n, wide, made.other_gates, apart, made.gate_pairs);
+  }
   if (!formed) gram_matrix<T>([&](int64_t i) { return row[size_t(i)]; }, n, wide, nullptr, made.gram, made.ld);
 }
 
@@ -91,10 +95,6 @@ Item<T> item(const AlignmentCall& call, const Modality& from, int64_t first, int
              bool formed) {
   Item<T> made(n, !formed, formed ? pools.apart : 0, formed && call.vector(), IS_PAIR<E> && formed);
   take_rows<T, E>(call, from, first, n, pools, formed, made);
-  if constexpr (IS_PAIR<E>) {
-    if (formed) pair_rows(n, pools.wide, made.rows, pools.apart, made.row_pairs);
-    if (formed && call.vector()) pair_rows(n, pools.wide, made.other_gates, pools.apart, made.gate_pairs);
-  }
   return made;
 }
 

@@ -8,14 +8,28 @@
 namespace itm_fast {
 
 // c[i][j] = sum of a_i b_j + e_i f_j over all `wide` features, for n rows a and e and m rows b and f, `apart` values
-// apart; zeros from m on up to ld. Vector lanes run along the features, so no row is transposed.
-template <class T>
+// apart; zeros from m on up to ld. Vector lanes run along the features, so no row is transposed. E is what the products
+// multiply: T, or pairs of bfloat16 values.
+template <class T, class E>
 class RowProducts {
  public:
-  RowProducts(int64_t most, int64_t wide, int64_t apart)
-      : wide_(wide), apart_(apart), sums_(ROWS * round_up(most, LANES<T>) * LANES<T>) {}
+  RowProducts(int64_t own, int64_t most, int64_t wide, int64_t apart)
+      : wide_(wide), apart_(apart), read_(IS_PAIR<E> ? round_up(paired_size<T>(wide), LANES<T>) : wide),
+        step_(IS_PAIR<E> ? read_ : apart), sums_(ROWS * round_up(most, LANES<T>) * LANES<T>),
+        pairs_(IS_PAIR<E> ? 2 * (own + most) * step_ : 0) {}
 
   void run(int64_t n, int64_t m, const T* a, const T* b, const T* e, const T* f, T* c, int64_t ld) {
+#if defined(__AVX512BF16__)
+    if constexpr (IS_PAIR<E>) {
+      T* to = pairs_;
+      const auto take = [&](const T*& x, int64_t count) {
+        const T* const first = to;
+        for (int64_t r = 0; r < count; ++r, to += step_) paired(x + r * apart_, wide_, to);
+        x = first;
+      };
+      take(a, n), take(e, n), take(b, m), take(f, m);
+    }
+#endif
     const int64_t blocks = (m + COLUMNS - 1) / COLUMNS;
     for (int64_t i = 0; i < n; i += ROWS) {
       for (int64_t block = 0; block < blocks; ++block) {
@@ -44,17 +58,17 @@ class RowProducts {
   void tile(int64_t i, int64_t n, int64_t j, int64_t m, const T* a, const T* b, const T* e, const T* f) {
     Vec<T> c[ROWS][WIDE]{};
     int64_t at[ROWS];
-    for (int r = 0; r < ROWS; ++r) at[r] = least(i + r, n - 1) * apart_;
+    for (int r = 0; r < ROWS; ++r) at[r] = least(i + r, n - 1) * step_;
     const auto add = [&](const T* x, const T* y) {
-      for (int64_t d = 0; d < wide_; d += LANES<T>) {
+      for (int64_t d = 0; d < read_; d += LANES<T>) {
         Vec<T> row[ROWS];
 #pragma GCC unroll 4
         for (int r = 0; r < ROWS; ++r) row[r] = load(x + at[r] + d);
 #pragma GCC unroll 6
         for (int k = 0; k < WIDE; ++k) {
-          const Vec<T> column = load(y + (j + k) * apart_ + d);
+          const Vec<T> column = load(y + (j + k) * step_ + d);
 #pragma GCC unroll 4
-          for (int r = 0; r < ROWS; ++r) c[r][k] += row[r] * column;
+          for (int r = 0; r < ROWS; ++r) c[r][k] = sum_of(c[r][k], row[r], column);
         }
       }
     };
@@ -64,8 +78,17 @@ class RowProducts {
       for (int k = 0; k < WIDE; ++k) store(sums_ + (r * m + j + k) * LANES<T>, c[r][k]);
   }
 
-  int64_t wide_, apart_;
-  Buffer<T> sums_;
+  // sum + x y, for each lane.
+  static Vec<T> sum_of(Vec<T> sum, Vec<T> x, Vec<T> y) {
+#if defined(__AVX512BF16__)
+    if constexpr (IS_PAIR<E>) return (Vec<T>)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)y);
+    else
+#endif
+      return sum + x * y;
+  }
+
+  int64_t wide_, apart_, read_, step_;  // of the rows, and of what is multiplied
+  Buffer<T> sums_, pairs_;
 };
 
 // The gradients of an item's rows and of their two terms of the gates, in tensors whose rows of D values lie D and
@@ -86,7 +109,7 @@ struct RowGradients {
 // What own rows give the rows of the other modality, "far", to which they and their context vector attend, and these
 // rows' terms of their gates. It is collected for some pairs with the same far rows and added by one product for rows
 // and one for gates: words of a single caption are so few that reading and writing the gradients would take longer.
-template <class T>
+template <class T, class E>
 class FarGradients {
  public:
   // Holds one pair with up to `most` own rows and up to `far` far rows; or, if `pairs` > 1, up to so many with together
@@ -94,7 +117,9 @@ class FarGradients {
   FarGradients(int64_t pairs, int64_t most, int64_t far, int64_t wide)
       : pairs_(pairs), room_(std::max(most, pairs > 1 ? ROWS : 0)), wide_(wide), apart_(padded<T>(wide)),
         rows_((2 * pairs + room_) * apart_), gates_(room_ * apart_),
-        weights_((2 * pairs + room_) * Item<T>::whole(far)), norms_(Item<T>::whole(far)) {}
+        weights_((2 * pairs + room_) * Item<T>::whole(far)), norms_(Item<T>::whole(far)),
+        left_(IS_PAIR<E> ? depth<E>(2 * pairs + room_) * Item<T>::whole(far) : 0),
+        right_(IS_PAIR<E> ? depth<E>(2 * pairs + room_) * apart_ : 0) {}
 
   bool fits(int64_t own) const { return taken_ < pairs_ && used_ + own <= room_; }
   // Where the next pair has what its own rows attend to and their gates, and leaves the gradients of both.
@@ -121,16 +146,19 @@ class FarGradients {
     const auto into = [D](T* out, int64_t step) {
       return [=](int64_t j, int64_t d, Vec<T> x) { RowGradients<T>::put(out + j * step, d, D, x); };
     };
+    const auto product = [&](int64_t K, const T* weights, const T* rows, auto begin, auto end) {
+      gemm<E>(far.n, wide_, depth<E>(K), Left<E>{factors<E>(K, ld, weights, ld, left_ + 0), ld},
+              Right<E>{factors<E>(K, wide_, rows, apart_, right_ + 0), apart_}, begin, end);
+    };
     if (taken_ && to.rows)
-      gemm<T>(far.n, wide_, 2 * taken_ + used_, Left<T>{weights_ + first * ld, ld},
-              Right<T>{rows_ + first * apart_, apart_},
+      product(2 * taken_ + used_, weights_ + first * ld, rows_ + first * apart_,
               [=, rows = far.rows + 0, apart = apart_, norms = norms_ + 0, out = to.rows](int64_t j, int64_t d) {
                 j = least(j, last);
                 return RowGradients<T>::get(out + j * D, d, D) + load(rows + j * apart + d) * norms[j];
               },
               into(to.rows, D));
     if (taken_ && to.other_gates)
-      gemm<T>(far.n, wide_, used_, Left<T>{weights_ + 2 * pairs_ * ld, ld}, Right<T>{gates_, apart_},
+      product(used_, weights_ + 2 * pairs_ * ld, gates_ + 0,
               [=, out = to.other_gates](int64_t j, int64_t d) {
                 return RowGradients<T>::get(out + least(j, last) * 2 * D, d, D);
               },
@@ -145,6 +173,7 @@ class FarGradients {
   int64_t pairs_, room_, wide_, apart_, taken_ = 0, used_ = 0;
   // Rows and weights begin with d_star and the context vector of each pair, the last one first.
   Buffer<T> rows_, gates_, weights_, norms_;
+  Buffer<E> left_, right_;  // of a product
 };
 
 // Which group of captions a group of images meets when, if both have as many groups and two neighbours are a couple: in
@@ -170,13 +199,13 @@ struct Rounds {
   static int64_t turns(int64_t tasks, int64_t threads) { return (tasks + threads - 1) / threads; }
 };
 
-template <class T>
+template <class T, class E>
 class VectorsGradient {
  public:
   VectorsGradient(const Alignment& problem, int64_t R, int64_t L, int64_t wide)
       : problem_(problem), forward_(problem, R, L, wide, true), to_words_(1, R, L, wide),
         to_regions_(CAPTIONS, L, R, wide), wide_(wide), size_(forward_.image_side.size), numbers_(3 * size_),
-        vectors_(2 * wide), products_(L, wide, forward_.apart), d_weight_(R * Item<T>::whole(L)),
+        vectors_(2 * wide), products_(R, L, wide, forward_.apart), d_weight_(R * Item<T>::whole(L)),
         scratch_(R * Item<T>::whole(L)) {}
 
   // Overwrites the affinities A, [image.n][caption.ld] with zeros beyond the words, by their gradients, given that of
@@ -240,7 +269,7 @@ class VectorsGradient {
   // that of the gates before the sigmoid, which far rows have yet to get.
   void side(VectorSide<T>& s, const T* other, T h, T square, T local, T whole, const T* weights,
             const Item<T>& own, const Item<T>& far, const T* pool, const RowGradients<T>& d_own, T* d_pool,
-            FarGradients<T>& to_far) {
+            FarGradients<T, E>& to_far) {
     constexpr T tiny = std::numeric_limits<T>::min();
     T with = 0, context_square = 0, star_square = 0;
     cosine_backward(s.with, s.context_square, s.star_square, whole, with, context_square, star_square);
@@ -301,11 +330,11 @@ class VectorsGradient {
   }
 
   const Alignment& problem_;
-  PairVectors<T> forward_;
-  FarGradients<T> to_words_, to_regions_;
+  PairVectors<T, E> forward_;
+  FarGradients<T, E> to_words_, to_regions_;
   int64_t wide_, size_;
   Buffer<T> numbers_, vectors_;
-  RowProducts<T> products_;
+  RowProducts<T, E> products_;
   Buffer<T> d_weight_, scratch_;
 };
 

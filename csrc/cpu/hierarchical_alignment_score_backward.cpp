@@ -37,7 +37,8 @@ constexpr int64_t DEPTH_BYTES = 1024 * 4, LEFT_ROWS = 96;  // of the third: a pr
 template <class T>
 using Items = std::vector<std::unique_ptr<Item<T>>>;
 
-// E is what the products of the third round multiply: T, or pairs of bfloat16 values with sums in float32.
+// E is what the products of the third round, and those of rows in by_vectors(), multiply: T, or pairs of bfloat16
+// values with sums in float32.
 template <class T, class E = T>
 struct AlignmentBackward {
   const HierarchicalAlignmentScoreKeptCall& given;
@@ -109,8 +110,8 @@ struct AlignmentBackward {
     Buffer<T> d_pools(call.I * 2 * wide);
     for (int64_t step = 0; step < rounds.steps(); ++step)
       parallel(rounds.tasks, call.threads, [&] {
-        return [&, pair = VectorsGradient<T>(call.problem, call.R, caption_sets.most, wide),
-                image = Item<T>(call.R, false, pools.apart, true),
+        return [&, pair = VectorsGradient<T, E>(call.problem, call.R, caption_sets.most, wide),
+                image = Item<T>(call.R, false, pools.apart, true, IS_PAIR<E>),
                 room = Buffer<T>(call.R * Item<T>::whole(caption_sets.most))](int64_t k) mutable {
           const int64_t other = rounds.met(k, step);
           if (other < 0) return;
