@@ -103,6 +103,10 @@ def test_sigmoid_is_within_the_bound_of_exp_and_two_roundings(blocks):
     x = x[np.abs(x) < RANGE[blocks.dtype] - 1]
     wanted = exact(lambda v: 1 / (1 + np.exp(-v)), x)
     assert places(blocks.sigmoid(x), wanted) <= 2 * bound(blocks.dtype) + 1 + 0.5
+    ends = blocks.sigmoid(np.asarray([-np.inf, -1000, 1000, np.inf], blocks.dtype))
+    assert 0 < ends[0] == ends[1] <= 2 / blocks.exp(np.asarray([RANGE[blocks.dtype]], blocks.dtype))[0]
+    assert np.array_equal(ends[2:], [1, 1])
+    assert np.isnan(blocks.sigmoid(np.asarray([np.nan, -np.nan], blocks.dtype))).all()
 
 
 def test_tanh_is_within_the_bound_of_exp_and_its_roundings(blocks):

@@ -95,6 +95,8 @@ inline T max(Vec<T> v) {
   return m;
 }
 
+// Of each lane, root(v): the square root; bounded(x, bound): x, but at least -bound and at most bound, and NaN stays,
+// as the processor's least and largest of two numbers are the second one where either is NaN.
 #if defined(__AVX512F__)
 template <>
 inline float sum<float>(Vec<float> v) {
@@ -110,31 +112,53 @@ inline float max<float>(Vec<float> v) {
 }
 inline Vec<float> root(Vec<float> v) { return (Vec<float>)_mm512_sqrt_ps((__m512)v); }
 inline Vec<double> root(Vec<double> v) { return (Vec<double>)_mm512_sqrt_pd((__m512d)v); }
+inline Vec<float> bounded(Vec<float> x, float bound) {
+  const __m512 low = _mm512_set1_ps(-bound), high = _mm512_set1_ps(bound);
+  return (Vec<float>)_mm512_min_ps(high, _mm512_max_ps(low, (__m512)x));
+}
+inline Vec<double> bounded(Vec<double> x, double bound) {
+  const __m512d low = _mm512_set1_pd(-bound), high = _mm512_set1_pd(bound);
+  return (Vec<double>)_mm512_min_pd(high, _mm512_max_pd(low, (__m512d)x));
+}
 #elif defined(__AVX2__)
 inline Vec<float> root(Vec<float> v) { return (Vec<float>)_mm256_sqrt_ps((__m256)v); }
 inline Vec<double> root(Vec<double> v) { return (Vec<double>)_mm256_sqrt_pd((__m256d)v); }
+inline Vec<float> bounded(Vec<float> x, float bound) {
+  const __m256 low = _mm256_set1_ps(-bound), high = _mm256_set1_ps(bound);
+  return (Vec<float>)_mm256_min_ps(high, _mm256_max_ps(low, (__m256)x));
+}
+inline Vec<double> bounded(Vec<double> x, double bound) {
+  const __m256d low = _mm256_set1_pd(-bound), high = _mm256_set1_pd(bound);
+  return (Vec<double>)_mm256_min_pd(high, _mm256_max_pd(low, (__m256d)x));
+}
 #else
 template <class V>
 inline V root(V v) {
   for (unsigned i = 0; i < sizeof(V) / sizeof(v[0]); ++i) v[i] = std::sqrt(v[i]);
   return v;
 }
+template <class V, class T>
+inline V bounded(V x, T bound) {
+  x = x < -bound ? V{} - bound : x;
+  return x > bound ? V{} + bound : x;
+}
 #endif
 
-// e^x, off by at most 2.1 units in the last place (derived in tests/test_white_box_simd.py). Where e^x is below the
-// normal numbers the result is 0, so that -inf gives exactly 0; beyond the other end of the range it stays finite, at
-// e^87.33 (double: e^708.39), also for +inf. NaN gives NaN. x = n ln 2 + r with |r| <= ln 2 / 2, e^r by its Taylor
+// Beyond it, e^x or e^-x is below the normal numbers.
+template <class T>
+constexpr T EXP_RANGE = sizeof(T) == 4 ? T(87.33) : T(708.39);
+
+// e^x, off by at most 2.1 units in the last place (derived in tests/test_white_box_simd.py). Beyond the range it stays
+// what it is at its end, also for infinities. NaN gives NaN. x = n ln 2 + r with |r| <= ln 2 / 2, e^r by its Taylor
 // polynomial, 2^n by setting the exponent's bits.
 template <class T>
-inline Vec<T> exp(Vec<T> x) {
+inline Vec<T> exp_in_range(Vec<T> x) {
   constexpr bool single = sizeof(T) == 4;
   constexpr int mantissa = single ? 23 : 52, degree = single ? 7 : 13;
-  constexpr T shift = T(1.5) * T(int64_t(1) << mantissa), lowest = single ? T(-87.33) : T(-708.39);
+  constexpr T shift = T(1.5) * T(int64_t(1) << mantissa);
   constexpr T high = single ? T(0.693359375) : T(6.93147180369123816490e-01);
   constexpr T low = single ? T(-2.12194440e-4) : T(1.90821492927058770002e-10);
-  const Vec<Int<T>> vanishes = x < lowest;
-  x = x < lowest ? splat(lowest) : x;
-  x = x > -lowest ? splat(-lowest) : x;
+  x = bounded(x, EXP_RANGE<T>);
   const Vec<T> biased = x * T(1.44269504088896340736) + shift, n = biased - shift;
   const Vec<T> r = (x - n * high) - n * low;
   T inverse[degree + 1] = {1};
@@ -142,7 +166,13 @@ inline Vec<T> exp(Vec<T> x) {
   Vec<T> p = splat(inverse[degree]);
   for (int k = degree - 1; k >= 0; --k) p = p * r + inverse[k];
   const Vec<Int<T>> power = ((Vec<Int<T>>)biased << mantissa) + (Int<T>(single ? 127 : 1023) << mantissa);
-  return vanishes ? Vec<T>{} : p * (Vec<T>)power;
+  return p * (Vec<T>)power;
+}
+
+// The same, but 0 below the range, so that -inf gives exactly 0.
+template <class T>
+inline Vec<T> exp(Vec<T> x) {
+  return x < -EXP_RANGE<T> ? Vec<T>{} : exp_in_range<T>(x);
 }
 
 // tanh(x) = e / (e + 2) with e = e^(2|x|) - 1, and x's sign, off by a few units in the last place. e has no
@@ -168,9 +198,10 @@ inline Vec<T> tanh(Vec<T> x) {
   return x < 0 ? -positive : positive;
 }
 
+// 1 / (1 + e^-x); at -inf the inverse of the largest e^x, not 0.
 template <class T>
 inline Vec<T> sigmoid(Vec<T> x) {
-  return T(1) / (T(1) + exp<T>(-x));
+  return T(1) / (T(1) + exp_in_range<T>(-x));
 }
 
 #if defined(__AVX512BF16__)
