@@ -108,10 +108,11 @@ def test_one_modality_is_the_other_one_swapped(backend):
     torch.testing.assert_close(other, call(*args, backend=backend), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("gate", ["scalar", "vector"])
 @pytest.mark.parametrize("I,counts", [(0, (3, 2)), (2, ()), (0, ())])
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
-def test_empty(backend, I, counts):
-    call, args = case(I, counts)
+def test_empty(backend, I, counts, gate):
+    call, args = case(I, counts, gate=gate)
     leaves = [a.requires_grad_() for a in args]
     result = call(*leaves, backend=backend)
     assert result.shape == (I, len(counts))

@@ -101,8 +101,8 @@ struct AlignmentBackward {
   // in their order, a caption images in theirs. The pools have a gradient for each image, and these are added in order.
   void by_vectors() const {
     const int64_t wide = pools.wide, bytes = N * 3 * pools.apart * int64_t(sizeof(T));
-    const Rounds rounds(least((call.T + 1) / 2, std::max(EQUAL_PARTS / 2, bytes / (2 * GROUP_BYTES) + 1)),
-                        call.threads);
+    const int64_t couples = least((call.T + 1) / 2, std::max(EQUAL_PARTS / 2, bytes / (2 * GROUP_BYTES) + 1));
+    const Rounds rounds(std::max<int64_t>(1, couples), call.threads);
     std::vector<int64_t> group;  // where each begins, with about as many words as the others, and where the last ends
     for (int64_t g = 0; g <= 2 * rounds.couples; ++g)
       group.push_back(std::lower_bound(call.cu_seqlens, call.cu_seqlens + call.T, N * g / (2 * rounds.couples)) -

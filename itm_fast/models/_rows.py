@@ -3,7 +3,9 @@
 If the `cpu` backend scores and no gradient is recorded, they run in C++ (csrc/cpu/linear.cpp, gated_rows.cpp,
 row_cosines.cpp). A row's bits then depend on neither the other rows nor the number of threads, so that a pair's score
 does not either. Otherwise torch computes them, with its fastest library, except linear maps at matmul precision
-"medium": without AMX torch multiplies float32 values there, which takes twice as long as bfloat16 values in C++.
+"medium" on processors that multiply bfloat16 values but have no AMX: torch multiplies float32 values there. C++ takes
+half as long for 4,608 rows with 1,024 inputs and outputs (Zen 4), and 1.15 times as long for 96; it takes few rows too,
+so that their number does not decide how their products are rounded.
 """
 
 from __future__ import annotations
@@ -13,7 +15,8 @@ import math
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import _native
 from .._backends import requested
@@ -22,9 +25,7 @@ from ..ops import _cpu_calls
 from ..ops._torch._linear import linear as by_torch
 from ._common import cosine, l2norm
 
-# The least rows and outputs for which a training step's products of bfloat16 values pay. Measured on a Zen 4 with 1,024
-# inputs and outputs: 96 rows take 1.15 times as long as torch's float32 products, 128 as long, 256 0.8 times as long.
-ROWS, OUTPUTS = 256, 32
+OUTPUTS = 32  # the least for which a training step's products of bfloat16 values pay
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -43,7 +44,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     given = (x, weight, *(() if bias is None else (bias,)))
     if apart(*given):
         product = _cpu_calls.linear
-    elif S >= OUTPUTS and x.numel() >= ROWS * K and _in_cpp(*given) and _rounded(x.dtype):
+    elif S >= OUTPUTS and _in_cpp(*given) and _rounded(x.dtype):
         product = _Linear.apply
     else:
         return by_torch(x, weight, bias)
@@ -62,9 +63,12 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_backward(*inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: Tensor):
         needs = ctx.needs_input_grad
+        if torch.is_grad_enabled():  # there will be second derivatives, which torch finds
+            x, weight, _ = ctx.saved_tensors
+            wanted = (lambda: grad @ weight, lambda: grad.T @ x, lambda: grad.sum(0))
+            return tuple(of() if need else None for of, need in zip(wanted, needs, strict=True))
         found = iter(_cpu_calls.linear_backward(grad, needs, *ctx.saved_tensors))
         return tuple(next(found) if need else None for need in needs)
 
@@ -144,9 +148,11 @@ def _rounded(dtype: torch.dtype) -> bool:
 
 
 def _in_cpp(*tensors: Tensor) -> bool:
-    """Whether the `cpu` backend scores, and C++ takes these tensors."""
+    """Whether the `cpu` backend scores, and C++, which reads their memory, takes these tensors."""
     return (
         not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()  # such as make_fx's trace, or a count of operations
+        and all(type(x) in (Tensor, Parameter) for x in tensors)  # not fake, not quantised
         and not torch.is_autocast_enabled("cpu")
         and all(x.device.type == "cpu" and x.dtype == tensors[0].dtype in FLOATS for x in tensors)
         and forward_ad._current_level < 0
