@@ -277,3 +277,30 @@ def test_of_small_calls_too_nan_stays_in_its_pairs(scorer):
     assert d_image.any()
     for finite in (d_image, d_words[: cu_seqlens[2]], d_words[cu_seqlens[3] :]):
         assert finite.isfinite().all()
+
+
+@pytest.mark.parametrize("direction,lengths", [("t2i", (2,) * 99 + (10,)), ("t2i", (10,) * 20), ("i2t", (10,) * 20)])
+def test_blocks_of_joined_captions_keep_to_their_memory(direction, lengths, monkeypatch):
+    """Half of the scratch memory, with what autograd saves of captions that are padded to the longest."""
+    saved, recorded = [], _recompute.recorded
+
+    def weighed(blocks, *args):
+        for block in blocks:
+            storages = {}
+
+            def pack(x, storages=storages):
+                storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+                return x
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+                (found,) = recorded([block], *args)
+            saved.append(sum(x.nbytes() for x in storages.values()))
+            yield found
+
+    monkeypatch.setattr(_recompute, "recorded", weighed)
+    scorer = RegulatedMatching(16, 64, direction, step=3)
+    image, words, cu_seqlens = inputs(24, lengths, 12, 16)
+    with itm_fast.use_backend("torch"), itm_fast.workspace(16 / 1024):
+        scorer(image.requires_grad_(), words, cu_seqlens).sum().backward()
+    assert len(saved) > 1
+    assert max(saved) < 8 << 20

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..ops import _recompute
 from ..packing import bounds
-from ._pair_blocks import Pairs, blocks, matched
+from ._pair_blocks import Joined, Pairs, blocks, matched
 
 
 class Scorer(NamedTuple):
@@ -28,7 +28,7 @@ class Scorer(NamedTuple):
     Attributes:
         shape: words of a caption -> (..., rows, S), of what dropout keeps of a pair.
         draw: words of a caption -> what dropout keeps of it with all images, bool [I, ..., rows, S].
-        run: (lengths, cu_seqlens, region_lengths, kept [b, ..., rows, S], image, words, *parameters) -> scores [b, c],
+        run: (`Joined`, cu_seqlens, region_lengths, kept [b, ..., rows, S], image, words, *parameters) -> scores [b, c],
             of some images with some captions, whose rows of `kept` follow each other.
         pairs: (`Pairs`, kept [P, ..., rows, S], image, words, *parameters) -> scores of P pairs.
         pair_bytes: words of a caption -> bytes that a pair takes in float32, forward.
@@ -121,13 +121,14 @@ def _axes(tensors: Sequence[Tensor]) -> str:
 def _rectangles(scorer: Scorer, bits: Tensor, backward: bool, cu_seqlens: Tensor, region_lengths, *tensors):
     """Blocks of some images with some captions."""
     start, S = _rows(scorer, cu_seqlens, tensors[1]), scorer.shape(0)[-1]
+
+    def run(of: Joined, own: Tensor, counts: Tensor | None, *args: Tensor) -> Tensor:
+        rows = torch.tensor([row for t in of.captions for row in range(start[t], start[t + 1])])
+        kept = bits[of.images].index_select(-2, rows.to(bits.device))
+        return scorer.run(of, own, counts, unpacked(kept, S), *args)
+
     given = *tensors, cu_seqlens, region_lengths
-    for block in blocks("cu_seqlens", _axes(tensors), scorer.pair_bytes, scorer.run, backward, *given, joined=True):
-        images, captions = block.result
-        which = range(len(start) - 1)[captions] if isinstance(captions, slice) else captions.tolist()
-        rows = torch.cat([torch.arange(start[t], start[t + 1], device=bits.device) for t in which])
-        kept = bits[images].index_select(-2, rows)
-        yield block._replace(function=lambda *args, run=block.function, kept=kept: run(unpacked(kept, S), *args))
+    return blocks("cu_seqlens", _axes(tensors), scorer.pair_bytes, run, backward, *given, joined=True)
 
 
 def _columns(scorer: Scorer, bits: Tensor, grad: Tensor, cu_seqlens: Tensor, region_lengths: Tensor | None, *tensors):
@@ -140,10 +141,11 @@ def _columns(scorer: Scorer, bits: Tensor, grad: Tensor, cu_seqlens: Tensor, reg
         if len(images):
             counts = None if region_lengths is None else region_lengths[images]
             kept = unpacked(bits[..., rows, :][images], scorer.shape(length)[-1])
+            of = Joined(images, [t], [length])
             yield _recompute.Block(
                 ((images,), (at,), *[()] * len(parameters)),
                 (images, slice(t, t + 1)),
-                lambda *args, given=([length], own, counts, kept): scorer.run(*given, *args),
+                lambda *args, given=(of, own, counts, kept): scorer.run(*given, *args),
             )
 
 

@@ -18,13 +18,28 @@ from .._names import Norm
 from .._workspace import GIB, scratch_bytes, workspace
 from ..ops import _recompute, attended_vectors
 from ..ops._torch._groups import Group, groups
-from ..packing import Index, Run, bounds, region_counts, runs, spans
+from ..packing import Index, Run, bounds, region_counts, runs, spans, starts
 from ._common import real_rows
 
 CPU_BLOCK = 128 << 20  # bytes of a block: smaller ones lose time to packed weights, larger ones to fresh memory
 PAIRS_BLOCK = 16 << 20  # the same of single pairs, which have copies: less memory in as much time; 8 MiB take longer
 ROWS = 1024  # most words of a block's captions, so that it has several images too
 KEPT = 6  # copies of a block's tensors that autograd keeps, about
+PADDED = 2  # joined captions, each padded to the longest, have at most so many times the words
+
+
+class Joined(NamedTuple):
+    """Some images with captions of several lengths, one after another.
+
+    Attributes:
+        images: their places in the batch.
+        captions: likewise, on the CPU.
+        lengths: the captions' words.
+    """
+
+    images: Index
+    captions: Sequence[int]
+    lengths: list[int]
 
 
 class Pairs(NamedTuple):
@@ -61,8 +76,8 @@ def blocks(
         run: (length, cu_seqlens, region_lengths, *tensors) -> scores of a block, whose captions have one length.
         backward: whether the blocks are differentiated.
         *args: the tensors, cu_seqlens and region_lengths.
-        joined: a block may have captions of several lengths; `run` then gets all of them as a list, in their order,
-            instead of the one.
+        joined: a block may have captions of several lengths; `run` then gets a `Joined` instead of the one length.
+            It may pad each caption to the longest.
     """
     *tensors, cu_seqlens, region_lengths = args
     image, words = tensors[0], tensors[axes.index("N")]
@@ -70,29 +85,33 @@ def blocks(
     edge = bounds(cu_seqlens, len(words), name)
     half, limit = _limits(image.device, backward)
     rows = max(1, min(ROWS, limit // max(1, pair_bytes(1))))  # so few that one image with them fits
-    cut = groups(edge, image.device, rows, rows) if joined else map(_alone, runs(edge, image.device, rows))
+    if joined:
+        cut = groups(edge, image.device, rows, rows, PADDED)
+    else:
+        cut = map(_alone, runs(edge, image.device, rows))
     for some in cut:
         lengths = [length for length, size in some.sets for _ in range(size)]
         own = torch.tensor([0, *accumulate(lengths)], dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-        most = limit // (sum(map(pair_bytes, lengths)) * max(1, image.element_size() // 4))
+        most = limit // (len(lengths) * pair_bytes(max(lengths)) * max(1, image.element_size() // 4))
         for images in spans(len(image), max(1, most)):
             at: dict[str, tuple[Index, ...]] = {"I": (images,), "N": (some.rows,), "T": (some.captions,), ".": ()}
             counts = None if region_lengths is None else region_lengths[images]
-            function = partial(run, lengths if joined else lengths[0], own, counts)
+            of = Joined(images, some.members, lengths) if joined else lengths[0]
+            function = partial(run, of, own, counts)
             yield _recompute.Block(
                 tuple(at[axis] for axis in axes), (images, some.captions), partial(_within, half / GIB, function)
             )
 
 
 def _alone(run: Run) -> Group:
-    return Group([(run.length, run.size)], run.captions, run.rows)
+    return Group([(run.length, run.size)], (), run.captions, run.rows)  # nobody asks for its members
 
 
 class Padding:
     """Pads the words of captions to the longest: `real` bool [1, c, longest], None if all have one length."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        self.shape = len(lengths), max(lengths)
+        self.lengths, self.shape = lengths, (len(lengths), max(lengths))
         self.real: Tensor | None = None
         if min(lengths) < max(lengths):
             real = real_rows(torch.tensor(lengths), max(lengths))
@@ -103,6 +122,14 @@ class Padding:
         if self.real is not None:
             x = x.new_zeros(len(x), self.real.numel(), *x.shape[2:]).index_copy(1, self.place, x)
         return x.unflatten(1, self.shape)
+
+
+    def with_last(self) -> Tensor:
+        """Places int64 [c * (longest + 1)] of rows of which each caption has one for each word and then one more: the
+        words' padded, with this last one, and the last one. On the CPU."""
+        length = torch.tensor(self.lengths)
+        place = torch.minimum(torch.arange(self.shape[1] + 1), length[:, None])
+        return (place + starts(length + 1)[:-1, None]).flatten()
 
 
 def nodes_of(cu_seqlens: Tensor, overall: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:

@@ -273,7 +273,7 @@ class ConfidenceMatching(PaddedScorer):
             read.append(node)
         return Attention(float(final.sim_eval_w(torch.cat(read)).sigmoid()), weights)
 
-    def _block(self, lengths, cu_seqlens, region_lengths, image, image_global, part, words, caption_global, *weights):
+    def _block(self, of, cu_seqlens, region_lengths, image, image_global, part, words, caption_global, *weights):
         """Scores of a block, [b, c]."""
 
         def scores(image: Tensor, image_global: Tensor, part: Tensor) -> Tensor:

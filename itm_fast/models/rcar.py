@@ -31,7 +31,7 @@ from ..ops._cpu_calls import score as cpu_score
 from ..packing import bounds, region_counts
 from . import _by_caption
 from ._common import Dropout, OwnKeys, PaddedScorer, choice, encode_text, l2norm, without_padding
-from ._pair_blocks import Padding, Pairs, attended_of_pairs, blocks, matched
+from ._pair_blocks import Joined, Padding, Pairs, attended_of_pairs, blocks, matched
 from ._regulators import AggregationRegulator, AlignmentVector, CorrespondenceRegulator, aligned, regulated
 from ._rows import apart
 from ._self_attention import normalised
@@ -168,7 +168,8 @@ class RegulatedMatching(PaddedScorer):
         region_counts(region_lengths, image, NAME)
 
         def pair_bytes(length: int) -> int:
-            return (length if self.attn_type == "t2i" else R) * D * 4 * 8
+            queries, S = length if self.attn_type == "t2i" else R, self.sim_eval_w.in_features
+            return queries * 4 * ((6 + self.step) * D + 2 * self.step * S)
 
         drops = self._drops
         whole = partial(self._in_one_pass, drops, names) if self._in_cpp(*tensors) else None
@@ -271,14 +272,14 @@ class RegulatedMatching(PaddedScorer):
         weights = {name: steps[-1], f"{name}_by_step": torch.stack(steps)}
         return Attention(float(score), weights if only_rcr else weights | {"query_shares": share})
 
-    def _block(self, drops, names, lengths, cu_seqlens, region_lengths, kept, image, words, *parameters) -> Tensor:
-        """Scores [b, c] of some images with captions of these lengths, one after another, as is what dropout kept."""
+    def _block(self, drops, names, of: Joined, cu_seqlens, region_lengths, kept, image, words, *parameters) -> Tensor:
+        """Scores [b, c] of some images with some captions, one after another, as is what dropout kept."""
         valid = None
         if region_lengths is not None:
             image, valid = without_padding(image, region_lengths)
         options = {"direction": self.attn_type, "region_lengths": region_lengths}
         if self.attn_type == "t2i":
-            padded = Padding(lengths, words.device)
+            padded = Padding(of.lengths, words.device)
             query, mask = words[None], padded.real
         else:
             padded, query, mask = None, image[:, None], None if valid is None else valid[:, None]
@@ -291,13 +292,9 @@ class RegulatedMatching(PaddedScorer):
 
         if kept is not None:
             kept = kept.transpose(1, 2)  # [b, rows, steps, S]
-            if padded is None:
-                kept = kept.unflatten(1, (len(lengths), -1))
-            else:
-                last = torch.tensor(lengths, device=kept.device).add(1).cumsum(0) - 1  # rows of the global vectors
-                asks = torch.zeros(kept.shape[1], dtype=torch.bool, device=kept.device).index_fill(0, last, True)
-                kept = torch.cat([padded(kept[:, ~asks]), kept[:, asks].unsqueeze(2)], 2)
-            kept = kept.transpose(2, 3)
+            if padded is not None and padded.real is not None:
+                kept = kept.index_select(1, padded.with_last().to(kept.device))
+            kept = kept.unflatten(1, (len(of.lengths), -1)).transpose(2, 3)
         weights, scheme = dict(zip(names, parameters, strict=True)), (self.self_regulator, self.step, self.smooth)
         return regulated(*scheme, drops, weights, query, mask, first, attended, kept, padded)
 
@@ -324,8 +321,8 @@ class RegulatedMatching(PaddedScorer):
         return regulated(*scheme, drops, weights, query.unsqueeze(1), mask, first, attended, kept).squeeze(1)
 
 
-def _without_dropout(run, lengths, cu_seqlens, region_lengths, *tensors: Tensor) -> Tensor:
-    return run(lengths, cu_seqlens, region_lengths, None, *tensors)
+def _without_dropout(run, of: Joined, cu_seqlens, region_lengths, *tensors: Tensor) -> Tensor:
+    return run(of, cu_seqlens, region_lengths, None, *tensors)
 
 
 class RCAR(SGRAF):

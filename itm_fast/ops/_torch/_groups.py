@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import groupby, pairwise
 from typing import NamedTuple
@@ -12,21 +13,25 @@ from ...packing import Index, Run, runs
 
 
 class Group(NamedTuple):
-    """Captions of several lengths: `sets` of (length, how many), whose rows `rows` follow each other in that order."""
+    """Captions of several lengths: `sets` of (length, how many), whose rows `rows` follow each other in that order.
+    `members`: the captions as Python integers, as reading `captions` back would wait for a GPU."""
 
     sets: list[tuple[int, int]]
+    members: Sequence[int]
     captions: Index
     rows: Index
 
 
-def groups(edge: Sequence[int], device: torch.device, most: int, padded: int) -> Iterator[Group]:
+def groups(
+    edge: Sequence[int], device: torch.device, most: int, padded: int, times: float = math.inf
+) -> Iterator[Group]:
     """Join `runs`, for one matrix product of captions of all lengths, while they have at most `most` rows together, and
-    `padded` rows where each caption is padded to the longest."""
+    where each caption is padded to the longest, `padded` rows and `times` as many as without."""
     some: list[Run] = []
-    for run in runs(edge, device, most):
+    for run in runs(edge, torch.device("cpu"), most):
         together = [*some, run]
         rows, captions = sum(one.length * one.size for one in together), sum(one.size for one in together)
-        if some and (rows > most or captions * run.length > padded):
+        if some and (rows > most or captions * run.length > min(padded, times * rows)):
             yield _joined(some, device)
             some = []
         some.append(run)
@@ -46,7 +51,7 @@ def in_order(edge: Sequence[int], most: int, padded: int) -> Iterator[Group]:
                 break
             stop += 1
         sets = [(n, len(list(same))) for n, same in groupby(length[start:stop])]
-        yield Group(sets, slice(start, stop), slice(edge[start], edge[stop]))
+        yield Group(sets, range(start, stop), slice(start, stop), slice(edge[start], edge[stop]))
         start = stop
 
 
@@ -55,8 +60,13 @@ def _joined(some: Sequence[Run], device: torch.device) -> Group:
         cuts = [place for place in places if isinstance(place, slice)]
         if len(cuts) == len(places) and all(a.stop == b.start for a, b in pairwise(cuts)):
             return slice(cuts[0].start, cuts[-1].stop)
-        rows = [torch.arange(x.start, x.stop, device=device) if isinstance(x, slice) else x for x in places]
-        return torch.cat(rows)  # type: ignore[arg-type]
+        return torch.tensor([x for place in places for x in listed(place)]).to(device)
 
     sets = [(run.length, run.size) for run in some]
-    return Group(sets, index([run.captions for run in some]), index([run.rows for run in some]))
+    captions, rows = [run.captions for run in some], [run.rows for run in some]
+    return Group(sets, [t for place in captions for t in listed(place)], index(captions), index(rows))
+
+
+def listed(place: Index) -> Sequence[int]:
+    """What an index of the CPU names, in its order."""
+    return range(place.start, place.stop) if isinstance(place, slice) else place.tolist()
