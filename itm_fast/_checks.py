@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import TypeGuard
 
 import torch
@@ -112,23 +113,33 @@ class Arguments:
         self._same_device(name, tensor.device)
 
     def weights(self, name: str, tensor: Tensor, module: nn.Module) -> None:
-        """Check that a floating-point tensor has the dtype and the device of a module's first weight, if it has one."""
+        """Refuse a floating-point tensor of a dtype, or on a device, that none of a module's weights has.
+
+        A module may have weights of several dtypes, and converts between them itself; most have one, so that the first
+        weight ends the search.
+        """
+        first: Tensor | None = None
+        of_dtype = on_device = False
         for weight in module.parameters():
-            if weight.dtype in FLOATS:
-                break
-        else:
+            if weight.dtype not in FLOATS:
+                continue
+            first = weight if first is None else first
+            of_dtype |= tensor.dtype == weight.dtype or _autocast_unites(tensor.dtype, weight.dtype, tensor.device)
+            on_device |= tensor.device == weight.device
+            if of_dtype and on_device:
+                return
+        if first is None:
             return
-        mine, theirs = tensor.dtype, weight.dtype
-        if mine != theirs and not _autocast_unites(mine, theirs, tensor.device):
+        if not of_dtype:
+            mine, theirs = tensor.dtype, first.dtype
             raise TypeError(
                 f"{self.op}: {name} and the weights must have one dtype, got {mine} and {theirs}; convert what is "
                 f"given, .to({theirs}), or the module, .to({mine})"
             )
-        if tensor.device != weight.device:
-            raise ValueError(
-                f"{self.op}: {name} and the weights must be on one device, got {tensor.device} and {weight.device}; "
-                "move one of them with .to(device)"
-            )
+        raise ValueError(
+            f"{self.op}: {name} and the weights must be on one device, got {tensor.device} and {first.device}; "
+            "move one of them with .to(device)"
+        )
 
     def choice(self, name: str, value: str, known: Sequence[str]) -> None:
         if value not in known:
@@ -136,11 +147,21 @@ class Arguments:
 
     def number(self, name: str, value: object) -> None:
         # A string has no __float__, although float() reads "9"; an array has one, although it may hold several numbers.
-        if not hasattr(value, "__float__") or math.prod(getattr(value, "shape", ())) != 1:
+        one = isinstance(value, (int, float)) or (
+            hasattr(value, "__float__") and math.prod(getattr(value, "shape", ())) == 1
+        )
+        # NaN is no number, but torch.compile may trace a number whose value it does not know.
+        if not one or not (torch.compiler.is_compiling() or value == value):
             raise TypeError(f"{self.op}: {name} must be a number, got {value!r:.60}")
 
     def flag(self, name: str, value: object) -> None:
-        if not isinstance(value, int) and type(value).__name__ not in ("bool", "bool_"):  # numpy's has these names
+        if isinstance(value, Tensor):
+            known = value.dtype == torch.bool and not value.dim() and value.device.type == "cpu"
+        elif isinstance(value, Integral):  # True and False are
+            known = value in (0, 1)
+        else:
+            known = type(value).__name__ in ("bool", "bool_")  # numpy's has these names
+        if not known:
             raise TypeError(f"{self.op}: {name} must be True or False, got {value!r:.60}")
 
     def counts(self, name: str, value: object) -> None:

@@ -49,6 +49,17 @@ def atomic_write(path: str | os.PathLike[str], mode: str = "w") -> Iterator[IO[A
         raise
 
 
+def path_of(op: str, path: str | os.PathLike[str]) -> Path:
+    """A path that the function `op` was given.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{op}: path must be a string or a path, got {path!r:.60}")
+    return Path(path)
+
+
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading bytes. Anything else is refused, as opening a FIFO would wait for a writer.
 

@@ -59,7 +59,7 @@ def pack_as(
     length = length.to(torch.int64)
     T, W = caption.shape[:2]
     if length.shape != (T,):
-        raise ValueError(f"{op}: {of_lengths} must be [T] with T = {T} captions, got {list(length.shape)}")
+        raise ValueError(f"{op}: {of_lengths} must be [T] with T = {T} as in {of_caption}, got {list(length.shape)}")
     if T and not (int(length.min()) >= 1 and int(length.max()) <= W):
         raise ValueError(f"{op}: {of_lengths} must lie in 1..{W} (W), got {int(length.min())}..{int(length.max())}")
     real = (torch.arange(W, device=length.device)[None, :] < length[:, None]).to(caption.device)

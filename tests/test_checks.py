@@ -3,6 +3,7 @@
 import inspect
 import re
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,7 +41,7 @@ def test_image_ids_of_the_loss_on_another_device_are_refused():
 NUMBERS = [(op, a.name) for op, declared in sorted(DECLARED.items()) for a in declared.arguments if a.type == "float"]
 
 
-@pytest.mark.parametrize("wrong", ["9", None, [9.0], torch.ones(2)], ids=repr)
+@pytest.mark.parametrize("wrong", ["9", None, [9.0], torch.ones(2), float("nan")], ids=repr)
 @pytest.mark.parametrize("op,name", NUMBERS)
 def test_what_is_no_number_is_refused_by_name(op, name, wrong):
     given, _ = tensors(op)
@@ -57,12 +58,23 @@ def test_the_scale_of_attended_vectors_is_refused_by_name():
 FLAGS = [(op, a.name) for op, declared in sorted(DECLARED.items()) for a in declared.arguments if a.type == "bool"]
 
 
-@pytest.mark.parametrize("wrong", ["no", None, [True], torch.ones(2)], ids=repr)
+NO_FLAGS = ["no", None, [True], torch.ones(2), 2, -1, np.int64(5), torch.tensor(1), torch.tensor(True, device="meta")]
+
+
+@pytest.mark.parametrize("wrong", NO_FLAGS, ids=repr)
 @pytest.mark.parametrize("op,name", FLAGS)
 def test_what_is_neither_true_nor_false_is_refused_by_name(op, name, wrong):
     given, _ = tensors(op)
     with pytest.raises(TypeError, match=rf"^{op}: {name} must be True or False, got {re.escape(repr(wrong))}$"):
         getattr(itm_fast, op)(**{**given, name: wrong})
+
+
+@pytest.mark.parametrize("make", [int, np.bool_, np.int64, torch.tensor], ids=["int", "bool_", "int64", "tensor"])
+def test_flags_of_other_types_mean_what_bools_mean(make):
+    score = torch.arange(9.0).view(3, 3).sin()
+    for flag in (False, True):
+        wanted = itm_fast.hardest_negative_loss(score, hardest=flag)
+        assert itm_fast.hardest_negative_loss(score, hardest=make(flag)) == wanted
 
 
 @pytest.mark.parametrize("wrong", [None, 5, (2.5, 2.5)], ids=repr)

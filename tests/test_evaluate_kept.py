@@ -141,9 +141,9 @@ def test_scores_that_name_no_regular_file_are_refused(made, tmp_path, capsys, ma
 
 @pytest.mark.parametrize("budget", [float("inf"), 1e308, pytest.param(10**400, id="10**400"), float("nan"), -1.0, 0])
 def test_a_budget_that_is_no_number_of_bytes_is_refused(budget):
-    with pytest.raises(ValueError, match="must be more than 0 GB and at most 1,000,000,000 GB, got"):
+    with pytest.raises(ValueError, match="must be a number more than 0 GB and at most 1,000,000,000 GB, got"):
         plan(CrossAttentionScore(), images=2, regions=3, dim=4, lengths=np.array([3]), memory_gb=budget)
-    with pytest.raises(ValueError, match="must be more than 0 GB and at most"):
+    with pytest.raises(ValueError, match="must be a number more than 0 GB and at most"):
         plan_for(Scorer(), random_encoded(2, 2), memory_gb=budget)
 
 
@@ -153,5 +153,5 @@ def test_an_endless_budget_is_a_sentence_on_the_command_line(made, capsys, budge
     for words in (command(made, "SAF"), size):
         assert main([*words, "--memory-gb", budget]) == 2
         said = capsys.readouterr().err
-        assert "the memory budget must be more than 0 GB and at most 1,000,000,000 GB, got" in said
+        assert "the memory budget must be a number more than 0 GB and at most 1,000,000,000 GB, got" in said
         assert len(said.splitlines()) == 1

@@ -10,6 +10,7 @@ from model_cases import MODELS, PUBLISHED, of_hgan, of_tshsr, over, over_backend
 from sgraf_cases import LENGTHS, D, R, copied, dropout, features
 
 import itm_fast
+from itm_fast._checks import Arguments
 from itm_fast._workspace import current_gib
 from itm_fast.models import forks
 from itm_fast.models._building import ALONE
@@ -289,6 +290,14 @@ def test_another_dtype_than_that_of_the_weights_is_refused(name, dtype):
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
+def test_one_more_weight_of_another_dtype_or_device_refuses_nothing(name):
+    scorer, check = scorer_of(name).bfloat16(), Arguments("op")
+    for more in (torch.zeros(3), torch.zeros(3, dtype=torch.bfloat16, device="meta")):
+        scorer.register_parameter("more", torch.nn.Parameter(more))  # which comes before those of its modules
+        check.weights("image", WORDS.bfloat16(), scorer)
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
 def test_another_device_than_that_of_the_weights_is_refused(name):
     scorer = scorer_of(name).to("meta")
     said = f"{scorer.named[0]} and the weights must be on one device, got cpu and meta; move one"
@@ -304,7 +313,7 @@ def test_autocast_scores_what_has_another_dtype_than_the_weights(dtype):
 
 
 OF_PACKED = r"cap_lens must be the cu_seqlens \[T \+ 1\] of packed words"
-OF_PADDED = "cap_lens, the lengths of padded captions, must"
+OF_PADDED = "cap_lens must"
 
 
 @pytest.mark.parametrize(
@@ -319,7 +328,9 @@ OF_PADDED = "cap_lens, the lengths of padded captions, must"
         (WORDS[None], ["a"], TypeError, rf"{OF_PADDED} be integers, got \['a'\]"),
         (WORDS[None], [2.5], ValueError, f"{OF_PADDED} be whole numbers, got 2.5"),
         (WORDS[None], [0], ValueError, rf"{OF_PADDED} lie in 1..10 \(W\), got 0..0"),
-        (WORDS[None], [2, 3], ValueError, rf"{OF_PADDED} be \[T\] with T = 1 captions, got \[2\]"),
+        (WORDS, BOUNDS.to("meta"), ValueError, rf"{OF_PACKED}, got tensor\(.*device='meta'.*"),
+        (WORDS[None], BOUNDS.to("meta"), ValueError, f"{OF_PADDED} hold values, got a tensor on the meta device.*"),
+        (WORDS[None], [2, 3], ValueError, rf"{OF_PADDED} be \[T\] with T = 1 as in cap_emb, got \[2\]"),
     ],
 )
 @pytest.mark.parametrize("name", ["sgr", "gsmn", "cmcan"])
@@ -332,8 +343,8 @@ def test_wrong_lengths_are_refused_in_the_scorers_name(name, caption, lengths, e
 
 def test_wrong_lengths_are_refused_where_captions_are_padded():
     loss, scorer = ScoredLoss(itm_fast.nn.CrossAttentionScore(), 0.2, True), forks.BiCro(D, 4, "SGR")
-    for call, said in ((loss, "ScoredLoss: s_l"), (scorer.glo_emb, r"BiCro\.glo_emb: cap_lens")):
-        with pytest.raises(ValueError, match=rf"^{said} must be \[T\] with T = 1 captions, got \[2\]$"):
+    for call, said, of in ((loss, "ScoredLoss: s_l", "s"), (scorer.glo_emb, r"BiCro\.glo_emb: cap_lens", "cap_emb")):
+        with pytest.raises(ValueError, match=rf"^{said} must be \[T\] with T = 1 as in {of}, got \[2\]$"):
             call(torch.ones(1, R, D), WORDS[None], [2, 3])
 
 

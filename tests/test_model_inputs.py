@@ -1,5 +1,7 @@
 """What models refuse to encode and to train on, in a sentence that names the argument."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,11 @@ WRONG = {
     "negative": ((IMAGES, IDS, [3, -1]), ValueError, f"{LENGTHS_IN} captions.*, got -1..3"),
     "long": ((IMAGES, IDS, torch.tensor([4, 2])), ValueError, f"{LENGTHS_IN} captions.*, got 2..4"),
     "half": ((IMAGES, IDS, [2.5, 2]), ValueError, "lengths must be whole numbers, got 2.5"),
+    "meta-lengths": (
+        (IMAGES, IDS, torch.tensor([3, 2], device="meta")),
+        TypeError,
+        r"lengths must be \[B\] whole numbers, got tensor\(.*device='meta'",
+    ),
     "one-length": ((IMAGES, IDS, [3]), ValueError, r"lengths must be \[B\] with B = 2 as in captions, got \[1\]"),
     "none": ((IMAGES, IDS, None), TypeError, r"lengths must be \[B\] whole numbers, got None"),
     "text": ((IMAGES, IDS, "ab"), TypeError, r"lengths must be \[B\] whole numbers, got 'ab'"),
@@ -56,6 +63,25 @@ def test_a_model_refuses_wrong_input_by_name(name, given, error, said):
         model.forward_emb(*given)
     with pytest.raises(error, match=rf"^{type(model).__name__}\.(train_emb|forward_emb): {said}"):
         model.train_emb(*given)
+
+
+class Mixed(torch.nn.Module):
+    """An image encoder of a user's own: its `fc` reads neither the features' size nor their dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.body = torch.nn.Linear(12, D).bfloat16(), torch.nn.Linear(D, 12).double()
+
+    def forward(self, images):
+        return self.fc(self.body(images.double()).bfloat16()).float()
+
+
+def test_what_an_image_encoder_of_ones_own_takes_is_its_own_affair():
+    model = model_of("dual")
+    model.img_enc = Mixed()
+    assert model.forward_emb(IMAGES, IDS, LENGTHS)[0].shape == (2, R, D)
+    with pytest.raises(ValueError, match=r"^DualEncoder\.forward_emb: images must be \[B, R, F\], got \["):
+        model.forward_emb(IMAGES[0], IDS, LENGTHS)
 
 
 def test_a_training_step_refuses_another_number_of_captions():
@@ -90,6 +116,20 @@ def test_what_is_no_model_is_refused_with_the_attribute_that_is_one():
     ):
         with pytest.raises(ValueError, match=r"vocab is None; .*itm_fast\.models\.load\(path, vocab=FILE\)$"):
             call()
+    for path in ("m.tar", Path("m.tar")):
+        said = r"^model must have .* got (str|PosixPath); load it with itm_fast\.models\.load\(path\) and give \.model$"
+        with pytest.raises(TypeError, match=said):
+            itm_fast.evaluation.score(path, features, ["a cat"], vocab)
+    with pytest.raises(ValueError, match=r"^score: there are no captions$"):
+        itm_fast.evaluation.score(model, features, [], vocab)
+
+
+@pytest.mark.parametrize("wrong", [None, 5], ids=repr)
+def test_what_is_no_path_is_refused(wrong):
+    with pytest.raises(TypeError, match=f"^load: path must be a string or a path, got {wrong}$"):
+        itm_fast.models.load(wrong)
+    with pytest.raises(TypeError, match=f"^open_split: path must be a string or a path, got {wrong}$"):
+        itm_fast.data.open_split(wrong, "dev")
 
 
 @pytest.mark.parametrize(
@@ -123,7 +163,8 @@ def test_bounds_on_memory_that_are_no_positive_numbers_are_refused(wrong):
     with pytest.raises(ValueError, match=r"^workspace: gib must be more than 0, got "), itm_fast.workspace(wrong):
         pass
     if wrong is not None:  # which lets evaluation choose
-        with pytest.raises(ValueError, match=r"^the memory budget must be more than 0 GB and at most .* got "):
+        said = rf"^the memory budget must be a number more than 0 GB and at most .* got {wrong!r}$"
+        with pytest.raises(ValueError, match=said):
             itm_fast.evaluation.plan(
                 itm_fast.nn.CrossAttentionScore(), images=2, regions=R, dim=D, lengths=np.ones(2, int), memory_gb=wrong
             )

@@ -88,7 +88,7 @@ WORDS = torch.arange(12.0).reshape(3, 4)
         (torch.zeros(2, 3, 4), [1 + 0j, 2], TypeError, r"pack: lengths must be integers, got torch\.complex64"),
         (torch.zeros(2, 3, 4), torch.tensor([2, 1], device="meta"), ValueError, "pack: lengths must hold values"),
         (torch.zeros(2, 3, 4), torch.tensor([2, 1]).to_sparse(), TypeError, "pack: lengths must be a dense tensor"),
-        (torch.zeros(2, 3, 4), 2, ValueError, r"pack: lengths must be \[T\] with T = 2 captions, got \[\]"),
+        (torch.zeros(2, 3, 4), 2, ValueError, r"pack: lengths must be \[T\] with T = 2 as in caption, got \[\]"),
         (torch.zeros(2, 3, 4), [2, 1 << 70], TypeError, "pack: lengths must be integers, got"),
     ],
 )

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from .._files import path_of
 from .._lock import Lock
 from . import folder as folder_form
 from . import hdf5 as hdf5_form
@@ -53,7 +54,7 @@ def open_split(
     ...     open_split(folder, "dev").caption_to_image.tolist()
     [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
     """
-    path = _existing(path)
+    path = _existing(path_of("open_split", path))
     if path.is_dir():
         opened = folder_form.read(path, split, captions_per_image)
     elif captions_per_image is not None:

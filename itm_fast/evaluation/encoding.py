@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 import zlib
 from collections.abc import Iterator, Sequence
@@ -192,10 +193,10 @@ def encode_captions(
 def require_vocabulary(model: Any, vocab: Vocabulary) -> None:
     """Refuse what is no model, no vocabulary, and one of another checksum than the model's `vocab_checksum`, if any."""
     if not hasattr(model, "img_enc"):
-        raise TypeError(
-            f"a model with img_enc, txt_enc and scorer is needed, got {type(model).__name__}; of what "
-            "itm_fast.models.load returns give .model"
-        )
+        of = "load it with itm_fast.models.load(path) and give .model"
+        if not isinstance(model, (str, os.PathLike)):
+            of = "of what itm_fast.models.load returns give .model"
+        raise TypeError(f"model must have img_enc, txt_enc and scorer, got {type(model).__name__}; {of}")
     if vocab is None:
         raise ValueError(
             "vocab is None; captions become word ids by the vocabulary that the model was trained with, so load the "

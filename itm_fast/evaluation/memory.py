@@ -290,7 +290,9 @@ def _budget(
     if memory_gb is not None:
         # Also refuses infinity, and sizes that overflow an integer.
         if not hasattr(memory_gb, "__float__") or not 0 < memory_gb <= GB:
-            raise ValueError(f"the memory budget must be more than 0 GB and at most {GB:,} GB, got {memory_gb}")
+            raise ValueError(
+                f"the memory budget must be a number more than 0 GB and at most {GB:,} GB, got {memory_gb!r:.60}"
+            )
         return round(memory_gb * GB), "as given"
     available = available_bytes(device)
     share = SHARE.get(device.type, SHARE["cpu"])

@@ -64,7 +64,7 @@ def score(
     """
     from ..data import Split
 
-    split = Split(features, captions, np.zeros(len(captions), np.int64), region_lengths, boxes)
+    split = Split(features, captions, np.zeros(len(captions), np.int64), region_lengths, boxes, name="score")
     encoded = encode(model, split, vocab, progress=progress)
     return score_all(model.scorer, encoded, memory_gb=memory_gb, progress=progress)
 

@@ -135,16 +135,6 @@ class Dropout(nn.Dropout):
         return super().forward(input) if now is None else now.dropout(self, input)
 
 
-class OwnKeys(nn.Module):
-    """Loads its own keys out of a larger state_dict, as the published image encoders do."""
-
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """Load this module's keys and ignore all others."""
-        own = self.state_dict()
-        found = {name: value for name, value in state_dict.items() if name in own}
-        return super().load_state_dict(found, strict=strict, assign=assign)
-
-
 def encode_text(
     embedded: Tensor, lengths: Sequence[int] | Tensor, rnn: nn.GRU, no_txtnorm: bool
 ) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..nn import xavier_
-from ._common import OwnKeys, choice, l2norm
+from ._common import choice, l2norm
+from ._inputs import ImageEncoder
 
 
 def EncoderImage(
@@ -33,11 +34,11 @@ def EncoderImage(
     return EncoderImageWeightNormPrecomp(img_dim, embed_size, no_imgnorm)
 
 
-class _EncoderImage(OwnKeys):
+class _EncoderImage(ImageEncoder):
     """The linear map `fc` and l2norm."""
 
-    def __init__(self, fc: nn.Module, embed_size: int, no_imgnorm: bool) -> None:
-        super().__init__()
+    def __init__(self, fc: nn.Linear | _WeightNormLinear, embed_size: int, no_imgnorm: bool) -> None:
+        super().__init__(fc.in_features)
         self.embed_size = embed_size
         self.no_imgnorm = no_imgnorm
         self.fc = fc

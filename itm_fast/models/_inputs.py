@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,8 +14,28 @@ from ._lengths import whole_numbers
 FEATURES, IDS = Shape("B R F"), Shape("B W")
 
 
+class ImageEncoder(nn.Module):
+    """An encoder of features [B, R, F], which loads its own keys out of a larger state_dict, as published ones do.
+
+    Args:
+        img_dim: F.
+    """
+
+    def __init__(self, img_dim: int) -> None:
+        super().__init__()
+        self.img_dim = img_dim
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """Load this module's keys and ignore all others."""
+        own = self.state_dict()
+        found = {name: value for name, value in state_dict.items() if name in own}
+        return super().load_state_dict(found, strict=strict, assign=assign)
+
+
 def features_for(op: str, images: Tensor, encoder: nn.Module, device: torch.device, name: str = "images") -> Tensor:
     """Features [B, R, F] on a model's device; `name` is the argument's in messages.
+
+    What an image encoder of another class takes is not known: its dtype and its F are not compared.
 
     Raises:
         ValueError: they have another shape, or another F than the image encoder.
@@ -23,11 +44,11 @@ def features_for(op: str, images: Tensor, encoder: nn.Module, device: torch.devi
     check = Arguments(op)
     check.floats(name, images, FEATURES)
     images = images.to(device)
-    check.weights(name, images, encoder)
-    linear = getattr(encoder, "fc", None) or getattr(encoder, "fc_local", None)  # of the encoders of itm_fast.models
-    known = getattr(linear, "in_features", None)
-    if known not in (None, images.shape[2]):
-        raise ValueError(f"{op}: {name} must be [B, R, F] with F = {known} (img_dim), got {list(images.shape)}")
+    if isinstance(encoder, ImageEncoder):
+        check.weights(name, images, encoder)
+        if encoder.img_dim != images.shape[2]:
+            known = encoder.img_dim
+            raise ValueError(f"{op}: {name} must be [B, R, F] with F = {known} (img_dim), got {list(images.shape)}")
     return images
 
 
@@ -46,7 +67,8 @@ def ids_for(
     if not B:
         raise ValueError(f"{op}: captions must be [B, W] with B > 0, got {[B, W]}")
     try:
-        values = whole_numbers(lengths, f"{op}: lengths")
+        # A copy, as each check would wait for the device that the lengths lie on.
+        values = whole_numbers(torch.as_tensor(lengths).cpu(), f"{op}: lengths")
     except (TypeError, RuntimeError) as error:
         raise TypeError(f"{op}: lengths must be [B] whole numbers, got {lengths!r:.60}") from error
     if values.shape != (B,):

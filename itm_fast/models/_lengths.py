@@ -15,12 +15,14 @@ def whole_numbers(lengths: Sequence[float] | Tensor, said: str = "lengths") -> T
     """Lengths as integers; whole numbers of a floating dtype are taken, as published encoders take them.
 
     Raises:
-        ValueError: a length is not a whole number; the message begins with `said`.
+        ValueError: a length is not a whole number, or has no value; the message begins with `said`.
 
     >>> whole_numbers([3.0, 5.0])
     tensor([3, 5])
     """
     values = torch.as_tensor(lengths)
+    if values.device.type == "meta":
+        raise ValueError(f"{said} must hold values, got a tensor on the meta device, which has none")
     if not values.is_floating_point():
         return values
     whole = values.to(torch.int64)
@@ -62,13 +64,13 @@ def packed(op: str, caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[T
     if not isinstance(caption, Tensor):
         raise TypeError(f"{op}: cap_emb must be a tensor, [T, W, D] or packed [N, D], got {type(caption).__name__}")
     if caption.dim() == 3:
-        return pack_padded(op, ("cap_emb", "cap_lens, the lengths of padded captions,"), caption, lengths)
+        return pack_padded(op, ("cap_emb", "cap_lens"), caption, lengths)
     wanted = f"{op}: cap_lens must be the cu_seqlens [T + 1] of packed words"
     try:
         edge = torch.as_tensor(lengths)
     except (TypeError, ValueError, RuntimeError) as error:
         raise TypeError(f"{wanted}, got {lengths!r:.60}") from error
-    if edge.dim() != 1:
+    if edge.dim() != 1 or edge.device.type == "meta":
         raise ValueError(f"{wanted}, got {lengths!r:.60}")
     if caption.dim() == 2 and not (torch.compiler.is_compiling() or is_fake(edge)):
         bounds(edge, len(caption), wanted)  # which begins its own sentences with this one

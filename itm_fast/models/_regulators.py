@@ -62,8 +62,6 @@ def regulated(
         kept: bool [b, c, steps, q + 1, S], what dropout kept, or None: all.
         padded: a `Padding`, if the queries are the words of captions one after another, [b, words, D].
     """
-    weights = {name: x.to(query.dtype) for name, x in weights.items()}
-
     def layer(name: str, x: Tensor) -> Tensor:
         return linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
 

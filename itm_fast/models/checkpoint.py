@@ -20,6 +20,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .._files import path_of
 from ._catalogue import marked, recognised
 from ._options import finite
 from .torch_file import ALLOWED, describe, load_plain
@@ -111,7 +112,7 @@ def load_all(path: str | os.PathLike[str]) -> list[Checkpoint]:
     Returns:
         The networks in the order of their names.
     """
-    path = _file(Path(path))
+    path = _file(path_of("load", path))
     content, repair = load_plain(path, wanted=_WANTED, allowed=ALLOWED)
     if not isinstance(content, dict):
         raise ValueError(f"{path}: holds {describe(content)}; {_WANTED}")

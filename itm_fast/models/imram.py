@@ -25,7 +25,8 @@ from .._workspace import scratch_bytes
 from ..nn import Attention, PairScorer, State, xavier_
 from ..ops import _recompute, attended_vectors, cross_attention_score
 from ..packing import spans
-from ._common import OwnKeys, PaddedScorer, choice, cosine, encode_text, l2norm, without_padding
+from ._common import PaddedScorer, choice, cosine, encode_text, l2norm, without_padding
+from ._inputs import ImageEncoder
 from ._pair_blocks import attended_of_pairs, blocks, matched, mean_over_queries
 from ._rows import cosines, gated, linear
 from ._sgraf_attention import pair_attention
@@ -41,11 +42,11 @@ MODES: dict[str, tuple[Direction, ...]] = {
 NORM: Norm = "clipped_l2norm"
 
 
-class EncoderImage(OwnKeys):
+class EncoderImage(ImageEncoder):
     """Linear `fc_local` and l2norm: features [B, R, F] -> [B, R, D], unit rows unless `no_imgnorm`."""
 
     def __init__(self, img_dim: int, embed_size: int, no_imgnorm: bool = False) -> None:
-        super().__init__()
+        super().__init__(img_dim)
         self.no_imgnorm = no_imgnorm
         self.fc_local = nn.Linear(img_dim, embed_size)
         xavier_(self.fc_local)
@@ -161,7 +162,7 @@ class IterativeMatching(PaddedScorer):
         layers = getattr(self, f"linear_{direction}"), getattr(self, f"gate_{direction}")
         weight, bias = (torch.cat([getattr(x, name) for x in layers]) for name in ("weight", "bias"))
         (I, R, D), t2i = image.shape, direction == "t2i"
-        of_query, of_attended = weight.to(image.dtype).split(D, 1)
+        of_query, of_attended = weight.split(D, 1)
 
         def pair_bytes(length: int) -> int:
             return (length if t2i else R) * D * 4 * 10
@@ -223,7 +224,7 @@ class IterativeMatching(PaddedScorer):
             if step > 1:
                 steps.append(mean(cosines(first, found)))
             if not last:
-                product = linear(query, of_query, bias.to(query.dtype))
+                product = linear(query, of_query, bias)
                 own = query = gated(query, product, found, not self.no_IMRAM_norm)
         return torch.stack(steps, -1)
 

@@ -30,7 +30,8 @@ from ..ops._calls import REGULATED_MATCHING, REGULATORS
 from ..ops._cpu_calls import score as cpu_score
 from ..packing import bounds, region_counts
 from . import _by_caption
-from ._common import Dropout, OwnKeys, PaddedScorer, choice, encode_text, l2norm, without_padding
+from ._common import Dropout, PaddedScorer, choice, encode_text, l2norm, without_padding
+from ._inputs import ImageEncoder
 from ._pair_blocks import Joined, Padding, Pairs, attended_of_pairs, blocks, matched
 from ._regulators import AggregationRegulator, AlignmentVector, CorrespondenceRegulator, aligned, regulated
 from ._rows import apart
@@ -58,11 +59,11 @@ class MLP(nn.Module):
         return self.layers[1](normalised(self.bns[0], hidden).relu()).view(*x.shape[:-1], -1)
 
 
-class EncoderImage(OwnKeys):
+class EncoderImage(ImageEncoder):
     """Linear plus `MLP`, and l2norm: features [B, R, F] -> [B, R, D], unit rows unless `no_imgnorm`."""
 
     def __init__(self, img_dim: int, embed_size: int, no_imgnorm: bool = False) -> None:
-        super().__init__()
+        super().__init__(img_dim)
         self.no_imgnorm = no_imgnorm
         self.fc = nn.Linear(img_dim, embed_size)
         self.mlp = MLP(img_dim, max(1, embed_size // 2), embed_size)
