@@ -7,6 +7,7 @@ from functools import partial
 import pytest
 import torch
 from test_similarity_score import FILTER, GRAPH
+from torch.utils.checkpoint import checkpoint
 
 import itm_fast
 from itm_fast import _native
@@ -304,3 +305,61 @@ def test_blocks_of_joined_captions_keep_to_their_memory(direction, lengths, monk
         scorer(image.requires_grad_(), words, cu_seqlens).sum().backward()
     assert len(saved) > 1
     assert max(saved) < 8 << 20
+
+
+@pytest.mark.usefixtures("small_calls")
+def test_what_autograd_records_of_one_op_stands_the_checks_of_ops():
+    image, words, cu_seqlens = inputs(2, (2, 3, 1), 3, 4, dtype=torch.float64)
+    call = lambda image, words, backend: itm_fast.attended_vectors(image, words, cu_seqlens, backend=backend)  # noqa: E731
+    op_checks.check_gradcheck(call, [image, words], "torch")
+    op_checks.check_deterministic(call, [image, words], "torch")
+    image.requires_grad_()
+    changed = words * 1
+    result = call(image, changed, "torch")
+    changed.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.sum().backward()
+
+
+@pytest.mark.usefixtures("small_calls")
+@pytest.mark.parametrize("scorer", [lambda: partial(itm_fast.attended_vectors, direction="i2t"), SCORERS["RCAR i2t"]])
+def test_checkpoint_computes_small_calls_again(scorer):
+    """With other limits and another backend than forward: backward runs outside both `with`."""
+    (image, words, cu_seqlens), scorer = inputs(4, (3, 4, 5, 6), 36, 16), scorer()
+    leaves, found = [image.requires_grad_(), words.requires_grad_()], []
+    for call in (scorer, partial(checkpoint, scorer, use_reentrant=False)):
+        torch.manual_seed(1)  # of dropout
+        with itm_fast.use_backend("torch"), itm_fast.workspace(0.1):
+            score = call(*leaves, cu_seqlens)
+        found.append(torch.autograd.grad(score.sum(), leaves))
+    for once, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, once)
+
+
+@pytest.mark.usefixtures("small_calls")
+@pytest.mark.parametrize(
+    "scorer",
+    [
+        partial(ConfidenceMatching, 128, 64, num_region=36),
+        partial(RegulatedMatching, 128, 64, "t2i", "coop_rcar", 3),
+        partial(RegulatedMatching, 128, 64, "i2t", "only_rcr", 1),
+        partial(TwoStreamReasoning, 128, 64, num_region=36),
+    ],
+    ids=["CMCAN", "RCAR t2i", "RCAR i2t", "TSHSR"],
+)
+def test_a_model_records_no_more_than_it_is_said_to(scorer, monkeypatch):
+    """With the ops that it calls."""
+    sizes, kept, decide = [], {}, _recompute.recordable
+    monkeypatch.setattr(_recompute, "recordable", lambda *args: sizes.append(args[1]) or decide(*args))
+    monkeypatch.setattr(_recompute, "_hooked", lambda: False)  # here they only count
+    image, words, cu_seqlens = inputs(4, (9, 4, 12, 9), 36, 128)
+    leaves, scorer = [image.requires_grad_(), words.requires_grad_()], scorer()
+
+    def count(x):
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage()  # held, so that no other takes its place
+        return x
+
+    with itm_fast.use_backend("torch"), torch.autograd.graph.saved_tensors_hooks(count, lambda x: x):
+        scorer(*leaves, cu_seqlens)
+    given = {x.data_ptr() for x in (*leaves, *scorer.parameters())}
+    assert 0 < sum(x.nbytes() for at, x in kept.items() if at not in given) <= sizes[0]

@@ -53,10 +53,11 @@ def score(
     cu_seqlens: Tensor,
     region_lengths: Tensor | None,
     parameters: tuple[Tensor, ...],
+    numbers: int,
 ) -> Tensor:
-    """Differentiable scores [I, T] of images [I, R, D] and packed captions [N, D]."""
+    """Differentiable scores [I, T] of images [I, R, D] and packed captions [N, D]; `numbers`: see `records`."""
     tensors = image, words, *parameters
-    record = torch.is_grad_enabled() and _recompute.records(_axes(tensors), tensors, len(cu_seqlens) - 1)
+    record = torch.is_grad_enabled() and _recompute.records(_axes(tensors), tensors, len(cu_seqlens) - 1, numbers)
     return _Columns.apply(scorer, record, cu_seqlens, region_lengths, *tensors)
 
 

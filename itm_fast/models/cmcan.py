@@ -225,8 +225,7 @@ class ConfidenceMatching(PaddedScorer):
             final.sim_eval_w,
         )  # fmt: skip
         weights: list[Tensor] = [getattr(layer, name) for layer in layers for name in ("weight", "bias")]
-        weights += [*final.module_t.stacked(), *final.module_v.stacked()]
-        tensors = *image_state, words, *caption_state, *weights
+        tensors = *image_state, words, *caption_state, *weights, *final.module_t.stacked(), *final.module_v.stacked()
         R, D = image_state[0].shape[1:]
 
         def pair_bytes(length: int) -> int:
@@ -244,7 +243,8 @@ class ConfidenceMatching(PaddedScorer):
             yield _recompute.Block(((),) * len(axes), (), partial(_in_one_pass, cu_seqlens, region_lengths))
 
         few = partial(matched, axes, pair_bytes, self._pairs)
-        return _recompute.score(cut, axes, tensors, cu_seqlens, region_lengths, (), few)
+        numbers = _recompute.dense_record(image_state[0], words, len(cu_seqlens) - 1, len(weights[0]))
+        return _recompute.score(cut, axes, tensors, cu_seqlens, region_lengths, (), few, numbers=numbers)
 
     def attention(self, image: Tensor, words: Tensor, boxes: Tensor | None = None) -> Attention:
         """`regions`, `words`, the regions' `confidence` [R] of (5), and the edges of both graphs, `edges_words`

@@ -172,6 +172,8 @@ class RegulatedMatching(PaddedScorer):
             queries, S = length if self.attn_type == "t2i" else R, self.sim_eval_w.in_features
             return queries * 4 * ((6 + self.step) * D + 2 * self.step * S)
 
+        queries = len(words) if self.attn_type == "t2i" else (len(cu_seqlens) - 1) * R
+        numbers = 9 * self.step * len(image) * queries * (D + R + self.sim_eval_w.in_features)  # recorded, measured
         drops = self._drops
         whole = partial(self._in_one_pass, drops, names) if self._in_cpp(*tensors) else None
         run, pairs = partial(self._block, drops, names), partial(self._pairs, drops, names)
@@ -179,7 +181,7 @@ class RegulatedMatching(PaddedScorer):
             shape = partial(self._kept_shape, R)
             draw = partial(self._draw, drops, share(), len(image), R, image.dtype, image.device)
             scorer = _by_caption.Scorer(shape, draw, run, pairs, pair_bytes, whole)
-            return _by_caption.score(scorer, image, words, cu_seqlens, region_lengths, parameters)
+            return _by_caption.score(scorer, image, words, cu_seqlens, region_lengths, parameters, numbers)
 
         def cut(backward: bool, *args: Tensor) -> Iterator[_recompute.Block]:
             if backward or whole is None:
@@ -189,7 +191,7 @@ class RegulatedMatching(PaddedScorer):
 
         axes = "IN" + "." * len(parameters)
         few = partial(matched, axes, pair_bytes, lambda at, *given: pairs(at, None, *given))
-        return _recompute.score(cut, axes, tensors, cu_seqlens, region_lengths, (), few)
+        return _recompute.score(cut, axes, tensors, cu_seqlens, region_lengths, (), few, numbers=numbers)
 
     def _kept_shape(self, R: int, length: int) -> tuple[int, int, int]:
         """Steps, rows and S of what dropout keeps of a pair: a row for each query, and one for the global vector."""

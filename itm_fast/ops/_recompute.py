@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import disable_saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from .._backends import requested, use_backend
@@ -31,7 +32,9 @@ FEW_ALONE = 2  # the same of blocks of single pairs, which bring no others; of 3
 # The torch backend keeps on a CPU what autograd records of so few pairs, in so few bytes: to compute these again takes
 # longer than the pairs without a gradient do. Of more, the hardest-negative loss gives too few pairs a gradient.
 RECORDED_PAIRS, RECORDED_BYTES = 1024, 160 << 20
-RECORDED_COPIES = 6  # a model's record is estimated: so many times the rows of all pairs' images and captions
+# Estimates of what autograd records of a model, with the ops that it calls, of each pair: so many times the rows of its
+# image and caption; of models whose ops make vectors of S from rows of D, `dense_record`.
+RECORDED_COPIES = 6
 
 
 class Block(NamedTuple):
@@ -194,6 +197,7 @@ def score(
     each: tuple[int, ...] = (),
     matched: Matched | None = None,
     share: int = FEW_ALONE,
+    numbers: int = 0,
 ) -> Tensor:
     """Differentiable scores [I, T, *each] that are computed block by block, by one or several ops.
 
@@ -208,28 +212,56 @@ def score(
         matched: makes blocks of those pairs alone whose score has a gradient, with which backward goes on if these are
             few. On a CPU: a GPU sums rows that a block names several times in any order.
         share: what few is for `matched`, at most one pair in so many.
+        numbers: see `records`.
     """
     # Asked here: inside a Function autograd is off, and needs_input_grad tells of parameters under no_grad too.
-    record = torch.is_grad_enabled() and records(axes, tensors, len(cu_seqlens) - 1)
+    record = torch.is_grad_enabled() and records(axes, tensors, len(cu_seqlens) - 1, numbers)
     return _Scored.apply(cut, matched, share, axes, each, record, cu_seqlens, region_lengths, *tensors)
 
 
 def recordable(pairs: int, size: int, device: torch.device) -> bool:
     """Whether `size` bytes that autograd records of a call are kept: of few pairs, in a quarter of the scratch
-    memory."""
-    return pairs <= RECORDED_PAIRS and size <= min(RECORDED_BYTES, scratch_bytes(device) // 4)
+    memory.
+
+    Not inside hooks for saved tensors: torch.utils.checkpoint and save_on_cpu ask for memory, and checkpoint, whose
+    forward pass and recomputation both have hooks, must find as many saved tensors in one as in the other, although
+    their backends and scratch limits may differ.
+    """
+    few = pairs <= RECORDED_PAIRS and size <= min(RECORDED_BYTES, scratch_bytes(device) // 4)
+    return few and not _hooked()
 
 
-def records(axes: str, tensors: Sequence[Tensor], captions: int) -> bool:
+def _hooked() -> bool:
+    """Whether hooks for saved tensors are active: disabling them then fails, in every PyTorch since 2.6, which has no
+    function that tells."""
+    try:
+        with disable_saved_tensors_hooks("itm_fast only asks"):
+            return False
+    except RuntimeError:
+        return True
+
+
+def dense_record(image: Tensor, words: Tensor, captions: int, S: int) -> int:
+    """Numbers that autograd records, as measured, of pairs whose regions and words each get vectors of S from rows of
+    D, of which they attend to about R."""
+    I, R, D = image.shape
+    return (7 * D + 14 * S + 8 * R) * I * (captions * R + len(words))
+
+
+def records(axes: str, tensors: Sequence[Tensor], captions: int, numbers: int = 0) -> bool:
     """Whether a call of `score` keeps what autograd records: by `torch` on a CPU, where that is `recordable`. Not of
     half inputs, whose blocks are computed in float32 where they are recorded: a score would depend on the number of
-    pairs."""
+    pairs. An op's does not, whose blocks are computed in float32 in either case.
+
+    `numbers`: about how many numbers autograd records, those of the ops that are called included; 0: RECORDED_COPIES
+    times the rows of all pairs.
+    """
     image = tensors[0]
     if torch.compiler.is_compiling() or requested() != "torch" or not image.is_cpu or work_dtype(image) != image.dtype:
         return False
     pairs = {"I": captions, "N": len(image), "T": len(image)}  # that each row of a tensor is in
-    held = sum(x.numel() * pairs.get(axis, 0) for x, axis in zip(tensors, axes)) * image.itemsize
-    return recordable(len(image) * captions, RECORDED_COPIES * held, image.device)
+    held = numbers or RECORDED_COPIES * sum(x.numel() * pairs.get(axis, 0) for x, axis in zip(tensors, axes))
+    return recordable(len(image) * captions, held * image.itemsize, image.device)
 
 
 class _Scored(torch.autograd.Function):
