@@ -73,8 +73,9 @@ def _scores() -> Iterator[torch.Tensor]:
                 options = {"direction": direction, "pool": pool, "affinity_norm": norm}
                 yield itm_fast.cross_attention_score(*_inputs(13, 72, dtype), scale=9.0, **options)
         yield itm_fast.cross_attention_score(*_inputs(36, 256, dtype), direction="t2i", scale=9.0, pool="lse")
-        for name, sizes in {"sgr": {"sim_dim": 48}, "saf": {"sim_dim": 48}, "shan": {}}.items():
-            scorer = itm_fast.models.scorer(name, dim=64, regions=13, **sizes).to(dtype)
+        small = {"sim_dim": 48}
+        for name, options in (("sgr", small), ("saf", small), ("shan", {}), ("shan", {"gate": "vector"})):
+            scorer = itm_fast.models.scorer(name, dim=64, regions=13, **options).to(dtype)
             for training in (True, False):
                 yield scorer.train(training)(*_inputs(13, 64, dtype))
             with torch.no_grad():
