@@ -150,9 +150,11 @@ class Arguments:
         one = isinstance(value, (int, float)) or (
             hasattr(value, "__float__") and math.prod(getattr(value, "shape", ())) == 1
         )
-        # NaN is no number, but torch.compile may trace a number whose value it does not know.
-        if not one or not (torch.compiler.is_compiling() or value == value):
+        if not one:
             raise TypeError(f"{self.op}: {name} must be a number, got {value!r:.60}")
+        # torch.compile may trace a number whose value it does not know.
+        if not torch.compiler.is_compiling() and value != value:
+            raise ValueError(f"{self.op}: {name} must be a number, got nan")
 
     def flag(self, name: str, value: object) -> None:
         if isinstance(value, Tensor):

@@ -245,7 +245,8 @@ def test_kernels_in_cuda_say_what_they_lack():
     [
         (dict(weights="max"), "weights must be one of softmax, focal_equal, focal_prob, hard, threshold, got 'max'"),
         (dict(similarity="dot"), "similarity must be one of cosine, product, projection, got 'dot'"),
-        (dict(threshold=float("nan")), "threshold must be a finite number, got nan"),
+        (dict(threshold=float("nan")), "threshold must be a number, got nan"),
+        (dict(threshold=float("inf")), "threshold must be a finite number, got inf"),
         (dict(pool="smoothed_negative", pool_scale=-1.0), "pool_scale must be more than 0"),
     ],
     ids=str,

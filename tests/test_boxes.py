@@ -81,7 +81,7 @@ def test_scores_of_a_split_are_those_with_its_boxes(model):
     assert np.abs(found - without).max() > 1e-4
     shown = attention(model, SPLIT.features[:][2], SPLIT.captions[4], WORDS, BOXES[2])
     assert shown.score == pytest.approx(float(found[2, 4]), abs=1e-6)
-    with pytest.raises(ValueError, match=r"split: boxes do not lie in the picture, .*: image 0, region 0 has "):
+    with pytest.raises(ValueError, match=r"score: boxes do not lie in the picture, .*: image 0, region 0 has "):
         score(model, SPLIT.features[:], SPLIT.captions, WORDS, boxes=BOXES * 480)
     with pytest.raises(ValueError, match=r"boxes must be \[2, 36, 4\], a box for each region, got \[2, 35, 4\]"):
         ConfidenceMatching(8, 4)(torch.zeros(2, 36, 8), torch.zeros(1, 2, 8), [2], boxes=torch.zeros(2, 35, 4))

@@ -178,7 +178,7 @@ def test_plan_names_the_least_budget_and_that_one_works(monkeypatch):
     assert memory.LEAST_WORKSPACE <= sizes(memory_gb=least + 0.02).workspace < memory.LEAST_WORKSPACE + 5e7
     with pytest.raises(ValueError, match="least"):
         sizes(memory_gb=least - 0.05)
-    with pytest.raises(ValueError, match="must be more than 0"):
+    with pytest.raises(ValueError, match="must be a number more than 0"):
         sizes(memory_gb=0)
 
 

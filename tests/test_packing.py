@@ -143,14 +143,15 @@ def test_groups_join_captions_of_several_lengths_up_to_a_number_of_rows():
     assert (first.sets, last.sets) == ([(2, 3)], [(2, 2), (3, 1)])
     assert (last.captions.tolist(), last.rows.tolist()) == ([4, 5, 2], [9, 10, 11, 12, 4, 5, 6])
     (both,) = groups([0, 1, 2, 5], torch.device("cpu"), 5, 99)
-    assert both == ([(1, 2), (3, 1)], slice(0, 3), slice(0, 5))  # sorted by length: not copied
+    assert both.sets == [(1, 2), (3, 1)]
+    assert (both.captions, both.rows) == (slice(0, 3), slice(0, 5))  # sorted by length: not copied
     assert not list(groups([0], torch.device("cpu"), 7, 99))
     assert len(list(groups([0, 1, 2, 5], torch.device("cpu"), 5, 8))) == 2  # all three padded have 9 rows
 
 
 def test_groups_in_order_have_one_set_for_neighbours_of_equal_length():
     (equal,) = in_order([0, 2, 4, 6], 6, 6)
-    assert equal == ([(2, 3)], slice(0, 3), slice(0, 6))
+    assert (equal.sets, equal.captions, equal.rows) == ([(2, 3)], slice(0, 3), slice(0, 6))
     (mixed,) = in_order([0, 2, 4, 7, 9], 9, 12)
     assert mixed.sets == [(2, 2), (3, 1), (2, 1)]
     assert [g.captions for g in in_order([0, 2, 4, 7, 9], 8, 12)] == [slice(0, 3), slice(3, 4)]
