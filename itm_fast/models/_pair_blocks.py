@@ -18,8 +18,7 @@ from .._names import Norm
 from .._workspace import GIB, scratch_bytes, workspace
 from ..ops import _recompute, attended_vectors
 from ..ops._torch._groups import Group, groups
-from ..packing import Index, Run, bounds, region_counts, runs, spans, starts
-from ._common import real_rows
+from ..packing import Index, Run, bounds, region_counts, runs, spans
 
 CPU_BLOCK = 128 << 20  # bytes of a block: smaller ones lose time to packed weights, larger ones to fresh memory
 PAIRS_BLOCK = 16 << 20  # the same of single pairs, which have copies: less memory in as much time; 8 MiB take longer
@@ -105,31 +104,6 @@ def blocks(
 
 def _alone(run: Run) -> Group:
     return Group([(run.length, run.size)], (), run.captions, run.rows)  # nobody asks for its members
-
-
-class Padding:
-    """Pads the words of captions to the longest: `real` bool [1, c, longest], None if all have one length."""
-
-    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        self.lengths, self.shape = lengths, (len(lengths), max(lengths))
-        self.real: Tensor | None = None
-        if min(lengths) < max(lengths):
-            real = real_rows(torch.tensor(lengths), max(lengths))
-            self.place, self.real = real.flatten().nonzero().flatten().to(device), real.to(device)[None]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """[b, words of all captions, ...] -> [b, c, longest, ...], with zeros."""
-        if self.real is not None:
-            x = x.new_zeros(len(x), self.real.numel(), *x.shape[2:]).index_copy(1, self.place, x)
-        return x.unflatten(1, self.shape)
-
-
-    def with_last(self) -> Tensor:
-        """Places int64 [c * (longest + 1)] of rows of which each caption has one for each word and then one more: the
-        words' padded, with this last one, and the last one. On the CPU."""
-        length = torch.tensor(self.lengths)
-        place = torch.minimum(torch.arange(self.shape[1] + 1), length[:, None])
-        return (place + starts(length + 1)[:-1, None]).flatten()
 
 
 def nodes_of(cu_seqlens: Tensor, overall: Tensor, local: Tensor) -> tuple[Tensor, Tensor]:

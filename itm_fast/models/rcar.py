@@ -28,11 +28,12 @@ from ..nn import Attention, PairScorer, State, xavier_
 from ..ops import _recompute, attended_vectors, cross_attention_similarity
 from ..ops._calls import REGULATED_MATCHING, REGULATORS
 from ..ops._cpu_calls import score as cpu_score
+from ..ops._torch._groups import Padding
 from ..packing import bounds, region_counts
 from . import _by_caption
 from ._common import Dropout, PaddedScorer, choice, encode_text, l2norm, without_padding
 from ._inputs import ImageEncoder
-from ._pair_blocks import Joined, Padding, Pairs, attended_of_pairs, blocks, matched
+from ._pair_blocks import Joined, Pairs, attended_of_pairs, blocks, matched
 from ._regulators import AggregationRegulator, AlignmentVector, CorrespondenceRegulator, aligned, regulated
 from ._rows import apart
 from ._self_attention import normalised

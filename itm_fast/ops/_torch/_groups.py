@@ -8,8 +8,10 @@ from itertools import groupby, pairwise
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from ...packing import Index, Run, runs
+from ...packing import Index, Run, runs, starts
+from ._attention import valid
 
 
 class Group(NamedTuple):
@@ -20,6 +22,30 @@ class Group(NamedTuple):
     members: Sequence[int]
     captions: Index
     rows: Index
+
+
+class Padding:
+    """Pads the words of captions to the longest: `real` bool [1, c, longest], None if all have one length."""
+
+    def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
+        self.lengths, self.shape = lengths, (len(lengths), max(lengths))
+        self.real: Tensor | None = None
+        if min(lengths) < max(lengths):
+            real = valid(torch.tensor(lengths), max(lengths))
+            self.place, self.real = real.flatten().nonzero().flatten().to(device), real.to(device)[None]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """[b, words of all captions, ...] -> [b, c, longest, ...], with zeros."""
+        if self.real is not None:
+            x = x.new_zeros(len(x), self.real.numel(), *x.shape[2:]).index_copy(1, self.place, x)
+        return x.unflatten(1, self.shape)
+
+    def with_last(self) -> Tensor:
+        """Places int64 [c * (longest + 1)] of rows of which each caption has one for each word and then one more: the
+        words' padded, with this last one, and the last one. On the CPU."""
+        length = torch.tensor(self.lengths)
+        place = torch.minimum(torch.arange(self.shape[1] + 1), length[:, None])
+        return (place + starts(length + 1)[:-1, None]).flatten()
 
 
 def groups(

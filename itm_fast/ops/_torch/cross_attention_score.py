@@ -14,7 +14,7 @@ from ...packing import bounds, region_counts, spans
 from .. import _attention, _recompute
 from .._declare import empty
 from ._attention import attended_norm, attention, valid
-from ._groups import groups, in_order
+from ._groups import Padding, groups, in_order
 
 COPIES = 6  # temporaries [R, L] of a pair that exist at once in the forward pass
 Part = tuple[slice, tuple[Tensor, ...], Iterable[_recompute.Recorded]]  # images, the blocks' arguments, and the blocks
@@ -177,10 +177,5 @@ def _pooled(pool, pool_scale, threshold, r, query, mask) -> Tensor:
 
 def _pooled_sets(pool, pool_scale, threshold, r, sets) -> Tensor:
     """Scores [B, C] from r [B, Q] of the words of `sets` of captions, which are padded to the longest."""
-    longest = max(length for length, _ in sets)
-    if len(sets) == 1:
-        return _pooled(pool, pool_scale, threshold, r.view(len(r), -1, longest), None, None)
-    mask = valid(torch.tensor([length for length, size in sets for _ in range(size)]), longest)
-    place, mask = mask.flatten().nonzero().flatten().to(r.device), mask.to(r.device)
-    padded = r.new_zeros(len(r), mask.numel()).index_copy(1, place, r).view(len(r), *mask.shape)
-    return _pooled(pool, pool_scale, threshold, padded, None, mask)
+    padded = Padding([length for length, size in sets for _ in range(size)], r.device)
+    return _pooled(pool, pool_scale, threshold, padded(r), None, padded.real)
