@@ -102,7 +102,7 @@ class Arguments:
             self.first = name, dtype, device
             return
         first, of_first, _ = self.first
-        if dtype != of_first and not _autocast_unites(dtype, of_first, device):
+        if dtype != of_first and not autocast_unites(dtype, of_first, device):
             raise TypeError(f"{self.op}: {name} and {first} must have one dtype, got {dtype} and {of_first}")
         self._same_device(name, device)
 
@@ -124,7 +124,7 @@ class Arguments:
             if weight.dtype not in FLOATS:
                 continue
             first = weight if first is None else first
-            of_dtype |= tensor.dtype == weight.dtype or _autocast_unites(tensor.dtype, weight.dtype, tensor.device)
+            of_dtype |= tensor.dtype == weight.dtype or autocast_unites(tensor.dtype, weight.dtype, tensor.device)
             on_device |= tensor.device == weight.device
             if of_dtype and on_device:
                 return
@@ -185,7 +185,7 @@ class Arguments:
             )
 
 
-def _autocast_unites(a: torch.dtype, b: torch.dtype, device: torch.device) -> bool:
+def autocast_unites(a: torch.dtype, b: torch.dtype, device: torch.device) -> bool:
     """Whether `autocast` makes tensors of two dtypes one dtype."""
     return torch.float64 not in (a, b) and torch.is_autocast_enabled(device.type)
 

@@ -229,9 +229,9 @@ def test_another_number_of_regions_is_refused(model):
         model.scorer()(image[:, :4], caption, LENGTHS)
 
 
-def scorer_of(name):
+def scorer_of(name, **options):
     """A model's pair scorer as `itm_fast.models.scorer` makes it, of small sizes where it has sizes."""
-    return itm_fast.models.scorer(name, **({} if name in ALONE else {"dim": D, "regions": R}))
+    return itm_fast.models.scorer(name, **({} if name in ALONE else {"dim": D, "regions": R}), **options)
 
 
 WORDS, BOUNDS = torch.ones(10, D), torch.tensor([0, 3, 8, 10])
@@ -287,6 +287,35 @@ def test_another_dtype_than_that_of_the_weights_is_refused(name, dtype):
         if dtype == torch.float64:  # which autocast never converts
             with torch.autocast("cpu", torch.bfloat16), pytest.raises(TypeError, match=said):
                 call(image, words, BOUNDS)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_states_and_scores_of_another_dtype_than_the_weights_are_refused(name, dtype):
+    """Called by themselves, without the checks of `forward`: no step ends in an error of torch's own."""
+    more = {"imram": {"iteration_step": 2}, "laps_slim": {"dim": D, "num_patches": R - 1}}
+    scorer, words = scorer_of(name, **more.get(name, {})), WORDS.to(dtype)
+    boxes = (None, torch.rand(2, R, 4).sort(-1).values) if scorer.takes_boxes else ()
+
+    def another(state):
+        return tuple(x.to(dtype) if x.is_floating_point() else x for x in state)
+
+    state, caption_state = scorer.image_state(torch.ones(2, R, D), *boxes), scorer.caption_state(WORDS, BOUNDS)
+    messages = []
+    for call in (
+        lambda: scorer.image_state(torch.ones(2, R, D, dtype=dtype), *boxes),
+        lambda: scorer.caption_state(words, BOUNDS),
+        lambda: scorer.score(another(state), words, BOUNDS, another(caption_state)),
+    ):
+        try:
+            call()
+        except TypeError as error:
+            messages.append(str(error))
+    assert messages
+    for message in messages:
+        assert re.search(rf"have one dtype|features of {dtype} cannot be multiplied", message)
+        assert str(dtype) in message
+        assert "torch.float32" in message
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

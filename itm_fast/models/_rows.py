@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import _native
 from .._backends import requested
-from .._checks import FLOATS, work_dtype
+from .._checks import FLOATS, autocast_unites, work_dtype
 from ..ops import _cpu_calls
 from ..ops._torch._linear import linear as by_torch
 from ._common import cosine, l2norm
@@ -33,6 +33,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Raises:
         ValueError: the sizes do not fit.
+        TypeError: the dtypes differ.
     """
     K, S = x.shape[-1], len(weight)
     if weight.shape != (S, K) or (bias is not None and bias.shape != (S,)):
@@ -42,6 +43,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             "sizes"
         )
     given = (x, weight, *(() if bias is None else (bias,)))
+    for t in given[1:]:
+        if t.dtype != x.dtype and not autocast_unites(t.dtype, x.dtype, x.device):
+            raise TypeError(
+                f"features of {x.dtype} cannot be multiplied by weights of {t.dtype}; image, words and model must have "
+                "one dtype: convert one of them with .to(dtype)"
+            )
     if apart(*given):
         product = _cpu_calls.linear
     elif S >= OUTPUTS and _in_cpp(*given) and _rounded(x.dtype):

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._checks import Arguments
 from ..nn import Attention, State
 from ..ops import _recompute
 from ..packing import bounds
@@ -103,6 +104,7 @@ class SlimmedMaxMean(PaddedScorer):
             raise ValueError(f"{NAME}: image must have {said}")
         if region_lengths is not None:
             raise ValueError(f"{NAME}: region_lengths must be None, as all images have the same patches")
+        Arguments(NAME).weights("image", image, self)  # which its LayerNorm would refuse in words of torch's own
         patches = image[:, self.has_cls :]
         with torch.no_grad():
             key = (unit(patches, dim=-1) * unit(patches.mean(1, keepdim=True), dim=-1)).sum(-1)
