@@ -83,6 +83,20 @@ def test_gradcheck_and_contracts(backend, hardest):
     torch.library.opcheck(torch.ops.itm_fast.hardest_negative_loss.default, given)
 
 
+def test_one_compiled_function_takes_a_margin_that_changes():
+    torch.compiler.reset()
+    compiled = torch.compile(itm_fast.hardest_negative_loss, fullgraph=True, backend="aot_eager")
+    score = torch.randn(5, 5, generator=torch.Generator().manual_seed(0))
+    for margin in (0.2, 0.3, 1, 0.2):
+        found = []
+        for call in (compiled, itm_fast.hardest_negative_loss):
+            leaf = score.clone().requires_grad_()
+            loss = call(leaf, margin=margin)
+            loss.backward()
+            found.append(torch.cat([loss.detach().view(1), leaf.grad.view(-1)]))
+        assert torch.equal(*found)
+
+
 @pytest.mark.parametrize("backend", [*BACKENDS, "reference"])
 def test_hand_computed_batch(backend):
     score = torch.tensor([[0.5, 0.4, 0.9], [0.1, 0.8, 0.7], [0.2, 0.3, 0.6]], dtype=torch.float64)
