@@ -9,6 +9,7 @@ from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -207,6 +208,11 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.dtype in FLOATS and t.dtype != torch.float64 else t for t in tensors)
+
+
+def traced(tensor: Tensor) -> bool:
+    """Whether a tensor's values are not known, as torch.compile traces the call, or the tensor is fake."""
+    return torch.compiler.is_compiling() or is_fake(tensor)
 
 
 def capturing(device: torch.device) -> bool:

@@ -16,9 +16,8 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import is_fake
 
-from ._checks import Arguments, Shape
+from ._checks import Arguments, Shape, traced
 from ._names import AnyPool, Direction, Norm, Similarity, Weights
 from .ops import cross_attention_score, similarity_filter, similarity_graph
 from .ops._attention import NEGATIVE, affinity_norm, attention_weights, negative, pooled, similarities
@@ -184,7 +183,7 @@ def check_inputs(
     check.weights(of_words, words, scorer)
     if region_lengths is not None:
         check.integers("region_lengths", region_lengths, COUNTS)
-    if not (torch.compiler.is_compiling() or is_fake(cu_seqlens)):
+    if not traced(cu_seqlens):
         bounds(cu_seqlens, len(words), op)
         region_counts(region_lengths, image, op)
 

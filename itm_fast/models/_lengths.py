@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
+from .._checks import traced
 from ..packing import bounds, pack_as
 
 
@@ -72,6 +72,6 @@ def packed(op: str, caption: Tensor, lengths: Sequence[int] | Tensor) -> tuple[T
         raise TypeError(f"{wanted}, got {lengths!r:.60}") from error
     if edge.dim() != 1 or edge.device.type == "meta":
         raise ValueError(f"{wanted}, got {lengths!r:.60}")
-    if caption.dim() == 2 and not (torch.compiler.is_compiling() or is_fake(edge)):
+    if caption.dim() == 2 and not traced(edge):
         bounds(edge, len(caption), wanted)  # which begins its own sentences with this one
     return caption, edge

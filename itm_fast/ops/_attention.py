@@ -26,8 +26,8 @@ from typing import Any, get_args
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
+from .._checks import traced
 from .._names import Direction, Negative, Norm, Output, Pool, Similarity, Weights
 from ..packing import kept, region_counts
 
@@ -185,7 +185,7 @@ def too_large(backend: str, size: Mapping[str, int], given: Mapping[str, Any]) -
     edge = given["cu_seqlens"]
     if backend != "cuda" or edge.device.type == "cpu":
         return None
-    if torch.compiler.is_compiling() or is_fake(edge):
+    if traced(edge):
         return beyond_cuda(size["R"], size["D"], 0, False)
     few = torch.cuda.get_device_capability(edge.device) < TENSOR_FLOAT32
     return beyond_cuda(size["R"], size["D"], kept(edge, "longest", longest), few)

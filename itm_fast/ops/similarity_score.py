@@ -45,9 +45,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
 
 from .._backends import autocast_dtype
+from .._checks import traced
 from .._names import Backend, Output
 from ..packing import kept, node_bounds
 from . import _attention, _draws
@@ -72,7 +72,7 @@ def reference(head: Head, *args: Any) -> Tensor:
 def _too_large(name: str, backend: str, size: dict[str, int], given: Given) -> str | None:
     """Why the CUDA kernels cannot take a call's arguments, one sentence; None if they can, and for other backends."""
     problem, edge = _attention.too_large(backend, size, given), given["cu_seqlens"]
-    if problem or backend != "cuda" or edge.device.type == "cpu" or torch.compiler.is_compiling() or is_fake(edge):
+    if problem or backend != "cuda" or edge.device.type == "cpu" or traced(edge):
         return problem
     from ._cuda.similarity_score import why_not
 
