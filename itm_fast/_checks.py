@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Integral
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import is_fake
+from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -196,6 +199,18 @@ def dense(tensor: object) -> TypeGuard[Tensor]:
     return isinstance(tensor, Tensor) and tensor.layout == torch.strided and not tensor.is_nested
 
 
+def plain(*tensors: Tensor) -> bool:
+    """Whether only the values of tensors matter now: none is fake or of a transform of torch.func, no graph is traced,
+    and no dispatch mode, such as make_fx's or a count of operations, sees what is computed."""
+    return (
+        not torch.compiler.is_compiling()
+        and not is_in_torch_dispatch_mode()
+        and all(type(x) in (Tensor, nn.Parameter) for x in tensors)
+        and forward_ad._current_level < 0
+        and not any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+    )
+
+
 def layout(tensor: Tensor) -> str:
     """What a tensor that is not `dense` is, for messages."""
     return "a nested tensor" if tensor.is_nested else f"a tensor of layout {tensor.layout}"
@@ -213,6 +228,11 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def traced(tensor: Tensor) -> bool:
     """Whether a tensor's values are not known, as torch.compile traces the call, or the tensor is fake."""
     return torch.compiler.is_compiling() or is_fake(tensor)
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """A context in which autocast is off; where it is already, torch's own would take longer than some ops."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 def capturing(device: torch.device) -> bool:

@@ -218,3 +218,24 @@ def test_a_trace_has_the_op_and_its_gradient(op, backend, small_calls):
     assert f"itm_fast.{op}.default" in {str(node.target) for node in traced.graph.nodes}
     (found,), (want,) = (torch.autograd.grad(run(leaf).sum(), leaf) for run in (traced, score))
     torch.testing.assert_close(found, want, rtol=0, atol=1e-12 * want.abs().max().item())  # sums of some 1,000 terms
+
+
+def test_a_call_passes_by_the_dispatcher_where_no_gradient_is_recorded_and_nothing_watches(monkeypatch):
+    """Torch's dispatcher takes longer than the scores of a few pairs."""
+    op, dispatched = DECLARED["cross_attention_score"], []
+    call = op.call
+    monkeypatch.setattr(op, "call", lambda *args: dispatched.append(args) or call(*args))
+    image, words, cu_seqlens = torch.randn(2, 3, 8), torch.randn(5, 8), torch.tensor([0, 2, 5])
+
+    def score(x):
+        return itm_fast.cross_attention_score(x, words, cu_seqlens, backend="reference")
+
+    plain = score(image)
+    with torch.no_grad():
+        assert score(image.clone().requires_grad_()).equal(plain)
+    assert not dispatched
+    assert score(image.clone().requires_grad_()).requires_grad
+    assert len(dispatched) == 1
+    traced = make_fx(score)(image)
+    assert "itm_fast.cross_attention_score.default" in {str(node.target) for node in traced.graph.nodes}
+    assert len(dispatched) == 2

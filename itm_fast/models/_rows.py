@@ -14,13 +14,10 @@ import math
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
-from torch.nn import Parameter
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .. import _native
 from .._backends import requested
-from .._checks import FLOATS, autocast_unites, work_dtype
+from .._checks import FLOATS, autocast_unites, plain, work_dtype
 from ..ops import _cpu_calls
 from ..ops._torch._linear import linear as by_torch
 from ._common import cosine, l2norm
@@ -157,13 +154,9 @@ def _rounded(dtype: torch.dtype) -> bool:
 def _in_cpp(*tensors: Tensor) -> bool:
     """Whether the `cpu` backend scores, and C++, which reads their memory, takes these tensors."""
     return (
-        not torch.compiler.is_compiling()
-        and not is_in_torch_dispatch_mode()  # such as make_fx's trace, or a count of operations
-        and all(type(x) in (Tensor, Parameter) for x in tensors)  # not fake, not quantised
+        plain(*tensors)
         and not torch.is_autocast_enabled("cpu")
         and all(x.device.type == "cpu" and x.dtype == tensors[0].dtype in FLOATS for x in tensors)
-        and forward_ad._current_level < 0
-        and not any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)  # torch.func's transforms
         and requested() in ("auto", "cpu")
         and _native.why_not() is None
     )

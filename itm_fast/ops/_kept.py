@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._checks import work_dtype
+from .._checks import without_autocast, work_dtype
 from .._workspace import current_gib, workspace
 from ._declare import DECLARED
 from ._recompute import recordable, refuse_second
@@ -75,7 +75,7 @@ class Recording:
         return _Function.apply(self, *args)
 
     def run(self, needs: list[bool], args: Sequence[Any]) -> tuple[Tensor, list[Tensor], Any]:
-        with torch.autocast("cpu", enabled=False):
+        with without_autocast("cpu"):
             result, record = self._module().forward_recorded(needs, *args)
         return result, [], record
 
@@ -107,7 +107,7 @@ class _Function(torch.autograd.Function):
         kept = [x for x in tensors if x.untyped_storage().size()]
         needs = list(ctx.needs_input_grad[1 : 1 + DECLARED[op.name].differentiable])
         record, ctx.record = ctx.record, None  # autograd frees it; a second pass through the graph does without
-        with workspace(ctx.scratch), torch.autocast("cpu", enabled=False):
+        with workspace(ctx.scratch), without_autocast("cpu"):
             try:
                 found = iter(op.gradients(grads[0], needs, args, kept, record))
             finally:

@@ -17,10 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from .._backends import KERNELS, OFFERS, ON_GPU, PutAside, TooLarge, backward_of_cuda, resolve
+from .._checks import plain, without_autocast
 from .._workspace import current_gib, workspace
 from . import _recompute
 from ._autograd import by_autograd
@@ -103,22 +102,24 @@ class Op(Declaration):
         too_large, traced = self.refused_sizes(size, given), torch.compiler.is_compiling()
         name = resolve(self.name, backend, first.device, dtype, too_large, self.put_aside(given), traced)
         args, keeping = self.convert(given), self.keeping.get(name)
-        # Dispatch modes, such as make_fx's trace, see the op itself: what follows here reads values.
-        watched = traced or is_in_torch_dispatch_mode() or is_fake(first)
-        if keeping is not None and first.is_cpu and not watched and torch.is_grad_enabled():
-            wanted = any(x.requires_grad for x in args[: self.differentiable])
-            return keeping(*args) if wanted else self.call(*args, name)
+        tensors = [x for x in args if isinstance(x, Tensor)]
+        if not first.is_cpu or not plain(*tensors):
+            return self.call(*args, name)
+        if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
+            return self.run(*args, name)  # as torch's dispatcher would, which takes longer than small scores
+        if keeping is not None and any(x.requires_grad for x in args[: self.differentiable]):
+            return keeping(*args)
         return self.call(*args, name)
 
     def run(self, *args: Any) -> Any:
         """The registered op: its forward pass in the backend that the last of its arguments names."""
         # The inputs are already in autocast's dtype; inside, the op decides on its precision.
-        with torch.autocast(args[0].device.type, enabled=False):
+        with without_autocast(args[0].device.type):
             return self.implementation(self.chosen(args)).forward(*args[:-1])
 
     def run_backward(self, grad: Tensor, needs: list[bool], *args: Any) -> list[Tensor]:
         """The registered op's backward pass, whose arguments are followed by results where it `keeps` them."""
-        with torch.autocast(args[0].device.type, enabled=False):
+        with without_autocast(args[0].device.type):
             backend = self.chosen(args)
             chosen = self.implementation(self.after_cuda(args) if backend == "cuda" else backend)
             dense = chosen.backward
