@@ -176,7 +176,7 @@ class Seen(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("norm", ["none", "softmax"])
-def test_scores_pad_captions_only_where_lengths_differ_and_within_a_blocks_bytes(norm, monkeypatch):
+def test_scores_sort_and_pad_captions_only_where_needed_and_within_a_blocks_bytes(norm, monkeypatch):
     numbers = 1024
     monkeypatch.setattr(_recompute, "CPU_TILE", numbers * cross_attention_score.COPIES * 4)
     monkeypatch.setattr(_recompute, "MIN_QUERIES", 1)
@@ -189,6 +189,9 @@ def test_scores_pad_captions_only_where_lengths_differ_and_within_a_blocks_bytes
             cross_attention_score.forward(image, words, edge, None, "t2i", norm, 4.0, "mean", 1.0, *DEFAULT)
         return seen
 
-    assert "nonzero" not in scored([3] * 9).names
-    assert "nonzero" in scored([3, 2] * 4).names
+    assert "index_copy_" not in scored([3] * 9).names
+    assert "index_copy_" in scored([3, 2] * 4).names
+    # Captions are sorted by length, and so gathered, where a norm is over each one's words and some lengths are equal.
+    assert ("index" in scored([3, 2] * 4).names) == (norm == "softmax")
+    assert "index" not in scored([3, 2, 4]).names
     assert scored([1] * 30 + [30] + [1] * 3).largest <= numbers  # all padded to 30 take 8 times as many

@@ -296,7 +296,7 @@ class RegulatedMatching(PaddedScorer):
 
         if kept is not None:
             kept = kept.transpose(1, 2)  # [b, rows, steps, S]
-            if padded is not None and padded.real is not None:
+            if padded is not None and padded.needed:
                 kept = kept.index_select(1, padded.with_last().to(kept.device))
             kept = kept.unflatten(1, (len(of.lengths), -1)).transpose(2, 3)
         weights, scheme = dict(zip(names, parameters, strict=True)), (self.self_regulator, self.step, self.smooth)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Iterator, Sequence
-from itertools import groupby, pairwise
+from functools import cached_property
+from itertools import chain, groupby, pairwise
 from typing import NamedTuple
 
 import torch
@@ -25,20 +27,34 @@ class Group(NamedTuple):
 
 
 class Padding:
-    """Pads the words of captions to the longest: `real` bool [1, c, longest], None if all have one length."""
+    """Pads the words of captions, which have these lengths, to the longest."""
 
     def __init__(self, lengths: Sequence[int], device: torch.device) -> None:
-        self.lengths, self.shape = lengths, (len(lengths), max(lengths))
-        self.real: Tensor | None = None
-        if min(lengths) < max(lengths):
-            real = valid(torch.tensor(lengths), max(lengths))
-            self.place, self.real = real.flatten().nonzero().flatten().to(device), real.to(device)[None]
+        self.lengths, self.device, self.shape = lengths, device, (len(lengths), max(lengths))
+        self.needed = min(lengths) < max(lengths)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """[b, words of all captions, ...] -> [b, c, longest, ...], with zeros."""
-        if self.real is not None:
-            x = x.new_zeros(len(x), self.real.numel(), *x.shape[2:]).index_copy(1, self.place, x)
+    def __call__(self, x: Tensor, value: float = 0.0) -> Tensor:
+        """[b, words of all captions, ...] -> [b, c, longest, ...], with `value` beyond each caption."""
+        if self.needed:
+            whole = x.new_full((len(x), math.prod(self.shape), *x.shape[2:]), value)
+            x = whole.index_copy_(1, self._places, x)
         return x.unflatten(1, self.shape)
+
+    @cached_property
+    def _places(self) -> Tensor:
+        begin = range(0, math.prod(self.shape), self.shape[1])
+        places = array("q", chain.from_iterable(range(a, a + n) for a, n in zip(begin, self.lengths)))
+        return torch.frombuffer(places, dtype=torch.int64).to(self.device)  # torch.tensor of a list takes far longer
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """The lengths [c]."""
+        return torch.tensor(self.lengths, device=self.device)
+
+    @property
+    def real(self) -> Tensor | None:
+        """Mask of the real words, bool [1, c, longest], None if all captions have one length."""
+        return valid(self.counts, self.shape[1])[None] if self.needed else None
 
     def with_last(self) -> Tensor:
         """Places int64 [c * (longest + 1)] of rows of which each caption has one for each word and then one more: the

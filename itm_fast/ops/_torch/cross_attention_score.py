@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
+from itertools import groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from .._declare import empty
 from ._attention import attended_norm, attention, valid
 from ._groups import Padding, groups, in_order
 
+HARD = ("none", "hard", "product")  # affinity norm, weights and similarity where r_j is the largest affinity
 COPIES = 6  # temporaries [R, L] of a pair that exist at once in the forward pass
 Part = tuple[slice, tuple[Tensor, ...], Iterable[_recompute.Recorded]]  # images, the blocks' arguments, and the blocks
 
@@ -86,7 +88,11 @@ def _image_spans(backward, image, words, cu_seqlens, region_lengths, direction, 
     work, device = work_dtype(image), image.device
     entries = _recompute.tile_bytes(device, backward) // (COPIES * work.itemsize)
     function = partial(_score, direction, *options)
-    apart = direction == "t2i" and options[0] in ("none", "clipped") and options[2] != "smoothed_negative"
+    norm, _, pool, _, weights, _, similarity = options
+    if direction == "t2i":
+        apart = norm in ("none", "clipped") and pool != "smoothed_negative"
+    else:
+        apart = (norm, weights, similarity) == HARD
     each = work.itemsize * R * (R + D)  # an image's Gram matrix, and its copy where it is masked or widened
     for images in spans(I, max(1, scratch_bytes(device) // (4 * each))):
         part, lengths = image[images], None if region_lengths is None else region_lengths[images]
@@ -99,28 +105,33 @@ def _image_spans(backward, image, words, cu_seqlens, region_lengths, direction, 
 
 
 def _rectangles(I, R, edge, device, entries, region_lengths, function, arguments, apart):
-    """Blocks of some images and captions of several lengths; `apart`: no product or norm is over one caption's words,
-    so captions need not be sorted by length."""
+    """Blocks of some images and captions of several lengths; `apart`: no product or norm is over one caption's words.
+
+    Then captions need not be sorted by length, nor where this would bring no equal lengths together.
+    """
     most = max(_recompute.MIN_QUERIES, entries // (8 * R))
     padded = R * most  # an image's cosines with padded captions take no more than its affinities
-    for group in in_order(edge, most, padded) if apart else groups(edge, device, most, padded):
+    length = [stop - start for start, stop in pairwise(edge)]
+    unsorted = apart or len(set(length)) == len(list(groupby(length)))
+    for group in in_order(edge, most, padded) if unsorted else groups(edge, device, most, padded):
         sizes = R * sum(length * size for length, size in group.sets)
         if len(group.sets) > 1:
             sizes += max(length for length, _ in group.sets) * sum(size for _, size in group.sets)
+        padding = Padding([length for length, size in group.sets for _ in range(size)], device)
         for images in spans(I, max(1, entries // sizes)):
             lengths = None if region_lengths is None else region_lengths[images]
             yield _recompute.Block(
                 ((images,), (group.rows,), (images,))[:arguments],
                 (images, group.captions),
-                partial(function, group.sets, lengths),
+                partial(function, group.sets, padding, lengths),
             )
 
 
 def _score(
-    direction, norm, scale, pool, pool_scale, weights, threshold, similarity, sets, region_lengths, image, words,
-    gram=None,
+    direction, norm, scale, pool, pool_scale, weights, threshold, similarity, sets, padding, region_lengths, image,
+    words, gram=None,
 ):  # fmt: skip
-    """Scores [b, c] of images [b, R, D] and `sets` of (length, how many) captions."""
+    """Scores [b, c] of images [b, R, D] and `sets` of (length, how many) captions, which `padding` pads."""
     work = work_dtype(image)
     image, words = image.to(work), words.to(work)
     mask = None if region_lengths is None else valid(region_lengths, image.shape[1])
@@ -131,25 +142,26 @@ def _score(
     if direction == "t2i":
         r = similar((regions @ words.t()).view(b, R, -1), image, words, sets, gram, mask, None)
         if pool != "smoothed_negative":  # which needs the words of each set
-            return _pooled_sets(pool, pool_scale, threshold, r, sets)
+            return _pooled_words(pool, pool_scale, threshold, padding, r)
     captions = [c.view(-1, n, D) for c, (n, _) in zip(words.split(counts), sets)]
     if direction == "t2i":
         parts = zip(r.split(counts, 1), captions)
-        scores = [pooled(part.view(b, *caption.shape[:2]), caption, None) for part, caption in parts]
-    else:
-        scores = []
-        for affinity, caption in zip((words @ regions.t()).split(counts), captions):
-            affinity = affinity.view(*caption.shape[:2], b * R)
-            r = similar(affinity, caption, regions, [(R, b)], None, None, mask)
-            scores.append(pooled(r.view(-1, b, R), image, mask).t())
-    return scores[0] if len(scores) == 1 else torch.cat(scores, 1)
+        return _joined([pooled(part.view(b, *caption.shape[:2]), caption, None) for part, caption in parts], 1)
+    affinities = (words @ regions.t()).split(counts)
+    each = ((affinity.view(*caption.shape[:2], b * R), caption) for affinity, caption in zip(affinities, captions))
+    r = _joined([similar(affinity, caption, regions, [(R, b)], None, None, mask) for affinity, caption in each], 0)
+    return pooled(r.view(-1, b, R), image, mask).t()
+
+
+def _joined(parts: list[Tensor], dim: int) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _similarities(
     norm, scale, weights, threshold, similarity, affinity, context, query, sets, gram, context_mask, query_mask
 ):  # fmt: skip
     """r_j of (1), [B, Q], of queries [Q, D] in contexts [B, X, D], from their affinities [B, X, Q]."""
-    if (weights, similarity, norm) == ("hard", "product", "none"):  # r_j is the largest affinity
+    if (norm, weights, similarity) == HARD:  # r_j is the largest affinity
         if context_mask is not None:
             affinity = affinity.masked_fill(~context_mask[:, :, None], float("-inf"))
         return affinity.amax(1)
@@ -175,7 +187,10 @@ def _pooled(pool, pool_scale, threshold, r, query, mask) -> Tensor:
     return _attention.pooled(r, pool, pool_scale, dim=-1)
 
 
-def _pooled_sets(pool, pool_scale, threshold, r, sets) -> Tensor:
-    """Scores [B, C] from r [B, Q] of the words of `sets` of captions, which are padded to the longest."""
-    padded = Padding([length for length, size in sets for _ in range(size)], r.device)
-    return _pooled(pool, pool_scale, threshold, padded(r), None, padded.real)
+def _pooled_words(pool, pool_scale, threshold, padding, r) -> Tensor:
+    """Scores [B, C] from r [B, Q] of the words of captions, which are padded to the longest."""
+    if pool in _attention.NEGATIVE:
+        r, pool = _attention.negative(r, r, pool, pool_scale, threshold), "mean"  # which reads no words here
+    if pool == "mean":
+        return padding(r).sum(-1) / padding.counts
+    return _attention.pooled(padding(r, 0.0 if pool == "sum" else float("-inf")), pool, pool_scale, dim=-1)
