@@ -212,7 +212,7 @@ class TwoStreamReasoning(GlobalVectors):
                 if direction == "i2t":
                     local = rearrange(local, "b c n s -> b (c n) s")
                     edge = n * torch.arange(c + 1, dtype=cu_seqlens.dtype, device=cu_seqlens.device)
-                nodes = similarity_context(overall.to(local.dtype), local, edge, mine[2], self.sizes)
+                nodes = similarity_context(overall, local, edge, mine[2], self.sizes)
                 del local
                 total = total + self._reasoned(mine, nodes, edge) / 2
         return total
@@ -244,7 +244,7 @@ class TwoStreamReasoning(GlobalVectors):
         *graph, weight, bias = stream[3:]
         more = 1 + sum(self.sizes)
         z = similarity_graph(nodes, edge + more * torch.arange(len(edge), dtype=edge.dtype, device=edge.device), *graph)
-        return sigmoid(rearrange(linear(z, weight.to(z.dtype)[None], bias.to(z.dtype)), "b c 1 -> b c"))
+        return sigmoid(rearrange(linear(z, weight[None], bias), "b c 1 -> b c"))
 
 
 class TSHSR(SGRAF):
