@@ -8,7 +8,7 @@ import torch
 
 import itm_fast
 from itm_fast.data import Split, Vocabulary
-from itm_fast.models import Loaded
+from itm_fast.models import Loaded, naaf
 
 R, D = 6, 16
 IMAGES, IDS, LENGTHS = torch.ones(2, R, D), torch.ones(2, 3, dtype=torch.int64), [3, 2]
@@ -82,6 +82,34 @@ def test_what_an_image_encoder_of_ones_own_takes_is_its_own_affair():
     assert model.forward_emb(IMAGES, IDS, LENGTHS)[0].shape == (2, R, D)
     with pytest.raises(ValueError, match=r"^DualEncoder\.forward_emb: images must be \[B, R, F\], got \["):
         model.forward_emb(IMAGES[0], IDS, LENGTHS)
+
+
+class Hashed(torch.nn.Module):
+    """A text encoder of a user's own: words share the rows of `embed`."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed = torch.nn.Embedding(4, D)
+
+    def forward(self, captions, lengths):
+        return self.embed(captions % 4), torch.tensor(lengths)
+
+
+def test_which_word_ids_a_text_encoder_of_ones_own_takes_is_its_own_affair():
+    model = model_of("dual")
+    model.txt_enc = Hashed()
+    model.forward_emb(IMAGES, 7 * IDS, LENGTHS)
+
+
+def test_word_ids_are_those_of_the_table_that_the_encoder_has_now():
+    model = model_of("dual")
+    model.txt_enc.embed = torch.nn.Embedding(20, D)  # a vocabulary that has grown
+    model.forward_emb(IMAGES, 19 * IDS, LENGTHS)
+    with pytest.raises(ValueError, match=r"word ids in 0\.\.19 \(vocab_size 20\), got 20\.\.20"):
+        model.forward_emb(IMAGES, 20 * IDS, LENGTHS)
+    model.txt_enc = naaf.GloveRNNEncoder(9, D, D)
+    with pytest.raises(ValueError, match=r"word ids in 0\.\.8 \(vocab_size 9\), got 9\.\.9"):
+        model.forward_emb(IMAGES, 9 * IDS, LENGTHS)
 
 
 def test_a_training_step_refuses_another_number_of_captions():

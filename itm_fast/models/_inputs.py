@@ -32,6 +32,22 @@ class ImageEncoder(nn.Module):
         return super().load_state_dict(found, strict=strict, assign=assign)
 
 
+class TextEncoder(nn.Module):
+    """An encoder of word ids [B, W], whose table `embed` has a row for each word."""
+
+    embed: nn.Embedding
+    no_txtnorm: bool
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The number of words; None if a table of another class has replaced `embed`."""
+        return self.embed.num_embeddings if isinstance(self.embed, nn.Embedding) else None
+
+    def extra_repr(self) -> str:
+        """The option that changes embeddings but no weight; `weights_checksum` includes it through `repr`."""
+        return f"no_txtnorm={self.no_txtnorm}"
+
+
 def features_for(op: str, images: Tensor, encoder: nn.Module, device: torch.device, name: str = "images") -> Tensor:
     """Features [B, R, F] on a model's device; `name` is the argument's in messages.
 
@@ -57,6 +73,8 @@ def ids_for(
 ) -> Tensor:
     """Word ids [B, W] on a model's device, where each of the lengths [B] lies in 1..W.
 
+    How many words a text encoder of another class knows is not known: there no word id is refused.
+
     Raises:
         ValueError: there are no captions, they or the lengths have another shape, a length lies outside 1..W, or, where
             they can be read without waiting for a device, a word id is not one of the model's.
@@ -76,7 +94,7 @@ def ids_for(
     least, most = int(values.min()), int(values.max())
     if least < 1 or most > W:
         raise ValueError(f"{op}: lengths must lie in 1..{W} (W of captions), got {least}..{most}")
-    known = getattr(getattr(encoder, "embed", None), "num_embeddings", None)
+    known = encoder.vocab_size if isinstance(encoder, TextEncoder) else None
     if known is not None and captions.device.type == "cpu":
         least, most = int(captions.min()), int(captions.max())
         if least < 0 or most >= known:

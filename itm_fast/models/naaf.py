@@ -257,6 +257,10 @@ class GloveRNNEncoder(EncoderText):
         super().__init__(vocab_size, embed_dim, latent_size, num_layers, no_txtnorm)
         self.embed = GloveEmb(vocab_size, embed_dim)  # type: ignore[assignment]
 
+    @property
+    def vocab_size(self) -> int:
+        return self.embed.glove.num_embeddings  # type: ignore[union-attr, return-value]
+
 
 class NAAF(SCAN):
     """Negative-aware attention framework: encoders, scorer, loss and optimizer in one object.

@@ -23,6 +23,7 @@ from ..ops._attention import affinity_norm
 from ._common import Matcher, choice, device_of, encode_text, l1norm, l2norm, require_options, score_arrays
 from ._evaluator import AverageMeter, LogCollector, encode_data, evalrank
 from ._image_encoders import EncoderImage, EncoderImagePrecomp, EncoderImageWeightNormPrecomp
+from ._inputs import TextEncoder
 from ._lengths import pack_padded
 from ._recall import i2t, t2i
 
@@ -57,7 +58,7 @@ __all__ = [
 ]
 
 
-class EncoderText(nn.Module):
+class EncoderText(TextEncoder):
     """Embedding, (bi-)GRU, mean of the directions and l2norm, without dropout."""
 
     def __init__(
@@ -76,10 +77,6 @@ class EncoderText(nn.Module):
         self.use_bi_gru = use_bi_gru
         self.rnn = nn.GRU(word_dim, embed_size, num_layers, batch_first=True, bidirectional=use_bi_gru)
         nn.init.uniform_(self.embed.weight, -0.1, 0.1)
-
-    def extra_repr(self) -> str:
-        """The option that changes embeddings but no weight; `weights_checksum` includes it through `repr`."""
-        return f"no_txtnorm={self.no_txtnorm}"
 
     def forward(self, x: Tensor, lengths: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Word ids [B, W] int64 -> caption [B, longest, D], zeros beyond each length, and the lengths [B]."""

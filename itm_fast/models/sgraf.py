@@ -30,6 +30,7 @@ from ..ops._recompute import again
 from ..packing import bounds
 from ._common import Dropout, Matcher, choice, encode_text, l1norm, l2norm, require_options, score_arrays
 from ._evaluator import AverageMeter, LogCollector, encode_data, evalrank
+from ._inputs import TextEncoder
 from ._recall import i2t, t2i
 from ._self_attention import GlobalVectors, TextSA, VisualSA
 from ._sgraf_attention import similarity_attention
@@ -95,7 +96,7 @@ def SCAN_attention(query: Tensor, context: Tensor, smooth: float, eps: float = 1
     return l2norm(func_attention(query, context, Namespace(raw_feature_norm="clipped_l2norm"), smooth)[0])
 
 
-class EncoderText(nn.Module):
+class EncoderText(TextEncoder):
     """Embedding, dropout 0.4, (bi-)GRU, mean of the directions and l2norm."""
 
     def __init__(
@@ -115,10 +116,6 @@ class EncoderText(nn.Module):
         self.use_bi_gru = use_bi_gru
         self.cap_rnn = nn.GRU(word_dim, embed_size, num_layers, batch_first=True, bidirectional=use_bi_gru)
         nn.init.uniform_(self.embed.weight, -0.1, 0.1)
-
-    def extra_repr(self) -> str:
-        """The option that changes embeddings but no weight; `weights_checksum` includes it through `repr`."""
-        return f"no_txtnorm={self.no_txtnorm}"
 
     def forward(self, captions: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
         """Word ids [B, W] int64 -> caption [B, longest, D], zeros beyond each length."""

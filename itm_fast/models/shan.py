@@ -28,6 +28,7 @@ from ..nn import Attention, PairScorer, State
 from ..ops import hierarchical_alignment_score
 from ._catalogue import CATALOGUE
 from ._common import PaddedScorer, choice, cosine, encode_text, l2norm, without_padding
+from ._inputs import TextEncoder
 from ._rows import linear
 from .sgraf import SGRAF, EncoderImage
 
@@ -37,7 +38,7 @@ OPTIONS = CATALOGUE["shan"].options
 __all__ = ["SHAN", "EncoderImage", "EncoderSimilarity", "EncoderText"]
 
 
-class EncoderText(nn.Module):
+class EncoderText(TextEncoder):
     """Fixed and learned word vectors side by side, (bi-)GRU, mean of the directions and l2norm (equation 2).
 
     Args:
@@ -92,10 +93,6 @@ class EncoderText(nn.Module):
                 f"got {list(vectors.shape)}"
             )
         self.vectors.copy_(vectors)
-
-    def extra_repr(self) -> str:
-        """The option that changes embeddings but no weight; `weights_checksum` includes it through `repr`."""
-        return f"no_txtnorm={self.no_txtnorm}"
 
     def forward(self, captions: Tensor, lengths: Sequence[int] | Tensor) -> Tensor:
         """Word ids [B, W] int64 -> caption [B, longest, D], zeros beyond each length."""
