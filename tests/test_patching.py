@@ -217,6 +217,19 @@ def test_mistakes(tmp_path, repository):
     assert str(itm_fast.patch(_modules)) == "nothing that itm_fast.patch knows is defined here"
 
 
+def test_a_repository_in_a_folder_of_its_own(tmp_path, repository, monkeypatch):
+    inner = tmp_path / "repository" / "its-code"
+    inner.mkdir(parents=True)
+    (inner / "model.py").write_text("def i2t(npts, sims): pass")
+    assert [row.where for row in itm_fast.patch(tmp_path / "repository")] == ["model:1"]
+    assert sys.path[0] == str(inner)
+    other = tmp_path / "repository" / "other"
+    other.mkdir()
+    (other / "model.py").touch()
+    with pytest.raises(ValueError, match=r"repository has no \.py files .*its-code or .*other$"):
+        itm_fast.patch(tmp_path / "repository")
+
+
 @pytest.mark.slow
 def test_importing_the_library_does_not_import_the_patches():
     code = "import itm_fast, sys; itm_fast.pack; assert 'itm_fast.patching' not in sys.modules; itm_fast.patch"

@@ -48,12 +48,14 @@ def patch(*targets: ModuleType | str | Path) -> Report:
     Args:
         targets: modules of the repository; or the path of its folder or of one of its .py files, which are imported
             with the folder on `sys.path`, where it stays, so that the repository's own imports find the same modules.
+            A folder that has no .py files itself stands for the one folder in it that has.
 
     Returns:
         A row for each thing found; its text is a table.
 
     Raises:
-        ValueError: a path does not exist, or a module of its name is imported from elsewhere.
+        ValueError: a path does not exist, or has .py files in several folders but none of its own; or a module of its
+            name is imported from elsewhere.
 
     >>> import types, itm_fast
     >>> print(itm_fast.patch(types.ModuleType("model")))
@@ -207,13 +209,13 @@ def _imported(path: Path, rows: list[Row]) -> list[ModuleType]:
     path = path.resolve()
     if not path.exists():
         raise ValueError(f"patch: there is no {path}; give a module, or the path of a repository's folder or .py file")
-    folder = path if path.is_dir() else path.parent
+    folder = _root(path) if path.is_dir() else path.parent
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
     found = []
-    for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
+    for file in sorted(folder.rglob("*.py")) if path.is_dir() else [path]:
         parts = file.relative_to(folder).with_suffix("").parts
-        if any(part.startswith(".") or part in _SKIPPED or not part.isidentifier() for part in parts):
+        if any(part in _SKIPPED or not part.isidentifier() for part in parts):
             continue
         name = ".".join(parts)
         try:
@@ -233,6 +235,25 @@ def _imported(path: Path, rows: list[Row]) -> list[ModuleType]:
             )
         found.append(module)
     return found
+
+
+def _root(folder: Path) -> Path:
+    """The folder that a repository's scripts run in: this one, or the one in it that has .py files if this has none."""
+    while not any(folder.glob("*.py")):
+        inner = [
+            each
+            for each in sorted(folder.iterdir())
+            if each.is_dir() and not each.name.startswith(".") and any(each.rglob("*.py"))
+        ]
+        if not inner:
+            break
+        if len(inner) > 1:
+            raise ValueError(
+                f"patch: {folder} has no .py files of its own; give the folder that its scripts run in: "
+                + " or ".join(map(str, inner))
+            )
+        folder = inner[0]
+    return folder
 
 
 def _defines(file: Path) -> bool:
