@@ -105,7 +105,7 @@ _ROWS = (
             "sim_dim": _SIM_DIM,
             "self_regulator": Option(
                 "coop_rcar",
-                "regulate attention and aggregation (coop_rcar), aggregation alone (only_rar) or attention alone",
+                "coop_rcar regulates attention and aggregation, only_rar aggregation alone, only_rcr attention alone",
                 choices=("coop_rcar", "only_rar", "only_rcr"),
             ),
             "rcar_step": Option(2, "steps of coop_rcar", "N", least=1, most=DEEPEST),
