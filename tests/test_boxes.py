@@ -180,6 +180,13 @@ def test_a_gallery_of_other_boxes_is_another(model, tmp_path):
         Gallery.build(loaded, SPLIT, tmp_path / "h", progress=False)
 
 
+def test_training_without_them_warns_once_of_each_split(tmp_path, monkeypatch, recwarn):
+    monkeypatch.setattr("training_cases.DEV", Split(DEV.features[:], DEV.captions, DEV.caption_to_image, name="dev"))
+    warnings.simplefilter("default")
+    run_tiny(tmp_path / "run", "cmcan", train_split=Split(DEV.features[:], DEV.captions, DEV.caption_to_image))
+    assert [str(each.message).split(":")[0] for each in recwarn if "no boxes" in str(each.message)] == ["split", "dev"]
+
+
 def test_training_reads_them(tmp_path, monkeypatch):
     read, image_state = [], ConfidenceMatching.image_state
 

@@ -243,6 +243,14 @@ def test_what_is_not_finite_stops_with_a_reason(tmp_path, monkeypatch):
     run_tiny(tmp_path / "broken", max_steps=1)  # nothing of value was there
 
 
+def test_a_dev_split_that_is_not_finite_is_named(tmp_path, monkeypatch):
+    features = DEV.features[:].copy()
+    features[2, 7, 3] = np.nan
+    monkeypatch.setattr("training_cases.DEV", Split(features, DEV.captions, DEV.caption_to_image, name="mine: dev"))
+    with pytest.raises(ValueError, match=r"validation on mine: dev in epoch 1: the score of image 2 .* keeps what was"):
+        run_tiny(tmp_path, max_steps=1)
+
+
 def test_refuses_to_overwrite_and_to_resume_what_is_not_there(tmp_path, straight):
     with pytest.raises(FileExistsError, match=r"already holds a run \(resume\.pt\); continue it with --resume"):
         run_tiny(straight[0] / "scan")

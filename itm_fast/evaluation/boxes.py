@@ -50,12 +50,12 @@ def warn_of_boxes(model: Any, name: str, boxes: Any) -> None:
     if not _takes_boxes(model):
         return
     if boxes is None:
-        warnings.warn(f"{name}: there are no boxes, {model.scorer.without_boxes}; {HOW_BOXES}", stacklevel=3)
+        warnings.warn(f"{name}: there are no boxes, {model.scorer.without_boxes}; {HOW_BOXES}", stacklevel=2)
     elif getattr(model, "trained_with_boxes", None) is False:
         warnings.warn(
             f"{name}: there are boxes, and this {type(model).__name__} was trained without, so its scores are by "
             "neighbours that it has not learned; train it with boxes, or take these away",
-            stacklevel=3,
+            stacklevel=2,
         )
 
 

@@ -241,9 +241,15 @@ class Run:
         from ..evaluation.together import count_together
 
         encoded = encode(self.model, self.dev_split, self.vocabulary, progress=self.progress)
-        with blocks_of([self.model.scorer], [encoded]) as blocks:
-            begun = blocks.begin() if self.ranks.first else None
-            tally = count_together(blocks, begun, self.ranks, progress=self.progress)
+        try:
+            with blocks_of([self.model.scorer], [encoded]) as blocks:
+                begun = blocks.begin() if self.ranks.first else None
+                tally = count_together(blocks, begun, self.ranks, progress=self.progress)
+        except ValueError as error:  # a score is not finite
+            raise ValueError(
+                f"validation on {self.dev_split.name} in epoch {self.epoch + 1}: {error}; training stopped, and "
+                f"{self.output} keeps what was saved before it"
+            ) from error
         return None if tally is None else rankings_of(tally)[0].metrics()
 
     def _record(self, found: Metrics, decide: bool) -> None:
