@@ -121,3 +121,10 @@ def test_mistakes_are_a_sentence(tmp_path, capsys, words, sentence, monkeypatch)
     assert sentence in captured.err
     assert "Traceback" not in captured.err
     assert not list(tmp_path.iterdir())
+
+
+def test_features_that_are_not_finite_are_named(tmp_path, capsys):
+    features = np.full_like(open_split(FOLDER, "test").features[:1], np.nan)
+    save_splits(tmp_path / "data", {"test": Split(features, ["a red apple"], np.array([0]))})
+    assert attend(tmp_path / "a.png", data=tmp_path / "data", image=0) == 2
+    assert "the score of image 0 and 'a red apple' is nan; check that image's features" in capsys.readouterr().err

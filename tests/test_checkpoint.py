@@ -276,7 +276,7 @@ def _wrong_files():
         "lfs": (lambda path: path.write_bytes(b"version https://git-lfs.github.com/"), "git lfs pull"),
         "gzip": (lambda path: path.write_bytes(b"\x1f\x8b\x08\x00\x00"), "is a gzip file"),
         "tar": (tarred, "is a tar archive"),
-        "cut short": (cut, "damaged, cut short"),
+        "cut short": (cut, r"damaged, cut short .* finding central directory\); a"),
         "cut short before 1.6": (cut_old, "damaged, cut short"),
         "TorchScript": (script, "is a TorchScript archive"),
         "bare state dict": (saved(_parts()[0].state_dict()), r"bare state dict of 2 tensors"),

@@ -70,7 +70,7 @@ def test_two_stages_are_called_approximate_on_the_last_line(made, capsys):
 
 
 def test_a_list_from_standard_input_as_json(made, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("old cat\n\n two dogs \n"))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfold cat\n\n two dogs \n")))
     assert main(search(made, "--json", "-k", "2", "-")) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["caption"] for row in found["results"]] == ["old cat", "two dogs"]
@@ -98,6 +98,12 @@ def test_mistakes_are_one_sentence(made, capsys, words, sentence):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("itm-fast search: ")
     assert sentence in line
+
+
+def test_standard_input_that_is_not_utf8_is_refused(made, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"old cat\n\ncaf\xe9\n")))
+    assert main(search(made, "-")) == 2
+    assert "line 3 of standard input is not UTF-8 (unexpected end of data): b'caf\\xe9'" in capsys.readouterr().err
 
 
 def test_a_gallery_of_another_checkpoint_is_refused(made, capsys):

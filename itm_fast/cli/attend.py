@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -86,10 +87,15 @@ def run(args: argparse.Namespace) -> int:
     pictures = pictures_of(args.pictures, args.data, args.split, split)
     found = pictures(args.image) if pictures else None
     picture = Image.open(io.BytesIO(found)) if found else blank()
-    rows = [
-        _row(attention(loaded.model, features, caption, loaded.vocab, boxes), caption, picture, boxes)
-        for caption in captions
-    ]
+    rows = []
+    for caption in captions:
+        weights = attention(loaded.model, features, caption, loaded.vocab, boxes)
+        if not math.isfinite(weights.score):
+            raise ValueError(
+                f"the score of image {args.image} and {caption!r} is {weights.score}; check that image's features and "
+                "the checkpoint's weights for NaN"
+            )
+        rows.append(_row(weights, caption, picture, boxes))
     subtitle = "Orange: how much a word counts. Red: where in the picture it looks."
     drawing = draw(f"What {loaded.name} attends to in image {args.image}", subtitle, rows)
     if output.suffix.lower() == ".svg":

@@ -124,8 +124,10 @@ def run(args: argparse.Namespace) -> int:
 def _captions(words: list[str]) -> list[str]:
     """The captions given, or those of standard input."""
     if words == ["-"]:
-        words = [line.strip() for line in sys.stdin]
-        words = [line for line in words if line]
+        from ..data.texts import caption_text
+
+        lines = ((row, line.strip()) for row, line in enumerate(sys.stdin.buffer, 1))
+        words = [caption_text(line, f"line {row} of standard input") for row, line in lines if line]
         if not words:
             raise ValueError("standard input has no caption; give one a line")
     elif "-" in words:

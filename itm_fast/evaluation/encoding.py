@@ -321,7 +321,7 @@ def embed(encoder: nn.Module, features: NDArray[np.float32]) -> Tensor:
             raise
         raise ValueError(
             f"the data has {features.shape[2]} features per region, and the checkpoint's image encoder takes "
-            f"another number; use the features that it was trained on ({error})"
+            f"{getattr(encoder, 'img_dim', 'another number')}; use the features that it was trained on"
         ) from error
 
 

@@ -132,9 +132,8 @@ def match(
         rows: list[int] = next((forms[form] for forms, form in tries if form in forms), [])
         if len(rows) > 1:
             first, second = (names[row] for row in rows[:2])
-            raise ValueError(
-                f"the captions name an image {name!r}, which is {first} or {second}; write its folder and ending"
-            )
+            wanted = "remove one of the two files" if first == second else "write its folder and ending"
+            raise ValueError(f"the captions name an image {name!r}, which is {first} or {second}; {wanted}")
         if rows:
             found.setdefault(rows[0], []).extend(own)
         else:

@@ -133,7 +133,7 @@ def _diagnosis(path: Path, head: bytes, reason: Exception | None) -> str:
     detail = message.split("WeightsUnpickler error:")[-1].strip().splitlines()
     return (
         f"cannot be read as a torch file; it is damaged, cut short or something else "
-        f"({kind}: {type(reason).__name__} {detail[0] if detail else ''})".replace(" )", ")")
+        f"({kind}: {type(reason).__name__} {detail[0].partition('. ')[0] if detail else ''})".replace(" )", ")")
     )
 
 
