@@ -57,7 +57,7 @@ def score(
 ) -> Tensor:
     """Differentiable scores [I, T] of images [I, R, D] and packed captions [N, D]; `numbers`: see `records`."""
     tensors = image, words, *parameters
-    record = torch.is_grad_enabled() and _recompute.records(_axes(tensors), tensors, len(cu_seqlens) - 1, numbers)
+    record = torch.is_grad_enabled() and _recompute.records(image, len(cu_seqlens) - 1, numbers)
     return _Columns.apply(scorer, record, cu_seqlens, region_lengths, *tensors)
 
 

@@ -205,7 +205,11 @@ class StructuredMatching(PaddedScorer):
         tensors = image, words, *image_state[1:], *weights
         axes = "INI"[: len(image_state) + 1] + "." * len(weights)
         cut = partial(blocks, NAME, axes, pair_bytes, self._block)
-        return _recompute.score(cut, axes, tensors, cu_seqlens, region_lengths)
+        captions = len(cu_seqlens) - 1
+        queries = sum({"i2t": captions * R, "t2i": len(words)}[side] for side in self.sides)
+        recorded = queries * (D + 6 * self.num_block + 4 * HIDDEN) + 5 * len(words) * R  # of each image, measured
+        numbers = len(image) * recorded
+        return _recompute.score(cut, axes, tensors, cu_seqlens, region_lengths, numbers=numbers)
 
     def _block(self, length, cu_seqlens, region_lengths, image, words, *rest) -> Tensor:
         """Scores of some images with captions of one length."""

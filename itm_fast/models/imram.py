@@ -180,7 +180,10 @@ class IterativeMatching(PaddedScorer):
             cut = partial(blocks, NAME, axes, pair_bytes, partial(self._block, direction))
             pairs = partial(matched, axes, pair_bytes, partial(self._pairs, direction))
             args = (*tensors, of_query, bias), cu_seqlens, counts, (steps,), pairs
-            found.append(_recompute.score(cut, axes, *args))
+            queries = len(words) if t2i else (len(cu_seqlens) - 1) * R
+            recorded = steps * len(some) * (11 * queries * D + 12 * len(words) * R)  # as measured
+            numbers = recorded + mapped.numel() + weight.numel()
+            found.append(_recompute.score(cut, axes, *args, numbers=numbers))
         return torch.cat(found) if found else image.new_empty(0, len(cu_seqlens) - 1, steps)
 
     def _block(self, direction, length, cu_seqlens, region_lengths, image, second, third, of_query, bias) -> Tensor:

@@ -142,7 +142,7 @@ class TwoStreamReasoning(GlobalVectors):
 
         few = partial(matched, axes, pair_bytes, self._pairs)
         numbers = _recompute.dense_record(image_state[0], words, len(cu_seqlens) - 1, S)
-        return _recompute.score(self._cut, axes, tensors, cu_seqlens, region_lengths, (), few, SHARE, numbers)
+        return _recompute.score(self._cut, axes, tensors, cu_seqlens, region_lengths, (), few, SHARE, numbers=numbers)
 
     def attention(self, image: Tensor, words: Tensor) -> Attention:
         """`regions` of the stream t2i, `words` of i2t, and the edges of their K steps over the M nodes, in the order

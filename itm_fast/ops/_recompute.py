@@ -32,9 +32,6 @@ FEW_ALONE = 2  # the same of blocks of single pairs, which bring no others; of 3
 # The torch backend keeps on a CPU what autograd records of so few pairs, in so few bytes: to compute these again takes
 # longer than the pairs without a gradient do. Of more, the hardest-negative loss gives too few pairs a gradient.
 RECORDED_PAIRS, RECORDED_BYTES = 1024, 160 << 20
-# Estimates of what autograd records of a model, with the ops that it calls, of each pair: so many times the rows of its
-# image and caption; of models whose ops make vectors of S from rows of D, `dense_record`.
-RECORDED_COPIES = 6
 
 
 class Block(NamedTuple):
@@ -197,7 +194,8 @@ def score(
     each: tuple[int, ...] = (),
     matched: Matched | None = None,
     share: int = FEW_ALONE,
-    numbers: int = 0,
+    *,
+    numbers: int,
 ) -> Tensor:
     """Differentiable scores [I, T, *each] that are computed block by block, by one or several ops.
 
@@ -212,10 +210,10 @@ def score(
         matched: makes blocks of those pairs alone whose score has a gradient, with which backward goes on if these are
             few. On a CPU: a GPU sums rows that a block names several times in any order.
         share: what few is for `matched`, at most one pair in so many.
-        numbers: see `records`.
+        numbers: about how many autograd records, at most; see `records`.
     """
     # Asked here: inside a Function autograd is off, and needs_input_grad tells of parameters under no_grad too.
-    record = torch.is_grad_enabled() and records(axes, tensors, len(cu_seqlens) - 1, numbers)
+    record = torch.is_grad_enabled() and records(tensors[0], len(cu_seqlens) - 1, numbers)
     return _Scored.apply(cut, matched, share, axes, each, record, cu_seqlens, region_lengths, *tensors)
 
 
@@ -248,20 +246,16 @@ def dense_record(image: Tensor, words: Tensor, captions: int, S: int) -> int:
     return (7 * D + 14 * S + 8 * R) * I * (captions * R + len(words))
 
 
-def records(axes: str, tensors: Sequence[Tensor], captions: int, numbers: int = 0) -> bool:
+def records(image: Tensor, captions: int, numbers: int) -> bool:
     """Whether a call of `score` keeps what autograd records: by `torch` on a CPU, where that is `recordable`. Not of
     half inputs, whose blocks are computed in float32 where they are recorded: a score would depend on the number of
     pairs. An op's does not, whose blocks are computed in float32 in either case.
 
-    `numbers`: about how many numbers autograd records, those of the ops that are called included; 0: RECORDED_COPIES
-    times the rows of all pairs.
+    `numbers`: about how many numbers autograd records at most, those of the ops that are called included, as measured.
     """
-    image = tensors[0]
     if torch.compiler.is_compiling() or requested() != "torch" or not image.is_cpu or work_dtype(image) != image.dtype:
         return False
-    pairs = {"I": captions, "N": len(image), "T": len(image)}  # that each row of a tensor is in
-    held = numbers or RECORDED_COPIES * sum(x.numel() * pairs.get(axis, 0) for x, axis in zip(tensors, axes))
-    return recordable(len(image) * captions, held * image.itemsize, image.device)
+    return recordable(len(image) * captions, numbers * image.itemsize, image.device)
 
 
 class _Scored(torch.autograd.Function):
