@@ -89,10 +89,8 @@ def _image_spans(backward, image, words, cu_seqlens, region_lengths, direction, 
     entries = _recompute.tile_bytes(device, backward) // (COPIES * work.itemsize)
     function = partial(_score, direction, *options)
     norm, _, pool, _, weights, _, similarity = options
-    if direction == "t2i":
-        apart = norm in ("none", "clipped") and pool != "smoothed_negative"
-    else:
-        apart = (norm, weights, similarity) == HARD
+    apart = norm in ("none", "clipped") if direction == "t2i" else (norm, weights, similarity) == HARD
+    copies = 2 if pool == "smoothed_negative" else R
     each = work.itemsize * R * (R + D)  # an image's Gram matrix, and its copy where it is masked or widened
     for images in spans(I, max(1, scratch_bytes(device) // (4 * each))):
         part, lengths = image[images], None if region_lengths is None else region_lengths[images]
@@ -101,16 +99,18 @@ def _image_spans(backward, image, words, cu_seqlens, region_lengths, direction, 
         args: tuple[Tensor, ...] = (part, words)
         if direction == "t2i" and options[-1] != "product":
             args = (part, words, part.to(work) @ part.to(work).transpose(1, 2))
-        yield images, args, _rectangles(len(part), R, edge, device, entries, lengths, function, len(args), apart)
+        blocks = _rectangles(len(part), R, edge, device, entries, lengths, function, len(args), apart, copies)
+        yield images, args, blocks
 
 
-def _rectangles(I, R, edge, device, entries, region_lengths, function, arguments, apart):
-    """Blocks of some images and captions of several lengths; `apart`: no product or norm is over one caption's words.
+def _rectangles(I, R, edge, device, entries, region_lengths, function, arguments, apart, copies):
+    """Blocks of some images and captions of several lengths; `apart`: no norm or maximum is over one caption's words.
 
-    Then captions need not be sorted by length, nor where this would bring no equal lengths together.
+    Then captions need not be sorted by length, nor where this would bring no equal lengths together. `copies`: padded
+    captions have at most so many times a block's most words.
     """
     most = max(_recompute.MIN_QUERIES, entries // (8 * R))
-    padded = R * most  # an image's cosines with padded captions take no more than its affinities
+    padded = copies * most  # with R, an image's cosines with padded captions take no more than its affinities
     length = [stop - start for start, stop in pairwise(edge)]
     unsorted = apart or len(set(length)) == len(list(groupby(length)))
     for group in in_order(edge, most, padded) if unsorted else groups(edge, device, most, padded):
@@ -136,25 +136,16 @@ def _score(
     image, words = image.to(work), words.to(work)
     mask = None if region_lengths is None else valid(region_lengths, image.shape[1])
     similar = partial(_similarities, norm, scale, weights, threshold, similarity)
-    pooled = partial(_pooled, pool, pool_scale, threshold)
     counts, (b, R, D) = [length * size for length, size in sets], image.shape
     regions = image.reshape(b * R, D)
     if direction == "t2i":
         r = similar((regions @ words.t()).view(b, R, -1), image, words, sets, gram, mask, None)
-        if pool != "smoothed_negative":  # which needs the words of each set
-            return _pooled_words(pool, pool_scale, threshold, padding, r)
+        return _pooled_words(pool, pool_scale, threshold, padding, r, words)
     captions = [c.view(-1, n, D) for c, (n, _) in zip(words.split(counts), sets)]
-    if direction == "t2i":
-        parts = zip(r.split(counts, 1), captions)
-        return _joined([pooled(part.view(b, *caption.shape[:2]), caption, None) for part, caption in parts], 1)
     affinities = (words @ regions.t()).split(counts)
     each = ((affinity.view(*caption.shape[:2], b * R), caption) for affinity, caption in zip(affinities, captions))
-    r = _joined([similar(affinity, caption, regions, [(R, b)], None, None, mask) for affinity, caption in each], 0)
-    return pooled(r.view(-1, b, R), image, mask).t()
-
-
-def _joined(parts: list[Tensor], dim: int) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+    r = torch.cat([similar(affinity, caption, regions, [(R, b)], None, None, mask) for affinity, caption in each])
+    return _pooled(pool, pool_scale, threshold, r.view(-1, b, R), image, mask).t()
 
 
 def _similarities(
@@ -187,10 +178,13 @@ def _pooled(pool, pool_scale, threshold, r, query, mask) -> Tensor:
     return _attention.pooled(r, pool, pool_scale, dim=-1)
 
 
-def _pooled_words(pool, pool_scale, threshold, padding, r) -> Tensor:
-    """Scores [B, C] from r [B, Q] of the words of captions, which are padded to the longest."""
-    if pool in _attention.NEGATIVE:
-        r, pool = _attention.negative(r, r, pool, pool_scale, threshold), "mean"  # which reads no words here
+def _pooled_words(pool, pool_scale, threshold, padding, r, words) -> Tensor:
+    """Scores [B, C] from r [B, Q] of the words [Q, D] of captions, which are padded to the longest."""
+    if pool == "smoothed_negative":
+        r = _attention.negative(padding(r), padding(words.detach()[None])[0], pool, pool_scale, threshold, padding.real)
+        return r.sum(-1) / padding.counts
+    if pool == "negative":
+        r, pool = _attention.negative(r, words, pool, pool_scale, threshold), "mean"
     if pool == "mean":
         return padding(r).sum(-1) / padding.counts
     return _attention.pooled(padding(r, 0.0 if pool == "sum" else float("-inf")), pool, pool_scale, dim=-1)
