@@ -20,7 +20,7 @@ from ..ops import _recompute, attended_vectors
 from ..ops._torch._groups import Group, groups
 from ..packing import Index, Run, bounds, region_counts, runs, spans
 
-CPU_BLOCK = 128 << 20  # bytes of a block: smaller ones lose time to packed weights, larger ones to fresh memory
+CPU_BLOCK = 64 << 20  # bytes of a block: smaller ones lose time to packed weights, larger ones to fresh memory
 PAIRS_BLOCK = 16 << 20  # the same of single pairs, which have copies: less memory in as much time; 8 MiB take longer
 ROWS = 1024  # most words of a block's captions, so that it has several images too
 KEPT = 6  # copies of a block's tensors that autograd keeps, about
