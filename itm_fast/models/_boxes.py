@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.boxes import check_boxes
-from ._common import real_rows
+from ..ops._torch._attention import valid
 
 
 def tensor_of(array: Tensor | np.ndarray[Any, Any]) -> Tensor:
@@ -64,7 +64,7 @@ def neighbours(boxes: Tensor, region_lengths: Tensor | None = None) -> Tensor:
     own = torch.eye(R, dtype=torch.bool, device=boxes.device).expand(I, R, R)
     apart = apart.masked_fill(own, math.inf)
     if region_lengths is not None:
-        real = real_rows(region_lengths, R)
+        real = valid(region_lengths, R)
         apart = apart.masked_fill(~(real[:, :, None] & real[:, None]), math.inf)
     found, quarter = own.to(boxes.dtype), math.pi / 2
     for sector in range(-1, 3):  # right, top, left, bottom have their middle at 0, 1, 2 and -1 quarters

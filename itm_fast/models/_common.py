@@ -18,6 +18,7 @@ from .._checks import Arguments, Shape
 from .._ranks import own_group
 from .._share import share
 from ..nn import PairScorer
+from ..ops._torch._attention import valid
 from ._inputs import FEATURES, IDS, features_for, ids_for
 from ._lengths import pack_padded, packed
 
@@ -54,18 +55,13 @@ def sums(x: Tensor, lengths: Tensor) -> Tensor:
     return x.new_zeros(len(lengths), x.shape[1], dtype=work).index_add(0, owner, x.to(work))
 
 
-def real_rows(lengths: Tensor, most: int) -> Tensor:
-    """Mask of the rows of padded items that are not padding: lengths [B] -> bool [B, most]."""
-    return torch.arange(most, device=lengths.device) < rearrange(lengths, "b -> b 1")
-
-
 def without_padding(image: Tensor, region_lengths: Tensor) -> tuple[Tensor, Tensor]:
     """Return image [I, R, D] with zeros beyond its `region_lengths` [I], and the mask of regions, bool [I, R].
 
     A NaN in the padding would otherwise make the gradients of weights NaN, as 0 x NaN.
     """
-    valid = real_rows(region_lengths, image.shape[1])
-    return image.masked_fill(~rearrange(valid, "i r -> i r 1"), 0.0), valid
+    real = valid(region_lengths, image.shape[1])
+    return image.masked_fill(~rearrange(real, "i r -> i r 1"), 0.0), real
 
 
 def require_options(opt: Namespace, model: str, names: Sequence[str]) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from .._share import share
 from .._workspace import scratch_bytes
 from ..nn import State, xavier_
+from ..ops._torch._attention import valid
 from ..packing import bounds, spans
-from ._common import Dropout, PaddedScorer, l2norm, real_rows, sums, without_padding
+from ._common import Dropout, PaddedScorer, l2norm, sums, without_padding
 from ._rows import linear
 
 LEAST = 16  # a caption's logits are padded to this number, as torch's softmax over fewer rounds differently
@@ -172,7 +173,7 @@ class TextSA(_SelfAttention):
             l_emb, g_emb = self._dropped(l_emb, g_emb, lengths.tolist())
         logits = rearrange(self.embedding_common(l_emb * g_emb[owner]), "n 1 -> n")
         longest = max(LEAST, int(lengths.max()))
-        real = real_rows(lengths, longest)  # [T, W]
+        real = valid(lengths, longest)  # [T, W]
         padded = logits.new_full(real.shape, float("-inf"))
         padded[real] = logits
         weights = padded.softmax(1)[real]

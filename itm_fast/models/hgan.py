@@ -30,8 +30,9 @@ from .._names import Direction
 from .._workspace import scratch_bytes
 from ..nn import Attention, CrossAttentionScore, PairScorer, State
 from ..ops import cross_attention_score, global_local_score
+from ..ops._torch._attention import valid
 from ..packing import bounds, spans
-from ._common import cosine, l2norm, real_rows, sums
+from ._common import cosine, l2norm, sums
 from ._rows import apart, linear
 from ._self_attention import GlobalVectors
 from .sgraf import SGRAF
@@ -45,7 +46,7 @@ class Layout:
 
     def __init__(self, lengths: Tensor, longest: int) -> None:
         self.lengths = lengths
-        self.real = real_rows(lengths, longest)
+        self.real = valid(lengths, longest)
         self.owner = torch.repeat_interleave(lengths)  # [N], the item of each row
         self._full = len(self.owner) == self.real.numel()
 

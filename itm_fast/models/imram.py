@@ -24,6 +24,7 @@ from .._names import Direction, Norm
 from .._workspace import scratch_bytes
 from ..nn import Attention, PairScorer, State, xavier_
 from ..ops import _recompute, attended_vectors, cross_attention_score
+from ..ops._torch._attention import valid
 from ..packing import spans
 from ._common import PaddedScorer, choice, cosine, encode_text, l2norm, without_padding
 from ._inputs import ImageEncoder
@@ -202,17 +203,17 @@ class IterativeMatching(PaddedScorer):
 
     def _pairs(self, direction, pairs, image, second, third, of_query, bias) -> Tensor:
         """As `_block`, [P, K - 1] of P pairs, with an image and a caption for each."""
-        t2i, counts, valid = direction == "t2i", pairs.region_lengths, None
+        t2i, counts, real = direction == "t2i", pairs.region_lengths, None
         context, mapped, first = (image, second, third) if t2i else (second, third, image)
         if not t2i and counts is not None:
-            counts, valid = None, torch.arange(image.shape[1]) < pairs.region_lengths[:, None]
+            counts, real = None, valid(pairs.region_lengths, image.shape[1])
 
         def attend(query: Tensor, values: Tensor) -> Tensor:
-            query = query if valid is None else query.masked_fill(~valid[..., None], 0.0)
+            query = query if real is None else query.masked_fill(~real[..., None], 0.0)
             return attended_of_pairs(context, counts, query, values, self.lambda_softmax, NORM)
 
         def mean(x: Tensor) -> Tensor:
-            return x.mean(1) if valid is None else x.masked_fill(~valid, 0.0).sum(1) / valid.sum(1)
+            return x.mean(1) if real is None else x.masked_fill(~real, 0.0).sum(1) / real.sum(1)
 
         return self._refined(attend, mean, context, mapped, first, first, of_query, bias)
 
