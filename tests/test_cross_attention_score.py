@@ -196,16 +196,7 @@ def test_the_kernels_give_the_same_bits_wherever_a_pair_lies(norm, direction):
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_the_kernels_give_the_same_bits_for_any_number_of_threads(direction):
     call, args = case(33, [1 + (7 * t) % 31 for t in range(40)], 19, 33, direction=direction)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 4):
-            torch.set_num_threads(threads)
-            score = call(*(a.float() for a in args), backend="cpu")
-            found.append((score, *op_checks.gradients(call, args, torch.float32, "cpu", torch.float32)))
-    finally:
-        torch.set_num_threads(before)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+    op_checks.check_threads(call, args, torch.float32)
 
 
 def alone(code, **environment):

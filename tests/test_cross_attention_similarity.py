@@ -193,16 +193,7 @@ def test_the_kernels_give_the_same_bits_wherever_a_pair_lies(norm, direction):
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
 def test_the_kernels_give_the_same_bits_for_any_number_of_threads(dtype, direction):
     call, args = case(*MANY, direction=direction)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 4):
-            torch.set_num_threads(threads)
-            similar = call(*(a.to(dtype) for a in args), backend="cpu")
-            found.append((similar, *op_checks.gradients(call, args, dtype, "cpu", dtype)))
-    finally:
-        torch.set_num_threads(before)
-    for other in found[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+    op_checks.check_threads(call, args, dtype)
 
 
 @pytest.mark.slow

@@ -46,14 +46,7 @@ def test_the_same_bits_in_any_block_and_order(gate, dtype):
 
 @pytest.mark.parametrize("gate", GATES)
 def test_the_same_bits_with_any_number_of_threads(gate):
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 4):
-            torch.set_num_threads(threads)
-            found.append(scored(gate, I=2)[1])
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(f, found[0]) for f in found)
+    op_checks.same_bits(lambda: [scored(gate, I=2)[1]])
 
 
 def small(dtype=torch.float64, **options):
@@ -79,23 +72,15 @@ def test_gradients_have_the_same_bits_with_any_number_of_threads_and_again(gate,
     upstream = torch.linspace(-1, 1, 35).view(5, 7)
     if few:
         upstream = upstream * (torch.arange(35).view(5, 7) % 9 == 2)
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            found.append(gradients(call, args, upstream))
-    finally:
-        torch.set_num_threads(before)
-    assert all(x.any() for x in found[0])
-    for other in found[1:]:
-        assert_equal(other, found[0])
+    found = op_checks.same_bits(lambda: gradients(call, args, upstream))
+    assert all(x.any() for x in found)
     leaves = [a.requires_grad_() for a in args]
     score = call(*leaves, backend="cpu")
     torch.autograd.grad(score, leaves, upstream, retain_graph=True)  # overwrites what the forward pass has kept
     again = torch.autograd.grad(score, leaves, upstream)
     if not few:
-        return assert_equal(again, found[0])
-    for x, first in zip(again, found[0], strict=True):  # a few images at a time are scored again: another order of sums
+        return assert_equal(again, found)
+    for x, first in zip(again, found, strict=True):  # a few images at a time are scored again: another order of sums
         torch.testing.assert_close(x, first, rtol=0, atol=2.0**-18 * first.abs().max().item())
 
 
@@ -184,15 +169,8 @@ def test_gradients_of_many_short_captions():
     counts = (104, *[1] * 9) * 16
     call, args = test_hierarchical_alignment_score.case(2, counts, D=5, regions=(3, 2), gate="vector")
     op_checks.check_gradients(call, args, torch.float32, "cpu")
-    upstream, before, found = torch.linspace(-1, 1, 320).view(2, 160), torch.get_num_threads(), []
-    try:
-        for threads in (1, 3, 6):
-            torch.set_num_threads(threads)
-            found.append(gradients(call, [a.float() for a in args], upstream))
-    finally:
-        torch.set_num_threads(before)
-    for other in found[1:]:
-        assert_equal(other, found[0])
+    upstream = torch.linspace(-1, 1, 320).view(2, 160)
+    op_checks.same_bits(lambda: gradients(call, [a.float() for a in args], upstream), (1, 3, 6))
 
 
 def test_no_gradients_but_those_that_are_needed():

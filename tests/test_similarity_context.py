@@ -108,17 +108,7 @@ def test_a_pair_does_not_depend_on_its_block(backend, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 def test_threads_change_no_bit(dtype):
     call, args = case(5, (9, 30, 1, 14, 260, 7), 20, (5, 2))
-
-    def bits(threads):
-        torch.set_num_threads(threads)
-        single = [a.to(dtype) for a in args]
-        return [call(*single, backend="cpu"), *op_checks.gradients(call, single, dtype, "cpu", dtype)]
-
-    try:
-        first, *others = map(bits, (1, 2, 3))
-    finally:
-        torch.set_num_threads(1)
-    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    op_checks.check_threads(call, args, dtype)
 
 
 @needs_cpu
@@ -179,12 +169,7 @@ def test_scratch_is_bounded_however_large_the_block():
 
 def test_autocast_takes_its_dtype():
     call, args = case(2, (3, 2), 8, (2,))
-    single = [a.float().requires_grad_() for a in args]
-    with torch.autocast("cpu", torch.bfloat16):
-        result = call(*single, backend="torch")
-    assert result.dtype == torch.bfloat16
-    result.sum().backward()
-    assert all(s.grad.dtype == torch.float32 for s in single)
+    op_checks.check_autocast(call, args)
 
 
 @pytest.mark.parametrize(

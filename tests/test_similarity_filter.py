@@ -182,16 +182,7 @@ def test_a_pair_has_the_same_bits_in_any_block_and_order(dtype, training):
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_threads_change_no_bit(training):
     call, args = case(17, CHUNKS, 20, training)
-
-    def bits(threads):
-        torch.set_num_threads(threads)
-        return [*call(*args, "cpu"), *op_checks.gradients(call, args, torch.float64, "cpu", torch.float64)]
-
-    try:
-        first, *others = map(bits, (1, 2, 3, 4))
-    finally:
-        torch.set_num_threads(1)
-    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    op_checks.check_threads(call, args, torch.float64)
 
 
 @needs_cpu
@@ -263,12 +254,7 @@ def test_statistics_carry_no_gradient_and_are_not_narrowed():
 
 def test_autocast_takes_its_dtype():
     call, args = case(2, (3, 2), 8)
-    single = [a.float().requires_grad_() for a in args]
-    with torch.autocast("cpu", torch.bfloat16):
-        z = call(*single, "torch")[0]
-    assert z.dtype == torch.bfloat16
-    z.sum().backward()
-    assert all(s.grad.dtype == torch.float32 for s in single)
+    op_checks.check_autocast(call, args)
 
 
 @pytest.mark.parametrize(

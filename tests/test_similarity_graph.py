@@ -128,17 +128,7 @@ def test_a_pair_has_the_same_bits_in_any_block_and_order(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_threads_change_no_bit(dtype):
     call, args = case(5, CHUNKS, 20, 3)
-
-    def bits(threads):
-        torch.set_num_threads(threads)
-        single = [a.to(dtype) for a in args]
-        return [call(*single, backend="cpu"), *op_checks.gradients(call, single, dtype, "cpu", dtype)]
-
-    try:
-        first, *others = map(bits, (1, 2, 3, 4))
-    finally:
-        torch.set_num_threads(1)
-    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
+    op_checks.check_threads(call, args, dtype)
 
 
 @needs_cpu
@@ -189,12 +179,7 @@ def test_scratch_is_bounded_however_large_the_block():
 
 def test_autocast_takes_its_dtype():
     call, args = case(2, (3, 2), 8, 2)
-    single = [a.float().requires_grad_() for a in args]
-    with torch.autocast("cpu", torch.bfloat16):
-        result = call(*single, backend="torch")
-    assert result.dtype == torch.bfloat16
-    result.sum().backward()
-    assert all(s.grad.dtype == torch.float32 for s in single)
+    op_checks.check_autocast(call, args)
 
 
 @pytest.mark.parametrize(

@@ -43,16 +43,8 @@ def test_the_same_bits_in_any_block_and_order(scorer, dtype):
 
 @over_scorers
 def test_the_same_bits_with_any_number_of_threads(scorer):
-    before, found = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3, 4):
-            torch.set_num_threads(threads)
-            args, score = scored(scorer, I=2)
-            call, _ = scorer.case(2, COUNTS, D=20, S=9)
-            found.append([score, *op_checks.gradients(call, args, torch.float32, "cpu", torch.float32)])
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for f in found for a, b in zip(f, found[0], strict=True))
+    call, args = scorer.case(2, COUNTS, D=20, S=9)
+    op_checks.check_threads(call, args, torch.float32)
 
 
 @over_scorers
@@ -64,15 +56,11 @@ def test_gradients_from_a_few_images_at_a_time(scorer, monkeypatch):
         torch.testing.assert_close(part, exact, rtol=1e-11, atol=1e-13)
 
 
-def gradients_of(scorer, grad, threads=1, I=20, dtype=torch.float64):
-    """The gradients of pairs [I, 6] with the upstream gradient `grad`, on some threads."""
+def gradients_of(scorer, grad, I=20, dtype=torch.float64):
+    """The gradients of pairs [I, 6] with the upstream gradient `grad`."""
     call, args = scorer.case(I, (4, 2, 7, 3, 5, 1), R=5, D=20, S=9)
-    leaves, before = op_checks.leaves([a.to(dtype) for a in args], dtype), torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        return torch.autograd.grad(call(*leaves, backend="cpu"), leaves, grad.to(dtype))
-    finally:
-        torch.set_num_threads(before)
+    leaves = op_checks.leaves(args, dtype)
+    return torch.autograd.grad(call(*leaves, backend="cpu"), leaves, grad.to(dtype))
 
 
 def few_of(grad):
@@ -85,8 +73,7 @@ def few_of(grad):
 @over_scorers
 def test_gradients_of_few_pairs_at_a_time(scorer, monkeypatch):
     grad = few_of(torch.randn(20, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64))
-    single = [gradients_of(scorer, grad, threads, dtype=torch.float32) for threads in (1, 2, 3)]
-    assert all(torch.equal(a, b) for found in single[1:] for a, b in zip(found, single[0], strict=True))
+    op_checks.same_bits(lambda: gradients_of(scorer, grad, dtype=torch.float32))
     few = gradients_of(scorer, grad)
     monkeypatch.setattr(_score_backward, "CPU_NODES", 12 * (2 * 9 + 20) * 8)  # twelve nodes, and one pair at the least
     parts = gradients_of(scorer, grad)

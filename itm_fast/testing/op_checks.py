@@ -153,6 +153,42 @@ def check_deterministic(call: Call, args: Sequence[Tensor], backend: str) -> Non
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
+def same_bits(run: Callable[[], Sequence[Tensor]], counts: Sequence[int] = (1, 2, 3)) -> Sequence[Tensor]:
+    """What `run` returns, which must have the same bits on these numbers of threads."""
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in counts:
+            torch.set_num_threads(threads)
+            found.append(run())
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))
+    return found[0]
+
+
+def check_threads(call: Call, args: Sequence[Tensor], dtype: torch.dtype) -> None:
+    """The C++ kernels give results and gradients the same bits on any number of threads."""
+    single = [a.to(dtype) for a in args]
+
+    def run() -> list[Tensor]:
+        result = call(*single, backend="cpu")
+        results = [result] if isinstance(result, Tensor) else list(result)
+        return [*results, *gradients(call, single, dtype, "cpu", dtype)]
+
+    same_bits(run)
+
+
+def check_autocast(call: Call, args: Sequence[Tensor]) -> None:
+    """Under autocast `torch` computes in its dtype, and gradients have that of the arguments."""
+    single = leaves(args, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = first(call(*single, backend="torch"))
+    assert result.dtype == torch.bfloat16
+    result.sum().backward()
+    assert all(s.grad is not None and s.grad.dtype == torch.float32 for s in single)
+
+
 def check_strided(call: Call, args: Sequence[Tensor], backend: str) -> None:
     """Inputs that are not contiguous give the same result."""
     spread = []
