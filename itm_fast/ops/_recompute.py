@@ -61,10 +61,15 @@ def tile_bytes(device: torch.device, backward: bool, tiles: int = 1) -> int:
     return min(tiles * CPU_TILE, limit) if device.type == "cpu" else limit
 
 
+def _taken(args: Sequence[Tensor], block: Block) -> list[Tensor]:
+    """A block's inputs; where one is all of an argument, the argument itself: a view takes as long as a small op."""
+    return [x if at in ((), (slice(0, len(x)),)) else x[at] for x, at in zip(args, block.inputs, strict=True)]
+
+
 def forward(blocks: Iterator[Block], args: Sequence[Tensor], result: Tensor) -> Tensor:
     """Fill `result` block by block."""
     for block in blocks:
-        value = block.function(*(a[at] for a, at in zip(args, block.inputs, strict=True)))
+        value = block.function(*_taken(args, block))
         result[block.result] = value.to(result.dtype)
     return result
 
@@ -82,9 +87,8 @@ def recorded(blocks: Iterable[Block], args: Sequence[Tensor], needs: Sequence[bo
     work = work_dtype(args[0])
     for block in blocks:
         with torch.enable_grad():
-            inputs = [
-                a[at].detach().to(work).requires_grad_(n) for a, at, n in zip(args, block.inputs, needs, strict=True)
-            ]
+            taken = zip(_taken(args, block), needs, strict=True)
+            inputs = [x.detach().to(work).requires_grad_(n) for x, n in taken]
             value = block.function(*inputs)
         yield Recorded(block, inputs, value)
 
@@ -99,7 +103,7 @@ def forward_recorded(
     kept = list(recorded(blocks, args, needs))
     for block, _, value in kept:
         result[block.result] = value.detach().to(result.dtype)
-    return kept if result.isfinite().all() else None
+    return kept if result.sum(dtype=work_dtype(result)).isfinite() else None
 
 
 def backward(blocks: Iterable[Block], args: Sequence[Tensor], needs: Sequence[bool], grad: Tensor) -> list[Tensor]:

@@ -38,7 +38,7 @@ class Padding:
         if self.needed:
             whole = x.new_full((len(x), math.prod(self.shape), *x.shape[2:]), value)
             x = whole.index_copy_(1, self._places, x)
-        return x.unflatten(1, self.shape)
+        return x.view(len(x), *self.shape, *x.shape[2:])
 
     @cached_property
     def _places(self) -> Tensor:
