@@ -228,6 +228,12 @@ def test_nothing_is_read_before_it_is_asked_for(tmp_path):
 def test_missing_files_name_the_splits_there_are(tmp_path):
     with pytest.raises(FileNotFoundError, match="splits in this folder: none"):
         open_split(tmp_path, "test")
+    (tmp_path / "f30k").mkdir()
+    write_folder(tmp_path / "f30k", split="test")
+    with pytest.raises(FileNotFoundError, match=r"splits in this folder: none; there are some in .*f30k$"):
+        open_split(tmp_path, "test")
+    with pytest.raises(ValueError, match=r"test_ims\.npy is one file of a split; give its folder, or an HDF5 file"):
+        open_split(tmp_path / "f30k" / "test_ims.npy", "test")
     write_folder(tmp_path, split="testall")
     write_folder(tmp_path, split="dev")
     with pytest.raises(FileNotFoundError, match=r"test_ims.npy does not exist; splits in this folder: dev, testall"):

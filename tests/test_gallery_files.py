@@ -244,6 +244,7 @@ def test_mistakes_of_a_build_are_told(scan, tmp_path, more, message):
         ({"captions": "a cat"}, r"captions must be a list of texts, got the single text 'a cat'"),
         ({"captions": ["a cat", " "]}, r"captions\[1\] is blank"),
         ({"k": 0}, "k must be at least 1, got 0"),
+        ({"k": 2.5}, "k must be a whole number, got 2.5"),
         ({"candidates": 1, "k": 2}, r"candidates must be 2 \(as many as are returned\) to 12 \(all images\), got 1"),
         ({"candidates": 13}, "got 13"),
         ({"first": "SCAN"}, "are for a two-stage search; say how many candidates="),

@@ -162,3 +162,9 @@ def test_mistakes_are_told(files, monkeypatch, capsys, words, sentence):
     assert sentence in err
     assert not (files / "out").exists()
     assert "allow_pickle" not in err  # numpy's advice for files of objects is not ours
+
+
+def test_captions_that_no_page_shows_are_refused(files, capsys):
+    words = ["metrics", f"{files}/scores.npy", "--captions-to-images", f"{files}/right.txt"]
+    assert main([*words, "--captions", "c.txt"]) == 2
+    assert "--captions are for report.html, which --output DIR writes" in capsys.readouterr().err

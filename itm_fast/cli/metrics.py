@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     from ..evaluation.many_right import pairs_of, read_right_pairs
     from ..evaluation.rating import open_scores, rate, read_ids
 
+    if args.captions and not args.output:
+        raise ValueError("--captions are for report.html, which --output DIR writes; give that as well")
     score = open_scores(args.scores)
     images, captions = score.shape
     each = args.captions_per_image

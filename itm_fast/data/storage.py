@@ -178,6 +178,8 @@ def _existing(path: str | os.PathLike[str]) -> Path:
     path = Path(path)
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist; give SCAN's data folder or an HDF5 file")
+    if path.suffix in (".npy", ".txt") and path.is_file():
+        raise ValueError(f"{path} is one file of a split; give its folder, or an HDF5 file")
     return path
 
 

@@ -202,6 +202,8 @@ def require_vocabulary(model: Any, vocab: Vocabulary) -> None:
             "vocab is None; captions become word ids by the vocabulary that the model was trained with, so load the "
             "model with it: itm_fast.models.load(path, vocab=FILE)"
         )
+    if not hasattr(vocab, "checksum"):
+        raise TypeError(f"vocab must be a Vocabulary, got {type(vocab).__name__}; Vocabulary.load reads one")
     if getattr(model, "vocab_checksum", None) not in (None, vocab.checksum()):
         raise ValueError(
             f"the {type(model).__name__} model was trained with other words than the {len(vocab):,} of this "

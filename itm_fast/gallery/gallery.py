@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -276,6 +277,8 @@ class Gallery:
         return self._stages[key]
 
     def _cut(self, k: int) -> int:
+        if not isinstance(k, Integral):
+            raise TypeError(f"k must be a whole number, got {k!r}")
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         return min(k, len(self))

@@ -230,8 +230,9 @@ class GlobalVectors(PaddedScorer):
         R = self.v_global_w.embedding_local[1].num_features
         if image.dim() != 3 or image.shape[1] != R:
             raise ValueError(
-                f"{type(self).__name__}: image must be [I, R, D] with R = {R} regions, got {list(image.shape)}; pad "
-                "images that have fewer and give region_lengths, or build it with num_region (`models.scorer`: regions)"
+                f"{type(self).__name__}: image must be [I, R, D] with R = {R} regions, got {list(image.shape)}; the "
+                f"weights are for {R}. Pad images that have fewer and give region_lengths (SPLIT_region_lengths.npy "
+                "beside the features), or begin anew with num_region (`models.scorer`: regions)"
             )
 
     def image_state(self, image: Tensor, region_lengths: Tensor | None = None) -> State:
