@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 import itm_fast
 from itm_fast import _native
 from itm_fast.models import _by_caption
+from itm_fast.models._pair_blocks import blocks
 from itm_fast.models.cmcan import ConfidenceMatching
 from itm_fast.models.gsmn import StructuredMatching
 from itm_fast.models.imram import IterativeMatching
@@ -307,6 +308,15 @@ def test_blocks_of_joined_captions_keep_to_their_memory(direction, lengths, monk
         scorer(image.requires_grad_(), words, cu_seqlens).sum().backward()
     assert len(saved) > 1
     assert max(saved) < 8 << 20
+
+
+def test_all_images_share_the_padding_of_joined_captions():
+    """So that its places are made, and copied to a GPU, once."""
+    seen, given = [], (*inputs(40, (2, 3, 3), 4, 8), None)
+    for block in blocks("", "IN", lambda n: n << 20, lambda of, *rest: seen.append(of), False, *given, joined=True):
+        block.function(*given[:2])
+    assert len(seen) > 1
+    assert len({id(of.padded) for of in seen}) == 1
 
 
 @pytest.mark.usefixtures("small_calls")

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..ops import _recompute
+from ..ops._torch._groups import Padding
 from ..packing import bounds
 from ._pair_blocks import Joined, Pairs, blocks, matched
 
@@ -142,7 +143,7 @@ def _columns(scorer: Scorer, bits: Tensor, grad: Tensor, cu_seqlens: Tensor, reg
         if len(images):
             counts = None if region_lengths is None else region_lengths[images]
             kept = unpacked(bits[..., rows, :][images], scorer.shape(length)[-1])
-            of = Joined(images, [t], [length])
+            of = Joined(images, [t], Padding([length], words.device))
             yield _recompute.Block(
                 ((images,), (at,), *[()] * len(parameters)),
                 (images, slice(t, t + 1)),

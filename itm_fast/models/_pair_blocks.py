@@ -17,7 +17,7 @@ from torch import Tensor
 from .._names import Norm
 from .._workspace import GIB, scratch_bytes, workspace
 from ..ops import _recompute, attended_vectors
-from ..ops._torch._groups import Group, groups
+from ..ops._torch._groups import Group, Padding, groups
 from ..packing import Index, Run, bounds, region_counts, runs, spans
 
 CPU_BLOCK = 64 << 20  # bytes of a block: smaller ones lose time to packed weights, larger ones to fresh memory
@@ -33,12 +33,13 @@ class Joined(NamedTuple):
     Attributes:
         images: their places in the batch.
         captions: likewise, on the CPU.
-        lengths: the captions' words.
+        padded: their lengths, and how their words are padded; all images with these captions share it, so that its
+            indices are copied to a GPU once.
     """
 
     images: Index
     captions: Sequence[int]
-    lengths: list[int]
+    padded: Padding
 
 
 class Pairs(NamedTuple):
@@ -91,11 +92,12 @@ def blocks(
     for some in cut:
         lengths = [length for length, size in some.sets for _ in range(size)]
         own = torch.tensor([0, *accumulate(lengths)], dtype=cu_seqlens.dtype, device=cu_seqlens.device)
+        padded = Padding(lengths, image.device)
         most = limit // (len(lengths) * pair_bytes(max(lengths)) * max(1, image.element_size() // 4))
         for images in spans(len(image), max(1, most)):
             at: dict[str, tuple[Index, ...]] = {"I": (images,), "N": (some.rows,), "T": (some.captions,), ".": ()}
             counts = None if region_lengths is None else region_lengths[images]
-            of = Joined(images, some.members, lengths) if joined else lengths[0]
+            of = Joined(images, some.members, padded) if joined else lengths[0]
             function = partial(run, of, own, counts)
             yield _recompute.Block(
                 tuple(at[axis] for axis in axes), (images, some.captions), partial(_within, half / GIB, function)

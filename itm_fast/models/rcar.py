@@ -28,7 +28,6 @@ from ..nn import Attention, PairScorer, State, xavier_
 from ..ops import _recompute, attended_vectors, cross_attention_similarity
 from ..ops._calls import REGULATED_MATCHING, REGULATORS
 from ..ops._cpu_calls import score as cpu_score
-from ..ops._torch._groups import Padding
 from ..packing import bounds, region_counts
 from . import _by_caption
 from ._common import Dropout, PaddedScorer, choice, encode_text, l2norm, without_padding
@@ -283,8 +282,7 @@ class RegulatedMatching(PaddedScorer):
             image, valid = without_padding(image, region_lengths)
         options = {"direction": self.attn_type, "region_lengths": region_lengths}
         if self.attn_type == "t2i":
-            padded = Padding(of.lengths, words.device)
-            query, mask = words[None], padded.real
+            padded, query, mask = of.padded, words[None], of.padded.real
         else:
             padded, query, mask = None, image[:, None], None if valid is None else valid[:, None]
 
@@ -298,7 +296,7 @@ class RegulatedMatching(PaddedScorer):
             kept = kept.transpose(1, 2)  # [b, rows, steps, S]
             if padded is not None and padded.needed:
                 kept = kept.index_select(1, padded.with_last().to(kept.device))
-            kept = kept.unflatten(1, (len(of.lengths), -1)).transpose(2, 3)
+            kept = kept.unflatten(1, (len(of.captions), -1)).transpose(2, 3)
         weights, scheme = dict(zip(names, parameters, strict=True)), (self.self_regulator, self.step, self.smooth)
         return regulated(*scheme, drops, weights, query, mask, first, attended, kept, padded)
 
