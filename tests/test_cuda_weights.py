@@ -116,7 +116,7 @@ def test_published_vectors(device, file):
     assert want["info/gap"] > 1e-4
     module = scorer(file.partition("_")[0], dim=want["image"].shape[2], **under(want, "option/"))
     counts, (words, edge) = want.get("image_lengths"), pack(want["caption"].float(), want["lengths"].tolist())
-    terms = module.terms if hasattr(module, "terms") else [(1.0, term.options) for term in module._terms()]
+    terms = module.terms if hasattr(module, "terms") else [(1.0, term) for term in module._terms()]
     image = want["image"]
     if file.startswith("laps"):  # whose scorer makes unit vectors first
         image, words = (torch.nn.functional.normalize(x, dim=-1) for x in (image, words))

@@ -12,6 +12,7 @@ from training_cases import SMALL, run_tiny
 import itm_fast
 from itm_fast.models import NAAF, checkpoint, scorer
 from itm_fast.models.naaf import xattn_score
+from itm_fast.nn import CrossAttentionScore
 from itm_fast.testing import inputs, op_checks
 from itm_fast.training import options
 
@@ -114,7 +115,7 @@ def test_naaf_s_terms_in_one_pass_are_its_three_scores(mode):
     for counts in (None, torch.tensor([9, 2, 5])):
         with itm_fast.use_backend("cpu"):
             found = module(*given, counts)
-            parts = [term(*given, counts) for term in module._terms()]
+            parts = [CrossAttentionScore(**term)(*given, counts) for term in module._terms()]
         assert torch.equal(found, parts[0] + parts[1] + parts[2])
     with itm_fast.use_backend("cpu"), pytest.raises(ValueError, match=r"cap_emb must be \[N, D\] with D = 64"):
         module(image, words[:, :5].contiguous(), cu_seqlens)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from .._checks import work_dtype
 from .._names import Negative
 from ..nn import Attention, CrossAttentionScore, State
+from ..ops import cross_attention_score
 from ..ops._cpu_calls import score_sum
 from ..packing import bounds
 from ._common import PaddedScorer, choice, without_padding
@@ -82,16 +83,17 @@ class NegativeAware(PaddedScorer):
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in OPTIONS)
 
-    def _terms(self) -> list[CrossAttentionScore]:
-        """n, f and r."""
+    def _terms(self) -> list[dict[str, Any]]:
+        """The options of n, f and r."""
         trains = self.training if not self.mode else self.mode != "test"
         threshold, scale = self.thres if trains else self.thres_safe, self.lambda_softmax
         plain: dict[str, Any] = {"affinity_norm": "none", "scale": scale, "threshold": threshold}
         pool: Negative = "negative" if trains else "smoothed_negative"
+        largest = {"weights": "hard", "similarity": "product", "pool": pool, "pool_scale": self.intra_lambda}
         return [
-            CrossAttentionScore(**plain, weights="hard", similarity="product", pool=pool, pool_scale=self.intra_lambda),
-            CrossAttentionScore(**plain, weights="threshold", similarity="projection", pool="mean"),
-            CrossAttentionScore(scale=scale, similarity="product", pool="mean"),
+            plain | largest,
+            plain | {"weights": "threshold", "similarity": "projection", "pool": "mean"},
+            {"scale": scale, "similarity": "product", "pool": "mean"},
         ]
 
     def score(
@@ -121,7 +123,7 @@ class NegativeAware(PaddedScorer):
         image's regions and w the weights of c_j, t_j . c_j = sum_i w_i D_ji and |c_j|^2 = w . G w.
         """
         (image,), (_, _, region_lengths) = image_state, rest
-        relevance = self._terms()[2].score(image_state, words, *rest)
+        relevance = CrossAttentionScore(**self._terms()[2]).score(image_state, words, *rest)
         real = None
         if region_lengths is not None:
             image, real = without_padding(image, region_lengths)
@@ -152,8 +154,8 @@ class NegativeAware(PaddedScorer):
         """n + f + r: in C++ from one pass over the affinities, where it scores and no gradient is recorded."""
         terms, (image,) = self._terms(), image_state
         if apart(image, words):
-            return score_sum(image, words, cu_seqlens, counts, [term.options for term in terms])
-        n, f, r = (term.score(image_state, words, cu_seqlens, (), counts) for term in terms)
+            return score_sum(image, words, cu_seqlens, counts, [CrossAttentionScore(**term).options for term in terms])
+        n, f, r = (cross_attention_score(image, words, cu_seqlens, region_lengths=counts, **term) for term in terms)
         return n + f + r
 
     @torch.no_grad()
@@ -191,7 +193,7 @@ class NegativeAware(PaddedScorer):
 
     def attention(self, image: Tensor, words: Tensor) -> Attention:
         """`regions` [W, R] of the term r."""
-        found = [term.attention(image, words) for term in self._terms()]
+        found = [CrossAttentionScore(**term).attention(image, words) for term in self._terms()]
         return Attention(sum(one.score for one in found), {"regions": found[2].weights["regions"]})
 
 
