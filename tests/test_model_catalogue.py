@@ -10,8 +10,9 @@ import pytest
 
 from itm_fast import models
 from itm_fast.models import build, checkpoint, model_class
-from itm_fast.models._catalogue import CATALOGUE, RECIPES, recognised, title
+from itm_fast.models._catalogue import CATALOGUE, RECIPES
 from itm_fast.models._options import COMMON
+from itm_fast.models._recognised import recognised, title
 from itm_fast.training import options
 
 README = Path(__file__).resolve().parents[1] / "README.md"

@@ -57,7 +57,7 @@ def find_vocabulary(args: argparse.Namespace, found: Checkpoint) -> tuple[Path, 
 def member_names(loaded: list[Checkpoint]) -> list[str]:
     """One name per network, such as "SCAN t2i"; equal names are followed by the shortest ends of the paths that differ.
     """
-    from ..models._catalogue import title
+    from ..models._recognised import title
 
     plain = [f"{title(found.opt)} {found.name}".rstrip() for found in loaded]
     parts = [Path(found.path).absolute().parts for found in loaded]

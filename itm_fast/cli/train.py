@@ -9,8 +9,9 @@ from typing import Any
 
 from .. import _torchrun
 from .._names import BACKENDS
-from ..models._catalogue import CATALOGUE, RECIPES, Entry, check, title
+from ..models._catalogue import CATALOGUE, RECIPES, Entry
 from ..models._options import ENCODERS, TRAINING, Option
+from ..models._recognised import check, title
 from ..training.recipe import options
 
 

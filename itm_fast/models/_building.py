@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from ..nn import PairScorer
-from ._catalogue import ALONE, CATALOGUE, check, recognised
+from ._catalogue import ALONE, CATALOGUE
 from ._common import Matcher
 from ._options import TRAINING
+from ._recognised import check, recognised
 from .checkpoint import Checkpoint
 
 # Options that only training reads. A checkpoint may lack them or have invalid ones, so scoring uses their defaults.

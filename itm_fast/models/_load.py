@@ -11,8 +11,8 @@ import torch
 
 from . import checkpoint
 from ._building import rebuild
-from ._catalogue import title
 from ._common import Matcher, usable_device
+from ._recognised import title
 from ._vocabulary import files, why_another
 
 if TYPE_CHECKING:

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from .._files import path_of
-from ._catalogue import marked, recognised
 from ._options import finite
+from ._recognised import marked, recognised
 from .torch_file import ALLOWED, describe, load_plain
 
 State: TypeAlias = collections.OrderedDict[str, Tensor]

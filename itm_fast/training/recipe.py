@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from ..models._catalogue import CATALOGUE, RECIPES, check
+from ..models._catalogue import CATALOGUE, RECIPES
+from ..models._recognised import check
 
 # The options that training reads in addition to those of the model.
 TRAINING = ("num_epochs", "lr_update", "batch_size", "seed", "exclude_same_image", "val_step", "data_name")

@@ -14,7 +14,7 @@ import torch
 from .._backends import use_backend
 from .._lock import Lock
 from .._ranks import joined
-from ..models._catalogue import check
+from ..models._recognised import check
 from . import resume
 from .interrupt import signals
 from .log import Callback, Log
