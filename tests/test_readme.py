@@ -68,8 +68,40 @@ def test_ci_runs_the_test_command():
     assert command in (ROOT / ".ci" / "run").read_text().splitlines()
 
 
+def results(name):
+    return json.loads((ROOT / "benchmarks" / "results" / name).read_text())
+
+
+def numbers(sentence):
+    """The numbers that `sentence` has as (...), wherever the README breaks its lines."""
+    return re.search(sentence.replace("NUMBER", r"([\d.]+)"), " ".join(TEXT.split())).groups()
+
+
+def test_training_steps_are_as_much_faster_as_measured():
+    models = {one["model"]: one["rows"] for one in results("whole_step_cpu_composed.json")["results"]}
+    said = numbers("step of RCAR, CMCAN and IMRAM is NUMBER, NUMBER and NUMBER times faster")
+    for model, times in zip(("rcar", "cmcan", "imram"), said, strict=True):
+        [row] = [row for row in models[model] if row["name"] == "itm-fast cpu"]
+        assert times == f"{row['times_faster_than_loop']:.1f}"
+
+
+def test_gradients_of_bfloat16_products_are_as_far_away_as_measured():
+    away = {}
+    for one in results("gradients_cpu.json")["results"]:
+        for row in one["rows"]:
+            parts = [100 * row[part] for part in ("images", "words", "parameters") if part in row]
+            away.setdefault((row["name"], one["model"].endswith(", trained")), []).extend(parts)
+    said = numbers(
+        "are then NUMBER to NUMBER % of their length away from float64's, and up to NUMBER % where SGR's training "
+        "begins; features rounded to bfloat16 take them NUMBER to NUMBER %, and NUMBER %"
+    )
+    for name, (low, high, most) in zip(("bfloat16 products", "rounded features"), (said[:3], said[3:]), strict=True):
+        trained, untrained = away[name, True], away[name, False]
+        assert (low, high, most) == (f"{min(trained):.1f}", f"{max(trained):.1f}", f"{max(untrained):.0f}")
+
+
 def test_the_wheel_is_as_large_and_as_slow_as_measured():
-    measured = json.loads((ROOT / "benchmarks" / "results" / "wheel.json").read_text())
+    measured = results("wheel.json")
     said = re.search(r"\[(\d+) MB, (\d+) minutes of one core\]\(benchmarks/results/wheel\.json\)", TEXT)
     assert int(said[1]) == round(measured["bytes"] / 1e6)
     assert int(said[2]) == round(measured["compiled"]["cpu_seconds"] / 60)
