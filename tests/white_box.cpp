@@ -351,6 +351,7 @@ PYBIND11_MODULE(white_box_module, m) {
   define<double>(m.def_submodule("float64"));
 #if defined(__AVX512BF16__)
   m.def("product_of_pairs", &product_of_pairs);
+  m.def("rough_sigmoid", each<float>([](Vec<float> v) { return rough_sigmoid(v); }));
 #endif
   m.def("product_by_tiles", &product_by_tiles);
   m.def("try_tiles", &try_tiles);

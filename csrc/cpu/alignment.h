@@ -94,20 +94,30 @@ inline void softmax(T* x, int64_t n) {
   for (int64_t j = 0; j < n; j += LANES<T>) store(x + j, load(x + j) * inverse);
 }
 
+// How far rows of pairs of neighbouring features lie apart, where rows of features have `wide` values.
+template <class T>
+constexpr int64_t feature_pairs(int64_t wide) {
+  return padded<T>(wide / 2);
+}
+
 // An image or a caption. ld is n in whole vectors, and all arrays of a row's numbers are zeros beyond n.
 template <class T>
 struct Item {
   int64_t n, ld;
   Buffer<T> numbers, gram;                 // gram: [n][ld], for scalar gates
   Buffer<T> rows, own_gates, other_gates;  // where vectors are formed, n rows, Pools::apart apart
-  Buffer<Pair> row_pairs, gate_pairs;      // of rows and of other_gates, where products multiply pairs
-  T highest = 0;                           // largest |row|^2
+  // Of rows and of other_gates, where products multiply pairs: pairs of two rows; and, for a backward pass, pairs of
+  // two features, n rows of feature_pairs().
+  Buffer<Pair> row_pairs, gate_pairs;
+  Buffer<T> row_features, gate_features;
+  T highest = 0;  // largest |row|^2
 
   static int64_t whole(int64_t n) { return round_up(n, LANES<T> > ROW_STEP ? LANES<T> : ROW_STEP); }
-  Item(int64_t n, bool grams, int64_t wide, bool vectors, bool pairs = false)
+  Item(int64_t n, bool grams, int64_t wide, bool vectors, bool pairs = false, int64_t features = 0)
       : n(n), ld(whole(n)), numbers(5 * whole(n)), gram(grams ? n * whole(n) : 0), rows(wide * n),
         own_gates(vectors ? wide * n : 0), other_gates(vectors ? wide * n : 0),
-        row_pairs(pairs ? wide * depth<Pair>(n) : 0), gate_pairs(pairs && vectors ? wide * depth<Pair>(n) : 0) {}
+        row_pairs(pairs ? wide * depth<Pair>(n) : 0), gate_pairs(pairs && vectors ? wide * depth<Pair>(n) : 0),
+        row_features(features * n), gate_features(features * n) {}
 
   T* norm() const { return numbers; }
   T* own() const { return numbers + ld; }        // a row's term of its own gate

@@ -48,12 +48,13 @@ struct Pools {
   }
 };
 
-// Makes `made` rows first .. first + n: an Item with room for so many, with Gram matrix or with rows. E is what the
-// products of features multiply. Where these are pairs, the Gram matrix is that of the same rounded rows: a squared
-// length whose terms nearly cancel is then off by what rounding does to its vector, not to its terms.
+// Makes `made` rows first .. first + n: an Item with room for so many, with Gram matrix or with rows, and, if these are
+// for a backward pass, with what that multiplies. E is what the products of features multiply. Where these are pairs,
+// the Gram matrix is that of the same rounded rows: a squared length whose terms nearly cancel is then off by what
+// rounding does to its vector, not to its terms.
 template <class T, class E>
 void take_rows(const AlignmentCall& call, const Modality& from, int64_t first, int64_t n, const Pools<T>& pools,
-               bool formed, Item<T>& made) {
+               bool formed, Item<T>& made, [[maybe_unused]] bool backward = false) {
   const int64_t D = call.D, K = call.K, wide = pools.wide, apart = pools.apart;
   Buffer<T> room(2 * std::max(D, K)), passing(formed ? 0 : n * apart);
   const T *own = from.own ? pools.caption : pools.image, *other = from.own ? pools.image : pools.caption;
@@ -85,16 +86,21 @@ void take_rows(const AlignmentCall& call, const Modality& from, int64_t first, i
   if constexpr (IS_PAIR<E>) {
     if (formed) pair_rows(n, wide, made.rows, apart, made.row_pairs);
     if (formed && call.vector()) pair_rows(n, wide, made.other_gates, apart, made.gate_pairs);
+    for (int64_t i = 0; backward && i < n; ++i) {
+      paired(made.rows + i * apart, wide, made.row_features + i * feature_pairs<T>(wide));
+      paired(made.other_gates + i * apart, wide, made.gate_features + i * feature_pairs<T>(wide));
+    }
   }
   if (!formed) gram_matrix<T>([&](int64_t i) { return row[size_t(i)]; }, n, wide, nullptr, made.gram, made.ld);
 }
 
-// These rows as an Item; `formed`: it will be used where vectors of a pair are formed.
+// These rows as an Item; `formed`: it will be used where vectors of a pair are formed; `backward`: and their gradients.
 template <class T, class E>
 Item<T> item(const AlignmentCall& call, const Modality& from, int64_t first, int64_t n, const Pools<T>& pools,
-             bool formed) {
-  Item<T> made(n, !formed, formed ? pools.apart : 0, formed && call.vector(), IS_PAIR<E> && formed);
-  take_rows<T, E>(call, from, first, n, pools, formed, made);
+             bool formed, bool backward = false) {
+  Item<T> made(n, !formed, formed ? pools.apart : 0, formed && call.vector(), IS_PAIR<E> && formed,
+               IS_PAIR<E> && backward ? feature_pairs<T>(pools.wide) : 0);
+  take_rows<T, E>(call, from, first, n, pools, formed, made, backward);
   return made;
 }
 

@@ -53,6 +53,15 @@ struct PairVectors {
     }
   }
 
+  // (3).
+  static Vec<T> gate(Vec<T> logit) {
+#if defined(__AVX512BF16__)
+    if constexpr (IS_PAIR<E>) return rough_sigmoid(logit);
+    else
+#endif
+      return sigmoid<T>(logit);
+  }
+
   // One side, given the weights of its n rows over m others, [m][ld]: its terms of (7), and its global vector (6).
   void side(VectorSide<T>& s, const Item<T>& mine, const Item<T>& others, const T* weights, bool vector, const T* pool,
             T* local, T* whole) {
@@ -79,7 +88,7 @@ struct PairVectors {
       Vec<T> dot{}, square{}, along_pool{};
       for (int64_t d = 0; d < wide; d += LANES<T>) {
         const Vec<T> v = load(x + d), u = load(at + d);
-        const Vec<T> g = vector ? sigmoid<T>(load(mine.own_gates + i * apart + d) + load(gates + d)) : one;
+        const Vec<T> g = vector ? gate(load(mine.own_gates + i * apart + d) + load(gates + d)) : one;
         dot += v * u;
         square += u * u;
         const Vec<T> f = u + g * (v - u);

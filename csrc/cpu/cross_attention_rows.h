@@ -94,10 +94,7 @@ inline Vec<T> head(const T* p, int64_t n) {
 // n values as pairs, which have the size of floats, a zero beyond an odd n. `out` has room for n in whole vectors,
 // halved.
 inline const float* paired(const float* x, int64_t n, float* out) {
-  for (int64_t k = 0; k < n; k += LANES<float>) {
-    const __m256bh half = _mm512_cvtneps_pbh((__m512)head(x + k, n - k));
-    std::memcpy(out + k / 2, &half, sizeof half);
-  }
+  for (int64_t k = 0; k < n; k += LANES<float>) store_rounded(out + k / 2, head(x + k, n - k));
   return out;
 }
 #endif

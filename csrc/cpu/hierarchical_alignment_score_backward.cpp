@@ -111,7 +111,7 @@ struct AlignmentBackward {
     for (int64_t step = 0; step < rounds.steps(); ++step)
       parallel(rounds.tasks, call.threads, [&] {
         return [&, pair = VectorsGradient<T, E>(call.problem, call.R, caption_sets.most, wide),
-                image = Item<T>(call.R, false, pools.apart, true, IS_PAIR<E>),
+                image = Item<T>(call.R, false, pools.apart, true, IS_PAIR<E>, IS_PAIR<E> ? feature_pairs<T>(wide) : 0),
                 room = Buffer<T>(call.R * Item<T>::whole(caption_sets.most))](int64_t k) mutable {
           const int64_t other = rounds.met(k, step);
           if (other < 0) return;
@@ -125,7 +125,7 @@ struct AlignmentBackward {
                   std::unique_ptr<Item<T>>& caption = captions[size_t(t)];
                   if (!taken)
                     take_rows<T, E>(call, modality(image_sets, 0), image_sets.first[size_t(i)], image_sets.length(i),
-                                    pools, true, image);
+                                    pools, true, image, true);
                   taken = true;
                   if (!caption) caption = made(caption_sets, t, 1, true);
                   pair.run(A, image, *caption, g, pools.image, pools.caption, gradients(image_sets, i, 0),
@@ -155,7 +155,7 @@ struct AlignmentBackward {
   }
   std::unique_ptr<Item<T>> made(const RowSets& sets, int64_t set, int64_t own, bool formed) const {
     return std::make_unique<Item<T>>(
-        item<T, E>(call, modality(sets, own), sets.first[size_t(set)], sets.length(set), pools, formed));
+        item<T, E>(call, modality(sets, own), sets.first[size_t(set)], sets.length(set), pools, formed, formed));
   }
   Items<T> items(const RowSets& sets, int64_t own) const {
     Items<T> all(size_t(sets.count()));
