@@ -192,11 +192,12 @@ def training(model: str, precision: str, card: Card) -> list[dict]:
     asked, found = PRECISIONS[precision], []
     for part in traffic_training.parts(model, shapes.SHAPES[TRAINING], card.arch, asked.matmul):
         rows = kernels(part.launches, card)
-        bound = sum(row["bound"] for row in rows)
+        # fsum, as sum of floats has other last bits since Python 3.12, and the numbers are compared with result files.
+        bound = math.fsum(row["bound"] for row in rows)
         less = [row for row in rows if row["bound"] < SHOWN_SHARE * bound]
         found.append({
             "part": part.name, "bound": bound, "floor": training_floor(part, asked.kinds[0], card),
-            "launches": sum(row["launches"] for row in rows), "others": sum(row["bound"] for row in less),
+            "launches": sum(row["launches"] for row in rows), "others": math.fsum(row["bound"] for row in less),
             "other_launches": sum(row["launches"] for row in less),
             "kernels": sorted((row for row in rows if row not in less), key=lambda row: -row["bound"]),
         })  # fmt: skip
@@ -218,8 +219,8 @@ def predicted(workload: str, card: Card, backends: Iterable[str] = BACKENDS) -> 
                 rows = kernels(found, card)
                 one["backends"][backend] = {
                     "products": asked.kinds[BACKENDS[backend]],
-                    "bound": sum(row["bound"] for row in rows),
-                    "bound_without_cache": sum(row["bound_without_cache"] for row in rows),
+                    "bound": math.fsum(row["bound"] for row in rows),
+                    "bound_without_cache": math.fsum(row["bound_without_cache"] for row in rows),
                     "kernels": rows,
                 }
             results.append(one)

@@ -69,7 +69,7 @@ class Count:
         def rate(kind: str, by_mma: bool) -> float:
             return card.rate(kind, by_mma) or math.nan
 
-        seconds = sum(n / rate(kind, False) for kind, n in self.by_wgmma.items())
+        seconds = math.fsum(n / rate(kind, False) for kind, n in self.by_wgmma.items())
         for kind, n in self.products.items():
             seconds += (n - self.by_wgmma.get(kind, 0.0)) / rate(kind, self.by_mma)
         return seconds
