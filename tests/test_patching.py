@@ -217,17 +217,31 @@ def test_mistakes(tmp_path, repository):
     assert str(itm_fast.patch(_modules)) == "nothing that itm_fast.patch knows is defined here"
 
 
-def test_a_repository_in_a_folder_of_its_own(tmp_path, repository, monkeypatch):
-    inner = tmp_path / "repository" / "its-code"
-    inner.mkdir(parents=True)
-    (inner / "model.py").write_text("def i2t(npts, sims): pass")
-    assert [row.where for row in itm_fast.patch(tmp_path / "repository")] == ["model:1"]
-    assert sys.path[0] == str(inner)
-    other = tmp_path / "repository" / "other"
-    other.mkdir()
-    (other / "model.py").touch()
-    with pytest.raises(ValueError, match=r"repository has no \.py files .*its-code or .*other$"):
-        itm_fast.patch(tmp_path / "repository")
+@pytest.mark.parametrize(
+    ("files", "where", "folder"),
+    [
+        (("its-code/model.py",), ["model:1"], "its-code"),
+        (("its-code/model.py", "docs/conf.py", "venv/lib/site-packages/a/model.py"), ["model:1"], "its-code"),
+        (("pkg/__init__.py", "pkg/model.py"), ["pkg.model:1"], ""),
+        (("src/pkg/__init__.py", "src/pkg/model.py", "tests/test_a.py"), ["pkg.model:1"], "src"),
+        (("models/model.py", "evaluation/evaluation.py"), ["evaluation.evaluation:1", "models.model:1"], ""),
+        (("../linked/model.py",), ["model:1"], "../linked"),
+    ],
+)
+def test_a_repository_without_scripts_of_its_own(tmp_path, repository, files, where, folder):
+    root = tmp_path / "repository"
+    root.mkdir()
+    for file in map(root.joinpath, files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("def i2t(npts, sims): pass" if file.stem in ("model", "evaluation") else "")
+    if "linked" in folder:
+        (root / "code").symlink_to(tmp_path / "linked")
+    try:
+        assert [row.where for row in itm_fast.patch(root)] == where
+        assert sys.path[0] == str((root / folder).resolve())
+    finally:
+        for name in ("pkg", "pkg.model", "models", "models.model", "evaluation.evaluation"):
+            sys.modules.pop(name, None)
 
 
 @pytest.mark.slow

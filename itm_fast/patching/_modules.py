@@ -48,14 +48,14 @@ def patch(*targets: ModuleType | str | Path) -> Report:
     Args:
         targets: modules of the repository; or the path of its folder or of one of its .py files, which are imported
             with the folder on `sys.path`, where it stays, so that the repository's own imports find the same modules.
-            A folder that has no .py files itself stands for the one folder in it that has.
+            A folder without .py files of its own stands for the only folder in it that has code known here, unless
+            that is a package (it has an `__init__.py`).
 
     Returns:
         A row for each thing found; its text is a table.
 
     Raises:
-        ValueError: a path does not exist, or has .py files in several folders but none of its own; or a module of its
-            name is imported from elsewhere.
+        ValueError: a path does not exist, or a module of its name is imported from elsewhere.
 
     >>> import types, itm_fast
     >>> print(itm_fast.patch(types.ModuleType("model")))
@@ -228,7 +228,7 @@ def _imported(path: Path, rows: list[Row]) -> list[ModuleType]:
             )
             rows.append(Row(name, file.name, REFUSED, f"{said}: {type(error).__name__}: {error}"))
             continue
-        if Path(str(getattr(module, "__file__", ""))).resolve() != file:
+        if Path(str(getattr(module, "__file__", ""))).resolve() != file.resolve():
             raise ValueError(
                 f"patch: a module {name} is imported from {getattr(module, '__file__', None)}, not from {file}; start "
                 "Python in the repository's folder"
@@ -238,22 +238,30 @@ def _imported(path: Path, rows: list[Row]) -> list[ModuleType]:
 
 
 def _root(folder: Path) -> Path:
-    """The folder that a repository's scripts run in: this one, or the one in it that has .py files if this has none."""
+    """The folder that a repository's scripts run in.
+
+    This one; but while it has no .py files, the only folder in it with code that is known, if that is no package: the
+    scripts import a package by its name.
+    """
     while not any(folder.glob("*.py")):
-        inner = [
-            each
-            for each in sorted(folder.iterdir())
-            if each.is_dir() and not each.name.startswith(".") and any(each.rglob("*.py"))
-        ]
-        if not inner:
+        inner = [each for each in folder.iterdir() if each.is_dir() and _has_code(each)]
+        if len(inner) != 1 or (inner[0] / "__init__.py").exists():
             break
-        if len(inner) > 1:
-            raise ValueError(
-                f"patch: {folder} has no .py files of its own; give the folder that its scripts run in: "
-                + " or ".join(map(str, inner))
-            )
-        folder = inner[0]
+        folder = inner[0].resolve()
     return folder
+
+
+def _has_code(folder: Path) -> bool:
+    for file in folder.rglob("*.py"):
+        parts = file.relative_to(folder.parent).parts
+        if any(part in _SKIPPED or part.startswith(".") for part in parts):
+            continue
+        try:
+            if _defines(file):
+                return True
+        except (OSError, SyntaxError, ValueError):  # `_imported` tells why
+            return True
+    return False
 
 
 def _defines(file: Path) -> bool:
