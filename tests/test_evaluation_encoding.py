@@ -153,6 +153,12 @@ def test_encode_refusals():
         encode(net, data, vocabulary, batch_size=0)
     with pytest.raises(ValueError, match="data has 7 features per region"):
         encode(net, Split(np.zeros((2, 3, 7), np.float32), ["a"], np.array([0])), vocabulary, progress=False)
+    net.img_enc.fc = nn.Sequential(nn.Linear(6, 8), nn.Linear(9, 8))
+    for known in (None, 6):
+        net.img_enc.img_dim = known
+        with pytest.raises(ValueError, match=r"has 6 features .* encoder does not take them \(mat1 and"):
+            encode(net, data, vocabulary, progress=False)
+    net = model(vocabulary)
     net.txt_enc = Words(5)
     with pytest.raises(ValueError, match="beyond the 5 words that the checkpoint embeds"):
         encode(net, data, vocabulary, progress=False)

@@ -17,7 +17,7 @@ from ranks_cases import BLOCKS, RAGGED, evaluated, evaluations, same_report
 from sharing_cases import PROCESSES, encoded, work
 
 from itm_fast._ranks import Ranks, _require_own_gpus
-from itm_fast.evaluation.encoding import joined_crc
+from itm_fast.evaluation.crc import joined_crc
 from itm_fast.evaluation.tally import Tally
 from itm_fast.models._common import usable_device
 

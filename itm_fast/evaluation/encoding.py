@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..packing import pack
 from .boxes import boxes_for
+from .crc import joined_crc
 from .distinct import columns, first_of_equals
 from .mapped import Part, Place
 
@@ -203,7 +204,9 @@ def require_vocabulary(model: Any, vocab: Vocabulary) -> None:
             "model with it: itm_fast.models.load(path, vocab=FILE)"
         )
     if not hasattr(vocab, "checksum"):
-        raise TypeError(f"vocab must be a Vocabulary, got {type(vocab).__name__}; Vocabulary.load reads one")
+        raise TypeError(
+            f"vocab must be a Vocabulary, got {type(vocab).__name__}; itm_fast.data.Vocabulary.load(FILE) reads one"
+        )
     if getattr(model, "vocab_checksum", None) not in (None, vocab.checksum()):
         raise ValueError(
             f"the {type(model).__name__} model was trained with other words than the {len(vocab):,} of this "
@@ -282,30 +285,6 @@ def _crc(array: NDArray, value: int) -> int:
     return zlib.crc32(np.ascontiguousarray(array).view(np.uint8).reshape(-1).data, value)
 
 
-def joined_crc(before: int, after: int, size: int) -> int:
-    """The CRC-32 of bytes whose parts have the CRC-32s `before` and `after`; the second part has `size` bytes.
-
-    >>> joined_crc(zlib.crc32(b"a cat"), zlib.crc32(b" sits"), 5) == zlib.crc32(b"a cat sits")
-    True
-    """
-    power, square = 1 << 31, 1 << 23  # x^0 and x^8, the shift by a byte; the highest bit is the lowest power
-    while size:
-        if size & 1:
-            power = _times(power, square)
-        square = _times(square, square)
-        size >>= 1
-    return _times(power, before) ^ after
-
-
-def _times(a: int, b: int) -> int:
-    """The product of two polynomials over GF(2), modulo that of CRC-32."""
-    found = 0
-    for bit in range(31, -1, -1):
-        found ^= b * (a >> bit & 1)
-        b = (b >> 1) ^ (0xEDB88320 * (b & 1))
-    return found
-
-
 def _crc_of_shape(shape: tuple[int, ...], value: int) -> int:
     return zlib.crc32(repr(shape).encode(), value)
 
@@ -321,9 +300,11 @@ def embed(encoder: nn.Module, features: NDArray[np.float32]) -> Tensor:
     except RuntimeError as error:
         if "shapes cannot be multiplied" not in str(error):
             raise
+        given, known = features.shape[2], getattr(encoder, "img_dim", None)
+        takes = f"does not take them ({error})" if known in (None, given) else f"takes {known}"
         raise ValueError(
-            f"the data has {features.shape[2]} features per region, and the checkpoint's image encoder takes "
-            f"{getattr(encoder, 'img_dim', 'another number')}; use the features that it was trained on"
+            f"the data has {given} features per region, and the checkpoint's image encoder {takes}; use the features "
+            "that it was trained on"
         ) from error
 
 
