@@ -178,7 +178,7 @@ class Gallery:
         Raises:
             ValueError: a number is out of its range; a caption is blank; the model has no vocabulary; `first` is needed
                 or of the wrong kind; there is no sample; or a score is not finite.
-            TypeError: captions are not texts.
+            TypeError: captions are not texts, or `k` or `candidates` is no int.
         """
         from ..data import tokenize
 
@@ -220,7 +220,7 @@ class Gallery:
 
         Args and Raises: as `search`.
         """
-        k, stage = self._cut(k), self._stage(first, index)
+        k, candidates, stage = self._cut(k), _whole(candidates, "candidates"), self._stage(first, index)
         if not k <= candidates <= len(self):
             raise ValueError(
                 f"candidates must be {k} (as many as are returned) to {len(self):,} (all images), got {candidates}"
@@ -277,11 +277,15 @@ class Gallery:
         return self._stages[key]
 
     def _cut(self, k: int) -> int:
-        if not isinstance(k, Integral):
-            raise TypeError(f"k must be a whole number, got {k!r}")
-        if k < 1:
+        if _whole(k, "k") < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         return min(k, len(self))
+
+
+def _whole(value: object, argument: str) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{argument} must be an int, got {value!r}")
+    return int(value)
 
 
 def _texts(captions: Sequence[str], argument: str) -> list[str]:
