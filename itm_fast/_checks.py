@@ -200,12 +200,13 @@ def dense(tensor: object) -> TypeGuard[Tensor]:
 
 
 def plain(*tensors: Tensor) -> bool:
-    """Whether only the values of tensors matter now: none is fake or of a transform of torch.func, no graph is traced,
-    and no dispatch mode, such as make_fx's or a count of operations, sees what is computed."""
+    """Whether only the values of tensors matter now: none is fake, a negated view or of a transform of torch.func, no
+    graph is traced, and no dispatch mode, such as make_fx's or a count of operations, sees what is computed."""
     return (
         not torch.compiler.is_compiling()
+        and torch._C._get_tracing_state() is None  # torch.jit.trace
         and not is_in_torch_dispatch_mode()
-        and all(type(x) in (Tensor, nn.Parameter) for x in tensors)
+        and all(type(x) in (Tensor, nn.Parameter) and not x.is_neg() for x in tensors)
         and forward_ad._current_level < 0
         and not any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
     )

@@ -239,3 +239,20 @@ def test_a_call_passes_by_the_dispatcher_where_no_gradient_is_recorded_and_nothi
     traced = make_fx(score)(image)
     assert "itm_fast.cross_attention_score.default" in {str(node.target) for node in traced.graph.nodes}
     assert len(dispatched) == 2
+    with torch.profiler.profile() as profile:
+        score(image)
+    assert "itm_fast::cross_attention_score" in {event.name for event in profile.events()}
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of checks of the sizes
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_a_trace_of_torch_jit_and_a_negated_view_have_the_ops_values(backend):
+    image, words, cu_seqlens = torch.randn(2, 3, 8), torch.randn(5, 8), torch.tensor([0, 2, 5])
+
+    def score(*args):
+        return itm_fast.cross_attention_score(*args, backend=backend)
+
+    traced = torch.jit.trace(score, (image, words, cu_seqlens))
+    others = torch.randn(3, 3, 8), torch.randn(6, 8), torch.tensor([0, 4, 5, 6])
+    assert traced(*others).equal(score(*others))
+    assert score(torch._neg_view(image), words, cu_seqlens).equal(score(-image, words, cu_seqlens))

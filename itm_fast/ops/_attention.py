@@ -153,7 +153,7 @@ def negative(
             near = pool_scale * (query @ query.transpose(-1, -2))
             if mask is not None:
                 near = near.masked_fill(~mask[..., None, :], float("-inf"))
-            smooth = (near.softmax(-1) @ r[..., None])[..., 0]
+            smooth = torch.einsum("...ij,...j->...i", near.softmax(-1), r)  # matmul would copy near for each image
         kept = ~(smooth >= 0)
     return r * (kept if mask is None else kept & mask)
 

@@ -33,6 +33,11 @@ def _told(reasons: dict[str, str | None], backend: str) -> str | None:
     return reasons[backend]
 
 
+def _seen_by_name() -> bool:
+    """Whether a profiler or a torch function mode is on, which is told the names of ops."""
+    return torch.autograd._profiler_enabled() or torch._C._is_torch_function_mode_enabled()
+
+
 class Op(Declaration):
     """A declared op, registered as one of `torch.ops.itm_fast`; a call checks its arguments and chooses the backend.
 
@@ -103,7 +108,7 @@ class Op(Declaration):
         name = resolve(self.name, backend, first.device, dtype, too_large, self.put_aside(given), traced)
         args, keeping = self.convert(given), self.keeping.get(name)
         tensors = [x for x in args if isinstance(x, Tensor)]
-        if not first.is_cpu or not plain(*tensors):
+        if not first.is_cpu or not plain(*tensors) or _seen_by_name():
             return self.call(*args, name)
         if not (torch.is_grad_enabled() and any(x.requires_grad for x in tensors)):
             return self.run(*args, name)  # as torch's dispatcher would, which takes longer than small scores

@@ -89,13 +89,13 @@ def _refuse(size: dict[str, int], given: Given) -> str | None:
     t2i = given["direction"] == "t2i"
     I, R, T, N, B, Q, M, C, P = (size[letter] for letter in "IRTNBQMCP")
     pairs, alone = (N, N) if t2i else (T * R, R)
-    if (B, Q) not in {(I, pairs), (1, alone) if t2i else (I, alone)}:
+    if (B, Q) not in [(I, pairs), (1, alone) if t2i else (I, alone)]:
         said = "[I, N, D]" if t2i else "[I, T, R, D]"
         return f"queries must be {said} with I = {I}, R = {R}, T = {T} and N = {N}, got {B} x {Q} rows"
     if (I * R if t2i else N) != M:
         said = "[I, R, S], as the regions" if t2i else "[N, S], as the words"
         return f"values must be {said}, got {M} rows"
-    if (C, P) not in {(1, 1), (I, pairs)}:
+    if (C, P) not in [(1, 1), (I, pairs)]:
         said = "[I, N]" if t2i else "[I, T, R]"
         return f"scale must be a number or {said}, got {C} x {P}"
     return None

@@ -47,14 +47,14 @@ class Padding:
         return torch.frombuffer(places, dtype=torch.int64).to(self.device)  # torch.tensor of a list takes far longer
 
     @cached_property
-    def counts(self) -> Tensor:
-        """The lengths [c]."""
-        return torch.tensor(self.lengths, device=self.device)
+    def counts(self) -> Tensor | int:
+        """The lengths [c], or the one of all, for which nothing is copied to a GPU."""
+        return torch.tensor(self.lengths, device=self.device) if self.needed else self.shape[1]
 
     @property
     def real(self) -> Tensor | None:
         """Mask of the real words, bool [1, c, longest], None if all captions have one length."""
-        return valid(self.counts, self.shape[1])[None] if self.needed else None
+        return valid(self.counts, self.shape[1])[None] if isinstance(self.counts, Tensor) else None
 
     def with_last(self) -> Tensor:
         """Places int64 [c * (longest + 1)] of rows of which each caption has one for each word and then one more: the

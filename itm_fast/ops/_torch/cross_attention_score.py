@@ -17,7 +17,6 @@ from .._declare import empty
 from ._attention import attended_norm, attention, valid
 from ._groups import Padding, groups, in_order
 
-HARD = ("none", "hard", "product")  # affinity norm, weights and similarity where r_j is the largest affinity
 COPIES = 6  # temporaries [R, L] of a pair that exist at once in the forward pass
 Part = tuple[slice, tuple[Tensor, ...], Iterable[_recompute.Recorded]]  # images, the blocks' arguments, and the blocks
 
@@ -88,8 +87,8 @@ def _image_spans(backward, image, words, cu_seqlens, region_lengths, direction, 
     work, device = work_dtype(image), image.device
     entries = _recompute.tile_bytes(device, backward) // (COPIES * work.itemsize)
     function = partial(_score, direction, *options)
-    norm, _, pool, _, weights, _, similarity = options
-    apart = norm in ("none", "clipped") if direction == "t2i" else (norm, weights, similarity) == HARD
+    norm, _, pool, *_ = options
+    apart = direction == "t2i" and norm in ("none", "clipped")
     copies = 2 if pool == "smoothed_negative" else R
     each = work.itemsize * R * (R + D)  # an image's Gram matrix, and its copy where it is masked or widened
     for images in spans(I, max(1, scratch_bytes(device) // (4 * each))):
@@ -106,13 +105,13 @@ def _image_spans(backward, image, words, cu_seqlens, region_lengths, direction, 
 def _rectangles(I, R, edge, device, entries, region_lengths, function, arguments, apart, copies):
     """Blocks of some images and captions of several lengths; `apart`: no norm or maximum is over one caption's words.
 
-    Then captions need not be sorted by length, nor where this would bring no equal lengths together. `copies`: padded
-    captions have at most so many times a block's most words.
+    Then captions need not be sorted by length, nor where this would make less than half as many sets: a few more take
+    less time than copying the words. `copies`: padded captions have at most so many times a block's most words.
     """
     most = max(_recompute.MIN_QUERIES, entries // (8 * R))
     padded = copies * most  # with R, an image's cosines with padded captions take no more than its affinities
     length = [stop - start for start, stop in pairwise(edge)]
-    unsorted = apart or len(set(length)) == len(list(groupby(length)))
+    unsorted = apart or len(list(groupby(length))) <= 2 * len(set(length))
     for group in in_order(edge, most, padded) if unsorted else groups(edge, device, most, padded):
         sizes = R * sum(length * size for length, size in group.sets)
         if len(group.sets) > 1:
@@ -152,7 +151,7 @@ def _similarities(
     norm, scale, weights, threshold, similarity, affinity, context, query, sets, gram, context_mask, query_mask
 ):  # fmt: skip
     """r_j of (1), [B, Q], of queries [Q, D] in contexts [B, X, D], from their affinities [B, X, Q]."""
-    if (norm, weights, similarity) == HARD:  # r_j is the largest affinity
+    if (weights, similarity, norm) == ("hard", "product", "none"):  # r_j is the largest affinity
         if context_mask is not None:
             affinity = affinity.masked_fill(~context_mask[:, :, None], float("-inf"))
         return affinity.amax(1)
