@@ -70,7 +70,7 @@ def test_two_stages_are_called_approximate_on_the_last_line(made, capsys):
 
 
 def test_a_list_from_standard_input_as_json(made, capsys, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbfold cat\n\n two dogs \n")))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\ufeffold cat\n\n\u3000\n two dogs\xa0\n".encode())))
     assert main(search(made, "--json", "-k", "2", "-")) == 0
     found = json.loads(capsys.readouterr().out)
     assert [row["caption"] for row in found["results"]] == ["old cat", "two dogs"]
@@ -98,6 +98,12 @@ def test_mistakes_are_one_sentence(made, capsys, words, sentence):
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("itm-fast search: ")
     assert sentence in line
+
+
+def test_standard_input_of_white_space_alone_has_no_caption(made, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\ufeff\n\u3000\n \n".encode())))
+    assert main(search(made, "-")) == 2
+    assert "standard input has no caption; give one a line" in capsys.readouterr().err
 
 
 def test_standard_input_that_is_not_utf8_is_refused(made, capsys, monkeypatch):

@@ -126,8 +126,9 @@ def _captions(words: list[str]) -> list[str]:
     if words == ["-"]:
         from ..data.texts import caption_text
 
-        lines = ((row, line.strip()) for row, line in enumerate(sys.stdin.buffer, 1))
-        words = [caption_text(line, f"line {row} of standard input") for row, line in lines if line]
+        lines = enumerate(sys.stdin.buffer, 1)
+        texts = (caption_text(line.strip(), f"line {row} of standard input").strip() for row, line in lines)
+        words = [text for text in texts if text]
         if not words:
             raise ValueError("standard input has no caption; give one a line")
     elif "-" in words:
