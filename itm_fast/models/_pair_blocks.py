@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -102,6 +102,11 @@ def blocks(
             yield _recompute.Block(
                 tuple(at[axis] for axis in axes), (images, some.captions), partial(_within, half / GIB, function)
             )
+
+
+def lengths(cu_seqlens: Tensor, words: Tensor, name: str) -> int:
+    """How many different lengths the captions have: each has blocks, and copies of images, of its own."""
+    return len({b - a for a, b in pairwise(bounds(cu_seqlens, len(words), name))})
 
 
 def _alone(run: Run) -> Group:

@@ -33,7 +33,7 @@ from ..packing import region_counts
 from ._boxes import checked
 from ._common import PaddedScorer, cosine, without_padding
 from ._lengths import packed
-from ._pair_blocks import blocks, mean_over_queries
+from ._pair_blocks import blocks, lengths, mean_over_queries
 from ._rows import linear
 from ._sgraf_attention import pair_attention
 
@@ -207,8 +207,13 @@ class StructuredMatching(PaddedScorer):
         cut = partial(blocks, NAME, axes, pair_bytes, self._block)
         captions = len(cu_seqlens) - 1
         queries = sum({"i2t": captions * R, "t2i": len(words)}[side] for side in self.sides)
-        recorded = queries * (D + 6 * self.num_block + 4 * HIDDEN) + 5 * len(words) * R  # of each image, measured
-        numbers = len(image) * recorded
+        # Autograd records of each query of a pair P, 6 numbers of each of its blocks for the cosine, and y, its product
+        # with the share, and tanh; of each affinity 3 numbers, before and after its norm and as a weight, and 3 of each
+        # norm; words where a block gathers them, weights, and copies of images without their padding.
+        attention = 3 * len(self.sides) * (len(words) + captions) * R
+        padded = 0 if region_lengths is None else 4 * image.numel() * lengths(cu_seqlens, words, NAME)
+        numbers = len(image) * (queries * (D + 6 * self.num_block + 3 * HIDDEN) + attention) + padded
+        numbers += words.numel() + sum(x.numel() for x in weights)
         return _recompute.score(cut, axes, tensors, cu_seqlens, region_lengths, numbers=numbers)
 
     def _block(self, length, cu_seqlens, region_lengths, image, words, *rest) -> Tensor:

@@ -28,7 +28,7 @@ from ..ops._torch._attention import valid
 from ..packing import spans
 from ._common import PaddedScorer, choice, cosine, encode_text, l2norm, without_padding
 from ._inputs import ImageEncoder
-from ._pair_blocks import attended_of_pairs, blocks, matched, mean_over_queries
+from ._pair_blocks import attended_of_pairs, blocks, lengths, matched, mean_over_queries
 from ._rows import cosines, gated, linear
 from ._sgraf_attention import pair_attention
 from .scan import EncoderText as _EncoderText
@@ -181,11 +181,24 @@ class IterativeMatching(PaddedScorer):
             cut = partial(blocks, NAME, axes, pair_bytes, partial(self._block, direction))
             pairs = partial(matched, axes, pair_bytes, partial(self._pairs, direction))
             args = (*tensors, of_query, bias), cu_seqlens, counts, (steps,), pairs
-            queries = len(words) if t2i else (len(cu_seqlens) - 1) * R
-            recorded = steps * len(some) * (11 * queries * D + 12 * len(words) * R)  # as measured
-            numbers = recorded + mapped.numel() + weight.numel()
+            numbers = self._recorded(t2i, some, words, cu_seqlens, counts is not None)
+            numbers += mapped.numel() + weight.numel() + bias.numel()
             found.append(_recompute.score(cut, axes, *args, numbers=numbers))
         return torch.cat(found) if found else image.new_empty(0, len(cu_seqlens) - 1, steps)
+
+    def _recorded(self, t2i: bool, image: Tensor, words: Tensor, cu_seqlens: Tensor, padded: bool) -> int:
+        """About how many numbers autograd records of what `_refined` calls; `padded`: some regions are not real."""
+        (I, R, D), N, captions, steps = image.shape, len(words), len(cu_seqlens) - 1, self.iteration_step - 1
+        # Of a query in each step: tanh(o), g, 1 - g, q^k before and after it is scaled, for i2t also ordered by caption
+        # and, of padded images, cleared; P beside W_p P, but P alone at the end; and 6 lengths and factors.
+        query = D * ((8 if t2i else 9 + padded) * steps - 2) + 6 * steps
+        # Affinities before and after the norm and as weights, and 3 numbers of each norm.
+        attention = 3 * R * (N + captions)
+        # [x; W_p x] in all steps but the first and last, for t2i of all images in blocks of each length, where x (for
+        # affinities) and what is attended are copied without padding; words, where a block gathers them.
+        copies = 3 * (steps - 1) + (4 * steps + 1) * padded * t2i
+        contexts = copies * (I * R * lengths(cu_seqlens, words, NAME) if t2i else N) + N
+        return I * ((N if t2i else captions * R) * query + (steps + 1) * attention) + D * contexts
 
     def _block(self, direction, length, cu_seqlens, region_lengths, image, second, third, of_query, bias) -> Tensor:
         """A block of s_2, ..., s_K; `mapped` are the contexts x as W_p x of both layers."""

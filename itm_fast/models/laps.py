@@ -133,8 +133,11 @@ class SlimmedMaxMean(PaddedScorer):
 
         cut = partial(blocks, NAME, "IIINT", pair_bytes, self._block)
         tensors = image, logits, key, words, *caption_state
-        recorded = (A + 2) * ((len(cu_seqlens) - 1) * (3 * D + self.num_patches) + 4 * len(words))  # as measured
-        numbers = len(image) * recorded
+        # Autograd records of each token k of a pair z_k and unit(z_k), the patches' shares before and after `cat`, 4
+        # lengths and factors, and B_kj before and after LeakyReLU; of each word t_j, where a block gathers it, and
+        # unit(t_j).
+        tokens = (A + 2) * ((len(cu_seqlens) - 1) * (2 * D + 2 * self.num_patches + 4) + 2 * len(words))
+        numbers = len(image) * tokens + 2 * words.numel()
         return _recompute.score(cut, "IIINT", tensors, cu_seqlens, region_lengths, numbers=numbers)
 
     def _block(self, length, cu_seqlens, region_lengths, image, logits, key, words, mean) -> Tensor:
