@@ -230,8 +230,17 @@ def test_missing_files_name_the_splits_there_are(tmp_path):
         open_split(tmp_path, "test")
     (tmp_path / "f30k").mkdir()
     write_folder(tmp_path / "f30k", split="test")
-    with pytest.raises(FileNotFoundError, match=r"splits in this folder: none; there are some in .*f30k$"):
+    with pytest.raises(FileNotFoundError, match=r"folder: none; there are some in [^,]*f30k; give that folder$"):
         open_split(tmp_path, "test")
+    for name in "abcde":
+        (tmp_path / "many" / name).mkdir(parents=True)
+        write_folder(tmp_path / "many" / name, split="test")
+    with pytest.raises(FileNotFoundError, match=r"many/d, [^,]*many/e; give that folder$"):
+        open_split(tmp_path / "many", "test")
+    (tmp_path / "f30k").rename(tmp_path / "many" / "f30k")
+    with pytest.raises(FileNotFoundError, match=r"many/e, \.\.\.; give that folder$"):
+        open_split(tmp_path / "many", "test")
+    (tmp_path / "many" / "f30k").rename(tmp_path / "f30k")
     with pytest.raises(ValueError, match=r"test_ims\.npy is one file of a split; give its folder, or an HDF5 file"):
         open_split(tmp_path / "f30k" / "test_ims.npy", "test")
     write_folder(tmp_path, split="testall")

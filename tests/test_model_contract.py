@@ -224,9 +224,14 @@ def test_empty(model, I, lengths, grad):
 
 @over(*(name for name in PUBLISHED if MODELS[name].trains and name != "RCAR"))  # which has no weights for regions
 def test_another_number_of_regions_is_refused(model):
-    image, caption = features()
-    with pytest.raises(ValueError, match=r"R = 6 regions, got \[5, 4, 16\]"):
-        model.scorer()(image[:, :4], caption, LENGTHS)
+    image, _ = features()
+    for wrong, advice in (
+        (image[:, :4], r"\[5, 4, 16\]; pad each image to 6 and .*with num_region=4 "),
+        (image.repeat(1, 2, 1), r"\[5, 12, 16\]; keep 6 regions of each image, or .*with num_region=12 "),
+        (image[0], r"\[6, 16\]$"),
+    ):
+        with pytest.raises(ValueError, match=rf"R = 6 regions, got {advice}"):
+            model.scorer().image_state(wrong)
 
 
 def scorer_of(name, **options):

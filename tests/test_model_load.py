@@ -72,7 +72,7 @@ def test_scores_need_words():
     loaded = load(CHECKPOINTS["scan"])
     with pytest.raises(ValueError, match="vocab is None"):
         score(loaded.model, np.ones((1, 36, 128), np.float32), CAPTIONS, None)
-    with pytest.raises(TypeError, match=r"vocab must be a Vocabulary, got str; Vocabulary\.load reads one"):
+    with pytest.raises(TypeError, match=r"must be a Vocabulary, got str; read one with itm_fast\.data\.Vocab"):
         score(loaded.model, np.ones((1, 36, 128), np.float32), CAPTIONS, "vocab.json")
     with pytest.raises(TypeError, match="must be a list of texts"):
         score(loaded.model, np.ones((1, 36, 128), np.float32), "a cat", loaded.vocab)

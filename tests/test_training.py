@@ -227,7 +227,7 @@ def test_a_lone_caption_at_the_end_is_left_out(tmp_path):
 
 
 def test_what_is_not_finite_stops_with_a_reason(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"epoch 1, iteration 1: the loss is inf; .* try a lower learning rate"):
+    with pytest.raises(ValueError, match=r"iteration 1: the loss is inf; .* and nothing was saved yet; try a lower"):
         run_tiny(tmp_path / "wide", opt=tiny_options("scan", margin=1e300))
     real = losses.batch_loss
     monkeypatch.setattr(losses, "batch_loss", lambda *args: 5e37 * real(*args))
@@ -248,7 +248,9 @@ def test_a_dev_split_that_is_not_finite_is_named(tmp_path, monkeypatch):
     features[2, 7, 3] = np.nan
     monkeypatch.setattr("training_cases.DEV", Split(features, DEV.captions, DEV.caption_to_image, name="mine: dev"))
     with pytest.raises(ValueError, match=r"validation on mine: dev in epoch 1: the score of image 2 .* keeps what was"):
-        run_tiny(tmp_path, max_steps=1)
+        run_tiny(tmp_path / "late", max_steps=1)
+    with pytest.raises(ValueError, match=r"in epoch 1: the score of image 2 .* and nothing was saved yet$"):
+        run_tiny(tmp_path / "early", opt=tiny_options("scan", val_step=1))
 
 
 def test_refuses_to_overwrite_and_to_resume_what_is_not_there(tmp_path, straight):

@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
     workers = min(8, os.cpu_count() or 1)
     names = pictures.find(folder, arrays.KINDS if args.from_arrays else pictures.KINDS)
     texts, empty, ordered = captions.read_captions(args.captions, args.split)
-    found, lost = captions.match(texts, [arrays.label(name) for name in names])
+    found, lost = captions.match(texts, [arrays.label(name) for name in names], names)
     if len(lost) == len(texts):
         raise ValueError(
             f"no caption fits a file: {args.captions} names {lost[0]!r}, and {folder} holds {names[0]!r}, for example"

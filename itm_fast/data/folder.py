@@ -66,9 +66,10 @@ def read(folder: Path, split: str, captions_per_image: int | None = None) -> Spl
     for file in ("ims.npy", "caps.txt"):
         if not path[file].exists():
             known = ", ".join(split_names(folder)) or "none"
-            inner = [str(each) for each in sorted(folder.iterdir()) if each.is_dir() and split_names(each)][:5]
+            inner = [str(each) for each in sorted(folder.iterdir()) if each.is_dir() and split_names(each)]
             if inner and known == "none":
-                known += f"; there are some in {', '.join(inner)}"
+                listed = ", ".join(inner[:5]) + ", ..." * (len(inner) > 5)
+                known += f"; there are some in {listed}; give that folder"
             raise FileNotFoundError(f"{path[file]} does not exist; splits in this folder: {known}{one_each(folder)}")
     ims = StoredArray(path["ims.npy"], open_npy)
     if len(ims.shape) != 3:

@@ -205,7 +205,7 @@ def require_vocabulary(model: Any, vocab: Vocabulary) -> None:
         )
     if not hasattr(vocab, "checksum"):
         raise TypeError(
-            f"vocab must be a Vocabulary, got {type(vocab).__name__}; itm_fast.data.Vocabulary.load(FILE) reads one"
+            f"vocab must be a Vocabulary, got {type(vocab).__name__}; read one with itm_fast.data.Vocabulary.load(FILE)"
         )
     if getattr(model, "vocab_checksum", None) not in (None, vocab.checksum()):
         raise ValueError(

@@ -97,7 +97,7 @@ def read_captions(
 
 
 def match(
-    captions: Mapping[str, Sequence[Caption]], names: Sequence[str]
+    captions: Mapping[str, Sequence[Caption]], names: Sequence[str], files: Sequence[str] | None = None
 ) -> tuple[dict[int, list[Caption]], list[str]]:
     """Give each picture its captions.
 
@@ -107,6 +107,7 @@ def match(
     Args:
         captions: by name, from `read_captions`.
         names: of the pictures, with their folders and endings.
+        files: what messages call them; None: as `names`.
 
     Returns:
         The captions of pictures that have any, by the picture's place in `names`, in the order of `captions`; and the
@@ -131,8 +132,9 @@ def match(
         tries = [*((forms, short) for forms in known), *((forms, bare) for forms in known[:2])]
         rows: list[int] = next((forms[form] for forms, form in tries if form in forms), [])
         if len(rows) > 1:
-            first, second = (names[row] for row in rows[:2])
-            wanted = "remove one of the two files" if first == second else "write its folder and ending"
+            first, second = ((files or names)[row] for row in rows[:2])
+            alike = names[rows[0]] == names[rows[1]]
+            wanted = "remove one of the two files" if alike else "write its folder and ending"
             raise ValueError(f"the captions name an image {name!r}, which is {first} or {second}; {wanted}")
         if rows:
             found.setdefault(rows[0], []).extend(own)

@@ -64,6 +64,20 @@ def without_padding(image: Tensor, region_lengths: Tensor) -> tuple[Tensor, Tens
     return image.masked_fill(~rearrange(real, "i r -> i r 1"), 0.0), real
 
 
+def require_regions(name: str, image: Tensor, R: int) -> None:
+    """Raise unless image is [I, R, D], for a model with weights for R regions."""
+    if image.dim() != 3:
+        raise ValueError(f"{name}: image must be [I, R, D] with R = {R} regions, got {list(image.shape)}")
+    if (given := image.shape[1]) != R:
+        wanted = f"keep {R} regions of each image"
+        if given < R:
+            wanted = f"pad each image to {R} and give region_lengths (SPLIT_region_lengths.npy beside the features)"
+        raise ValueError(
+            f"{name}: image must be [I, R, D] with R = {R} regions, got {list(image.shape)}; {wanted}, or build a new "
+            f"model with num_region={given} (`models.scorer`: regions)"
+        )
+
+
 def require_options(opt: Namespace, model: str, names: Sequence[str]) -> None:
     """Raise if the options lack one that the model reads.
 

@@ -19,7 +19,7 @@ from .._workspace import scratch_bytes
 from ..nn import State, xavier_
 from ..ops._torch._attention import valid
 from ..packing import bounds, spans
-from ._common import Dropout, PaddedScorer, l2norm, sums, without_padding
+from ._common import Dropout, PaddedScorer, l2norm, require_regions, sums, without_padding
 from ._rows import linear
 
 LEAST = 16  # a caption's logits are padded to this number, as torch's softmax over fewer rounds differently
@@ -227,13 +227,7 @@ class GlobalVectors(PaddedScorer):
 
     def check_regions(self, image: Tensor) -> None:
         """Raise if the images have another number of regions than the weights."""
-        R = self.v_global_w.embedding_local[1].num_features
-        if image.dim() != 3 or image.shape[1] != R:
-            raise ValueError(
-                f"{type(self).__name__}: image must be [I, R, D] with R = {R} regions, got {list(image.shape)}; the "
-                f"weights are for {R}. Pad images that have fewer and give region_lengths (SPLIT_region_lengths.npy "
-                "beside the features), or begin anew with num_region (`models.scorer`: regions)"
-            )
+        require_regions(type(self).__name__, image, cast(int, self.v_global_w.embedding_local[1].num_features))
 
     def image_state(self, image: Tensor, region_lengths: Tensor | None = None) -> State:
         """The image and its global vector: image [I, R, D] -> [I, R, D], [I, D]."""

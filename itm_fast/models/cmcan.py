@@ -31,7 +31,7 @@ from ..ops._calls import CONFIDENCE_MATCHING
 from ..ops._cpu_calls import score as cpu_score
 from ..packing import bounds, region_counts, spans
 from ._boxes import checked, neighbours
-from ._common import PaddedScorer, l2norm
+from ._common import PaddedScorer, l2norm, require_regions
 from ._confidence import PARTIAL, GraphEmbt, GraphEmbv, GraphReasoner, equal_nodes, pair_scores
 from ._lengths import packed
 from ._pair_blocks import Pairs, attended_of_pairs, blocks, matched, nodes_of
@@ -108,12 +108,7 @@ class ConfidenceMatching(PaddedScorer):
         adjacency: Tensor | None = None,
     ) -> State:
         """The image [I, R, D], its global vector [I, D] and its partial vectors [I, R, D]; arguments as `forward`."""
-        R = self.sim_embv.emb_local_bn.num_features
-        if image.dim() != 3 or image.shape[1] != R:
-            raise ValueError(
-                f"{NAME}: image must be [I, R, D] with R = {R} regions, got {list(image.shape)}; pad images that have "
-                "fewer and give region_lengths, or build it with num_region (`models.scorer`: regions)"
-            )
+        require_regions(NAME, image, self.sim_embv.emb_local_bn.num_features)
         if adjacency is not None:
             self._check(adjacency, image)
         elif boxes is not None:

@@ -97,7 +97,8 @@ def hardest_negative_loss(
         score: [I, T], image i with caption c: of a whole batch, square with the matching pairs on the diagonal, or,
             with `positive`, of some of its images with all its captions. Autocast converts it to float32.
         margin: by how much a match must beat its negatives. torch.compile makes a graph for each value, by default of
-            at most 8 (`torch._dynamo.config.recompile_limit`), and none for a margin that is a tensor.
+            at most 8 (`torch._dynamo.config.recompile_limit`); for more it warns and runs the function uncompiled, or
+            fails with `fullgraph=True`. A margin that is a tensor breaks the graph, and fails with `fullgraph=True`.
         hardest: True: only the hardest negative of each row and column counts, as with the published code's
             `max_violation`. False: all negatives count.
         image_ids: [T] int32 or int64, the image of each caption; an image's other captions are not its negatives. None,

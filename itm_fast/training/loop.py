@@ -219,8 +219,13 @@ class Run:
         )
         return (
             f"epoch {self.epoch + 1}, iteration {self.iterations + 1}: {what}; training stopped, and "
-            f"{self.output} keeps what was saved before it; {cause}"
+            f"{self._kept()}; {cause}"
         )
+
+    def _kept(self) -> str:
+        if not (self.output / resume.NAME).exists():
+            return "nothing was saved yet"
+        return f"{self.output} keeps what was saved before it"
 
     def _validate(self, *, decide: bool) -> None:
         """Evaluate the dev split and log the result; with `decide`, also write the checkpoints of this epoch."""
@@ -248,7 +253,7 @@ class Run:
         except ValueError as error:  # a score is not finite
             raise ValueError(
                 f"validation on {self.dev_split.name} in epoch {self.epoch + 1}: {error}; training stopped, and "
-                f"{self.output} keeps what was saved before it"
+                f"{self._kept()}"
             ) from error
         return None if tally is None else rankings_of(tally)[0].metrics()
 
