@@ -189,7 +189,7 @@ def test_other_ids_than_coco_5k_are_named():
 
 @pytest.fixture(scope="module")
 def coco() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Random scores of COCO's 5,000 x 25,000 test set, the right pairs raised, with its ids."""
+    """Random scores of COCO's 5,000 x 25,000 test set, the right pairs raised, with its ids. Many scores are equal."""
     labels = relevance._labels()
     captions = np.asarray(labels.coco_ids)
     owners = [labels.coco_gts["t2i"][int(caption)][0] for caption in captions]
@@ -198,7 +198,7 @@ def coco() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     owner = np.array([position[image] for image in owners])
     score = np.random.default_rng(0).random((5000, 25000), dtype=np.float32)
     score[owner, np.arange(25000)] = 1 - np.random.default_rng(1).random(25000, dtype=np.float32) ** 3 * 0.02
-    return score, owner, images, captions
+    return (score * 2**14).round() / 2**14, owner, images, captions
 
 
 @pytest.mark.slow
@@ -243,14 +243,6 @@ def test_cxc_and_eccv_metrics_equal_their_definitions(coco):
     hits = [row[~is_wrong].max() > row[is_wrong].max() for row, is_wrong in zip(tables, wrong, strict=True)]
     assert found["cxc_r1"]["i2t"] == pytest.approx(100 * np.mean(hits), abs=1e-9)
     assert set(found) == {"cxc_r1", "cxc_r5", "cxc_r10", "eccv_map_at_r", "eccv_rprecision", "eccv_r1"}
-
-
-@pytest.mark.slow
-@needs_eccv
-def test_a_constant_scorer_has_no_relevance(coco):
-    _, _, images, captions = coco
-    found = relevance_metrics(np.broadcast_to(np.float32(0.5), (5000, 25000)), images, captions)
-    assert all(value == 0 for sides in found.values() for value in sides.values())
 
 
 def test_evaluation_needs_no_eccv_package(monkeypatch):
