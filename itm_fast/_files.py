@@ -60,6 +60,19 @@ def path_of(op: str, path: str | os.PathLike[str]) -> Path:
     return Path(path)
 
 
+def require_place(path: str | os.PathLike[str], option: str) -> None:
+    """Raise unless a file can be there, before work is done for it: its folder exists, and it is no folder itself.
+
+    Raises:
+        OSError: it cannot; the message names the option.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{option} {path} is a folder; give the name of a file in it")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"the folder of {option} {path} does not exist; make it first")
+
+
 def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
     """Open a regular file for reading bytes. Anything else is refused, as opening a FIFO would wait for a writer.
 

@@ -108,6 +108,7 @@ def test_every_kind_of_weights_has_a_row():
     [
         (["--image", "1000"], "there is no image 1000; the images are 0 to 999"),
         (["--output", "a.gif"], "--output must end in .png or .svg, got a.gif"),
+        (["--output", "nowhere/a.png"], "the folder of --output nowhere/a.png does not exist; make it first"),
         (["--pictures", "nowhere"], "--pictures nowhere is no folder"),
         (["--checkpoint", "nowhere.tar"], "nowhere.tar"),
         ([" "], "the caption is empty"),

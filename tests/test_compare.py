@@ -131,6 +131,12 @@ def test_the_command_reads_folders_and_seeds(tmp_path, capsys):
     assert found["a"]["runs"] == 2
 
 
+def test_an_output_that_cannot_be_written_is_told_first(tmp_path, capsys):
+    for output, sentence in (("no/c.json", "/no/c.json does not exist; make it first"), ("", "is a folder; give")):
+        assert main(["compare", "no-a", "no-b", "--output", f"{tmp_path}/{output}"]) == 2
+        assert sentence in capsys.readouterr().err
+
+
 def test_the_command_says_what_is_wrong_with_a_folder(tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()

@@ -87,6 +87,7 @@ def test_a_list_from_standard_input_as_json(made, capsys, monkeypatch):
         (["a cat", "--pictures", "."], "--pictures are for a page; name it with --html PAGE"),
         (["a cat", "--html", "x", "--pictures", "nowhere"], "--pictures nowhere is not a folder"),
         (["a cat", "--html", "nowhere/x.html"], "the folder of --html nowhere/x.html does not exist"),
+        (["a cat", "--html", "."], "--html . is a folder; give the name of a file in it"),
         (["a cat", "--candidates", "6"], "a two-stage search of SGR needs first= (--first)"),
         (["a cat", "-k", "0"], "k must be at least 1, got 0"),
         ([" "], "captions[0] is blank"),

@@ -58,11 +58,11 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     if output.suffix.lower() not in (".png", ".svg"):
         raise ValueError(f"--output must end in .png or .svg, got {args.output}")
-    if not output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder of --output {args.output} does not exist; make it first")
+    from .._files import atomic_write, require_place
+
+    require_place(output, "--output")
     from PIL import Image
 
-    from .._files import atomic_write
     from ..data import open_split
     from ..evaluation.boxes import warn_of_boxes
     from ..models import attention, load

@@ -45,7 +45,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare, and print the table."""
-    from .._files import atomic_write
+    from .._files import atomic_write, require_place
+
+    if args.output:
+        require_place(args.output, "--output")
     from ..evaluation import compare
 
     found = compare(

@@ -85,10 +85,11 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError("--pictures are for a page; name it with --html PAGE")
     if args.pictures and not Path(args.pictures).is_dir():
         raise NotADirectoryError(f"--pictures {args.pictures} is not a folder")
-    if args.html and not Path(args.html).absolute().parent.is_dir():
-        raise FileNotFoundError(f"the folder of --html {args.html} does not exist; make it first")
+    from .._files import atomic_write, require_place
+
+    if args.html:
+        require_place(args.html, "--html")
     from .._backends import use_backend
-    from .._files import atomic_write
     from ..gallery import Gallery
     from ..models import load
 
