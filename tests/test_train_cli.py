@@ -109,6 +109,12 @@ def test_command_refuses_in_one_sentence(tmp_path, data, capsys, monkeypatch, mo
     assert sentence in err
 
 
+def test_training_on_the_dev_split_is_warned_of(tmp_path):
+    words = _words(tmp_path / "nowhere", tmp_path / "run", "--model", "scan", "--train-split", "dev")
+    with pytest.warns(UserWarning, match="training and dev split are both dev, so the best epoch is chosen by data"):
+        assert main(words) == 2
+
+
 MEETING = """if True:  # the program, which waits in its ninth step until the test has sent its signal
     import os, pathlib, runpy, time
     from itm_fast.training import loop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -285,6 +286,12 @@ def _train(args: argparse.Namespace, output: Path, opt: argparse.Namespace, argu
         "captions_per_image": arguments.get("captions_per_image"),
         "mask_zero_regions": arguments.get("mask_zero_regions", False),
     }
+    if arguments["train_split"] == arguments["dev_split"] and not _torchrun.rank():
+        warnings.warn(
+            f"training and dev split are both {arguments['dev_split']}, so the best epoch is chosen by data that the "
+            "model was trained on; --train-split and --dev-split name others",
+            stacklevel=2,
+        )
     train_split = open_split(data, arguments["train_split"], **shape)
     dev_split = open_split(data, arguments["dev_split"], limit_captions=arguments.get("limit_dev_captions"), **shape)
     size, dev_size = (split.features.shape[2] for split in (train_split, dev_split))
