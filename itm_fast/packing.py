@@ -62,7 +62,7 @@ def pack_as(
         raise ValueError(f"{op}: {of_lengths} must be [T] with T = {T} as in {of_caption}, got {list(length.shape)}")
     if T and not (int(length.min()) >= 1 and int(length.max()) <= W):
         raise ValueError(f"{op}: {of_lengths} must lie in 1..{W} (W), got {int(length.min())}..{int(length.max())}")
-    real = (torch.arange(W, device=length.device)[None, :] < length[:, None]).to(caption.device)
+    real = valid(length, W).to(caption.device)
     cu_seqlens = torch.zeros(T + 1, dtype=torch.int32, device=length.device)
     cu_seqlens[1:] = length.cumsum(0)
     return caption[real], cu_seqlens.to(caption.device)
@@ -96,7 +96,7 @@ def unpack(words: Tensor, cu_seqlens: Tensor) -> Tensor:
     _bounds(edge, len(words), "unpack")
     length = edge[1:] - edge[:-1]
     W = int(length.max()) if len(length) else 0
-    real = (torch.arange(W)[None, :] < length[:, None]).to(words.device)
+    real = valid(length, W).to(words.device)
     caption = words.new_zeros(len(length), W, *words.shape[1:])
     caption[real] = words
     return caption
@@ -121,6 +121,11 @@ def _integers(op: str, name: str, values: Sequence[int] | Tensor) -> Tensor:
     if tensor.numel() and (tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool):
         raise TypeError(f"{op}: {name} must be integers, got {tensor.dtype}")
     return tensor.detach().cpu()
+
+
+def valid(lengths: Tensor, n: int) -> Tensor:
+    """[B, n] mask of the real rows of sets of these lengths that are padded to n rows."""
+    return torch.arange(n, device=lengths.device)[None, :] < lengths[:, None]
 
 
 def starts(lengths: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..data.boxes import check_boxes
-from ..ops._torch._attention import valid
+from ..packing import valid
 
 
 def tensor_of(array: Tensor | np.ndarray[Any, Any]) -> Tensor:

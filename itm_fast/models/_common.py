@@ -18,7 +18,7 @@ from .._checks import Arguments, Shape
 from .._ranks import own_group
 from .._share import share
 from ..nn import PairScorer
-from ..ops._torch._attention import valid
+from ..packing import valid
 from ._inputs import FEATURES, IDS, features_for, ids_for
 from ._lengths import pack_padded, packed
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from .._share import share
 from .._workspace import scratch_bytes
 from ..nn import State, xavier_
-from ..ops._torch._attention import valid
-from ..packing import bounds, spans
+from ..packing import bounds, spans, valid
 from ._common import Dropout, PaddedScorer, l2norm, require_regions, sums, without_padding
 from ._rows import linear
 

@@ -30,8 +30,7 @@ from .._names import Direction
 from .._workspace import scratch_bytes
 from ..nn import Attention, CrossAttentionScore, PairScorer, State
 from ..ops import cross_attention_score, global_local_score
-from ..ops._torch._attention import valid
-from ..packing import bounds, spans
+from ..packing import bounds, spans, valid
 from ._common import cosine, l2norm, sums
 from ._rows import apart, linear
 from ._self_attention import GlobalVectors

@@ -24,8 +24,7 @@ from .._names import Direction, Norm
 from .._workspace import scratch_bytes
 from ..nn import Attention, PairScorer, State, xavier_
 from ..ops import _recompute, attended_vectors, cross_attention_score
-from ..ops._torch._attention import valid
-from ..packing import spans
+from ..packing import spans, valid
 from ._common import PaddedScorer, choice, cosine, encode_text, l2norm, without_padding
 from ._inputs import ImageEncoder
 from ._pair_blocks import attended_of_pairs, blocks, lengths, matched, mean_over_queries

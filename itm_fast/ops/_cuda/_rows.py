@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...packing import Run, kept, runs, spans, starts
+from ...packing import Run, kept, runs, spans, starts, valid
 from ._blocks import room
 
 TOP = 9  # rows are scaled so that their largest number lies in [2^8, 2^9): products of two and their sums fit float32
@@ -151,7 +151,7 @@ def image_factors(image: Tensor, count: Tensor | None, S: int) -> Factors:
 def _image_factors(x: Tensor, count: Tensor | None, S: int) -> tuple[Tensor, Tensor]:
     R = x.shape[1]
     if count is not None:
-        beyond = torch.arange(R, device=x.device)[None, :] >= count[:, None]
+        beyond = ~valid(count, R)
         x.masked_fill_(beyond[:, :, None], 0.0)
     power = near(torch.linalg.vector_norm(x, dim=2).float())
     F = torch.nn.functional.pad(gram_factor(x.div_(power[:, :, None])), (0, S - R, 0, S - R)) * 2.0**TOP
@@ -171,7 +171,7 @@ def wide_sets(words: Tensor, edge: Tensor, regions: Tensor, count: Tensor | None
         regions: [I, R] likewise; image i has count[i] of them, or R.
     """
     if count is not None:
-        regions = regions & (torch.arange(regions.shape[1], device=regions.device)[None, :] < count[:, None])
+        regions = regions & valid(count, regions.shape[1])
     before = starts(words)[edge.long()]
     sets = torch.cat([before.diff() > 0, regions.any(1)])
     return torch.cat([sets.any().view(1), sets]).to(torch.int32)

@@ -15,11 +15,6 @@ from torch import Tensor
 from .._attention import CANCELLED, EPS, SLOPE, attention_weights
 
 
-def valid(lengths: Tensor, n: int) -> Tensor:
-    """[B, n] mask of the real rows."""
-    return torch.arange(n, device=lengths.device)[None, :] < lengths[:, None]
-
-
 def scaled(affinity: Tensor, norm: str, scale: float, query_mask: Tensor | None) -> Tensor:
     """scale * affinity norm of [B, X, C, Q] over the queries; masked queries have affinity 0 and add nothing."""
     if norm == "softmax":

@@ -12,8 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...packing import Index, Run, runs, starts
-from ._attention import valid
+from ...packing import Index, Run, runs, starts, valid
 
 
 class Group(NamedTuple):

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..._checks import work_dtype
-from ...packing import Index, bounds, region_counts, runs, spans
+from ...packing import Index, bounds, region_counts, runs, spans, valid
 from .. import _recompute
 from .._declare import empty
-from ._attention import scaled, valid
+from ._attention import scaled
 
 COPIES = 5  # affinities, logits and weights of a block, and what autograd keeps of them
 

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from ..._checks import work_dtype
 from ..._workspace import scratch_bytes
-from ...packing import bounds, region_counts, spans
+from ...packing import bounds, region_counts, spans, valid
 from .. import _attention, _recompute
 from .._declare import empty
-from ._attention import attended_norm, attention, valid
+from ._attention import attended_norm, attention
 from ._groups import Padding, groups, in_order
 
 COPIES = 6  # temporaries [R, L] of a pair that exist at once in the forward pass

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from ..._checks import work_dtype
-from ...packing import bounds, region_counts, runs, spans
+from ...packing import bounds, region_counts, runs, spans, valid
 from .. import _attention, _recompute
 from .._declare import empty
-from ._attention import attended_norm, attention, valid
+from ._attention import attended_norm, attention
 from ._linear import linear
 
 

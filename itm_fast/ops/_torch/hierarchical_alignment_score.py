@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from ..._checks import work_dtype
-from ...packing import bounds, region_counts, runs, spans
+from ...packing import bounds, region_counts, runs, spans, valid
 from .. import _attention, _recompute
 from .._declare import empty
-from ._attention import valid
 
 COPIES = 8  # temporaries [R, L] of a pair that exist at once in the forward pass
 ROWS = 4  # temporaries [D] of each region or word of a pair, with vector gates

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..._checks import work_dtype
-from ...packing import Index, bounds, region_counts, runs, spans
+from ...packing import Index, bounds, region_counts, runs, spans, valid
 from .. import _attention, _recompute
 from .._declare import empty
-from ._attention import scaled, valid
+from ._attention import scaled
 from ._linear import linear
 from .cross_attention_similarity import squares
 
