@@ -173,7 +173,8 @@ class RegulatedMatching(PaddedScorer):
             return queries * 4 * ((6 + self.step) * D + 2 * self.step * S)
 
         queries = len(words) if self.attn_type == "t2i" else (len(cu_seqlens) - 1) * R
-        numbers = 9 * self.step * len(image) * queries * (D + R + self.sim_eval_w.in_features)  # recorded; fitted
+        # About what autograd records: 9 was fitted to the bytes that hooks for saved tensors see.
+        numbers = 9 * self.step * len(image) * queries * (D + R + self.sim_eval_w.in_features)
         drops = self._drops
         whole = partial(self._in_one_pass, drops, names) if self._in_cpp(*tensors) else None
         run, pairs = partial(self._block, drops, names), partial(self._pairs, drops, names)
