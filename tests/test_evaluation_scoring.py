@@ -254,6 +254,7 @@ def test_the_plan_says_how_many_captions_are_distinct():
     assert (found.captions, found.distinct, found.pairs) == (21, 11, 77)
     assert "7 images x 21 captions, 11 distinct (" in str(found)
     assert "= 77 pairs on cpu" in str(found)
+    assert "  1 block of up to 7 images x " in str(found)
     order, _ = columns(first_of_equals(encoded.words.numpy(), encoded.cu_seqlens.numpy()), encoded.lengths)
     distinct = int(encoded.lengths[order].sum())
     assert found.held["states computed once"] == 7 * 8 + 11 * 4 + distinct * 3 * 4

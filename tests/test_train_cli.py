@@ -60,9 +60,9 @@ def test_command_trains_and_resumes(tmp_path, data, capsys):
 
 def test_command_options_reach_the_run(tmp_path, data, capsys):
     more = "--model saf --sim-dim 8 --no-bi-gru --no-max-violation --no-imgnorm --exclude-same-image --seed 3 "
-    more += "--margin 0.1 --grad-clip 1 --lr-update 5 --recipe coco --max-steps 1 --limit-dev-captions 9"
+    more += "--margin 0.1 --grad-clip 1 --lr-update 5 --recipe coco --max-steps 1 --limit-dev-captions 3"
     assert main(_words(data, tmp_path / "run", *more.split())) == 0
-    assert "dev 9 captions of 3 images" in capsys.readouterr().err
+    assert "dev 3 captions of 1 image; " in capsys.readouterr().err
     opt = checkpoint.load(tmp_path / "run" / loop.LAST).opt
     assert (opt.module_name, opt.bi_gru, opt.max_violation, opt.no_imgnorm) == ("SAF", False, False, True)
     assert (opt.no_txtnorm, opt.exclude_same_image, opt.seed, opt.margin) == (False, True, 3, 0.1)

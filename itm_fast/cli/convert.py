@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from .._text import several
+
 HELP = """\
 Turn SCAN's folder of precomputed features into one HDF5 file, or such a file into a folder.
 
@@ -66,5 +68,6 @@ def run(args: argparse.Namespace) -> int:
         )
     for name in args.split or split_names(args.destination):
         split = open_split(args.destination, name)
-        print(f"{args.destination}: {name}, {len(split.features)} images, {len(split.captions)} captions")
+        images, captions = several(len(split.features), "image"), several(len(split.captions), "caption")
+        print(f"{args.destination}: {name}, {images}, {captions}")
     return 0

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from .._text import several
+
 HELP = """\
 Make a split of SCAN's folder from a folder of pictures and a file of captions, for all other commands.
 
@@ -130,8 +132,8 @@ def run(args: argparse.Namespace) -> int:
         )  # fmt: skip
     finally:  # also when interrupted: the next call does not see these pictures again
         _tell(images.without_boxes, "the detector proposes no box in {}, kept as one whole-picture region", "pictures")
-    count, (R, F) = sum(len(own) for _, own in kept), images.shape
-    print(f"{output}: {args.split}, {len(kept):,} images of {R} regions x {F} features, {count:,} captions")
+    held, (R, F) = several(sum(len(own) for _, own in kept), "caption"), images.shape
+    print(f"{output}: {args.split}, {several(len(kept), 'image')} of {R} regions x {F} features, {held}")
     return 0
 
 

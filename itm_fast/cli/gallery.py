@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from .._text import several
+
 HELP = """\
 Encode the images of a data set by a checkpoint into a folder, which `itm-fast search` then searches by captions.
 
@@ -94,5 +96,5 @@ def run(args: argparse.Namespace) -> int:
         batch_size=args.batch_size,
         progress=not args.no_progress,
     )
-    print(f"{args.gallery}: {len(gallery):,} images encoded by {gallery.model.name}, {gallery.about.dtype}")
+    print(f"{args.gallery}: {several(len(gallery), 'image')} encoded by {gallery.model.name}, {gallery.about.dtype}")
     return 0

@@ -10,6 +10,7 @@ from typing import Any
 
 from .. import _torchrun
 from .._names import BACKENDS
+from .._text import several
 from ..models._catalogue import CATALOGUE, RECIPES, Entry
 from ..models._options import ENCODERS, TRAINING, Option
 from ..models._recognised import check, title
@@ -364,7 +365,8 @@ def _vocabulary(args: argparse.Namespace, saved: Path, captions: list[str]) -> A
 def _summary(opt: argparse.Namespace, train_split: Any, dev_split: Any, words: int) -> str:
     I, R, F = train_split.features.shape
     return (
-        f"{title(opt)}: {len(train_split.captions)} captions of {I} images ({R} regions x {F}), {words} words; "
-        f"dev {len(dev_split.captions)} captions of {len(dev_split.features)} images; "
-        f"{opt.num_epochs} epochs, learning rate {opt.learning_rate:g}, a tenth every {opt.lr_update}"
+        f"{title(opt)}: {several(len(train_split.captions), 'caption')} of {several(I, 'image')} ({R} regions x {F}), "
+        f"{words:,} words; dev {several(len(dev_split.captions), 'caption')} of "
+        f"{several(len(dev_split.features), 'image')}; {several(opt.num_epochs, 'epoch')}, "
+        f"learning rate {opt.learning_rate:g}, a tenth every {opt.lr_update}"
     )

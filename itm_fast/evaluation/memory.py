@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from .._ranks import local_world
+from .._text import several
 from .._workspace import scratch_bytes
 from ..nn import image_state
 from .encoding import device_of, evaluation_mode
@@ -118,11 +119,12 @@ class MemoryPlan:
         cpu = self.device.type == "cpu"
         width = max(len(name) for name, _ in rows)
         distinct = "" if self.distinct == self.captions else f", {self.distinct:,} distinct"
-        size = f"{self.images:,} images x {self.captions:,} captions{distinct} ({self.words:,} words)"
+        size = f"{several(self.images, 'image')} x {several(self.captions, 'caption')}{distinct} ({self.words:,} words)"
         lines = [f"{size} = {self.pairs:,} pairs on {self.device}"]
         lines += [f"  {name:<{width}}  {size / GB:8.3f} GB" for name, size in rows]
         lines.append(
-            f"  {self.blocks:,} blocks of up to {self.image_block:,} images x {self.caption_block:,} captions"
+            f"  {several(self.blocks, 'block')} of up to {several(self.image_block, 'image')} x "
+            + several(self.caption_block, "caption")
             + ("" if self.resident or cpu else "; encoded images and captions are copied to the device block by block")
         )
         if self.on_disk:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .._files import atomic_write
+from .._text import several
 from . import TIES
 from .counting import Counts
 from .html_report import PAGE, Pictures, to_html
@@ -44,7 +45,7 @@ class Pool:
     @property
     def title(self) -> str:
         """What was ranked against what."""
-        size = f"{self.metrics.images:,} images, {self.metrics.captions:,} captions"
+        size = f"{several(self.metrics.images, 'image')}, {several(self.metrics.captions, 'caption')}"
         return f"mean of {len(self.folds)} folds of {size}" if self.folds else f"all {size}"
 
 
