@@ -226,6 +226,7 @@ def test_mistakes(tmp_path, repository):
         (("src/pkg/__init__.py", "src/pkg/model.py", "tests/test_a.py"), ["pkg.model:1"], "src"),
         (("models/model.py", "evaluation/evaluation.py"), ["evaluation.evaluation:1", "models.model:1"], ""),
         (("../linked/model.py",), ["model:1"], "../linked"),
+        (("models/model.py", "scripts/from models.model import i2t.py"), ["models.model:1"], ""),
     ],
 )
 def test_a_repository_without_scripts_of_its_own(tmp_path, repository, files, where, folder):
@@ -233,7 +234,8 @@ def test_a_repository_without_scripts_of_its_own(tmp_path, repository, files, wh
     root.mkdir()
     for file in map(root.joinpath, files):
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("def i2t(npts, sims): pass" if file.stem in ("model", "evaluation") else "")
+        code = file.stem if " " in file.stem else ""
+        file.write_text("def i2t(npts, sims): pass" if file.stem in ("model", "evaluation") else code)
     if "linked" in folder:
         (root / "code").symlink_to(tmp_path / "linked")
     try:

@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib
 import inspect
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -240,15 +241,26 @@ def _imported(path: Path, rows: list[Row]) -> list[ModuleType]:
 def _root(folder: Path) -> Path:
     """The folder that a repository's scripts run in.
 
-    This one; but while it has no .py files, the only folder in it with code that is known, if that is no package: the
-    scripts import a package by its name.
+    This one; but while it has no .py files, the only folder in it with code that is known, if no script imports that
+    by its name, and it is no package, which scripts import so.
     """
     while not any(folder.glob("*.py")):
         inner = [each for each in folder.iterdir() if each.is_dir() and _has_code(each)]
-        if len(inner) != 1 or (inner[0] / "__init__.py").exists():
+        if len(inner) != 1 or (inner[0] / "__init__.py").exists() or _imports(folder, inner[0].name):
             break
         folder = inner[0].resolve()
     return folder
+
+
+def _imports(folder: Path, name: str) -> bool:
+    line = re.compile(rf"^\s*(?:from|import)\s+{re.escape(name)}\b", re.MULTILINE)
+    for file in folder.rglob("*.py"):
+        try:
+            if line.search(file.read_text(encoding="utf-8", errors="replace")):
+                return True
+        except OSError:  # `_imported` tells why
+            continue
+    return False
 
 
 def _has_code(folder: Path) -> bool:
