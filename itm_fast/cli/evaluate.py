@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .. import _torchrun
 from .._lock import locked_folder
 from .._names import BACKENDS
+from .._text import several
 from ._checkpoints import (
     check_features,
     check_vocabulary,
@@ -347,9 +348,9 @@ def _done(part: tuple[int, int], done: NDArray[np.bool_], state: str) -> str:
     """What a part has scored."""
     count = int(done.sum())
     if not count:
-        only = "is only 1 block" if len(done) == 1 else f"are only {len(done):,} blocks"
+        only = f"{'is' if len(done) == 1 else 'are'} only {several(len(done), 'block')}"
         return f"part {part[0]}/{part[1]} has none to do, as there {only}; {state} may be merged all the same"
-    return f"{count:,} of {len(done):,} block{'s' if len(done) > 1 else ''} {'is' if count == 1 else 'are'} in {state}"
+    return f"{count:,} of {several(len(done), 'block')} {'is' if count == 1 else 'are'} in {state}"
 
 
 def _merge(args: argparse.Namespace) -> int:
